@@ -1,0 +1,217 @@
+"""The command line: argv to calls, errors to exit status. Nothing heavy is imported before a recipe has been read."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_fasttrain.errors import UserError, nearest
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe_file import json_schema, load_recipe, recipe_header, shipped_recipes
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train an image classifier from one recipe file: `hf-fasttrain RECIPE [section.key=value ...]`, "
+    "or `accelerate launch -m hf_fasttrain RECIPE [section.key=value ...]`.",
+)
+recipes_app = typer.Typer(help="List the shipped recipes, or copy one.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.batch_size=64")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; exit status 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        app(_with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
+    except UserError as error:
+        if _is_main():
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if _is_main():
+            print("stopped by Ctrl-C; --resume goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _with_verb(arguments: list[str]) -> list[str]:
+    """Put `train` before a recipe that stands where a verb could."""
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    verbs.add("recipes")
+    if not arguments or arguments[0] in verbs or arguments[0] in ("--help", "-h"):
+        return ["--help"] if arguments[:1] == ["-h"] else arguments
+    first = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if first and not first.endswith((".yaml", ".yml")) and not Path(first).exists() and first not in shipped_recipes():
+        hint = nearest(first, [*verbs, *shipped_recipes()])
+        raise UserError(
+            f"'{first}' is no recipe and no command.{hint} Commands: {', '.join(sorted(verbs))}; "
+            f"recipes: a .yaml file, or one of {', '.join(shipped_recipes())}"
+        )
+    return ["train", *arguments]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+) -> None:
+    """Train, evaluate and save the recipe's classifier (the default command)."""
+    loaded = load_recipe(recipe, overrides or [])
+    from hf_fasttrain.build import build_trainer
+    from hf_fasttrain.launch import output_dir
+    from hf_fasttrain.runfolder import finished_steps, require_free
+
+    folder = Path(output_dir(loaded))
+    require_free(folder, resume=resume)
+    trainer = build_trainer(loaded, resume=resume)
+    if resume and finished_steps(folder) is not None and trainer.state.step >= trainer.num_steps:
+        trainer.log.say(f"{folder}: this run is finished ({trainer.state.step} steps); nothing to do")
+        return
+    started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
+    trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
+    result = trainer.fit()
+    trainer.accelerator.end_training()
+    _say_what_next(trainer.log.say, folder, loaded, result)
+
+
+def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
+    metrics = result.test_metrics or result.metrics
+    score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    say(
+        f"done: {result.steps:,} steps, {result.images:,} images in {result.train_seconds:.1f} s "
+        f"({result.images_per_second:,.0f} images/s, {result.data_wait_fraction:.0%} waiting for data)\n"
+        f"      {score}\n"
+        f"  {folder}/model          the classifier\n"
+        f"  {folder}/result.json    figures; metrics.jsonl: their course; resolved.yaml: every setting\n"
+        f"  {folder}/checkpoints    to go on from: the same command with --resume and a longer train.duration\n"
+        f"try next:\n"
+        f"  hf-fasttrain predict {folder} IMAGE...\n"
+        f"  hf-fasttrain evaluate {folder}\n"
+        f"  hf-fasttrain train {recipe.source.name} data.dataset=FOLDER output_dir=runs/mine"
+    )
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Resolve and validate everything, print each value with its origin, train nothing."""
+    loaded = load_recipe(recipe, overrides or [])
+    from hf_fasttrain.build import build_parts, build_unwritten
+
+    parts = build_parts(loaded)
+    build_unwritten(parts)
+    table = Table(title=f"{recipe}: every value, where it came from, and whether it is learnt or machine")
+    for name in ("key", "value", "origin", "tag"):
+        table.add_column(name, overflow="fold")
+    for key, fact in parts.facts.all().items():
+        table.add_row(key, json.dumps(fact.value), fact.origin, fact.tag)
+    console = Console(soft_wrap=False)
+    console.print(table)
+    for note in parts.facts.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"{recipe} is right: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    overrides: Overrides = None,
+    split: Annotated[str | None, typer.Option(help="A split of the data set; by default the evaluation split.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a run's model on its evaluation split, or on another split or data set."""
+    from hf_fasttrain.serve import evaluate_run
+
+    metrics = evaluate_run(run, overrides or [], split=split)
+    if not _is_main():
+        return
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        table = Table("metric", "value")
+        for name, value in metrics.items():
+            table.add_row(name, f"{value:.4f}")
+        Console().print(table)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[list[str], typer.Argument(help="Image files and folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Name the most likely classes of image files and folders."""
+    from hf_fasttrain.serve import predict_images
+
+    predictions = predict_images(run, images, top=top)
+    if as_json:
+        print(json.dumps(predictions, indent=2))
+        return
+    table = Table("image", "class", "score")
+    for row in predictions:
+        for number, guess in enumerate(row["classes"]):
+            table.add_row("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")
+    Console().print(table)
+
+
+@app.command()
+def push(
+    run: RunArgument,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a finished run's model to a Hub repository."""
+    from hf_fasttrain.publish.hub import push_run
+
+    print(push_run(run, repo, private=private))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    print(json.dumps(json_schema(), indent=2))
+
+
+@recipes_app.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the shipped recipes with their headers."""
+    if context.invoked_subcommand is not None:
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for name, path in shipped_recipes().items():
+        console.print(f"[bold]{name}[/bold]")
+        for line in recipe_header(path).splitlines():
+            console.print(f"    {line}", markup=False)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    target: Annotated[Path | None, typer.Argument(help="File to write; by default NAME.yaml here.")] = None,
+) -> None:
+    """Copy a shipped recipe, to be changed."""
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise UserError(f"no shipped recipe '{name}'; there are {', '.join(shipped)}.{nearest(name, shipped)}")
+    path = target or Path(f"{Path(name).name}.yaml")
+    if path.exists():
+        raise UserError(f"{path} exists already; give another file to write")
+    path.write_text(shipped[name].read_text(encoding="utf-8"), encoding="utf-8")
+    print(path)

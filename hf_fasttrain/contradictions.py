@@ -1,0 +1,124 @@
+"""Settings of a recipe that are each right and together wrong, found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from hf_fasttrain.duration import Duration
+from hf_fasttrain.recipe import Recipe
+
+Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
+
+
+def contradictions(recipe: Recipe) -> list[Mistake]:
+    """Return every contradiction in the recipe."""
+    return [mistake for check in CHECKS for mistake in check(recipe)]
+
+
+def _model(recipe: Recipe) -> Iterator[Mistake]:
+    model = recipe.model
+    if model.small_image_stem and model.pretrained is True:
+        yield (
+            "model.small_image_stem",
+            "published weights have the 7x7 stem; set model.pretrained=false or small_image_stem=false",
+        )
+    if model.freeze_backbone and not model.pretrained:
+        yield (
+            "model.freeze_backbone",
+            "would freeze random weights; set model.pretrained to weights to start from",
+        )
+    if model.freeze_backbone and recipe.optimizer.layer_decay is not None:
+        yield "optimizer.layer_decay", "has no effect with model.freeze_backbone=true; leave one of them out"
+
+
+def _data(recipe: Recipe) -> Iterator[Mistake]:
+    data = recipe.data
+    splits = {"train_split": data.train_split, "eval_split": data.eval_split, "test_split": data.test_split}
+    named = [(key, value) for key, value in splits.items() if value not in ("auto", None)]
+    for number, (key, value) in enumerate(named):
+        for other, same in named[:number]:
+            if value == same:
+                yield f"data.{key}", f"is '{value}', as data.{other} is; give each its own split"
+    for key in ("mean", "std"):
+        values = getattr(data, key)
+        if values != "auto" and len(values) not in (1, 3):
+            yield f"data.{key}", f"has {len(values)} numbers; give 3 (red, green, blue) or 1 for all"
+    if data.std != "auto" and any(value <= 0 for value in data.std):
+        yield "data.std", "must be above 0"
+
+
+def _augment(recipe: Recipe) -> Iterator[Mistake]:
+    augment = recipe.augment
+    if augment.randaugment and augment.trivialaugment:
+        yield "augment.trivialaugment", "and augment.randaugment exclude each other; leave one of them out"
+    for key, least in (("crop_scale", 0.0), ("crop_ratio", 0.0)):
+        values = getattr(augment, key)
+        if len(values) != 2 or not least < values[0] <= values[1]:
+            yield f"augment.{key}", f"is {values}; give two numbers above 0, the smaller first"
+    if len(augment.crop_scale) == 2 and augment.crop_scale[1] > 1:
+        yield "augment.crop_scale", "is a share of the image's area; at most 1"
+
+
+def _train(recipe: Recipe) -> Iterator[Mistake]:
+    accelerate, train = recipe.accelerate, recipe.train
+    accumulation = accelerate.gradient_accumulation_steps
+    if train.duration.count == 0:
+        yield "train.duration", "is 0; give at least 1 step"
+    if accumulation != "auto" and accelerate.micro_batch_size is not None:
+        yield (
+            "accelerate.micro_batch_size",
+            "and accelerate.gradient_accumulation_steps say the same thing twice; leave one of them out",
+        )
+    if accumulation != "auto" and accumulation > train.batch_size:
+        yield (
+            "accelerate.gradient_accumulation_steps",
+            f"is {accumulation}, but train.batch_size is only {train.batch_size}",
+        )
+
+
+def _optimizer(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.optimizer.layer_decay is not None and recipe.optimizer.backbone_lr_scale != 1.0:
+        yield (
+            "optimizer.layer_decay",
+            "and optimizer.backbone_lr_scale exclude each other; leave one of them out",
+        )
+
+
+def _schedule(recipe: Recipe) -> Iterator[Mistake]:
+    warmup, duration = recipe.schedule.warmup, recipe.train.duration
+    if warmup.count > 0 and warmup.unit == duration.unit and warmup.count >= duration.count > 0:
+        yield "schedule.warmup", f"of {warmup} leaves nothing of train.duration={duration}"
+    every: dict[str, Duration] = {
+        "schedule.every": recipe.schedule.every,
+        "evaluate.every": recipe.evaluate.every,
+        "checkpoint.every": recipe.checkpoint.every,
+    }
+    for key, value in every.items():
+        if value.count == 0:
+            yield key, "is 0; give at least 1 step"
+
+
+def _metrics(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.evaluate.metrics == "auto":
+        return
+    known = ["loss", *recipe.evaluate.metrics]
+    watched = {"checkpoint.best.metric": recipe.checkpoint.best.metric}
+    if recipe.early_stopping:
+        watched["early_stopping.metric"] = recipe.early_stopping.metric
+    for key, metric in watched.items():
+        if metric not in known:
+            yield (
+                key,
+                f"is '{metric}', which evaluate.metrics does not measure; choose one of {', '.join(known)}",
+            )
+
+
+CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (
+    _model,
+    _data,
+    _augment,
+    _train,
+    _optimizer,
+    _schedule,
+    _metrics,
+)

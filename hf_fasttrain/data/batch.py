@@ -1,0 +1,80 @@
+"""One batch on the device: normalised, and mixed by mixup or cutmix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_fasttrain.data.order import MIX_STREAM, keyed_rng
+
+
+class Normalize:
+    """uint8 pixels (B, H, W, 3) to normalised float32 `images` (B, 3, H, W): (x / 255 - mean) / std.
+
+    The result is channels_last in memory, as the pixels are, or contiguous if asked.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device, *, channels_last: bool
+    ) -> None:
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
+        self.channels_last = channels_last
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32).sub_(self.mean).div_(self.std)
+        return images if self.channels_last else images.contiguous()
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What happens to all pairs of one step: keep `lam` of each image, take the rest from its partner."""
+
+    lam: float
+    box: tuple[int, int, int, int] | None  # left, top, right, bottom of cutmix's box; None: mixup
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899), drawn once for a step from (seed, step).
+
+    Partners are positions 2i and 2i+1 of the step's order, which are never cut apart; an odd last image stays as it
+    is. With both alphas above 0, each step takes one of the two at random.
+    """
+
+    mixup: float
+    cutmix: float
+    num_classes: int
+    image_size: int
+    seed: int = 0
+
+    def draw(self, step: int) -> Mix:
+        """Return the step's mix, drawn on the CPU."""
+        rng = keyed_rng(self.seed, MIX_STREAM, step)
+        cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
+        alpha = self.cutmix if cut else self.mixup
+        lam = float(rng.beta(alpha, alpha))
+        if not cut:
+            return Mix(lam, None)
+        side = self.image_size * (1 - lam) ** 0.5 / 2
+        center = rng.integers(self.image_size, size=2)
+        left, top = (max(0, round(c - side)) for c in center)
+        right, bottom = (min(self.image_size, round(c + side)) for c in center)
+        return Mix(1 - (right - left) * (bottom - top) / self.image_size**2, (left, top, right, bottom))
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return mixed `images` (B, 3, H, W) and soft `targets` (B, K), of `labels` (B,) or multi-hot (B, K)."""
+        mix = self.draw(step)
+        targets = F.one_hot(labels, self.num_classes).to(torch.float32) if labels.ndim == 1 else labels
+        partner = torch.arange(len(images), device=images.device).bitwise_xor_(1).clamp_(max=len(images) - 1)
+        targets = mix.lam * targets + (1 - mix.lam) * targets[partner]
+        if mix.box is None:
+            return torch.lerp(images[partner], images, mix.lam), targets
+        left, top, right, bottom = mix.box
+        images = images.clone(memory_format=torch.preserve_format)
+        images[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+        return images, targets

@@ -1,0 +1,296 @@
+"""Batches of uint8 pixels, made by worker processes, pinned, and copied to the device ahead of their use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hf_fasttrain.data.batch import Mixing, Normalize
+from hf_fasttrain.data.decode import read_image
+from hf_fasttrain.data.order import MicroBatchKey, Order, cut_micro_batches, process_share
+from hf_fasttrain.data.source import Split
+from hf_fasttrain.errors import DataError, RunError, UserError
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Step:
+    """One optimizer step as the trainer sees it: this process's micro-batches, on the device."""
+
+    index: int  # counted from 0 over the whole training
+    num_images: int  # of all processes together
+    num_micro_batches: int  # of this process; 0 if the step has too few images for it
+    micro_batches: Iterator[Batch]  # images (B, 3, H, W), targets
+    image_shape: tuple[int, ...]  # of one image
+
+
+class ImageBatches(Dataset):
+    """Makes the uint8 pixels (B, H, W, 3) and labels of a `MicroBatchKey`; runs in the loader's workers."""
+
+    def __init__(self, split: Split, transform: Callable[..., np.ndarray], image_size: int) -> None:
+        self.split, self.transform, self.image_size = split, transform, image_size
+
+    def __getitem__(self, key: MicroBatchKey) -> Batch | UserError:
+        try:
+            return self._make(key)
+        except UserError as error:
+            return error  # raised by the reader: a DataLoader would wrap it in the worker's traceback
+
+    def _make(self, key: MicroBatchKey) -> Batch:
+        pixels = np.empty((len(key.indices), self.image_size, self.image_size, 3), np.uint8)
+        records = self.split.dataset[key.indices]["image"]
+        for row, (index, record) in enumerate(zip(key.indices, records, strict=True)):
+            try:
+                image = read_image(record)
+            except DataError as error:
+                raise DataError(f"split '{self.split.name}', row {index}: {error}") from None
+            pixels[row] = self.transform(image, key.epoch, int(index), key.repeat)
+        return torch.from_numpy(pixels), torch.from_numpy(self.split.labels[key.indices])
+
+
+class Feed:
+    """Turns keys into batches on the device, and counts the seconds that its reader waits for them."""
+
+    def __init__(self, images: Dataset, device: torch.device, *, workers: int, pin_memory: bool) -> None:
+        self.images, self.device, self.workers, self.pin_memory = images, device, workers, pin_memory
+        self.wait_seconds = 0.0
+
+    def loader(self, keys: Iterable[MicroBatchKey], *, persistent: bool = False) -> DataLoader:
+        """Return a DataLoader over keys; it draws nothing from torch's global generator."""
+        return DataLoader(
+            self.images,
+            sampler=keys,
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=persistent and self.workers > 0,
+            prefetch_factor=4 if self.workers else None,
+            generator=torch.Generator(),
+            collate_fn=_as_it_is,
+        )
+
+    def read(self, loader: DataLoader) -> Iterator[Batch]:
+        """Yield the loader's batches on the device."""
+        return self._ahead(loader) if self.device.type == "cuda" else self._waited(loader)
+
+    def _waited(self, loader: DataLoader) -> Iterator[Batch]:
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def _ahead(self, loader: DataLoader) -> Iterator[Batch]:
+        """Copy the next batch on a stream of its own while the present one is used."""
+        copies = torch.cuda.Stream(self.device)
+        ahead: tuple[list[Tensor], torch.cuda.Event] | None = None
+        for batch in self._waited(loader):
+            with torch.cuda.stream(copies):
+                moved = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            done = copies.record_event()
+            if ahead is not None:
+                yield self._ready(*ahead)
+            ahead = moved, done
+        if ahead is not None:
+            yield self._ready(*ahead)
+
+    def _ready(self, tensors: list[Tensor], done: torch.cuda.Event) -> Batch:
+        present = torch.cuda.current_stream(self.device)
+        present.wait_event(done)
+        for tensor in tensors:
+            tensor.record_stream(present)  # its memory is not reused before the present stream is past it
+        return tensors[0], tensors[1]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class TrainLoader:
+    """The training images in their order, step by step, from any step on."""
+
+    def __init__(self, feed: Feed, order: Order, normalize: Normalize, mixing: Mixing | None, image_size: int) -> None:
+        self.feed, self.order, self.normalize, self.mixing = feed, order, normalize, mixing
+        self.image_shape = (3, image_size, image_size)
+        self.steps_per_epoch = order.steps_per_epoch
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds spent waiting for batches so far."""
+        return self.feed.wait_seconds
+
+    def state_dict(self) -> None:
+        """Return nothing: the position is the step."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Do nothing: `steps` starts anywhere."""
+
+    def steps(self, start: int, stop: int) -> Iterator[Step]:
+        """Yield the steps from `start` to before `stop`; nothing of what comes before `start` is read."""
+        plans = (self.order.plan(step) for step in range(start, stop))
+        batches = self.feed.read(self.feed.loader(key for plan in plans for key in plan.micro_batches))
+        for index in range(start, stop):
+            plan = self.order.plan(index)
+            number = len(plan.micro_batches)
+            prepared = (self._prepare(batch, index) for batch in islice(batches, number))
+            yield Step(index, plan.num_images, number, prepared, self.image_shape)
+
+    def _prepare(self, batch: Batch, step: int) -> Batch:
+        images, labels = self.normalize(batch[0]), batch[1]
+        return self.mixing(images, labels, step) if self.mixing else (images, labels)
+
+
+class EvalLoader:
+    """This process's share of a split, each image once: batches of `images` and `labels` on the device."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        num_images: int,
+        batch_size: int,
+        normalize: Normalize,
+        num_processes: int = 1,
+        process_index: int = 0,
+        name: str = "evaluation split",
+    ) -> None:
+        self.name = name
+        share = process_share(num_images, num_processes, process_index)
+        pieces = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+        keys = [MicroBatchKey(0, np.arange(piece.start, piece.stop)) for piece in pieces]
+        self.num_images, self.normalize, self.feed = num_images, normalize, feed
+        self._loader = feed.loader(keys, persistent=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for pixels, labels in self.feed.read(self._loader):
+            yield self.normalize(pixels), labels
+
+
+class OwnLoader:
+    """Steps from the user's own loader: each of its batches is this process's share of one step.
+
+    A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``. Every process's loader must give
+    equally many batches; they may differ in size, and be empty. Resuming in the middle asks the loader for
+    ``load_state_dict`` (as torchdata's StatefulDataLoader has it).
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        device: torch.device,
+        *,
+        accumulation_steps: int = 1,
+        join_single: bool = False,
+        total: Callable[[int], int] | None = None,
+    ) -> None:
+        self.loader, self.device, self.accumulation_steps = loader, device, accumulation_steps
+        self.join_single, self.total = join_single, total
+        self.wait_seconds = 0.0
+        try:
+            self.steps_per_epoch = len(loader)
+        except TypeError:
+            raise DataError("train_loader has no length; give it a __len__: the number of steps in an epoch") from None
+        if not self.steps_per_epoch:
+            raise DataError("train_loader is empty; give it at least one batch")
+
+    @classmethod
+    def wrap(cls, loader: Any, accelerator: Accelerator, accumulation_steps: int, *, join_single: bool) -> Any:
+        """Return a loader with `steps`: the given one if it has them, else an OwnLoader around it."""
+        if hasattr(loader, "steps"):
+            return loader
+
+        def total(own: int) -> int:
+            count = torch.tensor(own, device=accelerator.device)
+            return int(accelerator.reduce(count, reduction="sum"))
+
+        several = accelerator.num_processes > 1
+        return cls(
+            loader,
+            accelerator.device,
+            accumulation_steps=accumulation_steps,
+            join_single=join_single,
+            total=total if several else None,
+        )
+
+    def state_dict(self) -> Any:
+        """Return the loader's own position, None if it does not know it."""
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go to a position that `state_dict` gave; RunError if the loader can't."""
+        if state is None or not hasattr(self.loader, "load_state_dict"):
+            raise RunError(
+                "can't resume: train_loader has no state_dict and load_state_dict, so its position is not known; "
+                "use torchdata's StatefulDataLoader, or Trainer.from_recipe"
+            )
+        self.loader.load_state_dict(state)
+
+    def steps(self, start: int, stop: int) -> Iterator[Step]:
+        """Yield the steps from `start` to before `stop`, going through the loader once an epoch."""
+        batches: Iterator[Any] = iter(())
+        for index in range(start, stop):
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                batches = self._epoch(index // self.steps_per_epoch)
+                batch = next(batches)
+            images, targets = to_device(batch, self.device)
+            self.wait_seconds += time.perf_counter() - began
+            yield self._step(index, images, targets)
+
+    def _epoch(self, epoch: int) -> Iterator[Any]:
+        sampler = getattr(self.loader, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        return iter(self.loader)
+
+    def _step(self, index: int, images: Tensor, targets: Tensor) -> Step:
+        number = len(images)
+        total = self.total(number) if self.total else number
+        shape = tuple(images.shape[1:])
+        if self.accumulation_steps == 1 and number:
+            return Step(index, total, 1, iter(((images, targets),)), shape)
+        pairs = (number + 1) // 2
+        size = 2 * max(1, -(-pairs // self.accumulation_steps))
+        pieces = cut_micro_batches(range(number), size, join_single=self.join_single)
+        batches = ((images[p.start : p.stop], targets[p.start : p.stop]) for p in pieces)
+        return Step(index, total, len(pieces), batches, shape)
+
+
+class OwnEvalLoader:
+    """The user's own evaluation loader, with its batches moved to the device."""
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        self.loader, self.device = loader, device
+        self.name = getattr(loader, "name", "evaluation split")
+
+    @classmethod
+    def wrap(cls, loader: Any, device: torch.device) -> Any:
+        """Return a loader whose batches are on the device; None stays None."""
+        return loader if loader is None or isinstance(loader, EvalLoader | OwnEvalLoader) else cls(loader, device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield to_device(batch, self.device)
+
+
+def to_device(batch: Any, device: torch.device) -> Batch:
+    """Return (images, targets) on the device, of such a pair or of a mapping with pixel_values and labels."""
+    images, targets = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch
+    if images.device == device:
+        return images, targets
+    return images.to(device, non_blocking=True), targets.to(device, non_blocking=True)

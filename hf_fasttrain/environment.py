@@ -1,0 +1,83 @@
+"""What the run ran on: machine, versions, memory, threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
+    """Return processor, cores, accelerator and processes, as result.json holds them."""
+    cuda = device.type == "cuda"
+    return {
+        "processor": _processor_name(),
+        "cores": num_cores(),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "num_processes": num_processes,
+        "system": platform.platform(),
+    }
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a run's outcome."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory used so far: allocated on a GPU, resident in this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def set_cpu_threads(local_processes: int) -> int | None:
+    """Give each process its share of the cores, unless the user set OMP_NUM_THREADS; return the number if set.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 themselves, which doubles the time of a CPU run.
+    """
+    if os.environ.get("OMP_NUM_THREADS") and not _threads_set_by_launcher():
+        return None
+    threads = max(1, num_cores() // max(1, local_processes))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _threads_set_by_launcher() -> bool:
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:  # what the launcher itself was started with tells whether the user had set it
+        given = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return True
+    return b"OMP_NUM_THREADS=" not in given

@@ -1,0 +1,45 @@
+"""Mistakes that a user can make. Each message says where, what was got, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something only the user can put right. The command line prints it alone and exits with status 2."""
+
+
+class RecipeError(UserError):
+    """The recipe file or an override is wrong."""
+
+
+class DataError(UserError):
+    """The data set is not there, or is not what the recipe says."""
+
+
+class ModelError(UserError):
+    """The model can't be built or its weights don't fit."""
+
+
+class RunError(UserError):
+    """The run folder or the machine can't do what was asked."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest of `valid`, or an empty string if none is near."""
+    found = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def shortened(values: Iterable[object], limit: int = 12) -> str:
+    """Return the values separated by commas, cut after `limit` with a count of the rest."""
+    texts = [str(value) for value in values]
+    rest = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f", ... and {rest} more" if rest > 0 else "")
+
+
+def shown(value: object) -> str:
+    """Return a value's repr, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

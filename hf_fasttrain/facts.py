@@ -1,0 +1,53 @@
+"""What a recipe's wishes became: resolved values with their origins, for `check`, resolved.yaml and result.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe_file import flatten, origin_of, tag_of
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One resolved value, where it came from, and whether it is learnt or machine."""
+
+    value: Any
+    origin: str
+    tag: str
+
+
+@dataclass
+class Facts:
+    """All resolved values of a run, and what has to be said about them."""
+
+    recipe: Recipe
+    resolved: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def resolve(self, key: str, value: Any, why: str) -> Any:
+        """Record and return what a wish became; `why` is the rule that decided it."""
+        self.resolved[key] = (value, why)
+        return value
+
+    def note(self, text: str) -> None:
+        """Record something that the user should be told once."""
+        self.notes.append(text)
+
+    def all(self) -> dict[str, Fact]:
+        """Return every key of the recipe with its resolved value, and facts beyond the recipe."""
+        facts = {}
+        for key, asked in flatten(self.recipe).items():
+            origin = origin_of(self.recipe, key)
+            value, why = self.resolved.get(key, (asked, ""))
+            facts[key] = Fact(value, f"{origin}: {why}" if why else origin, tag_of(key))
+        for key, (value, why) in self.resolved.items():
+            if key not in facts:
+                facts[key] = Fact(value, why, "fact")
+        return facts
+
+    def learnt(self) -> dict[str, Any]:
+        """Return the learnt values, which must be the same when a run is resumed; a longer duration may be."""
+        may_change = ("train.duration", "evaluate.every")
+        return {key: fact.value for key, fact in self.all().items() if fact.tag == "learnt" and key not in may_change}

@@ -1,0 +1,83 @@
+"""The recipe's Accelerator, whatever the launcher's environment says; where they differ, the recipe wins."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from hf_fasttrain.environment import set_cpu_threads
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.facts import Facts
+from hf_fasttrain.recipe import Recipe
+
+# What other ways of distributing a model announce themselves by.
+NOT_BUILT = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+
+
+def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
+    """Return the Accelerator of a recipe.
+
+    Raises RunError for a launch configuration that is not built (DeepSpeed, FSDP, fp8) and for a precision that the
+    device does not have.
+    """
+    for variable, name in NOT_BUILT.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise RunError(f"the launch configuration asks for {name}, which is not built; use accelerate_configs/")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        set_cpu_threads(local)
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
+    torch.set_float32_matmul_precision(recipe.accelerate.matmul_precision)
+    precision = _resolve_precision(recipe, facts)
+    steps = recipe.accelerate.gradient_accumulation_steps
+    _overrule_environment(precision, steps, recipe.accelerate.compile, facts)
+    folder = output_dir(recipe)
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=1 if steps == "auto" else steps,
+        log_with=list(recipe.log.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),
+        # Our own running statistics are averaged before evaluation and saving instead of rank 0's overwriting all.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def output_dir(recipe: Recipe) -> str:
+    """Return the recipe's run folder: as asked, else runs/<recipe name>."""
+    return os.path.expanduser(recipe.output_dir or os.path.join("runs", recipe.source.name))
+
+
+def _resolve_precision(recipe: Recipe, facts: Facts) -> str:
+    wish, key = recipe.accelerate.mixed_precision, "accelerate.mixed_precision"
+    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    if wish == "fp16" and not cuda:
+        raise RunError(f"{key}: fp16 needs a GPU, and there is none; allowed here are no, bf16 and auto")
+    if wish != "auto":
+        return wish
+    if not cuda:
+        return facts.resolve(key, "no", "on a CPU bf16 is slower for many models; try bf16")
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return facts.resolve(key, "bf16", "the GPU has it")
+    return facts.resolve(key, "fp16", "the GPU has no bf16")
+
+
+def _overrule_environment(precision: str, steps: int | str, compiled: bool, facts: Facts) -> None:
+    """Take what the launcher states differently out of the environment, and say so once."""
+    stated = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if stated not in ("no", precision):
+        facts.note(f"the launch configuration says mixed precision {stated}; the recipe's {precision} is used")
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    launched = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launched not in ("1", "auto", str(steps)):
+        facts.note(f"the launch configuration says {launched} accumulation steps; the recipe's {steps} is used")
+    backend = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no" and not compiled:
+        facts.note(f"the launch configuration says to compile with {backend}; the recipe's compile=false is used")

@@ -1,0 +1,416 @@
+"""Image classifiers of timm and transformers: built, started from weights, prepared, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_fasttrain.errors import ModelError, nearest, shortened
+
+SPEC_FILE = "hf_fasttrain.json"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input."""
+
+    image_size: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to build the same model again."""
+
+    name: str
+    class_names: list[str]
+    image_size: int
+    multi_label: bool = False
+    drop_path: float = 0.0
+    small_image_stem: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, K."""
+        return len(self.class_names)
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether the model is one of transformers' rather than timm's."""
+        return self.name.startswith("transformers:")
+
+
+class TransformersClassifier(nn.Module):
+    """A transformers image classifier that maps `images` (B, 3, H, W) to `logits` (B, K), without its own loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images).logits
+
+
+def build_model(spec: ModelSpec, pretrained: bool | str = False) -> nn.Module:
+    """Return the model, in fp32 on the CPU, with a new head for the spec's classes.
+
+    `pretrained` is False, True for the weights published with the name, or a local folder or file of weights. A
+    head of another number of classes in them is left out; any other misfit is a ModelError.
+    """
+    if spec.is_transformers:
+        return _build_transformers(spec, pretrained)
+    if isinstance(pretrained, str):
+        model = _create_timm(spec, False)
+        if spec.small_image_stem:
+            use_small_image_stem(model)
+        load_weights(model, weights_file(pretrained), head_names(model))
+        return model
+    model = _create_timm(spec, pretrained)
+    if spec.small_image_stem:
+        use_small_image_stem(model)
+    return model
+
+
+# --- timm --------------------------------------------------------------------------------------------------
+
+
+def timm_name(name: str) -> str:
+    """Return what `timm.create_model` calls a recipe's model: a name, ``hf-hub:...`` or ``local-dir:...``."""
+    import timm
+
+    if name.startswith("hf-hub:"):
+        return name
+    if name.startswith("timm/"):
+        return f"hf-hub:{name}"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"model.name: folder {name} has no config.json; give a folder that timm saved")
+        return f"local-dir:{path}"
+    if timm.is_model(name):
+        return name
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"model.name: no folder {name}")
+    known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+    if "/" in name:
+        raise ModelError(
+            f"model.name: '{name}' is no timm model; write timm/{name.split('/')[-1]} for timm's on the Hub, "
+            f"or transformers:{name} for one of transformers"
+        )
+    raise ModelError(f"model.name: timm {timm.__version__} has no model '{name}'.{nearest(name, known)}")
+
+
+def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    import timm
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = timm_name(spec.name)
+    options: dict[str, Any] = {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
+    if _has_fixed_input_size(name):
+        options["img_size"] = spec.image_size
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=spec.num_classes, **options, **spec.args)
+    except TypeError as error:
+        raise ModelError(f"model {spec.name} does not take {options | spec.args}: {error}") from None
+    except (AssertionError, ValueError) as error:
+        raise ModelError(f"model {spec.name} can't be built for {spec.image_size} px images: {error}") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(_not_downloaded(spec.name, error)) from None
+    except RuntimeError as error:
+        if pretrained:
+            raise ModelError(f"model {spec.name}: no pretrained weights: {error}; set model.pretrained=false") from None
+        raise
+
+
+def _not_downloaded(name: str, error: Exception) -> str:
+    return (
+        f"model {name}: weights or configuration can't be had from the Hub: {str(error).splitlines()[0]} "
+        "Check name and network, give local weights (model.pretrained=FILE) or train from scratch "
+        "(model.pretrained=false)"
+    )
+
+
+def _has_fixed_input_size(name: str) -> bool:
+    """Return whether the model must be told its image size (a ViT), which convolutional ones need not."""
+    import timm
+
+    try:
+        if name.startswith("hf-hub:"):
+            _, name, _ = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+        elif name.startswith("local-dir:"):
+            config = Path(name.removeprefix("local-dir:")) / "config.json"
+            name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_downloaded(name, error)) from None
+    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+
+
+def use_small_image_stem(model: nn.Module) -> None:
+    """Replace a ResNet's 7x7 stride-2 convolution and max-pool by a 3x3 stride-1 convolution, for 32 px images."""
+    stem = getattr(model, "conv1", None)
+    if type(model).__name__ != "ResNet" or not isinstance(stem, nn.Conv2d):
+        raise ModelError(
+            f"model.small_image_stem: {type(model).__name__} has no 7x7 stem to replace; it works for timm's "
+            "resnet18, resnet34, resnet50, resnet101, resnet152, resnext and wide_resnet"
+        )
+    new = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = new, nn.Identity()
+
+
+# --- transformers ------------------------------------------------------------------------------------------
+
+
+def _build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    if spec.small_image_stem or spec.drop_path:
+        raise ModelError(
+            f"model {spec.name}: drop_path and small_image_stem are for timm models; transformers' settings go into "
+            "model.args, such as {drop_path_rate: 0.1}"
+        )
+    place = spec.name.removeprefix("transformers:")
+    labels = {
+        "id2label": dict(enumerate(spec.class_names)),
+        "label2id": {name: i for i, name in enumerate(spec.class_names)},
+    }
+    options: dict[str, Any] = {"num_labels": spec.num_classes, **labels, **spec.args}
+    try:
+        if pretrained is True:
+            model = AutoModelForImageClassification.from_pretrained(place, ignore_mismatched_sizes=True, **options)
+        else:
+            config = AutoConfig.from_pretrained(place, **options)
+            if hasattr(config, "image_size") and "image_size" not in spec.args:
+                config.image_size = spec.image_size
+            model = AutoModelForImageClassification.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_downloaded(spec.name, error)) from None
+    classifier = TransformersClassifier(model.float())
+    if isinstance(pretrained, str):
+        head = [name.removeprefix("model.") for name in head_names(classifier)]
+        load_weights(classifier.model, weights_file(pretrained), head)
+    return classifier
+
+
+# --- weights -----------------------------------------------------------------------------------------------
+
+
+def weights_file(place: str) -> Path:
+    """Return the .safetensors file of a local folder or path."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
+        if not found:
+            raise ModelError(f"model.pretrained: no model.safetensors in folder {place}")
+        return found[0]
+    if not path.exists():
+        raise ModelError(f"model.pretrained: no file or folder {place}; allowed are true, false and local weights")
+    if path.suffix != ".safetensors":
+        raise ModelError(f"model.pretrained: {place} is not a .safetensors file, the one form that is safe to load")
+    return path
+
+
+def load_weights(model: nn.Module, path: Path, head: Sequence[str] = ()) -> None:
+    """Load a .safetensors file into a model; a head (prefixes) of other shape in the file is left as it is.
+
+    timm's own converters run first (old names, position embeddings of another image size).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: can't be read as safetensors: {error}") from None
+    weights = _convert(weights, model)
+    own = model.state_dict()
+    other = [
+        name for name in weights if name in own and weights[name].shape != own[name].shape and _is_within(name, head)
+    ]
+    for name in other:
+        del weights[name]
+    missing = [name for name in own if name not in weights and name not in other and not _is_within(name, head)]
+    unknown = [name for name in weights if name not in own and not _is_within(name, head)]
+    misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    if missing or unknown or misshapen:
+        raise ModelError(
+            f"{path}: weights of another model: {len(missing)} tensors missing ({shortened(missing, 3)}), "
+            f"{len(unknown)} unknown ({shortened(unknown, 3)}), {len(misshapen)} of other shape "
+            f"({shortened(misshapen, 3)}); give weights of the same model.name and model.args"
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+def _convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    import inspect
+    import sys
+
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or len(inspect.signature(convert).parameters) < 2:
+        return weights
+    try:
+        return convert(dict(weights), model)
+    except (KeyError, AttributeError, RuntimeError, ValueError):
+        return weights  # not this model's; `load_weights` says how
+
+
+def _is_within(name: str, prefixes: Sequence[str]) -> bool:
+    return any(name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the prefixes of the parameters of the classification head."""
+    if isinstance(model, TransformersClassifier):
+        return ["model.classifier", "model.cls_classifier", "model.distillation_classifier", "model.head"]
+    config: Any = getattr(model, "default_cfg", None) or {}
+    classifier = config.get("classifier")
+    return [classifier] if isinstance(classifier, str) else list(classifier or ())
+
+
+# --- preparing ---------------------------------------------------------------------------------------------
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Let the head alone require gradients."""
+    head = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_within(name, head))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(f"model.freeze_backbone: the head of {type(model).__name__} was not found")
+
+
+def use_gradient_checkpointing(model: nn.Module) -> None:
+    """Let the model keep fewer activations and compute them again in the backward pass."""
+    try:
+        if isinstance(model, TransformersClassifier):
+            model.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        else:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError, ValueError) as error:
+        raise ModelError(
+            f"model.gradient_checkpointing: {type(model).__name__} does not support it: {error}; set it to false"
+        ) from None
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that keep running statistics of their batches."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def model_preprocessing(model: nn.Module, spec: ModelSpec) -> Preprocessing:
+    """Return the preprocessing that the model was made for, at the spec's image size.
+
+    timm: the pretrained configuration; transformers: the image processor beside the model, else ImageNet's.
+    """
+    if isinstance(model, TransformersClassifier):
+        return _processor_preprocessing(spec)
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(model)
+    return Preprocessing(
+        spec.image_size, tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"]
+    )
+
+
+def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
+    from transformers import AutoImageProcessor
+
+    from hf_fasttrain.data.augment import FILTERS
+
+    base = Preprocessing(spec.image_size)
+    try:
+        processor = AutoImageProcessor.from_pretrained(spec.name.removeprefix("transformers:"))
+    except (OSError, ValueError):
+        return base
+    number = getattr(processor, "resample", None)
+    names = {int(value): name for name, value in FILTERS.items()}
+    return replace(
+        base,
+        mean=tuple(getattr(processor, "image_mean", None) or base.mean),
+        std=tuple(getattr(processor, "image_std", None) or base.std),
+        interpolation=names.get(int(number), base.interpolation) if number is not None else base.interpolation,
+        crop_pct=getattr(processor, "crop_pct", None) or 1.0,
+    )
+
+
+# --- saving and loading ------------------------------------------------------------------------------------
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write a model's weights as `model.safetensors`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
+    """Write weights, classes and preprocessing to a folder that `load_model` reads.
+
+    timm models also get the config.json that `timm.create_model("local-dir:...", pretrained=True)` reads,
+    transformers models what `from_pretrained` reads.
+    """
+    if isinstance(model, TransformersClassifier):
+        model.model.save_pretrained(folder)  # type: ignore[operator]
+    else:
+        save_weights(model, folder)
+        config = timm_config(model, spec)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+
+
+def timm_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
+    """Return the config.json that timm and transformers' TimmWrapper read."""
+    pre = spec.preprocessing or model_preprocessing(model, spec)
+    known = dict(getattr(model, "pretrained_cfg", None) or {})
+    args = dict(spec.args)
+    if known.get("fixed_input_size"):
+        args["img_size"] = spec.image_size
+    keep = ("tag", "license", "first_conv", "classifier", "fixed_input_size", "pool_size")
+    return {
+        "architecture": known.get("architecture") or spec.name.split("/")[-1].split(".")[0],
+        "num_classes": spec.num_classes,
+        "label_names": spec.class_names,
+        "model_args": args,
+        "pretrained_cfg": {
+            **{key: known[key] for key in keep if known.get(key) is not None},
+            "input_size": [3, spec.image_size, spec.image_size],
+            "interpolation": pre.interpolation,
+            "crop_pct": pre.crop_pct,
+            "crop_mode": "center",
+            "mean": list(pre.mean),
+            "std": list(pre.std),
+            "num_classes": spec.num_classes,
+        },
+        **({"problem_type": "multi_label_classification"} if spec.multi_label else {}),
+    }
+
+
+def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
+    """Return the model and its spec from a folder that `save_model` wrote."""
+    path = folder / SPEC_FILE
+    if not path.exists():
+        raise ModelError(f"{folder}: no {SPEC_FILE}; give a run folder whose training has ended, or its model folder")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    pre = values.pop("preprocessing", None)
+    if pre:
+        pre = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+    spec = ModelSpec(**values, preprocessing=pre)
+    if spec.is_transformers:
+        model = _build_transformers(replace(spec, name=f"transformers:{folder}"), pretrained=True)
+    else:
+        model = build_model(spec)
+        load_weights(model, folder / "model.safetensors")
+    return model.eval(), spec

@@ -1,0 +1,224 @@
+"""The recipe: everything that can be asked of a training run, as checked, frozen models.
+
+Every field is *learnt* (it decides what comes out) or *machine* (it decides how fast). The field's description
+is what `hf-fasttrain check` and an editor show. Reading files and overrides is `recipe_file`'s work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    WithJsonSchema,
+)
+
+from hf_fasttrain.duration import PATTERN, Duration
+
+DurationField = Annotated[
+    Duration,
+    BeforeValidator(Duration.parse),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": PATTERN, "examples": ["90 epochs", "5000 steps"]}),
+]
+Auto = Literal["auto"]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def learnt(default: Any, description: str, **limits: Any) -> Any:
+    """Return a field that decides what is learnt."""
+    return Field(default, description=description, json_schema_extra={"tag": "learnt"}, **limits)
+
+
+def machine(default: Any, description: str, **limits: Any) -> Any:
+    """Return a field that decides only how fast, where, and what is written down."""
+    return Field(default, description=description, json_schema_extra={"tag": "machine"}, **limits)
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys refused, types taken at their word, unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    name: str = learnt(..., "a timm name, timm/... on the Hub, a local folder, or transformers:<Hub name or folder>")
+    pretrained: bool | str = learnt(
+        False, "true: the model's own weights from the Hub; or a local folder or .safetensors file"
+    )
+    drop_path: float = learnt(0.0, "stochastic depth rate", ge=0.0, lt=1.0)
+    small_image_stem: bool = learnt(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
+    freeze_backbone: bool = learnt(False, "train the head alone")
+    gradient_checkpointing: bool = machine(False, "compute activations twice to save memory")
+    args: dict[str, Any] = learnt({}, "passed on to the model's constructor")
+
+
+class DataSection(Section):
+    dataset: str = learnt(..., "digits, an image folder, parquet/arrow files or a folder of them, or a Hub name")
+    config: str | None = learnt(None, "configuration of a Hub data set")
+    revision: str | None = learnt(None, "git revision of a Hub data set")
+    train_split: str = learnt("auto", "split to train on; auto: train, or the only split there is")
+    eval_split: str = learnt("auto", "auto: validation, val, valid or dev; never test; else a held-out part of train")
+    eval_fraction: float = learnt(0.1, "held-out part of train if there is no validation split", gt=0.0, lt=1.0)
+    test_split: str | None = learnt(None, "evaluated once, at the end")
+    image_column: str = learnt("auto", "auto: the image column found by type and name")
+    label_column: str = learnt("auto", "auto: the label column found by type and name")
+    image_size: int = learnt(224, "height and width in pixels; the model's input too", ge=8, le=4096)
+    mean: Auto | list[float] = learnt("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
+    std: Auto | list[float] = learnt("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
+    interpolation: Auto | Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] = learnt(
+        "auto", "resize filter (Pillow's); auto: the pretrained configuration's"
+    )
+    crop_pct: Auto | Annotated[float, Field(gt=0.0, le=1.0)] = learnt(
+        "auto",
+        "evaluation: image_size / short side before the centre crop; auto: the pretrained configuration's",
+    )
+    workers: Auto | Annotated[int, Field(ge=0)] = machine("auto", "loader processes for each training process")
+    pin_memory: Auto | bool = machine("auto", "page-locked buffers for copies to a GPU; auto: where there is one")
+
+
+class RandAugment(Section):
+    num_ops: int = learnt(2, "operations for each image", ge=1)
+    magnitude: int = learnt(9, "strength, 0 to 30", ge=0, le=30)
+
+
+class AugmentSection(Section):
+    crop: Literal["random_resized", "padded", "center"] = learnt(
+        "random_resized", "padded: pad by crop_padding and cut; center: as in evaluation"
+    )
+    crop_scale: list[float] = learnt([0.08, 1.0], "random_resized: share of the image's area, least and most")
+    crop_ratio: list[float] = learnt([0.75, 1.3333333333333333], "random_resized: width / height, least and most")
+    crop_padding: int = learnt(4, "padded: black pixels at each side", ge=0)
+    flip: bool = learnt(True, "mirror left-right half of the time")
+    randaugment: RandAugment | None = learnt(None, "{num_ops: 2, magnitude: 9}")
+    trivialaugment: bool = learnt(False, "one random operation of random strength for each image")
+    mixup: float = learnt(0.0, "alpha of mixup's Beta distribution; 0: off", ge=0.0)
+    cutmix: float = learnt(0.0, "alpha of cutmix's Beta distribution; 0: off", ge=0.0)
+    label_smoothing: float = learnt(0.0, "share of each target spread over all classes", ge=0.0, lt=1.0)
+    erase: Probability = learnt(0.0, "probability that a random box of an image is blackened")
+
+
+class TrainSection(Section):
+    duration: DurationField = learnt(..., "'90 epochs' or '5000 steps'")
+    batch_size: int = learnt(..., "images per optimizer step, all processes together", ge=1)
+    drop_last: bool = learnt(False, "leave out an epoch's short last step")
+    class_weights: Literal["balanced"] | list[float] | None = learnt(
+        None,
+        "weight of each class in the loss, scaled to mean 1 over the training set; balanced: 1 / frequency",
+    )
+
+
+class AccelerateSection(Section):
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = machine(
+        "auto", "auto: bf16 on a GPU that has it, else fp16 on a GPU; no on a CPU"
+    )
+    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = machine(
+        "auto", "micro-batches of each process per step; auto: 1, or as micro_batch_size says"
+    )
+    micro_batch_size: Annotated[int, Field(ge=2, multiple_of=2)] | None = machine(
+        None, "largest number of images per process and forward; even, since mixup pairs neighbours"
+    )
+    sync_batch_norm: bool = learnt(False, "batch-norm statistics over all GPUs")
+    channels_last: bool = machine(True, "memory layout NHWC")
+    compile: bool = machine(False, "torch.compile the model")
+    matmul_precision: Literal["highest", "high", "medium"] = machine(
+        "high", "of fp32 matrix products: highest: fp32, high: TF32 where the GPU has it"
+    )
+
+
+class OptimizerSection(Section):
+    name: str = learnt("adamw", "any optimizer of timm: adamw, sgd (Nesterov), momentum, lamb, lion, ...")
+    lr: float = learnt(1e-3, "the schedule's highest learning rate", gt=0.0)
+    weight_decay: float = learnt(0.05, "not applied to norms, biases and position embeddings", ge=0.0)
+    momentum: float = learnt(0.9, "of SGD-like optimizers", ge=0.0, lt=1.0)
+    clip_norm: float | None = learnt(None, "largest norm of all gradients together", gt=0.0)
+    backbone_lr_scale: float = learnt(1.0, "lr of everything but the head, as a share of lr", gt=0.0)
+    layer_decay: float | None = learnt(None, "lr of each layer as a share of the next one's", gt=0.0, le=1.0)
+    args: dict[str, Any] = learnt({}, "passed on to the optimizer's constructor, like betas or eps")
+
+
+class ScheduleSection(Section):
+    name: Literal["cosine", "onecycle", "exponential", "step", "constant"] = learnt("cosine", "course of the lr")
+    warmup: DurationField = learnt(Duration(0, "epochs"), "linear rise to lr; onecycle: its rise (0: 30 %)")
+    min_lr_ratio: float = learnt(0.0, "cosine: last lr / lr", ge=0.0, lt=1.0)
+    gamma: float = learnt(0.1, "step, exponential: factor per `every`", gt=0.0, le=1.0)
+    every: DurationField = learnt(Duration(30, "epochs"), "step, exponential: after which lr is multiplied by gamma")
+
+
+class EmaSection(Section):
+    decay: float = learnt(0.9999, "share of the old average kept in each step", ge=0.0, lt=1.0)
+    warmup: bool = learnt(True, "at step t no more than (1 + t) / (10 + t)")
+
+
+class EarlyStoppingSection(Section):
+    metric: str = learnt("accuracy", "watched metric of the evaluation")
+    mode: Literal["max", "min"] = learnt("max", "whether more or less of it is better")
+    patience: DurationField = learnt(Duration(5, "epochs"), "training without a better value before it stops")
+
+
+class EvaluateSection(Section):
+    every: DurationField = learnt(Duration(1, "epochs"), "how often; always at the end")
+    metrics: Auto | list[str] = machine(
+        "auto", "loss, accuracy, top5_accuracy, f1_macro; any evaluate metric by Hub name or local path"
+    )
+    batch_size: Auto | Annotated[int, Field(ge=1)] = machine("auto", "images per process and forward")
+
+
+class BestSection(Section):
+    metric: str = machine("accuracy", "watched metric of the evaluation")
+    mode: Literal["max", "min"] = machine("max", "whether more or less of it is better")
+
+
+class CheckpointSection(Section):
+    every: DurationField = machine(Duration(1, "epochs"), "how often; always at the end")
+    keep: int = machine(2, "newest checkpoints kept, beside the best", ge=1)
+    best: BestSection = machine(BestSection(), "{metric: accuracy, mode: max}")
+
+
+class LogSection(Section):
+    every: int = machine(10, "steps between two lines of metrics.jsonl", ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = machine([], "fed through Accelerate")
+    project: str = machine("hf_fasttrain", "project name for the trackers")
+
+
+class Recipe(Section):
+    """A whole training run. `load_recipe` makes one from a file; `source` remembers where each value came from."""
+
+    seed: int = learnt(0, "of order, augmentation, mixing, initial weights and dropout", ge=0, lt=2**63)
+    output_dir: str | None = machine(None, "run folder; null: runs/<recipe name>")
+    model: ModelSection
+    data: DataSection
+    augment: AugmentSection = AugmentSection()
+    train: TrainSection
+    accelerate: AccelerateSection = AccelerateSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    ema: EmaSection | None = learnt(None, "exponential moving average of the weights; evaluated and saved instead")
+    early_stopping: EarlyStoppingSection | None = learnt(None, "{metric: accuracy, patience: 5 epochs}")
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    hub: None = machine(None, "not built yet; use Trainer.push_to_hub after training")
+
+    _source: RecipeSource | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> RecipeSource:
+        """Where the values came from; for a recipe made in Python, from there."""
+        return self._source or RecipeSource(name="recipe", text="", origins={})
+
+
+@dataclass(frozen=True)
+class RecipeSource:
+    """Where a recipe came from."""
+
+    name: str  # the file's stem
+    text: str  # the file as the user wrote it
+    origins: dict[str, str]  # dotted key -> "recipe" | "override"; absent: default
+    overrides: tuple[str, ...] = ()

@@ -1,0 +1,215 @@
+"""Recipe files and overrides to a checked `Recipe`, all mistakes in one message, and back to YAML."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node
+
+from hf_fasttrain.errors import RecipeError, nearest, shown
+from hf_fasttrain.recipe import Recipe, RecipeSource
+from hf_fasttrain.recipe_check import KeyPath, Tree, check_tree, model_at
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the checked recipe of a file, or of a shipped recipe's name, with `section.key=value` overrides.
+
+    Raises RecipeError, with every mistake of file and overrides in one message.
+    """
+    path = find_recipe(str(recipe))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read as text: {error}") from None
+    return parse_recipe(text, overrides, where=str(path), name=path.stem)
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str, name: str) -> Recipe:
+    """Return the checked recipe of a YAML text; `where` names it in messages."""
+    tree, lines = _read_yaml(text, where)
+    origins = dict.fromkeys(_leaves(tree), "recipe")
+    for override in overrides:
+        _apply_override(tree, override, origins)
+
+    def place(key: KeyPath) -> str:
+        origin = origins.get(".".join(key)) or _origin_within(origins, key)
+        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), 1)
+        return "override" if origin == "override" else f"{where}, line {line}"
+
+    recipe, mistakes = check_tree(tree)
+    if mistakes:
+        listed = [f"  {place(key)}: {'.'.join(key)} {what}" for key, what in mistakes]
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise RecipeError(f"{where} has {count}:\n" + "\n".join(listed))
+    assert recipe is not None
+    recipe._source = RecipeSource(name, text, origins, tuple(overrides))
+    return recipe
+
+
+# --- finding -----------------------------------------------------------------------------------------------
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes: in the wheel beside this file, in a checkout beside the package."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return name -> file of the shipped recipes, such as ``quickstart`` and ``study/resnet50_cifar10``."""
+    folder = recipes_folder()
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def recipe_header(path: Path) -> str:
+    """Return the comment lines that a recipe starts with."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# yaml-language-server"):
+            lines.append(line.removeprefix("#").strip())
+    return "\n".join(lines)
+
+
+def find_recipe(recipe: str) -> Path:
+    """Return the file of a recipe given by path or by a shipped recipe's name."""
+    path = Path(recipe).expanduser()
+    if path.is_dir():
+        raise RecipeError(f"{recipe}: is a folder; give a recipe file")
+    if path.exists():
+        return path
+    shipped = shipped_recipes()
+    name = recipe.removeprefix("recipes/").removesuffix(".yaml")
+    if name in shipped and not path.is_absolute():
+        return shipped[name]
+    raise RecipeError(
+        f"{recipe}: no such recipe file; shipped recipes are {', '.join(shipped)}.{nearest(name, shipped)}"
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _read_yaml(text: str, where: str) -> tuple[Tree, dict[KeyPath, int]]:
+    try:
+        tree = YAML(typ="safe", pure=True).load(text)
+        lines = dict(_key_lines(YAML(typ="safe", pure=True).compose(text)))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{where}{at}: not valid YAML: {error.problem or error.context}") from None
+    except YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping with model:, data: and train:; got {shown(tree)}")
+    return tree, lines
+
+
+def _key_lines(node: Node | None, above: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            path = (*above, str(key.value))
+            yield path, key.start_mark.line + 1
+            yield from _key_lines(value, path)
+
+
+def _leaves(tree: Mapping[Any, Any], above: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        dotted = f"{above}{key}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{dotted}.")
+        else:
+            yield dotted
+
+
+def _apply_override(tree: Tree, override: str, origins: dict[str, str]) -> None:
+    key, equals, value = override.partition("=")
+    key = key.strip()
+    if not equals or not key or key.startswith("-"):
+        raise RecipeError(f"override '{override}': must look like section.key=value, such as train.batch_size=64")
+    try:
+        parsed = YAML(typ="safe", pure=True).load(value)
+    except YAMLError as error:
+        reason = str(getattr(error, "problem", error))
+        raise RecipeError(f"override '{override}': the value is not valid YAML: {reason}") from None
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    node[last] = parsed
+    for old in [o for o in origins if o == key or o.startswith(f"{key}.")]:
+        del origins[old]
+    for leaf in _leaves({key: parsed}):
+        origins[leaf] = "override"
+
+
+def _origin_within(origins: dict[str, str], key: KeyPath) -> str | None:
+    inside = {origin for leaf, origin in origins.items() if leaf.startswith(".".join(key) + ".")}
+    return inside.pop() if len(inside) == 1 else None
+
+
+# --- and back ----------------------------------------------------------------------------------------------
+
+
+def flatten(section: BaseModel, above: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of every field, as plain YAML values."""
+    values: dict[str, Any] = {}
+    plain = section.model_dump(mode="json")
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            values |= flatten(value, f"{above}{name}.")
+        else:
+            values[above + name] = plain[name]
+    return values
+
+
+def tag_of(key: str) -> str:
+    """Return ``learnt`` or ``machine`` for a dotted key."""
+    *above, name = key.split(".")
+    model = model_at(tuple(above))
+    extra = model.model_fields[name].json_schema_extra if model else None
+    return str(extra["tag"]) if isinstance(extra, dict) else "learnt"
+
+
+def origin_of(recipe: Recipe, key: str) -> str:
+    """Return ``default``, ``recipe`` or ``override`` for a dotted key."""
+    origins = recipe.source.origins
+    return origins.get(key) or _origin_within(origins, tuple(key.split("."))) or "default"
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML text."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(dict(tree), stream)
+    return stream.getvalue()
+
+
+def recipe_as_asked(recipe: Recipe) -> str:
+    """Return the recipe file's text with the overrides worked in; without overrides, the text itself."""
+    source = recipe.source
+    if source.text and not source.overrides:
+        return source.text
+    header = [f"# overrides: {' '.join(source.overrides)}"] if source.overrides else []
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    return "\n".join([*header, to_yaml(tree)])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "hf_fasttrain recipe"
+    return schema

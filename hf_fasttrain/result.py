@@ -1,0 +1,42 @@
+"""What is watched while training, and how a run ended."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A metric of the evaluation, whether more or less of it is better, and early stopping's patience in steps."""
+
+    metric: str = "accuracy"
+    mode: str = "max"
+    patience: int | None = None
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Return whether `value` is better than an earlier one; nan never is."""
+        if than is None:
+            return not math.isnan(value)
+        return value > than if self.mode == "max" else value < than
+
+
+@dataclass
+class Result:
+    """How a run ended; result.json holds the same."""
+
+    metrics: dict[str, float]  # of the last evaluation
+    test_metrics: dict[str, float] | None
+    best: dict[str, Any] | None  # metric, value, step
+    steps: int
+    skipped_steps: int  # fp16 overflows
+    images: int
+    train_seconds: float  # of training steps, without evaluation and saving
+    images_per_second: float
+    data_wait_fraction: float  # share of train_seconds spent waiting for the loader
+    peak_memory_bytes: int
+    stopped_early: bool
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str] = field(default_factory=list)

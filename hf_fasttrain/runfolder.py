@@ -1,0 +1,63 @@
+"""The run folder: refused if it holds another run, described by recipe.yaml and resolved.yaml."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from hf_fasttrain.checkpoint import complete_checkpoints
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.facts import Facts
+from hf_fasttrain.recipe_file import recipe_as_asked, to_yaml
+from hf_fasttrain.runlog import write_whole
+
+RUN_FILES = ("recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json", "checkpoints")
+
+
+def open_run_folder(folder: Path, facts: Facts, accelerator: Accelerator, *, resume: bool) -> None:
+    """Make the run folder and write down what is asked and what was resolved.
+
+    Raises RunError if it holds a run already and `resume` is not asked for, or can't be written to.
+    """
+    require_free(folder, resume=resume)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if not accelerator.is_main_process:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
+        write_whole(folder / "resolved.yaml", resolved_yaml(facts))
+    except OSError as error:
+        raise RunError(f"output_dir {folder}: can't be written: {error.strerror}; choose another output_dir") from None
+
+
+def require_free(folder: Path, *, resume: bool) -> None:
+    """Raise RunError if the folder holds a run and is not to be resumed, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    if held and not resume:
+        raise RunError(
+            f"output_dir {folder}: holds a run already ({', '.join(held)}); add --resume to go on with it, "
+            "or choose another output_dir"
+        )
+
+
+def finished_steps(folder: Path) -> int | None:
+    """Return the number of steps of a run that has ended, None for one that has not."""
+    path = folder / "result.json"
+    if not path.exists() or not complete_checkpoints(folder / "checkpoints"):
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    newest = complete_checkpoints(folder / "checkpoints")[-1]
+    return result["steps"] if newest.name.endswith(f"{result['steps']:08d}") else None
+
+
+def resolved_yaml(facts: Facts) -> str:
+    """Return resolved.yaml: every value that the run uses, where it came from, and its tag."""
+    tree = {
+        key: {"value": fact.value, "origin": fact.origin, "tag": fact.tag} for key, fact in sorted(facts.all().items())
+    }
+    return to_yaml(tree)

@@ -1,0 +1,96 @@
+"""Learning-rate schedules: the factor on lr as a function of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[int], float]  # step, counted from 0 -> factor on lr
+
+
+def constant(step: int) -> float:
+    """Return 1: lr stays as it is."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A linear rise over `warmup_steps`, then `after` (which is given the step counted from the start)."""
+
+    warmup_steps: int
+    after: Schedule
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return self.after(step)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 at `start_step` to `min_ratio` at the end (Loshchilov and Hutter, arXiv 1608.03983)."""
+
+    num_steps: int
+    start_step: int = 0
+    min_ratio: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        done = (step - self.start_step) / max(1, self.num_steps - self.start_step)
+        return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Cosine rise from 1/25 to 1, cosine fall to 1/250,000: the lr of torch's OneCycleLR (arXiv 1708.07120)."""
+
+    num_steps: int
+    rise_steps: int
+
+    def __call__(self, step: int) -> float:
+        low, lowest = 1 / 25, 1 / 25 / 1e4
+        peak = max(1, self.rise_steps) - 1  # torch's OneCycleLR has its peak one step before rise_steps
+        if step <= peak:
+            return _cosine_between(low, 1.0, step / max(1, peak))
+        return _cosine_between(1.0, lowest, min(1.0, (step - peak) / max(1, self.num_steps - 1 - peak)))
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """gamma ** (step / every_steps): a smooth fall."""
+
+    gamma: float
+    every_steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.gamma ** (step / self.every_steps)
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """gamma ** floor(step / every_steps): falls at once, then stays."""
+
+    gamma: float
+    every_steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.gamma ** (step // self.every_steps)
+
+
+def _cosine_between(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def build_schedule(
+    name: str, *, num_steps: int, warmup_steps: int, min_lr_ratio: float, gamma: float, every_steps: int
+) -> Schedule:
+    """Return the schedule of a name: cosine, onecycle, exponential, step or constant."""
+    if name == "onecycle":
+        return OneCycle(num_steps, warmup_steps or round(0.3 * num_steps))
+    after: dict[str, Schedule] = {
+        "cosine": Cosine(num_steps, warmup_steps, min_lr_ratio),
+        "exponential": Exponential(gamma, every_steps),
+        "step": Staircase(gamma, every_steps),
+        "constant": constant,
+    }
+    return Warmup(warmup_steps, after[name]) if warmup_steps else after[name]

@@ -1,0 +1,126 @@
+"""A finished run put to use: evaluated on a split, asked about images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_fasttrain.build import build_evaluator, resolve_loading
+from hf_fasttrain.data.augment import EvalTransform
+from hf_fasttrain.data.batch import Normalize
+from hf_fasttrain.data.decode import read_image
+from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches
+from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, load_source
+from hf_fasttrain.errors import DataError, RunError, shortened
+from hf_fasttrain.facts import Facts
+from hf_fasttrain.launch import build_accelerator
+from hf_fasttrain.model import SPEC_FILE, ModelSpec, Preprocessing, load_model
+from hf_fasttrain.recipe_file import load_recipe
+
+
+def model_folder(run: Path) -> Path:
+    """Return the model folder of a run folder, or the folder itself if it is one."""
+    for folder in (run / "model", run):
+        if (folder / SPEC_FILE).exists():
+            return folder
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; give a run folder")
+    raise RunError(f"{run}: no model in it; give a run folder whose training has ended")
+
+
+def evaluate_run(run: Path, overrides: Sequence[str] = (), *, split: str | None = None) -> dict[str, float]:
+    """Return the metrics of a run's model on its evaluation split, or on another split of its data set.
+
+    `overrides` change the run's recipe: data.dataset=FOLDER measures on other images. Their classes must be those
+    that the model was trained on, in the same order.
+    """
+    folder = model_folder(run)
+    if not (run / "recipe.yaml").exists():
+        raise RunError(f"{run}: no recipe.yaml in it; evaluate needs a run folder")
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    facts = Facts(recipe)
+    accelerator = build_accelerator(recipe, facts)
+    model, spec = load_model(folder)
+    chosen = _evaluation_split(recipe, spec, split)
+    pre = _preprocessing(spec)
+    workers, pinned = resolve_loading(recipe, accelerator.device, facts)
+    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct)
+    feed = Feed(ImageBatches(chosen, transform, pre.image_size), accelerator.device, workers=workers, pin_memory=pinned)
+    size = recipe.evaluate.batch_size
+    normalize = Normalize(pre.mean, pre.std, accelerator.device, channels_last=recipe.accelerate.channels_last)
+    loader = EvalLoader(
+        feed,
+        len(chosen),
+        64 if size == "auto" else size,
+        normalize,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
+    return evaluator(model.to(accelerator.device), loader)
+
+
+def _evaluation_split(recipe: Any, spec: ModelSpec, split: str | None) -> Split:
+    data = recipe.data
+    source = load_source(
+        data.dataset,
+        config=data.config,
+        revision=data.revision,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        test_split=split or data.test_split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        eval_fraction=data.eval_fraction,
+        seed=recipe.seed,
+    )
+    if source.class_names != spec.class_names:
+        raise DataError(
+            f"{data.dataset}: its classes ({shortened(source.class_names)}) are not the model's "
+            f"({shortened(spec.class_names)}); evaluate on data with the same classes"
+        )
+    return source.test if split and source.test else source.evaluation
+
+
+def _preprocessing(spec: ModelSpec) -> Preprocessing:
+    return spec.preprocessing or Preprocessing(spec.image_size)
+
+
+def predict_images(run: Path, images: Sequence[str], *, top: int = 5) -> list[dict[str, Any]]:
+    """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
+
+    Folders stand for all image files below them. Raises DataError for a path or image that can't be read.
+    """
+    files = [file for image in images for file in _image_files(image)]
+    model, spec = load_model(model_folder(run))
+    pre = _preprocessing(spec)
+    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct)
+    normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(files), 32):
+        batch = files[start : start + 32]
+        pixels = np.stack([transform(read_image(str(file))) for file in batch])
+        with torch.inference_mode():
+            logits = model(normalize(torch.from_numpy(pixels)))
+        scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)
+        best = scores.topk(min(top, spec.num_classes), dim=1)
+        for file, values, classes in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+            named = [{"class": spec.class_names[c], "score": v} for c, v in zip(classes, values, strict=True)]
+            rows.append({"image": str(file), "classes": named})
+    return rows
+
+
+def _image_files(image: str) -> list[Path]:
+    path = Path(image).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{image}: no such file or folder")
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f"{image}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
