@@ -6,24 +6,27 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from hf_fasttrain.errors import UserError, nearest
-from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.recipe_file import json_schema, load_recipe, recipe_header, shipped_recipes
+from hf_fasttrain.shipped import recipe_header, shipped_recipes
+
+if TYPE_CHECKING:
+    from hf_fasttrain.recipe import Recipe
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Train an image classifier from one recipe file: `hf-fasttrain RECIPE [section.key=value ...]`, "
     "or `accelerate launch -m hf_fasttrain RECIPE [section.key=value ...]`.",
 )
-recipes_app = typer.Typer(help="List the shipped recipes, or copy one.", invoke_without_command=True)
+recipes_app = typer.Typer(
+    help="List the shipped recipes, or copy one.", invoke_without_command=True, rich_markup_mode=None
+)
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         app(_with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
     except UserError as error:
         if _is_main():
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if _is_main():
@@ -73,7 +76,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
 ) -> None:
     """Train, evaluate and save the recipe's classifier (the default command)."""
-    loaded = load_recipe(recipe, overrides or [])
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.build import build_trainer
     from hf_fasttrain.launch import output_dir
     from hf_fasttrain.runfolder import finished_steps, require_free
@@ -111,7 +116,12 @@ def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
 @app.command()
 def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Resolve and validate everything, print each value with its origin, train nothing."""
+    from hf_fasttrain.recipe_file import load_recipe
+
     loaded = load_recipe(recipe, overrides or [])
+    from rich.console import Console
+    from rich.table import Table
+
     from hf_fasttrain.build import build_parts, build_unwritten
 
     parts = build_parts(loaded)
@@ -136,6 +146,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a run's model on its evaluation split, or on another split or data set."""
+    from rich.console import Console
+    from rich.table import Table
+
     from hf_fasttrain.serve import evaluate_run
 
     metrics = evaluate_run(run, overrides or [], split=split)
@@ -158,6 +171,9 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Name the most likely classes of image files and folders."""
+    from rich.console import Console
+    from rich.table import Table
+
     from hf_fasttrain.serve import predict_images
 
     predictions = predict_images(run, images, top=top)
@@ -186,6 +202,8 @@ def push(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
+    from hf_fasttrain.recipe_file import json_schema
+
     print(json.dumps(json_schema(), indent=2))
 
 
@@ -194,11 +212,10 @@ def list_recipes(context: typer.Context) -> None:
     """List the shipped recipes with their headers."""
     if context.invoked_subcommand is not None:
         return
-    console = Console(soft_wrap=True, highlight=False)
     for name, path in shipped_recipes().items():
-        console.print(f"[bold]{name}[/bold]")
+        print(name)
         for line in recipe_header(path).splitlines():
-            console.print(f"    {line}", markup=False)
+            print(f"    {line}")
 
 
 @recipes_app.command("copy")

@@ -1,0 +1,121 @@
+"""Small real data, and processes that are forked from one that has imported everything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+torch.set_num_threads(1)
+
+LAUNCHER_VARIABLES = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+
+
+def reset_accelerate() -> None:
+    """Forget accelerate's process-wide state, as in a process that has just started."""
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let every test meet accelerate and the environment as they are at the start of a process."""
+    for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    reset_accelerate()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
+def run_processes(function: Callable[..., Any], *args: Any, num_processes: int = 2) -> list[Any]:
+    """Return what `function(*args)` returns in each of `num_processes` processes that meet over gloo.
+
+    The children are forked: they start in a tenth of a second, where torchrun needs ten to import torch.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        children = [_fork(function, args, rank, num_processes, port, Path(folder)) for rank in range(num_processes)]
+        for child in children:
+            os.waitpid(child, 0)
+        results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(num_processes)]
+    for ok, value in results:
+        assert ok, value
+    return [value for _, value in results]
+
+
+def _fork(function: Callable[..., Any], args: Any, rank: int, world: int, port: int, folder: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    try:
+        reset_accelerate()
+        outcome: tuple[bool, Any] = (True, function(*args))
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
+        outcome = (False, traceback.format_exc())
+    (folder / str(rank)).write_bytes(pickle.dumps(outcome))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Return an image folder of 3 classes x 8 small JPEGs in train, 3 x 4 in validation, that can be told apart."""
+    root = tmp_path / "photos"
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 8), ("validation", 4)):
+        for label, name in enumerate(("blue", "green", "red")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 90, (20 + i, 24, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 120
+                Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=95)
+    return root
+
+
+RECIPE = """
+model: {name: test_resnet}
+data: {dataset: digits, image_size: 32, workers: 0}
+train: {duration: 2 steps, batch_size: 16}
+"""
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a small recipe, or the given text, and returns its path."""
+
+    def write(text: str = RECIPE, name: str = "small.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+assert accelerate.__version__
