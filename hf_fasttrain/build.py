@@ -41,7 +41,7 @@ from hf_fasttrain.optim import build_optimizer, build_param_groups
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe
 from hf_fasttrain.result import Watch
-from hf_fasttrain.runfolder import open_run_folder
+from hf_fasttrain.runfolder import open_run_folder, write_resolved
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.schedule import Schedule, build_schedule
 from hf_fasttrain.trainer import Trainer
@@ -73,6 +73,8 @@ def build_trainer(
     folder = Path(launch.output_dir(parts.recipe))
     open_run_folder(folder, parts.facts, parts.accelerator, resume=resume)
     trainer = _assemble(parts, folder, trainer_class)
+    if parts.accelerator.is_main_process:
+        write_resolved(folder, parts.facts)
     for note in parts.facts.notes:
         trainer.log.note(note)
     if resume:
@@ -384,19 +386,8 @@ def _tracker(parts: Parts) -> Any:
     log, accelerator = parts.recipe.log, parts.accelerator
     if not log.trackers:
         return None
-    missing = sorted(set(log.trackers) - {tracker.value for tracker in _available_trackers()})
-    if missing:
-        raise RunError(
-            f"log.trackers: {', '.join(missing)} not installed; pip install 'hf_fasttrain[trackers]' or leave it out"
-        )
     config = {
         k: str(f.value) for k, f in parts.facts.all().items() if isinstance(f.value, str | int | float | bool | list)
     }
     accelerator.init_trackers(log.project, config=config)
     return lambda values, step: accelerator.log(values, step=step)
-
-
-def _available_trackers() -> list[Any]:
-    from accelerate.tracking import get_available_trackers
-
-    return get_available_trackers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,10 @@ def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         weights = {file.stem: load_file(file, device=str(device)) for file in path.glob("*.safetensors")}
         tensors = torch.load(path / "training.pt", map_location=device, weights_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError) as error:
-        raise RunError(f"checkpoint {path} can't be read: {error}; move it away to resume from an older one") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise RunError(
+            f"checkpoint {path} can't be read: {str(error).splitlines()[0]}; move it away to resume from an older one"
+        ) from None
     return Checkpoint(path, state, weights, tensors)
 
 

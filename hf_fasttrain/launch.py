@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from hf_fasttrain.environment import set_cpu_threads
@@ -31,6 +32,7 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
     for variable, name in NOT_BUILT.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise RunError(f"the launch configuration asks for {name}, which is not built; use accelerate_configs/")
+    _require_trackers(recipe)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not torch.cuda.is_available():
         set_cpu_threads(local)
@@ -48,6 +50,15 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
         # Our own running statistics are averaged before evaluation and saving instead of rank 0's overwriting all.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+
+
+def _require_trackers(recipe: Recipe) -> None:
+    installed = {tracker.value for tracker in get_available_trackers()}
+    missing = sorted(set(recipe.log.trackers) - installed)
+    if missing:
+        raise RunError(
+            f"log.trackers: {', '.join(missing)} not installed; pip install 'hf_fasttrain[trackers]' or leave it out"
+        )
 
 
 def output_dir(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ RUN_FILES = ("recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json", "ch
 
 
 def open_run_folder(folder: Path, facts: Facts, accelerator: Accelerator, *, resume: bool) -> None:
-    """Make the run folder and write down what is asked and what was resolved.
+    """Make the run folder and write down what is asked.
 
     Raises RunError if it holds a run already and `resume` is not asked for, or can't be written to.
     """
@@ -28,7 +29,6 @@ def open_run_folder(folder: Path, facts: Facts, accelerator: Accelerator, *, res
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
-        write_whole(folder / "resolved.yaml", resolved_yaml(facts))
     except OSError as error:
         raise RunError(f"output_dir {folder}: can't be written: {error.strerror}; choose another output_dir") from None
 
@@ -55,9 +55,6 @@ def finished_steps(folder: Path) -> int | None:
     return result["steps"] if newest.name.endswith(f"{result['steps']:08d}") else None
 
 
-def resolved_yaml(facts: Facts) -> str:
-    """Return resolved.yaml: every value that the run uses, where it came from, and its tag."""
-    tree = {
-        key: {"value": fact.value, "origin": fact.origin, "tag": fact.tag} for key, fact in sorted(facts.all().items())
-    }
-    return to_yaml(tree)
+def write_resolved(folder: Path, facts: Facts) -> None:
+    """Write resolved.yaml: every value that the run uses, where it came from, and its tag."""
+    write_whole(folder / "resolved.yaml", to_yaml({key: asdict(fact) for key, fact in facts.all().items()}))

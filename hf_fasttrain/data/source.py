@@ -183,7 +183,8 @@ def scan_image_folder(root: Path) -> dict[str, Any]:
 
 
 def _has_class_folders(path: Path) -> bool:
-    return any(entry.is_dir() for entry in os.scandir(path))
+    with os.scandir(path) as entries:
+        return any(entry.is_dir() for entry in entries)
 
 
 def _scan_classes(root: Path) -> Any:

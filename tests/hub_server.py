@@ -1,0 +1,222 @@
+"""A small Hub on loopback, for the real client: repositories, preupload, LFS, commits, downloads, and refusals."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TOKEN = "hf_" + "x" * 34
+LFS_SUFFIXES = (".safetensors", ".bin", ".onnx")
+
+
+@dataclass
+class Repo:
+    """One repository: its newest files and every commit."""
+
+    private: bool = False
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: list[dict[str, Any]] = field(default_factory=list)  # summary, and path -> bytes of what came
+
+    @property
+    def sha(self) -> str:
+        """Name of the newest commit, 40 hex digits."""
+        return hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
+
+
+@dataclass
+class Hub:
+    """What the server holds and what it was asked. `refuse` maps part of a path to the status it answers with."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    stored: dict[str, bytes] = field(default_factory=dict)  # LFS: sha256 -> bytes
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    created: list[dict[str, Any]] = field(default_factory=list)  # payloads of repos/create
+    cards: list[str] = field(default_factory=list)  # READMEs handed to the validation
+    refuse: dict[str, int] = field(default_factory=dict)
+    url: str = ""
+
+
+@contextmanager
+def running_hub(token: str = TOKEN) -> Iterator[Hub]:
+    """Run a Hub on a free port; it writes only for `token`."""
+    hub = Hub()
+
+    class BoundHandler(Handler):
+        pass
+
+    BoundHandler.hub, BoundHandler.token = hub, token
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the Hub's API does, as far as the client asks."""
+
+    hub: Hub
+    token: str
+    protocol_version = "HTTP/1.1"
+    routes = (
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
+        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", "info"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+", "tree"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/main", "preupload"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/commit/main", "commit"),
+        ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("PUT", r"/storage/([0-9a-f]{64})", "store"),
+        ("POST", r"/verify", "verify"),
+        ("GET", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", "resolve"),
+    )
+
+    def answer(self) -> None:
+        """Find the route of a request and answer it."""
+        path = self.path.split("?")[0]
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.requests.append((self.command, path))
+        refused = next((status for part, status in self.hub.refuse.items() if part in path), None)
+        if refused is not None:
+            self.send_json({"error": "refused by the test"}, refused)
+            return
+        method = "GET" if self.command == "HEAD" else self.command
+        for verb, pattern, name in self.routes:
+            if verb == method and (match := re.fullmatch(pattern, path)):
+                if verb == "POST" and name not in ("validate", "verify") and not self.known_token():
+                    self.send_json({"error": "Invalid username or password."}, 401)
+                else:
+                    getattr(self, name)(*match.groups())
+                return
+        self.send_json({"error": "not found"}, 404)
+
+    do_GET = do_POST = do_PUT = do_HEAD = answer
+
+    def known_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {self.token}"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def send_bytes(self, content: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_json(self, values: Any, status: int = 200) -> None:
+        self.send_bytes(json.dumps(values).encode(), status, Content_Type="application/json")
+
+    # --- repositories --------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        self.hub.created.append(asked)
+        name = f"{asked['organization']}/{asked['name']}"
+        exists = name in self.hub.repos
+        if not exists:
+            self.hub.repos[name] = Repo(private=asked.get("visibility") == "private" or asked.get("private") is True)
+        answer = {"url": f"{self.hub.url}/{name}", "name": name}
+        self.send_json(
+            {**answer, "error": "You already created this model repo"} if exists else answer, 200 + 209 * exists
+        )
+
+    def validate(self) -> None:
+        self.hub.cards.append(json.loads(self.body)["content"])
+        self.send_json({"errors": [], "warnings": []})
+
+    def info(self, name: str) -> None:
+        if (repo := self.hub.repos.get(name)) is None:
+            self.send_json({"error": "Repository not found"}, 404)
+            return
+        siblings = [{"rfilename": path} for path in repo.files]
+        self.send_json({"id": name, "modelId": name, "private": repo.private, "sha": repo.sha, "siblings": siblings})
+
+    def tree(self, name: str) -> None:
+        files = self.hub.repos[name].files
+        names = {path: hashlib.sha1(content).hexdigest() for path, content in files.items()}
+        self.send_json([{"type": "file", "path": p, "size": len(files[p]), "oid": oid} for p, oid in names.items()])
+
+    # --- uploads -------------------------------------------------------------------------------------------
+
+    def preupload(self, name: str) -> None:
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
+                "shouldIgnore": False,
+                "oid": None,
+            }
+            for file in json.loads(self.body)["files"]
+        ]
+        self.send_json({"files": files})
+
+    def lfs_batch(self, name: str) -> None:
+        objects = []
+        for wanted in json.loads(self.body)["objects"]:
+            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.stored:
+                upload = {"href": f"{self.hub.url}/storage/{wanted['oid']}"}
+                answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify"}}
+            objects.append(answer)
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def store(self, oid: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            self.send_json({"error": "the content is not what its name says"}, 400)
+            return
+        self.hub.stored[oid] = self.body
+        self.send_bytes(b"")
+
+    def verify(self) -> None:
+        asked = json.loads(self.body)
+        content = self.hub.stored.get(asked["oid"])
+        right = content is not None and len(content) == asked["size"]
+        self.send_json({}, 200 if right else 404)
+
+    def commit(self, name: str) -> None:
+        repo, files, summary = self.hub.repos[name], {}, ""
+        for line in self.body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                summary = value["summary"]
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+            else:
+                self.send_json({"error": f"unknown operation {item['key']}"}, 400)
+                return
+        repo.files |= files
+        repo.commits.append({"summary": summary, "files": files})
+        url = f"{self.hub.url}/{name}/commit/{repo.sha}"
+        self.send_json({"success": True, "commitOid": repo.sha, "commitUrl": url, "hookOutput": ""})
+
+    # --- downloads -----------------------------------------------------------------------------------------
+
+    def resolve(self, name: str, path: str) -> None:
+        repo = self.hub.repos.get(name)
+        if repo is None or path not in repo.files:
+            self.send_bytes(b"", 404, X_Error_Code="EntryNotFound" if repo else "RepoNotFound")
+            return
+        content = repo.files[path]
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        self.send_bytes(content, ETag=etag, X_Repo_Commit=repo.sha, Content_Type="application/octet-stream")

@@ -1,0 +1,136 @@
+"""The house: imports run one way, and importing does nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hf_fasttrain
+
+PACKAGE = Path(hf_fasttrain.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+# Who stands above whom; a module imports only from levels below its own (or beside it, without a circle).
+LEVELS = [
+    {"errors", "duration"},
+    {"recipe", "shipped", "data", "data.order", "schedule", "environment", "result", "pace", "loss", "optim", "ema"},
+    {"contradictions", "data.columns", "data.decode", "data.batch", "data.augment", "metrics", "runlog", "checkpoint"},
+    {"recipe_check", "data.source", "model", "evaluation"},
+    {"recipe_file", "data.loader"},
+    {"facts", "trainer"},
+    {"launch", "runfolder"},
+    {"build"},
+    {"serve"},
+    {"cli"},
+    {"__main__"},
+]
+RECIPE_MODULES = {"recipe", "recipe_check", "recipe_file", "contradictions", "facts", "launch", "runfolder", "shipped"}
+DOORS_UP = {("trainer", "build"), ("trainer", "publish.hub")}  # imported inside methods
+PUBLISH = {name for name in MODULES if name.startswith("publish")}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the package's modules that a file imports, anywhere in it, but for type checking."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for inner in ast.walk(node):
+                inner.module = None if isinstance(inner, ast.ImportFrom) else getattr(inner, "module", None)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hf_fasttrain"):
+            base = node.module.removeprefix("hf_fasttrain").removeprefix(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".removeprefix(".")
+                found.add(name if name in MODULES else base)
+    return found - {""}
+
+
+def level(name: str) -> int:
+    return next(number for number, names in enumerate(LEVELS) if name in names)
+
+
+def test_every_module_has_its_level() -> None:
+    assert set(MODULES) - PUBLISH - {"", "__init__"} == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - PUBLISH - {"", "__init__"}))
+def test_imports_run_one_way(name: str) -> None:
+    for imported in imports(MODULES[name]):
+        if (name, imported) in DOORS_UP or imported.startswith("publish"):
+            assert name in ("trainer", "cli")
+            continue
+        assert level(imported) <= level(name), f"{name} imports {imported}"
+
+
+def test_there_is_no_circle() -> None:
+    graph = {name: {i for i in imports(path) if (name, i) not in DOORS_UP} for name, path in MODULES.items()}
+    done: set[str] = set()
+    while len(done) < len(graph):
+        free = {name for name, below in graph.items() if name not in done and below <= done}
+        assert free, f"a circle among {sorted(set(graph) - done)}"
+        done |= free
+
+
+def test_only_build_and_above_know_the_recipe() -> None:
+    allowed = RECIPE_MODULES | {"build", "serve", "cli"}
+    for name, path in MODULES.items():
+        if name not in allowed:
+            known = imports(path) & {"recipe", "recipe_file", "facts"}
+            assert not known, f"{name} imports {known}"
+
+
+def test_publish_reads_run_folders_only() -> None:
+    for name in PUBLISH:
+        assert not imports(MODULES[name]) & {"build", "trainer", "launch", "cli"}
+
+
+def test_only_cli_and_runlog_write_to_the_terminal() -> None:
+    for name, path in MODULES.items():
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        printing = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not printing or name == "cli"
+
+
+def test_importing_is_without_side_effects() -> None:
+    """Importing every module changes no random state, starts no device and prints nothing."""
+    code = (
+        "import importlib, sys, torch, random\n"
+        "import accelerate, datasets, timm, transformers, huggingface_hub  # what others do is theirs\n"
+        "before = torch.get_rng_state().clone(), random.getstate(), torch.get_num_threads()\n"
+        f"for name in {sorted(n for n in MODULES if n and n != '__main__')!r}:\n"
+        "    importlib.import_module('hf_fasttrain.' + name)\n"
+        "assert torch.equal(before[0], torch.get_rng_state()) and before[1:] == (random.getstate(), "
+        "torch.get_num_threads())\n"
+        "from accelerate.state import PartialState\n"
+        "assert PartialState._shared_state == {} and not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "modle.name=x"], ["recipes"]])
+def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom hf_fasttrain.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'accelerate', 'datasets', 'timm', 'transformers', 'evaluate', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - began < 30  # not a benchmark: it only fails if something heavy is done
+
+
+def test_public_names() -> None:
+    for name in hf_fasttrain.__all__:
+        assert getattr(hf_fasttrain, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'Trainr'"):
+        hf_fasttrain.Trainr  # noqa: B018

@@ -1,0 +1,303 @@
+"""The loop's promises: resume, early stopping, moving average, precision, what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import reset_accelerate, run_processes
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hf_fasttrain import Trainer, Watch, load_recipe
+from hf_fasttrain.checkpoint import complete_checkpoints
+from hf_fasttrain.data.loader import Step
+from hf_fasttrain.ema import Ema
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.runlog import RunLog
+
+SMALL = [
+    "data.eval_fraction=0.05",
+    "augment.mixup=0.5",
+    "model.drop_path=0.1",
+    "ema={decay: 0.9}",
+    "accelerate.gradient_accumulation_steps=2",
+    "log.every=1",
+]
+
+
+def make(write_recipe: Callable[..., Path], output_dir: Path, *overrides: str, resume: bool = False) -> Trainer:
+    reset_accelerate()
+    return Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={output_dir}", *overrides], resume=resume)
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_is_whole(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = make(write_recipe, run, "train.duration=4 steps", "evaluate.every=2 steps").fit()
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.yaml",
+        "resolved.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "checkpoints",
+        "model",
+    }
+    written = json.loads((run / "result.json").read_text())
+    keys = {"metrics", "steps", "images", "train_seconds", "images_per_second", "data_wait_fraction"}
+    assert keys | {"peak_memory_bytes", "machine", "versions"} <= written.keys()
+    assert written["metrics"] == result.metrics
+    assert written["steps"] == 4
+    assert written["images"] == 64
+    assert 0 <= written["data_wait_fraction"] <= 1
+    assert [line["step"] for line in lines(run) if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(run) if line["kind"] == "evaluation"] == [2, 4]
+    again = load_recipe(run / "recipe.yaml")
+    assert again.train.duration.count == 4
+    assert "there is no GPU" in (run / "resolved.yaml").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(
+    workers: int, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = ["train.duration=6 steps", "checkpoint.every=2 steps", f"data.workers={workers}"]
+    make(write_recipe, tmp_path / "whole", *options).fit()
+
+    class Killed(Trainer):
+        def train_step(self, step: Step) -> Tensor:
+            if step.index == 5:
+                raise KeyboardInterrupt
+            return super().train_step(step)
+
+    reset_accelerate()
+    overrides = [*SMALL, f"output_dir={tmp_path / 'cut'}", *options]
+    with pytest.raises(KeyboardInterrupt):
+        Killed.from_recipe(write_recipe(), overrides).fit()
+    resumed = make(write_recipe, tmp_path / "cut", *options, resume=True)
+    assert resumed.state.step == 4
+    result = resumed.fit()
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert result.images == 96
+    losses = [[line["loss"] for line in lines(tmp_path / run) if line["kind"] == "train"] for run in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_resume_without_checkpoint_starts_afresh_and_says_so(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(write_recipe, tmp_path / "run", resume=True)
+    assert trainer.state.step == 0
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_resume_refuses_what_changes_the_outcome(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    make(write_recipe, tmp_path / "run").fit()
+    with pytest.raises(RunError, match=r"optimizer.lr: 0.001 in the run, 0.5 asked for"):
+        make(write_recipe, tmp_path / "run", "optimizer.lr=0.5", resume=True)
+    longer = make(write_recipe, tmp_path / "run", "train.duration=3 steps", "data.workers=1", resume=True)
+    assert longer.fit().steps == 3
+
+
+def test_checkpoints_are_pruned_but_the_best_is_kept(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    trainer = make(
+        write_recipe,
+        tmp_path / "run",
+        "train.duration=6 steps",
+        "checkpoint={every: 1 steps, keep: 2, best: {metric: loss, mode: max}}",
+        "evaluate.every=1 steps",
+        "optimizer.lr=1e-2",
+    )
+    trainer.fit()
+    kept = [int(path.name.split("_")[1]) for path in complete_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert trainer.state.best is not None
+    assert set(kept) == {5, 6, trainer.state.best["step"]}
+
+
+def test_a_half_written_checkpoint_is_not_taken(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    make(write_recipe, tmp_path / "run", "checkpoint.every=1 steps").fit()
+    newest = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    (newest / "COMPLETE").unlink()
+    assert make(write_recipe, tmp_path / "run", resume=True).state.step == 1
+    older = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    (older / "training.pt").write_bytes(b"no")
+    with pytest.raises(RunError, match=r"can't be read: .*; move it away to resume from an older one"):
+        make(write_recipe, tmp_path / "run", resume=True)
+
+
+def test_early_stopping(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    stopping = "early_stopping={metric: loss, mode: max, patience: 3 steps}"  # a loss that falls is never better
+    options = ["train.duration=40 steps", "evaluate.every=1 steps", stopping, "optimizer.lr=1e-2", "ema=null"]
+    result = make(write_recipe, tmp_path / "run", *options).fit()
+    assert result.stopped_early
+    assert result.steps < 40
+
+
+def test_a_test_split_is_evaluated_once_at_the_end_and_never_watched(
+    write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path
+) -> None:
+    (image_folder / "validation").rename(image_folder / "test")
+    options = [
+        f"data.dataset={image_folder}",
+        "data.test_split=test",
+        "evaluate.every=1 steps",
+        "data.eval_fraction=0.2",
+    ]
+    trainer = make(write_recipe, tmp_path / "run", *options)
+    assert "held-out" in trainer.eval_loader.name
+    result = trainer.fit()
+    assert result.test_metrics is not None
+    splits = [line["split"] for line in lines(tmp_path / "run") if line["kind"] == "evaluation"]
+    assert splits[-1] == "test"
+    assert all("held-out" in split for split in splits[:-1])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    trainer = make(write_recipe, tmp_path / "run", "train.duration=3 steps")
+    with torch.no_grad():
+        next(trainer.raw_model.parameters()).fill_(float("nan"))
+    with pytest.raises(RunError, match=r"the loss is nan at step 1, lr 0\.001: lower optimizer\.lr"):
+        trainer.fit()
+
+
+def test_bf16_losses_follow_fp32s(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """20 steps: within 5 % of the fp32 loss at every step (measured: at most 1 %)."""
+    losses = {}
+    for precision in ("no", "bf16"):
+        options = ["train.duration=20 steps", f"accelerate.mixed_precision={precision}", "model.name=test_vit"]
+        run = tmp_path / precision
+        make(write_recipe, run, *options, "augment.mixup=0", "model.drop_path=0").fit()
+        losses[precision] = [line["loss"] for line in lines(run) if line["kind"] == "train"]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
+    assert losses["bf16"] != losses["no"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU")
+def test_fp16_overflow_skips_the_step_and_keeps_lr(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    trainer = make(write_recipe, tmp_path / "run", "accelerate.mixed_precision=fp16", "train.duration=4 steps")
+    trainer.accelerator.scaler.update(2.0**60)  # the first gradients overflow
+    result = trainer.fit()
+    assert result.skipped_steps >= 1
+    assert trainer.state.updates == 4 - result.skipped_steps
+
+
+def test_ema_is_the_plain_formula() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ema = Ema(model, 0.9, warmup=True)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for update in range(30):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(4, 3))
+        ema.update(update)
+        decay = min(0.9, (1 + update) / (10 + update))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * value
+            else:
+                expected[name] = value.clone()
+    for name, value in ema.module.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_the_backbone_its_weights(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    make(write_recipe, tmp_path / "base", "ema=null").fit()
+    trainer = make(
+        write_recipe,
+        tmp_path / "head",
+        "ema=null",
+        f"model.pretrained={tmp_path / 'base'}",
+        "model.freeze_backbone=true",
+        "optimizer.lr=0.1",
+    )
+    before = {name: value.clone() for name, value in trainer.raw_model.state_dict().items()}
+    trainer.fit()
+    changed = {n for n, value in trainer.raw_model.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_clipping_bounds_the_gradients(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["optimizer.name=sgd", "optimizer.clip_norm=1e-9", "ema=null", "optimizer.weight_decay=0"]
+    trainer = make(write_recipe, tmp_path / "run", *options, "optimizer.lr=1")
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer.fit()
+    moved = sum(float((a.detach() - b).norm() ** 2) for a, b in zip(trainer.parameters, before, strict=True)) ** 0.5
+    assert 0 < moved < 1e-7
+
+
+def test_own_objects_need_something_to_evaluate_with() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    data = [(torch.zeros(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, data, optimizer, log=RunLog(show=False))
+    trainer.fit()
+    with pytest.raises(RunError, match="nothing to evaluate with; give Trainer an eval_loader"):
+        trainer.evaluate()
+    with pytest.raises(RunError, match="nothing to push: the trainer has no output_dir"):
+        trainer.push_to_hub("me/x")
+    reset_accelerate()
+    watched = Trainer(
+        model, data, optimizer, eval_loader=data, num_classes=3, best=Watch("speed"), log=RunLog(show=False)
+    )
+    with pytest.raises(RunError, match="'speed' is watched, but the evaluation measures only loss, accuracy"):
+        watched.fit()
+
+
+def test_notes_are_said_once_and_kept(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    result = make(write_recipe, tmp_path / "run", "data.pin_memory=true", "accelerate.mixed_precision=no").fit()
+    output = capsys.readouterr().out
+    for note in (
+        "data.pin_memory=true has no effect without a GPU",
+        "the launch configuration says mixed precision bf16; the recipe's no is used",
+        "the launch configuration says 8 accumulation steps; the recipe's 2 is used",
+        "training images are held out",
+    ):
+        assert output.count(note) == 1
+        assert any(note in kept for kept in result.notes)
+
+
+def fit_on_two(recipe: str, output_dir: str) -> tuple[dict[str, float], int]:
+    result = Trainer.from_recipe(recipe, [*SMALL, f"output_dir={output_dir}", "train.duration=3 steps"]).fit()
+    return result.metrics, result.images
+
+
+def test_two_processes_train_from_a_recipe(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = run_processes(fit_on_two, str(write_recipe()), str(tmp_path / "run"))
+    assert first == second
+    assert first[1] == 48
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_tensorboard_gets_the_metrics(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make(write_recipe, tmp_path / "run", "log.trackers=[tensorboard]")
+    trainer.fit()
+    trainer.accelerator.end_training()
+    (events,) = (tmp_path / "run" / "trackers" / "hf_fasttrain").glob("events*")
+    scalars = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/lr", "eval/accuracy"} <= set(scalars)
