@@ -82,6 +82,7 @@ def synthetic_batches(bench: Bench, setting: Setting) -> Iterator[tuple[Tensor, 
     """Yield for ever `images` and `labels` of four uint8 batches on the device, normalised when asked for."""
     shape = (bench.batch, bench.image_px, bench.image_px, 3)
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, bench.device, channels_last=setting.channels_last)
+    torch.manual_seed(1)  # both sides see the same images
     pixels = [torch.randint(0, 256, shape, dtype=torch.uint8, device=bench.device) for _ in range(4)]
     labels = [torch.randint(0, CLASSES, (bench.batch,), device=bench.device) for _ in range(4)]
     for index in itertools.cycle(range(4)):
@@ -90,7 +91,7 @@ def synthetic_batches(bench: Bench, setting: Setting) -> Iterator[tuple[Tensor, 
 
 def built_model(bench: Bench, setting: Setting) -> nn.Module:
     """Return the model on the device, in its memory layout, to be compiled at its first step if asked."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # both sides start from the same weights
     names = [str(i) for i in range(CLASSES)]
     model = build_model(ModelSpec(setting.model, names, bench.image_px)).to(bench.device).train()
     if setting.channels_last:
@@ -105,25 +106,28 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
 
-def ours(bench: Bench, setting: Setting) -> Callable[[], Any]:
+def ours(bench: Bench, setting: Setting) -> Callable[[], Tensor]:
     """Return one step of the Trainer, as a function."""
     batches, model = synthetic_batches(bench, setting), built_model(bench, setting)
     precision = "no" if setting.precision == "tf32" else setting.precision
     accelerator = Accelerator(cpu=not bench.cuda, mixed_precision=precision)
+    if precision != "no" and not accelerator.native_amp:
+        raise RuntimeError(f"accelerate does not autocast to {precision} on {bench.device.type}")
     optimizer, log = build_optimizer(model), RunLog(None, show=False)
-    trainer = Trainer(model, [next(batches)], optimizer, accelerator=accelerator, log=log)
+    trainer = Trainer(model, [None], optimizer, accelerator=accelerator, log=log)
+    # The loader above is never read: steps are handed over one by one.
     shape = (3, bench.image_px, bench.image_px)
     steps = itertools.count()
     return lambda: trainer.train_step(Step(next(steps), bench.batch, 1, itertools.islice(batches, 1), shape))
 
 
-def bare(bench: Bench, setting: Setting) -> Callable[[], Any]:
+def bare(bench: Bench, setting: Setting) -> Callable[[], Tensor]:
     """Return one step of a plain PyTorch loop, as a function."""
     batches, model = synthetic_batches(bench, setting), built_model(bench, setting)
     optimizer, dtype = build_optimizer(model), DTYPES[setting.precision]
     scaler = torch.amp.GradScaler(bench.device.type, enabled=dtype is torch.float16)
 
-    def step() -> None:
+    def step() -> Tensor:
         images, labels = next(batches)
         with torch.autocast(bench.device.type, dtype, enabled=dtype is not None):
             loss = F.cross_entropy(model(images), labels)
@@ -131,6 +135,7 @@ def bare(bench: Bench, setting: Setting) -> Callable[[], Any]:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     return step
 
@@ -138,12 +143,13 @@ def bare(bench: Bench, setting: Setting) -> Callable[[], Any]:
 SIDES = {"ours": ours, "bare": bare}
 
 
-def warm(bench: Bench, build: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], Any], dict[str, Any]]:
+def warm(bench: Bench, build: Callable[[], Callable[[], Tensor]]) -> tuple[Callable[[], Tensor], dict[str, Any]]:
     """Return a side's step, past compilation and the choice of kernels, and its warm-up time and peak memory."""
     before = torch.cuda.memory_allocated() if bench.cuda else 0
     start = time.perf_counter()
     step = build()
-    for _ in range(4):
+    first_loss = float(step())
+    for _ in range(3):
         step()
     bench.wait()
     warmup_seconds = time.perf_counter() - start
@@ -155,7 +161,8 @@ def warm(bench: Bench, build: Callable[[], Callable[[], Any]]) -> tuple[Callable
     bench.wait()
     step_seconds = (time.perf_counter() - start) / 3
     peak = torch.cuda.max_memory_allocated() - before if bench.cuda else None
-    return step, {"warmup_seconds": warmup_seconds, "step_seconds": step_seconds, "peak_memory_bytes": peak}
+    facts = {"warmup_seconds": warmup_seconds, "peak_memory_bytes": peak, "first_loss": first_loss}
+    return step, {**facts, "step_seconds": step_seconds}
 
 
 def measure_training(bench: Bench, setting: Setting) -> dict[str, Any]:
@@ -165,6 +172,9 @@ def measure_training(bench: Bench, setting: Setting) -> dict[str, Any]:
     steps, facts = {}, {}
     for name, side in SIDES.items():
         steps[name], facts[name] = warm(bench, lambda side=side: side(bench, setting))
+    losses = [fact["first_loss"] for fact in facts.values()]
+    if not abs(losses[0] - losses[1]) <= 0.01 * abs(losses[1]):
+        raise RuntimeError(f"the sides do not compute the same: first losses {losses}")
     longest = max(fact.pop("step_seconds") for fact in facts.values())
     number = max(2, round(bench.window_seconds / longest))
     rates: dict[str, list[float]] = {name: [] for name in SIDES}

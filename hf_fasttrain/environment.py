@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -41,6 +42,7 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def describe_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a run's outcome."""
     versions = {"python": platform.python_version()}

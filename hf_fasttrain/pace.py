@@ -25,30 +25,36 @@ class Pace:
         self._new_lap()
 
     def _new_lap(self) -> None:
-        self._loss: Tensor | float = 0.0
-        self._images = self._steps = 0
+        self._losses: list[Tensor] = []
+        self._images: list[int] = []
         self._seconds = self._wait = 0.0
 
     def add(self, loss: Tensor, num_images: int) -> None:
         """Count a step: this process's part of its mean loss (0-d), and its images on all processes."""
-        self._loss = self._loss + loss * num_images
-        self._images += num_images
-        self._steps += 1
+        self._losses.append(loss)
+        self._images.append(num_images)
         self.images += num_images
 
     def lap(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return what happened since the last lap; `add_up` sums a tensor over processes."""
-        loss = float(add_up(torch.as_tensor(self._loss, device=self.device))) / max(1, self._images)
+        loss = float(add_up(self._total_loss())) / max(1, sum(self._images))
         self._mark()
         seconds = max(self._seconds, 1e-9)
         values = {
             "loss": loss,  # mean over the images
-            "images_per_second": self._images / seconds,
+            "images_per_second": sum(self._images) / seconds,
             "data_wait_fraction": min(1.0, self._wait / seconds),
-            "seconds_per_step": seconds / max(1, self._steps),
+            "seconds_per_step": seconds / max(1, len(self._images)),
         }
         self._new_lap()
         return values
+
+    def _total_loss(self) -> Tensor:
+        """Return the sum of the losses of all images in this lap, as far as this process had them."""
+        if not self._losses:
+            return torch.zeros((), device=self.device)
+        images = torch.tensor(self._images, dtype=torch.float32).to(self.device, non_blocking=True)
+        return (torch.stack(self._losses).float() * images).sum()
 
     @contextmanager
     def running(self) -> Iterator[None]:

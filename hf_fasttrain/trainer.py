@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from hf_fasttrain.checkpoint import newest_checkpoint, prune_checkpoints, require_same, save_checkpoint
@@ -96,8 +97,10 @@ class Trainer:
         self.model = self.accelerator.prepare_model(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
-        # `Accelerator.backward` divides by the accumulation steps and DDP by the processes; both are taken back.
-        self.backward_scale = self.accelerator.gradient_accumulation_steps * self.accelerator.num_processes
+        if self.accelerator.mixed_precision != "no" and not self.accelerator.native_amp:
+            raise RunError(
+                f"{self.accelerator.mixed_precision} has no effect on {self.device}; use mixed_precision no or bf16"
+            )
         self.loss, self.clip_norm, self.ema, self.seed = loss, clip_norm, ema, seed
         self.lr = lr if lr is not None else float(optimizer.param_groups[0]["lr"])
         self.schedule = schedule
@@ -164,14 +167,24 @@ class Trainer:
         total: Tensor | None = None
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
             with self._gradient_exchange(last=number == step.num_micro_batches):
-                share = len(images) / step.num_images
-                loss = self.loss(self.model(images), targets) * share
-                self.accelerator.backward(loss * self.backward_scale)
+                loss = self.loss(self.model(images), targets)
+                if len(images) != step.num_images:  # a factor of 1 would cost 2 % of a small step
+                    loss = loss * (len(images) / step.num_images)
+                self._backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             total = self._join_without_images(step.image_shape)
         self._update()
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of this process's part of the loss; what DDP and Accelerator divide by is taken back."""
+        if self.accelerator.num_processes > 1:
+            loss = loss * self.accelerator.num_processes
+        if self.accelerator.scaler is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
 
     def _update(self) -> None:
         scaled = self.accelerator.scaler is not None
@@ -198,7 +211,7 @@ class Trainer:
         for norm in self.norms:
             norm.eval()
         loss = self.model(images).sum() * 0.0
-        self.accelerator.backward(loss)
+        self._backward(loss)
         self._set_train_mode()
         return loss.detach()
 
@@ -330,7 +343,8 @@ class Trainer:
 
         if self.output_dir is None:
             raise RunError("nothing to push: the trainer has no output_dir")
-        return push_run(self.output_dir, repo, private=private)
+        address = [push_run(self.output_dir, repo, private=private) if self.accelerator.is_main_process else ""]
+        return str(broadcast_object_list(address)[0])
 
     # --- logging and ending --------------------------------------------------------------------------------
 

@@ -100,12 +100,12 @@ def test_only_cli_and_runlog_write_to_the_terminal() -> None:
 def test_importing_is_without_side_effects() -> None:
     """Importing every module changes no random state, starts no device and prints nothing."""
     code = (
-        "import importlib, sys, torch, random\n"
+        "import importlib, sys, torch, numpy as np\n"
         "import accelerate, datasets, timm, transformers, huggingface_hub  # what others do is theirs\n"
-        "before = torch.get_rng_state().clone(), random.getstate(), torch.get_num_threads()\n"
+        "before = torch.get_rng_state().clone(), str(np.random.get_state()), torch.get_num_threads()\n"
         f"for name in {sorted(n for n in MODULES if n and n != '__main__')!r}:\n"
         "    importlib.import_module('hf_fasttrain.' + name)\n"
-        "assert torch.equal(before[0], torch.get_rng_state()) and before[1:] == (random.getstate(), "
+        "assert torch.equal(before[0], torch.get_rng_state()) and before[1:] == (str(np.random.get_state()), "
         "torch.get_num_threads())\n"
         "from accelerate.state import PartialState\n"
         "assert PartialState._shared_state == {} and not torch.cuda.is_initialized()\n"

@@ -301,3 +301,12 @@ def test_tensorboard_gets_the_metrics(write_recipe: Callable[..., Path], tmp_pat
     (events,) = (tmp_path / "run" / "trackers" / "hf_fasttrain").glob("events*")
     scalars = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"train/loss", "train/lr", "eval/accuracy"} <= set(scalars)
+
+
+def test_a_precision_without_effect_is_refused() -> None:
+    from accelerate import Accelerator
+
+    model = nn.Linear(2, 2)
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    with pytest.raises(RunError, match="fp16 has no effect on cpu"):
+        Trainer(model, [1], torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
