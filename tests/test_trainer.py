@@ -310,12 +310,3 @@ def test_a_precision_without_effect_is_refused() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="fp16")
     with pytest.raises(RunError, match="fp16 has no effect on cpu"):
         Trainer(model, [1], torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
-
-
-def test_a_precision_without_effect_is_refused() -> None:
-    from accelerate import Accelerator
-
-    model = nn.Linear(2, 2)
-    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
-    with pytest.raises(RunError, match="fp16 has no effect on cpu"):
-        Trainer(model, [1], torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
