@@ -1,18 +1,17 @@
-"""Image classifiers of timm and transformers: built, started from weights, prepared, saved and loaded."""
+"""Image classifiers of timm and transformers: built, started from weights, prepared for training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_fasttrain.errors import ModelError, nearest, shortened
+from hf_fasttrain.errors import ModelError, nearest
+from hf_fasttrain.weights import is_within, load_weights, weights_file
 
-SPEC_FILE = "hf_fasttrain.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -69,7 +68,7 @@ def build_model(spec: ModelSpec, pretrained: bool | str = False) -> nn.Module:
     head of another number of classes in them is left out; any other misfit is a ModelError.
     """
     if spec.is_transformers:
-        return _build_transformers(spec, pretrained)
+        return build_transformers(spec, pretrained)
     if isinstance(pretrained, str):
         model = _create_timm(spec, False)
         if spec.small_image_stem:
@@ -172,7 +171,8 @@ def use_small_image_stem(model: nn.Module) -> None:
 # --- transformers ------------------------------------------------------------------------------------------
 
 
-def _build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
+def build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
+    """Return a transformers classifier, wrapped; `build_model` says what `pretrained` may be."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     if spec.small_image_stem or spec.drop_path:
@@ -203,70 +203,7 @@ def _build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
     return classifier
 
 
-# --- weights -----------------------------------------------------------------------------------------------
-
-
-def weights_file(place: str) -> Path:
-    """Return the .safetensors file of a local folder or path."""
-    path = Path(place).expanduser()
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
-        if not found:
-            raise ModelError(f"model.pretrained: no model.safetensors in folder {place}")
-        return found[0]
-    if not path.exists():
-        raise ModelError(f"model.pretrained: no file or folder {place}; allowed are true, false and local weights")
-    if path.suffix != ".safetensors":
-        raise ModelError(f"model.pretrained: {place} is not a .safetensors file, the one form that is safe to load")
-    return path
-
-
-def load_weights(model: nn.Module, path: Path, head: Sequence[str] = ()) -> None:
-    """Load a .safetensors file into a model; a head (prefixes) of other shape in the file is left as it is.
-
-    timm's own converters run first (old names, position embeddings of another image size).
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: can't be read as safetensors: {error}") from None
-    weights = _convert(weights, model)
-    own = model.state_dict()
-    other = [
-        name for name in weights if name in own and weights[name].shape != own[name].shape and _is_within(name, head)
-    ]
-    for name in other:
-        del weights[name]
-    missing = [name for name in own if name not in weights and name not in other and not _is_within(name, head)]
-    unknown = [name for name in weights if name not in own and not _is_within(name, head)]
-    misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
-    if missing or unknown or misshapen:
-        raise ModelError(
-            f"{path}: weights of another model: {len(missing)} tensors missing ({shortened(missing, 3)}), "
-            f"{len(unknown)} unknown ({shortened(unknown, 3)}), {len(misshapen)} of other shape "
-            f"({shortened(misshapen, 3)}); give weights of the same model.name and model.args"
-        )
-    model.load_state_dict(weights, strict=False)
-
-
-def _convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    import inspect
-    import sys
-
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is None or len(inspect.signature(convert).parameters) < 2:
-        return weights
-    try:
-        return convert(dict(weights), model)
-    except (KeyError, AttributeError, RuntimeError, ValueError):
-        return weights  # not this model's; `load_weights` says how
-
-
-def _is_within(name: str, prefixes: Sequence[str]) -> bool:
-    return any(name.startswith(f"{prefix}.") for prefix in prefixes)
+# --- preparing ---------------------------------------------------------------------------------------------
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -278,14 +215,11 @@ def head_names(model: nn.Module) -> list[str]:
     return [classifier] if isinstance(classifier, str) else list(classifier or ())
 
 
-# --- preparing ---------------------------------------------------------------------------------------------
-
-
 def freeze_backbone(model: nn.Module) -> None:
     """Let the head alone require gradients."""
     head = head_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_within(name, head))
+        parameter.requires_grad_(is_within(name, head))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(f"model.freeze_backbone: the head of {type(model).__name__} was not found")
 
@@ -342,75 +276,3 @@ def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
         interpolation=names.get(int(number), base.interpolation) if number is not None else base.interpolation,
         crop_pct=getattr(processor, "crop_pct", None) or 1.0,
     )
-
-
-# --- saving and loading ------------------------------------------------------------------------------------
-
-
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write a model's weights as `model.safetensors`."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
-    """Write weights, classes and preprocessing to a folder that `load_model` reads.
-
-    timm models also get the config.json that `timm.create_model("local-dir:...", pretrained=True)` reads,
-    transformers models what `from_pretrained` reads.
-    """
-    if isinstance(model, TransformersClassifier):
-        model.model.save_pretrained(folder)  # type: ignore[operator]
-    else:
-        save_weights(model, folder)
-        config = timm_config(model, spec)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
-
-
-def timm_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
-    """Return the config.json that timm and transformers' TimmWrapper read."""
-    pre = spec.preprocessing or model_preprocessing(model, spec)
-    known = dict(getattr(model, "pretrained_cfg", None) or {})
-    args = dict(spec.args)
-    if known.get("fixed_input_size"):
-        args["img_size"] = spec.image_size
-    keep = ("tag", "license", "first_conv", "classifier", "fixed_input_size", "pool_size")
-    return {
-        "architecture": known.get("architecture") or spec.name.split("/")[-1].split(".")[0],
-        "num_classes": spec.num_classes,
-        "label_names": spec.class_names,
-        "model_args": args,
-        "pretrained_cfg": {
-            **{key: known[key] for key in keep if known.get(key) is not None},
-            "input_size": [3, spec.image_size, spec.image_size],
-            "interpolation": pre.interpolation,
-            "crop_pct": pre.crop_pct,
-            "crop_mode": "center",
-            "mean": list(pre.mean),
-            "std": list(pre.std),
-            "num_classes": spec.num_classes,
-        },
-        **({"problem_type": "multi_label_classification"} if spec.multi_label else {}),
-    }
-
-
-def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
-    """Return the model and its spec from a folder that `save_model` wrote."""
-    path = folder / SPEC_FILE
-    if not path.exists():
-        raise ModelError(f"{folder}: no {SPEC_FILE}; give a run folder whose training has ended, or its model folder")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    pre = values.pop("preprocessing", None)
-    if pre:
-        pre = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
-    spec = ModelSpec(**values, preprocessing=pre)
-    if spec.is_transformers:
-        model = _build_transformers(replace(spec, name=f"transformers:{folder}"), pretrained=True)
-    else:
-        model = build_model(spec)
-        load_weights(model, folder / "model.safetensors")
-    return model.eval(), spec

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fasttrain.build import build_evaluator, resolve_loading
+from hf_fasttrain.assemble import build_evaluator, resolve_loading
 from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.decode import read_image
@@ -18,7 +18,8 @@ from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, load_source
 from hf_fasttrain.errors import DataError, RunError, shortened
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.launch import build_accelerator
-from hf_fasttrain.model import SPEC_FILE, ModelSpec, Preprocessing, load_model
+from hf_fasttrain.model import ModelSpec, Preprocessing
+from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe_file import load_recipe
 
 

@@ -24,12 +24,13 @@ from hf_fasttrain.environment import describe_machine, describe_versions, peak_m
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.loss import Loss
-from hf_fasttrain.model import batch_norms, save_weights
+from hf_fasttrain.model import batch_norms
 from hf_fasttrain.optim import set_lr
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.result import Result, Watch
 from hf_fasttrain.runlog import RunLog, write_json
 from hf_fasttrain.schedule import Schedule, constant
+from hf_fasttrain.weights import save_weights
 
 if TYPE_CHECKING:
     from hf_fasttrain.recipe import Recipe

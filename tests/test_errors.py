@@ -12,7 +12,8 @@ import pytest
 from conftest import RECIPE
 
 from hf_fasttrain.cli import main
-from hf_fasttrain.model import ModelSpec, build_model, save_weights
+from hf_fasttrain.model import ModelSpec, build_model
+from hf_fasttrain.weights import save_weights
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -18,8 +18,11 @@ from huggingface_hub import constants
 from ruamel.yaml import YAML
 
 from hf_fasttrain.errors import RunError
-from hf_fasttrain.model import ModelSpec, Preprocessing, build_model, load_model, save_model
-from hf_fasttrain.publish.hub import Scrubber, is_hub_name, is_local_path, push_run
+from hf_fasttrain.model import ModelSpec, Preprocessing, build_model
+from hf_fasttrain.model_folder import load_model, save_model
+from hf_fasttrain.publish.card import is_hub_name
+from hf_fasttrain.publish.hub import push_run
+from hf_fasttrain.publish.local_paths import Scrubber, is_local_path
 
 CLASS_NAMES = ["/a/airfield", "/b/ballroom", "rose"]  # names of classes that look like paths stay what they are
 METRICS = {"loss": 0.5, "accuracy": 0.8125, "top5_accuracy": 1.0, "f1_macro": 0.7931}

@@ -14,15 +14,8 @@ from PIL import Image
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.source import load_source
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
-from hf_fasttrain.model import (
-    ModelSpec,
-    TransformersClassifier,
-    build_model,
-    head_names,
-    load_model,
-    model_preprocessing,
-    save_model,
-)
+from hf_fasttrain.model import ModelSpec, TransformersClassifier, build_model, head_names, model_preprocessing
+from hf_fasttrain.model_folder import load_model, save_model
 from hf_fasttrain.optim import build_param_groups, undecayed_names
 
 CLASSES = ["a", "b", "c"]

@@ -1,0 +1,218 @@
+"""The parts of a recipe put together: loaders, optimizer, schedule and loss to a Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_fasttrain.data.augment import EvalTransform, TrainTransform
+from hf_fasttrain.data.batch import Mixing, Normalize
+from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches, TrainLoader
+from hf_fasttrain.data.order import Order
+from hf_fasttrain.data.source import Source, Split
+from hf_fasttrain.ema import Ema
+from hf_fasttrain.environment import num_cores
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.evaluation import Evaluator
+from hf_fasttrain.facts import Facts
+from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
+from hf_fasttrain.metrics import resolve_metrics
+from hf_fasttrain.model import (
+    ModelSpec,
+    head_names,
+)
+from hf_fasttrain.model_folder import save_model
+from hf_fasttrain.optim import build_optimizer, build_param_groups
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.result import Watch
+from hf_fasttrain.runlog import RunLog
+from hf_fasttrain.schedule import Schedule, build_schedule
+from hf_fasttrain.trainer import Trainer
+
+
+@dataclass
+class Parts:
+    """Everything that a recipe stands for, built but not yet trained."""
+
+    recipe: Recipe
+    facts: Facts
+    accelerator: Accelerator
+    source: Source
+    spec: ModelSpec
+    model: nn.Module
+    order: Order
+
+
+def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer]) -> Trainer:
+    """Return the trainer of the parts; without a folder it writes nothing."""
+    recipe, facts, accelerator, source = parts.recipe, parts.facts, parts.accelerator, parts.source
+    make = _Loaders(parts)
+    train_loader = make.training()
+    num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+    spec = parts.spec
+    log = RunLog(folder, main=accelerator.is_main_process, track=_tracker(parts) if folder else None)
+    stopping = recipe.early_stopping
+    return trainer_class(
+        model=parts.model,
+        train_loader=train_loader,
+        optimizer=_optimizer(parts),
+        duration=recipe.train.duration,
+        accelerator=accelerator,
+        loss=_loss(parts),
+        lr=recipe.optimizer.lr,
+        schedule=_schedule(parts, num_steps),
+        clip_norm=recipe.optimizer.clip_norm,
+        ema=Ema(parts.model, recipe.ema.decay, warmup=recipe.ema.warmup) if recipe.ema else None,
+        eval_loader=make.evaluating(source.evaluation),
+        test_loader=make.evaluating(source.test) if source.test else None,
+        evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
+        evaluate_every=recipe.evaluate.every,
+        best=Watch(recipe.checkpoint.best.metric, recipe.checkpoint.best.mode),
+        early_stopping=Watch(stopping.metric, stopping.mode, stopping.patience.to_steps(parts.order.steps_per_epoch))
+        if stopping
+        else None,
+        output_dir=folder,
+        checkpoint_every=recipe.checkpoint.every,
+        keep_checkpoints=recipe.checkpoint.keep,
+        export=lambda model, path: save_model(model, spec, path),
+        learnt=facts.learnt(),
+        log=log,
+        log_every=recipe.log.every,
+        seed=recipe.seed,
+    )
+
+
+def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
+    """Return the evaluator of a recipe's metrics."""
+    own, external = resolve_metrics(recipe.evaluate.metrics, multi_label=multi_label)
+    return Evaluator(accelerator, num_classes, multi_label=multi_label, metrics=own, external=external)
+
+
+def resolve_loading(recipe: Recipe, device: torch.device, facts: Facts) -> tuple[int, bool]:
+    """Return the number of loader processes and whether their batches are pinned."""
+    cuda, workers, pinned = device.type == "cuda", recipe.data.workers, recipe.data.pin_memory
+    if workers == "auto":
+        local = max(1, torch.cuda.device_count()) if cuda else 1
+        number = min(16, num_cores() // local) if cuda else 1
+        workers = facts.resolve("data.workers", max(1, number), "the cores of each GPU" if cuda else "one on a CPU")
+    if pinned == "auto":
+        pinned = facts.resolve("data.pin_memory", cuda, "a GPU" if cuda else "there is no GPU")
+    elif pinned and not cuda:
+        facts.note("data.pin_memory=true has no effect without a GPU")
+        pinned = facts.resolve("data.pin_memory", False, "no effect without a GPU")
+    return workers, pinned
+
+
+class _Loaders:
+    """Makes the loaders of a recipe's parts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.recipe = parts, parts.recipe
+        self.device = parts.accelerator.device
+        assert parts.spec.preprocessing is not None
+        self.pre = parts.spec.preprocessing
+        self.workers, self.pinned = resolve_loading(parts.recipe, self.device, parts.facts)
+        channels_last = parts.recipe.accelerate.channels_last
+        self.normalize = Normalize(self.pre.mean, self.pre.std, self.device, channels_last=channels_last)
+
+    def _feed(self, split: Split, transform: Any) -> Feed:
+        images = ImageBatches(split, transform, self.pre.image_size)
+        return Feed(images, self.device, workers=self.workers, pin_memory=self.pinned)
+
+    def training(self) -> TrainLoader:
+        augment, seed, size = self.recipe.augment, self.recipe.seed, self.pre.image_size
+        transform = TrainTransform(
+            image_size=size,
+            seed=seed,
+            interpolation=self.pre.interpolation,
+            crop_pct=self.pre.crop_pct,
+            crop=augment.crop,
+            crop_scale=augment.crop_scale,
+            crop_ratio=augment.crop_ratio,
+            crop_padding=augment.crop_padding,
+            flip=augment.flip,
+            erase_prob=augment.erase,
+            randaugment=augment.randaugment.model_dump() if augment.randaugment else None,
+            trivialaugment=augment.trivialaugment,
+        )
+        mixing = None
+        if augment.mixup or augment.cutmix:
+            mixing = Mixing(augment.mixup, augment.cutmix, self.parts.spec.num_classes, size, seed)
+        feed = self._feed(self.parts.source.train, transform)
+        return TrainLoader(feed, self.parts.order, self.normalize, mixing, size)
+
+    def evaluating(self, split: Split) -> EvalLoader:
+        wish, accelerator = self.recipe.evaluate.batch_size, self.parts.accelerator
+        size = wish
+        if wish == "auto":
+            rule = "accelerate.micro_batch_size, at least 32"
+            size = self.parts.facts.resolve("evaluate.batch_size", max(32, self.parts.order.micro_batch_size), rule)
+        transform = EvalTransform(self.pre.image_size, self.pre.interpolation, self.pre.crop_pct)
+        return EvalLoader(
+            self._feed(split, transform),
+            len(split),
+            int(size),
+            self.normalize,
+            accelerator.num_processes,
+            accelerator.process_index,
+            name=split.name,
+        )
+
+
+def _optimizer(parts: Parts) -> torch.optim.Optimizer:
+    wish = parts.recipe.optimizer
+    groups = build_param_groups(
+        parts.model,
+        lr=wish.lr,
+        weight_decay=wish.weight_decay,
+        head_names=head_names(parts.model),
+        backbone_lr_scale=wish.backbone_lr_scale,
+        layer_decay=wish.layer_decay,
+    )
+    return build_optimizer(wish.name, groups, momentum=wish.momentum, args=wish.args)
+
+
+def _schedule(parts: Parts, num_steps: int) -> Schedule:
+    wish, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
+    warmup_steps = wish.warmup.to_steps(steps_per_epoch)
+    if warmup_steps >= num_steps:
+        raise RunError(
+            f"schedule.warmup of {wish.warmup} is {warmup_steps} steps, the whole training only {num_steps}; shorten it"
+        )
+    return build_schedule(
+        wish.name,
+        num_steps=num_steps,
+        warmup_steps=warmup_steps,
+        min_lr_ratio=wish.min_lr_ratio,
+        gamma=wish.gamma,
+        every_steps=wish.every.to_steps(steps_per_epoch),
+    )
+
+
+def _loss(parts: Parts) -> ClassificationLoss:
+    labels, recipe = parts.source.train.labels, parts.recipe
+    multi_label = parts.source.multi_label
+    counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(parts.source.class_names))
+    weights = resolve_class_weights(recipe.train.class_weights, counts)
+    loss = ClassificationLoss(
+        multi_label=multi_label, label_smoothing=recipe.augment.label_smoothing, class_weights=weights
+    )
+    return loss.to(parts.accelerator.device)
+
+
+def _tracker(parts: Parts) -> Any:
+    """Start the trackers asked for, and return what feeds them."""
+    log, accelerator = parts.recipe.log, parts.accelerator
+    if not log.trackers:
+        return None
+    config = {
+        k: str(f.value) for k, f in parts.facts.all().items() if isinstance(f.value, str | int | float | bool | list)
+    }
+    accelerator.init_trackers(log.project, config=config)
+    return lambda values, step: accelerator.log(values, step=step)

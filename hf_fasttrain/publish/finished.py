@@ -1,0 +1,55 @@
+"""A finished run as its folder has it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from hf_fasttrain.errors import RunError
+
+SPEC_FILE, RESULT_FILE, RECIPE_FILE, METRICS_FILE = (
+    "hf_fasttrain.json", "result.json", "recipe.yaml", "metrics.jsonl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run folder holds, as written there."""
+
+    folder: Path
+    spec: dict[str, Any]
+    result: dict[str, Any]
+    recipe: dict[str, Any]  # empty for a run without a recipe
+    recipe_text: str
+
+
+def read_run(run: Path) -> FinishedRun:
+    """Return what a run folder holds; RunError if the run is not finished."""
+    missing = [name for name in (f"model/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
+    if missing:
+        raise RunError(
+            f"{run}: is no finished run, it has no {' and no '.join(missing)}; give the run folder of a training that "
+            "has ended, or end it first: the same training command with --resume"
+        )
+    path = run / "model" / SPEC_FILE
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        path = run / RESULT_FILE
+        result = json.loads(path.read_text(encoding="utf-8"))
+        path = run / RECIPE_FILE
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        recipe = YAML(typ="safe", pure=True).load(text) or {}
+    except (OSError, ValueError, YAMLError) as error:
+        raise RunError(f"{path}: can't be read ({first_line(error)}); put it right or train again") from None
+    return FinishedRun(run, spec, result, recipe, text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__

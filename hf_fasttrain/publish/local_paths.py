@@ -1,0 +1,104 @@
+"""Text and settings without paths of this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import PureWindowsPath
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+CLASS_KEYS = {"class_names", "label_names", "id2label", "label2id"}  # may look like paths, and must stay as they are
+_PATH_END = r"[^\s'\"`,;:=()\[\]{}<>|]+"
+# /x, ~/x, ./x, ../x, file:///x and C:\x, but not a/b, images/s and https://x
+_PATH_IN_TEXT = re.compile(
+    rf"(?<!\w)[A-Za-z]:[\\/](?!/){_PATH_END}"
+    rf"|(?:file://|(?<![\w./~:\\-])|(?<=\w:)(?!//))(?:~\w*|\.{{1,2}})?/{_PATH_END}"
+)
+_PREFIX = re.compile(r"(?:transformers|local-dir):")
+
+
+def is_local_path(value: str) -> bool:
+    """Return whether a setting means a file or folder of this machine: by its looks, or because it is there."""
+    if value.startswith((".", "/", "~", "file://")) or re.match(r"[A-Za-z]:[\\/](?!/)", value):
+        return True
+    return ("/" in value or os.sep in value) and os.path.exists(value)
+
+
+def _last_component(path: str) -> str:
+    return PureWindowsPath(path.rstrip("/\\")).name or "."
+
+
+class Scrubber:
+    """Cuts local paths to their last component, also where those among `known` strings are mentioned in texts."""
+
+    def __init__(self, known: list[str]) -> None:
+        bare = {_PREFIX.sub("", text, count=1) for text in known}
+        local = {text.rstrip("/") for text in bare if is_local_path(text) and "/" in text.strip("/.~")}
+        words = "|".join(re.escape(text) for text in sorted(local, key=len, reverse=True))
+        self._known = re.compile(rf"(?<![\w./~-])(?:{words})(?:/{_PATH_END})?(?![\w-])/?") if words else None
+
+    def value(self, value: str) -> str:
+        """Return a setting or text without local paths."""
+        prefix = match.group() if (match := _PREFIX.match(value)) else ""
+        if is_local_path(value.removeprefix(prefix)) and "\n" not in value:
+            return prefix + _last_component(value.removeprefix(prefix))
+        return self.text(value)
+
+    def text(self, text: str) -> str:
+        """Return a text in which each local path is cut to its last component."""
+        if self._known is not None:
+            text = self._known.sub(lambda found: _last_component(found.group()), text)
+        return _PATH_IN_TEXT.sub(lambda found: _last_component(found.group()), text)
+
+    def tree(self, tree: Any) -> Any:
+        """Return a JSON or YAML tree without local paths; class names stay."""
+        if isinstance(tree, str):
+            return self.value(tree)
+        if isinstance(tree, list):
+            return [self.tree(value) for value in tree]
+        if isinstance(tree, dict):
+            return {key: value if key in CLASS_KEYS else self.tree(value) for key, value in tree.items()}
+        return tree
+
+    def json(self, content: bytes) -> bytes:
+        """Return a JSON text without local paths: the same bytes if it has none."""
+        try:
+            tree = json.loads(content)
+        except ValueError:  # a line cut short when the run was killed
+            return self.text(content.decode(errors="replace")).encode()
+        clean = self.tree(tree)
+        if clean == tree or json.dumps(clean) == json.dumps(tree):  # nan is not equal to itself
+            return content
+        return (json.dumps(clean, indent=2 if content.count(b"\n") > 1 else None) + "\n").encode()
+
+    def yaml(self, text: str, tree: dict[str, Any]) -> str:
+        """Return a YAML text without local paths, with its comments unless cutting would change other values."""
+        clean, wanted = self.text(text), self.tree(tree)
+        yaml = YAML(typ="safe", pure=True)
+        try:
+            if yaml.load(clean) == wanted:
+                return clean
+        except YAMLError:
+            pass
+        yaml.default_flow_style, stream = False, io.StringIO()
+        yaml.dump(wanted, stream)
+        return stream.getvalue()
+
+
+def strings(tree: Any) -> Iterator[str]:
+    """Yield every text in a tree of settings, but for class names."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            if key not in CLASS_KEYS:
+                yield from strings(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from strings(value)
