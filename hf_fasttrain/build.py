@@ -29,7 +29,7 @@ from hf_fasttrain.model import (
 )
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe
-from hf_fasttrain.runfolder import open_run_folder, write_resolved
+from hf_fasttrain.runfolder import describe_run, open_run_folder
 from hf_fasttrain.trainer import Trainer
 
 
@@ -44,14 +44,14 @@ def build_trainer(
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
     parts = build_parts(recipe, overrides, dataset=dataset)
     folder = Path(launch.output_dir(parts.recipe))
-    open_run_folder(folder, parts.facts, parts.accelerator, resume=resume)
+    open_run_folder(folder, parts.accelerator, resume=resume)
     trainer = assemble(parts, folder, trainer_class)
-    if parts.accelerator.is_main_process:
-        write_resolved(folder, parts.facts)
     for note in parts.facts.notes:
         trainer.log.note(note)
     if resume:
         trainer.restore()
+    if parts.accelerator.is_main_process:
+        describe_run(folder, parts.facts)
     return trainer
 
 

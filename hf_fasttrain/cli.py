@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(_with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
     except UserError as error:
-        if _is_main():
+        if _is_main() or not error.every_process:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -86,7 +86,7 @@ def train(
     folder = Path(output_dir(loaded))
     require_free(folder, resume=resume)
     trainer = build_trainer(loaded, resume=resume)
-    if resume and finished_steps(folder) is not None and trainer.state.step >= trainer.num_steps:
+    if resume and finished_steps(folder) is not None and trainer.is_finished:
         trainer.log.say(f"{folder}: this run is finished ({trainer.state.step} steps); nothing to do")
         return
     started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something only the user can put right. The command line prints it alone and exits with status 2."""
+    """Something only the user can put right. The command line prints it alone and exits with status 2.
+
+    Where several processes train, all of them meet most errors, and the main one speaks; an error that one process
+    may meet alone (an image, a file) has `every_process` False.
+    """
+
+    every_process = True
 
 
 class RecipeError(UserError):

@@ -37,7 +37,8 @@ class Metrics:
         logits = logits.float()
         count = self._update_multi if self.multi_label else self._update_single
         totals, classes = count(logits, labels)
-        self.totals += torch.stack([torch.tensor(len(logits), device=logits.device), *totals]).to(torch.float64)
+        images = torch.full((), len(logits), device=logits.device)
+        self.totals += torch.stack([images, *totals]).to(torch.float64)
         self.classes += classes
 
     def _update_single(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:

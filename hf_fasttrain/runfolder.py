@@ -17,8 +17,8 @@ from hf_fasttrain.runlog import write_whole
 RUN_FILES = ("recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json", "checkpoints")
 
 
-def open_run_folder(folder: Path, facts: Facts, accelerator: Accelerator, *, resume: bool) -> None:
-    """Make the run folder and write down what is asked.
+def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
+    """Make the run folder.
 
     Raises RunError if it holds a run already and `resume` is not asked for, or can't be written to.
     """
@@ -28,7 +28,8 @@ def open_run_folder(folder: Path, facts: Facts, accelerator: Accelerator, *, res
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
+        (folder / ".writable").write_text("")
+        (folder / ".writable").unlink()
     except OSError as error:
         raise RunError(f"output_dir {folder}: can't be written: {error.strerror}; choose another output_dir") from None
 
@@ -55,6 +56,7 @@ def finished_steps(folder: Path) -> int | None:
     return result["steps"] if newest.name.endswith(f"{result['steps']:08d}") else None
 
 
-def write_resolved(folder: Path, facts: Facts) -> None:
-    """Write resolved.yaml: every value that the run uses, where it came from, and its tag."""
+def describe_run(folder: Path, facts: Facts) -> None:
+    """Write recipe.yaml, as asked, and resolved.yaml: every value, where it came from, and its tag."""
+    write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
     write_whole(folder / "resolved.yaml", to_yaml({key: asdict(fact) for key, fact in facts.all().items()}))

@@ -14,7 +14,7 @@ from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.decode import read_image
 from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches
-from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, load_source
+from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, is_image_file, load_source
 from hf_fasttrain.errors import DataError, RunError, shortened
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.launch import build_accelerator
@@ -121,7 +121,7 @@ def _image_files(image: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{image}: no such file or folder")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(file for file in path.rglob("*") if is_image_file(file))
     if not found:
         raise DataError(f"{image}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from hf_fasttrain.checkpoint import newest_checkpoint, prune_checkpoints, require_same, save_checkpoint
@@ -45,6 +45,7 @@ class State:
     images: int = 0
     train_seconds: float = 0.0
     wait_seconds: float = 0.0
+    evaluated_at: int = -1  # step of the last evaluation
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     watched: dict[str, Any] | None = None  # early stopping's best value and its step
@@ -104,6 +105,8 @@ class Trainer:
             )
         self.loss, self.clip_norm, self.ema, self.seed = loss, clip_norm, ema, seed
         self.lr = lr if lr is not None else float(optimizer.param_groups[0]["lr"])
+        for group in optimizer.param_groups:  # the groups' own rates keep their ratios
+            group.setdefault("lr_scale", float(group["lr"]) / self.lr)
         self.schedule = schedule
 
         join_single = bool(self.norms)
@@ -112,11 +115,15 @@ class Trainer:
         self.test_loader = OwnEvalLoader.wrap(test_loader, self.device)
         if evaluator is None and num_classes is not None:
             evaluator = Evaluator(self.accelerator, num_classes)
+        if evaluator is None and (eval_loader is not None or test_loader is not None):
+            raise RunError("nothing to evaluate with: give Trainer num_classes or an evaluator beside the eval_loader")
         self.evaluator, self.best, self.early_stopping = evaluator, best, early_stopping
         steps_per_epoch = self.train_loader.steps_per_epoch
         self.num_steps = Duration.parse(duration).to_steps(steps_per_epoch)
         self.evaluate_every = Duration.parse(evaluate_every).to_steps(steps_per_epoch)
         self.checkpoint_every = Duration.parse(checkpoint_every).to_steps(steps_per_epoch)
+        if min(self.num_steps, self.evaluate_every, self.checkpoint_every, log_every) < 1:
+            raise RunError("duration, evaluate_every, checkpoint_every and log_every must be at least 1 step")
         self.log_every, self.keep_checkpoints = log_every, keep_checkpoints
 
         self.output_dir = Path(output_dir) if output_dir is not None else None
@@ -124,7 +131,7 @@ class Trainer:
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
         self.state = State()
-        self._evaluated_at = self._saved_at = -1
+        self._saved_at = -1
 
     @classmethod
     def from_recipe(
@@ -149,13 +156,13 @@ class Trainer:
                 set_lr(self.optimizer, self.lr * self.schedule(self.state.updates))
                 self.pace.add(self.train_step(step), step.num_images)
                 self.state.step += 1
-                if self._due(self.log_every):
-                    self._log_training()
+                if self._due(self.log_every, self.evaluate_every, self.checkpoint_every):
+                    self._log_training()  # which stops a run whose loss is no number before that is saved
                 if self._due(self.evaluate_every):
                     self._evaluate_and_compare()
                 if self._due(self.checkpoint_every):
                     self.save()
-                if self._should_stop():
+                if self.has_stopped_early:
                     break
         return self._finish()
 
@@ -167,11 +174,16 @@ class Trainer:
         self._seed_step(step.index)
         total: Tensor | None = None
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
+            alone = len(images) == 1 and bool(self.norms)  # one image has no batch statistics
+            if alone:
+                self._freeze_batch_norm()
             with self._gradient_exchange(last=number == step.num_micro_batches):
                 loss = self.loss(self.model(images), targets)
                 if len(images) != step.num_images:  # a factor of 1 would cost 2 % of a small step
                     loss = loss * (len(images) / step.num_images)
                 self._backward(loss)
+            if alone:
+                self._set_train_mode()
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             total = self._join_without_images(step.image_shape)
@@ -192,9 +204,11 @@ class Trainer:
         if self.clip_norm is not None:
             clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
             clip(self.parameters, self.clip_norm)
+        scale = self.accelerator.scaler.get_scale() if scaled else 1.0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if scaled and self.accelerator.optimizer_step_was_skipped:
+        # Accelerate's own flag misses what a fused optimizer skips in its kernel; the scale shrinks for both.
+        if scaled and self.accelerator.scaler.get_scale() < scale:
             return
         if self.ema is not None:
             self.ema.update(self.state.updates)
@@ -209,8 +223,7 @@ class Trainer:
     def _join_without_images(self, image_shape: Sequence[int]) -> Tensor:
         """Take part in the exchange of gradients with weight zero, and without moving batch-norm statistics."""
         images = torch.zeros(2, *image_shape, device=self.device, dtype=self.parameters[0].dtype)
-        for norm in self.norms:
-            norm.eval()
+        self._freeze_batch_norm()
         loss = self.model(images).sum() * 0.0
         self._backward(loss)
         self._set_train_mode()
@@ -223,6 +236,10 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(key)
 
+    def _freeze_batch_norm(self) -> None:
+        for norm in self.norms:
+            norm.eval()
+
     def _set_train_mode(self) -> None:
         """Training mode, but batch norms whose weights are frozen keep their statistics."""
         self.model.train()
@@ -230,13 +247,20 @@ class Trainer:
             if norm.weight is not None and not norm.weight.requires_grad:
                 norm.eval()
 
-    def _due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.num_steps
+    def _due(self, *every: int) -> bool:
+        return self.state.step == self.num_steps or any(self.state.step % number == 0 for number in every)
 
-    def _should_stop(self) -> bool:
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether the last evaluation came `patience` steps after the best one, or later."""
         if self.early_stopping is None or self.early_stopping.patience is None or self.state.watched is None:
             return False
-        return self.state.step - self.state.watched["step"] >= self.early_stopping.patience
+        return self.state.evaluated_at - self.state.watched["step"] >= self.early_stopping.patience
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.state.step >= self.num_steps or self.has_stopped_early
 
     # --- evaluating ----------------------------------------------------------------------------------------
 
@@ -257,11 +281,11 @@ class Trainer:
         return metrics
 
     def _evaluate_and_compare(self) -> None:
-        if self.eval_loader is None or self._evaluated_at == self.state.step:
+        if self.eval_loader is None or self.state.evaluated_at == self.state.step:
             return
         with self.pace.stopped():
             self.state.metrics = self._evaluate_and_log(self.eval_loader)
-        self._evaluated_at = self.state.step
+        self.state.evaluated_at = self.state.step
         if self.early_stopping and self._improves(self.early_stopping, self.state.watched):
             self.state.watched = self._record(self.early_stopping)
         if self._improves(self.best, self.state.best):
@@ -320,6 +344,7 @@ class Trainer:
     def restore(self) -> None:
         """Go back to the newest complete checkpoint; say so and start afresh if there is none."""
         checkpoint = newest_checkpoint(self.output_dir / "checkpoints", self.device) if self.output_dir else None
+        self._require_agreement(checkpoint.state["step"] if checkpoint else 0)
         if checkpoint is None:
             self.log.say(f"nothing to resume in {self.output_dir}: training starts afresh")
             return
@@ -337,6 +362,10 @@ class Trainer:
         self._saved_at = self.state.step
         self.log.forget_after(self.state.step)
         self.log.say(f"resumed from {checkpoint.path}: step {self.state.step} of {self.num_steps}")
+
+    def _require_agreement(self, step: int) -> None:
+        if len(set(gather_object([step]))) > 1:
+            raise RunError(f"can't resume: processes see different checkpoints in {self.output_dir}; share its disk")
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Upload the finished run's model folder to a Hub repository and return its address."""
@@ -368,10 +397,11 @@ class Trainer:
     def _finish(self) -> Result:
         self._evaluate_and_compare()
         self.save()
+        if self.output_dir is not None and self.accelerator.is_main_process:
+            self.export(self.trained_model, self.output_dir / "model")
         test = self._evaluate_and_log(self.test_loader) if self.test_loader is not None else None
         result = self._result(test)
         if self.output_dir is not None and self.accelerator.is_main_process:
-            self.export(self.trained_model, self.output_dir / "model")
             write_json(self.output_dir / "result.json", asdict(result))
         self.accelerator.wait_for_everyone()
         return result

@@ -197,11 +197,11 @@ def train_with_a_single_last_image() -> tuple[dict[str, Tensor], list[float]]:
 
 
 def norms_after_a_step_without_images() -> tuple[Tensor, Tensor]:
-    """Train a model with batch norm on one image for two processes, and return its statistics here."""
+    """Train a model with batch norm on one pair of images for two processes, and return its statistics here."""
     accelerator = Accelerator(cpu=True)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    order = Order(1, 1, 2, num_processes=accelerator.num_processes, process_index=accelerator.process_index)
-    feed = Feed(Images(1, "hard"), accelerator.device, workers=0, pin_memory=False)
+    order = Order(2, 2, 2, num_processes=accelerator.num_processes, process_index=accelerator.process_index)
+    feed = Feed(Images(2, "hard"), accelerator.device, workers=0, pin_memory=False)
     loader = TrainLoader(feed, order, NormalizeAs(torch.float32), None, SIZE)
     trainer = Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
     trainer._set_train_mode()
@@ -214,6 +214,16 @@ def test_a_process_without_images_leaves_batch_norm_alone() -> None:
     assert torch.equal(empty, torch.zeros(4))
     assert not torch.equal(full, torch.zeros(4))
     assert torch.equal(weight0, weight1)
+
+
+def test_a_step_of_one_image_keeps_batch_norm_statistics() -> None:
+    """One image has no batch statistics: the running ones normalise it, and stay."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
+    data = [(torch.randn(1, 3, 1, 1), torch.tensor([2]))]
+    before = model[1].weight.detach().clone()
+    Trainer(model, data, torch.optim.SGD(model.parameters(), lr=0.1), log=RunLog(show=False)).fit()
+    assert torch.equal(model[2].running_mean, torch.zeros(4))
+    assert not torch.equal(model[1].weight, before)
 
 
 def own_objects(accumulation: int) -> dict[str, Tensor]:

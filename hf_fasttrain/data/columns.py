@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_fasttrain.errors import DataError, nearest, shortened
+from hf_fasttrain.errors import DataError, nearest, shortened, shown
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "png", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category", "cls", "classes", "tags")
@@ -39,6 +39,8 @@ def find_columns(dataset: Any, image_wish: str, label_wish: str, *, where: str) 
     features = dataset.features
     image = _find(features, image_wish, "image", _image_candidates(features), where)
     label = _find(features, label_wish, "label", _label_candidates(features, image), where)
+    if image == label:
+        raise DataError(f"{where}: column '{image}' can't be both images and labels; name data.label_column")
     return Columns(image, label)
 
 
@@ -121,9 +123,22 @@ def read_labels(splits: Mapping[str, Any], columns: Columns, *, where: str, trai
     number = {name: i for i, name in enumerate(class_names)}
     labels = {}
     for name, rows in raw.items():
+        rows = _by_name(rows, splits[name].features[columns.label], class_names)
         place = f"{where}, split '{name}', column '{columns.label}'"
         labels[name] = _encode(rows, number, multi_label, place)
     return Labels(labels, class_names, multi_label)
+
+
+def _by_name(rows: list[Any], feature: Any, class_names: list[str]) -> list[Any]:
+    """Return rows of class labels as names where a split numbers its classes otherwise than the train split."""
+    own = getattr(_element(feature), "names", None)
+    if own is None or list(own) == class_names:
+        return rows
+
+    def name(value: Any) -> Any:
+        return own[value] if isinstance(value, int) and 0 <= value < len(own) else value
+
+    return [[name(value) for value in row] if isinstance(row, list) else name(row) for row in rows]
 
 
 def _rows(dataset: Any, column: str, where: str) -> list[Any]:
@@ -132,14 +147,24 @@ def _rows(dataset: Any, column: str, where: str) -> list[Any]:
     missing = next((row for row, value in enumerate(rows) if value is None), None)
     if missing is not None:
         raise DataError(f"{where}: row {missing} has no label in column '{column}'; take such rows out")
+    if any(isinstance(row, list) and len(set(map(str, row))) < len(row) for row in rows):
+        raise DataError(
+            f"{where}: lists in column '{column}' name a class twice, as 0/1 vectors do; give lists of the classes "
+            "that an image has, such as [0, 3] or ['dog', 'cat']"
+        )
     return rows
 
 
 def _names_of_values(rows: Sequence[Any], multi_label: bool, where: str) -> list[str]:
+    flat = [value for row in rows for value in row] if multi_label else rows
+    if not all(isinstance(value, str | int) for value in flat):
+        raise DataError(f"{where}: labels must be integers or texts; got {shortened(map(shown, flat), 3)}")
     values = {value for row in rows for value in row} if multi_label else set(rows)
     if all(isinstance(value, str) for value in values):
         return sorted(values)
     if all(isinstance(value, int) for value in values) and values:
+        if max(values) > 10 * len(rows) + 1000:
+            raise DataError(f"{where}: labels up to {max(values)} look like ids, not classes; name data.label_column")
         return [str(i) for i in range(max(values) + 1)]
     raise DataError(f"{where}: labels must be integers or texts; got {shortened(sorted(map(repr, values)), 5)}")
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_fasttrain.errors import DataError
+
+DECODING_ERRORS = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    ValueError,
+    struct.error,  # damaged WebP
+)
 
 
 def read_image(record: Any) -> Image.Image:
@@ -22,10 +32,12 @@ def read_image(record: Any) -> Image.Image:
     data, path = (record.get("bytes"), record.get("path")) if isinstance(record, dict) else (None, record)
     if isinstance(record, bytes):
         data, path = record, None
+    if data is None and path is None:
+        raise DataError("image is missing (null); take it out")
     try:
         image = Image.open(io.BytesIO(data) if data is not None else path)
         return to_rgb(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
+    except DECODING_ERRORS as error:
         name = path or f"{len(data or b'')} bytes"
         raise DataError(f"image {name}: can't be decoded: {error}; repair it or take it out") from None
 

@@ -44,6 +44,7 @@ class ImageBatches(Dataset):
         try:
             return self._make(key)
         except UserError as error:
+            error.every_process = False
             return error  # raised by the reader: a DataLoader would wrap it in the worker's traceback
 
     def _make(self, key: MicroBatchKey) -> Batch:
@@ -247,7 +248,12 @@ class OwnLoader:
             batch = next(batches, None)
             if batch is None:
                 batches = self._epoch(index // self.steps_per_epoch)
-                batch = next(batches)
+                batch = next(batches, None)
+            if batch is None:  # a loader restored at the end of an epoch has nothing left of it
+                batches = self._epoch(index // self.steps_per_epoch)
+                batch = next(batches, None)
+            if batch is None:
+                raise DataError(f"train_loader gave no batch for step {index}")
             images, targets = to_device(batch, self.device)
             self.wait_seconds += time.perf_counter() - began
             yield self._step(index, images, targets)

@@ -80,10 +80,10 @@ def load_source(
         train, evaluation = hold_out(train, eval_fraction, seed)
     else:
         evaluation = made[eval_name]
-    for split in (train, evaluation):
-        if not len(split):
-            raise DataError(f"{where}: split '{split.name}' has no images")
     test = made[test_split] if test_split else None
+    for split in (train, evaluation, test):
+        if split is not None and not len(split):
+            raise DataError(f"{where}: split '{split.name}' has no images")
     held_out = eval_name is None
     return Source(train, evaluation, test, read.class_names, read.multi_label, columns, held_out)
 
@@ -93,10 +93,8 @@ def load_source(
 
 def open_splits(dataset: Any, *, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """Return split name -> HF dataset, of a `Dataset`, a `DatasetDict`, a path, ``digits`` or a Hub name."""
-    if isinstance(dataset, Mapping):
-        return dict(dataset)
     if not isinstance(dataset, str | os.PathLike):
-        return {"train": dataset}
+        return _handed_over(dataset)
     if str(dataset) == "digits":
         return {"train": digits_dataset()}
     path = Path(dataset).expanduser()
@@ -111,6 +109,19 @@ def open_splits(dataset: Any, *, config: str | None = None, revision: str | None
     return _open_hub(str(dataset), config, revision)
 
 
+def _handed_over(dataset: Any) -> dict[str, Any]:
+    import datasets
+
+    splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
+    for split in splits.values():
+        if not isinstance(split, datasets.Dataset):
+            raise DataError(
+                f"the data set handed over holds a {type(split).__name__}; allowed are datasets.Dataset and "
+                "DatasetDict (streaming data sets are not built)"
+            )
+    return splits
+
+
 def _siblings(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; {path.parent} is not there either"
@@ -121,14 +132,18 @@ def _open_folder(path: Path) -> dict[str, Any]:
     import datasets
 
     names = {entry.name for entry in os.scandir(path)}
-    if names & {"dataset_dict.json", "dataset_info.json"}:
+    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
         saved = datasets.load_from_disk(str(path))
         return dict(saved) if isinstance(saved, Mapping) else {"train": saved}
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".arrow"))
+    near = [p for pattern in ("*", "*/*") for p in path.glob(pattern)]  # deeper ones belong to classes
+    files = sorted(p for p in near if p.suffix in (".parquet", ".arrow") and p.name not in METADATA_FILES)
     if files:
         return _open_files(_files_by_split(files, path))
-    if any(METADATA_FILES & set(found) for _, _, found in os.walk(path)):
-        return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
+    if any(p.name in METADATA_FILES for p in near):
+        try:
+            return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
+        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            raise DataError(f"{path}: its metadata file can't be used: {error.__cause__ or error}") from None
     return scan_image_folder(path)
 
 
@@ -177,20 +192,32 @@ def scan_image_folder(root: Path) -> dict[str, Any]:
     """
     folders = {entry.name: Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
     split_folders = {name: path for name, path in folders.items() if name.lower() in SPLIT_FOLDERS}
-    if split_folders and any(_has_class_folders(path) for path in split_folders.values()):
-        return {name.lower(): _scan_classes(path) for name, path in sorted(split_folders.items())}
+    with_classes = {name: path for name, path in split_folders.items() if _has_class_folders(path)}
+    if with_classes:
+        return {name.lower(): _scan_classes(path) for name, path in sorted(with_classes.items())}
     return {"train": _scan_classes(root)}
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is left out: .DS_Store, ._0.jpg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith((".", "__"))
+
+
+def is_image_file(entry: os.DirEntry[str] | Path) -> bool:
+    """Return whether a directory entry is an image by its name."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return suffix in IMAGE_SUFFIXES and not is_hidden(entry.name) and entry.is_file()
 
 
 def _has_class_folders(path: Path) -> bool:
     with os.scandir(path) as entries:
-        return any(entry.is_dir() for entry in entries)
+        return any(entry.is_dir() and not is_hidden(entry.name) for entry in entries)
 
 
 def _scan_classes(root: Path) -> Any:
     import datasets
 
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
     if not classes:
         raise DataError(
             f"{root}: no class folders in it; an image folder is [train/]<class>/<image>, "
@@ -199,11 +226,7 @@ def _scan_classes(root: Path) -> Any:
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(
-            entry.path
-            for entry in os.scandir(root / name)
-            if entry.is_file() and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-        )
+        found = sorted(entry.path for entry in os.scandir(root / name) if is_image_file(entry))
         if not found:
             raise DataError(
                 f"{root / name}: class folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
