@@ -153,7 +153,7 @@ class _Loaders:
         if wish == "auto":
             rule = "accelerate.micro_batch_size, at least 32"
             size = self.parts.facts.resolve("evaluate.batch_size", max(32, self.parts.order.micro_batch_size), rule)
-        transform = EvalTransform(self.pre.image_size, self.pre.interpolation, self.pre.crop_pct)
+        transform = EvalTransform(self.pre.image_size, self.pre.interpolation, self.pre.crop_pct, self.pre.crop_mode)
         return EvalLoader(
             self._feed(split, transform),
             len(split),

@@ -14,9 +14,10 @@ from torch import nn
 
 from hf_fasttrain import launch
 from hf_fasttrain.assemble import Parts, assemble
+from hf_fasttrain.contradictions import without_effect
 from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
 from hf_fasttrain.data.source import Source, load_source
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.model import (
     ModelSpec,
@@ -25,6 +26,7 @@ from hf_fasttrain.model import (
     build_model,
     freeze_backbone,
     model_preprocessing,
+    require_logits,
     use_gradient_checkpointing,
 )
 from hf_fasttrain.recipe import Recipe
@@ -58,7 +60,7 @@ def build_trainer(
 def build_parts(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, dataset: Any = None) -> Parts:
     """Return the model, data and numbers of a recipe; nothing is written."""
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    facts = Facts(loaded)
+    facts = Facts(loaded, notes=without_effect(loaded))
     accelerator = launch.build_accelerator(loaded, facts)
     source = _load_source(loaded, dataset, facts)
     spec = ModelSpec(
@@ -72,6 +74,7 @@ def build_parts(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, d
     )
     torch.manual_seed(loaded.seed)
     model = build_model(spec, loaded.model.pretrained)
+    require_logits(model, spec)
     spec = replace(spec, preprocessing=_resolve_preprocessing(model, spec, loaded, facts))
     model = _prepare_model(model, loaded, accelerator)
     order = _resolve_order(loaded, len(source.train), model, accelerator, facts)
@@ -92,6 +95,9 @@ def _load_source(recipe: Recipe, dataset: Any, facts: Facts) -> Source:
         eval_fraction=data.eval_fraction,
         seed=recipe.seed,
     )
+    _require_own_test_split(source)
+    if dataset is not None:
+        facts.resolve("data.dataset", "handed over in Python", "")
     facts.resolve("data.train_split", source.train.name, f"{len(source.train):,} images")
     facts.resolve("data.eval_split", source.evaluation.name, f"{len(source.evaluation):,} images")
     facts.resolve("data.image_column", source.columns.image, "found" if data.image_column == "auto" else "")
@@ -103,6 +109,15 @@ def _load_source(recipe: Recipe, dataset: Any, facts: Facts) -> Source:
             "training images are held out, each class alike (data.eval_fraction)"
         )
     return source
+
+
+def _require_own_test_split(source: Source) -> None:
+    """A test split that was trained on, or chose the best checkpoint, would measure nothing."""
+    used = [source.train.name] if source.held_out else [source.train.name, source.evaluation.name]
+    if source.test is not None and source.test.name in used:
+        raise DataError(f"data.test_split: '{source.test.name}' is trained or evaluated on already; choose another")
+    if not source.held_out and source.train.name == source.evaluation.name:
+        raise DataError(f"data.eval_split: '{source.evaluation.name}' is trained on already; choose another")
 
 
 def _resolve_preprocessing(model: nn.Module, spec: ModelSpec, recipe: Recipe, facts: Facts) -> Preprocessing:

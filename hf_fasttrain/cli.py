@@ -43,10 +43,6 @@ def main(argv: list[str] | None = None) -> None:
         if _is_main() or not error.every_process:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if _is_main():
-            print("stopped by Ctrl-C; --resume goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 def _is_main() -> bool:
@@ -91,7 +87,11 @@ def train(
         return
     started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
     trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except KeyboardInterrupt:
+        trainer.log.say("stopped by Ctrl-C; the same command with --resume goes on from the newest checkpoint")
+        raise
     trainer.accelerator.end_training()
     _say_what_next(trainer.log.say, folder, loaded, result)
 
@@ -121,18 +121,24 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or [])
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from hf_fasttrain.build import build_parts, build_unwritten
+    from hf_fasttrain.launch import output_dir
+    from hf_fasttrain.runfolder import held_by_run
 
     parts = build_parts(loaded)
     build_unwritten(parts)
-    table = Table(title=f"{recipe}: every value, where it came from, and whether it is learnt or machine")
+    table = Table(title=Text(f"{recipe}: every value, where it came from, and whether it is learnt or machine"))
     for name in ("key", "value", "origin", "tag"):
         table.add_column(name, overflow="fold")
     for key, fact in parts.facts.all().items():
-        table.add_row(key, json.dumps(fact.value), fact.origin, fact.tag)
+        table.add_row(*map(Text, (key, json.dumps(fact.value), fact.origin, fact.tag)))
     console = Console(soft_wrap=False)
     console.print(table)
+    held = held_by_run(Path(output_dir(loaded)))
+    if held:
+        parts.facts.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
     for note in parts.facts.notes:
         console.print(f"note: {note}", markup=False)
     console.print(f"{recipe} is right: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
@@ -173,6 +179,7 @@ def predict(
     """Name the most likely classes of image files and folders."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from hf_fasttrain.serve import predict_images
 
@@ -183,7 +190,7 @@ def predict(
     table = Table("image", "class", "score")
     for row in predictions:
         for number, guess in enumerate(row["classes"]):
-            table.add_row("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")
+            table.add_row(*map(Text, ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")))
     Console().print(table)
 
 
@@ -230,5 +237,8 @@ def copy_recipe(
     path = target or Path(f"{Path(name).name}.yaml")
     if path.exists():
         raise UserError(f"{path} exists already; give another file to write")
-    path.write_text(shipped[name].read_text(encoding="utf-8"), encoding="utf-8")
+    try:
+        path.write_text(shipped[name].read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}; give another file to write") from None
     print(path)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.result import metric_name
 
 Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
 
@@ -99,9 +100,9 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _metrics(recipe: Recipe) -> Iterator[Mistake]:
-    if recipe.evaluate.metrics == "auto":
-        return
-    known = ["loss", *recipe.evaluate.metrics]
+    asked = recipe.evaluate.metrics
+    known = ["loss", "accuracy", "top5_accuracy", "f1_macro"] if asked == "auto" else ["loss", *asked]
+    known = [metric_name(metric) for metric in known]
     watched = {"checkpoint.best.metric": recipe.checkpoint.best.metric}
     if recipe.early_stopping:
         watched["early_stopping.metric"] = recipe.early_stopping.metric
@@ -111,6 +112,28 @@ def _metrics(recipe: Recipe) -> Iterator[Mistake]:
                 key,
                 f"is '{metric}', which evaluate.metrics does not measure; choose one of {', '.join(known)}",
             )
+
+
+def without_effect(recipe: Recipe) -> list[str]:
+    """Return a sentence for each setting that the user gave and that changes nothing in this recipe."""
+    schedule, crop = recipe.schedule.name, recipe.augment.crop
+    used = {
+        "schedule.gamma": schedule in ("step", "exponential"),
+        "schedule.every": schedule in ("step", "exponential"),
+        "schedule.min_lr_ratio": schedule == "cosine",
+        "augment.crop_padding": crop == "padded",
+        "augment.crop_scale": crop == "random_resized",
+        "augment.crop_ratio": crop == "random_resized",
+        "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
+    }
+    given = recipe.source.origins
+    rivals = {"schedule": f"schedule.name={schedule}", "augment": f"augment.crop={crop}"}
+    rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
+    return [
+        f"{key} has no effect with {rivals[key.split('.')[0]]}"
+        for key, matters in used.items()
+        if not matters and key in given
+    ]
 
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (

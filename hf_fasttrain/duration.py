@@ -24,6 +24,8 @@ class Duration:
         match = re.match(PATTERN, text) if isinstance(text, str) else None
         if match is None:
             raise ValueError("must be a number and a unit, like '90 epochs' or '5000 steps'")
+        if len(match[1]) > 12:
+            raise ValueError("is longer than anything trained so far; must be below 10**12")
         unit = "epochs" if match[2].startswith("epoch") else "steps"
         if unit == "steps" and "." in match[1]:
             raise ValueError("steps must be a whole number, like '5000 steps'")

@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
@@ -39,6 +40,8 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
     torch.set_float32_matmul_precision(recipe.accelerate.matmul_precision)
     precision = _resolve_precision(recipe, facts)
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another one; the process group stays
     steps = recipe.accelerate.gradient_accumulation_steps
     _overrule_environment(precision, steps, recipe.accelerate.compile, facts)
     folder = output_dir(recipe)

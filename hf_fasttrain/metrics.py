@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fasttrain.errors import RecipeError, nearest
+from hf_fasttrain.result import metric_name
 
 SINGLE_LABEL = ("loss", "accuracy", "top5_accuracy", "f1_macro")
 MULTI_LABEL = ("loss", "accuracy", "f1_macro")
@@ -75,7 +76,7 @@ class ExternalMetrics:
     """Metrics of the `evaluate` library, by Hub name or local path, computed from all predictions together."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.modules = {_result_name(name): _load_evaluate(name) for name in names}
+        self.modules = {metric_name(name): _load_evaluate(name) for name in names}
         self.predictions: list[Any] = []
         self.references: list[Any] = []
 
@@ -110,10 +111,6 @@ def resolve_metrics(wish: str | Sequence[str], *, multi_label: bool) -> tuple[li
         raise RecipeError("evaluate.metrics: top5_accuracy has no meaning for multi-label data; leave it out")
     own = [name for name in dict.fromkeys(["loss", *wish]) if name in builtin]
     return own, [name for name in wish if name not in builtin]
-
-
-def _result_name(name: str) -> str:
-    return name.rstrip("/").split("/")[-1].removesuffix(".py")
 
 
 def _load_evaluate(name: str) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.errors import ModelError, nearest
@@ -24,6 +25,7 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
+    crop_mode: str = "center"  # or squash: resized to a square, whatever its shape
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
         options["img_size"] = spec.image_size
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=spec.num_classes, **options, **spec.args)
-    except TypeError as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"model {spec.name} does not take {options | spec.args}: {error}") from None
     except (AssertionError, ValueError) as error:
         raise ModelError(f"model {spec.name} can't be built for {spec.image_size} px images: {error}") from None
@@ -237,6 +239,23 @@ def use_gradient_checkpointing(model: nn.Module) -> None:
         ) from None
 
 
+def require_logits(model: nn.Module, spec: ModelSpec) -> None:
+    """Raise ModelError unless the model maps an image of the spec's size to one logit for each class."""
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size))
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        raise ModelError(
+            f"model {spec.name} can't take {spec.image_size} px colour images with model.args={spec.args}: "
+            f"{str(error).splitlines()[0]}; change data.image_size or model.args"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.shape != (1, spec.num_classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"model {spec.name} with model.args={spec.args} gives {got} instead of (1, {spec.num_classes}) logits"
+        )
+
+
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """Return the modules that keep running statistics of their batches."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -253,7 +272,12 @@ def model_preprocessing(model: nn.Module, spec: ModelSpec) -> Preprocessing:
 
     config = timm.data.resolve_model_data_config(model)
     return Preprocessing(
-        spec.image_size, tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"]
+        spec.image_size,
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        config["interpolation"],
+        config["crop_pct"],
+        "squash" if config.get("crop_mode") == "squash" else "center",
     )
 
 
@@ -269,10 +293,23 @@ def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
         return base
     number = getattr(processor, "resample", None)
     names = {int(value): name for name, value in FILTERS.items()}
+    normalised = getattr(processor, "do_normalize", True)
+    square = "height" in (processor.size or {}) and not getattr(processor, "do_center_crop", False)
     return replace(
         base,
-        mean=tuple(getattr(processor, "image_mean", None) or base.mean),
-        std=tuple(getattr(processor, "image_std", None) or base.std),
+        mean=tuple(getattr(processor, "image_mean", None) or base.mean) if normalised else (0.0,) * 3,
+        std=tuple(getattr(processor, "image_std", None) or base.std) if normalised else (1.0,) * 3,
         interpolation=names.get(int(number), base.interpolation) if number is not None else base.interpolation,
-        crop_pct=getattr(processor, "crop_pct", None) or 1.0,
+        crop_pct=_processor_crop_pct(processor),
+        crop_mode="squash" if square else "center",
     )
+
+
+def _processor_crop_pct(processor: Any) -> float:
+    """Return crop size / resize size of a transformers image processor, 1 if it does not crop."""
+    stated = getattr(processor, "crop_pct", None)
+    if stated or not getattr(processor, "do_center_crop", False):
+        return float(stated or 1.0)
+    crop, size = dict(getattr(processor, "crop_size", None) or {}), dict(processor.size or {})
+    cut, resized = crop.get("height"), size.get("shortest_edge") or size.get("height")
+    return min(1.0, cut / resized) if cut and resized else 1.0

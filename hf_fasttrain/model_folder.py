@@ -56,7 +56,7 @@ def timm_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
             "input_size": [3, spec.image_size, spec.image_size],
             "interpolation": pre.interpolation,
             "crop_pct": pre.crop_pct,
-            "crop_mode": "center",
+            "crop_mode": pre.crop_mode,
             "mean": list(pre.mean),
             "std": list(pre.std),
             "num_classes": spec.num_classes,

@@ -93,6 +93,9 @@ def build_optimizer(
             f"optimizer.name is '{name}', which timm does not know.{nearest(name, known)} "
             f"Some of its {len(known)} are {shortened(known, 20)}"
         )
+    ruled = sorted({"lr", "weight_decay", "momentum", "params"} & args.keys())
+    if ruled:
+        raise RecipeError(f"optimizer.args: {', '.join(ruled)} would be overruled; set it as optimizer.<name> instead")
     options: dict[str, Any] = {
         "lr": param_groups[0]["lr"],
         "weight_decay": 0.0,
@@ -102,7 +105,7 @@ def build_optimizer(
     }
     try:
         return create_optimizer_v2(param_groups, opt=name, filter_bias_and_bn=False, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, KeyError, AssertionError, ImportError, RuntimeError) as error:
         raise RecipeError(f"optimizer {name} can't be built with optimizer.args={args}: {error}") from None
 
 

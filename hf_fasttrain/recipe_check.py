@@ -35,6 +35,7 @@ OTHER_NAMES = {
     "img_size": "data.image_size",
     "num_classes": "data.label_column",
 }
+NULLABLE = {"ema", "early_stopping", "hub", "output_dir"}
 # Stand in for required values that are missing or wrong, so that contradictions elsewhere are still found.
 STAND_INS: dict[str, dict[str, Any]] = {
     "model": {"name": "?"},
@@ -47,6 +48,8 @@ def check_tree(tree: Tree) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
     """Return the recipe of a tree, None if there are mistakes, and all mistakes as (key, what is wrong)."""
     mistakes: list[tuple[KeyPath, str]] = []
     recipe: Recipe | None = None
+    # A section whose every key is commented out reads as null; where that has no meaning of its own, it is empty.
+    tree = {key: value for key, value in tree.items() if value is not None or key in NULLABLE}
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

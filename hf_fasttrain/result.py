@@ -40,3 +40,8 @@ class Result:
     machine: dict[str, Any]
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
+
+
+def metric_name(metric: str) -> str:
+    """Return the name that results have for a metric: of a Hub name or path, its last part."""
+    return metric.rstrip("/").split("/")[-1].removesuffix(".py")

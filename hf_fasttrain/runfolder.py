@@ -36,14 +36,23 @@ def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> 
 
 def require_free(folder: Path, *, resume: bool) -> None:
     """Raise RunError if the folder holds a run and is not to be resumed, or is no folder."""
-    if folder.exists() and not folder.is_dir():
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise RunError(f"output_dir {folder}: can't be used: {error.strerror}; choose another output_dir") from None
+    if exists and not folder.is_dir():
         raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
-    held = [name for name in RUN_FILES if (folder / name).exists()]
+    held = held_by_run(folder)
     if held and not resume:
         raise RunError(
             f"output_dir {folder}: holds a run already ({', '.join(held)}); add --resume to go on with it, "
             "or choose another output_dir"
         )
+
+
+def held_by_run(folder: Path) -> list[str]:
+    """Return the names in a folder that belong to a run."""
+    return [name for name in RUN_FILES if (folder / name).exists()]
 
 
 def finished_steps(folder: Path) -> int | None:

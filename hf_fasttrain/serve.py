@@ -22,6 +22,8 @@ from hf_fasttrain.model import ModelSpec, Preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe_file import load_recipe
 
+EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
+
 
 def model_folder(run: Path) -> Path:
     """Return the model folder of a run folder, or the folder itself if it is one."""
@@ -42,6 +44,9 @@ def evaluate_run(run: Path, overrides: Sequence[str] = (), *, split: str | None 
     folder = model_folder(run)
     if not (run / "recipe.yaml").exists():
         raise RunError(f"{run}: no recipe.yaml in it; evaluate needs a run folder")
+    for override in overrides:
+        if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
+            raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
     recipe = load_recipe(run / "recipe.yaml", overrides)
     facts = Facts(recipe)
     accelerator = build_accelerator(recipe, facts)
@@ -49,7 +54,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = (), *, split: str | None 
     chosen = _evaluation_split(recipe, spec, split)
     pre = _preprocessing(spec)
     workers, pinned = resolve_loading(recipe, accelerator.device, facts)
-    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct)
+    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
     feed = Feed(ImageBatches(chosen, transform, pre.image_size), accelerator.device, workers=workers, pin_memory=pinned)
     size = recipe.evaluate.batch_size
     normalize = Normalize(pre.mean, pre.std, accelerator.device, channels_last=recipe.accelerate.channels_last)
@@ -99,7 +104,7 @@ def predict_images(run: Path, images: Sequence[str], *, top: int = 5) -> list[di
     files = [file for image in images for file in _image_files(image)]
     model, spec = load_model(model_folder(run))
     pre = _preprocessing(spec)
-    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct)
+    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
     normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)
     rows: list[dict[str, Any]] = []
     for start in range(0, len(files), 32):

@@ -33,6 +33,8 @@ def recipe_header(path: Path) -> str:
 def find_recipe(recipe: str) -> Path:
     """Return the file of a recipe given by path or by a shipped recipe's name."""
     path = Path(recipe).expanduser()
+    if len(recipe) > 1000:
+        raise RecipeError(f"{recipe[:60]}...: is no recipe file's name; it has {len(recipe)} characters")
     if path.is_dir():
         raise RecipeError(f"{recipe}: is a folder; give a recipe file")
     if path.exists():

@@ -16,7 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from hf_fasttrain.checkpoint import newest_checkpoint, prune_checkpoints, require_same, save_checkpoint
+from hf_fasttrain.checkpoint import (
+    complete_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    require_same,
+    save_checkpoint,
+)
 from hf_fasttrain.data.loader import OwnEvalLoader, OwnLoader, Step
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.ema import Ema
@@ -150,6 +156,7 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train to the end and return how it ended."""
+        self._require_free_folder()
         self._set_train_mode()
         with self.log.progress(self.num_steps, self.state.step), self.pace.running():
             for step in self.train_loader.steps(self.state.step, self.num_steps):
@@ -340,6 +347,14 @@ class Trainer:
         state = {"state": asdict(self.state), "learnt": self.learnt}
         save_checkpoint(folder, self.state.step, state, weights, tensors)
         prune_checkpoints(folder, self.keep_checkpoints, self.state.best["step"] if self.state.best else None)
+
+    def _require_free_folder(self) -> None:
+        if self.output_dir is None:
+            return
+        if self.state.step == 0 and complete_checkpoints(self.output_dir / "checkpoints"):
+            raise RunError(f"{self.output_dir}: holds checkpoints; call restore() to go on, or give another output_dir")
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def restore(self) -> None:
         """Go back to the newest complete checkpoint; say so and start afresh if there is none."""

@@ -181,6 +181,15 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "top5 of multi-label": (["evaluate.metrics=[accuracy, top5_accuracy]", "data.dataset=TMP/multi"], "no meaning"),
     "output_dir is a file": (["output_dir=TMP/notes.txt"], "is a file; choose another output_dir"),
     "output_dir holds a run": (["output_dir=TMP/held"], "holds a run already .recipe.yaml.; add --resume"),
+    "test split trained on": (["data.test_split=train"], "data.test_split: 'train' is trained or evaluated on already"),
+    "evaluation split trained on": (["data.eval_split=train"], "data.eval_split: 'train' is trained on already"),
+    "model that takes no colour": (["model.args={in_chans: 1}"], "can't take 32 px colour images"),
+    "model without logits": (["model.args={features_only: true}"], "instead of .1, 10. logits"),
+    "wrong layer name": (["model.args={act_layer: nope}"], "does not take .*nope"),
+    "one beta": (["optimizer.args={betas: [0.9]}"], "can't be built with optimizer.args"),
+    "lr said twice": (["optimizer.args={lr: 1}"], "optimizer.args: lr would be overruled"),
+    "watched metric": (["checkpoint.best.metric=f1"], "'f1', which evaluate.metrics does not measure"),
+    "endless": (["train.duration=9999999999999 steps"], "longer than anything trained"),
     "no such recipe value": (["model.gradient_checkpointing=true", "model.name=dla46_c"], "does not support it"),
 }
 
@@ -269,6 +278,8 @@ def test_wrong_labels(
         ({"image": "IMAGES", "x": [0.5, 1.5]}, "no label column; name it by data.label_column"),
         ({"image": "IMAGES", "label": [0, 1], "class": [0, 1]}, "several columns may be the labels: label, class"),
         ({"image": "IMAGES", "label": [0.5, 1.5]}, "labels must be integers or texts; got 0.5, 1.5"),
+        ({"image": "IMAGES", "label": [[0, 1, 0], [1, 0, 0]]}, "name a class twice, as 0/1 vectors do"),
+        ({"image": "IMAGES", "label": [5, 10**11]}, "look like ids, not classes"),
     ],
 )
 def test_wrong_columns(
@@ -324,6 +335,8 @@ def test_launch_configurations_that_are_not_built(
         (["quickstat.yaml"], "quickstat.yaml: no such recipe file; .* Did you mean 'quickstart'"),
         (["."], "is a folder; give a recipe file"),
         (["evaluate", "nowhere"], "nowhere: no such folder"),
+        (["x" * 3000 + ".yaml"], "is no recipe file's name"),
+        (["recipes", "copy", "vit", "/nowhere/x.yaml"], "/nowhere/x.yaml: can't be written"),
         (["predict", "nowhere", "x.jpg"], "x.jpg: no such file or folder"),
         (["recipes", "copy", "vitt"], "no shipped recipe 'vitt'.* Did you mean 'vit'"),
     ],
@@ -336,6 +349,15 @@ def test_recipes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     assert_says(fails([str(path)], capsys), "can't be read as text")
+
+
+def test_what_is_handed_over_must_be_a_dataset() -> None:
+    from hf_fasttrain import Trainer
+    from hf_fasttrain.errors import DataError
+
+    for wrong in ([1, 2], {"train": None}):
+        with pytest.raises(DataError, match=r"allowed are datasets\.Dataset and DatasetDict"):
+            Trainer.from_recipe("quickstart", dataset=wrong)
 
 
 def test_only_the_main_process_prints(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from hf_fasttrain import Trainer
+from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.source import load_source
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.model import ModelSpec, TransformersClassifier, build_model, head_names, model_preprocessing
@@ -97,6 +98,30 @@ def test_preprocessing_is_the_models_own() -> None:
     assert (pre.mean, pre.interpolation, pre.crop_pct) == ((0.5, 0.5, 0.5), "bicubic", 0.9)
 
 
+def test_preprocessing_of_image_processors(tmp_path: Path) -> None:
+    """DeiT resizes to 256 and cuts 224; ViT squashes to a square; without normalising, mean is 0 and std 1."""
+    from transformers import DeiTImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    found = {}
+    processors = {
+        "deit": DeiTImageProcessor(),
+        "vit": ViTImageProcessor(),
+        "raw": ViTImageProcessor(do_normalize=False),
+    }
+    for name, processor in processors.items():
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+        ResNetForImageClassification(config).save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        asked = spec(f"transformers:{tmp_path / name}")
+        found[name] = model_preprocessing(build_model(asked), asked)
+    assert (found["deit"].crop_pct, found["deit"].crop_mode) == (0.875, "center")
+    assert (found["vit"].crop_pct, found["vit"].crop_mode) == (1.0, "squash")
+    assert (found["raw"].mean, found["raw"].std) == ((0.0,) * 3, (1.0,) * 3)
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
+    squashed = EvalTransform(16, "bilinear", 1.0, "squash")(wide)
+    assert np.array_equal(squashed, np.asarray(wide.resize((16, 16), Image.Resampling.BILINEAR)))
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
 def test_weight_decay_is_off_for_norms_biases_and_tokens(name: str) -> None:
     model = build_model(spec(name))
@@ -163,6 +188,20 @@ def test_splits_columns_and_classes(image_folder: Path, tmp_path: Path) -> None:
     assert np.bincount(found.evaluation.labels).tolist() == [2, 2, 2]
     handed = load_source({"train": reference["train"], "dev": reference["validation"]})
     assert handed.evaluation.name == "dev"
+
+
+def test_splits_that_number_their_classes_otherwise(image_folder: Path) -> None:
+    """The validation split lacks the first class: its own numbers are one lower."""
+    import shutil
+
+    shutil.rmtree(image_folder / "validation" / "blue")
+    (image_folder / "train" / "red" / "._0.jpg").write_bytes(b"left by a file manager")
+    (image_folder / "test").mkdir()
+    (image_folder / "test" / "flat.jpg").write_bytes(b"no class folder")
+    source = load_source(str(image_folder))
+    assert source.class_names == ["blue", "green", "red"]
+    assert source.evaluation.labels.tolist() == [1] * 4 + [2] * 4
+    assert len(source.train) == 24
 
 
 def test_labels_as_texts_and_lists() -> None:

@@ -314,3 +314,85 @@ def test_a_precision_without_effect_is_refused() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="fp16")
     with pytest.raises(RunError, match="fp16 has no effect on cpu"):
         Trainer(model, [1], torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make(write_recipe, run).fit()
+    before = {path.name: path.read_text() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(RunError, match="these settings decide what is learnt and have changed"):
+        make(write_recipe, run, "train.batch_size=8", resume=True)
+    assert {path.name: path.read_text() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_weights_that_are_no_numbers_are_not_saved(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["optimizer.lr=1e30", "optimizer.name=sgd", "log.every=100", "checkpoint.every=1 steps", "ema=null"]
+    trainer = make(write_recipe, tmp_path / "run", "train.duration=9 steps", *options)
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at step"):
+        trainer.fit()
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints")
+    restored = make(write_recipe, tmp_path / "run", "train.duration=9 steps", *options, resume=True)
+    assert restored.state.step < 9
+
+
+def test_groups_keep_the_ratio_of_their_learning_rates() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 3))
+    data = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))] * 2
+    groups = [{"params": model[1].parameters(), "lr": 1e-4}, {"params": model[2].parameters(), "lr": 1e-2}]
+    optimizer = torch.optim.SGD(groups)
+    Trainer(model, data, optimizer, schedule=lambda step: 0.5, log=RunLog(show=False)).fit()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5e-4, 0.5e-2])
+
+
+def test_settings_without_effect_are_said(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(write_recipe, tmp_path / "run", "schedule.gamma=0.5", "augment.crop_padding=2", "optimizer.momentum=0.5")
+    output = capsys.readouterr().out
+    assert "schedule.gamma has no effect with schedule.name=cosine" in output
+    assert "augment.crop_padding has no effect with augment.crop=random_resized" in output
+    assert "optimizer.momentum has no effect with optimizer.name=adamw" in output
+
+
+class StatefulLoader:
+    """Batches 0 to 4, with a position that can be saved, as torchdata's loader has it."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Any:
+        while self.next < 5:
+            self.next += 1
+            torch.manual_seed(self.next)
+            yield torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+        self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_own_loader_with_a_position_is_resumed(stop: int, tmp_path: Path) -> None:
+    def trained(folder: str, steps: int, resume: bool = False) -> Tensor:
+        reset_accelerate()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        options: dict[str, Any] = {"output_dir": tmp_path / folder, "checkpoint_every": "1 step"}
+        trainer = Trainer(model, StatefulLoader(), optimizer, duration=f"{steps} steps", **options)
+        if resume:
+            trainer.restore()
+        trainer.fit()
+        return model[1].weight.detach()
+
+    whole = trained("whole", 8)
+    trained("cut", stop)
+    with pytest.raises(RunError, match=r"holds checkpoints; call restore\(\)"):
+        trained("cut", 8)
+    assert torch.equal(trained("cut", 8, resume=True), whole)

@@ -19,18 +19,25 @@ Pixels = np.ndarray  # (H, W, 3) uint8
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize so that the short side is image_size / crop_pct, then cut the centre: exactly Pillow's resize."""
+    """Resize so that the short side is image_size / crop_pct, then cut the centre: exactly Pillow's resize.
+
+    `crop_mode` squash resizes to a square instead, whatever the image's shape (as timm and ViT's processor do).
+    """
 
     image_size: int
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
+    crop_mode: str = "center"
 
     def __call__(self, image: Image.Image, *key: int) -> Pixels:
         """Return (image_size, image_size, 3) uint8 pixels of an RGB image."""
         short = math.floor(self.image_size / self.crop_pct)
         width, height = image.size
         # As torchvision's Resize (and so timm and transformers): the long side is truncated.
-        size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        if self.crop_mode == "squash":
+            size = (short, short)
+        else:
+            size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
         if size != image.size:
             image = image.resize(size, FILTERS[self.interpolation], reducing_gap=None)
         left, top = (round((side - self.image_size) / 2) for side in image.size)
