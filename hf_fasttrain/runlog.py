@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -53,35 +53,24 @@ class RunLog:
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[facts]}"))
         with Progress(*columns, console=self.console, refresh_per_second=4, expand=True) as self._progress:
-            self._task = self._progress.add_task("training", total=num_steps, completed=done, facts="")
+            self._task = self._progress.add_task("starting", total=num_steps, completed=done, facts="")
             yield
         self._progress = self._task = None
 
     def train_line(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
         """Record the training's state: loss, lr, images/s, share of time spent waiting for data."""
         self._write({"kind": "train", "step": step, **values})
-        facts = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:,.0f} images/s  "
-            f"waiting {values['data_wait_fraction']:.0%}"
-        )
+        pace = f"{values['images_per_second']:,.0f} images/s  waiting {values['data_wait_fraction']:.0%}"
+        facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {pace}  ETA {_clock(values['eta_seconds'])}"
         if self._progress is not None and self._task is not None:
-            epoch = f"epoch {values['epoch']:.1f}"
-            self._progress.update(self._task, completed=step, facts=facts, description=epoch)
+            done = f"epoch {values['epoch']:.1f}  {step}/{num_steps}"
+            short = f"loss {values['loss']:.3f}  {pace}  ETA {_clock(values['eta_seconds'])}"
+            self._progress.update(self._task, completed=step, facts=short, description=done)
         elif time.monotonic() - self._said >= 10 or step == num_steps:
             self._said = time.monotonic()
-            self.say(
-                f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}  ETA {_clock(values['eta_seconds'])}"
-            )
+            self.say(f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}")
 
     def eval_line(self, step: int, epoch: float, split: str, values: Mapping[str, float], seconds: float) -> None:
         """Record an evaluation, in one line."""
