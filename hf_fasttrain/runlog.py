@@ -62,6 +62,8 @@ class RunLog:
     def train_line(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
         """Record the training's state: loss, lr, images/s, share of time spent waiting for data."""
         self._write({"kind": "train", "step": step, **values})
+        if self.console.quiet:
+            return
         pace = f"{values['images_per_second']:,.0f} images/s  waiting {values['data_wait_fraction']:.0%}"
         facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {pace}  ETA {_clock(values['eta_seconds'])}"
         if self._progress is not None and self._task is not None:

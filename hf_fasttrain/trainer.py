@@ -138,6 +138,7 @@ class Trainer:
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
         self.state = State()
         self._saved_at = -1
+        self._scale: float | None = None  # fp16's loss scale after the last step
 
     @classmethod
     def from_recipe(
@@ -176,12 +177,13 @@ class Trainer:
     def train_step(self, step: Step) -> Tensor:
         """Make one optimizer step and return this process's part of the mean loss over the step's images.
 
-        The loss is 0-d, on the device, and its parts add up over processes. Nothing waits for the device.
+        The loss is 0-d, on the device, and its parts add up over processes. Nothing waits for the device but
+        fp16, for its scale.
         """
         self._seed_step(step.index)
         total: Tensor | None = None
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
-            alone = len(images) == 1 and bool(self.norms)  # one image has no batch statistics
+            alone = bool(self.norms) and len(images) == 1  # one image has no batch statistics
             if alone:
                 self._freeze_batch_norm()
             with self._gradient_exchange(last=number == step.num_micro_batches):
@@ -211,15 +213,23 @@ class Trainer:
         if self.clip_norm is not None:
             clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
             clip(self.parameters, self.clip_norm)
-        scale = self.accelerator.scaler.get_scale() if scaled else 1.0
+        if scaled and self._scale is None:
+            self._scale = self.accelerator.scaler.get_scale()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        # Accelerate's own flag misses what a fused optimizer skips in its kernel; the scale shrinks for both.
-        if scaled and self.accelerator.scaler.get_scale() < scale:
+        if scaled and self._has_skipped():
             return
         if self.ema is not None:
             self.ema.update(self.state.updates)
         self.state.updates += 1
+
+    def _has_skipped(self) -> bool:
+        """Return whether fp16's last step overflowed, by its shrunken scale; waits for the device.
+
+        Accelerate's own flag misses what a fused optimizer skips in its kernel.
+        """
+        before, self._scale = self._scale, self.accelerator.scaler.get_scale()
+        return before is not None and self._scale < before
 
     def _gradient_exchange(self, *, last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients between processes in a step's last backward only."""
@@ -397,8 +407,11 @@ class Trainer:
     def _epoch(self) -> float:
         return self.state.step / self.train_loader.steps_per_epoch
 
+    def _add_up(self, part: Tensor) -> Tensor:
+        return part if self.accelerator.num_processes == 1 else self.accelerator.reduce(part, reduction="sum")
+
     def _log_training(self) -> None:
-        values = self.pace.lap(lambda loss: self.accelerator.reduce(loss, reduction="sum"))
+        values = self.pace.lap(self._add_up)
         lr = self.lr * self.schedule(max(0, self.state.updates - 1))
         if not math.isfinite(values["loss"]):
             raise RunError(

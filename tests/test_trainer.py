@@ -396,3 +396,25 @@ def test_own_loader_with_a_position_is_resumed(stop: int, tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"holds checkpoints; call restore\(\)"):
         trained("cut", 8)
     assert torch.equal(trained("cut", 8, resume=True), whole)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: bool) -> None:
+    """The loss scaler's logic, which runs on a CPU too: the first scale is too large, halved ones are not."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    data = [(torch.full((4, 3, 2, 2), 100.0), torch.tensor([0, 1, 2, 0]))] * 12
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, fused=fused)
+    trainer = Trainer(model, data, optimizer, schedule=lambda update: 1.0 + update, log=RunLog(show=False))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
+    trainer.accelerator.scaler = scaler
+    trainer.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    before = model[1].weight.detach().clone()
+    result = trainer.fit()
+    assert 1 <= result.skipped_steps < 12
+    assert trainer.state.updates == 12 - result.skipped_steps
+    assert scaler.get_scale() == 2.0 ** (126 - result.skipped_steps)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6 * trainer.state.updates)
+    assert torch.isfinite(model[1].weight).all()
+    assert not torch.equal(model[1].weight, before)

@@ -268,7 +268,7 @@ class OwnLoader:
         number = len(images)
         total = self.total(number) if self.total else number
         shape = tuple(images.shape[1:])
-        if self.accumulation_steps == 1 and number:
+        if number and self.accumulation_steps == 1:
             return Step(index, total, 1, iter(((images, targets),)), shape)
         pairs = (number + 1) // 2
         size = 2 * max(1, -(-pairs // self.accumulation_steps))
