@@ -140,10 +140,7 @@ def _open_folder(path: Path) -> dict[str, Any]:
     if files:
         return _open_files(_files_by_split(files, path))
     if any(p.name in METADATA_FILES for p in near):
-        try:
-            return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
-        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-            raise DataError(f"{path}: its metadata file can't be used: {error.__cause__ or error}") from None
+        return _load("imagefolder", str(path), data_dir=str(path))
     return scan_image_folder(path)
 
 
@@ -158,17 +155,23 @@ def _files_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
 
 
 def _open_files(files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
-    import datasets
-
     kind = next(iter(files.values()))[0].suffix.removeprefix(".")
     names = {split: [str(file) for file in group] for split, group in files.items()}
+    return _load(kind, shortened([name for group in names.values() for name in group], 3), data_files=names)
+
+
+def _load(kind: str, where: str, **options: Any) -> dict[str, Any]:
+    """Return the splits that `load_dataset` makes of local files; its log is silenced, its error becomes ours."""
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        return dict(datasets.load_dataset(kind, data_files=names))
+        return dict(datasets.load_dataset(kind, **options))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        reason = error.__cause__ or error
-        raise DataError(
-            f"{shortened([n for group in names.values() for n in group], 3)}: can't be read as {kind}: {reason}"
-        ) from None
+        raise DataError(f"{where}: can't be read as {kind}: {error.__cause__ or error}") from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _open_hub(name: str, config: str | None, revision: str | None) -> dict[str, Any]:
