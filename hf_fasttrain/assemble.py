@@ -15,7 +15,7 @@ from hf_fasttrain.data.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
 from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches, TrainLoader
 from hf_fasttrain.data.order import Order
-from hf_fasttrain.data.source import Source, Split
+from hf_fasttrain.data.source import Source, Split, load_source
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import num_cores
 from hf_fasttrain.errors import RunError
@@ -47,6 +47,23 @@ class Parts:
     spec: ModelSpec
     model: nn.Module
     order: Order
+
+
+def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None = None) -> Source:
+    """Return the recipe's data set, or `dataset` read as the recipe says; `test_split` replaces the recipe's."""
+    data = recipe.data
+    return load_source(
+        data.dataset if dataset is None else dataset,
+        config=data.config,
+        revision=data.revision,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        test_split=test_split or data.test_split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        eval_fraction=data.eval_fraction,
+        seed=recipe.seed,
+    )
 
 
 def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer]) -> Trainer:

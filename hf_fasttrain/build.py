@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_fasttrain import launch
-from hf_fasttrain.assemble import Parts, assemble
+from hf_fasttrain.assemble import Parts, assemble, open_source
 from hf_fasttrain.contradictions import without_effect
 from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
-from hf_fasttrain.data.source import Source, load_source
+from hf_fasttrain.data.source import Source
 from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.model import (
@@ -83,18 +83,7 @@ def build_parts(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, d
 
 def _load_source(recipe: Recipe, dataset: Any, facts: Facts) -> Source:
     data = recipe.data
-    source = load_source(
-        data.dataset if dataset is None else dataset,
-        config=data.config,
-        revision=data.revision,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        test_split=data.test_split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        eval_fraction=data.eval_fraction,
-        seed=recipe.seed,
-    )
+    source = open_source(recipe, dataset)
     _require_own_test_split(source)
     if dataset is not None:
         facts.resolve("data.dataset", "handed over in Python", "")

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fasttrain.assemble import build_evaluator, resolve_loading
+from hf_fasttrain.assemble import build_evaluator, open_source, resolve_loading
 from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.decode import read_image
 from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches
-from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, is_image_file, load_source
+from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, is_image_file
 from hf_fasttrain.errors import DataError, RunError, shortened
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.launch import build_accelerator
@@ -71,22 +71,10 @@ def evaluate_run(run: Path, overrides: Sequence[str] = (), *, split: str | None 
 
 
 def _evaluation_split(recipe: Any, spec: ModelSpec, split: str | None) -> Split:
-    data = recipe.data
-    source = load_source(
-        data.dataset,
-        config=data.config,
-        revision=data.revision,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        test_split=split or data.test_split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        eval_fraction=data.eval_fraction,
-        seed=recipe.seed,
-    )
+    source = open_source(recipe, test_split=split)
     if source.class_names != spec.class_names:
         raise DataError(
-            f"{data.dataset}: its classes ({shortened(source.class_names)}) are not the model's "
+            f"{recipe.data.dataset}: its classes ({shortened(source.class_names)}) are not the model's "
             f"({shortened(spec.class_names)}); evaluate on data with the same classes"
         )
     return source.test if split and source.test else source.evaluation
