@@ -23,10 +23,7 @@ from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.metrics import resolve_metrics
-from hf_fasttrain.model import (
-    ModelSpec,
-    head_names,
-)
+from hf_fasttrain.model import ModelSpec, Preprocessing, head_names
 from hf_fasttrain.model_folder import save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
 from hf_fasttrain.recipe import Recipe
@@ -126,6 +123,33 @@ def resolve_loading(recipe: Recipe, device: torch.device, facts: Facts) -> tuple
     return workers, pinned
 
 
+def eval_transform(pre: Preprocessing) -> EvalTransform:
+    """Return the transform of evaluation and prediction."""
+    return EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
+
+
+def build_eval_loader(
+    split: Split,
+    pre: Preprocessing,
+    accelerator: Accelerator,
+    normalize: Normalize,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+) -> EvalLoader:
+    """Return the loader of this process's share of a split, each image as evaluation sees it."""
+    images = ImageBatches(split, eval_transform(pre), pre.image_size)
+    return EvalLoader(
+        Feed(images, accelerator.device, workers=workers, pin_memory=pin_memory),
+        len(split),
+        batch_size,
+        normalize,
+        accelerator.num_processes,
+        accelerator.process_index,
+        name=split.name,
+    )
+
+
 class _Loaders:
     """Makes the loaders of a recipe's parts."""
 
@@ -137,10 +161,6 @@ class _Loaders:
         self.workers, self.pinned = resolve_loading(parts.recipe, self.device, parts.facts)
         channels_last = parts.recipe.accelerate.channels_last
         self.normalize = Normalize(self.pre.mean, self.pre.std, self.device, channels_last=channels_last)
-
-    def _feed(self, split: Split, transform: Any) -> Feed:
-        images = ImageBatches(split, transform, self.pre.image_size)
-        return Feed(images, self.device, workers=self.workers, pin_memory=self.pinned)
 
     def training(self) -> TrainLoader:
         augment, seed, size = self.recipe.augment, self.recipe.seed, self.pre.image_size
@@ -161,7 +181,8 @@ class _Loaders:
         mixing = None
         if augment.mixup or augment.cutmix:
             mixing = Mixing(augment.mixup, augment.cutmix, self.parts.spec.num_classes, size, seed)
-        feed = self._feed(self.parts.source.train, transform)
+        images = ImageBatches(self.parts.source.train, transform, size)
+        feed = Feed(images, self.device, workers=self.workers, pin_memory=self.pinned)
         return TrainLoader(feed, self.parts.order, self.normalize, mixing, size)
 
     def evaluating(self, split: Split) -> EvalLoader:
@@ -170,16 +191,7 @@ class _Loaders:
         if wish == "auto":
             rule = "accelerate.micro_batch_size, at least 32"
             size = self.parts.facts.resolve("evaluate.batch_size", max(32, self.parts.order.micro_batch_size), rule)
-        transform = EvalTransform(self.pre.image_size, self.pre.interpolation, self.pre.crop_pct, self.pre.crop_mode)
-        return EvalLoader(
-            self._feed(split, transform),
-            len(split),
-            int(size),
-            self.normalize,
-            accelerator.num_processes,
-            accelerator.process_index,
-            name=split.name,
-        )
+        return build_eval_loader(split, self.pre, accelerator, self.normalize, int(size), self.workers, self.pinned)
 
 
 def _optimizer(parts: Parts) -> torch.optim.Optimizer:

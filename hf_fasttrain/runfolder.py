@@ -57,12 +57,11 @@ def held_by_run(folder: Path) -> list[str]:
 
 def finished_steps(folder: Path) -> int | None:
     """Return the number of steps of a run that has ended, None for one that has not."""
-    path = folder / "result.json"
-    if not path.exists() or not complete_checkpoints(folder / "checkpoints"):
+    path, checkpoints = folder / "result.json", complete_checkpoints(folder / "checkpoints")
+    if not path.exists() or not checkpoints:
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    newest = complete_checkpoints(folder / "checkpoints")[-1]
-    return result["steps"] if newest.name.endswith(f"{result['steps']:08d}") else None
+    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    return steps if checkpoints[-1].name.endswith(f"{steps:08d}") else None
 
 
 def describe_run(folder: Path, facts: Facts) -> None:

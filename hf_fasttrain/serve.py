@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fasttrain.assemble import build_evaluator, open_source, resolve_loading
-from hf_fasttrain.data.augment import EvalTransform
+from hf_fasttrain.assemble import build_eval_loader, build_evaluator, eval_transform, open_source, resolve_loading
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.decode import read_image
-from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches
 from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, is_image_file
 from hf_fasttrain.errors import DataError, RunError, shortened
 from hf_fasttrain.facts import Facts
@@ -54,18 +52,9 @@ def evaluate_run(run: Path, overrides: Sequence[str] = (), *, split: str | None 
     chosen = _evaluation_split(recipe, spec, split)
     pre = _preprocessing(spec)
     workers, pinned = resolve_loading(recipe, accelerator.device, facts)
-    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
-    feed = Feed(ImageBatches(chosen, transform, pre.image_size), accelerator.device, workers=workers, pin_memory=pinned)
     size = recipe.evaluate.batch_size
     normalize = Normalize(pre.mean, pre.std, accelerator.device, channels_last=recipe.accelerate.channels_last)
-    loader = EvalLoader(
-        feed,
-        len(chosen),
-        64 if size == "auto" else size,
-        normalize,
-        accelerator.num_processes,
-        accelerator.process_index,
-    )
+    loader = build_eval_loader(chosen, pre, accelerator, normalize, 64 if size == "auto" else size, workers, pinned)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     return evaluator(model.to(accelerator.device), loader)
 
@@ -92,7 +81,7 @@ def predict_images(run: Path, images: Sequence[str], *, top: int = 5) -> list[di
     files = [file for image in images for file in _image_files(image)]
     model, spec = load_model(model_folder(run))
     pre = _preprocessing(spec)
-    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
+    transform = eval_transform(pre)
     normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)
     rows: list[dict[str, Any]] = []
     for start in range(0, len(files), 32):
