@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_fasttrain.data.augment import EvalTransform, TrainTransform
-from hf_fasttrain.data.batch import Mixing, Normalize
-from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches, TrainLoader
+from hf_fasttrain.data.images import BadImages
+from hf_fasttrain.data.loader import TrainLoader
 from hf_fasttrain.data.order import Order
-from hf_fasttrain.data.source import Source, Split, load_source
+from hf_fasttrain.data.source import Source, load_source
 from hf_fasttrain.ema import Ema
-from hf_fasttrain.environment import num_cores
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.facts import Facts
+from hf_fasttrain.loading import Loaders
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.metrics import resolve_metrics
-from hf_fasttrain.model import ModelSpec, Preprocessing, head_names
+from hf_fasttrain.model import ModelSpec, head_names
 from hf_fasttrain.model_folder import save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
 from hf_fasttrain.recipe import Recipe
@@ -66,15 +66,17 @@ def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None =
 def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer]) -> Trainer:
     """Return the trainer of the parts; without a folder it writes nothing."""
     recipe, facts, accelerator, source = parts.recipe, parts.facts, parts.accelerator, parts.source
-    make = _Loaders(parts)
-    train_loader = make.training()
     num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     spec = parts.spec
     log = RunLog(folder, main=accelerator.is_main_process, track=_tracker(parts) if folder else None)
     stopping = recipe.early_stopping
+    bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
+    make = build_loaders(parts, bad_images)
+    eval_batch = _eval_batch_size(parts)
+    evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.order.steps_per_epoch))
     return trainer_class(
         model=parts.model,
-        train_loader=train_loader,
+        train_loader=make.training(source.train, parts.order, num_steps, spec.num_classes),
         optimizer=_optimizer(parts),
         duration=recipe.train.duration,
         accelerator=accelerator,
@@ -83,8 +85,8 @@ def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer]) ->
         schedule=_schedule(parts, num_steps),
         clip_norm=recipe.optimizer.clip_norm,
         ema=Ema(parts.model, recipe.ema.decay, warmup=recipe.ema.warmup) if recipe.ema else None,
-        eval_loader=make.evaluating(source.evaluation),
-        test_loader=make.evaluating(source.test) if source.test else None,
+        eval_loader=make.evaluating(source.evaluation, eval_batch, passes=evaluations),
+        test_loader=make.evaluating(source.test, eval_batch) if source.test else None,
         evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
         evaluate_every=recipe.evaluate.every,
         best=Watch(recipe.checkpoint.best.metric, recipe.checkpoint.best.mode),
@@ -96,102 +98,39 @@ def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer]) ->
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
         learnt=facts.learnt(),
+        bad_images=bad_images,
         log=log,
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
 
 
+def build_loaders(parts: Parts, bad_images: BadImages) -> Loaders:
+    """Return what makes the loaders of the parts."""
+    assert parts.spec.preprocessing is not None
+    return Loaders(parts.recipe, parts.facts, parts.accelerator, parts.spec.preprocessing, bad_images)
+
+
+def build_train_loader(parts: Parts) -> TrainLoader:
+    """Return the training images of the parts alone, as `Trainer.fit` gets them; to measure or to look at them."""
+    bad_images = BadImages(None, parts.recipe.data.max_bad_fraction, parts.facts.note)
+    num_steps = parts.recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+    loaders = build_loaders(parts, bad_images)
+    return loaders.training(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
+
+
+def _eval_batch_size(parts: Parts) -> int:
+    wish = parts.recipe.evaluate.batch_size
+    if wish != "auto":
+        return wish
+    rule = "accelerate.micro_batch_size, at least 32"
+    return int(parts.facts.resolve("evaluate.batch_size", max(32, parts.order.micro_batch_size), rule))
+
+
 def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
     """Return the evaluator of a recipe's metrics."""
     own, external = resolve_metrics(recipe.evaluate.metrics, multi_label=multi_label)
     return Evaluator(accelerator, num_classes, multi_label=multi_label, metrics=own, external=external)
-
-
-def resolve_loading(recipe: Recipe, device: torch.device, facts: Facts) -> tuple[int, bool]:
-    """Return the number of loader processes and whether their batches are pinned."""
-    cuda, workers, pinned = device.type == "cuda", recipe.data.workers, recipe.data.pin_memory
-    if workers == "auto":
-        local = max(1, torch.cuda.device_count()) if cuda else 1
-        number = min(16, num_cores() // local) if cuda else 1
-        workers = facts.resolve("data.workers", max(1, number), "the cores of each GPU" if cuda else "one on a CPU")
-    if pinned == "auto":
-        pinned = facts.resolve("data.pin_memory", cuda, "a GPU" if cuda else "there is no GPU")
-    elif pinned and not cuda:
-        facts.note("data.pin_memory=true has no effect without a GPU")
-        pinned = facts.resolve("data.pin_memory", False, "no effect without a GPU")
-    return workers, pinned
-
-
-def eval_transform(pre: Preprocessing) -> EvalTransform:
-    """Return the transform of evaluation and prediction."""
-    return EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
-
-
-def build_eval_loader(
-    split: Split,
-    pre: Preprocessing,
-    accelerator: Accelerator,
-    normalize: Normalize,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool,
-) -> EvalLoader:
-    """Return the loader of this process's share of a split, each image as evaluation sees it."""
-    images = ImageBatches(split, eval_transform(pre), pre.image_size)
-    return EvalLoader(
-        Feed(images, accelerator.device, workers=workers, pin_memory=pin_memory),
-        len(split),
-        batch_size,
-        normalize,
-        accelerator.num_processes,
-        accelerator.process_index,
-        name=split.name,
-    )
-
-
-class _Loaders:
-    """Makes the loaders of a recipe's parts."""
-
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.recipe = parts, parts.recipe
-        self.device = parts.accelerator.device
-        assert parts.spec.preprocessing is not None
-        self.pre = parts.spec.preprocessing
-        self.workers, self.pinned = resolve_loading(parts.recipe, self.device, parts.facts)
-        channels_last = parts.recipe.accelerate.channels_last
-        self.normalize = Normalize(self.pre.mean, self.pre.std, self.device, channels_last=channels_last)
-
-    def training(self) -> TrainLoader:
-        augment, seed, size = self.recipe.augment, self.recipe.seed, self.pre.image_size
-        transform = TrainTransform(
-            image_size=size,
-            seed=seed,
-            interpolation=self.pre.interpolation,
-            crop_pct=self.pre.crop_pct,
-            crop=augment.crop,
-            crop_scale=augment.crop_scale,
-            crop_ratio=augment.crop_ratio,
-            crop_padding=augment.crop_padding,
-            flip=augment.flip,
-            erase_prob=augment.erase,
-            randaugment=augment.randaugment.model_dump() if augment.randaugment else None,
-            trivialaugment=augment.trivialaugment,
-        )
-        mixing = None
-        if augment.mixup or augment.cutmix:
-            mixing = Mixing(augment.mixup, augment.cutmix, self.parts.spec.num_classes, size, seed)
-        images = ImageBatches(self.parts.source.train, transform, size)
-        feed = Feed(images, self.device, workers=self.workers, pin_memory=self.pinned)
-        return TrainLoader(feed, self.parts.order, self.normalize, mixing, size)
-
-    def evaluating(self, split: Split) -> EvalLoader:
-        wish, accelerator = self.recipe.evaluate.batch_size, self.parts.accelerator
-        size = wish
-        if wish == "auto":
-            rule = "accelerate.micro_batch_size, at least 32"
-            size = self.parts.facts.resolve("evaluate.batch_size", max(32, self.parts.order.micro_batch_size), rule)
-        return build_eval_loader(split, self.pre, accelerator, self.normalize, int(size), self.workers, self.pinned)
 
 
 def _optimizer(parts: Parts) -> torch.optim.Optimizer:

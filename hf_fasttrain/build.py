@@ -171,6 +171,7 @@ def _resolve_order(recipe: Recipe, num_images: int, model: nn.Module, accelerato
         join_single=bool(batch_norms(model)),
         num_processes=processes,
         process_index=accelerator.process_index,
+        repeats=recipe.augment.repeats,
     )
     accelerator.gradient_accumulation_steps = steps
     facts.resolve("accelerate.micro_batch_size", size, "images per process and forward")

@@ -44,14 +44,33 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
         values = getattr(data, key)
         if values != "auto" and len(values) not in (1, 3):
             yield f"data.{key}", f"has {len(values)} numbers; give 3 (red, green, blue) or 1 for all"
+    if data.reduced_decode and data.short_side is None:
+        yield "data.reduced_decode", "needs data.short_side: the size that images are brought to"
+    if data.cache == "device" and recipe.augment.crop == "random_resized":
+        yield (
+            "data.cache",
+            "device needs augment.crop=padded or center: only these give the same pixels on a device; "
+            "use memory, or another crop",
+        )
+    if data.cache == "device" and recipe.augment.erase > 0 and recipe.augment.erase_fill == "noise":
+        yield "augment.erase_fill", "noise is not made on the device; use black or mean, or data.cache=memory"
     if data.std != "auto" and any(value <= 0 for value in data.std):
         yield "data.std", "must be above 0"
 
 
 def _augment(recipe: Recipe) -> Iterator[Mistake]:
     augment = recipe.augment
-    if augment.randaugment and augment.trivialaugment:
-        yield "augment.trivialaugment", "and augment.randaugment exclude each other; leave one of them out"
+    policies = {"randaugment": augment.randaugment, "trivialaugment": augment.trivialaugment, "augmix": augment.augmix}
+    first, *others = [*(name for name, value in policies.items() if value), ""]
+    for name in others[:-1]:
+        yield f"augment.{name}", f"and augment.{first} exclude each other; leave one of them out"
+    progressive = augment.progressive
+    if progressive and augment.crop != "random_resized":
+        yield "augment.progressive", f"needs augment.crop=random_resized; it is {augment.crop}"
+    if progressive and progressive.start_size >= recipe.data.image_size:
+        yield "augment.progressive.start_size", f"is not below data.image_size={recipe.data.image_size}"
+    if augment.repeats > recipe.train.batch_size:
+        yield "augment.repeats", f"is {augment.repeats}, but train.batch_size is only {recipe.train.batch_size}"
     for key, least in (("crop_scale", 0.0), ("crop_ratio", 0.0)):
         values = getattr(augment, key)
         if len(values) != 2 or not least < values[0] <= values[1]:
@@ -124,13 +143,18 @@ def without_effect(recipe: Recipe) -> list[str]:
         "augment.crop_padding": crop == "padded",
         "augment.crop_scale": crop == "random_resized",
         "augment.crop_ratio": crop == "random_resized",
+        "augment.erase_fill": recipe.augment.erase > 0,
+        "data.cache_dir": recipe.data.cache in ("disk", "auto"),
+        "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
         "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
     }
     given = recipe.source.origins
     rivals = {"schedule": f"schedule.name={schedule}", "augment": f"augment.crop={crop}"}
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
+    rivals["data"] = f"data.cache={recipe.data.cache}"
+    own = {"augment.erase_fill": "augment.erase=0.0"}
     return [
-        f"{key} has no effect with {rivals[key.split('.')[0]]}"
+        f"{key} has no effect with {own.get(key) or rivals[key.split('.')[0]]}"
         for key, matters in used.items()
         if not matters and key in given
     ]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
@@ -60,6 +61,17 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that is to be had: of the machine, or of the container where that allows less."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
 
 
 def set_cpu_threads(local_processes: int) -> int | None:

@@ -79,6 +79,26 @@ class DataSection(Section):
         "auto",
         "evaluation: image_size / short side before the centre crop; auto: the pretrained configuration's",
     )
+    short_side: int | None = learnt(
+        None, "training: images with a longer short side are brought to this before any crop; null: none are", ge=8
+    )
+    stored_quality: int | None = learnt(
+        None,
+        "training: JPEG quality (4:2:0) that images have after short_side; null: not stored as JPEGs",
+        ge=1,
+        le=100,
+    )
+    reduced_decode: bool = learnt(False, "JPEGs far above short_side are decoded at 1/8 to 7/8 of their size: faster")
+    cache: Literal["auto", "none", "memory", "disk", "device"] = machine(
+        "auto", "where decoded pixels are kept after the first epoch; auto: as data size, free memory and disk allow"
+    )
+    cache_dir: str | None = machine(None, "folder for cache=disk; null: $HF_FASTTRAIN_CACHE or ~/.cache/hf_fasttrain")
+    cache_gb: Auto | Annotated[float, Field(gt=0.0)] = machine(
+        "auto", "most GB of pixels kept; auto: half of the free memory, or half of the free disk"
+    )
+    max_bad_fraction: float = machine(
+        0.01, "bad images are replaced by others; above this share of a split the run stops", ge=0.0, le=1.0
+    )
     workers: Auto | Annotated[int, Field(ge=0)] = machine("auto", "loader processes for each training process")
     pin_memory: Auto | bool = machine("auto", "page-locked buffers for copies to a GPU; auto: where there is one")
 
@@ -86,6 +106,26 @@ class DataSection(Section):
 class RandAugment(Section):
     num_ops: int = learnt(2, "operations for each image", ge=1)
     magnitude: int = learnt(9, "strength, 0 to 30", ge=0, le=30)
+
+
+class AugMix(Section):
+    severity: int = learnt(3, "strength of the operations, 1 to 10", ge=1, le=10)
+    mixture_width: int = learnt(3, "chains of operations that are mixed", ge=1)
+    chain_depth: int = learnt(-1, "operations in a chain; -1: 1 to 3 at random", ge=-1)
+    alpha: float = learnt(1.0, "of the Dirichlet and Beta distributions that mix them", gt=0.0)
+
+
+class ColorJitter(Section):
+    brightness: float = learnt(0.0, "factor from 1 - x to 1 + x", ge=0.0)
+    contrast: float = learnt(0.0, "factor from 1 - x to 1 + x", ge=0.0)
+    saturation: float = learnt(0.0, "factor from 1 - x to 1 + x", ge=0.0)
+    hue: float = learnt(0.0, "turn from -x to x, of the whole colour circle", ge=0.0, le=0.5)
+
+
+class Progressive(Section):
+    start_size: int = learnt(..., "image size in the first epoch, in pixels", ge=8)
+    until: DurationField = learnt(..., "when data.image_size is reached, such as '10 epochs'")
+    multiple: int = learnt(32, "sizes in between are multiples of this", ge=1)
 
 
 class AugmentSection(Section):
@@ -98,10 +138,16 @@ class AugmentSection(Section):
     flip: bool = learnt(True, "mirror left-right half of the time")
     randaugment: RandAugment | None = learnt(None, "{num_ops: 2, magnitude: 9}")
     trivialaugment: bool = learnt(False, "one random operation of random strength for each image")
+    augmix: AugMix | None = learnt(None, "chains of operations mixed with the image: {severity: 3}")
+    three_augment: bool = learnt(False, "one of greyscale, solarise and blur for each image (DeiT III)")
+    color_jitter: ColorJitter | None = learnt(None, "{brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.0}")
+    repeats: int = learnt(1, "times that an image appears in a step, each differently augmented", ge=1)
+    progressive: Progressive | None = learnt(None, "image size by epoch: {start_size: 128, until: 10 epochs}")
     mixup: float = learnt(0.0, "alpha of mixup's Beta distribution; 0: off", ge=0.0)
     cutmix: float = learnt(0.0, "alpha of cutmix's Beta distribution; 0: off", ge=0.0)
     label_smoothing: float = learnt(0.0, "share of each target spread over all classes", ge=0.0, lt=1.0)
-    erase: Probability = learnt(0.0, "probability that a random box of an image is blackened")
+    erase: Probability = learnt(0.0, "probability that a random box of an image is filled")
+    erase_fill: Literal["black", "mean", "noise"] = learnt("black", "with what; mean: data.mean")
 
 
 class TrainSection(Section):

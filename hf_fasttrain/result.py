@@ -34,7 +34,8 @@ class Result:
     images: int
     train_seconds: float  # of training steps, without evaluation and saving
     images_per_second: float
-    data_wait_fraction: float  # share of train_seconds spent waiting for the loader
+    data_wait_fraction: float  # share of train_seconds lost by waiting for data
+    bad_images: int  # replaced by others; bad_images.jsonl lists them
     peak_memory_bytes: int
     stopped_early: bool
     machine: dict[str, Any]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_fasttrain.assemble import build_eval_loader, build_evaluator, eval_transform, open_source, resolve_loading
+from hf_fasttrain.assemble import build_evaluator, open_source
 from hf_fasttrain.data.batch import Normalize
-from hf_fasttrain.data.decode import read_image
+from hf_fasttrain.data.decode import read_pixels
+from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, is_image_file
 from hf_fasttrain.errors import DataError, RunError, shortened
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.launch import build_accelerator
+from hf_fasttrain.loading import Loaders, eval_transform
 from hf_fasttrain.model import ModelSpec, Preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe_file import load_recipe
@@ -33,11 +35,13 @@ def model_folder(run: Path) -> Path:
     raise RunError(f"{run}: no model in it; give a run folder whose training has ended")
 
 
-def evaluate_run(run: Path, overrides: Sequence[str] = (), *, split: str | None = None) -> dict[str, float]:
+def evaluate_run(
+    run: Path, overrides: Sequence[str] = (), *, split: str | None = None, note: Callable[[str], None] = lambda _: None
+) -> dict[str, float]:
     """Return the metrics of a run's model on its evaluation split, or on another split of its data set.
 
     `overrides` change the run's recipe: data.dataset=FOLDER measures on other images. Their classes must be those
-    that the model was trained on, in the same order.
+    that the model was trained on, in the same order. `note` is told of bad images, which others stand in for.
     """
     folder = model_folder(run)
     if not (run / "recipe.yaml").exists():
@@ -51,10 +55,9 @@ def evaluate_run(run: Path, overrides: Sequence[str] = (), *, split: str | None 
     model, spec = load_model(folder)
     chosen = _evaluation_split(recipe, spec, split)
     pre = _preprocessing(spec)
-    workers, pinned = resolve_loading(recipe, accelerator.device, facts)
+    loaders = Loaders(recipe, facts, accelerator, pre, BadImages(None, recipe.data.max_bad_fraction, note))
     size = recipe.evaluate.batch_size
-    normalize = Normalize(pre.mean, pre.std, accelerator.device, channels_last=recipe.accelerate.channels_last)
-    loader = build_eval_loader(chosen, pre, accelerator, normalize, 64 if size == "auto" else size, workers, pinned)
+    loader = loaders.evaluating(chosen, 64 if size == "auto" else size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     return evaluator(model.to(accelerator.device), loader)
 
@@ -86,7 +89,7 @@ def predict_images(run: Path, images: Sequence[str], *, top: int = 5) -> list[di
     rows: list[dict[str, Any]] = []
     for start in range(0, len(files), 32):
         batch = files[start : start + 32]
-        pixels = np.stack([transform(read_image(str(file))) for file in batch])
+        pixels = np.stack([transform(read_pixels(str(file))) for file in batch])
         with torch.inference_mode():
             logits = model(normalize(torch.from_numpy(pixels)))
         scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)

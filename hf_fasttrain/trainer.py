@@ -23,6 +23,7 @@ from hf_fasttrain.checkpoint import (
     require_same,
     save_checkpoint,
 )
+from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import OwnEvalLoader, OwnLoader, Step
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.ema import Ema
@@ -94,6 +95,7 @@ class Trainer:
         keep_checkpoints: int = 2,
         export: Callable[[nn.Module, Path], None] = save_weights,
         learnt: dict[str, Any] | None = None,
+        bad_images: BadImages | None = None,
         log: RunLog | None = None,
         log_every: int = 10,
         seed: int = 0,
@@ -133,7 +135,7 @@ class Trainer:
         self.log_every, self.keep_checkpoints = log_every, keep_checkpoints
 
         self.output_dir = Path(output_dir) if output_dir is not None else None
-        self.export, self.learnt = export, learnt or {}
+        self.export, self.learnt, self.bad_images = export, learnt or {}, bad_images
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
         self.state = State()
@@ -451,6 +453,7 @@ class Trainer:
             train_seconds=state.train_seconds,
             images_per_second=state.images / seconds,
             data_wait_fraction=min(1.0, state.wait_seconds / seconds),
+            bad_images=self.bad_images.count if self.bad_images else 0,
             peak_memory_bytes=peak_memory_bytes(self.device),
             stopped_early=state.step < self.num_steps,
             machine=describe_machine(self.device, self.accelerator.num_processes),

@@ -11,7 +11,7 @@ from conftest import run_processes
 from torch import Tensor, nn
 
 from hf_fasttrain.data.batch import Mixing, Normalize
-from hf_fasttrain.data.loader import Feed, TrainLoader
+from hf_fasttrain.data.loader import Feed, Made, TrainLoader
 from hf_fasttrain.data.order import MicroBatchKey, Order, micro_batch_size_for
 from hf_fasttrain.loss import ClassificationLoss
 from hf_fasttrain.runlog import RunLog
@@ -31,8 +31,8 @@ class Images(torch.utils.data.Dataset):
         hot = torch.from_numpy(rng.integers(0, 2, (num_images, NUM_CLASSES)).astype(np.float32))
         self.labels = hot if case == "multi_label" else labels
 
-    def __getitem__(self, key: MicroBatchKey) -> tuple[Tensor, Tensor]:
-        return self.pixels[key.indices], self.labels[key.indices]
+    def __getitem__(self, key: MicroBatchKey) -> Made:
+        return Made(self.pixels[key.indices], self.labels[key.indices], ())
 
 
 class NormalizeAs(Normalize):
@@ -78,7 +78,7 @@ def train(
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    mixing = Mixing(0.8, 1.0, NUM_CLASSES, SIZE) if case == "mixed" else None
+    mixing = Mixing(0.8, 1.0, NUM_CLASSES) if case == "mixed" else None
     feed = Feed(Images(num_images, case), accelerator.device, workers=0, pin_memory=False)
     model = make_model(dtype)
     losses: list[float] = []
@@ -91,7 +91,7 @@ def train(
     )
     Trainer(
         model,
-        TrainLoader(feed, order, NormalizeAs(dtype), mixing, SIZE),
+        TrainLoader(feed, order, NormalizeAs(dtype), mixing, lambda _: SIZE),
         chosen,
         duration=f"{num_steps} steps",
         accelerator=accelerator,
@@ -107,12 +107,12 @@ def reference(case: str, *, num_steps: int = 5) -> tuple[dict[str, Tensor], list
     images, model = Images(NUM_IMAGES, case), make_model(torch.float32)
     order = Order(num_images=NUM_IMAGES, batch_size=BATCH, micro_batch_size=1000)
     normalize, loss = NormalizeAs(torch.float32), make_loss(case)
-    mixing = Mixing(0.8, 1.0, NUM_CLASSES, SIZE)
+    mixing = Mixing(0.8, 1.0, NUM_CLASSES)
     momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     losses = []
     for step in range(num_steps):
         (key,) = order.plan(step).micro_batches
-        x, y = images[key]
+        x, y, _ = images[key]
         x = normalize(x)
         if case == "mixed":
             x, y = mixing(x, y, step)
@@ -202,7 +202,7 @@ def norms_after_a_step_without_images() -> tuple[Tensor, Tensor]:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     order = Order(2, 2, 2, num_processes=accelerator.num_processes, process_index=accelerator.process_index)
     feed = Feed(Images(2, "hard"), accelerator.device, workers=0, pin_memory=False)
-    loader = TrainLoader(feed, order, NormalizeAs(torch.float32), None, SIZE)
+    loader = TrainLoader(feed, order, NormalizeAs(torch.float32), None, lambda _: SIZE)
     trainer = Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
     trainer._set_train_mode()
     trainer.train_step(next(loader.steps(0, 1)))

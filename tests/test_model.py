@@ -118,7 +118,7 @@ def test_preprocessing_of_image_processors(tmp_path: Path) -> None:
     assert (found["vit"].crop_pct, found["vit"].crop_mode) == (1.0, "squash")
     assert (found["raw"].mean, found["raw"].std) == ((0.0,) * 3, (1.0,) * 3)
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
-    squashed = EvalTransform(16, "bilinear", 1.0, "squash")(wide)
+    squashed = EvalTransform(16, "bilinear", 1.0, "squash")(np.asarray(wide))
     assert np.array_equal(squashed, np.asarray(wide.resize((16, 16), Image.Resampling.BILINEAR)))
 
 

@@ -1,20 +1,30 @@
-"""One image at a time, on its way to the batch: crop, resize, flip, operations. Randomness comes from its key."""
+"""Crop, flip, colour operations and erasing of a batch, image by image. Randomness comes from each image's key."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from hf_fasttrain.data.order import AUGMENT_STREAM, keyed_rng
+from hf_fasttrain.data.decode import Pixels
+from hf_fasttrain.data.operations import Operations
+from hf_fasttrain.data.order import (
+    CROP_STREAM,
+    ERASE_STREAM,
+    FLIP_STREAM,
+    NOISE_STREAM,
+    OPERATION_STREAM,
+    MicroBatchKey,
+    keyed_rng,
+    keyed_uniforms,
+)
+from hf_fasttrain.data.resize import FILTERS, Box, resize, size_with_short_side
 
-FILTERS = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__members__}
-Pixels = np.ndarray  # (H, W, 3) uint8
+BOX_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -29,112 +39,164 @@ class EvalTransform:
     crop_pct: float = 0.875
     crop_mode: str = "center"
 
-    def __call__(self, image: Image.Image, *key: int) -> Pixels:
-        """Return (image_size, image_size, 3) uint8 pixels of an RGB image."""
+    def __call__(self, pixels: Pixels) -> Pixels:
+        """Return (image_size, image_size, 3) uint8 pixels of an image (H, W, 3)."""
+        height, width = pixels.shape[:2]
         short = math.floor(self.image_size / self.crop_pct)
-        width, height = image.size
-        # As torchvision's Resize (and so timm and transformers): the long side is truncated.
-        if self.crop_mode == "squash":
-            size = (short, short)
-        else:
-            size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        size = (short, short) if self.crop_mode == "squash" else size_with_short_side(width, height, short)
+        if size == (width, height) == (self.image_size, self.image_size):
+            return pixels
+        image = Image.fromarray(pixels)
         if size != image.size:
             image = image.resize(size, FILTERS[self.interpolation], reducing_gap=None)
         left, top = (round((side - self.image_size) / 2) for side in image.size)
-        return np.asarray(image.crop((left, top, left + self.image_size, top + self.image_size)))
+        return np.array(image.crop((left, top, left + self.image_size, top + self.image_size)))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Progressive resizing (fastai; EfficientNetV2, arXiv 2104.00298): small images first, whole ones from `until` on.
+
+    The size grows linearly with the epoch from `start_size`, in multiples of `multiple` pixels.
+    """
+
+    start_size: int
+    until: int  # first epoch at full size
+    multiple: int = 32
+
+    def size(self, epoch: int, full: int) -> int:
+        """Return the image size of an epoch, of which `full` is the last one's."""
+        if epoch >= self.until:
+            return full
+        size = self.start_size + (full - self.start_size) * epoch / self.until
+        return min(full, max(self.start_size, round(size / self.multiple) * self.multiple))
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop, flip, operations and erasing; the same pixels for the same (seed, epoch, index, repeat).
+    """Random crop, operations, flip and erasing; the same pixels for the same (seed, epoch, index, repeat).
 
-    `crop` is ``random_resized`` (Inception's; scale and ratio as in torchvision), ``padded`` or ``center``.
-    RandAugment (arXiv 1909.13719) and TrivialAugment (arXiv 2103.10158) are torchvision's.
+    `crop` is ``random_resized`` (Inception's; scale and ratio as in torchvision), ``padded`` (shifted by up to
+    `crop_padding` pixels over black; wants images of the right size) or ``none`` (wants them too).
     """
 
     image_size: int
     seed: int = 0
     interpolation: str = "bilinear"
-    crop_pct: float = 0.875
     crop: str = "random_resized"
     crop_scale: Sequence[float] = (0.08, 1.0)
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
     crop_padding: int = 4
     flip: bool = True
     erase_prob: float = 0.0
-    randaugment: dict[str, int] | None = None
-    trivialaugment: bool = False
-    _operation: Callable[[Any], Any] | None = field(init=False, default=None, compare=False)
+    erase_fill: tuple[int, int, int] | None = (0, 0, 0)  # None: noise
+    operations: Operations = field(default_factory=Operations)
+    growth: Growth | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_operation", self._build_operation())
+    def size_at(self, epoch: int) -> int:
+        """Return the image size of an epoch."""
+        return self.growth.size(epoch, self.image_size) if self.growth else self.image_size
 
-    def _build_operation(self) -> Callable[[Any], Any] | None:
-        if not self.randaugment and not self.trivialaugment:
-            return None
-        from torchvision.transforms import v2
+    def __call__(self, pixels: Pixels, epoch: int, index: int, repeat: int = 0) -> Pixels:
+        """Return (S, S, 3) uint8 pixels of one image."""
+        size = self.size_at(epoch)
+        out = np.empty((1, size, size, 3), np.uint8)
+        self.write([pixels], MicroBatchKey(epoch, np.array([index]), np.array([repeat])), out)
+        return out[0]
 
-        return v2.RandAugment(**self.randaugment) if self.randaugment else v2.TrivialAugmentWide()
+    def write(self, images: Iterable[Pixels], key: MicroBatchKey, out: np.ndarray) -> None:
+        """Write the batch of a key to `out` (B, S, S, 3); `images` come one by one, each read before the next."""
+        crops, seeds = self._crop_draws(key), self._operation_seeds(key)
+        for row, pixels in enumerate(images):
+            self._crop(pixels, crops[row], out[row])
+            if self.operations:
+                out[row] = self.operations(out[row], int(seeds[row]))
+        mirrored = np.flatnonzero(self.flips(key))
+        if len(mirrored):  # by torch: numpy needs ten times as long to turn pixels of three bytes
+            out[mirrored] = torch.from_numpy(out[mirrored]).flip(2).numpy()
+        for row, box in self.erased(key, out.shape[1]):
+            left, top, right, bottom = box
+            out[row, top:bottom, left:right] = self._fill(key, row, box)
 
-    def __call__(self, image: Image.Image, epoch: int, index: int, repeat: int = 0) -> Pixels:
-        """Return (image_size, image_size, 3) uint8 pixels of an RGB image."""
-        rng = keyed_rng(self.seed, AUGMENT_STREAM, epoch, index, repeat)
-        image = self._crop(image, rng)
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self._operation is not None:
-            image = _with_torch_seed(int(rng.integers(2**63)), self._operation, image)
-        pixels = np.asarray(image)
-        return self._erase(pixels, rng) if self.erase_prob and rng.random() < self.erase_prob else pixels
+    # --- what is drawn: functions of the key, for a whole batch --------------------------------------------
 
-    def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        size = (self.image_size, self.image_size)
-        if self.crop == "center":
-            return Image.fromarray(EvalTransform(self.image_size, self.interpolation, self.crop_pct)(image))
+    def _draw(self, stream: int, key: MicroBatchKey, count: int) -> np.ndarray:
+        return keyed_uniforms(self.seed, stream, key.epoch, key.indices, key.repeats, count)
+
+    def _crop_draws(self, key: MicroBatchKey) -> np.ndarray:
         if self.crop == "random_resized":
-            box = random_box(image.size, self.crop_scale, self.crop_ratio, rng)
-            return image.crop(box).resize(size, FILTERS[self.interpolation])
-        if image.size != size:
-            image = Image.fromarray(EvalTransform(self.image_size, self.interpolation, 1.0)(image))
-        left, top = (int(rng.integers(2 * self.crop_padding + 1)) - self.crop_padding for _ in range(2))
-        return image.crop((left, top, left + self.image_size, top + self.image_size))
+            return self._draw(CROP_STREAM, key, 4 * BOX_TRIES)
+        return self.shifts(key)
 
-    def _erase(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        """Blacken a box of 2 to 33 % of the area (arXiv 1708.04896)."""
-        left, top, right, bottom = random_box((self.image_size,) * 2, (0.02, 1 / 3), (0.3, 3.3), rng)
-        pixels = pixels.copy()
-        pixels[top:bottom, left:right] = 0
-        return pixels
+    def shifts(self, key: MicroBatchKey) -> np.ndarray:
+        """Return how far each image is moved to the left and upwards, (B, 2) in -crop_padding to crop_padding."""
+        if self.crop != "padded":
+            return np.zeros((len(key.indices), 2), np.int64)
+        draws = self._draw(CROP_STREAM, key, 2)
+        return (draws * (2 * self.crop_padding + 1)).astype(np.int64) - self.crop_padding
+
+    def flips(self, key: MicroBatchKey) -> np.ndarray:
+        """Return which images are mirrored, (B,) bool."""
+        if not self.flip:
+            return np.zeros(len(key.indices), bool)
+        return self._draw(FLIP_STREAM, key, 1)[:, 0] < 0.5
+
+    def erased(self, key: MicroBatchKey, size: int) -> list[tuple[int, Box]]:
+        """Return row and box of the images that lose one, 2 to 33 % of the area (arXiv 1708.04896)."""
+        if not self.erase_prob:
+            return []
+        draws = self._draw(ERASE_STREAM, key, 1 + 4 * BOX_TRIES)
+        chosen = np.flatnonzero(draws[:, 0] < self.erase_prob)
+        return [(int(row), random_box((size, size), (0.02, 1 / 3), (0.3, 3.3), draws[row, 1:])) for row in chosen]
+
+    def _operation_seeds(self, key: MicroBatchKey) -> np.ndarray:
+        if not self.operations:
+            return np.zeros(0)
+        return (self._draw(OPERATION_STREAM, key, 1)[:, 0] * 2**53).astype(np.int64)
+
+    # --- what is done --------------------------------------------------------------------------------------
+
+    def _crop(self, pixels: Pixels, draws: np.ndarray, out: np.ndarray) -> None:
+        size = len(out)
+        if self.crop == "random_resized":
+            height, width = pixels.shape[:2]
+            box = random_box((width, height), self.crop_scale, self.crop_ratio, draws)
+            resize(pixels, (size, size), self.interpolation, box, out)
+            return
+        left, top = draws.tolist()
+        if left == top == 0:
+            out[...] = pixels
+            return
+        out[...] = 0
+        out[max(0, -top) : size - max(0, top), max(0, -left) : size - max(0, left)] = pixels[
+            max(0, top) : size - max(0, -top), max(0, left) : size - max(0, -left)
+        ]
+
+    def _fill(self, key: MicroBatchKey, row: int, box: Box) -> np.ndarray:
+        if self.erase_fill is not None:
+            return np.array(self.erase_fill, np.uint8)
+        repeat = int(np.broadcast_to(key.repeats, key.indices.shape)[row])
+        rng = keyed_rng(self.seed, NOISE_STREAM, key.epoch, int(key.indices[row]), repeat)
+        return rng.integers(0, 256, (box[3] - box[1], box[2] - box[0], 3), dtype=np.uint8)
 
 
-def random_box(
-    size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def random_box(size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], draws: np.ndarray) -> Box:
     """Return (left, top, right, bottom) of a random part of an image of `size` (width, height).
 
     `scale` bounds the share of the area, `ratio` width / height, both as torchvision's RandomResizedCrop draws them:
-    ten tries, then the largest centred box within the ratio.
+    ten tries of four uniform numbers of `draws`, then the largest centred box within the ratio.
     """
     width, height = size
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(10):
-        area = width * height * rng.uniform(scale[0], scale[1])
-        aspect = math.exp(rng.uniform(*log_ratio))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for number in range(0, len(draws), 4):
+        share, shape, across, down = draws[number : number + 4].tolist()
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(low + (high - low) * shape)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
             return left, top, left + w, top + h
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def _with_torch_seed(seed: int, operation: Callable[[Any], Any], image: Any) -> Any:
-    """Apply an operation that draws from torch's global generator, which is put back as it was."""
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        return operation(image)
-    finally:
-        torch.default_generator.set_state(state)

@@ -1,15 +1,17 @@
-"""One batch on the device: normalised, and mixed by mixup or cutmix."""
+"""One batch on the device: augmented where its images live there, normalised, and mixed by mixup or cutmix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_fasttrain.data.order import MIX_STREAM, keyed_rng
+from hf_fasttrain.data.augment import TrainTransform
+from hf_fasttrain.data.order import MIX_STREAM, MicroBatchKey, keyed_rng
 
 
 class Normalize:
@@ -28,6 +30,36 @@ class Normalize:
     def __call__(self, pixels: Tensor) -> Tensor:
         images = pixels.permute(0, 3, 1, 2).to(torch.float32).sub_(self.mean).div_(self.std)
         return images if self.channels_last else images.contiguous()
+
+
+def augment_on_device(pixels: Tensor, rows: Tensor, transform: TrainTransform, key: MicroBatchKey) -> Tensor:
+    """Return the batch (B, S, S, 3) uint8 of a key from all `pixels` (N, S, S, 3), as `TrainTransform.write` does.
+
+    For the crops ``padded`` and ``none`` and an erasing of one colour; everything is done at once on the device.
+    """
+    number, size, device = len(rows), pixels.shape[1], pixels.device
+
+    def moved(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+    places = torch.arange(size, device=device)
+    shifts, mirrored = moved(transform.shifts(key)), moved(transform.flips(key))
+    across = torch.where(mirrored[:, None], places.flip(0), places) + shifts[:, :1]  # (B, S): column of the source
+    down = places + shifts[:, 1:]
+    inside = ((across >= 0) & (across < size))[:, None, :] & ((down >= 0) & (down < size))[:, :, None]
+    source = (rows[:, None, None] * size + down.clamp(0, size - 1)[:, :, None]) * size
+    source = source + across.clamp(0, size - 1)[:, None, :]
+    batch = pixels.view(-1, 3)[source.view(-1)].view(number, size, size, 3) * inside[..., None]
+    erased = transform.erased(key, size)
+    if erased:
+        fill = torch.tensor(transform.erase_fill, dtype=torch.uint8, device=device)
+        boxes = np.zeros((number, 4), np.int64)
+        for row, box in erased:
+            boxes[row] = box
+        left, top, right, bottom = moved(boxes).T[:, :, None]
+        within = ((places >= left) & (places < right))[:, None, :] & ((places >= top) & (places < bottom))[:, :, None]
+        batch = torch.where(within[..., None], fill, batch)
+    return batch
 
 
 @dataclass(frozen=True)
@@ -49,26 +81,25 @@ class Mixing:
     mixup: float
     cutmix: float
     num_classes: int
-    image_size: int
     seed: int = 0
 
-    def draw(self, step: int) -> Mix:
-        """Return the step's mix, drawn on the CPU."""
+    def draw(self, step: int, image_size: int) -> Mix:
+        """Return the mix of a step with square images, drawn on the CPU."""
         rng = keyed_rng(self.seed, MIX_STREAM, step)
         cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
         alpha = self.cutmix if cut else self.mixup
         lam = float(rng.beta(alpha, alpha))
         if not cut:
             return Mix(lam, None)
-        side = self.image_size * (1 - lam) ** 0.5 / 2
-        center = rng.integers(self.image_size, size=2)
+        side = image_size * (1 - lam) ** 0.5 / 2
+        center = rng.integers(image_size, size=2)
         left, top = (max(0, round(c - side)) for c in center)
-        right, bottom = (min(self.image_size, round(c + side)) for c in center)
-        return Mix(1 - (right - left) * (bottom - top) / self.image_size**2, (left, top, right, bottom))
+        right, bottom = (min(image_size, round(c + side)) for c in center)
+        return Mix(1 - (right - left) * (bottom - top) / image_size**2, (left, top, right, bottom))
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return mixed `images` (B, 3, H, W) and soft `targets` (B, K), of `labels` (B,) or multi-hot (B, K)."""
-        mix = self.draw(step)
+        mix = self.draw(step, images.shape[-1])
         targets = F.one_hot(labels, self.num_classes).to(torch.float32) if labels.ndim == 1 else labels
         partner = torch.arange(len(images), device=images.device).bitwise_xor_(1).clamp_(max=len(images) - 1)
         targets = mix.lam * targets + (1 - mix.lam) * targets[partner]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.data.columns import Columns, find_columns, read_labels
+from hf_fasttrain.data.records import Record, Records
 from hf_fasttrain.errors import DataError, nearest, shortened
 
 IMAGE_SUFFIXES = {
@@ -28,11 +29,20 @@ class Split:
     """Images of one split: rows of an HF dataset, and their labels."""
 
     name: str
-    dataset: Any  # datasets.Dataset with one column, `image`, of undecoded bytes or paths
+    images: Records  # of the whole data set that the split is a part of
     labels: np.ndarray  # (N,) int64, or (N, K) float32 of 0 and 1 for multi-label
+    rows: np.ndarray | None = None  # (N,) which of the images belong to the split; None: all
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return the data set's rows of images of the split."""
+        return np.asarray(indices) if self.rows is None else self.rows[indices]
+
+    def records(self, indices: Sequence[int] | np.ndarray) -> list[Record]:
+        """Return the undecoded images of the split at `indices`."""
+        return [self.images[row] for row in self.rows_of(np.asarray(indices)).tolist()]
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def load_source(
     if test_split is not None:
         _require_split(splits, test_split, "data.test_split", where)
     read = read_labels({name: splits[name] for name in wanted}, columns, where=str(where), train=train_name)
-    made = {name: Split(name, _image_only(splits[name], columns.image), read.labels[name]) for name in wanted}
+    made = {name: Split(name, Records(_image_only(splits[name], columns.image)), read.labels[name]) for name in wanted}
     train = made[train_name]
     if eval_name is None:
         train, evaluation = hold_out(train, eval_fraction, seed)
@@ -310,7 +320,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     kept = np.setdiff1d(np.arange(len(split)), held)
 
     def part(name: str, rows: np.ndarray) -> Split:
-        return Split(name, split.dataset.select(rows), split.labels[rows])
+        return Split(name, split.images, split.labels[rows], split.rows_of(rows))
 
     return part(split.name, kept), part(f"held-out {fraction:.0%} of {split.name}", held)
 

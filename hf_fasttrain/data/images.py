@@ -1,0 +1,177 @@
+"""The images of a split as prepared pixels, from the cache or made anew, and what stands in for bad ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hf_fasttrain.data.cache import Kept, PixelCache
+from hf_fasttrain.data.decode import Pixels
+from hf_fasttrain.data.prepare import Preparation
+from hf_fasttrain.data.source import Split
+from hf_fasttrain.errors import DataError
+
+BAD_IMAGES_FILE = "bad_images.jsonl"
+SUBSTITUTES_TRIED = 100
+KEPT_AT_ONCE = 8 << 20  # bytes of pixels that a worker collects before it writes them to the cache
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that can't be decoded, and the one of the same split that stands in for it."""
+
+    split: str
+    index: int  # in the split
+    path: str | None
+    error: str
+    substitute: int  # index in the split
+
+
+Event = BadImage | str  # a note is said once
+
+
+class Images:
+    """Prepared pixels of a split's images. A bad one is replaced by the next good one of the split, label included."""
+
+    def __init__(self, split: Split, preparation: Preparation, cache: PixelCache | None = None) -> None:
+        self.split, self.preparation, self.cache = split, preparation, cache
+        self._substitutes: dict[int, int] = {}
+
+    def pixels(self, indices: np.ndarray, used: np.ndarray, events: list[Event]) -> Iterator[Pixels]:
+        """Yield the pixels (H, W, 3) of images one by one; each is to be read before the next.
+
+        `used` (B,) is set to the indices whose pixels they are, which differ from `indices` for bad images; what
+        there is to tell is appended to `events`.
+        """
+        used[...] = indices
+        if len(indices) > 1 and len(np.unique(indices)) < len(indices):
+            yield from self._repeated(indices, used, events)
+            return
+        rows = self.split.rows_of(indices)
+        found = self.cache.read(rows, self.split.images.stamp) if self.cache else iter([None] * len(rows))
+        kept: list[Kept] = []
+        for position, pixels in enumerate(found):
+            if pixels is None:
+                pixels, used[position] = self._make(int(indices[position]), kept, events)
+            yield pixels
+        self._keep(kept, events)
+
+    def _repeated(self, indices: np.ndarray, used: np.ndarray, events: list[Event]) -> Iterator[Pixels]:
+        """Decode each image once, however often it is asked for."""
+        different, places = np.unique(indices, return_inverse=True)
+        once = np.empty_like(different)
+        made = [pixels.copy() for pixels in self.pixels(different, once, events)]
+        used[...] = once[places]
+        yield from (made[place] for place in places)
+
+    def _make(self, index: int, kept: list[Kept], events: list[Event]) -> tuple[Pixels, int]:
+        """Return pixels made anew, and the index whose they are."""
+        if index in self._substitutes:
+            return self._prepare(self._substitutes[index], None, events), self._substitutes[index]
+        try:
+            return self._prepare(index, kept, events), index
+        except DataError as error:
+            reason = str(error)
+        for step in range(1, min(len(self.split), SUBSTITUTES_TRIED)):
+            other = (index + step) % len(self.split)
+            try:
+                pixels = self._prepare(other, None, events)
+            except DataError:
+                continue
+            self._substitutes[index] = other
+            path = self.split.records([index])[0]["path"]
+            events.append(BadImage(self.split.name, index, path, reason, other))
+            return pixels, other
+        raise DataError(
+            f"split '{self.split.name}', row {index}: {reason}; nor can any of the {SUBSTITUTES_TRIED} images after it"
+        )
+
+    def _prepare(self, index: int, kept: list[Kept] | None, events: list[Event]) -> Pixels:
+        row = int(self.split.rows_of(np.array([index]))[0])
+        keeping = self.cache is not None and self.cache.trouble is None and kept is not None
+        stamp = self.split.images.stamp(row) if keeping else (0, 0)  # before the image is read
+        pixels, stored = self.preparation.encoded(self.split.images[row])
+        if keeping and kept is not None:
+            kept.append(Kept(row, stamp, pixels, stored))
+            if sum(item.pixels.nbytes for item in kept) > KEPT_AT_ONCE:
+                self._keep(kept, events)
+                kept.clear()
+        return pixels
+
+    def _keep(self, kept: list[Kept], events: list[Event]) -> None:
+        if self.cache is None or not kept:
+            return
+        self.cache.add(kept)
+        if self.cache.trouble:
+            events.append(
+                f"data.cache of split '{self.split.name}': {self.cache.trouble}; images that are not in it are "
+                "decoded every time"
+            )
+
+
+class BadImages:
+    """The bad images that a run has met, as listed in bad_images.jsonl; stops the run when they are too many.
+
+    Every process adds its own lines; `count` counts an image once.
+    """
+
+    def __init__(self, folder: Path | None, max_fraction: float, note: Callable[[str], None]) -> None:
+        self.path = folder / BAD_IMAGES_FILE if folder is not None else None
+        self.max_fraction, self.note = max_fraction, note
+        self._met: dict[tuple[str, int], BadImage] = {}
+
+    def report(self, event: Event, num_images: int) -> None:
+        """Take note of what a loader tells of a split of `num_images`; DataError if too many of them are bad."""
+        if isinstance(event, str):
+            self.note(event)
+            return
+        key = (event.split, event.index)
+        if key in self._met:
+            return
+        if not self._met:
+            listed = f"; {self.path} lists them" if self.path else ""
+            self.note(f"bad images are replaced by others: {_place(event)}{listed}")
+        self._met[key] = event
+        self._write(event)
+        self._require_few(event.split, num_images)
+
+    def _write(self, event: BadImage) -> None:
+        if self.path is None or (event.split, event.index) in self._listed():
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(event)) + os.linesep)
+
+    def _listed(self) -> set[tuple[str, int]]:
+        if self.path is None or not self.path.exists():
+            return set()
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        values = [json.loads(line) for line in lines if line.endswith("}")]
+        return {(value["split"], value["index"]) for value in values}
+
+    def _require_few(self, split: str, num_images: int) -> None:
+        bad = [event for event in self._met.values() if event.split == split]
+        if len(bad) <= self.max_fraction * num_images:
+            return
+        first = "\n".join(f"  {_place(event)}" for event in bad[:10])
+        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        error = DataError(
+            f"data.max_bad_fraction={self.max_fraction}: {len(bad)} of {num_images:,} images of split '{split}' "
+            f"can't be decoded; `hf-fasttrain check RECIPE --images` finds them all; repair them, take them out or "
+            f"raise data.max_bad_fraction:\n{first}{more}"
+        )
+        error.every_process = False
+        raise error
+
+    @property
+    def count(self) -> int:
+        """How many bad images all processes have met, in this run and the ones it goes on from."""
+        return len(self._listed() | set(self._met))
+
+
+def _place(event: BadImage) -> str:
+    return f"split '{event.split}', row {event.index}: {event.error}"

@@ -1,0 +1,261 @@
+"""A recipe's loaders: what is done to images once, what in every epoch, and where their pixels are kept between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from hf_fasttrain.data.augment import EvalTransform, Growth, TrainTransform
+from hf_fasttrain.data.batch import Mixing, Normalize
+from hf_fasttrain.data.cache import PixelCache, cache_key, default_cache_dir, memory_cache, open_cache
+from hf_fasttrain.data.decode import DECODING_ERRORS, image_size_of
+from hf_fasttrain.data.images import BadImages, Images
+from hf_fasttrain.data.loader import DeviceFeed, EvalLoader, Feed, ImageBatches, TrainLoader
+from hf_fasttrain.data.operations import Operations
+from hf_fasttrain.data.order import Order
+from hf_fasttrain.data.prepare import Preparation
+from hf_fasttrain.data.source import Split
+from hf_fasttrain.environment import free_memory_bytes, num_cores
+from hf_fasttrain.errors import DataError
+from hf_fasttrain.facts import Facts
+from hf_fasttrain.model import Preprocessing
+from hf_fasttrain.recipe import Recipe
+
+SAMPLED = 64  # images whose headers are looked at to know how much memory all of them need
+DEVICE_SHARE = 0.1  # of a GPU's free memory that `auto` gives to images
+
+
+def resolve_loading(recipe: Recipe, device: torch.device, facts: Facts) -> tuple[int, bool]:
+    """Return the number of loader processes and whether their batches are pinned."""
+    cuda, workers, pinned = device.type == "cuda", recipe.data.workers, recipe.data.pin_memory
+    if workers == "auto":
+        local = max(1, torch.cuda.device_count()) if cuda else 1
+        number = min(16, num_cores() // local) if cuda else 1
+        workers = facts.resolve("data.workers", max(1, number), "the cores of each GPU" if cuda else "one on a CPU")
+    if pinned == "auto":
+        pinned = facts.resolve("data.pin_memory", cuda, "a GPU" if cuda else "there is no GPU")
+    elif pinned and not cuda:
+        facts.note("data.pin_memory=true has no effect without a GPU")
+        pinned = facts.resolve("data.pin_memory", False, "no effect without a GPU")
+    return workers, pinned
+
+
+def eval_transform(pre: Preprocessing) -> EvalTransform:
+    """Return the transform of evaluation and prediction."""
+    return EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
+
+
+def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
+    """Return what happens to training images once, before the random part."""
+    data, center = recipe.data, None
+    if recipe.augment.crop == "padded":
+        center = EvalTransform(pre.image_size, pre.interpolation, 1.0)
+    elif recipe.augment.crop == "center":
+        center = eval_transform(pre)
+    return Preparation(data.short_side, pre.interpolation, center, data.stored_quality, data.reduced_decode)
+
+
+def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) -> TrainTransform:
+    """Return what happens to training images in every epoch anew."""
+    augment = recipe.augment
+    mean = tuple(round(255 * value) for value in pre.mean)
+    fills: dict[str, Any] = {"black": (0, 0, 0), "mean": mean, "noise": None}
+    growth = None
+    if augment.progressive:
+        until = -(-augment.progressive.until.to_steps(steps_per_epoch) // steps_per_epoch)
+        growth = Growth(augment.progressive.start_size, max(1, until), augment.progressive.multiple)
+    policies = (augment.randaugment, augment.augmix, augment.color_jitter)
+    randaugment, augmix, color_jitter = (policy.model_dump() if policy else None for policy in policies)
+    return TrainTransform(
+        image_size=pre.image_size,
+        seed=recipe.seed,
+        interpolation=pre.interpolation,
+        crop="none" if augment.crop == "center" else augment.crop,
+        crop_scale=augment.crop_scale,
+        crop_ratio=augment.crop_ratio,
+        crop_padding=augment.crop_padding,
+        flip=augment.flip,
+        erase_prob=augment.erase,
+        erase_fill=fills[augment.erase_fill],
+        operations=Operations(randaugment, augment.trivialaugment, augmix, augment.three_augment, color_jitter),
+        growth=growth,
+    )
+
+
+class Loaders:
+    """Makes the loaders of a run; bad images are told to `bad_images`."""
+
+    def __init__(
+        self, recipe: Recipe, facts: Facts, accelerator: Accelerator, pre: Preprocessing, bad_images: BadImages
+    ) -> None:
+        self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
+        self.device = accelerator.device
+        self.workers, self.pinned = resolve_loading(recipe, self.device, facts)
+        channels_last = recipe.accelerate.channels_last
+        self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
+        self.keeper = Keeper(recipe, facts, accelerator)
+
+    def training(self, split: Split, order: Order, num_steps: int, num_classes: int) -> TrainLoader:
+        """Return the loader of the training images."""
+        augment = self.recipe.augment
+        transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
+        preparation = train_preparation(self.recipe, self.pre)
+        batchable = augment.crop != "random_resized" and not transform.operations and transform.erase_fill is not None
+        if self.recipe.data.cache == "device" and not batchable:
+            raise DataError(
+                "data.cache=device: only crop, flip and erasing are made on the device; take the other operations "
+                "of augment out, or use data.cache=memory"
+            )
+        passes = num_steps / order.steps_per_epoch
+        plan = self.keeper.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
+        feed = self._feed(split, preparation, plan, transform)
+        mixing = None
+        if augment.mixup or augment.cutmix:
+            mixing = Mixing(augment.mixup, augment.cutmix, num_classes, self.recipe.seed)
+        return TrainLoader(feed, order, self.normalize, mixing, transform.size_at)
+
+    def evaluating(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
+        """Return the loader of a split that is evaluated `passes` times."""
+        preparation = Preparation(center=eval_transform(self.pre))
+        plan = self.keeper.plan(split, preparation, passes=passes, batchable=True, key="cache of evaluation images")
+        feed = self._feed(split, preparation, plan, None)
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        return EvalLoader(feed, len(split), batch_size, self.normalize, processes, index, name=split.name)
+
+    def _feed(self, split: Split, preparation: Preparation, plan: Plan, transform: TrainTransform | None) -> Feed:
+        images = ImageBatches(Images(split, preparation, self.keeper.open(split, preparation, plan)), transform)
+        options: dict[str, Any] = {"workers": self.workers, "pin_memory": self.pinned, "report": self.bad_images.report}
+        if plan.mode == "device":
+            return DeviceFeed(images, self.device, self.pre.image_size, **options)
+        return Feed(images, self.device, **options)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a split's pixels are kept, and how many bytes of them."""
+
+    mode: str  # none, memory, disk or device
+    budget: int = 0
+    why: str = ""
+    need: int = 0  # bytes for all of them, as far as a sample tells
+
+
+class Keeper:
+    """Decides where pixels are kept; the main process of each machine decides for all of its processes."""
+
+    def __init__(self, recipe: Recipe, facts: Facts, accelerator: Accelerator) -> None:
+        self.data, self.facts, self.accelerator = recipe.data, facts, accelerator
+        self.folder = Path(self.data.cache_dir).expanduser() if self.data.cache_dir else default_cache_dir()
+        self._taken = {"memory": 0, "disk": 0}
+
+    def plan(self, split: Split, preparation: Preparation, *, passes: float, batchable: bool, key: str) -> Plan:
+        """Return where the pixels of a split that is gone through `passes` times are kept; recorded as `key`."""
+        plan = Plan("none")
+        if self.accelerator.is_local_main_process:
+            plan = self._plan(split, preparation, passes, batchable)
+        plan = self._shared(plan)
+        why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
+        self.facts.resolve(key, plan.mode, why)
+        if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
+            self.facts.note(
+                f"data.cache={plan.mode}: split '{split.name}' needs {_gb(plan.need)}, {_gb(plan.budget)} are kept "
+                "(data.cache_gb); the rest is decoded every time"
+            )
+        return plan
+
+    def _plan(self, split: Split, preparation: Preparation, passes: float, batchable: bool) -> Plan:
+        wish: str = self.data.cache
+        if wish == "none":
+            return Plan("none")
+        if wish == "auto" and passes <= 1:
+            return Plan("none", why="each image is needed once")
+        need = estimated_bytes(split, preparation)
+        room = {mode: self._room(mode) for mode in ("memory", "disk")}
+        if wish == "auto":
+            wish = self._chosen(need, room, batchable)
+        if wish == "none":
+            why = f"{_gb(need)} of pixels, {_gb(room['memory'])} of memory and {_gb(room['disk'])} of disk to spare"
+            return Plan("none", why=why, need=need)
+        if wish == "device":
+            return Plan("device", need, f"{_gb(need)} of pixels", need)
+        budget = room[wish]
+        self._taken[wish] += min(need, budget)
+        return Plan(wish, budget, f"{_gb(need)} of pixels, {_gb(budget)} to spare", need)
+
+    def _chosen(self, need: int, room: dict[str, int], batchable: bool) -> str:
+        device = self.accelerator.device
+        if batchable and device.type == "cuda" and need < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return "device"
+        fitting = (mode for mode in ("memory", "disk") if need <= room[mode])
+        return next(fitting, "none")
+
+    def _room(self, mode: str) -> int:
+        """Return the bytes that may be used: as the recipe says, else half of what is free."""
+        if self.data.cache_gb != "auto":
+            return max(0, int(self.data.cache_gb * 1e9) - self._taken[mode])
+        if mode == "memory":
+            return max(0, free_memory_bytes() // 2 - self._taken[mode]) if hasattr(os, "memfd_create") else 0
+        return max(0, free_disk_bytes(self.folder) // 2 - self._taken[mode])
+
+    def open(self, split: Split, preparation: Preparation, plan: Plan) -> PixelCache | None:
+        """Return the cache of a plan; on disk the one that earlier runs and other recipes have filled."""
+        if plan.mode not in ("memory", "disk"):
+            return None
+        num_rows = len(split.images)
+        if plan.mode == "disk":
+            content = {"fingerprint": split.images.fingerprint, "num_rows": num_rows, **preparation.key()}
+            about = {"dataset": self.data.dataset, "split": split.name, **content}
+            return open_cache(self.folder / cache_key(content), num_rows, plan.budget, about)
+        cache = memory_cache(num_rows, plan.budget) if self.accelerator.is_local_main_process else None
+        index, pixels = self._shared((cache.index_path, cache.pixels_path) if cache else None)
+        return cache or PixelCache(index, pixels, num_rows, plan.budget)
+
+    def _shared(self, value: Any) -> Any:
+        """Return the value of the main process of this machine."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return gather_object([value])[self.accelerator.process_index - self.accelerator.local_process_index]
+
+
+def estimated_bytes(split: Split, preparation: Preparation) -> int:
+    """Return how many bytes the pixels of all images of a split need, by the headers of a sample."""
+    sampled = np.linspace(0, len(split) - 1, min(len(split), SAMPLED), dtype=np.int64)
+    sizes: list[int] = []
+    for record in split.records(sampled):
+        try:
+            width, height = preparation.size(*image_size_of(record))
+        except DECODING_ERRORS:
+            continue
+        sizes.append(width * height * 3)
+    if preparation.stored_quality is not None:
+        sizes = _stored_sizes(split, preparation, sampled[:: SAMPLED // 8])
+    return int(np.mean(sizes) * len(split)) if sizes else 0
+
+
+def _stored_sizes(split: Split, preparation: Preparation, sampled: Sequence[int] | np.ndarray) -> list[int]:
+    sizes = []
+    for record in split.records(sampled):
+        try:
+            sizes.append(len(preparation.encoded(record)[1] or b""))
+        except DataError:
+            continue
+    return sizes
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is on, or will be on."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    return shutil.disk_usage(there).free
+
+
+def _gb(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 5e6 else f"{number / 1e6:.2f} MB"
