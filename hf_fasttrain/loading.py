@@ -18,8 +18,10 @@ from hf_fasttrain.data.augment import EvalTransform, Growth, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
 from hf_fasttrain.data.cache import PixelCache, cache_key, default_cache_dir, memory_cache, open_cache
 from hf_fasttrain.data.decode import DECODING_ERRORS, image_size_of
+from hf_fasttrain.data.device import DeviceFeed
+from hf_fasttrain.data.feed import Feed, ImageBatches
 from hf_fasttrain.data.images import BadImages, Images
-from hf_fasttrain.data.loader import DeviceFeed, EvalLoader, Feed, ImageBatches, TrainLoader
+from hf_fasttrain.data.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.operations import Operations
 from hf_fasttrain.data.order import Order
 from hf_fasttrain.data.prepare import Preparation

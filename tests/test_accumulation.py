@@ -11,7 +11,8 @@ from conftest import run_processes
 from torch import Tensor, nn
 
 from hf_fasttrain.data.batch import Mixing, Normalize
-from hf_fasttrain.data.loader import Feed, Made, TrainLoader
+from hf_fasttrain.data.feed import Feed, Made
+from hf_fasttrain.data.loader import TrainLoader
 from hf_fasttrain.data.order import MicroBatchKey, Order, micro_batch_size_for
 from hf_fasttrain.loss import ClassificationLoss
 from hf_fasttrain.runlog import RunLog
@@ -21,7 +22,7 @@ NUM_CLASSES, SIZE, BATCH, NUM_IMAGES = 5, 8, 37, 37 * 3 + 11  # the last step of
 CASES = ("hard", "mixed", "multi_label", "weighted")
 
 
-class Images(torch.utils.data.Dataset):
+class Images:
     """Random pixels and labels, made from a fixed seed."""
 
     def __init__(self, num_images: int, case: str) -> None:
@@ -31,7 +32,10 @@ class Images(torch.utils.data.Dataset):
         hot = torch.from_numpy(rng.integers(0, 2, (num_images, NUM_CLASSES)).astype(np.float32))
         self.labels = hot if case == "multi_label" else labels
 
-    def __getitem__(self, key: MicroBatchKey) -> Made:
+    def most_bytes(self, num_images: int) -> int:
+        return 0
+
+    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> Made:
         return Made(self.pixels[key.indices], self.labels[key.indices], ())
 
 
@@ -112,7 +116,7 @@ def reference(case: str, *, num_steps: int = 5) -> tuple[dict[str, Tensor], list
     losses = []
     for step in range(num_steps):
         (key,) = order.plan(step).micro_batches
-        x, y, _ = images[key]
+        x, y, _ = images.make(key)
         x = normalize(x)
         if case == "mixed":
             x, y = mixing(x, y, step)

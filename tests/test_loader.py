@@ -12,8 +12,9 @@ from PIL import Image
 
 from hf_fasttrain.data.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
+from hf_fasttrain.data.feed import Feed, ImageBatches
 from hf_fasttrain.data.images import Images
-from hf_fasttrain.data.loader import EvalLoader, Feed, ImageBatches, OwnLoader, TrainLoader
+from hf_fasttrain.data.loader import EvalLoader, OwnLoader, TrainLoader
 from hf_fasttrain.data.operations import Operations
 from hf_fasttrain.data.order import Order
 from hf_fasttrain.data.prepare import Preparation

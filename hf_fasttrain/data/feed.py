@@ -1,0 +1,332 @@
+"""Keys to batches of uint8 pixels on the device: made by worker processes, pinned, copied ahead of their use."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hf_fasttrain.data.augment import TrainTransform
+from hf_fasttrain.data.images import Event, Images
+from hf_fasttrain.data.order import MicroBatchKey
+from hf_fasttrain.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+AHEAD = 4  # batches that each worker may be ahead
+
+
+class Made(NamedTuple):
+    """What was made of a key."""
+
+    pixels: Tensor  # (B, S, S, 3) uint8
+    labels: Tensor
+    events: tuple[Event, ...]  # bad images and notes
+
+
+class ImageBatches:
+    """Makes the uint8 pixels (B, S, S, 3) and labels of a key; used by the loader's workers.
+
+    Without a transform the prepared pixels are the batch; all are of one size then.
+    """
+
+    def __init__(self, images: Images, transform: TrainTransform | None = None) -> None:
+        self.images, self.transform = images, transform
+
+    @property
+    def num_images(self) -> int:
+        """Images of the split."""
+        return len(self.images.split)
+
+    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> Made:
+        """Return the batch of a key, its pixels in `room` (bytes) if they fit."""
+        events: list[Event] = []
+        used = np.empty_like(key.indices)
+        images = self.images.pixels(key.indices, used, events)
+        if self.transform is not None:
+            size = self.transform.size_at(key.epoch)
+            batch = _pixels(room, len(key.indices), size, size)
+            self.transform.write(images, key, batch.numpy())
+        else:
+            first = next(images)
+            batch = _pixels(room, len(key.indices), *first.shape[:2])
+            for row, pixels in enumerate(chain([first], images)):
+                batch.numpy()[row] = pixels
+        return Made(batch, torch.from_numpy(self.images.split.labels[used]), tuple(events))
+
+    def most_bytes(self, num_images: int) -> int:
+        """Return how many bytes the pixels of so many images need at most; 0 if that is not known."""
+        if self.transform is not None:
+            return num_images * self.transform.image_size**2 * 3
+        center = self.images.preparation.center
+        return num_images * center.image_size**2 * 3 if center else 0
+
+
+def _pixels(room: Tensor | None, number: int, height: int, width: int) -> Tensor:
+    shape = (number, height, width, 3)
+    if room is None or len(room) < math.prod(shape):
+        return torch.empty(shape, dtype=torch.uint8)
+    return room[: math.prod(shape)].view(shape)
+
+
+class _Slots:
+    """Memory that the workers write batches into and that is used again and again.
+
+    Shared memory made anew for each batch, as a DataLoader's workers do, costs more than moving the pixels: its
+    pages are fresh in both processes, and its handle is sent through a socket.
+    """
+
+    def __init__(self, number: int, slot_bytes: int) -> None:
+        self.memory = torch.empty((number, slot_bytes), dtype=torch.uint8).share_memory_()
+        self.free: deque[int] = deque(range(number))
+
+
+class _Asked(NamedTuple):
+    """A key on its way to a worker, and the slot that its pixels go to."""
+
+    key: MicroBatchKey
+    slot: int | None
+
+
+class _Sent(NamedTuple):
+    """A batch on its way back from a worker; its pixels are in the slot."""
+
+    slot: int
+    shape: tuple[int, ...]
+    labels: np.ndarray
+    events: tuple[Event, ...]
+
+
+class _Asking:
+    """The loader's sampler: gives each key a free slot."""
+
+    def __init__(self, keys: Iterable[MicroBatchKey], slots: _Slots | None) -> None:
+        self.keys, self.slots = keys, slots
+
+    def __iter__(self) -> Iterator[_Asked]:
+        if self.slots is None:
+            yield from (_Asked(key, None) for key in self.keys)
+            return
+        self.slots.free = deque(range(len(self.slots.memory)))
+        for key in self.keys:
+            yield _Asked(key, self.slots.free.popleft())
+
+
+class _Making(Dataset):
+    """What runs in a worker: a batch for each key that is asked for."""
+
+    def __init__(self, images: ImageBatches, memory: Tensor | None) -> None:
+        self.images, self.memory = images, memory
+
+    def __getitem__(self, asked: _Asked) -> Made | _Sent | UserError:
+        room = None if asked.slot is None or self.memory is None else self.memory[asked.slot]
+        try:
+            made = self.images.make(asked.key, room)
+        except UserError as error:
+            error.every_process = False
+            return error  # raised by the reader: a DataLoader would wrap it in the worker's traceback
+        if room is None or asked.slot is None or made.pixels.data_ptr() != room.data_ptr():
+            return made
+        return _Sent(asked.slot, tuple(made.pixels.shape), made.labels.numpy(), made.events)
+
+
+class Feed:
+    """Turns keys into batches on the device, and counts the seconds that are lost by waiting for them.
+
+    `report` is told of bad images and notes, with the number of images in the split.
+    """
+
+    def __init__(
+        self,
+        images: ImageBatches,
+        device: torch.device,
+        *,
+        workers: int,
+        pin_memory: bool,
+        report: Callable[[Event, int], None] | None = None,
+    ) -> None:
+        self.images, self.device, self.workers, self.pin_memory = images, device, workers, pin_memory
+        self.report = report
+        self._waited = 0.0
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds lost by waiting for data so far: on a GPU, those in which it had nothing else to do.
+
+        On a GPU the time between two events on its own stream is counted, when they have passed: no sync.
+        """
+        while self._stalls and self._stalls[0][1].query():
+            before, after = self._stalls.popleft()
+            self._waited += before.elapsed_time(after) / 1000
+        return self._waited
+
+    def open(self, keys: Iterable[MicroBatchKey], largest: int, *, persistent: bool = False) -> Iterable[Batch]:
+        """Return the batches of keys, (pixels, labels) on the device, to be used one at a time.
+
+        `largest` is the number of images in the largest one. With `persistent` the workers are kept for the next
+        time that the batches are gone through. Nothing is drawn from torch's global generator.
+        """
+        slots = None
+        if self.workers and self.images.most_bytes(largest):
+            slots = _Slots(self.workers * AHEAD + 2, self.images.most_bytes(largest))
+        loader = DataLoader(
+            _Making(self.images, slots.memory if slots else None),
+            sampler=_Asking(keys, slots),
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=persistent and self.workers > 0,
+            prefetch_factor=AHEAD if self.workers else None,
+            generator=torch.Generator(),
+            collate_fn=_as_it_is,
+        )
+        return Again(lambda: self._read(loader, slots))
+
+    def _read(self, loader: DataLoader, slots: _Slots | None) -> Iterator[Batch]:
+        sent = iter(loader)  # starts the workers, from this thread
+        if self.device.type != "cuda":
+            yield from self._on_host(sent, slots)
+            return
+        ahead = Ahead(sent, lambda batch: self._copy_to_device(batch, slots))
+        try:
+            yield from self._on_device(ahead)
+        finally:
+            ahead.stop()
+
+    def _on_host(self, sent: Iterator[Made | _Sent | UserError], slots: _Slots | None) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(sent, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield self._checked(_received(batch, slots))
+            _release(batch, slots)
+
+    def _copy_to_device(
+        self, batch: Made | _Sent | UserError, slots: _Slots | None
+    ) -> tuple[Made | UserError, torch.cuda.Event | None]:
+        """Start copying on a stream of its own; called by the thread that is ahead."""
+        made = _received(batch, slots)
+        if isinstance(made, UserError):
+            return made, None
+        tensors = (made.pixels, made.labels)
+        if self.pin_memory:
+            tensors = (made.pixels.pin_memory(), made.labels.pin_memory())
+        stream = self._copies
+        with torch.cuda.stream(stream):
+            pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        _release(batch, slots)  # its pixels are in pinned memory, or copied already
+        return Made(pixels, labels, made.events), stream.record_event()
+
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def _on_device(self, ahead: Iterable[tuple[Any, torch.cuda.Event]]) -> Iterator[Batch]:
+        batches = iter(ahead)
+        while True:
+            present = torch.cuda.current_stream(self.device)
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record(present)
+            found = next(batches, None)
+            if found is None:
+                return
+            made, done = found
+            pixels, labels = self._checked(made)
+            present.wait_event(done)
+            after.record(present)
+            self._stalls.append((before, after))
+            for tensor in (pixels, labels):
+                tensor.record_stream(present)  # its memory is not reused before the present stream is past it
+            yield pixels, labels
+
+    def _checked(self, made: Made | UserError) -> Batch:
+        if isinstance(made, UserError):
+            raise made
+        for event in made.events:
+            if self.report is not None:
+                self.report(event, self.images.num_images)
+        return made.pixels, made.labels
+
+
+def _received(batch: Made | _Sent | UserError, slots: _Slots | None) -> Made | UserError:
+    if not isinstance(batch, _Sent):
+        return batch
+    assert slots is not None
+    pixels = slots.memory[batch.slot][: math.prod(batch.shape)].view(batch.shape)
+    return Made(pixels, torch.from_numpy(batch.labels), batch.events)
+
+
+def _release(batch: Made | _Sent | UserError, slots: _Slots | None) -> None:
+    """Let the slot of a batch be used again."""
+    if slots is not None and isinstance(batch, _Sent):
+        slots.free.append(batch.slot)
+
+
+class Again:
+    """An iterable that starts anew each time."""
+
+    def __init__(self, start: Callable[[], Iterator[Batch]]) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.start()
+
+
+class Ahead:
+    """Goes through `items` in a thread, `depth` ahead of its reader, and hands on what `work` makes of each.
+
+    The copy to the device has begun before the reader asks for it, even where the reader waits for the device in
+    every step, as fp16's scale makes it do. What fails in the thread is raised by the reader.
+    """
+
+    def __init__(self, items: Iterator[Any], work: Callable[[Any], Any], depth: int = 2) -> None:
+        self._queue: queue.Queue[tuple[Any, BaseException | None] | None] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items, work), name="batches ahead", daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Iterator[Any], work: Callable[[Any], Any]) -> None:
+        try:
+            for item in items:
+                if not self._put((work(item), None)):
+                    return
+            self._put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again by the reader
+            self._put((None, error))
+
+    def _put(self, thing: tuple[Any, BaseException | None] | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(thing, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def __iter__(self) -> Iterator[Any]:
+        while (got := self._queue.get()) is not None:
+            made, error = got
+            if error is not None:
+                raise error
+            yield made
+
+    def stop(self) -> None:
+        """End the thread; what it has ahead is dropped."""
+        self._stopped.set()
+        self._thread.join(timeout=10)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
