@@ -75,6 +75,8 @@ def build_parts(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, d
     torch.manual_seed(loaded.seed)
     model = build_model(spec, loaded.model.pretrained)
     require_logits(model, spec)
+    if loaded.augment.progressive:
+        require_logits(model, replace(spec, image_size=loaded.augment.progressive.start_size))
     spec = replace(spec, preprocessing=_resolve_preprocessing(model, spec, loaded, facts))
     model = _prepare_model(model, loaded, accelerator)
     order = _resolve_order(loaded, len(source.train), model, accelerator, facts)

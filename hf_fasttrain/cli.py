@@ -380,25 +380,14 @@ def list_kept(context: typer.Context, folder: CacheFolder = None) -> None:
     """List the decoded pixels kept on disk, the last used first."""
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from hf_fasttrain.data.cache import default_cache_dir, list_caches
 
     where = folder or default_cache_dir()
     entries = list_caches(where)
-    table = Table("name", "data set", "settings", "GB", "last used")
     for entry in entries:
-        table.add_row(
-            *map(
-                Text,
-                (entry.path.name, entry.dataset, entry.settings, f"{entry.num_bytes / 1e9:.3f}", entry.last_used_text),
-            )
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"{where}: {sum(entry.num_bytes for entry in entries) / 1e9:.3f} GB", markup=False)
+        size = f"{entry.num_bytes / 1e9:8.3f} GB"
+        print(f"{entry.path.name}  {size}  last used {entry.last_used_text}  {entry.dataset}: {entry.settings}")
+    print(f"{sum(entry.num_bytes for entry in entries) / 1e9:.3f} GB in {where}")
 
 
 @cache_app.command("clean")

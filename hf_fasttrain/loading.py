@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,15 @@ from accelerate.utils import gather_object
 
 from hf_fasttrain.data.augment import EvalTransform, Growth, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
-from hf_fasttrain.data.cache import PixelCache, cache_key, default_cache_dir, memory_cache, open_cache
+from hf_fasttrain.data.cache import (
+    IN_MEMORY,
+    ON_DISK,
+    PixelCache,
+    cache_key,
+    default_cache_dir,
+    memory_cache,
+    open_cache,
+)
 from hf_fasttrain.data.decode import DECODING_ERRORS, image_size_of
 from hf_fasttrain.data.device import DeviceFeed
 from hf_fasttrain.data.feed import Feed, ImageBatches
@@ -167,6 +174,9 @@ class Keeper:
         plan = self._shared(plan)
         why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
         self.facts.resolve(key, plan.mode, why)
+        if self.data.cache == "auto" and plan.mode != "none":
+            where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
+            self.facts.note(f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.why}")
         if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
             self.facts.note(
                 f"data.cache={plan.mode}: split '{split.name}' needs {_gb(plan.need)}, {_gb(plan.budget)} are kept "
@@ -202,10 +212,12 @@ class Keeper:
 
     def _room(self, mode: str) -> int:
         """Return the bytes that may be used: as the recipe says, else half of what is free."""
+        if not {"memory": IN_MEMORY, "disk": ON_DISK}[mode]:
+            return 0
         if self.data.cache_gb != "auto":
             return max(0, int(self.data.cache_gb * 1e9) - self._taken[mode])
         if mode == "memory":
-            return max(0, free_memory_bytes() // 2 - self._taken[mode]) if hasattr(os, "memfd_create") else 0
+            return max(0, free_memory_bytes() // 2 - self._taken[mode])
         return max(0, free_disk_bytes(self.folder) // 2 - self._taken[mode])
 
     def open(self, split: Split, preparation: Preparation, plan: Plan) -> PixelCache | None:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hf_fasttrain.data.order import Order, cut_micro_batches, keyed_rng, micro_batch_size_for, process_share
+from hf_fasttrain.data.order import (
+    MicroBatchKey,
+    Order,
+    cut_micro_batches,
+    keyed_rng,
+    micro_batch_size_for,
+    process_share,
+)
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 5, 37, 128])
@@ -68,3 +77,51 @@ def test_random_numbers_depend_on_every_part_of_their_key() -> None:
     values = [keyed_rng(*key).random() for key in keys]
     assert len(set(values)) == len(keys)
     assert keyed_rng(0, 1, 2).random() == keyed_rng(0, 1, 2).random()
+
+
+@pytest.mark.parametrize(("batch", "repeats"), [(12, 3), (10, 3), (8, 2), (5, 5), (4, 1)])
+def test_repeated_images_stand_in_one_step_and_far_apart(batch: int, repeats: int) -> None:
+    order = Order(50, batch, 4, repeats=repeats)
+    plain = Order(50, batch, 4)
+    assert order.steps_per_epoch == plain.steps_per_epoch
+    seen: list[int] = []
+    for step in range(order.steps_per_epoch):
+        keys = order.plan(step).micro_batches
+        indices = np.concatenate([key.indices for key in keys])
+        numbers = np.concatenate([np.broadcast_to(key.repeats, key.indices.shape) for key in keys])
+        assert len(indices) == plain.plan(step).num_images == order.plan(step).num_images
+        assert len(set(zip(indices.tolist(), numbers.tolist(), strict=True))) == len(indices)
+        assert numbers.max() < repeats
+        different = set(indices.tolist())
+        assert len(different) == -(-len(indices) // repeats)
+        if len(different) > 1:
+            pairs = indices[: len(indices) // 2 * 2].reshape(-1, 2)
+            assert (pairs[:, 0] != pairs[:, 1]).all()
+        seen += different
+    assert len(seen) == len(set(seen))  # an epoch goes through a part of the images, each of them in one step
+
+
+def rows_of(key: MicroBatchKey) -> list[tuple[int, int, int]]:
+    return [(key.epoch, int(i), int(r)) for i, r in zip(key.indices, key.repeats, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 10), st.integers(1, 5), st.booleans(), st.integers(1, 4))
+def test_any_cut_gives_the_same_step(
+    images: int, batch: int, half: int, processes: int, join: bool, repeats: int
+) -> None:
+    whole = Order(images, batch, 2 * batch, repeats=repeats)
+    for step in range(2 * whole.steps_per_epoch):
+        expected = whole.plan(step).micro_batches[0]
+        parts = []
+        for index in range(processes):
+            cut = Order(
+                images, batch, 2 * half, join_single=join, num_processes=processes, process_index=index, repeats=repeats
+            )
+            plan = cut.plan(step)
+            assert plan.num_images == len(expected.indices)
+            parts += [
+                (key.epoch, i, r) for key in plan.micro_batches for i, r in zip(key.indices, key.repeats, strict=True)
+            ]
+        together = [(expected.epoch, i, r) for i, r in zip(expected.indices, expected.repeats, strict=True)]
+        assert parts == together

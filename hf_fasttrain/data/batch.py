@@ -48,8 +48,9 @@ class Normalize:
         The first use of fresh memory costs several times what filling it does. The count of what refers to a
         tensor's memory, autograd's graph included, is 2 when only this list and the look at it do.
         """
+        count = getattr(torch._C, "_storage_Use_Count", None)
         for memory in self._memory:
-            if memory.shape == shape and torch._C._storage_Use_Count(memory.untyped_storage()._cdata) <= 2:
+            if memory.shape == shape and count is not None and count(memory.untyped_storage()._cdata) <= 2:
                 return memory
         self._memory = [*self._memory[-1:], torch.empty(shape, dtype=torch.float32)]
         return self._memory[-1]

@@ -8,7 +8,6 @@ while pixels are written; only the reservation of space in the file is.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,11 @@ import xxhash
 from hf_fasttrain.data.decode import Pixels, decode
 from hf_fasttrain.errors import DataError, shortened
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
 MAGIC = b"hfftpix1"
 HEADER_BYTES = 64  # magic, number of rows, end of the pixels
@@ -35,6 +39,8 @@ ENTRY = np.dtype(
     [("place", "<u8"), ("check", "<u8"), ("length", "<u4"), ("height", "<u2"), ("width", "<u2"), ("form", "<u8")]
 )
 RAW, JPEG = 1, 2
+ON_DISK = fcntl is not None and hasattr(os, "pread")  # what this operating system offers
+IN_MEMORY = ON_DISK and hasattr(os, "memfd_create")
 Stamp = tuple[int, int]
 
 
@@ -62,10 +68,16 @@ class PixelCache:
         self._files: tuple[int, int] | None = None
         self._owner = 0
         self._index = np.zeros(0, ENTRY)
-        self._trusted = bytearray()
+        self._trusted = np.zeros(0, np.uint64)
 
     def __getstate__(self) -> dict[str, Any]:
-        closed = {"held": None, "_files": None, "_owner": 0, "_index": np.zeros(0, ENTRY), "_trusted": bytearray()}
+        closed = {
+            "held": None,
+            "_files": None,
+            "_owner": 0,
+            "_index": np.zeros(0, ENTRY),
+            "_trusted": np.zeros(0, np.uint64),
+        }
         return {**self.__dict__, **closed}
 
     def _open(self) -> tuple[int, int]:
@@ -76,25 +88,25 @@ class PixelCache:
             self._owner = os.getpid()
             entries = np.memmap(self.index_path, ENTRY, "r", offset=HEADER_BYTES, shape=(self.num_rows,))
             self._index = entries.view(np.ndarray)
-            self._trusted = bytearray(self.num_rows)  # rows whose checksum this process has seen to be right
+            self._trusted = np.zeros(self.num_rows, np.uint64)  # checksums that this process has seen to be right
         return self._files
 
     def read(self, rows: np.ndarray, stamp_of: Callable[[int], Stamp]) -> Iterator[Pixels | None]:
         """Yield the pixels (H, W, 3) of each row, None for what is not kept; `stamp_of` returns a row's stamp."""
         pixels_file = self._open()[1]
         entries = self._index[rows]
-        for row, place, check, length, height, width, form in zip(
-            rows.tolist(), *(entries[name].tolist() for name in ENTRY.names or ()), strict=True
-        ):
+        trusted = (entries["check"] == self._trusted[rows]).tolist()
+        columns = (entries[name].tolist() for name in ENTRY.names or ())
+        for row, known, place, check, length, height, width, form in zip(rows.tolist(), trusted, *columns, strict=True):
             if not length:
                 yield None
                 continue
-            data = os.pread(pixels_file, length, place)
-            if not self._trusted[row]:
+            data = _pread(pixels_file, length, place)
+            if not known:
                 if len(data) != length or check != checksum(data, row, place, form, height, width, stamp_of(row)):
                     yield None
                     continue
-                self._trusted[row] = 1
+                self._trusted[row] = check
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3) if form == RAW else decode(data)
 
     def add(self, kept: Sequence[Kept]) -> None:
@@ -122,7 +134,6 @@ class PixelCache:
             check = checksum(piece, item.row, place, form, height, width, item.stamp)
             entry = np.array([(place, check, len(piece), height, width, form)], ENTRY)
             _write(index_file, entry.tobytes(), HEADER_BYTES + item.row * ENTRY.itemsize)
-            self._trusted[item.row] = 0
             place, room = place + len(piece), room - len(piece)
 
     def _reserve(self, index_file: int, size: int) -> tuple[int, int]:
@@ -147,6 +158,14 @@ def checksum(data: bytes, row: int, place: int, form: int, height: int, width: i
     """Return 64 bits over the pixels and everything that they belong to."""
     seed = xxhash.xxh3_64_intdigest(np.array([row, place, form, height, width, *stamp], np.int64).tobytes())
     return xxhash.xxh3_64_intdigest(data, seed)
+
+
+def _pread(file: int, length: int, place: int) -> bytes:
+    """Return what is at a place, less if there is less; nothing for a place that can't be."""
+    try:
+        return os.pread(file, length, place)
+    except (OSError, OverflowError):
+        return b""
 
 
 def _write(file: int, data: bytes, place: int) -> None:
@@ -177,6 +196,8 @@ def open_cache(folder: Path, num_rows: int, budget: int, about: dict[str, Any]) 
 
     What is there and not understood is replaced. Raises DataError if the folder can't be written to.
     """
+    if not ON_DISK:
+        raise DataError("data.cache=disk needs Linux or macOS; use none")
     try:
         if not _is_right(folder / INDEX_FILE, num_rows) or not (folder / PIXELS_FILE).exists():
             _make(folder, num_rows, about)
@@ -240,7 +261,7 @@ def memory_cache(num_rows: int, budget: int) -> PixelCache:
     Linux only (memfd): unlike /dev/shm it has no size limit of its own in containers, and a killed process leaves
     nothing behind. Raises DataError elsewhere.
     """
-    if not hasattr(os, "memfd_create"):
+    if not IN_MEMORY:
         raise DataError("data.cache=memory needs Linux; use disk or none")
     index, pixels = os.memfd_create("hf_fasttrain-index"), os.memfd_create("hf_fasttrain-pixels")
     _fill_header(index, num_rows)
