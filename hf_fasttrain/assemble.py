@@ -63,15 +63,15 @@ def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None =
     )
 
 
-def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer]) -> Trainer:
-    """Return the trainer of the parts; without a folder it writes nothing."""
+def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer], *, keep_pixels: bool = True) -> Trainer:
+    """Return the trainer of the parts; without a folder it writes nothing but, with `keep_pixels`, its cache."""
     recipe, facts, accelerator, source = parts.recipe, parts.facts, parts.accelerator, parts.source
     num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     spec = parts.spec
     log = RunLog(folder, main=accelerator.is_main_process, track=_tracker(parts) if folder else None)
     stopping = recipe.early_stopping
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
-    make = build_loaders(parts, bad_images)
+    make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
     eval_batch = _eval_batch_size(parts)
     evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.order.steps_per_epoch))
     return trainer_class(
@@ -105,10 +105,11 @@ def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer]) ->
     )
 
 
-def build_loaders(parts: Parts, bad_images: BadImages) -> Loaders:
+def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = True) -> Loaders:
     """Return what makes the loaders of the parts."""
-    assert parts.spec.preprocessing is not None
-    return Loaders(parts.recipe, parts.facts, parts.accelerator, parts.spec.preprocessing, bad_images)
+    pre = parts.spec.preprocessing
+    assert pre is not None
+    return Loaders(parts.recipe, parts.facts, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels)
 
 
 def build_train_loader(parts: Parts) -> TrainLoader:

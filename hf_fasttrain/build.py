@@ -197,6 +197,6 @@ def _require_equal_counts(order: Order) -> None:
             )
 
 
-def build_unwritten(parts: Parts) -> Trainer:
-    """Return a trainer without a run folder, to see whether everything can be built."""
-    return assemble(parts, None, Trainer)
+def build_unwritten(parts: Parts, *, keep_pixels: bool = True) -> Trainer:
+    """Return a trainer without a run folder; to see whether everything can be built, without `keep_pixels`."""
+    return assemble(parts, None, Trainer, keep_pixels=keep_pixels)

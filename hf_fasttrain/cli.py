@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_fasttrain.errors import UserError, nearest, shortened
+from hf_fasttrain.errors import UserError, nearest
 from hf_fasttrain.shipped import recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from rich.console import Console
-
-    from hf_fasttrain.data.scan import BadImage, ClassBalance, Duplicates, SplitScan
-    from hf_fasttrain.data.source import Source, Split
     from hf_fasttrain.recipe import Recipe
 
 app = typer.Typer(
@@ -147,20 +141,21 @@ def check(
     from hf_fasttrain.build import build_parts, build_unwritten
     from hf_fasttrain.launch import output_dir
     from hf_fasttrain.runfolder import held_by_run
+    from hf_fasttrain.scan_report import check_images, print_table
 
     parts = build_parts(loaded)
-    build_unwritten(parts)
+    build_unwritten(parts, keep_pixels=False)
     console = Console(soft_wrap=False)
     title = f"{recipe}: every value, where it came from, and whether it is learnt or machine"
     rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.facts.all().items()]
-    _print_table(console, title, ("key", "value", "origin", "tag"), rows)
+    print_table(console, title, ("key", "value", "origin", "tag"), rows)
     held = held_by_run(Path(output_dir(loaded)))
     if held:
         parts.facts.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
     for note in parts.facts.notes:
         console.print(f"note: {note}", markup=False)
     if images:
-        _check_images(console, loaded, parts.source, list_file)
+        check_images(console, loaded, parts.source, list_file)
     console.print(f"{recipe} is right: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
 
 
@@ -176,100 +171,9 @@ def _require_list_file(path: Path | None, *, images: bool) -> None:
         raise UserError(f"{path}: can't be written: {path.parent} is no folder")
 
 
-def _check_images(console: Console, recipe: Recipe, source: Source, list_file: Path | None) -> None:
-    """Decode all images, print what was found, and refuse more corrupt ones than training would."""
-    from hf_fasttrain.data.scan import class_balance, find_duplicates
-
-    splits = [split for split in (source.train, source.evaluation, source.test) if split is not None]
-    scans = _scan(splits, recipe.data.workers)
-    balances = [class_balance(split, source.class_names) for split in splits]
-    duplicates = find_duplicates(scans)
-    _print_scan(console, scans, balances, duplicates, recipe.data.image_size)
-    _print_bad(console, [bad for scan in scans for bad in scan.bad], list_file)
-    for balance in balances[:2]:
-        if balance.missing:
-            _say(console, f"note: split '{balance.name}' has no image of {shortened(balance.missing)}")
-    _print_overlaps(console, splits, duplicates)
-    limit = recipe.data.max_bad_fraction
-    broken = [scan for scan in scans if scan.bad_fraction > limit]
-    if broken:
-        found = "; ".join(f"split '{s.name}': {len(s.bad):,} of {s.num_images:,} images are corrupt" for s in broken)
-        raise UserError(
-            f"{found}; training would stop, since data.max_bad_fraction is {limit}. Repair them or take them out "
-            "(--list FILE writes them all), or raise data.max_bad_fraction"
-        )
-
-
-def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
-    """Scan all splits in worker processes, with a progress bar if somebody sees it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from hf_fasttrain.data.scan import scan_split
-    from hf_fasttrain.environment import num_cores
-
-    number = num_cores() if workers == "auto" else int(workers)
-    console = Console(stderr=True)
-    columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=sum(map(len, splits)))
-        return [scan_split(split, workers=number, progress=lambda n: progress.advance(task, n)) for split in splits]
-
-
-def _print_scan(
-    console: Console, scans: list[SplitScan], balances: list[ClassBalance], duplicates: Duplicates, image_size: int
-) -> None:
-    from hf_fasttrain.data.scan import describe_scan
-
-    columns = [
-        describe_scan(scan, balance, duplicates, image_size) for scan, balance in zip(scans, balances, strict=True)
-    ]
-    rows = [(key, *(column[key] for column in columns)) for key in columns[0]]
-    _print_table(console, "every image, decoded", ("", *(scan.name for scan in scans)), rows)
-
-
-def _print_bad(console: Console, bad: list[BadImage], list_file: Path | None) -> None:
-    """Print the first corrupt images, and write all of them to the file asked for."""
-    if bad:
-        title = f"corrupt images: {len(bad):,}" + (", the first 20" if len(bad) > 20 else "")
-        rows = [(image.split, str(image.row), image.path or "", image.error) for image in bad[:20]]
-        _print_table(console, title, ("split", "row", "path", "error"), rows)
-    if list_file is None:
-        return
-    try:
-        list_file.write_text("".join(json.dumps(vars(image)) + "\n" for image in bad), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{list_file}: can't be written: {error.strerror}; give another file to write") from None
-    _say(console, f"{list_file}: all corrupt images, {len(bad):,}")
-
-
-def _print_overlaps(console: Console, splits: list[Split], duplicates: Duplicates) -> None:
-    from hf_fasttrain.data.scan import image_names
-
-    for other, overlap in zip(splits[1:], duplicates.overlaps, strict=True):
-        if not len(overlap.pairs):
-            continue
-        found = f"{len(overlap.pairs):,} of {len(other):,} images of split '{overlap.other}'"
-        _say(console, f"warning: {found} are in split '{overlap.train}' too: its accuracy will be overstated")
-        trained, first = overlap.pairs[:10].T
-        for name, twin in zip(image_names(other, first), image_names(splits[0], trained), strict=True):
-            _say(console, f"  {name} = {twin}")
-
-
-def _print_table(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title))
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _say_on_stderr(text: str) -> None:
+    if _is_main():
+        print(f"note: {text}", file=sys.stderr)
 
 
 @app.command()
@@ -285,7 +189,7 @@ def evaluate(
 
     from hf_fasttrain.serve import evaluate_run
 
-    metrics = evaluate_run(run, overrides or [], split=split, note=lambda text: print(f"note: {text}", file=sys.stderr))
+    metrics = evaluate_run(run, overrides or [], split=split, note=_say_on_stderr)
     if not _is_main():
         return
     if as_json:
@@ -372,13 +276,14 @@ def copy_recipe(
     print(path)
 
 
-CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches; by default data.cache_dir's.")]
+CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir names one.")]
 
 
 @cache_app.callback()
 def list_kept(context: typer.Context, folder: CacheFolder = None) -> None:
     """List the decoded pixels kept on disk, the last used first."""
     if context.invoked_subcommand is not None:
+        context.obj = folder
         return
     from hf_fasttrain.data.cache import default_cache_dir, list_caches
 
@@ -392,6 +297,7 @@ def list_kept(context: typer.Context, folder: CacheFolder = None) -> None:
 
 @cache_app.command("clean")
 def clean_kept(
+    context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(help="Names as listed; needed unless --all is given.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,
     unused_days: Annotated[float | None, typer.Option(min=0, help="Those not used for so many days.")] = None,
@@ -401,7 +307,7 @@ def clean_kept(
     from hf_fasttrain.data.cache import chosen_caches, default_cache_dir, remove_cache
 
     freed = 0
-    for entry in chosen_caches(folder or default_cache_dir(), names or [], everything, unused_days):
+    for entry in chosen_caches(folder or context.obj or default_cache_dir(), names or [], everything, unused_days):
         remove_cache(entry)
         freed += entry.num_bytes
         print(f"deleted {entry.path.name}: {entry.dataset}, {entry.num_bytes / 1e9:.3f} GB")

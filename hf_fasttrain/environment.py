@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,29 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def free_memory_bytes() -> int:
     """Return the memory that is to be had: of the machine, or of the container where that allows less."""
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
+    return max(0, min([int(psutil.virtual_memory().available), *_free_in_groups()]))
+
+
+def _free_in_groups() -> list[int]:
+    """Return what the control groups of this process allow yet, its own and those above it (versions 1 and 2)."""
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+        return []
+    free = []
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / controllers
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = root / own.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max" is no number: no limit
+                free.append(int((folder / names[0]).read_text()) - int((folder / names[1]).read_text()))
+            if folder == root:
+                break
+    return free
 
 
 def set_cpu_threads(local_processes: int) -> int | None:

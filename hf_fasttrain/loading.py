@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from hf_fasttrain.data.batch import Mixing, Normalize
 from hf_fasttrain.data.cache import (
     IN_MEMORY,
     ON_DISK,
+    PIXELS_FILE,
     PixelCache,
     cache_key,
     default_cache_dir,
+    in_gb,
     memory_cache,
     open_cache,
 )
@@ -101,10 +104,20 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
 
 
 class Loaders:
-    """Makes the loaders of a run; bad images are told to `bad_images`."""
+    """Makes the loaders of a run; bad images are told to `bad_images`.
+
+    Without `keep_pixels` no cache is made or opened, though it is decided where it would be.
+    """
 
     def __init__(
-        self, recipe: Recipe, facts: Facts, accelerator: Accelerator, pre: Preprocessing, bad_images: BadImages
+        self,
+        recipe: Recipe,
+        facts: Facts,
+        accelerator: Accelerator,
+        pre: Preprocessing,
+        bad_images: BadImages,
+        *,
+        keep_pixels: bool = True,
     ) -> None:
         self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
         self.device = accelerator.device
@@ -112,6 +125,7 @@ class Loaders:
         channels_last = recipe.accelerate.channels_last
         self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
         self.keeper = Keeper(recipe, facts, accelerator)
+        self.keep_pixels = keep_pixels
 
     def training(self, split: Split, order: Order, num_steps: int, num_classes: int) -> TrainLoader:
         """Return the loader of the training images."""
@@ -141,7 +155,8 @@ class Loaders:
         return EvalLoader(feed, len(split), batch_size, self.normalize, processes, index, name=split.name)
 
     def _feed(self, split: Split, preparation: Preparation, plan: Plan, transform: TrainTransform | None) -> Feed:
-        images = ImageBatches(Images(split, preparation, self.keeper.open(split, preparation, plan)), transform)
+        cache = self.keeper.open(split, preparation, plan) if self.keep_pixels else None
+        images = ImageBatches(Images(split, preparation, cache), transform)
         options: dict[str, Any] = {"workers": self.workers, "pin_memory": self.pinned, "report": self.bad_images.report}
         if plan.mode == "device":
             return DeviceFeed(images, self.device, self.pre.image_size, **options)
@@ -162,7 +177,7 @@ class Keeper:
     """Decides where pixels are kept; the main process of each machine decides for all of its processes."""
 
     def __init__(self, recipe: Recipe, facts: Facts, accelerator: Accelerator) -> None:
-        self.data, self.facts, self.accelerator = recipe.data, facts, accelerator
+        self.recipe, self.data, self.facts, self.accelerator = recipe, recipe.data, facts, accelerator
         self.folder = Path(self.data.cache_dir).expanduser() if self.data.cache_dir else default_cache_dir()
         self._taken = {"memory": 0, "disk": 0}
 
@@ -179,7 +194,7 @@ class Keeper:
             self.facts.note(f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.why}")
         if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
             self.facts.note(
-                f"data.cache={plan.mode}: split '{split.name}' needs {_gb(plan.need)}, {_gb(plan.budget)} are kept "
+                f"data.cache={plan.mode}: split '{split.name}' needs {in_gb(plan.need)}, {in_gb(plan.budget)} are kept "
                 "(data.cache_gb); the rest is decoded every time"
             )
         return plan
@@ -193,19 +208,35 @@ class Keeper:
         need = estimated_bytes(split, preparation)
         room = {mode: self._room(mode) for mode in ("memory", "disk")}
         if wish == "auto":
-            wish = self._chosen(need, room, batchable)
+            there = self._there(split, preparation)
+            room["disk"] = room["disk"] + there if _can_write(self.folder) else 0
+            wish = self._chosen(preparation, need, room, batchable)
+            if room["disk"] and 0.9 * need < there:  # an earlier run has kept them already
+                wish = "disk"
         if wish == "none":
-            why = f"{_gb(need)} of pixels, {_gb(room['memory'])} of memory and {_gb(room['disk'])} of disk to spare"
+            why = (
+                f"{in_gb(need)} of pixels, {in_gb(room['memory'])} of memory and {in_gb(room['disk'])} of disk to spare"
+            )
             return Plan("none", why=why, need=need)
         if wish == "device":
-            return Plan("device", need, f"{_gb(need)} of pixels", need)
-        budget = room[wish]
-        self._taken[wish] += min(need, budget)
-        return Plan(wish, budget, f"{_gb(need)} of pixels, {_gb(budget)} to spare", need)
+            return self._on_device(len(split) * self.recipe.data.image_size**2 * 3)
+        budget = min(room[wish], int(1.1 * need) + (1 << 20))  # the rest is for other splits
+        self._taken[wish] += budget
+        return Plan(wish, budget, f"{in_gb(need)} of pixels, {in_gb(room[wish])} to spare", need)
 
-    def _chosen(self, need: int, room: dict[str, int], batchable: bool) -> str:
+    def _on_device(self, need: int) -> Plan:
         device = self.accelerator.device
-        if batchable and device.type == "cuda" and need < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+        if need > free:
+            raise DataError(
+                f"data.cache=device: {in_gb(need)} of pixels, but only {in_gb(free)} are free on {device}; use disk"
+            )
+        return Plan("device", need, f"{in_gb(need)} of pixels", need)
+
+    def _chosen(self, preparation: Preparation, need: int, room: dict[str, int], batchable: bool) -> str:
+        device = self.accelerator.device
+        decoded = need if preparation.stored_quality is None else 10 * need
+        if batchable and device.type == "cuda" and decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return "device"
         fitting = (mode for mode in ("memory", "disk") if need <= room[mode])
         return next(fitting, "none")
@@ -226,12 +257,23 @@ class Keeper:
             return None
         num_rows = len(split.images)
         if plan.mode == "disk":
-            content = {"fingerprint": split.images.fingerprint, "num_rows": num_rows, **preparation.key()}
+            content = self._content(split, preparation)
             about = {"dataset": self.data.dataset, "split": split.name, **content}
             return open_cache(self.folder / cache_key(content), num_rows, plan.budget, about)
         cache = memory_cache(num_rows, plan.budget) if self.accelerator.is_local_main_process else None
         index, pixels = self._shared((cache.index_path, cache.pixels_path) if cache else None)
         return cache or PixelCache(index, pixels, num_rows, plan.budget)
+
+    def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
+        """Return everything that decides a split's pixels; what two splits of a data set share is kept once."""
+        return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
+
+    def _there(self, split: Split, preparation: Preparation) -> int:
+        """Return how many bytes of the split's pixels are on disk already."""
+        try:
+            return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
+        except OSError:
+            return 0
 
     def _shared(self, value: Any) -> Any:
         """Return the value of the main process of this machine."""
@@ -265,11 +307,13 @@ def _stored_sizes(split: Split, preparation: Preparation, sampled: Sequence[int]
     return sizes
 
 
+def _can_write(folder: Path) -> bool:
+    """Return whether a folder can be made, or written to."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
 def free_disk_bytes(folder: Path) -> int:
     """Return the free bytes of the disk that a folder is on, or will be on."""
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
     return shutil.disk_usage(there).free
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 5e6 else f"{number / 1e6:.2f} MB"

@@ -430,6 +430,8 @@ class Trainer:
         if self.output_dir is not None and self.accelerator.is_main_process:
             self.export(self.trained_model, self.output_dir / "model")
         test = self._evaluate_and_log(self.test_loader) if self.test_loader is not None else None
+        if self.bad_images is not None and self.bad_images.count:
+            self.log.note(f"{self.bad_images.count} bad images were replaced by others; {self.bad_images.where}")
         result = self._result(test)
         if self.output_dir is not None and self.accelerator.is_main_process:
             write_json(self.output_dir / "result.json", asdict(result))

@@ -97,7 +97,7 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
 def written(transform: TrainTransform, key: MicroBatchKey) -> np.ndarray:
     size = transform.size_at(key.epoch)
     out = np.empty((len(key.indices), size, size, 3), np.uint8)
-    transform.write((IMAGES[index] for index in key.indices), key, out)
+    transform.write(((row, IMAGES[index]) for row, index in enumerate(key.indices)), key, out)
     return out
 
 

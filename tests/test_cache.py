@@ -30,6 +30,7 @@ from hf_fasttrain.data.cache import (
     list_caches,
     memory_cache,
     open_cache,
+    remove_cache,
 )
 from hf_fasttrain.data.device import DeviceFeed
 from hf_fasttrain.data.feed import Feed, ImageBatches
@@ -40,7 +41,7 @@ from hf_fasttrain.data.source import Source, Split, load_source
 from hf_fasttrain.errors import DataError
 
 CPU = torch.device("cpu")
-STAMP = (0, 7)
+STAMP = (0, 5, 7)
 RNG = np.random.default_rng(0)
 
 
@@ -53,8 +54,13 @@ def fill(cache: PixelCache, rows: Any, size: int = 12) -> None:
         cache.add([Kept(row, STAMP, pixels_of(row, size))])
 
 
-def read(cache: PixelCache, num_rows: int, stamp: tuple[int, int] = STAMP) -> list[np.ndarray | None]:
+def read(cache: PixelCache, num_rows: int, stamp: tuple[int, int, int] = STAMP) -> list[np.ndarray | None]:
     return list(cache.read(np.arange(num_rows), lambda row: stamp))
+
+
+def made(images: Images, rows: np.ndarray, events: list[Any] | None = None) -> list[np.ndarray]:
+    """Return the pixels of images that are all different."""
+    return [pixels for _, pixels in images.pixels(rows, rows.copy(), [] if events is None else events)]
 
 
 def num_right(cache: PixelCache, num_rows: int, size: int = 12) -> int:
@@ -101,9 +107,9 @@ def test_a_changed_image_is_not_what_was_kept(make_cache: Callable[..., PixelCac
     cache = make_cache()
     fill(cache, range(20))
     again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)
-    assert read(again, 20, stamp=(0, 8)) == [None] * 20
-    again.add([Kept(4, (0, 8), pixels_of(5))])  # made anew
-    found = read(again, 20, stamp=(0, 8))
+    assert read(again, 20, stamp=(0, 5, 8)) == [None] * 20
+    again.add([Kept(4, (0, 5, 8), pixels_of(5))])  # made anew
+    found = read(again, 20, stamp=(0, 5, 8))
     assert [row for row, pixels in enumerate(found) if pixels is not None] == [4]
     assert np.array_equal(found[4], pixels_of(5))
 
@@ -155,6 +161,21 @@ def test_a_cache_for_other_rows_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_cache_deleted_under_its_users_is_said(tmp_path: Path, image_folder: Path) -> None:
+    source = load_source(str(image_folder))
+    cache = open_cache(tmp_path / "kept", 24, 10**9, {})
+    remove_cache(list_caches(tmp_path)[0])
+    events: list[Any] = []
+    images = Images(source.train, Preparation(), cache)
+    rows = np.arange(4)
+    expected = made(Images(source.train, Preparation()), rows)
+    for _ in range(2):
+        found = made(images, rows, events)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    (told,) = events
+    assert "data.cache of split 'train': can't be opened: " in told
+
+
 def in_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if child:
@@ -187,7 +208,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_wrong_is_read(tmp_path: Path, i
     """The limit on the size of a file stops a write in its middle, as a full disk does."""
     source = load_source(str(image_folder))
     preparation = Preparation(center=EvalTransform(64))
-    plain = np.stack(list(Images(source.train, preparation).pixels(np.arange(24), np.zeros(24, np.int64), [])))
+    plain = np.stack(made(Images(source.train, preparation), np.arange(24)))
     cache = open_cache(tmp_path / "kept", 24, 10**9, {})
 
     def write() -> None:
@@ -197,7 +218,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_wrong_is_read(tmp_path: Path, i
         images = Images(source.train, preparation, cache)
         for start in range(0, 24, 4):
             rows = np.arange(start, start + 4)
-            assert np.array_equal(np.stack(list(images.pixels(rows, rows.copy(), events))), plain[rows])
+            assert np.array_equal(np.stack(made(images, rows, events)), plain[rows])
         told = [event for event in events if isinstance(event, str)]
         (tmp_path / "told").write_text("\n".join(dict.fromkeys(told)))
 
@@ -299,7 +320,7 @@ def test_two_processes_with_two_workers_fill_one_cache(tmp_path: Path, digits: S
     assert sum(pixels is not None for pixels in found) >= 400
     for index, pixels in enumerate(found):
         if pixels is not None:
-            (plain,) = images.pixels(np.array([index]), np.zeros(1, np.int64), [])
+            (plain,) = made(images, np.array([index]))
             assert np.array_equal(pixels, plain)
 
 
@@ -320,7 +341,7 @@ def train(recipe: Path, output: Path, *overrides: str) -> Trainer:
 def test_training_is_the_same_with_every_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
     weights = {}
-    for kind in ("none", "memory", "disk", "device", "auto"):
+    for kind in ("none", "auto", "memory", "disk", "device"):
         trainer = train(recipe, tmp_path / kind, f"data.cache={kind}")
         weights[kind] = torch.cat([p.flatten() for p in trainer.raw_model.parameters()])
         resolved = (tmp_path / kind / "resolved.yaml").read_text()
@@ -343,7 +364,9 @@ def test_a_cache_that_is_too_small_is_said(image_folder: Path, tmp_path: Path, w
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
     trainer = train(recipe, tmp_path / "run", "data.cache=memory", "data.cache_gb=0.00002")
     assert any("data.cache=memory: split 'train' needs" in note for note in trainer.log.notes)
-    assert any("are full; images that are not in it are decoded every time" in note for note in trainer.log.notes)
+    assert any(
+        "0.02 MB are full (data.cache_gb, hf-fasttrain cache clean); images" in note for note in trainer.log.notes
+    )
 
 
 def test_wrong_places_and_settings_are_refused(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
@@ -357,6 +380,51 @@ def test_wrong_places_and_settings_are_refused(image_folder: Path, tmp_path: Pat
         Trainer.from_recipe(recipe, ["data.cache=device", "augment.trivialaugment=true", f"output_dir={tmp_path}/b"])
 
 
+def test_other_operating_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_fasttrain.data.cache.ON_DISK", False)
+    monkeypatch.setattr("hf_fasttrain.data.cache.IN_MEMORY", False)
+    with pytest.raises(DataError, match=r"data.cache=disk needs Linux or macOS; use none"):
+        open_cache(tmp_path / "kept", 2, 100, {})
+    with pytest.raises(DataError, match=r"data.cache=memory needs Linux; use disk or none"):
+        memory_cache(2, 100)
+
+
+def train_one_of_two(recipe: Path, output: Path, kind: str) -> tuple[list[torch.Tensor], int]:
+    trainer = Trainer.from_recipe(recipe, [f"output_dir={output}", f"data.cache={kind}"])
+    trainer.fit()
+    cache = trainer.train_loader.feed.images.images.cache
+    return [p.detach().clone() for p in trainer.raw_model.parameters()], cache.num_kept() if cache else 0
+
+
+def test_a_full_disk_of_other_things_does_not_hide_what_is_kept(
+    image_folder: Path, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    train(recipe, tmp_path / "first", "data.cache=disk")
+    monkeypatch.setattr("hf_fasttrain.loading.free_disk_bytes", lambda folder: 0)
+    monkeypatch.setattr("hf_fasttrain.loading.free_memory_bytes", lambda: 0)
+    trainer = train(recipe, tmp_path / "second")
+    assert trainer.train_loader.feed.images.images.cache.pixels_path.startswith(str(tmp_path / "kept"))
+    assert any("data.cache=auto: decoded images of split 'train' are kept in " in note for note in trainer.log.notes)
+    none = train(recipe, tmp_path / "third", "data.short_side=16")  # other pixels, for which there is no room
+    assert none.train_loader.feed.images.images.cache is None
+
+
+def test_check_makes_no_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    assert main_(["check", str(recipe), "data.cache=disk"]) == 0
+    assert not (tmp_path / "kept").exists()
+
+
+def test_two_processes_share_one_cache_in_memory(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    plain = run_processes(train_one_of_two, recipe, tmp_path / "plain", "none")
+    kept = run_processes(train_one_of_two, recipe, tmp_path / "kept_run", "memory")
+    for (weights, _), (expected, _) in zip(kept, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    assert [number for _, number in kept] == [24, 24]  # both see what either has kept
+
+
 def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = tmp_path / "pixels"
     names = []
@@ -367,10 +435,12 @@ def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFix
         for file in (where / names[-1]).iterdir():
             os.utime(file, (time.time() - days * 86400,) * 2)
     assert names[0] != names[1]
-    (where / ".new-left").mkdir()
+    (where / ".hf_fasttrain-new-left").mkdir()
+    (where / "mine").mkdir()  # no cache, though it has a file of that name
+    (where / "mine" / "index").write_text("")
     main_(["cache", "--dir", str(where)])
     listed = capsys.readouterr().out
-    assert [line.split()[0] for line in listed.splitlines()[:3]] == [names[1], names[0], ".new-left"]
+    assert [line.split()[0] for line in listed.splitlines()[:3]] == [names[1], names[0], ".hf_fasttrain-new-left"]
     assert "flowers (train, 20 images): short side 100" in listed
     assert "half-made" in listed
     for arguments, message in (
@@ -382,8 +452,8 @@ def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFix
     main_(["cache", "clean", "--dir", str(where), "--unused-days", "30"])
     assert f"deleted {names[0]}: flowers (train, 20 images)" in capsys.readouterr().out
     assert (where / names[1]).exists()
-    main_(["cache", "clean", "--dir", str(where), "--all"])
-    assert list(where.iterdir()) == []
+    main_(["cache", "--dir", str(where), "clean", "--all"])
+    assert [path.name for path in where.iterdir()] == ["mine"]
 
 
 def main_(arguments: list[str]) -> int:

@@ -47,7 +47,8 @@ STAND_INS = {3: 4, 5: 7, 6: 7, 9: 0}
 def fetch(images: Images, indices: list[int]) -> tuple[list[int], list[int], list[Event]]:
     """Return the red value of each image, the indices used, and what was told."""
     used, events = np.zeros(len(indices), np.int64), []
-    reds = [int(pixels[0, 0, 0]) for pixels in images.pixels(np.array(indices), used, events)]
+    pixels = {place: found[0, 0, 0] for place, found in images.pixels(np.array(indices), used, events)}
+    reds = [int(pixels[place]) for place in range(len(indices))]
     return reds, used.tolist(), events
 
 
@@ -86,7 +87,7 @@ def test_labels_follow_the_substitutes_through_the_workers(workers: int, tmp_pat
 
 
 def test_a_split_without_any_good_image_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"split 'train', row 2: image 0 bytes: .*; nor can any of the"):
+    with pytest.raises(DataError, match=r"split 'train', row 2: image 0 bytes: .*; nor can any of"):
         fetch(Images(split_of([b""] * 5), Preparation()), [2])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_fasttrain import Trainer
 from hf_fasttrain.data.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
-from hf_fasttrain.data.feed import Feed, ImageBatches
+from hf_fasttrain.data.feed import Ahead, Feed, ImageBatches
 from hf_fasttrain.data.images import Images
 from hf_fasttrain.data.loader import EvalLoader, OwnLoader, TrainLoader
 from hf_fasttrain.data.operations import Operations
-from hf_fasttrain.data.order import Order
+from hf_fasttrain.data.order import MicroBatchKey, Order
 from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import Source, load_source
 from hf_fasttrain.errors import DataError, RunError
@@ -155,3 +158,112 @@ def test_own_loader_takes_mappings() -> None:
     batch = {"pixel_values": torch.zeros(4, 3, 4, 4), "labels": torch.arange(4)}
     (step,) = OwnLoader([batch], CPU, accumulation_steps=2).steps(0, 1)
     assert [targets.tolist() for _, targets in step.micro_batches] == [[0, 1], [2, 3]]
+
+
+def test_ahead_hands_on_everything_in_order_and_raises_what_failed() -> None:
+    assert list(Ahead(iter(range(20)), lambda x: x * x)) == [x * x for x in range(20)]
+
+    def failing() -> Iterator[int]:
+        yield 1
+        raise DataError("no more")
+
+    ahead = Ahead(failing(), lambda x: x)
+    with pytest.raises(DataError, match="no more"):
+        list(ahead)
+    with pytest.raises(ZeroDivisionError):
+        list(Ahead(iter([1, 0]), lambda x: 1 / x))
+
+
+def test_ahead_is_two_ahead_and_can_be_stopped() -> None:
+    begun: list[int] = []
+    ahead = Ahead(iter(range(1000)), lambda x: begun.append(x) or x)
+    assert next(iter(ahead)) == 0
+    deadline = time.monotonic() + 5
+    while len(begun) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert begun == [0, 1, 2, 3]  # the first, two in the queue, and the one that waits for its place
+    ahead.stop()
+    assert not ahead._thread.is_alive()
+
+
+def test_a_batch_that_somebody_keeps_is_not_written_over() -> None:
+    normalize = Normalize([0.5] * 3, [0.25] * 3, CPU, channels_last=True)
+    pixels = [torch.full((4, 8, 8, 3), i, dtype=torch.uint8) for i in range(6)]
+    kept = [normalize(batch) for batch in pixels]
+    assert [round(batch[0, 0, 0, 0].item() * 0.25 * 255 + 127.5) for batch in kept] == list(range(6))
+    places = set()
+    for batch in pixels:
+        places.add(normalize(batch).data_ptr())
+    assert len(places) <= 2
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    losses = [(normalize(batch) * weight).sum() for batch in pixels]  # the graph holds the batches
+    for number, loss in enumerate(losses):
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient[0].item() == pytest.approx(4 * 64 * (number / 255 - 0.5) / 0.25, rel=1e-4)
+
+
+def test_batches_stay_right_when_workers_write_ahead(digits: Source) -> None:
+    """Each batch is compared while the workers already fill the next ones."""
+    images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(32))
+    keys = [MicroBatchKey(0, np.arange(start, start + 8)) for start in range(0, 800, 8)]
+    feed = Feed(images, CPU, workers=2, pin_memory=False)
+    opened = feed.open(keys, 8, persistent=True)
+    for rounds in range(2):
+        for number, ((pixels, labels), key) in enumerate(zip(opened, keys, strict=True)):
+            made = images.make(key)
+            time.sleep(0.002)
+            assert torch.equal(pixels, made.pixels)
+            assert torch.equal(labels, made.labels)
+            if rounds == 0 and number == 30:
+                break  # the second time begins anew, with all slots free
+
+
+def test_a_batch_larger_than_expected_is_made_all_the_same(digits: Source) -> None:
+    images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(16))
+    key = MicroBatchKey(0, np.arange(20))
+    ((pixels, _),) = Feed(images, CPU, workers=1, pin_memory=False).open([key], 4)
+    assert torch.equal(pixels, images.make(key).pixels)
+
+
+AUGMENTED = """
+model: {name: test_resnet}
+data: {dataset: FOLDER, image_size: 48, short_side: 18, stored_quality: 90}
+augment:
+  three_augment: true
+  color_jitter: {brightness: 0.3, contrast: 0.3, saturation: 0.3, hue: 0.1}
+  augmix: {severity: 2}
+  erase: 0.3
+  erase_fill: noise
+  repeats: 3
+  mixup: 0.2
+  cutmix: 1.0
+  progressive: {start_size: 32, until: 2 epochs, multiple: 8}
+train: {duration: 8 steps, batch_size: 8}
+evaluate: {every: 8 steps}
+checkpoint: {every: 4 steps}
+"""
+
+
+def test_everything_together_is_the_same_on_workers_pieces_caches_and_after_a_stop(
+    image_folder: Path, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    recipe = write_recipe(AUGMENTED.replace("FOLDER", str(image_folder)))
+    ways = {
+        "plain": ["data.workers=0", "data.cache=none"],
+        "workers": ["data.workers=2", "data.cache=memory"],
+        "stopped": ["data.workers=1", "data.cache=none", "train.duration=4 steps", "schedule.name=constant"],
+    }
+    weights = {}
+    for name, overrides in ways.items():
+        trainer = Trainer.from_recipe(recipe, ["schedule.name=constant", f"output_dir={tmp_path / name}", *overrides])
+        shapes = [tuple(step.image_shape) for step in trainer.train_loader.steps(0, 8)] if name == "plain" else []
+        assert shapes in ([], [(3, size, size) for size in (32, 32, 32, 40, 40, 40, 48, 48)])
+        trainer.fit()
+        weights[name] = torch.cat([p.flatten() for p in trainer.raw_model.parameters()])
+    overrides = ["schedule.name=constant", f"output_dir={tmp_path / 'stopped'}", "data.workers=0"]
+    trainer = Trainer.from_recipe(recipe, overrides, resume=True)
+    trainer.fit()
+    resumed = torch.cat([p.flatten() for p in trainer.raw_model.parameters()])
+    assert torch.equal(weights["workers"], weights["plain"])
+    assert torch.equal(resumed, weights["plain"])
+    assert not torch.equal(weights["stopped"], weights["plain"])

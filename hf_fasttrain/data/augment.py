@@ -101,13 +101,16 @@ class TrainTransform:
         """Return (S, S, 3) uint8 pixels of one image."""
         size = self.size_at(epoch)
         out = np.empty((1, size, size, 3), np.uint8)
-        self.write([pixels], MicroBatchKey(epoch, np.array([index]), np.array([repeat])), out)
+        self.write([(0, pixels)], MicroBatchKey(epoch, np.array([index]), np.array([repeat])), out)
         return out[0]
 
-    def write(self, images: Iterable[Pixels], key: MicroBatchKey, out: np.ndarray) -> None:
-        """Write the batch of a key to `out` (B, S, S, 3); `images` come one by one, each read before the next."""
+    def write(self, images: Iterable[tuple[int, Pixels]], key: MicroBatchKey, out: np.ndarray) -> None:
+        """Write the batch of a key to `out` (B, S, S, 3).
+
+        `images` are (row of the batch, pixels) in any order, each read before the next is asked for.
+        """
         crops, seeds = self._crop_draws(key), self._operation_seeds(key)
-        for row, pixels in enumerate(images):
+        for row, pixels in images:
             self._crop(pixels, crops[row], out[row])
             if self.operations:
                 out[row] = self.operations(out[row], int(seeds[row]))

@@ -41,7 +41,8 @@ ENTRY = np.dtype(
 RAW, JPEG = 1, 2
 ON_DISK = fcntl is not None and hasattr(os, "pread")  # what this operating system offers
 IN_MEMORY = ON_DISK and hasattr(os, "memfd_create")
-Stamp = tuple[int, int]
+Stamp = tuple[int, int, int]
+UNFINISHED = ".hf_fasttrain-new-"  # how the name of a folder begins in which a cache is being made
 
 
 @dataclass
@@ -66,34 +67,39 @@ class PixelCache:
         self.trouble: str | None = None
         self.held: _Held | None = None  # a cache in memory lives as long as this
         self._files: tuple[int, int] | None = None
+        self._held_open: _Held | None = None
         self._owner = 0
         self._index = np.zeros(0, ENTRY)
         self._trusted = np.zeros(0, np.uint64)
 
     def __getstate__(self) -> dict[str, Any]:
-        closed = {
-            "held": None,
-            "_files": None,
-            "_owner": 0,
-            "_index": np.zeros(0, ENTRY),
-            "_trusted": np.zeros(0, np.uint64),
-        }
-        return {**self.__dict__, **closed}
+        closed = PixelCache(self.index_path, self.pixels_path, self.num_rows, self.budget)
+        return {**closed.__dict__, "trouble": self.trouble}
 
     def _open(self) -> tuple[int, int]:
         """Return the descriptors of index and pixels, opened by this very process: record locks are a process's."""
         if self._files is None or self._owner != os.getpid():
-            flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
-            self._files = os.open(self.index_path, flags), os.open(self.pixels_path, flags)
-            self._owner = os.getpid()
             entries = np.memmap(self.index_path, ENTRY, "r", offset=HEADER_BYTES, shape=(self.num_rows,))
+            flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+            index_file = os.open(self.index_path, flags)
+            try:
+                self._files = index_file, os.open(self.pixels_path, flags)
+            except OSError:
+                os.close(index_file)
+                raise
+            self._owner, self._held_open = os.getpid(), _Held(*self._files)
             self._index = entries.view(np.ndarray)
             self._trusted = np.zeros(self.num_rows, np.uint64)  # checksums that this process has seen to be right
         return self._files
 
     def read(self, rows: np.ndarray, stamp_of: Callable[[int], Stamp]) -> Iterator[Pixels | None]:
         """Yield the pixels (H, W, 3) of each row, None for what is not kept; `stamp_of` returns a row's stamp."""
-        pixels_file = self._open()[1]
+        try:
+            pixels_file = self._open()[1]
+        except (OSError, ValueError) as error:  # it was deleted or cut before this process came to it
+            self._files, self.trouble = None, f"can't be opened: {error}"
+            yield from [None] * len(rows)
+            return
         entries = self._index[rows]
         trusted = (entries["check"] == self._trusted[rows]).tolist()
         columns = (entries[name].tolist() for name in ENTRY.names or ())
@@ -102,8 +108,11 @@ class PixelCache:
                 yield None
                 continue
             data = _pread(pixels_file, length, place)
+            if len(data) != length:
+                yield None
+                continue
             if not known:
-                if len(data) != length or check != checksum(data, row, place, form, height, width, stamp_of(row)):
+                if check != checksum(data, row, place, form, height, width, stamp_of(row)):
                     yield None
                     continue
                 self._trusted[row] = check
@@ -125,7 +134,7 @@ class PixelCache:
         for item, piece in zip(kept, data, strict=True):
             height, width = item.pixels.shape[:2]
             if len(piece) > room:
-                self.trouble = f"its {self.budget / 1e9:.2f} GB are full"
+                self.trouble = f"its {in_gb(self.budget)} are full (data.cache_gb, hf-fasttrain cache clean)"
                 return
             if height > 0xFFFF or width > 0xFFFF:
                 continue
@@ -158,6 +167,11 @@ def checksum(data: bytes, row: int, place: int, form: int, height: int, width: i
     """Return 64 bits over the pixels and everything that they belong to."""
     seed = xxhash.xxh3_64_intdigest(np.array([row, place, form, height, width, *stamp], np.int64).tobytes())
     return xxhash.xxh3_64_intdigest(data, seed)
+
+
+def in_gb(number: int) -> str:
+    """Return a number of bytes as text, in GB or MB."""
+    return f"{number / 1e9:.2f} GB" if number >= 5e6 else f"{number / 1e6:.2f} MB"
 
 
 def _pread(file: int, length: int, place: int) -> bytes:
@@ -201,7 +215,8 @@ def open_cache(folder: Path, num_rows: int, budget: int, about: dict[str, Any]) 
     try:
         if not _is_right(folder / INDEX_FILE, num_rows) or not (folder / PIXELS_FILE).exists():
             _make(folder, num_rows, about)
-        os.utime(folder / ABOUT_FILE)  # last use
+        with suppress(FileNotFoundError):
+            os.utime(folder / ABOUT_FILE)  # last use
     except OSError as error:
         raise DataError(
             f"data.cache_dir {folder.parent}: can't be written: {error.strerror}; choose another, or data.cache=none"
@@ -234,7 +249,7 @@ def _fill_header(file: int, num_rows: int) -> None:
 def _make(folder: Path, num_rows: int, about: dict[str, Any]) -> None:
     """Make an empty cache beside its place and rename it there; whoever comes second uses the first one's."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
     try:
         file = os.open(partial / INDEX_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -272,7 +287,7 @@ def memory_cache(num_rows: int, budget: int) -> PixelCache:
 
 
 class _Held:
-    """Keeps file descriptors open as long as it lives, in the process that made it."""
+    """Keeps file descriptors open as long as it lives, and closes them in the process that opened them."""
 
     def __init__(self, *files: int) -> None:
         self.files, self.owner = files, os.getpid()
@@ -331,11 +346,12 @@ def list_caches(folder: Path) -> list[CacheEntry]:
     """Return the caches in a folder, the last used first; half-made ones and those of other versions too."""
     entries = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not (path.is_dir() and (path.name.startswith(".new-") or (path / INDEX_FILE).exists())):
-            continue
         about: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
+        is_cache = isinstance(about, dict) and {"format", "num_rows"} <= about.keys()
+        if not (is_cache or (path.is_dir() and path.name.startswith(UNFINISHED))):
+            continue
         files = [file.stat() for file in path.iterdir()]
         used = max((file.st_mtime for file in files), default=0.0)
         entries.append(CacheEntry(path, sum(file.st_blocks * 512 for file in files), used, about))
@@ -357,5 +373,8 @@ def chosen_caches(folder: Path, names: Sequence[str], everything: bool, unused_d
 
 
 def remove_cache(entry: CacheEntry) -> None:
-    """Delete a cache; a run that has it open goes on with what it has open."""
-    shutil.rmtree(entry.path, ignore_errors=True)
+    """Delete a cache; a run that has it open goes on with what it has open. DataError if it can't be deleted."""
+    try:
+        shutil.rmtree(entry.path)
+    except OSError as error:
+        raise DataError(f"{entry.path}: can't be deleted: {error.strerror}; delete it by hand") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ DECODING_ERRORS = (
     SyntaxError,
     Image.DecompressionBombError,
     ValueError,
-    struct.error,  # damaged WebP
+    # What Pillow's readers let through of damaged files:
+    struct.error,
+    zlib.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
 )
 _JPEG_START = b"\xff\xd8\xff"
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
@@ -74,7 +84,11 @@ def decode(data: Encoded, *, at_least: int | None = None) -> Pixels:
         except ValueError:
             pass  # damaged, or in a colour space of its own: Pillow decides
     image = Image.open(io.BytesIO(data))
-    return np.array(to_rgb(ImageOps.exif_transpose(image)))
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except DECODING_ERRORS:
+        turned = image  # if only its EXIF data are damaged, the image itself is not
+    return np.array(to_rgb(turned))
 
 
 def _decode_jpeg(data: Encoded, at_least: int) -> Pixels:

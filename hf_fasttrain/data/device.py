@@ -69,6 +69,6 @@ class DeviceFeed(Feed):
         if self.device.type == "cpu":
             batch = torch.empty((len(rows), self.size, self.size, 3), dtype=torch.uint8)
             own = self.pixels.numpy()
-            self.transform.write((own[index] for index in key.indices.tolist()), key, batch.numpy())
+            self.transform.write(((row, own[index]) for row, index in enumerate(key.indices)), key, batch.numpy())
             return batch, labels
         return augment_on_device(self.pixels, rows, self.transform, key), labels

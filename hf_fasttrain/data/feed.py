@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import queue
 import threading
 import time
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_fasttrain.data.augment import TrainTransform
 from hf_fasttrain.data.images import Event, Images
 from hf_fasttrain.data.order import MicroBatchKey
-from hf_fasttrain.errors import UserError
+from hf_fasttrain.errors import RunError, UserError
 
 Batch = tuple[Tensor, Tensor]
 AHEAD = 4  # batches that each worker may be ahead
@@ -58,9 +59,9 @@ class ImageBatches:
             batch = _pixels(room, len(key.indices), size, size)
             self.transform.write(images, key, batch.numpy())
         else:
-            first = next(images)
+            place, first = next(images)
             batch = _pixels(room, len(key.indices), *first.shape[:2])
-            for row, pixels in enumerate(chain([first], images)):
+            for row, pixels in chain([(place, first)], images):
                 batch.numpy()[row] = pixels
         return Made(batch, torch.from_numpy(self.images.split.labels[used]), tuple(events))
 
@@ -83,11 +84,16 @@ class _Slots:
     """Memory that the workers write batches into and that is used again and again.
 
     Shared memory made anew for each batch, as a DataLoader's workers do, costs more than moving the pixels: its
-    pages are fresh in both processes, and its handle is sent through a socket.
+    pages are fresh in both processes, and its handle is sent through a socket. Workers that are forked inherit it,
+    so that it needs no room in /dev/shm, of which containers have little.
     """
 
     def __init__(self, number: int, slot_bytes: int) -> None:
-        self.memory = torch.empty((number, slot_bytes), dtype=torch.uint8).share_memory_()
+        if torch.multiprocessing.get_start_method() == "fork":
+            shared = mmap.mmap(-1, number * slot_bytes)
+            self.memory = torch.frombuffer(shared, dtype=torch.uint8).view(number, slot_bytes)
+        else:
+            self.memory = torch.empty((number, slot_bytes), dtype=torch.uint8).share_memory_()
         self.free: deque[int] = deque(range(number))
 
 
@@ -99,12 +105,13 @@ class _Asked(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """A batch on its way back from a worker; its pixels are in the slot."""
+    """A batch on its way back from a worker; its pixels are in the slot, unless they were too many for it."""
 
     slot: int
     shape: tuple[int, ...]
     labels: np.ndarray
     events: tuple[Event, ...]
+    pixels: Tensor | None
 
 
 class _Asking:
@@ -135,9 +142,11 @@ class _Making(Dataset):
         except UserError as error:
             error.every_process = False
             return error  # raised by the reader: a DataLoader would wrap it in the worker's traceback
-        if room is None or asked.slot is None or made.pixels.data_ptr() != room.data_ptr():
+        if room is None or asked.slot is None:
             return made
-        return _Sent(asked.slot, tuple(made.pixels.shape), made.labels.numpy(), made.events)
+        inside = made.pixels.data_ptr() == room.data_ptr()
+        shape, labels = tuple(made.pixels.shape), made.labels.numpy()
+        return _Sent(asked.slot, shape, labels, made.events, None if inside else made.pixels)
 
 
 class Feed:
@@ -166,10 +175,13 @@ class Feed:
 
         On a GPU the time between two events on its own stream is counted, when they have passed: no sync.
         """
+        self._count_stalls()
+        return self._waited
+
+    def _count_stalls(self) -> None:
         while self._stalls and self._stalls[0][1].query():
             before, after = self._stalls.popleft()
             self._waited += before.elapsed_time(after) / 1000
-        return self._waited
 
     def open(self, keys: Iterable[MicroBatchKey], largest: int, *, persistent: bool = False) -> Iterable[Batch]:
         """Return the batches of keys, (pixels, labels) on the device, to be used one at a time.
@@ -177,31 +189,20 @@ class Feed:
         `largest` is the number of images in the largest one. With `persistent` the workers are kept for the next
         time that the batches are gone through. Nothing is drawn from torch's global generator.
         """
-        slots = None
-        if self.workers and self.images.most_bytes(largest):
-            slots = _Slots(self.workers * AHEAD + 2, self.images.most_bytes(largest))
-        loader = DataLoader(
-            _Making(self.images, slots.memory if slots else None),
-            sampler=_Asking(keys, slots),
-            batch_size=None,
-            num_workers=self.workers,
-            persistent_workers=persistent and self.workers > 0,
-            prefetch_factor=AHEAD if self.workers else None,
-            generator=torch.Generator(),
-            collate_fn=_as_it_is,
-        )
-        return Again(lambda: self._read(loader, slots))
+        return _Opened(self, keys, largest, persistent)
 
-    def _read(self, loader: DataLoader, slots: _Slots | None) -> Iterator[Batch]:
-        sent = iter(loader)  # starts the workers, from this thread
+    def read(self, sent: Iterator[Made | _Sent | UserError], slots: _Slots | None) -> Iterator[Batch]:
+        """Yield what the workers send, on the device."""
         if self.device.type != "cuda":
             yield from self._on_host(sent, slots)
-            return
-        ahead = Ahead(sent, lambda batch: self._copy_to_device(batch, slots))
-        try:
-            yield from self._on_device(ahead)
-        finally:
-            ahead.stop()
+        elif not self.workers:  # in this thread: operations draw from torch's generator, which training uses too
+            yield from self._on_device(self._copy_to_device(batch, slots) for batch in sent)
+        else:
+            ahead = Ahead(sent, lambda batch: self._copy_to_device(batch, slots))
+            try:
+                yield from self._on_device(ahead)
+            finally:
+                ahead.stop()
 
     def _on_host(self, sent: Iterator[Made | _Sent | UserError], slots: _Slots | None) -> Iterator[Batch]:
         while True:
@@ -221,19 +222,21 @@ class Feed:
         if isinstance(made, UserError):
             return made, None
         tensors = (made.pixels, made.labels)
-        if self.pin_memory:
-            tensors = (made.pixels.pin_memory(), made.labels.pin_memory())
-        stream = self._copies
-        with torch.cuda.stream(stream):
-            pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        with torch.cuda.device(self.device):  # each thread has a present device of its own, at first GPU 0
+            if self.pin_memory:
+                tensors = (made.pixels.pin_memory(), made.labels.pin_memory())
+            stream = self._copies
+            with torch.cuda.stream(stream):
+                pixels, labels = (tensor.to(self.device, non_blocking=self.pin_memory) for tensor in tensors)
+            done = stream.record_event()
         _release(batch, slots)  # its pixels are in pinned memory, or copied already
-        return Made(pixels, labels, made.events), stream.record_event()
+        return Made(pixels, labels, made.events), done
 
     @cached_property
     def _copies(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
 
-    def _on_device(self, ahead: Iterable[tuple[Any, torch.cuda.Event]]) -> Iterator[Batch]:
+    def _on_device(self, ahead: Iterable[tuple[Made | UserError, torch.cuda.Event | None]]) -> Iterator[Batch]:
         batches = iter(ahead)
         while True:
             present = torch.cuda.current_stream(self.device)
@@ -244,9 +247,11 @@ class Feed:
                 return
             made, done = found
             pixels, labels = self._checked(made)
+            assert done is not None
             present.wait_event(done)
             after.record(present)
             self._stalls.append((before, after))
+            self._count_stalls()
             for tensor in (pixels, labels):
                 tensor.record_stream(present)  # its memory is not reused before the present stream is past it
             yield pixels, labels
@@ -264,6 +269,8 @@ def _received(batch: Made | _Sent | UserError, slots: _Slots | None) -> Made | U
     if not isinstance(batch, _Sent):
         return batch
     assert slots is not None
+    if batch.pixels is not None:
+        return Made(batch.pixels, torch.from_numpy(batch.labels), batch.events)
     pixels = slots.memory[batch.slot][: math.prod(batch.shape)].view(batch.shape)
     return Made(pixels, torch.from_numpy(batch.labels), batch.events)
 
@@ -272,6 +279,48 @@ def _release(batch: Made | _Sent | UserError, slots: _Slots | None) -> None:
     """Let the slot of a batch be used again."""
     if slots is not None and isinstance(batch, _Sent):
         slots.free.append(batch.slot)
+
+
+class _Opened:
+    """The batches of some keys; workers and slots are made when they are first gone through."""
+
+    def __init__(self, feed: Feed, keys: Iterable[MicroBatchKey], largest: int, persistent: bool) -> None:
+        self.feed, self.keys, self.largest, self.persistent = feed, keys, largest, persistent
+        self._kept: tuple[DataLoader, _Slots | None] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader, slots = self._kept or self._build()
+        if self.persistent:
+            self._kept = loader, slots
+        return self.feed.read(_told_of_dead_workers(iter(loader)), slots)
+
+    def _build(self) -> tuple[DataLoader, _Slots | None]:
+        workers, images, slots = self.feed.workers, self.feed.images, None
+        if workers and images.most_bytes(self.largest):
+            slots = _Slots(workers * AHEAD + 2, images.most_bytes(self.largest))
+        loader = DataLoader(
+            _Making(images, slots.memory if slots else None),
+            sampler=_Asking(self.keys, slots),
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=self.persistent and workers > 0,
+            prefetch_factor=AHEAD if workers else None,
+            generator=torch.Generator(),
+            collate_fn=_as_it_is,
+        )
+        return loader, slots
+
+
+def _told_of_dead_workers(sent: Iterator[Any]) -> Iterator[Any]:
+    """Yield what the workers send; RunError if one of them was killed."""
+    try:
+        yield from sent
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        died = RunError("a loader process died, perhaps for want of memory; lower data.workers or data.cache_gb")
+        died.every_process = False
+        raise died from None
 
 
 class Again:

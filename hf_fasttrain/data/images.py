@@ -41,46 +41,53 @@ class Images:
     def __init__(self, split: Split, preparation: Preparation, cache: PixelCache | None = None) -> None:
         self.split, self.preparation, self.cache = split, preparation, cache
         self._substitutes: dict[int, int] = {}
+        self._has_told = False  # of the cache's trouble
 
-    def pixels(self, indices: np.ndarray, used: np.ndarray, events: list[Event]) -> Iterator[Pixels]:
-        """Yield the pixels (H, W, 3) of images one by one; each is to be read before the next.
+    def pixels(self, indices: np.ndarray, used: np.ndarray, events: list[Event]) -> Iterator[tuple[int, Pixels]]:
+        """Yield (place in the batch, pixels (H, W, 3)) of all images; each is to be read before the next.
 
         `used` (B,) is set to the indices whose pixels they are, which differ from `indices` for bad images; what
-        there is to tell is appended to `events`.
+        there is to tell is appended to `events`. An image that is there more than once is decoded once.
         """
-        used[...] = indices
-        if len(indices) > 1 and len(np.unique(indices)) < len(indices):
-            yield from self._repeated(indices, used, events)
+        different: np.ndarray = np.unique(indices)
+        if len(different) < len(indices):
+            once = np.empty_like(different)
+            for place, one in self.pixels(different, once, events):
+                for other in np.flatnonzero(indices == different[place]).tolist():
+                    used[other] = once[place]
+                    yield other, one
             return
+        used[...] = indices
         rows = self.split.rows_of(indices)
-        found = self.cache.read(rows, self.split.images.stamp) if self.cache else iter([None] * len(rows))
+        found: Iterator[Pixels | None] = iter([None] * len(rows))
+        if self.cache is not None:
+            found = self.cache.read(rows, self.split.images.stamp)
         kept: list[Kept] = []
-        for position, pixels in enumerate(found):
+        for place, pixels in enumerate(found):
             if pixels is None:
-                pixels, used[position] = self._make(int(indices[position]), kept, events)
-            yield pixels
-        self._keep(kept, events)
-
-    def _repeated(self, indices: np.ndarray, used: np.ndarray, events: list[Event]) -> Iterator[Pixels]:
-        """Decode each image once, however often it is asked for."""
-        different, places = np.unique(indices, return_inverse=True)
-        once = np.empty_like(different)
-        made = [pixels.copy() for pixels in self.pixels(different, once, events)]
-        used[...] = once[places]
-        yield from (made[place] for place in places)
+                made, used[place] = self._make(int(indices[place]), kept, events)
+                yield place, made
+            else:
+                yield place, pixels
+        self._keep(kept)
+        if self.cache is not None and self.cache.trouble and not self._has_told:
+            self._has_told = True
+            events.append(
+                f"data.cache of split '{self.split.name}': {self.cache.trouble}; images that are not in it are "
+                "decoded every time"
+            )
 
     def _make(self, index: int, kept: list[Kept], events: list[Event]) -> tuple[Pixels, int]:
         """Return pixels made anew, and the index whose they are."""
         if index in self._substitutes:
-            return self._prepare(self._substitutes[index], None, events), self._substitutes[index]
+            return self._prepare(self._substitutes[index], None), self._substitutes[index]
         try:
-            return self._prepare(index, kept, events), index
+            return self._prepare(index, kept), index
         except DataError as error:
             reason = str(error)
-        for step in range(1, min(len(self.split), SUBSTITUTES_TRIED)):
-            other = (index + step) % len(self.split)
+        for other in self._candidates(index):
             try:
-                pixels = self._prepare(other, None, events)
+                pixels = self._prepare(other, None)
             except DataError:
                 continue
             self._substitutes[index] = other
@@ -88,30 +95,30 @@ class Images:
             events.append(BadImage(self.split.name, index, path, reason, other))
             return pixels, other
         raise DataError(
-            f"split '{self.split.name}', row {index}: {reason}; nor can any of the {SUBSTITUTES_TRIED} images after it"
+            f"split '{self.split.name}', row {index}: {reason}; nor can any of {SUBSTITUTES_TRIED} other images"
         )
 
-    def _prepare(self, index: int, kept: list[Kept] | None, events: list[Event]) -> Pixels:
+    def _candidates(self, index: int) -> Iterator[int]:
+        """Yield the images that may stand in for a bad one: its neighbours, then others ever farther away."""
+        number = len(self.split)
+        steps = (step if step <= 16 else (step - 14) ** 3 for step in range(1, SUBSTITUTES_TRIED + 1))
+        yield from dict.fromkeys((index + step) % number for step in steps if (index + step) % number != index)
+
+    def _prepare(self, index: int, kept: list[Kept] | None) -> Pixels:
         row = int(self.split.rows_of(np.array([index]))[0])
         keeping = self.cache is not None and self.cache.trouble is None and kept is not None
-        stamp = self.split.images.stamp(row) if keeping else (0, 0)  # before the image is read
+        stamp = self.split.images.stamp(row) if keeping else (0, 0, 0)  # before the image is read
         pixels, stored = self.preparation.encoded(self.split.images[row])
         if keeping and kept is not None:
             kept.append(Kept(row, stamp, pixels, stored))
             if sum(item.pixels.nbytes for item in kept) > KEPT_AT_ONCE:
-                self._keep(kept, events)
-                kept.clear()
+                self._keep(kept)
         return pixels
 
-    def _keep(self, kept: list[Kept], events: list[Event]) -> None:
-        if self.cache is None or not kept:
-            return
-        self.cache.add(kept)
-        if self.cache.trouble:
-            events.append(
-                f"data.cache of split '{self.split.name}': {self.cache.trouble}; images that are not in it are "
-                "decoded every time"
-            )
+    def _keep(self, kept: list[Kept]) -> None:
+        if self.cache is not None:
+            self.cache.add(kept)
+        kept.clear()
 
 
 class BadImages:
@@ -134,8 +141,7 @@ class BadImages:
         if key in self._met:
             return
         if not self._met:
-            listed = f"; {self.path} lists them" if self.path else ""
-            self.note(f"bad images are replaced by others: {_place(event)}{listed}")
+            self.note(f"bad images are replaced by others: {_place(event)}; {self.where}")
         self._met[key] = event
         self._write(event)
         self._require_few(event.split, num_images)
@@ -155,17 +161,23 @@ class BadImages:
 
     def _require_few(self, split: str, num_images: int) -> None:
         bad = [event for event in self._met.values() if event.split == split]
-        if len(bad) <= self.max_fraction * num_images:
+        number = sum(key[0] == split for key in self._listed() | set(self._met))
+        if number <= self.max_fraction * num_images:
             return
         first = "\n".join(f"  {_place(event)}" for event in bad[:10])
-        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        more = f"\n  ... and {number - len(bad[:10])} more" if number > len(bad[:10]) else ""
         error = DataError(
-            f"data.max_bad_fraction={self.max_fraction}: {len(bad)} of {num_images:,} images of split '{split}' "
+            f"data.max_bad_fraction={self.max_fraction}: {number} of {num_images:,} images of split '{split}' "
             f"can't be decoded; `hf-fasttrain check RECIPE --images` finds them all; repair them, take them out or "
             f"raise data.max_bad_fraction:\n{first}{more}"
         )
         error.every_process = False
         raise error
+
+    @property
+    def where(self) -> str:
+        """Where they are listed."""
+        return f"{self.path} lists them" if self.path else "`hf-fasttrain check RECIPE --images` lists them"
 
     @property
     def count(self) -> int:

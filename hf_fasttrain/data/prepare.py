@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from hf_fasttrain.data.decode import Pixels, decode, encode_jpeg, read_pixels
 from hf_fasttrain.data.resize import resize_short_side, size_with_short_side
 
 PIXELS_VERSION = 1  # raised whenever the same image and settings give other pixels
+PIXEL_MAKERS = ("pillow", "simplejpeg", "torch")  # another version of these may too
 
 
 @dataclass(frozen=True)
@@ -59,4 +61,5 @@ class Preparation:
 
     def key(self) -> dict[str, Any]:
         """Return everything that decides the pixels."""
-        return {**asdict(self), "pixels_version": PIXELS_VERSION}
+        versions = {package: importlib.metadata.version(package) for package in PIXEL_MAKERS}
+        return {**asdict(self), "pixels_version": PIXELS_VERSION, "versions": versions}

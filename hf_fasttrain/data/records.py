@@ -46,16 +46,16 @@ class Records:
         """What changes when the data set does, as HF datasets reckons it; files behind paths are told by `stamp`."""
         return str(self.dataset._fingerprint)
 
-    def stamp(self, row: int) -> tuple[int, int]:
-        """Return what changes when the image behind a row does: time and size of a file, or the number of bytes."""
+    def stamp(self, row: int) -> tuple[int, int, int]:
+        """Return what changes when the image behind a row does: times and size of a file, or the number of bytes."""
         record = self[row]
         if record["bytes"] is not None:
-            return 0, len(record["bytes"])
+            return 0, 0, len(record["bytes"])
         try:
             status = os.stat(record["path"])
         except (OSError, TypeError):
-            return -1, 0
-        return status.st_mtime_ns, status.st_size
+            return -1, 0, 0
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
     def _open(self) -> None:
         column = self.dataset.data.column("image")

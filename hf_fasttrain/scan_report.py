@@ -1,0 +1,110 @@
+"""What `hf-fasttrain check RECIPE --images` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hf_fasttrain.data.scan import (
+    BadImage,
+    ClassBalance,
+    Duplicates,
+    SplitScan,
+    class_balance,
+    describe_scan,
+    find_duplicates,
+    image_names,
+    scan_split,
+)
+from hf_fasttrain.data.source import Source, Split
+from hf_fasttrain.environment import num_cores
+from hf_fasttrain.errors import UserError, shortened
+from hf_fasttrain.recipe import Recipe
+
+
+def check_images(console: Console, recipe: Recipe, source: Source, list_file: Path | None) -> None:
+    """Decode all images, print what was found, and refuse more corrupt ones than training would."""
+    splits = [split for split in (source.train, source.evaluation, source.test) if split is not None]
+    scans = _scan(splits, recipe.data.workers)
+    balances = [class_balance(split, source.class_names) for split in splits]
+    duplicates = find_duplicates(scans)
+    _print_scan(console, scans, balances, duplicates, recipe.data.image_size)
+    _print_bad(console, [bad for scan in scans for bad in scan.bad], list_file)
+    for balance in balances[:2]:
+        if balance.missing:
+            _say(console, f"note: split '{balance.name}' has no image of {shortened(balance.missing)}")
+    _print_overlaps(console, splits, duplicates)
+    limit = recipe.data.max_bad_fraction
+    broken = [scan for scan in scans if scan.bad_fraction > limit]
+    if broken:
+        found = "; ".join(f"split '{s.name}': {len(s.bad):,} of {s.num_images:,} images are corrupt" for s in broken)
+        raise UserError(
+            f"{found}; training would stop, since data.max_bad_fraction is {limit}. Repair them or take them out "
+            "(--list FILE writes them all), or raise data.max_bad_fraction"
+        )
+
+
+def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
+    """Scan all splits in worker processes, with a progress bar if somebody sees it."""
+    number = num_cores() if workers == "auto" else int(workers)
+    console = Console(stderr=True)
+    columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=sum(map(len, splits)))
+        return [scan_split(split, workers=number, progress=lambda n: progress.advance(task, n)) for split in splits]
+
+
+def _print_scan(
+    console: Console, scans: list[SplitScan], balances: list[ClassBalance], duplicates: Duplicates, image_size: int
+) -> None:
+    columns = [
+        describe_scan(scan, balance, duplicates, image_size) for scan, balance in zip(scans, balances, strict=True)
+    ]
+    rows = [(key, *(column[key] for column in columns)) for key in columns[0]]
+    print_table(console, "every image, decoded", ("", *(scan.name for scan in scans)), rows)
+
+
+def _print_bad(console: Console, bad: list[BadImage], list_file: Path | None) -> None:
+    """Print the first corrupt images, and write all of them to the file asked for."""
+    if bad:
+        title = f"corrupt images: {len(bad):,}" + (", the first 20" if len(bad) > 20 else "")
+        rows = [(image.split, str(image.row), image.path or "", image.error) for image in bad[:20]]
+        print_table(console, title, ("split", "row", "path", "error"), rows)
+    if list_file is None:
+        return
+    try:
+        list_file.write_text("".join(json.dumps(vars(image)) + "\n" for image in bad), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{list_file}: can't be written: {error.strerror}; give another file to write") from None
+    _say(console, f"{list_file}: all corrupt images, {len(bad):,}")
+
+
+def _print_overlaps(console: Console, splits: list[Split], duplicates: Duplicates) -> None:
+    for other, overlap in zip(splits[1:], duplicates.overlaps, strict=True):
+        if not len(overlap.pairs):
+            continue
+        found = f"{len(overlap.pairs):,} of {len(other):,} images of split '{overlap.other}'"
+        _say(console, f"warning: {found} are in split '{overlap.train}' too: its accuracy will be overstated")
+        trained, first = overlap.pairs[:10].T
+        for name, twin in zip(image_names(other, first), image_names(splits[0], trained), strict=True):
+            _say(console, f"  {name} = {twin}")
+
+
+def print_table(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; long texts are folded, not cut."""
+    table = Table(title=Text(title))
+    for name in header:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
