@@ -132,7 +132,8 @@ class Loaders:
         augment = self.recipe.augment
         transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
         preparation = train_preparation(self.recipe, self.pre)
-        batchable = augment.crop != "random_resized" and not transform.operations and transform.erase_fill is not None
+        noisy = bool(augment.erase) and transform.erase_fill is None
+        batchable = augment.crop != "random_resized" and not transform.operations and not noisy
         if self.recipe.data.cache == "device" and not batchable:
             raise DataError(
                 "data.cache=device: only crop, flip and erasing are made on the device; take the other operations "

@@ -179,7 +179,8 @@ def test_reduced_decoding_keeps_both_sides_long_enough() -> None:
     large = np.asarray(Image.fromarray(PHOTO).resize((640, 400)))
     data = jpeg(large, quality=95)
     assert decode(data, at_least=100).shape == (100, 160, 3)
-    assert decode(data, at_least=101).shape == (150, 240, 3)
+    assert decode(data, at_least=101).shape == (200, 320, 3)
+    assert decode(data, at_least=201).shape == (400, 640, 3)
     assert decode(data, at_least=401).shape == (400, 640, 3)
     half = np.asarray(Image.fromarray(large).resize((320, 200), Image.Resampling.BOX)).astype(int)
     assert abs(decode(data, at_least=200) - half).mean() < 3
