@@ -88,7 +88,9 @@ class DataSection(Section):
         ge=1,
         le=100,
     )
-    reduced_decode: bool = learnt(False, "JPEGs at least twice as large as short_side are decoded at 1/2, 1/4 or 1/8: faster")
+    reduced_decode: bool = learnt(
+        False, "JPEGs at least twice as large as short_side are decoded at 1/2, 1/4 or 1/8: faster"
+    )
     cache: Literal["auto", "none", "memory", "disk", "device"] = machine(
         "auto", "where decoded pixels are kept after the first epoch; auto: as data size, free memory and disk allow"
     )
