@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_fasttrain.data.fingerprint import fingerprint
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import TrainLoader
 from hf_fasttrain.data.order import Order
@@ -27,9 +28,12 @@ from hf_fasttrain.model import ModelSpec, head_names
 from hf_fasttrain.model_folder import save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
 from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe_file import recipe_as_asked
 from hf_fasttrain.result import Watch
+from hf_fasttrain.runfolder import RUN_FILES
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.schedule import Schedule, build_schedule
+from hf_fasttrain.tracking import Tracking
 from hf_fasttrain.trainer import Trainer
 
 
@@ -63,12 +67,24 @@ def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None =
     )
 
 
-def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer], *, keep_pixels: bool = True) -> Trainer:
-    """Return the trainer of the parts; without a folder it writes nothing but, with `keep_pixels`, its cache."""
+def assemble(
+    parts: Parts,
+    folder: Path | None,
+    trainer_class: type[Trainer],
+    *,
+    keep_pixels: bool = True,
+    saved: dict[str, Any] | None = None,
+) -> Trainer:
+    """Return the trainer of the parts; without a folder it writes nothing but, with `keep_pixels`, its cache.
+
+    `saved` are the plain values of the checkpoint that will be resumed: trackers go on in their old runs.
+    """
     recipe, facts, accelerator, source = parts.recipe, parts.facts, parts.accelerator, parts.source
     num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     spec = parts.spec
-    log = RunLog(folder, main=accelerator.is_main_process, track=_tracker(parts) if folder else None)
+    log = RunLog(folder, main=accelerator.is_main_process, track=_tracking(parts, saved or {}) if folder else None)
+    log.expected = RUN_FILES[:-1] if folder else ()
+    facts.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
     stopping = recipe.early_stopping
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
@@ -97,7 +113,9 @@ def assemble(parts: Parts, folder: Path | None, trainer_class: type[Trainer], *,
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
-        learnt=facts.learnt(),
+        learnt={**facts.learnt(), "data set": facts.resolved["data.fingerprint"][0]},
+        recipe_text=recipe_as_asked(recipe),
+        launched=facts.launched,
         bad_images=bad_images,
         log=log,
         log_every=recipe.log.every,
@@ -175,7 +193,7 @@ def _loss(parts: Parts) -> ClassificationLoss:
     return loss.to(parts.accelerator.device)
 
 
-def _tracker(parts: Parts) -> Any:
+def _tracking(parts: Parts, saved: dict[str, Any]) -> Tracking | None:
     """Start the trackers asked for, and return what feeds them."""
     log, accelerator = parts.recipe.log, parts.accelerator
     if not log.trackers:
@@ -183,5 +201,5 @@ def _tracker(parts: Parts) -> Any:
     config = {
         k: str(f.value) for k, f in parts.facts.all().items() if isinstance(f.value, str | int | float | bool | list)
     }
-    accelerator.init_trackers(log.project, config=config)
-    return lambda values, step: accelerator.log(values, step=step)
+    ids = {name: run for name, run in saved.get("trackers", {}).items() if name in log.trackers}
+    return Tracking(accelerator, log.project, config, ids=ids, step=saved.get("step", 0))

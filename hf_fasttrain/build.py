@@ -29,9 +29,10 @@ from hf_fasttrain.model import (
     require_logits,
     use_gradient_checkpointing,
 )
+from hf_fasttrain.processes import on_main
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe
-from hf_fasttrain.runfolder import describe_run, open_run_folder
+from hf_fasttrain.runfolder import describe_run, open_run_folder, saved_state
 from hf_fasttrain.trainer import Trainer
 
 
@@ -47,13 +48,12 @@ def build_trainer(
     parts = build_parts(recipe, overrides, dataset=dataset)
     folder = Path(launch.output_dir(parts.recipe))
     open_run_folder(folder, parts.accelerator, resume=resume)
-    trainer = assemble(parts, folder, trainer_class)
+    trainer = assemble(parts, folder, trainer_class, saved=saved_state(folder) if resume else None)
     for note in parts.facts.notes:
         trainer.log.note(note)
     if resume:
         trainer.restore()
-    if parts.accelerator.is_main_process:
-        describe_run(folder, parts.facts)
+    on_main(lambda: describe_run(folder, parts.facts))
     return trainer
 
 
@@ -70,6 +70,7 @@ def build_parts(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, d
         multi_label=source.multi_label,
         drop_path=loaded.model.drop_path,
         small_image_stem=loaded.model.small_image_stem,
+        trust_remote_code=loaded.model.trust_remote_code,
         args=dict(loaded.model.args),
     )
     torch.manual_seed(loaded.seed)

@@ -1,10 +1,12 @@
-"""Checkpoints: folders that are either whole or not there, read without pickle's dangers."""
+"""Checkpoints: folders that are either whole or not there; safetensors and JSON, no pickle."""
 
 from __future__ import annotations
 
 import json
-import pickle
+import os
 import shutil
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,20 @@ import torch
 from torch import Tensor
 
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.files import NewFile, digest_of, new_folder, reason, sync_folder, write_json
+from hf_fasttrain.tensor_tree import pack, unpack
 
 MARKER = "COMPLETE"
 PREFIX = "step_"
+STATE_FILE = "state.json"
+TRAINING = "training"  # the tensors of optimizer, scaler and loader
+
+SAFETENSORS_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,29 +36,111 @@ class Checkpoint:
     """What a checkpoint folder holds."""
 
     path: Path
-    state: dict[str, Any]  # step, updates, best, ... : plain JSON
-    weights: dict[str, dict[str, Tensor]]  # "model", "ema"
-    tensors: dict[str, Any]  # "optimizer", "scaler"
+    state: dict[str, Any]  # step, updates, best, learnt, recipe, ... : plain JSON
+    weights: dict[str, dict[str, Tensor]]  # "model", "ema"; on the CPU
+    training: dict[str, Any]  # "optimizer", "scaler", "loader"
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], weights: dict[str, dict[str, Tensor]], tensors: dict[str, Any]
-) -> Path:
-    """Write a checkpoint beside its place, then rename it there; the marker of completeness is written last."""
-    from safetensors.torch import save_file
+class Snapshot:
+    """A checkpoint's contents, copied to the host: what goes on in training does not change them.
 
-    final = folder / f"{PREFIX}{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, values in weights.items():
-        save_file({key: value.detach().contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
-    torch.save(tensors, partial / "training.pt")
-    (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=2) + "\n", encoding="utf-8")
-    (partial / MARKER).write_text("", encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    Raises RunError for a training state that can't be saved.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        state: dict[str, Any],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        training: dict[str, Any],
+        *,
+        copy: bool = True,
+    ) -> None:
+        tensors: dict[str, Tensor] = {}
+        packed = pack(training, tensors)
+        self.step, self.state = step, {**state, "step": step, TRAINING: packed}
+        every = {**weights, TRAINING: tensors}
+        self.tensors = {file: {n: on_host(t, copy=copy) for n, t in named.items()} for file, named in every.items()}
+
+
+def on_host(tensor: Tensor, *, copy: bool) -> Tensor:
+    """Return a tensor's values on the CPU, in the order that files have them."""
+    return tensor.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
+
+
+def num_bytes(weights: Mapping[str, Mapping[str, Tensor]], training: dict[str, Any]) -> int:
+    """Return how many bytes of tensors a checkpoint has."""
+    tensors: dict[str, Tensor] = {}
+    pack(training, tensors)
+    every = [*(t for named in weights.values() for t in named.values()), *tensors.values()]
+    return sum(tensor.nbytes for tensor in every)
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step belongs."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint beside its place, synced, and rename it there; the marker of completeness comes last.
+
+    The marker lists size and xxh3-128 of every file. Raises OSError; nothing of the checkpoint is left then.
+    """
+    final = checkpoint_path(folder, snapshot.step)
+    files: dict[str, dict[str, Any]] = {}
+    with new_folder(final) as partial:
+        for name, tensors in snapshot.tensors.items():
+            with NewFile(partial / f"{name}.safetensors") as file:
+                write_safetensors(file, tensors)
+            files[f"{name}.safetensors"] = {"bytes": file.num_bytes, "xxh3": file.digest}
+        with NewFile(partial / STATE_FILE) as file:
+            file.write(json.dumps(snapshot.state).encode())
+        files[STATE_FILE] = {"bytes": file.num_bytes, "xxh3": file.digest}
+    try:
+        write_json(final / MARKER, {"format": 1, "files": files})
+    except OSError:
+        shutil.rmtree(final, ignore_errors=True)
+        raise
     return final
+
+
+def write_safetensors(file: NewFile, tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous CPU tensors in the safetensors format.
+
+    The library's own writer takes a path or returns the bytes of a copy; this one hashes while it writes, and every
+    write can fail in a test. The library reads what it writes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each at a multiple of its size
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        shape, kind = list(tensor.shape), SAFETENSORS_TYPES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in order:
+        if tensors[name].nbytes:
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+
+
+def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all complete checkpoints but the newest `keep` and the best; each is marked incomplete first."""
+    for path in complete_checkpoints(folder)[:-keep]:
+        if best_step is None or path != checkpoint_path(folder, best_step):
+            os.unlink(path / MARKER)
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".{PREFIX}*"):  # left by a process that was killed while it wrote
+        shutil.rmtree(path, ignore_errors=True)
+    sync_folder(folder)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -53,10 +148,68 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"{PREFIX}*/{MARKER}"))
 
 
-def newest_checkpoint(folder: Path, device: torch.device) -> Checkpoint | None:
-    """Return the newest complete checkpoint of a folder on a device, None if there is none."""
-    found = complete_checkpoints(folder)
-    return load_checkpoint(found[-1], device) if found else None
+def newest_checkpoint(folder: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest complete checkpoint of a folder that can be read, None if there is no complete one.
+
+    `passed_over` is told of newer ones that are half-written or damaged. RunError if none of them can be read.
+    """
+    found = sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
+    damaged = []
+    for path in found:
+        if not (path / MARKER).exists():
+            passed_over(f"checkpoint {path} is half-written: passed over")
+            continue
+        try:
+            return load_checkpoint(path)
+        except RunError as error:
+            damaged.append(str(error))
+            passed_over(f"{error}: passed over")
+    if damaged:
+        raise RunError(
+            "can't resume, no checkpoint can be read:\n  " + "\n  ".join(damaged) + "\nrepair the disk or put back a "
+            f"copy of one; to begin anew, choose another output_dir or move {folder} away"
+        )
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return a checkpoint's contents on the CPU; RunError if a byte of it is not as it was written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        listed = _verified(path)
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        names = [name for name in listed if name.endswith(".safetensors")]
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
+        training = unpack(state[TRAINING], tensors.pop(TRAINING))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise RunError(f"checkpoint {path} is damaged ({reason(error)})") from None
+    return Checkpoint(path, {key: state[key] for key in state if key != TRAINING}, tensors, training)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's plain values without its tensors; an empty dict if they can't be read."""
+    try:
+        return dict(json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _verified(path: Path) -> list[str]:
+    """Return the names of a checkpoint's files; ValueError if one of them is not as it was written."""
+    listed = json.loads((path / MARKER).read_text(encoding="utf-8") or "{}").get("files")
+    if not isinstance(listed, dict) or STATE_FILE not in listed:
+        raise ValueError("its marker is damaged or of another version")
+    for name, told in listed.items():
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is outside of its folder")
+        size = (path / name).stat().st_size
+        if size != told["bytes"]:
+            raise ValueError(f"{name} has {size:,} of {told['bytes']:,} bytes")
+        if digest_of(path / name) != told["xxh3"]:
+            raise ValueError(f"{name} has changed since it was written")
+    return list(listed)
 
 
 def require_same(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
@@ -66,28 +219,5 @@ def require_same(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> No
         listed = "\n".join(f"  {key}: {saved.get(key)!r} in the run, {asked.get(key)!r} asked for" for key in changed)
         raise RunError(
             f"can't resume {path}: these settings decide what is learnt and have changed:\n{listed}\n"
-            "Put them back, or train in another output_dir with model.pretrained set to the run's model folder"
+            f"Put them back, or begin a new run from these weights: another output_dir and model.pretrained={path}"
         )
-
-
-def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
-    """Return a checkpoint's contents on a device; RunError if it can't be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        weights = {file.stem: load_file(file, device=str(device)) for file in path.glob("*.safetensors")}
-        tensors = torch.load(path / "training.pt", map_location=device, weights_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(
-            f"checkpoint {path} can't be read: {str(error).splitlines()[0]}; move it away to resume from an older one"
-        ) from None
-    return Checkpoint(path, state, weights, tensors)
-
-
-def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all complete checkpoints but the newest `keep` and the best."""
-    for path in complete_checkpoints(folder)[:-keep]:
-        if best_step is None or path.name != f"{PREFIX}{best_step:08d}":
-            shutil.rmtree(path, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_fasttrain.errors import UserError, nearest
+from hf_fasttrain.errors import Stopped, UserError, nearest, without_secrets
 from hf_fasttrain.shipped import recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
@@ -41,14 +41,18 @@ RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exit status 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Exit status 0; 2 for a user's mistake; 74 if a result could not be written; 75 for a run that was stopped by a
+    signal and is saved; 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         app(_with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
     except UserError as error:
         if _is_main() or not error.every_process:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        sys.exit(error.status)
 
 
 def _is_main() -> bool:
@@ -95,10 +99,14 @@ def train(
     trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
     try:
         result = trainer.fit()
-    except KeyboardInterrupt:
-        trainer.log.say("stopped by Ctrl-C; the same command with --resume goes on from the newest checkpoint")
+    except Stopped:
+        trainer.accelerator.end_training()
         raise
     trainer.accelerator.end_training()
+    if result.not_written:
+        lost = "\n  ".join(result.not_written)
+        trainer.log.say(f"trained to the end, but not everything is on disk:\n  {lost}")
+        sys.exit(Stopped.NOT_WRITTEN)
     _say_what_next(trainer.log.say, folder, loaded, result)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from hf_fasttrain.duration import Duration
+from hf_fasttrain.errors import SECRET
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.result import metric_name
 
@@ -23,6 +24,8 @@ def _model(recipe: Recipe) -> Iterator[Mistake]:
             "model.small_image_stem",
             "published weights have the 7x7 stem; set model.pretrained=false or small_image_stem=false",
         )
+    if "trust_remote_code" in model.args:
+        yield "model.args", "holds trust_remote_code; say model.trust_remote_code: true instead"
     if model.freeze_backbone and not model.pretrained:
         yield (
             "model.freeze_backbone",
@@ -118,6 +121,13 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
             yield key, "is 0; give at least 1 step"
 
 
+def _secrets(recipe: Recipe) -> Iterator[Mistake]:
+    """A recipe is written into the run folder and pushed with the model; nothing secret may be in it."""
+    for section, values in recipe.model_dump(mode="json").items():
+        if SECRET.search(str(values)):
+            yield section, "holds a Hub token; take it out and log in by `hf auth login` or the variable HF_TOKEN"
+
+
 def _metrics(recipe: Recipe) -> Iterator[Mistake]:
     asked = recipe.evaluate.metrics
     known = ["loss", "accuracy", "top5_accuracy", "f1_macro"] if asked == "auto" else ["loss", *asked]
@@ -168,4 +178,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (
     _optimizer,
     _schedule,
     _metrics,
+    _secrets,
 )

@@ -103,9 +103,13 @@ def set_cpu_threads(local_processes: int) -> int | None:
     return threads
 
 
+def was_launched() -> bool:
+    """Return whether accelerate launch or torchrun started this process, as their variables tell."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _threads_set_by_launcher() -> bool:
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
+    if not was_launched() or os.environ.get("OMP_NUM_THREADS") != "1":
         return False
     try:  # what the launcher itself was started with tells whether the user had set it
         given = Path(f"/proc/{os.getppid()}/environ").read_bytes()

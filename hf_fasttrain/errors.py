@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something only the user can put right. The command line prints it alone and exits with status 2.
+    """Something only the user can put right. The command line prints it alone and exits with `status`.
 
     Where several processes train, all of them meet most errors, and the main one speaks; an error that one process
     may meet alone (an image, a file) has `every_process` False.
     """
 
     every_process = True
+    status = 2
 
 
 class RecipeError(UserError):
@@ -30,6 +32,35 @@ class ModelError(UserError):
 
 class RunError(UserError):
     """The run folder or the machine can't do what was asked."""
+
+
+class Stopped(SystemExit):
+    """Training was stopped from outside and saved; `--resume` goes on. Uncaught, it ends the process by its code.
+
+    The code is CTRL_C after Ctrl-C, else RESUMABLE (EX_TEMPFAIL of sysexits.h: try again), or NOT_WRITTEN
+    (EX_IOERR) if the state could not be saved.
+    """
+
+    CTRL_C, RESUMABLE, NOT_WRITTEN = 130, 75, 74
+
+    def __init__(self, code: int, cause: str, step: int) -> None:
+        super().__init__(code)
+        self.cause, self.step = cause, step
+
+
+class NotEnoughMemory(RunError):
+    """Memory ran out where a step can't be made again; a resumed run begins with smaller micro-batches."""
+
+    every_process = False
+    status = Stopped.RESUMABLE
+
+
+SECRET = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}\b")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with Hub tokens blotted out, whoever put them there."""
+    return SECRET.sub(r"\1***", text)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

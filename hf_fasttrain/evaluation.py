@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from hf_fasttrain.errors import RunError
 from hf_fasttrain.metrics import ExternalMetrics, Metrics
+from hf_fasttrain.out_of_memory import free_cached_memory, is_out_of_memory
 
 
 class Evaluator:
@@ -28,23 +30,52 @@ class Evaluator:
         self.accelerator, self.num_classes, self.multi_label = accelerator, num_classes, multi_label
         self.metrics = None if metrics is None else list(metrics)
         self.external = ExternalMetrics(external)
+        self.most: int | None = None  # images for which memory is enough, where it ran out
 
     @torch.no_grad()
-    def __call__(self, model: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        loader: Iterable[tuple[Tensor, Tensor]],
+        leave: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float]:
         """Return metric name -> value over all processes' batches of `images` and `labels`.
 
         `model` maps images to logits and is in evaluation mode. No process waits for another before the end, so
-        their shares may differ in size or be empty.
+        their shares may differ in size or be empty. An empty dict comes back if `leave` told any process to break off.
+        A batch that memory is too short for is made in smaller pieces, and so are all after it.
         """
         counts = Metrics(self.num_classes, self.accelerator.device, multi_label=self.multi_label)
+        left = torch.zeros((), device=self.accelerator.device)
         for images, labels in loader:
-            with self.accelerator.autocast():
-                logits = model(images)
+            if leave():
+                left += 1
+                break
+            logits = self._logits(model, images)
             counts.update(logits, labels)
             self.external.update(logits, labels)
+        if self.accelerator.num_processes > 1:
+            left = self._add(left)
+        if left:
+            self.external.clear()
+            return {}
         measured = counts.compute(self._add)
         wanted = {name: measured[name] for name in self.metrics or measured}
         return {**wanted, **self.external.compute(self._gather)}
+
+    def _logits(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        while True:
+            try:
+                with self.accelerator.autocast():
+                    return torch.cat([model(piece) for piece in images.split(self.most or max(1, len(images)))])
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            size = min(self.most or len(images), len(images))  # outside of the handler, which holds what it failed on
+            free_cached_memory(self.accelerator.device)
+            if size == 1:
+                raise RunError("out of memory: a single image does not fit in evaluation; lower data.image_size")
+            self.most = size // 2
 
     def _add(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")

@@ -25,6 +25,7 @@ class Facts:
     recipe: Recipe
     resolved: dict[str, tuple[Any, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    launched: bool = False  # by accelerate launch or torchrun
 
     def resolve(self, key: str, value: Any, why: str) -> Any:
         """Record and return what a wish became; `why` is the rule that decided it."""
@@ -48,6 +49,9 @@ class Facts:
         return facts
 
     def learnt(self) -> dict[str, Any]:
-        """Return the learnt values, which must be the same when a run is resumed; a longer duration may be."""
-        may_change = ("train.duration", "evaluate.every")
+        """Return the learnt values, which must be the same when a run is resumed.
+
+        Without the duration, which may become longer, and without where the data set lies: its fingerprint counts.
+        """
+        may_change = ("train.duration", "evaluate.every", "data.dataset", "data.config", "data.revision")
         return {key: fact.value for key, fact in self.all().items() if fact.tag == "learnt" and key not in may_change}

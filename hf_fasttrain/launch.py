@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from hf_fasttrain.environment import set_cpu_threads
+from hf_fasttrain.environment import set_cpu_threads, was_launched
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
@@ -34,6 +34,7 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise RunError(f"the launch configuration asks for {name}, which is not built; use accelerate_configs/")
     _require_trackers(recipe)
+    facts.launched = was_launched()  # before its variables are taken out of the environment
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not torch.cuda.is_available():
         set_cpu_threads(local)

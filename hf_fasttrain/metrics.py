@@ -88,12 +88,16 @@ class ExternalMetrics:
         self.predictions += predicted.cpu().tolist()
         self.references += labels.to(predicted.dtype).cpu().tolist()
 
+    def clear(self) -> None:
+        """Forget what was kept so far."""
+        self.predictions, self.references = [], []
+
     def compute(self, gather: Callable[[list[Any]], list[Any]] = lambda rows: rows) -> dict[str, float]:
         """Return each module's first number under the module's name; `gather` joins lists of all processes."""
         if not self.modules:
             return {}
         rows = gather(list(zip(self.predictions, self.references, strict=True)))
-        self.predictions, self.references = [], []
+        self.clear()
         predictions, references = [row[0] for row in rows], [row[1] for row in rows]
         results = {}
         for name, module in self.modules.items():

@@ -38,6 +38,7 @@ class ModelSpec:
     multi_label: bool = False
     drop_path: float = 0.0
     small_image_stem: bool = False
+    trust_remote_code: bool = False
     args: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
 
@@ -188,6 +189,7 @@ def build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
         "label2id": {name: i for i, name in enumerate(spec.class_names)},
     }
     options: dict[str, Any] = {"num_labels": spec.num_classes, **labels, **spec.args}
+    options["trust_remote_code"] = spec.trust_remote_code
     try:
         if pretrained is True:
             model = AutoModelForImageClassification.from_pretrained(place, ignore_mismatched_sizes=True, **options)
@@ -195,8 +197,13 @@ def build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
             config = AutoConfig.from_pretrained(place, **options)
             if hasattr(config, "image_size") and "image_size" not in spec.args:
                 config.image_size = spec.image_size
-            model = AutoModelForImageClassification.from_config(config)
+            model = AutoModelForImageClassification.from_config(config, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
+            raise ModelError(
+                f"model {spec.name} brings Python code of its own, which is not run unless the recipe says "
+                "model.trust_remote_code: true; read that code first"
+            ) from None
         raise ModelError(_not_downloaded(spec.name, error)) from None
     classifier = TransformersClassifier(model.float())
     if isinstance(pretrained, str):
@@ -288,7 +295,8 @@ def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
 
     base = Preprocessing(spec.image_size)
     try:
-        processor = AutoImageProcessor.from_pretrained(spec.name.removeprefix("transformers:"))
+        name = spec.name.removeprefix("transformers:")
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError):
         return base
     number = getattr(processor, "resample", None)

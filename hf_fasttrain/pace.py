@@ -1,13 +1,24 @@
-"""How fast training goes and what its loss is, measured without making the host wait for the device."""
+"""How fast training goes, its loss and gradient norm, measured without making the host wait for the device."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """The first step of a lap whose loss, or whose gradients' norm, is no finite number."""
+
+    steps_ago: int  # 0: the last one
+    loss: float
+    grad_norm: float | None
 
 
 class Pace:
@@ -21,40 +32,70 @@ class Pace:
         self.device, self._waited = device, waited
         self.images, self.train_seconds, self.wait_seconds = 0, 0.0, 0.0  # of the whole run
         self._since: float | None = None
-        self._wait_mark = 0.0
+        self._wait_mark = self._loss = 0.0
         self._new_lap()
 
     def _new_lap(self) -> None:
         self._losses: list[Tensor] = []
-        self._images: list[int] = []
+        self._norms: list[Tensor] = []
+        self._images: list[int] = []  # of each loss
+        self._steps = self._seen = 0  # steps and images, skipped ones too
         self._seconds = self._wait = 0.0
 
-    def add(self, loss: Tensor, num_images: int) -> None:
-        """Count a step: this process's part of its mean loss (0-d), and its images on all processes."""
+    def add(self, loss: Tensor, num_images: int, grad_norm: Tensor | None = None, *, skipped: bool = False) -> None:
+        """Count a step: this process's part of its mean loss (0-d), its images on all processes, its gradients' norm.
+
+        Loss and norm of a step that fp16 skipped may be no numbers, and are left out.
+        """
+        self.images += num_images
+        self._steps, self._seen = self._steps + 1, self._seen + num_images
+        if skipped:
+            return
         self._losses.append(loss)
         self._images.append(num_images)
-        self.images += num_images
+        if grad_norm is not None:
+            self._norms.append(grad_norm)
 
     def lap(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return what happened since the last lap; `add_up` sums a tensor over processes."""
-        loss = float(add_up(self._total_loss())) / max(1, sum(self._images))
+        """Return what happened since the last lap; `add_up` sums a tensor over processes.
+
+        A loss that is no finite number, on any process, stays for `first_not_finite` to look at.
+        """
+        loss, norm = self._totals(add_up)
         self._mark()
         seconds = max(self._seconds, 1e-9)
         values = {
-            "loss": loss,  # mean over the images
-            "images_per_second": sum(self._images) / seconds,
+            "loss": loss / sum(self._images) if self._images else self._loss,  # mean over the images
+            **({"grad_norm": norm} if self._norms else {}),  # of the last step
+            "images_per_second": self._seen / seconds,
             "data_wait_fraction": min(1.0, self._wait / seconds),
-            "seconds_per_step": seconds / max(1, len(self._images)),
+            "seconds_per_step": seconds / max(1, self._steps),
         }
-        self._new_lap()
+        if math.isfinite(values["loss"]):
+            self._loss = values["loss"]
+            self._new_lap()
         return values
 
-    def _total_loss(self) -> Tensor:
-        """Return the sum of the losses of all images in this lap, as far as this process had them."""
+    def _totals(self, add_up: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """Return the sum of the losses of all images in this lap, nan if a norm is not finite; and the last norm."""
         if not self._losses:
-            return torch.zeros((), device=self.device)
+            return float(add_up(torch.zeros((), device=self.device))), 0.0
         images = torch.tensor(self._images, dtype=torch.float32).to(self.device, non_blocking=True)
-        return (torch.stack(self._losses).float() * images).sum()
+        total = add_up((torch.stack(self._losses).float() * images).sum())
+        if not self._norms:
+            return float(total), 0.0
+        norms = torch.stack(self._norms)
+        loss, norm = torch.stack([total + 0 * norms.sum(), norms[-1]]).tolist()
+        return loss, norm
+
+    def first_not_finite(self, add_up: Callable[[Tensor], Tensor]) -> NotFinite | None:
+        """Return where the present lap went wrong; called by all processes, and only when it has."""
+        losses = add_up(torch.stack(self._losses).float()).tolist()
+        norms = torch.stack(self._norms).tolist() if self._norms else [None] * len(losses)
+        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
+                return NotFinite(len(losses) - 1 - number, loss, norm)
+        return None
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -19,13 +19,19 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from hf_fasttrain.duration import PATTERN, Duration
+from hf_fasttrain.duration import CLOCK_PATTERN, PATTERN, Duration
 
 DurationField = Annotated[
     Duration,
     BeforeValidator(Duration.parse),
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "pattern": PATTERN, "examples": ["90 epochs", "5000 steps"]}),
+]
+IntervalField = Annotated[
+    Duration,
+    BeforeValidator(lambda text: Duration.parse(text, minutes=True)),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": CLOCK_PATTERN, "examples": ["1 epoch", "500 steps", "10 minutes"]}),
 ]
 Auto = Literal["auto"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -56,6 +62,7 @@ class ModelSection(Section):
     small_image_stem: bool = learnt(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
     freeze_backbone: bool = learnt(False, "train the head alone")
     gradient_checkpointing: bool = machine(False, "compute activations twice to save memory")
+    trust_remote_code: bool = learnt(False, "run the Python code that a transformers model on the Hub brings along")
     args: dict[str, Any] = learnt({}, "passed on to the model's constructor")
 
 
@@ -224,7 +231,9 @@ class BestSection(Section):
 
 
 class CheckpointSection(Section):
-    every: DurationField = machine(Duration(1, "epochs"), "how often; always at the end")
+    every: IntervalField = machine(
+        Duration(1, "epochs"), "how often, also in minutes; always at the end and on signals"
+    )
     keep: int = machine(2, "newest checkpoints kept, beside the best", ge=1)
     best: BestSection = machine(BestSection(), "{metric: accuracy, mode: max}")
 

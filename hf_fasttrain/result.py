@@ -31,6 +31,10 @@ class Result:
     best: dict[str, Any] | None  # metric, value, step
     steps: int
     skipped_steps: int  # fp16 overflows
+    micro_batch_size: int  # images per process and forward, at the end
+    out_of_memory: list[dict[str, Any]]  # steps at which it was made smaller: step, before, after
+    resumed_at: list[int]  # steps after which the run was resumed
+    not_written: list[str]  # results that the disk did not take, with the reason; empty if all is well
     images: int
     train_seconds: float  # of training steps, without evaluation and saving
     images_per_second: float

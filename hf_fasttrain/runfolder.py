@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from hf_fasttrain.checkpoint import complete_checkpoints
+from hf_fasttrain.checkpoint import checkpoint_path, complete_checkpoints, read_state
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
+from hf_fasttrain.files import read_json, reason, write_whole
 from hf_fasttrain.recipe_file import recipe_as_asked, to_yaml
-from hf_fasttrain.runlog import write_whole
+from hf_fasttrain.saving import hold_run
 
-RUN_FILES = ("recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json", "checkpoints")
+RUN_FILES = ("recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json")
 
 
 def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
-    """Make the run folder.
+    """Make the run folder, and hold it for this run.
 
-    Raises RunError if it holds a run already and `resume` is not asked for, or can't be written to.
+    Raises RunError if it holds a run already and `resume` is not asked for, if another run is training in it, or if it
+    can't be written to.
     """
     require_free(folder, resume=resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    if not accelerator.is_main_process:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").write_text("")
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise RunError(f"output_dir {folder}: can't be written: {error.strerror}; choose another output_dir") from None
+    hold_run(folder)
 
 
 def require_free(folder: Path, *, resume: bool) -> None:
@@ -52,7 +47,8 @@ def require_free(folder: Path, *, resume: bool) -> None:
 
 def held_by_run(folder: Path) -> list[str]:
     """Return the names in a folder that belong to a run."""
-    return [name for name in RUN_FILES if (folder / name).exists()]
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    return [*found, *(["checkpoints"] if complete_checkpoints(folder / "checkpoints") else [])]
 
 
 def finished_steps(folder: Path) -> int | None:
@@ -60,11 +56,20 @@ def finished_steps(folder: Path) -> int | None:
     path, checkpoints = folder / "result.json", complete_checkpoints(folder / "checkpoints")
     if not path.exists() or not checkpoints:
         return None
-    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
-    return steps if checkpoints[-1].name.endswith(f"{steps:08d}") else None
+    steps = read_json(path).get("steps", -1)
+    return steps if checkpoints[-1] == checkpoint_path(folder / "checkpoints", steps) else None
+
+
+def saved_state(folder: Path) -> dict[str, Any]:
+    """Return the plain values of a run's newest complete checkpoint, an empty dict if there is none."""
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    return read_state(checkpoints[-1]) if checkpoints else {}
 
 
 def describe_run(folder: Path, facts: Facts) -> None:
     """Write recipe.yaml, as asked, and resolved.yaml: every value, where it came from, and its tag."""
-    write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
-    write_whole(folder / "resolved.yaml", to_yaml({key: asdict(fact) for key, fact in facts.all().items()}))
+    try:
+        write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
+        write_whole(folder / "resolved.yaml", to_yaml({key: asdict(fact) for key, fact in facts.all().items()}))
+    except OSError as error:
+        raise RunError(f"output_dir {folder}: can't be written: {reason(error)}; choose another output_dir") from None

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from hf_fasttrain.errors import without_secrets
+from hf_fasttrain.files import append_line, read_lines, reason, write_whole
+
 METRICS_FILE = "metrics.jsonl"
+Track = Callable[[dict[str, float], int], None]
 
 
 class RunLog:
     """Writes to the terminal and, with a folder, to metrics.jsonl; silent where `main` is False.
 
-    `track` is given (values, step) for trackers such as TensorBoard.
+    `track` is given (values, step) for trackers such as TensorBoard. What can't be written is said once, kept in
+    `lost`, and stops nothing.
     """
 
     def __init__(
@@ -28,24 +32,40 @@ class RunLog:
         *,
         main: bool = True,
         show: bool = True,
-        track: Callable[[dict[str, float], int], None] | None = None,
+        track: Track | None = None,
     ) -> None:
         self.folder, self.main, self.track = folder, main, track
         self.console = Console(quiet=not (main and show), highlight=False, soft_wrap=True)
         self.notes: list[str] = []
+        self.lost: list[str] = []  # results that are not on disk, each with the reason
+        self.expected: tuple[str, ...] = ()  # files that the run folder must have in the end
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._said = 0.0
 
     def note(self, text: str) -> None:
         """Say something once, and keep it for result.json."""
+        text = without_secrets(text)
         if text not in self.notes:
             self.notes.append(text)
             self.say(f"note: {text}")
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(text, markup=False)
+        """Print a line; a terminal that is gone stops nothing."""
+        with suppress(OSError):
+            self.console.print(without_secrets(text), markup=False)
+
+    def not_written(self, what: str, error: BaseException) -> None:
+        """Keep in mind that a result is not on disk, and say so once."""
+        if not any(lost.startswith(f"{what}:") for lost in self.lost):
+            self.lost.append(f"{what}: {reason(error)}")
+            self.say(f"not written: {self.lost[-1]}; training goes on")
+
+    def hurry(self, cause: str) -> None:
+        """Say that a signal was heard; called from another thread while a step is running."""
+        again = "; Ctrl-C again leaves at once" if cause == "Ctrl-C" else ""
+        self.console.show_cursor(True)  # a second Ctrl-C leaves no time for that
+        self.say(f"{cause}: finishing the step, then saving{again}")
 
     @contextmanager
     def progress(self, num_steps: int, done: int) -> Iterator[None]:
@@ -80,36 +100,41 @@ class RunLog:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"evaluation after epoch {epoch:.2f} ({split}): {shown}  ({seconds:.1f} s)")
 
+    def tracker_ids(self) -> dict[str, str]:
+        """Return the ids by which trackers go on with a run."""
+        ids: Callable[[], dict[str, str]] = getattr(self.track, "ids", dict)
+        return ids()
+
+    def resume_line(self, step: int, checkpoint: str, num_processes: int) -> None:
+        """Record that a run goes on from a checkpoint."""
+        date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._write(
+            {"kind": "resume", "step": step, "checkpoint": checkpoint, "processes": num_processes, "date": date}
+        )
+
     def _write(self, values: dict[str, Any]) -> None:
         if not self.main:
             return
         if self.folder is not None:
-            with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        if self.track is not None:
-            prefix = {"train": "train", "evaluation": "eval"}[values["kind"]]
+            try:
+                append_line(self.folder / METRICS_FILE, json.dumps(values))
+            except OSError as error:
+                self.not_written(str(self.folder / METRICS_FILE), error)
+        prefix = {"train": "train", "evaluation": "eval"}.get(values["kind"])
+        if self.track is not None and prefix:
             numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-            self.track(numbers, values["step"])
+            try:
+                self.track(numbers, values["step"])
+            except Exception as error:  # noqa: BLE001 - others' code, and training does not depend on it
+                self.note(f"log.trackers: figures from step {values['step']} on are missing there: {reason(error)}")
+                self.track = None
 
     def forget_after(self, step: int) -> None:
         """Drop what metrics.jsonl says of steps after `step`: a resumed run writes them anew."""
         if not self.main or self.folder is None or not (path := self.folder / METRICS_FILE).exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_whole(path, "".join(f"{line}\n" for line in kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it there, so that it is never seen half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole."""
-    write_whole(path, json.dumps(values, indent=2, default=str) + "\n")
+        kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+        write_whole(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 def _clock(seconds: float) -> str:

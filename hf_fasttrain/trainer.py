@@ -4,58 +4,47 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from hf_fasttrain.checkpoint import (
-    complete_checkpoints,
-    newest_checkpoint,
-    prune_checkpoints,
-    require_same,
-    save_checkpoint,
-)
+from hf_fasttrain.checkpoint import complete_checkpoints, require_same
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import OwnEvalLoader, OwnLoader, Step
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import NotEnoughMemory, RunError, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
+from hf_fasttrain.files import attempt, new_folder, sync_files, write_json
 from hf_fasttrain.loss import Loss
 from hf_fasttrain.model import batch_norms
 from hf_fasttrain.optim import set_lr
+from hf_fasttrain.out_of_memory import MemoryShort, Undo, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.result import Result, Watch
-from hf_fasttrain.runlog import RunLog, write_json
+from hf_fasttrain.runlog import RunLog
+from hf_fasttrain.saving import Checkpoints, hold_run, release_run
 from hf_fasttrain.schedule import Schedule, constant
+from hf_fasttrain.state import State, Stateful
+from hf_fasttrain.steps import Steps, remember_cut, remembered_cut, smaller
+from hf_fasttrain.stop import Requests, StopSignals, stopped
 from hf_fasttrain.weights import save_weights
 
 if TYPE_CHECKING:
     from hf_fasttrain.recipe import Recipe
 
 
-@dataclass
-class State:
-    """What changes while training, beside weights and optimizer."""
-
-    step: int = 0  # optimizer steps done; the only clock
-    updates: int = 0  # steps whose update was made: fp16 skips some; lr and EMA follow this
-    images: int = 0
-    train_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    evaluated_at: int = -1  # step of the last evaluation
-    metrics: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
-    watched: dict[str, Any] | None = None  # early stopping's best value and its step
+LEAST_SCALE = 2.0**-8  # fp16's loss scale; below it, forwards themselves overflow
 
 
 class Trainer:
@@ -66,7 +55,8 @@ class Trainer:
     (logits, targets) to the mean over their images; `eval_loader` gives (images, labels), on all processes together
     each image once. The model is moved to the accelerator's device and wrapped; don't prepare anything yourself.
 
-    Raises RunError (a ValueError) for what can't be trained or resumed.
+    Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped (a SystemExit) when a signal has
+    stopped training, its state saved.
     """
 
     def __init__(
@@ -95,6 +85,8 @@ class Trainer:
         keep_checkpoints: int = 2,
         export: Callable[[nn.Module, Path], None] = save_weights,
         learnt: dict[str, Any] | None = None,
+        recipe_text: str = "",
+        launched: bool = False,
         bad_images: BadImages | None = None,
         log: RunLog | None = None,
         log_every: int = 10,
@@ -105,6 +97,10 @@ class Trainer:
         self.raw_model = model.to(self.device)
         self.norms = batch_norms(model)
         self.model = self.accelerator.prepare_model(model)
+        if hasattr(self.model, "broadcast_buffers"):
+            self.model.broadcast_buffers = (
+                False  # running statistics are averaged; processes may forward unequally often
+            )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
         if self.accelerator.mixed_precision != "no" and not self.accelerator.native_amp:
@@ -129,18 +125,35 @@ class Trainer:
         steps_per_epoch = self.train_loader.steps_per_epoch
         self.num_steps = Duration.parse(duration).to_steps(steps_per_epoch)
         self.evaluate_every = Duration.parse(evaluate_every).to_steps(steps_per_epoch)
-        self.checkpoint_every = Duration.parse(checkpoint_every).to_steps(steps_per_epoch)
+        saving = Duration.parse(checkpoint_every, minutes=True)
+        minutes = saving.count if saving.unit == "minutes" else None
+        self.checkpoint_every = self.num_steps if minutes else saving.to_steps(steps_per_epoch)
         if min(self.num_steps, self.evaluate_every, self.checkpoint_every, log_every) < 1:
             raise RunError("duration, evaluate_every, checkpoint_every and log_every must be at least 1 step")
-        self.log_every, self.keep_checkpoints = log_every, keep_checkpoints
+        self.log_every = log_every
 
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.export, self.learnt, self.bad_images = export, learnt or {}, bad_images
+        self.recipe_text = recipe_text
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
+        self.processes = Processes(self.accelerator)
+        self.signals = StopSignals(self.log.hurry, launched=launched)
+        self.requests = Requests(self.processes, self.signals, minutes)
+        self.checkpoints: Checkpoints | None = None
+        if self.output_dir is not None:
+            self.checkpoints = Checkpoints(self.output_dir, self.processes, self.log, keep_checkpoints)
+        scaler = self.accelerator.scaler
+        self.stateful = Stateful(self.raw_model, ema, self.optimizer, scaler, self.train_loader, self.processes)
         self.state = State()
+        self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
+        self._undo = Undo(self.raw_model)
         self._saved_at = -1
         self._scale: float | None = None  # fp16's loss scale after the last step
+        self._skipped = False  # whether fp16 skipped the last step
+        self._grad_norm: Tensor | None = None  # of the last step
+        self._fits_size = 0  # image size for which all processes have had enough memory
+        self._updating: list[int] | None = None  # while the optimizer steps: the parameters' versions before
 
     @classmethod
     def from_recipe(
@@ -159,22 +172,99 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train to the end and return how it ended."""
-        self._require_free_folder()
-        self._set_train_mode()
-        with self.log.progress(self.num_steps, self.state.step), self.pace.running():
-            for step in self.train_loader.steps(self.state.step, self.num_steps):
-                set_lr(self.optimizer, self.lr * self.schedule(self.state.updates))
-                self.pace.add(self.train_step(step), step.num_images)
+        with self._running():
+            stop = self._catch_up()
+            for step in self._steps if not stop and not self.is_finished else ():
+                self.state.lr = self.lr * self.schedule(self.state.updates)
+                set_lr(self.optimizer, self.state.lr)
+                loss = self._make(step)
+                self.pace.add(loss, step.num_images, self._grad_norm, skipped=self._skipped)
                 self.state.step += 1
-                if self._due(self.log_every, self.evaluate_every, self.checkpoint_every):
+                asked = self.requests.at_step(self.state.step)
+                stop = asked.stop
+                if self._due(self.log_every, self.evaluate_every, self.checkpoint_every) or asked:
                     self._log_training()  # which stops a run whose loss is no number before that is saved
-                if self._due(self.evaluate_every):
-                    self._evaluate_and_compare()
-                if self._due(self.checkpoint_every):
+                if self._due(self.evaluate_every) and not stop:
+                    stop = self._evaluate_and_compare()
+                if self._due(self.checkpoint_every) or asked.save or stop:
                     self.save()
-                if self.has_stopped_early:
+                if stop or self.has_stopped_early:
                     break
-        return self._finish()
+            return self._finish(stop)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Hold the run folder, listen to signals and let the clock run."""
+        self._require_free_folder()
+        self.state.num_steps = self.num_steps
+        self._steps = Steps(self.train_loader, self.state.step, self.num_steps)
+        self._set_train_mode()
+        try:
+            with self.signals, self.log.progress(self.num_steps, self.state.step), self.pace.running():
+                yield
+        finally:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+                release_run(self.checkpoints.run)
+
+    def _catch_up(self) -> int:
+        """Evaluate what was due when the run was stopped; return the signal that broke it off, or 0."""
+        due = self.state.step > 0 and self._due(self.evaluate_every) and not self.is_finished
+        return self._evaluate_and_compare() if due else 0
+
+    def _make(self, step: Step) -> Tensor:
+        """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
+        while True:
+            self._undo.keep()
+            try:
+                loss = self.train_step(step)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                what = str(error).splitlines()[0]
+            else:
+                self._fits_size = max(self._fits_size, step.image_shape[-1])
+                return loss
+            step = self._make_smaller(step, what)  # outside of the handler, which holds what failed
+
+    def _make_smaller(self, step: Step, what: str) -> Step:
+        """Undo a step that memory was too short for, and return it cut smaller."""
+        before = self.train_loader.micro_batch_size
+        size = smaller(before, with_batch_norm=bool(self.norms))
+        if size is None:
+            least = "two images, which batch norm needs, do" if self.norms else "a single image does"
+            raise RunError(f"out of memory: {least} not fit ({what}); lower data.image_size or take a smaller model")
+        remember_cut(self.output_dir, self._wished, size)
+        if not self._can_undo(step):
+            raise NotEnoughMemory(
+                f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
+                f"being exchanged or applied ({what}); nothing of it is saved: the same command with --resume goes on "
+                f"from the newest checkpoint with micro-batches of {size}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self._undo.put_back()
+        self._set_train_mode()
+        step_index = step.index
+        if hasattr(step.micro_batches, "close"):
+            step.micro_batches.close()  # it holds the images, and the loader's workers
+        free_cached_memory(self.device)
+        self.state.out_of_memory.append({"step": step_index + 1, "before": before, "after": size})
+        self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step_index + 1} on")
+        return self._steps.again(step_index, size)
+
+    def _can_undo(self, step: Step) -> bool:
+        """Return whether nothing but this process's own gradients and buffers has changed in a step."""
+        if self._updating is not None:
+            return not self.processes.several and self._updating == self._versions()
+        return not self.processes.several or self._must_agree(step)
+
+    def _must_agree(self, step: Step) -> bool:
+        """Return whether the processes do not know yet that images of this size fit, and can find out.
+
+        Synchronised batch norm meets in the forward, where a process that fails leaves the others waiting.
+        """
+        meets = any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norms)
+        return self.processes.several and step.image_shape[-1] > self._fits_size and not meets
 
     def train_step(self, step: Step) -> Tensor:
         """Make one optimizer step and return this process's part of the mean loss over the step's images.
@@ -183,12 +273,39 @@ class Trainer:
         fp16, for its scale.
         """
         self._seed_step(step.index)
+        loss = self._accumulate(step)
+        self._update()
+        return loss
+
+    def _accumulate(self, step: Step) -> Tensor:
+        """Add up the step's gradients over its micro-batches and the processes.
+
+        Several processes exchange gradients in their last backward; but as long as it is not known that images of
+        this size fit into memory, they first agree that every one of them has come through.
+        """
+        if not self._must_agree(step):
+            total = self._own_part(step, exchange=True)
+            return total if total is not None else self._join_without_images(step.image_shape)
+        short, total = None, None
+        try:
+            total = self._own_part(step, exchange=False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            short = str(error)
+        if self.processes.any(short is not None):
+            raise MemoryShort(short or "another process had too little memory")
+        joined = self._join_without_images(step.image_shape)
+        return joined if total is None else total
+
+    def _own_part(self, step: Step, *, exchange: bool) -> Tensor | None:
+        """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
         total: Tensor | None = None
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
             alone = bool(self.norms) and len(images) == 1  # one image has no batch statistics
             if alone:
                 self._freeze_batch_norm()
-            with self._gradient_exchange(last=number == step.num_micro_batches):
+            with self._gradient_exchange(now=exchange and number == step.num_micro_batches):
                 loss = self.loss(self.model(images), targets)
                 if len(images) != step.num_images:  # a factor of 1 would cost 2 % of a small step
                     loss = loss * (len(images) / step.num_images)
@@ -196,9 +313,6 @@ class Trainer:
             if alone:
                 self._set_train_mode()
             total = loss.detach() if total is None else total + loss.detach()
-        if total is None:
-            total = self._join_without_images(step.image_shape)
-        self._update()
         return total
 
     def _backward(self, loss: Tensor) -> None:
@@ -212,18 +326,32 @@ class Trainer:
 
     def _update(self) -> None:
         scaled = self.accelerator.scaler is not None
-        if self.clip_norm is not None:
-            clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
-            clip(self.parameters, self.clip_norm)
+        self._grad_norm, self._skipped = self._clip(scaled), False
         if scaled and self._scale is None:
             self._scale = self.accelerator.scaler.get_scale()
+        self._updating = [] if self.optimizer.state else self._versions()  # later updates can't be undone
         self.optimizer.step()
+        self._updating = None
         self.optimizer.zero_grad(set_to_none=True)
         if scaled and self._has_skipped():
+            self._skipped = True
             return
         if self.ema is not None:
             self.ema.update(self.state.updates)
         self.state.updates += 1
+
+    def _clip(self, scaled: bool) -> Tensor | None:
+        """Clip the gradients if asked, and return their norm, on the device; None where fp16 has scaled it."""
+        if self.clip_norm is not None:
+            clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
+            return clip(self.parameters, self.clip_norm)
+        if scaled:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _versions(self) -> list[int]:
+        """Return how often each parameter was changed in place."""
+        return [parameter._version for parameter in self.parameters]
 
     def _has_skipped(self) -> bool:
         """Return whether fp16's last step overflowed, by its shrunken scale; waits for the device.
@@ -231,11 +359,16 @@ class Trainer:
         Accelerate's own flag misses what a fused optimizer skips in its kernel.
         """
         before, self._scale = self._scale, self.accelerator.scaler.get_scale()
+        if self._scale < LEAST_SCALE:
+            raise RunError(
+                f"fp16 overflows at step {self.state.step + 1} even with a loss scale of {self._scale}; set "
+                "accelerate.mixed_precision=bf16 or no, or lower optimizer.lr; the checkpoints are as they were"
+            )
         return before is not None and self._scale < before
 
-    def _gradient_exchange(self, *, last: bool) -> AbstractContextManager[Any]:
+    def _gradient_exchange(self, *, now: bool) -> AbstractContextManager[Any]:
         """Exchange gradients between processes in a step's last backward only."""
-        if last or self.accelerator.num_processes == 1:
+        if now or not self.processes.several:
             return nullcontext()
         return self.accelerator.no_sync(self.model)
 
@@ -289,33 +422,44 @@ class Trainer:
         return self.ema.module if self.ema is not None else self.raw_model
 
     def evaluate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
-        """Return the metrics of the present model on `loader`, by default the evaluation split."""
+        """Return the metrics of the present model on `loader`, by default the evaluation split.
+
+        While training, an empty dict if a signal has broken it off.
+        """
         chosen = self.eval_loader if loader is None else OwnEvalLoader.wrap(loader, self.device)
         if chosen is None or self.evaluator is None:
             raise RunError("nothing to evaluate with; give Trainer an eval_loader, and num_classes or an evaluator")
         self._average_batch_norm()
         self.trained_model.eval()
-        metrics = self.evaluator(self.trained_model, chosen)
+        metrics = self.evaluator(self.trained_model, chosen, self.requests.pending)
         self._set_train_mode()
         return metrics
 
-    def _evaluate_and_compare(self) -> None:
+    def _evaluate_and_compare(self) -> int:
+        """Evaluate, unless that was done after this step; return the signal that broke it off, or 0."""
         if self.eval_loader is None or self.state.evaluated_at == self.state.step:
-            return
+            return 0
         with self.pace.stopped():
-            self.state.metrics = self._evaluate_and_log(self.eval_loader)
-        self.state.evaluated_at = self.state.step
+            metrics = self._evaluate_and_log(self.eval_loader)
+        if not metrics:
+            return self.requests.now()
+        self.state.metrics, self.state.evaluated_at = metrics, self.state.step
         if self.early_stopping and self._improves(self.early_stopping, self.state.watched):
             self.state.watched = self._record(self.early_stopping)
         if self._improves(self.best, self.state.best):
             self.state.best = self._record(self.best)
             self.save()
+        return 0
 
     def _evaluate_and_log(self, loader: Iterable[Any]) -> dict[str, float]:
-        began = time.perf_counter()
+        assert self.evaluator is not None
+        began, most = time.perf_counter(), self.evaluator.most
         metrics = self.evaluate(loader)
-        name, seconds = getattr(loader, "name", "evaluation split"), time.perf_counter() - began
-        self.log.eval_line(self.state.step, self._epoch, name, metrics, seconds)
+        if self.evaluator.most != most:
+            self.log.note(f"out of memory while evaluating: batches of {self.evaluator.most} images from now on")
+        if metrics:
+            name, seconds = getattr(loader, "name", "evaluation split"), time.perf_counter() - began
+            self.log.eval_line(self.state.step, self._epoch, name, metrics, seconds)
         return metrics
 
     def _improves(self, watch: Watch, record: dict[str, Any] | None) -> bool:
@@ -335,64 +479,75 @@ class Trainer:
     # --- saving and restoring ------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless it is there or there is no run folder."""
-        if self.output_dir is None or self._saved_at == self.state.step:
+        """Begin to write a checkpoint of the present step, unless it is there or there is no run folder."""
+        if self.checkpoints is None or self._saved_at == self.state.step:
             return
         self._saved_at = self.state.step
+        self.requests.saved()
         with self.pace.stopped():
             self._average_batch_norm()
-            if self.accelerator.is_main_process:
-                self._write_checkpoint(self.output_dir / "checkpoints")
-            self.accelerator.wait_for_everyone()
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        self._copy_pace()
-        weights = {"model": self.raw_model.state_dict()}
-        if self.ema is not None:
-            weights["ema"] = self.ema.module.state_dict()
-        scaler = self.accelerator.scaler
-        tensors = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "loader": self.train_loader.state_dict(),
-        }
-        state = {"state": asdict(self.state), "learnt": self.learnt}
-        save_checkpoint(folder, self.state.step, state, weights, tensors)
-        prune_checkpoints(folder, self.keep_checkpoints, self.state.best["step"] if self.state.best else None)
+            self.stateful.require_finite(self.state.step)
+            self._copy_pace()
+            about = {
+                "state": asdict(self.state),
+                "learnt": self.learnt,
+                "recipe": self.recipe_text,
+                "trackers": self.log.tracker_ids(),
+                "processes": self.processes.number,
+            }
+            best = self.state.best["step"] if self.state.best else None
+            self.checkpoints.save(self.state.step, about, self.stateful.weights(), self.stateful.training(), best)
 
     def _require_free_folder(self) -> None:
-        if self.output_dir is None:
+        if self.checkpoints is None:
             return
-        if self.state.step == 0 and complete_checkpoints(self.output_dir / "checkpoints"):
+        if self.state.step == 0 and complete_checkpoints(self.checkpoints.folder):
             raise RunError(f"{self.output_dir}: holds checkpoints; call restore() to go on, or give another output_dir")
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        hold_run(self.checkpoints.run)
 
     def restore(self) -> None:
         """Go back to the newest complete checkpoint; say so and start afresh if there is none."""
-        checkpoint = newest_checkpoint(self.output_dir / "checkpoints", self.device) if self.output_dir else None
-        self._require_agreement(checkpoint.state["step"] if checkpoint else 0)
-        if checkpoint is None:
+        if self.checkpoints is None:
+            raise RunError("nothing to resume: the trainer has no output_dir")
+        hold_run(self.checkpoints.run)
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is not None:
+            require_same(checkpoint.state["learnt"], self.learnt, checkpoint.path)
+            state = State(**checkpoint.state["state"])
+            if state.step > self.num_steps:
+                raise RunError(
+                    f"can't resume {checkpoint.path}: train.duration is {self.num_steps:,} steps, and {state.step:,} "
+                    "are done already; give a longer one"
+                )
+            self.stateful.put_back(checkpoint)
+            self.state = state
+            self._go_on(checkpoint.path.name, checkpoint.state["processes"])
+        else:
             self.log.say(f"nothing to resume in {self.output_dir}: training starts afresh")
-            return
-        require_same(checkpoint.state["learnt"], self.learnt, checkpoint.path)
-        self.raw_model.load_state_dict(checkpoint.weights["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint.weights["ema"])
-        self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-        if self.accelerator.scaler is not None and checkpoint.tensors["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(checkpoint.tensors["scaler"])
-        self.state = State(**checkpoint.state["state"])
-        self.train_loader.load_state_dict(checkpoint.tensors["loader"])
-        self.pace.images, self.pace.train_seconds = self.state.images, self.state.train_seconds
-        self.pace.wait_seconds = self.state.wait_seconds
-        self._saved_at = self.state.step
-        self.log.forget_after(self.state.step)
-        self.log.say(f"resumed from {checkpoint.path}: step {self.state.step} of {self.num_steps}")
+        size = remembered_cut(self.output_dir, self._wished)
+        if size is not None:
+            self.train_loader.cut_to(size)
+            self.log.note(f"memory ran out earlier in this run: micro-batches of {size} images")
 
-    def _require_agreement(self, step: int) -> None:
-        if len(set(gather_object([step]))) > 1:
-            raise RunError(f"can't resume: processes see different checkpoints in {self.output_dir}; share its disk")
+    def _go_on(self, name: str, processes: int) -> None:
+        """Set clocks and records to the state that was restored, and say what is different now."""
+        state = self.state
+        self.pace.images, self.pace.train_seconds = state.images, state.train_seconds
+        self.pace.wait_seconds = state.wait_seconds
+        self._saved_at = state.step
+        self.log.forget_after(state.step)
+        then = f" of {processes} processes" if processes != self.processes.number else ""
+        self.log.say(f"resumed from {self.output_dir}/checkpoints/{name}{then}: step {state.step} of {self.num_steps}")
+        if state.num_steps != self.num_steps:
+            lr = self.lr * self.schedule(state.updates)
+            self.log.note(
+                f"train.duration is {self.num_steps:,} steps now, it was {state.num_steps:,}: after step "
+                f"{state.step:,} lr follows the new schedule, {lr:.3g} after {state.lr:.3g}"
+            )
+        if not self.is_finished:
+            state.resumed_at.append(state.step)
+            self.log.resume_line(state.step, name, self.processes.number)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Upload the finished run's model folder to a Hub repository and return its address."""
@@ -414,29 +569,84 @@ class Trainer:
 
     def _log_training(self) -> None:
         values = self.pace.lap(self._add_up)
-        lr = self.lr * self.schedule(max(0, self.state.updates - 1))
         if not math.isfinite(values["loss"]):
-            raise RunError(
-                f"the loss is {values['loss']} at step {self.state.step}, lr {lr:.3g}: lower optimizer.lr, set "
-                "optimizer.clip_norm or use another accelerate.mixed_precision; the checkpoints are as they were"
-            )
+            raise self._not_finite()
         eta = (self.num_steps - self.state.step) * values["seconds_per_step"]
-        line = {**values, "epoch": self._epoch, "lr": lr, "eta_seconds": eta}
+        line = {**values, "epoch": self._epoch, "lr": self.state.lr, "eta_seconds": eta}
         self.log.train_line(self.state.step, self.num_steps, line)
 
-    def _finish(self) -> Result:
-        self._evaluate_and_compare()
+    def _not_finite(self) -> RunError:
+        """Return the error that names the step where the loss or a gradient was no number, its lr and its images."""
+        found = self.pace.first_not_finite(self._add_up)
+        ago = found.steps_ago if found else 0
+        step = self.state.step - ago
+        lr = self.lr * self.schedule(max(0, self.state.updates - 1 - ago))
+        indices = self.train_loader.image_indices(step - 1)
+        images = [int(index) for index in indices] if indices is not None else []
+        what = f"the loss is {found.loss if found else math.nan}"
+        if found and math.isfinite(found.loss):
+            what = f"the gradients' norm is {found.grad_norm}"
+        where = ""
+        if self.output_dir is not None and images:
+            path = self.output_dir / "not_finite.json"
+            told = {"step": step, "lr": lr, "loss": found and found.loss, "images": images}
+            if self.processes.is_main and attempt(lambda: write_json(path, told), lambda error: None):
+                where = f"; all in {path}"
+        those = f", training images {shortened(images)}{where}" if images else ""
+        return RunError(
+            f"{what} at step {step}, lr {lr:.3g}: lower optimizer.lr, set optimizer.clip_norm or use another "
+            f"accelerate.mixed_precision; the checkpoints are as they were (step {step}: epoch "
+            f"{(step - 1) // self.train_loader.steps_per_epoch + 1}{those})"
+        )
+
+    def _finish(self, stop: int) -> Result:
+        """Evaluate, save and write down how the run ended; after a signal, leave when its state is saved."""
+        stop = stop or self._evaluate_and_compare()
         self.save()
-        if self.output_dir is not None and self.accelerator.is_main_process:
-            self.export(self.trained_model, self.output_dir / "model")
-        test = self._evaluate_and_log(self.test_loader) if self.test_loader is not None else None
+        stop = stop or self.requests.now()
+        test = None
+        if self.test_loader is not None and not stop:
+            test = self._evaluate_and_log(self.test_loader)
+            stop = 0 if test else self.requests.now()
+        if stop:
+            self._leave(stop)
         if self.bad_images is not None and self.bad_images.count:
             self.log.note(f"{self.bad_images.count} bad images were replaced by others; {self.bad_images.where}")
-        result = self._result(test)
         if self.output_dir is not None and self.accelerator.is_main_process:
-            write_json(self.output_dir / "result.json", asdict(result))
+            self._write_results(self.output_dir, test)
+        result = self._result(test)
         self.accelerator.wait_for_everyone()
         return result
+
+    def _leave(self, stop: int) -> None:
+        """Wait until the state is on disk and raise Stopped."""
+        saved = self.checkpoints is None or not self.processes.any(not self.checkpoints.wait())
+        error = stopped(stop, self.state.step, saved=saved)
+        done = f"stopped by {error.cause} after step {self.state.step} of {self.num_steps}"
+        if self.checkpoints is None:
+            self.log.say(f"{done}; nothing is saved without an output_dir")
+        elif saved:
+            self.log.say(f"{done}; it is saved: the same command with --resume goes on")
+        else:
+            self.log.say(f"{done}; its state could not be saved: {self.checkpoints.failed}")
+        raise error
+
+    def _write_results(self, folder: Path, test: dict[str, float] | None) -> None:
+        """Write the model folder and result.json; what the disk does not take is named."""
+
+        def write_model() -> None:
+            with new_folder(folder / "model") as partial:
+                self.export(self.trained_model, partial)
+                sync_files(partial)
+
+        checkpoints = self.checkpoints
+        if checkpoints is not None and not checkpoints.wait():
+            self.log.lost.append(f"{checkpoints.folder}, step {self.state.step}: {checkpoints.failed}")
+        attempt(write_model, lambda error: self.log.not_written(str(folder / "model"), error))
+        gone = [name for name in self.log.expected if not (folder / name).exists()]
+        self.log.lost += [f"{folder / name}: is gone" for name in gone]
+        path = folder / "result.json"
+        attempt(lambda: write_json(path, asdict(self._result(test))), lambda e: self.log.not_written(str(path), e))
 
     def _copy_pace(self) -> None:
         self.state.images, self.state.train_seconds = self.pace.images, self.pace.train_seconds
@@ -451,6 +661,10 @@ class Trainer:
             best=state.best,
             steps=state.step,
             skipped_steps=state.step - state.updates,
+            micro_batch_size=self.train_loader.micro_batch_size,
+            out_of_memory=state.out_of_memory,
+            resumed_at=state.resumed_at,
+            not_written=list(self.log.lost),
             images=state.images,
             train_seconds=state.train_seconds,
             images_per_second=state.images / seconds,

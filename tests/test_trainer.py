@@ -126,15 +126,22 @@ def test_checkpoints_are_pruned_but_the_best_is_kept(write_recipe: Callable[...,
     assert set(kept) == {5, 6, trainer.state.best["step"]}
 
 
-def test_a_half_written_checkpoint_is_not_taken(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    make(write_recipe, tmp_path / "run", "checkpoint.every=1 steps").fit()
-    newest = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    (newest / "COMPLETE").unlink()
-    assert make(write_recipe, tmp_path / "run", resume=True).state.step == 1
-    older = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    (older / "training.pt").write_bytes(b"no")
-    with pytest.raises(RunError, match=r"can't be read: .*; move it away to resume from an older one"):
-        make(write_recipe, tmp_path / "run", resume=True)
+def test_half_written_and_damaged_checkpoints_are_named_and_passed_over(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(write_recipe, tmp_path / "run", "train.duration=3 steps", "checkpoint={every: 1 steps, keep: 3}").fit()
+    first, second, third = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    (third / "COMPLETE").unlink()
+    damaged = bytearray((second / "training.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (second / "training.safetensors").write_bytes(damaged)
+    assert make(write_recipe, tmp_path / "run", "train.duration=3 steps", resume=True).state.step == 1
+    printed = capsys.readouterr().out
+    assert f"checkpoint {third} is half-written: passed over" in printed
+    assert f"checkpoint {second} is damaged (training.safetensors has changed since it was written)" in printed
+    (first / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(RunError, match=r"(?s)no checkpoint can be read:.*model.safetensors has 2 of .* bytes"):
+        make(write_recipe, tmp_path / "run", "train.duration=3 steps", resume=True)
 
 
 def test_early_stopping(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -307,8 +309,29 @@ class _Opened:
             prefetch_factor=AHEAD if workers else None,
             generator=torch.Generator(),
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_training,
         )
         return loader, slots
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """Let a worker outlive signals that a terminal or a scheduler sends to all processes of a run.
+
+    Training finishes its step after them, and needs its images for that. Only its own SIGTERM, by which it cleans up,
+    ends a worker; a worker whose parent is gone ends by itself.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_training_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_training_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _told_of_dead_workers(sent: Iterator[Any]) -> Iterator[Any]:

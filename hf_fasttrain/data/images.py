@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from hf_fasttrain.data.decode import Pixels
 from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.errors import DataError
+from hf_fasttrain.files import append_line, read_lines, reason
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
 SUBSTITUTES_TRIED = 100
@@ -149,15 +149,13 @@ class BadImages:
     def _write(self, event: BadImage) -> None:
         if self.path is None or (event.split, event.index) in self._listed():
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(event)) + os.linesep)
+        try:
+            append_line(self.path, json.dumps(asdict(event)))
+        except OSError as error:
+            self.note(f"{self.path} can't be written ({reason(error)}): not all bad images are listed there")
 
     def _listed(self) -> set[tuple[str, int]]:
-        if self.path is None or not self.path.exists():
-            return set()
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        values = [json.loads(line) for line in lines if line.endswith("}")]
-        return {(value["split"], value["index"]) for value in values}
+        return set() if self.path is None else {(line["split"], line["index"]) for line in read_lines(self.path)}
 
     def _require_few(self, split: str, num_images: int) -> None:
         bad = [event for event in self._met.values() if event.split == split]

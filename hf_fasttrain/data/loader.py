@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,26 @@ class TrainLoader:
         self.feed, self.order, self.normalize, self.mixing = feed, order, normalize, mixing
         self.size_at = size_at  # epoch -> image size
         self.steps_per_epoch = order.steps_per_epoch
-        self._largest = min(order.micro_batch_size + 1, order.batch_size)  # a single last image may join
+        self.micro_batch_size = order.micro_batch_size  # 1: pairs are made together, and used one by one
+        self.wish = f"micro_batch_size {order.micro_batch_size}"
+
+    def cut_to(self, micro_batch_size: int) -> None:
+        """Make micro-batches of this size (even, or 1) from the next `steps` or `again` on."""
+        self.micro_batch_size = micro_batch_size
+        self.order = replace(self.order, micro_batch_size=max(2, micro_batch_size))
+
+    def again(self, index: int, stop: int) -> Iterator[Step]:
+        """Yield a step anew, and those after it: the same images, in micro-batches of the present size."""
+        return self.steps(index, stop)
+
+    def image_indices(self, step: int) -> np.ndarray:
+        """Return which images of the split a step has on all processes, in their order."""
+        (whole,) = (
+            replace(self.order, num_processes=1, process_index=0, micro_batch_size=2 * self.order.batch_size)
+            .plan(step)
+            .micro_batches
+        )
+        return whole.indices
 
     @property
     def wait_seconds(self) -> float:
@@ -52,19 +71,28 @@ class TrainLoader:
         return self.feed.wait_seconds
 
     def state_dict(self) -> None:
-        """Return nothing: the position is the step."""
+        """Return nothing: the position is the step, and no random state matters."""
 
     def load_state_dict(self, state: Any) -> None:
         """Do nothing: `steps` starts anywhere."""
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Yield the steps from `start` to before `stop`; nothing of what comes before `start` is read."""
-        batches = iter(self.feed.open(_Keys(self.order, start, stop), self._largest))
+        largest = min(self.order.micro_batch_size + 1, self.order.batch_size)  # a single last image may join
+        batches = iter(self.feed.open(_Keys(self.order, start, stop), largest))
         for index in range(start, stop):
             plan = self.order.plan(index)
-            number, size = len(plan.micro_batches), self.size_at(plan.epoch)
-            prepared = (self._prepare(batch, index) for batch in islice(batches, number))
-            yield Step(index, plan.num_images, number, prepared, (3, size, size))
+            sizes, size = [len(key.indices) for key in plan.micro_batches], self.size_at(plan.epoch)
+            number = sum(sizes) if self.micro_batch_size == 1 else len(sizes)
+            yield Step(index, plan.num_images, number, self._micro_batches(batches, sizes, index), (3, size, size))
+
+    def _micro_batches(self, batches: Iterator[Batch], sizes: list[int], step: int) -> Iterator[Batch]:
+        for size in sizes:
+            images, targets = self._prepare(next(batches), step)
+            if self.micro_batch_size > 1:
+                yield images, targets
+            else:
+                yield from ((images[i : i + 1], targets[i : i + 1]) for i in range(size))
 
     def _prepare(self, batch: Batch, step: int) -> Batch:
         images, labels = self.normalize(batch[0]), batch[1]
@@ -129,6 +157,11 @@ class OwnLoader:
         self.loader, self.device, self.accumulation_steps = loader, device, accumulation_steps
         self.join_single, self.total = join_single, total
         self.wait_seconds = 0.0
+        self.micro_batch_size = 0  # of the largest batch so far
+        self.wish = f"accumulation_steps {accumulation_steps}"
+        self._cut: int | None = None
+        self._batches: Iterator[Any] = iter(())
+        self._present: Batch | None = None
         try:
             self.steps_per_epoch = len(loader)
         except TypeError:
@@ -156,8 +189,13 @@ class OwnLoader:
         )
 
     def state_dict(self) -> Any:
-        """Return the loader's own position, None if it does not know it."""
-        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
+        """Return the loader's own position and the random states that it may draw from, None if it knows no position.
+
+        torch's generator is not among them: every step seeds it.
+        """
+        if not hasattr(self.loader, "state_dict"):
+            return None
+        return {"loader": self.loader.state_dict(), "python": random.getstate(), "numpy": np.random.get_state()}
 
     def load_state_dict(self, state: Any) -> None:
         """Go to a position that `state_dict` gave; RunError if the loader can't."""
@@ -166,40 +204,58 @@ class OwnLoader:
                 "can't resume: train_loader has no state_dict and load_state_dict, so its position is not known; "
                 "use torchdata's StatefulDataLoader, or Trainer.from_recipe"
             )
-        self.loader.load_state_dict(state)
+        self.loader.load_state_dict(state["loader"])
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Yield the steps from `start` to before `stop`, going through the loader once an epoch."""
-        batches: Iterator[Any] = iter(())
+        self._batches = iter(())
+        return self._steps(start, stop)
+
+    def again(self, index: int, stop: int) -> Iterator[Step]:
+        """Yield the present step anew, and those after it: the same batch, in micro-batches of the present size."""
+        assert self._present is not None
+        yield self._step(index, *self._present)
+        yield from self._steps(index + 1, stop)
+
+    def cut_to(self, micro_batch_size: int) -> None:
+        """Make micro-batches of at most this size from now on."""
+        self.micro_batch_size = self._cut = micro_batch_size
+
+    def image_indices(self, step: int) -> None:
+        """Return nothing: the loader alone knows its images."""
+
+    def _steps(self, start: int, stop: int) -> Iterator[Step]:
         for index in range(start, stop):
             began = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(self._batches, None)
             if batch is None:
-                batches = self._epoch(index // self.steps_per_epoch)
-                batch = next(batches, None)
+                batch = self._first_of(index // self.steps_per_epoch)
             if batch is None:  # a loader restored at the end of an epoch has nothing left of it
-                batches = self._epoch(index // self.steps_per_epoch)
-                batch = next(batches, None)
+                batch = self._first_of(index // self.steps_per_epoch)
             if batch is None:
                 raise DataError(f"train_loader gave no batch for step {index}")
-            images, targets = to_device(batch, self.device)
+            self._present = to_device(batch, self.device)
             self.wait_seconds += time.perf_counter() - began
-            yield self._step(index, images, targets)
+            yield self._step(index, *self._present)
 
-    def _epoch(self, epoch: int) -> Iterator[Any]:
+    def _first_of(self, epoch: int) -> Any:
         sampler = getattr(self.loader, "sampler", None)
         if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        return iter(self.loader)
+        self._batches = iter(self.loader)
+        return next(self._batches, None)
 
     def _step(self, index: int, images: Tensor, targets: Tensor) -> Step:
         number = len(images)
         total = self.total(number) if self.total else number
         shape = tuple(images.shape[1:])
-        if number and self.accumulation_steps == 1:
-            return Step(index, total, 1, iter(((images, targets),)), shape)
         pairs = (number + 1) // 2
-        size = 2 * max(1, -(-pairs // self.accumulation_steps))
+        size = self._cut or 2 * max(1, -(-pairs // self.accumulation_steps))
+        self.micro_batch_size = max(self.micro_batch_size, size) if self._cut is None else size
+        if number and self.accumulation_steps == 1 and self._cut is None:
+            return Step(index, total, 1, iter(((images, targets),)), shape)
         pieces = cut_micro_batches(range(number), size, join_single=self.join_single)
         batches = ((images[p.start : p.stop], targets[p.start : p.stop]) for p in pieces)
         return Step(index, total, len(pieces), batches, shape)

@@ -1,0 +1,183 @@
+"""Files that are whole or not there: written beside their place, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+Bytes = bytes | memoryview
+
+
+class NewFile:
+    """A file that is written from its beginning; its bytes are hashed on their way and synced at the end.
+
+    Raises OSError where the disk is full or fails; a write that stops in its middle is taken up again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.num_bytes = 0
+        self._hash = xxhash.xxh3_128()
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    @property
+    def digest(self) -> str:
+        """The xxh3-128 of what was written, as hexadecimal digits."""
+        return self._hash.hexdigest()
+
+    def write(self, data: Bytes) -> None:
+        """Append all of `data`."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.num_bytes += len(view)
+        while len(view):
+            view = view[os.write(self._descriptor, view) :]
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+
+def digest_of(path: Path) -> str:
+    """Return the xxh3-128 of a file, as `NewFile` reckons it."""
+    hashed = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Let a folder's names survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it there, so that it is never seen half-written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with NewFile(partial) as file:
+            file.write(text.encode())
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole."""
+    write_whole(path, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if there is none or it can't be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside its place, to be filled; at the end it is synced and takes the place of `path`.
+
+    If it can't be filled (OSError or anything else), it is removed, and what was at `path` stays.
+    """
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        os.makedirs(partial)
+        yield partial
+        sync_folder(partial)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(partial, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Sync every file below a folder: what libraries have written there."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line as a whole: one that can't be written to its end is taken back. Raises OSError."""
+    data = text.encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(descriptor, data[written:])
+        except OSError:
+            if written and os.fstat(descriptor).st_size == before + written:  # nobody has written after it
+                os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file, without lines that were torn; an empty list if there is no file."""
+    if not path.exists():
+        return []
+    values = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                values.append(value)
+    return values
+
+
+def attempt(work: Callable[[], object], failed: Callable[[BaseException], None]) -> bool:
+    """Do what writes files; where the disk does not take them, tell `failed` and return False."""
+    from safetensors import SafetensorError
+
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        failed(error)
+        return False
+    return True
+
+
+def reason(error: BaseException) -> str:
+    """Return why a file could not be written, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

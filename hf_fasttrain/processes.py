@@ -1,0 +1,63 @@
+"""What several training processes tell each other beside gradients: small numbers, and a main process's mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from hf_fasttrain.errors import UserError
+
+Value = TypeVar("Value")
+
+
+class Processes:
+    """The processes of a run. They meet over gloo on the host, so that no device is waited for; alone, nobody is."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.number, self.index = accelerator.num_processes, accelerator.process_index
+        self.is_main, self.several = accelerator.is_main_process, accelerator.num_processes > 1
+        self._group: Any = None
+        if self.several and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Return the largest of all processes' numbers, one by one."""
+        if not self.several:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        return [int(value) for value in values]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any process."""
+        return bool(self.largest(int(flag))[0])
+
+    def same(self, number: int) -> bool:
+        """Return whether `number` is the same on every process."""
+        least, most = self.largest(-number, number)
+        return -least == most
+
+
+def on_main(work: Callable[[], Value]) -> Value:
+    """Return what `work` gives on the main process; a UserError there is raised on every process."""
+    from accelerate.state import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return work()
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome = [(True, work())]
+        except UserError as error:
+            outcome = [(False, error)]
+    broadcast_object_list(outcome)
+    ok, value = outcome[0]
+    if not ok:
+        raise value
+    return value

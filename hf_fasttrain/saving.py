@@ -1,0 +1,143 @@
+"""When and where a run's checkpoints are written: copied in a moment, written by a thread beside training."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hf_fasttrain.checkpoint import (
+    Checkpoint,
+    Snapshot,
+    complete_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    num_bytes,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from hf_fasttrain.environment import free_memory_bytes
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.files import attempt, reason
+from hf_fasttrain.processes import Processes, on_main
+from hf_fasttrain.runlock import hold, release
+from hf_fasttrain.runlog import RunLog
+
+FOLDER = "checkpoints"
+
+
+def hold_run(run: Path) -> None:
+    """Make a run folder and keep other runs out of it until `release_run`; nothing happens if it is held already.
+
+    Called by all processes. Raises RunError if another run is in it, or it can't be written.
+    """
+
+    def lock() -> None:
+        try:
+            (run / FOLDER).mkdir(parents=True, exist_ok=True)
+            hold(run / FOLDER)
+        except OSError as error:
+            raise RunError(f"output_dir {run}: can't be written: {reason(error)}; choose another output_dir") from None
+
+    on_main(lock)
+
+
+def release_run(run: Path) -> None:
+    """Let other runs into a run folder."""
+    release(run / FOLDER)
+
+
+class Checkpoints:
+    """The checkpoints of a run folder: the newest `keep` and the best. The main process writes, all read.
+
+    Training stands still while the state is copied to the host; a thread writes the copy. Where the copy would take
+    more than half of the free memory, training waits for the writing instead.
+    """
+
+    def __init__(self, run: Path, processes: Processes, log: RunLog, keep: int) -> None:
+        self.run, self.folder = run, run / FOLDER
+        self.processes, self.log, self.keep = processes, log, keep
+        self.failed: str | None = None  # why the newest save was not written
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        training: dict[str, Any],
+        best_step: int | None,
+    ) -> None:
+        """Copy the state of a step and begin to write it; the one before is waited for."""
+        self.wait()
+        if not self.processes.is_main:
+            return
+        copy = num_bytes(weights, training) < free_memory_bytes() // 2
+        snapshot = Snapshot(step, state, weights, training, copy=copy)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
+        self._thread.start()
+        if not copy:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Wait until nothing is being written, and return whether the newest checkpoint is on disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self.failed is None
+
+    def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
+        try:
+            if not self._try(snapshot) and self._made_room(best_step):
+                self._try(snapshot)
+            if self.failed is None:
+                attempt(lambda: prune_checkpoints(self.folder, self.keep, best_step), lambda error: None)
+            else:
+                newest = complete_checkpoints(self.folder)
+                have = f"the newest is {newest[-1]}" if newest else "there is none yet"
+                self.log.say(f"checkpoint of step {snapshot.step} not written: {self.failed}; training goes on; {have}")
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that trains
+            self._error = error
+
+    def _try(self, snapshot: Snapshot) -> bool:
+        self._full = False
+
+        def failed(error: BaseException) -> None:
+            self._full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self.failed = reason(error)
+
+        if attempt(lambda: save_checkpoint(self.folder, snapshot), failed):
+            self.failed = None
+        return self.failed is None
+
+    def _made_room(self, best_step: int | None) -> bool:
+        """Where the disk is full, remove all checkpoints but the newest and the best."""
+        if not self._full or len(complete_checkpoints(self.folder)) < 2:
+            return False
+        return attempt(lambda: prune_checkpoints(self.folder, 1, best_step), lambda error: None)
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest complete checkpoint, the same on every process; damaged ones are named and passed over."""
+        found: list[Checkpoint] = []
+
+        def look() -> str | None:
+            found.extend(filter(None, [newest_checkpoint(self.folder, self.log.say)]))
+            return found[0].path.name if found else None
+
+        name = on_main(look)
+        if name is None or found:
+            return found[0] if found else None
+        try:
+            return load_checkpoint(self.folder / name)
+        except RunError as error:
+            alone = RunError(f"can't resume: {error} for process {self.processes.index}; share the disk of {self.run}")
+            alone.every_process = False
+            raise alone from None

@@ -1,0 +1,93 @@
+"""All that a checkpoint holds of a training: gathered for saving, put back on resuming."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from hf_fasttrain.checkpoint import Checkpoint
+from hf_fasttrain.ema import Ema
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.optim import restore_optimizer
+from hf_fasttrain.processes import Processes
+
+
+@dataclass
+class State:
+    """What changes while training, beside weights and optimizer."""
+
+    step: int = 0  # optimizer steps done; the only clock
+    updates: int = 0  # steps whose update was made: fp16 skips some; lr and EMA follow this
+    images: int = 0
+    train_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    lr: float = 0.0  # of the last step
+    num_steps: int = 0  # the training's length when this was saved
+    evaluated_at: int = -1  # step of the last evaluation
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    watched: dict[str, Any] | None = None  # early stopping's best value and its step
+    resumed_at: list[int] = field(default_factory=list)
+    out_of_memory: list[dict[str, Any]] = field(default_factory=list)  # step, micro-batch before and after
+
+
+@dataclass(frozen=True)
+class Stateful:
+    """The objects of a training that have a state."""
+
+    model: nn.Module
+    ema: Ema | None
+    optimizer: Any
+    scaler: Any  # fp16's loss scaler, or None
+    loader: Any
+    processes: Processes
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of the model, and of its moving average."""
+        averaged = {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
+        return {"model": self.model.state_dict(), **averaged}
+
+    def training(self) -> dict[str, Any]:
+        """Return the states of optimizer, scaler and each process's loader; called by all processes."""
+        loader = self.loader.state_dict()
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "loader": gather_object([loader]) if loader is not None and self.processes.several else [loader],
+        }
+
+    def put_back(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint; RunError if it is of another model."""
+        try:
+            self.model.load_state_dict(checkpoint.weights["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(checkpoint.weights["ema"])
+            restore_optimizer(self.optimizer, checkpoint.training["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise RunError(f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}") from None
+        if self.scaler is not None and checkpoint.training["scaler"] is not None:
+            self.scaler.load_state_dict(checkpoint.training["scaler"])
+        self.loader.load_state_dict(self._own(checkpoint.training["loader"]))
+
+    def _own(self, loaders: list[Any]) -> Any:
+        if loaders == [None]:
+            return None
+        if len(loaders) != self.processes.number:
+            raise RunError(
+                f"can't resume: train_loader's position was saved by {len(loaders)} processes, now there are "
+                f"{self.processes.number}; resume with as many, or use Trainer.from_recipe"
+            )
+        return loaders[self.processes.index]
+
+    def require_finite(self, step: int) -> None:
+        """Raise RunError if a weight is no finite number; waits for the device."""
+        floating = [p for p in self.model.parameters() if p.is_floating_point()]
+        if not torch.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in floating], float("inf"))):
+            raise RunError(
+                f"weights are no finite numbers after step {step}: lower optimizer.lr or set optimizer.clip_norm; "
+                "the checkpoints are as they were"
+            )

@@ -1,0 +1,127 @@
+"""Why training stops or saves between its steps: signals, a launcher that died, minutes on the clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+from hf_fasttrain.errors import Stopped
+from hf_fasttrain.processes import Processes
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+LAUNCHER_GONE = 1000  # stands where a signal's number could
+MOST_STEPS = 10  # between a signal and what comes of it, with several processes
+SECONDS_BETWEEN = 1.0  # that these steps should take at most
+
+
+class StopSignals:
+    """Remembers the first signal that asks for a stop, while it is entered; a second Ctrl-C ends the process at once.
+
+    `told` is called, in a thread of its own, with the name of the signal. A launcher that dies (`accelerate launch`
+    passes no SIGTERM on) counts as a signal. Outside of Python's main thread no signals can be caught.
+    """
+
+    def __init__(self, told: Callable[[str], None] = lambda name: None, *, launched: bool = False) -> None:
+        self._told, self._received = told, 0
+        self._parent = os.getppid() if launched else None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def received(self) -> int:
+        """The number of the first signal, LAUNCHER_GONE, or 0."""
+        if not self._received and self._parent is not None and os.getppid() != self._parent:
+            self._received = LAUNCHER_GONE
+        return self._received
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel ends a process that hangs, Python could not
+        if not self._received:
+            self._received = number
+            threading.Thread(target=self._told, args=(signal_name(number),), daemon=True).start()
+
+
+def signal_name(number: int) -> str:
+    """Return what a stop is called in messages."""
+    if number == LAUNCHER_GONE:
+        return "the end of the launcher"
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def stopped(number: int, step: int, *, saved: bool) -> Stopped:
+    """Return what a run ends with that a signal stopped after a step."""
+    code = Stopped.CTRL_C if number == signal.SIGINT else Stopped.RESUMABLE
+    return Stopped(code if saved else Stopped.NOT_WRITTEN, signal_name(number), step)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for at a step's end, the same on every process."""
+
+    stop: int = 0  # number of the signal
+    save: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.stop) or self.save
+
+
+class Requests:
+    """Tells at step boundaries whether to save or to stop.
+
+    Alone, at once. Several processes agree every few steps, at most MOST_STEPS and about a second apart: on a stop if
+    any of them was signalled, on saving if `minutes` have passed on the main process's clock.
+    """
+
+    def __init__(self, processes: Processes, signals: StopSignals, minutes: float | None = None) -> None:
+        self.processes, self.signals = processes, signals
+        self._seconds = None if minutes is None else 60 * minutes
+        self._saved = self._asked = time.monotonic()
+        self._next: int | None = None  # step at which the processes ask each other
+        self._between = 1
+
+    def saved(self) -> None:
+        """Start the clock of `minutes` anew."""
+        self._saved = time.monotonic()
+
+    def pending(self) -> bool:
+        """Return whether this process was signalled; others may not have been."""
+        return bool(self.signals.received)
+
+    def at_step(self, step: int) -> Asked:
+        """Return what is asked for after a step; called by all processes after every step."""
+        if not self.processes.several:
+            return Asked(self.signals.received, self._is_due())
+        if self._next is not None and step < self._next:
+            return Asked()
+        now = time.monotonic()
+        per_step = (now - self._asked) / self._between
+        wish = int(max(1, min(MOST_STEPS, SECONDS_BETWEEN / max(per_step, 1e-6)))) if self._next is not None else 1
+        main = self.processes.is_main
+        stop, save, self._between = self.processes.largest(
+            self.signals.received, int(main and self._is_due()), wish if main else 0
+        )
+        self._asked, self._next = now, step + self._between
+        return Asked(stop, bool(save))
+
+    def now(self) -> int:
+        """Return the signal that any process has received so far; called by all processes at one place."""
+        return self.processes.largest(self.signals.received)[0]
+
+    def _is_due(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._saved >= self._seconds
