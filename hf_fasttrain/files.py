@@ -136,15 +136,18 @@ def sync_files(folder: Path) -> None:
 def append_line(path: Path, text: str) -> None:
     """Append a line as a whole: one that can't be written to its end is taken back. Raises OSError."""
     data = text.encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         before = os.fstat(descriptor).st_size
-        written = 0
+        if before and os.pread(descriptor, 1, before - 1) != b"\n":  # a line that a loss of power has torn
+            data = b"\n" + data
         try:
+            written = 0
             while written < len(data):
                 written += os.write(descriptor, data[written:])
         except OSError:
-            if written and os.fstat(descriptor).st_size == before + written:  # nobody has written after it
+            torn = os.pread(descriptor, len(data), before)
+            if torn and data.startswith(torn):  # nobody has written after it
                 os.ftruncate(descriptor, before)
             raise
     finally:

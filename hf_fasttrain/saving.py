@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hf_fasttrain.checkpoint import (
 )
 from hf_fasttrain.environment import free_memory_bytes
 from hf_fasttrain.errors import RunError
-from hf_fasttrain.files import attempt, reason
+from hf_fasttrain.files import attempt, new_folder, reason, sync_files, write_json
 from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.runlock import hold, release
 from hf_fasttrain.runlog import RunLog
@@ -123,6 +123,25 @@ class Checkpoints:
         if not self._full or len(complete_checkpoints(self.folder)) < 2:
             return False
         return attempt(lambda: prune_checkpoints(self.folder, 1, best_step), lambda error: None)
+
+    def write_results(self, write_model: Callable[[Path], None], result: Callable[[], dict[str, Any]]) -> None:
+        """Write RUN/model and result.json at the end, on the main process; what the disk does not take is named.
+
+        `result` is asked last, when it is known what is missing.
+        """
+        run, log = self.run, self.log
+        if not self.wait():
+            log.lost.append(f"{self.folder}: the last checkpoint: {self.failed}")
+
+        def write() -> None:
+            with new_folder(run / "model") as folder:
+                write_model(folder)
+                sync_files(folder)
+
+        attempt(write, lambda error: log.not_written(str(run / "model"), error))
+        log.lost += [f"{run / name}: is gone" for name in log.expected if not (run / name).exists()]
+        path = run / "result.json"
+        attempt(lambda: write_json(path, result()), lambda error: log.not_written(str(path), error))
 
     def newest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, the same on every process; damaged ones are named and passed over."""

@@ -14,7 +14,7 @@ from typing import Any
 from hf_fasttrain.errors import Stopped
 from hf_fasttrain.processes import Processes
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LAUNCHER_GONE = 1000  # stands where a signal's number could
 MOST_STEPS = 10  # between a signal and what comes of it, with several processes
 SECONDS_BETWEEN = 1.0  # that these steps should take at most
@@ -41,7 +41,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup does
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

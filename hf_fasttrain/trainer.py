@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,11 @@ from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes
 from hf_fasttrain.errors import NotEnoughMemory, RunError, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
-from hf_fasttrain.files import attempt, new_folder, sync_files, write_json
+from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss
 from hf_fasttrain.model import batch_norms
 from hf_fasttrain.optim import set_lr
-from hf_fasttrain.out_of_memory import MemoryShort, Undo, free_cached_memory, is_out_of_memory
+from hf_fasttrain.out_of_memory import Memory, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.result import Result, Watch
@@ -97,17 +97,15 @@ class Trainer:
         self.raw_model = model.to(self.device)
         self.norms = batch_norms(model)
         self.model = self.accelerator.prepare_model(model)
-        if hasattr(self.model, "broadcast_buffers"):
-            self.model.broadcast_buffers = (
-                False  # running statistics are averaged; processes may forward unequally often
-            )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
         if self.accelerator.mixed_precision != "no" and not self.accelerator.native_amp:
             raise RunError(
                 f"{self.accelerator.mixed_precision} has no effect on {self.device}; use mixed_precision no or bf16"
             )
-        self.loss, self.clip_norm, self.ema, self.seed = loss, clip_norm, ema, seed
+        self.processes = Processes(self.accelerator)
+        self.gradients = Gradients(self.accelerator, self.model, self.raw_model, loss, self.processes)
+        self.clip_norm, self.ema, self.seed = clip_norm, ema, seed
         self.lr = lr if lr is not None else float(optimizer.param_groups[0]["lr"])
         for group in optimizer.param_groups:  # the groups' own rates keep their ratios
             group.setdefault("lr_scale", float(group["lr"]) / self.lr)
@@ -137,7 +135,6 @@ class Trainer:
         self.recipe_text = recipe_text
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
-        self.processes = Processes(self.accelerator)
         self.signals = StopSignals(self.log.hurry, launched=launched)
         self.requests = Requests(self.processes, self.signals, minutes)
         self.checkpoints: Checkpoints | None = None
@@ -147,13 +144,11 @@ class Trainer:
         self.stateful = Stateful(self.raw_model, ema, self.optimizer, scaler, self.train_loader, self.processes)
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
-        self._undo = Undo(self.raw_model)
+        self._memory = Memory(self.raw_model, self.norms, self.processes)
         self._saved_at = -1
         self._scale: float | None = None  # fp16's loss scale after the last step
         self._skipped = False  # whether fp16 skipped the last step
         self._grad_norm: Tensor | None = None  # of the last step
-        self._fits_size = 0  # image size for which all processes have had enough memory
-        self._updating: list[int] | None = None  # while the optimizer steps: the parameters' versions before
 
     @classmethod
     def from_recipe(
@@ -215,7 +210,7 @@ class Trainer:
     def _make(self, step: Step) -> Tensor:
         """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
         while True:
-            self._undo.keep()
+            self._memory.keep()
             try:
                 loss = self.train_step(step)
             except RuntimeError as error:
@@ -223,7 +218,7 @@ class Trainer:
                     raise
                 what = str(error).splitlines()[0]
             else:
-                self._fits_size = max(self._fits_size, step.image_shape[-1])
+                self._memory.fits(step)
                 return loss
             step = self._make_smaller(step, what)  # outside of the handler, which holds what failed
 
@@ -235,14 +230,14 @@ class Trainer:
             least = "two images, which batch norm needs, do" if self.norms else "a single image does"
             raise RunError(f"out of memory: {least} not fit ({what}); lower data.image_size or take a smaller model")
         remember_cut(self.output_dir, self._wished, size)
-        if not self._can_undo(step):
+        if not self._memory.can_undo(step):
             raise NotEnoughMemory(
                 f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
                 f"being exchanged or applied ({what}); nothing of it is saved: the same command with --resume goes on "
                 f"from the newest checkpoint with micro-batches of {size}"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        self._undo.put_back()
+        self._memory.put_back()
         self._set_train_mode()
         step_index = step.index
         if hasattr(step.micro_batches, "close"):
@@ -252,20 +247,6 @@ class Trainer:
         self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step_index + 1} on")
         return self._steps.again(step_index, size)
 
-    def _can_undo(self, step: Step) -> bool:
-        """Return whether nothing but this process's own gradients and buffers has changed in a step."""
-        if self._updating is not None:
-            return not self.processes.several and self._updating == self._versions()
-        return not self.processes.several or self._must_agree(step)
-
-    def _must_agree(self, step: Step) -> bool:
-        """Return whether the processes do not know yet that images of this size fit, and can find out.
-
-        Synchronised batch norm meets in the forward, where a process that fails leaves the others waiting.
-        """
-        meets = any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norms)
-        return self.processes.several and step.image_shape[-1] > self._fits_size and not meets
-
     def train_step(self, step: Step) -> Tensor:
         """Make one optimizer step and return this process's part of the mean loss over the step's images.
 
@@ -273,65 +254,17 @@ class Trainer:
         fp16, for its scale.
         """
         self._seed_step(step.index)
-        loss = self._accumulate(step)
+        loss = self.gradients.add_up(step, agree=self._memory.is_uncertain(step))
         self._update()
         return loss
-
-    def _accumulate(self, step: Step) -> Tensor:
-        """Add up the step's gradients over its micro-batches and the processes.
-
-        Several processes exchange gradients in their last backward; but as long as it is not known that images of
-        this size fit into memory, they first agree that every one of them has come through.
-        """
-        if not self._must_agree(step):
-            total = self._own_part(step, exchange=True)
-            return total if total is not None else self._join_without_images(step.image_shape)
-        short, total = None, None
-        try:
-            total = self._own_part(step, exchange=False)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            short = str(error)
-        if self.processes.any(short is not None):
-            raise MemoryShort(short or "another process had too little memory")
-        joined = self._join_without_images(step.image_shape)
-        return joined if total is None else total
-
-    def _own_part(self, step: Step, *, exchange: bool) -> Tensor | None:
-        """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
-        total: Tensor | None = None
-        for number, (images, targets) in enumerate(step.micro_batches, start=1):
-            alone = bool(self.norms) and len(images) == 1  # one image has no batch statistics
-            if alone:
-                self._freeze_batch_norm()
-            with self._gradient_exchange(now=exchange and number == step.num_micro_batches):
-                loss = self.loss(self.model(images), targets)
-                if len(images) != step.num_images:  # a factor of 1 would cost 2 % of a small step
-                    loss = loss * (len(images) / step.num_images)
-                self._backward(loss)
-            if alone:
-                self._set_train_mode()
-            total = loss.detach() if total is None else total + loss.detach()
-        return total
-
-    def _backward(self, loss: Tensor) -> None:
-        """Add the gradients of this process's part of the loss; what DDP and Accelerator divide by is taken back."""
-        if self.accelerator.num_processes > 1:
-            loss = loss * self.accelerator.num_processes
-        if self.accelerator.scaler is None:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
 
     def _update(self) -> None:
         scaled = self.accelerator.scaler is not None
         self._grad_norm, self._skipped = self._clip(scaled), False
         if scaled and self._scale is None:
             self._scale = self.accelerator.scaler.get_scale()
-        self._updating = [] if self.optimizer.state else self._versions()  # later updates can't be undone
-        self.optimizer.step()
-        self._updating = None
+        with self._memory.updating(first=not self.optimizer.state):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if scaled and self._has_skipped():
             self._skipped = True
@@ -349,10 +282,6 @@ class Trainer:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
-    def _versions(self) -> list[int]:
-        """Return how often each parameter was changed in place."""
-        return [parameter._version for parameter in self.parameters]
-
     def _has_skipped(self) -> bool:
         """Return whether fp16's last step overflowed, by its shrunken scale; waits for the device.
 
@@ -366,21 +295,6 @@ class Trainer:
             )
         return before is not None and self._scale < before
 
-    def _gradient_exchange(self, *, now: bool) -> AbstractContextManager[Any]:
-        """Exchange gradients between processes in a step's last backward only."""
-        if now or not self.processes.several:
-            return nullcontext()
-        return self.accelerator.no_sync(self.model)
-
-    def _join_without_images(self, image_shape: Sequence[int]) -> Tensor:
-        """Take part in the exchange of gradients with weight zero, and without moving batch-norm statistics."""
-        images = torch.zeros(2, *image_shape, device=self.device, dtype=self.parameters[0].dtype)
-        self._freeze_batch_norm()
-        loss = self.model(images).sum() * 0.0
-        self._backward(loss)
-        self._set_train_mode()
-        return loss.detach()
-
     def _seed_step(self, step: int) -> None:
         """Make dropout and drop-path masks a function of (seed, step, process): no random state needs saving."""
         key = ((self.seed * 1_000_003 + step) * 65_537 + self.accelerator.process_index) % 2**63
@@ -388,16 +302,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(key)
 
-    def _freeze_batch_norm(self) -> None:
-        for norm in self.norms:
-            norm.eval()
-
     def _set_train_mode(self) -> None:
-        """Training mode, but batch norms whose weights are frozen keep their statistics."""
-        self.model.train()
-        for norm in self.norms:
-            if norm.weight is not None and not norm.weight.requires_grad:
-                norm.eval()
+        self.gradients.set_train_mode()
 
     def _due(self, *every: int) -> bool:
         return self.state.step == self.num_steps or any(self.state.step % number == 0 for number in every)
@@ -581,22 +487,14 @@ class Trainer:
         ago = found.steps_ago if found else 0
         step = self.state.step - ago
         lr = self.lr * self.schedule(max(0, self.state.updates - 1 - ago))
-        indices = self.train_loader.image_indices(step - 1)
-        images = [int(index) for index in indices] if indices is not None else []
         what = f"the loss is {found.loss if found else math.nan}"
         if found and math.isfinite(found.loss):
             what = f"the gradients' norm is {found.grad_norm}"
-        where = ""
-        if self.output_dir is not None and images:
-            path = self.output_dir / "not_finite.json"
-            told = {"step": step, "lr": lr, "loss": found and found.loss, "images": images}
-            if self.processes.is_main and attempt(lambda: write_json(path, told), lambda error: None):
-                where = f"; all in {path}"
-        those = f", training images {shortened(images)}{where}" if images else ""
+        images = self.train_loader.image_indices(step - 1)
+        listed = "" if images is None else f"\ntraining images of this step, by row: {shortened(images, 64)}"
         return RunError(
             f"{what} at step {step}, lr {lr:.3g}: lower optimizer.lr, set optimizer.clip_norm or use another "
-            f"accelerate.mixed_precision; the checkpoints are as they were (step {step}: epoch "
-            f"{(step - 1) // self.train_loader.steps_per_epoch + 1}{those})"
+            f"accelerate.mixed_precision; the checkpoints are as they were{listed}"
         )
 
     def _finish(self, stop: int) -> Result:
@@ -613,7 +511,10 @@ class Trainer:
         if self.bad_images is not None and self.bad_images.count:
             self.log.note(f"{self.bad_images.count} bad images were replaced by others; {self.bad_images.where}")
         if self.output_dir is not None and self.accelerator.is_main_process:
-            self._write_results(self.output_dir, test)
+            assert self.checkpoints is not None
+            self.checkpoints.write_results(
+                lambda folder: self.export(self.trained_model, folder), lambda: asdict(self._result(test))
+            )
         result = self._result(test)
         self.accelerator.wait_for_everyone()
         return result
@@ -630,23 +531,6 @@ class Trainer:
         else:
             self.log.say(f"{done}; its state could not be saved: {self.checkpoints.failed}")
         raise error
-
-    def _write_results(self, folder: Path, test: dict[str, float] | None) -> None:
-        """Write the model folder and result.json; what the disk does not take is named."""
-
-        def write_model() -> None:
-            with new_folder(folder / "model") as partial:
-                self.export(self.trained_model, partial)
-                sync_files(partial)
-
-        checkpoints = self.checkpoints
-        if checkpoints is not None and not checkpoints.wait():
-            self.log.lost.append(f"{checkpoints.folder}, step {self.state.step}: {checkpoints.failed}")
-        attempt(write_model, lambda error: self.log.not_written(str(folder / "model"), error))
-        gone = [name for name in self.log.expected if not (folder / name).exists()]
-        self.log.lost += [f"{folder / name}: is gone" for name in gone]
-        path = folder / "result.json"
-        attempt(lambda: write_json(path, asdict(self._result(test))), lambda e: self.log.not_written(str(path), e))
 
     def _copy_pace(self) -> None:
         self.state.images, self.state.train_seconds = self.pace.images, self.pace.train_seconds

@@ -31,7 +31,7 @@ LEVELS = [
     {"data.images"},
     {"data.feed", "scan_report"},
     {"data.device", "data.loader"},
-    {"steps"},
+    {"steps", "gradients"},
     {"facts", "trainer"},
     {"launch", "runfolder"},
     {"loading"},

@@ -320,7 +320,7 @@ def _leave_signals_to_training(worker: int) -> None:
     Training finishes its step after them, and needs its images for that. Only its own SIGTERM, by which it cleans up,
     ends a worker; a worker whose parent is gone ends by itself.
     """
-    for name in ("SIGINT", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

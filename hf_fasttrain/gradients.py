@@ -1,0 +1,107 @@
+"""The gradients of a step: those of the mean loss over its images, whatever the micro-batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_fasttrain.data.loader import Step
+from hf_fasttrain.loss import Loss
+from hf_fasttrain.model import batch_norms
+from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory
+from hf_fasttrain.processes import Processes
+
+
+class Gradients:
+    """Adds up gradients over a step's micro-batches and the processes.
+
+    `model` is what `accelerator` made of `raw_model`; `loss` maps (logits, targets) to the mean over their images.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, raw_model: nn.Module, loss: Loss, processes: Processes
+    ) -> None:
+        self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
+        self.norms = batch_norms(raw_model)
+        self.dtype = next(raw_model.parameters()).dtype
+        if isinstance(model, DistributedDataParallel):  # running statistics are averaged instead,
+            model.broadcast_buffers = False  # and processes may make unequally many forwards
+
+    def add_up(self, step: Step, *, agree: bool = False) -> Tensor:
+        """Add up the step's gradients, and return this process's part of its mean loss, 0-d.
+
+        Several processes exchange gradients in their last backward. With `agree` they first find out whether memory
+        was enough on all of them: MemoryShort comes up everywhere if not, and nothing has been exchanged.
+        """
+        if not agree:
+            total = self._own_part(step, exchange=True)
+            return total if total is not None else self._join_without_images(step.image_shape)
+        short, total = None, None
+        try:
+            total = self._own_part(step, exchange=False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            short = str(error)
+        if self.processes.any(short is not None):
+            raise MemoryShort(short or "another process had too little memory")
+        joined = self._join_without_images(step.image_shape)
+        return joined if total is None else total
+
+    def _own_part(self, step: Step, *, exchange: bool) -> Tensor | None:
+        """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
+        total: Tensor | None = None
+        for number, (images, targets) in enumerate(step.micro_batches, start=1):
+            alone = bool(self.norms) and len(images) == 1  # one image has no batch statistics
+            if alone:
+                self._freeze_batch_norm()
+            with self._exchanging(now=exchange and number == step.num_micro_batches):
+                loss = self.loss(self.model(images), targets)
+                if len(images) != step.num_images:  # a factor of 1 would cost 2 % of a small step
+                    loss = loss * (len(images) / step.num_images)
+                self._backward(loss)
+            if alone:
+                self.set_train_mode()
+            total = loss.detach() if total is None else total + loss.detach()
+        return total
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of this process's part of the loss; what DDP and Accelerator divide by is taken back."""
+        if self.processes.several:
+            loss = loss * self.processes.number
+        if self.accelerator.scaler is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+
+    def _exchanging(self, *, now: bool) -> AbstractContextManager[Any]:
+        """Exchange gradients between processes in a step's last backward only."""
+        if now or not self.processes.several:
+            return nullcontext()
+        return self.accelerator.no_sync(self.model)
+
+    def _join_without_images(self, image_shape: Sequence[int]) -> Tensor:
+        """Take part in the exchange of gradients with weight zero, and without moving batch-norm statistics."""
+        images = torch.zeros(2, *image_shape, device=self.accelerator.device, dtype=self.dtype)
+        self._freeze_batch_norm()
+        loss = self.model(images).sum() * 0.0
+        self._backward(loss)
+        self.set_train_mode()
+        return loss.detach()
+
+    def _freeze_batch_norm(self) -> None:
+        for norm in self.norms:
+            norm.eval()
+
+    def set_train_mode(self) -> None:
+        """Training mode, but batch norms whose weights are frozen keep their statistics."""
+        self.model.train()
+        for norm in self.norms:
+            if norm.weight is not None and not norm.weight.requires_grad:
+                norm.eval()

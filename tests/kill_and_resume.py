@@ -1,0 +1,215 @@
+"""Kills trainings by SIGKILL at random moments, resumes them, and compares what comes out with one never stopped.
+
+    python tests/kill_and_resume.py [--kills 8] [--seed 0] [--only NAME]
+
+Every kind of run below is trained once without a stop, and once more killed `--kills` times: at a random moment, or a
+random moment after a checkpoint began to be written. All files of tensors of the last checkpoint (weights, moving
+average, optimizer) and of the model folder must be the same bytes. `test_resume.py` runs a short form of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RECIPE = """
+model: {name: test_vit, drop_path: 0.1, args: {drop_rate: 0.1}}
+data: {dataset: digits, image_size: 32, eval_fraction: 0.05, workers: 0, cache: none}
+augment: {mixup: 0.5, cutmix: 0.5, erase: 0.2}
+train: {duration: 24 steps, batch_size: 16}
+accelerate: {gradient_accumulation_steps: 2, mixed_precision: "no"}
+ema: {decay: 0.9}
+evaluate: {every: 6 steps}
+checkpoint: {every: 2 steps}
+log: {every: 1}
+"""
+KINDS: dict[str, tuple[int, list[str]]] = {  # name -> processes, overrides
+    "plain": (1, []),
+    "two workers": (1, ["data.workers=2"]),
+    "two workers, cache in memory": (1, ["data.workers=2", "data.cache=memory"]),
+    "cache on disk": (1, ["data.cache=disk"]),
+    "batch norm": (1, ["model.name=test_resnet", "model.args={}", "model.drop_path=0"]),
+    "bf16": (1, ["accelerate.mixed_precision=bf16"]),
+    "bf16, two workers": (1, ["accelerate.mixed_precision=bf16", "data.workers=2"]),
+    "every step saved": (1, ["checkpoint.every=1 step"]),
+    "two processes with two workers": (2, ["data.workers=2"]),
+    "two processes, batch norm, bf16": (
+        2,
+        ["model.name=test_resnet", "model.args={}", "model.drop_path=0", "accelerate.mixed_precision=bf16"],
+    ),
+}
+
+
+@dataclass
+class Report:
+    """What was done to a run."""
+
+    kills: int = 0
+    while_writing: int = 0  # kills that left a half-written checkpoint
+    resumed_from: list[int] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+
+
+def import_everything() -> None:
+    """Import what a training needs, so that forked children do not have to; one thread for each of them."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import conftest  # noqa: F401
+    import datasets
+    import timm  # noqa: F401
+    import transformers  # noqa: F401
+
+    import hf_fasttrain.build
+
+    assert datasets
+    assert hf_fasttrain.build
+
+
+def start(recipe: Path, overrides: Sequence[str], processes: int, log: Path, *, resume: bool) -> list[int]:
+    """Fork processes that train, and return their numbers; they start at once, since everything is imported."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [_fork(recipe, overrides, rank, processes, port, log, resume) for rank in range(processes)]
+
+
+def _fork(recipe: Path, overrides: Sequence[str], rank: int, processes: int, port: int, log: Path, resume: bool) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        from conftest import reset_accelerate
+
+        from hf_fasttrain import Trainer
+
+        written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(written, 1)
+        os.dup2(written, 2)
+        reset_accelerate()
+        if processes > 1:
+            world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        Trainer.from_recipe(recipe, list(overrides), resume=resume).fit()
+        status = 0
+    except BaseException:  # noqa: BLE001 - shown in the log
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def ended(child: int) -> int | None:
+    """Return the exit status of a process, None if it still runs."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def finish(children: list[int], log: Path) -> None:
+    """Wait for processes that must end well."""
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert statuses == [0] * len(children), f"{statuses}\n{log.read_text()[-3000:]}"
+
+
+def kill(children: list[int], rng: random.Random) -> None:
+    """Kill processes, together or shortly one after the other."""
+    for child in rng.sample(children, len(children)):
+        os.kill(child, signal.SIGKILL)
+        time.sleep(rng.choice([0.0, 0.05]))
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def kill_after(children: list[int], seconds: float, due: Callable[[], bool], rng: random.Random) -> bool:
+    """Kill the processes `seconds` after `due` is true; return False if they came to their end before."""
+    began: float | None = None
+    while began is None or time.monotonic() - began < seconds:
+        if began is None and due():
+            began = time.monotonic()
+        if (status := ended(children[0])) is not None:
+            assert status == 0, f"exit status {status}"
+            for child in children[1:]:
+                os.waitpid(child, 0)
+            return False
+        time.sleep(0.0005)
+    kill(children, rng)
+    return True
+
+
+def torment(name: str, folder: Path, kills: int, seed: int, steps: int = 24) -> Report:
+    """Train a kind of run without a stop and with kills, and return what was done and which files differ."""
+    processes, changes = KINDS[name]
+    recipe, log, rng = folder / "recipe.yaml", folder / "log.txt", random.Random(f"{name} {seed}")
+    recipe.write_text(RECIPE)
+    overrides = [f"train.duration={steps} steps", f"data.cache_dir={folder / 'cache'}", *changes]
+    whole, cut = folder / "whole", folder / "cut"
+    began = time.monotonic()
+    finish(start(recipe, [*overrides, f"output_dir={whole}"], processes, log, resume=False), log)
+    duration = time.monotonic() - began
+    report, checkpoints = Report(), cut / "checkpoints"
+    while report.kills < kills:
+        children = start(recipe, [*overrides, f"output_dir={cut}"], processes, log, resume=cut.exists())
+        if rng.random() < 0.5:
+            killed = kill_after(children, rng.uniform(0, 0.9 * duration), lambda: True, rng)
+        else:  # a random moment of writing a random checkpoint
+            time.sleep(rng.uniform(0, 0.5 * duration))
+            killed = kill_after(children, rng.uniform(0, 0.01), lambda: bool(list(checkpoints.glob(".step*"))), rng)
+        report.while_writing += bool(list(checkpoints.glob(".step*")))
+        if not killed:
+            import shutil
+
+            shutil.rmtree(cut)  # it came to its end; torment another one
+            continue
+        report.kills += 1
+    finish(start(recipe, [*overrides, f"output_dir={cut}"], processes, log, resume=cut.exists()), log)
+    text = log.read_text()
+    report.resumed_from = [int(step) for step in re.findall(r"resumed from \S*: step (\d+) of", text)]
+    report.differing = differing(whole, cut, steps)
+    return report
+
+
+def differing(whole: Path, cut: Path, steps: int) -> list[str]:
+    """Return the files of tensors that are not the same bytes in two runs."""
+    last = f"checkpoints/step_{steps:08d}"
+    names = ["model/model.safetensors", *(f"{last}/{kind}.safetensors" for kind in ("model", "ema", "training"))]
+    return [name for name in names if (whole / name).read_bytes() != (cut / name).read_bytes()]
+
+
+def main() -> None:
+    """Torment every kind of run, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(KINDS))
+    options = parser.parse_args()
+    import_everything()
+    total = writing = wrong = 0
+    for name in [options.only] if options.only else list(KINDS):
+        with tempfile.TemporaryDirectory() as folder:
+            report = torment(name, Path(folder), options.kills, options.seed)
+        total, writing = total + report.kills, writing + report.while_writing
+        wrong += bool(report.differing)
+        outcome = f"DIFFERS: {', '.join(report.differing)}" if report.differing else "the same bytes"
+        print(
+            f"{name:34} {report.kills:3} kills, {report.while_writing:2} of them while writing a checkpoint, "
+            f"resumed from steps {report.resumed_from}: {outcome}",
+            flush=True,
+        )
+    print(f"{total} kills, {writing} while a checkpoint was being written, {wrong} kinds of run that differ")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
