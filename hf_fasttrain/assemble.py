@@ -31,7 +31,7 @@ from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import recipe_as_asked
 from hf_fasttrain.result import Watch
 from hf_fasttrain.runfolder import RUN_FILES
-from hf_fasttrain.runlog import RunLog
+from hf_fasttrain.runlog import RunLog, last_steps
 from hf_fasttrain.schedule import Schedule, build_schedule
 from hf_fasttrain.tracking import Tracking
 from hf_fasttrain.trainer import Trainer
@@ -82,7 +82,8 @@ def assemble(
     recipe, facts, accelerator, source = parts.recipe, parts.facts, parts.accelerator, parts.source
     num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     spec = parts.spec
-    log = RunLog(folder, main=accelerator.is_main_process, track=_tracking(parts, saved or {}) if folder else None)
+    track = _tracking(parts, folder, saved or {}) if folder else None
+    log = RunLog(folder, main=accelerator.is_main_process, track=track)
     log.expected = RUN_FILES[:-1] if folder else ()
     facts.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
     stopping = recipe.early_stopping
@@ -193,7 +194,7 @@ def _loss(parts: Parts) -> ClassificationLoss:
     return loss.to(parts.accelerator.device)
 
 
-def _tracking(parts: Parts, saved: dict[str, Any]) -> Tracking | None:
+def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Tracking | None:
     """Start the trackers asked for, and return what feeds them."""
     log, accelerator = parts.recipe.log, parts.accelerator
     if not log.trackers:
@@ -202,4 +203,5 @@ def _tracking(parts: Parts, saved: dict[str, Any]) -> Tracking | None:
         k: str(f.value) for k, f in parts.facts.all().items() if isinstance(f.value, str | int | float | bool | list)
     }
     ids = {name: run for name, run in saved.get("trackers", {}).items() if name in log.trackers}
-    return Tracking(accelerator, log.project, config, ids=ids, step=saved.get("step", 0))
+    sent = last_steps(folder) if saved else {}
+    return Tracking(accelerator, log.project, config, ids=ids, step=saved.get("step", 0), sent=sent)

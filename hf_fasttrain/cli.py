@@ -15,6 +15,7 @@ from hf_fasttrain.shipped import recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
     from hf_fasttrain.recipe import Recipe
+    from hf_fasttrain.trainer import Trainer
 
 app = typer.Typer(
     add_completion=False,
@@ -88,6 +89,7 @@ def train(
     from hf_fasttrain.build import build_trainer
     from hf_fasttrain.launch import output_dir
     from hf_fasttrain.runfolder import finished_steps, require_free
+    from hf_fasttrain.stop import ignore_signals
 
     folder = Path(output_dir(loaded))
     require_free(folder, resume=resume)
@@ -100,14 +102,22 @@ def train(
     try:
         result = trainer.fit()
     except Stopped:
-        trainer.accelerator.end_training()
+        ignore_signals()
+        _end_trackers(trainer)
         raise
-    trainer.accelerator.end_training()
+    _end_trackers(trainer)
     if result.not_written:
         lost = "\n  ".join(result.not_written)
         trainer.log.say(f"trained to the end, but not everything is on disk:\n  {lost}")
         sys.exit(Stopped.NOT_WRITTEN)
     _say_what_next(trainer.log.say, folder, loaded, result)
+
+
+def _end_trackers(trainer: Trainer) -> None:
+    try:
+        trainer.accelerator.end_training()
+    except Exception as error:  # noqa: BLE001 - others' code; the run itself has ended well
+        trainer.log.say(f"note: a tracker could not be ended: {error}")
 
 
 def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:

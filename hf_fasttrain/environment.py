@@ -8,7 +8,8 @@ import os
 import platform
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,17 @@ def set_cpu_threads(local_processes: int) -> int | None:
 def was_launched() -> bool:
     """Return whether accelerate launch or torchrun started this process, as their variables tell."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread on the host: for many small copies, threads that wait for each other cost ten times."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 def _threads_set_by_launcher() -> bool:

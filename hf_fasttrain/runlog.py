@@ -16,6 +16,7 @@ from hf_fasttrain.errors import without_secrets
 from hf_fasttrain.files import append_line, read_lines, reason, write_whole
 
 METRICS_FILE = "metrics.jsonl"
+PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> first part of its figures' names in trackers
 Track = Callable[[dict[str, float], int], None]
 
 
@@ -120,14 +121,13 @@ class RunLog:
                 append_line(self.folder / METRICS_FILE, json.dumps(values))
             except OSError as error:
                 self.not_written(str(self.folder / METRICS_FILE), error)
-        prefix = {"train": "train", "evaluation": "eval"}.get(values["kind"])
+        prefix = PREFIXES.get(values["kind"])
         if self.track is not None and prefix:
             numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             try:
                 self.track(numbers, values["step"])
             except Exception as error:  # noqa: BLE001 - others' code, and training does not depend on it
                 self.note(f"log.trackers: figures from step {values['step']} on are missing there: {reason(error)}")
-                self.track = None
 
     def forget_after(self, step: int) -> None:
         """Drop what metrics.jsonl says of steps after `step`: a resumed run writes them anew."""
@@ -135,6 +135,15 @@ class RunLog:
             return
         kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
         write_whole(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+def last_steps(folder: Path) -> dict[str, int]:
+    """Return the last step of each kind of figures in metrics.jsonl, by the prefix that trackers know it by."""
+    lines = read_lines(folder / METRICS_FILE)
+    return {
+        prefix: max((line.get("step", 0) for line in lines if line.get("kind") == kind), default=0)
+        for kind, prefix in PREFIXES.items()
+    }
 
 
 def _clock(seconds: float) -> str:

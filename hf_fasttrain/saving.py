@@ -20,7 +20,7 @@ from hf_fasttrain.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from hf_fasttrain.environment import free_memory_bytes
+from hf_fasttrain.environment import free_memory_bytes, one_thread
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import attempt, new_folder, reason, sync_files, write_json
 from hf_fasttrain.processes import Processes, on_main
@@ -78,7 +78,8 @@ class Checkpoints:
         if not self.processes.is_main:
             return
         copy = num_bytes(weights, training) < free_memory_bytes() // 2
-        snapshot = Snapshot(step, state, weights, training, copy=copy)
+        with one_thread():
+            snapshot = Snapshot(step, state, weights, training, copy=copy)
         self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
         self._thread.start()
         if not copy:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_fasttrain.checkpoint import Checkpoint
 from hf_fasttrain.ema import Ema
+from hf_fasttrain.environment import one_thread
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.optim import restore_optimizer
 from hf_fasttrain.processes import Processes
@@ -63,10 +64,11 @@ class Stateful:
     def put_back(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint; RunError if it is of another model."""
         try:
-            self.model.load_state_dict(checkpoint.weights["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(checkpoint.weights["ema"])
-            restore_optimizer(self.optimizer, checkpoint.training["optimizer"])
+            with one_thread():
+                self.model.load_state_dict(checkpoint.weights["model"])
+                if self.ema is not None:
+                    self.ema.module.load_state_dict(checkpoint.weights["ema"])
+                restore_optimizer(self.optimizer, checkpoint.training["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise RunError(f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}") from None
         if self.scaler is not None and checkpoint.training["scaler"] is not None:
@@ -86,7 +88,9 @@ class Stateful:
     def require_finite(self, step: int) -> None:
         """Raise RunError if a weight is no finite number; waits for the device."""
         floating = [p for p in self.model.parameters() if p.is_floating_point()]
-        if not torch.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in floating], float("inf"))):
+        with one_thread():
+            largest = torch.nn.utils.get_total_norm([p.detach() for p in floating], float("inf"))
+        if not torch.isfinite(largest):
             raise RunError(
                 f"weights are no finite numbers after step {step}: lower optimizer.lr or set optimizer.clip_norm; "
                 "the checkpoints are as they were"

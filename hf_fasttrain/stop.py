@@ -17,13 +17,15 @@ from hf_fasttrain.processes import Processes
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LAUNCHER_GONE = 1000  # stands where a signal's number could
 MOST_STEPS = 10  # between a signal and what comes of it, with several processes
+TWICE_SECONDS = 0.2  # nobody presses Ctrl-C twice as fast; a child being forked may echo the first one
 SECONDS_BETWEEN = 1.0  # that these steps should take at most
 
 
 class StopSignals:
     """Remembers the first signal that asks for a stop, while it is entered; a second Ctrl-C ends the process at once.
 
-    `told` is called, in a thread of its own, with the name of the signal. A launcher that dies (`accelerate launch`
+    `told` is called, in a thread of its own, with the name of the signal. That thread hears signals even while the
+    main one is in a long operation, where Python's handlers do not run. A launcher that dies (`accelerate launch`
     passes no SIGTERM on) counts as a signal. Outside of Python's main thread no signals can be caught.
     """
 
@@ -31,6 +33,8 @@ class StopSignals:
         self._told, self._received = told, 0
         self._parent = os.getppid() if launched else None
         self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup = -1
 
     @property
     def received(self) -> int:
@@ -43,19 +47,49 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup does
             self._before = {number: signal.signal(number, self._note) for number in heard}
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(self._pipe[0],), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._pipe[1])  # which ends the thread
+            self._pipe = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = self._received or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel ends a process that hangs, Python could not
-        if not self._received:
-            self._received = number
-            threading.Thread(target=self._told, args=(signal_name(number),), daemon=True).start()
+
+    def _listen(self, pipe: int) -> None:
+        first: float | None = None  # when Ctrl-C was heard
+        told = False
+        while heard := os.read(pipe, 1):
+            number = heard[0]
+            if number not in SIGNALS:
+                continue
+            now = time.perf_counter()
+            if number == signal.SIGINT and first is not None and now - first > TWICE_SECONDS:
+                os._exit(Stopped.CTRL_C)
+            if number == signal.SIGINT and first is None:
+                first = now
+            self._received = self._received or number
+            if not told:
+                told = True
+                self._told(signal_name(number))
+        os.close(pipe)
+
+
+def ignore_signals() -> None:
+    """Let nothing disturb a process that has saved its state and only has to end with the right status."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def signal_name(number: int) -> str:

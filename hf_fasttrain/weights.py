@@ -13,10 +13,11 @@ from hf_fasttrain.errors import ModelError, shortened
 
 
 def weights_file(place: str) -> Path:
-    """Return the .safetensors file of a local folder or path."""
+    """Return the .safetensors file of a local path: a file, a model folder, a run, a checkpoint or a folder of them."""
     path = Path(place).expanduser()
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
+        found += sorted(path.glob("step_*/model.safetensors"))[-1:]  # the newest of a run's checkpoints
         if not found:
             raise ModelError(f"model.pretrained: no model.safetensors in folder {place}")
         return found[0]
@@ -39,8 +40,12 @@ def load_weights(model: nn.Module, path: Path, head: Sequence[str] = ()) -> None
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: can't be read as safetensors: {error}") from None
-    weights = _convert(weights, model)
     own = model.state_dict()
+    if not weights.keys() & own.keys() and all(name.startswith("model.") for name in weights):
+        weights = {
+            name.removeprefix("model."): value for name, value in weights.items()
+        }  # a checkpoint has a wrapper's
+    weights = _convert(weights, model)
     other = [
         name for name in weights if name in own and weights[name].shape != own[name].shape and is_within(name, head)
     ]

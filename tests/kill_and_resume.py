@@ -13,6 +13,7 @@ import argparse
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 RECIPE = """
@@ -162,22 +164,29 @@ def torment(name: str, folder: Path, kills: int, seed: int, steps: int = 24) -> 
     while report.kills < kills:
         children = start(recipe, [*overrides, f"output_dir={cut}"], processes, log, resume=cut.exists())
         if rng.random() < 0.5:
-            killed = kill_after(children, rng.uniform(0, 0.9 * duration), lambda: True, rng)
+            killed = kill_after(children, rng.uniform(0.3, 0.9) * duration, lambda: True, rng)
         else:  # a random moment of writing a random checkpoint
-            time.sleep(rng.uniform(0, 0.5 * duration))
-            killed = kill_after(children, rng.uniform(0, 0.01), lambda: bool(list(checkpoints.glob(".step*"))), rng)
-        report.while_writing += bool(list(checkpoints.glob(".step*")))
-        if not killed:
-            import shutil
-
-            shutil.rmtree(cut)  # it came to its end; torment another one
-            continue
-        report.kills += 1
+            first = max(steps_of(checkpoints, "step_*"), default=0) + rng.randint(1, steps // 3)
+            killed = kill_after(children, rng.uniform(0, 0.01), partial(is_writing, checkpoints, first), rng)
+        report.while_writing += bool(steps_of(checkpoints, ".step_*.partial"))
+        report.kills += killed
+        if not killed:  # it came to its end; torment another one
+            report.differing += differing(whole, cut, steps)
+            shutil.rmtree(cut)
     finish(start(recipe, [*overrides, f"output_dir={cut}"], processes, log, resume=cut.exists()), log)
-    text = log.read_text()
-    report.resumed_from = [int(step) for step in re.findall(r"resumed from \S*: step (\d+) of", text)]
-    report.differing = differing(whole, cut, steps)
+    report.resumed_from = [int(step) for step in re.findall(r"resumed from \S*: step (\d+) of", log.read_text())]
+    report.differing += differing(whole, cut, steps)
     return report
+
+
+def steps_of(checkpoints: Path, pattern: str) -> list[int]:
+    """Return the steps of the checkpoint folders that a pattern finds."""
+    return [int(re.sub(r"\D", "", path.name)) for path in checkpoints.glob(pattern)]
+
+
+def is_writing(checkpoints: Path, first: int) -> bool:
+    """Return whether a checkpoint of step `first` or later is being written."""
+    return max(steps_of(checkpoints, ".step_*.partial"), default=0) >= first
 
 
 def differing(whole: Path, cut: Path, steps: int) -> list[str]:
