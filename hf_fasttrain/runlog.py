@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hf_fasttrain.errors import without_secrets
-from hf_fasttrain.files import append_line, read_lines, reason, write_whole
+from hf_fasttrain.files import append_line, attempt, read_lines, reason, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> first part of its figures' names in trackers
@@ -134,7 +134,8 @@ class RunLog:
         if not self.main or self.folder is None or not (path := self.folder / METRICS_FILE).exists():
             return
         kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
-        write_whole(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        attempt(lambda: write_whole(path, text), lambda error: self.not_written(str(path), error))
 
 
 def last_steps(folder: Path) -> dict[str, int]:

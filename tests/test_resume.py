@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import reset_accelerate, run_processes
-from kill_and_resume import torment
+from kill_and_resume import import_everything, torment
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from hf_fasttrain.checkpoint import complete_checkpoints
 from hf_fasttrain.data.loader import Step
 from hf_fasttrain.errors import ModelError, RunError
 
+import_everything()
 SMALL = ["data.eval_fraction=0.05", "augment.mixup=0.5", "log.every=1", "checkpoint.every=2 steps"]
 EXACT = [*SMALL, "model.name=test_vit", "optimizer.name=sgd", "optimizer.lr=0.05"]
 
