@@ -13,8 +13,8 @@ bytes         size of the checkpoint
 Both sides save the very same model and optimizer (fused AdamW, its moments filled by a step with random gradients), in
 turn, each round beginning with the other one. Each save goes to a new folder, after a sync of what was written before;
 folders are deleted outside of the clock. After each load all tensors are compared with those saved. The first round is
-thrown away. `Trainer.save` looks for weights that are no numbers before it saves, which `save_state` does not: that is
-measured as `finite_check` and counted in nothing else.
+thrown away. Ours looks for weights that are no numbers before it writes, which `save_state` does not; that is in
+`durable`.
 """
 
 from __future__ import annotations
@@ -180,21 +180,17 @@ def drop_from_memory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def measure(training: Training, rounds: int, folder: Path) -> tuple[dict[str, list[Row]], list[float]]:
-    """Return side -> figures of each round, and the seconds of each look for weights that are no numbers."""
+def measure(training: Training, rounds: int, folder: Path) -> dict[str, list[Row]]:
+    """Return side -> figures of each round."""
     rows: dict[str, list[Row]] = {name: [] for name in SIDES}
-    checks = []
     for number in range(rounds + 1):
         names = list(SIDES)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             rows[name].append(measure_once(training, name, folder / f"{number}_{name}"))
-        start = time.perf_counter()
-        training.stateful.require_finite(STEP)
-        checks.append(time.perf_counter() - start)
         still = ", ".join(f"{name} {runs[-1]['stands_still']:.3f} s" for name, runs in rows.items())
         print(f"round {number}{'' if number else ', thrown away'}: {still}", file=sys.stderr, flush=True)
-    return {name: runs[1:] for name, runs in rows.items()}, checks[1:]
+    return {name: runs[1:] for name, runs in rows.items()}
 
 
 def spread(values: list[float]) -> Row:
@@ -212,7 +208,7 @@ def summarise(rows: dict[str, list[Row]]) -> dict[str, dict[str, Row]]:
     return table
 
 
-def print_table(table: dict[str, dict[str, Row]], check: Row) -> None:
+def print_table(table: dict[str, dict[str, Row]]) -> None:
     """Print the figures of both sides, median (least - most), and their ratios."""
 
     def shown(row: Row, digits: int, scale: float = 1.0) -> str:
@@ -225,7 +221,6 @@ def print_table(table: dict[str, dict[str, Row]], check: Row) -> None:
         label, scale, digits = ("MB", 1e6, 1) if size else (f"{figure} s", 1.0, 3)
         sides = [f"{shown(row[name], digits, scale):>24}" for name in SIDES]
         print(f"{label:<14} {sides[0]} {sides[1]} {shown(row['ratio'], 3):>24}")
-    print(f"{'finite_check s':<14} {shown(check, 4):>24}")
 
 
 def main() -> int:
@@ -242,15 +237,15 @@ def main() -> int:
     training = Training(args.model)
     machine, versions = describe_machine(training.device, 1), describe_versions()
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=args.dir) as scratch:
-        rows, checks = measure(training, args.rounds, Path(scratch))
+        rows = measure(training, args.rounds, Path(scratch))
         place = scratch
-    table, check = summarise(rows), spread(checks)
+    table = summarise(rows)
     print(f"{args.model}, AdamW, {args.rounds} rounds, in {Path(place).parent}, {torch.get_num_threads()} threads")
     print(", ".join(f"{key} {value}" for key, value in (machine | versions).items()))
-    print_table(table, check)
+    print_table(table)
     if args.json:
         about = {"command": sys.argv[1:], "machine": machine, "versions": versions}
-        report = {**about, "figures": table, "finite_check": check, "rounds": rows}
+        report = {**about, "figures": table, "rounds": rows}
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from hf_fasttrain.tensor_tree import pack, unpack
 MARKER = "COMPLETE"
 PREFIX = "step_"
 STATE_FILE = "state.json"
+FORMAT = 1  # raised when `State` or the layout changes: others' checkpoints are refused, not misread
 TRAINING = "training"  # the tensors of optimizer, scaler and loader
 
 SAFETENSORS_TYPES = {
@@ -62,6 +64,19 @@ class Snapshot:
         every = {**weights, TRAINING: tensors}
         self.tensors = {file: {n: on_host(t, copy=copy) for n, t in named.items()} for file, named in every.items()}
 
+    def is_finite(self) -> bool:
+        """Return whether every weight is a number."""
+        weights = (tensor for file, named in self.tensors.items() if file != TRAINING for tensor in named.values())
+        return all(_is_finite(tensor) for tensor in weights if tensor.is_floating_point() and tensor.numel())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are numbers, in one thread: this runs beside training."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.float()
+    values = tensor.numpy()
+    return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
+
 
 def on_host(tensor: Tensor, *, copy: bool) -> Tensor:
     """Return a tensor's values on the CPU, in the order that files have them."""
@@ -100,7 +115,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
             file.write(json.dumps(snapshot.state).encode())
         files[STATE_FILE] = {"bytes": file.num_bytes, "xxh3": file.digest}
     try:
-        write_json(final / MARKER, {"format": 1, "files": files})
+        write_json(final / MARKER, {"format": FORMAT, "files": files})
     except OSError:
         shutil.rmtree(final, ignore_errors=True)
         raise
@@ -198,9 +213,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _verified(path: Path) -> list[str]:
     """Return the names of a checkpoint's files; ValueError if one of them is not as it was written."""
-    listed = json.loads((path / MARKER).read_text(encoding="utf-8") or "{}").get("files")
-    if not isinstance(listed, dict) or STATE_FILE not in listed:
-        raise ValueError("its marker is damaged or of another version")
+    marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    listed = marker["files"]
+    if marker["format"] != FORMAT:
+        raise ValueError(f"format {marker['format']}, which another version of hf_fasttrain has written")
     for name, told in listed.items():
         if Path(name).name != name:
             raise ValueError(f"{name!r} is outside of its folder")

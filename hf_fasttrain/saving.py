@@ -55,7 +55,8 @@ class Checkpoints:
     """The checkpoints of a run folder: the newest `keep` and the best. The main process writes, all read.
 
     Training stands still while the state is copied to the host; a thread writes the copy. Where the copy would take
-    more than half of the free memory, training waits for the writing instead.
+    more than half of the free memory, training waits for the writing instead. Weights that are no numbers are not
+    written.
     """
 
     def __init__(self, run: Path, processes: Processes, log: RunLog, keep: int) -> None:
@@ -97,7 +98,9 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
-            if not self._try(snapshot) and self._made_room(best_step):
+            if not snapshot.is_finite():  # the next steps' losses will not be either, and stop the run
+                self.failed = "its weights are no finite numbers"
+            elif not self._try(snapshot) and self._made_room(best_step):
                 self._try(snapshot)
             if self.failed is None:
                 attempt(lambda: prune_checkpoints(self.folder, self.keep, best_step), lambda error: None)

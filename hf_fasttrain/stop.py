@@ -61,6 +61,7 @@ class StopSignals:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._pipe[1])  # which ends the thread
             self._pipe = None
+        self._received = 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number

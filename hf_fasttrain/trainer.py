@@ -392,7 +392,6 @@ class Trainer:
         self.requests.saved()
         with self.pace.stopped():
             self._average_batch_norm()
-            self.stateful.require_finite(self.state.step)
             self._copy_pace()
             about = {
                 "state": asdict(self.state),
@@ -431,6 +430,7 @@ class Trainer:
             self._go_on(checkpoint.path.name, checkpoint.state["processes"])
         else:
             self.log.say(f"nothing to resume in {self.output_dir}: training starts afresh")
+            self.log.forget_after(0)
         size = remembered_cut(self.output_dir, self._wished)
         if size is not None:
             self.train_loader.cut_to(size)
@@ -499,6 +499,7 @@ class Trainer:
 
     def _finish(self, stop: int) -> Result:
         """Evaluate, save and write down how the run ended; after a signal, leave when its state is saved."""
+        self.stateful.require_finite(self.state.step)
         stop = stop or self._evaluate_and_compare()
         self.save()
         stop = stop or self.requests.now()

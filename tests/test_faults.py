@@ -210,7 +210,7 @@ def test_a_full_disk_gets_room_by_dropping_older_checkpoints(
     real = os.open
 
     def opened(path: Any, flags: int, *args: Any, **options: Any) -> int:
-        if flags & os.O_WRONLY and ".partial" in str(path) and len(steps_of(run)) > 1:
+        if flags & os.O_WRONLY and ".step_" in str(path) and len(steps_of(run)) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(path, flags, *args, **options)
 
