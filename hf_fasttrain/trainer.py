@@ -224,13 +224,16 @@ class Trainer:
 
     def _make_smaller(self, step: Step, what: str) -> Step:
         """Undo a step that memory was too short for, and return it cut smaller."""
+        can_undo = self._memory.can_undo(step)
         before = self.train_loader.micro_batch_size
+        if can_undo:  # all processes have come here
+            before = self.processes.largest(before)[0]
         size = smaller(before, with_batch_norm=bool(self.norms))
         if size is None:
             least = "two images, which batch norm needs, do" if self.norms else "a single image does"
             raise RunError(f"out of memory: {least} not fit ({what}); lower data.image_size or take a smaller model")
         remember_cut(self.output_dir, self._wished, size)
-        if not self._memory.can_undo(step):
+        if not can_undo:
             raise NotEnoughMemory(
                 f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
                 f"being exchanged or applied ({what}); nothing of it is saved: the same command with --resume goes on "
@@ -502,6 +505,9 @@ class Trainer:
         self.stateful.require_finite(self.state.step)
         stop = stop or self._evaluate_and_compare()
         self.save()
+        if self.checkpoints is not None and self.processes.any(not self.checkpoints.wait()):
+            self._saved_at = -1
+            self.save()  # once more: what filled the disk may be gone
         stop = stop or self.requests.now()
         test = None
         if self.test_loader is not None and not stop:
