@@ -40,7 +40,6 @@ from torch import Tensor
 from hf_fasttrain.checkpoint import checkpoint_path, load_checkpoint
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.files import sync_files, sync_folder
-from hf_fasttrain.processes import Processes
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.saving import Checkpoints
 from hf_fasttrain.state import Stateful
@@ -75,7 +74,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         bare = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.stateful = Stateful(self.model, None, bare, None, NoLoader(), Processes(self.accelerator))
+        self.stateful = Stateful(self.accelerator, self.model, None, bare, None, NoLoader())
         self.expected = [tensor.clone() for tensor in self.tensors()]
 
     def tensors(self) -> list[Tensor]:

@@ -84,10 +84,13 @@ def on_host(tensor: Tensor, *, copy: bool) -> Tensor:
 
 
 def num_bytes(weights: Mapping[str, Mapping[str, Tensor]], training: dict[str, Any]) -> int:
-    """Return how many bytes of tensors a checkpoint has."""
+    """Return how many bytes of tensors a checkpoint has; RunError if one of its values can't be saved."""
     tensors: dict[str, Tensor] = {}
     pack(training, tensors)
     every = [*(t for named in weights.values() for t in named.values()), *tensors.values()]
+    unknown = {str(tensor.dtype) for tensor in every if tensor.dtype not in SAFETENSORS_TYPES}
+    if unknown:
+        raise RunError(f"can't save tensors of type {', '.join(sorted(unknown))}: safetensors does not have it")
     return sum(tensor.nbytes for tensor in every)
 
 
@@ -102,11 +105,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write a checkpoint beside its place, synced, and rename it there; the marker of completeness comes last.
 
-    The marker lists size and xxh3-128 of every file. Raises OSError; nothing of the checkpoint is left then.
+    The marker lists size and xxh3-128 of every file. Raises OSError; what was there before is still there then.
     """
     final = checkpoint_path(folder, snapshot.step)
     files: dict[str, dict[str, Any]] = {}
-    with new_folder(final) as partial:
+    with new_folder(final, last=lambda: write_json(final / MARKER, {"format": FORMAT, "files": files})) as partial:
         for name, tensors in snapshot.tensors.items():
             with NewFile(partial / f"{name}.safetensors") as file:
                 write_safetensors(file, tensors)
@@ -114,11 +117,6 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         with NewFile(partial / STATE_FILE) as file:
             file.write(json.dumps(snapshot.state).encode())
         files[STATE_FILE] = {"bytes": file.num_bytes, "xxh3": file.digest}
-    try:
-        write_json(final / MARKER, {"format": FORMAT, "files": files})
-    except OSError:
-        shutil.rmtree(final, ignore_errors=True)
-        raise
     return final
 
 
@@ -144,13 +142,18 @@ def write_safetensors(file: NewFile, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
-def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all complete checkpoints but the newest `keep` and the best; each is marked incomplete first."""
-    for path in complete_checkpoints(folder)[:-keep]:
+def prune_checkpoints(folder: Path, keep: int, best_step: int | None, step: int) -> None:
+    """Remove what is not needed when training is at `step`: all checkpoints but the newest `keep` and the best.
+
+    Checkpoints of later steps are damaged ones, which a resume has passed over: they count for nothing, and stay.
+    """
+    now = checkpoint_path(folder, step)
+    for path in [path for path in complete_checkpoints(folder) if path <= now][:-keep]:
         if best_step is None or path != checkpoint_path(folder, best_step):
             os.unlink(path / MARKER)
             shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f".{PREFIX}*"):  # left by a process that was killed while it wrote
+    half = [path for path in folder.glob(f"{PREFIX}*") if not (path / MARKER).exists()]
+    for path in [*half, *folder.glob(f".{PREFIX}*")]:  # left by a process that was killed
         shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
 
@@ -168,6 +171,7 @@ def newest_checkpoint(folder: Path, passed_over: Callable[[str], None]) -> Check
 
     `passed_over` is told of newer ones that are half-written or damaged. RunError if none of them can be read.
     """
+    bring_back(folder)
     found = sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
     damaged = []
     for path in found:
@@ -187,6 +191,15 @@ def newest_checkpoint(folder: Path, passed_over: Callable[[str], None]) -> Check
     return None
 
 
+def bring_back(folder: Path) -> None:
+    """Put a checkpoint back into its place that was about to be replaced when its process was killed."""
+    for old in folder.glob(f".{PREFIX}*.old"):
+        path = folder / old.name[1:].removesuffix(".old")
+        if not (path / MARKER).exists():
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(old, path)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Return a checkpoint's contents on the CPU; RunError if a byte of it is not as it was written."""
     from safetensors import SafetensorError
@@ -204,15 +217,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's plain values without its tensors; an empty dict if they can't be read."""
+    """Return a checkpoint's plain values without its tensors; an empty dict if files of it are damaged or missing.
+
+    Of the tensors' files only the sizes are looked at.
+    """
     try:
+        _verified(path, only=STATE_FILE)
         return dict(json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _verified(path: Path) -> list[str]:
-    """Return the names of a checkpoint's files; ValueError if one of them is not as it was written."""
+def _verified(path: Path, *, only: str | None = None) -> list[str]:
+    """Return the names of a checkpoint's files; ValueError if one of them is not as it was written.
+
+    `only` is the file whose bytes are looked at, if not all are.
+    """
     marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
     listed = marker["files"]
     if marker["format"] != FORMAT:
@@ -223,7 +243,7 @@ def _verified(path: Path) -> list[str]:
         size = (path / name).stat().st_size
         if size != told["bytes"]:
             raise ValueError(f"{name} has {size:,} of {told['bytes']:,} bytes")
-        if digest_of(path / name) != told["xxh3"]:
+        if only in (None, name) and digest_of(path / name) != told["xxh3"]:
             raise ValueError(f"{name} has changed since it was written")
     return list(listed)
 

@@ -101,8 +101,8 @@ def train(
     trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
     try:
         result = trainer.fit()
-    except Stopped:
-        ignore_signals()
+    except Stopped as stopped:
+        ignore_signals(int(stopped.code or 0))
         _end_trackers(trainer)
         raise
     _end_trackers(trainer)

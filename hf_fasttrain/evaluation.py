@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.metrics import ExternalMetrics, Metrics
+from hf_fasttrain.model import batch_norms
 from hf_fasttrain.out_of_memory import free_cached_memory, is_out_of_memory
 
 
@@ -74,7 +75,9 @@ class Evaluator:
             size = min(self.most or len(images), len(images))  # outside of the handler, which holds what it failed on
             free_cached_memory(self.accelerator.device)
             if size == 1:
-                raise RunError("out of memory: a single image does not fit in evaluation; lower data.image_size")
+                alone = RunError("out of memory: a single image does not fit in evaluation; lower data.image_size")
+                alone.every_process = False
+                raise alone
             self.most = size // 2
 
     def _add(self, tensor: Tensor) -> Tensor:
@@ -84,11 +87,27 @@ class Evaluator:
         return gather_object(rows) if self.accelerator.num_processes > 1 else rows
 
 
-def average_batch_norm(norms: Sequence[nn.Module], accelerator: Accelerator) -> None:
-    """Give every process the mean of all processes' running statistics."""
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return name -> running mean or variance of a model's batch norms; each process has its own."""
+    norms = {id(norm) for norm in batch_norms(model)}
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, module in model.named_modules()
+        if id(module) in norms
+        for name in ("running_mean", "running_var")
+        if isinstance(buffer := getattr(module, name), Tensor)
+    }
+
+
+def averaged_statistics(model: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return the means of all processes' running statistics, the model's own left as they are; nothing if alone."""
     if accelerator.num_processes == 1:
-        return
-    for norm in norms:
-        for buffer in (norm.running_mean, norm.running_var):
-            if isinstance(buffer, Tensor):
-                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+        return {}
+    return {name: accelerator.reduce(own, reduction="mean") for name, own in running_statistics(model).items()}
+
+
+def average_batch_norm(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the mean of all processes' running statistics."""
+    own = running_statistics(model)
+    for name, mean in averaged_statistics(model, accelerator).items():
+        own[name].copy_(mean)

@@ -109,14 +109,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[Path]:
     """Make a folder beside its place, to be filled; at the end it is synced and takes the place of `path`.
 
-    If it can't be filled (OSError or anything else), it is removed, and what was at `path` stays.
+    `last` is called when it is there. If anything fails on the way, what was at `path` is there again.
     """
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
+    placed = False
     try:
         os.makedirs(partial)
         yield partial
@@ -124,9 +125,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.rename(path, old)
         os.rename(partial, path)
+        placed = True
         sync_folder(path.parent)
+        if last is not None:
+            last()
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(path if placed else partial, ignore_errors=True)
         if old.exists() and not path.exists():
             os.rename(old, path)
         raise

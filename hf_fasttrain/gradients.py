@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +30,7 @@ class Gradients:
     ) -> None:
         self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
         self.norms = batch_norms(raw_model)
-        self.dtype = next(raw_model.parameters()).dtype
+        self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
         if isinstance(model, DistributedDataParallel):  # running statistics are averaged instead,
             model.broadcast_buffers = False  # and processes may make unequally many forwards
 
@@ -51,8 +52,8 @@ class Gradients:
             short = str(error)
         if self.processes.any(short is not None):
             raise MemoryShort(short or "another process had too little memory")
-        joined = self._join_without_images(step.image_shape)
-        return joined if total is None else total
+        self._exchange()
+        return torch.zeros((), device=self.accelerator.device) if total is None else total
 
     def _own_part(self, step: Step, *, exchange: bool) -> Tensor | None:
         """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
@@ -88,12 +89,22 @@ class Gradients:
 
     def _join_without_images(self, image_shape: Sequence[int]) -> Tensor:
         """Take part in the exchange of gradients with weight zero, and without moving batch-norm statistics."""
-        images = torch.zeros(2, *image_shape, device=self.accelerator.device, dtype=self.dtype)
+        images = torch.zeros(2, *image_shape, device=self.accelerator.device, dtype=self.parameters[0].dtype)
         self._freeze_batch_norm()
         loss = self.model(images).sum() * 0.0
         self._backward(loss)
         self.set_train_mode()
         return loss.detach()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Give every process the mean of all processes' gradients, as DDP does: divided first, then added up."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            mean = parameter.grad.div_(self.processes.number).contiguous()
+            dist.all_reduce(mean)
+            parameter.grad.copy_(mean)
 
     def _freeze_batch_norm(self) -> None:
         for norm in self.norms:

@@ -39,6 +39,7 @@ class Pace:
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._images: list[int] = []  # of each loss
+        self._at: list[int] = []  # which step of the lap each loss is of
         self._steps = self._seen = 0  # steps and images, skipped ones too
         self._seconds = self._wait = 0.0
 
@@ -52,6 +53,7 @@ class Pace:
         if skipped:
             return
         self._losses.append(loss)
+        self._at.append(self._steps)
         self._images.append(num_images)
         if grad_norm is not None:
             self._norms.append(grad_norm)
@@ -92,9 +94,9 @@ class Pace:
         """Return where the present lap went wrong; called by all processes, and only when it has."""
         losses = add_up(torch.stack(self._losses).float()).tolist()
         norms = torch.stack(self._norms).tolist() if self._norms else [None] * len(losses)
-        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        for at, loss, norm in zip(self._at, losses, norms, strict=True):
             if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
-                return NotFinite(len(losses) - 1 - number, loss, norm)
+                return NotFinite(self._steps - at, loss, norm)
         return None
 
     @contextmanager

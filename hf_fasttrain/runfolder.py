@@ -61,9 +61,9 @@ def finished_steps(folder: Path) -> int | None:
 
 
 def saved_state(folder: Path) -> dict[str, Any]:
-    """Return the plain values of a run's newest complete checkpoint, an empty dict if there is none."""
-    checkpoints = complete_checkpoints(folder / "checkpoints")
-    return read_state(checkpoints[-1]) if checkpoints else {}
+    """Return the plain values of the newest checkpoint that looks whole, an empty dict if there is none."""
+    states = map(read_state, reversed(complete_checkpoints(folder / "checkpoints")))
+    return next(filter(None, states), {})
 
 
 def describe_run(folder: Path, facts: Facts) -> None:

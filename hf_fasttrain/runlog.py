@@ -20,6 +20,13 @@ PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> first p
 Track = Callable[[dict[str, float], int], None]
 
 
+class _Console(Console):
+    """A console whose reader may go away: rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class RunLog:
     """Writes to the terminal and, with a folder, to metrics.jsonl; silent where `main` is False.
 
@@ -36,7 +43,7 @@ class RunLog:
         track: Track | None = None,
     ) -> None:
         self.folder, self.main, self.track = folder, main, track
-        self.console = Console(quiet=not (main and show), highlight=False, soft_wrap=True)
+        self.console = _Console(quiet=not (main and show), highlight=False, soft_wrap=True)
         self.notes: list[str] = []
         self.lost: list[str] = []  # results that are not on disk, each with the reason
         self.expected: tuple[str, ...] = ()  # files that the run folder must have in the end
@@ -65,7 +72,8 @@ class RunLog:
     def hurry(self, cause: str) -> None:
         """Say that a signal was heard; called from another thread while a step is running."""
         again = "; Ctrl-C again leaves at once" if cause == "Ctrl-C" else ""
-        self.console.show_cursor(True)  # a second Ctrl-C leaves no time for that
+        with suppress(OSError):
+            self.console.show_cursor(True)  # a second Ctrl-C leaves no time for that
         self.say(f"{cause}: finishing the step, then saving{again}")
 
     @contextmanager
@@ -75,10 +83,15 @@ class RunLog:
             yield
             return
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[facts]}"))
-        with Progress(*columns, console=self.console, refresh_per_second=4, expand=True) as self._progress:
-            self._task = self._progress.add_task("starting", total=num_steps, completed=done, facts="")
+        self._progress = Progress(*columns, console=self.console, refresh_per_second=4, expand=True)
+        self._task = self._progress.add_task("starting", total=num_steps, completed=done, facts="")
+        self._progress.start()
+        try:
             yield
-        self._progress = self._task = None
+        finally:
+            with suppress(OSError):  # the terminal may be gone
+                self._progress.stop()
+            self._progress = self._task = None
 
     def train_line(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
         """Record the training's state: loss, lr, images/s, share of time spent waiting for data."""
@@ -90,7 +103,8 @@ class RunLog:
         if self._progress is not None and self._task is not None:
             done = f"epoch {values['epoch']:.1f}  {step}/{num_steps}"
             short = f"loss {values['loss']:.3f}  {pace}  ETA {_clock(values['eta_seconds'])}"
-            self._progress.update(self._task, completed=step, facts=short, description=done)
+            with suppress(OSError):
+                self._progress.update(self._task, completed=step, facts=short, description=done)
         elif time.monotonic() - self._said >= 10 or step == num_steps:
             self._said = time.monotonic()
             self.say(f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_fasttrain.checkpoint import (
     Checkpoint,
     Snapshot,
+    checkpoint_path,
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -30,20 +31,21 @@ from hf_fasttrain.runlog import RunLog
 FOLDER = "checkpoints"
 
 
-def hold_run(run: Path) -> None:
+def hold_run(run: Path) -> bool:
     """Make a run folder and keep other runs out of it until `release_run`; nothing happens if it is held already.
 
-    Called by all processes. Raises RunError if another run is in it, or it can't be written.
+    Called by all processes. Returns False where the file system has no locks. Raises RunError if another run is in it,
+    or it can't be written.
     """
 
-    def lock() -> None:
+    def lock() -> bool:
         try:
             (run / FOLDER).mkdir(parents=True, exist_ok=True)
-            hold(run / FOLDER)
+            return hold(run / FOLDER)
         except OSError as error:
             raise RunError(f"output_dir {run}: can't be written: {reason(error)}; choose another output_dir") from None
 
-    on_main(lock)
+    return on_main(lock)
 
 
 def release_run(run: Path) -> None:
@@ -63,6 +65,8 @@ class Checkpoints:
         self.run, self.folder = run, run / FOLDER
         self.processes, self.log, self.keep = processes, log, keep
         self.failed: str | None = None  # why the newest save was not written
+        self._full = False  # whether that was for want of room
+        self._best: int | None = None  # step of the best checkpoint that is on disk
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -76,9 +80,10 @@ class Checkpoints:
     ) -> None:
         """Copy the state of a step and begin to write it; the one before is waited for."""
         self.wait()
+        size = num_bytes(weights, training)
         if not self.processes.is_main:
             return
-        copy = num_bytes(weights, training) < free_memory_bytes() // 2
+        copy = size < free_memory_bytes() // 2
         with one_thread():
             snapshot = Snapshot(step, state, weights, training, copy=copy)
         self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
@@ -100,10 +105,10 @@ class Checkpoints:
         try:
             if not snapshot.is_finite():  # the next steps' losses will not be either, and stop the run
                 self.failed = "its weights are no finite numbers"
-            elif not self._try(snapshot) and self._made_room(best_step):
+            elif not self._try(snapshot) and self._made_room(best_step, snapshot.step):
                 self._try(snapshot)
             if self.failed is None:
-                attempt(lambda: prune_checkpoints(self.folder, self.keep, best_step), lambda error: None)
+                self._prune(self.keep, best_step, snapshot.step)
             else:
                 newest = complete_checkpoints(self.folder)
                 have = f"the newest is {newest[-1]}" if newest else "there is none yet"
@@ -122,11 +127,17 @@ class Checkpoints:
             self.failed = None
         return self.failed is None
 
-    def _made_room(self, best_step: int | None) -> bool:
+    def _made_room(self, best_step: int | None, step: int) -> bool:
         """Where the disk is full, remove all checkpoints but the newest and the best."""
         if not self._full or len(complete_checkpoints(self.folder)) < 2:
             return False
-        return attempt(lambda: prune_checkpoints(self.folder, 1, best_step), lambda error: None)
+        return self._prune(1, best_step, step)
+
+    def _prune(self, keep: int, best_step: int | None, step: int) -> bool:
+        """Remove old checkpoints; the best one on disk stays until a better one is there."""
+        if best_step is not None and checkpoint_path(self.folder, best_step) in complete_checkpoints(self.folder):
+            self._best = best_step
+        return attempt(lambda: prune_checkpoints(self.folder, keep, self._best, step), lambda error: None)
 
     def write_results(self, write_model: Callable[[Path], None], result: Callable[[], dict[str, Any]]) -> None:
         """Write RUN/model and result.json at the end, on the main process; what the disk does not take is named.

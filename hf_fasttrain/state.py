@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -13,8 +14,8 @@ from hf_fasttrain.checkpoint import Checkpoint
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import one_thread
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.evaluation import averaged_statistics, running_statistics
 from hf_fasttrain.optim import restore_optimizer
-from hf_fasttrain.processes import Processes
 
 
 @dataclass
@@ -40,25 +41,35 @@ class State:
 class Stateful:
     """The objects of a training that have a state."""
 
+    accelerator: Accelerator
     model: nn.Module
     ema: Ema | None
     optimizer: Any
     scaler: Any  # fp16's loss scaler, or None
     loader: Any
-    processes: Processes
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, **({"ema": self.ema.module} if self.ema is not None else {})}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of the model, and of its moving average."""
-        averaged = {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
-        return {"model": self.model.state_dict(), **averaged}
+        """Return the tensors of the model, and of its moving average; called by all processes.
+
+        Batch-norm statistics in them are the means of all processes'; the processes' own go on as they are.
+        """
+        modules = self._modules.items()
+        return {kind: {**m.state_dict(), **averaged_statistics(m, self.accelerator)} for kind, m in modules}
 
     def training(self) -> dict[str, Any]:
-        """Return the states of optimizer, scaler and each process's loader; called by all processes."""
-        loader = self.loader.state_dict()
+        """Return the states of optimizer and scaler, and what each process has of its own; called by all processes."""
+        own: dict[str, Any] = {"loader": self.loader.state_dict()}
+        if self.accelerator.num_processes > 1:
+            statistics = {kind: running_statistics(module) for kind, module in self._modules.items()}
+            own["statistics"] = {k: {n: t.cpu() for n, t in named.items()} for k, named in statistics.items()}
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "loader": gather_object([loader]) if loader is not None and self.processes.several else [loader],
+            "own": gather_object([own]) if self.accelerator.num_processes > 1 else [own],
         }
 
     def put_back(self, checkpoint: Checkpoint) -> None:
@@ -73,17 +84,23 @@ class Stateful:
             raise RunError(f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}") from None
         if self.scaler is not None and checkpoint.training["scaler"] is not None:
             self.scaler.load_state_dict(checkpoint.training["scaler"])
-        self.loader.load_state_dict(self._own(checkpoint.training["loader"]))
+        self._put_back_own(checkpoint.training["own"])
 
-    def _own(self, loaders: list[Any]) -> Any:
-        if loaders == [None]:
-            return None
-        if len(loaders) != self.processes.number:
+    def _put_back_own(self, own: list[dict[str, Any]]) -> None:
+        """Take over what each process had of its own: statistics where there are as many processes as then."""
+        now = self.accelerator.num_processes
+        if len(own) == now:
+            mine = own[self.accelerator.process_index]
+            for kind, statistics in mine.get("statistics", {}).items():
+                self._modules[kind].load_state_dict(statistics, strict=False)
+            self.loader.load_state_dict(mine["loader"])
+        elif any(each["loader"] is not None for each in own):
             raise RunError(
-                f"can't resume: train_loader's position was saved by {len(loaders)} processes, now there are "
-                f"{self.processes.number}; resume with as many, or use Trainer.from_recipe"
+                f"can't resume: train_loader's position was saved by {len(own)} processes, now there are {now}; resume "
+                "with as many, or use Trainer.from_recipe"
             )
-        return loaders[self.processes.index]
+        else:
+            self.loader.load_state_dict(None)
 
     def require_finite(self, step: int) -> None:
         """Raise RunError if a weight is no finite number; waits for the device."""

@@ -23,10 +23,15 @@ class Steps:
         while (step := next(self._steps, None)) is not None:
             yield step
 
+    def drop(self, step: Step) -> None:
+        """Let go of a step that failed, and of what is loaded ahead."""
+        if hasattr(step.micro_batches, "close"):
+            step.micro_batches.close()  # it holds images
+        self._steps = iter(())
+
     def again(self, index: int, micro_batch_size: int) -> Step:
         """Return a step once more, the same images in smaller micro-batches, and go on from there."""
         self.loader.cut_to(micro_batch_size)
-        self._steps = iter(())  # ends the loader's workers
         self._steps = iter(self.loader.again(index, self.stop))
         return next(self._steps)
 

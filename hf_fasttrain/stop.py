@@ -17,6 +17,7 @@ from hf_fasttrain.processes import Processes
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LAUNCHER_GONE = 1000  # stands where a signal's number could
 MOST_STEPS = 10  # between a signal and what comes of it, with several processes
+END = b"\0"
 TWICE_SECONDS = 0.2  # nobody presses Ctrl-C twice as fast; a child being forked may echo the first one
 SECONDS_BETWEEN = 1.0  # that these steps should take at most
 
@@ -59,7 +60,8 @@ class StopSignals:
         self._before = {}
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup)
-            os.close(self._pipe[1])  # which ends the thread
+            os.write(self._pipe[1], END)  # to the thread; loader workers may hold a copy of this end
+            os.close(self._pipe[1])
             self._pipe = None
         self._received = 0
 
@@ -71,7 +73,7 @@ class StopSignals:
     def _listen(self, pipe: int) -> None:
         first: float | None = None  # when Ctrl-C was heard
         told = False
-        while heard := os.read(pipe, 1):
+        while (heard := os.read(pipe, 1)) != END:
             number = heard[0]
             if number not in SIGNALS:
                 continue
@@ -87,10 +89,11 @@ class StopSignals:
         os.close(pipe)
 
 
-def ignore_signals() -> None:
-    """Let nothing disturb a process that has saved its state and only has to end with the right status."""
+def ignore_signals(status: int) -> None:
+    """Let nothing disturb a process that has saved its state and only has to end with `status`; Ctrl-C ends it so."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(status))
 
 
 def signal_name(number: int) -> str:

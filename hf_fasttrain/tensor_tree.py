@@ -21,6 +21,8 @@ def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     """
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
+    while name in tensors:  # "a.b" in one dict, and "b" in another's "a"
+        name += "'"
     if isinstance(tree, Tensor):
         tensors[name] = tree
         return {"tensor": name}

@@ -28,7 +28,7 @@ from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss
 from hf_fasttrain.model import batch_norms
 from hf_fasttrain.optim import set_lr
-from hf_fasttrain.out_of_memory import Memory, free_cached_memory, is_out_of_memory
+from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.result import Result, Watch
@@ -125,8 +125,8 @@ class Trainer:
         self.evaluate_every = Duration.parse(evaluate_every).to_steps(steps_per_epoch)
         saving = Duration.parse(checkpoint_every, minutes=True)
         minutes = saving.count if saving.unit == "minutes" else None
-        self.checkpoint_every = self.num_steps if minutes else saving.to_steps(steps_per_epoch)
-        if min(self.num_steps, self.evaluate_every, self.checkpoint_every, log_every) < 1:
+        self.checkpoint_every = self.num_steps if minutes is not None else saving.to_steps(steps_per_epoch)
+        if min(self.num_steps, self.evaluate_every, self.checkpoint_every, log_every) < 1 or saving.count == 0:
             raise RunError("duration, evaluate_every, checkpoint_every and log_every must be at least 1 step")
         self.log_every = log_every
 
@@ -141,7 +141,7 @@ class Trainer:
         if self.output_dir is not None:
             self.checkpoints = Checkpoints(self.output_dir, self.processes, self.log, keep_checkpoints)
         scaler = self.accelerator.scaler
-        self.stateful = Stateful(self.raw_model, ema, self.optimizer, scaler, self.train_loader, self.processes)
+        self.stateful = Stateful(self.accelerator, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
         self._memory = Memory(self.raw_model, self.norms, self.processes)
@@ -204,8 +204,11 @@ class Trainer:
 
     def _catch_up(self) -> int:
         """Evaluate what was due when the run was stopped; return the signal that broke it off, or 0."""
-        due = self.state.step > 0 and self._due(self.evaluate_every) and not self.is_finished
-        return self._evaluate_and_compare() if due else 0
+        if self.state.step == 0 or not self._due(self.evaluate_every) or self.is_finished:
+            return 0
+        stop = self._evaluate_and_compare()
+        self.save()
+        return stop
 
     def _make(self, step: Step) -> Tensor:
         """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
@@ -216,39 +219,46 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                what = str(error).splitlines()[0]
+                what, agreed = str(error).splitlines()[0], isinstance(error, MemoryShort)
             else:
                 self._memory.fits(step)
                 return loss
-            step = self._make_smaller(step, what)  # outside of the handler, which holds what failed
+            step = self._make_smaller(step, what, agreed)  # outside of the handler, which holds what failed
 
-    def _make_smaller(self, step: Step, what: str) -> Step:
-        """Undo a step that memory was too short for, and return it cut smaller."""
-        can_undo = self._memory.can_undo(step)
+    def _make_smaller(self, step: Step, what: str, agreed: bool) -> Step:
+        """Undo a step that memory was too short for, and return it cut smaller; `agreed` by all processes."""
+        failed_in = self._memory.failed_in()
         before = self.train_loader.micro_batch_size
-        if can_undo:  # all processes have come here
+        if agreed:
             before = self.processes.largest(before)[0]
         size = smaller(before, with_batch_norm=bool(self.norms))
         if size is None:
             least = "two images, which batch norm needs, do" if self.norms else "a single image does"
             raise RunError(f"out of memory: {least} not fit ({what}); lower data.image_size or take a smaller model")
-        remember_cut(self.output_dir, self._wished, size)
-        if not can_undo:
+        if self.processes.is_main or not agreed:
+            remember_cut(self.output_dir, self._wished, size)
+        if failed_in == "update" or (self.processes.several and not agreed):
             raise NotEnoughMemory(
                 f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
                 f"being exchanged or applied ({what}); nothing of it is saved: the same command with --resume goes on "
                 f"from the newest checkpoint with micro-batches of {size}"
             )
+        self._undo(first_update=failed_in == "first update")
+        self._steps.drop(step)
+        free_cached_memory(self.device)
+        self.state.out_of_memory.append({"step": step.index + 1, "before": before, "after": size})
+        self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step.index + 1} on")
+        return self._steps.again(step.index, size)
+
+    def _undo(self, *, first_update: bool) -> None:
+        """Put back what a failed step has changed."""
         self.optimizer.zero_grad(set_to_none=True)
+        if first_update:
+            self.optimizer.state.clear()  # half of it may be made
+        if (scaler := self.accelerator.scaler) is not None:
+            scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone
         self._memory.put_back()
         self._set_train_mode()
-        step_index = step.index
-        if hasattr(step.micro_batches, "close"):
-            step.micro_batches.close()  # it holds the images, and the loader's workers
-        free_cached_memory(self.device)
-        self.state.out_of_memory.append({"step": step_index + 1, "before": before, "after": size})
-        self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step_index + 1} on")
-        return self._steps.again(step_index, size)
 
     def train_step(self, step: Step) -> Tensor:
         """Make one optimizer step and return this process's part of the mean loss over the step's images.
@@ -263,18 +273,17 @@ class Trainer:
 
     def _update(self) -> None:
         scaled = self.accelerator.scaler is not None
-        self._grad_norm, self._skipped = self._clip(scaled), False
+        self._grad_norm = self._clip(scaled)
         if scaled and self._scale is None:
             self._scale = self.accelerator.scaler.get_scale()
-        with self._memory.updating(first=not self.optimizer.state):
+        with self._memory.updating(empty=not self.optimizer.state):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if scaled and self._has_skipped():
-            self._skipped = True
-            return
-        if self.ema is not None:
+        self._skipped = scaled and self._has_skipped()
+        if self.ema is not None and not self._skipped:
             self.ema.update(self.state.updates)
-        self.state.updates += 1
+        self._memory.updated()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.updates += not self._skipped
 
     def _clip(self, scaled: bool) -> Tensor | None:
         """Clip the gradients if asked, and return their norm, on the device; None where fp16 has scaled it."""
@@ -353,6 +362,7 @@ class Trainer:
         if not metrics:
             return self.requests.now()
         self.state.metrics, self.state.evaluated_at = metrics, self.state.step
+        self._saved_at = -1  # a checkpoint of this step would not know it
         if self.early_stopping and self._improves(self.early_stopping, self.state.watched):
             self.state.watched = self._record(self.early_stopping)
         if self._improves(self.best, self.state.best):
@@ -381,9 +391,9 @@ class Trainer:
         return {"metric": watch.metric, "value": self.state.metrics[watch.metric], "step": self.state.step}
 
     def _average_batch_norm(self) -> None:
-        average_batch_norm(self.norms, self.accelerator)
+        average_batch_norm(self.raw_model, self.accelerator)
         if self.ema is not None:
-            average_batch_norm(batch_norms(self.ema.module), self.accelerator)
+            average_batch_norm(self.ema.module, self.accelerator)
 
     # --- saving and restoring ------------------------------------------------------------------------------
 
@@ -394,7 +404,6 @@ class Trainer:
         self._saved_at = self.state.step
         self.requests.saved()
         with self.pace.stopped():
-            self._average_batch_norm()
             self._copy_pace()
             about = {
                 "state": asdict(self.state),
@@ -412,14 +421,22 @@ class Trainer:
         if self.state.step == 0 and complete_checkpoints(self.checkpoints.folder):
             raise RunError(f"{self.output_dir}: holds checkpoints; call restore() to go on, or give another output_dir")
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-        hold_run(self.checkpoints.run)
+        if not hold_run(self.checkpoints.run):
+            self.log.note(f"{self.output_dir}: its file system has no locks; nothing keeps a second run out of it")
 
     def restore(self) -> None:
         """Go back to the newest complete checkpoint; say so and start afresh if there is none."""
         if self.checkpoints is None:
             raise RunError("nothing to resume: the trainer has no output_dir")
         hold_run(self.checkpoints.run)
-        checkpoint = self.checkpoints.newest()
+        try:
+            self._restore(self.checkpoints)
+        except RunError:
+            release_run(self.checkpoints.run)
+            raise
+
+    def _restore(self, checkpoints: Checkpoints) -> None:
+        checkpoint = checkpoints.newest()
         if checkpoint is not None:
             require_same(checkpoint.state["learnt"], self.learnt, checkpoint.path)
             state = State(**checkpoint.state["state"])

@@ -118,6 +118,35 @@ def test_an_optimizer_of_channels_last_weights_goes_on_bitwise() -> None:
     assert torch.equal(resumed.weight, whole.weight)
 
 
+def test_names_of_tensors_do_not_collide() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    tree = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), 1: torch.full((1,), 2.0), "1": torch.full((1,), 3.0)}
+    back = unpack(pack(tree, tensors), tensors)
+    assert [float(t) for t in (back["a"]["b"], back["a.b"], back[1], back["1"])] == [0, 1, 2, 3]
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_displace_good_ones(tmp_path: Path) -> None:
+    """A resume has passed over step 200: what is saved after it must not be pruned in its favour."""
+    for step in (100, 200):
+        save_checkpoint(tmp_path, snapshot(step))
+    (tmp_path / "step_00000200" / "model.safetensors").write_bytes(b"damaged")
+    (tmp_path / "step_00000170").mkdir()  # killed before its marker was written
+    save_checkpoint(tmp_path, snapshot(150))
+    prune_checkpoints(tmp_path, 1, None, step=150)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000150", "step_00000200"]
+    newest = newest_checkpoint(tmp_path, lambda text: None)
+    assert newest is not None
+    assert newest.state["step"] == 150
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, snapshot(3))
+    path.rename(tmp_path / ".step_00000003.old")
+    path.mkdir()  # killed between the renames, or before the new marker
+    newest = newest_checkpoint(tmp_path, lambda text: None)
+    assert is_whole(newest)
+
+
 # --- faults ------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +165,7 @@ def is_whole(checkpoint: Checkpoint | None) -> bool:
 
 def save_and_prune(folder: Path, step: int) -> None:
     save_checkpoint(folder, snapshot(step))
-    prune_checkpoints(folder, 2, best_step=1)
+    prune_checkpoints(folder, 2, best_step=1, step=step)
 
 
 os_write = os.write

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +241,70 @@ def test_an_output_folder_that_vanishes(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["not_written"] == result.not_written
 
 
+def test_the_best_checkpoint_stays_until_a_better_one_is_on_disk(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = tmp_path / "run", os.open
+
+    def opened(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_WRONLY and ".step_00000003" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    losses = iter([3.0, 2.0, 1.0, 5.0, 6.0, 7.0])  # the third is the best, and can't be written
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, loader: {"loss": next(losses)})
+    best = "checkpoint={every: 1 steps, keep: 1, best: {metric: loss, mode: min}}"
+    result = make(write_recipe(), run, best, "evaluate.every=1 steps").fit()
+    assert result.best is not None
+    assert result.best["step"] == 3
+    assert steps_of(run) == [2, 6]
+
+
+def test_a_reader_that_goes_away_stops_nothing(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """As in `hf-fasttrain RECIPE | head -1`."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(reads)
+            os.dup2(writes, 1)
+            sys.stdout = os.fdopen(1, "w", buffering=1)
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+            make(write_recipe(), tmp_path / "run", "log.every=1").fit()
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writes)
+    os.read(reads, 1)
+    os.close(reads)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert steps_of(tmp_path / "run") == [6]
+
+
+def test_a_terminal_that_hangs_up_leaves_the_right_status(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """The progress bar's terminal is gone when SIGHUP comes."""
+    child, terminal = os.forkpty()
+    if not child:
+        status = 1
+        try:
+            sys.stdout = os.fdopen(1, "w", buffering=1)
+            os.environ["TERM"] = "xterm"
+            overrides = ["train.duration=5000 steps", "log.every=1", "evaluate.every=5000 steps"]
+            make(write_recipe(), tmp_path / "run", *overrides, "checkpoint.every=5000 steps").fit()
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        finally:
+            os._exit(status)
+    seen = b""
+    while b"step" not in seen and b"/5000" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert len(steps_of(tmp_path / "run")) == 1
+
+
 def test_a_terminal_that_is_gone_stops_nothing(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +348,19 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(
     os.kill(child, signal.SIGKILL)  # its loader process lives on for a moment
     os.waitpid(child, 0)
     assert make(write_recipe(), run, resume=True).fit().steps == 6
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def no_locks(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    result = make(write_recipe(), tmp_path / "run").fit()
+    assert any("its file system has no locks" in note for note in result.notes)
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.checkpoint import read_state
 from hf_fasttrain.data.loader import Step
 from hf_fasttrain.errors import NotEnoughMemory, RunError
+from hf_fasttrain.out_of_memory import is_out_of_memory
 from hf_fasttrain.runlog import RunLog
 
 # A model without batch norm and dropout: how a step is cut changes nothing but rounding.
@@ -198,14 +199,17 @@ def test_an_update_that_began_is_not_made_again(write_recipe: Callable[..., Path
     assert (resumed.state.step, resumed.train_loader.micro_batch_size) == (2, 8)
 
 
-def test_a_first_update_that_changed_nothing_is_made_again(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Where the optimizer's state is made, memory runs out before a weight has changed."""
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_first_update_is_made_again(changed: bool, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Where the optimizer's state is made, whether or not weights have changed before memory ran out."""
     trainer = make(write_recipe(), tmp_path / "run", *EXACT)
     step, calls = trainer.optimizer.step, []
 
     def fails() -> None:
         calls.append(1)
         if len(calls) == 1:
+            if changed:
+                step()
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
         step()
 
@@ -213,6 +217,79 @@ def test_a_first_update_that_changed_nothing_is_made_again(write_recipe: Callabl
     assert trainer.fit().out_of_memory == [{"step": 1, "before": 16, "after": 8}]
     make(write_recipe(), tmp_path / "enough", *EXACT).fit()
     require_close(tmp_path / "run", tmp_path / "enough")
+
+
+def test_a_first_update_that_left_half_a_state_is_made_again(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Adam makes its two averages one after the other; memory may run out between them."""
+    options = [*EXACT, "optimizer.name=adamw", "optimizer.lr=1e-3"]
+    trainer = make(write_recipe(), tmp_path / "run", *options)
+    step, calls = trainer.optimizer.step, []
+
+    def fails() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            trainer.optimizer.state[trainer.parameters[0]] = {"step": torch.zeros(())}
+            raise torch.OutOfMemoryError(CUDA_MESSAGE)
+        step()
+
+    trainer.optimizer.step = fails
+    assert trainer.fit().out_of_memory == [{"step": 1, "before": 16, "after": 8}]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e6])
+def test_gradients_that_fp16_had_unscaled_are_scaled_anew(clip_norm: float | None) -> None:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    def trained(fail: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        data = [(torch.randn(8, 3, 2, 2), torch.randint(3, (8,)))]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Trainer(model, data, optimizer, clip_norm=clip_norm, log=RunLog(show=False))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        trainer.accelerator.scaler = scaler
+        trainer.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+        step, calls = optimizer.step, []
+
+        def fails(*args: Any, **options: Any) -> Any:
+            calls.append(1)
+            if fail and len(calls) == 1:
+                raise torch.OutOfMemoryError(CUDA_MESSAGE)
+            return step(*args, **options)
+
+        optimizer.step = fails  # type: ignore[method-assign]
+        trainer.fit()
+        return model[1].weight.detach()
+
+    torch.testing.assert_close(trained(True), trained(False))
+
+
+def test_an_average_that_did_not_fit_does_not_apply_a_step_twice(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    trainer = make(write_recipe(), tmp_path / "run", *EXACT, "ema={decay: 0.9}")
+    assert trainer.ema is not None
+    calls: list[int] = []
+
+    def fails(update: int) -> None:
+        calls.append(update)
+        raise torch.OutOfMemoryError(CUDA_MESSAGE)
+
+    trainer.ema.update = fails  # type: ignore[method-assign]
+    with pytest.raises(NotEnoughMemory):
+        trainer.fit()
+    assert calls == [0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+     "CUDNN_STATUS_ALLOCATION_FAILED", "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"],
+)  # fmt: skip
+def test_other_words_for_memory_that_ran_out(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError(text))
 
 
 # --- several processes -------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.checkpoint import complete_checkpoints
+from hf_fasttrain.checkpoint import complete_checkpoints, read_state
 from hf_fasttrain.data.loader import Step
 from hf_fasttrain.errors import Stopped
 from hf_fasttrain.evaluation import Evaluator
+from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.stop import Requests, StopSignals
 
 SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "augment.mixup=0.5", "log.every=1", "ema={decay: 0.9}"]
@@ -143,6 +144,28 @@ def test_processes_stop_after_the_same_step_at_most_ten_after_the_signal(
     assert steps_of(tmp_path / "run") == [first[0]]
 
 
+def stop_in_the_middle(recipe: str, run: str, at: int | None, resume: bool) -> int:
+    """Two processes with batch norm, whose running statistics differ between the points where they are averaged."""
+    options = ["model.name=test_resnet", "train.duration=8 steps", "evaluate.every=4 steps", "checkpoint.every=4 steps"]
+    signals = {} if at is None else {at: [signal.SIGTERM]}
+    trainer = signalled(Path(recipe), Path(run), signals, *options, resume=resume)
+    try:
+        return trainer.fit().steps
+    except Stopped as stopped:
+        return stopped.step
+
+
+def test_saving_out_of_turn_changes_no_statistics(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, cut = str(write_recipe()), str(tmp_path / "cut")
+    run_processes(stop_in_the_middle, recipe, str(tmp_path / "whole"), None, False)
+    (stopped, _) = run_processes(stop_in_the_middle, recipe, cut, 1, False)
+    assert stopped not in (4, 8)
+    assert run_processes(stop_in_the_middle, recipe, cut, None, True) == [8, 8]
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert any("running_var" in name for name in expected)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
 def test_minutes_on_the_clock(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +220,8 @@ def test_an_evaluation_that_is_broken_off_is_made_first_on_resuming(
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("whole", "cut")
     ]
+    resumed = read_state(tmp_path / "cut" / "checkpoints" / "step_00000003")
+    assert resumed["state"]["evaluated_at"] == 3  # saved anew, with what was found
     evaluations = [[(line["step"], line["loss"]) for line in run if line["kind"] == "evaluation"] for run in lines]
     assert evaluations[0] == evaluations[1]
     assert [step for step, _ in evaluations[0]] == [3, 6]
@@ -239,6 +264,34 @@ def test_launched_processes_know_their_parent() -> None:
     assert StopSignals(launched=True)._parent == os.getppid()
     assert StopSignals(launched=True).received == 0
     assert StopSignals()._parent is None
+
+
+def test_fit_again_goes_on_with_the_next_batch_of_an_own_loader() -> None:
+    seen: list[int] = []
+
+    class Numbered(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            seen.append(index)
+            return torch.randn(2, 3, 2, 2), torch.tensor([0, 1])
+
+    class Once(Trainer):
+        def train_step(self, step: Step) -> Tensor:
+            if step.index == 2 and not self.state.resumed_at:
+                self.state.resumed_at.append(2)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().train_step(step)
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    loader = torch.utils.data.DataLoader(Numbered(), batch_size=None)
+    options: dict[str, Any] = {"duration": "9 steps", "log": RunLog(show=False)}
+    trainer = Once(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    trainer.fit()
+    assert seen == [0, 1, 2, 3, 4, 5, 0, 1, 2]
 
 
 class Two:

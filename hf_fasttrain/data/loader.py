@@ -162,6 +162,7 @@ class OwnLoader:
         self._cut: int | None = None
         self._batches: Iterator[Any] = iter(())
         self._present: Batch | None = None
+        self._at = 0  # the step whose batch comes next
         try:
             self.steps_per_epoch = len(loader)
         except TypeError:
@@ -210,7 +211,8 @@ class OwnLoader:
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Yield the steps from `start` to before `stop`, going through the loader once an epoch."""
-        self._batches = iter(())
+        if start != self._at:
+            self._batches = iter(())
         return self._steps(start, stop)
 
     def again(self, index: int, stop: int) -> Iterator[Step]:
@@ -236,7 +238,7 @@ class OwnLoader:
                 batch = self._first_of(index // self.steps_per_epoch)
             if batch is None:
                 raise DataError(f"train_loader gave no batch for step {index}")
-            self._present = to_device(batch, self.device)
+            self._present, self._at = to_device(batch, self.device), index + 1
             self.wait_seconds += time.perf_counter() - began
             yield self._step(index, *self._present)
 
