@@ -40,6 +40,7 @@ from torch import Tensor
 from hf_fasttrain.checkpoint import checkpoint_path, load_checkpoint
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.files import sync_files, sync_folder
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.saving import Checkpoints
 from hf_fasttrain.state import Stateful
@@ -102,7 +103,7 @@ class Training:
 def save_ours(training: Training, folder: Path) -> tuple[float, float, Path]:
     """Return the seconds that training stands still, those until all is on disk, and the checkpoint's folder."""
     stateful = training.stateful
-    checkpoints = Checkpoints(folder, stateful.processes, RunLog(None, show=False), keep=2)
+    checkpoints = Checkpoints(folder, Processes(stateful.accelerator), RunLog(None, show=False), keep=2)
     about = {"state": {}, "learnt": {}, "recipe": "", "trackers": {}, "processes": 1}
     training.wait_for_device()
     start = time.perf_counter()
