@@ -6,18 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_fasttrain.errors import UserError
+    from hf_fasttrain.errors import Stopped, UserError
     from hf_fasttrain.recipe import Recipe
     from hf_fasttrain.recipe_file import load_recipe
     from hf_fasttrain.result import Result, Watch
     from hf_fasttrain.trainer import Trainer
 
-__all__ = ["Recipe", "Result", "Trainer", "UserError", "Watch", "load_recipe"]
+__all__ = ["Recipe", "Result", "Stopped", "Trainer", "UserError", "Watch", "load_recipe"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Recipe": "recipe",
     "Result": "result",
+    "Stopped": "errors",
     "Trainer": "trainer",
     "UserError": "errors",
     "Watch": "result",

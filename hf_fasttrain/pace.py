@@ -20,6 +20,11 @@ class NotFinite:
     loss: float
     grad_norm: float | None
 
+    def __str__(self) -> str:
+        if math.isfinite(self.loss):
+            return f"the gradients' norm is {self.grad_norm}"
+        return f"the loss is {self.loss}"
+
 
 class Pace:
     """Counts steps, images, losses and seconds; the clock runs while training and stands while evaluating or saving.

@@ -38,13 +38,11 @@ from hf_fasttrain.schedule import Schedule, constant
 from hf_fasttrain.state import State, Stateful
 from hf_fasttrain.steps import Steps, remember_cut, remembered_cut, smaller
 from hf_fasttrain.stop import Requests, StopSignals, stopped
+from hf_fasttrain.update import Update
 from hf_fasttrain.weights import save_weights
 
 if TYPE_CHECKING:
     from hf_fasttrain.recipe import Recipe
-
-
-LEAST_SCALE = 2.0**-8  # fp16's loss scale; below it, forwards themselves overflow
 
 
 class Trainer:
@@ -105,7 +103,11 @@ class Trainer:
             )
         self.processes = Processes(self.accelerator)
         self.gradients = Gradients(self.accelerator, self.model, self.raw_model, loss, self.processes)
-        self.clip_norm, self.ema, self.seed = clip_norm, ema, seed
+        self.memory = Memory(self.raw_model, self.norms, self.processes)
+        self.update = Update(
+            self.accelerator, self.optimizer, self.parameters, self.memory, clip_norm=clip_norm, ema=ema
+        )
+        self.ema, self.seed = ema, seed
         self.lr = lr if lr is not None else float(optimizer.param_groups[0]["lr"])
         for group in optimizer.param_groups:  # the groups' own rates keep their ratios
             group.setdefault("lr_scale", float(group["lr"]) / self.lr)
@@ -144,11 +146,7 @@ class Trainer:
         self.stateful = Stateful(self.accelerator, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
-        self._memory = Memory(self.raw_model, self.norms, self.processes)
         self._saved_at = -1
-        self._scale: float | None = None  # fp16's loss scale after the last step
-        self._skipped = False  # whether fp16 skipped the last step
-        self._grad_norm: Tensor | None = None  # of the last step
 
     @classmethod
     def from_recipe(
@@ -173,7 +171,7 @@ class Trainer:
                 self.state.lr = self.lr * self.schedule(self.state.updates)
                 set_lr(self.optimizer, self.state.lr)
                 loss = self._make(step)
-                self.pace.add(loss, step.num_images, self._grad_norm, skipped=self._skipped)
+                self.pace.add(loss, step.num_images, self.update.grad_norm, skipped=self.update.skipped)
                 self.state.step += 1
                 asked = self.requests.at_step(self.state.step)
                 stop = asked.stop
@@ -213,7 +211,7 @@ class Trainer:
     def _make(self, step: Step) -> Tensor:
         """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
         while True:
-            self._memory.keep()
+            self.memory.keep()
             try:
                 loss = self.train_step(step)
             except RuntimeError as error:
@@ -221,13 +219,12 @@ class Trainer:
                     raise
                 what, agreed = str(error).splitlines()[0], isinstance(error, MemoryShort)
             else:
-                self._memory.fits(step)
+                self.memory.fits(step)
                 return loss
             step = self._make_smaller(step, what, agreed)  # outside of the handler, which holds what failed
 
     def _make_smaller(self, step: Step, what: str, agreed: bool) -> Step:
         """Undo a step that memory was too short for, and return it cut smaller; `agreed` by all processes."""
-        failed_in = self._memory.failed_in()
         before = self.train_loader.micro_batch_size
         if agreed:
             before = self.processes.largest(before)[0]
@@ -237,28 +234,19 @@ class Trainer:
             raise RunError(f"out of memory: {least} not fit ({what}); lower data.image_size or take a smaller model")
         if self.processes.is_main or not agreed:
             remember_cut(self.output_dir, self._wished, size)
-        if failed_in == "update" or (self.processes.several and not agreed):
+        if self.memory.failed_in() == "update" or (self.processes.several and not agreed):
             raise NotEnoughMemory(
                 f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
                 f"being exchanged or applied ({what}); nothing of it is saved: the same command with --resume goes on "
                 f"from the newest checkpoint with micro-batches of {size}"
             )
-        self._undo(first_update=failed_in == "first update")
+        self.update.undo()
+        self._set_train_mode()
         self._steps.drop(step)
         free_cached_memory(self.device)
         self.state.out_of_memory.append({"step": step.index + 1, "before": before, "after": size})
         self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step.index + 1} on")
         return self._steps.again(step.index, size)
-
-    def _undo(self, *, first_update: bool) -> None:
-        """Put back what a failed step has changed."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if first_update:
-            self.optimizer.state.clear()  # half of it may be made
-        if (scaler := self.accelerator.scaler) is not None:
-            scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone
-        self._memory.put_back()
-        self._set_train_mode()
 
     def train_step(self, step: Step) -> Tensor:
         """Make one optimizer step and return this process's part of the mean loss over the step's images.
@@ -267,45 +255,10 @@ class Trainer:
         fp16, for its scale.
         """
         self._seed_step(step.index)
-        loss = self.gradients.add_up(step, agree=self._memory.is_uncertain(step))
-        self._update()
+        loss = self.gradients.add_up(step, agree=self.memory.is_uncertain(step))
+        self.update(self.state.updates, step.index)
+        self.state.updates += not self.update.skipped
         return loss
-
-    def _update(self) -> None:
-        scaled = self.accelerator.scaler is not None
-        self._grad_norm = self._clip(scaled)
-        if scaled and self._scale is None:
-            self._scale = self.accelerator.scaler.get_scale()
-        with self._memory.updating(empty=not self.optimizer.state):
-            self.optimizer.step()
-        self._skipped = scaled and self._has_skipped()
-        if self.ema is not None and not self._skipped:
-            self.ema.update(self.state.updates)
-        self._memory.updated()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state.updates += not self._skipped
-
-    def _clip(self, scaled: bool) -> Tensor | None:
-        """Clip the gradients if asked, and return their norm, on the device; None where fp16 has scaled it."""
-        if self.clip_norm is not None:
-            clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
-            return clip(self.parameters, self.clip_norm)
-        if scaled:
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-
-    def _has_skipped(self) -> bool:
-        """Return whether fp16's last step overflowed, by its shrunken scale; waits for the device.
-
-        Accelerate's own flag misses what a fused optimizer skips in its kernel.
-        """
-        before, self._scale = self._scale, self.accelerator.scaler.get_scale()
-        if self._scale < LEAST_SCALE:
-            raise RunError(
-                f"fp16 overflows at step {self.state.step + 1} even with a loss scale of {self._scale}; set "
-                "accelerate.mixed_precision=bf16 or no, or lower optimizer.lr; the checkpoints are as they were"
-            )
-        return before is not None and self._scale < before
 
     def _seed_step(self, step: int) -> None:
         """Make dropout and drop-path masks a function of (seed, step, process): no random state needs saving."""
@@ -507,14 +460,11 @@ class Trainer:
         ago = found.steps_ago if found else 0
         step = self.state.step - ago
         lr = self.lr * self.schedule(max(0, self.state.updates - 1 - ago))
-        what = f"the loss is {found.loss if found else math.nan}"
-        if found and math.isfinite(found.loss):
-            what = f"the gradients' norm is {found.grad_norm}"
         images = self.train_loader.image_indices(step - 1)
         listed = "" if images is None else f"\ntraining images of this step, by row: {shortened(images, 64)}"
         return RunError(
-            f"{what} at step {step}, lr {lr:.3g}: lower optimizer.lr, set optimizer.clip_norm or use another "
-            f"accelerate.mixed_precision; the checkpoints are as they were{listed}"
+            f"{found or 'the loss is nan'} at step {step}, lr {lr:.3g}: lower optimizer.lr, set optimizer.clip_norm or "
+            f"use another accelerate.mixed_precision; the checkpoints are as they were{listed}"
         )
 
     def _finish(self, stop: int) -> Result:

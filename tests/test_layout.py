@@ -31,7 +31,7 @@ LEVELS = [
     {"data.images"},
     {"data.feed", "scan_report"},
     {"data.device", "data.loader"},
-    {"steps", "gradients"},
+    {"steps", "gradients", "update"},
     {"facts", "trainer"},
     {"launch", "runfolder"},
     {"loading"},

@@ -248,7 +248,8 @@ def test_gradients_that_fp16_had_unscaled_are_scaled_anew(clip_norm: float | Non
         trainer = Trainer(model, data, optimizer, clip_norm=clip_norm, log=RunLog(show=False))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         trainer.accelerator.scaler = scaler
-        trainer.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+        wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+        trainer.optimizer = trainer.update.optimizer = wrapped
         step, calls = optimizer.step, []
 
         def fails(*args: Any, **options: Any) -> Any:

@@ -104,6 +104,25 @@ def test_a_second_ctrl_c_leaves_at_once(write_recipe: Callable[..., Path], tmp_p
     assert steps_of(tmp_path / "two") == []
 
 
+def test_ctrl_c_is_heard_during_a_long_operation(tmp_path: Path) -> None:
+    """Python's handlers run after it only; the second Ctrl-C must not wait for that."""
+    child = os.fork()
+    if not child:
+        with StopSignals(lambda cause: (tmp_path / "told").write_text(cause) and None):
+            (tmp_path / "ready").touch()
+            size = 6000  # one thread needs many seconds for it
+            torch.mm(torch.ones(size, size), torch.ones(size, 4 * size))
+        os._exit(0)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert (tmp_path / "told").read_text() == "Ctrl-C"
+
+
 def test_a_signal_to_all_processes_of_a_run_leaves_the_workers_to_finish_the_step(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -416,7 +416,8 @@ def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: 
     trainer = Trainer(model, data, optimizer, schedule=lambda update: 1.0 + update, log=RunLog(show=False))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
     trainer.accelerator.scaler = scaler
-    trainer.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    trainer.optimizer = trainer.update.optimizer = wrapped
     before = model[1].weight.detach().clone()
     result = trainer.fit()
     assert 1 <= result.skipped_steps < 12
