@@ -27,6 +27,10 @@ class Steps:
         """Let go of a step that failed, and of what is loaded ahead."""
         if hasattr(step.micro_batches, "close"):
             step.micro_batches.close()  # it holds images
+        self.close()
+
+    def close(self) -> None:
+        """End the loader's workers."""
         self._steps = iter(())
 
     def again(self, index: int, micro_batch_size: int) -> Step:

@@ -196,6 +196,9 @@ class Trainer:
             with self.signals, self.log.progress(self.num_steps, self.state.step), self.pace.running():
                 yield
         finally:
+            for loader in (self._steps, self.eval_loader, self.test_loader):
+                if hasattr(loader, "close"):
+                    loader.close()
             if self.checkpoints is not None:
                 self.checkpoints.wait()
                 release_run(self.checkpoints.run)

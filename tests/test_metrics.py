@@ -115,7 +115,7 @@ def averaged_norm() -> Tensor:
     accelerator = Accelerator(cpu=True)
     norm = nn.BatchNorm2d(2)
     norm.running_mean.fill_(float(accelerator.process_index))
-    average_batch_norm([norm], accelerator)
+    average_batch_norm(norm, accelerator)
     return norm.running_mean
 
 

@@ -296,6 +296,10 @@ class _Opened:
             self._kept = loader, slots
         return self.feed.read(_told_of_dead_workers(iter(loader)), slots)
 
+    def close(self) -> None:
+        """End the workers that are kept; the garbage collector would wait 5 seconds for each of them."""
+        self._kept = None
+
     def _build(self) -> tuple[DataLoader, _Slots | None]:
         workers, images, slots = self.feed.workers, self.feed.images, None
         if workers and images.most_bytes(self.largest):

@@ -136,6 +136,11 @@ class EvalLoader:
         for pixels, labels in self._batches:
             yield self.normalize(pixels), labels
 
+    def close(self) -> None:
+        """End the loader's workers until it is gone through again."""
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+
 
 class OwnLoader:
     """Steps from the user's own loader: each of its batches is this process's share of one step.
