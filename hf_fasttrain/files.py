@@ -73,7 +73,11 @@ def digest_of(path: Path) -> str:
 
 def sync_folder(folder: Path) -> None:
     """Let a folder's names survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -141,11 +145,7 @@ def sync_files(folder: Path) -> None:
     """Sync every file below a folder: what libraries have written there."""
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(path)
 
 
 def append_line(path: Path, text: str) -> None:

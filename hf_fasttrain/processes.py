@@ -37,11 +37,6 @@ class Processes:
         """Return whether `flag` is set on any process."""
         return bool(self.largest(int(flag))[0])
 
-    def same(self, number: int) -> bool:
-        """Return whether `number` is the same on every process."""
-        least, most = self.largest(-number, number)
-        return -least == most
-
 
 def on_main(work: Callable[[], Value]) -> Value:
     """Return what `work` gives on the main process; a UserError there is raised on every process."""
