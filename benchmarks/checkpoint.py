@@ -37,7 +37,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_fasttrain.checkpoint import checkpoint_path, load_checkpoint
+from hf_fasttrain.checkpoint import Snapshot, checkpoint_path, load_checkpoint
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.files import sync_files, sync_folder
 from hf_fasttrain.processes import Processes
@@ -107,7 +107,7 @@ def save_ours(training: Training, folder: Path) -> tuple[float, float, Path]:
     about = {"state": {}, "learnt": {}, "recipe": "", "trackers": {}, "processes": 1}
     training.wait_for_device()
     start = time.perf_counter()
-    checkpoints.save(STEP, about, stateful.weights(), stateful.training(), None)
+    checkpoints.save(Snapshot(STEP, about, stateful.weights(), stateful.training()), None)
     stood = time.perf_counter() - start
     saved = checkpoints.wait()
     durable = time.perf_counter() - start

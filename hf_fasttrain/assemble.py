@@ -30,7 +30,7 @@ from hf_fasttrain.optim import build_optimizer, build_param_groups
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import recipe_as_asked
 from hf_fasttrain.result import Watch
-from hf_fasttrain.runfolder import RUN_FILES
+from hf_fasttrain.runfolder import FILES_WHILE_TRAINING
 from hf_fasttrain.runlog import RunLog, last_steps
 from hf_fasttrain.schedule import Schedule, build_schedule
 from hf_fasttrain.tracking import Tracking
@@ -84,8 +84,8 @@ def assemble(
     spec = parts.spec
     track = _tracking(parts, folder, saved or {}) if folder else None
     log = RunLog(folder, main=accelerator.is_main_process, track=track)
-    log.expected = RUN_FILES[:-1] if folder else ()
-    facts.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
+    log.expected = FILES_WHILE_TRAINING if folder else ()
+    data_set = facts.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
     stopping = recipe.early_stopping
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
@@ -114,7 +114,7 @@ def assemble(
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
-        learnt={**facts.learnt(), "data set": facts.resolved["data.fingerprint"][0]},
+        learnt={**facts.learnt(), "data set": data_set},
         recipe_text=recipe_as_asked(recipe),
         launched=facts.launched,
         bad_images=bad_images,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ MARKER = "COMPLETE"
 PREFIX = "step_"
 STATE_FILE = "state.json"
 FORMAT = 1  # raised when `State` or the layout changes: others' checkpoints are refused, not misread
-TRAINING = "training"  # the tensors of optimizer, scaler and loader
+TRAINING = "training"  # the tensors of `Checkpoint.training`
 
 SAFETENSORS_TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -40,13 +40,13 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]  # step, updates, best, learnt, recipe, ... : plain JSON
     weights: dict[str, dict[str, Tensor]]  # "model", "ema"; on the CPU
-    training: dict[str, Any]  # "optimizer", "scaler", "loader"
+    training: dict[str, Any]  # "optimizer", "scaler", and what each process has of its "own"
 
 
 class Snapshot:
-    """A checkpoint's contents, copied to the host: what goes on in training does not change them.
+    """What a checkpoint is to hold, the tensors at first those of the training itself.
 
-    Raises RunError for a training state that can't be saved.
+    Raises RunError for a value that can't be saved.
     """
 
     def __init__(
@@ -55,14 +55,32 @@ class Snapshot:
         state: dict[str, Any],
         weights: Mapping[str, Mapping[str, Tensor]],
         training: dict[str, Any],
-        *,
-        copy: bool = True,
     ) -> None:
         tensors: dict[str, Tensor] = {}
         packed = pack(training, tensors)
         self.step, self.state = step, {**state, "step": step, TRAINING: packed}
-        every = {**weights, TRAINING: tensors}
-        self.tensors = {file: {n: on_host(t, copy=copy) for n, t in named.items()} for file, named in every.items()}
+        self.tensors: dict[str, Mapping[str, Tensor]] = {**weights, TRAINING: tensors}
+        unknown = {str(tensor.dtype) for tensor in self._every() if tensor.dtype not in SAFETENSORS_TYPES}
+        if unknown:
+            raise RunError(f"can't save tensors of type {', '.join(sorted(unknown))}: safetensors does not have it")
+
+    def _every(self) -> Iterator[Tensor]:
+        for named in self.tensors.values():
+            yield from named.values()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._every())
+
+    def bring_to_host(self, *, copy: bool = True) -> Snapshot:
+        """Bring the tensors to the host, contiguous, and return this; a `copy` stays as it is when training goes on."""
+        for file, named in self.tensors.items():
+            self.tensors[file] = {
+                name: tensor.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
+                for name, tensor in named.items()
+            }
+        return self
 
     def is_finite(self) -> bool:
         """Return whether every weight is a number."""
@@ -78,22 +96,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 
 
-def on_host(tensor: Tensor, *, copy: bool) -> Tensor:
-    """Return a tensor's values on the CPU, in the order that files have them."""
-    return tensor.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
-
-
-def num_bytes(weights: Mapping[str, Mapping[str, Tensor]], training: dict[str, Any]) -> int:
-    """Return how many bytes of tensors a checkpoint has; RunError if one of its values can't be saved."""
-    tensors: dict[str, Tensor] = {}
-    pack(training, tensors)
-    every = [*(t for named in weights.values() for t in named.values()), *tensors.values()]
-    unknown = {str(tensor.dtype) for tensor in every if tensor.dtype not in SAFETENSORS_TYPES}
-    if unknown:
-        raise RunError(f"can't save tensors of type {', '.join(sorted(unknown))}: safetensors does not have it")
-    return sum(tensor.nbytes for tensor in every)
-
-
 # --- writing -----------------------------------------------------------------------------------------------
 
 
@@ -105,7 +107,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write a checkpoint beside its place, synced, and rename it there; the marker of completeness comes last.
 
-    The marker lists size and xxh3-128 of every file. Raises OSError; what was there before is still there then.
+    Its tensors are on the host. The marker lists size and xxh3-128 of every file. Raises OSError; what was there before
+    is still there then.
     """
     final = checkpoint_path(folder, snapshot.step)
     files: dict[str, dict[str, Any]] = {}

@@ -49,9 +49,14 @@ class Memory:
     type of them: 0.1 ms a step for ResNet-50 on a CPU, nothing for models without buffers.
     """
 
-    def __init__(self, model: nn.Module, norms: Sequence[nn.Module], processes: Processes) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.processes = processes
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        norms: Sequence[nn.Module],
+        processes: Processes,
+    ) -> None:
+        self.parameters, self.processes = parameters, processes
         self._meets_in_forward = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
         by_type: dict[torch.dtype, list[Tensor]] = {}  # a fused operation takes tensors of one type
         for buffer in model.buffers():

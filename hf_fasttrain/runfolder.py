@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from hf_fasttrain.checkpoint import checkpoint_path, complete_checkpoints, read_state
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
-from hf_fasttrain.files import read_json, reason, write_whole
+from hf_fasttrain.files import read_json, write_whole
 from hf_fasttrain.recipe_file import recipe_as_asked, to_yaml
-from hf_fasttrain.saving import hold_run
+from hf_fasttrain.saving import hold_run, not_writable
 
-RUN_FILES = ("recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json")
+FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
+RUN_FILES = (*FILES_WHILE_TRAINING, "result.json")
 
 
 def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
@@ -72,4 +73,4 @@ def describe_run(folder: Path, facts: Facts) -> None:
         write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
         write_whole(folder / "resolved.yaml", to_yaml({key: asdict(fact) for key, fact in facts.all().items()}))
     except OSError as error:
-        raise RunError(f"output_dir {folder}: can't be written: {reason(error)}; choose another output_dir") from None
+        raise not_writable(folder, error) from None

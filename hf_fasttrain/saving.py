@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from hf_fasttrain.checkpoint import (
     Checkpoint,
@@ -17,7 +15,6 @@ from hf_fasttrain.checkpoint import (
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    num_bytes,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -43,9 +40,14 @@ def hold_run(run: Path) -> bool:
             (run / FOLDER).mkdir(parents=True, exist_ok=True)
             return hold(run / FOLDER)
         except OSError as error:
-            raise RunError(f"output_dir {run}: can't be written: {reason(error)}; choose another output_dir") from None
+            raise not_writable(run, error) from None
 
     return on_main(lock)
+
+
+def not_writable(run: Path, error: OSError) -> RunError:
+    """Return the message for a run folder that can't be made or written to."""
+    return RunError(f"output_dir {run}: can't be written: {reason(error)}; choose another output_dir")
 
 
 def release_run(run: Path) -> None:
@@ -70,22 +72,14 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(
-        self,
-        step: int,
-        state: dict[str, Any],
-        weights: Mapping[str, Mapping[str, Tensor]],
-        training: dict[str, Any],
-        best_step: int | None,
-    ) -> None:
+    def save(self, snapshot: Snapshot, best_step: int | None) -> None:
         """Copy the state of a step and begin to write it; the one before is waited for."""
         self.wait()
-        size = num_bytes(weights, training)
         if not self.processes.is_main:
             return
-        copy = size < free_memory_bytes() // 2
+        copy = snapshot.num_bytes < free_memory_bytes() // 2
         with one_thread():
-            snapshot = Snapshot(step, state, weights, training, copy=copy)
+            snapshot.bring_to_host(copy=copy)
         self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
         self._thread.start()
         if not copy:
@@ -160,15 +154,16 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, the same on every process; damaged ones are named and passed over."""
-        found: list[Checkpoint] = []
+        found: Checkpoint | None = None
 
         def look() -> str | None:
-            found.extend(filter(None, [newest_checkpoint(self.folder, self.log.say)]))
-            return found[0].path.name if found else None
+            nonlocal found
+            found = newest_checkpoint(self.folder, self.log.say)
+            return found.path.name if found else None
 
         name = on_main(look)
-        if name is None or found:
-            return found[0] if found else None
+        if name is None or found is not None:
+            return found
         try:
             return load_checkpoint(self.folder / name)
         except RunError as error:

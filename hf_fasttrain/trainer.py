@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from hf_fasttrain.checkpoint import complete_checkpoints, require_same
+from hf_fasttrain.checkpoint import Snapshot, complete_checkpoints, require_same
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import OwnEvalLoader, OwnLoader, Step
 from hf_fasttrain.duration import Duration
@@ -26,11 +25,10 @@ from hf_fasttrain.errors import NotEnoughMemory, RunError, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss
-from hf_fasttrain.model import batch_norms
 from hf_fasttrain.optim import set_lr
 from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
-from hf_fasttrain.processes import Processes
+from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.result import Result, Watch
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.saving import Checkpoints, hold_run, release_run
@@ -93,9 +91,7 @@ class Trainer:
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=accumulation_steps)
         self.device = self.accelerator.device
         self.raw_model = model.to(self.device)
-        self.norms = batch_norms(model)
         self.model = self.accelerator.prepare_model(model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
         if self.accelerator.mixed_precision != "no" and not self.accelerator.native_amp:
             raise RunError(
@@ -103,7 +99,8 @@ class Trainer:
             )
         self.processes = Processes(self.accelerator)
         self.gradients = Gradients(self.accelerator, self.model, self.raw_model, loss, self.processes)
-        self.memory = Memory(self.raw_model, self.norms, self.processes)
+        self.norms, self.parameters = self.gradients.norms, self.gradients.parameters
+        self.memory = Memory(self.raw_model, self.parameters, self.norms, self.processes)
         self.update = Update(
             self.accelerator, self.optimizer, self.parameters, self.memory, clip_norm=clip_norm, ema=ema
         )
@@ -369,7 +366,8 @@ class Trainer:
                 "processes": self.processes.number,
             }
             best = self.state.best["step"] if self.state.best else None
-            self.checkpoints.save(self.state.step, about, self.stateful.weights(), self.stateful.training(), best)
+            snapshot = Snapshot(self.state.step, about, self.stateful.weights(), self.stateful.training())
+            self.checkpoints.save(snapshot, best)
 
     def _require_free_folder(self) -> None:
         if self.checkpoints is None:
@@ -437,8 +435,8 @@ class Trainer:
 
         if self.output_dir is None:
             raise RunError("nothing to push: the trainer has no output_dir")
-        address = [push_run(self.output_dir, repo, private=private) if self.accelerator.is_main_process else ""]
-        return str(broadcast_object_list(address)[0])
+        run = self.output_dir
+        return on_main(lambda: push_run(run, repo, private=private))
 
     # --- logging and ending --------------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ import torch
 import torch._dynamo
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from safetensors.torch import load_file
+
+from hf_fasttrain.checkpoint import complete_checkpoints
 
 torch.set_num_threads(1)
 
@@ -54,9 +57,7 @@ def run_processes(function: Callable[..., Any], *args: Any, num_processes: int =
 
     The children are forked: they start in a tenth of a second, where torchrun needs ten to import torch.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(function, args, rank, num_processes, port, Path(folder)) for rank in range(num_processes)]
         for child in children:
@@ -67,12 +68,24 @@ def run_processes(function: Callable[..., Any], *args: Any, num_processes: int =
     return [value for _, value in results]
 
 
+def free_port() -> int:
+    """Return a port at which processes may meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join_processes(rank: int, world: int, port: int) -> None:
+    """Let this process be one of several that meet over gloo, as launchers do it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+
 def _fork(function: Callable[..., Any], args: Any, rank: int, world: int, port: int, folder: Path) -> int:
     child = os.fork()
     if child:
         return child
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    join_processes(rank, world, port)
     try:
         reset_accelerate()
         outcome: tuple[bool, Any] = (True, function(*args))
@@ -81,6 +94,16 @@ def _fork(function: Callable[..., Any], args: Any, rank: int, world: int, port: 
     (folder / str(rank)).write_bytes(pickle.dumps(outcome))
     sys.stdout.flush()
     os._exit(0)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run's model folder."""
+    return load_file(run / "model" / "model.safetensors")
+
+
+def steps_of(run: Path) -> list[int]:
+    """Return the steps of a run's complete checkpoints."""
+    return [int(path.name.split("_")[1]) for path in complete_checkpoints(run / "checkpoints")]
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -76,9 +75,9 @@ def import_everything() -> None:
 
 def start(recipe: Path, overrides: Sequence[str], processes: int, log: Path, *, resume: bool) -> list[int]:
     """Fork processes that train, and return their numbers; they start at once, since everything is imported."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from conftest import free_port
+
+    port = free_port()
     return [_fork(recipe, overrides, rank, processes, port, log, resume) for rank in range(processes)]
 
 
@@ -88,7 +87,7 @@ def _fork(recipe: Path, overrides: Sequence[str], rank: int, processes: int, por
         return child
     status = 1
     try:
-        from conftest import reset_accelerate
+        from conftest import join_processes, reset_accelerate
 
         from hf_fasttrain import Trainer
 
@@ -97,9 +96,7 @@ def _fork(recipe: Path, overrides: Sequence[str], rank: int, processes: int, por
         os.dup2(written, 2)
         reset_accelerate()
         if processes > 1:
-            world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            join_processes(rank, processes, port)
         Trainer.from_recipe(recipe, list(overrides), resume=resume).fit()
         status = 0
     except BaseException:  # noqa: BLE001 - shown in the log

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import reset_accelerate, run_processes
+from conftest import reset_accelerate, run_processes, steps_of
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
@@ -32,10 +32,6 @@ SMALL = ["data.eval_fraction=0.05", "train.duration=6 steps", "evaluate.every=6 
 def make(recipe: Path, run: Path, *overrides: str, resume: bool = False, kind: type[Trainer] = Trainer) -> Trainer:
     reset_accelerate()
     return kind.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"], resume=resume)
-
-
-def steps_of(run: Path) -> list[int]:
-    return [int(path.name.split("_")[1]) for path in complete_checkpoints(run / "checkpoints")]
 
 
 # --- no numbers --------------------------------------------------------------------------------------------

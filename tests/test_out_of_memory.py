@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reset_accelerate, run_processes
-from safetensors.torch import load_file
+from conftest import reset_accelerate, run_processes, weights
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
@@ -56,10 +55,6 @@ def make(recipe: Path, run: Path, *overrides: str, resume: bool = False, **memor
     reset_accelerate()
     kind = type("ShortHere", (Short,), memory)
     return kind.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"], resume=resume)
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model" / "model.safetensors")
 
 
 def require_close(run: Path, other: Path) -> None:

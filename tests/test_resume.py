@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reset_accelerate, run_processes
+from conftest import reset_accelerate, run_processes, weights
 from kill_and_resume import import_everything, torment
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,10 +28,6 @@ EXACT = [*SMALL, "model.name=test_vit", "optimizer.name=sgd", "optimizer.lr=0.05
 def make(recipe: Path, run: Path, *overrides: str, resume: bool = False, small: list[str] = SMALL) -> Trainer:
     reset_accelerate()
     return Trainer.from_recipe(recipe, [*small, f"output_dir={run}", *overrides], resume=resume)
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model" / "model.safetensors")
 
 
 def break_off(trainer: Trainer, at: int) -> None:

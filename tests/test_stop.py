@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reset_accelerate, run_processes
-from safetensors.torch import load_file
+from conftest import reset_accelerate, run_processes, steps_of, weights
 from torch import Tensor
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.checkpoint import complete_checkpoints, read_state
+from hf_fasttrain.checkpoint import read_state
 from hf_fasttrain.data.loader import Step
 from hf_fasttrain.errors import Stopped
 from hf_fasttrain.evaluation import Evaluator
@@ -47,14 +46,6 @@ def signalled(
     reset_accelerate()
     Signalled.at, Signalled.process = at, process
     return Signalled.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"], resume=resume)
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model" / "model.safetensors")
-
-
-def steps_of(run: Path) -> list[int]:
-    return [int(path.name.split("_")[1]) for path in complete_checkpoints(run / "checkpoints")]
 
 
 @pytest.mark.parametrize(
@@ -108,10 +99,11 @@ def test_ctrl_c_is_heard_during_a_long_operation(tmp_path: Path) -> None:
     """Python's handlers run after it only; the second Ctrl-C must not wait for that."""
     child = os.fork()
     if not child:
+        size = 6000  # one thread needs many seconds for the product; the factors are made before
+        left, right = torch.ones(size, size), torch.ones(size, 4 * size)
         with StopSignals(lambda cause: (tmp_path / "told").write_text(cause) and None):
             (tmp_path / "ready").touch()
-            size = 6000  # one thread needs many seconds for it
-            torch.mm(torch.ones(size, size), torch.ones(size, 4 * size))
+            torch.mm(left, right)
         os._exit(0)
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reset_accelerate, run_processes
-from safetensors.torch import load_file
+from conftest import reset_accelerate, run_processes, weights
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer, Watch, load_recipe
@@ -33,10 +32,6 @@ SMALL = [
 def make(write_recipe: Callable[..., Path], output_dir: Path, *overrides: str, resume: bool = False) -> Trainer:
     reset_accelerate()
     return Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={output_dir}", *overrides], resume=resume)
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model" / "model.safetensors")
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
