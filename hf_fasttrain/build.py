@@ -19,6 +19,7 @@ from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
 from hf_fasttrain.data.source import Source
 from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.facts import Facts
+from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.model import (
     ModelSpec,
     Preprocessing,
@@ -32,8 +33,9 @@ from hf_fasttrain.model import (
 from hf_fasttrain.processes import on_main
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe
-from hf_fasttrain.runfolder import describe_run, open_run_folder, saved_state
+from hf_fasttrain.runfolder import describe_run, open_run_folder, saved_state, tuned_in_run
 from hf_fasttrain.trainer import Trainer
+from hf_fasttrain.tunings import Tuned
 
 
 def build_trainer(
@@ -45,8 +47,9 @@ def build_trainer(
     trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
-    parts = build_parts(recipe, overrides, dataset=dataset)
-    folder = Path(launch.output_dir(parts.recipe))
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    folder = Path(launch.output_dir(asked))
+    parts = build_parts(asked, dataset=dataset, tuned=tuned_in_run(folder) if resume else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     trainer = assemble(parts, folder, trainer_class, saved=saved_state(folder) if resume else None)
     for note in parts.facts.notes:
@@ -57,10 +60,20 @@ def build_trainer(
     return trainer
 
 
-def build_parts(recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, dataset: Any = None) -> Parts:
-    """Return the model, data and numbers of a recipe; nothing is written."""
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    facts = Facts(loaded, notes=without_effect(loaded))
+def build_parts(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Any = None,
+    tuned: Tuned | None = None,
+) -> Parts:
+    """Return the model, data and numbers of a recipe; nothing is written.
+
+    `tuned` are the values for its `auto`; by default those of a stored tuning of this machine and model.
+    """
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    facts = Facts(asked, notes=without_effect(asked))
+    loaded = resolve_machine(asked, facts, tuned)
     accelerator = launch.build_accelerator(loaded, facts)
     source = _load_source(loaded, dataset, facts)
     spec = ModelSpec(
@@ -136,11 +149,11 @@ def _prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -
 
         model = convert_sync_batchnorm(model)
     model = model.to(accelerator.device)
-    if recipe.accelerate.channels_last:
+    if recipe.accelerate.channels_last is True:
         model = model.to(memory_format=torch.channels_last)
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    if recipe.accelerate.compile:
+    if recipe.accelerate.compile is True:
         model.compile(dynamic=False)
     return model
 
@@ -177,7 +190,8 @@ def _resolve_order(recipe: Recipe, num_images: int, model: nn.Module, accelerato
         repeats=recipe.augment.repeats,
     )
     accelerator.gradient_accumulation_steps = steps
-    facts.resolve("accelerate.micro_batch_size", size, "images per process and forward")
+    key = "accelerate.micro_batch_size"
+    facts.resolve(key, size, facts.why(key, "images per process and forward"))
     facts.resolve("accelerate.gradient_accumulation_steps", steps, f"{largest} images per process in micro-batches")
     facts.resolve("processes", processes, "of the launcher")
     facts.resolve("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")

@@ -49,6 +49,8 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
             yield f"data.{key}", f"has {len(values)} numbers; give 3 (red, green, blue) or 1 for all"
     if data.reduced_decode and data.short_side is None:
         yield "data.reduced_decode", "needs data.short_side: the size that images are brought to"
+    if data.reduced_decode and data.decoder == "pillow":
+        yield "data.decoder", "pillow has no data.reduced_decode; leave one of them out"
     if data.cache == "device" and recipe.augment.crop == "random_resized":
         yield (
             "data.cache",

@@ -92,16 +92,30 @@ def _free_in_groups() -> list[int]:
     return free
 
 
-def set_cpu_threads(local_processes: int) -> int | None:
-    """Give each process its share of the cores, unless the user set OMP_NUM_THREADS; return the number if set.
+def set_cpu_threads(local_processes: int, wish: int | None = None) -> int | None:
+    """Give each process its wish, or its share of the cores unless the user set OMP_NUM_THREADS; return it if set.
 
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 themselves, which doubles the time of a CPU run.
     """
-    if os.environ.get("OMP_NUM_THREADS") and not _threads_set_by_launcher():
+    if wish is None and os.environ.get("OMP_NUM_THREADS") and not _threads_set_by_launcher():
         return None
-    threads = max(1, num_cores() // max(1, local_processes))
+    threads = wish or max(1, num_cores() // max(1, local_processes))
     torch.set_num_threads(threads)
     return threads
+
+
+def set_fp32_precision(matmul: str, conv: str) -> None:
+    """Set what fp32 matrix products and convolutions may be rounded to: highest: fp32, high: TF32, medium: bf16.
+
+    TF32 is a GPU's, bf16 a CPU's (oneDNN); where the hardware has it not, nothing changes.
+    """
+    torch.set_float32_matmul_precision(matmul)
+    cudnn, onednn = getattr(torch.backends.cudnn, "conv", None), getattr(torch.backends.mkldnn, "conv", None)
+    if cudnn is None or onednn is None or not hasattr(cudnn, "fp32_precision"):  # torch before 2.9
+        torch.backends.cudnn.allow_tf32 = conv != "highest"
+        return
+    cudnn.fp32_precision = "ieee" if conv == "highest" else "tf32"
+    onednn.fp32_precision = "bf16" if conv == "medium" else "ieee"
 
 
 def was_launched() -> bool:

@@ -32,6 +32,10 @@ class Facts:
         self.resolved[key] = (value, why)
         return value
 
+    def why(self, key: str, rule: str) -> str:
+        """Return the reason recorded for a key, or a new one."""
+        return self.resolved[key][1] if key in self.resolved else rule
+
     def note(self, text: str) -> None:
         """Record something that the user should be told once."""
         self.notes.append(text)

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from hf_fasttrain.environment import set_cpu_threads, was_launched
+from hf_fasttrain.environment import set_cpu_threads, set_fp32_precision, was_launched
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
@@ -37,14 +37,15 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
     facts.launched = was_launched()  # before its variables are taken out of the environment
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not torch.cuda.is_available():
-        set_cpu_threads(local)
+        threads = recipe.accelerate.cpu_threads
+        set_cpu_threads(local, None if threads == "auto" else threads)
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
-    torch.set_float32_matmul_precision(recipe.accelerate.matmul_precision)
+    set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
     precision = _resolve_precision(recipe, facts)
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()  # an earlier run of this process had another one; the process group stays
     steps = recipe.accelerate.gradient_accumulation_steps
-    _overrule_environment(precision, steps, recipe.accelerate.compile, facts)
+    _overrule_environment(precision, steps, recipe.accelerate.compile is True, facts)
     folder = output_dir(recipe)
     return Accelerator(
         mixed_precision=precision,

@@ -73,7 +73,14 @@ def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
         center = EvalTransform(pre.image_size, pre.interpolation, 1.0)
     elif recipe.augment.crop == "center":
         center = eval_transform(pre)
-    return Preparation(data.short_side, pre.interpolation, center, data.stored_quality, data.reduced_decode)
+    return Preparation(
+        data.short_side,
+        pre.interpolation,
+        center,
+        data.stored_quality,
+        data.reduced_decode,
+        pillow=data.decoder == "pillow",
+    )
 
 
 def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) -> TrainTransform:
@@ -122,7 +129,7 @@ class Loaders:
         self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
         self.device = accelerator.device
         self.workers, self.pinned = resolve_loading(recipe, self.device, facts)
-        channels_last = recipe.accelerate.channels_last
+        channels_last = recipe.accelerate.channels_last is True
         self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
         self.keeper = Keeper(recipe, facts, accelerator)
         self.keep_pixels = keep_pixels
@@ -149,7 +156,7 @@ class Loaders:
 
     def evaluating(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
         """Return the loader of a split that is evaluated `passes` times."""
-        preparation = Preparation(center=eval_transform(self.pre))
+        preparation = Preparation(center=eval_transform(self.pre), pillow=self.recipe.data.decoder == "pillow")
         plan = self.keeper.plan(split, preparation, passes=passes, batchable=True, key="cache of evaluation images")
         feed = self._feed(split, preparation, plan, None)
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
@@ -189,7 +196,7 @@ class Keeper:
             plan = self._plan(split, preparation, passes, batchable)
         plan = self._shared(plan)
         why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
-        self.facts.resolve(key, plan.mode, why)
+        self.facts.resolve(key, plan.mode, self.facts.why(key, why))
         if self.data.cache == "auto" and plan.mode != "none":
             where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
             self.facts.note(f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.why}")

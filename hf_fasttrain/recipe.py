@@ -108,6 +108,9 @@ class DataSection(Section):
     max_bad_fraction: float = machine(
         0.01, "bad images are replaced by others; above this share of a split the run stops", ge=0.0, le=1.0
     )
+    decoder: Literal["simplejpeg", "pillow"] = machine(
+        "simplejpeg", "of JPEGs; both give the same pixels, libjpeg-turbo by simplejpeg in three quarters of the time"
+    )
     workers: Auto | Annotated[int, Field(ge=0)] = machine("auto", "loader processes for each training process")
     pin_memory: Auto | bool = machine("auto", "page-locked buffers for copies to a GPU; auto: where there is one")
 
@@ -171,7 +174,7 @@ class TrainSection(Section):
 
 class AccelerateSection(Section):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = machine(
-        "auto", "auto: bf16 on a GPU that has it, else fp16 on a GPU; no on a CPU"
+        "auto", "auto: a stored tuning, else bf16 on a GPU that has it, else fp16 on a GPU; no on a CPU"
     )
     gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = machine(
         "auto", "micro-batches of each process per step; auto: 1, or as micro_batch_size says"
@@ -180,10 +183,18 @@ class AccelerateSection(Section):
         None, "largest number of images per process and forward; even, since mixup pairs neighbours"
     )
     sync_batch_norm: bool = learnt(False, "batch-norm statistics over all GPUs")
-    channels_last: bool = machine(True, "memory layout NHWC")
-    compile: bool = machine(False, "torch.compile the model")
-    matmul_precision: Literal["highest", "high", "medium"] = machine(
-        "high", "of fp32 matrix products: highest: fp32, high: TF32 where the GPU has it"
+    channels_last: Auto | bool = machine("auto", "memory layout NHWC; auto: a stored tuning, else true")
+    compile: Auto | bool = machine("auto", "torch.compile the model; auto: a stored tuning, else false")
+    matmul_precision: Auto | Literal["highest", "high", "medium"] = machine(
+        "auto",
+        "of fp32 matrix products: highest: fp32, high: TF32 where the GPU has it, medium: bf16 where the CPU has it; "
+        "auto: a stored tuning, else high",
+    )
+    conv_precision: Auto | Literal["highest", "high", "medium"] = machine(
+        "auto", "of fp32 convolutions, as matmul_precision; auto: a stored tuning, else high"
+    )
+    cpu_threads: Auto | Annotated[int, Field(ge=1)] = machine(
+        "auto", "threads of each process on a CPU; auto: a stored tuning, else cores / processes, or OMP_NUM_THREADS"
     )
 
 

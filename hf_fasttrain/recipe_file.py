@@ -132,6 +132,17 @@ def flatten(section: BaseModel, above: str = "") -> dict[str, Any]:
     return values
 
 
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return a copy of the recipe with other values for some dotted keys; where they came from stays as it is."""
+    updates: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        updates.setdefault(section, {})[name] = value
+    own = updates.pop("", {})
+    sections = {name: getattr(recipe, name).model_copy(update=changed) for name, changed in updates.items()}
+    return recipe.model_copy(update={**own, **sections})
+
+
 def tag_of(key: str) -> str:
     """Return ``learnt`` or ``machine`` for a dotted key."""
     *above, name = key.split(".")

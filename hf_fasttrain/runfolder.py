@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from hf_fasttrain.checkpoint import checkpoint_path, complete_checkpoints, read_state
 from hf_fasttrain.errors import RunError
@@ -14,6 +16,7 @@ from hf_fasttrain.facts import Facts
 from hf_fasttrain.files import read_json, write_whole
 from hf_fasttrain.recipe_file import recipe_as_asked, to_yaml
 from hf_fasttrain.saving import hold_run, not_writable
+from hf_fasttrain.tunings import TUNED, Tuned
 
 FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
 RUN_FILES = (*FILES_WHILE_TRAINING, "result.json")
@@ -65,6 +68,17 @@ def saved_state(folder: Path) -> dict[str, Any]:
     """Return the plain values of the newest checkpoint that looks whole, an empty dict if there is none."""
     states = map(read_state, reversed(complete_checkpoints(folder / "checkpoints")))
     return next(filter(None, states), {})
+
+
+def tuned_in_run(folder: Path) -> Tuned:
+    """Return the values that a run took from a stored tuning when it began; it keeps them when it is resumed."""
+    try:
+        lines = YAML(typ="safe", pure=True).load((folder / "resolved.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, YAMLError):
+        lines = {}
+    found = {key: fact for key, fact in lines.items() if isinstance(fact, dict) and TUNED in str(fact.get("origin"))}
+    why = next((str(fact["origin"]).partition(": ")[2] for fact in found.values()), "")
+    return Tuned({key: fact["value"] for key, fact in found.items()}, why)
 
 
 def describe_run(folder: Path, facts: Facts) -> None:

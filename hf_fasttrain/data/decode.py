@@ -43,12 +43,13 @@ _APP1, _START_OF_SCAN = 0xE1, 0xDA
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 
 
-def read_pixels(record: Any, *, at_least: int | None = None) -> Pixels:
+def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = False) -> Pixels:
     """Return the RGB pixels of an undecoded HF record ``{"bytes", "path"}``, of encoded bytes, or of a path.
 
     Grayscale, palette, CMYK and 16-bit images are converted, alpha is dropped as transformers and timm do, the
     EXIF rotation is applied, and of an animation the first frame is taken. With `at_least`, JPEGs are decoded at
-    1/2, 1/4 or 1/8 of their size if both sides stay that long. Raises DataError if there is no right image in it.
+    1/2, 1/4 or 1/8 of their size if both sides stay that long; with `pillow` Pillow decodes them. Raises DataError if
+    there is no right image in it.
     """
     data, path = _parts(record)
     if data is None and path is None:
@@ -56,7 +57,7 @@ def read_pixels(record: Any, *, at_least: int | None = None) -> Pixels:
     try:
         if data is None:
             data = Path(path).read_bytes()
-        return decode(data, at_least=at_least)
+        return decode(data, at_least=at_least, pillow=pillow)
     except DECODING_ERRORS as error:
         name = path or f"{len(data or b'')} bytes"
         raise DataError(f"image {name}: can't be decoded: {_reason(error)}; repair it or take it out") from None
@@ -74,11 +75,11 @@ def _reason(error: Exception) -> str:
     return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
 
-def decode(data: Encoded, *, at_least: int | None = None) -> Pixels:
+def decode(data: Encoded, *, at_least: int | None = None, pillow: bool = False) -> Pixels:
     """Return the RGB pixels (H, W, 3) of an encoded image; raises one of DECODING_ERRORS."""
     if not len(data):
         raise ValueError("0 bytes")
-    if data[:3] == _JPEG_START and is_plain_jpeg(data):
+    if not pillow and data[:3] == _JPEG_START and is_plain_jpeg(data):
         try:
             return _decode_jpeg(data, at_least or 0)
         except ValueError:

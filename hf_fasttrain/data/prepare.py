@@ -26,13 +26,14 @@ class Preparation:
     center: EvalTransform | None = None
     stored_quality: int | None = None
     reduced_decode: bool = False
+    pillow: bool = False  # decode JPEGs by Pillow: the same pixels
 
     def encoded(self, record: Any) -> tuple[Pixels, bytes | None]:
         """Return the pixels (H, W, 3) of a record and, with `stored_quality`, the JPEG that they were stored as.
 
         Raises DataError for an image that can't be decoded.
         """
-        pixels = read_pixels(record, at_least=self.short_side if self.reduced_decode else None)
+        pixels = read_pixels(record, at_least=self.short_side if self.reduced_decode else None, pillow=self.pillow)
         if self.short_side is not None:
             pixels = resize_short_side(pixels, self.short_side, self.interpolation)
         if self.center is not None:
@@ -40,7 +41,7 @@ class Preparation:
         if self.stored_quality is None:
             return pixels, None
         stored = encode_jpeg(pixels, self.stored_quality)
-        return decode(stored), stored
+        return decode(stored, pillow=self.pillow), stored
 
     def __call__(self, record: Any) -> Pixels:
         """Return the pixels (H, W, 3) uint8 of a record."""
@@ -62,4 +63,5 @@ class Preparation:
     def key(self) -> dict[str, Any]:
         """Return everything that decides the pixels."""
         versions = {package: importlib.metadata.version(package) for package in PIXEL_MAKERS}
-        return {**asdict(self), "pixels_version": PIXELS_VERSION, "versions": versions}
+        settings = {name: value for name, value in asdict(self).items() if name != "pillow"}
+        return {**settings, "pixels_version": PIXELS_VERSION, "versions": versions}

@@ -1,0 +1,1 @@
+"""Questions about speed, answered by measuring: ablate, tune, doctor."""

@@ -1,0 +1,244 @@
+"""The measuring instrument: arms of an experiment, each a training in a process of its own, run in turns.
+
+While one arm has its turn the others stand still, loader processes included (SIGSTOP), so that none is measured with
+what it has loaded ahead meanwhile, and none disturbs another. Every round gives each arm one turn, in an order of its
+own: a machine that becomes slower harms all alike. What a turn gives is the seconds of an image; rounds are compared
+in pairs.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hf_fasttrain.study.statistics import Estimate, estimate, paired_ratio
+from hf_fasttrain.study.trial import Ready, Report, Turn, Wishes
+
+Tell = Callable[[str], None]
+
+
+class ArmFailed(Exception):
+    """An arm can't be measured; its text says why."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of an experiment: a name, and what it sets in the recipe."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    not_applicable: str = ""  # why it can't make a difference here
+
+
+class Running(Protocol):
+    """A training that waits for its next turn."""
+
+    ready: Ready
+
+    def turn(self, turn: Turn, limit_seconds: float | None = None) -> Report:
+        """Run a turn; ArmFailed if it can't, or is not over within the limit."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+Start = Callable[[Arm, Wishes, float | None], Running]  # an arm, how it differs, seconds that it may take
+
+
+@dataclass
+class Measurement:
+    """What is known of an arm after its turns."""
+
+    arm: Arm
+    ready: Ready | None = None
+    failed: str = ""
+    compile_seconds: float = 0.0  # of the first step, beyond an ordinary one's
+    start_seconds: float = 0.0  # until it could begin
+    first_pass_seconds: float | None = None  # of an image, before pixels are kept
+    rounds: dict[int, float] = field(default_factory=dict)  # round -> seconds of an image
+    waits: list[float] = field(default_factory=list)  # share of each turn lost by waiting for data
+    losses: list[float] = field(default_factory=list)
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a figure."""
+        return bool(self.rounds) and not self.failed
+
+    @property
+    def images_per_second(self) -> Estimate:
+        """Images a second, with the interval of its median over rounds."""
+        return estimate([1 / seconds for seconds in self.rounds.values()])
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Median seconds of an image."""
+        return statistics.median(self.rounds.values())
+
+    @property
+    def wait_fraction(self) -> float:
+        """Median share of time lost by waiting for data."""
+        return statistics.median(self.waits) if self.waits else 0.0
+
+    def speed_up(self, baseline: Measurement) -> Estimate:
+        """How many times as fast as the baseline, from the rounds that both have."""
+        both = [number for number in self.rounds if number in baseline.rounds]
+        return paired_ratio([baseline.rounds[n] for n in both], [self.rounds[n] for n in both])
+
+    def add(self, number: int, report: Report) -> None:
+        """Add a round's turn."""
+        self.rounds[number] = report.seconds / max(1, report.images)
+        self.waits.append(min(1.0, report.wait_seconds / max(report.seconds, 1e-9)))
+        self.losses += report.losses
+        self._remember(report)
+
+    def warm(self, report: Report) -> None:
+        """Add a turn that is not measured: the first."""
+        first, *others = report.step_seconds
+        if others:
+            self.compile_seconds = max(0.0, first - statistics.median(others))
+        if report.first_pass and others:
+            self.first_pass_seconds = sum(others) / max(1, report.images * len(others) / len(report.step_seconds))
+        self.losses += report.losses
+        self._remember(report)
+
+    def _remember(self, report: Report) -> None:
+        self.device_bytes = max(self.device_bytes, report.device_bytes)
+        self.host_bytes = max(self.host_bytes, report.host_bytes)
+
+
+class Bench:
+    """Holds the running arms of an experiment; leaves no process behind.
+
+    `free_bytes` tells how much memory is left. Where it does not do for one arm more, those that waited longest are
+    ended, and begin anew when it is their turn.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        free_bytes: Callable[[], int] | None = None,
+        warm_seconds: float = 1.0,
+    ) -> None:
+        self.start, self.clock, self.free_bytes, self.warm_seconds = start, clock, free_bytes, warm_seconds
+        self._running: dict[str, tuple[Running, Measurement]] = {}  # in the order of their last turns
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all arms."""
+        for name in list(self._running):
+            self.end(name)
+
+    def end(self, name: str) -> None:
+        """End an arm."""
+        running = self._running.pop(name, None)
+        if running is not None:
+            running[0].close()
+
+    def warm_up(self, measurement: Measurement, limit_seconds: float | None = None) -> bool:
+        """Start an arm and make its first steps; return whether it can be measured."""
+        try:
+            self._start(measurement, limit_seconds)
+        except ArmFailed as failed:
+            measurement.failed = str(failed)
+            self.end(measurement.arm.name)
+        return not measurement.failed
+
+    def _start(self, measurement: Measurement, limit_seconds: float | None) -> Running:
+        name = measurement.arm.name
+        self._make_room(measurement)
+        began = self.clock()
+        try:
+            running = self._first_turn(measurement, limit_seconds)
+        except ArmFailed as failed:
+            self.end(name)
+            if not self._running or "memory" not in str(failed):
+                raise
+            self.close()  # the others took the memory: alone it may do
+            running = self._first_turn(measurement, limit_seconds)
+        measurement.start_seconds = self.clock() - began
+        return running
+
+    def _first_turn(self, measurement: Measurement, limit_seconds: float | None) -> Running:
+        name, before = measurement.arm.name, self.clock()
+        running = self.start(measurement.arm, Wishes(), limit_seconds)
+        self._running[name] = running, measurement
+        measurement.ready = ready = running.ready
+        left = None if limit_seconds is None else max(0.1, limit_seconds - (self.clock() - before))
+        passes = ready.period + 1 if ready.keeps_pixels else 1
+        report = running.turn(Turn(min_steps=max(3, passes), seconds=self.warm_seconds, drain=True), left)
+        if not measurement.rounds:
+            measurement.warm(report)
+        return running
+
+    def _make_room(self, measurement: Measurement) -> None:
+        """End the arms that waited longest until there is memory for one more."""
+        if self.free_bytes is None:
+            return
+        sizes = [m.host_bytes for _, m in self._running.values() if m.host_bytes]
+        needed = 1.5 * max([measurement.host_bytes, *sizes])
+        while self._running and self.free_bytes() < needed:
+            self.end(next(iter(self._running)))
+
+    def turn(self, measurement: Measurement, number: int, turn: Turn, limit_seconds: float | None = None) -> Report:
+        """Give an arm a turn and add what it gives as round `number`; ArmFailed, and kept in mind, if it can't."""
+        name = measurement.arm.name
+        try:
+            if name not in self._running:
+                self._start(measurement, limit_seconds)
+            running, _ = self._running[name] = self._running.pop(name)
+            report = running.turn(turn, limit_seconds)
+        except ArmFailed as failed:
+            measurement.failed = str(failed)
+            self.end(name)
+            raise
+        measurement.add(number, report)
+        return report
+
+
+def measure(
+    arms: Sequence[Arm], bench: Bench, *, rounds: int, turn: Turn, tell: Tell, seed: int = 0
+) -> list[Measurement]:
+    """Return the measurements of arms after `rounds` rounds; one that fails, or is not applicable, says so.
+
+    Ctrl-C is the caller's to meet: `bench` must be closed.
+    """
+    measurements = [Measurement(arm, failed=arm.not_applicable) for arm in arms]
+    collect(measurements, bench, rounds=rounds, turn=turn, tell=tell, seed=seed)
+    return measurements
+
+
+def collect(
+    measurements: Sequence[Measurement], bench: Bench, *, rounds: int, turn: Turn, tell: Tell, seed: int = 0
+) -> None:
+    """Warm the measurements' arms up and fill them round by round."""
+    for number, measurement in enumerate(measurements, start=1):
+        if not measurement.failed:
+            tell(f"{measurement.arm.name}: first steps ({number} of {len(measurements)} arms)")
+            bench.warm_up(measurement)
+            if measurement.failed:
+                tell(f"{measurement.arm.name}: {measurement.failed}")
+    rng = random.Random(seed)
+    for number in range(rounds):
+        going = [measurement for measurement in measurements if not measurement.failed]
+        rng.shuffle(going)
+        for measurement in going:
+            tell(f"round {number + 1} of {rounds}: {measurement.arm.name}")
+            try:
+                bench.turn(measurement, number, turn)
+            except ArmFailed as failed:
+                tell(f"{measurement.arm.name}: {failed}")

@@ -1,0 +1,228 @@
+"""Seconds of a training by phase, and worker-seconds of its loader by stage, for a training that is looked into.
+
+Nothing of it is there in an ordinary training: what is timed is put around the training's own parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from hf_fasttrain.data.decode import Pixels
+from hf_fasttrain.data.feed import Feed, ImageBatches, Made
+from hf_fasttrain.data.images import Images
+from hf_fasttrain.data.order import MicroBatchKey
+from hf_fasttrain.trainer import Trainer
+
+PHASES = ("wait", "copy", "forward", "backward", "optimizer", "other")  # of a step; they add up to it
+STAGES = ("read", "decode", "augment", "collate")  # of a loader's worker
+MOST_WORKERS = 256
+_BUSY, _IMAGES = len(STAGES), len(STAGES) + 1  # columns beside the stages
+
+
+class Stopwatch:
+    """Adds up the seconds of phases in this process, by events on a GPU, and of stages in the loader's processes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        # A row for each worker, so that none waits for another.
+        self.table = torch.zeros((MOST_WORKERS, len(STAGES) + 2), dtype=torch.float64).share_memory_()
+        self._before = self.table.clone()
+
+    def reset(self) -> None:
+        """Begin anew; workers go on counting."""
+        self._seconds, self._events = dict.fromkeys(PHASES, 0.0), []
+        self._before = self.table.clone()
+
+    def timed(self, phase: str, work: Callable[..., Any]) -> Any:
+        """Return `work` with its seconds added to a phase; its other attributes are as they were."""
+        return _Timed(self, phase, work)
+
+    def add(self, phase: str, call: Callable[[], Any]) -> Any:
+        """Call something and add its seconds to a phase."""
+        if self.device.type == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            value = call()
+            after.record()
+            self._events.append((phase, before, after))
+            return value
+        began = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self._seconds[phase] += time.perf_counter() - began
+
+    def phases(self) -> dict[str, float]:
+        """Return the seconds of each phase but waiting and other; on a GPU its work must be done."""
+        for phase, before, after in self._events:
+            self._seconds[phase] += before.elapsed_time(after) / 1000
+        self._events = []
+        return {phase: seconds for phase, seconds in self._seconds.items() if phase not in ("wait", "other")}
+
+    def _totals(self) -> np.ndarray:
+        return (self.table - self._before).sum(0).numpy()
+
+    def stages(self) -> dict[str, float]:
+        """Return the worker-seconds of each stage; collate is what the others leave of a batch's time."""
+        totals = self._totals()
+        seconds = dict(zip(STAGES, totals.tolist(), strict=False))
+        return {**seconds, "collate": max(0.0, float(totals[_BUSY]) - sum(totals[: len(STAGES) - 1]))}
+
+    def stage_images(self) -> int:
+        """Return how many images were made."""
+        return int(self._totals()[_IMAGES])
+
+
+class _Timed:
+    """A callable whose seconds are counted."""
+
+    def __init__(self, watch: Stopwatch, phase: str, work: Callable[..., Any]) -> None:
+        self.__dict__ |= {"_watch": watch, "_phase": phase, "_work": work}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._watch.add(self._phase, lambda: self._work(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._work, name, value)
+
+
+def watch_compute(trainer: Trainer, watch: Stopwatch) -> None:
+    """Time the phases of a trainer's steps."""
+    gradients, loader = trainer.gradients, trainer.train_loader
+    gradients.model = watch.timed("forward", gradients.model)
+    gradients.loss = watch.timed("forward", gradients.loss)
+    gradients._backward = watch.timed("backward", gradients._backward)  # type: ignore[method-assign]
+    loader._prepare = watch.timed("copy", loader._prepare)
+    trainer.update = watch.timed("optimizer", trainer.update)
+
+
+def watch_loader(feed: Feed, watch: Stopwatch) -> None:
+    """Time the stages of a feed's workers."""
+    feed.images = _TimedBatches(feed.images, watch.table)
+
+
+class _Row:
+    """The row of the table that is this worker's."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+        self._row: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"table": self.table, "_row": None}
+
+    def add(self, column: int, amount: float) -> None:
+        if self._row is None:
+            info = get_worker_info()
+            self._row = self.table[0 if info is None else info.id % MOST_WORKERS].numpy()
+        self._row[column] += amount
+
+
+class _TimedBatches(ImageBatches):
+    """Batches whose stages are timed; reading, decoding, cropping are those of the batches they stand for."""
+
+    def __init__(self, batches: ImageBatches, table: torch.Tensor) -> None:
+        row = _Row(table)
+        own = batches.images
+        images = Images(own.split, _TimedPreparation(own.preparation, row), own.cache)  # type: ignore[arg-type]
+        if own.cache is not None:
+            images.cache = _TimedCache(own.cache, row)  # type: ignore[assignment]
+        transform = _TimedTransform(batches.transform, row) if batches.transform is not None else None
+        super().__init__(images, transform)  # type: ignore[arg-type]
+        self.row = row
+
+    def make(self, key: MicroBatchKey, room: torch.Tensor | None = None) -> Made:
+        """Return the batch of a key; see `ImageBatches.make`."""
+        began = time.perf_counter()
+        made = super().make(key, room)
+        self.row.add(_BUSY, time.perf_counter() - began)
+        self.row.add(_IMAGES, len(key.indices))
+        return made
+
+
+@dataclass
+class _Wrapper:
+    """Stands for an object and times some of its work."""
+
+    own: Any
+    row: _Row
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("own", "row"):
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+
+class _TimedPreparation(_Wrapper):
+    """Reading of files and decoding. Records without bytes are read here, as `read_pixels` would."""
+
+    def encoded(self, record: Any) -> tuple[Pixels, bytes | None]:
+        began = time.perf_counter()
+        if isinstance(record, dict) and record.get("path") is not None:
+            data = record.get("bytes")
+            record = _read(record) if data is None else record
+        read = time.perf_counter()
+        try:
+            encoded: tuple[Pixels, bytes | None] = self.own.encoded(record)
+        finally:
+            self.row.add(STAGES.index("read"), read - began)
+            self.row.add(STAGES.index("decode"), time.perf_counter() - read)
+        return encoded
+
+
+def _read(record: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {**record, "bytes": Path(record["path"]).read_bytes()}
+    except OSError:
+        return record  # `read_pixels` will say what is wrong
+
+
+class _TimedCache(_Wrapper):
+    """Pixels read from where they are kept, and written there."""
+
+    def read(self, rows: np.ndarray, stamp_of: Any) -> Iterator[Pixels | None]:
+        found = self.own.read(rows, stamp_of)
+        while True:
+            began = time.perf_counter()
+            try:
+                pixels = next(found)
+            except StopIteration:
+                return
+            finally:
+                self.row.add(STAGES.index("read"), time.perf_counter() - began)
+            yield pixels
+
+
+class _TimedTransform(_Wrapper):
+    """Crops, operations, flips and erasing: the time of `write` but for what it waits for its images."""
+
+    def write(self, images: Iterator[tuple[int, Pixels]], key: MicroBatchKey, out: np.ndarray) -> None:
+        elsewhere = 0.0
+
+        def watched() -> Iterator[tuple[int, Pixels]]:
+            nonlocal elsewhere
+            source = iter(images)
+            while True:
+                began = time.perf_counter()
+                item = next(source, None)
+                elsewhere += time.perf_counter() - began
+                if item is None:
+                    return
+                yield item
+
+        began = time.perf_counter()
+        self.own.write(watched(), key, out)
+        self.row.add(STAGES.index("augment"), time.perf_counter() - began - elsewhere)

@@ -1,0 +1,420 @@
+"""A recipe's own training, run for a few steps at a time: what is measured is `Trainer.fit`, not a copy of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from hf_fasttrain.assemble import assemble
+from hf_fasttrain.build import build_parts
+from hf_fasttrain.data.feed import AHEAD
+from hf_fasttrain.data.loader import Step, TrainLoader
+from hf_fasttrain.data.order import Order, StepPlan
+from hf_fasttrain.environment import peak_memory_bytes
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe_file import parse_recipe, with_values
+from hf_fasttrain.schedule import constant
+from hf_fasttrain.study.stopwatch import Stopwatch, watch_compute, watch_loader
+from hf_fasttrain.trainer import Trainer
+from hf_fasttrain.tunings import Tuned
+
+SAMPLE_IMAGES = 256  # of a pass, where images are kept after the first one
+NO_END = 10**12  # steps
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A recipe's text and overrides, as another process can read them."""
+
+    text: str
+    where: str
+    name: str
+    overrides: tuple[str, ...] = ()
+
+    def load(self) -> Recipe:
+        """Return the checked recipe."""
+        return parse_recipe(self.text, self.overrides, where=self.where, name=self.name)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """So much of a training: until `seconds` are over, but at least `min_steps` and at most `max_steps`."""
+
+    min_steps: int = 1
+    seconds: float = 0.0
+    max_steps: int = NO_END
+    drain: bool = False  # after the first step, use up what the loader has made ahead
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened in a turn."""
+
+    seconds: float
+    images: int
+    step_seconds: tuple[float, ...]
+    wait_seconds: float
+    losses: tuple[float, ...]
+    device_bytes: int  # most allocated in this turn on a GPU, most resident in the process so far on a CPU
+    host_bytes: int  # of the process and its loader processes, shared pages by their share
+    first_pass: bool = False  # images were made that are kept from then on
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of a watched turn, by phase
+    stages: dict[str, float] = field(default_factory=dict)  # worker-seconds of a watched turn, by stage
+    stage_images: int = 0  # images that were made meanwhile
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A training that is built and has not begun."""
+
+    device: str
+    facts: dict[str, Any]  # every resolved value
+    notes: tuple[str, ...]
+    steps: int  # of the whole duration
+    steps_per_epoch: int
+    short_last_step: bool  # whether an epoch's last step has fewer images
+    num_images: int
+    period: int  # steps of a pass
+    keeps_pixels: bool
+    has_batch_norm: bool
+    is_jpeg: bool  # whether any of a sample of the images is
+    micro_batch_size: int
+    build_seconds: float
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How a trial differs from the training itself."""
+
+    full_lr: bool = False  # lr without its schedule
+    without_dropout: bool = False
+    watched: bool = False  # phases and loader stages are timed
+    gradient_to: str | None = None  # file for the first step's gradient
+
+
+class Enough(BaseException):
+    """Ends the loop from inside: not an Exception, so that nothing on the way takes it for a fault."""
+
+
+@dataclass(frozen=True)
+class Passes(Order):
+    """The first `period` steps of an order again and again: what is kept after a first pass is soon there."""
+
+    period: int = 1
+
+    def plan(self, step: int) -> StepPlan:
+        """Return what happens in a step; the epoch, which randomness depends on, is the number of passes."""
+        passes, within = divmod(step, self.period)
+        plan = super().plan(within)
+        keys = tuple(replace(key, epoch=passes) for key in plan.micro_batches)
+        return replace(plan, step=step, epoch=passes, micro_batches=keys)
+
+
+class MeasuredTrainer(Trainer):
+    """A Trainer that asks before it begins, and after a turn, how much it should do next."""
+
+    next_turn: Callable[[Report | None], Turn | None]
+    trial: Trial
+
+    def train_step(self, step: Step) -> Tensor:
+        """Make a step of the training, between two looks at the clock."""
+        if self.trial.turn is None:
+            self.trial.begin(self.next_turn(None))
+        loss = super().train_step(step)
+        self.trial.count(step, loss)
+        return loss
+
+    def _make_smaller(self, step: Step, what: str, agreed: bool) -> Step:
+        raise RunError(f"out of memory with micro-batches of {self.train_loader.micro_batch_size} images ({what})")
+
+
+class Trial:
+    """A training that is built and can be run in turns."""
+
+    def __init__(self, asked: Asked, wishes: Wishes = Wishes()) -> None:
+        began = time.perf_counter()
+        recipe = without_growth(asked.load())
+        parts = build_parts(recipe, tuned=Tuned())
+        trainer = assemble(parts, None, MeasuredTrainer)
+        assert isinstance(trainer, MeasuredTrainer)
+        self.trainer, trainer.trial = trainer, self
+        self.turn: Turn | None = None
+        self._profiler: torch.profiler.profile | None = None
+        self._trace = ""
+        self.device, self.loader = self.trainer.device, self.trainer.train_loader
+        self.stopwatch: Stopwatch | None = None
+        keeps = parts.facts.all()["data.cache"].value != "none"
+        self.ready = Ready(
+            device=str(self.device),
+            facts={key: fact.value for key, fact in parts.facts.all().items()},
+            notes=tuple(parts.facts.notes),
+            steps=self.trainer.num_steps,
+            steps_per_epoch=parts.order.steps_per_epoch,
+            short_last_step=not parts.order.drop_last and parts.order.num_images % parts.order.batch_size > 0,
+            num_images=parts.order.num_images,
+            period=self._loop(parts.order, keeps),
+            keeps_pixels=keeps,
+            has_batch_norm=bool(self.trainer.norms),
+            is_jpeg=_is_jpeg(parts.source.train),
+            micro_batch_size=parts.order.micro_batch_size,
+            build_seconds=time.perf_counter() - began,
+        )
+        self._prepare(wishes)
+
+    def _loop(self, order: Order, keeps: bool) -> int:
+        """Go through whole steps only, and few of them where images are kept after the first pass."""
+        full = max(1, order.num_images // order.batch_size)
+        period = min(full, max(4, -(-SAMPLE_IMAGES // order.batch_size))) if keeps else full
+        fields = {name: getattr(order, name) for name in Order.__dataclass_fields__}
+        self.loader.order = Passes(**fields, period=period)
+        return period
+
+    def _prepare(self, wishes: Wishes) -> None:
+        trainer = self.trainer
+        trainer.num_steps = trainer.evaluate_every = trainer.checkpoint_every = NO_END
+        last, schedule = self.ready.steps - 1, trainer.schedule
+        trainer.schedule = constant if wishes.full_lr else lambda step: schedule(min(step, last))
+        if wishes.without_dropout:
+            _without_dropout(trainer.raw_model)
+        if wishes.watched:
+            self.stopwatch = Stopwatch(self.device)
+            watch_compute(trainer, self.stopwatch)
+            watch_loader(self.loader.feed, self.stopwatch)
+        if wishes.gradient_to is not None:
+            _write_first_gradient(trainer, wishes.gradient_to)
+
+    def trace_next(self, path: str) -> None:
+        """Let torch's profiler look at the next turn, and write its trace."""
+        self._trace = path
+
+    # --- turns ---------------------------------------------------------------------------------------------
+
+    def run(self, next_turn: Callable[[Report | None], Turn | None]) -> None:
+        """Train in turns until `next_turn`, which is given the last turn's report, returns None."""
+        self.trainer.next_turn = next_turn
+        try:
+            self.trainer.fit()
+        except Enough:
+            pass
+        finally:
+            self.turn = None
+
+    def begin(self, turn: Turn | None) -> None:
+        """Start the clock of a turn."""
+        if turn is None:
+            raise Enough
+        self.turn, self._images, self._losses = turn, 0, list[Tensor]()
+        self._first_step = self.trainer.state.step
+        if self.stopwatch is not None:
+            self.stopwatch.reset()
+        self._waited = self.loader.wait_seconds
+        if self._trace:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        self._began = time.perf_counter()
+        self._last = self._mark()
+        self._steps: list[tuple[Any, Any]] = []  # marks before and after each
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def count(self, step: Step, loss: Tensor) -> None:
+        """Count a step, and end the turn if it is over."""
+        assert self.turn is not None
+        self._count(step)
+        self._losses.append(loss)
+        if self.turn.drain and len(self._steps) == 1:
+            self._drain()
+            self._last = self._mark()
+        done = len(self._losses)
+        if done < self.turn.min_steps:
+            return
+        if done >= self.turn.max_steps or time.perf_counter() - self._began >= self.turn.seconds:
+            report = self._report()
+            with self.trainer.pace.stopped():
+                self.begin(self.trainer.next_turn(report))
+
+    def _count(self, step: Step) -> None:
+        before, self._last = self._last, self._mark()
+        self._steps.append((before, self._last))
+        self._images += step.num_images
+
+    def _report(self) -> Report:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self._began
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(self._trace)
+            self._profiler, self._trace = None, ""
+        if self.device.type == "cuda":
+            steps = tuple(before.elapsed_time(after) / 1000 for before, after in self._steps)
+        else:
+            steps = tuple(after - before for before, after in self._steps)
+        watch = self.stopwatch
+        report = Report(
+            seconds=seconds,
+            images=self._images,
+            step_seconds=steps,
+            wait_seconds=self.loader.wait_seconds - self._waited,
+            losses=tuple(torch.stack(self._losses).float().tolist()),
+            device_bytes=peak_memory_bytes(self.device),
+            host_bytes=_host_bytes(),
+            first_pass=self.ready.keeps_pixels and self._first_step < self.ready.period,
+            phases=watch.phases() if watch else {},
+            stages=watch.stages() if watch else {},
+            stage_images=watch.stage_images() if watch else 0,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return report
+
+    def _drain(self) -> None:
+        """Use up the batches that workers made while the first step was built, so that the loader's pace is seen.
+
+        These steps' images are skipped. On a machine whose loader is the faster one, they are made again meanwhile.
+        """
+        if not self.loader.feed.workers:
+            return
+        steps = self.trainer._steps._steps
+        for _ in range(AHEAD * self.loader.feed.workers + 2):
+            before = time.perf_counter()
+            step = next(steps)
+            for _ in step.micro_batches:
+                pass
+            if time.perf_counter() - before > 0.01:  # it had to be waited for
+                break
+
+    # --- halves of the training alone ----------------------------------------------------------------------
+
+    def loader_alone(self, turn: Turn) -> Report:
+        """Read the training's batches without training on them."""
+        first = self.loader.feed.workers + 1  # while these are waited for, workers start
+        if self.ready.keeps_pixels:
+            first = max(first, self.ready.period)
+        self.begin(turn)
+        steps = self.loader.steps(0, NO_END)
+        for number, step in enumerate(steps, start=1 - first):
+            for _ in step.micro_batches:
+                pass
+            if number <= 0:
+                self.begin(turn)
+                continue
+            self._count(step)
+            if number >= turn.min_steps and time.perf_counter() - self._began >= turn.seconds:
+                break
+        steps.close()
+        self._losses = [torch.zeros(())]
+        report, self.turn = self._report(), None
+        return report
+
+    def compute_alone(self, turn: Turn) -> Report:
+        """Train on one step's images over and over."""
+        (step,) = self.loader.steps(0, 1)
+        batches = [(images.clone(), targets.clone()) for images, targets in step.micro_batches]
+        trainer = self.trainer
+        trainer.train_loader = _Repeated(step, batches, self.loader)
+        reports: list[Report] = []
+
+        def next_turn(report: Report | None) -> Turn | None:
+            if report is not None:
+                reports.append(report)
+            return [Turn(min_steps=2), turn, None][len(reports)]
+
+        try:
+            self.run(next_turn)
+        finally:
+            trainer.train_loader = self.loader
+        return reports[-1]
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """A loader whose every step has the same images, which are on the device already."""
+
+    step: Step
+    batches: list[tuple[Tensor, Tensor]]
+    loader: TrainLoader
+    wait_seconds: float = 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.steps_per_epoch
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.loader.micro_batch_size
+
+    def image_indices(self, step: int) -> np.ndarray:
+        return self.loader.image_indices(step)
+
+    def steps(self, start: int, stop: int) -> Iterator[Step]:
+        for index in range(start, stop):
+            yield replace(self.step, index=index, micro_batches=iter(self.batches))
+
+
+def without_growth(recipe: Recipe) -> Recipe:
+    """Return the recipe at its full image size: progressive resizing would change what is measured."""
+    return with_values(recipe, {"augment.progressive": None}) if recipe.augment.progressive else recipe
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(getattr(module, "drop_prob", None), float):  # drop-path of timm and transformers
+            setattr(module, "drop_prob", 0.0)  # noqa: B010 - no attribute that nn.Module declares
+
+
+def _write_first_gradient(trainer: Trainer, path: str) -> None:
+    """Let the first update write the gradients that it is given to a file, (P,) float32."""
+    update, parameters = trainer.update, trainer.parameters
+
+    def first(number: int, step: int) -> None:
+        trainer.update = update
+        flat = [p.grad.detach().float().flatten().cpu() for p in parameters if p.grad is not None]
+        np.save(Path(path), torch.cat(flat).numpy())
+        update(number, step)
+
+    first.grad_norm, first.skipped, first.undo = None, False, update.undo  # type: ignore[attr-defined]
+    trainer.update = first  # type: ignore[assignment]
+
+
+def _is_jpeg(split: Any) -> bool:
+    sampled = np.linspace(0, len(split) - 1, min(len(split), 16), dtype=np.int64)
+    for record in split.records(sampled):
+        data = record["bytes"]
+        if data is None and record["path"]:
+            try:
+                with Path(record["path"]).open("rb") as file:
+                    data = file.read(3)
+            except OSError:
+                continue
+        if data is not None and bytes(data[:3]) == b"\xff\xd8\xff":
+            return True
+    return False
+
+
+def _host_bytes() -> int:
+    """Return the memory of this process and its children, pages that several share counted by their share."""
+    total, own = 0, psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            memory = process.memory_full_info()
+        except psutil.Error:
+            continue
+        total += getattr(memory, "pss", memory.rss)
+    return total
