@@ -76,7 +76,9 @@ class ArmProcess:
         os.close(handle)
         self._log = Path(name)
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
-        self._process = context.Process(target=_serve, args=(theirs, asked, wishes, name, environment), daemon=False)
+        loaders = multiprocessing.get_start_method()
+        arguments = (theirs, asked, wishes, name, environment, loaders)
+        self._process = context.Process(target=_serve, args=arguments, daemon=False)
         with _without_main():
             self._process.start()
         theirs.close()
@@ -176,13 +178,17 @@ def _without_main() -> Iterator[None]:
 # --- in the arm's process ----------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, asked: Asked, wishes: Wishes, log: str, environment: dict[str, str]) -> None:
+def _serve(
+    connection: Connection, asked: Asked, wishes: Wishes, log: str, environment: dict[str, str], loaders: str
+) -> None:
     """Build a trial and do what is asked of it, until nobody asks any more."""
     os.setpgid(0, 0)  # a group of its own, to be stopped with its loader processes, and out of Ctrl-C's reach
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # Loader processes begin as in an ordinary training, not as this one did; they must be of its group.
+    multiprocessing.set_start_method("spawn" if loaders == "forkserver" else loaders, force=True)
     try:
         trial = Trial(asked, wishes)
         connection.send(("ready", trial.ready))
