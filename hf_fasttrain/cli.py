@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -254,6 +255,84 @@ def push(
     from hf_fasttrain.publish.hub import push_run
 
     print(push_run(run, repo, private=private))
+
+
+TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Techniques, by their names.")]
+
+
+@app.command()
+def ablate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm; from 6 on, intervals of 95 % or more.")] = 9,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Least length of a turn.")] = 2.0,
+    only: TechniqueNames = None,
+    without: TechniqueNames = None,
+    full: Annotated[bool, typer.Option("--full", help="Then train every arm to the end.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="With --full: trainings of each arm.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; by default a new one in ablations/.")] = None,
+) -> None:
+    """Measure what each technique (accumulation, mixed precision, pinned memory, ...) is worth here."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from rich.console import Console
+
+    from hf_fasttrain.study import ablate as study
+    from hf_fasttrain.study.ablation_files import print_ablation, write_ablation
+
+    folder, console = output or study.default_folder(loaded), Console()
+    plan = study.Plan(rounds, seconds, _names(only), _names(without))
+    ablation = study.earlier(folder, loaded) if full else None
+    whole = True
+    if ablation is None:
+        study.require_new(folder)
+        ablation, whole = study.ablate(loaded, plan, command=_command_line(), tell=_say_on_stderr)
+        write_ablation(ablation, folder)
+    if full and whole:
+        ablation, whole = study.train_all(ablation, recipe, folder, seeds, _say_on_stderr)
+        write_ablation(ablation, folder)
+    print_ablation(console, ablation)
+    console.print(f"{folder}: ablation.json, .md, .png, .svg, .html", markup=False)
+    if not whole:
+        sys.exit(Stopped.CTRL_C)
+
+
+@app.command()
+def tune(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    budget: Annotated[str, typer.Option(help="How long it may take: 3m, 90s, 1h.")] = "3m",
+    output: Annotated[Path | None, typer.Option(help="Recipe to write; by default the name with .tuned.yaml.")] = None,
+    store: Annotated[bool, typer.Option(help="Keep it for `auto` values on this machine.")] = True,
+) -> None:
+    """Find the fastest machine settings for a recipe here, and write them down as a recipe."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from rich.console import Console
+
+    from hf_fasttrain.study.techniques import hardware
+    from hf_fasttrain.study.tune import parse_budget
+    from hf_fasttrain.study.tune import tune as search
+    from hf_fasttrain.study.tuned_recipe import default_path, print_found, require_new_file, write_tuned
+
+    path, seconds = output or default_path(loaded), parse_budget(budget)
+    require_new_file(path)
+    found = search(loaded, seconds, hardware(), tell=_say_on_stderr)
+    for trouble in write_tuned(loaded, found, path, command=_command_line(), store=store):
+        _say_on_stderr(trouble)
+    print_found(Console(), found, path)
+    if not found.whole:
+        sys.exit(Stopped.CTRL_C)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _command_line() -> str:
+    return without_secrets(shlex.join(["hf-fasttrain", *sys.argv[1:]]))
 
 
 @app.command()

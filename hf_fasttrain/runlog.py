@@ -109,9 +109,12 @@ class RunLog:
             self._said = time.monotonic()
             self.say(f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}")
 
-    def eval_line(self, step: int, epoch: float, split: str, values: Mapping[str, float], seconds: float) -> None:
-        """Record an evaluation, in one line."""
-        self._write({"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **values})
+    def eval_line(
+        self, step: int, epoch: float, split: str, values: Mapping[str, float], seconds: float, train_seconds: float
+    ) -> None:
+        """Record an evaluation that took `seconds`, after `train_seconds` of training, in one line."""
+        line = {"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **values}
+        self._write({**line, "train_seconds": train_seconds})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"evaluation after epoch {epoch:.2f} ({split}): {shown}  ({seconds:.1f} s)")
 

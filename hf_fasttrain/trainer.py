@@ -331,7 +331,7 @@ class Trainer:
             self.log.note(f"out of memory while evaluating: batches of {self.evaluator.most} images from now on")
         if metrics:
             name, seconds = getattr(loader, "name", "evaluation split"), time.perf_counter() - began
-            self.log.eval_line(self.state.step, self._epoch, name, metrics, seconds)
+            self.log.eval_line(self.state.step, self._epoch, name, metrics, seconds, self.pace.train_seconds)
         return metrics
 
     def _improves(self, watch: Watch, record: dict[str, Any] | None) -> bool:

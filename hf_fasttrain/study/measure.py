@@ -18,6 +18,10 @@ from typing import Any, Protocol
 from hf_fasttrain.study.statistics import Estimate, estimate, paired_ratio
 from hf_fasttrain.study.trial import Ready, Report, Turn, Wishes
 
+# Rounds after which arms are started anew. Two processes that do the same differ by some 2 % as long as they live (by
+# where their memory happens to lie); the median over three lives of each does not.
+LIFE_ROUNDS = 3
+
 Tell = Callable[[str], None]
 
 
@@ -234,6 +238,8 @@ def collect(
                 tell(f"{measurement.arm.name}: {measurement.failed}")
     rng = random.Random(seed)
     for number in range(rounds):
+        if number and number % LIFE_ROUNDS == 0:
+            bench.close()
         going = [measurement for measurement in measurements if not measurement.failed]
         rng.shuffle(going)
         for measurement in going:

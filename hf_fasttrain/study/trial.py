@@ -45,6 +45,12 @@ class Asked:
         return parse_recipe(self.text, self.overrides, where=self.where, name=self.name)
 
 
+def ask(recipe: Recipe) -> Asked:
+    """Return a recipe as arms are given it."""
+    source = recipe.source
+    return Asked(source.text, source.name, source.name, source.overrides)
+
+
 @dataclass(frozen=True)
 class Turn:
     """So much of a training: until `seconds` are over, but at least `min_steps` and at most `max_steps`."""

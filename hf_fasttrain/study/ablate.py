@@ -1,0 +1,332 @@
+"""What each technique is worth here: alone, and as the one thing taken out of everything."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from hf_fasttrain.environment import describe_machine, describe_versions, free_memory_bytes
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.files import read_json, read_lines
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.study import statistics as intervals
+from hf_fasttrain.study.measure import Arm, ArmFailed, Bench, Measurement, Start, Tell, collect
+from hf_fasttrain.study.processes import Starter, require_one_process
+from hf_fasttrain.study.techniques import Hardware, Planned, chosen, hardware, planned, techniques
+from hf_fasttrain.study.trial import Turn, Wishes, ask
+
+FORMAT = 1
+
+
+class Record(BaseModel):
+    """A part of ablation.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Interval(Record):
+    """A median over rounds and its interval."""
+
+    median: float
+    low: float
+    high: float
+    confidence: float  # probability that the interval holds the true median
+
+
+class Full(Record):
+    """Trainings to the end, one for each seed: means and standard deviations."""
+
+    seeds: int
+    accuracy: float
+    accuracy_std: float
+    f1_macro: float | None
+    train_seconds: float
+    train_seconds_std: float
+    seconds_to_target: float | None  # of training until the target accuracy; None: a seed did not come there
+    speed_up: float | None  # baseline's mean train_seconds / this one's
+
+
+class Row(Record):
+    """One arm."""
+
+    name: str
+    kind: Literal["baseline", "again", "alone", "everything", "removed"]
+    technique: str | None
+    overrides: list[str]
+    status: Literal["measured", "failed", "n/a"]
+    reason: str = ""  # why there is no figure
+    note: str = ""
+    images_per_second: Interval | None = None
+    speed_up: Interval | None = None  # over the baseline, of the same rounds
+    wait_fraction: float | None = None
+    first_step_seconds: float | None = None  # beyond an ordinary step: compilation
+    device_bytes: int | None = None  # most allocated on the GPU
+    host_bytes: int | None = None  # of the training process and its loader processes
+    seconds_per_image: list[float] = []  # of each round
+    full: Full | None = None
+
+
+class Ablation(Record):
+    """All of ablation.json."""
+
+    format: int = FORMAT
+    recipe: str
+    overrides: list[str]
+    command: str
+    date: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    rounds: int
+    turn_seconds: float
+    target_accuracy: float | None = None  # the baseline's mean, where trained to the end
+    notes: list[str]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an ablation is made."""
+
+    rounds: int = 9
+    turn_seconds: float = 2.0
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+def ablate(recipe: Recipe, plan: Plan, *, command: str, tell: Tell) -> tuple[Ablation, bool]:
+    """Return the ablation of a recipe, and whether it is whole: Ctrl-C ends it with what has been measured.
+
+    Raises RunError for a recipe that can't run here.
+    """
+    require_one_process()
+    found = hardware()
+    with Starter(ask(recipe), on_gpu=found.gpu) as start:
+        arms = plan_arms(start, plan, found)
+        with Bench(start, free_bytes=free_memory_bytes, warm_seconds=min(1.0, plan.turn_seconds)) as bench:
+            measurements, whole = measure_arms(arms, bench, plan, tell)
+    return describe(recipe, arms, measurements, plan, command=command, whole=whole), whole
+
+
+def plan_arms(start: Start, plan: Plan, found: Hardware) -> list[Planned]:
+    """Return the arms of the recipe that `start` starts; RunError if it can't run here."""
+    try:
+        running = start(Arm("as the recipe says"), Wishes(), None)
+    except ArmFailed as failed:
+        raise RunError(f"this recipe can't be measured here: {failed}") from None
+    running.close()
+    return planned(chosen(techniques(running.ready, found), plan.only, plan.without))
+
+
+def measure_arms(arms: Sequence[Planned], bench: Bench, plan: Plan, tell: Tell) -> tuple[list[Measurement], bool]:
+    """Return the measurements, and whether no Ctrl-C came."""
+    measurements = [Measurement(each.arm, failed=each.arm.not_applicable) for each in arms]
+    try:
+        turn = Turn(min_steps=3, seconds=plan.turn_seconds)
+        collect(measurements, bench, rounds=plan.rounds, turn=turn, tell=tell)
+    except KeyboardInterrupt:
+        return measurements, False
+    return measurements, True
+
+
+def describe(
+    recipe: Recipe,
+    arms: Sequence[Planned],
+    measurements: Sequence[Measurement],
+    plan: Plan,
+    *,
+    command: str,
+    whole: bool,
+) -> Ablation:
+    """Return what was measured, in numbers."""
+    baseline = measurements[0]
+    ready = next((m.ready for m in measurements if m.ready), None)
+    device = torch.device(ready.device if ready else "cpu")
+    notes = [
+        "Images a second are of training steps with their loader, after the first steps; with a cache, of the passes "
+        "over the data after the first.",
+        "Speed-ups compare turns of the same round; the interval holds the true median with the stated confidence.",
+    ]
+    if recipe.augment.progressive:
+        notes.append("Measured at the full image size, without augment.progressive.")
+    if not whole:
+        notes.append(f"Stopped by Ctrl-C: {min((len(m.rounds) for m in measurements if m.rounds), default=0)} rounds.")
+    rows = [_row(each, m, baseline, gpu=device.type == "cuda") for each, m in zip(arms, measurements, strict=True)]
+    return Ablation(
+        recipe=recipe.source.name,
+        overrides=list(recipe.source.overrides),
+        command=command,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(device, 1),
+        versions=describe_versions(),
+        rounds=plan.rounds,
+        turn_seconds=plan.turn_seconds,
+        notes=notes,
+        rows=rows,
+    )
+
+
+def _row(planned: Planned, measurement: Measurement, baseline: Measurement, *, gpu: bool) -> Row:
+    technique, applicable = planned.technique, not planned.arm.not_applicable
+    row = Row(
+        name=planned.arm.name,
+        kind=planned.kind,
+        technique=technique.name if technique else None,
+        overrides=list(planned.arm.overrides),
+        status="measured" if measurement.is_measured else "failed" if applicable else "n/a",
+        reason=measurement.failed or ("" if measurement.is_measured else "not measured"),
+        note=technique.note if technique and planned.kind == "alone" else "",
+    )
+    if not measurement.is_measured:
+        return row
+    together = bool(set(measurement.rounds) & set(baseline.rounds))
+    return row.model_copy(
+        update={
+            "images_per_second": _interval(measurement.images_per_second),
+            "speed_up": _interval(measurement.speed_up(baseline)) if together else None,
+            "wait_fraction": measurement.wait_fraction,
+            "first_step_seconds": measurement.compile_seconds,
+            "device_bytes": measurement.device_bytes if gpu else None,
+            "host_bytes": measurement.host_bytes,
+            "seconds_per_image": list(measurement.rounds.values()),
+        }
+    )
+
+
+def _interval(found: intervals.Estimate) -> Interval:
+    return Interval(median=found.median, low=found.low, high=found.high, confidence=found.confidence)
+
+
+# --- trained to the end ------------------------------------------------------------------------------------
+
+Train = Callable[[Sequence[str], Path], str]  # overrides and log file to what went wrong, or nothing
+
+
+def train_all(
+    ablation: Ablation, recipe_file: str, folder: Path, seeds: int, tell: Tell, train: Train | None = None
+) -> tuple[Ablation, bool]:
+    """Train every arm to the end, once for each seed, and return the ablation with accuracy and time.
+
+    Trainings that an earlier call has finished in `folder` are read, not made again. Ctrl-C ends it with what is there.
+    """
+    train = train or (lambda overrides, log: _train(recipe_file, overrides, log))
+    runs: dict[str, list[Path]] = {}
+    whole = True
+    try:
+        for seed in range(seeds):
+            for number, row in enumerate(ablation.rows):
+                if row.status == "n/a" or row.kind == "again":
+                    continue
+                run = folder / "runs" / f"{number:02d}-seed{seed}"
+                tell(f"training {row.name}, seed {seed + 1} of {seeds}")
+                if not (run / "result.json").exists():
+                    resume = ["--resume"] if run.exists() else []
+                    own = [f"seed={seed}", f"output_dir={run}"]
+                    wrong = train([*ablation.overrides, *row.overrides, *own, *resume], run.with_suffix(".log"))
+                    if wrong:
+                        tell(f"{row.name}: {wrong}")
+                        continue
+                runs.setdefault(row.name, []).append(run)
+    except KeyboardInterrupt:
+        whole = False
+    results = {name: [read_json(run / "result.json") for run in own] for name, own in runs.items()}
+    base = results.get(ablation.rows[0].name, [])
+    target = statistics.mean(float(result["metrics"]["accuracy"]) for result in base) if base else None
+    rows = [_with_full(row, results.get(row.name, []), runs.get(row.name, []), base, target) for row in ablation.rows]
+    return ablation.model_copy(update={"rows": rows, "target_accuracy": target}), whole
+
+
+def _train(recipe_file: str, overrides: Sequence[str], log: Path) -> str:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides],
+            stdout=file,
+            stderr=file,
+            check=False,
+        )
+    if done.returncode == 0:
+        return ""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"exit status {done.returncode}: {lines[-1] if lines else ''}"
+
+
+def _accuracy(result: dict[str, Any]) -> float:
+    metrics = result.get("test_metrics") or result.get("metrics") or {}
+    return float(metrics.get("accuracy", math.nan))
+
+
+def _with_full(
+    row: Row, results: list[dict[str, Any]], runs: list[Path], base: list[dict[str, Any]], target: float | None
+) -> Row:
+    if not results:
+        return row
+    seconds = [float(result["train_seconds"]) for result in results]
+    accuracies = [_accuracy(result) for result in results]
+    f1 = [(result.get("test_metrics") or result["metrics"]).get("f1_macro") for result in results]
+    until = [_seconds_to(run, target) for run in runs] if target is not None else [None]
+    there = [value for value in until if value is not None]
+    mean_base = statistics.mean(float(result["train_seconds"]) for result in base) if base else None
+    full = Full(
+        seeds=len(results),
+        accuracy=statistics.mean(accuracies),
+        accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        f1_macro=statistics.mean(f1) if all(value is not None for value in f1) else None,
+        train_seconds=statistics.mean(seconds),
+        train_seconds_std=statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
+        seconds_to_target=statistics.mean(there) if len(there) == len(until) else None,
+        speed_up=mean_base / statistics.mean(seconds) if mean_base else None,
+    )
+    return row.model_copy(update={"full": full})
+
+
+def _seconds_to(run: Path, target: float) -> float | None:
+    """Return the seconds of training at the first evaluation that came to the target accuracy."""
+    for line in read_lines(run / "metrics.jsonl"):
+        if line.get("kind") == "evaluation" and line.get("accuracy", 0.0) >= target:
+            return float(line["train_seconds"]) if "train_seconds" in line else None
+    return None
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Return where an ablation is written if nobody says where: a folder of its own each time."""
+    return Path("ablations") / f"{recipe.source.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def earlier(folder: Path, recipe: Recipe) -> Ablation | None:
+    """Return the ablation of the same recipe and overrides in a folder, whose trainings may go on, None if none."""
+    path = folder / "ablation.json"
+    if not path.exists():
+        return None
+    found = load_ablation(path)
+    if (found.recipe, found.overrides) != (recipe.source.name, list(recipe.source.overrides)):
+        raise RunError(f"{folder}: holds an ablation of another recipe or with other overrides; give another --output")
+    return found
+
+
+def require_new(folder: Path) -> None:
+    """Raise RunError if the folder holds an ablation, or can't be made."""
+    if (folder / "ablation.json").exists():
+        raise RunError(f"{folder}: holds an ablation already; give another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: can't be made: {error.strerror}; give another --output") from None
+
+
+def load_ablation(path: Path) -> Ablation:
+    """Return the ablation in a file; RunError if it is none."""
+    try:
+        return Ablation.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: is no ablation: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,367 @@
+"""The fastest machine settings for a recipe, found by measuring within a budget of time."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hf_fasttrain.environment import free_memory_bytes, num_cores
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.study import space
+from hf_fasttrain.study.guard import IMAGES, NUM_STEPS, Course, Verdict, compare, course
+from hf_fasttrain.study.measure import Arm, ArmFailed, Bench, Measurement, Start, Tell
+from hf_fasttrain.study.processes import Starter, require_one_process
+from hf_fasttrain.study.space import Config
+from hf_fasttrain.study.statistics import Estimate
+from hf_fasttrain.study.techniques import Hardware
+from hf_fasttrain.study.trial import Ready, Turn, ask
+
+LEAST_BUDGET = 20.0  # seconds
+WORTH_IT = 1.01  # how many times as fast another setting must be to be taken
+SPARE = 0.06  # of the budget, for what ends it
+TURN = Turn(min_steps=2, seconds=0.6)
+# By when, as a share of the budget, each block of the search must be over.
+UNTIL = {"precision": 0.38, "layout": 0.50, "micro-batch": 0.62, "loader": 0.74, "cache": 0.80, "pinned memory": 0.83}
+
+
+@dataclass
+class Candidate:
+    """Settings, and what is known of them."""
+
+    config: Config
+    measurement: Measurement
+
+    def forecast(self, since: int = 0) -> float:
+        """Return the seconds of the recipe's whole training, compiling and the first pass included.
+
+        By the rounds from `since` on. Without evaluation and saving, as `train_seconds` of result.json.
+        """
+        measurement, ready = self.measurement, self.measurement.ready
+        assert ready is not None
+        rounds = [seconds for number, seconds in measurement.rounds.items() if number >= since]
+        image = statistics.median(rounds or measurement.rounds.values())
+        images = ready.steps / ready.steps_per_epoch * ready.num_images
+        kept = max(0.0, images - ready.num_images) if ready.keeps_pixels else images
+        first = measurement.first_pass_seconds or image
+        passes = kept * image + (images - kept) * max(first, image)
+        shapes = 1 + ready.short_last_step  # each is compiled
+        return passes + (measurement.compile_seconds * shapes if self.config["accelerate.compile"] else 0.0)
+
+
+@dataclass
+class Found:
+    """What a search has found."""
+
+    best: Candidate
+    baseline: Candidate | None  # None: the recipe's own settings don't fit into memory
+    ready: Ready
+    tried: list[Candidate]
+    guards: dict[str, Verdict]  # of precisions, by their difference from fp32
+    speed_up: Estimate | None = None  # over the baseline, measured side by side at the end
+    skipped: list[str] = field(default_factory=list)  # for want of time
+    seconds: float = 0.0
+    whole: bool = True  # not ended by Ctrl-C
+
+
+def parse_budget(text: str) -> float:
+    """Return the seconds of ``3m``, ``90s``, ``1h`` or ``180``; RunError for what is none, or too short."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|)\s*", text)
+    if match is None:
+        raise RunError(f"--budget {text}: must be a time such as 3m, 90s or 1h")
+    seconds = float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
+    if seconds < LEAST_BUDGET:
+        raise RunError(f"--budget {text}: too short to measure anything; give at least {LEAST_BUDGET:.0f}s")
+    return seconds
+
+
+class Tuner:
+    """A search: blocks of settings one after the other, in each of them successive halving around the best so far."""
+
+    def __init__(
+        self,
+        start: Start,
+        budget: float,
+        hardware: Hardware,
+        cores: int,
+        *,
+        tell: Tell,
+        clock: Callable[[], float] = time.monotonic,
+        free_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        self.start, self.budget, self.hardware, self.cores = start, budget, hardware, cores
+        self.tell, self.clock = tell, clock
+        self.bench = Bench(start, clock=clock, free_bytes=free_bytes, warm_seconds=0.5)
+        self.began = clock()
+        self.tried: list[Candidate] = []
+        self.guards: dict[str, Verdict] = {}
+        self.skipped: list[str] = []
+        self._fp32: Course | None = None
+        self._round = 0
+        self._rng = random.Random(0)
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the search began."""
+        return self.clock() - self.began
+
+    def left(self, share: float = 1.0) -> float:
+        """Return the seconds until a share of the budget is used up, what ends the search kept back."""
+        return self.budget * min(share, 1 - SPARE) - self.elapsed
+
+    # --- the search ----------------------------------------------------------------------------------------
+
+    def run(self) -> Found:
+        """Search until there is nothing left to try, or no time; Ctrl-C gives the best so far.
+
+        Raises RunError if the recipe can't run here, or the budget does not do for its own settings.
+        """
+        whole, speed_up = True, None
+        with self.bench:
+            self.baseline, self.ready = self._first()
+            self.best = self.baseline or self._fitting()
+            self.base = (self.baseline or self.best).config
+            try:
+                self._search()
+                speed_up = self._final()
+            except KeyboardInterrupt:
+                whole = False
+        return Found(
+            self.best,
+            self.baseline,
+            self.ready,
+            self.tried,
+            self.guards,
+            speed_up,
+            self.skipped,
+            self.elapsed,
+            whole,
+        )
+
+    def _first(self) -> tuple[Candidate | None, Ready]:
+        """Measure the recipe's own settings."""
+        self.tell("the recipe's own settings")
+        measurement = Measurement(Arm("as it is"))
+        fine = self.bench.warm_up(measurement, self.left())
+        if measurement.ready is None:
+            raise RunError(f"this recipe can't be measured here: {measurement.failed}")
+        config = space.first_config(measurement.ready)
+        candidate = Candidate(config, measurement)
+        self.tried.append(candidate)
+        if fine and self.left() > 0:
+            self._turns([candidate])
+        if measurement.is_measured and self.left() > 0:
+            return candidate, measurement.ready
+        if "memory" in measurement.failed:
+            return None, measurement.ready
+        if "not done" in measurement.failed or not measurement.failed:
+            raise RunError(
+                f"--budget {self.budget:.0f}s: the recipe's own first steps took {self.elapsed:.0f} s; give at least "
+                f"{math.ceil(8 * self.elapsed / 60)}m"
+            )
+        raise RunError(f"this recipe can't be measured here: {measurement.failed}")
+
+    def _fitting(self) -> Candidate:
+        """Return the first smaller micro-batch that fits into memory."""
+        for config in space.micro_batches(self.tried[0].config, self.ready):
+            candidate = self._candidate(config, self.tried[0].config)
+            if self._warm(candidate, 1.0):
+                self._turns([candidate])
+            if candidate.measurement.is_measured:
+                return candidate
+        raise RunError(f"this recipe can't be measured here: {self.tried[0].measurement.failed}")
+
+    def _search(self) -> None:
+        others = space.precisions(self.best.config, self.hardware)
+        ranked = self._race("precision", others)
+        self.best = self._guarded(ranked)
+        runners_up = [candidate.config for candidate in ranked]
+        self._improve("layout", [c for one in self._closest(ranked) for c in space.layouts(one.config)])
+        self._improve("micro-batch", space.micro_batches(self.best.config, self.ready))
+        self._improve("loader", space.loaders(self.best.config, self.hardware, self.cores))
+        self._improve("cache", space.caches(self.best.config, self.ready))
+        self._improve("pinned memory", space.pinning(self.best.config, self.hardware))
+        self._compile(runners_up)
+
+    def _closest(self, ranked: Sequence[Candidate]) -> list[Candidate]:
+        """Return the best candidate, and those that another layout might bring to the front."""
+        near = [c for c in ranked if c is not self.best and c.forecast() < 1.5 * self.best.forecast()]
+        return [self.best, *(c for c in near if self._is_good(c.config))]
+
+    def _improve(self, block: str, configs: list[Config]) -> None:
+        """Take the best of a block's settings if it is better than the best so far."""
+        if configs:
+            self.best = self._guarded(self._race(block, configs))
+
+    def _race(self, block: str, configs: list[Config]) -> list[Candidate]:
+        """Return the settings of a block and the best so far, ranked by forecast, by successive halving."""
+        until, since = UNTIL[block], self._round
+        racing = [self.best]
+        for config in configs:
+            candidate = self._candidate(config, self.base)
+            if candidate is not self.best and self._warm(candidate, until, block):
+                racing.append(candidate)
+        dropped: list[Candidate] = []
+        self._turns(racing)
+        while self.left(until) > 0 and len(racing) > 1:
+            ranked = sorted(racing, key=lambda candidate: candidate.forecast(since))
+            keep = max(2, math.ceil(len(ranked) / 2))
+            for candidate in ranked[keep:]:
+                self.bench.end(candidate.measurement.arm.name)
+                dropped.append(candidate)
+            racing = [candidate for candidate in ranked[:keep] if not candidate.measurement.failed]
+            if len(racing) <= 2 and self._round - since >= 4:
+                break
+            self._turns(racing)
+        racing = [candidate for candidate in racing if candidate.measurement.is_measured]
+        ranked = sorted(racing, key=lambda candidate: candidate.forecast(since))
+        if ranked and ranked[0] is not self.best and self.best in ranked:
+            if ranked[0].forecast(since) * WORTH_IT > self.best.forecast(since):  # no better than the noise
+                ranked.remove(self.best)
+                ranked.insert(0, self.best)
+        return [*ranked, *sorted((c for c in dropped if c.measurement.is_measured), key=Candidate.forecast)]
+
+    def _candidate(self, config: Config, base: Config) -> Candidate:
+        """Return the candidate of a config; what was measured of it before is kept."""
+        for candidate in self.tried:
+            if candidate.config == config:
+                return candidate
+        arm = Arm(space.difference(config, base), space.overrides_of(config))
+        return Candidate(config, Measurement(arm))
+
+    def _warm(self, candidate: Candidate, until: float, block: str = "", limit: float | None = None) -> bool:
+        """Start a candidate if there is time for it; return whether it can be measured."""
+        measurement = candidate.measurement
+        if measurement.rounds or measurement.failed:
+            return not measurement.failed
+        cost = self._usual_cost()
+        if limit is None and self.left(until) < cost:
+            self.skipped.append(f"{block}: {measurement.arm.name}")
+            return False
+        self.tell(f"{block}: {measurement.arm.name}")
+        self.tried.append(candidate)
+        fine = self.bench.warm_up(measurement, max(1.0, limit or min(self.left(), 4 * cost + 5)))
+        if measurement.failed:
+            self.tell(f"{measurement.arm.name}: {measurement.failed}")
+        return fine
+
+    def _usual_cost(self) -> float:
+        """Return the seconds that a candidate's start and first turns take, by those so far."""
+        starts = [c.measurement.start_seconds for c in self.tried[1:] if c.measurement.start_seconds]
+        return statistics.median(starts or [self.tried[0].measurement.start_seconds])
+
+    def _turns(self, candidates: Sequence[Candidate]) -> None:
+        """Give each candidate a turn, in an order of its own."""
+        order = [candidate for candidate in candidates if not candidate.measurement.failed]
+        self._rng.shuffle(order)
+        for candidate in order:
+            try:
+                self.bench.turn(candidate.measurement, self._round, TURN, max(1.0, self.left()))
+            except ArmFailed as failed:
+                self.tell(f"{candidate.measurement.arm.name}: {failed}")
+        self._round += 1
+
+    # --- precision -----------------------------------------------------------------------------------------
+
+    def _guarded(self, ranked: Sequence[Candidate]) -> Candidate:
+        """Return the best candidate whose arithmetic trains as fp32 does."""
+        for candidate in ranked:
+            if candidate is self.best or self._is_good(candidate.config):
+                return candidate
+        return self.best
+
+    def _is_good(self, config: Config) -> bool:
+        if space.is_plain(config, self.hardware) or space.math_of(config) == space.math_of(self.base):
+            return True
+        plain = space.precisions(config, self.hardware)[0]
+        name = space.difference({**plain, **{key: config[key] for key in space.MATH_KEYS}}, plain)
+        if name not in self.guards:
+            verdict = self._judge(name, config, plain)
+            if verdict is None:
+                return False
+            self.guards[name] = verdict
+            self.tell(f"{name}: {verdict}{'' if verdict.is_good else ': not used'}")
+        return self.guards[name].is_good
+
+    def _judge(self, name: str, config: Config, plain: Config) -> Verdict | None:
+        """Compare a precision with fp32; None if it can't be, which forbids it."""
+        images = max(2, min(IMAGES, self.ready.num_images, int(self.base_batch)))
+        eager = {"accelerate.compile": False, "accelerate.micro_batch_size": None, "data.cache": "none"}
+        self.tell(f"comparing {name} with fp32: first gradient, {NUM_STEPS} steps at full lr")
+        try:
+            if self._fp32 is None:
+                self._fp32 = self._course({**plain, **eager}, images)
+            return compare(self._course({**config, **eager}, images), self._fp32)
+        except ArmFailed as failed:
+            self.tell(f"{name} is not used, since it can't be compared with fp32: {failed}")
+            self.skipped.append(f"precision {name}: not compared with fp32")
+            return None
+
+    def _course(self, config: Config, images: int) -> Course:
+        return course(self.start, space.overrides_of(config), images, max(1.0, self.left()))
+
+    @property
+    def base_batch(self) -> int:
+        """Images of a step."""
+        return int(self.ready.facts["train.batch_size"])
+
+    # --- compiling, and the end ----------------------------------------------------------------------------
+
+    def _compile(self, runners_up: list[Config]) -> None:
+        """Try torch.compile, which takes long, with what time is left, where it could pay."""
+        usable = (config for config in runners_up if self._is_judged_good(config))
+        configs = space.compiled(self.best.config, usable, self.hardware)
+        saving = self.best.forecast() / 3  # if it were half as fast again
+        cost = 4 * self._usual_cost() + 20
+        for number, config in enumerate(configs):
+            candidate, since = self._candidate(config, self.base), self._round
+            if self.left() < cost or saving < cost:
+                why = "the training is too short to pay for it" if saving < cost else ""
+                self.skipped += [
+                    f"compile: {space.difference(c, self.base)}{f' ({why})' if why else ''}" for c in configs[number:]
+                ]
+                return
+            began = self.clock()
+            if not self._warm(candidate, 1.0, "compile", limit=self.left()):
+                continue
+            cost = self.clock() - began
+            for _ in range(3):
+                self._turns([self.best, candidate])
+            if candidate.measurement.is_measured and candidate.forecast(since) * WORTH_IT < self.best.forecast(since):
+                self.best = candidate
+
+    def _is_judged_good(self, config: Config) -> bool:
+        return space.is_plain(config, self.hardware) or self._is_good(config)
+
+    def _final(self) -> Estimate | None:
+        """Measure the best settings beside the recipe's own with what time is left, at least in three rounds."""
+        if self.baseline is None or self.best is self.baseline:
+            return None
+        since = self._round
+        while self._round - since < 9 and (self.left() > 0 or self._round - since < 3):
+            self.tell(f"the best beside the recipe's own: round {self._round - since + 1}")
+            self._turns([self.baseline, self.best])
+            if self.best.measurement.failed or self.baseline.measurement.failed:
+                return None
+        best, own = (Measurement(c.measurement.arm) for c in (self.best, self.baseline))
+        for of, to in ((self.best, best), (self.baseline, own)):
+            to.rounds = {number: seconds for number, seconds in of.measurement.rounds.items() if number >= since}
+        speed_up = best.speed_up(own)
+        if speed_up.median < 1:  # what looked better was not
+            self.best = self.baseline
+            return None
+        return speed_up
+
+
+def tune(recipe: Recipe, budget: float, found: Hardware, *, tell: Tell) -> Found:
+    """Return the fastest settings of a recipe that `budget` seconds were enough to find; see `Tuner.run`."""
+    require_one_process()
+    with Starter(ask(recipe), on_gpu=found.gpu) as start:
+        return Tuner(start, budget, found, num_cores(), tell=tell, free_bytes=free_memory_bytes).run()
