@@ -327,6 +327,36 @@ def tune(
         sys.exit(Stopped.CTRL_C)
 
 
+@app.command()
+def doctor(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="About how long it may take.")] = 30.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for torch's profiler trace of some steps (Chrome's).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where a training's time goes here, and which overrides would help, each measured."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from rich.console import Console
+
+    from hf_fasttrain.study.doctor import doctor as examine
+    from hf_fasttrain.study.doctor import print_diagnosis
+    from hf_fasttrain.study.techniques import hardware
+
+    try:
+        diagnosis = examine(loaded, hardware(), seconds=seconds, tell=_say_on_stderr, trace=trace)
+    except KeyboardInterrupt:
+        sys.exit(Stopped.CTRL_C)
+    if as_json:
+        print(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        print_diagnosis(Console(), diagnosis)
+
+
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 

@@ -27,7 +27,7 @@ Message = tuple[str, Any]
 def require_one_process() -> None:
     """Raise RunError under a launcher of several processes: arms are processes of their own."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("it measures on one device; start it without a launcher: hf-fasttrain ablate | tune | doctor")
+        raise RunError("it measures on one device; start it without a launcher, as hf-fasttrain ablate, tune or doctor")
     if not hasattr(signal, "SIGSTOP"):
         raise RunError(
             "it needs processes that can be stopped (SIGSTOP), which this system has not; use Linux or macOS"
@@ -37,11 +37,12 @@ def require_one_process() -> None:
 class Starter:
     """Starts a recipe's arms; a context, which removes what they wrote on leaving."""
 
-    def __init__(self, asked: Asked, *, on_gpu: bool) -> None:
+    def __init__(self, asked: Asked, *, on_gpu: bool, method: str | None = None) -> None:
         self.asked = asked
         # A process that has looked for a GPU can't be forked and use it; one that has only imported can.
-        self._context: Any = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
-        if not on_gpu:
+        method = method or ("spawn" if on_gpu else "forkserver")
+        self._context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
             self._context.set_forkserver_preload(IMPORTED)
 
     def __enter__(self) -> Starter:

@@ -38,10 +38,9 @@ def math_of(config: Config) -> tuple[Any, ...]:
     return tuple(config[key] for key in MATH_KEYS)
 
 
-def is_plain(config: Config, hardware: Hardware) -> bool:
-    """Return whether products are as exact as fp32's usual ones: no guard is needed."""
-    usual = ("highest", "high") if hardware.gpu else ("highest", "high")
-    return config[MATH_KEYS[0]] == "no" and all(config[key] in usual for key in MATH_KEYS[1:])
+def is_plain(config: Config) -> bool:
+    """Return whether products are as exact as fp32's usual ones (TF32's on a GPU): no guard is needed."""
+    return config[MATH_KEYS[0]] == "no" and all(config[key] != "medium" for key in MATH_KEYS[1:])
 
 
 def precisions(config: Config, hardware: Hardware) -> list[Config]:
@@ -80,7 +79,7 @@ def loaders(config: Config, hardware: Hardware, cores: int) -> list[Config]:
         numbers = sorted({max(1, present // 2), present, min(cores, 2 * present)} - {present})
         return [{**config, "data.workers": number} for number in numbers]
     threads = config["accelerate.cpu_threads"]
-    pairs = [(0, "auto"), (1, "auto"), (min(2, cores), "auto")]
+    pairs: list[tuple[int, int | str]] = [(0, "auto"), (1, "auto"), (min(2, cores), "auto")]
     if cores > 1:
         pairs += [(1, cores - 1), (min(2, cores), cores - 1)]
     return [

@@ -87,7 +87,7 @@ class _Timed:
     """A callable whose seconds are counted."""
 
     def __init__(self, watch: Stopwatch, phase: str, work: Callable[..., Any]) -> None:
-        self.__dict__ |= {"_watch": watch, "_phase": phase, "_work": work}
+        self.__dict__.update(_watch=watch, _phase=phase, _work=work)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._watch.add(self._phase, lambda: self._work(*args, **kwargs))

@@ -154,6 +154,7 @@ class Trial:
         assert isinstance(trainer, MeasuredTrainer)
         self.trainer, trainer.trial = trainer, self
         self.turn: Turn | None = None
+        self._next_step = 0
         self._profiler: torch.profiler.profile | None = None
         self._trace = ""
         self.device, self.loader = self.trainer.device, self.trainer.train_loader
@@ -219,7 +220,7 @@ class Trial:
         if turn is None:
             raise Enough
         self.turn, self._images, self._losses = turn, 0, list[Tensor]()
-        self._first_step = self.trainer.state.step
+        self._first_step = self._next_step
         if self.stopwatch is not None:
             self.stopwatch.reset()
         self._waited = self.loader.wait_seconds
@@ -257,6 +258,7 @@ class Trial:
         before, self._last = self._last, self._mark()
         self._steps.append((before, self._last))
         self._images += step.num_images
+        self._next_step = step.index + 1
 
     def _report(self) -> Report:
         if self.device.type == "cuda":

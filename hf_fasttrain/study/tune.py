@@ -222,10 +222,9 @@ class Tuner:
             self._turns(racing)
         racing = [candidate for candidate in racing if candidate.measurement.is_measured]
         ranked = sorted(racing, key=lambda candidate: candidate.forecast(since))
-        if ranked and ranked[0] is not self.best and self.best in ranked:
-            if ranked[0].forecast(since) * WORTH_IT > self.best.forecast(since):  # no better than the noise
-                ranked.remove(self.best)
-                ranked.insert(0, self.best)
+        if self.best in ranked and ranked[0].forecast(since) * WORTH_IT > self.best.forecast(since):
+            ranked.remove(self.best)  # nothing is better than it by more than the noise
+            ranked.insert(0, self.best)
         return [*ranked, *sorted((c for c in dropped if c.measurement.is_measured), key=Candidate.forecast)]
 
     def _candidate(self, config: Config, base: Config) -> Candidate:
@@ -278,7 +277,7 @@ class Tuner:
         return self.best
 
     def _is_good(self, config: Config) -> bool:
-        if space.is_plain(config, self.hardware) or space.math_of(config) == space.math_of(self.base):
+        if space.is_plain(config) or space.math_of(config) == space.math_of(self.base):
             return True
         plain = space.precisions(config, self.hardware)[0]
         name = space.difference({**plain, **{key: config[key] for key in space.MATH_KEYS}}, plain)
@@ -316,7 +315,7 @@ class Tuner:
 
     def _compile(self, runners_up: list[Config]) -> None:
         """Try torch.compile, which takes long, with what time is left, where it could pay."""
-        usable = (config for config in runners_up if self._is_judged_good(config))
+        usable = (config for config in runners_up if self._is_good(config))
         configs = space.compiled(self.best.config, usable, self.hardware)
         saving = self.best.forecast() / 3  # if it were half as fast again
         cost = 4 * self._usual_cost() + 20
@@ -336,9 +335,6 @@ class Tuner:
                 self._turns([self.best, candidate])
             if candidate.measurement.is_measured and candidate.forecast(since) * WORTH_IT < self.best.forecast(since):
                 self.best = candidate
-
-    def _is_judged_good(self, config: Config) -> bool:
-        return space.is_plain(config, self.hardware) or self._is_good(config)
 
     def _final(self) -> Estimate | None:
         """Measure the best settings beside the recipe's own with what time is left, at least in three rounds."""

@@ -1,0 +1,237 @@
+"""Where a training's time goes, and what would help, in half a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_fasttrain.environment import free_memory_bytes, num_cores
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.study import space
+from hf_fasttrain.study.diagnosis import (
+    PHASE_NAMES,
+    STAGE_NAMES,
+    Diagnosis,
+    best_advice,
+    rate,
+    split_loading,
+    split_step,
+)
+from hf_fasttrain.study.measure import Arm, ArmFailed, Bench, Measurement, Tell
+from hf_fasttrain.study.processes import Starter, require_one_process
+from hf_fasttrain.study.space import Config
+from hf_fasttrain.study.stopwatch import PHASES, STAGES
+from hf_fasttrain.study.techniques import Hardware, settings
+from hf_fasttrain.study.trial import Ready, Report, Turn, Wishes, ask
+from hf_fasttrain.study.tuned_recipe import clock
+
+LOOK = Turn(min_steps=3, seconds=2.0)
+HALF = Turn(min_steps=2, seconds=1.0)
+TRY = Turn(min_steps=1, seconds=0.7)
+LEAST_ROUNDS, MOST_ROUNDS = 4, 9
+TRACED_STEPS = 3
+ROUNDING = "changes rounding: `hf-fasttrain tune` compares it with fp32"
+
+
+class Doctor:
+    """An examination within about `seconds`."""
+
+    def __init__(
+        self,
+        start: Starter,
+        hardware: Hardware,
+        cores: int,
+        *,
+        seconds: float,
+        tell: Tell,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.start, self.hardware, self.cores, self.tell = start, hardware, cores, tell
+        self.clock, self.until = clock, clock() + seconds
+
+    def examine(self, trace: Path | None = None) -> Diagnosis:
+        """Look into the training, take it apart, and try what might help; RunError if it can't run here."""
+        try:
+            self.tell("looking into the training")
+            watched, ready = self._watch(trace)
+            self.tell("loader alone, computing alone")
+            loader, compute = self._halves()
+        except ArmFailed as failed:
+            raise RunError(f"this recipe can't be examined here: {failed}") from None
+        waiting = watched.wait_seconds / watched.seconds
+        baseline, tried, notes = self._try(self._ideas(ready, watched), ready)
+        step_seconds, phases = split_step(watched)
+        return Diagnosis(
+            ready=ready,
+            images_per_second=baseline.images_per_second,
+            step_seconds=step_seconds,
+            images_per_step=watched.images / len(watched.step_seconds),
+            phases=phases,
+            stages=split_loading(watched),
+            loader_alone=_rate(loader),
+            compute_alone=_rate(compute),
+            wait_fraction=min(1.0, waiting),
+            device_bytes=baseline.device_bytes if self.hardware.gpu else 0,
+            host_bytes=baseline.host_bytes,
+            tried=tuple(tried),
+            advice=tuple(best_advice(baseline, tried, notes)),
+        )
+
+    def _watch(self, trace: Path | None) -> tuple[Report, Ready]:
+        running = self.start(Arm("watched"), Wishes(watched=True))
+        try:
+            passes = running.ready.period + 1 if running.ready.keeps_pixels else 1
+            running.turn(Turn(min_steps=max(3, passes), seconds=1.0, drain=True))
+            report = running.turn(LOOK)
+            if trace is not None:
+                self.tell(f"a trace of {TRACED_STEPS} steps")
+                running.trace(trace.absolute(), TRACED_STEPS)
+        finally:
+            running.close()
+        return report, running.ready
+
+    def _halves(self) -> tuple[Report, Report]:
+        running = self.start(Arm("halves"), Wishes())
+        try:
+            return running.ask("loader", HALF), running.ask("compute", HALF)
+        finally:
+            running.close()
+
+    # --- what might help -----------------------------------------------------------------------------------
+
+    def _ideas(self, ready: Ready, watched: Report) -> list[tuple[dict[str, Any], str]]:
+        """Return changes that might help, the likeliest first, and what is to be said of them."""
+        own = space.first_config(ready)
+        loading = self._loading_ideas(own, ready)
+        computing = self._computing_ideas(own, ready)
+        waiting = watched.wait_seconds / watched.seconds
+        return [*loading, *computing] if waiting >= 0.1 else [*computing, *loading]
+
+    def _loading_ideas(self, own: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
+        ideas: list[tuple[dict[str, Any], str]] = []
+        if own["data.cache"] == "none" and ready.steps > ready.steps_per_epoch:
+            ideas.append(({"data.cache": "memory"}, "from the second epoch on"))
+        workers = int(own["data.workers"])
+        if workers < 2 * self.cores:
+            ideas.append(({"data.workers": max(1, 2 * workers)}, ""))
+        if ready.facts["data.decoder"] == "pillow" and ready.is_jpeg:
+            ideas.append(({"data.decoder": "simplejpeg"}, ""))
+        if self.hardware.gpu and not own["data.pin_memory"]:
+            ideas.append(({"data.pin_memory": True}, ""))
+        return ideas
+
+    def _computing_ideas(self, own: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
+        ideas: list[tuple[dict[str, Any], str]] = []
+        if own["accelerate.mixed_precision"] == "no":
+            ideas.append(({"accelerate.mixed_precision": "bf16" if self.hardware.bf16 else "fp16"}, ROUNDING))
+        ideas.append(({"accelerate.channels_last": not own["accelerate.channels_last"]}, ""))
+        if own["accelerate.micro_batch_size"] is not None:
+            whole = {"accelerate.gradient_accumulation_steps": "auto", "accelerate.micro_batch_size": None}
+            ideas.append((whole, "changes batch-norm statistics" if ready.has_batch_norm else ""))
+        if self.hardware.gpu and not own["accelerate.compile"]:
+            ideas.append(({"accelerate.compile": True}, "compiling takes its time at first"))
+        return ideas
+
+    def _try(
+        self, ideas: list[tuple[dict[str, Any], str]], ready: Ready
+    ) -> tuple[Measurement, list[Measurement], dict[str, str]]:
+        """Measure ideas beside the training as it is, as many as there is time for, at least two."""
+        baseline = Measurement(Arm("as it is"))
+        notes: dict[str, str] = {}
+        tried: list[Measurement] = []
+        with Bench(self.start, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
+            began = self.clock()
+            if not bench.warm_up(baseline):
+                raise RunError(f"this recipe can't be examined here: {baseline.failed}")
+            cost = self.clock() - began  # of starting one, and its turns later
+            for change, note in ideas:
+                if len(tried) >= 2 and self.clock() + cost * 1.5 * (len(tried) + 1) > self.until:
+                    break
+                arm = Arm(" ".join(settings(change)), settings(change))
+                measurement = Measurement(arm)
+                self.tell(f"trying {arm.name}")
+                bench.warm_up(measurement)
+                tried.append(measurement)
+                notes[arm.name] = note
+            for number in range(MOST_ROUNDS):
+                if number >= LEAST_ROUNDS and self.clock() > self.until:
+                    break
+                for measurement in [baseline, *tried]:
+                    if not measurement.failed:
+                        _turn(bench, measurement, number)
+        if not baseline.is_measured:
+            raise RunError(f"this recipe can't be examined here: {baseline.failed}")
+        return baseline, tried, notes
+
+
+def _turn(bench: Bench, measurement: Measurement, number: int) -> None:
+    with contextlib.suppress(ArmFailed):  # the measurement keeps it in mind
+        bench.turn(measurement, number, TRY)
+
+
+def _rate(report: Report) -> float:
+    return report.images / report.seconds
+
+
+def doctor(recipe: Recipe, found: Hardware, *, seconds: float, tell: Tell, trace: Path | None = None) -> Diagnosis:
+    """Return where the time of a recipe's training goes here; RunError if it can't run."""
+    require_one_process()
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise RunError(f"--trace {trace}: {trace.absolute().parent} is no folder; give another file")
+    with Starter(ask(recipe), on_gpu=found.gpu) as start:
+        return Doctor(start, found, num_cores(), seconds=seconds, tell=tell).examine(trace)
+
+
+def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+    """Print the tables, the verdict and the advice."""
+    step = Table(title=f"a step of {diagnosis.images_per_step:.0f} images", title_justify="left")
+    for name in ("phase", "ms", "share"):
+        step.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in PHASES:
+        seconds = diagnosis.phases[phase]
+        step.add_row(PHASE_NAMES[phase], f"{1000 * seconds:.1f}", f"{seconds / diagnosis.step_seconds:.0%}")
+    step.add_row("together", f"{1000 * diagnosis.step_seconds:.1f}", "")
+    console.print(step)
+    loader = Table(title=f"the loader's work, {diagnosis.workers} workers", title_justify="left")
+    for name in ("stage", "ms of a worker for an image", "share"):
+        loader.add_column(name, justify="left" if name == "stage" else "right")
+    total = max(sum(diagnosis.stages.values()), 1e-12)
+    for stage in STAGES:
+        seconds = diagnosis.stages[stage]
+        loader.add_row(STAGE_NAMES[stage], f"{1000 * seconds:.3f}", f"{seconds / total:.0%}")
+    console.print(loader)
+    for line in lines(diagnosis):
+        console.print(line, markup=False)
+
+
+def lines(diagnosis: Diagnosis) -> list[str]:
+    """Return verdict, forecast, memory and advice as sentences."""
+    found, kept = diagnosis.images_per_second, diagnosis.ready.keeps_pixels
+    memory = f"{diagnosis.host_bytes / 2**30:.2f} GiB of the host"
+    if diagnosis.device_bytes:
+        memory = f"{diagnosis.device_bytes / 2**30:.2f} GiB of the GPU, {memory}"
+    said = [
+        diagnosis.verdict,
+        f"As it is: {rate(found.median)} images/s ({rate(found.low)} - {rate(found.high)}); an epoch takes "
+        f"{clock(diagnosis.epoch_seconds)}{' once images are kept' if kept else ''}, the whole training "
+        f"{clock(diagnosis.total_seconds)}, without evaluation. Memory: {memory}.",
+    ]
+    for advice in diagnosis.advice:
+        note = f" ({advice.note})" if advice.note else ""
+        seconds = diagnosis.ready.num_images / advice.images_per_second
+        said.append(
+            f"Measured: {advice.text}{note}: {rate(advice.images_per_second)} images/s, {advice.speed_up} times as "
+            f"fast, an epoch takes {clock(seconds)}."
+        )
+    for measurement in diagnosis.tried:
+        if all(measurement.arm.overrides != advice.overrides for advice in diagnosis.advice):
+            outcome = measurement.failed or f"{rate(measurement.images_per_second.median)} images/s"
+            said.append(f"Tried without gain: {measurement.arm.name}: {outcome}")
+    return said
