@@ -15,6 +15,8 @@ from hf_fasttrain.errors import Stopped, UserError, nearest, without_secrets
 from hf_fasttrain.shipped import recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hf_fasttrain.recipe import Recipe
     from hf_fasttrain.trainer import Trainer
 
@@ -276,12 +278,10 @@ def ablate(
     from hf_fasttrain.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from rich.console import Console
-
     from hf_fasttrain.study import ablate as study
     from hf_fasttrain.study.ablation_files import print_ablation, write_ablation
 
-    folder, console = output or study.default_folder(loaded), Console()
+    folder, console = output or study.default_folder(loaded), _wide_console()
     plan = study.Plan(rounds, seconds, _names(only), _names(without))
     ablation = study.earlier(folder, loaded) if full else None
     whole = True
@@ -310,8 +310,6 @@ def tune(
     from hf_fasttrain.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from rich.console import Console
-
     from hf_fasttrain.study.techniques import hardware
     from hf_fasttrain.study.tune import parse_budget
     from hf_fasttrain.study.tune import tune as search
@@ -322,7 +320,7 @@ def tune(
     found = search(loaded, seconds, hardware(), tell=_say_on_stderr)
     for trouble in write_tuned(loaded, found, path, command=_command_line(), store=store):
         _say_on_stderr(trouble)
-    print_found(Console(), found, path)
+    print_found(_wide_console(), found, path)
     if not found.whole:
         sys.exit(Stopped.CTRL_C)
 
@@ -341,8 +339,6 @@ def doctor(
     from hf_fasttrain.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from rich.console import Console
-
     from hf_fasttrain.study.doctor import doctor as examine
     from hf_fasttrain.study.doctor import print_diagnosis
     from hf_fasttrain.study.techniques import hardware
@@ -354,7 +350,14 @@ def doctor(
     if as_json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:
-        print_diagnosis(Console(), diagnosis)
+        print_diagnosis(_wide_console(), diagnosis)
+
+
+def _wide_console() -> Console:
+    """Return a console whose tables are not folded where there is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_fasttrain.checkpoint import complete_checkpoints
+from hf_fasttrain.study import processes
 
 torch.set_num_threads(1)
 
@@ -39,8 +40,9 @@ def reset_accelerate() -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Let every test meet accelerate and the environment as they are at the start of a process."""
+    monkeypatch.setenv("HF_FASTTRAIN_TUNINGS", str(tmp_path / "tunings"))
     for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -120,6 +122,12 @@ def image_folder(tmp_path: Path) -> Path:
                 pixels[..., 2 - label] += 120
                 Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=95)
     return root
+
+
+@pytest.fixture
+def forked_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let studies fork their arms from this process, which has imported everything and may have planted delays."""
+    monkeypatch.setattr(processes, "CPU_METHOD", "fork")
 
 
 RECIPE = """

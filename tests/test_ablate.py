@@ -107,7 +107,7 @@ def test_techniques_are_chosen_by_name() -> None:
     every = techniques(ready(), CPU)
     assert [t.name for t in chosen(every, ["cache", "amp_bf16"], [])] == ["amp_bf16", "cache"]
     assert "compile" not in [t.name for t in chosen(every, [], ["compile"])]
-    with pytest.raises(RunError, match=r"no technique 'chanels_last'.*did you mean 'channels_last'"):
+    with pytest.raises(RunError, match=r"no technique 'chanels_last'.*Did you mean 'channels_last'"):
         chosen(every, ["chanels_last"], [])
     with pytest.raises(RunError, match="no technique is left"):
         chosen(every, ["cache"], ["cache"])
@@ -160,7 +160,7 @@ def test_a_recipe_that_cant_run_here_is_one_message(tmp_path: Path) -> None:
     def speed(settings: dict[str, str]) -> float:
         raise ArmFailed("accelerate.mixed_precision: fp16 needs a GPU, and there is none")
 
-    with pytest.raises(RunError, match="can't be measured here: accelerate.mixed_precision: fp16 needs a GPU"):
+    with pytest.raises(RunError, match=r"can't be measured here: .*fp16 needs a GPU"):
         measured(tmp_path, Fakes(speed))
 
 

@@ -68,7 +68,6 @@ def test_turns_last_as_long_as_they_are_told() -> None:
     assert seconds.seconds >= 0.3
     assert len(most.step_seconds) == 2
     assert sum(seconds.step_seconds) == pytest.approx(seconds.seconds, rel=0.05)
-    assert steps.host_bytes > 10**7
 
 
 def test_what_is_ready_says_what_the_settings_became() -> None:
@@ -140,9 +139,9 @@ def test_dropout_is_taken_out_for_comparing() -> None:
 
 
 @pytest.fixture
-def starter() -> Any:
-    """Arms forked from this process, which has imported everything."""
-    with Starter(asked(), on_gpu=False, method="fork") as start:
+def starter(forked_arms: None) -> Any:
+    """Starts arms."""
+    with Starter(asked(), on_gpu=False) as start:
         yield start
 
 
@@ -158,6 +157,7 @@ def test_an_arm_and_its_loader_processes_stand_still_between_turns(starter: Star
         for _ in range(2):
             report = arm.turn(Turn(min_steps=3))
             assert report.images >= 48
+            assert report.host_bytes > 10**7
             time.sleep(0.1)
             assert states(pid) == {psutil.STATUS_STOPPED}
         assert len(psutil.Process(pid).children(recursive=True)) == 2

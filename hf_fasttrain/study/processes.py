@@ -11,9 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from hf_fasttrain.errors import RunError, UserError, without_secrets
 from hf_fasttrain.study.measure import Arm, ArmFailed
@@ -21,6 +24,7 @@ from hf_fasttrain.study.trial import Asked, Ready, Report, Trial, Turn, Wishes
 
 # Before arms are forked: what a training imports when it first needs it takes seconds.
 IMPORTED = ["hf_fasttrain.study.trial", "torch._dynamo", "timm", "datasets", "sklearn.datasets"]
+CPU_METHOD = "forkserver"  # how arms begin where there is no GPU
 Message = tuple[str, Any]
 
 
@@ -37,10 +41,10 @@ def require_one_process() -> None:
 class Starter:
     """Starts a recipe's arms; a context, which removes what they wrote on leaving."""
 
-    def __init__(self, asked: Asked, *, on_gpu: bool, method: str | None = None) -> None:
+    def __init__(self, asked: Asked, *, on_gpu: bool) -> None:
         self.asked = asked
         # A process that has looked for a GPU can't be forked and use it; one that has only imported can.
-        method = method or ("spawn" if on_gpu else "forkserver")
+        method = "spawn" if on_gpu else CPU_METHOD
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             self._context.set_forkserver_preload(IMPORTED)
@@ -80,7 +84,7 @@ class ArmProcess:
         loaders = multiprocessing.get_start_method()
         arguments = (theirs, asked, wishes, name, environment, loaders)
         self._process = context.Process(target=_serve, args=arguments, daemon=False)
-        with _without_main():
+        with contextlib.nullcontext() if context.get_start_method() == "fork" else _without_main():
             self._process.start()
         theirs.close()
         self._stopped = False
@@ -96,7 +100,8 @@ class ArmProcess:
         self._go_on()
         report: Report = self._ask(("turn", turn), limit_seconds)
         self._stop()
-        return report
+        # Looked at from here while they stand still: loader processes would go on working meanwhile.
+        return replace(report, host_bytes=host_bytes(self._process.pid))
 
     def ask(self, what: str, turn: Turn, limit_seconds: float | None = None) -> Report:
         """Run the loader or the computing alone; `what` is ``loader`` or ``compute``; not once turns have begun."""
@@ -162,6 +167,22 @@ class ArmProcess:
             self._process.kill()
         self._process.join(10)
         self._own.close()
+
+
+def host_bytes(pid: int) -> int:
+    """Return the memory of a process and its children, pages that several share counted by their share."""
+    total = 0
+    try:
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return 0
+    for process in processes:
+        try:
+            memory = process.memory_full_info()
+        except psutil.Error:
+            continue
+        total += getattr(memory, "pss", memory.rss)
+    return total
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class Stopwatch:
         """Return the worker-seconds of each stage; collate is what the others leave of a batch's time."""
         totals = self._totals()
         seconds = dict(zip(STAGES, totals.tolist(), strict=False))
-        return {**seconds, "collate": max(0.0, float(totals[_BUSY]) - sum(totals[: len(STAGES) - 1]))}
+        return {**seconds, "collate": max(0.0, float(totals[_BUSY] - totals[: len(STAGES) - 1].sum()))}
 
     def stage_images(self) -> int:
         """Return how many images were made."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +70,7 @@ class Report:
     wait_seconds: float
     losses: tuple[float, ...]
     device_bytes: int  # most allocated in this turn on a GPU, most resident in the process so far on a CPU
-    host_bytes: int  # of the process and its loader processes, shared pages by their share
+    host_bytes: int = 0  # of the process and its loader processes, shared pages by their share
     first_pass: bool = False  # images were made that are kept from then on
     phases: dict[str, float] = field(default_factory=dict)  # seconds of a watched turn, by phase
     stages: dict[str, float] = field(default_factory=dict)  # worker-seconds of a watched turn, by stage
@@ -280,7 +279,6 @@ class Trial:
             wait_seconds=self.loader.wait_seconds - self._waited,
             losses=tuple(torch.stack(self._losses).float().tolist()),
             device_bytes=peak_memory_bytes(self.device),
-            host_bytes=_host_bytes(),
             first_pass=self.ready.keeps_pixels and self._first_step < self.ready.period,
             phases=watch.phases() if watch else {},
             stages=watch.stages() if watch else {},
@@ -414,15 +412,3 @@ def _is_jpeg(split: Any) -> bool:
         if data is not None and bytes(data[:3]) == b"\xff\xd8\xff":
             return True
     return False
-
-
-def _host_bytes() -> int:
-    """Return the memory of this process and its children, pages that several share counted by their share."""
-    total, own = 0, psutil.Process()
-    for process in [own, *own.children(recursive=True)]:
-        try:
-            memory = process.memory_full_info()
-        except psutil.Error:
-            continue
-        total += getattr(memory, "pss", memory.rss)
-    return total

@@ -1,0 +1,192 @@
+"""Machine settings left to `auto`: rules, stored tunings, what contradicts them, and what a resumed run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_fasttrain import Trainer, load_recipe
+from hf_fasttrain.build import build_parts
+from hf_fasttrain.environment import set_cpu_threads, set_fp32_precision
+from hf_fasttrain.facts import Facts
+from hf_fasttrain.machine import circumstances, resolve_machine
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe_file import flatten, with_values
+from hf_fasttrain.runfolder import tuned_in_run
+from hf_fasttrain.tunings import Tuned, Tuning, find_tuning, store_tuning
+
+VALUES: dict[str, Any] = {
+    "accelerate.mixed_precision": "bf16",
+    "accelerate.channels_last": False,
+    "accelerate.compile": False,
+    "accelerate.matmul_precision": "high",
+    "accelerate.conv_precision": "medium",
+    "accelerate.micro_batch_size": 8,
+    "accelerate.cpu_threads": 1,
+    "data.workers": 1,
+    "data.cache": "memory",
+    "data.pin_memory": False,
+}
+
+
+@pytest.fixture
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(
+        "model: {name: test_resnet}\ndata: {dataset: digits, image_size: 32}\n"
+        "train: {duration: 2 epochs, batch_size: 16}\n"
+    )
+
+
+def store(recipe: Path, **changes: Any) -> None:
+    store_tuning(Tuning(*circumstances(load_recipe(recipe)), {**VALUES, **changes}, "2026-01-02", 100.0))
+
+
+def resolved(recipe: Path, *overrides: str) -> tuple[Recipe, Facts]:
+    loaded = load_recipe(recipe, overrides)
+    facts = Facts(loaded)
+    return resolve_machine(loaded, facts), facts
+
+
+def test_without_a_tuning_rules_decide(recipe: Path) -> None:
+    found, facts = resolved(recipe)
+    assert (found.accelerate.channels_last, found.accelerate.compile) == (True, False)
+    assert (found.accelerate.matmul_precision, found.accelerate.conv_precision) == ("high", "high")
+    assert found.data.workers == "auto"  # resolved with the device
+    assert facts.notes == []
+    assert facts.all()["accelerate.channels_last"].origin == "default: seldom slower"
+
+
+def test_a_stored_tuning_decides_what_is_auto(recipe: Path) -> None:
+    store(recipe)
+    found, facts = resolved(recipe)
+    values = flatten(found)
+    assert {key: values[key] for key in VALUES} == VALUES
+    (note,) = facts.notes
+    assert note.startswith("auto, tuned on 2026-01-02: accelerate.mixed_precision=bf16")
+    assert facts.all()["data.workers"].origin == "default: tuned on 2026-01-02"
+
+
+def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
+    store(recipe)
+    parts = build_parts(recipe)
+    assert parts.accelerator.mixed_precision == "bf16"
+    assert parts.order.micro_batch_size == 8
+    assert torch.get_num_threads() == 1
+    fact = parts.facts.all()["accelerate.micro_batch_size"]
+    assert (fact.value, "tuned on 2026-01-02" in fact.origin) == (8, True)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.name=test_vit",
+        "data.image_size=48",
+        "train.batch_size=32",
+        "data.dataset=elsewhere",
+        "augment.flip=false",
+    ],
+)
+def test_a_tuning_is_for_its_model_step_and_data(recipe: Path, override: str) -> None:
+    store(recipe)
+    found, facts = resolved(recipe, override)
+    assert found.accelerate.mixed_precision == "auto"
+    assert facts.notes == []
+
+
+def test_what_is_learnt_otherwise_may_differ(recipe: Path) -> None:
+    store(recipe)
+    found, _ = resolved(recipe, "optimizer.lr=0.1", "train.duration=9 epochs", "seed=3")
+    assert found.accelerate.mixed_precision == "bf16"
+
+
+def test_a_tuning_is_for_its_machine_and_versions(recipe: Path) -> None:
+    machine, versions, model, data = circumstances(load_recipe(recipe))
+    store_tuning(Tuning({**machine, "cores": 999}, versions, model, data, VALUES, "2026-01-02", 1.0))
+    store_tuning(Tuning(machine, {**versions, "torch": "1.0"}, model, data, VALUES, "2026-01-02", 1.0))
+    assert resolved(recipe)[0].accelerate.mixed_precision == "auto"
+
+
+def test_a_recipe_that_contradicts_a_tuning_gets_nothing_of_it(recipe: Path) -> None:
+    """bf16 was measured with another memory layout."""
+    store(recipe)
+    found, facts = resolved(recipe, "accelerate.channels_last=true")
+    assert found.accelerate.mixed_precision == "auto"
+    assert facts.notes == ["the tuning of 2026-01-02 is not used: it was measured with accelerate.channels_last=false"]
+
+
+def test_a_recipe_that_says_the_same_as_a_tuning_agrees(recipe: Path) -> None:
+    store(recipe, **{"accelerate.micro_batch_size": None})
+    same = ["accelerate.channels_last=false", "accelerate.gradient_accumulation_steps=1"]
+    assert resolved(recipe, *same)[0].accelerate.mixed_precision == "bf16"
+
+
+def test_several_processes_take_what_holds_for_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found, _ = resolved(recipe)
+    assert found.accelerate.mixed_precision == "bf16"
+    assert (found.accelerate.micro_batch_size, found.data.workers) == (None, "auto")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"values": 3}'])
+def test_a_damaged_tuning_is_none(recipe: Path, damage: str, tmp_path: Path) -> None:
+    store(recipe)
+    (path,) = (tmp_path / "tunings").iterdir()
+    path.write_text(damage)
+    assert find_tuning(*circumstances(load_recipe(recipe))) is None
+    assert resolved(recipe)[0].accelerate.mixed_precision == "auto"
+
+
+def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) -> None:
+    """A tuning that comes later, or goes, changes no run that has begun."""
+    run = f"output_dir={tmp_path / 'run'}"
+    store(recipe, **{"data.cache": "none"})
+    first = Trainer.from_recipe(recipe, [run, "train.duration=2 steps", "schedule.name=constant"])
+    first.fit()
+    assert tuned_in_run(tmp_path / "run").values["accelerate.mixed_precision"] == "bf16"
+    store(recipe, **{"accelerate.mixed_precision": "no", "data.cache": "none"})
+    longer = [run, "train.duration=4 steps", "schedule.name=constant"]
+    second = Trainer.from_recipe(recipe, longer, resume=True)
+    assert second.accelerator.mixed_precision == "bf16"
+    assert second.train_loader.micro_batch_size == 8
+    second.fit()
+    assert tuned_in_run(tmp_path / "run").values["accelerate.mixed_precision"] == "bf16"
+
+
+def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Path) -> None:
+    run = f"output_dir={tmp_path / 'run'}"
+    Trainer.from_recipe(recipe, [run, "train.duration=2 steps", "schedule.name=constant"]).fit()
+    store(recipe)
+    again = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
+    assert again.accelerator.mixed_precision == "no"
+    assert tuned_in_run(tmp_path / "nowhere") == Tuned()
+
+
+def test_values_are_put_into_a_recipe(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    changed = with_values(loaded, {"data.workers": 3, "seed": 5, "accelerate.compile": True})
+    assert (changed.data.workers, changed.seed, changed.accelerate.compile) == (3, 5, True)
+    assert loaded.data.workers == "auto"
+    assert changed.source == loaded.source
+
+
+def test_threads_are_as_asked_even_if_omp_num_threads_is_set() -> None:
+    assert set_cpu_threads(1, 2) == 2
+    assert torch.get_num_threads() == 2
+    assert set_cpu_threads(1) is None  # OMP_NUM_THREADS is set by hand in tests
+
+
+def test_products_are_rounded_as_asked() -> None:
+    try:
+        set_fp32_precision("medium", "medium")
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.conv.fp32_precision == "bf16"
+        set_fp32_precision("highest", "highest")
+        assert torch.backends.mkldnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        set_fp32_precision("high", "high")
