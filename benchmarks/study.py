@@ -1,0 +1,188 @@
+"""Whether `ablate`, `tune` and `doctor` are right, on real training recipes.
+
+    python benchmarks/study.py grid RECIPE [section.key=value ...] [--budget 3m] [--rounds 5]
+    python benchmarks/study.py repeat RECIPE [section.key=value ...] [--only NAME,NAME]
+    python benchmarks/study.py doctor RECIPE [section.key=value ...]
+
+grid    `tune` within its budget, then every combination of precision, memory layout, micro-batch and loader processes
+        (with --compile also compiled), and at the end tune's choice beside the grid's best three: it should be within
+        5 % of the best, and the budget kept within 20 %. Precisions that the guard refuses are left out of the best.
+repeat  an ablation twice: every arm's intervals should overlap
+doctor  the examination's sums, beside the same training looked into by nothing, and a real training that follows its
+        first advice, beside the forecast: within 5 % and 15 %
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hf_fasttrain import Recipe, load_recipe
+from hf_fasttrain.environment import free_memory_bytes, num_cores
+from hf_fasttrain.study import space
+from hf_fasttrain.study.ablate import Plan, ablate
+from hf_fasttrain.study.doctor import doctor
+from hf_fasttrain.study.measure import Arm, Bench, Measurement, collect
+from hf_fasttrain.study.processes import Starter
+from hf_fasttrain.study.space import Config, overrides_of
+from hf_fasttrain.study.techniques import hardware
+from hf_fasttrain.study.trial import Turn, ask
+from hf_fasttrain.study.tune import Found, parse_budget, tune
+from hf_fasttrain.study.tuned_recipe import summary
+
+QUICK = Turn(min_steps=2, seconds=0.7)
+LONG = Turn(min_steps=3, seconds=2.0)
+
+
+def say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+# --- tune beside an exhaustive grid ------------------------------------------------------------------------
+
+
+def grid_of(found: Found, *, compiled: bool) -> list[Config]:
+    """Return every combination of the settings that matter most."""
+    base = found.tried[0].config
+    precisions = [{key: config[key] for key in space.MATH_KEYS} for config in space.precisions(base, hardware())]
+    sizes = [None, *(c["accelerate.micro_batch_size"] for c in space.micro_batches(base, found.ready)[:1])]
+    workers = [1, 2] if hardware().gpu else [0, 1]
+    compiles = [False, True] if compiled else [False]
+    return [
+        {
+            **base,
+            **precision,
+            "accelerate.channels_last": layout,
+            "accelerate.micro_batch_size": size,
+            "data.workers": number,
+            "accelerate.compile": compile_it,
+        }
+        for precision, layout, size, number, compile_it in itertools.product(
+            precisions, (True, False), sizes, workers, compiles
+        )
+    ]
+
+
+def is_allowed(config: Config, found: Found) -> bool:
+    """Return whether tune may choose a config's precision; judged as tune judged it."""
+    plain = space.precisions(config, hardware())[0]
+    name = space.difference({**plain, **{key: config[key] for key in space.MATH_KEYS}}, plain)
+    return space.is_plain(config) or (name in found.guards and found.guards[name].is_good)
+
+
+def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
+    seconds, began = parse_budget(budget), time.perf_counter()
+    found = tune(recipe, seconds, hardware(), tell=say)
+    took = time.perf_counter() - began
+    print(f"tune: {took:.0f} s of {seconds:.0f} s ({took / seconds:.2f})")
+    print(f"  {space.difference(found.best.config, found.tried[0].config)}")
+    for line in summary(found):
+        print(f"  {line}")
+    for name, verdict in found.guards.items():
+        print(f"  {name}: {verdict}")
+    base = found.tried[0].config
+    configs = grid_of(found, compiled=compiled)
+    began = time.perf_counter()
+    with Starter(ask(recipe), on_gpu=hardware().gpu) as start:
+        measured: list[tuple[Config, Measurement]] = []
+        for config in configs:
+            measurement = Measurement(Arm(space.difference(config, base), overrides_of(config)))
+            with Bench(start) as bench:
+                collect([measurement], bench, rounds=2, turn=QUICK, tell=say)
+            measured.append((config, measurement))
+        able = [(c, m) for c, m in measured if m.is_measured]
+        able.sort(key=lambda pair: pair[1].seconds_per_image)
+        print(f"grid of {len(configs)} arms: {time.perf_counter() - began:.0f} s")
+        for config, measurement in able:
+            allowed = "" if is_allowed(config, found) else "  (refused by the guard)"
+            print(f"  {1 / measurement.seconds_per_image:8.1f} images/s  {measurement.arm.name}{allowed}")
+        best = [(c, m) for c, m in able if is_allowed(c, found)][:3]
+        finalists = [Measurement(Arm("tune's choice", overrides_of(found.best.config)))]
+        finalists += [Measurement(Arm(m.arm.name, m.arm.overrides)) for _, m in best]
+        with Bench(start, free_bytes=free_memory_bytes) as bench:
+            collect(finalists, bench, rounds=rounds, turn=LONG, tell=say)
+    ratios = [m.speed_up(finalists[0]) for m in finalists[1:]]
+    for measurement, ratio in zip(finalists[1:], ratios, strict=True):
+        print(f"  grid's {measurement.arm.name}: {measurement.images_per_second} images/s, / tune's choice {ratio}")
+    worst = max(ratio.median for ratio in ratios)
+    print(f"tune's choice is {1 / worst:.3f} of the best arm: {'ok' if worst <= 1.05 else 'MISSED'}")
+
+
+# --- an ablation twice -------------------------------------------------------------------------------------
+
+
+def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
+    plan = Plan(rounds=rounds, only=only, without=() if only else ("compile",))
+    first, second = (ablate(recipe, plan, command="", tell=say)[0] for _ in range(2))
+    for a, b in zip(first.rows, second.rows, strict=True):
+        if a.speed_up and b.speed_up:
+            overlap = a.speed_up.low <= b.speed_up.high and b.speed_up.low <= a.speed_up.high
+            texts = (f"{i.median:.2f} ({i.low:.2f} - {i.high:.2f})" for i in (a.speed_up, b.speed_up))
+            print(f"{a.name}: {', '.join(texts)} {'ok' if overlap else 'APART'}")
+
+
+# --- the doctor's sums and forecasts -----------------------------------------------------------------------
+
+
+def examine(recipe: Recipe, recipe_file: str) -> None:
+    diagnosis = doctor(recipe, hardware(), seconds=45, tell=say)
+    print(diagnosis.verdict)
+    own = diagnosis.images_per_step / diagnosis.images_per_second.median
+    together = sum(diagnosis.phases.values())
+    print(f"phases together {together:.4f} s, a step looked into by nothing {own:.4f} s: {together / own:.3f}")
+    stages = sum(diagnosis.stages.values())
+    print(f"loader's stages together {1000 * stages:.3f} ms of a worker for an image")
+    if not diagnosis.advice:
+        print("no advice")
+        return
+    advice = diagnosis.advice[0]
+    print(f"first advice: {advice.text}: {advice.images_per_second:.1f} images/s forecast")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        steps = max(20, int(20 * advice.images_per_second / diagnosis.images_per_step))
+        if diagnosis.ready.keeps_pixels or "data.cache" in advice.text:
+            steps += 3 * diagnosis.ready.steps_per_epoch
+        overrides = [*recipe.source.overrides, *advice.overrides, f"train.duration={steps} steps", f"output_dir={run}"]
+        command = [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides, "log.every=5"]
+        done = subprocess.run([*command, "schedule.name=constant"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rates = [line["images_per_second"] for line in lines if line["kind"] == "train"]
+        later = sorted(rates[len(rates) // 2 :])
+        real = later[len(later) // 2]
+    ratio = real / advice.images_per_second
+    print(
+        f"followed in a training of {steps} steps: {real:.1f} images/s (median of the later half's log lines), ", end=""
+    )
+    print(f"/ forecast {ratio:.3f} {'ok' if 0.85 <= ratio <= 1.15 else 'MISSED'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("grid", "repeat", "doctor"))
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--budget", default="3m")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", default="")
+    asked = parser.parse_args()
+    recipe = load_recipe(asked.recipe, asked.overrides)
+    print(f"{recipe.source.name} {' '.join(asked.overrides)}; {num_cores()} cores", flush=True)
+    if asked.what == "grid":
+        grid(recipe, asked.budget, asked.rounds, compiled=asked.compile)
+    elif asked.what == "repeat":
+        repeat(recipe, tuple(name for name in asked.only.split(",") if name), asked.rounds)
+    else:
+        examine(recipe, asked.recipe)
+
+
+if __name__ == "__main__":
+    main()
