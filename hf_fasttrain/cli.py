@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -287,7 +289,8 @@ def ablate(
     whole = True
     if ablation is None:
         study.require_new(folder)
-        ablation, whole = study.ablate(loaded, plan, command=_command_line(), tell=_say_on_stderr)
+        with _ended_by_ctrl_c():  # before there is anything to keep
+            ablation, whole = study.ablate(loaded, plan, command=_command_line(), tell=_say_on_stderr)
         write_ablation(ablation, folder)
     if full and whole:
         ablation, whole = study.train_all(ablation, recipe, folder, seeds, _say_on_stderr)
@@ -317,7 +320,8 @@ def tune(
 
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)
-    found = search(loaded, seconds, hardware(), tell=_say_on_stderr)
+    with _ended_by_ctrl_c():  # before there is anything to keep
+        found = search(loaded, seconds, hardware(), tell=_say_on_stderr)
     for trouble in write_tuned(loaded, found, path, command=_command_line(), store=store):
         _say_on_stderr(trouble)
     print_found(_wide_console(), found, path)
@@ -343,14 +347,20 @@ def doctor(
     from hf_fasttrain.study.doctor import print_diagnosis
     from hf_fasttrain.study.techniques import hardware
 
-    try:
+    with _ended_by_ctrl_c():
         diagnosis = examine(loaded, hardware(), seconds=seconds, tell=_say_on_stderr, trace=trace)
-    except KeyboardInterrupt:
-        sys.exit(Stopped.CTRL_C)
     if as_json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:
         print_diagnosis(_wide_console(), diagnosis)
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(Stopped.CTRL_C)
 
 
 def _wide_console() -> Console:

@@ -24,6 +24,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def uses_gpu() -> bool:
+    """Return whether training runs on a GPU: there is one, and the launcher does not say to use the CPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
 def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
     """Return processor, cores, accelerator and processes, as result.json holds them."""
     cuda = device.type == "cuda"

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from hf_fasttrain.environment import set_cpu_threads, set_fp32_precision, was_launched
+from hf_fasttrain.environment import set_cpu_threads, set_fp32_precision, uses_gpu, was_launched
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
@@ -73,7 +73,7 @@ def output_dir(recipe: Recipe) -> str:
 
 def _resolve_precision(recipe: Recipe, facts: Facts) -> str:
     wish, key = recipe.accelerate.mixed_precision, "accelerate.mixed_precision"
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    cuda = uses_gpu()
     if wish == "fp16" and not cuda:
         raise RunError(f"{key}: fp16 needs a GPU, and there is none; allowed here are no, bf16 and auto")
     if wish != "auto":

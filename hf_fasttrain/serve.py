@@ -18,9 +18,11 @@ from hf_fasttrain.errors import DataError, RunError, shortened
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.launch import build_accelerator
 from hf_fasttrain.loading import Loaders, eval_transform
+from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.model import ModelSpec, Preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe_file import load_recipe
+from hf_fasttrain.tunings import Tuned
 
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
 
@@ -49,8 +51,9 @@ def evaluate_run(
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
             raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
-    recipe = load_recipe(run / "recipe.yaml", overrides)
-    facts = Facts(recipe)
+    asked = load_recipe(run / "recipe.yaml", overrides)
+    facts = Facts(asked)
+    recipe = resolve_machine(asked, facts, Tuned())
     accelerator = build_accelerator(recipe, facts)
     model, spec = load_model(folder)
     chosen = _evaluation_split(recipe, spec, split)

@@ -187,7 +187,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 def test_a_writer_killed_half_way_leaves_right_pixels_or_none(tmp_path: Path) -> None:
-    folder, num_rows, size = tmp_path / "kept", 400, 200
+    folder, num_rows, size = tmp_path / "kept", 1500, 200
 
     def write() -> None:
         fill(open_cache(folder, num_rows, 10**9, {}), range(num_rows), size)

@@ -110,18 +110,13 @@ def test_a_tuning_is_for_its_machine_and_versions(recipe: Path) -> None:
     assert resolved(recipe)[0].accelerate.mixed_precision == "auto"
 
 
-def test_a_recipe_that_contradicts_a_tuning_gets_nothing_of_it(recipe: Path) -> None:
-    """bf16 was measured with another memory layout."""
+def test_what_the_recipe_says_itself_is_as_it_says(recipe: Path) -> None:
     store(recipe)
-    found, facts = resolved(recipe, "accelerate.channels_last=true")
-    assert found.accelerate.mixed_precision == "auto"
-    assert facts.notes == ["the tuning of 2026-01-02 is not used: it was measured with accelerate.channels_last=false"]
-
-
-def test_a_recipe_that_says_the_same_as_a_tuning_agrees(recipe: Path) -> None:
-    store(recipe, **{"accelerate.micro_batch_size": None})
-    same = ["accelerate.channels_last=false", "accelerate.gradient_accumulation_steps=1"]
-    assert resolved(recipe, *same)[0].accelerate.mixed_precision == "bf16"
+    found, facts = resolved(recipe, "accelerate.channels_last=true", "accelerate.gradient_accumulation_steps=1")
+    assert found.accelerate.channels_last is True
+    assert found.accelerate.micro_batch_size is None
+    assert found.accelerate.mixed_precision == "bf16"
+    assert "channels_last" not in facts.notes[0]
 
 
 def test_several_processes_take_what_holds_for_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ class Row(Record):
     device_bytes: int | None = None  # most allocated on the GPU
     host_bytes: int | None = None  # of the training process and its loader processes
     seconds_per_image: list[float] = []  # of each round
+    losses: list[float] = []  # of the first steps
     full: Full | None = None
 
 
@@ -199,6 +200,7 @@ def _row(planned: Planned, measurement: Measurement, baseline: Measurement, *, g
             "device_bytes": measurement.device_bytes if gpu else None,
             "host_bytes": measurement.host_bytes,
             "seconds_per_image": list(measurement.rounds.values()),
+            "losses": measurement.losses,
         }
     )
 

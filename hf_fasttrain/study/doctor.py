@@ -37,6 +37,7 @@ HALF = Turn(min_steps=2, seconds=1.0)
 TRY = Turn(min_steps=1, seconds=0.7)
 LEAST_ROUNDS, MOST_ROUNDS = 4, 9
 TRACED_STEPS = 3
+AS_TRAINED = Wishes(stored_tuning=True)
 ROUNDING = "changes rounding: `hf-fasttrain tune` compares it with fp32"
 
 
@@ -85,7 +86,7 @@ class Doctor:
         )
 
     def _watch(self, trace: Path | None) -> tuple[Report, Ready]:
-        running = self.start(Arm("watched"), Wishes(watched=True))
+        running = self.start(Arm("watched"), Wishes(watched=True, stored_tuning=True))
         try:
             passes = running.ready.period + 1 if running.ready.keeps_pixels else 1
             running.turn(Turn(min_steps=max(3, passes), seconds=1.0, drain=True))
@@ -98,7 +99,7 @@ class Doctor:
         return report, running.ready
 
     def _halves(self) -> tuple[Report, Report]:
-        running = self.start(Arm("halves"), Wishes())
+        running = self.start(Arm("halves"), AS_TRAINED)
         try:
             return running.ask("loader", HALF), running.ask("compute", HALF)
         finally:
@@ -146,7 +147,7 @@ class Doctor:
         baseline = Measurement(Arm("as it is"))
         notes: dict[str, str] = {}
         tried: list[Measurement] = []
-        with Bench(self.start, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
+        with Bench(self.start, wishes=AS_TRAINED, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
             began = self.clock()
             if not bench.warm_up(baseline):
                 raise RunError(f"this recipe can't be examined here: {baseline.failed}")

@@ -67,9 +67,10 @@ class Measurement:
     first_pass_seconds: float | None = None  # of an image, before pixels are kept
     rounds: dict[int, float] = field(default_factory=dict)  # round -> seconds of an image
     waits: list[float] = field(default_factory=list)  # share of each turn lost by waiting for data
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of the first steps, one by one, until it is started anew
     device_bytes: int = 0
     host_bytes: int = 0
+    lives: int = 0  # how often it was started
 
     @property
     def is_measured(self) -> bool:
@@ -100,7 +101,8 @@ class Measurement:
         """Add a round's turn."""
         self.rounds[number] = report.seconds / max(1, report.images)
         self.waits.append(min(1.0, report.wait_seconds / max(report.seconds, 1e-9)))
-        self.losses += report.losses
+        if self.lives == 1:
+            self.losses += report.losses
         self._remember(report)
 
     def warm(self, report: Report) -> None:
@@ -129,11 +131,18 @@ class Bench:
         self,
         start: Start,
         *,
+        wishes: Wishes = Wishes(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[], int] | None = None,
         warm_seconds: float = 1.0,
     ) -> None:
-        self.start, self.clock, self.free_bytes, self.warm_seconds = start, clock, free_bytes, warm_seconds
+        self.start, self.wishes, self.clock, self.free_bytes, self.warm_seconds = (
+            start,
+            wishes,
+            clock,
+            free_bytes,
+            warm_seconds,
+        )
         self._running: dict[str, tuple[Running, Measurement]] = {}  # in the order of their last turns
 
     def __enter__(self) -> Bench:
@@ -179,12 +188,13 @@ class Bench:
 
     def _first_turn(self, measurement: Measurement, limit_seconds: float | None) -> Running:
         name, before = measurement.arm.name, self.clock()
-        running = self.start(measurement.arm, Wishes(), limit_seconds)
+        running = self.start(measurement.arm, self.wishes, limit_seconds)
         self._running[name] = running, measurement
         measurement.ready = ready = running.ready
         left = None if limit_seconds is None else max(0.1, limit_seconds - (self.clock() - before))
         passes = ready.period + 1 if ready.keeps_pixels else 1
         report = running.turn(Turn(min_steps=max(3, passes), seconds=self.warm_seconds, drain=True), left)
+        measurement.lives += 1
         if not measurement.rounds:
             measurement.warm(report)
         return running

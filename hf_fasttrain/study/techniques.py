@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_fasttrain.environment import uses_gpu
 from hf_fasttrain.errors import RunError, nearest
 from hf_fasttrain.study.measure import Arm
 from hf_fasttrain.study.trial import Ready
@@ -24,7 +25,7 @@ class Hardware(NamedTuple):
 
 def hardware() -> Hardware:
     """Return what of this machine decides which techniques make sense."""
-    gpu = torch.cuda.is_available()
+    gpu = uses_gpu()
     compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
     return Hardware(gpu, not gpu or torch.cuda.is_bf16_supported(including_emulation=False), compiler)
 

@@ -104,6 +104,7 @@ class Wishes:
     without_dropout: bool = False
     watched: bool = False  # phases and loader stages are timed
     gradient_to: str | None = None  # file for the first step's gradient
+    stored_tuning: bool = False  # `auto` is what a stored tuning says, as in training; else the fixed rules
 
 
 class Enough(BaseException):
@@ -148,7 +149,7 @@ class Trial:
     def __init__(self, asked: Asked, wishes: Wishes = Wishes()) -> None:
         began = time.perf_counter()
         recipe = without_growth(asked.load())
-        parts = build_parts(recipe, tuned=Tuned())
+        parts = build_parts(recipe, tuned=None if wishes.stored_tuning else Tuned())
         trainer = assemble(parts, None, MeasuredTrainer)
         assert isinstance(trainer, MeasuredTrainer)
         self.trainer, trainer.trial = trainer, self
