@@ -225,10 +225,9 @@ def test_a_slow_decoder_is_found_by_the_whole_examination(
     assert found.is_waiting
     assert found.largest_stage == "decode"
     assert "waiting, most of the loader's time for decoding" in found.verdict
-    assert found.advice[0].overrides == ("data.cache=memory",)
-    assert found.loader_alone < 60
-    assert found.compute_alone > 2 * found.loader_alone
-    assert found.images_per_second.median == pytest.approx(found.loader_alone, rel=0.5)
+    assert ("data.cache=memory",) in [advice.overrides for advice in found.advice]
+    assert found.loader_alone < 1 / DELAY * 1.2  # one worker
+    assert found.compute_alone > found.loader_alone
 
 
 def test_a_recipe_that_cant_run_here_is_one_message(forked_arms: None) -> None:
