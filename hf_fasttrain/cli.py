@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -357,10 +358,14 @@ def doctor(
 
 @contextlib.contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
+    """End with its status on Ctrl-C; SIGTERM is taken for it, so that arms and their files are cleaned up."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(Stopped.CTRL_C)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wide_console() -> Console:

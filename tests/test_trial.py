@@ -82,9 +82,25 @@ def test_a_pass_is_short_where_pixels_are_kept() -> None:
     kept = Trial(asked("data.cache=memory", "train.duration=3 epochs"))
     assert kept.ready.keeps_pixels
     assert kept.ready.period == 256 // 16
-    first, later = reports_of(kept, [Turn(min_steps=kept.ready.period), Turn(min_steps=2)])
-    assert first.first_pass
-    assert not later.first_pass
+    first, later = reports_of(kept, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
+    assert first.fill_seconds > 0
+    assert later.fill_seconds is None
+    assert first.images == 48  # those that filled the cache were not trained on
+    assert kept.loader.feed.images.images.cache.num_kept() == 256
+
+
+def test_what_workers_made_ahead_is_used_up() -> None:
+    trial = Trial(asked("data.workers=1"))
+    made = trial.loader.feed.images.make
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.05)
+        return made(*args)
+
+    trial.loader.feed.images.make = slow
+    warm, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=6)])
+    assert later.wait_seconds > 0.5 * later.seconds  # from the first step on
+    assert warm.images == 48
 
 
 def test_passes_are_the_first_steps_again_with_other_randomness() -> None:

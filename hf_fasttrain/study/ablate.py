@@ -133,7 +133,7 @@ def measure_arms(arms: Sequence[Planned], bench: Bench, plan: Plan, tell: Tell) 
     """Return the measurements, and whether no Ctrl-C came."""
     measurements = [Measurement(each.arm, failed=each.arm.not_applicable) for each in arms]
     try:
-        turn = Turn(min_steps=3, seconds=plan.turn_seconds)
+        turn = Turn(min_steps=2, seconds=plan.turn_seconds)
         collect(measurements, bench, rounds=plan.rounds, turn=turn, tell=tell)
     except KeyboardInterrupt:
         return measurements, False

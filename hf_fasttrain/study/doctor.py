@@ -88,8 +88,7 @@ class Doctor:
     def _watch(self, trace: Path | None) -> tuple[Report, Ready]:
         running = self.start(Arm("watched"), Wishes(watched=True, stored_tuning=True))
         try:
-            passes = running.ready.period + 1 if running.ready.keeps_pixels else 1
-            running.turn(Turn(min_steps=max(3, passes), seconds=1.0, drain=True))
+            running.turn(Turn(min_steps=3, seconds=1.0, drain=True))
             report = running.turn(LOOK)
             if trace is not None:
                 self.tell(f"a trace of {TRACED_STEPS} steps")

@@ -64,7 +64,7 @@ class Measurement:
     failed: str = ""
     compile_seconds: float = 0.0  # of the first step, beyond an ordinary one's
     start_seconds: float = 0.0  # until it could begin
-    first_pass_seconds: float | None = None  # of an image, before pixels are kept
+    first_pass_seconds: float | None = None  # of an image, from the loader, before its pixels are kept
     rounds: dict[int, float] = field(default_factory=dict)  # round -> seconds of an image
     waits: list[float] = field(default_factory=list)  # share of each turn lost by waiting for data
     losses: list[float] = field(default_factory=list)  # of the first steps, one by one, until it is started anew
@@ -110,8 +110,7 @@ class Measurement:
         first, *others = report.step_seconds
         if others:
             self.compile_seconds = max(0.0, first - statistics.median(others))
-        if report.first_pass and others:
-            self.first_pass_seconds = sum(others) / max(1, report.images * len(others) / len(report.step_seconds))
+        self.first_pass_seconds = report.fill_seconds
         self.losses += report.losses
         self._remember(report)
 
@@ -190,10 +189,9 @@ class Bench:
         name, before = measurement.arm.name, self.clock()
         running = self.start(measurement.arm, self.wishes, limit_seconds)
         self._running[name] = running, measurement
-        measurement.ready = ready = running.ready
+        measurement.ready = running.ready
         left = None if limit_seconds is None else max(0.1, limit_seconds - (self.clock() - before))
-        passes = ready.period + 1 if ready.keeps_pixels else 1
-        report = running.turn(Turn(min_steps=max(3, passes), seconds=self.warm_seconds, drain=True), left)
+        report = running.turn(Turn(min_steps=3, seconds=self.warm_seconds, drain=True), left)
         measurement.lives += 1
         if not measurement.rounds:
             measurement.warm(report)

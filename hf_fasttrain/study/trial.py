@@ -57,7 +57,7 @@ class Turn:
     min_steps: int = 1
     seconds: float = 0.0
     max_steps: int = NO_END
-    drain: bool = False  # after the first step, use up what the loader has made ahead
+    drain: bool = False  # after the first step, use up what the loader has made ahead, and a first pass over the data
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Report:
     losses: tuple[float, ...]
     device_bytes: int  # most allocated in this turn on a GPU, most resident in the process so far on a CPU
     host_bytes: int = 0  # of the process and its loader processes, shared pages by their share
-    first_pass: bool = False  # images were made that are kept from then on
+    fill_seconds: float | None = None  # of an image, in a first pass whose pixels were kept
     phases: dict[str, float] = field(default_factory=dict)  # seconds of a watched turn, by phase
     stages: dict[str, float] = field(default_factory=dict)  # worker-seconds of a watched turn, by stage
     stage_images: int = 0  # images that were made meanwhile
@@ -154,7 +154,6 @@ class Trial:
         assert isinstance(trainer, MeasuredTrainer)
         self.trainer, trainer.trial = trainer, self
         self.turn: Turn | None = None
-        self._next_step = 0
         self._profiler: torch.profiler.profile | None = None
         self._trace = ""
         self.device, self.loader = self.trainer.device, self.trainer.train_loader
@@ -220,7 +219,7 @@ class Trial:
         if turn is None:
             raise Enough
         self.turn, self._images, self._losses = turn, 0, list[Tensor]()
-        self._first_step = self._next_step
+        self._fill_seconds: float | None = None
         if self.stopwatch is not None:
             self.stopwatch.reset()
         self._waited = self.loader.wait_seconds
@@ -258,7 +257,6 @@ class Trial:
         before, self._last = self._last, self._mark()
         self._steps.append((before, self._last))
         self._images += step.num_images
-        self._next_step = step.index + 1
 
     def _report(self) -> Report:
         if self.device.type == "cuda":
@@ -280,7 +278,7 @@ class Trial:
             wait_seconds=self.loader.wait_seconds - self._waited,
             losses=tuple(torch.stack(self._losses).float().tolist()),
             device_bytes=peak_memory_bytes(self.device),
-            first_pass=self.ready.keeps_pixels and self._first_step < self.ready.period,
+            fill_seconds=self._fill_seconds,
             phases=watch.phases() if watch else {},
             stages=watch.stages() if watch else {},
             stage_images=watch.stage_images() if watch else 0,
@@ -290,18 +288,19 @@ class Trial:
         return report
 
     def _drain(self) -> None:
-        """Use up the batches that workers made while the first step was built, so that the loader's pace is seen.
+        """Use up batches without training on them: the first pass, if pixels are kept, and what workers made ahead.
 
-        These steps' images are skipped. On a machine whose loader is the faster one, they are made again meanwhile.
+        While the first step was built they have filled their queue, which would hide how fast they are.
         """
-        if not self.loader.feed.workers:
-            return
         steps = self.trainer._steps._steps
-        for _ in range(AHEAD * self.loader.feed.workers + 2):
+        if self.ready.keeps_pixels and self.ready.period > 1:
+            began, images = time.perf_counter(), 0
+            for _ in range(self.ready.period - 1):
+                images += _use_up(next(steps))
+            self._fill_seconds = (time.perf_counter() - began) / images
+        for _ in range(AHEAD * self.loader.feed.workers + 2 if self.loader.feed.workers else 0):
             before = time.perf_counter()
-            step = next(steps)
-            for _ in step.micro_batches:
-                pass
+            _use_up(next(steps))
             if time.perf_counter() - before > 0.01:  # it had to be waited for
                 break
 
@@ -315,8 +314,7 @@ class Trial:
         self.begin(turn)
         steps = self.loader.steps(0, NO_END)
         for number, step in enumerate(steps, start=1 - first):
-            for _ in step.micro_batches:
-                pass
+            _use_up(step)
             if number <= 0:
                 self.begin(turn)
                 continue
@@ -346,6 +344,13 @@ class Trial:
         finally:
             trainer.train_loader = self.loader
         return reports[-1]
+
+
+def _use_up(step: Step) -> int:
+    """Fetch a step's batches; return how many images it has."""
+    for _ in step.micro_batches:
+        pass
+    return step.num_images
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,8 @@ class Tuner:
         self._rng.shuffle(order)
         for candidate in order:
             try:
-                self.bench.turn(candidate.measurement, self._round, TURN, max(1.0, self.left()))
+                limit = max(self.left(), 10 + 5 * self._usual_cost())  # for one that hangs
+                self.bench.turn(candidate.measurement, self._round, TURN, limit)
             except ArmFailed as failed:
                 self.tell(f"{candidate.measurement.arm.name}: {failed}")
         self._round += 1
