@@ -25,6 +25,7 @@ from hf_fasttrain.study.trial import Ready, Turn, ask
 LEAST_BUDGET = 20.0  # seconds
 WORTH_IT = 1.01  # how many times as fast another setting must be to be taken
 SPARE = 0.06  # of the budget, for what ends it
+MOST_OVER = 1.1  # share of the budget that the last rounds may go to
 TURN = Turn(min_steps=2, seconds=0.6)
 # By when, as a share of the budget, each block of the search must be over.
 UNTIL = {"precision": 0.38, "layout": 0.50, "micro-batch": 0.62, "loader": 0.74, "cache": 0.80, "pinned memory": 0.83}
@@ -294,6 +295,11 @@ class Tuner:
         """Compare a precision with fp32; None if it can't be, which forbids it."""
         images = max(2, min(IMAGES, self.ready.num_images, int(self.base_batch)))
         eager = {"accelerate.compile": False, "accelerate.micro_batch_size": None, "data.cache": "none"}
+        pace = (self.baseline or self.best).measurement.seconds_per_image
+        courses = 1 if self._fp32 is not None else 2
+        if self.left() < courses * (self._usual_cost() + NUM_STEPS * images * pace):
+            self.skipped.append(f"precision {name}: no time to compare it with fp32")
+            return None
         self.tell(f"comparing {name} with fp32: first gradient, {NUM_STEPS} steps at full lr")
         try:
             if self._fp32 is None:
@@ -338,15 +344,21 @@ class Tuner:
                 self.best = candidate
 
     def _final(self) -> Estimate | None:
-        """Measure the best settings beside the recipe's own with what time is left, at least in three rounds."""
+        """Measure the best settings beside the recipe's own with what time is left, if it may be in three rounds."""
         if self.baseline is None or self.best is self.baseline:
             return None
-        since = self._round
-        while self._round - since < 9 and (self.left() > 0 or self._round - since < 3):
+        since, cost = self._round, 2 * self._usual_cost()
+        while (number := self._round - since) < 9:
+            if self.left() < 0 and (number >= 3 or self.elapsed + cost > MOST_OVER * self.budget):
+                break
+            began = self.clock()
             self.tell(f"the best beside the recipe's own: round {self._round - since + 1}")
             self._turns([self.baseline, self.best])
             if self.best.measurement.failed or self.baseline.measurement.failed:
                 return None
+            cost = self.clock() - began
+        if self._round == since:
+            return None
         best, own = (Measurement(c.measurement.arm) for c in (self.best, self.baseline))
         for of, to in ((self.best, best), (self.baseline, own)):
             to.rounds = {number: seconds for number, seconds in of.measurement.rounds.items() if number >= since}
