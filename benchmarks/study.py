@@ -7,7 +7,7 @@
 grid    `tune` within its budget, then every combination of precision, memory layout, micro-batch and loader processes
         (with --compile also compiled), and at the end tune's choice beside the grid's best three: it should be within
         5 % of the best, and the budget kept within 20 %. Precisions that the guard refuses are left out of the best.
-repeat  an ablation twice: every arm's intervals should overlap
+repeat  an ablation twice: every arm's intervals should overlap, and the baseline made twice should not differ
 doctor  the examination's sums, beside the same training looked into by nothing, and a real training that follows its
         first advice, beside the forecast: within 5 % and 15 %
 """
@@ -28,6 +28,7 @@ from hf_fasttrain.environment import free_memory_bytes, num_cores
 from hf_fasttrain.study import space
 from hf_fasttrain.study.ablate import Plan, ablate
 from hf_fasttrain.study.doctor import doctor
+from hf_fasttrain.study.guard import IMAGES, compare, course
 from hf_fasttrain.study.measure import Arm, Bench, Measurement, collect
 from hf_fasttrain.study.processes import Starter
 from hf_fasttrain.study.space import Config, overrides_of
@@ -69,11 +70,21 @@ def grid_of(found: Found, *, compiled: bool) -> list[Config]:
     ]
 
 
-def is_allowed(config: Config, found: Found) -> bool:
-    """Return whether tune may choose a config's precision; judged as tune judged it."""
-    plain = space.precisions(config, hardware())[0]
-    name = space.difference({**plain, **{key: config[key] for key in space.MATH_KEYS}}, plain)
-    return space.is_plain(config) or (name in found.guards and found.guards[name].is_good)
+def judged(configs: list[Config], found: Found, start: Starter) -> dict[str, bool]:
+    """Return which precisions train as fp32 does; those that tune had no time for are compared here."""
+    verdicts = {name: verdict.is_good for name, verdict in found.guards.items()}
+    base = {**found.tried[0].config, "accelerate.micro_batch_size": None, "data.cache": "none"}
+    images = min(IMAGES, int(found.ready.facts["train.batch_size"]))
+    for config in configs:
+        name = space.precision_name(config, hardware().gpu)
+        if name not in verdicts and not space.is_plain(config):
+            plain, other = space.precisions(base, hardware())[0], {key: config[key] for key in space.MATH_KEYS}
+            fp32 = course(start, overrides_of(plain), images, None)
+            verdict = compare(course(start, overrides_of({**plain, **other}), images, None), fp32)
+            print(f"  {name}: {verdict}")
+            verdicts[name] = verdict.is_good
+        verdicts.setdefault(name, True)
+    return verdicts
 
 
 def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
@@ -94,15 +105,18 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
         for config in configs:
             measurement = Measurement(Arm(space.difference(config, base), overrides_of(config)))
             with Bench(start) as bench:
-                collect([measurement], bench, rounds=2, turn=QUICK, tell=say)
+                if bench.warm_up(measurement):
+                    for number in range(2):
+                        bench.turn(measurement, number, QUICK)
             measured.append((config, measurement))
         able = [(c, m) for c, m in measured if m.is_measured]
         able.sort(key=lambda pair: pair[1].seconds_per_image)
+        allowed = judged(configs, found, start)
         print(f"grid of {len(configs)} arms: {time.perf_counter() - began:.0f} s")
         for config, measurement in able:
-            allowed = "" if is_allowed(config, found) else "  (refused by the guard)"
-            print(f"  {1 / measurement.seconds_per_image:8.1f} images/s  {measurement.arm.name}{allowed}")
-        best = [(c, m) for c, m in able if is_allowed(c, found)][:3]
+            refused = "" if allowed[space.precision_name(config, hardware().gpu)] else "  (refused by the guard)"
+            print(f"  {1 / measurement.seconds_per_image:8.1f} images/s  {measurement.arm.name}{refused}")
+        best = [(c, m) for c, m in able if allowed[space.precision_name(c, hardware().gpu)]][:3]
         finalists = [Measurement(Arm("tune's choice", overrides_of(found.best.config)))]
         finalists += [Measurement(Arm(m.arm.name, m.arm.overrides)) for _, m in best]
         with Bench(start, free_bytes=free_memory_bytes) as bench:
@@ -123,6 +137,8 @@ def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
     for a, b in zip(first.rows, second.rows, strict=True):
         if a.speed_up and b.speed_up:
             overlap = a.speed_up.low <= b.speed_up.high and b.speed_up.low <= a.speed_up.high
+            again = abs(a.speed_up.median - 1) <= 0.02 and a.speed_up.low <= 1 <= a.speed_up.high
+            overlap = overlap and (a.kind != "again" or again)
             texts = (f"{i.median:.2f} ({i.low:.2f} - {i.high:.2f})" for i in (a.speed_up, b.speed_up))
             print(f"{a.name}: {', '.join(texts)} {'ok' if overlap else 'APART'}")
 

@@ -269,7 +269,7 @@ TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="T
 def ablate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm; from 6 on, intervals of 95 % or more.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm; from 6 on, intervals of 95 % or more.")] = 6,
     seconds: Annotated[float, typer.Option(min=0.0, help="Least length of a turn.")] = 2.0,
     only: TechniqueNames = None,
     without: TechniqueNames = None,
@@ -294,12 +294,15 @@ def ablate(
             ablation, whole = study.ablate(loaded, plan, command=_command_line(), tell=_say_on_stderr)
         write_ablation(ablation, folder)
     if full and whole:
-        ablation, whole = study.train_all(ablation, recipe, folder, seeds, _say_on_stderr)
-        write_ablation(ablation, folder)
+        with _ended_by_ctrl_c():
+            ablation, whole = study.train_all(ablation, recipe, folder, seeds, _say_on_stderr)
+            write_ablation(ablation, folder)
     print_ablation(console, ablation)
     console.print(f"{folder}: ablation.json, .md, .png, .svg, .html", markup=False)
     if not whole:
         sys.exit(Stopped.CTRL_C)
+    if full and not any(row.full for row in ablation.rows):
+        raise UserError(f"no training came to its end; {folder}/runs/*.log say why")
 
 
 @app.command()

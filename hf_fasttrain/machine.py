@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from hf_fasttrain.duration import Duration
 from hf_fasttrain.environment import describe_machine, describe_versions, uses_gpu
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, with_values
-from hf_fasttrain.tunings import ALONE_KEYS, LOADER_KEYS, TUNED, Tuned, find_tuning
+from hf_fasttrain.tunings import ALONE_KEYS, LOADER_KEYS, LONG_KEYS, TUNED, Tuned, find_tuning
 
 # Without a tuning; precision, loader processes and cache also depend on the device and are resolved with it.
 RULES: dict[str, tuple[Any, str]] = {
@@ -54,8 +55,10 @@ def _stored(recipe: Recipe) -> Tuned:
     if tuning is None:
         return Tuned()
     one = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    usable = {k: v for k, v in tuning.values.items() if one or k not in (*ALONE_KEYS, *LOADER_KEYS)}
-    return Tuned(usable, f"{TUNED} {tuning.date}")
+    tuned, duration = Duration.parse(tuning.duration), recipe.train.duration
+    as_long = duration.unit == tuned.unit and duration.count >= tuned.count
+    unusable = {*(() if one else (*ALONE_KEYS, *LOADER_KEYS)), *(() if as_long else LONG_KEYS)}
+    return Tuned({k: v for k, v in tuning.values.items() if k not in unusable}, f"{TUNED} {tuning.date}")
 
 
 def circumstances(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, Any]]:

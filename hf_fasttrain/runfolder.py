@@ -70,8 +70,10 @@ def saved_state(folder: Path) -> dict[str, Any]:
     return next(filter(None, states), {})
 
 
-def tuned_in_run(folder: Path) -> Tuned:
-    """Return the values that a run took from a stored tuning when it began; it keeps them when it is resumed."""
+def tuned_in_run(folder: Path) -> Tuned | None:
+    """Return the values that a run took from a stored tuning when it began, None if it has not; it keeps them."""
+    if not (folder / "resolved.yaml").exists():
+        return None
     try:
         lines = YAML(typ="safe", pure=True).load((folder / "resolved.yaml").read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, YAMLError):

@@ -22,6 +22,10 @@ COMPUTE_KEYS = (
     "accelerate.conv_precision",
 )
 ALONE_KEYS = ("accelerate.micro_batch_size", "accelerate.cpu_threads")
+LONG_KEYS = (
+    "accelerate.compile",
+    "data.cache",
+)  # what costs time first, and pays in a training as long as the tuned one
 LOADER_KEYS = ("data.workers", "data.cache", "data.pin_memory")
 TUNED_KEYS = (*COMPUTE_KEYS, *ALONE_KEYS, *LOADER_KEYS)
 
@@ -45,6 +49,7 @@ class Tuning:
     values: dict[str, Any]  # dotted machine key -> value
     date: str
     images_per_second: float
+    duration: str  # of the training that it was forecast for
 
 
 def tunings_dir() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,6 @@ def ready(**changes: Any) -> Ready:
         "has_batch_norm": True,
         "is_jpeg": True,
         "micro_batch_size": 32,
-        "build_seconds": 1.0,
     }
     return Ready(**{**values, **changes})
 
@@ -97,7 +96,8 @@ class FakeArm:
 
     @property
     def ready(self) -> Ready:
-        return self.fakes.ready
+        compiled = self.settings.get("accelerate.compile") == "true"
+        return replace(self.fakes.ready, facts={**self.fakes.ready.facts, "accelerate.compile": compiled})
 
     def turn(self, turn: Turn, limit_seconds: float | None = None) -> Report:
         self.fakes.before_turn(self.arm)

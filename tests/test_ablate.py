@@ -59,6 +59,8 @@ def test_the_baseline_is_plain_and_each_arm_differs_in_one_thing() -> None:
     every = techniques(ready(), CPU)
     plans = planned(every)
     base = settings_of(plans[0].arm)
+    alone = [plan for plan in planned(chosen(every, ["amp_bf16"], [])) if plan.kind == "baseline"]
+    assert settings_of(alone[0].arm) == {"accelerate.mixed_precision": "no"}  # nothing else is changed
     expected = {
         "accelerate.mixed_precision": "no",
         "accelerate.channels_last": "false",
@@ -99,6 +101,8 @@ def test_what_can_make_no_difference_is_not_applicable() -> None:
     reduced = by_name(techniques(ready(facts={**FACTS, "data.reduced_decode": True}), CPU))
     assert reduced["decoder"].not_applicable == "data.reduced_decode has one decoder only"
     assert reduced["decoder"].off == {"data.decoder": "simplejpeg"}
+    once = by_name(techniques(ready(steps=32), CPU))
+    assert once["cache"].not_applicable == "each image is needed once"
     removed = [plan.technique.name for plan in planned(list(here.values())) if plan.kind == "removed"]
     assert "pinned_memory" not in removed
 
@@ -274,9 +278,10 @@ def write_run(run: Path, accuracies: list[float], seconds: float) -> None:
     (run / "result.json").write_text(json.dumps({"metrics": metrics, "test_metrics": None, "train_seconds": seconds}))
     each = seconds / len(accuracies)
     lines = [
-        {"kind": "evaluation", "accuracy": value, "train_seconds": each * (number + 1)}
+        {"kind": "evaluation", "split": "validation", "accuracy": value, "train_seconds": each * (number + 1)}
         for number, value in enumerate(accuracies)
     ]
+    lines.append({"kind": "evaluation", "split": "test", "accuracy": 1.0, "train_seconds": 0.1})
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
@@ -302,12 +307,12 @@ def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     found, whole = train_all(ablation, "small.yaml", tmp_path, 2, said.append, fake_training(calls))
     rows = {row.name: row for row in found.rows}
     assert whole
-    assert found.target_accuracy == pytest.approx(0.91)
+    assert found.target_accuracy == pytest.approx(0.90)  # its least successful seed's
     base, fast = rows["baseline"].full, rows["+ AMP: bf16"].full
     assert base.accuracy == pytest.approx(0.91)
     assert base.accuracy_std == pytest.approx(0.01414, abs=1e-4)
     assert base.f1_macro == pytest.approx(0.81)
-    assert base.seconds_to_target is None  # the first seed ends at 0.90
+    assert (base.seconds_to_target, base.seeds_at_target) == (pytest.approx(60), 2)
     assert fast.speed_up == pytest.approx(2)
     assert fast.seconds_to_target == pytest.approx(20)
     assert rows["+ channels_last"].full is None
@@ -317,9 +322,25 @@ def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     train_all(ablation, "small.yaml", tmp_path, 2, said.append, fake_training(calls))
     again = calls[number:]
     assert all("accelerate.channels_last=true" in call for call in again)  # the others are read
-    assert "not reached" in " ".join(cells(rows["baseline"], full=True))
+    assert cells(rows["baseline"], full=True)[-1] == "60.0 s (2 of 2 seeds)"
     write_ablation(found, tmp_path)
     assert "0.9100 +- 0.0141" in (tmp_path / "ablation.md").read_text()
+
+
+def test_full_does_without_accuracy(tmp_path: Path) -> None:
+    ablation, _ = measured(tmp_path)
+
+    def train(overrides: Sequence[str], log: Path) -> str:
+        run = Path(dict(override.partition("=")[::2] for override in overrides)["output_dir"])
+        run.mkdir(parents=True)
+        (run / "result.json").write_text(json.dumps({"metrics": {"loss": 0.3}, "train_seconds": 10.0}))
+        return ""
+
+    found, _ = train_all(ablation, "small.yaml", tmp_path, 1, lambda text: None, train)
+    full = found.rows[0].full
+    assert (full.accuracy, full.accuracy_std, full.f1_macro, full.seeds_at_target) == (None, None, None, 0)
+    write_ablation(found, tmp_path)
+    assert study.load_ablation(tmp_path / "ablation.json") == found
 
 
 def test_full_ends_by_ctrl_c_with_what_is_there(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def diagnosis(**changes: Any) -> Diagnosis:
         "wait_fraction": 0.63,
         "device_bytes": 0,
         "host_bytes": 2**30,
+        "total_seconds": base.forecast(base.seconds_per_image),
         "tried": tuple(tried),
         "advice": tuple(best_advice(base, tried, {"data.cache=memory": "from the second epoch on"})),
     }
@@ -239,9 +240,12 @@ def test_a_recipe_that_cant_run_here_is_one_message(forked_arms: None) -> None:
         Doctor(start, CPU, 2, seconds=1.0, tell=lambda text: None).examine()
 
 
-def test_a_trace_needs_its_folder(tmp_path: Path) -> None:
+def test_a_trace_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"--trace .*: .* is no folder; give another file"):
         doctor(None, CPU, seconds=1, tell=print, trace=tmp_path / "missing" / "t.json")  # type: ignore[arg-type]
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(RunError, match=r"--trace .*: can't be written; give another file"):
+        doctor(None, CPU, seconds=1, tell=print, trace=tmp_path / "t.json")  # type: ignore[arg-type]
 
 
 def test_the_command_line_examines(

@@ -42,7 +42,7 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
 
 
 def store(recipe: Path, **changes: Any) -> None:
-    store_tuning(Tuning(*circumstances(load_recipe(recipe)), {**VALUES, **changes}, "2026-01-02", 100.0))
+    store_tuning(Tuning(*circumstances(load_recipe(recipe)), {**VALUES, **changes}, "2026-01-02", 100.0, "2 epochs"))
 
 
 def resolved(recipe: Path, *overrides: str) -> tuple[Recipe, Facts]:
@@ -103,10 +103,18 @@ def test_what_is_learnt_otherwise_may_differ(recipe: Path) -> None:
     assert found.accelerate.mixed_precision == "bf16"
 
 
+@pytest.mark.parametrize(("duration", "kept"), [("3 epochs", True), ("1 epoch", False), ("100 steps", False)])
+def test_what_pays_late_is_for_trainings_as_long(recipe: Path, duration: str, kept: bool) -> None:
+    store(recipe, **{"accelerate.compile": True})
+    found, _ = resolved(recipe, f"train.duration={duration}")
+    assert found.accelerate.mixed_precision == "bf16"
+    assert (found.accelerate.compile, found.data.cache) == ((True, "memory") if kept else (False, "auto"))
+
+
 def test_a_tuning_is_for_its_machine_and_versions(recipe: Path) -> None:
     machine, versions, model, data = circumstances(load_recipe(recipe))
-    store_tuning(Tuning({**machine, "cores": 999}, versions, model, data, VALUES, "2026-01-02", 1.0))
-    store_tuning(Tuning(machine, {**versions, "torch": "1.0"}, model, data, VALUES, "2026-01-02", 1.0))
+    store_tuning(Tuning({**machine, "cores": 999}, versions, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
+    store_tuning(Tuning(machine, {**versions, "torch": "1.0"}, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
     assert resolved(recipe)[0].accelerate.mixed_precision == "auto"
 
 
@@ -158,7 +166,8 @@ def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Pa
     store(recipe)
     again = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
     assert again.accelerator.mixed_precision == "no"
-    assert tuned_in_run(tmp_path / "nowhere") == Tuned()
+    assert tuned_in_run(tmp_path / "run") == Tuned()
+    assert tuned_in_run(tmp_path / "nowhere") is None
 
 
 def test_values_are_put_into_a_recipe(recipe: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +220,48 @@ def test_a_starter_removes_what_arms_wrote(starter: Starter) -> None:
     assert any((folder / "pixels").iterdir())
     starter.__exit__()
     assert not folder.exists()
+
+
+def test_a_cache_on_the_device_is_filled_by_the_passes_alone() -> None:
+    """Most of the images are in no pass; fetching must end all the same."""
+    trial = Trial(asked("data.cache=device", "data.workers=0", "augment={crop: padded}", "train.duration=3 epochs"))
+    first, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
+    assert trial.loader.feed.there.all()
+    assert (first.images, later.images) == (48, 32)
+
+
+def test_where_not_all_pixels_can_be_kept_it_is_measured_as_if_none_were() -> None:
+    trial = Trial(asked("data.cache=memory", "data.cache_gb=0.0001", "train.duration=3 epochs"))
+    assert not trial.ready.keeps_pixels
+    assert trial.ready.period > 80
+    assert "not all pixels would be kept here: measured as if none were" in trial.ready.notes
+
+
+PARENT = """
+import sys, time
+from hf_fasttrain.study.measure import Arm
+from hf_fasttrain.study.processes import Starter
+from hf_fasttrain.study.trial import Asked, Turn, Wishes
+with Starter(Asked(sys.argv[1], "small.yaml", "small"), on_gpu=False) as start:
+    arms = [start(Arm(str(number), ("data.workers=1",)), Wishes()) for number in range(2)]
+    for arm in arms:
+        arm.turn(Turn(min_steps=2))
+    print(*(arm._process.pid for arm in arms), flush=True)
+    time.sleep(100)
+"""
+
+
+def test_arms_end_when_the_one_that_asked_is_killed() -> None:
+    """Those that stand still too: the kernel wakes them."""
+    with subprocess.Popen([sys.executable, "-c", PARENT, TEXT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        parent.kill()
+    until = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_a_trace_is_written(starter: Starter, tmp_path: Path) -> None:

@@ -228,6 +228,20 @@ def test_an_arm_that_fails_is_left_out() -> None:
     assert any(candidate.measurement.failed == "RuntimeError: no such kernel" for candidate in found.tried)
 
 
+def test_an_arm_may_fail_in_its_first_measured_turn() -> None:
+    fakes, turns = Fakes(speed_of(accelerate__channels_last__false=1.5)), []
+
+    def before(arm: Arm) -> None:
+        turns.append(arm.name)
+        if arm.name == "mixed_precision=bf16" and turns.count(arm.name) == 2:
+            raise ArmFailed("its process ended (signal 11)")
+
+    fakes.before_turn = before
+    found = search(fakes)
+    assert found.best.config["accelerate.channels_last"] is False
+    assert any(candidate.measurement.failed for candidate in found.tried)
+
+
 def test_ctrl_c_gives_the_best_so_far() -> None:
     fakes = Fakes(speed_of(accelerate__mixed_precision__bf16=2.0, data__cache__memory=1.5))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,12 +49,13 @@ class Full(Record):
     """Trainings to the end, one for each seed: means and standard deviations."""
 
     seeds: int
-    accuracy: float
-    accuracy_std: float
+    accuracy: float | None  # None: evaluate.metrics does not have it
+    accuracy_std: float | None
     f1_macro: float | None
     train_seconds: float
     train_seconds_std: float
-    seconds_to_target: float | None  # of training until the target accuracy; None: a seed did not come there
+    seconds_to_target: float | None  # mean training time until the target accuracy, of the seeds that came there
+    seeds_at_target: int
     speed_up: float | None  # baseline's mean train_seconds / this one's
 
 
@@ -90,7 +92,7 @@ class Ablation(Record):
     versions: dict[str, str]
     rounds: int
     turn_seconds: float
-    target_accuracy: float | None = None  # the baseline's mean, where trained to the end
+    target_accuracy: float | None = None  # of the baseline's least successful seed, on the evaluation split
     notes: list[str]
     rows: list[Row]
 
@@ -99,7 +101,7 @@ class Ablation(Record):
 class Plan:
     """How an ablation is made."""
 
-    rounds: int = 9
+    rounds: int = 6
     turn_seconds: float = 2.0
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -161,7 +163,9 @@ def describe(
     if recipe.augment.progressive:
         notes.append("Measured at the full image size, without augment.progressive.")
     if not whole:
-        notes.append(f"Stopped by Ctrl-C: {min((len(m.rounds) for m in measurements if m.rounds), default=0)} rounds.")
+        notes.append("Stopped by Ctrl-C, before every round was made.")
+    notes += [note for note in (ready.notes if ready else ()) if note.startswith("data.")]
+    rounds = max((len(m.rounds) for m in measurements), default=0)
     rows = [_row(each, m, baseline, gpu=device.type == "cuda") for each, m in zip(arms, measurements, strict=True)]
     return Ablation(
         recipe=recipe.source.name,
@@ -170,7 +174,7 @@ def describe(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(device, 1),
         versions=describe_versions(),
-        rounds=plan.rounds,
+        rounds=rounds,
         turn_seconds=plan.turn_seconds,
         notes=notes,
         rows=rows,
@@ -229,75 +233,102 @@ def train_all(
             for number, row in enumerate(ablation.rows):
                 if row.status == "n/a" or row.kind == "again":
                     continue
-                run = folder / "runs" / f"{number:02d}-seed{seed}"
                 tell(f"training {row.name}, seed {seed + 1} of {seeds}")
-                if not (run / "result.json").exists():
-                    resume = ["--resume"] if run.exists() else []
-                    own = [f"seed={seed}", f"output_dir={run}"]
-                    wrong = train([*ablation.overrides, *row.overrides, *own, *resume], run.with_suffix(".log"))
-                    if wrong:
-                        tell(f"{row.name}: {wrong}")
-                        continue
-                runs.setdefault(row.name, []).append(run)
+                run = folder / "runs" / f"{number:02d}-seed{seed}"
+                wrong = _train_once(train, [*ablation.overrides, *row.overrides, f"seed={seed}"], run)
+                if wrong:
+                    tell(f"{row.name}: {wrong}")
+                else:
+                    runs.setdefault(row.name, []).append(run)
     except KeyboardInterrupt:
         whole = False
-    results = {name: [read_json(run / "result.json") for run in own] for name, own in runs.items()}
+    results = {name: [Ended.read(run) for run in own] for name, own in runs.items()}
     base = results.get(ablation.rows[0].name, [])
-    target = statistics.mean(float(result["metrics"]["accuracy"]) for result in base) if base else None
-    rows = [_with_full(row, results.get(row.name, []), runs.get(row.name, []), base, target) for row in ablation.rows]
+    finals = [ended.course[-1][1] for ended in base if ended.course]
+    target = min(finals) if finals else None
+    rows = [_with_full(row, results.get(row.name, []), base, target) for row in ablation.rows]
     return ablation.model_copy(update={"rows": rows, "target_accuracy": target}), whole
 
 
+def _train_once(train: Train, overrides: Sequence[str], run: Path) -> str:
+    """Train in a run folder, or go on there; return what went wrong, or nothing."""
+    if (run / "result.json").exists():
+        return ""
+    resume = ["--resume"] if run.exists() else []
+    return train([*overrides, f"output_dir={run}", *resume], run.with_suffix(".log"))
+
+
 def _train(recipe_file: str, overrides: Sequence[str], log: Path) -> str:
+    """Run the training program; Ctrl-C, and SIGTERM, are passed on to it, and its saving is waited for."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides]
+    # As the arms were measured: without what `tune` has stored.
+    environment = {**os.environ, "HF_FASTTRAIN_TUNINGS": str(log.parent / "no-tunings")}
     with log.open("ab") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides],
-            stdout=file,
-            stderr=file,
-            check=False,
-        )
-    if done.returncode == 0:
+        training = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        try:
+            status = training.wait()
+        except KeyboardInterrupt:
+            training.send_signal(signal.SIGTERM)
+            training.wait()
+            raise
+    if status == 0:
         return ""
     lines = log.read_text(errors="replace").strip().splitlines()
-    return f"exit status {done.returncode}: {lines[-1] if lines else ''}"
+    return f"exit status {status}: {lines[-1] if lines else ''}"
 
 
-def _accuracy(result: dict[str, Any]) -> float:
-    metrics = result.get("test_metrics") or result.get("metrics") or {}
-    return float(metrics.get("accuracy", math.nan))
+@dataclass(frozen=True)
+class Ended:
+    """A training that came to its end."""
+
+    train_seconds: float
+    metrics: dict[str, float]  # of the test split where there is one, else of the last evaluation
+    course: list[tuple[float, float]]  # seconds of training and accuracy of each evaluation of the evaluation split
+
+    @classmethod
+    def read(cls, run: Path) -> Ended:
+        """Return a run folder's."""
+        result = read_json(run / "result.json")
+        lines = [line for line in read_lines(run / "metrics.jsonl") if line.get("kind") == "evaluation"]
+        split = lines[0].get("split") if lines else None
+        course = [
+            (line["train_seconds"], line["accuracy"])
+            for line in lines
+            if line.get("split") == split and "accuracy" in line
+        ]
+        return cls(float(result["train_seconds"]), result.get("test_metrics") or result.get("metrics") or {}, course)
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Return the seconds of training at the first evaluation that came to an accuracy."""
+        return next((seconds for seconds, reached in self.course if reached >= accuracy), None)
 
 
-def _with_full(
-    row: Row, results: list[dict[str, Any]], runs: list[Path], base: list[dict[str, Any]], target: float | None
-) -> Row:
-    if not results:
+def _with_full(row: Row, ended: list[Ended], base: list[Ended], target: float | None) -> Row:
+    if not ended:
         return row
-    seconds = [float(result["train_seconds"]) for result in results]
-    accuracies = [_accuracy(result) for result in results]
-    f1 = [(result.get("test_metrics") or result["metrics"]).get("f1_macro") for result in results]
-    until = [_seconds_to(run, target) for run in runs] if target is not None else [None]
+    seconds = [each.train_seconds for each in ended]
+    accuracies = [each.metrics["accuracy"] for each in ended if "accuracy" in each.metrics]
+    f1 = [each.metrics["f1_macro"] for each in ended if "f1_macro" in each.metrics]
+    until = [each.seconds_to(target) for each in ended] if target is not None else []
     there = [value for value in until if value is not None]
-    mean_base = statistics.mean(float(result["train_seconds"]) for result in base) if base else None
     full = Full(
-        seeds=len(results),
-        accuracy=statistics.mean(accuracies),
-        accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        f1_macro=statistics.mean(f1) if all(value is not None for value in f1) else None,
+        seeds=len(ended),
+        accuracy=statistics.mean(accuracies) if accuracies else None,
+        accuracy_std=_spread(accuracies),
+        f1_macro=statistics.mean(f1) if f1 else None,
         train_seconds=statistics.mean(seconds),
-        train_seconds_std=statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
-        seconds_to_target=statistics.mean(there) if len(there) == len(until) else None,
-        speed_up=mean_base / statistics.mean(seconds) if mean_base else None,
+        train_seconds_std=_spread(seconds) or 0.0,
+        seconds_to_target=statistics.mean(there) if there else None,
+        seeds_at_target=len(there),
+        speed_up=statistics.mean(each.train_seconds for each in base) / statistics.mean(seconds) if base else None,
     )
     return row.model_copy(update={"full": full})
 
 
-def _seconds_to(run: Path, target: float) -> float | None:
-    """Return the seconds of training at the first evaluation that came to the target accuracy."""
-    for line in read_lines(run / "metrics.jsonl"):
-        if line.get("kind") == "evaluation" and line.get("accuracy", 0.0) >= target:
-            return float(line["train_seconds"]) if "train_seconds" in line else None
-    return None
+def _spread(values: Sequence[float]) -> float | None:
+    """Return the standard deviation, None where there are no two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def default_folder(recipe: Recipe) -> Path:

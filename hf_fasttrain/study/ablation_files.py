@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_fasttrain.errors import RunError, without_secrets
 from hf_fasttrain.files import reason, write_whole
@@ -64,13 +65,14 @@ def _full_cells(row: Row) -> list[str]:
     found = row.full
     if found is None:
         return ["", "", "", "", ""]
-    until = "not reached" if found.seconds_to_target is None else f"{found.seconds_to_target:.1f} s"
+    until = "-" if found.seconds_to_target is None else f"{found.seconds_to_target:.1f} s"
+    spread = "" if found.accuracy_std is None else f" +- {found.accuracy_std:.4f}"
     return [
-        f"{found.accuracy:.4f} +- {found.accuracy_std:.4f}",
+        "" if found.accuracy is None else f"{found.accuracy:.4f}{spread}",
         "" if found.f1_macro is None else f"{found.f1_macro:.4f}",
         f"{found.train_seconds:.1f} +- {found.train_seconds_std:.1f} s",
         "" if found.speed_up is None else f"{found.speed_up:.2f}",
-        until,
+        f"{until} ({found.seeds_at_target} of {found.seeds} seeds)",
     ]
 
 
@@ -100,7 +102,7 @@ def print_ablation(console: Console, ablation: Ablation) -> None:
     for name in _header(ablation):
         table.add_column(name, justify="left" if name == "arm" else "right", overflow="fold")
     for row in ablation.rows:
-        table.add_row(*cells(row, full=full), end_section=row.kind in ("again", "everything"))
+        table.add_row(*map(Text, cells(row, full=full)), end_section=row.kind in ("again", "everything"))
     console.print(table)
     for note in ablation.notes:
         console.print(f"note: {note}", markup=False)

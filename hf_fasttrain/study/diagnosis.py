@@ -53,6 +53,7 @@ class Diagnosis:
     wait_fraction: float
     device_bytes: int
     host_bytes: int
+    total_seconds: float  # forecast of the whole training, without evaluation and saving
     tried: tuple[Measurement, ...]  # overrides that were measured, beside the training as it is
     advice: tuple[Advice, ...]
 
@@ -80,11 +81,6 @@ class Diagnosis:
     def epoch_seconds(self) -> float:
         """Forecast of an epoch's training, once images are kept if they are."""
         return self.ready.num_images / self.images_per_second.median
-
-    @property
-    def total_seconds(self) -> float:
-        """Forecast of the whole training's, without evaluation and saving."""
-        return self.epoch_seconds * self.ready.steps / self.ready.steps_per_epoch
 
     @property
     def verdict(self) -> str:
@@ -160,7 +156,7 @@ def split_loading(report: Report) -> dict[str, float]:
 
 
 def best_advice(baseline: Measurement, tried: list[Measurement], notes: dict[str, str], most: int = 2) -> list[Advice]:
-    """Return the overrides that help most, those that surely help first; none that may be noise."""
+    """Return the overrides that help most; none whose gain may be noise."""
     found = []
     for measurement in tried:
         if not measurement.is_measured:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +83,7 @@ class Doctor:
             wait_fraction=min(1.0, waiting),
             device_bytes=baseline.device_bytes if self.hardware.gpu else 0,
             host_bytes=baseline.host_bytes,
+            total_seconds=baseline.forecast(baseline.seconds_per_image),
             tried=tuple(tried),
             advice=tuple(best_advice(baseline, tried, notes)),
         )
@@ -133,10 +136,8 @@ class Doctor:
             ideas.append(({"accelerate.mixed_precision": "bf16" if self.hardware.bf16 else "fp16"}, ROUNDING))
         ideas.append(({"accelerate.channels_last": not own["accelerate.channels_last"]}, ""))
         if own["accelerate.micro_batch_size"] is not None:
-            whole = {"accelerate.gradient_accumulation_steps": "auto", "accelerate.micro_batch_size": None}
+            whole = {"accelerate.gradient_accumulation_steps": 1, "accelerate.micro_batch_size": None}
             ideas.append((whole, "changes batch-norm statistics" if ready.has_batch_norm else ""))
-        if self.hardware.gpu and not own["accelerate.compile"]:
-            ideas.append(({"accelerate.compile": True}, "compiling takes its time at first"))
         return ideas
 
     def _try(
@@ -146,6 +147,7 @@ class Doctor:
         baseline = Measurement(Arm("as it is"))
         notes: dict[str, str] = {}
         tried: list[Measurement] = []
+        rng = random.Random(0)
         with Bench(self.start, wishes=AS_TRAINED, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
             began = self.clock()
             if not bench.warm_up(baseline):
@@ -163,7 +165,7 @@ class Doctor:
             for number in range(MOST_ROUNDS):
                 if number >= LEAST_ROUNDS and self.clock() > self.until:
                     break
-                for measurement in [baseline, *tried]:
+                for measurement in rng.sample([baseline, *tried], 1 + len(tried)):
                     if not measurement.failed:
                         _turn(bench, measurement, number)
         if not baseline.is_measured:
@@ -185,6 +187,8 @@ def doctor(recipe: Recipe, found: Hardware, *, seconds: float, tell: Tell, trace
     require_one_process()
     if trace is not None and not trace.absolute().parent.is_dir():
         raise RunError(f"--trace {trace}: {trace.absolute().parent} is no folder; give another file")
+    if trace is not None and not os.access(trace.absolute().parent, os.W_OK):
+        raise RunError(f"--trace {trace}: can't be written; give another file")
     with Starter(ask(recipe), on_gpu=found.gpu) as start:
         return Doctor(start, found, num_cores(), seconds=seconds, tell=tell).examine(trace)
 
@@ -218,6 +222,7 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.device_bytes:
         memory = f"{diagnosis.device_bytes / 2**30:.2f} GiB of the GPU, {memory}"
     said = [
+        *(f"note: {note}" for note in diagnosis.ready.notes),
         diagnosis.verdict,
         f"As it is: {rate(found.median)} images/s ({rate(found.low)} - {rate(found.high)}); an epoch takes "
         f"{clock(diagnosis.epoch_seconds)}{' once images are kept' if kept else ''}, the whole training "

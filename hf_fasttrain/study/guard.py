@@ -52,7 +52,12 @@ def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds:
     """
     with tempfile.TemporaryDirectory(prefix="hf_fasttrain-guard-") as folder:
         path = Path(folder) / "gradient.npy"
-        smaller = (f"train.batch_size={images}", "accelerate.micro_batch_size=null", "augment.repeats=1")
+        smaller = (
+            f"train.batch_size={images}",
+            "accelerate.micro_batch_size=null",
+            "augment.repeats=1",
+            "schedule.warmup=0 epochs",  # the schedule is not used, but checked
+        )
         wishes = Wishes(full_lr=True, without_dropout=True, gradient_to=str(path))
         running = start(Arm("guard", (*overrides, *smaller)), wishes, limit_seconds)
         try:

@@ -1,26 +1,28 @@
 """The measuring instrument: arms of an experiment, each a training in a process of its own, run in turns.
 
-While one arm has its turn the others stand still, loader processes included (SIGSTOP), so that none is measured with
-what it has loaded ahead meanwhile, and none disturbs another. Every round gives each arm one turn, in an order of its
-own: a machine that becomes slower harms all alike. What a turn gives is the seconds of an image; rounds are compared
-in pairs.
+Every round gives each arm one turn, in an order of its own: a machine that becomes slower harms all alike. What a turn
+gives is the seconds of an image; rounds are compared in pairs.
+
+Two processes that do the same differ by some 2 % as long as they live, by where their memory happens to lie. `collect`
+therefore gives each turn a process of its own, and its intervals hold; `tune` and `doctor`, which have less time, keep
+arms alive. An arm that waits for its next turn stands still, loader processes included (SIGSTOP), so that it loads
+nothing ahead and disturbs nobody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hf_fasttrain.study.statistics import Estimate, estimate, paired_ratio
 from hf_fasttrain.study.trial import Ready, Report, Turn, Wishes
-
-# Rounds after which arms are started anew. Two processes that do the same differ by some 2 % as long as they live (by
-# where their memory happens to lie); the median over three lives of each does not.
-LIFE_ROUNDS = 3
 
 Tell = Callable[[str], None]
 
@@ -114,9 +116,35 @@ class Measurement:
         self.losses += report.losses
         self._remember(report)
 
+    def forecast(self, seconds_per_image: float) -> float:
+        """Return the seconds of the recipe's whole training at a pace, compiling and the first pass included.
+
+        Without evaluation and saving, as `train_seconds` of result.json.
+        """
+        ready = self.ready
+        assert ready is not None
+        images = ready.steps / ready.steps_per_epoch * ready.num_images
+        first = min(images, ready.num_images) if ready.keeps_pixels else 0.0
+        filling = first * max(self.first_pass_seconds or 0.0, seconds_per_image)
+        shapes = 1 + ready.short_last_step  # each is compiled
+        compiling = self.compile_seconds * shapes if ready.facts["accelerate.compile"] else 0.0
+        return filling + (images - first) * seconds_per_image + compiling
+
     def _remember(self, report: Report) -> None:
         self.device_bytes = max(self.device_bytes, report.device_bytes)
         self.host_bytes = max(self.host_bytes, report.host_bytes)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Bench:
@@ -151,9 +179,10 @@ class Bench:
         self.close()
 
     def close(self) -> None:
-        """End all arms."""
-        for name in list(self._running):
-            self.end(name)
+        """End all arms; Ctrl-C must wait for it, or processes that stand still would be left."""
+        with _undisturbed():
+            for name in list(self._running):
+                self.end(name)
 
     def end(self, name: str) -> None:
         """End an arm."""
@@ -163,10 +192,11 @@ class Bench:
 
     def warm_up(self, measurement: Measurement, limit_seconds: float | None = None) -> bool:
         """Start an arm and make its first steps; return whether it can be measured."""
+        began = self.clock()
         try:
             self._start(measurement, limit_seconds)
         except ArmFailed as failed:
-            measurement.failed = str(failed)
+            measurement.failed, measurement.start_seconds = str(failed), self.clock() - began
             self.end(measurement.arm.name)
         return not measurement.failed
 
@@ -178,12 +208,18 @@ class Bench:
             running = self._first_turn(measurement, limit_seconds)
         except ArmFailed as failed:
             self.end(name)
-            if not self._running or "memory" not in str(failed):
+            if not self._alone_may_do(failed):
                 raise
-            self.close()  # the others took the memory: alone it may do
             running = self._first_turn(measurement, limit_seconds)
         measurement.start_seconds = self.clock() - began
         return running
+
+    def _alone_may_do(self, failed: ArmFailed) -> bool:
+        """End the others if they may have taken the memory that an arm lacked; return whether there were any."""
+        if not self._running or "memory" not in str(failed):
+            return False
+        self.close()
+        return True
 
     def _first_turn(self, measurement: Measurement, limit_seconds: float | None) -> Running:
         name, before = measurement.arm.name, self.clock()
@@ -210,16 +246,22 @@ class Bench:
         """Give an arm a turn and add what it gives as round `number`; ArmFailed, and kept in mind, if it can't."""
         name = measurement.arm.name
         try:
-            if name not in self._running:
-                self._start(measurement, limit_seconds)
-            running, _ = self._running[name] = self._running.pop(name)
-            report = running.turn(turn, limit_seconds)
+            report = self._turn(measurement, turn, limit_seconds)
         except ArmFailed as failed:
-            measurement.failed = str(failed)
             self.end(name)
-            raise
+            if not self._alone_may_do(failed):
+                measurement.failed = str(failed)
+                raise
+            report = self._turn(measurement, turn, limit_seconds)
         measurement.add(number, report)
         return report
+
+    def _turn(self, measurement: Measurement, turn: Turn, limit_seconds: float | None) -> Report:
+        name = measurement.arm.name
+        if name not in self._running:
+            self._start(measurement, limit_seconds)
+        running, _ = self._running[name] = self._running.pop(name)
+        return running.turn(turn, limit_seconds)
 
 
 def measure(
@@ -237,17 +279,9 @@ def measure(
 def collect(
     measurements: Sequence[Measurement], bench: Bench, *, rounds: int, turn: Turn, tell: Tell, seed: int = 0
 ) -> None:
-    """Warm the measurements' arms up and fill them round by round."""
-    for number, measurement in enumerate(measurements, start=1):
-        if not measurement.failed:
-            tell(f"{measurement.arm.name}: first steps ({number} of {len(measurements)} arms)")
-            bench.warm_up(measurement)
-            if measurement.failed:
-                tell(f"{measurement.arm.name}: {measurement.failed}")
+    """Fill the measurements round by round, each turn in a process of its own."""
     rng = random.Random(seed)
     for number in range(rounds):
-        if number and number % LIFE_ROUNDS == 0:
-            bench.close()
         going = [measurement for measurement in measurements if not measurement.failed]
         rng.shuffle(going)
         for measurement in going:
@@ -256,3 +290,4 @@ def collect(
                 bench.turn(measurement, number, turn)
             except ArmFailed as failed:
                 tell(f"{measurement.arm.name}: {failed}")
+            bench.end(measurement.arm.name)

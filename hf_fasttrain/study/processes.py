@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -18,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from hf_fasttrain.data.cache import default_cache_dir
 from hf_fasttrain.errors import RunError, UserError, without_secrets
 from hf_fasttrain.study.measure import Arm, ArmFailed
 from hf_fasttrain.study.trial import Asked, Ready, Report, Trial, Turn, Wishes
@@ -50,44 +53,55 @@ class Starter:
             self._context.set_forkserver_preload(IMPORTED)
 
     def __enter__(self) -> Starter:
-        self.folder = Path(tempfile.mkdtemp(prefix="hf_fasttrain-study-"))
-        self._environment = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR",)}
-        # What was compiled earlier would make compiling look cheap.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
+        self.folder = Path(tempfile.mkdtemp(prefix="hf_fasttrain-study-", dir=_where_caches_are(self.asked)))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for name, value in self._environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __call__(self, arm: Arm, wishes: Wishes, limit_seconds: float | None = None) -> ArmProcess:
         """Return an arm that is built and waits; ArmFailed if it can't be."""
         overrides = (*self.asked.overrides, f"data.cache_dir={self.folder / 'pixels'}", *arm.overrides)
         asked = Asked(self.asked.text, self.asked.where, self.asked.name, overrides)
-        return ArmProcess(self._context, asked, wishes, self.folder, limit_seconds)
+        return ArmProcess(self._context, arm.name, asked, wishes, self.folder, limit_seconds)
+
+
+def _where_caches_are(asked: Asked) -> Path | None:
+    """Return a folder on the disk that data.cache=disk would use, None for the usual one for temporary files."""
+    try:
+        own = asked.load().data.cache_dir
+    except UserError:  # arms will say so
+        return None
+    wished = Path(own).expanduser() if own else default_cache_dir()
+    there = next((path for path in (wished, *wished.absolute().parents) if path.is_dir()), None)
+    return there if there is not None and os.access(there, os.W_OK) else None
 
 
 class ArmProcess:
     """A process that trains in turns, and stands still between them."""
 
     def __init__(
-        self, context: Any, asked: Asked, wishes: Wishes, folder: Path, limit_seconds: float | None = None
+        self,
+        context: Any,
+        name: str,
+        asked: Asked,
+        wishes: Wishes,
+        folder: Path,
+        limit_seconds: float | None = None,
     ) -> None:
         self._own, theirs = context.Pipe()
-        handle, name = tempfile.mkstemp(prefix="arm-", suffix=".log", dir=folder)
+        handle, log = tempfile.mkstemp(prefix="arm-", suffix=".log", dir=folder)
         os.close(handle)
-        self._log = Path(name)
-        environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+        self._log = Path(log)
+        # What was compiled earlier, or by another arm, would make compiling look cheap.
+        compiled = folder / f"compiled-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
         loaders = multiprocessing.get_start_method()
-        arguments = (theirs, asked, wishes, name, environment, loaders)
+        arguments = (theirs, asked, wishes, log, environment, loaders)
         self._process = context.Process(target=_serve, args=arguments, daemon=False)
-        with contextlib.nullcontext() if context.get_start_method() == "fork" else _without_main():
+        with _without_ctrl_c(), _without_main(unless=context.get_start_method() == "fork"):
             self._process.start()
         theirs.close()
-        self._stopped = False
         try:
             self.ready: Ready = self._answer(limit_seconds)
         except BaseException:
@@ -149,11 +163,9 @@ class ArmProcess:
 
     def _stop(self) -> None:
         self._signal(signal.SIGSTOP)
-        self._stopped = True
 
     def _go_on(self) -> None:
         self._signal(signal.SIGCONT)
-        self._stopped = False
 
     def _signal(self, number: int) -> None:
         if self._process.pid is not None:
@@ -170,27 +182,42 @@ class ArmProcess:
 
 
 def host_bytes(pid: int) -> int:
-    """Return the memory of a process and its children, pages that several share counted by their share."""
+    """Return the most memory that a process has had, and what its children have now that nobody else has."""
     total = 0
-    try:
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.Error:
-        return 0
-    for process in processes:
-        try:
-            memory = process.memory_full_info()
-        except psutil.Error:
-            continue
-        total += getattr(memory, "pss", memory.rss)
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        total = _peak_bytes(process)
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                total += child.memory_full_info().uss
     return total
 
 
+def _peak_bytes(process: psutil.Process) -> int:
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:  # not Linux
+        return int(process.memory_info().rss)
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
 @contextlib.contextmanager
-def _without_main() -> Iterator[None]:
+def _without_ctrl_c() -> Iterator[None]:
+    """Start a process that Ctrl-C does not reach, not even before it has a group of its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _without_main(*, unless: bool) -> Iterator[None]:
     """Start a process that does not run the main script again: arms need nothing of it."""
     main = sys.modules["__main__"]
     saved = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
-    main.__file__, main.__spec__ = None, None
+    if not unless:
+        main.__file__, main.__spec__ = None, None
     try:
         yield
     finally:
@@ -204,6 +231,7 @@ def _serve(
     connection: Connection, asked: Asked, wishes: Wishes, log: str, environment: dict[str, str], loaders: str
 ) -> None:
     """Build a trial and do what is asked of it, until nobody asks any more."""
+    _let_forkserver_end()
     os.setpgid(0, 0)  # a group of its own, to be stopped with its loader processes, and out of Ctrl-C's reach
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -223,6 +251,17 @@ def _serve(
     finally:
         sys.stdout.flush()
         os._exit(0)  # at once: loader processes of a training that failed would be waited for
+
+
+def _let_forkserver_end() -> None:
+    """Close what keeps the process that arms are forked from alive once the one that asked for them is gone.
+
+    When it ends too, the kernel wakes arms that stand still (SIGCONT to orphaned groups), and they end.
+    """
+    server: Any = multiprocessing.forkserver._forkserver
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 def _answer_all(connection: Connection, trial: Trial) -> None:

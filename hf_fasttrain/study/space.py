@@ -57,6 +57,12 @@ def precisions(config: Config, hardware: Hardware) -> list[Config]:
     return [{**config, **option} for option in options]
 
 
+def precision_name(config: Config, gpu: bool) -> str:
+    """Return what a config's precision differs in from fp32's usual one."""
+    plain = precisions(config, Hardware(gpu, bf16=False, compiler=False))[0]
+    return difference({**plain, **{key: config[key] for key in MATH_KEYS}}, plain)
+
+
 def layouts(config: Config) -> list[Config]:
     """Return the other memory layout."""
     return [{**config, "accelerate.channels_last": not config["accelerate.channels_last"]}]
@@ -84,7 +90,7 @@ def loaders(config: Config, hardware: Hardware, cores: int) -> list[Config]:
         pairs += [(1, cores - 1), (min(2, cores), cores - 1)]
     return [
         {**config, "data.workers": workers, "accelerate.cpu_threads": number}
-        for workers, number in pairs
+        for workers, number in dict.fromkeys(pairs)
         if (workers, number) != (present, threads)
     ]
 

@@ -72,7 +72,11 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
     facts = asked.facts
     steps = int(facts["accelerate.gradient_accumulation_steps"])
     micro, pieces = asked.micro_batch_size, max(2, steps)
-    whole = {"train.batch_size": micro, "accelerate.micro_batch_size": None}
+    whole = {
+        "train.batch_size": micro,
+        "accelerate.gradient_accumulation_steps": "auto",
+        "accelerate.micro_batch_size": None,
+    }
     half = 2 * max(1, micro // 4)
     workers = max(1, int(facts["data.workers"]))
     kept = facts["data.cache"] if facts["data.cache"] in ("disk", "device") else "memory"
@@ -91,7 +95,7 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
             "ga_pieces",
             f"GA: steps of {micro} in pieces of {half}",
             {"accelerate.micro_batch_size": half},
-            {"accelerate.micro_batch_size": None},
+            whole,
             "" if half < micro else f"steps of {micro} images can't be cut",
             in_everything=False,
             note="the same step in smaller pieces, which saves memory",
@@ -142,7 +146,13 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
             {"data.decoder": "simplejpeg" if facts["data.reduced_decode"] else "pillow"},
             "" if asked.is_jpeg and not facts["data.reduced_decode"] else _no_decoder(asked),
         ),
-        Technique("cache", f"cache: {kept}", {"data.cache": kept}, {"data.cache": "none"}),
+        Technique(
+            "cache",
+            f"cache: {kept}",
+            {"data.cache": kept},
+            {"data.cache": "none"},
+            "" if asked.steps > asked.steps_per_epoch else "each image is needed once",
+        ),
     ]
 
 
@@ -164,8 +174,8 @@ def chosen(all_of_them: Sequence[Technique], only: Iterable[str], without: Itera
 
 def planned(all_of_them: Sequence[Technique]) -> list[Planned]:
     """Return the arms: baseline, baseline again, each technique alone, all of them, all but each."""
-    baseline: dict[str, Any] = {"accelerate.gradient_accumulation_steps": "auto"}
-    for technique in reversed(all_of_them):  # ga_larger_step sets more than ga_pieces
+    baseline: dict[str, Any] = {}
+    for technique in all_of_them:
         baseline |= technique.off
     able = [technique for technique in all_of_them if not technique.not_applicable]
     together = [technique for technique in able if technique.in_everything]

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_fasttrain.assemble import assemble
+from hf_fasttrain.assemble import Parts, assemble
 from hf_fasttrain.build import build_parts
+from hf_fasttrain.data.device import DeviceFeed
 from hf_fasttrain.data.feed import AHEAD
 from hf_fasttrain.data.loader import Step, TrainLoader
 from hf_fasttrain.data.order import Order, StepPlan
 from hf_fasttrain.environment import peak_memory_bytes
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.loading import estimated_bytes
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import parse_recipe, with_values
 from hf_fasttrain.schedule import constant
@@ -27,7 +29,9 @@ from hf_fasttrain.trainer import Trainer
 from hf_fasttrain.tunings import Tuned
 
 SAMPLE_IMAGES = 256  # of a pass, where images are kept after the first one
+TIMED_STEPS = 4  # of a first pass, at least
 NO_END = 10**12  # steps
+GUARD_SCALE = 2.0**10  # fp16's, for a first gradient
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Report:
     wait_seconds: float
     losses: tuple[float, ...]
     device_bytes: int  # most allocated in this turn on a GPU, most resident in the process so far on a CPU
-    host_bytes: int = 0  # of the process and its loader processes, shared pages by their share
+    host_bytes: int = 0  # most of the process so far, and what its loader processes have of their own
     fill_seconds: float | None = None  # of an image, in a first pass whose pixels were kept
     phases: dict[str, float] = field(default_factory=dict)  # seconds of a watched turn, by phase
     stages: dict[str, float] = field(default_factory=dict)  # worker-seconds of a watched turn, by stage
@@ -93,7 +97,6 @@ class Ready:
     has_batch_norm: bool
     is_jpeg: bool  # whether any of a sample of the images is
     micro_batch_size: int
-    build_seconds: float
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,6 @@ class Trial:
     """A training that is built and can be run in turns."""
 
     def __init__(self, asked: Asked, wishes: Wishes = Wishes()) -> None:
-        began = time.perf_counter()
         recipe = without_growth(asked.load())
         parts = build_parts(recipe, tuned=None if wishes.stored_tuning else Tuned())
         trainer = assemble(parts, None, MeasuredTrainer)
@@ -158,7 +160,7 @@ class Trial:
         self._trace = ""
         self.device, self.loader = self.trainer.device, self.trainer.train_loader
         self.stopwatch: Stopwatch | None = None
-        keeps = parts.facts.all()["data.cache"].value != "none"
+        keeps = parts.facts.all()["data.cache"].value != "none" and self._has_room(parts)
         self.ready = Ready(
             device=str(self.device),
             facts={key: fact.value for key, fact in parts.facts.all().items()},
@@ -172,17 +174,37 @@ class Trial:
             has_batch_norm=bool(self.trainer.norms),
             is_jpeg=_is_jpeg(parts.source.train),
             micro_batch_size=parts.order.micro_batch_size,
-            build_seconds=time.perf_counter() - began,
         )
         self._prepare(wishes)
 
+    def _has_room(self, parts: Parts) -> bool:
+        """Return whether the pixels of all images may be kept: with some of them, a short pass would look too fast."""
+        cache = self.loader.feed.images.images.cache
+        need = estimated_bytes(parts.source.train, self.loader.feed.images.images.preparation)
+        if cache is None or need <= cache.budget:
+            return True
+        parts.facts.note("not all pixels would be kept here: measured as if none were")
+        return False
+
     def _loop(self, order: Order, keeps: bool) -> int:
         """Go through whole steps only, and few of them where images are kept after the first pass."""
-        full = max(1, order.num_images // order.batch_size)
-        period = min(full, max(4, -(-SAMPLE_IMAGES // order.batch_size))) if keeps else full
+        full, period = max(1, order.num_images // order.batch_size), 0
+        if keeps:
+            period = max(self._steps_ahead + TIMED_STEPS, -(-SAMPLE_IMAGES // order.batch_size))
         fields = {name: getattr(order, name) for name in Order.__dataclass_fields__}
-        self.loader.order = Passes(**fields, period=period)
-        return period
+        passes = Passes(**fields, period=min(full, period) if keeps else full)
+        self.loader.order = passes
+        if isinstance(self.loader.feed, DeviceFeed):  # which fetches until all images are there: those of the passes
+            keys = (key for step in range(passes.period) for key in passes.plan(step).micro_batches)
+            self.loader.feed.there[:] = True
+            self.loader.feed.there[np.unique(np.concatenate([key.indices for key in keys]))] = False
+        return passes.period
+
+    @property
+    def _steps_ahead(self) -> int:
+        """Steps whose batches workers may have made before they are asked for."""
+        order, workers = self.loader.order, self.loader.feed.workers
+        return -(-(AHEAD * workers + 2) * order.micro_batch_size // order.batch_size) if workers else 0
 
     def _prepare(self, wishes: Wishes) -> None:
         trainer = self.trainer
@@ -294,8 +316,10 @@ class Trial:
         """
         steps = self.trainer._steps._steps
         if self.ready.keeps_pixels and self.ready.period > 1:
-            began, images = time.perf_counter(), 0
-            for _ in range(self.ready.period - 1):
+            images, began = 0, time.perf_counter()
+            for number in range(1, self.ready.period):
+                if number == self._steps_ahead:  # those before were made while the first step was built
+                    images, began = 0, time.perf_counter()
                 images += _use_up(next(steps))
             self._fill_seconds = (time.perf_counter() - began) / images
         for _ in range(AHEAD * self.loader.feed.workers + 2 if self.loader.feed.workers else 0):
@@ -394,6 +418,8 @@ def _without_dropout(model: nn.Module) -> None:
 def _write_first_gradient(trainer: Trainer, path: str) -> None:
     """Let the first update write the gradients that it is given to a file, (P,) float32."""
     update, parameters = trainer.update, trainer.parameters
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler._init_scale = GUARD_SCALE  # at its usual one the first gradients may overflow
 
     def first(number: int, step: int) -> None:
         trainer.update = update

@@ -23,7 +23,7 @@ from hf_fasttrain.study.techniques import Hardware
 from hf_fasttrain.study.trial import Ready, Turn, ask
 
 LEAST_BUDGET = 20.0  # seconds
-WORTH_IT = 1.01  # how many times as fast another setting must be to be taken
+WORTH_IT = 1.03  # how many times as fast another setting must be to be taken: equal processes differ by some 2 %
 SPARE = 0.06  # of the budget, for what ends it
 MOST_OVER = 1.1  # share of the budget that the last rounds may go to
 TURN = Turn(min_steps=2, seconds=0.6)
@@ -39,20 +39,9 @@ class Candidate:
     measurement: Measurement
 
     def forecast(self, since: int = 0) -> float:
-        """Return the seconds of the recipe's whole training, compiling and the first pass included.
-
-        By the rounds from `since` on. Without evaluation and saving, as `train_seconds` of result.json.
-        """
-        measurement, ready = self.measurement, self.measurement.ready
-        assert ready is not None
-        rounds = [seconds for number, seconds in measurement.rounds.items() if number >= since]
-        image = statistics.median(rounds or measurement.rounds.values())
-        images = ready.steps / ready.steps_per_epoch * ready.num_images
-        kept = max(0.0, images - ready.num_images) if ready.keeps_pixels else images
-        first = measurement.first_pass_seconds or image
-        passes = kept * image + (images - kept) * max(first, image)
-        shapes = 1 + ready.short_last_step  # each is compiled
-        return passes + (measurement.compile_seconds * shapes if self.config["accelerate.compile"] else 0.0)
+        """Return the seconds of the recipe's whole training, by the rounds from `since` on."""
+        rounds = [seconds for number, seconds in self.measurement.rounds.items() if number >= since]
+        return self.measurement.forecast(statistics.median(rounds or self.measurement.rounds.values()))
 
 
 @dataclass
@@ -62,6 +51,7 @@ class Found:
     best: Candidate
     baseline: Candidate | None  # None: the recipe's own settings don't fit into memory
     ready: Ready
+    gpu: bool
     tried: list[Candidate]
     guards: dict[str, Verdict]  # of precisions, by their difference from fp32
     speed_up: Estimate | None = None  # over the baseline, measured side by side at the end
@@ -138,6 +128,7 @@ class Tuner:
             self.best,
             self.baseline,
             self.ready,
+            self.hardware.gpu,
             self.tried,
             self.guards,
             speed_up,
@@ -151,8 +142,10 @@ class Tuner:
         self.tell("the recipe's own settings")
         measurement = Measurement(Arm("as it is"))
         fine = self.bench.warm_up(measurement, self.left())
-        if measurement.ready is None:
+        if measurement.ready is None and "not done" not in measurement.failed:
             raise RunError(f"this recipe can't be measured here: {measurement.failed}")
+        if measurement.ready is None:
+            raise self._too_short()
         config = space.first_config(measurement.ready)
         candidate = Candidate(config, measurement)
         self.tried.append(candidate)
@@ -163,11 +156,14 @@ class Tuner:
         if "memory" in measurement.failed:
             return None, measurement.ready
         if "not done" in measurement.failed or not measurement.failed:
-            raise RunError(
-                f"--budget {self.budget:.0f}s: the recipe's own first steps took {self.elapsed:.0f} s; give at least "
-                f"{math.ceil(8 * self.elapsed / 60)}m"
-            )
+            raise self._too_short()
         raise RunError(f"this recipe can't be measured here: {measurement.failed}")
+
+    def _too_short(self) -> RunError:
+        return RunError(
+            f"--budget {self.budget:.0f}s: the recipe's own first steps took {self.elapsed:.0f} s; give at least "
+            f"{math.ceil(8 * self.elapsed / 60)}m"
+        )
 
     def _fitting(self) -> Candidate:
         """Return the first smaller micro-batch that fits into memory."""
@@ -210,18 +206,17 @@ class Tuner:
             if candidate is not self.best and self._warm(candidate, until, block):
                 racing.append(candidate)
         dropped: list[Candidate] = []
-        self._turns(racing)
+        racing = self._turns(racing)
         while self.left(until) > 0 and len(racing) > 1:
             ranked = sorted(racing, key=lambda candidate: candidate.forecast(since))
             keep = max(2, math.ceil(len(ranked) / 2))
             for candidate in ranked[keep:]:
                 self.bench.end(candidate.measurement.arm.name)
                 dropped.append(candidate)
-            racing = [candidate for candidate in ranked[:keep] if not candidate.measurement.failed]
+            racing = ranked[:keep]
             if len(racing) <= 2 and self._round - since >= 4:
                 break
-            self._turns(racing)
-        racing = [candidate for candidate in racing if candidate.measurement.is_measured]
+            racing = self._turns(racing)
         ranked = sorted(racing, key=lambda candidate: candidate.forecast(since))
         if self.best in ranked and ranked[0].forecast(since) * WORTH_IT > self.best.forecast(since):
             ranked.remove(self.best)  # nothing is better than it by more than the noise
@@ -257,8 +252,8 @@ class Tuner:
         starts = [c.measurement.start_seconds for c in self.tried[1:] if c.measurement.start_seconds]
         return statistics.median(starts or [self.tried[0].measurement.start_seconds])
 
-    def _turns(self, candidates: Sequence[Candidate]) -> None:
-        """Give each candidate a turn, in an order of its own."""
+    def _turns(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Give each candidate a turn, in an order of its own; return those that have a figure."""
         order = [candidate for candidate in candidates if not candidate.measurement.failed]
         self._rng.shuffle(order)
         for candidate in order:
@@ -268,6 +263,7 @@ class Tuner:
             except ArmFailed as failed:
                 self.tell(f"{candidate.measurement.arm.name}: {failed}")
         self._round += 1
+        return [candidate for candidate in candidates if candidate.measurement.is_measured]
 
     # --- precision -----------------------------------------------------------------------------------------
 
@@ -281,8 +277,7 @@ class Tuner:
     def _is_good(self, config: Config) -> bool:
         if space.is_plain(config) or space.math_of(config) == space.math_of(self.base):
             return True
-        plain = space.precisions(config, self.hardware)[0]
-        name = space.difference({**plain, **{key: config[key] for key in space.MATH_KEYS}}, plain)
+        plain, name = space.precisions(config, self.hardware)[0], space.precision_name(config, self.hardware.gpu)
         if name not in self.guards:
             verdict = self._judge(name, config, plain)
             if verdict is None:
@@ -352,6 +347,7 @@ class Tuner:
             if self.left() < 0 and (number >= 3 or self.elapsed + cost > MOST_OVER * self.budget):
                 break
             began = self.clock()
+            self.bench.close()  # each round in processes of its own: these figures are the ones that are written down
             self.tell(f"the best beside the recipe's own: round {self._round - since + 1}")
             self._turns([self.baseline, self.best])
             if self.best.measurement.failed or self.baseline.measurement.failed:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.errors import RunError, without_secrets
@@ -28,7 +29,7 @@ def default_path(recipe: Recipe) -> Path:
 
 
 def require_new_file(path: Path) -> None:
-    """Raise RunError, before anything is measured, if the file is there or can't be written."""
+    """Raise RunError, before anything is measured, if the file is there already or its folder is not."""
     if path.exists():
         raise RunError(f"{path}: exists already; give another --output")
     if not path.absolute().parent.is_dir():
@@ -55,10 +56,10 @@ def _marks(found: Found) -> dict[str, str]:
     """Return what is to be said beside keys that change rounding or statistics."""
     base = (found.baseline or found.tried[0]).config
     marks = {key: "changes rounding" for key in ROUNDING if found.best.config[key] != base[key]}
+    verdict = found.guards.get(space.precision_name(found.best.config, found.gpu))
     for key in space.MATH_KEYS:
-        for name, verdict in found.guards.items():
-            if key in marks and key.rpartition(".")[2] in name:
-                marks[key] = f"changes rounding: {verdict}"
+        if key in marks and verdict is not None:
+            marks[key] = f"changes rounding: {verdict}"
     micro = "accelerate.micro_batch_size"
     if found.ready.has_batch_norm and found.best.config[micro] != base[micro]:
         marks[micro] = marks["accelerate.gradient_accumulation_steps"] = "changes batch-norm statistics"
@@ -140,7 +141,9 @@ def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store
     rate = found.best.measurement.images_per_second.median
     date = datetime.now(UTC).date().isoformat()
     try:
-        store_tuning(Tuning(machine, versions, model, data, dict(found.best.config), date, rate))
+        store_tuning(
+            Tuning(machine, versions, model, data, dict(found.best.config), date, rate, str(recipe.train.duration))
+        )
     except OSError as error:
         return [f"the tuning could not be stored for `auto`: {reason(error)}"]
     return []
@@ -158,7 +161,7 @@ def print_found(console: Console, found: Found, path: Path) -> None:
             figures = (_rate(m.images_per_second.median), clock(candidate.forecast()), str(len(m.rounds)))
         else:
             figures = ("-", m.failed.splitlines()[0] if m.failed else "not measured", "0")
-        shown.add_row(m.arm.name, *figures, mark)
+        shown.add_row(*map(Text, (m.arm.name, *figures, mark)))
     console.print(shown)
     for line in [*summary(found), f"{path}: hf-fasttrain {path}"]:
         console.print(line, markup=False)
