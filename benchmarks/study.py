@@ -4,9 +4,9 @@
     python benchmarks/study.py repeat RECIPE [section.key=value ...] [--only NAME,NAME]
     python benchmarks/study.py doctor RECIPE [section.key=value ...]
 
-grid    `tune` within its budget, then every combination of precision, memory layout, micro-batch and loader processes
-        (with --compile also compiled), and at the end tune's choice beside the grid's best three: it should be within
-        5 % of the best, and the budget kept within 20 %. Precisions that the guard refuses are left out of the best.
+grid    `tune` within its budget, then every combination of precision, memory layout and micro-batch (with --compile also
+        compiled), and at the end tune's choice beside the grid's best two: it should be within 5 % of the best, and the
+        budget kept within 20 %. Precisions that the guard refuses are left out of the best.
 repeat  an ablation twice: every arm's intervals should overlap, and the baseline made twice should not differ
 doctor  the examination's sums, beside the same training looked into by nothing, and a real training that follows its
         first advice, beside the forecast: within 5 % and 15 %
@@ -53,7 +53,6 @@ def grid_of(found: Found, *, compiled: bool) -> list[Config]:
     base = found.tried[0].config
     precisions = [{key: config[key] for key in space.MATH_KEYS} for config in space.precisions(base, hardware())]
     sizes = [None, *(c["accelerate.micro_batch_size"] for c in space.micro_batches(base, found.ready)[:1])]
-    workers = [1, 2] if hardware().gpu else [0, 1]
     compiles = [False, True] if compiled else [False]
     return [
         {
@@ -61,12 +60,9 @@ def grid_of(found: Found, *, compiled: bool) -> list[Config]:
             **precision,
             "accelerate.channels_last": layout,
             "accelerate.micro_batch_size": size,
-            "data.workers": number,
             "accelerate.compile": compile_it,
         }
-        for precision, layout, size, number, compile_it in itertools.product(
-            precisions, (True, False), sizes, workers, compiles
-        )
+        for precision, layout, size, compile_it in itertools.product(precisions, (True, False), sizes, compiles)
     ]
 
 
@@ -116,7 +112,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
         for config, measurement in able:
             refused = "" if allowed[space.precision_name(config, hardware().gpu)] else "  (refused by the guard)"
             print(f"  {1 / measurement.seconds_per_image:8.1f} images/s  {measurement.arm.name}{refused}")
-        best = [(c, m) for c, m in able if allowed[space.precision_name(c, hardware().gpu)]][:3]
+        best = [(c, m) for c, m in able if allowed[space.precision_name(c, hardware().gpu)]][:2]
         finalists = [Measurement(Arm("tune's choice", overrides_of(found.best.config)))]
         finalists += [Measurement(Arm(m.arm.name, m.arm.overrides)) for _, m in best]
         with Bench(start, free_bytes=free_memory_bytes) as bench:
