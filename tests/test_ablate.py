@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import xml.dom.minidom
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fake_arms import FACTS, Fakes, ready
 from PIL import Image
@@ -385,3 +388,27 @@ def test_the_command_line_makes_a_whole_ablation(tmp_path: Path, write_recipe: C
     assert "there is no GPU" in done.stdout
     assert "Traceback" not in done.stderr
     assert "leaked" not in done.stderr
+
+
+def test_ctrl_c_on_the_command_line_keeps_what_was_measured(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "hf_fasttrain", "ablate", str(write_recipe()), "--only", "channels_last"]
+    command += ["--rounds", "99", "--seconds", "0.1", "--output", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        arms: set[int] = set()
+        for line in process.stderr:
+            arms |= {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+            if "round 2 of 99" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    ablation = study.load_ablation(folder / "ablation.json")
+    assert ablation.rows[0].images_per_second is not None
+    assert any(note.startswith("Stopped by Ctrl-C") for note in ablation.notes)
+    until = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in arms) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) for pid in arms)

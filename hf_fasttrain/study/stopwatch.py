@@ -167,7 +167,10 @@ class _Wrapper:
 
 
 class _TimedPreparation(_Wrapper):
-    """Reading of files and decoding. Records without bytes are read here, as `read_pixels` would."""
+    """Reading of files and decoding. Files are read here, as `read_pixels` would.
+
+    Bytes in an Arrow file's memory map have no reading of their own: the kernel reads them while they are decoded.
+    """
 
     def encoded(self, record: Any) -> tuple[Pixels, bytes | None]:
         began = time.perf_counter()
