@@ -5,8 +5,8 @@
     python benchmarks/study.py doctor RECIPE [section.key=value ...]
 
 grid    `tune` within its budget, then every combination of precision, memory layout and micro-batch (with --compile
-        also compiled), and at the end tune's choice beside the grid's best two: it should be within 5 % of the best, and
-        the budget kept within 20 %. Precisions that the guard refuses are left out of the best.
+        also compiled), and at the end tune's choice beside the grid's best two: it should be within 5 % of the best,
+        and the budget kept within 20 %. Precisions that the guard refuses are left out of the best.
 repeat  an ablation twice: every arm's intervals should overlap, and the baseline made twice should not differ
 doctor  the examination's sums, beside the same training looked into by nothing, and a real training that follows its
         first advice, beside the forecast: within 5 % and 15 %
