@@ -15,7 +15,7 @@ from hf_fasttrain import load_recipe
 from hf_fasttrain.study.measure import Arm, Bench, measure
 from hf_fasttrain.study.processes import Starter
 from hf_fasttrain.study.techniques import hardware
-from hf_fasttrain.study.trial import Turn, ask
+from hf_fasttrain.study.turns import Turn, ask
 
 
 def main() -> None:

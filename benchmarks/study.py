@@ -33,9 +33,9 @@ from hf_fasttrain.study.measure import Arm, Bench, Measurement, collect
 from hf_fasttrain.study.processes import Starter
 from hf_fasttrain.study.space import Config, overrides_of
 from hf_fasttrain.study.techniques import hardware
-from hf_fasttrain.study.trial import Turn, ask
 from hf_fasttrain.study.tune import Found, parse_budget, tune
 from hf_fasttrain.study.tuned_recipe import summary
+from hf_fasttrain.study.turns import Turn, ask
 
 QUICK = Turn(min_steps=2, seconds=0.7)
 LONG = Turn(min_steps=3, seconds=2.0)

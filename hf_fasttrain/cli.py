@@ -283,6 +283,7 @@ def ablate(
     loaded = load_recipe(recipe, overrides or [])
     from hf_fasttrain.study import ablate as study
     from hf_fasttrain.study.ablation_files import print_ablation, write_ablation
+    from hf_fasttrain.study.full import train_all
 
     folder, console = output or study.default_folder(loaded), _wide_console()
     plan = study.Plan(rounds, seconds, _names(only), _names(without))
@@ -295,7 +296,7 @@ def ablate(
         write_ablation(ablation, folder)
     if full and whole:
         with _ended_by_ctrl_c():
-            ablation, whole = study.train_all(ablation, recipe, folder, seeds, _say_on_stderr)
+            ablation, whole = train_all(ablation, recipe, folder, seeds, _say_on_stderr)
             write_ablation(ablation, folder)
     print_ablation(console, ablation)
     console.print(f"{folder}: ablation.json, .md, .png, .svg, .html", markup=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.study.measure import Arm, ArmFailed
-from hf_fasttrain.study.trial import Ready, Report, Turn, Wishes
+from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes
 
 FACTS: dict[str, Any] = {
     "train.batch_size": 32,

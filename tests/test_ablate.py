@@ -23,8 +23,9 @@ from rich.console import Console
 from hf_fasttrain import load_recipe
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.study import ablate as study
-from hf_fasttrain.study.ablate import Ablation, Plan, measure_arms, plan_arms, train_all
+from hf_fasttrain.study.ablate import Ablation, Plan, measure_arms, plan_arms
 from hf_fasttrain.study.ablation_files import FILES, cells, print_ablation, to_markdown, write_ablation
+from hf_fasttrain.study.full import train_all
 from hf_fasttrain.study.measure import Arm, ArmFailed, Bench
 from hf_fasttrain.study.techniques import NAMES, Hardware, chosen, planned, techniques
 

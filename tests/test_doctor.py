@@ -24,7 +24,8 @@ from hf_fasttrain.study.measure import Arm, Measurement
 from hf_fasttrain.study.processes import Starter
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware
-from hf_fasttrain.study.trial import Asked, Report, Trial, Turn, Wishes
+from hf_fasttrain.study.trial import Trial
+from hf_fasttrain.study.turns import Asked, Report, Turn, Wishes
 from hf_fasttrain.update import Update
 
 CPU = Hardware(gpu=False, bf16=True, compiler=True)

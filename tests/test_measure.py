@@ -10,7 +10,7 @@ from fake_arms import Clock, Fakes
 
 from hf_fasttrain.study.measure import Arm, ArmFailed, Bench, Measurement, measure
 from hf_fasttrain.study.statistics import coverage, estimate, paired_ratio
-from hf_fasttrain.study.trial import Turn
+from hf_fasttrain.study.turns import Turn
 
 TURN = Turn(min_steps=2, seconds=1.0)
 

@@ -22,7 +22,8 @@ from hf_fasttrain.data.order import Order
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.study.measure import Arm, ArmFailed
 from hf_fasttrain.study.processes import Starter, require_one_process
-from hf_fasttrain.study.trial import Asked, Passes, Report, Trial, Turn, Wishes, ask
+from hf_fasttrain.study.trial import Passes, Trial
+from hf_fasttrain.study.turns import Asked, Report, Turn, Wishes, ask
 
 TEXT = """
 model: {name: test_resnet, drop_path: 0.0}
@@ -241,7 +242,7 @@ PARENT = """
 import sys, time
 from hf_fasttrain.study.measure import Arm
 from hf_fasttrain.study.processes import Starter
-from hf_fasttrain.study.trial import Asked, Turn, Wishes
+from hf_fasttrain.study.turns import Asked, Turn, Wishes
 with Starter(Asked(sys.argv[1], "small.yaml", "small"), on_gpu=False) as start:
     arms = [start(Arm(str(number), ("data.workers=1",)), Wishes()) for number in range(2)]
     for arm in arms:

@@ -8,7 +8,7 @@ from typing import Any
 from hf_fasttrain.study.measure import Measurement
 from hf_fasttrain.study.statistics import Estimate
 from hf_fasttrain.study.stopwatch import PHASES
-from hf_fasttrain.study.trial import Ready, Report
+from hf_fasttrain.study.turns import Ready, Report
 
 MUCH_WAITING = 0.1  # share of the time from which on the loader is called the limit
 WORTH_SAYING = 1.03  # speed-up from which on an override is advised

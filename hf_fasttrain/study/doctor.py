@@ -31,8 +31,8 @@ from hf_fasttrain.study.processes import Starter, require_one_process
 from hf_fasttrain.study.space import Config
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware, settings
-from hf_fasttrain.study.trial import Ready, Report, Turn, Wishes, ask
 from hf_fasttrain.study.tuned_recipe import clock
+from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes, ask
 
 LOOK = Turn(min_steps=3, seconds=2.0)
 HALF = Turn(min_steps=2, seconds=1.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_fasttrain.study.measure import Arm, Start
-from hf_fasttrain.study.trial import Turn, Wishes
+from hf_fasttrain.study.turns import Turn, Wishes
 
 LEAST_COSINE = 0.99
 MOST_LOSS_DIFFERENCE = 0.05  # of the mean loss over the steps

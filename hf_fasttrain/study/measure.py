@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hf_fasttrain.study.statistics import Estimate, estimate, paired_ratio
-from hf_fasttrain.study.trial import Ready, Report, Turn, Wishes
+from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes
 
 Tell = Callable[[str], None]
 

@@ -23,7 +23,8 @@ import psutil
 from hf_fasttrain.data.cache import default_cache_dir
 from hf_fasttrain.errors import RunError, UserError, without_secrets
 from hf_fasttrain.study.measure import Arm, ArmFailed
-from hf_fasttrain.study.trial import Asked, Ready, Report, Trial, Turn, Wishes
+from hf_fasttrain.study.trial import Trial
+from hf_fasttrain.study.turns import Asked, Ready, Report, Turn, Wishes
 
 # Before arms are forked: what a training imports when it first needs it takes seconds.
 IMPORTED = ["hf_fasttrain.study.trial", "torch._dynamo", "timm", "datasets", "sklearn.datasets"]

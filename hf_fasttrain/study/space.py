@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_fasttrain.study.techniques import Hardware, settings
-from hf_fasttrain.study.trial import Ready
+from hf_fasttrain.study.turns import Ready
 from hf_fasttrain.tunings import TUNED_KEYS
 
 Config = dict[str, Any]  # every one of TUNED_KEYS -> value

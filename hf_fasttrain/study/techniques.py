@@ -12,7 +12,7 @@ import torch
 from hf_fasttrain.environment import uses_gpu
 from hf_fasttrain.errors import RunError, nearest
 from hf_fasttrain.study.measure import Arm
-from hf_fasttrain.study.trial import Ready
+from hf_fasttrain.study.turns import Ready
 
 
 class Hardware(NamedTuple):

@@ -20,7 +20,7 @@ from hf_fasttrain.study.processes import Starter, require_one_process
 from hf_fasttrain.study.space import Config
 from hf_fasttrain.study.statistics import Estimate
 from hf_fasttrain.study.techniques import Hardware
-from hf_fasttrain.study.trial import Ready, Turn, ask
+from hf_fasttrain.study.turns import Ready, Turn, ask
 
 LEAST_BUDGET = 20.0  # seconds
 WORTH_IT = 1.03  # how many times as fast another setting must be to be taken: equal processes differ by some 2 %
