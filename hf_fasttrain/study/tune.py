@@ -28,7 +28,7 @@ SPARE = 0.06  # of the budget, for what ends it
 MOST_OVER = 1.1  # share of the budget that the last rounds may go to
 TURN = Turn(min_steps=2, seconds=0.6)
 # By when, as a share of the budget, each block of the search must be over.
-UNTIL = {"precision": 0.38, "layout": 0.50, "micro-batch": 0.62, "loader": 0.74, "cache": 0.80, "pinned memory": 0.83}
+UNTIL = {"precision": 0.38, "layout": 0.50, "micro-batch": 0.61, "loader": 0.70, "cache": 0.75, "pinned memory": 0.78}
 
 
 @dataclass
