@@ -83,6 +83,13 @@ def test_what_is_slower_is_left_alone() -> None:
     assert found.speed_up is None
 
 
+def test_noise_is_not_taken_for_speed() -> None:
+    """Twice as fast in one turn and slower in the next is no gain."""
+    rng = np.random.default_rng(0)
+    found = search(Fakes(lambda settings: 0.02 * float(rng.uniform(0.9, 1.1))))
+    assert found.best is found.baseline
+
+
 def test_a_precision_that_does_not_train_as_fp32_is_refused() -> None:
     fakes, said = Fakes(speed_of(accelerate__mixed_precision__bf16=2.0)), []
     rng = np.random.default_rng(0)

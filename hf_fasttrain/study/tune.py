@@ -218,10 +218,17 @@ class Tuner:
                 break
             racing = self._turns(racing)
         ranked = sorted(racing, key=lambda candidate: candidate.forecast(since))
-        if self.best in ranked and ranked[0].forecast(since) * WORTH_IT > self.best.forecast(since):
-            ranked.remove(self.best)  # nothing is better than it by more than the noise
+        if self.best in ranked and not self._is_surely_better(ranked[0], since):
+            ranked.remove(self.best)
             ranked.insert(0, self.best)
         return [*ranked, *sorted((c for c in dropped if c.measurement.is_measured), key=Candidate.forecast)]
+
+    def _is_surely_better(self, candidate: Candidate, since: int) -> bool:
+        """Return whether a candidate is better than the best so far by more than the noise: enough, and each time."""
+        ours, own = self.best.measurement.rounds, candidate.measurement.rounds
+        both = [number for number in own if number >= since and number in ours]
+        each_time = all(own[number] < ours[number] for number in both)
+        return each_time and candidate.forecast(since) * WORTH_IT < self.best.forecast(since)
 
     def _candidate(self, config: Config, base: Config) -> Candidate:
         """Return the candidate of a config; what was measured of it before is kept."""
@@ -335,7 +342,7 @@ class Tuner:
             cost = self.clock() - began
             for _ in range(3):
                 self._turns([self.best, candidate])
-            if candidate.measurement.is_measured and candidate.forecast(since) * WORTH_IT < self.best.forecast(since):
+            if candidate.measurement.is_measured and self._is_surely_better(candidate, since):
                 self.best = candidate
 
     def _final(self) -> Estimate | None:
