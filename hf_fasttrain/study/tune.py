@@ -366,7 +366,7 @@ class Tuner:
         for of, to in ((self.best, best), (self.baseline, own)):
             to.rounds = {number: seconds for number, seconds in of.measurement.rounds.items() if number >= since}
         speed_up = best.speed_up(own)
-        if speed_up.median < 1:  # what looked better was not
+        if speed_up.median < WORTH_IT and speed_up.low < 1:  # what looked better was not, or may be noise
             self.best = self.baseline
             return None
         return speed_up
