@@ -100,10 +100,10 @@ class ArmProcess:
         loaders = multiprocessing.get_start_method()
         arguments = (theirs, asked, wishes, log, environment, loaders)
         self._process = context.Process(target=_serve, args=arguments, daemon=False)
-        with _without_ctrl_c(), _without_main(unless=context.get_start_method() == "fork"):
-            self._process.start()
-        theirs.close()
         try:
+            with _without_ctrl_c(), _without_main(unless=context.get_start_method() == "fork"):
+                self._process.start()
+            theirs.close()
             self.ready: Ready = self._answer(limit_seconds)
         except BaseException:
             self.close()
@@ -175,10 +175,10 @@ class ArmProcess:
 
     def close(self) -> None:
         """End the process and its loader processes."""
-        self._signal(signal.SIGKILL)
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join(10)
+        if self._process.pid is not None:
+            self._signal(signal.SIGKILL)
+            self._process.kill()  # it may not have a group of its own yet
+            self._process.join(10)
         self._own.close()
 
 
