@@ -27,6 +27,7 @@ from hf_fasttrain import Recipe, load_recipe
 from hf_fasttrain.environment import free_memory_bytes, num_cores
 from hf_fasttrain.study import space
 from hf_fasttrain.study.ablate import Plan, ablate
+from hf_fasttrain.study.diagnosis import split_step
 from hf_fasttrain.study.doctor import doctor
 from hf_fasttrain.study.guard import IMAGES, compare, course
 from hf_fasttrain.study.measure import Arm, Bench, Measurement, collect
@@ -142,12 +143,30 @@ def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
 # --- the doctor's sums and forecasts -----------------------------------------------------------------------
 
 
+def compare_sums(recipe: Recipe, rounds: int = 7) -> None:
+    """Compare the phases' sum of a training that is looked into with the step of one that is not, in turns."""
+    with Starter(ask(recipe), on_gpu=hardware().gpu) as start:
+        watched = start(Arm("watched"), Wishes(watched=True, stored_tuning=True))
+        plain = start(Arm("plain"), Wishes(stored_tuning=True))
+        ratios = []
+        for arm in (watched, plain):
+            arm.turn(Turn(min_steps=3, seconds=1.0, drain=True))
+        for _ in range(rounds):
+            phases = split_step(watched.turn(QUICK))[1]
+            report = plain.turn(QUICK)
+            ratios.append(sum(phases.values()) / (report.seconds / len(report.step_seconds)))
+        watched.close()
+        plain.close()
+    found = estimate(ratios)
+    print(
+        f"phases together / a step that nothing looks into: {found} {'ok' if abs(found.median - 1) <= 0.05 else 'MISSED'}"
+    )
+
+
 def examine(recipe: Recipe, recipe_file: str) -> None:
     diagnosis = doctor(recipe, hardware(), seconds=45, tell=say)
     print(diagnosis.verdict)
-    own = diagnosis.images_per_step / diagnosis.images_per_second.median
-    together = sum(diagnosis.phases.values())
-    print(f"phases together {together:.4f} s, a step looked into by nothing {own:.4f} s: {together / own:.3f}")
+    compare_sums(recipe)
     stages = sum(diagnosis.stages.values())
     print(f"loader's stages together {1000 * stages:.3f} ms of a worker for an image")
     if not diagnosis.advice:

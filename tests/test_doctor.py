@@ -170,6 +170,11 @@ def test_a_model_that_is_the_limit_gets_its_sentence() -> None:
     )
 
 
+def test_halves_that_slow_each_other_down_are_told_apart() -> None:
+    found = diagnosis(wait_fraction=0.0, compute_alone=1500.0, loader_alone=1200.0, advice=())
+    assert "; together they come to 698 only: they share the processor's cores; none of 2 overrides" in found.verdict
+
+
 def test_forecasts_follow_from_the_pace() -> None:
     found = diagnosis()
     assert found.epoch_seconds == pytest.approx(1000 / 700, rel=0.01)

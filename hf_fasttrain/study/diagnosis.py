@@ -11,6 +11,7 @@ from hf_fasttrain.study.stopwatch import PHASES
 from hf_fasttrain.study.turns import Ready, Report
 
 MUCH_WAITING = 0.1  # share of the time from which on the loader is called the limit
+SHARING = 0.85  # of what the slower half reaches alone: below it, the halves slow each other down
 WORTH_SAYING = 1.03  # speed-up from which on an override is advised
 STAGE_NAMES = {"read": "reading", "decode": "decoding", "augment": "augmenting", "collate": "collating"}
 PHASE_NAMES = {
@@ -102,6 +103,9 @@ class Diagnosis:
                 f"{self.wait_fraction:.0%} waiting, most of a step for {PHASE_NAMES[phase]} "
                 f"({1000 * self.phases[phase]:.1f} of {1000 * self.step_seconds:.1f} ms)"
             )
+            together = self.images_per_second.median
+            if self.workers and together < SHARING * min(self.compute_alone, self.loader_alone):
+                text += f"; together they come to {rate(together)} only: they share the processor's cores"
         if self.advice:
             return f"{text}; `{self.advice[0].text}` gives {rate(self.advice[0].images_per_second)} here."
         return f"{text}; none of {len(self.tried)} overrides that were tried is faster."
