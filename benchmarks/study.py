@@ -33,10 +33,11 @@ from hf_fasttrain.study.guard import IMAGES, compare, course
 from hf_fasttrain.study.measure import Arm, Bench, Measurement, collect
 from hf_fasttrain.study.processes import Starter
 from hf_fasttrain.study.space import Config, overrides_of
+from hf_fasttrain.study.statistics import estimate
 from hf_fasttrain.study.techniques import hardware
 from hf_fasttrain.study.tune import Found, parse_budget, tune
 from hf_fasttrain.study.tuned_recipe import summary
-from hf_fasttrain.study.turns import Turn, ask
+from hf_fasttrain.study.turns import Turn, Wishes, ask
 
 QUICK = Turn(min_steps=2, seconds=0.7)
 LONG = Turn(min_steps=3, seconds=2.0)
@@ -158,9 +159,8 @@ def compare_sums(recipe: Recipe, rounds: int = 7) -> None:
         watched.close()
         plain.close()
     found = estimate(ratios)
-    print(
-        f"phases together / a step that nothing looks into: {found} {'ok' if abs(found.median - 1) <= 0.05 else 'MISSED'}"
-    )
+    verdict = "ok" if abs(found.median - 1) <= 0.05 else "MISSED"
+    print(f"phases together / a step that nothing looks into: {found} {verdict}")
 
 
 def examine(recipe: Recipe, recipe_file: str) -> None:
