@@ -158,7 +158,8 @@ def describe(
         notes.append("Measured at the full image size, without augment.progressive.")
     if not whole:
         notes.append("Stopped by Ctrl-C, before every round was made.")
-    notes += [note for note in (ready.notes if ready else ()) if note.startswith("data.")]
+    told = [note for measurement in measurements if measurement.ready for note in measurement.ready.notes]
+    notes += sorted({note for note in told if note.startswith("not all pixels")})
     rounds = max((len(m.rounds) for m in measurements), default=0)
     rows = [_row(each, m, baseline, gpu=device.type == "cuda") for each, m in zip(arms, measurements, strict=True)]
     return Ablation(

@@ -222,7 +222,7 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.device_bytes:
         memory = f"{diagnosis.device_bytes / 2**30:.2f} GiB of the GPU, {memory}"
     said = [
-        *(f"note: {note}" for note in diagnosis.ready.notes),
+        *(f"note: {note}" for note in diagnosis.ready.notes if not note.startswith("data.cache_dir")),  # ours
         diagnosis.verdict,
         f"As it is: {rate(found.median)} images/s ({rate(found.low)} - {rate(found.high)}); an epoch takes "
         f"{clock(diagnosis.epoch_seconds)}{' once images are kept' if kept else ''}, the whole training "
