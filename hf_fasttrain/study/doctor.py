@@ -36,7 +36,7 @@ from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes, ask
 
 LOOK = Turn(min_steps=3, seconds=2.0)
 HALF = Turn(min_steps=2, seconds=1.0)
-TRY = Turn(min_steps=1, seconds=0.7)
+TRY = Turn(min_steps=2, seconds=0.7)  # the first step after standing still is a slower one
 LEAST_ROUNDS, MOST_ROUNDS = 4, 9
 TRACED_STEPS = 3
 AS_TRAINED = Wishes(stored_tuning=True)
