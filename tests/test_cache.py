@@ -393,7 +393,9 @@ def train_one_of_two(recipe: Path, output: Path, kind: str) -> tuple[list[torch.
     trainer = Trainer.from_recipe(recipe, [f"output_dir={output}", f"data.cache={kind}"])
     trainer.fit()
     cache = trainer.train_loader.feed.images.images.cache
-    return [p.detach().clone() for p in trainer.raw_model.parameters()], cache.num_kept() if cache else 0
+    kept = cache.num_kept() if cache else 0
+    trainer.accelerator.wait_for_everyone()  # the cache in memory is the main process's, and goes with it
+    return [p.detach().clone() for p in trainer.raw_model.parameters()], kept
 
 
 def test_a_full_disk_of_other_things_does_not_hide_what_is_kept(
