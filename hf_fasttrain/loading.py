@@ -186,7 +186,7 @@ class Keeper:
 
     def __init__(self, recipe: Recipe, facts: Facts, accelerator: Accelerator) -> None:
         self.recipe, self.data, self.facts, self.accelerator = recipe, recipe.data, facts, accelerator
-        self.folder = Path(self.data.cache_dir).expanduser() if self.data.cache_dir else default_cache_dir()
+        self.folder = cache_folder(recipe)
         self._taken = {"memory": 0, "disk": 0}
 
     def plan(self, split: Split, preparation: Preparation, *, passes: float, batchable: bool, key: str) -> Plan:
@@ -217,7 +217,7 @@ class Keeper:
         room = {mode: self._room(mode) for mode in ("memory", "disk")}
         if wish == "auto":
             there = self._there(split, preparation)
-            room["disk"] = room["disk"] + there if _can_write(self.folder) else 0
+            room["disk"] = room["disk"] + there if can_write(self.folder) else 0
             wish = self._chosen(preparation, need, room, batchable)
             if room["disk"] and 0.9 * need < there:  # an earlier run has kept them already
                 wish = "disk"
@@ -315,13 +315,22 @@ def _stored_sizes(split: Split, preparation: Preparation, sampled: Sequence[int]
     return sizes
 
 
-def _can_write(folder: Path) -> bool:
+def cache_folder(recipe: Recipe) -> Path:
+    """Return where data.cache=disk keeps pixels."""
+    return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_cache_dir()
+
+
+def can_write(folder: Path) -> bool:
     """Return whether a folder can be made, or written to."""
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    there = existing_part(folder)
     return there.is_dir() and os.access(there, os.W_OK)
 
 
 def free_disk_bytes(folder: Path) -> int:
     """Return the free bytes of the disk that a folder is on, or will be on."""
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(existing_part(folder)).free
+
+
+def existing_part(folder: Path) -> Path:
+    """Return the folder, or the nearest above it that exists."""
+    return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))

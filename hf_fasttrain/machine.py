@@ -11,7 +11,7 @@ from hf_fasttrain.duration import Duration
 from hf_fasttrain.environment import describe_machine, describe_versions, uses_gpu
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.recipe_file import flatten, with_values
+from hf_fasttrain.recipe_file import flatten, plain, with_values
 from hf_fasttrain.tunings import ALONE_KEYS, LOADER_KEYS, LONG_KEYS, TUNED, Tuned, find_tuning
 
 # Without a tuning; precision, loader processes and cache also depend on the device and are resolved with it.
@@ -34,7 +34,7 @@ def resolve_machine(recipe: Recipe, facts: Facts, tuned: Tuned | None = None) ->
         tuned = _stored(recipe)
     chosen = {key: value for key, value in tuned.values.items() if value is not None and is_open(key, values)}
     if chosen:
-        facts.note(f"auto, {tuned.why}: " + ", ".join(f"{key}={_plain(value)}" for key, value in chosen.items()))
+        facts.note(f"auto, {tuned.why}: " + ", ".join(f"{key}={plain(value)}" for key, value in chosen.items()))
     for key, value in chosen.items():
         facts.resolve(key, value, tuned.why)
     for key, (value, why) in RULES.items():
@@ -71,7 +71,3 @@ def circumstances(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[
     shaping = ("dataset", "config", "train_split", "short_side", "stored_quality", "reduced_decode", "decoder")
     data = {key: getattr(recipe.data, key) for key in shaping}
     return machine, versions, model, {**data, "augment": recipe.augment.model_dump(mode="json")}
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

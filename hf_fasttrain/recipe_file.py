@@ -157,6 +157,11 @@ def origin_of(recipe: Recipe, key: str) -> str:
     return origins.get(key) or _origin_within(origins, tuple(key.split("."))) or "default"
 
 
+def plain(value: Any) -> str:
+    """Return a single value as YAML has it, to stand in an override."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
 def to_yaml(tree: Mapping[str, Any]) -> str:
     """Return a mapping as YAML text."""
     yaml = YAML(typ="safe", pure=True)

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_fasttrain.checkpoint import complete_checkpoints
+from hf_fasttrain.cli import main
 from hf_fasttrain.study import processes
 
 torch.set_num_threads(1)
@@ -128,6 +129,14 @@ def image_folder(tmp_path: Path) -> Path:
 def forked_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let studies fork their arms from this process, which has imported everything and may have planted delays."""
     monkeypatch.setattr(processes, "CPU_METHOD", "fork")
+
+
+def exit_status(arguments: list[str]) -> int:
+    """Run the command line in this process, as if it were the first to; return its exit status."""
+    reset_accelerate()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
 
 
 RECIPE = """

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_processes
+from conftest import exit_status, run_processes
 from PIL import Image
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.cli import main
 from hf_fasttrain.data.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.cache import (
     ENTRY,
@@ -414,7 +413,7 @@ def test_a_full_disk_of_other_things_does_not_hide_what_is_kept(
 
 def test_check_makes_no_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
-    assert main_(["check", str(recipe), "data.cache=disk"]) == 0
+    assert exit_status(["check", str(recipe), "data.cache=disk"]) == 0
     assert not (tmp_path / "kept").exists()
 
 
@@ -440,7 +439,7 @@ def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFix
     (where / ".hf_fasttrain-new-left").mkdir()
     (where / "mine").mkdir()  # no cache, though it has a file of that name
     (where / "mine" / "index").write_text("")
-    main_(["cache", "--dir", str(where)])
+    exit_status(["cache", "--dir", str(where)])
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()[:3]] == [names[1], names[0], ".hf_fasttrain-new-left"]
     assert "flowers (train, 20 images): short side 100" in listed
@@ -449,21 +448,13 @@ def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFix
         (["clean", "--dir", str(where)], "nothing chosen: give names"),
         (["clean", "--dir", str(where), "nosuch"], "no cache 'nosuch' in"),
     ):
-        assert main_(["cache", *arguments]) == 2
+        assert exit_status(["cache", *arguments]) == 2
         assert message in capsys.readouterr().err
-    main_(["cache", "clean", "--dir", str(where), "--unused-days", "30"])
+    exit_status(["cache", "clean", "--dir", str(where), "--unused-days", "30"])
     assert f"deleted {names[0]}: flowers (train, 20 images)" in capsys.readouterr().out
     assert (where / names[1]).exists()
-    main_(["cache", "--dir", str(where), "clean", "--all"])
+    exit_status(["cache", "--dir", str(where), "clean", "--all"])
     assert [path.name for path in where.iterdir()] == ["mine"]
-
-
-def main_(arguments: list[str]) -> int:
-    try:
-        main(arguments)
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
 
 
 def test_memory_does_not_grow_over_twenty_epochs(digits: Source) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import exit_status
 from fake_arms import FACTS, ready
 from rich.console import Console
 
-from hf_fasttrain.cli import main
 from hf_fasttrain.data import augment, feed, prepare
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.study import doctor as study
@@ -262,15 +262,11 @@ def test_the_command_line_examines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe, trace = str(write_recipe(TEXT)), tmp_path / "trace.json"
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", recipe, "--seconds", "1", "--json", "--trace", str(trace)])
-    assert ended.value.code == 0
+    assert exit_status(["doctor", recipe, "--seconds", "1", "--json", "--trace", str(trace)]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["compute_alone_images_per_second"] > 0
     assert "traceEvents" in trace.read_text()
-    with pytest.raises(SystemExit) as wrong:
-        main(["doctor", recipe, "accelerate.mixed_precision=fp16"])
-    assert wrong.value.code == 2
+    assert exit_status(["doctor", recipe, "accelerate.mixed_precision=fp16"]) == 2
     said = capsys.readouterr().err
     assert "fp16 needs a GPU" in said
     assert "Traceback" not in said

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RECIPE
+from conftest import RECIPE, exit_status
 
 from hf_fasttrain.cli import main
 from hf_fasttrain.model import ModelSpec, build_model
@@ -407,13 +407,7 @@ def test_copy_does_not_overwrite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main_returns(["recipes", "copy", "quickstart"])
+    assert exit_status(["recipes", "copy", "quickstart"]) == 0
     assert (tmp_path / "quickstart.yaml").exists()
     assert_says(fails(["recipes", "copy", "quickstart"], capsys), "exists already")
     shutil.rmtree(tmp_path)
-
-
-def main_returns(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 0

@@ -38,7 +38,7 @@ LEVELS = [
     {"loading"},
     {"assemble"},
     {"build", "serve"},
-    {"study", "study.statistics", "study.stopwatch", "study.turns"},
+    {"study", "study.statistics", "study.stopwatch", "study.turns", "study.words"},
     {"study.trial"},
     {"study.measure"},
     {"study.techniques", "study.processes"},

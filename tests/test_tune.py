@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import reset_accelerate
+from conftest import exit_status
 from fake_arms import FACTS, Fakes, ready
 from rich.console import Console
 
 from hf_fasttrain import Trainer, load_recipe
-from hf_fasttrain.cli import main
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.recipe_file import flatten, tag_of
 from hf_fasttrain.study import space
@@ -370,21 +369,13 @@ def test_the_command_line_tunes(
     monkeypatch.setattr("hf_fasttrain.study.tune.LEAST_BUDGET", 1.0)
     text = "model: {name: test_resnet}\ndata: {dataset: digits, image_size: 32}\n"
     recipe = write_recipe(f"{text}train: {{duration: 3 steps, batch_size: 16}}\n")
-    run(["tune", str(recipe), "--budget", "8s"])
+    exit_status(["tune", str(recipe), "--budget", "8s"])
     tuned = tmp_path / "small.tuned.yaml"
     assert load_recipe(tuned).train.batch_size == 16
     assert "mixed_precision" in tuned.read_text()
     assert len(list((tmp_path / "tunings").iterdir())) == 1
-    run(["check", str(recipe)])
+    exit_status(["check", str(recipe)])
     assert "note: auto, tuned on" in capsys.readouterr().out
     assert Trainer.from_recipe(tuned).fit().steps == 3
-    assert run(["tune", str(recipe)]) == 2
+    assert exit_status(["tune", str(recipe)]) == 2
     assert "exists already" in capsys.readouterr().err
-
-
-def run(arguments: list[str]) -> int:
-    """Run the command line and return its exit status."""
-    reset_accelerate()
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)

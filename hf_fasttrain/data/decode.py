@@ -106,6 +106,18 @@ def _decode_jpeg(data: Encoded, at_least: int) -> Pixels:
     return simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor))
 
 
+def is_jpeg(record: Any) -> bool:
+    """Return whether a record begins as a JPEG does; not if it can't be read."""
+    data, path = _parts(record)
+    if data is None and path is not None:
+        try:
+            with Path(path).open("rb") as file:
+                data = file.read(len(_JPEG_START))
+        except OSError:
+            return False
+    return data is not None and data[:3] == _JPEG_START
+
+
 def is_plain_jpeg(data: Encoded) -> bool:
     """Return whether a JPEG has neither EXIF nor XMP data, so that it can't ask to be rotated, or says it is upright.
 

@@ -205,7 +205,7 @@ def _row(planned: Planned, measurement: Measurement, baseline: Measurement, *, g
 
 
 def _interval(found: intervals.Estimate) -> Interval:
-    return Interval(median=found.median, low=found.low, high=found.high, confidence=found.confidence)
+    return Interval(**vars(found))
 
 
 def default_folder(recipe: Recipe) -> Path:

@@ -14,6 +14,7 @@ from rich.text import Text
 from hf_fasttrain.errors import RunError, without_secrets
 from hf_fasttrain.files import reason, write_whole
 from hf_fasttrain.study.ablate import Ablation, Row
+from hf_fasttrain.study.words import rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,9 +37,8 @@ def cells(row: Row, *, full: bool) -> list[str]:
     if row.images_per_second is None:
         figures = [row.status if row.status == "n/a" else "failed", row.reason.splitlines()[0], "", "", ""]
     else:
-        rate = row.images_per_second.median
         figures = [
-            f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}",
+            rate(row.images_per_second.median),
             _interval(row),
             f"{row.wait_fraction:.0%}",
             f"+{row.first_step_seconds:.1f} s",

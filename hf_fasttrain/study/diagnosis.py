@@ -9,6 +9,7 @@ from hf_fasttrain.study.measure import Measurement
 from hf_fasttrain.study.statistics import Estimate
 from hf_fasttrain.study.stopwatch import PHASES
 from hf_fasttrain.study.turns import Ready, Report
+from hf_fasttrain.study.words import rate
 
 MUCH_WAITING = 0.1  # share of the time from which on the loader is called the limit
 SHARING = 0.85  # of what the slower half reaches alone: below it, the halves slow each other down
@@ -171,8 +172,3 @@ def best_advice(baseline: Measurement, tried: list[Measurement], notes: dict[str
             own = measurement.images_per_second.median
             found.append(Advice(measurement.arm.overrides, own, speed_up, notes.get(name, "")))
     return sorted(found, key=lambda advice: -advice.speed_up.median)[:most]
-
-
-def rate(images_per_second: float) -> str:
-    """Return images a second for people."""
-    return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.1f}"

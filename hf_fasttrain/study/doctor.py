@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from hf_fasttrain.errors import RunError
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.study import space
 from hf_fasttrain.study.diagnosis import (
+    MUCH_WAITING,
     PHASE_NAMES,
     STAGE_NAMES,
     Diagnosis,
     best_advice,
-    rate,
     split_loading,
     split_step,
 )
@@ -31,8 +32,8 @@ from hf_fasttrain.study.processes import Starter, require_one_process
 from hf_fasttrain.study.space import Config
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware, settings
-from hf_fasttrain.study.tuned_recipe import clock
 from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes, ask
+from hf_fasttrain.study.words import clock, rate
 
 LOOK = Turn(min_steps=3, seconds=2.0)
 HALF = Turn(min_steps=2, seconds=1.0)
@@ -68,8 +69,8 @@ class Doctor:
             loader, compute = self._halves()
         except ArmFailed as failed:
             raise RunError(f"this recipe can't be examined here: {failed}") from None
-        waiting = watched.wait_seconds / watched.seconds
-        baseline, tried, notes = self._try(self._ideas(ready, watched), ready)
+        waiting = min(1.0, watched.wait_seconds / watched.seconds)
+        baseline, tried, notes = self._try(self._ideas(ready, waiting))
         step_seconds, phases = split_step(watched)
         return Diagnosis(
             ready=ready,
@@ -80,7 +81,7 @@ class Doctor:
             stages=split_loading(watched),
             loader_alone=_rate(loader),
             compute_alone=_rate(compute),
-            wait_fraction=min(1.0, waiting),
+            wait_fraction=waiting,
             device_bytes=baseline.device_bytes if self.hardware.gpu else 0,
             host_bytes=baseline.host_bytes,
             total_seconds=baseline.forecast(baseline.seconds_per_image),
@@ -89,7 +90,7 @@ class Doctor:
         )
 
     def _watch(self, trace: Path | None) -> tuple[Report, Ready]:
-        running = self.start(Arm("watched"), Wishes(watched=True, stored_tuning=True))
+        running = self.start(Arm("watched"), replace(AS_TRAINED, watched=True))
         try:
             running.turn(Turn(min_steps=3, seconds=1.0, drain=True))
             report = running.turn(LOOK)
@@ -109,13 +110,12 @@ class Doctor:
 
     # --- what might help -----------------------------------------------------------------------------------
 
-    def _ideas(self, ready: Ready, watched: Report) -> list[tuple[dict[str, Any], str]]:
+    def _ideas(self, ready: Ready, waiting: float) -> list[tuple[dict[str, Any], str]]:
         """Return changes that might help, the likeliest first, and what is to be said of them."""
         own = space.first_config(ready)
         loading = self._loading_ideas(own, ready)
         computing = self._computing_ideas(own, ready)
-        waiting = watched.wait_seconds / watched.seconds
-        return [*loading, *computing] if waiting >= 0.1 else [*computing, *loading]
+        return [*loading, *computing] if waiting >= MUCH_WAITING else [*computing, *loading]
 
     def _loading_ideas(self, own: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
         ideas: list[tuple[dict[str, Any], str]] = []
@@ -140,9 +140,7 @@ class Doctor:
             ideas.append((whole, "changes batch-norm statistics" if ready.has_batch_norm else ""))
         return ideas
 
-    def _try(
-        self, ideas: list[tuple[dict[str, Any], str]], ready: Ready
-    ) -> tuple[Measurement, list[Measurement], dict[str, str]]:
+    def _try(self, ideas: list[tuple[dict[str, Any], str]]) -> tuple[Measurement, list[Measurement], dict[str, str]]:
         """Measure ideas beside the training as it is, as many as there is time for, at least two."""
         baseline = Measurement(Arm("as it is"))
         notes: dict[str, str] = {}

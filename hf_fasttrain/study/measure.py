@@ -163,13 +163,8 @@ class Bench:
         free_bytes: Callable[[], int] | None = None,
         warm_seconds: float = 1.0,
     ) -> None:
-        self.start, self.wishes, self.clock, self.free_bytes, self.warm_seconds = (
-            start,
-            wishes,
-            clock,
-            free_bytes,
-            warm_seconds,
-        )
+        self.start, self.wishes, self.clock = start, wishes, clock
+        self.free_bytes, self.warm_seconds = free_bytes, warm_seconds
         self._running: dict[str, tuple[Running, Measurement]] = {}  # in the order of their last turns
 
     def __enter__(self) -> Bench:
@@ -200,19 +195,17 @@ class Bench:
             self.end(measurement.arm.name)
         return not measurement.failed
 
-    def _start(self, measurement: Measurement, limit_seconds: float | None) -> Running:
-        name = measurement.arm.name
+    def _start(self, measurement: Measurement, limit_seconds: float | None) -> None:
         self._make_room(measurement)
         began = self.clock()
         try:
-            running = self._first_turn(measurement, limit_seconds)
+            self._first_turn(measurement, limit_seconds)
         except ArmFailed as failed:
-            self.end(name)
+            self.end(measurement.arm.name)
             if not self._alone_may_do(failed):
                 raise
-            running = self._first_turn(measurement, limit_seconds)
+            self._first_turn(measurement, limit_seconds)
         measurement.start_seconds = self.clock() - began
-        return running
 
     def _alone_may_do(self, failed: ArmFailed) -> bool:
         """End the others if they may have taken the memory that an arm lacked; return whether there were any."""
@@ -221,7 +214,7 @@ class Bench:
         self.close()
         return True
 
-    def _first_turn(self, measurement: Measurement, limit_seconds: float | None) -> Running:
+    def _first_turn(self, measurement: Measurement, limit_seconds: float | None) -> None:
         name, before = measurement.arm.name, self.clock()
         running = self.start(measurement.arm, self.wishes, limit_seconds)
         self._running[name] = running, measurement
@@ -231,7 +224,6 @@ class Bench:
         measurement.lives += 1
         if not measurement.rounds:
             measurement.warm(report)
-        return running
 
     def _make_room(self, measurement: Measurement) -> None:
         """End the arms that waited longest until there is memory for one more."""
@@ -244,11 +236,10 @@ class Bench:
 
     def turn(self, measurement: Measurement, number: int, turn: Turn, limit_seconds: float | None = None) -> Report:
         """Give an arm a turn and add what it gives as round `number`; ArmFailed, and kept in mind, if it can't."""
-        name = measurement.arm.name
         try:
             report = self._turn(measurement, turn, limit_seconds)
         except ArmFailed as failed:
-            self.end(name)
+            self.end(measurement.arm.name)
             if not self._alone_may_do(failed):
                 measurement.failed = str(failed)
                 raise

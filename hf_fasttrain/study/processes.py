@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from hf_fasttrain.data.cache import default_cache_dir
 from hf_fasttrain.errors import RunError, UserError, without_secrets
+from hf_fasttrain.loading import cache_folder, can_write, existing_part
 from hf_fasttrain.study.measure import Arm, ArmFailed
 from hf_fasttrain.study.trial import Trial
 from hf_fasttrain.study.turns import Asked, Ready, Report, Turn, Wishes
@@ -70,12 +70,10 @@ class Starter:
 def _where_caches_are(asked: Asked) -> Path | None:
     """Return a folder on the disk that data.cache=disk would use, None for the usual one for temporary files."""
     try:
-        own = asked.load().data.cache_dir
+        wished = cache_folder(asked.load())
     except UserError:  # arms will say so
         return None
-    wished = Path(own).expanduser() if own else default_cache_dir()
-    there = next((path for path in (wished, *wished.absolute().parents) if path.is_dir()), None)
-    return there if there is not None and os.access(there, os.W_OK) else None
+    return existing_part(wished) if can_write(wished) else None
 
 
 class ArmProcess:
@@ -108,35 +106,33 @@ class ArmProcess:
         except BaseException:
             self.close()
             raise
-        self._stop()
+        self._signal(signal.SIGSTOP)
 
     def turn(self, turn: Turn, limit_seconds: float | None = None) -> Report:
         """Run a turn; see `Running`."""
-        self._go_on()
         report: Report = self._ask(("turn", turn), limit_seconds)
-        self._stop()
         # Looked at from here while they stand still: loader processes would go on working meanwhile.
         return replace(report, host_bytes=host_bytes(self._process.pid))
 
     def ask(self, what: str, turn: Turn, limit_seconds: float | None = None) -> Report:
         """Run the loader or the computing alone; `what` is ``loader`` or ``compute``; not once turns have begun."""
-        self._go_on()
         report: Report = self._ask((what, turn), limit_seconds)
-        self._stop()
         return report
 
     def trace(self, path: Path, num_steps: int) -> None:
         """Write the torch profiler's trace of some steps."""
-        self._go_on()
         self._ask(("trace", (str(path), num_steps)), None)
-        self._stop()
 
     def _ask(self, message: Message, limit_seconds: float | None) -> Any:
+        """Let the arm go on until it has answered."""
+        self._signal(signal.SIGCONT)
         try:
             self._own.send(message)
         except OSError:
             raise ArmFailed(self._how_it_ended()) from None
-        return self._answer(limit_seconds)
+        answer = self._answer(limit_seconds)
+        self._signal(signal.SIGSTOP)
+        return answer
 
     def _answer(self, limit_seconds: float | None) -> Any:
         until = None if limit_seconds is None else time.monotonic() + limit_seconds
@@ -161,12 +157,6 @@ class ArmProcess:
         if code == -signal.SIGKILL:
             return "its process was killed, perhaps for want of memory"
         return f"its process ended ({f'signal {-code}' if code < 0 else f'status {code}'}){last}"
-
-    def _stop(self) -> None:
-        self._signal(signal.SIGSTOP)
-
-    def _go_on(self) -> None:
-        self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
         if self._process.pid is not None:

@@ -11,6 +11,7 @@ import torch
 
 from hf_fasttrain.environment import uses_gpu
 from hf_fasttrain.errors import RunError, nearest
+from hf_fasttrain.recipe_file import plain
 from hf_fasttrain.study.measure import Arm
 from hf_fasttrain.study.turns import Ready
 
@@ -201,10 +202,3 @@ def planned(all_of_them: Sequence[Technique]) -> list[Planned]:
 def settings(values: dict[str, Any]) -> tuple[str, ...]:
     """Return overrides for dotted keys."""
     return tuple(f"{key}={plain(value)}" for key, value in values.items())
-
-
-def plain(value: Any) -> str:
-    """Return a value as YAML has it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from hf_fasttrain.assemble import Parts, assemble
 from hf_fasttrain.build import build_parts
+from hf_fasttrain.data.decode import is_jpeg
 from hf_fasttrain.data.device import DeviceFeed
 from hf_fasttrain.data.feed import AHEAD
 from hf_fasttrain.data.loader import Step, TrainLoader
 from hf_fasttrain.data.order import Order, StepPlan
+from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import peak_memory_bytes
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.loading import estimated_bytes
@@ -96,7 +98,7 @@ class Trial:
             period=self._loop(parts.order, keeps),
             keeps_pixels=keeps,
             has_batch_norm=bool(self.trainer.norms),
-            is_jpeg=_is_jpeg(parts.source.train),
+            is_jpeg=_has_jpegs(parts.source.train),
             micro_batch_size=parts.order.micro_batch_size,
         )
         self._prepare(wishes)
@@ -355,16 +357,7 @@ def _write_first_gradient(trainer: Trainer, path: str) -> None:
     trainer.update = first  # type: ignore[assignment]
 
 
-def _is_jpeg(split: Any) -> bool:
+def _has_jpegs(split: Split) -> bool:
+    """Return whether any of a sample of the images is a JPEG."""
     sampled = np.linspace(0, len(split) - 1, min(len(split), 16), dtype=np.int64)
-    for record in split.records(sampled):
-        data = record["bytes"]
-        if data is None and record["path"]:
-            try:
-                with Path(record["path"]).open("rb") as file:
-                    data = file.read(3)
-            except OSError:
-                continue
-        if data is not None and bytes(data[:3]) == b"\xff\xd8\xff":
-            return True
-    return False
+    return any(is_jpeg(record) for record in split.records(sampled))

@@ -142,10 +142,8 @@ class Tuner:
         self.tell("the recipe's own settings")
         measurement = Measurement(Arm("as it is"))
         fine = self.bench.warm_up(measurement, self.left())
-        if measurement.ready is None and "not done" not in measurement.failed:
-            raise RunError(f"this recipe can't be measured here: {measurement.failed}")
         if measurement.ready is None:
-            raise self._too_short()
+            raise self._not_measured(measurement)
         config = space.first_config(measurement.ready)
         candidate = Candidate(config, measurement)
         self.tried.append(candidate)
@@ -155,11 +153,12 @@ class Tuner:
             return candidate, measurement.ready
         if "memory" in measurement.failed:
             return None, measurement.ready
-        if "not done" in measurement.failed or not measurement.failed:
-            raise self._too_short()
-        raise RunError(f"this recipe can't be measured here: {measurement.failed}")
+        raise self._not_measured(measurement)
 
-    def _too_short(self) -> RunError:
+    def _not_measured(self, own: Measurement) -> RunError:
+        """Return the error of a recipe whose own settings can't be measured: by their fault, or for want of time."""
+        if own.failed and "not done" not in own.failed:
+            return RunError(f"this recipe can't be measured here: {own.failed}")
         return RunError(
             f"--budget {self.budget:.0f}s: the recipe's own first steps took {self.elapsed:.0f} s; give at least "
             f"{math.ceil(8 * self.elapsed / 60)}m"
@@ -295,7 +294,7 @@ class Tuner:
 
     def _judge(self, name: str, config: Config, plain: Config) -> Verdict | None:
         """Compare a precision with fp32; None if it can't be, which forbids it."""
-        images = max(2, min(IMAGES, self.ready.num_images, int(self.base_batch)))
+        images = max(2, min(IMAGES, self.ready.num_images, int(self.ready.facts["train.batch_size"])))
         eager = {"accelerate.compile": False, "accelerate.micro_batch_size": None, "data.cache": "none"}
         pace = (self.baseline or self.best).measurement.seconds_per_image
         courses = 1 if self._fp32 is not None else 2
@@ -314,11 +313,6 @@ class Tuner:
 
     def _course(self, config: Config, images: int) -> Course:
         return course(self.start, space.overrides_of(config), images, max(1.0, self.left()))
-
-    @property
-    def base_batch(self) -> int:
-        """Images of a step."""
-        return int(self.ready.facts["train.batch_size"])
 
     # --- compiling, and the end ----------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +18,7 @@ from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import to_yaml
 from hf_fasttrain.study import space
 from hf_fasttrain.study.tune import Candidate, Found
+from hf_fasttrain.study.words import clock, rate
 from hf_fasttrain.tunings import Tuning, store_tuning
 
 ROUNDING = (*space.MATH_KEYS, "accelerate.channels_last", "accelerate.compile")
@@ -77,7 +78,7 @@ def _marked(text: str, marks: dict[str, str]) -> str:
 
 
 def _header(recipe: Recipe, found: Found, command: str) -> list[str]:
-    machine = _machine(found)
+    machine = describe_machine(torch.device(found.ready.device), 1)
     gpu = "" if machine["device"] == "cpu" else f", {machine['device']}"
     versions = describe_versions()
     shown = ("torch", "timm", "transformers", "accelerate", "hf_fasttrain")
@@ -92,13 +93,13 @@ def _header(recipe: Recipe, found: Found, command: str) -> list[str]:
 
 def summary(found: Found) -> list[str]:
     """Return what was found, in a few sentences."""
-    rate = found.best.measurement.images_per_second
-    lines = [f"{_rate(rate.median)} images/s; training as long as train.duration says: {clock(found.best.forecast())}"]
+    own_rate = found.best.measurement.images_per_second.median
+    lines = [f"{rate(own_rate)} images/s; training as long as train.duration says: {clock(found.best.forecast())}"]
     if found.baseline is None:
         lines.append("The recipe's own settings do not fit into memory.")
     else:
         own = found.baseline.measurement.images_per_second.median
-        lines.append(f"The recipe's own settings: {_rate(own)} images/s, {clock(found.baseline.forecast())}")
+        lines.append(f"The recipe's own settings: {rate(own)} images/s, {clock(found.baseline.forecast())}")
     if found.speed_up is not None:
         lines.append(f"Side by side, {found.speed_up.confidence:.0%} interval: {found.speed_up} times as fast.")
     elif found.baseline is found.best:
@@ -110,25 +111,6 @@ def summary(found: Found) -> list[str]:
     return lines
 
 
-def _rate(images_per_second: float) -> str:
-    return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.1f}"
-
-
-def clock(seconds: float) -> str:
-    """Return a length of time for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def _machine(found: Found) -> dict[str, Any]:
-    import torch
-
-    return describe_machine(torch.device(found.ready.device), 1)
-
-
 def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store: bool) -> list[str]:
     """Write the recipe and store the tuning; return what could not be stored. RunError if the recipe can't be."""
     try:
@@ -138,11 +120,11 @@ def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store
     if not store:
         return []
     machine, versions, model, data = circumstances(recipe)
-    rate = found.best.measurement.images_per_second.median
+    best_rate = found.best.measurement.images_per_second.median
     date = datetime.now(UTC).date().isoformat()
     try:
         store_tuning(
-            Tuning(machine, versions, model, data, dict(found.best.config), date, rate, str(recipe.train.duration))
+            Tuning(machine, versions, model, data, dict(found.best.config), date, best_rate, str(recipe.train.duration))
         )
     except OSError as error:
         return [f"the tuning could not be stored for `auto`: {reason(error)}"]
@@ -158,7 +140,7 @@ def print_found(console: Console, found: Found, path: Path) -> None:
     for candidate in [*sorted(measured, key=Candidate.forecast), *(c for c in found.tried if c not in measured)]:
         m, mark = candidate.measurement, "best" if candidate is found.best else ""
         if m.is_measured:
-            figures = (_rate(m.images_per_second.median), clock(candidate.forecast()), str(len(m.rounds)))
+            figures = (rate(m.images_per_second.median), clock(candidate.forecast()), str(len(m.rounds)))
         else:
             figures = ("-", m.failed.splitlines()[0] if m.failed else "not measured", "0")
         shown.add_row(*map(Text, (m.arm.name, *figures, mark)))
