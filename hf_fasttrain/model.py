@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
-    crop_mode: str = "center"  # or squash: resized to a square, whatever its shape
+    crop_mode: str = "center"  # center_floor as transformers crops; squash: resized to a square, whatever its shape
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
 
     from hf_fasttrain.data.augment import FILTERS
 
-    base = Preprocessing(spec.image_size)
+    base = Preprocessing(spec.image_size, crop_mode="center_floor")
     try:
         name = spec.name.removeprefix("transformers:")
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=spec.trust_remote_code)
@@ -302,14 +303,15 @@ def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
     number = getattr(processor, "resample", None)
     names = {int(value): name for name, value in FILTERS.items()}
     normalised = getattr(processor, "do_normalize", True)
-    square = "height" in (processor.size or {}) and not getattr(processor, "do_center_crop", False)
+    size = getattr(processor, "size", None) or {}
+    square = "height" in size and not getattr(processor, "do_center_crop", False)
     return replace(
         base,
         mean=tuple(getattr(processor, "image_mean", None) or base.mean) if normalised else (0.0,) * 3,
         std=tuple(getattr(processor, "image_std", None) or base.std) if normalised else (1.0,) * 3,
         interpolation=names.get(int(number), base.interpolation) if number is not None else base.interpolation,
         crop_pct=_processor_crop_pct(processor),
-        crop_mode="squash" if square else "center",
+        crop_mode="squash" if square else "center_floor",
     )
 
 
@@ -318,6 +320,9 @@ def _processor_crop_pct(processor: Any) -> float:
     stated = getattr(processor, "crop_pct", None)
     if stated or not getattr(processor, "do_center_crop", False):
         return float(stated or 1.0)
-    crop, size = dict(getattr(processor, "crop_size", None) or {}), dict(processor.size or {})
+    crop, size = dict(getattr(processor, "crop_size", None) or {}), dict(getattr(processor, "size", None) or {})
     cut, resized = crop.get("height"), size.get("shortest_edge") or size.get("height")
-    return min(1.0, cut / resized) if cut and resized else 1.0
+    if not cut or not resized:
+        return 1.0
+    share = cut / resized
+    return min(1.0, share if math.floor(cut / share) == resized else math.nextafter(share, 0))

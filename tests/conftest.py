@@ -21,6 +21,8 @@ import pytest
 import torch
 import torch._dynamo
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from hub_server import TOKEN, Hub, running_hub
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -69,6 +71,11 @@ def run_processes(function: Callable[..., Any], *args: Any, num_processes: int =
     for ok, value in results:
         assert ok, value
     return [value for _, value in results]
+
+
+def in_child(function: Callable[[], Any]) -> Any:
+    """Return what `function()` returns in a forked process; after torch's ONNX export no fork could train."""
+    return run_processes(function, num_processes=1)[0]
 
 
 def free_port() -> int:
@@ -156,6 +163,21 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """Run a Hub on loopback that this process's client and its children's talk to, logged in."""
+    with running_hub() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        own = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+        places = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "token")}
+        for name, value in {**own, **places, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        children = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        for name, value in {**children, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
+        yield hub
 
 
 assert accelerate.__version__

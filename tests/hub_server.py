@@ -1,4 +1,4 @@
-"""A small Hub on loopback, for the real client: repositories, preupload, LFS, commits, downloads, and refusals."""
+"""A small Hub on loopback, for the real client: repositories, preupload, LFS, commits, downloads, and all its moods."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,23 @@ class Repo:
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[dict[str, Any]] = field(default_factory=list)  # summary, and path -> bytes of what came
+    versions: dict[str, dict[str, bytes]] = field(default_factory=dict)  # name of a commit -> all files then
 
     @property
     def sha(self) -> str:
         """Name of the newest commit, 40 hex digits."""
         return hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong with requests whose "METHOD /path" holds `part`, for the next `times` of them."""
+
+    part: str
+    status: int = 500
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    kind: str = "status"  # or cut: the connection ends in the middle; or hang: no answer until the Hub is stopped
 
 
 @dataclass
@@ -41,6 +54,10 @@ class Hub:
     created: list[dict[str, Any]] = field(default_factory=list)  # payloads of repos/create
     cards: list[str] = field(default_factory=list)  # READMEs handed to the validation
     refuse: dict[str, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    received: dict[str, int] = field(default_factory=dict)  # LFS: sha256 -> how often its bytes came whole
+    stopped: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
 
@@ -61,6 +78,7 @@ def running_hub(token: str = TOKEN) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.stopped.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -75,21 +93,34 @@ class Handler(BaseHTTPRequestHandler):
     routes = (
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
-        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+", "tree"),
+        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/main", "preupload"),
         ("POST", r"/api/models/([^/]+/[^/]+)/commit/main", "commit"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/storage/([0-9a-f]{64})", "store"),
         ("POST", r"/verify", "verify"),
-        ("GET", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", "resolve"),
+        ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
 
     def answer(self) -> None:
         """Find the route of a request and answer it."""
         path = self.path.split("?")[0]
+        fault = self.next_fault(f"{self.command} {path}")
+        if fault is not None and fault.kind == "cut":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path))
+        if fault is not None and fault.kind == "hang":
+            self.hub.stopped.wait(60)
+            self.close_connection = True
+            return
+        if fault is not None:
+            self.send_json({"error": "a fault of the test"}, fault.status, **fault.headers)
+            return
         refused = next((status for part, status in self.hub.refuse.items() if part in path), None)
         if refused is not None:
             self.send_json({"error": "refused by the test"}, refused)
@@ -97,7 +128,9 @@ class Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         for verb, pattern, name in self.routes:
             if verb == method and (match := re.fullmatch(pattern, path)):
-                if verb == "POST" and name not in ("validate", "verify") and not self.known_token():
+                hidden = verb == "GET" and (repo := self.hub.repos.get(match[1])) is not None and repo.private
+                asks = hidden or (verb == "POST" and name not in ("validate", "verify"))
+                if asks and not self.known_token():
                     self.send_json({"error": "Invalid username or password."}, 401)
                 else:
                     getattr(self, name)(*match.groups())
@@ -108,6 +141,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def known_token(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {self.token}"
+
+    def next_fault(self, request: str) -> Fault | None:
+        """Return the fault that is due for a request, and count it."""
+        with self.hub.lock:
+            fault = next((fault for fault in self.hub.faults if fault.times > 0 and fault.part in request), None)
+            if fault is not None:
+                fault.times -= 1
+        return fault
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -121,8 +162,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def send_json(self, values: Any, status: int = 200) -> None:
-        self.send_bytes(json.dumps(values).encode(), status, Content_Type="application/json")
+    def send_json(self, values: Any, status: int = 200, **headers: str) -> None:
+        self.send_bytes(json.dumps(values).encode(), status, Content_Type="application/json", **headers)
 
     # --- repositories --------------------------------------------------------------------------------------
 
@@ -142,15 +183,20 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.cards.append(json.loads(self.body)["content"])
         self.send_json({"errors": [], "warnings": []})
 
-    def info(self, name: str) -> None:
-        if (repo := self.hub.repos.get(name)) is None:
-            self.send_json({"error": "Repository not found"}, 404)
+    def info(self, name: str, revision: str | None) -> None:
+        repo = self.hub.repos.get(name)
+        if repo is None or (revision not in (None, "main") and revision not in repo.versions):
+            missing = "RepoNotFound" if repo is None else "RevisionNotFound"
+            self.send_json({"error": f"{missing}: {name}"}, 404, X_Error_Code=missing)
             return
-        siblings = [{"rfilename": path} for path in repo.files]
-        self.send_json({"id": name, "modelId": name, "private": repo.private, "sha": repo.sha, "siblings": siblings})
+        newest = revision in (None, "main")
+        siblings = [{"rfilename": path} for path in (repo.files if newest else repo.versions[str(revision)])]
+        sha = repo.sha if newest else revision
+        self.send_json({"id": name, "modelId": name, "private": repo.private, "sha": sha, "siblings": siblings})
 
-    def tree(self, name: str) -> None:
-        files = self.hub.repos[name].files
+    def tree(self, name: str, revision: str) -> None:
+        repo = self.hub.repos[name]
+        files = repo.versions.get(revision, repo.files)
         names = {path: hashlib.sha1(content).hexdigest() for path, content in files.items()}
         self.send_json([{"type": "file", "path": p, "size": len(files[p]), "oid": oid} for p, oid in names.items()])
 
@@ -183,6 +229,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json({"error": "the content is not what its name says"}, 400)
             return
         self.hub.stored[oid] = self.body
+        self.hub.received[oid] = self.hub.received.get(oid, 0) + 1
         self.send_bytes(b"")
 
     def verify(self) -> None:
@@ -192,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({}, 200 if right else 404)
 
     def commit(self, name: str) -> None:
-        repo, files, summary = self.hub.repos[name], {}, ""
+        repo, files, gone, summary = self.hub.repos[name], {}, set(), ""
         for line in self.body.splitlines():
             item = json.loads(line)
             value = item["value"]
@@ -202,21 +249,26 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 files[value["path"]] = self.hub.stored[value["oid"]]
+            elif item["key"] == "deletedFile":
+                gone.add(value["path"])
             else:
                 self.send_json({"error": f"unknown operation {item['key']}"}, 400)
                 return
-        repo.files |= files
+        repo.files = {path: content for path, content in {**repo.files, **files}.items() if path not in gone}
         repo.commits.append({"summary": summary, "files": files})
+        repo.versions[repo.sha] = dict(repo.files)
         url = f"{self.hub.url}/{name}/commit/{repo.sha}"
         self.send_json({"success": True, "commitOid": repo.sha, "commitUrl": url, "hookOutput": ""})
 
     # --- downloads -----------------------------------------------------------------------------------------
 
-    def resolve(self, name: str, path: str) -> None:
+    def resolve(self, name: str, revision: str, path: str) -> None:
         repo = self.hub.repos.get(name)
-        if repo is None or path not in repo.files:
-            self.send_bytes(b"", 404, X_Error_Code="EntryNotFound" if repo else "RepoNotFound")
+        files = None if repo is None else repo.files if revision == "main" else repo.versions.get(revision)
+        if repo is None or files is None or path not in files:
+            missing = "RepoNotFound" if repo is None else "RevisionNotFound" if files is None else "EntryNotFound"
+            self.send_bytes(b"", 404, X_Error_Code=missing)
             return
-        content = repo.files[path]
+        sha, content = repo.sha if revision == "main" else revision, files[path]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        self.send_bytes(content, ETag=etag, X_Repo_Commit=repo.sha, Content_Type="application/octet-stream")
+        self.send_bytes(content, ETag=etag, X_Repo_Commit=sha, Content_Type="application/octet-stream")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,14 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.source import load_source
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
-from hf_fasttrain.model import ModelSpec, TransformersClassifier, build_model, head_names, model_preprocessing
+from hf_fasttrain.model import (
+    ModelSpec,
+    TransformersClassifier,
+    _processor_crop_pct,
+    build_model,
+    head_names,
+    model_preprocessing,
+)
 from hf_fasttrain.model_folder import load_model, save_model
 from hf_fasttrain.optim import build_param_groups, undecayed_names
 
@@ -114,12 +122,20 @@ def test_preprocessing_of_image_processors(tmp_path: Path) -> None:
         processor.save_pretrained(tmp_path / name)
         asked = spec(f"transformers:{tmp_path / name}")
         found[name] = model_preprocessing(build_model(asked), asked)
-    assert (found["deit"].crop_pct, found["deit"].crop_mode) == (0.875, "center")
+    assert (found["deit"].crop_pct, found["deit"].crop_mode) == (0.875, "center_floor")
     assert (found["vit"].crop_pct, found["vit"].crop_mode) == (1.0, "squash")
     assert (found["raw"].mean, found["raw"].std) == ((0.0,) * 3, (1.0,) * 3)
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
     squashed = EvalTransform(16, "bilinear", 1.0, "squash")(np.asarray(wide))
     assert np.array_equal(squashed, np.asarray(wide.resize((16, 16), Image.Resampling.BILINEAR)))
+
+
+@pytest.mark.parametrize(("cut", "resized"), [(224, 256), (64, 93), (112, 200), (128, 186), (224, 224)])
+def test_a_processor_s_sizes_come_back_from_its_crop_share(cut: int, resized: int) -> None:
+    from transformers import BitImageProcessor
+
+    processor = BitImageProcessor(size={"shortest_edge": resized}, crop_size={"height": cut, "width": cut})
+    assert math.floor(cut / _processor_crop_pct(processor)) == resized
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])

@@ -31,7 +31,9 @@ BOX_TRIES = 10
 class EvalTransform:
     """Resize so that the short side is image_size / crop_pct, then cut the centre: exactly Pillow's resize.
 
-    `crop_mode` squash resizes to a square instead, whatever the image's shape (as timm and ViT's processor do).
+    `crop_mode` squash resizes to a square instead, whatever the image's shape (as timm and ViT's processor do). Where
+    an odd number of pixels is cut off, center rounds half to even, as torchvision and timm do, and center_floor
+    rounds down, as transformers' image processors do.
     """
 
     image_size: int
@@ -49,7 +51,8 @@ class EvalTransform:
         image = Image.fromarray(pixels)
         if size != image.size:
             image = image.resize(size, FILTERS[self.interpolation], reducing_gap=None)
-        left, top = (round((side - self.image_size) / 2) for side in image.size)
+        rounded = math.floor if self.crop_mode == "center_floor" else round
+        left, top = (rounded((side - self.image_size) / 2) for side in image.size)
         return np.array(image.crop((left, top, left + self.image_size, top + self.image_size)))
 
 

@@ -1,0 +1,226 @@
+"""A finished run's model written for other people's tools, and opened by them before it is handed over."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hf_fasttrain.checkpoint import checkpoint_path, complete_checkpoints, load_checkpoint
+from hf_fasttrain.data.augment import EvalTransform
+from hf_fasttrain.data.batch import Normalize
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.files import new_folder, read_json, reason, sync_files
+from hf_fasttrain.model import ModelSpec, Preprocessing, model_preprocessing
+from hf_fasttrain.model_folder import SPEC_FILE, load_model, save_model
+from hf_fasttrain.publish.finished import FinishedRun, first_line, read_run
+from hf_fasttrain.publish.onnx_file import (
+    ONNX_FILE,
+    TOLERANCE,
+    difference,
+    quiet,
+    require_onnx,
+    scale_of,
+    write_onnx,
+)
+
+CONFIG_FILE = "config.json"
+WRITTEN = re.compile(  # the names of all that `save_model` and this module write
+    rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\..*"
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_run` has written."""
+
+    folder: Path
+    forms: list[str]  # who opens it: timm, transformers, onnx, hf_fasttrain
+    notes: list[str]  # who does not, and why
+    onnx_difference: float | None  # of logits, between onnxruntime and torch
+
+
+def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, weights: str = "last") -> Exported:
+    """Write a finished run's model folder for timm, transformers and, with `onnx`, onnxruntime.
+
+    `weights`: last (the moving average where the run has one), best (of the best evaluation) or step_N, the last two
+    from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its users will, and must give
+    the logits of evaluation to 1e-4; what can't be opened by whom is in the notes. Raises RunError and leaves an
+    earlier folder as it was.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; give the run folder of a training that has ended")
+    finished = read_run(run)
+    folder = _target(run, output, weights)
+    if onnx:
+        require_onnx()
+    model, spec = _chosen(finished, weights)
+    spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
+    try:
+        with new_folder(folder) as partial:
+            with quiet():
+                save_model(model, spec, partial)
+            exported = _completed(model, spec, partial, onnx=onnx)
+            sync_files(partial)
+    except OSError as error:
+        raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
+    return replace(exported, folder=folder)
+
+
+# --- what and where ----------------------------------------------------------------------------------------
+
+
+def _target(run: Path, output: Path | None, weights: str) -> Path:
+    """Return the folder to write; RunError if it holds what is not ours, or other weights would become the run's."""
+    own = run / "model"
+    folder = own if output is None else Path(output).expanduser()
+    if weights != "last" and folder.resolve() == own.resolve():
+        raise RunError(
+            f"{own} holds the weights that result.json tells of; give another folder for weights={weights} "
+            "(--output FOLDER)"
+        )
+    if not folder.exists():
+        return folder
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir() or (names and SPEC_FILE not in names):
+        raise RunError(f"{folder} exists and is no model folder of hf_fasttrain; give another output")
+    kept = [name for name in names if not WRITTEN.fullmatch(name)]
+    if kept and not read_json(folder / SPEC_FILE).get("trust_remote_code"):
+        raise RunError(
+            f"{folder} would be replaced, and holds files that are not export's ({', '.join(kept)}); move them, "
+            "or give another output"
+        )
+    return folder
+
+
+def _chosen(run: FinishedRun, weights: str) -> tuple[nn.Module, ModelSpec]:
+    """Return the model with the weights asked for."""
+    step = _step(run, weights)
+    with quiet():
+        model, spec = load_model(run.folder / "model")
+    if step is None:
+        return model, spec
+    folder = run.folder / "checkpoints"
+    path, there = checkpoint_path(folder, step), complete_checkpoints(folder)
+    if path not in there:
+        names = ", ".join(f"step_{int(found.name.removeprefix('step_'))}" for found in there) or "none"
+        raise RunError(f"{run.folder}: no checkpoint of step {step} (weights={weights}); there are: {names}")
+    kinds = load_checkpoint(path).weights
+    try:
+        model.load_state_dict(kinds.get("ema") or kinds["model"])
+    except RuntimeError as error:
+        raise RunError(f"{path}: weights of another model: {first_line(error)}") from None
+    return model.eval(), spec
+
+
+def _step(run: FinishedRun, weights: str) -> int | None:
+    """Return the step whose checkpoint is asked for; None for the weights in RUN/model."""
+    if weights == "last":
+        return None
+    if weights == "best":
+        step = (run.result.get("best") or {}).get("step")
+        if step is None:
+            raise RunError(f"{run.folder}: it has no best evaluation (result.json); leave weights=best out")
+        return None if step == run.result.get("steps") else int(step)
+    found = re.fullmatch(r"step_(\d+)", weights)
+    if not found:
+        raise RunError(f"weights={weights}: allowed are last, best and step_N")
+    return int(found[1])
+
+
+# --- opened by others --------------------------------------------------------------------------------------
+
+
+def _completed(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> Exported:
+    """Return who opens the folder; what others would misread is taken out, and ONNX put in."""
+    pre = spec.preprocessing
+    assert pre is not None
+    photos = sample_photos(pre)
+    images = prepared(photos, pre)
+    with torch.no_grad():
+        expected = model(images)
+    forms, notes = _opened(spec, folder, photos, expected)
+    apart = None
+    if onnx:
+        apart = write_onnx(model, spec, pre, images, folder / ONNX_FILE)
+        forms.append("onnx")
+    return Exported(folder, [*forms, "hf_fasttrain"], notes, apart)
+
+
+def _opened(spec: ModelSpec, folder: Path, photos: list[Image.Image], expected: Tensor) -> tuple[list[str], list[str]]:
+    config = read_json(folder / CONFIG_FILE)
+    if not config:
+        return [], ["timm and transformers can't build this model's small-image stem; hf_fasttrain and ONNX can"]
+    if "auto_map" in config:
+        return [], ["transformers opens this model with trust_remote_code=True only: it runs Python code of its own"]
+    openers: dict[str, Callable[[Path, list[Image.Image]], Tensor]] = {"transformers": transformers_logits}
+    if not spec.is_transformers:
+        openers = {"timm": timm_logits, **openers}
+    forms, notes = [], []
+    for name, logits_of in openers.items():
+        problem = _problem(logits_of, folder, photos, expected)
+        if problem is None:
+            forms.append(name)
+        else:
+            notes.append(f"{name} {problem}; hf_fasttrain opens it")
+    if not forms and not spec.is_transformers:  # who opens it all the same would get another model
+        (folder / CONFIG_FILE).unlink()
+    return forms, notes
+
+
+def _problem(
+    logits_of: Callable[[Path, list[Image.Image]], Tensor], folder: Path, photos: list[Image.Image], expected: Tensor
+) -> str | None:
+    try:
+        with quiet(), torch.no_grad():
+            apart = difference(logits_of(folder, photos), expected)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError) as error:
+        return f"can't open it ({first_line(error)})"
+    return None if apart <= TOLERANCE * scale_of(expected) else f"gives other logits, {apart:.2g} apart"
+
+
+def timm_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
+    """Return the logits (B, K) of photos as timm's users get them."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return model(torch.stack([transform(photo) for photo in photos]))
+
+
+def transformers_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
+    """Return the logits (B, K) of photos as the users of transformers' pipeline get them."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    return model(pixel_values=processor(photos, return_tensors="pt")["pixel_values"]).logits
+
+
+def sample_photos(pre: Preprocessing) -> list[Image.Image]:
+    """Return three images of odd shapes that look like photos as far as resizing and cropping go.
+
+    Of the first two, 4 n + 3 pixels are cut off once they are resized: who rounds otherwise cuts others.
+    """
+    rng, short = np.random.default_rng(0), math.floor(pre.image_size / pre.crop_pct)
+    long = short + 4 + (pre.image_size + 3 - short) % 4
+    shapes = [(2 * long, 2 * short), (3 * short, 3 * long), (pre.image_size * 3 // 2 | 1, pre.image_size | 1)]
+    coarse = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in shapes]
+    return [image.resize(shape, Image.Resampling.BICUBIC) for image, shape in zip(coarse, shapes, strict=True)]
+
+
+def prepared(photos: list[Image.Image], pre: Preprocessing) -> Tensor:
+    """Return photos as evaluation gives them to the model, (B, 3, S, S)."""
+    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
+    normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=False)
+    return normalize(torch.from_numpy(np.stack([transform(np.asarray(photo)) for photo in photos])))

@@ -1,0 +1,95 @@
+"""Complete programs that open an exported model without this package: `python classify.py IMAGE`.
+
+Each prints the five best classes of an image file with their scores.
+"""
+
+from __future__ import annotations
+
+import json
+
+TIMM = """\
+import sys
+
+import timm
+import torch
+from PIL import Image, ImageOps
+
+model = timm.create_model({place}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+class_names = model.pretrained_cfg["label_names"]
+
+image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+with torch.inference_mode():
+    scores = model(transform(image)[None]).{scores}[0]
+best = scores.topk(min(5, len(class_names)))
+for score, number in zip(best.values.tolist(), best.indices.tolist()):
+    print(f"{{score:.5f}}  {{class_names[number]}}")
+"""
+
+TRANSFORMERS = """\
+import sys
+
+from transformers import pipeline
+
+classify = pipeline("image-classification", model={place})
+for found in classify(sys.argv[1], top_k=5):
+    print(f"{{found['score']:.5f}}  {{found['label']}}")
+"""
+
+ONNX = """\
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+{imports}from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession({file}, providers=["CPUExecutionProvider"])
+about = session.get_modelmeta().custom_metadata_map
+class_names, pre = json.loads(about["class_names"]), json.loads(about["preprocessing"])
+
+image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+(width, height), side, size = image.size, pre["resize_px"], pre["image_size"]
+if pre["crop_mode"] == "squash":
+    width, height = side, side
+elif width <= height:
+    width, height = side, int(side * height / width)
+else:
+    width, height = int(side * width / height), side
+image = image.resize((width, height), Image.Resampling[pre["interpolation"].upper()])
+rounded = int if pre["crop_mode"] == "center_floor" else round
+left, top = rounded((width - size) / 2), rounded((height - size) / 2)
+pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
+images = ((pixels - np.float32(pre["mean"])) / np.float32(pre["std"])).transpose(2, 0, 1)[None]
+
+logits = session.run(["logits"], {{"images": images}})[0][0]
+if json.loads(about["multi_label"]):
+    scores = 1 / (1 + np.exp(-logits))
+else:
+    scores = np.exp(logits - logits.max())
+    scores /= scores.sum()
+for number in np.argsort(-scores)[:5]:
+    print(f"{{scores[number]:.5f}}  {{class_names[number]}}")
+"""
+
+
+def timm_snippet(place: str, *, multi_label: bool = False) -> str:
+    """Return a program that opens the model in timm; `place` is ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
+    return TIMM.format(place=_quoted(place), scores="sigmoid()" if multi_label else "softmax(1)")
+
+
+def transformers_snippet(place: str) -> str:
+    """Return a program that opens the model in transformers; `place` is OWNER/NAME on the Hub or a folder."""
+    return TRANSFORMERS.format(place=_quoted(place))
+
+
+def onnx_snippet(place: str = "model.onnx") -> str:
+    """Return a program that needs Pillow, numpy and onnxruntime; `place` is an .onnx file, or OWNER/NAME on the Hub."""
+    if place.endswith(".onnx"):
+        return ONNX.format(imports="", file=_quoted(place))
+    imports = "from huggingface_hub import hf_hub_download\n"
+    return ONNX.format(imports=imports, file=f'hf_hub_download({_quoted(place)}, "model.onnx")')
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # a Python string too
