@@ -14,6 +14,7 @@ from hf_fasttrain.errors import RunError
 from hf_fasttrain.metrics import ExternalMetrics, Metrics
 from hf_fasttrain.model import batch_norms
 from hf_fasttrain.out_of_memory import free_cached_memory, is_out_of_memory
+from hf_fasttrain.predictions import Collector, Predictions
 
 
 class Evaluator:
@@ -32,6 +33,8 @@ class Evaluator:
         self.metrics = None if metrics is None else list(metrics)
         self.external = ExternalMetrics(external)
         self.most: int | None = None  # images for which memory is enough, where it ran out
+        self.collects = False  # whether a pass's predictions are kept for `predictions`
+        self._collected: Collector | None = None  # of the last whole pass
 
     @torch.no_grad()
     def __call__(
@@ -48,6 +51,7 @@ class Evaluator:
         """
         counts = Metrics(self.num_classes, self.accelerator.device, multi_label=self.multi_label)
         left = torch.zeros((), device=self.accelerator.device)
+        collector = Collector() if self.collects else None
         for images, labels in loader:
             if leave():
                 left += 1
@@ -55,14 +59,34 @@ class Evaluator:
             logits = self._logits(model, images)
             counts.update(logits, labels)
             self.external.update(logits, labels)
+            if collector is not None:
+                collector.add(logits, labels)
         if self.accelerator.num_processes > 1:
             left = self._add(left)
         if left:
             self.external.clear()
             return {}
+        self._collected = collector
         measured = counts.compute(self._add)
         wanted = {name: measured[name] for name in self.metrics or measured}
         return {**wanted, **self.external.compute(self._gather)}
+
+    def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
+        """Return what the last pass said of each image, of all processes; None if it was not kept.
+
+        `rows`: which images of the split this process's share has, in its order. Called by all processes.
+        """
+        collector, self._collected = self._collected, None
+        own = collector.columns() if collector is not None else None
+        parts = [part for part in self._gather([own]) if part is not None and len(part)]
+        if not parts:
+            return None
+        known = rows if own is None or rows is None or len(rows) == len(own[0]) else None
+        every = [part for part in self._gather([None if known is None else list(known)]) if part is not None]
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        number = len(columns[0])
+        places = torch.tensor([row for part in every for row in part] or [-1] * number)
+        return Predictions(step, split, places if len(places) == number else torch.full((number,), -1), *columns)
 
     def _logits(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         while True:

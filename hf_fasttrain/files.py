@@ -84,12 +84,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it there, so that it is never seen half-written."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and rename it there, so that it is never seen half-written."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with NewFile(partial) as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError:
         with suppress(OSError):

@@ -6,7 +6,7 @@ import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hf_fasttrain.checkpoint import (
     Checkpoint,
@@ -21,11 +21,29 @@ from hf_fasttrain.checkpoint import (
 from hf_fasttrain.environment import free_memory_bytes, one_thread
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import attempt, new_folder, reason, sync_files, write_json
+from hf_fasttrain.predictions import Predictions
 from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.runlock import hold, release
 from hf_fasttrain.runlog import RunLog
 
 FOLDER = "checkpoints"
+
+
+class Publisher(Protocol):
+    """What is told of a run's results when they are whole on disk, on the main process; it raises nothing."""
+
+    @property
+    def wants_predictions(self) -> bool:
+        """Whether `finished` is to be given what the model says of the evaluation split."""
+
+    def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
+        """Take note of a checkpoint; called beside training, before it may be pruned."""
+
+    def finished(self, step: int, predictions: Predictions | None) -> None:
+        """Take note that the run is finished after so many steps, and of what its model says."""
+
+    def close(self) -> None:
+        """Let go of everything: training was stopped."""
 
 
 def hold_run(run: Path) -> bool:
@@ -63,7 +81,15 @@ class Checkpoints:
     written.
     """
 
-    def __init__(self, run: Path, processes: Processes, log: RunLog, keep: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        processes: Processes,
+        log: RunLog,
+        keep: int,
+        saved: Callable[[Path, int, int | None], None] = lambda path, step, best_step: None,
+    ) -> None:
+        self._saved = saved  # told of each checkpoint that is on disk: its folder, its step, the best step
         self.run, self.folder = run, run / FOLDER
         self.processes, self.log, self.keep = processes, log, keep
         self.failed: str | None = None  # why the newest save was not written
@@ -102,6 +128,7 @@ class Checkpoints:
             elif not self._try(snapshot) and self._made_room(best_step, snapshot.step):
                 self._try(snapshot)
             if self.failed is None:
+                self._saved(checkpoint_path(self.folder, snapshot.step), snapshot.step, best_step)
                 self._prune(self.keep, best_step, snapshot.step)
             else:
                 newest = complete_checkpoints(self.folder)

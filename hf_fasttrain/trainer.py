@@ -28,10 +28,11 @@ from hf_fasttrain.loss import Loss
 from hf_fasttrain.optim import set_lr
 from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
+from hf_fasttrain.predictions import Predictions
 from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.result import Result, Watch
 from hf_fasttrain.runlog import RunLog
-from hf_fasttrain.saving import Checkpoints, hold_run, release_run
+from hf_fasttrain.saving import Checkpoints, Publisher, hold_run, release_run
 from hf_fasttrain.schedule import Schedule, constant
 from hf_fasttrain.state import State, Stateful
 from hf_fasttrain.steps import Steps, remember_cut, remembered_cut, smaller
@@ -84,6 +85,7 @@ class Trainer:
         recipe_text: str = "",
         launched: bool = False,
         bad_images: BadImages | None = None,
+        publisher: Publisher | None = None,
         log: RunLog | None = None,
         log_every: int = 10,
         seed: int = 0,
@@ -131,19 +133,24 @@ class Trainer:
 
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.export, self.learnt, self.bad_images = export, learnt or {}, bad_images
-        self.recipe_text = recipe_text
+        self.recipe_text, self.publisher = recipe_text, publisher
+        if self.evaluator is not None:
+            self.evaluator.collects = publisher is not None and publisher.wants_predictions
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
         self.signals = StopSignals(self.log.hurry, launched=launched)
         self.requests = Requests(self.processes, self.signals, minutes)
         self.checkpoints: Checkpoints | None = None
         if self.output_dir is not None:
-            self.checkpoints = Checkpoints(self.output_dir, self.processes, self.log, keep_checkpoints)
+            self.checkpoints = Checkpoints(
+                self.output_dir, self.processes, self.log, keep_checkpoints, saved=self._tell_publisher
+            )
         scaler = self.accelerator.scaler
         self.stateful = Stateful(self.accelerator, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
-        self._saved_at = -1
+        self._saved_at = self._collected_at = -1
+        self._predictions: Predictions | None = None
 
     @classmethod
     def from_recipe(
@@ -170,6 +177,7 @@ class Trainer:
                 loss = self._make(step)
                 self.pace.add(loss, step.num_images, self.update.grad_norm, skipped=self.update.skipped)
                 self.state.step += 1
+                self.log.at_step(self.state.step)
                 asked = self.requests.at_step(self.state.step)
                 stop = asked.stop
                 if self._due(self.log_every, self.evaluate_every, self.checkpoint_every) or asked:
@@ -180,7 +188,9 @@ class Trainer:
                     self.save()
                 if stop or self.has_stopped_early:
                     break
-            return self._finish(stop)
+            result = self._finish(stop)
+        self._publish()
+        return result
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -190,8 +200,13 @@ class Trainer:
         self._steps = Steps(self.train_loader, self.state.step, self.num_steps)
         self._set_train_mode()
         try:
-            with self.signals, self.log.progress(self.num_steps, self.state.step), self.pace.running():
+            bars = self.log.progress(self.num_steps, self.state.step, self.train_loader.steps_per_epoch)
+            with self.signals, bars, self.pace.running():
                 yield
+        except BaseException:
+            if self.publisher is not None:
+                self.publisher.close()
+            raise
         finally:
             for loader in (self._steps, self.eval_loader, self.test_loader):
                 if hasattr(loader, "close"):
@@ -315,6 +330,7 @@ class Trainer:
         if not metrics:
             return self.requests.now()
         self.state.metrics, self.state.evaluated_at = metrics, self.state.step
+        self._collected_at = self.state.step
         self._saved_at = -1  # a checkpoint of this step would not know it
         if self.early_stopping and self._improves(self.early_stopping, self.state.watched):
             self.state.watched = self._record(self.early_stopping)
@@ -326,7 +342,8 @@ class Trainer:
     def _evaluate_and_log(self, loader: Iterable[Any]) -> dict[str, float]:
         assert self.evaluator is not None
         began, most = time.perf_counter(), self.evaluator.most
-        metrics = self.evaluate(loader)
+        with self.log.doing(f"evaluating: {getattr(loader, 'name', 'evaluation split')}"):
+            metrics = self.evaluate(loader)
         if self.evaluator.most != most:
             self.log.note(f"out of memory while evaluating: batches of {self.evaluator.most} images from now on")
         if metrics:
@@ -453,6 +470,7 @@ class Trainer:
             raise self._not_finite()
         eta = (self.num_steps - self.state.step) * values["seconds_per_step"]
         line = {**values, "epoch": self._epoch, "lr": self.state.lr, "eta_seconds": eta}
+        line["peak_memory_bytes"] = peak_memory_bytes(self.device)
         self.log.train_line(self.state.step, self.num_steps, line)
 
     def _not_finite(self) -> RunError:
@@ -477,6 +495,7 @@ class Trainer:
             self._saved_at = -1
             self.save()  # once more: what filled the disk may be gone
         stop = stop or self.requests.now()
+        self._predictions = None if stop else self._ask_model()
         test = None
         if self.test_loader is not None and not stop:
             test = self._evaluate_and_log(self.test_loader)
@@ -493,6 +512,25 @@ class Trainer:
         result = self._result(test)
         self.accelerator.wait_for_everyone()
         return result
+
+    def _ask_model(self) -> Predictions | None:
+        """Return what the model says of each image of the evaluation split, if anybody wants it."""
+        if self.evaluator is None or not self.evaluator.collects or self.eval_loader is None:
+            return None
+        if self._collected_at != self.state.step:  # evaluated before the run was stopped
+            self.evaluate()
+        self.evaluator.collects = False
+        split = getattr(self.eval_loader, "name", "evaluation split")
+        return self.evaluator.predictions(self.state.step, split, getattr(self.eval_loader, "rows", None))
+
+    def _tell_publisher(self, path: Path, step: int, best_step: int | None) -> None:
+        if self.publisher is not None:
+            self.publisher.saved(path, step, best=step == best_step)
+
+    def _publish(self) -> None:
+        """Hand the finished run to whoever makes something for others of it."""
+        if self.publisher is not None and self.accelerator.is_main_process:
+            self.publisher.finished(self.state.step, self._predictions)
 
     def _leave(self, stop: int) -> None:
         """Wait until the state is on disk and raise Stopped."""

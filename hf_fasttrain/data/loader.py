@@ -129,6 +129,7 @@ class EvalLoader:
         share = process_share(num_images, num_processes, process_index)
         pieces = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
         keys = [MicroBatchKey(0, np.arange(piece.start, piece.stop)) for piece in pieces]
+        self.rows = share  # which images of the split this process has, in their order
         self.num_images, self.normalize, self.feed = num_images, normalize, feed
         self._batches = feed.open(keys, batch_size, persistent=True)
 

@@ -1,0 +1,190 @@
+"""What a recipe's run hands to `publish`: its pictures and predictions for the report, its checkpoints for the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_fasttrain.data.batch import Mixing, Normalize
+from hf_fasttrain.data.feed import Feed, ImageBatches
+from hf_fasttrain.data.images import Images
+from hf_fasttrain.data.loader import TrainLoader
+from hf_fasttrain.data.order import Order
+from hf_fasttrain.data.prepare import Preparation
+from hf_fasttrain.data.source import Source, Split
+from hf_fasttrain.duration import Duration
+from hf_fasttrain.errors import UserError
+from hf_fasttrain.files import reason
+from hf_fasttrain.gallery import Gallery, Picture
+from hf_fasttrain.loading import eval_transform, train_preparation, train_transform
+from hf_fasttrain.model import Preprocessing
+from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
+from hf_fasttrain.publish.pushing import HubWish, Pusher
+from hf_fasttrain.recipe import HubSection, Recipe
+from hf_fasttrain.runlog import RunLog
+
+NUM_TRAINING, NUM_MISTAKES = 16, 24  # pictures in a report
+LEAST_SHARE = 0.01  # of a class in a target, to be named
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Writes the report and pushes to the Hub, each if asked for. What fails is said, and harms nothing."""
+
+    run: Path
+    log: RunLog
+    show: Callable[[Predictions | None], None] | None  # writes predictions, pictures and report
+    pusher: Pusher | None
+
+    @property
+    def wants_predictions(self) -> bool:
+        """Whether there will be a report."""
+        return self.show is not None
+
+    def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
+        """Push a checkpoint, if its turn has come."""
+        if self.pusher is not None:
+            self.pusher.saved(checkpoint, step, best=best)
+
+    def finished(self, step: int, predictions: Predictions | None) -> None:
+        """Write the report, then push the run."""
+        if self.show is not None:
+            try:
+                self.show(predictions)
+            except Exception as error:  # noqa: BLE001 - others' drawing code; the run itself has ended well
+                self.log.say(f"note: no report: {reason(error)}; `hf-fasttrain report {self.run}` writes it later")
+        if self.pusher is not None:
+            self.pusher.finished(step)
+
+    def close(self) -> None:
+        """End uploads that are under way."""
+        if self.pusher is not None:
+            self.pusher.close()
+
+
+def hub_wish(hub: HubSection, steps_per_epoch: int) -> HubWish:
+    """Return a recipe's wish with its duration in steps and its waiting in seconds."""
+    every = hub.every.to_steps(steps_per_epoch) if isinstance(hub.every, Duration) else hub.every
+    return HubWish(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count)
+
+
+# --- the report's pictures -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Makes the pictures of a run: training images as the model saw them, and its worst mistakes."""
+
+    recipe: Recipe
+    source: Source
+    order: Order
+    pre: Preprocessing
+
+    def write(self, run: Path, predictions: Predictions | None) -> None:
+        """Write predictions and gallery into the run folder. Raises OSError."""
+        pixels: dict[str, np.ndarray] = {}
+        step, training = self.training(pixels)
+        if predictions is not None:
+            predictions.save(run / PREDICTIONS_FILE)
+        mistakes = self.mistakes(predictions, pixels) if predictions is not None else []
+        gallery = Gallery(
+            self.source.class_names,
+            training,
+            step,
+            mistakes,
+            predictions.step if predictions else 0,
+            predictions.split if predictions else "",
+        )
+        gallery.save(run, pixels)
+
+    def training(self, pixels: dict[str, np.ndarray]) -> tuple[int, list[Picture]]:
+        """Return a step, counted from 1, and its first images as they went into the model: cropped, mixed, erased.
+
+        It is the first step of the last epoch. Their pixels are put into `pixels` by file name.
+        """
+        order = replace(self.order, num_processes=1, process_index=0, micro_batch_size=NUM_TRAINING)
+        num_steps = self.recipe.train.duration.to_steps(order.steps_per_epoch)
+        index = (num_steps - 1) // order.steps_per_epoch * order.steps_per_epoch
+        step = next(self._loader(order).steps(index, index + 1))
+        images, targets = next(step.micro_batches)
+        names = [self._name(self.source.train, int(row)) for row in order.plan(index).micro_batches[0].indices]
+        pictures = []
+        for number, (image, target, name) in enumerate(zip(self._pixels(images), targets, names, strict=False)):
+            pixels[f"training_{number:02d}.jpg"] = image
+            pictures.append(Picture(f"training_{number:02d}.jpg", name, self._shares(target)))
+        return index + 1, pictures[:NUM_TRAINING]
+
+    def _loader(self, order: Order) -> TrainLoader:
+        """Return the training images in this process, without cache or workers; the same pixels as in training."""
+        augment = self.recipe.augment
+        transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
+        images = Images(self.source.train, train_preparation(self.recipe, self.pre))
+        cpu = torch.device("cpu")
+        feed = Feed(ImageBatches(images, transform), cpu, workers=0, pin_memory=False, report=lambda *_: None)
+        normalize = Normalize(self.pre.mean, self.pre.std, cpu, channels_last=False)
+        mixing = None
+        if augment.mixup or augment.cutmix:
+            mixing = Mixing(augment.mixup, augment.cutmix, len(self.source.class_names), self.recipe.seed)
+        return TrainLoader(feed, order, normalize, mixing, transform.size_at)
+
+    def _pixels(self, images: Tensor) -> np.ndarray:
+        """Return normalised images (B, 3, H, W) as pixels (B, H, W, 3) uint8."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.pre.mean, self.pre.std))
+        levels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).numpy()
+
+    def _shares(self, target: Tensor) -> dict[str, float]:
+        names = self.source.class_names
+        if target.ndim == 0:
+            return {names[int(target)]: 1.0}
+        return {
+            names[i]: round(float(target[i]), 4) for i in target.argsort(descending=True) if target[i] > LEAST_SHARE
+        }
+
+    def mistakes(self, predictions: Predictions, pixels: dict[str, np.ndarray]) -> list[Picture]:
+        """Return the wrongly predicted images with the highest losses, as the model saw them."""
+        split, pictures = self.source.evaluation, []
+        preparation = Preparation(center=eval_transform(self.pre))
+        for number, place in enumerate(predictions.worst(NUM_MISTAKES)):
+            row = int(predictions.rows[place])
+            if row < 0:
+                continue
+            file = f"mistake_{number:02d}.jpg"
+            images = Images(split, preparation)
+            used = np.array([row])
+            for _, image in images.pixels(np.array([row]), used, []):
+                pixels[file] = image
+            confidence = float(predictions.confidence[place])
+            truth, predicted = (self._named(tensor[place]) for tensor in (predictions.labels, predictions.predicted))
+            scores: dict[str, float | None] = dict.fromkeys(
+                predicted, None if predictions.is_multi_label else confidence
+            )
+            loss = float(predictions.losses[place])
+            pictures.append(Picture(file, self._name(split, row), dict.fromkeys(truth, 1.0), scores, loss))
+        return pictures
+
+    def _named(self, answer: Tensor) -> list[str]:
+        names = self.source.class_names
+        return [names[int(answer)]] if answer.ndim == 0 else [names[int(i)] for i in answer.nonzero().flatten()]
+
+    @staticmethod
+    def _name(split: Split, index: int) -> str:
+        path: Any = split.records([index])[0]["path"]
+        return "/".join(Path(path).parts[-2:]) if path else f"row {index}"
+
+
+def write_pictures_and_report(pictures: Pictures, run: Path, log: RunLog, predictions: Predictions | None) -> None:
+    """Write what the report shows, then the report."""
+    from hf_fasttrain.publish.report import write_report
+
+    try:
+        pictures.write(run, predictions)
+    except UserError as error:  # images that can't be read any more: the rest of the report is worth having
+        log.say(f"note: the report has no pictures: {error}")
+    write_report([run])

@@ -1,0 +1,115 @@
+"use strict";
+// A confusion matrix of up to 1,000 classes: what can be told apart is drawn. From afar a cell stands for a block of
+// classes and shows the strongest of them; near enough each has its own, then its name, then its count.
+
+const MOST_CELLS = 250; // in a row of the picture
+const MOST_NAMES = 40; // beside it
+const logLike = (share) => Math.log1p(99 * share) / Math.log(100); // 1% at 0.15, 10% at 0.5
+
+function readMatrix(meta) {
+  const size = meta.names.length;
+  const counts = Uint32Array.from(atob(meta.counts), (letter) => letter.charCodeAt(0));
+  for (const [place, count] of Object.entries(meta.large)) counts[place] = count;
+  const sums = new Float64Array(size);
+  for (let row = 0; row < size; row++) for (let column = 0; column < size; column++) sums[row] += counts[row * size + column];
+  const own = Array.from({ length: size }, (_, place) => place);
+  return { size, counts, sums, names: meta.names, orders: { own, together: meta.order || own }, annotated: meta.annotated };
+}
+
+function visible(range, size) {
+  const low = Math.max(0, Math.ceil(Math.min(...range) - 0.5 + 1e-6));
+  const high = Math.min(size - 1, Math.floor(Math.max(...range) + 0.5 - 1e-6));
+  return [low, Math.max(low, high)];
+}
+
+const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const shortened = (text, most) => escaped(text.length > most ? text.slice(0, most - 1) + "\u2026" : text);
+
+// The strongest cell of a block, as [row, column], or null where there is none.
+function strongest(matrix, order, top, left, block) {
+  let best = null, most = 0;
+  for (let y = top; y < Math.min(top + block, matrix.size); y++) {
+    for (let x = left; x < Math.min(left + block, matrix.size); x++) {
+      const share = matrix.counts[order[y] * matrix.size + order[x]] / (matrix.sums[order[y]] || 1);
+      if (share > most) { most = share; best = [y, x]; }
+    }
+  }
+  return best;
+}
+
+function tell(matrix, truth, said) {
+  const count = matrix.counts[truth * matrix.size + said], sum = matrix.sums[truth];
+  return `truth <b>${shortened(matrix.names[truth], 60)}</b><br>predicted <b>${shortened(matrix.names[said], 60)}</b>` +
+    `<br>${count.toLocaleString("en")} of ${sum.toLocaleString("en")} images (${(100 * count / (sum || 1)).toFixed(1)}%)`;
+}
+
+function matrixTrace(matrix, order, xs, ys, narrow) {
+  const block = Math.max(1, Math.ceil(Math.max(xs[1] - xs[0], ys[1] - ys[0], 1) / MOST_CELLS));
+  const starts = ([low, high]) => {
+    const places = [];
+    for (let place = low - (low % block); place <= high; place += block) places.push(place);
+    return places;
+  };
+  const columns = starts(xs), rows = starts(ys), z = [], text = [], hovertext = [];
+  for (const top of rows) {
+    const values = [], counts = [], told = [];
+    for (const left of columns) {
+      const best = strongest(matrix, order, top, left, block);
+      if (!best) {
+        values.push(null);
+        counts.push("");
+        told.push(block > 1 ? "" : tell(matrix, order[top], order[left]));
+        continue;
+      }
+      const truth = order[best[0]], said = order[best[1]], count = matrix.counts[truth * matrix.size + said];
+      const shade = logLike(count / matrix.sums[truth]);
+      values.push(truth === said ? shade : -shade);
+      counts.push(count.toLocaleString("en"));
+      told.push((block > 1 ? `strongest of ${block} \u00d7 ${block} cells:<br>` : "") + tell(matrix, truth, said));
+    }
+    z.push(values); text.push(counts); hovertext.push(told);
+  }
+  const shift = (block - 1) / 2, few = Math.max(columns.length, rows.length) <= matrix.annotated && block === 1;
+  return {
+    type: "heatmap", z, text, hovertext, x0: columns[0] + shift, dx: block, y0: rows[0] + shift, dy: block,
+    zmin: -1, zmax: 1, colorscale: "theme:rightAndWrong", hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: block === 1,
+    xgap: few ? 1 : 0, ygap: few ? 1 : 0, ...(few ? { texttemplate: "%{text}" } : {}),
+    colorbar: {
+      orientation: "h", y: -0.02, yanchor: "top", thickness: 10, len: 0.7, outlinewidth: 0,
+      ...scaleMarks(narrow), tickangle: 0, title: { text: narrow ? "wrong \u2190 \u2192 right" : "wrong \u2190 share of the class's images \u2192 right", side: "bottom" },
+    },
+  };
+}
+
+function scaleMarks(narrow) {
+  const marks = narrow ? [0.1, 1] : [0.01, 0.1, 0.3, 1], told = marks.map((mark) => `${100 * mark}%`);
+  return {
+    tickvals: [...marks.map((mark) => -logLike(mark)).reverse(), 0, ...marks.map(logLike)],
+    ticktext: [...told.slice().reverse(), "0", ...told],
+  };
+}
+
+function matrixAxis(matrix, order, [low, high]) {
+  const every = Math.max(1, Math.ceil((high - low + 1) / MOST_NAMES)), places = [];
+  if (every > 1) return { showticklabels: false, tickvals: [], ticktext: [] };
+  for (let place = low; place <= high; place++) places.push(place);
+  return { showticklabels: true, tickvals: places, ticktext: places.map((place) => shortened(matrix.names[order[place]], 20)) };
+}
+
+// The figure of what lies in `ranges`; all of it if null.
+function matrixFigure(matrix, orderName, ranges, width) {
+  const order = matrix.orders[orderName], whole = [-0.5, matrix.size - 0.5];
+  const [rx, ry] = ranges || [whole, [whole[1], whole[0]]];
+  const xs = visible(rx, matrix.size), ys = visible(ry, matrix.size);
+  const narrow = width < 480, longest = Math.min(20, Math.max(...matrix.names.map((name) => name.length)));
+  const turned = 7 * longest > (0.7 * width) / (xs[1] - xs[0] + 1);
+  const axis = { showgrid: false, zeroline: false, ticks: "", automargin: true, showline: true, mirror: true };
+  return {
+    data: [matrixTrace(matrix, order, xs, ys, narrow)],
+    layout: {
+      xaxis: { ...axis, ...matrixAxis(matrix, order, xs), range: rx, side: "top", title: { text: narrow ? "" : "predicted", standoff: 8 }, tickangle: turned ? -45 : 0 },
+      yaxis: { ...axis, ...matrixAxis(matrix, order, ys), range: ry, title: { text: "truth", standoff: 8 } },
+      hovermode: "closest", margin: { t: 40, r: 10, b: 70, l: 40 },
+    },
+  };
+}
