@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 from hf_fasttrain.errors import without_secrets
 from hf_fasttrain.files import append_line, attempt, read_lines, reason, write_whole
@@ -18,6 +19,59 @@ from hf_fasttrain.files import append_line, attempt, read_lines, reason, write_w
 METRICS_FILE = "metrics.jsonl"
 PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> first part of its figures' names in trackers
 Track = Callable[[dict[str, float], int], None]
+
+
+class _Display(Progress):
+    """Two bars, over the epoch and over the run, and a line of figures below them."""
+
+    facts = "starting"
+
+    def __init__(self, console: Console, num_steps: int, done: int, steps_per_epoch: int) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}", justify="right"),
+            console=console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self.num_steps, self.steps_per_epoch, self._moved = num_steps, steps_per_epoch, 0.0
+        self._epochs = -(-num_steps // steps_per_epoch)
+        self._seconds_per_step: float | None = None
+        self._epoch, self._run = self.add_task("epoch", left=""), self.add_task("run", total=num_steps, left="")
+        self.move(done, always=True)
+
+    def get_renderables(self) -> Iterator[Any]:
+        """Give the bars, then the figures."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.facts, overflow="ellipsis", no_wrap=True)
+
+    def move(self, step: int, *, always: bool = False) -> None:
+        """Show that `step` steps are made; ten times a second at most."""
+        now = time.monotonic()
+        if not always and now - self._moved < 0.1:
+            return
+        self._moved = now
+        epoch = min(step // self.steps_per_epoch, self._epochs - 1)
+        first = epoch * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.num_steps - first)  # the last one may be cut short
+        described = f"epoch {epoch + 1}/{self._epochs}"
+        self.update(
+            self._epoch,
+            description=described,
+            completed=step - first,
+            total=steps,
+            left=self._left(first + steps - step),
+        )
+        self.update(self._run, completed=step, left=self._left(self.num_steps - step))
+
+    def pace(self, seconds_per_step: float, facts: str) -> None:
+        """Show figures, and reckon what is left by this pace."""
+        self._seconds_per_step, self.facts = seconds_per_step, facts
+
+    def _left(self, steps: int) -> str:
+        return "" if self._seconds_per_step is None else f"{_clock(steps * self._seconds_per_step)} left"
 
 
 class _Console(Console):
@@ -47,8 +101,7 @@ class RunLog:
         self.notes: list[str] = []
         self.lost: list[str] = []  # results that are not on disk, each with the reason
         self.expected: tuple[str, ...] = ()  # files that the run folder must have in the end
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._display: _Display | None = None
         self._said = 0.0
 
     def note(self, text: str) -> None:
@@ -77,37 +130,54 @@ class RunLog:
         self.say(f"{cause}: finishing the step, then saving{again}")
 
     @contextmanager
-    def progress(self, num_steps: int, done: int) -> Iterator[None]:
-        """Show a bar over the steps while training, on a terminal; lines otherwise."""
+    def progress(self, num_steps: int, done: int, steps_per_epoch: int) -> Iterator[None]:
+        """Show bars over epoch and run while training, on a terminal; lines otherwise."""
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[facts]}"))
-        self._progress = Progress(*columns, console=self.console, refresh_per_second=4, expand=True)
-        self._task = self._progress.add_task("starting", total=num_steps, completed=done, facts="")
-        self._progress.start()
+        self._display = _Display(self.console, num_steps, done, steps_per_epoch)
+        self._display.start()
         try:
             yield
         finally:
             with suppress(OSError):  # the terminal may be gone
-                self._progress.stop()
-            self._progress = self._task = None
+                self._display.stop()
+            self._display = None
+
+    def at_step(self, step: int) -> None:
+        """Move the bars after a step; nothing is read from the device."""
+        if self._display is not None:
+            with suppress(OSError):
+                self._display.move(step)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Say below the bars what is done instead of training."""
+        if self._display is None:
+            yield
+            return
+        before, self._display.facts = self._display.facts, what
+        try:
+            yield
+        finally:
+            self._display.facts = before
 
     def train_line(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
-        """Record the training's state: loss, lr, images/s, share of time spent waiting for data."""
+        """Record the training's state: loss, lr, images/s, share of time spent waiting for data, memory."""
         self._write({"kind": "train", "step": step, **values})
         if self.console.quiet:
             return
         pace = f"{values['images_per_second']:,.0f} images/s  waiting {values['data_wait_fraction']:.0%}"
-        facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {pace}  ETA {_clock(values['eta_seconds'])}"
-        if self._progress is not None and self._task is not None:
-            done = f"epoch {values['epoch']:.1f}  {step}/{num_steps}"
-            short = f"loss {values['loss']:.3f}  {pace}  ETA {_clock(values['eta_seconds'])}"
+        memory = f"{values['peak_memory_bytes'] / 2**30:.1f} GiB"
+        facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {pace}  {memory}"
+        if self._display is not None:
+            self._display.pace(values["seconds_per_step"], facts)
             with suppress(OSError):
-                self._progress.update(self._task, completed=step, facts=short, description=done)
+                self._display.move(step, always=True)
         elif time.monotonic() - self._said >= 10 or step == num_steps:
             self._said = time.monotonic()
-            self.say(f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}")
+            left = _clock(values["eta_seconds"])
+            self.say(f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}  {left} left")
 
     def eval_line(
         self, step: int, epoch: float, split: str, values: Mapping[str, float], seconds: float, train_seconds: float
