@@ -31,6 +31,7 @@ from hf_fasttrain.model import (
     use_gradient_checkpointing,
 )
 from hf_fasttrain.processes import on_main
+from hf_fasttrain.publish.hub import require_login
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe
 from hf_fasttrain.runfolder import describe_run, open_run_folder, saved_state, tuned_in_run
@@ -49,6 +50,8 @@ def build_trainer(
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = Path(launch.output_dir(asked))
+    if asked.hub is not None:
+        require_login(asked.hub.repo)  # before anything is trained that could not be pushed
     parts = build_parts(asked, dataset=dataset, tuned=tuned_in_run(folder) if resume else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     trainer = assemble(parts, folder, trainer_class, saved=saved_state(folder) if resume else None)

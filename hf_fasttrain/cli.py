@@ -42,9 +42,10 @@ cache_app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, the name of a shipped recipe, or hf://OWNER/NAME.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.batch_size=64")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+PushedRunArgument = Annotated[str, typer.Argument(help="A run folder, or hf://OWNER/NAME.")]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,11 +74,12 @@ def _with_verb(arguments: list[str]) -> list[str]:
     if not arguments or arguments[0] in verbs or arguments[0] in ("--help", "-h"):
         return ["--help"] if arguments[:1] == ["-h"] else arguments
     first = next((argument for argument in arguments if not argument.startswith("-")), "")
-    if first and not first.endswith((".yaml", ".yml")) and not Path(first).exists() and first not in shipped_recipes():
+    known = first.endswith((".yaml", ".yml")) or first.startswith("hf://") or first in shipped_recipes()
+    if first and not known and not Path(first).exists():
         hint = nearest(first, [*verbs, *shipped_recipes()])
         raise UserError(
             f"'{first}' is no recipe and no command.{hint} Commands: {', '.join(sorted(verbs))}; "
-            f"recipes: a .yaml file, or one of {', '.join(shipped_recipes())}"
+            f"recipes: a .yaml file, hf://OWNER/NAME, or one of {', '.join(shipped_recipes())}"
         )
     return ["train", *arguments]
 
@@ -129,16 +131,20 @@ def _end_trackers(trainer: Trainer) -> None:
 def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    page = folder / "report.html"
+    report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
     say(
         f"done: {result.steps:,} steps, {result.images:,} images in {result.train_seconds:.1f} s "
         f"({result.images_per_second:,.0f} images/s, {result.data_wait_fraction:.0%} waiting for data)\n"
         f"      {score}\n"
         f"  {folder}/model          the classifier\n"
         f"  {folder}/result.json    figures; metrics.jsonl: their course; resolved.yaml: every setting\n"
+        f"{report}"
         f"  {folder}/checkpoints    to go on from: the same command with --resume and a longer train.duration\n"
         f"try next:\n"
         f"  hf-fasttrain predict {folder} IMAGE...\n"
         f"  hf-fasttrain evaluate {folder}\n"
+        f"  hf-fasttrain export {folder} --onnx\n"
         f"  hf-fasttrain train {recipe.source.name} data.dataset=FOLDER output_dir=runs/mine"
     )
 
@@ -202,7 +208,7 @@ def _say_on_stderr(text: str) -> None:
 
 @app.command()
 def evaluate(
-    run: RunArgument,
+    run: PushedRunArgument,
     overrides: Overrides = None,
     split: Annotated[str | None, typer.Option(help="A split of the data set; by default the evaluation split.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -227,7 +233,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: RunArgument,
+    run: PushedRunArgument,
     images: Annotated[list[str], typer.Argument(help="Image files and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -253,13 +259,53 @@ def predict(
 @app.command()
 def push(
     run: RunArgument,
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    repo: Annotated[str | None, typer.Argument(help="OWNER/NAME on the Hub; by default the recipe's hub.repo.")] = None,
+    private: Annotated[bool | None, typer.Option("--private", help="Make a new repository private.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the model, for its card: apache-2.0, mit, ...")] = None,
+    weights: Annotated[str, typer.Option(help="last, or best: those of the best evaluation.")] = "last",
 ) -> None:
-    """Upload a finished run's model to a Hub repository."""
-    from hf_fasttrain.publish.hub import push_run
+    """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
+    from hf_fasttrain.publish.hub import asked_hub, push_run
 
-    print(push_run(run, repo, private=private))
+    asked = asked_hub(run)
+    name = repo or asked.get("repo")
+    if not name:
+        raise UserError(f"{run}: its recipe has no hub.repo; say where to: hf-fasttrain push {run} OWNER/NAME")
+    if name == asked.get("repo"):
+        private = asked.get("private") if private is None else private
+        license = license or asked.get("license")
+    print(push_run(run, name, private=private, license=license, weights=weights, tell=_say_on_stderr))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; by default the run's own model folder.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, checked in onnxruntime.")] = False,
+    weights: Annotated[str, typer.Option(help="last, best, or step_N of a checkpoint that is kept.")] = "last",
+) -> None:
+    """Write a finished run's model for other tools: timm, transformers, onnxruntime."""
+    from hf_fasttrain.publish.export import export_run
+
+    exported = export_run(run, output, onnx=onnx, weights=weights)
+    print(f"{exported.folder}: opened by {', '.join(exported.forms)}")
+    for note in exported.notes:
+        print(f"note: {note}")
+    if exported.onnx_difference is not None:
+        print(f"model.onnx: logits differ by at most {exported.onnx_difference:.1e} in onnxruntime")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are laid over each other.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; by default RUN/report.html, for several report.html.")
+    ] = None,
+) -> None:
+    """Write a page about one run or several that opens offline: curves, classes, mistakes, settings."""
+    from hf_fasttrain.publish.report import write_report
+
+    print(write_report(runs, output))
 
 
 TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Techniques, by their names.")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.errors import SECRET
 from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.result import metric_name
+from hf_fasttrain.remote import is_repo_name
+from hf_fasttrain.result import BUILT_IN_METRICS, metric_name
 
 Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
 
@@ -130,9 +132,21 @@ def _secrets(recipe: Recipe) -> Iterator[Mistake]:
             yield section, "holds a Hub token; take it out and log in by `hf auth login` or the variable HF_TOKEN"
 
 
+def _hub(recipe: Recipe) -> Iterator[Mistake]:
+    hub = recipe.hub
+    if hub is None:
+        return
+    if not is_repo_name(hub.repo):
+        yield "hub.repo", f"is '{hub.repo}'; write OWNER/NAME in letters, digits, '-', '_' and '.', such as me/flowers"
+    if isinstance(hub.every, Duration) and hub.every.count == 0:
+        yield "hub.every", "is 0; give at least 1 step"
+    if hub.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", hub.license):
+        yield "hub.license", f"is '{hub.license}'; write it as the Hub does, such as apache-2.0, mit or other"
+
+
 def _metrics(recipe: Recipe) -> Iterator[Mistake]:
     asked = recipe.evaluate.metrics
-    known = ["loss", "accuracy", "top5_accuracy", "f1_macro"] if asked == "auto" else ["loss", *asked]
+    known = list(BUILT_IN_METRICS) if asked == "auto" else ["loss", *asked]
     known = [metric_name(metric) for metric in known]
     watched = {"checkpoint.best.metric": recipe.checkpoint.best.metric}
     if recipe.early_stopping:
@@ -143,6 +157,12 @@ def _metrics(recipe: Recipe) -> Iterator[Mistake]:
                 key,
                 f"is '{metric}', which evaluate.metrics does not measure; choose one of {', '.join(known)}",
             )
+
+
+def _pushed_more_rarely(recipe: Recipe) -> Iterator[str]:
+    saved, pushed = recipe.checkpoint.every, recipe.hub.every if recipe.hub else None
+    if isinstance(pushed, Duration) and pushed.unit == saved.unit and pushed.count < saved.count:
+        yield f"hub.every={pushed}: what is pushed are checkpoints, and those come only every {saved}"
 
 
 def without_effect(recipe: Recipe) -> list[str]:
@@ -165,7 +185,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
     own = {"augment.erase_fill": "augment.erase=0.0"}
-    return [
+    return [*_pushed_more_rarely(recipe)] + [
         f"{key} has no effect with {own.get(key) or rivals[key.split('.')[0]]}"
         for key, matters in used.items()
         if not matters and key in given
@@ -180,5 +200,6 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (
     _optimizer,
     _schedule,
     _metrics,
+    _hub,
     _secrets,
 )

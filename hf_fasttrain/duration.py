@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?)\s*$"
 CLOCK_PATTERN = PATTERN.replace("steps?", "steps?|minutes?")
+MINUTES_PATTERN = PATTERN.replace("epochs?|steps?", "minutes?")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class Duration:
         if unit == "steps" and "." in match[1]:
             raise ValueError("steps must be a whole number, like '5000 steps'")
         return cls(float(match[1]), unit)
+
+    @classmethod
+    def parse_minutes(cls, text: object) -> Duration:
+        """Read ``10 minutes``; ValueError otherwise."""
+        found = text if isinstance(text, Duration) else None
+        if isinstance(text, str) and re.match(MINUTES_PATTERN, text):
+            found = cls.parse(text, minutes=True)
+        if found is None or found.unit != "minutes":
+            raise ValueError("must be a number of minutes, like '10 minutes'")
+        return found
 
     def to_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps, at least 1 unless the duration is 0."""

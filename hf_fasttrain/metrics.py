@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fasttrain.errors import RecipeError, nearest
-from hf_fasttrain.result import metric_name
+from hf_fasttrain.result import BUILT_IN_METRICS, metric_name
 
-SINGLE_LABEL = ("loss", "accuracy", "top5_accuracy", "f1_macro")
+SINGLE_LABEL = BUILT_IN_METRICS
 MULTI_LABEL = ("loss", "accuracy", "f1_macro")
 
 

@@ -19,7 +19,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from hf_fasttrain.duration import CLOCK_PATTERN, PATTERN, Duration
+from hf_fasttrain.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, Duration
 
 DurationField = Annotated[
     Duration,
@@ -32,6 +32,12 @@ IntervalField = Annotated[
     BeforeValidator(lambda text: Duration.parse(text, minutes=True)),
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "pattern": CLOCK_PATTERN, "examples": ["1 epoch", "500 steps", "10 minutes"]}),
+]
+ClockField = Annotated[
+    Duration,
+    BeforeValidator(lambda text: Duration.parse_minutes(text)),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": MINUTES_PATTERN, "examples": ["10 minutes"]}),
 ]
 Auto = Literal["auto"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -56,7 +62,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     name: str = learnt(..., "a timm name, timm/... on the Hub, a local folder, or transformers:<Hub name or folder>")
     pretrained: bool | str = learnt(
-        False, "true: the model's own weights from the Hub; or a local folder or .safetensors file"
+        False,
+        "true: the model's own weights from the Hub; or a local folder or .safetensors file, or hf://OWNER/NAME",
     )
     drop_path: float = learnt(0.0, "stochastic depth rate", ge=0.0, lt=1.0)
     small_image_stem: bool = learnt(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
@@ -251,8 +258,21 @@ class CheckpointSection(Section):
 
 class LogSection(Section):
     every: int = machine(10, "steps between two lines of metrics.jsonl", ge=1)
+    report: bool = machine(True, "write report.html, its pictures and predictions.safetensors at the end")
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = machine([], "fed through Accelerate")
     project: str = machine("hf_fasttrain", "project name for the trackers")
+
+
+class HubSection(Section):
+    repo: str = machine(..., "OWNER/NAME on the Hub, made if there is none")
+    every: Literal["best", "end"] | DurationField = machine(
+        "end", "best: each best evaluation's weights; end: the finished run; or how often, such as '5 epochs'"
+    )
+    private: bool | None = machine(None, "of a new repository; null: as its owner's settings say")
+    license: str | None = machine(None, "of the model, for its card: a name that the Hub knows, such as apache-2.0")
+    wait: ClockField = machine(
+        Duration(10, "minutes"), "at the end, how long an upload is waited for; it is stopped then"
+    )
 
 
 class Recipe(Section):
@@ -272,7 +292,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-    hub: None = machine(None, "not built yet; use Trainer.push_to_hub after training")
+    hub: HubSection | None = machine(None, "push while training: {repo: me/flowers, every: best}")
 
     _source: RecipeSource | None = PrivateAttr(default=None)
 

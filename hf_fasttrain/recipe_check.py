@@ -90,8 +90,6 @@ def _explain(error: ValidationError) -> list[tuple[KeyPath, str]]:
 def _sentence(key: KeyPath, texts: list[str], got: dict[KeyPath, Any]) -> str:
     if key not in got:
         return "; ".join(texts)
-    if key == ("hub",):
-        return "is not built yet: set it to null; Trainer.push_to_hub or `hf-fasttrain push` uploads a finished run"
     about = f" ({description})" if (description := _description(key)) else ""
     choices = " or ".join(dict.fromkeys(text.removeprefix("must be ") for text in texts))
     return f"is {shown(got[key])}; must be {choices}{about}"

@@ -15,20 +15,48 @@ from ruamel.yaml.nodes import MappingNode, Node
 from hf_fasttrain.errors import RecipeError, shown
 from hf_fasttrain.recipe import Recipe, RecipeSource
 from hf_fasttrain.recipe_check import KeyPath, Tree, check_tree, model_at
+from hf_fasttrain.remote import fetch_file, is_remote, parse_place
+from hf_fasttrain.result import BUILT_IN_METRICS
 from hf_fasttrain.shipped import find_recipe
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the checked recipe of a file, or of a shipped recipe's name, with `section.key=value` overrides.
+    """Return the checked recipe of a file, a shipped recipe's name or hf://OWNER/NAME, with overrides worked in.
 
-    Raises RecipeError, with every mistake of file and overrides in one message.
+    An override is `section.key=value`. Raises RecipeError, with every mistake of file and overrides in one message.
     """
+    if is_remote(str(recipe)):
+        return _load_pushed(str(recipe), overrides)
     path = find_recipe(str(recipe))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read as text: {error}") from None
     return parse_recipe(text, overrides, where=str(path), name=path.stem)
+
+
+def _load_pushed(place: str, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of a pushed run: what was trained, without where it was written and pushed to.
+
+    Somebody else wrote it: what would run code from the Hub must be asked for here.
+    """
+    where, name = f"{place}, recipe.yaml", parse_place(place)[0].split("/")[-1]
+    tree, _ = _read_yaml(fetch_file(place, "recipe.yaml").read_text(encoding="utf-8", errors="replace"), where)
+    text = to_yaml({key: value for key, value in tree.items() if key not in ("output_dir", "hub")})
+    recipe = parse_recipe(text, overrides, where=where, name=name)
+    metrics = recipe.evaluate.metrics
+    runs_code = {
+        "model.trust_remote_code": recipe.model.trust_remote_code,
+        "evaluate.metrics": metrics != "auto" and any(metric not in BUILT_IN_METRICS for metric in metrics),
+    }
+    for key, runs in runs_code.items():
+        if runs and origin_of(recipe, key) == "recipe":
+            value = flatten(recipe)[key]
+            raise RecipeError(
+                f"{where}: {key}={plain(value)} runs code from the Hub; read that code first, then say so here by the "
+                f"override {key}={plain(value)}, or override it with another value"
+            )
+    return recipe
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str, name: str) -> Recipe:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+BUILT_IN_METRICS = ("loss", "accuracy", "top5_accuracy", "f1_macro")
+
 
 @dataclass(frozen=True)
 class Watch:

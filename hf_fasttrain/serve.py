@@ -16,15 +16,37 @@ from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, is_image_file
 from hf_fasttrain.errors import DataError, RunError, shortened
 from hf_fasttrain.facts import Facts
+from hf_fasttrain.files import read_json
 from hf_fasttrain.launch import build_accelerator
 from hf_fasttrain.loading import Loaders, eval_transform
 from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.model import ModelSpec, Preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe_file import load_recipe
+from hf_fasttrain.remote import fetch_run, is_remote
 from hf_fasttrain.tunings import Tuned
 
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
+
+
+def open_run(place: str | Path) -> Path:
+    """Return the folder of a run: a local one, or hf://OWNER/NAME[@REVISION] brought here.
+
+    Raises RunError for a pushed model that runs Python code of its own.
+    """
+    if not is_remote(str(place)):
+        return Path(place).expanduser()
+    folder = fetch_run(str(place))
+    if not (folder / SPEC_FILE).is_file():
+        raise RunError(
+            f"{place}: has no model of hf_fasttrain's in it ({SPEC_FILE}); give a repository that it pushed to"
+        )
+    if read_json(folder / SPEC_FILE).get("trust_remote_code"):
+        raise RunError(
+            f"{place}: its model runs Python code that it brings along; `hf download` it to a folder, read that code, "
+            "then give the folder"
+        )
+    return folder
 
 
 def model_folder(run: Path) -> Path:
@@ -38,20 +60,26 @@ def model_folder(run: Path) -> Path:
 
 
 def evaluate_run(
-    run: Path, overrides: Sequence[str] = (), *, split: str | None = None, note: Callable[[str], None] = lambda _: None
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    split: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
     """Return the metrics of a run's model on its evaluation split, or on another split of its data set.
 
+    `run` is a folder or hf://OWNER/NAME.
     `overrides` change the run's recipe: data.dataset=FOLDER measures on other images. Their classes must be those
     that the model was trained on, in the same order. `note` is told of bad images, which others stand in for.
     """
-    folder = model_folder(run)
-    if not (run / "recipe.yaml").exists():
+    opened = open_run(run)
+    folder = model_folder(opened)
+    if not (opened / "recipe.yaml").exists():
         raise RunError(f"{run}: no recipe.yaml in it; evaluate needs a run folder")
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
             raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
-    asked = load_recipe(run / "recipe.yaml", overrides)
+    asked = load_recipe(str(run) if is_remote(str(run)) else opened / "recipe.yaml", overrides)
     facts = Facts(asked)
     recipe = resolve_machine(asked, facts, Tuned())
     accelerator = build_accelerator(recipe, facts)
@@ -79,13 +107,14 @@ def _preprocessing(spec: ModelSpec) -> Preprocessing:
     return spec.preprocessing or Preprocessing(spec.image_size)
 
 
-def predict_images(run: Path, images: Sequence[str], *, top: int = 5) -> list[dict[str, Any]]:
+def predict_images(run: str | Path, images: Sequence[str], *, top: int = 5) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
     Folders stand for all image files below them. Raises DataError for a path or image that can't be read.
     """
+    folder = model_folder(open_run(run))
     files = [file for image in images for file in _image_files(image)]
-    model, spec = load_model(model_folder(run))
+    model, spec = load_model(folder)
     pre = _preprocessing(spec)
     transform = eval_transform(pre)
     normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)

@@ -10,10 +10,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hf_fasttrain.errors import ModelError, shortened
+from hf_fasttrain.remote import fetch_file, is_remote
 
 
 def weights_file(place: str) -> Path:
-    """Return the .safetensors file of a local path: a file, a model folder, a run, a checkpoint or a folder of them."""
+    """Return the .safetensors file of a place: a file, a model folder, a run, a checkpoint or a folder of them, or hf://."""
+    if is_remote(place):
+        return fetch_file(place, "model.safetensors")
     path = Path(place).expanduser()
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
@@ -22,7 +25,9 @@ def weights_file(place: str) -> Path:
             raise ModelError(f"model.pretrained: no model.safetensors in folder {place}")
         return found[0]
     if not path.exists():
-        raise ModelError(f"model.pretrained: no file or folder {place}; allowed are true, false and local weights")
+        raise ModelError(
+            f"model.pretrained: no file or folder {place}; allowed are true, false, local weights and hf://OWNER/NAME"
+        )
     if path.suffix != ".safetensors":
         raise ModelError(f"model.pretrained: {place} is not a .safetensors file, the one form that is safe to load")
     return path

@@ -52,7 +52,16 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     "dangerous YAML": ("seed: !!python/object/apply:os.system [ls]\n", [], "not valid YAML"),
     "override without =": (RECIPE, ["train.batch_size"], "override 'train.batch_size': must look like"),
     "override that is no YAML": (RECIPE, ["model.args={a"], r"override 'model.args=\{a': the value is not valid YAML"),
-    "not built: hub": (RECIPE, ["hub={repo: me/x}"], "hub is not built yet"),
+    "hub without repo": (RECIPE, ["hub={every: best}"], "hub.repo is missing; it is OWNER/NAME on the Hub"),
+    "hub's repo": (RECIPE, ["hub.repo=me/my flowers"], "hub.repo is 'me/my flowers'; write OWNER/NAME in letters"),
+    "hub's rhythm": (RECIPE, ["hub={repo: me/x, every: now and then}"], "hub.every is 'now and then'; must be 'best'"),
+    "hub's rhythm of 0": (RECIPE, ["hub={repo: me/x, every: 0 epochs}"], "hub.every is 0; give at least 1 step"),
+    "hub's licence": (
+        RECIPE,
+        ["hub={repo: me/x, license: My Own}"],
+        "hub.license is 'My Own'; write it as the Hub does",
+    ),
+    "hub's patience": (RECIPE, ["hub={repo: me/x, wait: 2 epochs}"], "hub.wait is '2 epochs'; must be a number of min"),
     "not built: fp8": (RECIPE, ["accelerate.mixed_precision=fp8"], "must be 'no', 'fp16', 'bf16' or 'auto'"),
     "said twice": (
         RECIPE,
@@ -370,7 +379,7 @@ def test_launch_configurations_that_are_not_built(
         (["evaluate", "nowhere"], "nowhere: no such folder"),
         (["x" * 3000 + ".yaml"], "is no recipe file's name"),
         (["recipes", "copy", "vit", "/nowhere/x.yaml"], "/nowhere/x.yaml: can't be written"),
-        (["predict", "nowhere", "x.jpg"], "x.jpg: no such file or folder"),
+        (["predict", "nowhere", "x.jpg"], "nowhere: no such folder; give a run folder"),
         (["recipes", "copy", "vitt"], "no shipped recipe 'vitt'.* Did you mean 'vit'"),
     ],
 )

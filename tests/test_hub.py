@@ -8,21 +8,24 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_child
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
+from PIL import Image
 from ruamel.yaml import YAML
 
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.model import ModelSpec, Preprocessing, build_model
-from hf_fasttrain.model_folder import load_model, save_model
+from hf_fasttrain.model_folder import save_model
 from hf_fasttrain.publish.card import is_hub_name
+from hf_fasttrain.publish.export import export_run
 from hf_fasttrain.publish.hub import push_run
 from hf_fasttrain.publish.local_paths import Scrubber, is_local_path
+from hf_fasttrain.serve import predict_images
 
 CLASS_NAMES = ["/a/airfield", "/b/ballroom", "rose"]  # names of classes that look like paths stay what they are
 METRICS = {"loss": 0.5, "accuracy": 0.8125, "top5_accuracy": 1.0, "f1_macro": 0.7931}
@@ -87,23 +90,6 @@ def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """Run a Hub that this process's client talks to, logged in."""
-    with running_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield hub
-
-
 # --- what arrives ------------------------------------------------------------------------------------------
 
 
@@ -113,8 +99,8 @@ def test_bytes_arrive_as_they_went_in_one_commit(hub: Hub, run: Path) -> None:
     repo = hub.repos["me/flowers"]
     assert len(repo.commits) == 1
     assert set(repo.files) == {
-        "README.md", "config.json", "hf_fasttrain.json", "metrics.jsonl", "model.safetensors", "recipe.yaml",
-        "result.json",
+        "README.md", "config.json", "curves.png", "hf_fasttrain.json", "metrics.jsonl", "model.safetensors",
+        "recipe.yaml", "result.json",
     }  # fmt: skip
     for name in ("model.safetensors", "config.json", "hf_fasttrain.json"):
         assert repo.files[name] == (run / "model" / name).read_bytes()
@@ -169,9 +155,36 @@ def test_card_says_figures_loading_and_training(hub: Hub, run: Path) -> None:
     assert {(r.metric_name, r.metric_type, r.metric_value) for r in card.data.eval_results} == {
         ("accuracy", "accuracy", 0.8125), ("top5_accuracy", "accuracy", 1.0), ("f1_macro", "f1", 0.7931),
     }  # fmt: skip
-    assert 'timm.create_model("hf-hub:me/flowers", pretrained=True)' in card.text
     assert "| accuracy | 0.8125 | 0.7500 |" in card.text
     assert "accelerate launch -m hf_fasttrain recipe.yaml data.dataset=FOLDER" in card.text
+    assert "accelerate launch -m hf_fasttrain hf://me/flowers data.dataset=FOLDER" in card.text
+    assert "data:\n  dataset: flowers\n  image_size: 32" in card.text  # the recipe itself
+    for row in ("hardware | a processor, ? cores", "training steps took | 1 s, ", "images per second | 26"):
+        assert f"| {row}" in card.text
+    assert "python 3.11.1" in card.text
+    assert "![loss, accuracy and learning rate over training](curves.png)" in card.text
+    assert card.data.license is None
+
+
+def test_a_licence_stands_in_the_card_only_if_it_is_given(hub: Hub, run: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    push_run(run, "me/flowers", license="apache-2.0")
+    assert ModelCard(hub.repos["me/flowers"].files["README.md"].decode()).data.license == "apache-2.0"
+
+
+def test_the_base_model_is_what_training_began_with(hub: Hub, copied: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    def base_model(model: str) -> object:
+        data = "data: {dataset: digits}\ntrain: {duration: 2 steps, batch_size: 16}\n"
+        (copied / "recipe.yaml").write_text(f"model: {model}\n{data}")
+        push_run(copied, "me/flowers")
+        return ModelCard(hub.repos["me/flowers"].files["README.md"].decode()).data.base_model
+
+    assert base_model("{name: test_resnet, pretrained: hf://you/digits@v1}") == "you/digits"
+    assert base_model("{name: test_resnet, pretrained: false}") is None
+    assert base_model("{name: test_resnet, pretrained: true}") == "timm/test_resnet.r160_in1k"  # its default weights
 
 
 def test_card_names_models_and_data_sets_of_the_hub(hub: Hub, copied: Path) -> None:
@@ -194,29 +207,73 @@ def test_card_names_models_and_data_sets_of_the_hub(hub: Hub, copied: Path) -> N
     assert pushed["recipe.yaml"] == (copied / "recipe.yaml").read_bytes()
 
 
-def run_snippet(readme: bytes) -> dict[str, object]:
-    names: dict[str, object] = {}
-    exec(readme.decode().split("```python\n")[1].split("```")[0], names)
-    return names
+RUN_SNIPPETS = """
+import contextlib, io, json, sys
+codes, image = json.load(sys.stdin)
+answers = []
+for code in codes:
+    sys.argv, printed = ["classify.py", image], io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "classify.py", "exec"), {})
+    answers.append([line.split("  ") for line in printed.getvalue().splitlines()])
+assert "hf_fasttrain" not in sys.modules
+print(json.dumps(answers))
+"""
 
 
-def test_the_card_s_snippet_loads_the_pushed_model(hub: Hub, run: Path) -> None:
-    push_run(run, "me/flowers")
-    loaded = run_snippet(hub.repos["me/flowers"].files["README.md"])
-    images = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(loaded["model"](images), load_model(run / "model")[0](images))
-    assert tuple(loaded["config"]["input_size"]) == (3, 32, 32)
+def answers_of_snippets(readme: bytes, image: Path) -> list[list[list[str]]]:
+    """Return what each of a card's programs prints for an image, run as they are in a process of their own."""
+    codes = [part.split("```")[0] for part in readme.decode().split("```python\n")[1:]]
+    command = [sys.executable, "-c", RUN_SNIPPETS]
+    asked = json.dumps([codes, str(image)])
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=90, cwd=image.parent)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_a_model_with_another_stem_is_loaded_by_us(hub: Hub, tmp_path: Path) -> None:
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return an image file."""
+    path = tmp_path / "photo.png"
+    Image.effect_noise((50, 40), 80).convert("RGB").save(path)
+    return path
+
+
+def expected_answer(run: Path, image: Path) -> list[list[str]]:
+    (row,) = predict_images(run, [str(image)])
+    return [[f"{guess['score']:.5f}", guess["class"]] for guess in row["classes"]]
+
+
+def test_the_card_s_programs_open_the_pushed_model(hub: Hub, copied: Path, image: Path) -> None:
+    in_child(lambda: export_run(copied, onnx=True))
+    push_run(copied, "me/flowers")
+    files = hub.repos["me/flowers"].files
+    assert files["model.onnx"] == (copied / "model" / "model.onnx").read_bytes()
+    answers = answers_of_snippets(files["README.md"], image)
+    assert len(answers) == 3  # timm, transformers, onnxruntime
+    for answer in answers:
+        for (score, name), (wanted, class_name) in zip(answer, expected_answer(copied, image), strict=True):
+            assert name == class_name
+            assert float(score) == pytest.approx(float(wanted), abs=2e-5)
+    assert b"hf-fasttrain predict hf://me/flowers IMAGE..." in files["README.md"]
+
+
+def test_a_model_with_another_stem_is_loaded_by_us(hub: Hub, tmp_path: Path, image: Path) -> None:
     run = write_run(tmp_path / "run", tmp_path, "resnet18", small_image_stem=True)
     push_run(run, "me/small")
-    readme = hub.repos["me/small"].files["README.md"]
-    assert b"library_name: hf_fasttrain" in readme
-    loaded = run_snippet(readme)
-    assert loaded["spec"].class_names == CLASS_NAMES
-    assert loaded["model"].conv1.kernel_size == (3, 3)
+    files = hub.repos["me/small"].files
+    assert b"library_name: hf_fasttrain" in files["README.md"]
+    assert b"```python" not in files["README.md"]
+    assert "config.json" not in files
+    assert predict_images("hf://me/small", [str(image)]) == predict_images(run, [str(image)])
+
+
+def test_what_an_earlier_push_left_is_taken_away(hub: Hub, run: Path, tmp_path: Path) -> None:
+    push_run(run, "me/flowers")
+    hub.repos["me/flowers"].files["notes.md"] = b"the owner's own"
+    push_run(write_run(tmp_path / "run", tmp_path, "resnet18", small_image_stem=True), "me/flowers")
+    assert "config.json" not in hub.repos["me/flowers"].files  # timm would read it as another model
+    assert hub.repos["me/flowers"].files["notes.md"] == b"the owner's own"
 
 
 def test_a_timm_model_of_a_local_folder_is_named_by_its_architecture(hub: Hub, run: Path, tmp_path: Path) -> None:
@@ -227,7 +284,7 @@ def test_a_timm_model_of_a_local_folder_is_named_by_its_architecture(hub: Hub, r
     assert all(str(tmp_path.parent).encode() not in content for content in files.values())
 
 
-def test_a_transformers_model_of_a_local_folder_is_loaded_by_us(hub: Hub, tmp_path: Path) -> None:
+def test_a_transformers_model_of_a_local_folder_is_loaded_by_its_own(hub: Hub, tmp_path: Path, image: Path) -> None:
     from transformers import ViTConfig
 
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -238,9 +295,8 @@ def test_a_transformers_model_of_a_local_folder_is_loaded_by_us(hub: Hub, tmp_pa
     assert b"library_name: transformers" in files["README.md"]
     assert json.loads(files["hf_fasttrain.json"])["name"] == "transformers:vit"
     assert all(str(tmp_path).encode() not in content for content in files.values())
-    loaded, images = run_snippet(files["README.md"]), torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(loaded["model"](images), load_model(run / "model")[0](images))
+    (answer,) = answers_of_snippets(files["README.md"], image)
+    assert [name for _, name in answer] == [name for _, name in expected_answer(run, image)]
 
 
 # --- paths -------------------------------------------------------------------------------------------------
@@ -338,7 +394,7 @@ def test_with_a_wrong_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_the_hub_refuses(hub: Hub, run: Path, where: str, status: int, message: str) -> None:
     hub.refuse = {f"/{where}": status} if where != "create" else {"/api/": status}
     with pytest.raises(RunError, match=message) as caught:
-        push_run(run, "me/flowers")
+        push_run(run, "me/flowers", patience=0.0)
     assert str(caught.value).count("\n") == 0
     assert not any(repo.commits for repo in hub.repos.values())
 
@@ -349,7 +405,7 @@ def test_a_hub_that_is_not_there(hub: Hub, run: Path, monkeypatch: pytest.Monkey
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", address)
         with pytest.raises(RunError, match=rf"{address} can't be reached \(.+\); check the network and HF_ENDPOINT"):
-            push_run(run, "me/flowers", private=True)
+            push_run(run, "me/flowers", private=True, patience=0.0)
 
 
 def test_offline_mode_is_named(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,13 +42,9 @@ def test_a_run_folder_is_whole(write_recipe: Callable[..., Path], tmp_path: Path
     run = tmp_path / "run"
     result = make(write_recipe, run, "train.duration=4 steps", "evaluate.every=2 steps").fit()
     assert {path.name for path in run.iterdir()} == {
-        "recipe.yaml",
-        "resolved.yaml",
-        "metrics.jsonl",
-        "result.json",
-        "checkpoints",
-        "model",
-    }
+        "recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json", "checkpoints", "model",
+        "predictions.safetensors", "report", "report.html",
+    }  # fmt: skip
     written = json.loads((run / "result.json").read_text())
     keys = {"metrics", "steps", "images", "train_seconds", "images_per_second", "data_wait_fraction"}
     assert keys | {"peak_memory_bytes", "machine", "versions"} <= written.keys()
@@ -321,10 +317,10 @@ def test_a_precision_without_effect_is_refused() -> None:
 def test_a_refused_resume_leaves_the_run_as_it_was(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     make(write_recipe, run).fit()
-    before = {path.name: path.read_text() for path in run.iterdir() if path.is_file()}
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     with pytest.raises(RunError, match="these settings decide what is learnt and have changed"):
         make(write_recipe, run, "train.batch_size=8", resume=True)
-    assert {path.name: path.read_text() for path in run.iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
 def test_weights_that_are_no_numbers_are_not_saved(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,29 +5,42 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.errors import shortened
+from hf_fasttrain.files import read_json
 from hf_fasttrain.publish.finished import RECIPE_FILE, FinishedRun
 from hf_fasttrain.publish.local_paths import Scrubber, is_local_path
+from hf_fasttrain.publish.pictures import PICTURES
+from hf_fasttrain.publish.snippets import onnx_snippet, timm_snippet, transformers_snippet
+from hf_fasttrain.remote import is_remote
 
 CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
 
 
-def model_card(run: FinishedRun, recipe: dict[str, Any], repo: str) -> str:
-    """Return README.md: what the model is, its figures, how to load it and how it was trained.
+def model_card(
+    run: FinishedRun,
+    recipe: dict[str, Any],
+    repo: str,
+    files: Mapping[str, bytes | Path],
+    license: str | None = None,
+) -> str:
+    """Return README.md: what the model is, its figures, how to use it, how it was trained and what that cost.
 
-    `recipe` is the recipe without local paths.
+    `recipe` is the recipe without local paths, `files` what is pushed beside the card; a license stands in it only if
+    given.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    asked, dataset = run.recipe.get("model") or {}, _dataset(run)
-    source = str(run.spec["name"]).removeprefix("transformers:").removeprefix("hf-hub:")
+    dataset = _dataset(run)
     data = ModelCardData(
-        library_name=_library(run.spec),
+        license=license,
+        library_name=_library(run.spec, files),
         pipeline_tag="image-classification",
         tags=["image-classification", "hf_fasttrain"],
-        base_model=source if asked.get("pretrained") is True and is_hub_name(source) else None,
+        base_model=_base_model(run),
         datasets=[dataset] if is_hub_name(dataset) else None,
         model_name=repo.split("/")[-1],
         eval_results=_eval_results(run, dataset) or None,
@@ -37,9 +50,13 @@ def model_card(run: FinishedRun, recipe: dict[str, Any], repo: str) -> str:
     body = [
         f"# {repo.split('/')[-1]}",
         f"`{name}` for {run.spec['image_size']} px images and {len(classes)} classes{multi}: {shortened(classes, 20)}.",
+        _state(run.result),
         _figures(run.result),
-        f"## Load it\n\n```python\n{_snippet(run.spec, repo)}```",
-        _training(run.result, recipe, _is_own(dataset)),
+        *(f"![{PICTURES[name]}]({name})" for name in PICTURES if name in files),
+        _usage(run.spec, repo, files),
+        _training(run, recipe, repo, files),
+        _cost(run.result),
+        _versions(run.result),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"))
 
@@ -49,10 +66,26 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_local_path(name)
 
 
-def _library(spec: dict[str, Any]) -> str:
+def _library(spec: dict[str, Any], files: Mapping[str, bytes | Path]) -> str:
     if spec["name"].startswith("transformers:"):
         return "transformers"
-    return "hf_fasttrain" if spec.get("small_image_stem") else "timm"  # timm can't build the other stem
+    return "timm" if "config.json" in files else "hf_fasttrain"  # timm can't build a changed stem
+
+
+def _base_model(run: FinishedRun) -> str | None:
+    """Return the Hub name of the weights that training began with, None if they have none."""
+    asked = run.recipe.get("model") or {}
+    pretrained, name = asked.get("pretrained"), str(asked.get("name", run.spec["name"]))
+    if is_remote(pretrained):
+        return str(pretrained).removeprefix("hf://").partition("@")[0]
+    if pretrained is not True:
+        return None
+    name = name.removeprefix("transformers:").removeprefix("hf-hub:")
+    if is_hub_name(name):
+        return name
+    config = read_json(run.folder / "model" / "config.json")
+    tag = (config.get("pretrained_cfg") or {}).get("tag")
+    return f"timm/{config['architecture']}.{tag}" if tag and not is_local_path(name) else None
 
 
 def _dataset(run: FinishedRun) -> str:
@@ -95,29 +128,76 @@ def _figures(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _snippet(spec: dict[str, Any], repo: str) -> str:
-    if _library(spec) == "timm":
-        return (
-            "import timm\n\n"
-            f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()\n'
-            "config = timm.data.resolve_model_data_config(model)\n"
-            "transform = timm.data.create_transform(**config, is_training=False)\n"
-        )
+def _state(result: dict[str, Any]) -> str:
+    """Return which of a run's weights these are, if not the last ones of a finished one."""
+    of, steps, asked = result.get("weights_of_step"), result.get("steps"), result.get("num_steps")
+    if of is None:
+        return ""
+    if asked is not None:
+        return f"Training is under way: these are the weights after step {of:,} of {asked:,}."
+    return f"These are the weights of the best evaluation, after step {of:,} of {steps:,}."
+
+
+def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:
+    """Return the programs that open the model and name an image's classes, for each tool that can."""
+    place, transformers = f"hf-hub:{repo}", spec["name"].startswith("transformers:")
+    parts = {}
+    if "config.json" in files and not transformers:
+        parts["timm"] = timm_snippet(place, multi_label=spec["multi_label"])
+    if b'"auto_map"' not in _content(files.get("config.json", b'"auto_map"')):  # a model with code of its own
+        parts["transformers"] = transformers_snippet(repo)
+    if "model.onnx" in files:
+        parts["onnxruntime, without torch"] = onnx_snippet(repo)
+    shown = [f"With {tool} (`python classify.py IMAGE`):\n\n```python\n{code}```" for tool, code in parts.items()]
+    own = f"hf-fasttrain predict hf://{repo} IMAGE..."
+    return "\n\n".join(["## How to use it", *shown, f"With hf_fasttrain:\n\n```bash\n{own}\n```"])
+
+
+def _content(file: bytes | Path) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:
+    steps, images = run.result.get("steps") or 0, run.result.get("images") or 0
+    title, facts = "## How it was trained", f"{steps:,} steps, {images:,} images."
+    text = files.get(RECIPE_FILE)
+    if not recipe or not isinstance(text, bytes):
+        return f"{title}\n\n{facts}"
+    override = " data.dataset=FOLDER" if _is_own(_dataset(run)) else ""
+    command = f"accelerate launch -m hf_fasttrain {{}}{override}"
     return (
-        "from pathlib import Path\n\nfrom huggingface_hub import snapshot_download\n"
-        "from hf_fasttrain.model_folder import load_model\n\n"
-        f'model, spec = load_model(Path(snapshot_download("{repo}")))\n'
+        f"{title}\n\n{facts} The same again, from a clone of this repository or without one:\n\n"
+        f"```bash\n{command.format(RECIPE_FILE)}\n{command.format(f'hf://{repo}')}\n```\n\n"
+        f"The recipe:\n\n```yaml\n{text.decode().strip()}\n```"
     )
 
 
-def _training(result: dict[str, Any], recipe: dict[str, Any], own_images: bool) -> str:
-    device = (result.get("machine") or {}).get("device", "?")
-    facts = (
-        f"{result.get('steps', 0):,} steps, {result.get('images', 0):,} images in "
-        f"{result.get('train_seconds', 0):,.0f} s of training steps on {device}."
-    )
-    if not recipe:
-        return f"## How it was trained\n\n{facts}"
-    override = " data.dataset=FOLDER" if own_images else ""
-    command = f"accelerate launch -m hf_fasttrain {RECIPE_FILE}{override}"
-    return f"## How it was trained\n\nBy [{RECIPE_FILE}]({RECIPE_FILE}):\n\n```\n{command}\n```\n\n{facts}"
+def _cost(result: dict[str, Any]) -> str:
+    """Return the table of what training took."""
+    machine = result.get("machine") or {}
+    gpu = "" if machine.get("device") in (None, "cpu") else f"{machine.get('num_processes', 1)} x {machine['device']}, "
+    seconds, memory = result.get("train_seconds"), result.get("peak_memory_bytes")
+    rows = {
+        "hardware": f"{gpu}{machine.get('processor', '?')}, {machine.get('cores', '?')} cores" if machine else None,
+        "training steps took": None if seconds is None else f"{_span(seconds)}, without evaluation and saving",
+        "images per second": _number(result.get("images_per_second"), ",.0f"),
+        "waiting for data": _number(result.get("data_wait_fraction"), ".0%"),
+        "peak memory": None if not memory else f"{memory / 2**30:.2f} GiB{' of the GPU' if gpu else ''}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["## What it cost", "", "| | |", "| --- | --- |", *lines]) if lines else ""
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _span(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
+
+
+def _versions(result: dict[str, Any]) -> str:
+    versions = result.get("versions") or {}
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"## Versions\n\n{listed}." if listed else ""

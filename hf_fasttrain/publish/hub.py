@@ -4,39 +4,94 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.publish.card import model_card
+from hf_fasttrain.publish.failure import Failure, explain
 from hf_fasttrain.publish.finished import (
     METRICS_FILE,
     RECIPE_FILE,
     RESULT_FILE,
     SPEC_FILE,
     FinishedRun,
-    first_line,
     read_run,
 )
 from hf_fasttrain.publish.local_paths import Scrubber, strings
+from hf_fasttrain.publish.pictures import PICTURES, pictures_of
+from hf_fasttrain.publish.staging import staged_best
+from hf_fasttrain.remote import is_repo_name
 
-OWN_FILES = {"README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE}
+# What a push may leave in a repository, and a later one without it takes away: others' files stay.
+OWN_FILES = {
+    "README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE, SPEC_FILE, "config.json", "preprocessor_config.json",
+    "model.safetensors", "model.onnx", *PICTURES,
+}  # fmt: skip
+STALLED_SECONDS = 60.0  # without a byte, after which a connection is given up
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds between two tries
 
 
-def push_run(run: Path, repo: str, *, private: bool = False) -> str:
+def push_run(
+    run: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    license: str | None = None,
+    weights: str = "last",
+    message: str = "Push a run of hf_fasttrain",
+    command: str | None = None,
+    home: str | None = None,
+    patience: float = 60.0,
+    stalled: float = STALLED_SECONDS,
+    tell: Callable[[str], None] = lambda text: None,
+) -> str:
     """Upload a finished run to the Hub repository OWNER/NAME, made if there is none, and return its address.
 
-    One commit holds the model folder, recipe.yaml, result.json, metrics.jsonl and a model card. Local paths in them
-    are cut to their last component. Raises RunError if the run is not finished or the Hub can't be written to.
+    One commit holds the model folder, recipe.yaml, result.json, metrics.jsonl, pictures and a model card, with local
+    paths cut to their last component. Large files are sent first, and not again when they are there. What passes (429,
+    5xx, a broken connection, `stalled` seconds without a byte) is tried again for `patience` seconds, and `tell` told.
+
+    `weights`: last, or best for those of the best evaluation. `home` is the run folder that `run` was staged from.
+    Raises RunError if the run is not finished or the Hub can't be written to, with the `command` that finishes it.
     """
-    finished = read_run(Path(run))
-    files = _files_to_push(finished, repo)
-    command = f"hf-fasttrain push {shlex.quote(str(run))} {repo}{' --private' if private else ''}"
-    return _upload(files, repo, private=private, command=command)
+    folder = Path(run)
+    if weights not in ("last", "best"):
+        raise RunError(f"--weights is '{weights}'; allowed are last and best")
+    read_run(folder)
+    asked = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
+    asked += ["--weights", weights] * (weights != "last")
+    command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *asked])
+    upload = Upload(repo, private, message, command, stalled)
+    upload.require_possible()
+    with staged_best(folder) if weights == "best" else nullcontext(folder) as chosen:
+        files = files_to_push(read_run(chosen), repo, license, [str(folder), *([home] if home else [])])
+        return upload(files, patience, tell)
 
 
-def _files_to_push(run: FinishedRun, repo: str) -> dict[str, bytes | Path]:
-    """Return path in the repository -> content; a Path where the bytes go as they are."""
-    scrub = Scrubber([*strings(run.recipe), *strings(run.spec), str(run.folder), str(run.folder.resolve())])
+def asked_hub(run: Path) -> dict[str, Any]:
+    """Return the `hub` section of a run's recipe, an empty dict without one."""
+    hub = read_run(Path(run)).recipe.get("hub")
+    return dict(hub) if isinstance(hub, dict) else {}
+
+
+def require_login(repo: str) -> None:
+    """Raise RunError unless somebody is logged in who could push to a repository; nothing is asked of the Hub."""
+    Upload(repo, None, "", "the same command again, or leave hub out", STALLED_SECONDS).require_possible()
+
+
+def files_to_push(
+    run: FinishedRun, repo: str, license: str | None = None, places: Sequence[str] = ()
+) -> dict[str, bytes | Path]:
+    """Return path in the repository -> content; a Path where the bytes go as they are.
+
+    `places` are folders whose names have no place in it, beside the run's own.
+    """
+    known = [path for place in (str(run.folder), *places) for path in (place, str(Path(place).resolve()))]
+    scrub = Scrubber([*strings(run.recipe), *strings(run.spec), *known])
     model = run.folder / "model"
     paths = [path for path in sorted(model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     files: dict[str, bytes | Path] = {path.relative_to(model).as_posix(): path for path in paths}
@@ -50,7 +105,9 @@ def _files_to_push(run: FinishedRun, repo: str) -> dict[str, bytes | Path]:
     if (run.folder / METRICS_FILE).is_file():
         lines = (run.folder / METRICS_FILE).read_bytes().splitlines(keepends=True)
         files[METRICS_FILE] = b"".join(scrub.json(line) for line in lines)
-    files["README.md"] = model_card(run, scrub.tree(run.recipe), repo).encode()
+    if "num_steps" not in run.result:  # drawing takes a training's cores, and has time until it is finished
+        files |= pictures_of(run.folder)
+    files["README.md"] = model_card(run, scrub.tree(run.recipe), repo, files, license).encode()
     return files
 
 
@@ -67,60 +124,91 @@ def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> b
     return (json.dumps(spec, indent=2) + "\n").encode()
 
 
-def _upload(files: dict[str, bytes | Path], repo: str, *, private: bool, command: str) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.errors import HFValidationError, HTTPError
-    from huggingface_hub.utils import validate_repo_id
+class Upload:
+    """One push to a repository: as often as it takes, at most one commit.
 
-    api, token = HfApi(), get_token()
-    try:
-        validate_repo_id(repo if "/" in repo else "")
-    except HFValidationError:
-        raise RunError(
-            f"'{repo}' is no name for a Hub repository; write OWNER/NAME in letters, digits, '-', '_' and '.' "
-            "(no '--' or '..', at most 96), such as me/flowers"
-        ) from None
-    if token is None:
-        raise RunError(
-            f"push to {repo}: there is no token; log in with `hf auth login` or set HF_TOKEN, then {command}"
-        )
-    try:
-        address = api.create_repo(repo, token=token, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repo, token=token).private:
+    The token is huggingface_hub's business; it is looked up anew and kept nowhere.
+    """
+
+    def __init__(self, repo: str, private: bool | None, message: str, command: str, stalled: float) -> None:
+        self.repo, self.private, self.message, self.command = repo, private, message, command
+        self.stalled = stalled
+
+    def require_possible(self) -> None:
+        """Raise RunError for a name that is none, and if nobody is logged in."""
+        from huggingface_hub import get_token
+
+        if not is_repo_name(self.repo):
             raise RunError(
-                f"push to {repo}: it is there already and public, and --private only makes a new repository private; "
-                "make it private in its settings, give another name or leave --private out"
+                f"'{self.repo}' is no name for a Hub repository; write OWNER/NAME in letters, digits, '-', '_' and '.' "
+                "(no '--' or '..', at most 96), such as me/flowers"
             )
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        api.create_commit(repo, operations, commit_message="Push a run of hf_fasttrain", token=token)
-    except RunError:
-        raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        why = _explain(error, repo, api.endpoint).replace(token, "***")
-        raise RunError(f"push to {repo}: {why}; then {command}") from None
-    return str(address)
+        if get_token() is None:
+            raise RunError(
+                f"push to {self.repo}: there is no token; log in with `hf auth login` or set HF_TOKEN, "
+                f"then {self.command}"
+            )
+
+    def __call__(self, files: dict[str, bytes | Path], patience: float, tell: Callable[[str], None]) -> str:
+        """Upload the files and return the repository's address; RunError if it can't be done in time."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError
+
+        api, until, pause = HfApi(), time.monotonic() + patience, FIRST_PAUSE
+        while True:
+            try:
+                with _giving_up_after(self.stalled):
+                    return self._once(api, files)
+            except RunError:
+                raise
+            except (HTTPError, OSError, RuntimeError, ValueError) as error:
+                failure = explain(error, self.repo, api.endpoint)
+            pause = max(pause, failure.retry_after)
+            if not failure.passes or time.monotonic() + pause > until:
+                raise NotPushed(f"push to {self.repo}: {self._clean(failure.why)}; then {self.command}", failure)
+            tell(f"push to {self.repo}: {self._clean(failure.why)}; again in {pause:.0f} s")
+            time.sleep(pause)
+            pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _once(self, api: Any, files: dict[str, bytes | Path]) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        address = api.create_repo(self.repo, private=self.private, exist_ok=True)
+        if self.private and not api.repo_info(self.repo).private:
+            raise RunError(
+                f"push to {self.repo}: it is there already and public, and --private only makes a new repository "
+                "private; make it private in its settings, give another name or leave --private out"
+            )
+        add = [CommitOperationAdd(name, content) for name, content in files.items()]
+        there = set(api.list_repo_files(self.repo)) & OWN_FILES
+        gone = [CommitOperationDelete(name) for name in sorted(there - set(files))]
+        api.create_commit(self.repo, [*add, *gone], commit_message=self.message)
+        return str(address)
+
+    @staticmethod
+    def _clean(text: str) -> str:
+        from huggingface_hub import get_token
+
+        token = get_token()
+        return text.replace(token, "***") if token else text
 
 
-def _explain(error: BaseException, repo: str, endpoint: str) -> str:
-    """Return what went wrong and what to do about it, by the status that the Hub answered with."""
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+class NotPushed(RunError):
+    """The Hub did not take it; `failure` says whether trying again may help."""
 
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # raised around a file's upload
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it"
-    if status == 401:
-        return f"{endpoint} does not accept the token (401); log in with `hf auth login` or set HF_TOKEN"
-    if status in (403, 404):
-        return (
-            f"the token may not write there ({status}); log in with `hf auth login` with a token that has write "
-            f"access to {repo.split('/')[0]}, or give another OWNER/NAME"
-        )
-    if status is not None and (status >= 500 or status == 429):
-        return f"{endpoint} can't answer now ({status}); the run is whole on disk, wait a little"
-    if status is not None:
-        return f"{endpoint} refused it ({first_line(error)}); put that right"
-    if isinstance(error, HTTPError):
-        return f"{endpoint} can't be reached ({first_line(error)}); check the network and HF_ENDPOINT"
-    return f"the upload to {endpoint} broke off ({first_line(error)}); check the token and the network"
+    def __init__(self, text: str, failure: Failure) -> None:
+        super().__init__(text)
+        self.failure = failure
+
+
+@contextmanager
+def _giving_up_after(seconds: float) -> Iterator[None]:
+    """Let the client's connections time out when nothing moves for so long; by default they wait for ever."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before, session.timeout = session.timeout, seconds
+    try:
+        yield
+    finally:
+        session.timeout = before

@@ -15,6 +15,7 @@ from hf_fasttrain.files import read_json, read_lines
 from hf_fasttrain.study.ablate import Ablation, Full, Row
 from hf_fasttrain.study.measure import Tell
 
+UNPUBLISHED = ("log.report=false", "hub=null")  # of the arms
 Train = Callable[[Sequence[str], Path], str]  # overrides and log file to what went wrong, or nothing
 
 
@@ -61,7 +62,7 @@ def _train_once(train: Train, overrides: Sequence[str], run: Path) -> str:
 def _train(recipe_file: str, overrides: Sequence[str], log: Path) -> str:
     """Run the training program; Ctrl-C, and SIGTERM, are passed on to it, and its saving is waited for."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides]
+    command = [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides, *UNPUBLISHED]
     # As the arms were measured: without what `tune` has stored.
     environment = {**os.environ, "HF_FASTTRAIN_TUNINGS": str(log.parent / "no-tunings")}
     with log.open("ab") as file:

@@ -1,0 +1,127 @@
+"""What pushing while training costs: the same training without a Hub, and with one that is quick, slow, or hangs.
+
+    python benchmarks/pushing.py [RECIPE] [section.key=value ...] [--rounds 3] [--slow 4] [--json FILE]
+
+Each side is `hf-fasttrain RECIPE` in a process of its own, with the tests' Hub on loopback in another; sides in turn,
+each round in another order. A checkpoint is saved every step of `--every`, without a Hub too, and pushed where there is
+one. The slow Hub takes `--slow` MB/s, the hanging one never answers an upload. Figures are medians of the rounds,
+ratios are medians of the rounds' ratios:
+
+images/s      of training steps (result.json), while something is uploaded most of the time
+pushed        commits that arrived while training and at the end
+end           seconds from the last line of metrics.jsonl to the process's end: waiting for the upload, which takes
+              `hub.wait` where the Hub hangs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from hub_server import TOKEN, Fault, Handler, running_hub
+
+SIDES = ("no Hub", "quick", "slow", "hangs")
+BLOCK = 1 << 16
+
+
+class _SlowFile:
+    """Reads what is sent at so many bytes a second."""
+
+    def __init__(self, file: Any, rate: float) -> None:
+        self.file, self.rate = file, rate
+
+    def read(self, size: int) -> bytes:
+        parts = []
+        while size > 0:
+            part = self.file.read(min(size, BLOCK))
+            parts.append(part)
+            size -= len(part)
+            time.sleep(len(part) / self.rate)
+        return b"".join(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def serve(pipe: Any, side: str, rate: float) -> None:
+    """Run a Hub until told to stop, then tell how many commits it has."""
+    with running_hub() as hub:
+        if side == "hangs":
+            hub.faults = [Fault("PUT /storage", times=10**6, kind="hang")]
+        if side == "slow":
+            ordinary = Handler.setup
+
+            def slow(self: Handler) -> None:
+                ordinary(self)
+                self.rfile = _SlowFile(self.rfile, rate)
+
+            Handler.setup = slow
+        pipe.send(hub.url)
+        pipe.recv()
+        pipe.send(sum(len(repo.commits) for repo in hub.repos.values()))
+
+
+def train(side: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Train once and return its figures."""
+    run, env = folder / "run", {**os.environ, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "hf_fasttrain", arguments.recipe, *arguments.overrides, f"output_dir={run}"]
+    command += [f"checkpoint.every={arguments.every} steps", "log.report=false", "evaluate.every=1000000 steps"]
+    ours, theirs = multiprocessing.Pipe()
+    server = multiprocessing.Process(target=serve, args=(theirs, side, arguments.slow * 1e6))
+    server.start()
+    env |= {"HF_ENDPOINT": ours.recv(), "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
+    if side != "no Hub":
+        hub = f"{{repo: me/bench, every: {arguments.every} steps, wait: {arguments.wait} minutes}}"
+        command += [f"hub={hub}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    ended = time.time()
+    if done.returncode:
+        sys.exit(f"{side}: the training ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    ours.send("stop")
+    pushed = ours.recv()
+    server.join()
+    result = json.loads((run / "result.json").read_text())
+    last = (run / "metrics.jsonl").stat().st_mtime
+    return {"images/s": result["images_per_second"], "pushed": pushed, "end": ended - last}
+
+
+def main() -> None:
+    """Measure all sides in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="quickstart")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--slow", type=float, default=4.0, help="MB/s")
+    parser.add_argument("--wait", type=float, default=0.5, help="hub.wait in minutes")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_intermixed_args()
+    rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for number in range(arguments.rounds):
+        for side in (*SIDES[number % 4 :], *SIDES[: number % 4]):
+            with tempfile.TemporaryDirectory() as folder:
+                rows[side].append(train(side, arguments, Path(folder)))
+            print(f"round {number + 1}, {side}: {rows[side][-1]}", file=sys.stderr)
+    print("| Hub | images/s | / no Hub (least - most) | pushed | end, s |\n| --- | ---: | ---: | ---: | ---: |")
+    for side, found in rows.items():
+        ratios = [row["images/s"] / base["images/s"] for row, base in zip(found, rows["no Hub"], strict=True)]
+        middle = {key: statistics.median(row[key] for row in found) for key in found[0]}
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        print(f"| {side} | {middle['images/s']:.1f} | {spread} | {middle['pushed']:.0f} | {middle['end']:.1f} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

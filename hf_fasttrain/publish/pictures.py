@@ -1,0 +1,38 @@
+"""The pictures of a run that go with its card."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+PICTURES = {  # name -> what it shows
+    "curves.png": "loss, accuracy and learning rate over training",
+    "confusion.png": "which classes were taken for which",
+}
+FOLDER = "report"  # where the report keeps them
+
+
+def pictures_of(run: Path) -> dict[str, bytes | Path]:
+    """Return name -> content of a run's pictures: those beside its report if they are as new as its figures, else new.
+
+    A picture that there is nothing for is left out.
+    """
+    figures = [run / name for name in ("metrics.jsonl", "predictions.safetensors") if (run / name).is_file()]
+    if not figures:
+        return {}
+    newest = max(path.stat().st_mtime_ns for path in figures)
+    kept = {name: run / FOLDER / name for name in PICTURES}
+    found = {name: path for name, path in kept.items() if path.is_file() and path.stat().st_mtime_ns >= newest}
+    return dict(found) if found else _drawn(run)
+
+
+def _drawn(run: Path) -> dict[str, bytes | Path]:
+    from hf_fasttrain.publish.report_data import read_record
+    from hf_fasttrain.publish.report_pictures import draw_confusion, draw_curves
+
+    record = read_record(run)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {name: Path(folder) / name for name in PICTURES}
+        draw_curves(record, drawn["curves.png"])
+        draw_confusion(record, drawn["confusion.png"])
+        return {name: path.read_bytes() for name, path in drawn.items() if path.is_file()}

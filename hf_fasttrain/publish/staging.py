@@ -1,0 +1,139 @@
+"""A checkpoint made to look like a finished run, so that it can be pushed while training goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.errors import RunError
+from hf_fasttrain.files import read_json, read_lines, reason, write_json
+from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESULT_FILE
+
+STAGING = ".hub"  # in the run folder: what is waiting to be pushed
+COPIED = (RECIPE_FILE, METRICS_FILE)
+COUNTED = ("images", "train_seconds", "wait_seconds", "best")  # of a checkpoint's state
+
+
+def stage(
+    run: Path,
+    checkpoint: Path,
+    folder: Path,
+    describe: Callable[[Path], None],
+    about: Mapping[str, Any],
+) -> None:
+    """Fill `folder` as a run folder whose model has the weights of a checkpoint.
+
+    `describe` writes a model folder but for its weights; `about` is what a result says of the machine. Weights are
+    linked where the file system can, so that the checkpoint may be pruned meanwhile. Raises OSError.
+    """
+    model = folder / "model"
+    model.mkdir(parents=True)
+    describe(model)
+    weights = checkpoint / "ema.safetensors"
+    link_weights(weights if weights.exists() else checkpoint / "model.safetensors", model / "model.safetensors")
+    for name in COPIED:
+        if (run / name).exists():
+            shutil.copyfile(run / name, folder / name)
+    write_json(folder / RESULT_FILE, result_of(run, checkpoint, about))
+
+
+@contextmanager
+def staged_best(run: Path) -> Iterator[Path]:
+    """Give a run folder whose model has the weights of the best evaluation: a staged one, or the run itself.
+
+    Raises RunError if they are not there any more.
+    """
+    from hf_fasttrain.checkpoint import checkpoint_path  # brings torch, which an upload beside training can do without
+
+    result = read_json(run / RESULT_FILE)
+    best = result.get("best") or {}
+    if not best or best.get("step") == result.get("steps"):
+        yield run
+        return
+    checkpoint = checkpoint_path(run / "checkpoints", best["step"])
+    if not checkpoint.is_dir():
+        raise RunError(
+            f"{run}: the best evaluation's weights, of step {best['step']}, are not in its checkpoints any more; "
+            "leave --weights out for the last ones"
+        )
+    folder = run / STAGING / "best"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), {})
+        yield folder
+    except OSError as error:
+        raise RunError(f"{run}: the best weights can't be made ready: {reason(error)}") from None
+    finally:
+        shutil.rmtree(run / STAGING, ignore_errors=True)
+
+
+def _copy_description(model: Path, folder: Path) -> None:
+    for path in model.iterdir():
+        if path.is_file() and path.suffix not in (".safetensors", ".onnx"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def result_of(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what result.json would say of a checkpoint's weights; a finished run's own, but for its metrics."""
+    from hf_fasttrain.checkpoint import read_state
+
+    finished = read_json(run / RESULT_FILE)
+    state: dict[str, Any] = read_state(checkpoint).get("state", {})
+    step = state.get("step", 0)
+    metrics = state.get("metrics", {})
+    if state.get("evaluated_at") != step:
+        metrics = next((_metrics(line) for line in read_lines(run / METRICS_FILE) if _is_of(line, step)), {})
+    if finished:
+        return {**finished, "metrics": metrics, "test_metrics": None, "weights_of_step": step}
+    seconds = max(float(state.get("train_seconds", 0.0)), 1e-9)
+    return {
+        **about,
+        **{key: state.get(key) for key in COUNTED},
+        "metrics": metrics,
+        "steps": step,
+        "num_steps": state.get("num_steps"),
+        "weights_of_step": step,
+        "images_per_second": state.get("images", 0) / seconds,
+        "data_wait_fraction": min(1.0, state.get("wait_seconds", 0.0) / seconds),
+    }
+
+
+def _is_of(line: Mapping[str, Any], step: int) -> bool:
+    return line.get("kind") == "evaluation" and line.get("step") == step
+
+
+def _metrics(line: Mapping[str, Any]) -> dict[str, Any]:
+    about = ("kind", "step", "epoch", "split", "train_seconds")
+    return {key: value for key, value in line.items() if key not in about}
+
+
+def link_weights(source: Path, target: Path) -> None:
+    """Bring a checkpoint's weights to a model folder: the same file, unless its tensors have a wrapper's names."""
+    if _is_wrapped(source):
+        _unwrap(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _is_wrapped(path: Path) -> bool:
+    with path.open("rb") as file:
+        names = json.loads(file.read(int.from_bytes(file.read(8), "little"))).keys() - {"__metadata__"}
+    return bool(names) and all(name.startswith("model.") for name in names)
+
+
+def _unwrap(source: Path, target: Path) -> None:
+    """Write the same tensors under the names that they have without `TransformersClassifier` around them."""
+    with source.open("rb") as old, target.open("wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        text = json.dumps({name.removeprefix("model."): value for name, value in header.items()}).encode()
+        text += b" " * (-len(text) % 8)
+        new.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(old, new, 1 << 22)
