@@ -1,10 +1,10 @@
 """Makes the README's pictures from real runs: the terminal while training, a report, and a model card.
 
-    pip install pyte && python docs/pictures.py terminal RECIPE [section.key=value ...]   -> docs/terminal.svg
+    pip install pyte && python docs/pictures.py terminal RECIPE [section.key=value ...]   -> docs/terminal.png
     python docs/pictures.py report RUN                                                    -> docs/report.png
     python docs/pictures.py card RUN                                                      -> docs/example_card/
 
-The terminal is a pseudo-terminal of 100 columns, drawn as it stands in the middle of the second epoch. The report is
+The terminal is a pseudo-terminal of 116 columns, drawn as it stands in the middle of the second epoch. The report is
 opened in Chromium. The card is what the tests' Hub on loopback got by `hf-fasttrain push`.
 """
 
@@ -20,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import termios
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
-COLUMNS, ROWS = 100, 16
+COLUMNS, ROWS = 116, 14
 BROWSER = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
 
@@ -37,19 +39,20 @@ def terminal(arguments: list[str]) -> None:
     screen = pyte.Screen(COLUMNS, ROWS)
     stream = pyte.ByteStream(screen)
     with tempfile.TemporaryDirectory() as folder:
-        command = ["accelerate", "launch", "-m", "hf_fasttrain", *arguments]
+        (Path(folder) / "recipes").symlink_to(DOCS.parent.resolve() / "recipes")
+        command = ["hf-fasttrain", *arguments]
         child, master = pty.fork()
         if not child:
             os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
-            os.execvp(command[0], [*command, f"output_dir={folder}/run"])
+            os.chdir(folder)
+            os.execvp(command[0], command)
         fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        seen_at, shown = None, False
+        shown = False
         while not shown:
             if select.select([master], [], [], 0.2)[0]:
                 stream.feed(os.read(master, 65536))
-            if seen_at is None and any("epoch 2/" in line for line in screen.display):
-                seen_at = time.monotonic()
-            shown = seen_at is not None and any(" 5" in line and "epoch 2/" in line for line in screen.display)
+            lines = [line for line in screen.display if line.strip()]
+            shown = len(lines) > 3 and " 5" in lines[-3] and "epoch 2/" in lines[-3] and "images/s" in lines[-1]
         os.kill(child, 9)
         os.close(master)
         os.waitpid(child, 0)
@@ -64,7 +67,22 @@ def terminal(arguments: list[str]) -> None:
         line.rstrip()
         if line.plain:
             console.print(line, no_wrap=True)
-    (DOCS / "terminal.svg").write_text(console.export_svg(title="accelerate launch -m hf_fasttrain"))
+    with tempfile.TemporaryDirectory() as folder, _browser() as browser:
+        drawn = Path(folder) / "terminal.svg"
+        drawn.write_text(console.export_svg(title="hf_fasttrain"))
+        page = browser.new_page(viewport={"width": 1430, "height": 380})
+        page.goto(drawn.as_uri())
+        page.screenshot(path=DOCS / "terminal.png")
+
+
+@contextmanager
+def _browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
+        yield browser
+        browser.close()
 
 
 COLOURS = {"brown": "yellow", "brightblack": "bright_black", "red": "red", "magenta": "magenta", "green": "green"}
@@ -73,18 +91,15 @@ COLOURS = {"brown": "yellow", "brightblack": "bright_black", "red": "red", "mage
 def report(run: str) -> None:
     """Draw the upper part of a run's report, light beside dark."""
     from PIL import Image
-    from playwright.sync_api import sync_playwright
 
     pictures = []
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
+    with _browser() as browser, tempfile.TemporaryDirectory() as folder:
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": 1100, "height": 1500}, color_scheme=scheme)
             page.goto((Path(run).resolve() / "report.html").as_uri())
             page.wait_for_timeout(3000)
             page.screenshot(path=f"{folder}/{scheme}.png")
             pictures.append(Image.open(f"{folder}/{scheme}.png").convert("RGB"))
-        browser.close()
     both = Image.new("RGB", (2200, 1500))
     for number, picture in enumerate(pictures):
         both.paste(picture, (1100 * number, 0))

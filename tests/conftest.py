@@ -150,6 +150,7 @@ RECIPE = """
 model: {name: test_resnet}
 data: {dataset: digits, image_size: 32, workers: 0}
 train: {duration: 2 steps, batch_size: 16}
+log: {report: false}
 """
 
 

@@ -32,7 +32,7 @@ accelerate: {gradient_accumulation_steps: 2, mixed_precision: "no"}
 ema: {decay: 0.9}
 evaluate: {every: 6 steps}
 checkpoint: {every: 2 steps}
-log: {every: 1}
+log: {every: 1, report: false}
 """
 KINDS: dict[str, tuple[int, list[str]]] = {  # name -> processes, overrides
     "plain": (1, []),

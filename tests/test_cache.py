@@ -328,6 +328,7 @@ model: {{name: test_resnet}}
 data: {{dataset: {folder}, image_size: 32, workers: 1, cache_dir: {cache_dir}}}
 augment: {{crop: padded, mixup: 0.2}}
 train: {{duration: 3 epochs, batch_size: 8}}
+log: {{report: false}}
 """
 
 

@@ -40,7 +40,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_folder_is_whole(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    result = make(write_recipe, run, "train.duration=4 steps", "evaluate.every=2 steps").fit()
+    result = make(write_recipe, run, "train.duration=4 steps", "evaluate.every=2 steps", "log.report=true").fit()
     assert {path.name for path in run.iterdir()} == {
         "recipe.yaml", "resolved.yaml", "metrics.jsonl", "result.json", "checkpoints", "model",
         "predictions.safetensors", "report", "report.html",
