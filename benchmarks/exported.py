@@ -142,7 +142,7 @@ def sharpen(folder: Path, data: Path) -> None:
     """Scale a model's head so that its logits of 16 photos spread by 3."""
     photos = sorted(str(file) for file in data.rglob("*") if is_image_file(file))
     model, spec = load_model(folder)
-    logits = own(folder, photos[:: len(photos) // 16])[0]
+    logits = own(folder, photos[:: max(1, len(photos) // 16)])[0]
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(head_names(model))):
             parameter.data.sub_(logits.mean(0) if name.endswith("bias") else 0).mul_(3 / logits.std(0).mean())

@@ -23,7 +23,7 @@ from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.facts import Facts
-from hf_fasttrain.handover import Pictures, Publisher, hub_wish, write_pictures_and_report
+from hf_fasttrain.handover import Pictures, RunPublisher, hub_wish
 from hf_fasttrain.loading import Loaders
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.metrics import resolve_metrics
@@ -122,6 +122,7 @@ def assemble(
         recipe_text=recipe_as_asked(recipe),
         launched=facts.launched,
         bad_images=bad_images,
+        report=recipe.log.report,
         publisher=_publisher(parts, folder, log) if folder else None,
         log=log,
         log_every=recipe.log.every,
@@ -129,20 +130,20 @@ def assemble(
     )
 
 
-def _publisher(parts: Parts, folder: Path, log: RunLog) -> Publisher | None:
+def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:
     """Return what makes a report of the run and pushes it, as far as the recipe asks for it."""
     recipe, spec = parts.recipe, parts.spec
     show, pusher = None, None
     if recipe.log.report:
         assert spec.preprocessing is not None
         pictures = Pictures(recipe, parts.source, parts.order, spec.preprocessing)
-        show = partial(write_pictures_and_report, pictures, folder, log)
+        show = partial(pictures.write, folder, log.say)
     if recipe.hub and parts.accelerator.is_main_process:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
         wish = hub_wish(recipe.hub, parts.order.steps_per_epoch)
         pusher = Pusher(folder, wish, lambda path: save_description(parts.model, spec, path), about, log.say)
-    return Publisher(folder, log, show, pusher) if show or recipe.hub else None
+    return RunPublisher(folder, log, show, pusher) if show or recipe.hub else None
 
 
 def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = True) -> Loaders:

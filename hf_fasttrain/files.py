@@ -116,8 +116,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[Path]:
     """Make a folder beside its place, to be filled; at the end it is synced and takes the place of `path`.
 
-    `last` is called when it is there. If anything fails on the way, what was at `path` is there again.
+    `last` is called when it is there. If anything fails on the way, what was at `path` is there again. Of a link, the
+    folder that it leads to is replaced.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import Source, Split
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.errors import UserError
-from hf_fasttrain.files import reason
 from hf_fasttrain.gallery import Gallery, Picture
 from hf_fasttrain.loading import eval_transform, train_preparation, train_transform
 from hf_fasttrain.model import Preprocessing
-from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
+from hf_fasttrain.predictions import Predictions
+from hf_fasttrain.publish.at_end import report_at_end
 from hf_fasttrain.publish.pushing import HubWish, Pusher
 from hf_fasttrain.recipe import HubSection, Recipe
 from hf_fasttrain.runlog import RunLog
@@ -34,18 +35,13 @@ LEAST_SHARE = 0.01  # of a class in a target, to be named
 
 
 @dataclass(frozen=True)
-class Publisher:
+class RunPublisher:
     """Writes the report and pushes to the Hub, each if asked for. What fails is said, and harms nothing."""
 
     run: Path
     log: RunLog
-    show: Callable[[Predictions | None], None] | None  # writes predictions, pictures and report
+    show: Callable[[int, Predictions | None], None] | None  # writes pictures for the report, of a run of so many steps
     pusher: Pusher | None
-
-    @property
-    def wants_predictions(self) -> bool:
-        """Whether there will be a report."""
-        return self.show is not None
 
     def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
         """Push a checkpoint, if its turn has come."""
@@ -55,10 +51,7 @@ class Publisher:
     def finished(self, step: int, predictions: Predictions | None) -> None:
         """Write the report, then push the run."""
         if self.show is not None:
-            try:
-                self.show(predictions)
-            except Exception as error:  # noqa: BLE001 - others' drawing code; the run itself has ended well
-                self.log.say(f"note: no report: {reason(error)}; `hf-fasttrain report {self.run}` writes it later")
+            report_at_end(self.run, predictions, self.log.say, partial(self.show, step, predictions))
         if self.pusher is not None:
             self.pusher.finished(step)
 
@@ -86,30 +79,32 @@ class Pictures:
     order: Order
     pre: Preprocessing
 
-    def write(self, run: Path, predictions: Predictions | None) -> None:
-        """Write predictions and gallery into the run folder. Raises OSError."""
+    def write(self, run: Path, say: Callable[[str], None], num_steps: int, predictions: Predictions | None) -> None:
+        """Write the gallery of a run that ended after `num_steps`; `say` is told of images that can't be read any more.
+
+        Raises OSError.
+        """
         pixels: dict[str, np.ndarray] = {}
-        step, training = self.training(pixels)
-        if predictions is not None:
-            predictions.save(run / PREDICTIONS_FILE)
-        mistakes = self.mistakes(predictions, pixels) if predictions is not None else []
-        gallery = Gallery(
-            self.source.class_names,
-            training,
-            step,
-            mistakes,
-            predictions.step if predictions else 0,
-            predictions.split if predictions else "",
-        )
+        gallery = Gallery(self.source.class_names)
+        try:
+            step, training = self.training(num_steps, pixels)
+            gallery = replace(gallery, training=training, training_step=step)
+        except UserError as error:
+            say(f"note: the report has no training images: {error}")
+        try:
+            if predictions is not None:
+                mistakes, step = self.mistakes(predictions, pixels), predictions.step
+                gallery = replace(gallery, mistakes=mistakes, mistakes_step=step, mistakes_split=predictions.split)
+        except UserError as error:
+            say(f"note: the report does not show the worst mistakes: {error}")
         gallery.save(run, pixels)
 
-    def training(self, pixels: dict[str, np.ndarray]) -> tuple[int, list[Picture]]:
+    def training(self, num_steps: int, pixels: dict[str, np.ndarray]) -> tuple[int, list[Picture]]:
         """Return a step, counted from 1, and its first images as they went into the model: cropped, mixed, erased.
 
-        It is the first step of the last epoch. Their pixels are put into `pixels` by file name.
+        It is the first step of the last of `num_steps`' epochs. Their pixels are put into `pixels` by file name.
         """
         order = replace(self.order, num_processes=1, process_index=0, micro_batch_size=NUM_TRAINING)
-        num_steps = self.recipe.train.duration.to_steps(order.steps_per_epoch)
         index = (num_steps - 1) // order.steps_per_epoch * order.steps_per_epoch
         step = next(self._loader(order).steps(index, index + 1))
         images, targets = next(step.micro_batches)
@@ -160,14 +155,23 @@ class Pictures:
             used = np.array([row])
             for _, image in images.pixels(np.array([row]), used, []):
                 pixels[file] = image
-            confidence = float(predictions.confidence[place])
-            truth, predicted = (self._named(tensor[place]) for tensor in (predictions.labels, predictions.predicted))
-            scores: dict[str, float | None] = dict.fromkeys(
-                predicted, None if predictions.is_multi_label else confidence
-            )
-            loss = float(predictions.losses[place])
-            pictures.append(Picture(file, self._name(split, row), dict.fromkeys(truth, 1.0), scores, loss))
+            truth = dict.fromkeys(self._named(predictions.labels[place]), 1.0)
+            name, loss = self._name(split, int(used[0])), float(predictions.losses[place])  # a bad image's stand-in
+            pictures.append(Picture(file, name, truth, self._scores(predictions, place), loss))
         return pictures
+
+    def _scores(self, predictions: Predictions, place: int) -> dict[str, float | None]:
+        """Return what was predicted, with its score; of a multi-label image, that of the class that is farthest off."""
+        named, confidence = self._named(predictions.predicted[place]), float(predictions.confidence[place])
+        if not predictions.is_multi_label:
+            return dict.fromkeys(named, confidence)
+        scores: dict[str, float | None] = dict.fromkeys(named)
+        worst = self.source.class_names[int(predictions.worst_class[place])]
+        if worst in scores:
+            scores[worst] = confidence
+        else:
+            scores[f"{worst} missed:"] = 1 - confidence
+        return scores
 
     def _named(self, answer: Tensor) -> list[str]:
         names = self.source.class_names
@@ -177,14 +181,3 @@ class Pictures:
     def _name(split: Split, index: int) -> str:
         path: Any = split.records([index])[0]["path"]
         return "/".join(Path(path).parts[-2:]) if path else f"row {index}"
-
-
-def write_pictures_and_report(pictures: Pictures, run: Path, log: RunLog, predictions: Predictions | None) -> None:
-    """Write what the report shows, then the report."""
-    from hf_fasttrain.publish.report import write_report
-
-    try:
-        pictures.write(run, predictions)
-    except UserError as error:  # images that can't be read any more: the rest of the report is worth having
-        log.say(f"note: the report has no pictures: {error}")
-    write_report([run])

@@ -13,7 +13,7 @@ from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import write_whole
 
 PREDICTIONS_FILE = "predictions.safetensors"
-_TENSORS = ("rows", "labels", "predicted", "confidence", "losses")
+_TENSORS = ("rows", "labels", "predicted", "confidence", "losses", "worst_class")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Predictions:
     predicted: Tensor
     confidence: Tensor
     losses: Tensor
+    worst_class: Tensor  # (N,) int64: the predicted one; multi-label: the one that `confidence` is of
 
     @property
     def is_multi_label(self) -> bool:
@@ -87,14 +88,14 @@ class Collector:
         if labels.ndim == 1:
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
             confidence, predicted = logits.softmax(1).max(1)
-            self._parts.append((labels, predicted, confidence, losses))
+            self._parts.append((labels, predicted, confidence, losses, predicted))
             return
         true = labels > 0.5
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, true.float(), reduction="none").mean(1)
-        confidence = (logits.sigmoid() - true.float()).abs().amax(1)
-        self._parts.append((true, logits >= 0, confidence, losses))
+        confidence, worst = (logits.sigmoid() - true.float()).abs().max(1)
+        self._parts.append((true, logits >= 0, confidence, losses, worst))
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Return labels, predicted, confidence and losses of this process, on the CPU; nothing is kept."""
+        """Return the tensors of `Predictions` but for the rows, of this process, on the CPU; nothing is kept."""
         parts, self._parts = self._parts, []
         return tuple(torch.cat(column).cpu() for column in zip(*parts, strict=True))

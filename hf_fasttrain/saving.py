@@ -32,10 +32,6 @@ FOLDER = "checkpoints"
 class Publisher(Protocol):
     """What is told of a run's results when they are whole on disk, on the main process; it raises nothing."""
 
-    @property
-    def wants_predictions(self) -> bool:
-        """Whether `finished` is to be given what the model says of the evaluation split."""
-
     def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
         """Take note of a checkpoint; called beside training, before it may be pruned."""
 

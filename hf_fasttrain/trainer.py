@@ -85,6 +85,7 @@ class Trainer:
         recipe_text: str = "",
         launched: bool = False,
         bad_images: BadImages | None = None,
+        report: bool = True,
         publisher: Publisher | None = None,
         log: RunLog | None = None,
         log_every: int = 10,
@@ -133,9 +134,7 @@ class Trainer:
 
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.export, self.learnt, self.bad_images = export, learnt or {}, bad_images
-        self.recipe_text, self.publisher = recipe_text, publisher
-        if self.evaluator is not None:
-            self.evaluator.collects = publisher is not None and publisher.wants_predictions
+        self.recipe_text, self.publisher, self.report = recipe_text, publisher, report and output_dir is not None
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
         self.signals = StopSignals(self.log.hurry, launched=launched)
@@ -330,7 +329,8 @@ class Trainer:
         if not metrics:
             return self.requests.now()
         self.state.metrics, self.state.evaluated_at = metrics, self.state.step
-        self._collected_at = self.state.step
+        if self.evaluator is not None and self.evaluator.collects:
+            self._collected_at = self.state.step
         self._saved_at = -1  # a checkpoint of this step would not know it
         if self.early_stopping and self._improves(self.early_stopping, self.state.watched):
             self.state.watched = self._record(self.early_stopping)
@@ -341,6 +341,8 @@ class Trainer:
 
     def _evaluate_and_log(self, loader: Iterable[Any]) -> dict[str, float]:
         assert self.evaluator is not None
+        last = self.state.step == self.num_steps or self.early_stopping is not None  # as far as can be told
+        self.evaluator.collects = self.report and last and loader is self.eval_loader
         began, most = time.perf_counter(), self.evaluator.most
         with self.log.doing(f"evaluating: {getattr(loader, 'name', 'evaluation split')}"):
             metrics = self.evaluate(loader)
@@ -515,9 +517,10 @@ class Trainer:
 
     def _ask_model(self) -> Predictions | None:
         """Return what the model says of each image of the evaluation split, if anybody wants it."""
-        if self.evaluator is None or not self.evaluator.collects or self.eval_loader is None:
+        if not self.report or self.evaluator is None or self.eval_loader is None:
             return None
         if self._collected_at != self.state.step:  # evaluated before the run was stopped
+            self.evaluator.collects = True
             self.evaluate()
         self.evaluator.collects = False
         split = getattr(self.eval_loader, "name", "evaluation split")
@@ -529,8 +532,14 @@ class Trainer:
 
     def _publish(self) -> None:
         """Hand the finished run to whoever makes something for others of it."""
-        if self.publisher is not None and self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        if self.publisher is not None:
             self.publisher.finished(self.state.step, self._predictions)
+        elif self.report and self.output_dir is not None:
+            from hf_fasttrain.publish.at_end import report_at_end
+
+            report_at_end(self.output_dir, self._predictions, self.log.say)
 
     def _leave(self, stop: int) -> None:
         """Wait until the state is on disk and raise Stopped."""

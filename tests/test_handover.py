@@ -85,8 +85,8 @@ def test_training_pictures_are_what_the_model_was_given(write_recipe: Callable[.
     trainer = build_trainer(write_recipe(RECIPE), overrides)
     images, targets = next(next(trainer.train_loader.steps(0, 1)).micro_batches)
     pixels: dict[str, np.ndarray] = {}
-    pictures = trainer.publisher.show.args[0]
-    step, made = pictures.training(pixels)
+    pictures = trainer.publisher.show.func.__self__
+    step, made = pictures.training(4, pixels)
     assert step == 1
     mean, std = torch.tensor(pictures.pre.mean), torch.tensor(pictures.pre.std)
     for number, picture in enumerate(made):
@@ -144,15 +144,18 @@ def test_images_that_are_gone_cost_only_the_pictures(
     trainer = build_trainer(write_recipe(RECIPE), [*overrides, "data.max_bad_fraction=1.0"])
     real = trainer.publisher.show
 
-    def remove_first(predictions: Predictions | None) -> None:
+    def remove_first(step: int, predictions: Predictions | None) -> None:
         for path in image_folder.rglob("*.jpg"):
             path.unlink()
-        real(predictions)
+        real(step, predictions)
 
     object.__setattr__(trainer.publisher, "show", remove_first)
     trainer.fit()
-    assert "note: the report has no pictures: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: the report has no training images: " in said
+    assert "note: the report does not show the worst mistakes: " in said
     assert (run / "report.html").exists()
+    assert len(Predictions.load(run / PREDICTIONS_FILE).labels) == 12
 
 
 def test_multi_label_predictions(tmp_path: Path) -> None:
@@ -169,6 +172,9 @@ def test_multi_label_predictions(tmp_path: Path) -> None:
     assert torch.equal(found.predicted, logits >= 0)
     scores = logits.sigmoid()
     assert torch.allclose(found.confidence, (scores - labels).abs().amax(1))
+    assert all(
+        abs(scores[i, found.worst_class[i]] - labels[i, found.worst_class[i]]) == found.confidence[i] for i in range(6)
+    )
     reference = [log_loss(labels[:, k], scores[:, k], labels=[0, 1]) for k in range(4)]
     assert found.losses.mean().item() == pytest.approx(float(np.mean(reference)), rel=1e-5)
     wrong = (found.predicted != found.labels).any(1)

@@ -54,7 +54,7 @@ LEVELS = [
 ]
 RECIPE_MODULES = {"recipe", "recipe_check", "recipe_file", "contradictions", "facts", "launch", "runfolder", "shipped"}
 STUDY = {name for name in MODULES if name.startswith("study")}
-DOORS_UP = {("trainer", "build"), ("trainer", "publish.hub")}  # imported inside methods
+DOORS_UP = {("trainer", "build"), ("trainer", "publish.hub"), ("trainer", "publish.at_end")}  # imported inside methods
 ABOVE_PUBLISH = {"trainer", "handover", "assemble", "build", "cli"}
 PUBLISH = {name for name in MODULES if name.startswith("publish")}
 

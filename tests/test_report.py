@@ -61,7 +61,7 @@ def predictions_of(num_classes: int, each: int = 20) -> Predictions:
     predicted = np.where(random.random(len(labels)) < 0.03, random.integers(0, num_classes, len(labels)), predicted)
     confidence = random.uniform(0.3, 1, len(labels)).astype(np.float32)
     losses = np.where(predicted == labels, 1 - confidence, 3 * confidence).astype(np.float32)
-    columns = map(torch.from_numpy, (np.arange(len(labels)), labels, predicted, confidence, losses))
+    columns = map(torch.from_numpy, (np.arange(len(labels)), labels, predicted, confidence, losses, predicted))
     return Predictions(90, "validation", *columns)
 
 
@@ -138,7 +138,7 @@ def test_figures_of_classes_that_never_occur_are_zero() -> None:
     from hf_fasttrain.publish.report_classes import class_figures
 
     one = torch.tensor([0])
-    figures = class_figures(Predictions(1, "v", one, one, one, one.float(), one.float()), 3)
+    figures = class_figures(Predictions(1, "v", one, one, one, one.float(), one.float(), one), 3)
     assert figures.f1.tolist() == [1.0, 0.0, 0.0]
     assert figures.support.tolist() == [1, 0, 0]
 
@@ -146,7 +146,8 @@ def test_figures_of_classes_that_never_occur_are_zero() -> None:
 def multi_label_predictions() -> Predictions:
     random = torch.Generator().manual_seed(0)
     labels, predicted = (torch.rand(40, 4, generator=random) > 0.6 for _ in range(2))
-    return Predictions(5, "validation", torch.arange(40), labels, predicted, torch.ones(40), torch.ones(40))
+    rows, ones = torch.arange(40), torch.ones(40)
+    return Predictions(5, "validation", rows, labels, predicted, ones, ones, torch.zeros(40, dtype=torch.int64))
 
 
 def test_multi_label_figures_are_those_of_scikit_learn() -> None:
@@ -166,7 +167,7 @@ def test_confused_classes_stand_together_and_are_listed() -> None:
 
     labels = np.repeat(np.arange(40), 10)
     predicted = np.where(np.arange(400) % 10 < 3, (labels + 20) % 40, labels)  # 0 and 20, 1 and 21, ...
-    tensors = map(torch.from_numpy, (labels, labels, predicted, labels / 40, labels / 40))
+    tensors = map(torch.from_numpy, (labels, labels, predicted, labels / 40, labels / 40, predicted))
     confusion = confusion_of(Predictions(1, "v", *tensors), 40)
     place = np.argsort(confused_together(confusion))
     assert sorted(place.tolist()) == list(range(40))
@@ -181,11 +182,38 @@ def test_a_matrix_too_large_keeps_the_classes_mistaken_most() -> None:
     from hf_fasttrain.publish.report_classes import confusion_of
 
     labels = torch.tensor([0, 1, 2, 3, 3])
-    found = Predictions(1, "v", labels, labels, torch.tensor([0, 1, 3, 2, 3]), labels.float(), labels.float())
+    predicted = torch.tensor([0, 1, 3, 2, 3])
+    found = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
     confusion = confusion_of(found, 4, largest=2)
     assert confusion.classes.tolist() == [2, 3]
     assert confusion.counts.tolist() == [[0, 1], [1, 1]]
-    assert "2 are left out" in confusion_chart(confusion, ["a", "b", "c", "d"]).words
+    words = confusion_chart(confusion, ["a", "b", "c", "d"]).words
+    assert (
+        words == "60.0% of all images are right. Shown are only the 2 classes that are mistaken most; 2 are left out."
+    )
+
+
+def test_images_taken_for_a_class_that_is_not_shown_count() -> None:
+    from hf_fasttrain.publish.report_classes import confusion_of, most_confused
+
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    predicted = torch.tensor([0, 1, 1, 2, 0, 0, 2])
+    found = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
+    confusion = confusion_of(found, 3, largest=2)
+    assert confusion.classes.tolist() == [0, 1]
+    assert confusion.support.tolist() == [4, 2]
+    assert confusion.shares.tolist() == [[0.25, 0.5], [1.0, 0.0]]
+    assert most_confused(confusion)[1] == (0, 1, 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0, "0%"), (1, "100%"), (0.996, "99.6%"), (0.9996, "99.96%"), (0.99999, "99.99%"), (0.5, "50.0%")],
+)
+def test_what_is_not_all_is_not_100_percent(share: float, shown: str) -> None:
+    from hf_fasttrain.publish.report_words import percent
+
+    assert percent(share) == shown
 
 
 @pytest.mark.parametrize("lines", [1, 5, 2000, 2001, 1_000_000])

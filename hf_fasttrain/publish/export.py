@@ -35,7 +35,7 @@ from hf_fasttrain.publish.onnx_file import (
 CONFIG_FILE = "config.json"
 WRITTEN = re.compile(  # the names of all that `save_model` and this module write
     rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
-    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|\..*"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
@@ -54,8 +54,8 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
 
     `weights`: last (the moving average where the run has one), best (of the best evaluation) or step_N, the last two
     from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its users will, and must give
-    the logits of evaluation to 1e-4; what can't be opened by whom is in the notes. Raises RunError and leaves an
-    earlier folder as it was.
+    the logits of evaluation to 1e-4 (of the largest one, where that is above 1); what can't be opened by whom is in the
+    notes. Raises RunError and leaves an earlier folder as it was.
     """
     run = Path(run)
     if not run.is_dir():
@@ -66,6 +66,7 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
         require_onnx()
     model, spec = _chosen(finished, weights)
     spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
+    had_onnx = (folder / ONNX_FILE).exists()
     try:
         with new_folder(folder) as partial:
             with quiet():
@@ -74,7 +75,10 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
             sync_files(partial)
     except OSError as error:
         raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
-    return replace(exported, folder=folder)
+    notes = exported.notes
+    if had_onnx and not onnx:
+        notes = [*notes, f"{ONNX_FILE} of an earlier export is gone; --onnx writes it anew"]
+    return replace(exported, folder=folder, notes=notes)
 
 
 # --- what and where ----------------------------------------------------------------------------------------
@@ -83,7 +87,7 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
 def _target(run: Path, output: Path | None, weights: str) -> Path:
     """Return the folder to write; RunError if it holds what is not ours, or other weights would become the run's."""
     own = run / "model"
-    folder = own if output is None else Path(output).expanduser()
+    folder = own if output is None else Path(output).expanduser().absolute()
     if weights != "last" and folder.resolve() == own.resolve():
         raise RunError(
             f"{own} holds the weights that result.json tells of; give another folder for weights={weights} "
@@ -94,8 +98,9 @@ def _target(run: Path, output: Path | None, weights: str) -> Path:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not folder.is_dir() or (names and SPEC_FILE not in names):
         raise RunError(f"{folder} exists and is no model folder of hf_fasttrain; give another output")
-    kept = [name for name in names if not WRITTEN.fullmatch(name)]
-    if kept and not read_json(folder / SPEC_FILE).get("trust_remote_code"):
+    own_code = ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None  # beside a model with code
+    kept = [name for name in names if not WRITTEN.fullmatch(name) and Path(name).suffix != own_code]
+    if kept:
         raise RunError(
             f"{folder} would be replaced, and holds files that are not export's ({', '.join(kept)}); move them, "
             "or give another output"

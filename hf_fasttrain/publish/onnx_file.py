@@ -23,6 +23,7 @@ from hf_fasttrain.publish.finished import first_line
 ONNX_FILE = "model.onnx"
 OPSET = 20  # onnxruntime 1.17 and later
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LARGEST_BYTES = 2**31 - 2**20  # of weights: protobuf's limit, and room for the graph
 TOLERANCE = 1e-4  # of logits, or of the largest one where that is above 1
 
 
@@ -53,6 +54,8 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
     """
     import onnx
 
+    if sum(tensor.nbytes for tensor in model.state_dict().values()) > LARGEST_BYTES:
+        raise RunError(f"{spec.name}: its weights are above 2 GB, the most that one ONNX file holds; leave --onnx out")
     with quiet(), torch.no_grad():
         named = Named(model).eval()
         try:
@@ -75,7 +78,14 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
             raise RunError(
                 f"{spec.name}: torch can't export this model to ONNX ({first_line(error)}); leave --onnx out"
             ) from None
-        return _checked(path, named, images)
+        try:
+            return _checked(path, named, images)
+        except RunError:
+            raise
+        except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no base of their own
+            raise RunError(
+                f"{path.name}: onnxruntime can't run this model ({first_line(error)}); leave --onnx out"
+            ) from None
 
 
 def metadata_of(spec: ModelSpec, pre: Preprocessing) -> dict[str, str]:

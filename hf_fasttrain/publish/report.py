@@ -33,7 +33,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """
     _require_different(runs)
     records = [read_record(run) for run in runs]
-    path = output or (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
+    path = output.absolute() if output else (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
     try:
         _require_free(path)
         page = page_of_run(records[0]) if len(records) == 1 else page_of_runs(records)

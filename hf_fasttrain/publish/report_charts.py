@@ -18,6 +18,7 @@ from hf_fasttrain.publish.report_points import Points, points_of
 Trace = dict[str, Any]
 DASHES = ("solid", "dash", "dot", "dashdot")
 NUM_COLOURS = 7
+MORE_IS_BETTER = ("accuracy", "top5_accuracy", "f1_macro")
 MOST_ANNOTATED = 30  # classes whose counts are written into the matrix
 
 
@@ -49,7 +50,8 @@ def _line(record: Record, points: Points, name: str, colour: int, form: str, **l
     """Return the traces of a curve: its band if it has one, and its means."""
     x, scale = _numbers(points.x, 9), {"epochs_per_step": record.epochs_per_step}
     mean: Trace = {
-        "type": "scatter", "mode": "lines", "name": plain(name), "x": x, "y": _numbers(points.mean), "meta": scale,
+        "type": "scatter", "mode": _mode(points), "name": plain(name), "x": x, "y": _numbers(points.mean),
+        "meta": scale,
         "line": {"color": f"theme:c{colour}", "width": 2, **line}, "legendgroup": plain(name),
         "hovertemplate": f"%{{y:{form}}}",
     }  # fmt: skip
@@ -62,6 +64,11 @@ def _line(record: Record, points: Points, name: str, colour: int, form: str, **l
     edge |= {"showlegend": False, "legendgroup": plain(name), "connectgaps": False}
     fill = {"fill": "tonexty", "fillcolor": f"theme:band{colour}"}
     return [edge | {"y": low, "name": "least"}, edge | {"y": high, "name": "most"} | fill, mean]
+
+
+def _mode(points: Points) -> str:
+    """Return how a curve is drawn: a few points would be no line."""
+    return "lines" if np.isfinite(points.mean).sum() > 3 else "lines+markers"
 
 
 def _markers(record: Record, x: np.ndarray, y: np.ndarray, name: str, colour: int, **more: Any) -> Trace:
@@ -82,7 +89,7 @@ def _layout(record: Record | None, y: str = "", form: str = "", **axis: Any) -> 
         "xaxis": {"title": {"text": "step", "standoff": 6}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": y}, "tickformat": form, **axis},
         "hovermode": "x unified",
-        "meta": {"by_step": True},
+        "meta": {},
     }
     if record is None or not record.resumes:
         return layout
@@ -142,9 +149,9 @@ def _loss_chart(record: Record) -> Chart | None:
     return Chart("loss", "Loss", " ".join(told) + note, {"data": data, "layout": _layout(record)})
 
 
-def _last_and_best(x: np.ndarray, y: np.ndarray, best: int, form: str) -> str:
-    if len(x) == 1:
-        return f"{y[-1]:{form}}"
+def _last_and_best(x: np.ndarray, y: np.ndarray, best: int | None, form: str) -> str:
+    if len(x) == 1 or best is None:
+        return f"{y[-1]:{form}}" + " in the end" * (len(x) > 1)
     if y[best] == y[-1]:
         return f"{y[-1]:{form}} in the end, its best"
     return f"{y[-1]:{form}} in the end and {y[best]:{form}} at best (step {x[best]:,.0f})"
@@ -162,7 +169,8 @@ def _metric_chart(record: Record) -> Chart | None:
             data.append(_markers(record, x, y, title, colour, symbol=symbol, dash=DASHES[number % len(DASHES)]))
             lowest, highest = min(lowest, y.min()), max(highest, y.max())
             form = ".2%" if "accuracy" in name else ".4f"
-            told.append(f"{title[0].upper()}{title[1:]}: {_last_and_best(x, y, int(y.argmax()), form)}.")
+            best = int(y.argmax()) if name in MORE_IS_BETTER else None  # of others it is not known
+            told.append(f"{title[0].upper()}{title[1:]}: {_last_and_best(x, y, best, form)}.")
     if not data:
         return None
     axis: Trace = {"range": [0, 1.02], "tickformat": ".0%"} if (lowest, highest) == (0.0, 1.0) else {}
@@ -194,7 +202,8 @@ def _step_time_chart(record: Record) -> Chart | None:
     waits = train["seconds_per_step"] * train["data_wait_fraction"]
     waiting, whole = (points_of(train["step"], 1000 * part) for part in (waits, train["seconds_per_step"]))
     rate = _numbers(_points(record, "images_per_second").mean, 4)
-    share = np.nansum(waits) / max(1e-12, np.nansum(train["seconds_per_step"]))
+    steps = np.diff(train["step"], prepend=0)  # that each line is of
+    share = np.nansum(waits * steps) / max(1e-12, np.nansum(train["seconds_per_step"] * steps))
     parts = (("computing", whole.mean - waiting.mean, 0), ("waiting for data", waiting.mean, 1))
     data = [
         {
@@ -265,16 +274,18 @@ def confusion_chart(confusion: Confusion, class_names: Sequence[str]) -> Chart:
     size, total, right = len(confusion.classes), confusion.counts.sum(), np.trace(confusion.counts)
     small = np.minimum(confusion.counts, 255).astype(np.uint8)
     large = {int(place): int(confusion.counts.ravel()[place]) for place in np.flatnonzero(confusion.counts > 254)}
-    told = (
-        f"{right:,} of {total:,} images are on the diagonal, which is right ({words.percent(right / max(1, total))})."
-    )
+    told = f"{right:,} of {total:,} images are on the diagonal, which is right ({words.percent(confusion.accuracy)})."
     if confusion.left_out:
-        told += f" Only the {size:,} classes that are mistaken most; {confusion.left_out:,} are left out."
+        told = (
+            f"{words.percent(confusion.accuracy)} of all images are right. Shown are only the {size:,} classes "
+            f"that are mistaken most; {confusion.left_out:,} are left out."
+        )
     meta = {
         "matrix": {
             "names": [class_names[place] for place in confusion.classes],
             "counts": base64.b64encode(small.tobytes()).decode(),  # 1 byte a cell; what does not fit is in `large`
             "large": large,
+            "support": confusion.support.tolist(),
             "order": [int(place) for place in confused_together(confusion)] if size > MOST_ANNOTATED else None,
             "annotated": MOST_ANNOTATED,
         }

@@ -52,11 +52,13 @@ class Confusion:
     counts: np.ndarray
     classes: np.ndarray  # (K,) which classes these are
     left_out: int  # classes that are not shown
+    support: np.ndarray  # (K,) images of each class, those that are taken for a class that is not shown too
+    accuracy: float  # of all images
 
     @property
     def shares(self) -> np.ndarray:
-        """The counts as shares of their rows."""
-        return _share(self.counts, self.counts.sum(1, keepdims=True))
+        """The counts as shares of their classes' images."""
+        return _share(self.counts, self.support[:, None])
 
 
 def confusion_of(predictions: Predictions, num_classes: int, largest: int = LARGEST_MATRIX) -> Confusion:
@@ -73,7 +75,8 @@ def confusion_of(predictions: Predictions, num_classes: int, largest: int = LARG
     shown = (rows >= 0) & (columns >= 0)
     size = len(classes)
     counts = np.bincount(rows[shown] * size + columns[shown], minlength=size * size).reshape(size, size)
-    return Confusion(counts, classes, num_classes - size)
+    support = np.bincount(labels, minlength=num_classes)[classes]
+    return Confusion(counts, classes, num_classes - size, support, float((labels == predicted).mean()))
 
 
 def confused_together(confusion: Confusion) -> np.ndarray:

@@ -53,8 +53,8 @@ class Record:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training has come to its end."""
-        return bool(self.result)
+        """Whether training has come to its end, and no resumed one has gone on after it."""
+        return bool(self.result) and int(self.result.get("steps") or 0) >= self.last_step
 
     @property
     def model_name(self) -> str:
@@ -107,7 +107,7 @@ class Record:
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics of the last evaluation of the main split."""
-        if self.result.get("metrics"):
+        if self.is_finished and self.result.get("metrics"):
             return dict(self.result["metrics"])
         lines = [line for line in self.evaluations if line["split"] == self.splits[0]]
         return {name: value for name, value in lines[-1].items() if name not in NO_METRIC} if lines else {}
@@ -184,7 +184,8 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[Train, list[dict[str
         if path.exists():
             problems.append(f"{path.name} can't be read: {error.strerror}")
     if bad:
-        problems.append(f"{path.name}: {bad:,} lines can't be read and are left out")
+        said = "line that can't be read is" if bad == 1 else "lines that can't be read are"
+        problems.append(f"{path.name}: {bad:,} {said} left out")
     table = np.array(rows, dtype=np.float64).reshape(-1, len(TRAIN_FIGURES))
     if len(table) and not (np.diff(table[:, 0]) > 0).all():  # the last line that tells of a step is right
         _, last = np.unique(table[::-1, 0], return_index=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ def _curve(record: Record, axes: Axes, column: str, label: str, colour: str) -> 
     points = points_of(record.train["step"], record.train[column])
     if points.has_band:
         axes.fill_between(points.x, points.low, points.high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(points.x, points.mean, color=colour, linewidth=1.4, label=label)
+    few = np.isfinite(points.mean).sum() <= 3  # which would be no line
+    axes.plot(points.x, points.mean, color=colour, linewidth=1.4, label=label, marker="." if few else "")
 
 
 def _courses(record: Record, axes: Axes, metrics: list[str], first_colour: int) -> None:
@@ -65,7 +67,8 @@ def _courses(record: Record, axes: Axes, metrics: list[str], first_colour: int) 
             x, y = record.course(name, split)
             title = split if name == "loss" else words.metric_title(name) + (f", {split}" if place else "")
             style: dict[str, Any] = {"marker": "oDs"[place % 3] if len(x) <= 60 else "", "markersize": 4}
-            colour = COLOURS[(first_colour + number + place) % len(COLOURS)]
+            style["linestyle"] = ("-", "--", ":")[place % 3]
+            colour = COLOURS[(first_colour + number + (place if len(metrics) == 1 else 0)) % len(COLOURS)]
             if len(x):
                 axes.plot(x, y, color=colour, linewidth=1.4, label=_literal(title), **style)
 
@@ -167,5 +170,7 @@ def _annotate(axes: Axes, confusion: Confusion, names: list[str]) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks
+        figure.savefig(drawn, format="png", dpi=130)
     write_whole(path, drawn.getvalue())

@@ -52,7 +52,9 @@ def page_of_run(record: Record) -> Page:
         Section("resumes", "Resume history", tables=_there(tables.resume_table(record))),
         Section("bad-images", "Bad images", tables=_there(tables.bad_images_table(record))),
     ]
-    empty = {"resumes": "The run was never resumed.", "bad-images": "Every image could be decoded."}
+    empty = {"resumes": "The run was never resumed."}
+    if record.result.get("bad_images") == 0 and record.resolved:
+        empty["bad-images"] = "Every image could be decoded."
     return Page(
         title=f"{record.model_name} on {record.dataset}",
         subtitle=_subtitle(record),

@@ -70,6 +70,10 @@ def whole(value: Any) -> Cell:
     return Cell(f"{int(value):,}", float(value))
 
 
+def _whole_or_text(value: Any) -> Cell:
+    return whole(value) if is_finite(value) else Cell(words.NOTHING if value is None else str(value))
+
+
 def class_table(figures: ClassFigures, names: Sequence[str], split: str) -> Table:
     """Return each class's figures, the class with the most images first."""
     order = sorted(range(len(names)), key=lambda place: -figures.support[place])
@@ -150,7 +154,7 @@ def resume_table(record: Record) -> Table | None:
     rows = [
         [
             *texts(str(line.get("date", words.NOTHING)).replace("T", " ")), whole(line["step"]),
-            *texts(line.get("checkpoint", words.NOTHING), line.get("processes", words.NOTHING)),
+            *texts(line.get("checkpoint", words.NOTHING)), _whole_or_text(line.get("processes")),
         ]
         for line in record.resumes
     ]  # fmt: skip
@@ -164,7 +168,7 @@ def bad_images_table(record: Record) -> Table | None:
     if not bad:
         return None
     keys = ("split", "index", "path", "error", "substitute")
-    rows = [texts(*(words.NOTHING if line.get(key) is None else line[key] for key in keys)) for line in bad]
+    rows = [[_whole_or_text(line.get(key)) for key in keys] for line in bad]
     caption = f"{words.count(len(bad), 'image')} that could not be decoded, and the ones that stood in"
     if len(bad) > MOST_BAD_IMAGES:
         caption += f"; the first {MOST_BAD_IMAGES}, bad_images.jsonl has all"
@@ -189,7 +193,10 @@ def results_table(records: Sequence[Record], names: Sequence[str]) -> Table:
         cells = [Cell(words.NOTHING if v is None else t, float(v) if is_finite(v) else None) for t, v in shown]
         where = ", ".join(str(machine[key]) for key in ("device", "processor") if machine.get(key)) or words.NOTHING
         rows.append([Cell(name), *cells, Cell(where)])
-    columns = [Column("run"), *(Column(title, True) for title in titles), Column("machine")]
+    splits = [record.splits[0] if record.splits else words.NOTHING for record in records]
+    for row, split in zip(rows, splits, strict=True):
+        row.insert(1, Cell(split))
+    columns = [Column("run"), Column("evaluated on"), *(Column(title, True) for title in titles), Column("machine")]
     return Table("results-table", "How the runs ended: the last evaluation and the pace", columns, rows)
 
 
@@ -229,10 +236,10 @@ def _source(run: Path, picture: Picture) -> str | None:
 
 
 def _shares(values: dict[str, float]) -> str:
-    """Return classes with their shares: one alone without."""
+    """Return classes with their shares; without, where each is wholly there."""
+    if all(part > 0.999 for part in values.values()):
+        return ", ".join(values) or "no class"
     first = sorted(values.items(), key=lambda item: -item[1])
-    if len(first) == 1 or (first and first[0][1] > 0.999):
-        return first[0][0]
     shown = ", ".join(f"{name} {part:.0%}" for name, part in first[:3])
     return shown + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
@@ -254,11 +261,11 @@ def mistake_pictures(record: Record) -> list[Shown]:
         source = _source(record.folder, picture)
         if source is None:
             continue
-        truth = _shares(picture.truth) if set(picture.truth.values()) != {1.0} else ", ".join(picture.truth)
+        truth = _shares(picture.truth)
         said = ", ".join(
             name if part is None else f"{name} {words.percent(part)}" for name, part in picture.predicted.items()
         )
-        truth, said = truth or "no class", said or "no class"
+        said = said or "no class"
         lines = [("truth", truth), ("predicted", said)]
         if is_finite(picture.loss):
             lines.append(("loss", f"{picture.loss:.2f}"))

@@ -35,7 +35,9 @@ def percent(value: Any) -> str:
     """Return a share in per cent."""
     if not is_finite(value):
         return NOTHING
-    return f"{value:.1%}" if 0 < value < 0.995 else f"{value:.0%}"
+    if value in (0, 1):
+        return f"{value:.0%}"
+    return f"{value:.1%}" if value < 0.9995 else f"{min(value, 0.9999):.2%}" if value < 1 else f"{value:.0%}"
 
 
 def seconds(value: Any) -> str:

@@ -108,7 +108,7 @@ def _is_of(line: Mapping[str, Any], step: int) -> bool:
 
 
 def _metrics(line: Mapping[str, Any]) -> dict[str, Any]:
-    about = ("kind", "step", "epoch", "split", "train_seconds")
+    about = ("kind", "step", "epoch", "split", "seconds", "train_seconds")
     return {key: value for key, value in line.items() if key not in about}
 
 

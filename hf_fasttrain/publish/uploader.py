@@ -15,7 +15,7 @@ from typing import Any
 from hf_fasttrain.errors import UserError, without_secrets
 from hf_fasttrain.publish.hub import NotPushed, push_run
 
-LESS_URGENT = 10  # nice(2): training has the cores first
+LESS_URGENT = 19  # nice(2): training has the cores first
 
 
 def main() -> None:
