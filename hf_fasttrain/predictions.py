@@ -55,7 +55,7 @@ class Predictions:
         """Write them as one safetensors file, whole or not at all. Raises OSError."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # each its own memory
         about = {"step": str(self.step), "split": self.split, "columns": json.dumps(_TENSORS)}
         write_whole(path, save(tensors, metadata=about))
 

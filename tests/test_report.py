@@ -281,7 +281,7 @@ def test_metrics_of_old_and_torn_lines(tmp_path: Path) -> None:
     assert record.train["step"].tolist() == [1, 2]
     assert record.train["loss"].tolist() == [3.0, 1.0]
     assert np.isnan(record.train["grad_norm"]).all()
-    assert record.problems == ["metrics.jsonl: 3 lines can't be read and are left out"]
+    assert record.problems == ["metrics.jsonl: 3 lines that can't be read are left out"]
     assert record.epochs_per_step == 0.25
     assert (record.metric_names, record.splits, record.last_step) == (["accuracy"], ["v"], 2)
     assert not len(record.course("loss", "v")[0])
