@@ -402,6 +402,39 @@ def test_mistakes(kept: Path, tmp_path: Path) -> None:
     assert (kept / "model" / "notes.md").exists()
 
 
+@needs_onnx
+def test_an_earlier_onnx_file_that_is_not_written_anew_is_named(kept: Path) -> None:
+    (kept / "model" / "model.onnx").write_bytes(b"an earlier one")
+    assert "model.onnx of an earlier export is gone; --onnx writes it anew" in export_run(kept).notes
+
+
+def test_a_folder_of_a_repository_is_not_replaced(kept: Path) -> None:
+    (kept / "model" / ".git").mkdir()
+    with pytest.raises(RunError, match=r"holds files that are not export's \(\.git\); move them"):
+        export_run(kept)
+    assert (kept / "model" / ".git").is_dir()
+
+
+def test_a_link_to_a_folder_stays_one(kept: Path, tmp_path: Path) -> None:
+    (kept / "model").rename(tmp_path / "elsewhere")
+    (kept / "model").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        export_run(kept)
+    assert (kept / "model").is_symlink()
+    assert (tmp_path / "elsewhere" / "model.safetensors").exists()
+
+
+def test_the_present_folder_is_a_place_like_others(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_fasttrain.publish.report import write_report
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RunError, match="here: is the present folder, which would be replaced; give a folder in it"):
+        export_run(kept, Path("."))
+    with pytest.raises(RunError, match="the report can't be written: Is a directory"):
+        write_report([kept], Path("."))
+
+
 def test_mistakes_about_onnx(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in (kept / "model").iterdir()}
 
@@ -418,6 +451,12 @@ def test_mistakes_about_onnx(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         def fails(*_: Any, **__: Any) -> None:
             raise torch.onnx.OnnxExporterError("no such operator\nand so on")
 
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_file, "LARGEST_BYTES", 1000)
+            refused(r"its weights are above 2 GB, the most that one ONNX file holds; leave --onnx out")
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_file, "_checked", lambda *_: 1 / 0)
+            in_child(lambda: refused(r"model\.onnx: onnxruntime can't run this model \(division by zero\)"))
         monkeypatch.setattr(torch.onnx, "export", fails)
         refused(r"torch can't export this model to ONNX \(no such operator.*\); leave --onnx out")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -110,6 +110,35 @@ def test_a_run_that_was_stopped_before_its_end_was_written_has_predictions(
     assert (run / "report.html").exists()
 
 
+def test_a_run_that_stopped_early_shows_images_of_a_step_that_was_made(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    stopping = ["early_stopping={patience: 1 step}", "evaluate.every=1 step", "train.duration=3 epochs"]
+    trained(write_recipe, run, *stopping, "optimizer.lr=1e-9", "data.eval_fraction=0.9")
+    result = json.loads((run / "result.json").read_text())
+    assert result["stopped_early"]
+    assert Gallery.load(run).training_step == 1
+    assert Predictions.load(run / PREDICTIONS_FILE).step == result["steps"]
+
+
+def test_a_trainer_of_own_objects_writes_a_report_too(tmp_path: Path) -> None:
+    reset_accelerate()
+    images, labels = torch.rand(24, 3, 8, 8), torch.arange(24) % 3
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    data = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 24, 8)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"eval_loader": data, "num_classes": 3, "log_every": 1}
+    Trainer(model, data, optimizer, output_dir=tmp_path / "own", **options).fit()
+    found = Predictions.load(tmp_path / "own" / PREDICTIONS_FILE)
+    assert found.labels.tolist() == labels.tolist()
+    assert set(found.rows.tolist()) == {-1}
+    assert (tmp_path / "own" / "report.html").exists()
+    reset_accelerate()
+    Trainer(model, data, optimizer, output_dir=tmp_path / "without", report=False, **options).fit()
+    assert not (tmp_path / "without" / "report.html").exists()
+
+
 def test_a_report_can_be_switched_off(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert trained(write_recipe, run, "log.report=false").publisher is None

@@ -317,6 +317,48 @@ def test_a_run_of_which_little_is_there(tmp_path: Path, kept: str) -> None:
     assert write_report([run, whole], tmp_path / "both.html").exists()
 
 
+def test_a_run_that_goes_on_after_its_end_has_not_ended(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=90)
+    before = json.loads((run / "result.json").read_text())["metrics"]
+    assert record_of(run).is_finished
+    assert record_of(run).metrics == before
+    line = {"kind": "evaluation", "step": 100, "epoch": 11.0, "split": "validation", "loss": 0.1, "accuracy": 0.99}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    record = record_of(run)
+    assert not record.is_finished
+    assert record.metrics == {"loss": 0.1, "accuracy": 0.99}
+
+
+def test_a_single_line_of_the_log_is_seen(tmp_path: Path) -> None:
+    from hf_fasttrain.publish.report_charts import curve_charts
+
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    (loss,) = (chart for chart in curve_charts(record_of(run)) if chart.id == "loss")
+    assert loss.figure["data"][0]["mode"] == "lines+markers"
+
+
+def test_targets_of_several_classes_are_all_named() -> None:
+    from hf_fasttrain.publish.report_tables import _shares
+
+    assert _shares({"cat": 1.0, "dog": 1.0}) == "cat, dog"
+    assert _shares({}) == "no class"
+    assert _shares({"dog": 0.3, "cat": 0.7}) == "cat 70%, dog 30%"
+
+
+def test_that_every_image_could_be_decoded_is_said_only_if_it_is_known(tmp_path: Path) -> None:
+    from hf_fasttrain.publish.report import write_report
+
+    run = make_run(tmp_path / "run")
+    (run / "bad_images.jsonl").unlink(missing_ok=True)
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "bad_images": 0}))
+    assert "Every image could be decoded." in write_report([run]).read_text()
+    (run / "result.json").write_text(json.dumps({**result, "bad_images": 3}))
+    assert "Every image could be decoded." not in write_report([run]).read_text()
+
+
 def test_class_names_are_told_apart(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 4, names=["crane", "owl", "crane"])
     assert record_of(run).class_names == ["crane (0)", "owl", "crane (2)", "class 3"]

@@ -95,6 +95,8 @@ def _target(run: Path, output: Path | None, weights: str) -> Path:
         )
     if not folder.exists():
         return folder
+    if folder.resolve() == Path.cwd().resolve():
+        raise RunError(f"{folder}: is the present folder, which would be replaced; give a folder in it")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not folder.is_dir() or (names and SPEC_FILE not in names):
         raise RunError(f"{folder} exists and is no model folder of hf_fasttrain; give another output")
