@@ -55,7 +55,8 @@ class _SlowFile:
 
 
 def serve(pipe: Any, side: str, rate: float) -> None:
-    """Run a Hub until told to stop, then tell how many commits it has."""
+    """Run a Hub until told to stop, then tell how many commits it has; niced, as its work is done elsewhere in life."""
+    os.nice(19)
     with running_hub() as hub:
         if side == "hangs":
             hub.faults = [Fault("PUT /storage", times=10**6, kind="hang")]

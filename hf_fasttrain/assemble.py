@@ -142,7 +142,9 @@ def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
         wish = hub_wish(recipe.hub, parts.order.steps_per_epoch)
-        pusher = Pusher(folder, wish, lambda path: save_description(parts.model, spec, path), about, log.say)
+        num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+        describe = partial(save_description, parts.model, spec)
+        pusher = Pusher(folder, wish, describe, about, log.say, num_steps)
     return RunPublisher(folder, log, show, pusher) if show or recipe.hub else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def build_trainer(
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = Path(launch.output_dir(asked))
-    if asked.hub is not None:
+    if asked.hub is not None and int(os.environ.get("RANK", 0)) == 0:
         require_login(asked.hub.repo)  # before anything is trained that could not be pushed
     parts = build_parts(asked, dataset=dataset, tuned=tuned_in_run(folder) if resume else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
@@ -76,6 +77,7 @@ def build_parts(
     """
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     facts = Facts(asked, notes=without_effect(asked))
+    facts.resolve("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
     loaded = resolve_machine(asked, facts, tuned)
     accelerator = launch.build_accelerator(loaded, facts)
     source = _load_source(loaded, dataset, facts)
@@ -98,6 +100,17 @@ def build_parts(
     model = _prepare_model(model, loaded, accelerator)
     order = _resolve_order(loaded, len(source.train), model, accelerator, facts)
     return Parts(loaded, facts, accelerator, source, spec, model, order)
+
+
+def _local_settings(recipe: Recipe, dataset: Any) -> list[str]:
+    """Return the keys of what lies on this machine: it means nothing elsewhere, and its place is nobody's business."""
+    model, data = recipe.model, recipe.data
+    name = model.name.removeprefix("transformers:")
+    places = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}
+    found = [key for key, value in places.items() if isinstance(value, str) and Path(value).expanduser().exists()]
+    if data.dataset == "digits":
+        found = [key for key in found if key != "data.dataset"]
+    return sorted({*found, *(["data.dataset"] if dataset is not None else [])})
 
 
 def _load_source(recipe: Recipe, dataset: Any, facts: Facts) -> Source:

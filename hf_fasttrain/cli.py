@@ -262,7 +262,9 @@ def push(
     repo: Annotated[str | None, typer.Argument(help="OWNER/NAME on the Hub; by default the recipe's hub.repo.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="Make a new repository private.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the model, for its card: apache-2.0, mit, ...")] = None,
-    weights: Annotated[str, typer.Option(help="last, or best: those of the best evaluation.")] = "last",
+    weights: Annotated[
+        str | None, typer.Option(help="last (the default, but for hub.every: best), or best: of the best evaluation.")
+    ] = None,
 ) -> None:
     """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
     from hf_fasttrain.publish.hub import asked_hub, push_run
@@ -274,7 +276,8 @@ def push(
     if name == asked.get("repo"):
         private = asked.get("private") if private is None else private
         license = license or asked.get("license")
-    print(push_run(run, name, private=private, license=license, weights=weights, tell=_say_on_stderr))
+        weights = weights or ("best" if asked.get("every") == "best" else None)
+    print(push_run(run, name, private=private, license=license, weights=weights or "last", tell=_say_on_stderr))
 
 
 @app.command()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.errors import SECRET
 from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.remote import is_repo_name
+from hf_fasttrain.remote import is_license, is_repo_name
 from hf_fasttrain.result import BUILT_IN_METRICS, metric_name
 
+LONGEST_WAIT = 7 * 24 * 60  # minutes
 Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
 
 
@@ -140,7 +140,9 @@ def _hub(recipe: Recipe) -> Iterator[Mistake]:
         yield "hub.repo", f"is '{hub.repo}'; write OWNER/NAME in letters, digits, '-', '_' and '.', such as me/flowers"
     if isinstance(hub.every, Duration) and hub.every.count == 0:
         yield "hub.every", "is 0; give at least 1 step"
-    if hub.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", hub.license):
+    if not 0 < hub.wait.count <= LONGEST_WAIT:
+        yield "hub.wait", f"is {hub.wait}; give more than 0 and at most {LONGEST_WAIT:,} minutes (a week)"
+    if hub.license is not None and not is_license(hub.license):
         yield "hub.license", f"is '{hub.license}'; write it as the Hub does, such as apache-2.0, mit or other"
 
 

@@ -34,7 +34,7 @@ class Evaluator:
         self.external = ExternalMetrics(external)
         self.most: int | None = None  # images for which memory is enough, where it ran out
         self.collects = False  # whether a pass's predictions are kept for `predictions`
-        self._collected: Collector | None = None  # of the last whole pass
+        self._collected: tuple[Tensor, ...] | None = None  # of the last whole pass, on the CPU
 
     @torch.no_grad()
     def __call__(
@@ -66,8 +66,8 @@ class Evaluator:
         if left:
             self.external.clear()
             return {}
-        self._collected = collector
-        measured = counts.compute(self._add)
+        measured = counts.compute(self._add)  # waits for the device
+        self._collected = collector.columns() if collector is not None else None
         wanted = {name: measured[name] for name in self.metrics or measured}
         return {**wanted, **self.external.compute(self._gather)}
 
@@ -76,12 +76,12 @@ class Evaluator:
 
         `rows`: which images of the split this process's share has, in its order. Called by all processes.
         """
-        collector, self._collected = self._collected, None
-        own = collector.columns() if collector is not None else None
+        own, self._collected = self._collected, None
         parts = [part for part in self._gather([own]) if part is not None and len(part)]
         if not parts:
             return None
-        known = rows if own is None or rows is None or len(rows) == len(own[0]) else None
+        number = len(own[0]) if own else 0
+        known = rows if rows is not None and len(rows) == number else None
         every = [part for part in self._gather([None if known is None else list(known)]) if part is not None]
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         number = len(columns[0])

@@ -45,15 +45,29 @@ class RunPublisher:
 
     def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
         """Push a checkpoint, if its turn has come."""
-        if self.pusher is not None:
+        if self.pusher is None:
+            return
+        try:
             self.pusher.saved(checkpoint, step, best=best)
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            self.pusher.not_staged(error)
 
     def finished(self, step: int, predictions: Predictions | None) -> None:
         """Write the report, then push the run."""
         if self.show is not None:
             report_at_end(self.run, predictions, self.log.say, partial(self.show, step, predictions))
-        if self.pusher is not None:
-            self.pusher.finished(step)
+        if self.pusher is None:
+            return
+        lost = [name for name in ("model", "result.json") if self._is_lost(name)]
+        if lost:
+            command = self.pusher.wish.command(self.run)
+            self.log.say(f"not pushed: {' and '.join(lost)} could not be written; when they are: {command}")
+            self.pusher.close()
+            return
+        self.pusher.finished(step)
+
+    def _is_lost(self, name: str) -> bool:
+        return any(lost.startswith(f"{self.run / name}:") for lost in self.log.lost)
 
     def close(self) -> None:
         """End uploads that are under way."""

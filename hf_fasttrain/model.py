@@ -65,12 +65,34 @@ class TransformersClassifier(nn.Module):
         return self.model(pixel_values=images).logits
 
 
+# What would load weights, or run code, from elsewhere than the recipe says; a recipe may be somebody else's.
+NOT_IN_ARGS = {
+    "adapter_kwargs", "allow_all_kernels", "cache_dir", "checkpoint_path", "code_revision", "config", "device_map",
+    "ignore_mismatched_sizes", "local_files_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "quantization_config", "revision", "state_dict", "subfolder", "token", "trust_remote_code", "use_safetensors",
+    "variant", "weights_only",
+}  # fmt: skip
+
+
+def _require_plain_args(spec: ModelSpec) -> None:
+    """Raise ModelError for arguments that are not the architecture's."""
+    wrong = sorted(set(spec.args) & NOT_IN_ARGS)
+    if "/" in str(spec.args.get("attn_implementation", "")):  # a kernel of the Hub
+        wrong.append("attn_implementation")
+    if wrong:
+        raise ModelError(
+            f"model.args: {', '.join(wrong)} would load something else than the recipe says; leave it out "
+            "(weights: model.pretrained; a model's own code: model.trust_remote_code)"
+        )
+
+
 def build_model(spec: ModelSpec, pretrained: bool | str = False) -> nn.Module:
     """Return the model, in fp32 on the CPU, with a new head for the spec's classes.
 
     `pretrained` is False, True for the weights published with the name, or a local folder or file of weights. A
     head of another number of classes in them is left out; any other misfit is a ModelError.
     """
+    _require_plain_args(spec)
     if spec.is_transformers:
         return build_transformers(spec, pretrained)
     if isinstance(pretrained, str):
@@ -184,6 +206,7 @@ def build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
             f"model {spec.name}: drop_path and small_image_stem are for timm models; transformers' settings go into "
             "model.args, such as {drop_path_rate: 0.1}"
         )
+    _require_plain_args(spec)
     place = spec.name.removeprefix("transformers:")
     labels = {
         "id2label": dict(enumerate(spec.class_names)),
@@ -193,7 +216,8 @@ def build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
     options["trust_remote_code"] = spec.trust_remote_code
     try:
         if pretrained is True:
-            model = AutoModelForImageClassification.from_pretrained(place, ignore_mismatched_sizes=True, **options)
+            options |= {"ignore_mismatched_sizes": True, "weights_only": True}  # nothing is unpickled
+            model = AutoModelForImageClassification.from_pretrained(place, **options)
         else:
             config = AutoConfig.from_pretrained(place, **options)
             if hasattr(config, "image_size") and "image_size" not in spec.args:

@@ -162,11 +162,17 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     path = folder / SPEC_FILE
     if not path.exists():
         raise ModelError(f"{folder}: no {SPEC_FILE}; give a run folder whose training has ended, or its model folder")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    pre = values.pop("preprocessing", None)
-    if pre:
-        pre = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
-    spec = ModelSpec(**values, preprocessing=pre)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pre = values.pop("preprocessing", None)
+        if pre:
+            pre = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+        spec = ModelSpec(**values, preprocessing=pre)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: can't be read as a model's description ({error}); take the hf_fasttrain that wrote it, or a "
+            "whole copy of the folder"
+        ) from None
     if spec.is_transformers:
         model = build_transformers(replace(spec, name=f"transformers:{folder}"), pretrained=True)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
-from hf_fasttrain.errors import RecipeError, shown
+from hf_fasttrain.errors import SECRET, RecipeError, shown
 from hf_fasttrain.recipe import Recipe, RecipeSource
 from hf_fasttrain.recipe_check import KeyPath, Tree, check_tree, model_at
 from hf_fasttrain.remote import fetch_file, is_remote, parse_place
 from hf_fasttrain.result import BUILT_IN_METRICS
 from hf_fasttrain.shipped import find_recipe
+
+# Of a pushed recipe: where it was written, kept, told of and pushed to.
+NOT_TAKEN_OVER = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,9 +45,8 @@ def _load_pushed(place: str, overrides: Sequence[str]) -> Recipe:
     Somebody else wrote it: what would run code from the Hub must be asked for here.
     """
     where, name = f"{place}, recipe.yaml", parse_place(place)[0].split("/")[-1]
-    tree, _ = _read_yaml(fetch_file(place, "recipe.yaml").read_text(encoding="utf-8", errors="replace"), where)
-    text = to_yaml({key: value for key, value in tree.items() if key not in ("output_dir", "hub")})
-    recipe = parse_recipe(text, overrides, where=where, name=name)
+    text = fetch_file(place, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_TAKEN_OVER)
     metrics = recipe.evaluate.metrics
     runs_code = {
         "model.trust_remote_code": recipe.model.trust_remote_code,
@@ -52,16 +55,23 @@ def _load_pushed(place: str, overrides: Sequence[str]) -> Recipe:
     for key, runs in runs_code.items():
         if runs and origin_of(recipe, key) == "recipe":
             value = flatten(recipe)[key]
+            override = shlex.quote(f"{key}={plain(value)}")
             raise RecipeError(
                 f"{where}: {key}={plain(value)} runs code from the Hub; read that code first, then say so here by the "
-                f"override {key}={plain(value)}, or override it with another value"
+                f"override {override}, or override it with another value"
             )
     return recipe
 
 
-def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str, name: str) -> Recipe:
-    """Return the checked recipe of a YAML text; `where` names it in messages."""
+def parse_recipe(
+    text: str, overrides: Sequence[str] = (), *, where: str, name: str, without: Sequence[str] = ()
+) -> Recipe:
+    """Return the checked recipe of a YAML text; `where` names it in messages, keys in `without` are left out."""
+    _require_no_token(text, where)
     tree, lines = _read_yaml(text, where)
+    taken = [_take_out(tree, key) for key in without]
+    if any(taken):
+        text = ""  # the run's recipe.yaml is written from the values
     origins = dict.fromkeys(_leaves(tree), "recipe")
     for override in overrides:
         _apply_override(tree, override, origins)
@@ -79,6 +89,25 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str, name: 
     assert recipe is not None
     recipe._source = RecipeSource(name, text, origins, tuple(overrides))
     return recipe
+
+
+def _require_no_token(text: str, where: str) -> None:
+    """A recipe is written into the run folder and pushed, its comments too; nothing secret may be in it."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if SECRET.search(line):
+            raise RecipeError(
+                f"{where}, line {number}: holds a Hub token; take it out and log in by `hf auth login` or the variable "
+                "HF_TOKEN"
+            )
+
+
+def _take_out(tree: Tree, key: str) -> bool:
+    """Take a dotted key out of a tree, and return whether it was there."""
+    *sections, last = key.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    return isinstance(node, dict) and node.pop(last, None) is not None
 
 
 # --- reading -----------------------------------------------------------------------------------------------

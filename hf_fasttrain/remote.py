@@ -9,6 +9,7 @@ from hf_fasttrain.errors import RunError
 
 PREFIX = "hf://"
 MODEL_FILES = ["*.json", "*.safetensors", "recipe.yaml"]  # no code, no pictures, no ONNX
+NESTED_FILES = ["*/*"]  # none of ours
 _PART = r"[A-Za-z0-9][\w.-]*"
 
 
@@ -21,6 +22,11 @@ def is_repo_name(name: str) -> bool:
     """Return whether a name is OWNER/NAME as the Hub takes it (huggingface_hub.utils.validate_repo_id)."""
     fits = re.fullmatch(rf"{_PART}/{_PART}", name) is not None and len(name) <= 96
     return fits and "--" not in name and ".." not in name and not name.endswith((".git", "-", "."))
+
+
+def is_license(name: str) -> bool:
+    """Return whether a licence's name is written as the Hub's are: apache-2.0, mit, cc-by-4.0, other."""
+    return re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) is not None
 
 
 def parse_place(place: str) -> tuple[str, str | None]:
@@ -39,7 +45,7 @@ def fetch_file(place: str, name: str) -> Path:
     repo, revision = parse_place(place)
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the xet transport's
         raise _not_fetched(place, name, error) from None
 
 
@@ -50,8 +56,10 @@ def fetch_run(place: str) -> Path:
 
     repo, revision = parse_place(place)
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES))
-    except (HTTPError, OSError, ValueError) as error:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=NESTED_FILES)
+        )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise _not_fetched(place, "the model", error) from None
 
 

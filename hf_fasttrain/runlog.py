@@ -39,6 +39,7 @@ class _Display(Progress):
         self.num_steps, self.steps_per_epoch, self._moved = num_steps, steps_per_epoch, 0.0
         self._epochs = -(-num_steps // steps_per_epoch)
         self._seconds_per_step: float | None = None
+        self._more_seconds = 0.0
         self._epoch, self._run = self.add_task("epoch", left=""), self.add_task("run", total=num_steps, left="")
         self.move(done, always=True)
 
@@ -64,14 +65,14 @@ class _Display(Progress):
             total=steps,
             left=self._left(first + steps - step),
         )
-        self.update(self._run, completed=step, left=self._left(self.num_steps - step))
+        self.update(self._run, completed=step, left=self._left(self.num_steps - step, self._more_seconds))
 
-    def pace(self, seconds_per_step: float, facts: str) -> None:
-        """Show figures, and reckon what is left by this pace."""
-        self._seconds_per_step, self.facts = seconds_per_step, facts
+    def pace(self, seconds_per_step: float, more_seconds: float, facts: str) -> None:
+        """Show figures, and reckon what is left by this pace; of the run `more_seconds` of evaluations too."""
+        self._seconds_per_step, self._more_seconds, self.facts = seconds_per_step, more_seconds, facts
 
-    def _left(self, steps: int) -> str:
-        return "" if self._seconds_per_step is None else f"{_clock(steps * self._seconds_per_step)} left"
+    def _left(self, steps: int, more_seconds: float = 0.0) -> str:
+        return "" if self._seconds_per_step is None else f"{_clock(steps * self._seconds_per_step + more_seconds)} left"
 
 
 class _Console(Console):
@@ -171,7 +172,8 @@ class RunLog:
         memory = f"{values['peak_memory_bytes'] / 2**30:.1f} GiB"
         facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {pace}  {memory}"
         if self._display is not None:
-            self._display.pace(values["seconds_per_step"], facts)
+            more = values["eta_seconds"] - (num_steps - step) * values["seconds_per_step"]
+            self._display.pace(values["seconds_per_step"], max(0.0, more), facts)
             with suppress(OSError):
                 self._display.move(step, always=True)
         elif time.monotonic() - self._said >= 10 or step == num_steps:

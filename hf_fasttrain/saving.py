@@ -117,6 +117,11 @@ class Checkpoints:
             raise error
         return self.failed is None
 
+    def stand_by(self) -> None:
+        """Wait until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
             if not snapshot.is_finite():  # the next steps' losses will not be either, and stop the run

@@ -49,9 +49,9 @@ def open_run(place: str | Path) -> Path:
     return folder
 
 
-def model_folder(run: Path) -> Path:
-    """Return the model folder of a run folder, or the folder itself if it is one."""
-    for folder in (run / "model", run):
+def model_folder(run: Path, *, pushed: bool = False) -> Path:
+    """Return the model folder of a run folder, or the folder itself if it is one, as a `pushed` run's always is."""
+    for folder in (run,) if pushed else (run / "model", run):
         if (folder / SPEC_FILE).exists():
             return folder
     if not run.is_dir():
@@ -73,7 +73,7 @@ def evaluate_run(
     that the model was trained on, in the same order. `note` is told of bad images, which others stand in for.
     """
     opened = open_run(run)
-    folder = model_folder(opened)
+    folder = model_folder(opened, pushed=is_remote(str(run)))
     if not (opened / "recipe.yaml").exists():
         raise RunError(f"{run}: no recipe.yaml in it; evaluate needs a run folder")
     for override in overrides:
@@ -112,7 +112,7 @@ def predict_images(run: str | Path, images: Sequence[str], *, top: int = 5) -> l
 
     Folders stand for all image files below them. Raises DataError for a path or image that can't be read.
     """
-    folder = model_folder(open_run(run))
+    folder = model_folder(open_run(run), pushed=is_remote(str(run)))
     files = [file for image in images for file in _image_files(image)]
     model, spec = load_model(folder)
     pre = _preprocessing(spec)

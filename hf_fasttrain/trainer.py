@@ -36,7 +36,7 @@ from hf_fasttrain.saving import Checkpoints, Publisher, hold_run, release_run
 from hf_fasttrain.schedule import Schedule, constant
 from hf_fasttrain.state import State, Stateful
 from hf_fasttrain.steps import Steps, remember_cut, remembered_cut, smaller
-from hf_fasttrain.stop import Requests, StopSignals, stopped
+from hf_fasttrain.stop import Requests, StopSignals, interruptible, stopped
 from hf_fasttrain.update import Update
 from hf_fasttrain.weights import save_weights
 
@@ -150,6 +150,7 @@ class Trainer:
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
         self._saved_at = self._collected_at = -1
         self._predictions: Predictions | None = None
+        self._evaluation_seconds = 0.0  # of the last one
 
     @classmethod
     def from_recipe(
@@ -188,7 +189,8 @@ class Trainer:
                 if stop or self.has_stopped_early:
                     break
             result = self._finish(stop)
-        self._publish()
+        with interruptible():
+            self._publish()
         return result
 
     @contextmanager
@@ -203,6 +205,8 @@ class Trainer:
             with self.signals, bars, self.pace.running():
                 yield
         except BaseException:
+            if self.checkpoints is not None:
+                self.checkpoints.stand_by()
             if self.publisher is not None:
                 self.publisher.close()
             raise
@@ -350,6 +354,7 @@ class Trainer:
             self.log.note(f"out of memory while evaluating: batches of {self.evaluator.most} images from now on")
         if metrics:
             name, seconds = getattr(loader, "name", "evaluation split"), time.perf_counter() - began
+            self._evaluation_seconds = seconds
             self.log.eval_line(self.state.step, self._epoch, name, metrics, seconds, self.pace.train_seconds)
         return metrics
 
@@ -448,14 +453,21 @@ class Trainer:
             state.resumed_at.append(state.step)
             self.log.resume_line(state.step, name, self.processes.number)
 
-    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
-        """Upload the finished run's model folder to a Hub repository and return its address."""
+    def push_to_hub(
+        self, repo: str, *, private: bool | None = None, license: str | None = None, weights: str = "last"
+    ) -> str:
+        """Upload the finished run to a Hub repository, in one commit, and return its address.
+
+        `private`: of a new repository; None: as its owner's settings say. `license` stands in the card. `weights`:
+        last, or best for those of the best evaluation. Raises RunError with the command that finishes it.
+        """
         from hf_fasttrain.publish.hub import push_run
 
         if self.output_dir is None:
             raise RunError("nothing to push: the trainer has no output_dir")
         run = self.output_dir
-        return on_main(lambda: push_run(run, repo, private=private))
+        options: dict[str, Any] = {"private": private, "license": license, "weights": weights, "tell": self.log.say}
+        return on_main(lambda: push_run(run, repo, **options))
 
     # --- logging and ending --------------------------------------------------------------------------------
 
@@ -470,7 +482,9 @@ class Trainer:
         values = self.pace.lap(self._add_up)
         if not math.isfinite(values["loss"]):
             raise self._not_finite()
-        eta = (self.num_steps - self.state.step) * values["seconds_per_step"]
+        left = self.num_steps - self.state.step
+        evaluating = math.ceil(left / self.evaluate_every) * self._evaluation_seconds
+        eta = left * values["seconds_per_step"] + evaluating
         line = {**values, "epoch": self._epoch, "lr": self.state.lr, "eta_seconds": eta}
         line["peak_memory_bytes"] = peak_memory_bytes(self.device)
         self.log.train_line(self.state.step, self.num_steps, line)
@@ -531,11 +545,15 @@ class Trainer:
             self.publisher.saved(path, step, best=step == best_step)
 
     def _publish(self) -> None:
-        """Hand the finished run to whoever makes something for others of it."""
+        """Hand the finished run to whoever makes something for others of it; a signal leaves that off."""
         if not self.accelerator.is_main_process:
             return
         if self.publisher is not None:
-            self.publisher.finished(self.state.step, self._predictions)
+            try:
+                self.publisher.finished(self.state.step, self._predictions)
+            except BaseException:
+                self.publisher.close()
+                raise
         elif self.report and self.output_dir is not None:
             from hf_fasttrain.publish.at_end import report_at_end
 

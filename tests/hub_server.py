@@ -180,8 +180,11 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def validate(self) -> None:
-        self.hub.cards.append(json.loads(self.body)["content"])
-        self.send_json({"errors": [], "warnings": []})
+        card = json.loads(self.body)["content"]
+        self.hub.cards.append(card)
+        wrong = "license: nobody-knows" in card
+        errors = [{"message": '"license" must be one of [apache-2.0, ...]'}] if wrong else []
+        self.send_json({"errors": errors, "warnings": []}, 400 if wrong else 200)
 
     def info(self, name: str, revision: str | None) -> None:
         repo = self.hub.repos.get(name)

@@ -61,6 +61,8 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["hub={repo: me/x, license: My Own}"],
         "hub.license is 'My Own'; write it as the Hub does",
     ),
+    "a token in a comment": (RECIPE + "\n# hf_" + 34 * "x", [], "small.yaml, line .*: holds a Hub token; take it out"),
+    "hub without patience": (RECIPE, ["hub={repo: me/x, wait: 0 minutes}"], "hub.wait is 0 minutes; give more than 0"),
     "hub's patience": (RECIPE, ["hub={repo: me/x, wait: 2 epochs}"], "hub.wait is '2 epochs'; must be a number of min"),
     "not built: fp8": (RECIPE, ["accelerate.mixed_precision=fp8"], "must be 'no', 'fp16', 'bf16' or 'auto'"),
     "said twice": (

@@ -62,6 +62,16 @@ def test_several_processes_give_the_same_predictions(write_recipe: Callable[...,
     assert torch.allclose(two.losses[order], one.losses, atol=1e-5)
 
 
+def test_a_process_may_have_no_image_to_evaluate(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, overrides = write_recipe(RECIPE), ["data.eval_fraction=0.0008", "train.duration=1 step"]
+
+    def train() -> None:
+        build_trainer(recipe, [f"output_dir={tmp_path / 'run'}", *overrides]).fit()
+
+    run_processes(train, num_processes=3)
+    assert len(Predictions.load(tmp_path / "run" / PREDICTIONS_FILE).labels) == 1
+
+
 def test_the_report_and_its_pictures_are_written(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained(write_recipe, run, "augment.mixup=1.0")

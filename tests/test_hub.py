@@ -122,6 +122,58 @@ def test_nothing_pushed_holds_a_local_path(hub: Hub, run: Path, made: Path) -> N
     assert json.loads(files["hf_fasttrain.json"])["class_names"] == CLASS_NAMES
 
 
+def test_what_was_local_where_it_was_trained_is_local_everywhere(hub: Hub, copied: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    (copied / "recipe.yaml").write_text(
+        "model: {name: test_resnet, pretrained: old/w.safetensors}\ndata: {dataset: data/flowers}\n"
+        "train: {duration: 2 steps, batch_size: 16}\n"
+    )
+    facts = {"local": {"value": ["data.dataset", "model.pretrained"], "origin": "", "tag": "fact"}}
+    (copied / "resolved.yaml").write_text(json.dumps(facts))
+    push_run(copied, "me/flowers")
+    files = hub.repos["me/flowers"].files
+    assert YAML(typ="safe", pure=True).load(files["recipe.yaml"].decode()) == {
+        "model": {"name": "test_resnet", "pretrained": "w.safetensors"},
+        "data": {"dataset": "flowers"},
+        "train": {"duration": "2 steps", "batch_size": 16},
+    }
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.datasets is None
+    assert card.data.eval_results[0].dataset_name == "own images"
+    assert "data/flowers" not in card.content
+
+
+def test_a_token_in_a_comment_is_blotted_out(hub: Hub, copied: Path) -> None:
+    with (copied / "recipe.yaml").open("a") as file:
+        file.write(f"# {TOKEN}\n")
+    push_run(copied, "me/flowers")
+    assert all(TOKEN.encode() not in content for content in hub.repos["me/flowers"].files.values())
+
+
+def test_a_licence_that_the_hub_does_not_know(hub: Hub, run: Path) -> None:
+    with pytest.raises(RunError, match=r"the Hub does not take the card \(.*\); mend license, data set or model names"):
+        push_run(run, "me/flowers", license="nobody-knows")
+    with pytest.raises(RunError, match="--license is 'My Own'; write it as the Hub does"):
+        push_run(run, "me/flowers", license="My Own")
+    assert not any(repo.commits for repo in hub.repos.values())
+
+
+def test_both_splits_stand_in_the_index_and_the_authors_repository_does_not(hub: Hub, copied: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    (copied / "recipe.yaml").write_text(
+        "model: {name: test_resnet}\ndata: {dataset: cifar10, test_split: test}\n"
+        "train: {duration: 2 steps, batch_size: 16}\nhub: {repo: me/flowers}\n"
+    )
+    push_run(copied, "me/flowers")
+    card = ModelCard(hub.repos["me/flowers"].files["README.md"].decode())
+    assert card.data.datasets == ["cifar10"]
+    found = {(r.metric_name, r.dataset_split, r.metric_value) for r in card.data.eval_results}
+    assert {("accuracy", None, 0.8125), ("accuracy", "test", 0.75)} <= found
+    assert "accelerate launch -m hf_fasttrain recipe.yaml hub=null\n" in card.text
+
+
 def test_private_goes_with_the_request(hub: Hub, run: Path) -> None:
     push_run(run, "me/secret", private=True)
     assert hub.created == [{"name": "secret", "organization": "me", "visibility": "private"}]
@@ -249,6 +301,7 @@ def test_the_card_s_programs_open_the_pushed_model(hub: Hub, copied: Path, image
     push_run(copied, "me/flowers")
     files = hub.repos["me/flowers"].files
     assert files["model.onnx"] == (copied / "model" / "model.onnx").read_bytes()
+    assert not any(place in files["model.onnx"] for place in (b"site-packages", b"/hf_fasttrain/", b'File "'))
     answers = answers_of_snippets(files["README.md"], image)
     assert len(answers) == 3  # timm, transformers, onnxruntime
     for answer in answers:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from conftest import reset_accelerate, run_processes, steps_of
+from conftest import exit_status, reset_accelerate, run_processes, steps_of
 from hub_server import TOKEN, Fault, Hub
 from safetensors.torch import load_file
 from test_hub import write_run
@@ -92,17 +94,17 @@ def test_steps_are_pushed_as_they_are_saved(hub: Hub, write_recipe: Callable[...
     reset_accelerate()
     run = tmp_path / "run"
     trainer = build_trainer(write_recipe(RECIPE), [f"output_dir={run}", "hub.every=2 steps", "train.duration=4 steps"])
-    real, seen = trainer.publisher.saved, []
+    real = trainer.publisher.saved
 
     def saved_and_waited(*args: object, **options: object) -> None:
         real(*args, **options)
-        seen.append(trainer.publisher.pusher._thread)
-        seen[-1].join(60)
+        if (thread := trainer.publisher.pusher._thread) is not None:
+            thread.join(60)
 
     object.__setattr__(trainer.publisher, "saved", saved_and_waited)
     trainer.fit()
     repo = hub.repos["me/digits"]
-    assert [commit["summary"] for commit in repo.commits] == ["Step 2", "Step 4", "Push a run of hf_fasttrain"]
+    assert [commit["summary"] for commit in repo.commits] == ["Step 2", "Push a run of hf_fasttrain"]
     first = next(iter(repo.versions.values()))
     assert "Training is under way: these are the weights after step 2 of 4." in first["README.md"].decode()
     assert json.loads(first["result.json"])["steps"] == 2
@@ -222,7 +224,8 @@ def test_what_lasts_is_said_and_a_later_push_finishes(hub: Hub, run: Path, name:
     fault, message = LASTING[name]
     hub.faults, said = [fault], Said()
     pusher_of(run, said, private=True, wait_seconds=3.0).finished(2)
-    (text,) = said
+    announced, text = said
+    assert announced == "pushing to me/digits: 0.05 minutes at most, Ctrl-C leaves it off"
     assert text.startswith("trained to the end, but not pushed: push to me/digits: ")
     assert re.search(message, text), text
     command = f"hf-fasttrain push {run} me/digits --private"
@@ -238,7 +241,7 @@ def test_what_lasts_is_said_and_a_later_push_finishes(hub: Hub, run: Path, name:
 def test_what_has_arrived_is_not_sent_again(hub: Hub, run: Path) -> None:
     hub.faults, said = [Fault("/commit/main", 400, times=999)], Said()
     pusher_of(run, said).finished(2)
-    assert "not pushed" in said[0]
+    assert "not pushed" in said[1]
     (name,) = hub.received
     hub.faults.clear()
     push_run(run, "me/digits")
@@ -271,7 +274,6 @@ def described_pusher(run: Path, said: Said, **wish: object) -> Pusher:
 
 
 def test_of_those_that_wait_the_newest_is_pushed(hub: Hub, run: Path) -> None:
-    (run / "result.json").rename(run / "kept.json")
     hub.faults, said = [Fault("POST /api/repos/create", kind="hang")], Said()
     pusher = described_pusher(run, said, stalled_seconds=3.0)
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
@@ -289,7 +291,6 @@ def test_of_those_that_wait_the_newest_is_pushed(hub: Hub, run: Path) -> None:
 
 
 def test_a_checkpoint_may_be_pruned_while_it_is_pushed(hub: Hub, run: Path) -> None:
-    (run / "result.json").rename(run / "kept.json")
     said = Said()
     pusher, checkpoint = described_pusher(run, said), make_checkpoint(run, 1)
     content = (checkpoint / "model.safetensors").read_bytes()
@@ -302,7 +303,6 @@ def test_a_checkpoint_may_be_pruned_while_it_is_pushed(hub: Hub, run: Path) -> N
 
 
 def test_a_push_that_failed_is_tried_again_while_training(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run / "result.json").rename(run / "kept.json")
     monkeypatch.setattr("hf_fasttrain.publish.pushing.PAUSES", (0.1, 0.1))
     monkeypatch.setattr("hf_fasttrain.publish.pushing.PATIENCE_SECONDS", 0.0)
     hub.faults, said = [Fault("POST /api/repos/create", 500)], Said()
@@ -336,10 +336,8 @@ def test_ctrl_c_ends_the_waiting(hub: Hub, run: Path) -> None:
     pusher = pusher_of(run, said)
     threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
     pusher.finished(2)
-    assert said == [
-        "trained to the end, but not pushed: push to me/digits: left off by Ctrl-C; to finish it: "
-        f"hf-fasttrain push {run} me/digits"
-    ]
+    command = f"hf-fasttrain push {run} me/digits"
+    assert said[1] == f"trained to the end, but not pushed: push to me/digits: left off by a signal; then {command}"
     assert pusher._process.poll() is not None
 
 
@@ -355,4 +353,144 @@ def test_an_uploader_that_dies_is_named(run: Path, hub: Hub, monkeypatch: pytest
     )
     said = Said()
     pusher_of(run, said).finished(2)
-    assert "the upload broke off (gone); then hf-fasttrain push" in said[0]
+    assert "the upload broke off (gone); then hf-fasttrain push" in said[1]
+
+
+# --- what goes on and what does not ------------------------------------------------------------------------------
+
+
+def test_the_best_evaluation_s_weights_are_not_the_last_ones(hub: Hub, run: Path) -> None:
+    checkpoint = make_checkpoint(run, 1)
+    result = json.loads((run / "result.json").read_text())
+    best = {"metric": "accuracy", "value": 0.1, "step": 1}
+    (run / "result.json").write_text(json.dumps({**result, "best": best}))
+    push_run(run, "me/digits", weights="best")
+    files = hub.repos["me/digits"].files
+    assert files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes() != weights_of(run)
+    assert json.loads(files["result.json"])["metrics"] == {"accuracy": 0.1}
+    assert "weights of the best evaluation, after step 1 of 2" in files["README.md"].decode()
+    assert not (run / ".hub").exists()
+    shutil.rmtree(checkpoint)
+    with pytest.raises(RunError, match="the best evaluation's weights, of step 1, are not in its checkpoints any more"):
+        push_run(run, "me/digits", weights="best")
+    with pytest.raises(RunError, match="--weights is 'newest'; allowed are last and best"):
+        push_run(run, "me/digits", weights="newest")
+
+
+def test_a_run_that_goes_on_after_its_end_is_told_of_as_it_is(hub: Hub, run: Path) -> None:
+    pusher = described_pusher(run, Said())  # an earlier end's result.json is there
+    pusher.saved(make_checkpoint(run, 5), 5, best=True)
+    join(pusher)
+    told = json.loads(hub.repos["me/digits"].files["result.json"])
+    assert (told["steps"], told["num_steps"], told["images"]) == (5, 9, 80)
+    assert "these are the weights after step 5 of 9" in hub.repos["me/digits"].files["README.md"].decode()
+
+
+def join(pusher: Pusher) -> None:
+    if (thread := pusher._thread) is not None:
+        thread.join(60)
+
+
+def test_what_is_not_written_is_not_pushed(hub: Hub, run: Path) -> None:
+    from hf_fasttrain.handover import RunPublisher
+    from hf_fasttrain.runlog import RunLog
+
+    said, log = Said(), RunLog(run)
+    log.say = said  # type: ignore[method-assign]
+    log.lost = [f"{run / 'model'}: No space left on device"]
+    RunPublisher(run, log, None, pusher_of(run, said)).finished(2, None)
+    assert said == [f"not pushed: model could not be written; when they are: hf-fasttrain push {run} me/digits"]
+    assert hub.requests == []
+
+
+def test_an_error_in_making_ready_is_said_and_training_goes_on(run: Path) -> None:
+    from hf_fasttrain.handover import RunPublisher
+    from hf_fasttrain.runlog import RunLog
+
+    said = Said()
+    pusher = pusher_of(run, said)
+    pusher.describe = lambda folder: {}["a key"]
+    RunPublisher(run, RunLog(run), None, pusher).saved(make_checkpoint(run, 1), 1, best=True)
+    assert said == ["hub: nothing can be made ready for me/digits: 'a key'; training goes on"]
+
+
+def test_nothing_is_made_ready_after_the_end(run: Path) -> None:
+    pusher = described_pusher(run, Said())
+    pusher.close()
+    pusher.saved(make_checkpoint(run, 1), 1, best=True)
+    assert not (run / ".hub").exists()
+
+
+def test_the_last_step_is_pushed_once(run: Path) -> None:
+    pusher = described_pusher(run, Said())
+    pusher.num_steps = 3
+    assert pusher._is_due(3, best=True)
+    pusher.saved(make_checkpoint(run, 3), 3, best=True)
+    assert not (run / ".hub").exists()
+
+
+def test_another_repository_s_pushes_do_not_count(run: Path) -> None:
+    (run / "hub.json").write_text(json.dumps({"repo": "you/digits", "step": 100}))
+    assert pusher_of(run, Said())._is_due(1, best=False)
+    (run / "hub.json").write_text(json.dumps({"repo": "me/digits", "step": 100}))
+    assert not pusher_of(run, Said())._is_due(1, best=False)
+
+
+def test_an_uploader_ends_when_its_training_is_killed(hub: Hub, run: Path) -> None:
+    hub.faults = [Fault("POST /api", times=99, kind="hang")]
+    code = (
+        "import json, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'hf_fasttrain.publish.uploader'], stdin=subprocess.PIPE, "
+        "text=True)\n"
+        f"child.stdin.write(json.dumps({{'run': {str(run)!r}, 'repo': 'me/digits'}}))\nchild.stdin.close()\n"
+        "print(child.pid, flush=True)\ntime.sleep(100)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    uploader = psutil.Process(int(parent.stdout.readline()))
+    wait_for_requests(hub)
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs([uploader], timeout=20)
+    assert not uploader.is_running() or uploader.status() == psutil.STATUS_ZOMBIE
+
+
+def test_sigterm_while_a_push_is_waited_for_leaves_it_off(hub: Hub, run: Path) -> None:
+    from hf_fasttrain.stop import interruptible
+
+    hub.faults, said = [Fault("POST /api", times=99, kind="hang")], Said()
+    pusher = pusher_of(run, said)
+    threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+    with interruptible():
+        pusher.finished(2)
+    assert "left off by a signal; then hf-fasttrain push" in said[1]
+
+
+def test_trainers_push_as_the_command_does(hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    reset_accelerate()
+    overrides = [f"output_dir={tmp_path / 'run'}", "hub=null", "train.duration=1 step"]
+    trainer = build_trainer(write_recipe(RECIPE), overrides)
+    trainer.fit()
+    assert trainer.push_to_hub("me/mine", license="mit") == f"{hub.url}/me/mine"
+    assert "visibility" not in hub.created[0]  # what the owner's settings say
+    assert b"license: mit" in hub.repos["me/mine"].files["README.md"]
+
+
+def test_the_command_takes_over_what_the_recipe_says(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (run / "recipe.yaml").read_text()
+    asked: list[object] = []
+    monkeypatch.setattr("hf_fasttrain.publish.hub.push_run", lambda *args, **options: asked.append((args, options)))
+    assert exit_status(["push", str(run)]) == 2
+    assert "its recipe has no hub.repo; say where to: hf-fasttrain push" in capsys.readouterr().err
+    (run / "recipe.yaml").write_text(text + "hub: {repo: me/x, every: best, private: true, license: mit}\n")
+    assert exit_status(["push", str(run)]) == 0
+    (args, options) = asked[0]
+    assert args == (run, "me/x")
+    assert {key: options[key] for key in ("private", "license", "weights")} == {
+        "private": True, "license": "mit", "weights": "best",
+    }  # fmt: skip
+    assert exit_status(["push", str(run), "me/other"]) == 0
+    assert asked[1][1]["private"] is None
+    assert asked[1][1]["weights"] == "last"

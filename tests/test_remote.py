@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_fasttrain.build import build_trainer
-from hf_fasttrain.errors import RecipeError, RunError
+from hf_fasttrain.errors import ModelError, RecipeError, RunError
 from hf_fasttrain.publish.hub import push_run
-from hf_fasttrain.recipe_file import load_recipe
-from hf_fasttrain.remote import fetch_file, is_repo_name, parse_place
+from hf_fasttrain.recipe_file import load_recipe, recipe_as_asked
+from hf_fasttrain.remote import fetch_file, fetch_run, is_repo_name, parse_place
 from hf_fasttrain.serve import evaluate_run, predict_images
 from hf_fasttrain.weights import weights_file
 
@@ -81,11 +81,16 @@ def test_a_revision_is_that_commit(pushed: Path, hub: Hub) -> None:
 
 
 def test_where_it_was_written_and_pushed_is_not_taken_over(pushed: Path, hub: Hub) -> None:
-    text = RECIPE + "hub: {repo: me/digits, every: best}\noutput_dir: runs/first\n"
+    text = RECIPE.replace("report: false", "report: false, trackers: [tensorboard], project: theirs")
+    text = text.replace("workers: 0", "workers: 0, cache_dir: /somewhere")
+    text += "hub: {repo: me/digits, every: best}\noutput_dir: runs/first\n"
     hub.repos["me/digits"].files["recipe.yaml"] = text.encode()
     recipe = load_recipe("hf://me/digits", ["seed=3"])
     assert recipe.hub is None
     assert recipe.output_dir is None
+    assert recipe.data.cache_dir is None
+    assert (recipe.log.trackers, recipe.log.project) == ([], "hf_fasttrain")
+    assert "somewhere" not in recipe_as_asked(load_recipe("hf://me/digits"))
     assert recipe.seed == 3
     assert recipe.source.name == "digits"
     assert load_recipe("hf://me/digits", ["hub.repo=you/digits"]).hub.repo == "you/digits"
@@ -122,6 +127,53 @@ def test_a_pushed_model_with_code_is_not_opened(hub: Hub, pushed: Path) -> None:
     files["hf_fasttrain.json"] = files["hf_fasttrain.json"].replace(b'code": false', b'code": true')
     with pytest.raises(RunError, match="its model runs Python code that it brings along; `hf download`"):
         predict_images("hf://me/digits", ["x.png"])
+
+
+def test_only_the_description_at_the_root_counts(hub: Hub, pushed: Path, tmp_path: Path) -> None:
+    repo = hub.repos["me/digits"]
+    files = repo.versions[repo.sha]
+    files["model/hf_fasttrain.json"] = files["hf_fasttrain.json"].replace(b'code": false', b'code": true')
+    files["model/config.json"] = b'{"auto_map": {"AutoConfig": "evil/code--x.Y"}}'
+    image = tmp_path / "photo.png"
+    Image.effect_noise((40, 30), 60).save(image)
+    assert predict_images("hf://me/digits", [str(image)]) == predict_images(pushed, [str(image)])
+    assert not list(Path(fetch_run("hf://me/digits")).glob("model/*"))
+
+
+@pytest.mark.parametrize(
+    "line", ["{weights_only: false}", "{checkpoint_path: x.pt}", "{attn_implementation: a/kernel}"]
+)
+@pytest.mark.parametrize("name", ["test_resnet", "transformers:somebody/vit"])
+def test_what_would_load_something_else_is_no_argument_of_a_model(
+    write_recipe: Callable[..., Path], tmp_path: Path, line: str, name: str
+) -> None:
+    reset_accelerate()
+    with pytest.raises(
+        ModelError, match=r"model.args: .* would load something else than the recipe says; leave it out"
+    ):
+        build_trainer(
+            write_recipe(RECIPE), [f"output_dir={tmp_path / 'r'}", f"model.args={line}", f"model.name={name}"]
+        )
+
+
+def test_a_timm_name_on_the_hub_starts_from_what_was_pushed(
+    hub: Hub, pushed: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    push_run(pushed, "timm/digits")
+    reset_accelerate()
+    overrides = [f"output_dir={tmp_path / 'b'}", "model.name=timm/digits", "model.pretrained=true"]
+    trainer = build_trainer(write_recipe(RECIPE), overrides)
+    saved, own = load_file(pushed / "model" / "model.safetensors"), trainer.raw_model.state_dict()
+    assert all(torch.equal(own[name], saved[name]) for name in saved)
+
+
+def test_a_description_of_another_version_is_named(hub: Hub, pushed: Path) -> None:
+    spec = pushed / "model" / "hf_fasttrain.json"
+    spec.write_text(json.dumps({**json.loads(spec.read_text()), "from_the_future": 1}))
+    with pytest.raises(
+        ModelError, match=r"hf_fasttrain.json: can't be read as a model's description \(.*from_the_future"
+    ):
+        predict_images(pushed, [str(pushed)])
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hf_fasttrain.runlog import RunLog, _Console
 
 VALUES = {
     "loss": 0.25, "lr": 1e-3, "images_per_second": 1234.5, "data_wait_fraction": 0.03, "seconds_per_step": 2.0,
-    "epoch": 1.5, "eta_seconds": 100.0, "peak_memory_bytes": 3 * 2**30,
+    "epoch": 1.5, "eta_seconds": 130.0, "peak_memory_bytes": 3 * 2**30,
 }  # fmt: skip
 
 
@@ -36,8 +36,8 @@ def test_bars_over_epoch_and_run_with_what_is_left() -> None:
         log.train_line(50, 100, VALUES)
         log._display.refresh()
     shown = last_frame(written)
-    assert re.search(r"epoch 2/3 .* 25% 0:01:00 left", shown), shown  # 30 of 40 steps of 2 s are left
-    assert re.search(r"run +.* 50% 0:01:40 left", shown)
+    assert re.search(r"epoch 2/3 .* 25% 0:01:00 left", shown), shown  # 30 of 40 steps of 2 s
+    assert re.search(r"run +.* 50% 0:02:10 left", shown)
     assert "loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.0 GiB" in shown
 
 
@@ -95,7 +95,7 @@ def test_without_a_terminal_one_line_an_interval(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert lines[0] == (
-        "step 1/100  epoch 1.50  loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.0 GiB  0:01:40 left"
+        "step 1/100  epoch 1.50  loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.0 GiB  0:02:10 left"
     )
 
 

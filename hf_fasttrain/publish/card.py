@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from hf_fasttrain.publish.finished import RECIPE_FILE, FinishedRun
 from hf_fasttrain.publish.local_paths import Scrubber, is_local_path
 from hf_fasttrain.publish.pictures import PICTURES
 from hf_fasttrain.publish.snippets import onnx_snippet, timm_snippet, transformers_snippet
-from hf_fasttrain.remote import is_remote
+from hf_fasttrain.remote import is_remote, parse_place
 
 CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
 
@@ -34,16 +33,16 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    dataset = _dataset(run)
+    dataset = _hub_dataset(run)
     data = ModelCardData(
         license=license,
         library_name=_library(run.spec, files),
         pipeline_tag="image-classification",
         tags=["image-classification", "hf_fasttrain"],
         base_model=_base_model(run),
-        datasets=[dataset] if is_hub_name(dataset) else None,
+        datasets=[dataset] if dataset else None,
         model_name=repo.split("/")[-1],
-        eval_results=_eval_results(run, dataset) or None,
+        eval_results=_eval_results(run) or None,
     )
     name = Scrubber([]).value(str(run.spec["name"])).removeprefix("transformers:")
     classes, multi = run.spec["class_names"], ", any number of them true of an image" if run.spec["multi_label"] else ""
@@ -77,8 +76,8 @@ def _base_model(run: FinishedRun) -> str | None:
     asked = run.recipe.get("model") or {}
     pretrained, name = asked.get("pretrained"), str(asked.get("name", run.spec["name"]))
     if is_remote(pretrained):
-        return str(pretrained).removeprefix("hf://").partition("@")[0]
-    if pretrained is not True:
+        return parse_place(str(pretrained))[0]
+    if pretrained is not True or run.is_local("model.name"):
         return None
     name = name.removeprefix("transformers:").removeprefix("hf-hub:")
     if is_hub_name(name):
@@ -92,27 +91,39 @@ def _dataset(run: FinishedRun) -> str:
     return str((run.recipe.get("data") or {}).get("dataset", ""))
 
 
-def _is_own(dataset: str) -> bool:
-    """Return whether the data set is a folder or file of the one who trained, or unknown."""
-    return dataset != "digits" and (not dataset or is_local_path(dataset) or os.path.exists(dataset))
+def _is_own(run: FinishedRun) -> bool:
+    """Return whether the data set is the own one of who trained, or unknown."""
+    dataset = _dataset(run)
+    return dataset != "digits" and (not dataset or run.is_local("data.dataset"))
 
 
-def _eval_results(run: FinishedRun, dataset: str) -> list[Any]:
+def _hub_dataset(run: FinishedRun) -> str | None:
+    """Return the data set's name on the Hub, None if it is not from there."""
+    dataset = _dataset(run)
+    return dataset if dataset != "digits" and not _is_own(run) and re.fullmatch(r"[\w./-]+", dataset) else None
+
+
+def _eval_results(run: FinishedRun) -> list[Any]:
+    """Return the model-index entries of evaluation and test split."""
     from huggingface_hub import EvalResult
 
-    data, local = run.recipe.get("data") or {}, _is_own(dataset)
+    data, dataset, own = run.recipe.get("data") or {}, _dataset(run), _is_own(run)
+    asked = run.setting("data.eval_split")
+    splits = {"metrics": asked if asked not in (None, "auto") else None, "test_metrics": data.get("test_split")}
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type="imagefolder" if local else dataset,
-            dataset_name="own images" if local else dataset,
-            dataset_config=None if local else data.get("config"),
-            dataset_revision=None if local else data.get("revision"),
+            dataset_type="imagefolder" if own else dataset,
+            dataset_name=("own images" if own else dataset) + (", test split" if key == "test_metrics" else ""),
+            dataset_config=None if own else data.get("config"),
+            dataset_split=split,
+            dataset_revision=None if own else data.get("revision"),
             metric_type=CARD_METRICS[name],
             metric_name=name,
             metric_value=value,
         )
-        for name, value in (run.result.get("metrics") or {}).items()
+        for key, split in splits.items()
+        for name, value in (run.result.get(key) or {}).items()
         if name in CARD_METRICS and value is not None and math.isfinite(value)
     ]
 
@@ -163,11 +174,12 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
     text = files.get(RECIPE_FILE)
     if not recipe or not isinstance(text, bytes):
         return f"{title}\n\n{facts}"
-    override = " data.dataset=FOLDER" if _is_own(_dataset(run)) else ""
+    override = " data.dataset=FOLDER" if _is_own(run) else ""
+    elsewhere = " hub=null" if run.recipe.get("hub") else ""  # the author's own repository
     command = f"accelerate launch -m hf_fasttrain {{}}{override}"
     return (
         f"{title}\n\n{facts} The same again, from a clone of this repository or without one:\n\n"
-        f"```bash\n{command.format(RECIPE_FILE)}\n{command.format(f'hf://{repo}')}\n```\n\n"
+        f"```bash\n{command.format(RECIPE_FILE)}{elsewhere}\n{command.format(f'hf://{repo}')}\n```\n\n"
         f"The recipe:\n\n```yaml\n{text.decode().strip()}\n```"
     )
 

@@ -33,7 +33,10 @@ def explain(error: BaseException, repo: str, endpoint: str) -> Failure:
     if isinstance(error, HTTPError):
         why = f"{endpoint} can't be reached ({first_line(error)}); check the network and HF_ENDPOINT"
         return Failure(why, passes=True)
-    passes = isinstance(error, ConnectionError | TimeoutError)
+    if "Invalid metadata" in str(error):
+        why = f"the Hub does not take the card ({first_line(error)}); mend license, data set or model names"
+        return Failure(why, passes=False)
+    passes = isinstance(error, ConnectionError | TimeoutError | RuntimeError)  # RuntimeError: the xet transport's
     why = f"the upload to {endpoint} broke off ({first_line(error)}); check the token and the network"
     return Failure(why, passes=passes)
 
@@ -44,8 +47,8 @@ def _refused(status: int, error: BaseException, repo: str, endpoint: str, wait: 
         return Failure(why, passes=False)
     if status in (403, 404):
         why = (
-            f"the token may not write there ({status}); log in with `hf auth login` with a token that has write "
-            f"access to {repo.split('/')[0]}, or give another OWNER/NAME"
+            f"the token may not write there ({status}: {first_line(error)}); log in with `hf auth login` with a token "
+            f"that has write access to {repo.split('/')[0]}, or give another OWNER/NAME"
         )
         return Failure(why, passes=False)
     if status >= 500 or status in PASSING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.publish.local_paths import is_local_path
 
-SPEC_FILE, RESULT_FILE, RECIPE_FILE, METRICS_FILE = (
-    "hf_fasttrain.json", "result.json", "recipe.yaml", "metrics.jsonl",
+SPEC_FILE, RESULT_FILE, RECIPE_FILE, METRICS_FILE, RESOLVED_FILE = (
+    "hf_fasttrain.json", "result.json", "recipe.yaml", "metrics.jsonl", "resolved.yaml",
 )  # fmt: skip
 
 
@@ -26,6 +28,21 @@ class FinishedRun:
     result: dict[str, Any]
     recipe: dict[str, Any]  # empty for a run without a recipe
     recipe_text: str
+    local: list[str] | None = None  # settings that were paths of the machine that trained; None: not recorded
+
+    def setting(self, key: str) -> Any:
+        """Return a recipe's value by its dotted key, None if it is not stated."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def is_local(self, key: str) -> bool:
+        """Return whether a setting was a path where the run was trained; judged from here if that is not recorded."""
+        if self.local is not None:
+            return key in self.local
+        value = self.setting(key)
+        return isinstance(value, str) and (is_local_path(value) or os.path.exists(value))
 
 
 def read_run(run: Path) -> FinishedRun:
@@ -44,9 +61,12 @@ def read_run(run: Path) -> FinishedRun:
         path = run / RECIPE_FILE
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         recipe = YAML(typ="safe", pure=True).load(text) or {}
+        path = run / RESOLVED_FILE
+        facts = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, YAMLError) as error:
         raise RunError(f"{path}: can't be read ({first_line(error)}); put it right or train again") from None
-    return FinishedRun(run, spec, result, recipe, text)
+    local = (facts.get("local") or {}).get("value") if isinstance(facts, dict) else None
+    return FinishedRun(run, spec, result, recipe, text, local)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, without_secrets
+from hf_fasttrain.files import reason
 from hf_fasttrain.publish.card import model_card
 from hf_fasttrain.publish.failure import Failure, explain
 from hf_fasttrain.publish.finished import (
@@ -24,7 +25,7 @@ from hf_fasttrain.publish.finished import (
 from hf_fasttrain.publish.local_paths import Scrubber, strings
 from hf_fasttrain.publish.pictures import PICTURES, pictures_of
 from hf_fasttrain.publish.staging import staged_best
-from hf_fasttrain.remote import is_repo_name
+from hf_fasttrain.remote import is_license, is_repo_name
 
 # What a push may leave in a repository, and a later one without it takes away: others' files stay.
 OWN_FILES = {
@@ -61,6 +62,8 @@ def push_run(
     folder = Path(run)
     if weights not in ("last", "best"):
         raise RunError(f"--weights is '{weights}'; allowed are last and best")
+    if license is not None and not is_license(license):
+        raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
     read_run(folder)
     asked = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
     asked += ["--weights", weights] * (weights != "last")
@@ -68,7 +71,10 @@ def push_run(
     upload = Upload(repo, private, message, command, stalled)
     upload.require_possible()
     with staged_best(folder) if weights == "best" else nullcontext(folder) as chosen:
-        files = files_to_push(read_run(chosen), repo, license, [str(folder), *([home] if home else [])])
+        try:
+            files = files_to_push(read_run(chosen), repo, license, [str(folder), *([home] if home else [])])
+        except OSError as error:
+            raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
         return upload(files, patience, tell)
 
 
@@ -80,7 +86,12 @@ def asked_hub(run: Path) -> dict[str, Any]:
 
 def require_login(repo: str) -> None:
     """Raise RunError unless somebody is logged in who could push to a repository; nothing is asked of the Hub."""
-    Upload(repo, None, "", "the same command again, or leave hub out", STALLED_SECONDS).require_possible()
+    from huggingface_hub import constants
+
+    again = "the same command again, or leave hub out"
+    if constants.HF_HUB_OFFLINE:
+        raise RunError(f"push to {repo}: HF_HUB_OFFLINE is set; unset it, then {again}")
+    Upload(repo, None, "", again, STALLED_SECONDS).require_possible()
 
 
 def files_to_push(
@@ -91,7 +102,8 @@ def files_to_push(
     `places` are folders whose names have no place in it, beside the run's own.
     """
     known = [path for place in (str(run.folder), *places) for path in (place, str(Path(place).resolve()))]
-    scrub = Scrubber([*strings(run.recipe), *strings(run.spec), *known])
+    local = [str(value) for key in run.local or () if (value := run.setting(key)) is not None]
+    scrub = Scrubber([*strings(run.recipe), *strings(run.spec), *known], local)
     model = run.folder / "model"
     paths = [path for path in sorted(model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     files: dict[str, bytes | Path] = {path.relative_to(model).as_posix(): path for path in paths}
@@ -108,7 +120,8 @@ def files_to_push(
     if "num_steps" not in run.result:  # drawing takes a training's cores, and has time until it is finished
         files |= pictures_of(run.folder)
     files["README.md"] = model_card(run, scrub.tree(run.recipe), repo, files, license).encode()
-    return files
+    texts = {name: content for name, content in files.items() if isinstance(content, bytes) and name not in PICTURES}
+    return files | {name: without_secrets(content.decode(errors="replace")).encode() for name, content in texts.items()}
 
 
 def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> bytes | Path:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -37,16 +37,20 @@ def _last_component(path: str) -> str:
 class Scrubber:
     """Cuts local paths to their last component, also where those among `known` strings are mentioned in texts."""
 
-    def __init__(self, known: list[str]) -> None:
+    def __init__(self, known: list[str], local: Collection[str] = ()) -> None:
+        """`local` are settings that were paths where they were used, though they may not look it here."""
+        self._local = {_PREFIX.sub("", text, count=1) for text in local}
         bare = {_PREFIX.sub("", text, count=1) for text in known}
         local = {text.rstrip("/") for text in bare if is_local_path(text) and "/" in text.strip("/.~")}
+        local |= {text.rstrip("/") for text in self._local if "/" in text.strip("/")}
         words = "|".join(re.escape(text) for text in sorted(local, key=len, reverse=True))
         self._known = re.compile(rf"(?<![\w./~-])(?:{words})(?:/{_PATH_END})?(?![\w-])/?") if words else None
 
     def value(self, value: str) -> str:
         """Return a setting or text without local paths."""
         prefix = match.group() if (match := _PREFIX.match(value)) else ""
-        if is_local_path(value.removeprefix(prefix)) and "\n" not in value:
+        bare = value.removeprefix(prefix)
+        if bare in self._local or (is_local_path(bare) and "\n" not in value):
             return prefix + _last_component(value.removeprefix(prefix))
         return self.text(value)
 

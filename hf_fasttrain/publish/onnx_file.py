@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,7 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
             )
             assert program is not None
             proto = program.model_proto
+            _forget_sources(proto)
             onnx.helper.set_model_props(proto, metadata_of(spec, pre))
             onnx.save_model(proto, path)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
@@ -86,6 +88,16 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
             raise RunError(
                 f"{path.name}: onnxruntime can't run this model ({first_line(error)}); leave --onnx out"
             ) from None
+
+
+def _forget_sources(proto: Any) -> None:
+    """Take out where in this machine's files each operation comes from: the file is for others."""
+    for graph in (proto.graph, *proto.functions):
+        named = [graph, *graph.node, *graph.value_info]
+        named += [*graph.input, *graph.output, *graph.initializer] if graph is proto.graph else []
+        for part in named:
+            part.ClearField("metadata_props")
+            part.ClearField("doc_string")
 
 
 def metadata_of(spec: ModelSpec, pre: Preprocessing) -> dict[str, str]:

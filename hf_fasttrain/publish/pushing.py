@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.files import attempt, read_json, reason, write_json
-from hf_fasttrain.publish.staging import STAGING, stage
+from hf_fasttrain.publish.staging import STAGING, present_result, stage
 
 STATE_FILE = "hub.json"  # what was pushed last
 PATIENCE_SECONDS = 300.0  # for what passes by itself, within one push
@@ -56,9 +56,12 @@ class Pusher:
         describe: Callable[[Path], None],
         about: Mapping[str, Any],
         say: Callable[[str], None],
+        num_steps: int | None = None,
     ) -> None:
+        self.num_steps = num_steps
         self.run, self.wish, self.describe, self.about, self.say = run, wish, describe, about, say
-        self._pushed_step = int(read_json(run / STATE_FILE).get("step", 0)) if wish.every != "end" else 0
+        pushed = read_json(run / STATE_FILE)
+        self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == wish.repo else 0
         self._lock = threading.Condition()
         self._waiting: tuple[Path, int] | None = None  # a staged run and its step
         self._process: subprocess.Popen[str] | None = None
@@ -71,11 +74,12 @@ class Pusher:
 
     def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
         """Take note of a checkpoint that is whole on disk; called before it may be pruned."""
-        if not self._is_due(step, best=best):
-            return
+        if self._closed or step == self.num_steps or not self._is_due(step, best=best):
+            return  # after the last step the run itself is pushed
         folder = self.run / STAGING / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
-        if not attempt(lambda: stage(self.run, checkpoint, folder, self.describe, self.about), self._not_staged):
+        result = present_result(self.run, checkpoint, self.about)
+        if not attempt(lambda: stage(self.run, checkpoint, folder, self.describe, result), self.not_staged):
             return
         self._pushed_step = step
         with self._lock:
@@ -92,7 +96,8 @@ class Pusher:
             return best and step > self._pushed_step
         return isinstance(self.wish.every, int) and step - self._pushed_step >= self.wish.every
 
-    def _not_staged(self, error: BaseException) -> None:
+    def not_staged(self, error: BaseException) -> None:
+        """Say once why nothing could be made ready."""
         self._tell_once(f"hub: nothing can be made ready for {self.wish.repo}: {reason(error)}; training goes on")
 
     def _tell_once(self, text: str) -> None:
@@ -128,7 +133,8 @@ class Pusher:
             if not answer.get("passes") or self._waiting is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 return PAUSES[0]
-            self._lock.wait_for(lambda: self._ending or self._waiting is not None, timeout=pause)
+            asked = max(pause, float(answer.get("retry_after", 0.0)))
+            self._lock.wait_for(lambda: self._ending or self._waiting is not None, timeout=asked)
             if self._waiting is None:
                 self._waiting = (folder, step)
         return min(PAUSES[1], 2 * pause)
@@ -172,7 +178,8 @@ class Pusher:
 
         With `every` best, the best evaluation's weights go. Waits `wait_seconds` at most, less on Ctrl-C.
         """
-        until = time.monotonic() + self.wish.wait_seconds
+        until, command = time.monotonic() + self.wish.wait_seconds, self.wish.command(self.run)
+        self.say(f"pushing to {self.wish.repo}: {self.wish.wait_seconds / 60:g} minutes at most, Ctrl-C leaves it off")
         with self._lock:
             self._ending = True  # the run itself comes now, instead of what is waiting
             self._lock.notify_all()
@@ -185,9 +192,7 @@ class Pusher:
         try:
             thread.join(self.wish.wait_seconds)
         except KeyboardInterrupt:
-            outcome = {
-                "error": f"push to {self.wish.repo}: left off by Ctrl-C; to finish it: {self.wish.command(self.run)}"
-            }
+            outcome = {"error": f"push to {self.wish.repo}: left off by a signal; then {command}"}
         outcome = dict(outcome)  # what closing makes of it does not count
         self.close()
         if "address" in outcome:
@@ -195,15 +200,18 @@ class Pusher:
             self.say(f"pushed to {outcome['address']}")
             return
         late = f"push to {self.wish.repo}: not done after {self.wish.wait_seconds / 60:g} minutes (hub.wait)"
-        why = outcome.get("error") or f"{late}; to finish it: {self.wish.command(self.run)}"
-        self.say(f"trained to the end, but not pushed: {why}")
+        why = str(outcome.get("error") or late)
+        self.say(f"trained to the end, but not pushed: {why}" + f"; then {command}" * (command not in why))
 
     def _push_all(self, under_way: threading.Thread | None, until: float) -> dict[str, Any]:
         if under_way is not None:  # its large files are not sent twice
             under_way.join()
         patience = max(0.0, min(PATIENCE_SECONDS, until - time.monotonic() - TO_SAY_SECONDS))
         weights = "best" if self.wish.every == "best" else "last"
-        return self._push(self.run, "Push a run of hf_fasttrain", patience=patience, weights=weights)
+        try:
+            return self._push(self.run, "Push a run of hf_fasttrain", patience=patience, weights=weights)
+        except Exception as error:  # noqa: BLE001 - said, instead of taken for a slow Hub
+            return {"error": f"push to {self.wish.repo}: {reason(error)}"}
 
     def close(self) -> None:
         """End what is under way: a later push sends only what is missing."""

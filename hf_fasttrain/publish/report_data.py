@@ -19,6 +19,7 @@ from hf_fasttrain.files import read_json, read_lines
 from hf_fasttrain.gallery import Gallery
 from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
 from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESULT_FILE, SPEC_FILE, first_line
+from hf_fasttrain.publish.local_paths import Scrubber
 
 BAD_IMAGES_FILE, RESOLVED_FILE = "bad_images.jsonl", "resolved.yaml"
 TRAIN_FIGURES = (
@@ -60,13 +61,14 @@ class Record:
     def model_name(self) -> str:
         """The model's name without the library's prefix."""
         name = self.spec.get("name") or self.value("model.name") or "a model"
-        return str(name).removeprefix("transformers:").removeprefix("hf-hub:")
+        return Scrubber([]).value(str(name)).removeprefix("transformers:").removeprefix("hf-hub:")
 
     @property
     def dataset(self) -> str:
         """The data set's name; of a folder, its last part."""
         name = str(self.value("data.dataset") or "own data").rstrip("/")
-        return name.rsplit("/", 1)[-1] if name.startswith(("/", "~", ".")) else name
+        own = "data.dataset" in (self.value("local") or ())
+        return name.rsplit("/", 1)[-1] if own else Scrubber([]).value(name)
 
     def value(self, key: str) -> Any:
         """Return the resolved value of a recipe's key, None if it is not known."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import read_json, read_lines, reason, write_json
-from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESULT_FILE
+from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE
 
 STAGING = ".hub"  # in the run folder: what is waiting to be pushed
-COPIED = (RECIPE_FILE, METRICS_FILE)
+COPIED = (RECIPE_FILE, RESOLVED_FILE, METRICS_FILE)
 COUNTED = ("images", "train_seconds", "wait_seconds", "best")  # of a checkpoint's state
 
 
@@ -24,11 +25,11 @@ def stage(
     checkpoint: Path,
     folder: Path,
     describe: Callable[[Path], None],
-    about: Mapping[str, Any],
+    result: Mapping[str, Any],
 ) -> None:
-    """Fill `folder` as a run folder whose model has the weights of a checkpoint.
+    """Fill `folder` as a run folder whose model has the weights of a checkpoint, and whose result is `result`.
 
-    `describe` writes a model folder but for its weights; `about` is what a result says of the machine. Weights are
+    `describe` writes a model folder but for its weights. Weights are
     linked where the file system can, so that the checkpoint may be pruned meanwhile. Raises OSError.
     """
     model = folder / "model"
@@ -39,7 +40,7 @@ def stage(
     for name in COPIED:
         if (run / name).exists():
             shutil.copyfile(run / name, folder / name)
-    write_json(folder / RESULT_FILE, result_of(run, checkpoint, about))
+    write_json(folder / RESULT_FILE, result)
 
 
 @contextmanager
@@ -61,15 +62,27 @@ def staged_best(run: Path) -> Iterator[Path]:
             f"{run}: the best evaluation's weights, of step {best['step']}, are not in its checkpoints any more; "
             "leave --weights out for the last ones"
         )
-    folder = run / STAGING / "best"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder: Path | None = None
     try:
-        stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), {})
-        yield folder
+        (run / STAGING).mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="best_", dir=run / STAGING))
+        told = best_result(run, checkpoint)
+        stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), told)
     except OSError as error:
+        _remove(folder)
         raise RunError(f"{run}: the best weights can't be made ready: {reason(error)}") from None
+    try:
+        yield folder
     finally:
-        shutil.rmtree(run / STAGING, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path | None) -> None:
+    """Remove a staged run, and what held it if nothing else is in it."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
 
 
 def _copy_description(model: Path, folder: Path) -> None:
@@ -78,18 +91,22 @@ def _copy_description(model: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def result_of(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what result.json would say of a checkpoint's weights; a finished run's own, but for its metrics."""
+def best_result(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """Return a finished run's result with the metrics of its best evaluation's weights."""
+    step, metrics = _step_and_metrics(run, checkpoint)
+    told = {"metrics": metrics, "test_metrics": None, "weights_of_step": step}
+    return {**read_json(run / RESULT_FILE), **told}
+
+
+def present_result(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a result would say of a checkpoint's weights while training goes on.
+
+    `about` is what it says of the machine; `num_steps` marks it as of a run that has not ended.
+    """
     from hf_fasttrain.checkpoint import read_state
 
-    finished = read_json(run / RESULT_FILE)
     state: dict[str, Any] = read_state(checkpoint).get("state", {})
-    step = state.get("step", 0)
-    metrics = state.get("metrics", {})
-    if state.get("evaluated_at") != step:
-        metrics = next((_metrics(line) for line in read_lines(run / METRICS_FILE) if _is_of(line, step)), {})
-    if finished:
-        return {**finished, "metrics": metrics, "test_metrics": None, "weights_of_step": step}
+    step, metrics = _step_and_metrics(run, checkpoint)
     seconds = max(float(state.get("train_seconds", 0.0)), 1e-9)
     return {
         **about,
@@ -101,6 +118,17 @@ def result_of(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str
         "images_per_second": state.get("images", 0) / seconds,
         "data_wait_fraction": min(1.0, state.get("wait_seconds", 0.0) / seconds),
     }
+
+
+def _step_and_metrics(run: Path, checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """Return a checkpoint's step and the metrics of an evaluation after it, if there was one."""
+    from hf_fasttrain.checkpoint import read_state
+
+    state: dict[str, Any] = read_state(checkpoint).get("state", {})
+    step = int(state.get("step", 0))
+    if state.get("evaluated_at") == step:
+        return step, dict(state.get("metrics", {}))
+    return step, next((_metrics(line) for line in read_lines(run / METRICS_FILE) if _is_of(line, step)), {})
 
 
 def _is_of(line: Mapping[str, Any], step: int) -> bool:

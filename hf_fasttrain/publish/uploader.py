@@ -1,7 +1,7 @@
 """A push in a process of its own, beside training: `python -m hf_fasttrain.publish.uploader`.
 
 It reads what to push from its standard input, as JSON (the arguments of `push_run`), and answers on its standard
-output, as JSON: {"address"} or {"error", "passes"}. The token comes from huggingface_hub's own places.
+output, as JSON: {"address"} or {"error", "passes", "retry_after"}. The token comes from huggingface_hub's own places.
 """
 
 from __future__ import annotations
@@ -9,30 +9,53 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.errors import UserError, without_secrets
-from hf_fasttrain.publish.hub import NotPushed, push_run
+from hf_fasttrain.publish.hub import STALLED_SECONDS, NotPushed, push_run
 
 LESS_URGENT = 19  # nice(2): training has the cores first
 
 
 def main() -> None:
     """Push what standard input says."""
+    from huggingface_hub import set_client_factory
     from huggingface_hub.utils import disable_progress_bars, logging
 
     os.nice(LESS_URGENT)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
     asked = json.load(sys.stdin)
+    set_client_factory(partial(_client, float(asked.get("stalled", STALLED_SECONDS))))
     answer: dict[str, Any]
     try:
         answer = {"address": push_run(Path(asked.pop("run")), asked.pop("repo"), **asked)}
     except UserError as error:
         passes = isinstance(error, NotPushed) and error.failure.passes
-        answer = {"error": without_secrets(str(error)), "passes": passes}
+        wait = error.failure.retry_after if isinstance(error, NotPushed) else 0.0
+        answer = {"error": without_secrets(str(error)), "passes": passes, "retry_after": wait}
     json.dump(answer, sys.stdout)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when the training is gone: a resumed one pushes what is newer."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _client(stalled: float) -> Any:
+    """Return huggingface_hub's own client, but for its patience with a connection on which nothing moves."""
+    from huggingface_hub.utils._http import default_client_factory
+
+    client = default_client_factory()
+    client.timeout = stalled
+    return client
 
 
 if __name__ == "__main__":
