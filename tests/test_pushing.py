@@ -188,8 +188,8 @@ def test_without_a_token_nothing_is_trained(
 # --- the Hub's moods -----------------------------------------------------------------------------------------
 
 PASSING = {
-    "429 with Retry-After": Fault("POST /api/repos/create", 429, headers={"Retry_After": "1"}),
-    "429 on a file": Fault("PUT /storage", 429, headers={"Retry_After": "1"}),
+    "429 with Retry-After": Fault("POST /api/repos/create", 429, headers={"Retry_After": "7"}),
+    "429 on a file": Fault("PUT /storage", 429, headers={"Retry_After": "7"}),
     "500 on the commit": Fault("/commit/main", 500),
     "503 on a file": Fault("PUT /storage", 503),
     "409, another commit at the same time": Fault("/commit/main", 409),
@@ -202,18 +202,20 @@ PASSING = {
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_what_passes_is_tried_again(hub: Hub, run: Path, name: str) -> None:
-    fault = PASSING[name]
+def test_what_passes_is_tried_again(hub: Hub, run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, slept, sleep = PASSING[name], [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), sleep(min(seconds, 0.05))))
     hub.faults = [replace(fault)]
     assert push_run(run, "me/digits", stalled=1.0) == f"{hub.url}/me/digits"
     assert hub.faults[0].times == 0
+    assert not fault.headers or max(slept) >= float(fault.headers["Retry_After"])
     repo = hub.repos["me/digits"]
     assert repo.files["model.safetensors"] == weights_of(run)
     assert len(repo.commits) == 1
 
 
 LASTING = {
-    "403": (Fault("/api", 403, times=999), r"the token may not write there \(403\)"),
+    "403": (Fault("/api", 403, times=999), r"the token may not write there \(403.*\)"),
     "500s without end": (Fault("/api/repos/create", 500, times=999), r"can't answer now \(500\); the run is whole"),
     "a server that hangs": (Fault("POST /api", times=999, kind="hang"), r"not done after 0.05 minutes \(hub.wait\)"),
 }

@@ -46,8 +46,10 @@ def _refused(status: int, error: BaseException, repo: str, endpoint: str, wait: 
         why = f"{endpoint} does not accept the token (401); log in with `hf auth login` or set HF_TOKEN"
         return Failure(why, passes=False)
     if status in (403, 404):
+        told = getattr(error, "server_message", None)  # such as a quota that is used up
+        told = f": {told}" if told else ""
         why = (
-            f"the token may not write there ({status}: {first_line(error)}); log in with `hf auth login` with a token "
+            f"the token may not write there ({status}{told}); log in with `hf auth login` with a token "
             f"that has write access to {repo.split('/')[0]}, or give another OWNER/NAME"
         )
         return Failure(why, passes=False)
