@@ -548,16 +548,18 @@ class Trainer:
         """Hand the finished run to whoever makes something for others of it; a signal leaves that off."""
         if not self.accelerator.is_main_process:
             return
-        if self.publisher is not None:
-            try:
+        try:
+            if self.publisher is not None:
                 self.publisher.finished(self.state.step, self._predictions)
-            except BaseException:
-                self.publisher.close()
-                raise
-        elif self.report and self.output_dir is not None:
-            from hf_fasttrain.publish.at_end import report_at_end
+            elif self.report and self.output_dir is not None:
+                from hf_fasttrain.publish.at_end import report_at_end
 
-            report_at_end(self.output_dir, self._predictions, self.log.say)
+                report_at_end(self.output_dir, self._predictions, self.log.say)
+        except KeyboardInterrupt:
+            self.log.say(f"trained to the end; the rest was left off: hf-fasttrain report {self.output_dir}, or push")
+        finally:
+            if self.publisher is not None:
+                self.publisher.close()
 
     def _leave(self, stop: int) -> None:
         """Wait until the state is on disk and raise Stopped."""

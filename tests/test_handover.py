@@ -174,6 +174,22 @@ def test_a_report_that_fails_harms_nothing(
     assert (run / "result.json").exists()
 
 
+def test_ctrl_c_while_the_report_is_drawn_leaves_the_run_as_it_is(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(runs: list[Path]) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_fasttrain.publish.report.write_report", interrupted)
+    run = tmp_path / "run"
+    assert exit_status([str(write_recipe(RECIPE)), f"output_dir={run}"]) == 0
+    assert f"trained to the end; the rest was left off: hf-fasttrain report {run}, or push" in capsys.readouterr().out
+    assert (run / "result.json").exists()
+
+
 def test_images_that_are_gone_cost_only_the_pictures(
     write_recipe: Callable[..., Path], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
