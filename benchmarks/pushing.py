@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from hub_server import TOKEN, Fault, Handler, running_hub
 
+from hf_fasttrain.publish.uploader import give_way
+
 SIDES = ("no Hub", "quick", "slow", "hangs")
 BLOCK = 1 << 16
 
@@ -55,8 +57,8 @@ class _SlowFile:
 
 
 def serve(pipe: Any, side: str, rate: float) -> None:
-    """Run a Hub until told to stop, then tell how many commits it has; niced, as its work is done elsewhere in life."""
-    os.nice(19)
+    """Run a Hub until told to stop, then tell how many commits it has; it gives way, as in life it runs elsewhere."""
+    give_way()
     with running_hub() as hub:
         if side == "hangs":
             hub.faults = [Fault("PUT /storage", times=10**6, kind="hang")]

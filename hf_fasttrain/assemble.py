@@ -141,7 +141,7 @@ def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:
     if recipe.hub and parts.accelerator.is_main_process:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
-        wish = hub_wish(recipe.hub, parts.order.steps_per_epoch)
+        wish = hub_wish(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
         num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
         describe = partial(save_description, parts.model, spec)
         pusher = Pusher(folder, wish, describe, about, log.say, num_steps)

@@ -75,10 +75,13 @@ class RunPublisher:
             self.pusher.close()
 
 
-def hub_wish(hub: HubSection, steps_per_epoch: int) -> HubWish:
-    """Return a recipe's wish with its duration in steps and its waiting in seconds."""
+def hub_wish(hub: HubSection, steps_per_epoch: int, *, on_cpu: bool) -> HubWish:
+    """Return a recipe's wish with its duration in steps and its waiting in seconds.
+
+    Where training needs the processor's cores itself, uploads have a tenth of the time.
+    """
     every = hub.every.to_steps(steps_per_epoch) if isinstance(hub.every, Duration) else hub.every
-    return HubWish(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count)
+    return HubWish(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count, rest=9.0 if on_cpu else 0.0)
 
 
 # --- the report's pictures -----------------------------------------------------------------------------------

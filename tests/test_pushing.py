@@ -292,6 +292,18 @@ def test_of_those_that_wait_the_newest_is_pushed(hub: Hub, run: Path) -> None:
     assert said == []
 
 
+def test_pushes_rest_while_training_needs_the_cores(hub: Hub, run: Path) -> None:
+    pusher = described_pusher(run, Said(), rest=1000.0)
+    pusher.saved(make_checkpoint(run, 1), 1, best=True)
+    join(pusher)
+    assert pusher._rests_until > time.monotonic() + 100
+    pusher.saved(make_checkpoint(run, 2), 2, best=True)
+    time.sleep(0.2)
+    assert len(hub.repos["me/digits"].commits) == 1
+    pusher.finished(2)  # does not wait for the rest
+    assert [commit["summary"] for commit in hub.repos["me/digits"].commits] == ["Step 1", "Push a run of hf_fasttrain"]
+
+
 def test_a_checkpoint_may_be_pruned_while_it_is_pushed(hub: Hub, run: Path) -> None:
     said = Said()
     pusher, checkpoint = described_pusher(run, said), make_checkpoint(run, 1)

@@ -34,6 +34,7 @@ class HubWish:
     license: str | None = None
     wait_seconds: float = 600.0  # for what is under way at the end
     stalled_seconds: float = 60.0  # without a byte, after which a connection is given up
+    rest: float = 0.0  # so many times as long as a push took, no other one begins while training goes on
 
     def command(self, run: Path) -> str:
         """Return the command that pushes the run by hand."""
@@ -67,6 +68,7 @@ class Pusher:
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
         self._ending = self._closed = False
+        self._rests_until = 0.0
         self._told: set[str] = set()
         shutil.rmtree(run / STAGING, ignore_errors=True)
 
@@ -110,12 +112,16 @@ class Pusher:
         pause = PAUSES[0]
         while True:
             with self._lock:
+                if self._waiting is not None:
+                    self._lock.wait_for(lambda: self._ending, timeout=max(0.0, self._rests_until - time.monotonic()))
                 if self._ending or self._waiting is None:
                     self._thread = None
                     return
                 folder, step = self._waiting
                 self._waiting = None
+            began = time.monotonic()
             answer = self._push(folder, f"Step {step}")
+            self._rests_until = time.monotonic() + self.wish.rest * (time.monotonic() - began)
             if "address" in answer:
                 self._note(answer["address"], step)
                 pause = PAUSES[0]

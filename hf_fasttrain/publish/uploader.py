@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,13 @@ from typing import Any
 from hf_fasttrain.errors import UserError, without_secrets
 from hf_fasttrain.publish.hub import STALLED_SECONDS, NotPushed, push_run
 
-LESS_URGENT = 19  # nice(2): training has the cores first
-
 
 def main() -> None:
     """Push what standard input says."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    os.nice(LESS_URGENT)
+    give_way()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
@@ -40,6 +39,14 @@ def main() -> None:
         wait = error.failure.retry_after if isinstance(error, NotPushed) else 0.0
         answer = {"error": without_secrets(str(error)), "passes": passes, "retry_after": wait}
     json.dump(answer, sys.stdout)
+
+
+def give_way() -> None:
+    """Let training have the cores first: run only where one is idle, if the system can, else niced."""
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _end_with_parent(parent: int) -> None:
