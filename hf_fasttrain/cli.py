@@ -412,13 +412,13 @@ def doctor(
 @contextlib.contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
     """End with its status on Ctrl-C; SIGTERM is taken for it, so that arms and their files are cleaned up."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from hf_fasttrain.stop import handled
+
     try:
-        yield
+        with handled(signal.SIGTERM, signal.default_int_handler):
+            yield
     except KeyboardInterrupt:
         sys.exit(Stopped.CTRL_C)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _wide_console() -> Console:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_fasttrain.data.batch import Mixing, Normalize
+from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.feed import Feed, ImageBatches
 from hf_fasttrain.data.images import Images
 from hf_fasttrain.data.loader import TrainLoader
@@ -22,7 +22,7 @@ from hf_fasttrain.data.source import Source, Split
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.errors import UserError
 from hf_fasttrain.gallery import Gallery, Picture
-from hf_fasttrain.loading import eval_transform, train_preparation, train_transform
+from hf_fasttrain.loading import eval_transform, train_mixing, train_preparation, train_transform
 from hf_fasttrain.model import Preprocessing
 from hf_fasttrain.predictions import Predictions
 from hf_fasttrain.publish.at_end import report_at_end
@@ -62,7 +62,6 @@ class RunPublisher:
         if lost:
             command = self.pusher.wish.command(self.run)
             self.log.say(f"not pushed: {' and '.join(lost)} could not be written; when they are: {command}")
-            self.pusher.close()
             return
         self.pusher.finished(step)
 
@@ -134,15 +133,12 @@ class Pictures:
 
     def _loader(self, order: Order) -> TrainLoader:
         """Return the training images in this process, without cache or workers; the same pixels as in training."""
-        augment = self.recipe.augment
         transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
         images = Images(self.source.train, train_preparation(self.recipe, self.pre))
         cpu = torch.device("cpu")
         feed = Feed(ImageBatches(images, transform), cpu, workers=0, pin_memory=False, report=lambda *_: None)
         normalize = Normalize(self.pre.mean, self.pre.std, cpu, channels_last=False)
-        mixing = None
-        if augment.mixup or augment.cutmix:
-            mixing = Mixing(augment.mixup, augment.cutmix, len(self.source.class_names), self.recipe.seed)
+        mixing = train_mixing(self.recipe, len(self.source.class_names))
         return TrainLoader(feed, order, normalize, mixing, transform.size_at)
 
     def _pixels(self, images: Tensor) -> np.ndarray:

@@ -110,6 +110,14 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
     )
 
 
+def train_mixing(recipe: Recipe, num_classes: int) -> Mixing | None:
+    """Return what mixes the images of a step, None if nothing does."""
+    augment = recipe.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    return Mixing(augment.mixup, augment.cutmix, num_classes, recipe.seed)
+
+
 class Loaders:
     """Makes the loaders of a run; bad images are told to `bad_images`.
 
@@ -149,9 +157,7 @@ class Loaders:
         passes = num_steps / order.steps_per_epoch
         plan = self.keeper.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
         feed = self._feed(split, preparation, plan, transform)
-        mixing = None
-        if augment.mixup or augment.cutmix:
-            mixing = Mixing(augment.mixup, augment.cutmix, num_classes, self.recipe.seed)
+        mixing = train_mixing(self.recipe, num_classes)
         return TrainLoader(feed, order, self.normalize, mixing, transform.size_at)
 
     def evaluating(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -91,16 +91,24 @@ class StopSignals:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, where Python's main thread can hear it."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+def handled(number: int, handler: Any) -> Iterator[None]:
+    """Let a handler, or SIG_IGN, answer a signal for a while; outside of the main thread nothing can be changed."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, unless it is ignored."""
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    with nullcontext() if ignored else handled(signal.SIGTERM, signal.default_int_handler):
+        yield
 
 
 def ignore_signals(status: int) -> None:

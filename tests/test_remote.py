@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import exit_status, reset_accelerate
+from conftest import RECIPE, exit_status, reset_accelerate
 from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,13 +20,6 @@ from hf_fasttrain.recipe_file import load_recipe, recipe_as_asked
 from hf_fasttrain.remote import fetch_file, fetch_run, is_repo_name, parse_place
 from hf_fasttrain.serve import evaluate_run, predict_images
 from hf_fasttrain.weights import weights_file
-
-RECIPE = """
-model: {name: test_resnet}
-data: {dataset: digits, image_size: 32, workers: 0}
-train: {duration: 2 steps, batch_size: 16}
-log: {report: false}
-"""
 
 
 @pytest.fixture

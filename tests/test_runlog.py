@@ -29,25 +29,25 @@ def last_frame(written: io.StringIO) -> str:
     return "\n".join(frame for frame in frames if frame.strip())
 
 
-def test_bars_over_epoch_and_run_with_what_is_left() -> None:
+def bars_after(step: int) -> str:
+    """Return what stands on the terminal after a step of 100, in epochs of 40."""
     log = RunLog()
     written = terminal(log)
     with log.progress(num_steps=100, done=0, steps_per_epoch=40):
-        log.train_line(50, 100, VALUES)
+        log.train_line(step, 100, VALUES)
         log._display.refresh()
-    shown = last_frame(written)
+    return last_frame(written)
+
+
+def test_bars_over_epoch_and_run_with_what_is_left() -> None:
+    shown = bars_after(50)
     assert re.search(r"epoch 2/3 .* 25% 0:01:00 left", shown), shown  # 30 of 40 steps of 2 s
     assert re.search(r"run +.* 50% 0:02:10 left", shown)
     assert "loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.0 GiB" in shown
 
 
 def test_the_last_epoch_may_be_short() -> None:
-    log = RunLog()
-    written = terminal(log)
-    with log.progress(num_steps=100, done=0, steps_per_epoch=40):
-        log.train_line(100, 100, VALUES)
-        log._display.refresh()
-    assert re.search(r"epoch 3/3 .* 100%", last_frame(written))
+    assert re.search(r"epoch 3/3 .* 100%", bars_after(100))
 
 
 def test_bars_move_between_lines_and_a_resumed_run_begins_where_it_was() -> None:

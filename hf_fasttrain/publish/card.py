@@ -14,7 +14,7 @@ from hf_fasttrain.publish.finished import RECIPE_FILE, FinishedRun
 from hf_fasttrain.publish.local_paths import Scrubber, is_local_path
 from hf_fasttrain.publish.pictures import PICTURES
 from hf_fasttrain.publish.snippets import onnx_snippet, timm_snippet, transformers_snippet
-from hf_fasttrain.remote import is_remote, parse_place
+from hf_fasttrain.remote import is_remote, is_repo_name, parse_place
 
 CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
 
@@ -62,7 +62,7 @@ def model_card(
 
 def is_hub_name(name: str) -> bool:
     """Return whether a name is OWNER/NAME on the Hub rather than a folder here."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_local_path(name)
+    return is_repo_name(name) and not is_local_path(name)
 
 
 def _library(spec: dict[str, Any], files: Mapping[str, bytes | Path]) -> str:
@@ -88,7 +88,7 @@ def _base_model(run: FinishedRun) -> str | None:
 
 
 def _dataset(run: FinishedRun) -> str:
-    return str((run.recipe.get("data") or {}).get("dataset", ""))
+    return str(run.setting("data.dataset") or "")
 
 
 def _is_own(run: FinishedRun) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def read_run(run: Path) -> FinishedRun:
         raise RunError(f"{path}: can't be read ({first_line(error)}); put it right or train again") from None
     local = (facts.get("local") or {}).get("value") if isinstance(facts, dict) else None
     return FinishedRun(run, spec, result, recipe, text, local)
+
+
+NO_METRIC = {"kind", "step", "epoch", "split", "train_seconds", "seconds"}
+
+
+def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics in an evaluation's line of metrics.jsonl."""
+    return {name: value for name, value in line.items() if name not in NO_METRIC}
 
 
 def first_line(error: BaseException) -> str:

@@ -64,7 +64,7 @@ def push_run(
         raise RunError(f"--weights is '{weights}'; allowed are last and best")
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
-    read_run(folder)
+    finished = read_run(folder)
     asked = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
     asked += ["--weights", weights] * (weights != "last")
     command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *asked])
@@ -72,7 +72,8 @@ def push_run(
     upload.require_possible()
     with staged_best(folder) if weights == "best" else nullcontext(folder) as chosen:
         try:
-            files = files_to_push(read_run(chosen), repo, license, [str(folder), *([home] if home else [])])
+            chosen_run = finished if chosen == folder else read_run(chosen)
+            files = files_to_push(chosen_run, repo, license, [str(folder), *([home] if home else [])])
         except OSError as error:
             raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
         return upload(files, patience, tell)

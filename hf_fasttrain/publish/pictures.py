@@ -10,7 +10,6 @@ PICTURES = {  # name -> what it shows
     "curves.png": "loss, accuracy and learning rate over training",
     "confusion.png": "which classes were taken for which",
 }
-FOLDER = "report"  # where the report keeps them
 
 
 def pictures_of(run: Path) -> dict[str, bytes | Path]:
@@ -18,23 +17,25 @@ def pictures_of(run: Path) -> dict[str, bytes | Path]:
 
     A picture that there is nothing for is left out.
     """
+    from hf_fasttrain.gallery import GALLERY_FOLDER  # brings numpy, which a push beside training can do without
+
     figures = [run / name for name in ("metrics.jsonl", "predictions.safetensors") if (run / name).is_file()]
     if not figures:
         return {}
     newest = max(path.stat().st_mtime_ns for path in figures)
-    kept = {name: run / FOLDER / name for name in PICTURES}
+    kept = {name: run / GALLERY_FOLDER / name for name in PICTURES}
     found = {name: path for name, path in kept.items() if path.is_file() and path.stat().st_mtime_ns >= newest}
     return dict(found) if found else _drawn(run)
 
 
 def _drawn(run: Path) -> dict[str, bytes | Path]:
     from hf_fasttrain.publish.report_data import read_record
-    from hf_fasttrain.publish.report_pictures import draw_confusion, draw_curves
+    from hf_fasttrain.publish.report_pictures import DRAWINGS
 
     record = read_record(run)  # what can't be drawn is left out: a push is not for its pictures
     with tempfile.TemporaryDirectory() as folder:
-        drawn = {name: Path(folder) / name for name in PICTURES}
-        for draw, path in ((draw_curves, drawn["curves.png"]), (draw_confusion, drawn["confusion.png"])):
+        drawn = {name: Path(folder) / name for name in DRAWINGS}
+        for name, draw in DRAWINGS.items():
             with suppress(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
-                draw(record, path)
+                draw(record, drawn[name])
         return {name: path.read_bytes() for name, path in drawn.items() if path.is_file()}

@@ -16,7 +16,7 @@ from hf_fasttrain.errors import RunError, without_secrets
 from hf_fasttrain.files import reason, write_whole
 from hf_fasttrain.gallery import GALLERY_FOLDER
 from hf_fasttrain.publish.report_data import read_record
-from hf_fasttrain.publish.report_pictures import draw_confusion, draw_curves
+from hf_fasttrain.publish.report_pictures import DRAWINGS
 from hf_fasttrain.publish.report_sections import Page, page_of_run, page_of_runs
 
 REPORT_FILE = "report.html"
@@ -41,8 +41,8 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         if output is None and len(records) == 1:
             folder = runs[0] / GALLERY_FOLDER
             folder.mkdir(exist_ok=True)
-            draw_curves(records[0], folder / "curves.png")
-            draw_confusion(records[0], folder / "confusion.png")
+            for name, draw in DRAWINGS.items():
+                draw(records[0], folder / name)
     except OSError as error:
         raise RunError(f"{path}: the report can't be written: {reason(error)}; choose another place for it") from None
     return path

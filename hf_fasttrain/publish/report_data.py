@@ -18,16 +18,23 @@ from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import read_json, read_lines
 from hf_fasttrain.gallery import Gallery
 from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
-from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESULT_FILE, SPEC_FILE, first_line
+from hf_fasttrain.publish.finished import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESOLVED_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+    first_line,
+    metrics_of,
+)
 from hf_fasttrain.publish.local_paths import Scrubber
 
-BAD_IMAGES_FILE, RESOLVED_FILE = "bad_images.jsonl", "resolved.yaml"
+BAD_IMAGES_FILE = "bad_images.jsonl"
 TRAIN_FIGURES = (
     "step", "epoch", "loss", "grad_norm", "lr", "images_per_second", "data_wait_fraction", "seconds_per_step",
     "peak_memory_bytes",
 )  # fmt: skip
 OLD_NAMES = {"peak_memory_bytes": "memory_bytes"}  # what a figure was called before
-NO_METRIC = {"kind", "step", "epoch", "split", "train_seconds", "seconds"}
 Train = dict[str, np.ndarray]
 
 
@@ -98,7 +105,7 @@ class Record:
     @property
     def metric_names(self) -> list[str]:
         """The metrics of the evaluations, but for the loss."""
-        found = {name: None for line in self.evaluations for name in line if name not in NO_METRIC}
+        found = {name: None for line in self.evaluations for name in metrics_of(line)}
         return [name for name in found if name != "loss" and any(is_finite(e.get(name)) for e in self.evaluations)]
 
     def course(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +119,7 @@ class Record:
         if self.is_finished and self.result.get("metrics"):
             return dict(self.result["metrics"])
         lines = [line for line in self.evaluations if line["split"] == self.splits[0]]
-        return {name: value for name, value in lines[-1].items() if name not in NO_METRIC} if lines else {}
+        return metrics_of(lines[-1]) if lines else {}
 
     @cached_property
     def class_names(self) -> list[str]:

@@ -174,3 +174,6 @@ def _save(figure: Figure, path: Path) -> None:
         warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks
         figure.savefig(drawn, format="png", dpi=130)
     write_whole(path, drawn.getvalue())
+
+
+DRAWINGS = {"curves.png": draw_curves, "confusion.png": draw_confusion}  # file -> what draws it

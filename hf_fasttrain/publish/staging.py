@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import read_json, read_lines, reason, write_json
-from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE
+from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE, metrics_of
 
 STAGING = ".hub"  # in the run folder: what is waiting to be pushed
 COPIED = (RECIPE_FILE, RESOLVED_FILE, METRICS_FILE)
@@ -29,8 +29,8 @@ def stage(
 ) -> None:
     """Fill `folder` as a run folder whose model has the weights of a checkpoint, and whose result is `result`.
 
-    `describe` writes a model folder but for its weights. Weights are
-    linked where the file system can, so that the checkpoint may be pruned meanwhile. Raises OSError.
+    `describe` writes a model folder but for its weights. Weights are linked where the file system can, so that the
+    checkpoint may be pruned meanwhile. Raises OSError.
     """
     model = folder / "model"
     model.mkdir(parents=True)
@@ -93,7 +93,7 @@ def _copy_description(model: Path, folder: Path) -> None:
 
 def best_result(run: Path, checkpoint: Path) -> dict[str, Any]:
     """Return a finished run's result with the metrics of its best evaluation's weights."""
-    step, metrics = _step_and_metrics(run, checkpoint)
+    step, metrics = _step_and_metrics(run, _state_of(checkpoint))
     told = {"metrics": metrics, "test_metrics": None, "weights_of_step": step}
     return {**read_json(run / RESULT_FILE), **told}
 
@@ -103,10 +103,8 @@ def present_result(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dic
 
     `about` is what it says of the machine; `num_steps` marks it as of a run that has not ended.
     """
-    from hf_fasttrain.checkpoint import read_state
-
-    state: dict[str, Any] = read_state(checkpoint).get("state", {})
-    step, metrics = _step_and_metrics(run, checkpoint)
+    state = _state_of(checkpoint)
+    step, metrics = _step_and_metrics(run, state)
     seconds = max(float(state.get("train_seconds", 0.0)), 1e-9)
     return {
         **about,
@@ -120,24 +118,22 @@ def present_result(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dic
     }
 
 
-def _step_and_metrics(run: Path, checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """Return a checkpoint's step and the metrics of an evaluation after it, if there was one."""
+def _state_of(checkpoint: Path) -> dict[str, Any]:
     from hf_fasttrain.checkpoint import read_state
 
-    state: dict[str, Any] = read_state(checkpoint).get("state", {})
+    return dict(read_state(checkpoint).get("state", {}))
+
+
+def _step_and_metrics(run: Path, state: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return the step of a checkpoint's state and the metrics of an evaluation after it, if there was one."""
     step = int(state.get("step", 0))
     if state.get("evaluated_at") == step:
         return step, dict(state.get("metrics", {}))
-    return step, next((_metrics(line) for line in read_lines(run / METRICS_FILE) if _is_of(line, step)), {})
+    return step, next((metrics_of(line) for line in read_lines(run / METRICS_FILE) if _is_of(line, step)), {})
 
 
 def _is_of(line: Mapping[str, Any], step: int) -> bool:
     return line.get("kind") == "evaluation" and line.get("step") == step
-
-
-def _metrics(line: Mapping[str, Any]) -> dict[str, Any]:
-    about = ("kind", "step", "epoch", "split", "seconds", "train_seconds")
-    return {key: value for key, value in line.items() if key not in about}
 
 
 def link_weights(source: Path, target: Path) -> None:

@@ -11,16 +11,15 @@ nothing ahead and disturbs nobody.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hf_fasttrain.stop import handled
 from hf_fasttrain.study.statistics import Estimate, estimate, paired_ratio
 from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes
 
@@ -135,18 +134,6 @@ class Measurement:
         self.host_bytes = max(self.host_bytes, report.host_bytes)
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class Bench:
     """Holds the running arms of an experiment; leaves no process behind.
 
@@ -175,7 +162,7 @@ class Bench:
 
     def close(self) -> None:
         """End all arms; Ctrl-C must wait for it, or processes that stand still would be left."""
-        with _undisturbed():
+        with handled(signal.SIGINT, signal.SIG_IGN):
             for name in list(self._running):
                 self.end(name)
 
