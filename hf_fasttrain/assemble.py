@@ -20,7 +20,6 @@ from hf_fasttrain.data.order import Order
 from hf_fasttrain.data.source import Source, load_source
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions
-from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.handover import Pictures, RunPublisher, hub_wish
@@ -36,7 +35,7 @@ from hf_fasttrain.recipe_file import recipe_as_asked
 from hf_fasttrain.result import Watch
 from hf_fasttrain.runfolder import FILES_WHILE_TRAINING
 from hf_fasttrain.runlog import RunLog, last_steps
-from hf_fasttrain.schedule import Schedule, build_schedule
+from hf_fasttrain.schedule import Schedule, build_schedule, resolve_warmup
 from hf_fasttrain.tracking import Tracking
 from hf_fasttrain.trainer import Trainer
 
@@ -192,15 +191,14 @@ def _optimizer(parts: Parts) -> torch.optim.Optimizer:
 
 def _schedule(parts: Parts, num_steps: int) -> Schedule:
     wish, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
-    warmup_steps = wish.warmup.to_steps(steps_per_epoch)
-    if warmup_steps >= num_steps:
-        raise RunError(
-            f"schedule.warmup of {wish.warmup} is {warmup_steps} steps, the whole training only {num_steps}; shorten it"
-        )
+    warmup = resolve_warmup(wish.warmup, wish.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    parts.facts.resolve("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
+    if warmup.note:
+        parts.facts.note(warmup.note)
     return build_schedule(
         wish.name,
         num_steps=num_steps,
-        warmup_steps=warmup_steps,
+        warmup_steps=warmup.steps,
         min_lr_ratio=wish.min_lr_ratio,
         gamma=wish.gamma,
         every_steps=wish.every.to_steps(steps_per_epoch),

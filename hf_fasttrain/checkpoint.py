@@ -253,6 +253,8 @@ def _verified(path: Path, *, only: str | None = None) -> list[str]:
 
 def require_same(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
     """Raise RunError if a setting that decides what is learnt differs from the checkpoint's."""
+    if saved.get("schedule.warmup") in ("0 epochs", "0 steps"):  # older runs': the schedule's own rise
+        saved = {**saved, "schedule.warmup": "auto"}
     changed = [key for key in sorted(saved.keys() | asked.keys()) if saved.get(key) != asked.get(key)]
     if changed:
         listed = "\n".join(f"  {key}: {saved.get(key)!r} in the run, {asked.get(key)!r} asked for" for key in changed)

@@ -112,9 +112,6 @@ def _optimizer(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:
-    warmup, duration = recipe.schedule.warmup, recipe.train.duration
-    if warmup.count > 0 and warmup.unit == duration.unit and warmup.count >= duration.count > 0:
-        yield "schedule.warmup", f"of {warmup} leaves nothing of train.duration={duration}"
     every: dict[str, Duration] = {
         "schedule.every": recipe.schedule.every,
         "evaluate.every": recipe.evaluate.every,

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?)\s*$"
 CLOCK_PATTERN = PATTERN.replace("steps?", "steps?|minutes?")
 MINUTES_PATTERN = PATTERN.replace("epochs?|steps?", "minutes?")
+PERCENT_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*%\s*$"
 
 
 @dataclass(frozen=True)
 class Duration:
-    """So many epochs (fractions are allowed), optimizer steps, or, where a clock decides, minutes."""
+    """So many epochs (fractions are allowed), optimizer steps, minutes of a clock, or percent of the training."""
 
     count: float
-    unit: str  # "epochs", "steps" or "minutes"
+    unit: str  # "epochs", "steps", "minutes" or "percent"
 
     @classmethod
     def parse(cls, text: object, *, minutes: bool = False) -> Duration:
@@ -44,12 +45,30 @@ class Duration:
             raise ValueError("must be a number of minutes, like '10 minutes'")
         return found
 
-    def to_steps(self, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps, at least 1 unless the duration is 0."""
-        assert self.unit != "minutes", "a clock's minutes are no number of steps"
-        steps = self.count * (steps_per_epoch if self.unit == "epochs" else 1)
+    @classmethod
+    def parse_part(cls, text: object) -> Duration:
+        """Read a part of the training: ``0``, ``5%``, ``500 steps`` or ``1 epoch``; ValueError otherwise."""
+        if isinstance(text, Duration):
+            return text
+        if text == "0" or (isinstance(text, int | float) and text == 0 and not isinstance(text, bool)):
+            return cls(0, "steps")
+        if isinstance(text, str) and (match := re.match(PERCENT_PATTERN, text)):
+            if float(match[1]) >= 100:
+                raise ValueError("must be below 100%")
+            return cls(float(match[1]), "percent")
+        if isinstance(text, str) and re.match(PATTERN, text):
+            return cls.parse(text)
+        raise ValueError("must be 0, a share of the training like '5%', or a number and a unit, like '1 epoch'")
+
+    def to_steps(self, steps_per_epoch: int, num_steps: int = 0) -> int:
+        """Return the number of optimizer steps, at least 1 unless the duration is 0; `num_steps` is 100 %."""
+        assert self.unit != "minutes", "minutes are not a number of steps"
+        steps_per_unit = {"epochs": steps_per_epoch, "percent": num_steps / 100}.get(self.unit, 1)
+        steps = self.count * steps_per_unit
         return max(1, round(steps)) if steps > 0 else 0
 
     def __str__(self) -> str:
         count = int(self.count) if math.floor(self.count) == self.count else self.count
+        if self.unit == "percent":
+            return f"{count}%"
         return f"{count} {self.unit.removesuffix('s') if count == 1 else self.unit}"

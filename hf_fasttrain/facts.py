@@ -56,6 +56,8 @@ class Facts:
         """Return the learnt values, which must be the same when a run is resumed.
 
         Without the duration, which may become longer, and without where the data set lies: its fingerprint counts.
+        Of the warmup what was asked counts: its steps change with the duration.
         """
         may_change = ("train.duration", "evaluate.every", "data.dataset", "data.config", "data.revision")
-        return {key: fact.value for key, fact in self.all().items() if fact.tag == "learnt" and key not in may_change}
+        learnt = {key: fact.value for key, fact in self.all().items() if fact.tag == "learnt" and key not in may_change}
+        return {**learnt, "schedule.warmup": flatten(self.recipe)["schedule.warmup"]}

@@ -19,7 +19,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from hf_fasttrain.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, Duration
+from hf_fasttrain.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, PERCENT_PATTERN, Duration
 
 DurationField = Annotated[
     Duration,
@@ -40,6 +40,30 @@ ClockField = Annotated[
     WithJsonSchema({"type": "string", "pattern": MINUTES_PATTERN, "examples": ["10 minutes"]}),
 ]
 Auto = Literal["auto"]
+
+
+def _parse_warmup(text: object) -> object:
+    try:
+        return text if text == "auto" else Duration.parse_part(text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("must be 0,", "must be auto, 0,")) from None
+
+
+WarmupField = Annotated[
+    Literal["auto"] | Duration,
+    BeforeValidator(_parse_warmup),
+    PlainSerializer(lambda value: "0" if isinstance(value, Duration) and not value.count else str(value)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"const": "auto"},
+                {"const": 0},
+                {"type": "string", "pattern": f"{PATTERN}|{PERCENT_PATTERN}|^0$"},
+            ],
+            "examples": ["auto", "5%", "1 epoch", "500 steps", 0],
+        }
+    ),
+]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -218,7 +242,9 @@ class OptimizerSection(Section):
 
 class ScheduleSection(Section):
     name: Literal["cosine", "onecycle", "exponential", "step", "constant"] = learnt("cosine", "course of the lr")
-    warmup: DurationField = learnt(Duration(0, "epochs"), "linear rise to lr; onecycle: its rise (0: 30 %)")
+    warmup: WarmupField = learnt(
+        "auto", "rise to lr: 5% of the training, 500 steps, 1 epoch or 0: none; auto: onecycle 30%, else none"
+    )
     min_lr_ratio: float = learnt(0.0, "cosine: last lr / lr", ge=0.0, lt=1.0)
     gamma: float = learnt(0.1, "step, exponential: factor per `every`", gt=0.0, le=1.0)
     every: DurationField = learnt(Duration(30, "epochs"), "step, exponential: after which lr is multiplied by gamma")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+from hf_fasttrain.duration import Duration
 
 Schedule = Callable[[int], float]  # step, counted from 0 -> factor on lr
 
@@ -42,7 +45,10 @@ class Cosine:
 
 @dataclass(frozen=True)
 class OneCycle:
-    """Cosine rise from 1/25 to 1, cosine fall to 1/250,000: the lr of torch's OneCycleLR (arXiv 1708.07120)."""
+    """Cosine rise from 1/25 to 1, cosine fall to 1/250,000: the lr of torch's OneCycleLR (arXiv 1708.07120).
+
+    With `rise_steps` 0 it begins at 1.
+    """
 
     num_steps: int
     rise_steps: int
@@ -50,8 +56,8 @@ class OneCycle:
     def __call__(self, step: int) -> float:
         low, lowest = 1 / 25, 1 / 25 / 1e4
         peak = max(1, self.rise_steps) - 1  # torch's OneCycleLR has its peak one step before rise_steps
-        if step <= peak:
-            return _cosine_between(low, 1.0, step / max(1, peak))
+        if step < peak:
+            return _cosine_between(low, 1.0, step / peak)
         return _cosine_between(1.0, lowest, min(1.0, (step - peak) / max(1, self.num_steps - 1 - peak)))
 
 
@@ -81,12 +87,56 @@ def _cosine_between(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
+@dataclass(frozen=True)
+class WarmupSteps:
+    """The length of a schedule's rise, why it is that long, and what the user should be told about it."""
+
+    steps: int
+    reason: str
+    note: str | None = None
+
+
+def own_warmup_steps(name: str, num_steps: int) -> int:
+    """Return the rise that belongs to a schedule: 30 % for onecycle (as torch's pct_start), none for the others."""
+    return round(0.3 * num_steps) if name == "onecycle" else 0
+
+
+def resolve_warmup(
+    asked: Literal["auto"] | Duration, name: str, *, num_steps: int, steps_per_epoch: int
+) -> WarmupSteps:
+    """Return the steps of a schedule's rise; one that leaves nothing of the training is cut to 10 % of it."""
+    if asked == "auto":
+        reason = "30% of the training" if name == "onecycle" else f"{name} has none of its own"
+        return WarmupSteps(own_warmup_steps(name, num_steps), reason)
+    steps = asked.to_steps(steps_per_epoch, num_steps)
+    if steps < num_steps:
+        return WarmupSteps(steps, f"{asked} of {num_steps:,} steps" if asked.unit == "percent" else "")
+    cut = num_steps // 10
+    return WarmupSteps(
+        cut,
+        f"{asked} does not fit into {num_steps:,} steps, cut to 10%",
+        f"schedule.warmup={asked} is {steps:,} steps, and the whole training has {num_steps:,}: cut to 10%, {cut} "
+        "steps; to choose another: schedule.warmup=5%, or 0",
+    )
+
+
 def build_schedule(
-    name: str, *, num_steps: int, warmup_steps: int, min_lr_ratio: float, gamma: float, every_steps: int
+    name: str,
+    *,
+    num_steps: int,
+    warmup_steps: int | None = None,
+    min_lr_ratio: float = 0.0,
+    gamma: float = 0.1,
+    every_steps: int = 1,
 ) -> Schedule:
-    """Return the schedule of a name: cosine, onecycle, exponential, step or constant."""
+    """Return the schedule of a name: cosine, onecycle, exponential, step or constant.
+
+    `warmup_steps`: of the rise to lr, 0 for none; None: the schedule's own.
+    """
+    if warmup_steps is None:
+        warmup_steps = own_warmup_steps(name, num_steps)
     if name == "onecycle":
-        return OneCycle(num_steps, warmup_steps or round(0.3 * num_steps))
+        return OneCycle(num_steps, warmup_steps)
     after: dict[str, Schedule] = {
         "cosine": Cosine(num_steps, warmup_steps, min_lr_ratio),
         "exponential": Exponential(gamma, every_steps),

@@ -135,7 +135,8 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["optimizer.layer_decay=0.5", "optimizer.backbone_lr_scale=0.1"],
         "layer_decay and optimizer.backbone_lr_scale exclude",
     ),
-    "warm-up too long": (RECIPE, ["schedule.warmup=2 steps"], "schedule.warmup of 2 steps leaves nothing"),
+    "warmup of the whole training": (RECIPE, ["schedule.warmup=100%"], "schedule.warmup.*must be below 100%"),
+    "warmup without a unit": (RECIPE, ["schedule.warmup=3"], "schedule.warmup.*must be auto, 0, a share .*'5%'"),
     "never evaluated": (RECIPE, ["evaluate.every=0 steps"], "evaluate.every is 0"),
     "watched but not measured": (
         RECIPE,
@@ -219,7 +220,6 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
         ["model.name=transformers:TMP/tiny", "model.drop_path=0.1"],
         "drop_path and small_image_stem are for timm",
     ),
-    "warm-up longer than training": (["schedule.warmup=3 epochs"], "is 306 steps, the whole training only 2"),
     "class weights of another data set": (["train.class_weights=[1, 2]"], "has 2 numbers; the data set has 10"),
     "unknown metric": (["evaluate.metrics=[accuracy, acuracy]"], "'acuracy' is not built in"),
     "top5 of multi-label": (["evaluate.metrics=[accuracy, top5_accuracy]", "data.dataset=TMP/multi"], "no meaning"),

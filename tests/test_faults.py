@@ -23,7 +23,7 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.checkpoint import complete_checkpoints, load_checkpoint
 from hf_fasttrain.cli import main
 from hf_fasttrain.data.loader import Step
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, UserError
 from hf_fasttrain.runlog import RunLog
 
 SMALL = ["data.eval_fraction=0.05", "train.duration=6 steps", "evaluate.every=6 steps", "log.every=3"]
@@ -361,8 +361,8 @@ def test_a_file_system_without_locks_is_said_and_used(
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"schedule\.warmup"):
-        make(write_recipe(), tmp_path / "run", "schedule.warmup=1 epoch")
+    with pytest.raises(UserError, match=r"train\.class_weights"):
+        make(write_recipe(), tmp_path / "run", "train.class_weights=[1.0]")
     assert make(write_recipe(), tmp_path / "run").fit().steps == 6
 
 

@@ -50,7 +50,6 @@ def test_every_recipe_trains_two_steps_on_tiny_images(name: str, tmp_path: Path,
             "data.workers=0",
             "data.eval_fraction=0.2",
             "train={duration: 2 steps, batch_size: 8}",
-            "schedule.warmup=1 steps",
             f"output_dir={tmp_path / 'run'}",
         ],
     )

@@ -95,15 +95,16 @@ def test_stopped_on_some_processes_and_resumed_on_others(
 def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(write_recipe(), tmp_path / "run", "train.duration=4 steps").fit()
+    warmup = "schedule.warmup=25%"  # 1 step, then 2: what is asked for is still the same
+    make(write_recipe(), tmp_path / "run", warmup, "train.duration=4 steps").fit()
     capsys.readouterr()
-    trainer = make(write_recipe(), tmp_path / "run", "train.duration=8 steps", resume=True)
-    said = "train.duration is 8 steps now, it was 4: after step 4 lr follows the new schedule, 0.0005 after 0.000146"
+    trainer = make(write_recipe(), tmp_path / "run", warmup, "train.duration=8 steps", resume=True)
+    said = "train.duration is 8 steps now, it was 4: after step 4 lr follows the new schedule, 0.00075 after 0.00025"
     assert said in capsys.readouterr().out
     result = trainer.fit()
     assert (result.steps, result.resumed_at) == (8, [4])
     with pytest.raises(RunError, match=r"train\.duration is 6 steps, and 8 are done already; give a longer one"):
-        make(write_recipe(), tmp_path / "run", "train.duration=6 steps", resume=True)
+        make(write_recipe(), tmp_path / "run", warmup, "train.duration=6 steps", resume=True)
 
 
 @pytest.mark.parametrize(

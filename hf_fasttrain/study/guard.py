@@ -56,7 +56,7 @@ def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds:
             f"train.batch_size={images}",
             "accelerate.micro_batch_size=null",
             "augment.repeats=1",
-            "schedule.warmup=0 epochs",  # the schedule is not used, but checked
+            "schedule.warmup=0",  # the schedule is not used, and its rise need not fit
         )
         wishes = Wishes(full_lr=True, without_dropout=True, gradient_to=str(path))
         running = start(Arm("guard", (*overrides, *smaller)), wishes, limit_seconds)
