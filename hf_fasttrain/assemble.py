@@ -65,6 +65,7 @@ def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None =
         test_split=test_split or data.test_split,
         image_column=data.image_column,
         label_column=data.label_column,
+        multi_label=data.multi_label,
         eval_fraction=data.eval_fraction,
         seed=recipe.seed,
     )

@@ -124,6 +124,8 @@ def _load_source(recipe: Recipe, dataset: Any, facts: Facts) -> Source:
     facts.resolve("data.image_column", source.columns.image, "found" if data.image_column == "auto" else "")
     facts.resolve("data.label_column", source.columns.label, "found" if data.label_column == "auto" else "")
     facts.resolve("classes", len(source.class_names), "of the label column")
+    for note in source.notes:
+        facts.note(note)
     if source.held_out:
         facts.note(
             f"no validation split: {len(source.evaluation):,} of {len(source.train) + len(source.evaluation):,} "

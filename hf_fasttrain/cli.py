@@ -183,7 +183,7 @@ def check(
     if held:
         parts.facts.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
     for note in parts.facts.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if images:
         check_images(console, loaded, parts.source, list_file)
     console.print(f"{recipe} is right: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
@@ -216,18 +216,19 @@ def evaluate(
     """Measure a run's model on its evaluation split, or on another split or data set."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from hf_fasttrain.serve import evaluate_run
 
-    metrics = evaluate_run(run, overrides or [], split=split, note=_say_on_stderr)
+    measured = evaluate_run(run, overrides or [], split=split, note=_say_on_stderr)
     if not _is_main():
         return
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps(measured))
     else:
         table = Table("metric", "value")
-        for name, value in metrics.items():
-            table.add_row(name, f"{value:.4f}")
+        for name, value in measured.items():
+            table.add_row(Text(name), Text(f"{value:.4f}" if isinstance(value, float) else str(value), overflow="fold"))
         Console().print(table)
 
 

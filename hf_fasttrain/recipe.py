@@ -107,6 +107,9 @@ class DataSection(Section):
     test_split: str | None = learnt(None, "evaluated once, at the end")
     image_column: str = learnt("auto", "auto: the image column found by type and name")
     label_column: str = learnt("auto", "auto: the label column found by type and name")
+    multi_label: bool | None = learnt(
+        None, "whether an image may have several classes; null: if labels are lists, and not all with exactly one class"
+    )
     image_size: int = learnt(224, "height and width in pixels; the model's input too", ge=8, le=4096)
     mean: Auto | list[float] = learnt("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
     std: Auto | list[float] = learnt("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")

@@ -24,7 +24,7 @@ from hf_fasttrain.data.scan import (
 )
 from hf_fasttrain.data.source import Source, Split
 from hf_fasttrain.environment import num_cores
-from hf_fasttrain.errors import UserError, shortened
+from hf_fasttrain.errors import UserError
 from hf_fasttrain.recipe import Recipe
 
 
@@ -36,9 +36,6 @@ def check_images(console: Console, recipe: Recipe, source: Source, list_file: Pa
     duplicates = find_duplicates(scans)
     _print_scan(console, scans, balances, duplicates, recipe.data.image_size)
     _print_bad(console, [bad for scan in scans for bad in scan.bad], list_file)
-    for balance in balances[:2]:
-        if balance.missing:
-            _say(console, f"note: split '{balance.name}' has no image of {shortened(balance.missing)}")
     _print_overlaps(console, splits, duplicates)
     limit = recipe.data.max_bad_fraction
     broken = [scan for scan in scans if scan.bad_fraction > limit]

@@ -13,8 +13,9 @@ from hf_fasttrain.assemble import build_evaluator, open_source
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.decode import read_pixels
 from hf_fasttrain.data.images import BadImages
-from hf_fasttrain.data.source import IMAGE_SUFFIXES, Split, is_image_file
-from hf_fasttrain.errors import DataError, RunError, shortened
+from hf_fasttrain.data.measured import Measured, load_measured, with_model_classes
+from hf_fasttrain.data.source import IMAGE_SUFFIXES, is_image_file, note_on_test_split
+from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.files import read_json
 from hf_fasttrain.launch import build_accelerator
@@ -22,7 +23,8 @@ from hf_fasttrain.loading import Loaders, eval_transform
 from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.model import ModelSpec, Preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model
-from hf_fasttrain.recipe_file import load_recipe
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe_file import load_recipe, origin_of, with_values
 from hf_fasttrain.remote import fetch_run, is_remote
 from hf_fasttrain.tunings import Tuned
 
@@ -65,12 +67,13 @@ def evaluate_run(
     *,
     split: str | None = None,
     note: Callable[[str], None] = lambda _: None,
-) -> dict[str, float]:
-    """Return the metrics of a run's model on its evaluation split, or on another split of its data set.
+) -> dict[str, Any]:
+    """Return the metrics of a run's model by name, and `dataset`, `split` and `num_images` that were measured.
 
-    `run` is a folder or hf://OWNER/NAME.
-    `overrides` change the run's recipe: data.dataset=FOLDER measures on other images. Their classes must be those
-    that the model was trained on, in the same order. `note` is told of bad images, which others stand in for.
+    `run` is a folder or hf://OWNER/NAME. Measured are its evaluation split or another `split` of its data set.
+    `overrides` change the run's recipe: data.dataset=FOLDER measures other images, all of its validation split, or of
+    the folder where it has no splits. Their classes are matched to the model's by name; the model must know all of
+    them. `note` is told what should be said: bad images, which others stand in for, and classes without images.
     """
     opened = open_run(run)
     folder = model_folder(opened, pushed=is_remote(str(run)))
@@ -79,28 +82,70 @@ def evaluate_run(
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
             raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
-    asked = load_recipe(str(run) if is_remote(str(run)) else opened / "recipe.yaml", overrides)
+        if split is not None and override.startswith("data.eval_split"):
+            raise RunError(f"--split {split} and override '{override}' say the same thing twice; leave one out")
+    place = str(run) if is_remote(str(run)) else opened / "recipe.yaml"
+    asked = load_recipe(place, overrides)
+    own_data = _same_data(asked, load_recipe(place, [text for text in overrides if not text.startswith("data.")]))
     facts = Facts(asked)
     recipe = resolve_machine(asked, facts, Tuned())
     accelerator = build_accelerator(recipe, facts)
     model, spec = load_model(folder)
-    chosen = _evaluation_split(recipe, spec, split)
+    measured = _measured_split(recipe, spec, split, own_data=own_data)
+    for text in measured.notes:
+        note(text)
     pre = _preprocessing(spec)
     loaders = Loaders(recipe, facts, accelerator, pre, BadImages(None, recipe.data.max_bad_fraction, note))
     size = recipe.evaluate.batch_size
-    loader = loaders.evaluating(chosen, 64 if size == "auto" else size)
+    loader = loaders.evaluating(measured.split, 64 if size == "auto" else size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
-    return evaluator(model.to(accelerator.device), loader)
+    metrics = evaluator(model.to(accelerator.device), loader)
+    about = {"dataset": recipe.data.dataset, "split": measured.split.name, "num_images": len(measured.split)}
+    return {**metrics, **about}
 
 
-def _evaluation_split(recipe: Any, spec: ModelSpec, split: str | None) -> Split:
-    source = open_source(recipe, test_split=split)
-    if source.class_names != spec.class_names:
-        raise DataError(
-            f"{recipe.data.dataset}: its classes ({shortened(source.class_names)}) are not the model's "
-            f"({shortened(spec.class_names)}); evaluate on data with the same classes"
-        )
-    return source.test if split and source.test else source.evaluation
+def _same_data(recipe: Recipe, trained: Recipe) -> bool:
+    """Return whether two recipes have the same data set, however its path is written."""
+    ours, theirs = recipe.data, trained.data
+    paths = [Path(data.dataset).expanduser().resolve() for data in (ours, theirs)]
+    same_place = ours.dataset == theirs.dataset or paths[0] == paths[1]
+    return same_place and (ours.config, ours.revision) == (theirs.config, theirs.revision)
+
+
+def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, own_data: bool) -> Measured:
+    """Return the split to measure in the model's numbering: as in training, or of other data whole."""
+    found = _own_split(recipe, spec, split) if own_data else _other_split(recipe, spec, split)
+    return with_model_classes(found, spec.class_names, recipe.data.dataset)
+
+
+def _own_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
+    source = open_source(with_values(recipe, {"data.multi_label": spec.multi_label}), test_split=split)
+    chosen = source.test if split and source.test else source.evaluation
+    used = {chosen.name, source.train.name}
+    notes = note_on_test_split(source.split_names, used, recipe.data.dataset, "--split {} measures it")
+    return Measured(chosen, source.class_names, notes)
+
+
+def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
+    """Return a split of data that the recipe was not written for: its split and columns count where they are there."""
+    data = recipe.data
+
+    def overridden(key: str) -> bool:
+        return origin_of(recipe, f"data.{key}") == "override"
+
+    same_name = not overridden("dataset")
+    split = data.eval_split if overridden("eval_split") else split
+    return load_measured(
+        data.dataset,
+        multi_label=spec.multi_label,
+        config=data.config if same_name or overridden("config") else None,
+        revision=data.revision if same_name or overridden("revision") else None,
+        split=split,
+        preferred_split=data.eval_split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        required_columns=[getattr(data, key) for key in ("image_column", "label_column") if overridden(key)],
+    )
 
 
 def _preprocessing(spec: ModelSpec) -> Preprocessing:

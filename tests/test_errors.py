@@ -322,7 +322,7 @@ def test_wrong_labels(
         ({"image": "IMAGES", "x": [0.5, 1.5]}, "no label column; name it by data.label_column"),
         ({"image": "IMAGES", "label": [0, 1], "class": [0, 1]}, "several columns may be the labels: label, class"),
         ({"image": "IMAGES", "label": [0.5, 1.5]}, "labels must be integers or texts; got 0.5, 1.5"),
-        ({"image": "IMAGES", "label": [[0, 1, 0], [1, 0, 0]]}, "name a class twice, as 0/1 vectors do"),
+        ({"image": "IMAGES", "label": [[0, 2, 0], [1, 0, 0]]}, "row 0 names a class twice; give lists of the classes"),
         ({"image": "IMAGES", "label": [5, 10**11]}, "look like ids, not classes"),
     ],
 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_fasttrain.data.columns import Columns, find_columns, read_labels
+from hf_fasttrain.data.classes import names_without_images
+from hf_fasttrain.data.columns import Columns, find_columns, require_columns
+from hf_fasttrain.data.labels import read_labels
 from hf_fasttrain.data.records import Record, Records
 from hf_fasttrain.errors import DataError, nearest, shortened
 
@@ -21,7 +23,8 @@ IMAGE_SUFFIXES = {
 METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "val", "valid", "dev")
-SPLIT_FOLDERS = {*TRAIN_NAMES, *EVAL_NAMES, "test", "testing"}
+TEST_NAMES = ("test", "testing")
+SPLIT_FOLDERS = {*TRAIN_NAMES, *EVAL_NAMES, *TEST_NAMES}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Source:
     multi_label: bool
     columns: Columns
     held_out: bool  # whether `evaluation` was cut from the train split
+    split_names: list[str] = field(default_factory=list)  # all that the data set has
+    notes: list[str] = field(default_factory=list)  # what should be said about it before it is used
 
 
 def load_source(
@@ -68,6 +73,7 @@ def load_source(
     test_split: str | None = None,
     image_column: str = "auto",
     label_column: str = "auto",
+    multi_label: bool | None = None,
     eval_fraction: float = 0.1,
     seed: int = 0,
 ) -> Source:
@@ -82,9 +88,12 @@ def load_source(
     columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
     wanted = {name for name in (train_name, eval_name, test_split) if name is not None}
     if test_split is not None:
-        _require_split(splits, test_split, "data.test_split", where)
-    read = read_labels({name: splits[name] for name in wanted}, columns, where=str(where), train=train_name)
-    made = {name: Split(name, Records(_image_only(splits[name], columns.image)), read.labels[name]) for name in wanted}
+        require_split(splits, test_split, "data.test_split", where)
+    for name in wanted:
+        require_columns(splits[name], columns, where=f"{where}, split '{name}'", train=train_name)
+    opened = {name: splits[name] for name in splits if name in wanted}
+    read = read_labels(opened, columns.label, where=str(where), train=train_name, multi_label=multi_label)
+    made = {name: Split(name, image_records(splits[name], columns.image), read.labels[name]) for name in wanted}
     train = made[train_name]
     if eval_name is None:
         train, evaluation = hold_out(train, eval_fraction, seed)
@@ -94,22 +103,35 @@ def load_source(
     for split in (train, evaluation, test):
         if split is not None and not len(split):
             raise DataError(f"{where}: split '{split.name}' has no images")
-    held_out = eval_name is None
-    return Source(train, evaluation, test, read.class_names, read.multi_label, columns, held_out)
+    notes = [*read.notes, *_notes_on_classes([train, evaluation], read.class_names)]
+    notes += note_on_test_split(splits, wanted, str(where), "data.test_split={} measures it once, at the end")
+    held_out, names = eval_name is None, list(splits)
+    return Source(train, evaluation, test, read.class_names, read.multi_label, columns, held_out, names, notes)
+
+
+def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> list[str]:
+    """Return a note for each split that has no image of some class."""
+    missing = {split.name: names_without_images(split.labels, class_names) for split in splits}
+    return [f"split '{name}' has no image of {shortened(names)}" for name, names in missing.items() if names]
 
 
 # --- opening -----------------------------------------------------------------------------------------------
 
 
-def open_splits(dataset: Any, *, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Return split name -> HF dataset, of a `Dataset`, a `DatasetDict`, a path, ``digits`` or a Hub name."""
+def open_splits(
+    dataset: Any, *, config: str | None = None, revision: str | None = None, empty_classes: bool = False
+) -> dict[str, Any]:
+    """Return split name -> HF dataset, of a `Dataset`, a `DatasetDict`, a path, ``digits`` or a Hub name.
+
+    A class folder without images is a DataError, but with `empty_classes`.
+    """
     if not isinstance(dataset, str | os.PathLike):
         return _handed_over(dataset)
     if str(dataset) == "digits":
         return {"train": digits_dataset()}
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, empty_classes)
     if path.suffix in (".parquet", ".arrow"):
         return _open_files({"train": [path]})
     if path.exists():
@@ -138,7 +160,7 @@ def _siblings(path: Path) -> str:
     return f" in {path.parent}.{nearest(path.name, [p.name for p in path.parent.iterdir()])}"
 
 
-def _open_folder(path: Path) -> dict[str, Any]:
+def _open_folder(path: Path, empty_classes: bool) -> dict[str, Any]:
     import datasets
 
     names = {entry.name for entry in os.scandir(path)}
@@ -151,7 +173,7 @@ def _open_folder(path: Path) -> dict[str, Any]:
         return _open_files(_files_by_split(files, path))
     if any(p.name in METADATA_FILES for p in near):
         return _load("imagefolder", str(path), data_dir=str(path))
-    return scan_image_folder(path)
+    return scan_image_folder(path, empty_classes=empty_classes)
 
 
 def _files_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
@@ -198,7 +220,7 @@ def _open_hub(name: str, config: str | None, revision: str | None) -> dict[str, 
         ) from None
 
 
-def scan_image_folder(root: Path) -> dict[str, Any]:
+def scan_image_folder(root: Path, *, empty_classes: bool = False) -> dict[str, Any]:
     """Return split -> dataset of a folder ``[split/]class/image.jpg``; classes are the folders in sorted order.
 
     Reads names only: 100,000 files need 0.2 s, where `load_dataset("imagefolder")` needs 47 s and gives the same.
@@ -208,8 +230,8 @@ def scan_image_folder(root: Path) -> dict[str, Any]:
     split_folders = {name: path for name, path in folders.items() if name.lower() in SPLIT_FOLDERS}
     with_classes = {name: path for name, path in split_folders.items() if _has_class_folders(path)}
     if with_classes:
-        return {name.lower(): _scan_classes(path) for name, path in sorted(with_classes.items())}
-    return {"train": _scan_classes(root)}
+        return {name.lower(): _scan_classes(path, empty_classes) for name, path in sorted(with_classes.items())}
+    return {"train": _scan_classes(root, empty_classes)}
 
 
 def is_hidden(name: str) -> bool:
@@ -228,7 +250,7 @@ def _has_class_folders(path: Path) -> bool:
         return any(entry.is_dir() and not is_hidden(entry.name) for entry in entries)
 
 
-def _scan_classes(root: Path) -> Any:
+def _scan_classes(root: Path, empty_classes: bool) -> Any:
     import datasets
 
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
@@ -241,7 +263,7 @@ def _scan_classes(root: Path) -> Any:
     labels: list[int] = []
     for label, name in enumerate(classes):
         found = sorted(entry.path for entry in os.scandir(root / name) if is_image_file(entry))
-        if not found:
+        if not found and not empty_classes:
             raise DataError(
                 f"{root / name}: class folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
                 "fill it or take it away"
@@ -272,7 +294,7 @@ def digits_dataset() -> Any:
 # --- splits ------------------------------------------------------------------------------------------------
 
 
-def _require_split(splits: Mapping[str, Any], name: str, key: str, where: Any) -> str:
+def require_split(splits: Mapping[str, Any], name: str, key: str, where: Any) -> str:
     if name not in splits:
         raise DataError(f"{key}: '{name}' is no split of {where}; it has {shortened(splits)}.{nearest(name, splits)}")
     return name
@@ -280,7 +302,7 @@ def _require_split(splits: Mapping[str, Any], name: str, key: str, where: Any) -
 
 def _choose_train(splits: Mapping[str, Any], wish: str, where: Any) -> str:
     if wish != "auto":
-        return _require_split(splits, wish, "data.train_split", where)
+        return require_split(splits, wish, "data.train_split", where)
     for name in TRAIN_NAMES:
         if name in splits:
             return name
@@ -291,7 +313,7 @@ def _choose_train(splits: Mapping[str, Any], wish: str, where: Any) -> str:
 
 def _choose_eval(splits: Mapping[str, Any], wish: str, train: str, where: Any) -> str | None:
     if wish != "auto":
-        return _require_split(splits, wish, "data.eval_split", where)
+        return require_split(splits, wish, "data.eval_split", where)
     return next((name for name in EVAL_NAMES if name in splits and name != train), None)
 
 
@@ -326,9 +348,16 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return part(split.name, kept), part(f"held-out {fraction:.0%} of {split.name}", held)
 
 
-def _image_only(dataset: Any, column: str) -> Any:
+def image_records(dataset: Any, column: str) -> Records:
+    """Return the undecoded images of a data set's column."""
     import datasets
 
     images = dataset.select_columns([column]).with_format(None)
     images = images.cast_column(column, datasets.Image(decode=False))
-    return images if column == "image" else images.rename_column(column, "image")
+    return Records(images if column == "image" else images.rename_column(column, "image"))
+
+
+def note_on_test_split(splits: Iterable[str], used: Iterable[str], where: str, key: str) -> list[str]:
+    """Return a note for each test split that is there and not used; `key` says how to use it, {} is its name."""
+    unused = [name for name in TEST_NAMES if name in set(splits) - set(used)]
+    return [f"{where} has a split '{name}' too, which is not used; {key.format(name)}" for name in unused]
