@@ -22,7 +22,7 @@ LEVELS = [
     {"errors", "duration"},
     {"remote"},
     {"files", "tensor_tree", "processes", "runlock"},
-    {"recipe", "shipped", "data", "data.order", "data.decode", "data.records"},
+    {"recipe", "shipped", "data", "data.order", "data.decode", "data.records", "data.metadata"},
     {"schedule", "environment", "result", "pace", "loss", "optim", "ema", "out_of_memory", "stop"},
     {"predictions", "gallery"},
     {"tunings"},

@@ -14,17 +14,18 @@ import numpy as np
 from hf_fasttrain.data.classes import names_without_images
 from hf_fasttrain.data.columns import Columns, find_columns, require_columns
 from hf_fasttrain.data.labels import read_labels
+from hf_fasttrain.data.metadata import METADATA_FILES, read_metadata_folder
 from hf_fasttrain.data.records import Record, Records
 from hf_fasttrain.errors import DataError, nearest, shortened
 
 IMAGE_SUFFIXES = {
     ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "val", "valid", "dev")
 TEST_NAMES = ("test", "testing")
 SPLIT_FOLDERS = {*TRAIN_NAMES, *EVAL_NAMES, *TEST_NAMES}
+SPLIT_OF = {name: names[0] for names in (TRAIN_NAMES, EVAL_NAMES, TEST_NAMES) for name in names}
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ def _open_folder(path: Path, empty_classes: bool) -> dict[str, Any]:
     if files:
         return _open_files(_files_by_split(files, path))
     if any(p.name in METADATA_FILES for p in near):
-        return _load("imagefolder", str(path), data_dir=str(path))
+        if any(p.suffix == ".zip" for p in near):  # images in archives
+            return _load("imagefolder", str(path), data_dir=str(path))
+        return read_metadata_folder(path, SPLIT_OF)
     return scan_image_folder(path, empty_classes=empty_classes)
 
 
