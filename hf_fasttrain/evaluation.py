@@ -32,6 +32,7 @@ class Evaluator:
         self.accelerator, self.num_classes, self.multi_label = accelerator, num_classes, multi_label
         self.metrics = None if metrics is None else list(metrics)
         self.external = ExternalMetrics(external)
+        self.external.try_out(num_classes, multi_label=multi_label)  # before anything is trained
         self.most: int | None = None  # images for which memory is enough, where it ran out
         self.collects = False  # whether a pass's predictions are kept for `predictions`
         self._collected: tuple[Tensor, ...] | None = None  # of the last whole pass, on the CPU

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_fasttrain.errors import RecipeError, nearest
+from hf_fasttrain.errors import RecipeError, nearest, shown
 from hf_fasttrain.result import BUILT_IN_METRICS, metric_name
 
 SINGLE_LABEL = BUILT_IN_METRICS
@@ -73,12 +73,31 @@ class Metrics:
 
 
 class ExternalMetrics:
-    """Metrics of the `evaluate` library, by Hub name or local path, computed from all predictions together."""
+    """Metrics of the `evaluate` library, by Hub name or local path, computed from all predictions together.
+
+    A metric that raises is left out of that pass; `take_failures` says why.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.modules = {metric_name(name): _load_evaluate(name) for name in names}
         self.predictions: list[Any] = []
         self.references: list[Any] = []
+        self._failures: dict[str, str] = {}
+        self._told: set[str] = set()
+
+    def try_out(self, num_classes: int, *, multi_label: bool) -> None:
+        """Compute every metric of a few made-up images. Raises RecipeError for one that raises or gives no number."""
+        if not self.modules:
+            return
+        self.update(*_trial(num_classes, multi_label=multi_label))
+        number = len(self.references)
+        self.compute()
+        kind = "with several labels" if multi_label else "with one label each"
+        for name, error in self._failures.items():
+            raise RecipeError(
+                f"evaluate.metrics: '{name}' fails on {number} images {kind} of {num_classes} classes: {error}; leave "
+                "it out, or name a module of your own that calls it with what it needs, such as average='macro'"
+            )
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Keep a batch's predictions: class numbers, or 0 and 1 for each class (multi-label)."""
@@ -93,17 +112,53 @@ class ExternalMetrics:
         self.predictions, self.references = [], []
 
     def compute(self, gather: Callable[[list[Any]], list[Any]] = lambda rows: rows) -> dict[str, float]:
-        """Return each module's first number under the module's name; `gather` joins lists of all processes."""
+        """Return each module's first number under the module's name; `gather` joins lists of all processes.
+
+        What raised on any process is left out on all.
+        """
         if not self.modules:
             return {}
         rows = gather(list(zip(self.predictions, self.references, strict=True)))
         self.clear()
         predictions, references = [row[0] for row in rows], [row[1] for row in rows]
-        results = {}
+        results, failures = {}, {}
         for name, module in self.modules.items():
-            values = module.compute(predictions=predictions, references=references)
-            results[name] = float(next(iter(values.values())))
-        return results
+            try:
+                results[name] = _only_number(module.compute(predictions=predictions, references=references))
+            except Exception as error:  # noqa: BLE001 - others' code; the run does not depend on it
+                failures[name] = _in_words(error)
+                module.data = module.writer = module.buf_writer = None  # what it would go on from
+        self._failures = dict(gather(list(failures.items())))
+        return {name: value for name, value in results.items() if name not in self._failures}
+
+    def take_failures(self) -> list[str]:
+        """Return a sentence for each metric that the last pass left out, unless it was returned before."""
+        new = {name: error for name, error in self._failures.items() if name not in self._told}
+        self._told |= new.keys()
+        return [f"metric '{name}' could not be computed and is left out: {error}" for name, error in new.items()]
+
+
+def _trial(num_classes: int, *, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and labels of made-up images: of each class (of 100 at most) one right and one wrong."""
+    classes = torch.arange(min(num_classes, 100))
+    labels, predicted = classes.repeat(2), torch.cat([classes, classes.roll(1)])
+    logits = F.one_hot(predicted, num_classes) - 0.5
+    return logits, F.one_hot(labels, num_classes).float() if multi_label else labels
+
+
+def _only_number(values: Any) -> float:
+    """Return the first value of a module's answer as a number. Raises TypeError if it is none."""
+    value = next(iter(values.values()), None) if isinstance(values, dict) else values
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"it gives {shown(values)}, where one number is needed") from None
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error's kind and first line."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def resolve_metrics(wish: str | Sequence[str], *, multi_label: bool) -> tuple[list[str], list[str]]:
@@ -121,11 +176,11 @@ def _load_evaluate(name: str) -> Any:
     import evaluate
 
     try:
-        module = evaluate.load(name)
-    except (FileNotFoundError, ConnectionError, ImportError, OSError, ValueError) as error:
+        module = evaluate.load(name, keep_in_memory=True)
+    except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
         raise RecipeError(
             f"evaluate.metrics: '{name}' is not built in ({', '.join(SINGLE_LABEL)}) and can't be loaded by the "
-            f"evaluate library from a local path or the Hub: {str(error).splitlines()[0]}{nearest(name, SINGLE_LABEL)}"
+            f"evaluate library from a local path or the Hub: {_in_words(error)}{nearest(name, SINGLE_LABEL)}"
         ) from None
     if getattr(module, "module_type", "") not in ("metric", "comparison", "measurement"):
         raise RecipeError(f"evaluate.metrics: '{name}' is no metric of the evaluate library")

@@ -100,6 +100,8 @@ def evaluate_run(
     loader = loaders.evaluating(measured.split, 64 if size == "auto" else size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     metrics = evaluator(model.to(accelerator.device), loader)
+    for failure in evaluator.external.take_failures():
+        note(failure)
     about = {"dataset": recipe.data.dataset, "split": measured.split.name, "num_images": len(measured.split)}
     return {**metrics, **about}
 

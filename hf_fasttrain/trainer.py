@@ -293,8 +293,13 @@ class Trainer:
 
     @property
     def has_stopped_early(self) -> bool:
-        """Whether the last evaluation came `patience` steps after the best one, or later."""
+        """Whether the last evaluation came `patience` steps after the best one, or later.
+
+        An evaluation in which the watched metric could not be computed stops nothing.
+        """
         if self.early_stopping is None or self.early_stopping.patience is None or self.state.watched is None:
+            return False
+        if self.early_stopping.metric not in self.state.metrics:
             return False
         return self.state.evaluated_at - self.state.watched["step"] >= self.early_stopping.patience
 
@@ -352,6 +357,8 @@ class Trainer:
             metrics = self.evaluate(loader)
         if self.evaluator.most != most:
             self.log.note(f"out of memory while evaluating: batches of {self.evaluator.most} images from now on")
+        for failure in self.evaluator.external.take_failures():
+            self.log.note(failure)
         if metrics:
             name, seconds = getattr(loader, "name", "evaluation split"), time.perf_counter() - began
             self._evaluation_seconds = seconds
@@ -360,6 +367,9 @@ class Trainer:
 
     def _improves(self, watch: Watch, record: dict[str, Any] | None) -> bool:
         if watch.metric not in self.state.metrics:
+            if self.evaluator is not None and watch.metric in self.evaluator.external.modules:
+                self.log.note(f"'{watch.metric}' is watched; evaluations without it are not compared with the best")
+                return False
             known = ", ".join(self.state.metrics)
             raise RunError(f"'{watch.metric}' is watched, but the evaluation measures only {known}; watch one of them")
         return watch.is_better(self.state.metrics[watch.metric], record["value"] if record else None)
