@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
     Exit status 0; 2 for a user's mistake; 74 if a result could not be written; 75 for a run that was stopped by a
-    signal and is saved; 130 for Ctrl-C.
+    signal and is saved, or whose loader processes died after it had saved something, else 1; 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

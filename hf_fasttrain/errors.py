@@ -55,6 +55,13 @@ class NotEnoughMemory(RunError):
     status = Stopped.RESUMABLE
 
 
+class LoaderDied(RunError):
+    """Loader processes died and can't be replaced; RESUMABLE if the run has saved a checkpoint since it was started."""
+
+    every_process = False
+    status = 1
+
+
 SECRET = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}\b")
 
 

@@ -97,7 +97,7 @@ class RunLog:
         show: bool = True,
         track: Track | None = None,
     ) -> None:
-        self.folder, self.main, self.track = folder, main, track
+        self.folder, self.main, self.track, self._show = folder, main, track, show
         self.console = _Console(quiet=not (main and show), highlight=False, soft_wrap=True)
         self.notes: list[str] = []
         self.lost: list[str] = []  # results that are not on disk, each with the reason
@@ -111,6 +111,14 @@ class RunLog:
         if text not in self.notes:
             self.notes.append(text)
             self.say(f"note: {text}")
+
+    def alert(self, text: str) -> None:
+        """Say something that only this process may know of, on standard error where it is not the main one."""
+        if self.main:
+            self.note(text)
+        elif self._show:
+            with suppress(OSError):
+                Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {text}", markup=False)
 
     def say(self, text: str) -> None:
         """Print a line; a terminal that is gone stops nothing."""

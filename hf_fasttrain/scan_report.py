@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +55,9 @@ def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
     columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, splits)))
-        return [scan_split(split, workers=number, progress=lambda n: progress.advance(task, n)) for split in splits]
+        moved: Callable[[int], None] = partial(progress.advance, task)
+        tell: Callable[[str], None] = lambda text: _say(console, f"note: {text}")  # noqa: E731
+        return [scan_split(split, workers=number, progress=moved, tell=tell) for split in splits]
 
 
 def _print_scan(

@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_fasttrain.checkpoint import Snapshot, complete_checkpoints, require_same
+from hf_fasttrain.data.deaths import CHILD_SIGNAL, Deaths
 from hf_fasttrain.data.images import BadImages
-from hf_fasttrain.data.loader import OwnEvalLoader, OwnLoader, Step
+from hf_fasttrain.data.loader import EvalLoader, OwnEvalLoader, OwnLoader, Step, TrainLoader
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes
-from hf_fasttrain.errors import NotEnoughMemory, RunError, shortened
+from hf_fasttrain.errors import LoaderDied, NotEnoughMemory, RunError, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss
@@ -137,6 +138,10 @@ class Trainer:
         self.recipe_text, self.publisher, self.report = recipe_text, publisher, report and output_dir is not None
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
+        self.deaths = Deaths(lambda text: self.log.alert(f"after step {self.state.step:,} {text}"))
+        for loader in (train_loader, eval_loader, test_loader):
+            if isinstance(loader, TrainLoader | EvalLoader):
+                loader.feed.deaths = self.deaths
         self.signals = StopSignals(self.log.hurry, launched=launched)
         self.requests = Requests(self.processes, self.signals, minutes)
         self.checkpoints: Checkpoints | None = None
@@ -200,15 +205,18 @@ class Trainer:
         self.state.num_steps = self.num_steps
         self._steps = Steps(self.train_loader, self.state.step, self.num_steps)
         self._set_train_mode()
+        self.deaths.number, began_at = 0, self.state.step
         try:
             bars = self.log.progress(self.num_steps, self.state.step, self.train_loader.steps_per_epoch)
-            with self.signals, bars, self.pace.running():
+            with self.signals, CHILD_SIGNAL.noted(), bars, self.pace.running():
                 yield
-        except BaseException:
+        except BaseException as error:
             if self.checkpoints is not None:
                 self.checkpoints.stand_by()
             if self.publisher is not None:
                 self.publisher.close()
+            if isinstance(error, LoaderDied) and self.checkpoints is not None:
+                raise self.checkpoints.what_remains(error, began_at) from None
             raise
         finally:
             for loader in (self._steps, self.eval_loader, self.test_loader):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import queue
-import signal
 import threading
 import time
 from collections import deque
@@ -18,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from hf_fasttrain.data.augment import TrainTransform
+from hf_fasttrain.data.deaths import Deaths
 from hf_fasttrain.data.images import Event, Images
 from hf_fasttrain.data.order import MicroBatchKey
-from hf_fasttrain.errors import RunError, UserError
+from hf_fasttrain.data.workers import Workers
+from hf_fasttrain.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 AHEAD = 4  # batches that each worker may be ahead
@@ -85,9 +84,8 @@ def _pixels(room: Tensor | None, number: int, height: int, width: int) -> Tensor
 class _Slots:
     """Memory that the workers write batches into and that is used again and again.
 
-    Shared memory made anew for each batch, as a DataLoader's workers do, costs more than moving the pixels: its
-    pages are fresh in both processes, and its handle is sent through a socket. Workers that are forked inherit it,
-    so that it needs no room in /dev/shm, of which containers have little.
+    Memory that is new for each batch costs more than moving the pixels: its pages are fresh in both processes. Workers
+    that are forked inherit these slots, so that they need no room in /dev/shm, of which containers have little.
     """
 
     def __init__(self, number: int, slot_bytes: int) -> None:
@@ -107,17 +105,17 @@ class _Asked(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """A batch on its way back from a worker; its pixels are in the slot, unless they were too many for it."""
+    """A batch on its way back from a worker; its pixels are in the slot, unless there is none or it is too small."""
 
-    slot: int
+    slot: int | None
     shape: tuple[int, ...]
     labels: np.ndarray
     events: tuple[Event, ...]
-    pixels: Tensor | None
+    pixels: np.ndarray | None
 
 
 class _Asking:
-    """The loader's sampler: gives each key a free slot."""
+    """Gives each key a free slot."""
 
     def __init__(self, keys: Iterable[MicroBatchKey], slots: _Slots | None) -> None:
         self.keys, self.slots = keys, slots
@@ -131,30 +129,36 @@ class _Asking:
             yield _Asked(key, self.slots.free.popleft())
 
 
-class _Making(Dataset):
-    """What runs in a worker: a batch for each key that is asked for."""
+class _Making:
+    """Makes the batch of each key that is asked for; in a worker with its slots, without workers in this process."""
 
     def __init__(self, images: ImageBatches, memory: Tensor | None) -> None:
         self.images, self.memory = images, memory
 
-    def __getitem__(self, asked: _Asked) -> Made | _Sent | UserError:
-        room = None if asked.slot is None or self.memory is None else self.memory[asked.slot]
+    def here(self, asked: _Asked) -> Made | UserError:
+        """Return a batch to the same process; what is wrong with its images is raised by the reader."""
         try:
-            made = self.images.make(asked.key, room)
+            return self.images.make(asked.key, self._room(asked))
         except UserError as error:
             error.every_process = False
-            return error  # raised by the reader: a DataLoader would wrap it in the worker's traceback
-        if room is None or asked.slot is None:
+            return error
+
+    def __call__(self, asked: _Asked) -> _Sent | UserError:
+        made, room = self.here(asked), self._room(asked)
+        if isinstance(made, UserError):
             return made
-        inside = made.pixels.data_ptr() == room.data_ptr()
+        inside = room is not None and made.pixels.data_ptr() == room.data_ptr()
         shape, labels = tuple(made.pixels.shape), made.labels.numpy()
-        return _Sent(asked.slot, shape, labels, made.events, None if inside else made.pixels)
+        return _Sent(asked.slot, shape, labels, made.events, None if inside else made.pixels.numpy())
+
+    def _room(self, asked: _Asked) -> Tensor | None:
+        return None if asked.slot is None or self.memory is None else self.memory[asked.slot]
 
 
 class Feed:
     """Turns keys into batches on the device, and counts the seconds that are lost by waiting for them.
 
-    `report` is told of bad images and notes, with the number of images in the split.
+    `report` is told of bad images and notes, with the number of images in the split; `deaths` of workers that die.
     """
 
     def __init__(
@@ -168,8 +172,13 @@ class Feed:
     ) -> None:
         self.images, self.device, self.workers, self.pin_memory = images, device, workers, pin_memory
         self.report = report
+        self.deaths = Deaths(self._note)
         self._waited = 0.0
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def _note(self, text: str) -> None:
+        if self.report is not None:
+            self.report(text, self.images.num_images)
 
     @property
     def wait_seconds(self) -> float:
@@ -270,16 +279,17 @@ class Feed:
 def _received(batch: Made | _Sent | UserError, slots: _Slots | None) -> Made | UserError:
     if not isinstance(batch, _Sent):
         return batch
-    assert slots is not None
     if batch.pixels is not None:
-        return Made(batch.pixels, torch.from_numpy(batch.labels), batch.events)
+        return Made(torch.from_numpy(batch.pixels), torch.from_numpy(batch.labels), batch.events)
+    assert slots is not None
+    assert batch.slot is not None
     pixels = slots.memory[batch.slot][: math.prod(batch.shape)].view(batch.shape)
     return Made(pixels, torch.from_numpy(batch.labels), batch.events)
 
 
 def _release(batch: Made | _Sent | UserError, slots: _Slots | None) -> None:
     """Let the slot of a batch be used again."""
-    if slots is not None and isinstance(batch, _Sent):
+    if slots is not None and isinstance(batch, _Sent) and batch.slot is not None:
         slots.free.append(batch.slot)
 
 
@@ -288,66 +298,29 @@ class _Opened:
 
     def __init__(self, feed: Feed, keys: Iterable[MicroBatchKey], largest: int, persistent: bool) -> None:
         self.feed, self.keys, self.largest, self.persistent = feed, keys, largest, persistent
-        self._kept: tuple[DataLoader, _Slots | None] | None = None
+        self._kept: tuple[Workers, _Slots | None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        loader, slots = self._kept or self._build()
+        if not self.feed.workers:
+            return self.feed.read(map(_Making(self.feed.images, None).here, _Asking(self.keys, None)), None)
+        workers, slots = self._kept or self._build()
         if self.persistent:
-            self._kept = loader, slots
-        return self.feed.read(_told_of_dead_workers(iter(loader)), slots)
+            self._kept = workers, slots
+        workers.deaths = self.feed.deaths
+        return self.feed.read(workers.answers(_Asking(self.keys, slots), keep=self.persistent), slots)
 
     def close(self) -> None:
-        """End the workers that are kept; the garbage collector would wait 5 seconds for each of them."""
+        """End the workers that are kept."""
+        if self._kept is not None:
+            self._kept[0].close()
         self._kept = None
 
-    def _build(self) -> tuple[DataLoader, _Slots | None]:
-        workers, images, slots = self.feed.workers, self.feed.images, None
-        if workers and images.most_bytes(self.largest):
-            slots = _Slots(workers * AHEAD + 2, images.most_bytes(self.largest))
-        loader = DataLoader(
-            _Making(images, slots.memory if slots else None),
-            sampler=_Asking(self.keys, slots),
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=self.persistent and workers > 0,
-            prefetch_factor=AHEAD if workers else None,
-            generator=torch.Generator(),
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_training,
-        )
-        return loader, slots
-
-
-def _leave_signals_to_training(worker: int) -> None:
-    """Let a worker outlive signals that a terminal or a scheduler sends to all processes of a run.
-
-    Training finishes its step after them, and needs its images for that. Only its own SIGTERM, by which it cleans up,
-    ends a worker; a worker whose parent is gone ends by itself.
-    """
-    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_training_says, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_training_says(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def _told_of_dead_workers(sent: Iterator[Any]) -> Iterator[Any]:
-    """Yield what the workers send; RunError if one of them was killed."""
-    try:
-        yield from sent
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        died = RunError("a loader process died, perhaps for want of memory; lower data.workers or data.cache_gb")
-        died.every_process = False
-        raise died from None
+    def _build(self) -> tuple[Workers, _Slots | None]:
+        number, images, slots = self.feed.workers, self.feed.images, None
+        if images.most_bytes(self.largest):
+            slots = _Slots(number * AHEAD + 2, images.most_bytes(self.largest))
+        making = _Making(images, slots.memory if slots else None)
+        return Workers(making, number, AHEAD, self.feed.deaths), slots
 
 
 class Again:
@@ -402,7 +375,3 @@ class Ahead:
         """End the thread; what it has ahead is dropped."""
         self._stopped.set()
         self._thread.join(timeout=10)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_fasttrain.data.batch import Mixing, Normalize
+from hf_fasttrain.data.deaths import batches_of_user
 from hf_fasttrain.data.feed import Batch, Feed
 from hf_fasttrain.data.order import MicroBatchKey, Order, cut_micro_batches, process_share
 from hf_fasttrain.errors import DataError, RunError
@@ -252,7 +253,7 @@ class OwnLoader:
         sampler = getattr(self.loader, "sampler", None)
         if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        self._batches = iter(self.loader)
+        self._batches = batches_of_user(self.loader, "train_loader")
         return next(self._batches, None)
 
     def _step(self, index: int, images: Tensor, targets: Tensor) -> Step:
@@ -282,7 +283,7 @@ class OwnEvalLoader:
         return loader if loader is None or isinstance(loader, EvalLoader | OwnEvalLoader) else cls(loader, device)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        for batch in batches_of_user(self.loader, self.name):
             yield to_device(batch, self.device)
 
 

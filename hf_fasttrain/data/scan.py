@@ -9,20 +9,22 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
+from hf_fasttrain.data.deaths import Deaths, describe_death
 from hf_fasttrain.data.decode import DECODING_ERRORS, read_pixels
 from hf_fasttrain.data.records import Record
 from hf_fasttrain.data.source import Split
-from hf_fasttrain.errors import DataError, RunError
+from hf_fasttrain.data.workers import Workers
+from hf_fasttrain.errors import DataError, LoaderDied
 
 CHUNK = 64  # rows that a worker process decodes at a time
+CHUNKS_AHEAD = 2  # that each worker may be ahead
 _ORIENTATION = 0x0112  # EXIF
 _REASON = re.compile(r"can't be decoded: (.*); repair it", re.DOTALL)
 
@@ -79,52 +81,43 @@ class SplitScan:
 # --- one pass over the images ------------------------------------------------------------------------------
 
 
-def scan_split(split: Split, *, workers: int, progress: Callable[[int], None]) -> SplitScan:
+def scan_split(
+    split: Split,
+    *,
+    workers: int,
+    progress: Callable[[int], None],
+    tell: Callable[[str], None] = lambda text: None,
+) -> SplitScan:
     """Decode every image of a split in `workers` processes (0: in this one) and return what was found.
 
-    `progress` is told the number of images done, bit by bit. A bad image is found, not raised; RunError if a worker
-    process dies.
+    `progress` is told the number of images done, bit by bit. A bad image is found, not raised. `tell` is given a
+    sentence if a worker process dies; LoaderDied if a second one does.
     """
     chunks = [np.arange(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
-    loader = DataLoader(
-        _Chunks(split),
-        sampler=chunks,
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),  # nothing is drawn from the global one
-        collate_fn=_as_it_is,
-    )
+    scan_rows, deaths = partial(_scan_rows, split), Deaths(tell)
+    pool = Workers(scan_rows, workers, CHUNKS_AHEAD, deaths)
     parts = []
     try:
-        for part in loader:
+        for part in pool.answers(chunks) if workers else map(scan_rows, chunks):
             parts.append(part)
             progress(part.num_images)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise RunError(
-            f"split '{split.name}': a process that decoded images died, perhaps for want of memory; lower data.workers"
+    except LoaderDied:
+        rows = chunks[len(parts)]  # answers come in order, and the one that is missing was waited for
+        how, remedy = describe_death(deaths.exit_code)
+        raise LoaderDied(
+            f"split '{split.name}': a process that decoded images died, and so did a second one ({how}), at rows "
+            f"{rows[0]} to {rows[-1]}: {remedy}"
         ) from None
     return _joined(split.name, parts)
 
 
-class _Chunks(Dataset):
-    """Scans chunks of rows; runs in the loader's workers."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __getitem__(self, rows: np.ndarray) -> SplitScan:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow thinks of an image that it does decode
-            return _scan_rows(self.split, rows)
-
-
-def _as_it_is(scan: Any) -> Any:
-    return scan
-
-
 def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow thinks of an image that it does decode
+        return _scan_loud_rows(split, rows)
+
+
+def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:
     scan = _empty(split.name, len(rows))
     for place, (row, record) in enumerate(zip(rows, split.records(rows), strict=True)):
         try:

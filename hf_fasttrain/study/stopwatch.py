@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from hf_fasttrain.data.decode import Pixels
 from hf_fasttrain.data.feed import Feed, ImageBatches, Made
 from hf_fasttrain.data.images import Images
 from hf_fasttrain.data.order import MicroBatchKey
+from hf_fasttrain.data.workers import worker_index
 from hf_fasttrain.trainer import Trainer
 
 PHASES = ("wait", "copy", "forward", "backward", "optimizer", "other")  # of a step; they add up to it
@@ -126,8 +126,7 @@ class _Row:
 
     def add(self, column: int, amount: float) -> None:
         if self._row is None:
-            info = get_worker_info()
-            self._row = self.table[0 if info is None else info.id % MOST_WORKERS].numpy()
+            self._row = self.table[(worker_index() or 0) % MOST_WORKERS].numpy()
         self._row[column] += amount
 
 
