@@ -90,7 +90,7 @@ def assemble(
     log = RunLog(folder, main=accelerator.is_main_process, track=track)
     log.expected = FILES_WHILE_TRAINING if folder else ()
     data_set = facts.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
-    stopping = recipe.early_stopping
+    best, stopping = _watches(parts)
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
     eval_batch = _eval_batch_size(parts)
@@ -110,10 +110,8 @@ def assemble(
         test_loader=make.evaluating(source.test, eval_batch) if source.test else None,
         evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
         evaluate_every=recipe.evaluate.every,
-        best=Watch(recipe.checkpoint.best.metric, recipe.checkpoint.best.mode),
-        early_stopping=Watch(stopping.metric, stopping.mode, stopping.patience.to_steps(parts.order.steps_per_epoch))
-        if stopping
-        else None,
+        best=best,
+        early_stopping=stopping,
         output_dir=folder,
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
@@ -128,6 +126,19 @@ def assemble(
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
+
+
+def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
+    """Return what chooses the best evaluation, and what stops training early if the recipe asks for that."""
+    best, stopping = parts.recipe.checkpoint.best, parts.recipe.early_stopping
+    watches = [("checkpoint.best.mode", best.mode, Watch(best.metric, best.mode))]
+    if stopping:
+        patience = stopping.patience.to_steps(parts.order.steps_per_epoch)
+        watches.append(("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience)))
+    for key, asked, watch in watches:
+        why = f"{'less' if watch.mode == 'min' else 'more'} {watch.metric} is better" if asked == "auto" else ""
+        parts.facts.resolve(key, watch.mode, why)
+    return watches[0][2], watches[1][2] if stopping else None
 
 
 def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:

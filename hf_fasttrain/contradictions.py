@@ -8,7 +8,7 @@ from hf_fasttrain.duration import Duration
 from hf_fasttrain.errors import SECRET
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.remote import is_license, is_repo_name
-from hf_fasttrain.result import BUILT_IN_METRICS, metric_name
+from hf_fasttrain.result import BUILT_IN_METRICS, metric_name, resolve_mode
 
 LONGEST_WAIT = 7 * 24 * 60  # minutes
 Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
@@ -147,15 +147,20 @@ def _metrics(recipe: Recipe) -> Iterator[Mistake]:
     asked = recipe.evaluate.metrics
     known = list(BUILT_IN_METRICS) if asked == "auto" else ["loss", *asked]
     known = [metric_name(metric) for metric in known]
-    watched = {"checkpoint.best.metric": recipe.checkpoint.best.metric}
-    if recipe.early_stopping:
-        watched["early_stopping.metric"] = recipe.early_stopping.metric
-    for key, metric in watched.items():
-        if metric not in known:
+    watched = {"checkpoint.best": recipe.checkpoint.best, "early_stopping": recipe.early_stopping}
+    for key, watch in watched.items():
+        if watch is None:
+            continue
+        if watch.metric not in known:
             yield (
-                key,
-                f"is '{metric}', which evaluate.metrics does not measure; choose one of {', '.join(known)}",
+                f"{key}.metric",
+                f"is '{watch.metric}', which evaluate.metrics does not measure; choose one of {', '.join(known)}",
             )
+            continue
+        try:
+            resolve_mode(watch.metric, watch.mode)
+        except ValueError as error:
+            yield f"{key}.mode", str(error)
 
 
 def _pushed_more_rarely(recipe: Recipe) -> Iterator[str]:

@@ -260,7 +260,7 @@ class EmaSection(Section):
 
 class EarlyStoppingSection(Section):
     metric: str = learnt("accuracy", "watched metric of the evaluation")
-    mode: Literal["max", "min"] = learnt("max", "whether more or less of it is better")
+    mode: Literal["auto", "max", "min"] = learnt("auto", "whether more or less of it is better; auto: by its name")
     patience: DurationField = learnt(Duration(5, "epochs"), "training without a better value before it stops")
 
 
@@ -274,7 +274,7 @@ class EvaluateSection(Section):
 
 class BestSection(Section):
     metric: str = machine("accuracy", "watched metric of the evaluation")
-    mode: Literal["max", "min"] = machine("max", "whether more or less of it is better")
+    mode: Literal["auto", "max", "min"] = machine("auto", "whether more or less of it is better; auto: by its name")
 
 
 class CheckpointSection(Section):
@@ -282,7 +282,7 @@ class CheckpointSection(Section):
         Duration(1, "epochs"), "how often, also in minutes; always at the end and on signals"
     )
     keep: int = machine(2, "newest checkpoints kept, beside the best", ge=1)
-    best: BestSection = machine(BestSection(), "{metric: accuracy, mode: max}")
+    best: BestSection = machine(BestSection(), "{metric: accuracy, mode: auto}")
 
 
 class LogSection(Section):

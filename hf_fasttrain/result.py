@@ -3,19 +3,75 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_fasttrain.errors import RunError
+
 BUILT_IN_METRICS = ("loss", "accuracy", "top5_accuracy", "f1_macro")
+# The direction of metrics whose names are definitions: ours and those of the evaluate library.
+DIRECTIONS = {
+    "loss": "min", "brier_score": "min", "mae": "min", "mape": "min", "mase": "min", "mse": "min", "smape": "min",
+    "accuracy": "max", "top5_accuracy": "max", "f1_macro": "max", "f1": "max", "precision": "max", "recall": "max",
+    "roc_auc": "max", "matthews_correlation": "max", "cohen_kappa": "max", "exact_match": "max", "mean_iou": "max",
+}  # fmt: skip
+# Words in other names that tell; of an "error_score", the error counts.
+LESS_IS_BETTER = {
+    "loss", "error", "err", "mse", "rmse", "mae", "mape", "nll", "ece", "entropy", "crossentropy", "perplexity",
+    "brier", "distance", "divergence", "cost", "deviation", "hamming",
+}  # fmt: skip
+MORE_IS_BETTER = {
+    "accuracy", "acc", "top1", "top5", "f1", "fbeta", "precision", "recall", "auc", "auroc", "ap", "map", "iou",
+    "jaccard", "dice", "kappa", "mcc", "matthews", "correlation", "sensitivity", "specificity", "score",
+}  # fmt: skip
+
+
+def metric_direction(metric: str) -> str | None:
+    """Return whether more ("max") or less ("min") of a metric is better, as its name says; None if it does not."""
+    name = metric_name(metric).lower()
+    words = set(re.split(r"[^a-z0-9]+", name))
+    if name in DIRECTIONS:
+        return DIRECTIONS[name]
+    return "min" if words & LESS_IS_BETTER else "max" if words & MORE_IS_BETTER else None
+
+
+def resolve_mode(metric: str, mode: str) -> str:
+    """Return max or min for a watched metric's mode, which may be auto.
+
+    Raises ValueError where nothing says which one auto means, and for a mode that would choose the worst.
+    """
+    direction = metric_direction(metric)
+    known = DIRECTIONS.get(metric_name(metric).lower())
+    if mode not in ("auto", "max", "min"):
+        raise ValueError(f"is '{mode}'; must be auto, max or min")
+    if mode == "auto" and direction is None:
+        raise ValueError(
+            f"is auto, but the name '{metric}' does not say whether more or less of it is better; set it to max or min"
+        )
+    if known is not None and mode not in ("auto", known):
+        least = "less" if known == "min" else "more"
+        raise ValueError(f"is {mode}, but {least} {metric} is better; set it to {known} or leave it out")
+    return str(direction if mode == "auto" else mode)
 
 
 @dataclass(frozen=True)
 class Watch:
-    """A metric of the evaluation, whether more or less of it is better, and early stopping's patience in steps."""
+    """A metric of the evaluation, whether more or less of it is better, and early stopping's patience in steps.
+
+    `mode` is max, min or auto: what the metric's name says. Raises RunError for a mode that contradicts the metric,
+    and for auto if the name does not say it.
+    """
 
     metric: str = "accuracy"
-    mode: str = "max"
+    mode: str = "auto"
     patience: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "mode", resolve_mode(self.metric, self.mode))
+        except ValueError as error:
+            raise RunError(f"Watch('{self.metric}'): mode {error}") from None
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Return whether `value` is better than an earlier one; nan never is."""

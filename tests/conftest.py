@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import socket
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 
 from hf_fasttrain.checkpoint import complete_checkpoints
 from hf_fasttrain.cli import main
+from hf_fasttrain.metrics import Metrics
 from hf_fasttrain.study import processes
 
 torch.set_num_threads(1)
@@ -130,6 +132,17 @@ def image_folder(tmp_path: Path) -> Path:
                 pixels[..., 2 - label] += 120
                 Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=95)
     return root
+
+
+@pytest.fixture
+def rising_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each evaluation measure a larger loss than the one before it: the first one is the best."""
+    real, count = Metrics.compute, itertools.count(1)
+
+    def compute(self: Metrics, *add: Any) -> dict[str, float]:
+        return {**real(self, *add), "loss": float(next(count))}
+
+    monkeypatch.setattr(Metrics, "compute", compute)
 
 
 @pytest.fixture

@@ -143,6 +143,21 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["evaluate.metrics=[f1_macro]"],
         "checkpoint.best.metric is 'accuracy', which evaluate.metrics does not measure",
     ),
+    "the largest loss as the best": (
+        RECIPE,
+        ["checkpoint.best={metric: loss, mode: max}"],
+        "checkpoint.best.mode is max, but less loss is better; set it to min or leave it out",
+    ),
+    "stopping at the least accuracy": (
+        RECIPE,
+        ["early_stopping={metric: accuracy, mode: min}"],
+        "early_stopping.mode is min, but more accuracy is better; set it to max or leave it out",
+    ),
+    "a metric without a known direction": (
+        RECIPE,
+        ["evaluate.metrics=[me/sharpness]", "checkpoint.best.metric=sharpness"],
+        "checkpoint.best.mode is auto, but the name 'sharpness' does not say whether more or less of it is better",
+    ),
 }
 
 

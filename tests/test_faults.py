@@ -213,7 +213,7 @@ def test_a_full_disk_gets_room_by_dropping_older_checkpoints(
         return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", opened)
-    best = "best: {metric: loss, mode: max}"
+    best = "best: {metric: accuracy}"
     result = make(write_recipe(), run, f"checkpoint={{every: 1 steps, keep: 3, {best}}}").fit()
     assert result.not_written == []
     assert steps_of(run) == [5, 6]

@@ -210,8 +210,9 @@ def test_a_resumed_run_is_in_the_metrics(write_recipe: Callable[..., Path], tmp_
     assert (resumed["step"], resumed["checkpoint"], resumed["processes"]) == (2, "step_00000002", 1)
 
 
+@pytest.mark.usefixtures("rising_loss")
 def test_a_run_that_stopped_early_is_not_trained_on(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    stopping = "early_stopping={metric: loss, mode: max, patience: 2 steps}"
+    stopping = "early_stopping={metric: loss, patience: 2 steps}"
     options = ["evaluate.every=1 steps", stopping, "optimizer.lr=1e-2", "train.duration=30 steps"]
     first = make(write_recipe(), tmp_path / "run", *options).fit()
     assert first.stopped_early

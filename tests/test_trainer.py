@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import reset_accelerate, run_processes, weights
+from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer, Watch, load_recipe
@@ -102,19 +103,21 @@ def test_resume_refuses_what_changes_the_outcome(write_recipe: Callable[..., Pat
     assert longer.fit().steps == 3
 
 
+@pytest.mark.usefixtures("rising_loss")
 def test_checkpoints_are_pruned_but_the_best_is_kept(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     trainer = make(
         write_recipe,
         tmp_path / "run",
         "train.duration=6 steps",
-        "checkpoint={every: 1 steps, keep: 2, best: {metric: loss, mode: max}}",
+        "checkpoint={every: 1 steps, keep: 2, best: {metric: loss}}",
         "evaluate.every=1 steps",
         "optimizer.lr=1e-2",
     )
     trainer.fit()
     kept = [int(path.name.split("_")[1]) for path in complete_checkpoints(tmp_path / "run" / "checkpoints")]
     assert trainer.state.best is not None
-    assert set(kept) == {5, 6, trainer.state.best["step"]}
+    assert trainer.state.best["step"] == 1
+    assert set(kept) == {1, 5, 6}
 
 
 def test_half_written_and_damaged_checkpoints_are_named_and_passed_over(
@@ -135,12 +138,13 @@ def test_half_written_and_damaged_checkpoints_are_named_and_passed_over(
         make(write_recipe, tmp_path / "run", "train.duration=3 steps", resume=True)
 
 
+@pytest.mark.usefixtures("rising_loss")
 def test_early_stopping(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    stopping = "early_stopping={metric: loss, mode: max, patience: 3 steps}"  # a loss that falls is never better
+    stopping = "early_stopping={metric: loss, patience: 3 steps}"
     options = ["train.duration=40 steps", "evaluate.every=1 steps", stopping, "optimizer.lr=1e-2", "ema=null"]
     result = make(write_recipe, tmp_path / "run", *options).fit()
     assert result.stopped_early
-    assert result.steps < 40
+    assert result.steps == 4
 
 
 def test_a_test_split_is_evaluated_once_at_the_end_and_never_watched(
@@ -255,10 +259,36 @@ def test_own_objects_need_something_to_evaluate_with() -> None:
         trainer.push_to_hub("me/x")
     reset_accelerate()
     watched = Trainer(
-        model, data, optimizer, eval_loader=data, num_classes=3, best=Watch("speed"), log=RunLog(show=False)
+        model, data, optimizer, eval_loader=data, num_classes=3, best=Watch("speed", "max"), log=RunLog(show=False)
     )
     with pytest.raises(RunError, match="'speed' is watched, but the evaluation measures only loss, accuracy"):
         watched.fit()
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [("loss", "min"), ("accuracy", "max"), ("me/val_Loss", "min"), ("brier_score", "min"), ("my-f1", "max")],
+)
+def test_what_is_better_follows_from_the_metric(metric: str, mode: str) -> None:
+    assert Watch(metric).mode == mode
+    assert Watch(metric).is_better(1.0, 2.0) == (mode == "min")
+
+
+def test_a_mode_that_would_choose_the_worst_is_refused() -> None:
+    with pytest.raises(RunError, match=r"Watch\('loss'\): mode is max, but less loss is better"):
+        Watch("loss", "max")
+    with pytest.raises(RunError, match="mode is auto, but the name 'sharpness' does not say"):
+        Watch("sharpness")
+    with pytest.raises(RunError, match="mode is 'most'; must be auto, max or min"):
+        Watch("loss", "most")
+    assert Watch("error_free_share", "max").mode == "max"  # a guess by words yields to what is said
+
+
+def test_the_resolved_mode_is_recorded(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    make(write_recipe, tmp_path / "run", "checkpoint.best.metric=loss", "early_stopping={metric: loss}")
+    resolved = YAML(typ="safe").load((tmp_path / "run" / "resolved.yaml").read_text())
+    for key in ("checkpoint.best.mode", "early_stopping.mode"):
+        assert (resolved[key]["value"], resolved[key]["origin"]) == ("min", "default: less loss is better")
 
 
 def test_notes_are_said_once_and_kept(
