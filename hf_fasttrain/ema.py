@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from hf_fasttrain.errors import RunError, shortened
+
+Place = tuple[dict[str, Any], str]  # a module's own tensors by name, and which of them
 
 
 class Ema:
@@ -18,11 +23,24 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float, *, warmup: bool = True) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup = decay, warmup
-        averaged, live = self.module.state_dict(), model.state_dict(keep_vars=True)
-        names = [name for name, value in averaged.items() if value.is_floating_point()]
-        self._averaged = [averaged[name] for name in names]
-        self._live = [live[name].detach() for name in names]
-        self._copied = [(averaged[n], live[n]) for n in averaged if not averaged[n].is_floating_point()]
+        self.attach(model)
+
+    @torch.no_grad()
+    def attach(self, model: nn.Module) -> None:
+        """Average the weights of `model`, and lie where they lie; to be called again after the model was moved.
+
+        Raises RunError if `model` is not the one that was copied.
+        """
+        averaged, live = _places(self.module), _places(model)
+        _require_same(averaged, live)
+        for name, place in averaged.items():
+            _lie_like(_tensor(place), _tensor(live[name]))
+        tensors = {name: _tensor(place) for name, place in averaged.items()}
+        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        self._averaged = [tensors[name] for name in names]
+        # Live tensors are looked up in each update: moving a module makes new ones, even from "cpu" to "cpu:0".
+        self._live = [live[name] for name in names]
+        self._copied = [(tensors[name], live[name]) for name in tensors.keys() - set(names)]
 
     def decay_at(self, num_updates: int) -> float:
         """Return the share of the old average kept by update number `num_updates`, counted from 0."""
@@ -31,6 +49,58 @@ class Ema:
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
         """Move the average towards the model's present weights."""
-        torch._foreach_lerp_(self._averaged, self._live, 1 - self.decay_at(num_updates))
-        for averaged, live in self._copied:
-            averaged.copy_(live)
+        live = [registry[key] for registry, key in self._live]
+        torch._foreach_lerp_(self._averaged, live, 1 - self.decay_at(num_updates))
+        for averaged, place in self._copied:
+            averaged.copy_(_tensor(place))
+
+    def slow_note(self, num_updates: int) -> str | None:
+        """Return what to say if the average looks back over more updates than the training makes, else None."""
+        horizon = round(1 / (1 - self.decay), 6) if self.decay < 1 else float("inf")
+        if self.warmup or horizon <= num_updates:
+            return None
+        return (
+            f"the moving average looks back over {horizon:,.0f} updates (ema.decay={self.decay:g}), and training makes "
+            f"{num_updates:,}: {self.decay**num_updates:.0%} of the weights that are evaluated and saved are those it "
+            "began with; set ema.warmup=true (in Python: Ema(..., warmup=True)) or a lower ema.decay"
+        )
+
+
+def _places(model: nn.Module) -> dict[str, Place]:
+    """Return name -> place of the tensors that a state dict holds; tied ones once."""
+    found: dict[str, Place] = {}
+    seen: set[int] = set()
+    for prefix, module in getattr(model, "_orig_mod", model).named_modules():  # what torch.compile has wrapped
+        for registry in (module._parameters, module._buffers):
+            for key, tensor in registry.items():
+                if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                found[f"{prefix}.{key}".lstrip(".")] = registry, key
+    return found
+
+
+def _tensor(place: Place) -> Tensor:
+    registry, key = place
+    tensor: Tensor = registry[key]
+    return tensor
+
+
+def _require_same(averaged: dict[str, Place], live: dict[str, Place]) -> None:
+    names = averaged.keys() & live.keys()
+    other = sorted({*(averaged.keys() ^ live.keys()), *(n for n in names if _shape(averaged[n]) != _shape(live[n]))})
+    if other:
+        raise RunError(
+            f"ema averages another model: {len(other)} tensors are not in both or differ in shape "
+            f"({shortened(other, 3)}); make it from the model that is trained: ema=Ema(model, decay)"
+        )
+
+
+def _shape(place: Place) -> torch.Size:
+    return _tensor(place).shape
+
+
+def _lie_like(tensor: Tensor, live: Tensor) -> None:
+    """Move a tensor to the device, type and memory layout of another one."""
+    if (tensor.device, tensor.dtype, tensor.stride()) != (live.device, live.dtype, live.stride()):
+        tensor.data = torch.empty_like(live).copy_(tensor)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from hf_fasttrain.errors import UserError
 
@@ -36,6 +37,14 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process."""
         return bool(self.largest(int(flag))[0])
+
+    @torch.no_grad()
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the main process's values of tensors that lie on the training device."""
+        for tensor in tensors if self.several else ():
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole, 0)
+            tensor.copy_(whole)
 
 
 def on_main(work: Callable[[], Value]) -> Value:

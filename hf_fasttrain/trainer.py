@@ -102,6 +102,9 @@ class Trainer:
                 f"{self.accelerator.mixed_precision} has no effect on {self.device}; use mixed_precision no or bf16"
             )
         self.processes = Processes(self.accelerator)
+        if isinstance(ema, Ema):
+            ema.attach(self.raw_model)  # where it lies now
+            self.processes.copy_from_main(ema.module.state_dict().values())  # as DDP does with the model's weights
         self.gradients = Gradients(self.accelerator, self.model, self.raw_model, loss, self.processes)
         self.norms, self.parameters = self.gradients.norms, self.gradients.parameters
         self.memory = Memory(self.raw_model, self.parameters, self.norms, self.processes)
@@ -137,6 +140,8 @@ class Trainer:
         self.export, self.learnt, self.bad_images = export, learnt or {}, bad_images
         self.recipe_text, self.publisher, self.report = recipe_text, publisher, report and output_dir is not None
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
+        if isinstance(ema, Ema) and (slow := ema.slow_note(self.num_steps)):
+            self.log.note(slow)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
         self.deaths = Deaths(lambda text: self.log.alert(f"after step {self.state.step:,} {text}"))
         for loader in (train_loader, eval_loader, test_loader):
