@@ -55,8 +55,8 @@ class PeakMemory:
     page tables (15 ms for each GB), half a core for big processes: pause it while a clock runs.
     """
 
-    def __init__(self, pid: int) -> None:
-        self.pid, self.peak_mib = pid, 0.0
+    def __init__(self, pid: int, *, every_seconds: float = SAMPLE_SECONDS) -> None:
+        self.pid, self.every_seconds, self.peak_mib = pid, every_seconds, 0.0
         self._awake, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -81,7 +81,7 @@ class PeakMemory:
         self._awake.set()
 
     def _sample(self) -> None:
-        while not self._ended.wait(SAMPLE_SECONDS):
+        while not self._ended.wait(self.every_seconds):
             self._awake.wait()
             pids = process_tree(self.pid)
             own = sum(kilobytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss") for pid in pids)

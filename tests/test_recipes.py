@@ -18,6 +18,7 @@ from hf_fasttrain.recipe_file import flatten, json_schema, origin_of, recipe_as_
 from hf_fasttrain.shipped import recipe_header, recipes_folder, shipped_recipes
 
 SMALLER = {
+    "resnet18": "test_resnet",
     "resnet50": "test_resnet",
     "efficientnet_b0": "test_efficientnet",
     "vit_base_patch16_224": "test_vit",
@@ -25,8 +26,8 @@ SMALLER = {
 
 
 def test_every_recipe_is_shipped() -> None:
-    assert len(shipped_recipes()) == 10
-    assert set(shipped_recipes()) == {"quickstart", "resnet50", "efficientnet", "vit"} | {
+    assert len(shipped_recipes()) == 11
+    assert set(shipped_recipes()) == {"quickstart", "finetune", "resnet50", "efficientnet", "vit"} | {
         f"study/{model}_{data}"
         for model in ("resnet50", "efficientnet_b0", "vit_b16")
         for data in ("cifar10", "cifar100")

@@ -1,0 +1,195 @@
+"""Fine-tuning published weights on photos: accuracy, time and memory of recipes/finetune.yaml beside what people use.
+
+    python benchmarks/finetune.py --data DIR [DIR ...] --weights FILE [--seeds 5] [--sides plain ours ...] [--json FILE]
+
+plain        a script as people write it: timm, torchvision's ImageFolder, AdamW, one cycle, label smoothing
+hf_trainer   the same model and images in transformers.Trainer
+ours         `hf-fasttrain finetune` as shipped, with the same model, image size and images a step
+efficientnet `hf-fasttrain efficientnet` in as many epochs, with steps of as many images
+
+DIR is an image folder; one without a validation split is cut in five, a fifth of each class for evaluation, the same
+for all sides. FILE holds published weights of --model, their head included (safetensors). The sides take turns, each
+run in a process of its own, each seed beginning with another side. CPU seconds are those of the process and of all
+its loader processes, start to end, with evaluation and whatever it writes; memory is the most that they had together.
+With --threads 1 and something else running beside it, accuracy is as good as ever, and the seconds are worth nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from memory import PeakMemory
+
+SIDES = ("plain", "hf_trainer", "ours")
+PEERS = Path(__file__).with_name("finetune_peers.py")
+EVERY_SECONDS = 1.0  # between two looks at memory, which take 15 ms for each GB
+
+
+def with_splits(folder: Path, scratch: Path) -> Path:
+    """Return a folder of links with the splits train and validation."""
+    names = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
+    splits = {"train": names.get("train") or names.get("training")}
+    splits["validation"] = next((names[n] for n in ("validation", "val", "valid", "dev", "test") if n in names), None)
+    made = scratch / folder.resolve().name
+    made.mkdir()
+    if all(splits.values()):
+        for name, place in splits.items():
+            assert place is not None
+            (made / name).symlink_to(place.resolve())
+        return made
+    root = splits["train"] or folder
+    for kind in sorted(entry for entry in root.iterdir() if entry.is_dir()):
+        for number, image in enumerate(sorted(file for file in kind.rglob("*") if file.is_file())):
+            place = made / ("validation" if number % 5 == 4 else "train") / kind.name
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}_{image.name}").symlink_to(image.resolve())
+    return made
+
+
+def command(side: str, folder: Path, seed: int, run: Path, args: argparse.Namespace) -> list[str]:
+    """Return the command line of one training."""
+    if side in ("plain", "hf_trainer"):
+        options = {"model": args.model, "weights": args.weights, "size": args.size, "batch": args.batch, "seed": seed}
+        options |= {"epochs": args.epochs, "threads": args.threads, "workers": args.workers}
+        given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, str(PEERS), side, str(folder), *given]
+    recipe = {"ours": "finetune", "efficientnet": "efficientnet"}[side]
+    overrides = {
+        "data.dataset": folder,
+        "data.image_size": args.size,
+        "model.name": args.model,
+        "model.pretrained": args.weights,
+        "train.batch_size": args.batch,
+        "train.duration": f"{args.epochs} epochs",
+        "accelerate.cpu_threads": args.threads,
+        "seed": seed,
+        "output_dir": run,
+    }
+    given = [f"{key}={value}" for key, value in overrides.items()] + args.override
+    return [sys.executable, "-m", "hf_fasttrain", recipe, *given]
+
+
+def accuracy_of(side: str, run: Path, said: str) -> float:
+    """Return what a training reached, by what it said or wrote."""
+    if side in ("plain", "hf_trainer"):
+        return float(json.loads(said.strip().splitlines()[-1])["accuracy"])
+    return float(json.loads((run / "result.json").read_text(encoding="utf-8"))["metrics"]["accuracy"])
+
+
+def train(side: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train once in a process of its own; return accuracy, seconds and MiB."""
+    with tempfile.TemporaryDirectory(prefix="finetune-") as scratch:
+        run = Path(scratch) / "run"
+        own = {"HF_FASTTRAIN_CACHE": f"{scratch}/pixels", "HF_FASTTRAIN_TUNINGS": f"{scratch}/tunings"}
+        own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
+        with tempfile.TemporaryFile("w+") as said:
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                command(side, folder, seed, run, args), stdout=said, stderr=subprocess.STDOUT, env=os.environ | own
+            )
+            with PeakMemory(process.pid, every_seconds=EVERY_SECONDS) as memory:
+                _, status, used = os.wait4(process.pid, 0)  # counts the loader processes that have ended too
+            seconds = time.perf_counter() - start
+            process.returncode = os.waitstatus_to_exitcode(status)
+            said.seek(0)
+            text = said.read()
+        if process.returncode:
+            raise SystemExit(f"{side} on {folder.name}, seed {seed}: exit status {process.returncode}\n{text[-3000:]}")
+        return {
+            "side": side,
+            "data": folder.name,
+            "seed": seed,
+            "accuracy": accuracy_of(side, run, text),
+            "user_seconds": used.ru_utime,
+            "system_seconds": used.ru_stime,
+            "wall_seconds": seconds,
+            "peak_mib": memory.peak_mib,
+        }
+
+
+def summary(runs: Sequence[dict[str, Any]], data: str, side: str) -> dict[str, float]:
+    """Return means and spread of a side's runs on a data set."""
+    own = [run for run in runs if run["data"] == data and run["side"] == side]
+    found = {key: statistics.median(run[key] for run in own) for key in ("wall_seconds", "peak_mib")}
+    accuracies = [run["accuracy"] for run in own]
+    return {
+        **found,
+        "user_seconds": statistics.mean(run["user_seconds"] for run in own),
+        "system_seconds": statistics.mean(run["system_seconds"] for run in own),
+        "accuracy": statistics.mean(accuracies),
+        "spread": statistics.stdev(accuracies) if len(own) > 1 else 0.0,
+        "seeds": len(own),
+    }
+
+
+def print_table(runs: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:
+    """Print a Markdown table, a row for each data set and side."""
+    print("| photos | side | seeds | accuracy | user CPU s | / plain | system CPU s | wall s | peak MiB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for data in dict.fromkeys(run["data"] for run in runs):
+        present = [side for side in sides if any(run["data"] == data and run["side"] == side for run in runs)]
+        rows = {side: summary(runs, data, side) for side in present}
+        for side, row in rows.items():
+            ratio = f"{row['user_seconds'] / rows['plain']['user_seconds']:.2f}" if "plain" in rows else ""
+            print(
+                f"| {data} | {side} | {row['seeds']} | {row['accuracy']:.4f} +- {row['spread']:.4f} "
+                f"| {row['user_seconds']:.0f} | {ratio} | {row['system_seconds']:.0f} | {row['wall_seconds']:.0f} "
+                f"| {row['peak_mib']:.0f} |"
+            )
+
+
+def recipe_epochs() -> int:
+    """Return the epochs of the shipped recipe."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    duration = load_recipe("finetune").train.duration
+    assert duration.unit == "epochs"
+    return round(duration.count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--model", default="tf_efficientnet_lite0")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, "efficientnet"], default=list(SIDES))
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--epochs", type=int, help="of all sides; by default those of the recipe as shipped")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=1, help="loader processes of the peers")
+    parser.add_argument("--override", action="append", default=[], help="section.key=value for the recipe")
+    parser.add_argument("--json", type=Path, help="append each run to this file, as a line")
+    args = parser.parse_args()
+    args.weights, args.epochs = args.weights.resolve(), args.epochs or recipe_epochs()
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="finetune-data-") as scratch:
+        folders = [with_splits(folder, Path(scratch)) for folder in args.data]
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            turn = seed % len(args.sides)
+            for folder in folders:
+                for side in args.sides[turn:] + args.sides[:turn]:
+                    runs.append(train(side, folder, seed, args))
+                    print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+                    if args.json:
+                        with args.json.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(runs[-1]) + "\n")
+    print(f"{datetime.now(UTC).date()}, {args.model}, {args.size} px, {args.epochs} epochs of steps of {args.batch}")
+    print_table(runs, args.sides)
+
+
+if __name__ == "__main__":
+    main()

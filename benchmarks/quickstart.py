@@ -1,0 +1,71 @@
+"""The quickstart as shipped, over seeds and threads: the accuracy that the README promises, and how long it takes.
+
+    python benchmarks/quickstart.py [--seeds 5] [--threads 1 2] [--json FILE] [section.key=value ...]
+
+Each training is a process of its own, `python -m hf_fasttrain quickstart`, one after the other; seconds are those of
+the training steps (result.json). Nothing else should run beside it, where the seconds matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def train(seed: int, threads: int, overrides: list[str]) -> dict[str, Any]:
+    """Train once; return accuracy and seconds."""
+    with tempfile.TemporaryDirectory(prefix="quickstart-") as folder:
+        run = Path(folder) / "run"
+        given = [f"seed={seed}", f"output_dir={run}", f"accelerate.cpu_threads={threads}", *overrides]
+        own = {"OMP_NUM_THREADS": str(threads), "HF_FASTTRAIN_TUNINGS": f"{folder}/tunings"}
+        command = [sys.executable, "-m", "hf_fasttrain", "quickstart", *given]
+        subprocess.run(command, env=os.environ | own, check=True, stdout=subprocess.DEVNULL)
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    return {
+        "seed": seed,
+        "threads": threads,
+        "accuracy": result["metrics"]["accuracy"],
+        "train_seconds": result["train_seconds"],
+        "machine": f"{result['machine']['processor']}, {result['machine']['cores']} cores",
+        "torch": result["versions"]["torch"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path, help="append each run to this file, as a line")
+    args = parser.parse_args()
+    runs = []
+    for seed in range(args.seeds):
+        for threads in args.threads:
+            runs.append(train(seed, threads, args.overrides))
+            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+            if args.json:
+                with args.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+    print(f"{datetime.now(UTC).date()}, {runs[0]['machine']}, torch {runs[0]['torch']}")
+    print("| threads | seeds | accuracy, mean | least | most | training s, median |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for threads in args.threads:
+        own = [run for run in runs if run["threads"] == threads]
+        reached = [run["accuracy"] for run in own]
+        seconds = statistics.median(run["train_seconds"] for run in own)
+        print(
+            f"| {threads} | {len(own)} | {statistics.mean(reached):.4f} | {min(reached):.4f} | {max(reached):.4f} "
+            f"| {seconds:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
