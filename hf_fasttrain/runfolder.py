@@ -74,13 +74,18 @@ def tuned_in_run(folder: Path) -> Tuned | None:
     """Return the values that a run took from a stored tuning when it began, None if it has not; it keeps them."""
     if not (folder / "resolved.yaml").exists():
         return None
-    try:
-        lines = YAML(typ="safe", pure=True).load((folder / "resolved.yaml").read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, YAMLError):
-        lines = {}
+    lines = resolved_facts(folder)
     found = {key: fact for key, fact in lines.items() if isinstance(fact, dict) and TUNED in str(fact.get("origin"))}
     why = next((str(fact["origin"]).partition(": ")[2] for fact in found.values()), "")
     return Tuned({key: fact["value"] for key, fact in found.items()}, why)
+
+
+def resolved_facts(folder: Path) -> dict[str, Any]:
+    """Return what resolved.yaml says: key -> value, origin and tag; nothing if it can't be read."""
+    try:
+        return YAML(typ="safe", pure=True).load((folder / "resolved.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, YAMLError):
+        return {}
 
 
 def describe_run(folder: Path, facts: Facts) -> None:

@@ -12,10 +12,11 @@ import torch
 from hf_fasttrain.assemble import build_evaluator, open_source
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.decode import read_pixels
+from hf_fasttrain.data.fingerprint import fingerprint
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.measured import Measured, load_measured, with_model_classes
-from hf_fasttrain.data.source import IMAGE_SUFFIXES, is_image_file, note_on_test_split
-from hf_fasttrain.errors import DataError, RunError
+from hf_fasttrain.data.source import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_image_file, note_on_test_split
+from hf_fasttrain.errors import DataError, RunError, UserError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.files import read_json
 from hf_fasttrain.launch import build_accelerator
@@ -26,9 +27,11 @@ from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe, origin_of, with_values
 from hf_fasttrain.remote import fetch_run, is_remote
+from hf_fasttrain.runfolder import resolved_facts
 from hf_fasttrain.tunings import Tuned
 
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
+NOT_OF_OTHER_DATA = ("train_split", "test_split", "eval_fraction", "multi_label")
 
 
 def open_run(place: str | Path) -> Path:
@@ -94,6 +97,11 @@ def evaluate_run(
     measured = _measured_split(recipe, spec, split, own_data=own_data)
     for text in measured.notes:
         note(text)
+    if not own_data and _was_trained_on(recipe, measured.split, opened):
+        note(
+            f"{recipe.data.dataset}, split '{measured.split.name}': these are the images that the run was trained on; "
+            "to measure those that were held out, leave data.dataset out or give the recipe's"
+        )
     pre = _preprocessing(spec)
     loaders = Loaders(recipe, facts, accelerator, pre, BadImages(None, recipe.data.max_bad_fraction, note))
     size = recipe.evaluate.batch_size
@@ -112,6 +120,17 @@ def _same_data(recipe: Recipe, trained: Recipe) -> bool:
     paths = [Path(data.dataset).expanduser().resolve() for data in (ours, theirs)]
     same_place = ours.dataset == theirs.dataset or paths[0] == paths[1]
     return same_place and (ours.config, ours.revision) == (theirs.config, theirs.revision)
+
+
+def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
+    """Return whether a training split is the run's own, which has moved."""
+    saved = resolved_facts(run).get("data.fingerprint", {}).get("value")
+    if saved is None or split.name not in TRAIN_NAMES:
+        return False
+    try:
+        return fingerprint(open_source(recipe)) == saved
+    except UserError:  # the recipe's splits or columns are not there
+        return False
 
 
 def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, own_data: bool) -> Measured:
@@ -135,6 +154,9 @@ def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured
     def overridden(key: str) -> bool:
         return origin_of(recipe, f"data.{key}") == "override"
 
+    for key in NOT_OF_OTHER_DATA:
+        if overridden(key):
+            raise RunError(f"override data.{key} has no effect on other data, which are measured whole; use --split")
     same_name = not overridden("dataset")
     split = data.eval_split if overridden("eval_split") else split
     return load_measured(

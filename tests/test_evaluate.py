@@ -144,6 +144,36 @@ def test_settings_of_the_runs_own_data_do_not_hold_for_other_data(run: Path, tmp
     with pytest.raises(DataError, match=r"data.label_column: 'class' is no column"):
         evaluate(run, f"data.dataset={other}", "data.label_column=class")
 
+    with pytest.raises(
+        RunError, match=r"override data.eval_fraction has no effect on other data, which are measured wh"
+    ):
+        evaluate(run, f"data.dataset={other}", "data.eval_fraction=0.5")
+
+
+def test_images_that_the_run_was_trained_on_are_noted_where_they_have_moved(
+    image_folder: Path, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    trained = image_folder / "train"
+    overrides = [f"data.dataset={trained}", f"output_dir={tmp_path / 'run'}", "train.duration=1 step"]
+    assert exit_status([str(write_recipe()), *overrides]) == 0
+    trained.rename(image_folder / "elsewhere")
+    measured, notes = evaluate(tmp_path / "run", f"data.dataset={image_folder / 'elsewhere'}")
+    assert (measured["split"], measured["num_images"], len(notes)) == ("train", 24, 1)
+    assert "these are the images that the run was trained on; to measure those that were held out, leave" in notes[0]
+    (image_folder / "elsewhere" / "red" / "0.jpg").unlink()
+    assert evaluate(tmp_path / "run", f"data.dataset={image_folder / 'elsewhere'}")[1] == []
+
+
+def test_a_metric_that_raises_is_noted(run: Path, tmp_path: Path) -> None:
+    from test_external_metrics import MODULE
+
+    (tmp_path / "moody").mkdir()
+    body = "if len(predictions) == 12:\n            raise ValueError('a dozen')\n        return {'f1': 1.0}"
+    (tmp_path / "moody" / "moody.py").write_text(MODULE.replace("BODY", body).replace("KIND", "number"))
+    measured, notes = evaluate(run, f"evaluate.metrics=[accuracy, {tmp_path / 'moody'}]")
+    assert "moody" not in measured
+    assert notes == ["metric 'moody' could not be computed and is left out: ValueError: a dozen"]
+
 
 def test_several_splits_of_other_names_need_a_name(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     import datasets

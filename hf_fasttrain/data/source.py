@@ -104,7 +104,7 @@ def load_source(
     for split in (train, evaluation, test):
         if split is not None and not len(split):
             raise DataError(f"{where}: split '{split.name}' has no images")
-    notes = [*read.notes, *_notes_on_classes([train, evaluation], read.class_names)]
+    notes = [*read.notes, *_notes_on_classes([train, evaluation, *([test] if test else [])], read.class_names)]
     notes += note_on_test_split(splits, wanted, str(where), "data.test_split={} measures it once, at the end")
     held_out, names = eval_name is None, list(splits)
     return Source(train, evaluation, test, read.class_names, read.multi_label, columns, held_out, names, notes)
