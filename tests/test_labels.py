@@ -131,6 +131,19 @@ def test_integers_that_do_not_count_from_zero_are_names(values: list[Any], names
     assert f"integer labels with gaps: {', '.join(names)} are {len(names)} classes by these names" in got.notes[0]
 
 
+def test_a_negative_label_may_stand_for_no_class() -> None:
+    assert "take rows with a negative label out if it stands for no class" in read([-1, 0, 1]).notes[0]
+
+
+def test_classes_that_may_mean_the_same_are_said() -> None:
+    got = read(["cat", "Cat ", "dog", "007", "7"])
+    assert len(got.class_names) == 5
+    assert got.notes == [
+        "data, split 'train', column 'label': '007' and '7', 'Cat ' and 'cat' are different classes, though they may "
+        "mean the same"
+    ]
+
+
 def test_integers_from_zero_on_and_flags_need_no_note() -> None:
     assert (read([0, 1, 2, 1]).class_names, read([0, 1, 2]).notes) == (["0", "1", "2"], [])
     flags = read([True, False, True])
@@ -155,7 +168,7 @@ def test_missing_labels_are_named_with_their_row(values: list[Any], row: int) ->
         read(values)
 
 
-@pytest.mark.parametrize("values", [[[0.9, 0.1], [0.2, 0.8]], [[[0, 1]], [[1, 0]]], [b"cat", b"dog"]])
+@pytest.mark.parametrize("values", [[[0.9, 0.1], [0.2, 0.8]], [[[0, 1]], [[1, 0]]], [b"cat", b"dog"], [1e300, 1.0]])
 def test_labels_that_are_no_classes_are_refused(values: list[Any]) -> None:
     with pytest.raises(DataError, match="labels must be integers or texts; got "):
         read(values)
@@ -267,3 +280,26 @@ def test_classes_without_images_and_decisions_on_labels_are_said_before_training
     assert "note: split 'held-out 10% of train' has no image of b" in notes
     unused = "has a split 'test' too, which is not used; data.test_split=test measures it once, at the end"
     assert any(note.endswith(unused) for note in notes)
+
+
+def write_parquet(file: Path, labels: list[Any], feature: Any = None) -> None:
+    image = {"bytes": b"", "path": None}
+    features = None if feature is None else datasets.Features({"image": datasets.Image(), "label": feature})
+    rows = {"image": [image] * len(labels), "label": labels}
+    file.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+def test_files_of_another_split_change_neither_texts_nor_class_names(tmp_path: Path) -> None:
+    for split, labels in {"test": [7, 10], "train": ["007", "010"], "validation": [10.0, 7.0]}.items():
+        write_parquet(tmp_path / "codes" / f"{split}.parquet", labels)
+    source = load_source(str(tmp_path / "codes"), test_split="test")
+    assert source.class_names == ["007", "010"]
+    assert [split.labels.tolist() for split in (source.evaluation, source.test or source.train)] == [[1, 0], [0, 1]]
+    for split, names in {"train": ["cat", "dog"], "validation": ["dog", "cat"]}.items():
+        write_parquet(tmp_path / "turned" / f"{split}.parquet", [0, 1], datasets.ClassLabel(names=names))
+    source = load_source(str(tmp_path / "turned"))
+    assert (source.class_names, source.evaluation.labels.tolist()) == (["cat", "dog"], [1, 0])
+    write_parquet(tmp_path / "turned" / "train-1.parquet", [0, 1], datasets.ClassLabel(names=["dog", "cat"]))
+    with pytest.raises(DataError, match=r"train-1.parquet counts its classes as dog, cat, train.parquet as cat, dog"):
+        load_source(str(tmp_path / "turned"))

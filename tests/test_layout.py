@@ -27,7 +27,7 @@ LEVELS = [
     {"predictions", "gallery"},
     {"tunings"},
     {"data.classes", "data.columns"},
-    {"data.label_column"},
+    {"data.label_column", "data.tables"},
     {"data.labels"},
     {"contradictions", "data.resize", "data.operations", "data.cache", "data.deaths"},
     {"metrics", "runlog", "checkpoint", "tracking", "data.workers"},

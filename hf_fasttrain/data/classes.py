@@ -74,6 +74,13 @@ def _meaning_of_flag(name: str) -> str:
     return {"true": "1", "false": "0"}.get(text, text)
 
 
+def names_alike(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of names that differ in form only, such as cat and Cat, 7 and 007."""
+    first: dict[str, str] = {}
+    found = [(first.setdefault(_meaning(name), name), name) for name in names]
+    return [pair for pair in found if pair[0] != pair[1]]
+
+
 def names_without_images(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
     """Return the classes that no image has; `labels` are (N,) numbers, or (N, K) of 0 and 1."""
     if labels.ndim == 1:

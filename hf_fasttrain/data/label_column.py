@@ -135,7 +135,7 @@ def _checked(read: LabelColumn) -> LabelColumn:
     for index, value in enumerate(values):
         if value != value or (isinstance(value, str) and not value.strip()):  # nan, and empty cells
             raise _missing(read.row_of(index), read.place)
-    if values and all(isinstance(value, float) and value.is_integer() for value in values):
+    if values and all(isinstance(value, float) and value.is_integer() and abs(value) < 2**53 for value in values):
         values = [int(value) for value in values]
     if not (all(isinstance(value, int) for value in values) or all(isinstance(value, str) for value in values)):
         raise _no_class(values, read.place)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_fasttrain.data.classes import match_names
+from hf_fasttrain.data.classes import match_names, names_alike
 from hf_fasttrain.data.label_column import LabelColumn, are_vectors, read_column, vector_classes
 from hf_fasttrain.errors import DataError, shortened
 
@@ -49,7 +49,7 @@ def read_labels(
     names = _class_names(columns[train])
     if trains:
         _require_classes(columns[train], names, where)
-        notes += _notes_on_numbers(columns[train], names)
+        notes += _notes_on_names(columns[train], names)
     labels = {}
     for name, read in columns.items():
         lookup = _lookup(read, columns[train], names, train, notes)
@@ -105,15 +105,21 @@ def _require_differences(hot: np.ndarray, names: Sequence[str], place: str) -> N
         )
 
 
-def _notes_on_numbers(train: LabelColumn, names: Sequence[str]) -> list[str]:
-    """Return a note if integers are not simply 0, 1, 2, ...: only those that occur are classes."""
+def _notes_on_names(train: LabelColumn, names: Sequence[str]) -> list[str]:
+    """Return what should be said about class names: integers that are not simply 0, 1, 2, ..., and names alike."""
+    notes = []
     integers = train.names is None and all(type(value) is int for value in train.values)
-    if not integers or names == [str(number) for number in range(len(names))]:
-        return []
-    return [
-        f"integer labels with gaps: {shortened(names, 6)} are {len(names)} classes by these names; numbers that no "
-        f"image has are no classes ({train.place})"
-    ]
+    if integers and names != [str(number) for number in range(len(names))]:
+        negative = min(train.values, default=0) < 0
+        notes.append(
+            f"integer labels with gaps: {shortened(names, 6)} are {len(names)} classes by these names; numbers that no "
+            f"image has are no classes ({train.place})"
+            + ("; take rows with a negative label out if it stands for no class" if negative else "")
+        )
+    pairs = [f"{first!r} and {second!r}" for first, second in names_alike(names)]
+    if pairs:
+        notes.append(f"{train.place}: {shortened(pairs, 6)} are different classes, though they may mean the same")
+    return notes
 
 
 def _lookup(read: LabelColumn, train: LabelColumn, names: list[str], train_name: str, notes: list[str]) -> np.ndarray:

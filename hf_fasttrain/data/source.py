@@ -16,6 +16,7 @@ from hf_fasttrain.data.columns import Columns, find_columns, require_columns
 from hf_fasttrain.data.labels import read_labels
 from hf_fasttrain.data.metadata import METADATA_FILES, read_metadata_folder
 from hf_fasttrain.data.records import Record, Records
+from hf_fasttrain.data.tables import groups_read_together
 from hf_fasttrain.errors import DataError, nearest, shortened
 
 IMAGE_SUFFIXES = {
@@ -191,8 +192,12 @@ def _files_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
 
 def _open_files(files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
     kind = next(iter(files.values()))[0].suffix.removeprefix(".")
-    names = {split: [str(file) for file in group] for split, group in files.items()}
-    return _load(kind, shortened([name for group in names.values() for name in group], 3), data_files=names)
+    opened: dict[str, Any] = {}
+    for group in groups_read_together(files):
+        names = {split: [str(file) for file in files[split]] for split in group}
+        where = shortened([name for some in names.values() for name in some], 3)
+        opened |= _load(kind, where, data_files=names)
+    return {split: opened[split] for split in files}
 
 
 def _load(kind: str, where: str, **options: Any) -> dict[str, Any]:
