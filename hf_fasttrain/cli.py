@@ -95,6 +95,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.build import build_trainer
+    from hf_fasttrain.early_stopping import HOW_TO_GO_ON
     from hf_fasttrain.launch import output_dir
     from hf_fasttrain.runfolder import finished_steps, require_free
     from hf_fasttrain.stop import ignore_signals
@@ -103,7 +104,8 @@ def train(
     require_free(folder, resume=resume)
     trainer = build_trainer(loaded, resume=resume)
     if resume and finished_steps(folder) is not None and trainer.is_finished:
-        trainer.log.say(f"{folder}: this run is finished ({trainer.state.step} steps); nothing to do")
+        early = f"\n{trainer.early_stop}; {HOW_TO_GO_ON}" if trainer.early_stop else ""
+        trainer.log.say(f"{folder}: this run is finished ({trainer.state.step} steps); nothing to do{early}")
         return
     started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
     trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
@@ -129,6 +131,9 @@ def _end_trackers(trainer: Trainer) -> None:
 
 
 def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
+    from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop
+
+    early = f"      {EarlyStop(**result.early_stopping)}\n      {HOW_TO_GO_ON}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     page = folder / "report.html"
@@ -137,6 +142,7 @@ def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
         f"done: {result.steps:,} steps, {result.images:,} images in {result.train_seconds:.1f} s "
         f"({result.images_per_second:,.0f} images/s, {result.data_wait_fraction:.0%} waiting for data)\n"
         f"      {score}\n"
+        f"{early}"
         f"  {folder}/model          the classifier\n"
         f"  {folder}/result.json    figures; metrics.jsonl: their course; resolved.yaml: every setting\n"
         f"{report}"

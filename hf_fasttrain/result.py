@@ -100,6 +100,7 @@ class Result:
     bad_images: int  # replaced by others; bad_images.jsonl lists them
     peak_memory_bytes: int
     stopped_early: bool
+    early_stopping: dict[str, Any] | None  # how it stopped: metric, mode, best value and its step, patience, ...
     machine: dict[str, Any]
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)

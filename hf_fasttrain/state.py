@@ -33,6 +33,7 @@ class State:
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     watched: dict[str, Any] | None = None  # early stopping's best value and its step
+    patience_from: int = 0  # step from which early stopping counts, if there was no better value since
     resumed_at: list[int] = field(default_factory=list)
     out_of_memory: list[dict[str, Any]] = field(default_factory=list)  # step, micro-batch before and after
 

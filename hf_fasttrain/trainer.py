@@ -20,6 +20,7 @@ from hf_fasttrain.data.deaths import CHILD_SIGNAL, Deaths
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import EvalLoader, OwnEvalLoader, OwnLoader, Step, TrainLoader
 from hf_fasttrain.duration import Duration
+from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop, early_stop, go_on, record_of, waited_steps
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes
 from hf_fasttrain.errors import LoaderDied, NotEnoughMemory, RunError, shortened
@@ -198,6 +199,8 @@ class Trainer:
                     self.save()
                 if stop or self.has_stopped_early:
                     break
+            if self.early_stop and not stop:
+                self.log.say(f"{self.early_stop}; {HOW_TO_GO_ON}" if self.output_dir else str(self.early_stop))
             result = self._finish(stop)
         with interruptible():
             self._publish()
@@ -306,15 +309,13 @@ class Trainer:
 
     @property
     def has_stopped_early(self) -> bool:
-        """Whether the last evaluation came `patience` steps after the best one, or later.
+        """Whether the last evaluation came `patience` steps after the best one, or later."""
+        return waited_steps(self.early_stopping, self.state) is not None
 
-        An evaluation in which the watched metric could not be computed stops nothing.
-        """
-        if self.early_stopping is None or self.early_stopping.patience is None or self.state.watched is None:
-            return False
-        if self.early_stopping.metric not in self.state.metrics:
-            return False
-        return self.state.evaluated_at - self.state.watched["step"] >= self.early_stopping.patience
+    @property
+    def early_stop(self) -> EarlyStop | None:
+        """How early stopping has ended training; None if it has not."""
+        return early_stop(self.early_stopping, self.state, self.num_steps)
 
     @property
     def is_finished(self) -> bool:
@@ -355,7 +356,7 @@ class Trainer:
             self._collected_at = self.state.step
         self._saved_at = -1  # a checkpoint of this step would not know it
         if self.early_stopping and self._improves(self.early_stopping, self.state.watched):
-            self.state.watched = self._record(self.early_stopping)
+            self.state.watched = record_of(self.early_stopping, self.state)
         if self._improves(self.best, self.state.best):
             self.state.best = self._record(self.best)
             self.save()
@@ -472,6 +473,9 @@ class Trainer:
                 f"train.duration is {self.num_steps:,} steps now, it was {state.num_steps:,}: after step "
                 f"{state.step:,} lr follows the new schedule, {lr:.3g} after {state.lr:.3g}"
             )
+        going_on = go_on(self.early_stopping, state, self.num_steps)
+        if going_on:
+            self.log.note(going_on)
         if not self.is_finished:
             state.resumed_at.append(state.step)
             self.log.resume_line(state.step, name, self.processes.number)
@@ -621,6 +625,7 @@ class Trainer:
             bad_images=self.bad_images.count if self.bad_images else 0,
             peak_memory_bytes=peak_memory_bytes(self.device),
             stopped_early=state.step < self.num_steps,
+            early_stopping=self.early_stop.as_json() if self.early_stop else None,
             machine=describe_machine(self.device, self.accelerator.num_processes),
             versions=describe_versions(),
             notes=self.log.notes,

@@ -37,7 +37,7 @@ LEVELS = [
     {"data.images"},
     {"data.feed", "scan_report"},
     {"data.device", "data.loader"},
-    {"steps", "gradients", "update"},
+    {"steps", "gradients", "update", "early_stopping"},
     {"facts", "trainer"},
     {"launch", "runfolder", "machine"},
     {"loading"},

@@ -130,6 +130,8 @@ def _or_last(record: Record, name: str) -> float | None:
 def _warnings(record: Record) -> list[str]:
     result = record.result
     told = [] if record.is_finished else [f"This run has not ended: what is known up to step {record.last_step:,}."]
+    early = words.early_stop(result.get("early_stopping"))
+    told += [f"Training stopped early: {early}."] if early and record.is_finished else []
     told += [f"Not on disk: {lost}" for lost in result.get("not_written") or []]
     told += [
         f"Out of memory at step {event.get('step')}: from {event.get('before')} to {event.get('after')} images at once."

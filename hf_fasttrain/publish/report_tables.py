@@ -138,7 +138,8 @@ def environment_tables(record: Record) -> list[Table]:
         "peak memory": words.size(result.get("peak_memory_bytes")),
         "images per process and forward": result.get("micro_batch_size"),
         "steps skipped by fp16": result.get("skipped_steps") or None,
-        "stopped early": "yes" if result.get("stopped_early") else None,
+        "stopped early": words.early_stop(result.get("early_stopping"))
+        or ("yes" if result.get("stopped_early") else None),
         "best": f"{best['metric']} {words.metric(best['metric'], best['value'])} at step {best['step']:,}"
         if {"metric", "value", "step"} <= best.keys() and is_finite(best["step"])
         else None,

@@ -40,6 +40,19 @@ def percent(value: Any) -> str:
     return f"{value:.1%}" if value < 0.9995 else f"{min(value, 0.9999):.2%}" if value < 1 else f"{value:.0%}"
 
 
+def early_stop(told: Any) -> str | None:
+    """Return how early stopping ended a run, of result.json's `early_stopping`; None if it tells nothing."""
+    numbers = ("value", "step", "waited", "patience", "stopped_at", "num_steps")
+    if not isinstance(told, dict) or not all(is_finite(told.get(name)) for name in numbers):
+        return None
+    watched, better = str(told.get("metric")), "below" if told.get("mode") == "min" else "above"
+    return (
+        f"after step {told['stopped_at']:,} of {told['num_steps']:,}, since {metric_title(watched)} had not been "
+        f"{better} {metric(watched, told['value'])} (step {told['step']:,}) for {count(told['waited'], 'step')}; "
+        f"early_stopping.patience was {told['patience']:,}"
+    )
+
+
 def seconds(value: Any) -> str:
     """Return a time as people say it."""
     if not is_finite(value):
