@@ -116,7 +116,7 @@ def assemble(
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
-        learnt={**facts.learnt(), "data set": data_set},
+        learnt={**facts.learnt(), "data set": data_set, "class_names": spec.class_names},
         recipe_text=recipe_as_asked(recipe),
         launched=facts.launched,
         bad_images=bad_images,

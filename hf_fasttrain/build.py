@@ -92,7 +92,7 @@ def build_parts(
         args=dict(loaded.model.args),
     )
     torch.manual_seed(loaded.seed)
-    model = build_model(spec, loaded.model.pretrained)
+    model = build_model(spec, loaded.model.pretrained, head=loaded.model.head, note=facts.note)
     require_logits(model, spec)
     if loaded.augment.progressive:
         require_logits(model, replace(spec, image_size=loaded.augment.progressive.start_size))

@@ -23,7 +23,7 @@ MARKER = "COMPLETE"
 PREFIX = "step_"
 STATE_FILE = "state.json"
 FORMAT = 1  # raised when `State` or the layout changes: others' checkpoints are refused, not misread
-MAY_CHANGE = ("early_stopping",)  # section of settings that decide how long is trained, not what a step learns
+MAY_CHANGE = ("class_names", "early_stopping")  # not what a step learns: how long is trained, what is only recorded
 TRAINING = "training"  # the tensors of `Checkpoint.training`
 
 SAFETENSORS_TYPES = {
@@ -256,6 +256,8 @@ def require_same(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> No
     """Raise RunError if a setting that decides what is learnt differs from the checkpoint's."""
     if saved.get("schedule.warmup") in ("0 epochs", "0 steps"):  # older runs': the schedule's own rise
         saved = {**saved, "schedule.warmup": "auto"}
+    if "model.head" in asked:
+        saved = {"model.head": "auto", **saved}  # older runs have none
     keys = [key for key in sorted(saved.keys() | asked.keys()) if key.split(".")[0] not in MAY_CHANGE]
     changed = [key for key in keys if saved.get(key) != asked.get(key)]
     if changed:

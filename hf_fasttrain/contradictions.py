@@ -180,6 +180,7 @@ def without_effect(recipe: Recipe) -> list[str]:
         "augment.crop_scale": crop == "random_resized",
         "augment.crop_ratio": crop == "random_resized",
         "augment.erase_fill": recipe.augment.erase > 0,
+        "model.head": bool(recipe.model.pretrained),
         "data.cache_dir": recipe.data.cache in ("disk", "auto"),
         "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
         "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
@@ -188,7 +189,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals = {"schedule": f"schedule.name={schedule}", "augment": f"augment.crop={crop}"}
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
-    own = {"augment.erase_fill": "augment.erase=0.0"}
+    own = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
     return [*_pushed_more_rarely(recipe)] + [
         f"{key} has no effect with {own.get(key) or rivals[key.split('.')[0]]}"
         for key, matters in used.items()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.data.loader import Step
-from hf_fasttrain.loss import Loss
+from hf_fasttrain.loss import Loss, loss_of_uniform_logits
 from hf_fasttrain.model import batch_norms
 from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory
 from hf_fasttrain.processes import Processes
@@ -29,6 +29,8 @@ class Gradients:
         self, accelerator: Accelerator, model: nn.Module, raw_model: nn.Module, loss: Loss, processes: Processes
     ) -> None:
         self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
+        self.uniform_loss: Tensor | None = None  # of the first images, were all classes equally likely
+        self._is_first = True
         self.norms = batch_norms(raw_model)
         self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
         if isinstance(model, DistributedDataParallel):  # running statistics are averaged instead,
@@ -63,7 +65,7 @@ class Gradients:
             if alone:
                 self._freeze_batch_norm()
             with self._exchanging(now=exchange and number == step.num_micro_batches):
-                loss = self.loss(self.model(images), targets)
+                loss = self._loss(self.model(images), targets)
                 if len(images) != step.num_images:  # a factor of 1 would cost 2 % of a small step
                     loss = loss * (len(images) / step.num_images)
                 self._backward(loss)
@@ -71,6 +73,12 @@ class Gradients:
                 self.set_train_mode()
             total = loss.detach() if total is None else total + loss.detach()
         return total
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self._is_first:
+            self._is_first = False
+            self.uniform_loss = loss_of_uniform_logits(self.loss, logits, targets)
+        return self.loss(logits, targets)
 
     def _backward(self, loss: Tensor) -> None:
         """Add the gradients of this process's part of the loss; what DDP and Accelerator divide by is taken back."""

@@ -39,6 +39,29 @@ class ClassificationLoss(nn.Module):
         return total / len(logits)
 
 
+LARGE_FIRST_LOSS = 3.0  # times that of uniform logits
+KNOWN_LOSSES = (ClassificationLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+
+
+@torch.no_grad()
+def loss_of_uniform_logits(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor | None:
+    """Return the loss that a model would have which finds all classes equally likely; None for others' losses."""
+    known = isinstance(loss, KNOWN_LOSSES) or loss in (F.cross_entropy, F.binary_cross_entropy_with_logits)
+    return loss(torch.zeros_like(logits), targets) if known else None
+
+
+def first_loss_note(first: float, uniform: float) -> str | None:
+    """Return what to say of a training that begins far above the loss of uniform logits, None for any other."""
+    if not first > LARGE_FIRST_LOSS * uniform > 0:
+        return None
+    return (
+        f"the first loss is {first:.3g}, {first / uniform:.0f} times that of a model which finds all classes equally "
+        f"likely ({uniform:.3g}): usually the head is of other classes or too large at first (model.head=new with "
+        "pretrained weights), the images are not as the weights expect them (data.mean, data.std), or optimizer.lr is "
+        "too high"
+    )
+
+
 def resolve_class_weights(wish: str | list[float] | None, label_counts: np.ndarray) -> Tensor | None:
     """Return (K,) weights whose mean over the training set's labels is 1, or None.
 

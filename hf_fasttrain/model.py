@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.errors import ModelError, nearest
-from hf_fasttrain.weights import is_within, load_weights, weights_file
+from hf_fasttrain.head import HeadWish, Source, output_layers, timm_head_names, transformers_head_names
+from hf_fasttrain.pretrained import Head, Note, settle_published_head, start_from
+from hf_fasttrain.transformers_model import (
+    TransformersClassifier,
+    build_classifier,
+    current_names,
+    not_downloaded,
+    published_weights,
+)
+from hf_fasttrain.weights import class_names_of, is_within, names_in, read_weights, weights_file, without_wrapper
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -54,17 +63,6 @@ class ModelSpec:
         return self.name.startswith("transformers:")
 
 
-class TransformersClassifier(nn.Module):
-    """A transformers image classifier that maps `images` (B, 3, H, W) to `logits` (B, K), without its own loss."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(pixel_values=images).logits
-
-
 # What would load weights, or run code, from elsewhere than the recipe says; a recipe may be somebody else's.
 NOT_IN_ARGS = {
     "adapter_kwargs", "allow_all_kernels", "cache_dir", "checkpoint_path", "code_revision", "config", "device_map",
@@ -86,25 +84,38 @@ def _require_plain_args(spec: ModelSpec) -> None:
         )
 
 
-def build_model(spec: ModelSpec, pretrained: bool | str = False) -> nn.Module:
-    """Return the model, in fp32 on the CPU, with a new head for the spec's classes.
+def build_model(
+    spec: ModelSpec, pretrained: bool | str = False, *, head: HeadWish = "auto", note: Note = lambda _: None
+) -> nn.Module:
+    """Return the model, in fp32 on the CPU, with a head for the spec's classes.
 
-    `pretrained` is False, True for the weights published with the name, or a local folder or file of weights. A
-    head of another number of classes in them is left out; any other misfit is a ModelError.
+    `pretrained` is False, True for the weights published with the name, or a local folder or file of weights. Their
+    head is kept where it is for the same class names (`head` auto), always (keep) or never (new); else it begins at
+    zero, which `note` is told. Position embeddings are resized. Any other misfit is a ModelError.
     """
     _require_plain_args(spec)
     if spec.is_transformers:
-        return build_transformers(spec, pretrained)
-    if isinstance(pretrained, str):
-        model = _create_timm(spec, False)
-        if spec.small_image_stem:
-            use_small_image_stem(model)
-        load_weights(model, weights_file(pretrained), head_names(model))
-        return model
-    model = _create_timm(spec, pretrained)
+        return _build_transformers(spec, pretrained, head, note)
+    model = _create_timm(spec, pretrained is True)
     if spec.small_image_stem:
         use_small_image_stem(model)
+    target = Head(head_names(model), _output_layers(model, spec), spec.class_names, head)
+    if isinstance(pretrained, str):
+        weights, source, _ = _read(pretrained)
+        start_from(model, weights, source, target, note)
+    elif pretrained:
+        settle_published_head(model, _published(model), target, note, loaded=_has_published_head(model, spec))
     return model
+
+
+def _read(place: str) -> tuple[dict[str, Tensor], Source, Path]:
+    """Return the weights at a place, what they are, and the folder that they lie in."""
+    path = weights_file(place)
+    return read_weights(path), Source(place, class_names_of(place, path)), path.parent
+
+
+def _output_layers(model: nn.Module, spec: ModelSpec) -> list[str]:
+    return output_layers(model, head_names(model), spec.num_classes)
 
 
 # --- timm --------------------------------------------------------------------------------------------------
@@ -151,19 +162,23 @@ def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
     except (AssertionError, ValueError) as error:
         raise ModelError(f"model {spec.name} can't be built for {spec.image_size} px images: {error}") from None
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(_not_downloaded(spec.name, error)) from None
+        raise ModelError(not_downloaded(spec.name, error)) from None
     except RuntimeError as error:
         if pretrained:
             raise ModelError(f"model {spec.name}: no pretrained weights: {error}; set model.pretrained=false") from None
         raise
 
 
-def _not_downloaded(name: str, error: Exception) -> str:
-    return (
-        f"model {name}: weights or configuration can't be had from the Hub: {str(error).splitlines()[0]} "
-        "Check name and network, give local weights (model.pretrained=FILE) or train from scratch "
-        "(model.pretrained=false)"
-    )
+def _published(model: nn.Module) -> Source:
+    """Return what timm has loaded into a model."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return Source("the published model", names_in(config))
+
+
+def _has_published_head(model: nn.Module, spec: ModelSpec) -> bool:
+    """Return whether timm has loaded the head too, which it does for the same number of classes."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return bool(config.get("num_classes") == spec.num_classes)
 
 
 def _has_fixed_input_size(name: str) -> bool:
@@ -177,7 +192,7 @@ def _has_fixed_input_size(name: str) -> bool:
             config = Path(name.removeprefix("local-dir:")) / "config.json"
             name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_downloaded(name, error)) from None
+        raise ModelError(not_downloaded(name, error)) from None
     return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
 
 
@@ -197,43 +212,25 @@ def use_small_image_stem(model: nn.Module) -> None:
 # --- transformers ------------------------------------------------------------------------------------------
 
 
-def build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
-    """Return a transformers classifier, wrapped; `build_model` says what `pretrained` may be."""
-    from transformers import AutoConfig, AutoModelForImageClassification
-
+def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadWish, note: Note) -> nn.Module:
     if spec.small_image_stem or spec.drop_path:
         raise ModelError(
             f"model {spec.name}: drop_path and small_image_stem are for timm models; transformers' settings go into "
             "model.args, such as {drop_path_rate: 0.1}"
         )
-    _require_plain_args(spec)
-    place = spec.name.removeprefix("transformers:")
-    labels = {
-        "id2label": dict(enumerate(spec.class_names)),
-        "label2id": {name: i for i, name in enumerate(spec.class_names)},
-    }
-    options: dict[str, Any] = {"num_labels": spec.num_classes, **labels, **spec.args}
-    options["trust_remote_code"] = spec.trust_remote_code
-    try:
-        if pretrained is True:
-            options |= {"ignore_mismatched_sizes": True, "weights_only": True}  # nothing is unpickled
-            model = AutoModelForImageClassification.from_pretrained(place, **options)
-        else:
-            config = AutoConfig.from_pretrained(place, **options)
-            if hasattr(config, "image_size") and "image_size" not in spec.args:
-                config.image_size = spec.image_size
-            model = AutoModelForImageClassification.from_config(config, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
-            raise ModelError(
-                f"model {spec.name} brings Python code of its own, which is not run unless the recipe says "
-                "model.trust_remote_code: true; read that code first"
-            ) from None
-        raise ModelError(_not_downloaded(spec.name, error)) from None
-    classifier = TransformersClassifier(model.float())
+    classifier = build_classifier(spec, image_size=None if pretrained is True else spec.image_size)
+    if not pretrained:
+        return classifier
+    inner = classifier.model
+    names = transformers_head_names(inner)
+    target = Head(names, output_layers(inner, names, spec.num_classes), spec.class_names, head)
     if isinstance(pretrained, str):
-        head = [name.removeprefix("model.") for name in head_names(classifier)]
-        load_weights(classifier.model, weights_file(pretrained), head)
+        weights, source, folder = _read(pretrained)
+        weights = current_names(spec, inner, without_wrapper(weights, inner), folder)
+        start_from(inner, weights, source, target, note)
+    else:
+        weights, source, lacking = published_weights(spec)
+        start_from(inner, weights, source, target, note, drawn=lacking)
     return classifier
 
 
@@ -243,10 +240,8 @@ def build_transformers(spec: ModelSpec, pretrained: bool | str) -> nn.Module:
 def head_names(model: nn.Module) -> list[str]:
     """Return the prefixes of the parameters of the classification head."""
     if isinstance(model, TransformersClassifier):
-        return ["model.classifier", "model.cls_classifier", "model.distillation_classifier", "model.head"]
-    config: Any = getattr(model, "default_cfg", None) or {}
-    classifier = config.get("classifier")
-    return [classifier] if isinstance(classifier, str) else list(classifier or ())
+        return [f"model.{name}" for name in transformers_head_names(model.model)]
+    return timm_head_names(model)
 
 
 def freeze_backbone(model: nn.Module) -> None:

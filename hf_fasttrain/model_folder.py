@@ -17,11 +17,10 @@ from hf_fasttrain.errors import ModelError
 from hf_fasttrain.model import (
     ModelSpec,
     Preprocessing,
-    TransformersClassifier,
     build_model,
-    build_transformers,
     model_preprocessing,
 )
+from hf_fasttrain.transformers_model import TransformersClassifier, open_classifier
 from hf_fasttrain.weights import load_weights, save_weights
 
 SPEC_FILE = "hf_fasttrain.json"
@@ -174,7 +173,7 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
             "whole copy of the folder"
         ) from None
     if spec.is_transformers:
-        model = build_transformers(replace(spec, name=f"transformers:{folder}"), pretrained=True)
+        model: nn.Module = open_classifier(replace(spec, name=f"transformers:{folder}"))
     else:
         model = build_model(spec)
         load_weights(model, folder / "model.safetensors")

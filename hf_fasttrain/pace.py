@@ -63,6 +63,10 @@ class Pace:
         if grad_norm is not None:
             self._norms.append(grad_norm)
 
+    def first_loss(self, add_up: Callable[[Tensor], Tensor]) -> float | None:
+        """Return the mean loss of the present lap's first step, None if there is none; called by all processes."""
+        return float(add_up(torch.stack(self._losses[:1]).float().sum())) if self._losses else None
+
     def lap(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return what happened since the last lap; `add_up` sums a tensor over processes.
 

@@ -89,6 +89,10 @@ class ModelSection(Section):
         False,
         "true: the model's own weights from the Hub; or a local folder or .safetensors file, or hf://OWNER/NAME",
     )
+    head: Literal["auto", "keep", "new"] = learnt(
+        "auto",
+        "the head of pretrained weights; auto: kept if it has the same class names, else new; new: begins at zero",
+    )
     drop_path: float = learnt(0.0, "stochastic depth rate", ge=0.0, lt=1.0)
     small_image_stem: bool = learnt(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
     freeze_backbone: bool = learnt(False, "train the head alone")

@@ -26,7 +26,7 @@ from hf_fasttrain.environment import describe_machine, describe_versions, peak_m
 from hf_fasttrain.errors import LoaderDied, NotEnoughMemory, RunError, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.gradients import Gradients
-from hf_fasttrain.loss import Loss
+from hf_fasttrain.loss import Loss, first_loss_note
 from hf_fasttrain.optim import set_lr
 from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
@@ -160,6 +160,7 @@ class Trainer:
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
         self._saved_at = self._collected_at = -1
+        self._has_logged = False
         self._predictions: Predictions | None = None
         self._evaluation_seconds = 0.0  # of the last one
 
@@ -506,15 +507,25 @@ class Trainer:
         return part if self.accelerator.num_processes == 1 else self.accelerator.reduce(part, reduction="sum")
 
     def _log_training(self) -> None:
+        first = None if self._has_logged else self.pace.first_loss(self._add_up)
         values = self.pace.lap(self._add_up)
         if not math.isfinite(values["loss"]):
             raise self._not_finite()
+        if first is not None:
+            self._compare_with_uniform(max(first, values["loss"]))
         left = self.num_steps - self.state.step
         evaluating = math.ceil(left / self.evaluate_every) * self._evaluation_seconds
         eta = left * values["seconds_per_step"] + evaluating
         line = {**values, "epoch": self._epoch, "lr": self.state.lr, "eta_seconds": eta}
         line["peak_memory_bytes"] = peak_memory_bytes(self.device)
         self.log.train_line(self.state.step, self.num_steps, line)
+
+    def _compare_with_uniform(self, first: float) -> None:
+        """Say so if a run begins far above the loss of a model that finds all classes equally likely."""
+        self._has_logged, uniform = True, self.gradients.uniform_loss
+        note = first_loss_note(first, float(uniform)) if uniform is not None else None
+        if note and not self.state.resumed_at:
+            self.log.note(note)
 
     def _not_finite(self) -> RunError:
         """Return the error that names the step where the loss or a gradient was no number, its lr and its images."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from hf_fasttrain.errors import ModelError, shortened
+from hf_fasttrain.errors import ModelError, RunError, shortened
+from hf_fasttrain.files import read_json
 from hf_fasttrain.remote import fetch_file, is_remote
 
 
@@ -33,49 +36,99 @@ def weights_file(place: str) -> Path:
     return path
 
 
-def load_weights(model: nn.Module, path: Path, head: Sequence[str] = ()) -> None:
-    """Load a .safetensors file into a model; a head (prefixes) of other shape in the file is left as it is.
-
-    timm's own converters run first (old names, position embeddings of another image size).
-    """
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: can't be read as safetensors: {error}") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load the .safetensors file of a finished run into its model, all of it."""
+    load_fitting(model, convert(read_weights(path), model), str(path))
+
+
+def load_fitting(model: nn.Module, weights: dict[str, Tensor], origin: str, may_lack: Sequence[str] = ()) -> None:
+    """Load tensors into a model; ModelError unless each has its place and only `may_lack` are missing."""
     own = model.state_dict()
-    if not weights.keys() & own.keys() and all(name.startswith("model.") for name in weights):
-        weights = {
-            name.removeprefix("model."): value for name, value in weights.items()
-        }  # a checkpoint has a wrapper's
-    weights = _convert(weights, model)
-    other = [
-        name for name in weights if name in own and weights[name].shape != own[name].shape and is_within(name, head)
-    ]
-    for name in other:
-        del weights[name]
-    missing = [name for name in own if name not in weights and name not in other and not is_within(name, head)]
-    unknown = [name for name in weights if name not in own and not is_within(name, head)]
+    missing = [name for name in own if name not in weights and name not in may_lack]
+    unknown = [name for name in weights if name not in own]
     misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     if missing or unknown or misshapen:
         raise ModelError(
-            f"{path}: weights of another model: {len(missing)} tensors missing ({shortened(missing, 3)}), "
+            f"{origin}: weights of another model: {len(missing)} tensors missing ({shortened(missing, 3)}), "
             f"{len(unknown)} unknown ({shortened(unknown, 3)}), {len(misshapen)} of other shape "
             f"({shortened(misshapen, 3)}); give weights of the same model.name and model.args"
         )
     model.load_state_dict(weights, strict=False)
 
 
-def _convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def without_wrapper(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights by a model's own names where a checkpoint has those of our wrapper around it."""
+    if not weights.keys() & model.state_dict().keys() and all(name.startswith("model.") for name in weights):
+        return {name.removeprefix("model."): value for name, value in weights.items()}
+    return weights
+
+
+def convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights by a timm model's own names and sizes: old names, position embeddings of another image size."""
+    weights = without_wrapper(weights, model)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or len(inspect.signature(convert).parameters) < 2:
-        return weights
+        return dict(weights)
     try:
-        return convert(dict(weights), model)
+        return dict(convert(dict(weights), model))
     except (KeyError, AttributeError, RuntimeError, ValueError):
-        return weights  # not this model's; `load_weights` says how
+        return dict(weights)  # not this model's; `load_fitting` says how
+
+
+# --- classes -----------------------------------------------------------------------------------------------
+
+
+def class_names_of(place: str, path: Path) -> list[str] | None:
+    """Return the class names of weights, from what stands beside them; None if nothing says them.
+
+    `place` is where the recipe says they are, `path` their file: in a model folder, a run, a checkpoint, or alone.
+    """
+    descriptions = map(read_json, _beside(place, path))
+    return next(filter(None, map(names_in, descriptions)), None)
+
+
+def _beside(place: str, path: Path) -> Iterator[Path]:
+    names = ("hf_fasttrain.json", "config.json")
+    if is_remote(place):
+        for name in names:
+            with suppress(RunError):
+                yield fetch_file(place, name)
+        return
+    yield from (path.parent / name for name in (*names, "state.json"))
+
+
+def names_in(description: Mapping[str, Any]) -> list[str] | None:
+    """Return the class names in the description of a model: ours, timm's, transformers' or a checkpoint's."""
+    for values in (description, description.get("pretrained_cfg"), description.get("learnt")):
+        for key in ("class_names", "label_names", "id2label"):
+            found = _names(values.get(key)) if isinstance(values, Mapping) else None
+            if found:
+                return found
+    return None
+
+
+def _names(value: object) -> list[str] | None:
+    """Return names listed or numbered; None for LABEL_0, LABEL_1, ..., which transformers makes up."""
+    if isinstance(value, Mapping):
+        try:
+            value = [name for _, name in sorted((int(number), name) for number, name in value.items())]
+        except (TypeError, ValueError):
+            return None
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        return None
+    names = list(value)
+    return None if names == [f"LABEL_{number}" for number in range(len(names))] else names
 
 
 def is_within(name: str, prefixes: Sequence[str]) -> bool:

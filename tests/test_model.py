@@ -18,7 +18,6 @@ from hf_fasttrain.data.source import load_source
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.model import (
     ModelSpec,
-    TransformersClassifier,
     _processor_crop_pct,
     build_model,
     head_names,
@@ -26,6 +25,7 @@ from hf_fasttrain.model import (
 )
 from hf_fasttrain.model_folder import load_model, save_model
 from hf_fasttrain.optim import build_param_groups, undecayed_names
+from hf_fasttrain.transformers_model import TransformersClassifier
 
 CLASSES = ["a", "b", "c"]
 
@@ -67,6 +67,7 @@ def test_transformers_models(transformers_folder: Path, tmp_path: Path) -> None:
     asked = spec(f"transformers:{transformers_folder}")
     model = build_model(asked, pretrained=True).eval()
     assert isinstance(model, TransformersClassifier)
+    torch.nn.init.normal_(model.model.classifier[1].weight)  # it begins at zero
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 3)
     pre = model_preprocessing(model, asked)
