@@ -118,6 +118,7 @@ def test_every_class_in_every_image_is_refused() -> None:
         ([1, 2, 3], ["1", "2", "3"]),
         ([3, 4], ["3", "4"]),
         ([10, 2, 30], ["2", "10", "30"]),
+        ([0, 10, 20], ["0", "10", "20"]),
         ([-1, 1], ["-1", "1"]),
         ([1.0, 3.0], ["1", "3"]),
         ([1000001, 1000002], ["1000001", "1000002"]),
@@ -129,6 +130,13 @@ def test_integers_that_do_not_count_from_zero_are_names(values: list[Any], names
     assert [names[label] for label in got.labels["train"]] == [str(int(value)) for value in values] * 2
     assert len(got.notes) == 1
     assert f"integer labels with gaps: {', '.join(names)} are {len(names)} classes by these names" in got.notes[0]
+
+
+def test_a_number_missing_among_those_from_zero_on_is_a_class_without_images(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1, 3, 4] * 3)
+    source = load_source(str(tmp_path / "train.parquet"))
+    assert source.class_names == ["0", "1", "2", "3", "4"]
+    assert "split 'train' has no image of 2" in source.notes
 
 
 def test_a_negative_label_may_stand_for_no_class() -> None:
@@ -303,3 +311,16 @@ def test_files_of_another_split_change_neither_texts_nor_class_names(tmp_path: P
     write_parquet(tmp_path / "turned" / "train-1.parquet", [0, 1], datasets.ClassLabel(names=["dog", "cat"]))
     with pytest.raises(DataError, match=r"train-1.parquet counts its classes as dog, cat, train.parquet as cat, dog"):
         load_source(str(tmp_path / "turned"))
+
+
+def test_a_split_without_labels_is_named_with_its_columns(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", ["a", "b"])
+    image = {"bytes": [b""], "path": [None]}
+    pyarrow.parquet.write_table(
+        pa.table({"image": pa.StructArray.from_arrays(image.values(), names=list(image))}),
+        tmp_path / "validation.parquet",
+    )
+    with pytest.raises(
+        DataError, match=r"split 'validation' lacks column 'label' or 'image', which 'train' has; it has"
+    ):
+        load_source(str(tmp_path))

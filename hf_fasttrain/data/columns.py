@@ -85,10 +85,10 @@ def element_of(feature: Any) -> Any:
     return getattr(feature, "feature", None) or feature
 
 
-def require_columns(dataset: Any, columns: Columns, *, where: str, train: str) -> None:
+def require_columns(dataset: Any, columns: Columns, *, where: str, split: str, train: str) -> None:
     """Raise DataError if a split lacks a column that the split `train` has."""
     if columns.label not in dataset.features or columns.image not in dataset.features:
         raise DataError(
-            f"{where}: lacks column '{columns.label}' or '{columns.image}', which '{train}' has; it has "
-            f"{shortened(dataset.features)}"
+            f"{where}: split '{split}' lacks column '{columns.label}' or '{columns.image}', which '{train}' has; "
+            f"it has {shortened(dataset.features)}"
         )

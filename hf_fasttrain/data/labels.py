@@ -82,9 +82,21 @@ def _resolve_multi_label(
 
 
 def _class_names(train: LabelColumn) -> list[str]:
+    """Return the names of a ClassLabel, else the values in their order.
+
+    Integers that count from 0 on, half of them or more there, are numbers of classes: one in between that no image has
+    is a class without images. Others are names.
+    """
     if train.names is not None:
         return list(train.names)
-    return [str(value) for value in sorted(set(train.values))]
+    values = sorted(set(train.values))
+    if _are_integers(train) and values and values[0] == 0 and 2 * len(values) > values[-1]:
+        values = list(range(values[-1] + 1))
+    return [str(value) for value in values]
+
+
+def _are_integers(train: LabelColumn) -> bool:
+    return train.names is None and all(type(value) is int for value in train.values)
 
 
 def _require_classes(train: LabelColumn, names: Sequence[str], where: str) -> None:
@@ -108,8 +120,7 @@ def _require_differences(hot: np.ndarray, names: Sequence[str], place: str) -> N
 def _notes_on_names(train: LabelColumn, names: Sequence[str]) -> list[str]:
     """Return what should be said about class names: integers that are not simply 0, 1, 2, ..., and names alike."""
     notes = []
-    integers = train.names is None and all(type(value) is int for value in train.values)
-    if integers and names != [str(number) for number in range(len(names))]:
+    if _are_integers(train) and names != [str(number) for number in range(len(names))]:
         negative = min(train.values, default=0) < 0
         notes.append(
             f"integer labels with gaps: {shortened(names, 6)} are {len(names)} classes by these names; numbers that no "

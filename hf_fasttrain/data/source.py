@@ -92,7 +92,7 @@ def load_source(
     if test_split is not None:
         require_split(splits, test_split, "data.test_split", where)
     for name in wanted:
-        require_columns(splits[name], columns, where=f"{where}, split '{name}'", train=train_name)
+        require_columns(splits[name], columns, where=str(where), split=name, train=train_name)
     opened = {name: splits[name] for name in splits if name in wanted}
     read = read_labels(opened, columns.label, where=str(where), train=train_name, multi_label=multi_label)
     made = {name: Split(name, image_records(splits[name], columns.image), read.labels[name]) for name in wanted}
