@@ -55,11 +55,20 @@ class NotEnoughMemory(RunError):
     status = Stopped.RESUMABLE
 
 
-class LoaderDied(RunError):
-    """Loader processes died and can't be replaced; RESUMABLE if the run has saved a checkpoint since it was started."""
+class RunFailure(RunError):
+    """A process that a run needs is gone; RESUMABLE if the run has saved a checkpoint since it was started, else 1."""
+
+    status = 1
+
+
+class LoaderDied(RunFailure):
+    """Loader processes died and can't be replaced."""
 
     every_process = False
-    status = 1
+
+
+class PeerGone(RunFailure):
+    """Another training process has ended."""
 
 
 SECRET = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}\b")

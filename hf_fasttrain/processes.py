@@ -14,6 +14,13 @@ from torch import Tensor
 from hf_fasttrain.errors import UserError
 
 Value = TypeVar("Value")
+# What gloo says where another process's end of a connection is closed, and NCCL.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def is_peer_gone(error: BaseException) -> bool:
+    """Return whether an error means that another training process has ended."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
 
 
 class Processes:

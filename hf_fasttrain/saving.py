@@ -20,7 +20,7 @@ from hf_fasttrain.checkpoint import (
     save_checkpoint,
 )
 from hf_fasttrain.environment import free_memory_bytes, one_thread
-from hf_fasttrain.errors import LoaderDied, RunError, Stopped
+from hf_fasttrain.errors import RunError, RunFailure, Stopped
 from hf_fasttrain.files import attempt, new_folder, reason, sync_files, write_json
 from hf_fasttrain.predictions import Predictions
 from hf_fasttrain.processes import Processes, on_main
@@ -123,13 +123,13 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
 
-    def what_remains(self, error: LoaderDied, began_at: int) -> LoaderDied:
+    def what_remains(self, error: RunFailure, began_at: int) -> RunFailure:
         """Return the error with what is saved, and the status by it: whether a run that began at a step got on."""
         there = complete_checkpoints(self.folder)
         if not there:
-            return LoaderDied(f"{error}; nothing was saved yet")
+            return type(error)(f"{error}; nothing was saved yet")
         newest = int(there[-1].name.removeprefix(PREFIX))
-        told = LoaderDied(f"{error}; the same command with --resume goes on from step {newest:,}")
+        told = type(error)(f"{error}; the same command with --resume goes on from step {newest:,}")
         if newest > began_at:
             told.status = Stopped.RESUMABLE
         return told

@@ -23,7 +23,7 @@ from hf_fasttrain.duration import Duration
 from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop, early_stop, go_on, record_of, waited_steps
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes
-from hf_fasttrain.errors import LoaderDied, NotEnoughMemory, RunError, shortened
+from hf_fasttrain.errors import NotEnoughMemory, PeerGone, RunError, RunFailure, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss, first_loss_note
@@ -31,7 +31,7 @@ from hf_fasttrain.optim import set_lr
 from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.predictions import Predictions
-from hf_fasttrain.processes import Processes, on_main
+from hf_fasttrain.processes import Processes, is_peer_gone, on_main
 from hf_fasttrain.result import Result, Watch
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.saving import Checkpoints, Publisher, hold_run, release_run
@@ -224,8 +224,9 @@ class Trainer:
                 self.checkpoints.stand_by()
             if self.publisher is not None:
                 self.publisher.close()
-            if isinstance(error, LoaderDied) and self.checkpoints is not None:
-                raise self.checkpoints.what_remains(error, began_at) from None
+            failure = self._failure(error, began_at)
+            if failure is not None:
+                raise failure from None
             raise
         finally:
             for loader in (self._steps, self.eval_loader, self.test_loader):
@@ -234,6 +235,14 @@ class Trainer:
             if self.checkpoints is not None:
                 self.checkpoints.wait()
                 release_run(self.checkpoints.run)
+
+    def _failure(self, error: BaseException, began_at: int) -> RunFailure | None:
+        """Return the message for an error that comes of a process that is gone, with what is saved; else None."""
+        if self.processes.several and is_peer_gone(error):
+            error = PeerGone("another training process has ended; if it could, it has said why")
+        if not isinstance(error, RunFailure):
+            return None
+        return error if self.checkpoints is None else self.checkpoints.what_remains(error, began_at)
 
     def _catch_up(self) -> int:
         """Evaluate what was due when the run was stopped; return the signal that broke it off, or 0."""

@@ -29,14 +29,15 @@ from hf_fasttrain.data import workers as workers_module
 from hf_fasttrain.data.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
 from hf_fasttrain.data.deaths import Deaths, describe_death
-from hf_fasttrain.data.feed import Feed, ImageBatches
+from hf_fasttrain.data.feed import Ahead, Feed, ImageBatches
 from hf_fasttrain.data.images import Images
 from hf_fasttrain.data.loader import EvalLoader, Step, TrainLoader
 from hf_fasttrain.data.order import Order
 from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import Source, load_source
 from hf_fasttrain.data.workers import Workers
-from hf_fasttrain.errors import LoaderDied, RunError, Stopped
+from hf_fasttrain.errors import LoaderDied, RunError, RunFailure, Stopped
+from hf_fasttrain.processes import is_peer_gone
 from hf_fasttrain.runlog import RunLog
 
 CPU = torch.device("cpu")
@@ -322,6 +323,45 @@ def test_a_process_whose_loader_died_keeps_up_with_the_others(digits: Source) ->
     assert said == ""
     assert re.match(r"note: after step \d a loader process died", said_too)
     assert len(said_too.splitlines()) == 1
+
+
+def killed_twice_on_one(source: Source, run: str) -> tuple[str, int, str]:
+    """Return how a run ends whose second process loses two of its loader's."""
+    at = int(os.environ["RANK"])
+    steps = (3, 4, 5, 6, 7, 8) if at else ()
+    trainer = make(source, 1, type("Twice", (Killing,), {"steps": steps}), Path(run), duration=40, share=(2, at))
+    with pytest.raises(RunFailure) as caught:
+        trainer.fit()
+    return type(caught.value).__name__, caught.value.status, str(caught.value)
+
+
+def test_a_second_death_on_one_process_is_no_traceback_on_the_others(digits: Source, tmp_path: Path) -> None:
+    (first, status, said), (second, status_too, said_too) = run_processes(killed_twice_on_one, digits, str(tmp_path))
+    assert (first, second, status, status_too) == ("PeerGone", "LoaderDied", 75, 75)
+    newest = f"; the same command with --resume goes on from step {steps_of(tmp_path)[-1]}"
+    assert said == f"another training process has ended; if it could, it has said why{newest}"
+    assert re.search(r"; the same command with --resume goes on from step \d+$", said_too)  # as it saw it, earlier
+
+
+@pytest.mark.parametrize("text", ["[..] Connection closed by peer [127.0.0.1]:15275", "remote process exited or there"])
+def test_what_backends_say_of_a_process_that_is_gone(text: str) -> None:
+    assert is_peer_gone(RuntimeError(text))
+    assert not is_peer_gone(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_peer_gone(ValueError(text))
+
+
+def test_a_death_is_noticed_by_a_thread_that_reads_ahead(tmp_path: Path) -> None:
+    """As on a GPU, where a thread takes the batches."""
+
+    def work(request: int) -> int:
+        if request == 5 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            die()
+        return 2 * request
+
+    assert list(Ahead(Workers(work, 2, 4, Deaths()).answers(range(20)), str)) == [str(2 * n) for n in range(20)]
+    with pytest.raises(LoaderDied):
+        list(Ahead(Workers(lambda request: die(), 2, 4, Deaths()).answers(range(20)), str))
 
 
 # --- the user's own loaders --------------------------------------------------------------------------------
