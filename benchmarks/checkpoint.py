@@ -19,6 +19,10 @@ thrown away. Ours looks for weights that are no numbers before it writes, which 
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import json
 import os

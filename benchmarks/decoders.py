@@ -9,6 +9,10 @@ differences the largest over all images. What is not installed (OpenCV is no dep
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import io
 import statistics

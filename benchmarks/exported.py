@@ -14,6 +14,10 @@ near 0 would say little. With too few steps, that scales rounding errors up too.
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import json
 import subprocess

@@ -15,6 +15,10 @@ Warm-up and compilation are reported apart; the side built second may find the f
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import gc
 import itertools

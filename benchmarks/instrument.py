@@ -8,6 +8,10 @@ from the first: the median over rounds should be within 2 % of 1, and its interv
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import sys
 

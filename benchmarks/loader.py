@@ -21,6 +21,10 @@ stopped, as looking takes time.
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import importlib.metadata
 import json

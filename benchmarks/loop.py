@@ -14,6 +14,10 @@ One CPU thread, fp32.
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import json
 import statistics

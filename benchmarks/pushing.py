@@ -15,6 +15,10 @@ end           seconds from the last line of metrics.jsonl to the process's end: 
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import json
 import multiprocessing

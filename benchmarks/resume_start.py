@@ -17,6 +17,10 @@ other place: order and augmentation depend on the step's number alone.
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import io
 import json

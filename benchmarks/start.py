@@ -14,6 +14,10 @@ columns, rows, class names, labels and the order of the files are compared.
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import hashlib
 import io

@@ -14,6 +14,10 @@ doctor  the examination's sums, beside the same training looked into by nothing,
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import itertools
 import json

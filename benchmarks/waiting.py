@@ -13,6 +13,10 @@ same loop; what differs is where images come from. The sides take turns, each ru
 
 from __future__ import annotations
 
+from hf_fasttrain.before_torch import limit_spinning
+
+limit_spinning()
+
 import argparse
 import json
 import statistics

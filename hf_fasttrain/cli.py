@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.errors import Stopped, UserError, nearest, without_secrets
 from hf_fasttrain.shipped import recipe_header, shipped_recipes
 
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     Exit status 0; 2 for a user's mistake; 74 if a result could not be written; 75 for a run that was stopped by a
     signal and is saved, or whose loader processes died after it had saved something, else 1; 130 for Ctrl-C.
     """
+    limit_spinning()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         app(_with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)

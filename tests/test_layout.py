@@ -19,7 +19,7 @@ MODULES = {
 }
 # Who stands above whom; a module imports only from levels below its own (or beside it, without a circle).
 LEVELS = [
-    {"errors", "duration"},
+    {"errors", "duration", "before_torch"},
     {"remote"},
     {"files", "tensor_tree", "processes", "runlock"},
     {"recipe", "shipped", "data", "data.order", "data.decode", "data.records", "data.metadata"},

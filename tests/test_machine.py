@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +197,28 @@ def test_products_are_rounded_as_asked() -> None:
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     finally:
         set_fp32_precision("high", "high")
+
+
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        ({"KMP_BLOCKTIME": "0"}, "None"),
+    ],
+)
+def test_commands_let_threads_sleep_soon_unless_the_user_says_how_they_wait(given: dict[str, str], spins: str) -> None:
+    program = (
+        "import os, sys, hf_fasttrain, hf_fasttrain.__main__ as module; print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "try: module.main(['--help'])\n"
+        "except SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert said[0] == given.get("GOMP_SPINCOUNT", "None")  # importing sets nothing
+    assert said[-1] == f"{spins} False"

@@ -1,0 +1,24 @@
+"""What has to be decided before torch is loaded: how long threads that wait for work spin. Imports nothing heavy.
+
+libgomp, which PyTorch's wheels for Linux bring along, reads its variables when it is loaded. A program that imports the
+package has its own environment: only our commands, benchmarks and tests call this, first of all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Any of them says that the user has decided.
+USER_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# libgomp's own count is 300,000 (a millisecond and more) where there are no more threads than cores: beside one busy
+# process training kept 0.3 of its speed. Sleeping at once costs large models 4 to 7 % where nothing runs beside it.
+# benchmarks/threads.py has the figures.
+SPIN_COUNT = 1000
+
+
+def limit_spinning() -> None:
+    """Let OpenMP's threads sleep soon, unless the user has said how they wait or torch is loaded already."""
+    if "torch" in sys.modules or any(name in os.environ for name in USER_VARIABLES):
+        return
+    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
