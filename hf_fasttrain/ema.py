@@ -35,7 +35,7 @@ class Ema:
         _require_same(averaged, live)
         for name, place in averaged.items():
             _lie_like(_tensor(place), _tensor(live[name]))
-        tensors = {name: _tensor(place) for name, place in averaged.items()}
+        tensors = _each_once({name: _tensor(place) for name, place in averaged.items()})
         names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
         self._averaged = [tensors[name] for name in names]
         # Live tensors are looked up in each update: moving a module makes new ones, even from "cpu" to "cpu:0".
@@ -67,17 +67,21 @@ class Ema:
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
-    """Return name -> place of the tensors that a state dict holds; tied ones once."""
+    """Return name -> place of the tensors that a state dict holds; those of shared modules once."""
     found: dict[str, Place] = {}
-    seen: set[int] = set()
     for prefix, module in getattr(model, "_orig_mod", model).named_modules():  # what torch.compile has wrapped
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
-                if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
-                    continue
-                seen.add(id(tensor))
-                found[f"{prefix}.{key}".lstrip(".")] = registry, key
+                if tensor is not None and key not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{key}".lstrip(".")] = registry, key
     return found
+
+
+def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by one of their names: a shared one must not be averaged twice in an update."""
+    names = {(tensor.data_ptr(), tensor.shape, tensor.stride()): name for name, tensor in tensors.items()}
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    return {name: tensors[name] for name in {**dict.fromkeys(names.values()), **dict.fromkeys(empty)}}
 
 
 def _tensor(place: Place) -> Tensor:

@@ -113,11 +113,11 @@ class Evaluator:
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> running mean or variance of a model's batch norms; each process has its own."""
+    """Return name -> running mean or variance of a model's batch norms, by all names; each process has its own."""
     norms = {id(norm) for norm in batch_norms(model)}
     return {
         f"{prefix}.{name}".lstrip("."): buffer
-        for prefix, module in model.named_modules()
+        for prefix, module in model.named_modules(remove_duplicate=False)
         if id(module) in norms
         for name in ("running_mean", "running_var")
         if isinstance(buffer := getattr(module, name), Tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -144,10 +145,26 @@ def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[P
 
 
 def sync_files(folder: Path) -> None:
-    """Sync every file below a folder: what libraries have written there."""
+    """Sync every file below a folder that libraries have written, with the mode that new files get here.
+
+    The safetensors library gives its files to their owner alone (0600): others could not read a shared run folder.
+    """
+    mode = new_file_mode(folder)
     for path in folder.rglob("*"):
         if path.is_file():
             _sync(path)
+            with suppress(OSError):  # a file system without modes
+                path.chmod(mode)
+
+
+def new_file_mode(folder: Path) -> int:
+    """Return the mode of a file that is made in a folder: by the umask, which only a new file tells, or its ACL."""
+    probe = folder / ".mode.partial"
+    try:
+        with NewFile(probe):
+            return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def append_line(path: Path, text: str) -> None:

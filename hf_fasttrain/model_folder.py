@@ -21,7 +21,7 @@ from hf_fasttrain.model import (
     model_preprocessing,
 )
 from hf_fasttrain.transformers_model import TransformersClassifier, open_classifier
-from hf_fasttrain.weights import load_weights, save_weights
+from hf_fasttrain.weights import load_weights, save_weights, without_sharing
 
 SPEC_FILE = "hf_fasttrain.json"
 
@@ -34,7 +34,7 @@ def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
     """
     if isinstance(model, TransformersClassifier):
         with _without_progress_bars():
-            model.model.save_pretrained(folder)  # type: ignore[operator]
+            model.model.save_pretrained(folder, state_dict=without_sharing(model.model))  # type: ignore[operator]
     else:
         save_weights(model, folder)
     save_description(model, spec, folder)

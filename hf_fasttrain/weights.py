@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_fasttrain.checkpoint import write_safetensors
 from hf_fasttrain.errors import ModelError, RunError, shortened
-from hf_fasttrain.files import read_json
+from hf_fasttrain.files import NewFile, read_json
 from hf_fasttrain.remote import fetch_file, is_remote
 
 
@@ -55,7 +56,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def load_fitting(model: nn.Module, weights: dict[str, Tensor], origin: str, may_lack: Sequence[str] = ()) -> None:
     """Load tensors into a model; ModelError unless each has its place and only `may_lack` are missing."""
     own = model.state_dict()
-    missing = [name for name in own if name not in weights and name not in may_lack]
+    there = {_memory(own[name]) for name in own if name in weights}  # by one of its names, a tensor is
+    missing = [name for name in own if name not in weights and name not in may_lack and _memory(own[name]) not in there]
     unknown = [name for name in weights if name not in own]
     misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     if missing or unknown or misshapen:
@@ -65,6 +67,11 @@ def load_fitting(model: nn.Module, weights: dict[str, Tensor], origin: str, may_
             f"({shortened(misshapen, 3)}); give weights of the same model.name and model.args"
         )
     model.load_state_dict(weights, strict=False)
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Return where a tensor's numbers lie, the same for all names of a shared one."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
 
 
 def without_wrapper(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -137,9 +144,23 @@ def is_within(name: str, prefixes: Sequence[str]) -> bool:
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write a model's weights as `model.safetensors`."""
-    from safetensors.torch import save_file
+    """Write a model's weights as `model.safetensors`, a tensor that has several names under each of them.
 
+    timm loads a model folder strictly, and would miss a name. The safetensors library refuses such tensors, and gives
+    its files to their owner alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with NewFile(folder / "model.safetensors") as file:
+        write_safetensors(file, weights)
+
+
+def without_sharing(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict with a copy for every further name of a tensor, which safetensors asks for."""
+    seen: set[int] = set()
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        memory = tensor.untyped_storage().data_ptr()
+        weights[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return weights

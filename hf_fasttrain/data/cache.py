@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -249,9 +249,10 @@ def _fill_header(file: int, num_rows: int) -> None:
 def _make(folder: Path, num_rows: int, about: dict[str, Any]) -> None:
     """Make an empty cache beside its place and rename it there; whoever comes second uses the first one's."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+    partial = folder.parent / f"{UNFINISHED}{uuid.uuid4().hex}"  # not by mkdtemp: others may read a shared cache
+    partial.mkdir()
     try:
-        file = os.open(partial / INDEX_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(partial / INDEX_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _fill_header(file, num_rows)
         finally:
