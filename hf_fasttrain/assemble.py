@@ -22,6 +22,7 @@ from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.facts import Facts
+from hf_fasttrain.final import resolve_final
 from hf_fasttrain.handover import Pictures, RunPublisher, hub_wish
 from hf_fasttrain.loading import Loaders
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
@@ -112,6 +113,7 @@ def assemble(
         evaluate_every=recipe.evaluate.every,
         best=best,
         early_stopping=stopping,
+        final=_final(parts, stopping),
         output_dir=folder,
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
@@ -139,6 +141,12 @@ def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
         why = f"{'less' if watch.mode == 'min' else 'more'} {watch.metric} is better" if asked == "auto" else ""
         parts.facts.resolve(key, watch.mode, why)
     return watches[0][2], watches[1][2] if stopping else None
+
+
+def _final(parts: Parts, stopping: Watch | None) -> str:
+    asked = parts.recipe.checkpoint.final
+    why = f"{'with' if stopping else 'without'} early_stopping" if asked == "auto" else ""
+    return str(parts.facts.resolve("checkpoint.final", resolve_final(asked, stopping), why))
 
 
 def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:

@@ -46,6 +46,9 @@ app.add_typer(cache_app, name="cache")
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, the name of a shipped recipe, or hf://OWNER/NAME.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.batch_size=64")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+WeightsOption = Annotated[
+    str | None, typer.Option(help="last, best or step_N of a checkpoint that is kept; by default those in RUN/model.")
+]
 PushedRunArgument = Annotated[str, typer.Argument(help="A run folder, or hf://OWNER/NAME.")]
 
 
@@ -134,6 +137,7 @@ def _end_trackers(trainer: Trainer) -> None:
 
 def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
     from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop
+    from hf_fasttrain.final import which_weights
 
     early = f"      {EarlyStop(**result.early_stopping)}\n      {HOW_TO_GO_ON}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
@@ -145,7 +149,7 @@ def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
         f"({result.images_per_second:,.0f} images/s, {result.data_wait_fraction:.0%} waiting for data)\n"
         f"      {score}\n"
         f"{early}"
-        f"  {folder}/model          the classifier\n"
+        f"  {folder}/model          the classifier: {which_weights(folder, result)}\n"
         f"  {folder}/result.json    figures; metrics.jsonl: their course; resolved.yaml: every setting\n"
         f"{report}"
         f"  {folder}/checkpoints    to go on from: the same command with --resume and a longer train.duration\n"
@@ -219,6 +223,7 @@ def evaluate(
     run: PushedRunArgument,
     overrides: Overrides = None,
     split: Annotated[str | None, typer.Option(help="A split of the data set; by default the evaluation split.")] = None,
+    weights: WeightsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a run's model on its evaluation split, or on another split or data set."""
@@ -228,7 +233,7 @@ def evaluate(
 
     from hf_fasttrain.serve import evaluate_run
 
-    measured = evaluate_run(run, overrides or [], split=split, note=_say_on_stderr)
+    measured = evaluate_run(run, overrides or [], split=split, weights=weights, note=_say_on_stderr)
     if not _is_main():
         return
     if as_json:
@@ -245,6 +250,7 @@ def predict(
     run: PushedRunArgument,
     images: Annotated[list[str], typer.Argument(help="Image files and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    weights: WeightsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Name the most likely classes of image files and folders."""
@@ -254,7 +260,7 @@ def predict(
 
     from hf_fasttrain.serve import predict_images
 
-    predictions = predict_images(run, images, top=top)
+    predictions = predict_images(run, images, top=top, weights=weights)
     if as_json:
         print(json.dumps(predictions, indent=2))
         return
@@ -271,9 +277,7 @@ def push(
     repo: Annotated[str | None, typer.Argument(help="OWNER/NAME on the Hub; by default the recipe's hub.repo.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="Make a new repository private.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the model, for its card: apache-2.0, mit, ...")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="last (the default, but for hub.every: best), or best: of the best evaluation.")
-    ] = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
     from hf_fasttrain.publish.hub import asked_hub, push_run
@@ -286,7 +290,7 @@ def push(
         private = asked.get("private") if private is None else private
         license = license or asked.get("license")
         weights = weights or ("best" if asked.get("every") == "best" else None)
-    print(push_run(run, name, private=private, license=license, weights=weights or "last", tell=_say_on_stderr))
+    print(push_run(run, name, private=private, license=license, weights=weights, tell=_say_on_stderr))
 
 
 @app.command()
@@ -294,7 +298,7 @@ def export(
     run: RunArgument,
     output: Annotated[Path | None, typer.Option(help="Folder to write; by default the run's own model folder.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, checked in onnxruntime.")] = False,
-    weights: Annotated[str, typer.Option(help="last, best, or step_N of a checkpoint that is kept.")] = "last",
+    weights: WeightsOption = None,
 ) -> None:
     """Write a finished run's model for other tools: timm, transformers, onnxruntime."""
     from hf_fasttrain.publish.export import export_run

@@ -287,6 +287,9 @@ class CheckpointSection(Section):
     )
     keep: int = machine(2, "newest checkpoints kept, beside the best", ge=1)
     best: BestSection = machine(BestSection(), "{metric: accuracy, mode: auto}")
+    final: Literal["auto", "best", "last"] = machine(
+        "auto", "weights that the run ends with, in model/; auto: best with early_stopping, else last"
+    )
 
 
 class LogSection(Section):

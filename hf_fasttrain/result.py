@@ -84,9 +84,11 @@ class Watch:
 class Result:
     """How a run ended; result.json holds the same."""
 
-    metrics: dict[str, float]  # of the last evaluation
-    test_metrics: dict[str, float] | None
-    best: dict[str, Any] | None  # metric, value, step
+    metrics: dict[str, float]  # of the weights in RUN/model, on the evaluation split
+    test_metrics: dict[str, float] | None  # of the weights in RUN/model
+    model: dict[str, Any]  # what RUN/model holds: weights (best or last) and step
+    best: dict[str, Any] | None  # metric, value, step, metrics
+    last: dict[str, Any]  # step, metrics
     steps: int
     skipped_steps: int  # fp16 overflows
     micro_batch_size: int  # images per process and forward, at the end

@@ -12,6 +12,7 @@ from hf_fasttrain.checkpoint import (
     PREFIX,
     Checkpoint,
     Snapshot,
+    bring_back,
     checkpoint_path,
     complete_checkpoints,
     load_checkpoint,
@@ -194,19 +195,39 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, the same on every process; damaged ones are named and passed over."""
+        return self._on_every_process(lambda: newest_checkpoint(self.folder, self.log.say), "can't resume")
+
+    def best(self, step: int) -> Checkpoint | None:
+        """Return the best evaluation's checkpoint, the same on every process; None and a note if it can't be read."""
+
+        def look() -> Checkpoint | None:
+            bring_back(self.folder)
+            path = checkpoint_path(self.folder, step)
+            try:
+                if path not in complete_checkpoints(self.folder):
+                    raise RunError(f"checkpoint {path} is gone")
+                return load_checkpoint(path)
+            except RunError as error:
+                self.log.note(f"the best evaluation's weights can't be had: {error}; the run ends with the last ones")
+                return None
+
+        return self._on_every_process(look, "can't load the best evaluation's weights")
+
+    def _on_every_process(self, look: Callable[[], Checkpoint | None], failed: str) -> Checkpoint | None:
+        """Return on every process the checkpoint that the main one finds by `look`."""
         found: Checkpoint | None = None
 
-        def look() -> str | None:
+        def name_of_found() -> str | None:
             nonlocal found
-            found = newest_checkpoint(self.folder, self.log.say)
+            found = look()
             return found.path.name if found else None
 
-        name = on_main(look)
+        name = on_main(name_of_found)
         if name is None or found is not None:
             return found
         try:
             return load_checkpoint(self.folder / name)
         except RunError as error:
-            alone = RunError(f"can't resume: {error} for process {self.processes.index}; share the disk of {self.run}")
+            alone = RunError(f"{failed}: {error} for process {self.processes.index}; share the disk of {self.run}")
             alone.every_process = False
             raise alone from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from hf_fasttrain.assemble import build_evaluator, open_source
 from hf_fasttrain.data.batch import Normalize
@@ -27,6 +28,7 @@ from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe, origin_of, with_values
 from hf_fasttrain.remote import fetch_run, is_remote
+from hf_fasttrain.run_weights import checkpoint_with, load_weights_of
 from hf_fasttrain.runfolder import resolved_facts
 from hf_fasttrain.tunings import Tuned
 
@@ -69,6 +71,7 @@ def evaluate_run(
     overrides: Sequence[str] = (),
     *,
     split: str | None = None,
+    weights: str | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Return the metrics of a run's model by name, and `dataset`, `split` and `num_images` that were measured.
@@ -76,7 +79,8 @@ def evaluate_run(
     `run` is a folder or hf://OWNER/NAME. Measured are its evaluation split or another `split` of its data set.
     `overrides` change the run's recipe: data.dataset=FOLDER measures other images, all of its validation split, or of
     the folder where it has no splits. Their classes are matched to the model's by name; the model must know all of
-    them. `note` is told what should be said: bad images, which others stand in for, and classes without images.
+    them. `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `note` is told what
+    should be said: bad images, which others stand in for, and classes without images.
     """
     opened = open_run(run)
     folder = model_folder(opened, pushed=is_remote(str(run)))
@@ -87,13 +91,14 @@ def evaluate_run(
             raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
         if split is not None and override.startswith("data.eval_split"):
             raise RunError(f"--split {split} and override '{override}' say the same thing twice; leave one out")
+    checkpoint = checkpoint_with(opened, weights, str(run))
     place = str(run) if is_remote(str(run)) else opened / "recipe.yaml"
     asked = load_recipe(place, overrides)
     own_data = _same_data(asked, load_recipe(place, [text for text in overrides if not text.startswith("data.")]))
     facts = Facts(asked)
     recipe = resolve_machine(asked, facts, Tuned())
     accelerator = build_accelerator(recipe, facts)
-    model, spec = load_model(folder)
+    model, spec = _load(folder, checkpoint)
     measured = _measured_split(recipe, spec, split, own_data=own_data)
     for text in measured.notes:
         note(text)
@@ -172,18 +177,31 @@ def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured
     )
 
 
+def _load(folder: Path, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
+    """Return the model of a folder, with the weights of a checkpoint if there is one."""
+    model, spec = load_model(folder)
+    if checkpoint is not None:
+        load_weights_of(model, checkpoint)
+    return model, spec
+
+
 def _preprocessing(spec: ModelSpec) -> Preprocessing:
     return spec.preprocessing or Preprocessing(spec.image_size)
 
 
-def predict_images(run: str | Path, images: Sequence[str], *, top: int = 5) -> list[dict[str, Any]]:
+def predict_images(
+    run: str | Path, images: Sequence[str], *, top: int = 5, weights: str | None = None
+) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
-    Folders stand for all image files below them. Raises DataError for a path or image that can't be read.
+    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. Folders stand for all image
+    files below them. Raises DataError for a path or image that can't be read.
     """
-    folder = model_folder(open_run(run), pushed=is_remote(str(run)))
+    opened = open_run(run)
+    folder = model_folder(opened, pushed=is_remote(str(run)))
+    checkpoint = checkpoint_with(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image)]
-    model, spec = load_model(folder)
+    model, spec = _load(folder, checkpoint)
     pre = _preprocessing(spec)
     transform = eval_transform(pre)
     normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)

@@ -73,13 +73,17 @@ class Stateful:
             "own": gather_object([own]) if self.accelerator.num_processes > 1 else [own],
         }
 
+    def put_back_weights(self, checkpoint: Checkpoint) -> None:
+        """Take over the weights, the moving average and all statistics of a checkpoint of this training."""
+        with one_thread():
+            for kind, module in self._modules.items():
+                module.load_state_dict(checkpoint.weights[kind])
+
     def put_back(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint; RunError if it is of another model."""
         try:
+            self.put_back_weights(checkpoint)
             with one_thread():
-                self.model.load_state_dict(checkpoint.weights["model"])
-                if self.ema is not None:
-                    self.ema.module.load_state_dict(checkpoint.weights["ema"])
                 restore_optimizer(self.optimizer, checkpoint.training["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise RunError(f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}") from None

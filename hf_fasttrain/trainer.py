@@ -25,6 +25,7 @@ from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes
 from hf_fasttrain.errors import NotEnoughMemory, PeerGone, RunError, RunFailure, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
+from hf_fasttrain.final import FinalModel, load_final, resolve_final, with_metric
 from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss, first_loss_note
 from hf_fasttrain.optim import set_lr
@@ -53,6 +54,8 @@ class Trainer:
     targets), this process's share of one step, which is split into `accumulation_steps` micro-batches; `loss` maps
     (logits, targets) to the mean over their images; `eval_loader` gives (images, labels), on all processes together
     each image once. The model is moved to the accelerator's device and wrapped; don't prepare anything yourself.
+    `final`: with which weights the run ends, those of its best evaluation or its last ones; auto: best with
+    `early_stopping`, else last. They are in the model after `fit`, and in output_dir/model.
 
     Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped (a SystemExit) when a signal has
     stopped training, its state saved.
@@ -79,6 +82,7 @@ class Trainer:
         evaluate_every: Duration | str = "1 epoch",
         best: Watch = Watch(),  # noqa: B008 - frozen
         early_stopping: Watch | None = None,
+        final: str = "auto",
         output_dir: str | Path | None = None,
         checkpoint_every: Duration | str = "1 epoch",
         keep_checkpoints: int = 2,
@@ -127,6 +131,7 @@ class Trainer:
         if evaluator is None and (eval_loader is not None or test_loader is not None):
             raise RunError("nothing to evaluate with: give Trainer num_classes or an evaluator beside the eval_loader")
         self.evaluator, self.best, self.early_stopping = evaluator, best, early_stopping
+        self.final = resolve_final(final, early_stopping)
         steps_per_epoch = self.train_loader.steps_per_epoch
         self.num_steps = Duration.parse(duration).to_steps(steps_per_epoch)
         self.evaluate_every = Duration.parse(evaluate_every).to_steps(steps_per_epoch)
@@ -161,7 +166,9 @@ class Trainer:
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
         self._saved_at = self._collected_at = -1
         self._has_logged = False
+        self._final: FinalModel | None = None  # what the model holds since the run has ended
         self._predictions: Predictions | None = None
+        self._test_metrics: dict[str, float] | None = None
         self._evaluation_seconds = 0.0  # of the last one
 
     @classmethod
@@ -347,7 +354,8 @@ class Trainer:
         chosen = self.eval_loader if loader is None else OwnEvalLoader.wrap(loader, self.device)
         if chosen is None or self.evaluator is None:
             raise RunError("nothing to evaluate with; give Trainer an eval_loader, and num_classes or an evaluator")
-        self._average_batch_norm()
+        if not self._holds_earlier_weights:  # saved as means already
+            self._average_batch_norm()
         self.trained_model.eval()
         metrics = self.evaluator(self.trained_model, chosen, self.requests.pending)
         self._set_train_mode()
@@ -368,7 +376,7 @@ class Trainer:
         if self.early_stopping and self._improves(self.early_stopping, self.state.watched):
             self.state.watched = record_of(self.early_stopping, self.state)
         if self._improves(self.best, self.state.best):
-            self.state.best = self._record(self.best)
+            self.state.best = {**self._record(self.best), "metrics": metrics}
             self.save()
         return 0
 
@@ -406,11 +414,19 @@ class Trainer:
         if self.ema is not None:
             average_batch_norm(self.ema.module, self.accelerator)
 
+    @property
+    def _holds_earlier_weights(self) -> bool:
+        """Whether the model has the weights of an earlier step, with which the run ends."""
+        return self._final is not None and self._final.step != self.state.step
+
     # --- saving and restoring ------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the present step, unless it is there or there is no run folder."""
-        if self.checkpoints is None or self._saved_at == self.state.step:
+        """Begin to write a checkpoint of the present step, unless it is there or there is no run folder.
+
+        Nor once the model has the best evaluation's weights, which are of another step.
+        """
+        if self.checkpoints is None or self._saved_at == self.state.step or self._holds_earlier_weights:
             return
         self._saved_at = self.state.step
         self.requests.saved()
@@ -458,7 +474,10 @@ class Trainer:
                     "are done already; give a longer one"
                 )
             self.stateful.put_back(checkpoint)
-            self.state = state
+            self.state, self._final = state, None
+            self.state.best, note = with_metric(state.best, self.best)
+            if note:
+                self.log.note(note)
             self._go_on(checkpoint.path.name, checkpoint.state["processes"])
         else:
             self.log.say(f"nothing to resume in {self.output_dir}: training starts afresh")
@@ -491,12 +510,13 @@ class Trainer:
             self.log.resume_line(state.step, name, self.processes.number)
 
     def push_to_hub(
-        self, repo: str, *, private: bool | None = None, license: str | None = None, weights: str = "last"
+        self, repo: str, *, private: bool | None = None, license: str | None = None, weights: str | None = None
     ) -> str:
         """Upload the finished run to a Hub repository, in one commit, and return its address.
 
         `private`: of a new repository; None: as its owner's settings say. `license` stands in the card. `weights`:
-        last, or best for those of the best evaluation. Raises RunError with the command that finishes it.
+        last, best (of the best evaluation) or step_N; None: those in output_dir/model. Raises RunError with the command
+        that finishes it.
         """
         from hf_fasttrain.publish.hub import push_run
 
@@ -557,12 +577,7 @@ class Trainer:
         if self.checkpoints is not None and self.processes.any(not self.checkpoints.wait()):
             self._saved_at = -1
             self.save()  # once more: what filled the disk may be gone
-        stop = stop or self.requests.now()
-        self._predictions = None if stop else self._ask_model()
-        test = None
-        if self.test_loader is not None and not stop:
-            test = self._evaluate_and_log(self.test_loader)
-            stop = 0 if test else self.requests.now()
+        stop = stop or self.requests.now() or self._measure_final()
         if stop:
             self._leave(stop)
         if self.bad_images is not None and self.bad_images.count:
@@ -570,22 +585,45 @@ class Trainer:
         if self.output_dir is not None and self.accelerator.is_main_process:
             assert self.checkpoints is not None
             self.checkpoints.write_results(
-                lambda folder: self.export(self.trained_model, folder), lambda: asdict(self._result(test))
+                lambda folder: self.export(self.trained_model, folder), lambda: asdict(self._result())
             )
-        result = self._result(test)
+        result = self._result()
         self.accelerator.wait_for_everyone()
         return result
 
-    def _ask_model(self) -> Predictions | None:
-        """Return what the model says of each image of the evaluation split, if anybody wants it."""
-        if not self.report or self.evaluator is None or self.eval_loader is None:
-            return None
-        if self._collected_at != self.state.step:  # evaluated before the run was stopped
-            self.evaluator.collects = True
-            self.evaluate()
+    def _measure_final(self) -> int:
+        """Load and measure the weights that the run ends with; return the signal that broke it off, or 0."""
+        self._final = load_final(self.final, self.state, self.checkpoints, self.stateful, self.log)
+        if self.evaluator is None:
+            return 0
+        if self.eval_loader is not None:
+            with self.pace.stopped():
+                metrics = self._ask_model(self._final)
+            if not metrics:
+                return self.requests.now()
+            self._final.metrics = self._final.metrics or metrics
+        if self.test_loader is not None:
+            with self.pace.stopped():
+                self._test_metrics = self._evaluate_and_log(self.test_loader)
+            return 0 if self._test_metrics else self.requests.now()
+        return 0
+
+    def _ask_model(self, final: FinalModel) -> dict[str, float]:
+        """Keep what the model says of each image of the evaluation split, if anybody wants it, and return its metrics.
+
+        It is asked where the evaluation of these weights was not kept. An empty dict if a signal has broken it off.
+        """
+        assert self.evaluator is not None
+        metrics = final.metrics or {}
+        self.evaluator.collects = self.report
+        if not metrics or (self.report and self._collected_at != final.step):
+            metrics = self.evaluate()
         self.evaluator.collects = False
-        split = getattr(self.eval_loader, "name", "evaluation split")
-        return self.evaluator.predictions(self.state.step, split, getattr(self.eval_loader, "rows", None))
+        if metrics and self.report:
+            name, rows = getattr(self.eval_loader, "name", "evaluation split"), getattr(self.eval_loader, "rows", None)
+            self._predictions = self.evaluator.predictions(final.step, name, rows)
+            self._collected_at = -1  # they are not kept twice
+        return metrics
 
     def _tell_publisher(self, path: Path, step: int, best_step: int | None) -> None:
         if self.publisher is not None:
@@ -625,13 +663,16 @@ class Trainer:
         self.state.images, self.state.train_seconds = self.pace.images, self.pace.train_seconds
         self.state.wait_seconds = self.pace.wait_seconds
 
-    def _result(self, test: dict[str, float] | None) -> Result:
+    def _result(self) -> Result:
         self._copy_pace()
         state, seconds = self.state, max(self.pace.train_seconds, 1e-9)
+        final = self._final or FinalModel("last", state.step, state.metrics)
         return Result(
-            metrics=state.metrics,
-            test_metrics=test,
+            metrics=final.metrics or {},
+            test_metrics=self._test_metrics,
+            model={"weights": final.weights, "step": final.step},
             best=state.best,
+            last={"step": state.step, "metrics": state.metrics},
             steps=state.step,
             skipped_steps=state.step - state.updates,
             micro_batch_size=self.train_loader.micro_batch_size,

@@ -140,6 +140,11 @@ def image_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def rising_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each evaluation measure a larger loss than the one before it: the first one is the best."""
+    raise_losses(monkeypatch)
+
+
+def raise_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what `rising_loss` says."""
     real, count = Metrics.compute, itertools.count(1)
 
     def compute(self: Metrics, *add: Any) -> dict[str, float]:

@@ -78,6 +78,7 @@ def run(
         evaluate_every="1 step",
         checkpoint_every="1 step",
         early_stopping=watch,
+        final="last",
         output_dir=folder,
         report=False,
         log=RunLog(folder, show=show),

@@ -129,7 +129,7 @@ def test_a_run_that_stopped_early_shows_images_of_a_step_that_was_made(
     result = json.loads((run / "result.json").read_text())
     assert result["stopped_early"]
     assert Gallery.load(run).training_step == 1
-    assert Predictions.load(run / PREDICTIONS_FILE).step == result["steps"]
+    assert Predictions.load(run / PREDICTIONS_FILE).step == result["model"]["step"] == 1  # the best
 
 
 def test_a_trainer_of_own_objects_writes_a_report_too(tmp_path: Path) -> None:

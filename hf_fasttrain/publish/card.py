@@ -15,6 +15,7 @@ from hf_fasttrain.publish.local_paths import Scrubber, is_local_path
 from hf_fasttrain.publish.pictures import PICTURES
 from hf_fasttrain.publish.snippets import onnx_snippet, timm_snippet, transformers_snippet
 from hf_fasttrain.remote import is_remote, is_repo_name, parse_place
+from hf_fasttrain.run_weights import step_in_model
 
 CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
 
@@ -141,12 +142,14 @@ def _figures(result: dict[str, Any]) -> str:
 
 def _state(result: dict[str, Any]) -> str:
     """Return which of a run's weights these are, if not the last ones of a finished one."""
-    of, steps, asked = result.get("weights_of_step"), result.get("steps"), result.get("num_steps")
-    if of is None:
-        return ""
-    if asked is not None:
+    of, steps, asked = step_in_model(result), result.get("steps"), result.get("num_steps")
+    if of is not None and asked is not None:
         return f"Training is under way: these are the weights after step {of:,} of {asked:,}."
-    return f"These are the weights of the best evaluation, after step {of:,} of {steps:,}."
+    if of is None or of == steps:
+        return ""
+    best = " of the best evaluation," if (result.get("best") or {}).get("step") == of else ""
+    flatters = " It was chosen by the figures of the evaluation split below, which flatters them." if best else ""
+    return f"These are the weights{best} after step {of:,} of {steps:,}.{flatters}"
 
 
 def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:

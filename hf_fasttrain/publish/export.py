@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_fasttrain.checkpoint import checkpoint_path, complete_checkpoints, load_checkpoint
 from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.errors import RunError
@@ -31,6 +30,7 @@ from hf_fasttrain.publish.onnx_file import (
     scale_of,
     write_onnx,
 )
+from hf_fasttrain.run_weights import checkpoint_with, load_weights_of
 
 CONFIG_FILE = "config.json"
 WRITTEN = re.compile(  # the names of all that `save_model` and this module write
@@ -49,22 +49,23 @@ class Exported:
     onnx_difference: float | None  # of logits, between onnxruntime and torch
 
 
-def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, weights: str = "last") -> Exported:
+def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, weights: str | None = None) -> Exported:
     """Write a finished run's model folder for timm, transformers and, with `onnx`, onnxruntime.
 
-    `weights`: last (the moving average where the run has one), best (of the best evaluation) or step_N, the last two
-    from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its users will, and must give
-    the logits of evaluation to 1e-4 (of the largest one, where that is above 1); what can't be opened by whom is in the
-    notes. Raises RunError and leaves an earlier folder as it was.
+    `weights`: last, best (of the best evaluation) or step_N, the moving average where the run has one; by default those
+    in RUN/model. Others come from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its
+    users will, and must give the logits of evaluation to 1e-4 (of the largest one, where that is above 1); what can't
+    be opened by whom is in the notes. Raises RunError and leaves an earlier folder as it was.
     """
     run = Path(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give the run folder of a training that has ended")
     finished = read_run(run)
-    folder = _target(run, output, weights)
+    checkpoint = checkpoint_with(run, weights)
+    folder = _target(run, output, None if checkpoint is None else str(weights))
     if onnx:
         require_onnx()
-    model, spec = _chosen(finished, weights)
+    model, spec = _chosen(finished, checkpoint)
     spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
     had_onnx = (folder / ONNX_FILE).exists()
     try:
@@ -84,11 +85,11 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
 # --- what and where ----------------------------------------------------------------------------------------
 
 
-def _target(run: Path, output: Path | None, weights: str) -> Path:
-    """Return the folder to write; RunError if it holds what is not ours, or other weights would become the run's."""
+def _target(run: Path, output: Path | None, weights: str | None) -> Path:
+    """Return the folder to write; RunError if it holds what is not ours, or other `weights` would become the run's."""
     own = run / "model"
     folder = own if output is None else Path(output).expanduser().absolute()
-    if weights != "last" and folder.resolve() == own.resolve():
+    if weights is not None and folder.resolve() == own.resolve():
         raise RunError(
             f"{own} holds the weights that result.json tells of; give another folder for weights={weights} "
             "(--output FOLDER)"
@@ -110,39 +111,13 @@ def _target(run: Path, output: Path | None, weights: str) -> Path:
     return folder
 
 
-def _chosen(run: FinishedRun, weights: str) -> tuple[nn.Module, ModelSpec]:
-    """Return the model with the weights asked for."""
-    step = _step(run, weights)
+def _chosen(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
+    """Return the run's model, with the weights of a checkpoint if there is one."""
     with quiet():
         model, spec = load_model(run.folder / "model")
-    if step is None:
-        return model, spec
-    folder = run.folder / "checkpoints"
-    path, there = checkpoint_path(folder, step), complete_checkpoints(folder)
-    if path not in there:
-        names = ", ".join(f"step_{int(found.name.removeprefix('step_'))}" for found in there) or "none"
-        raise RunError(f"{run.folder}: no checkpoint of step {step} (weights={weights}); there are: {names}")
-    kinds = load_checkpoint(path).weights
-    try:
-        model.load_state_dict(kinds.get("ema") or kinds["model"])
-    except RuntimeError as error:
-        raise RunError(f"{path}: weights of another model: {first_line(error)}") from None
-    return model.eval(), spec
-
-
-def _step(run: FinishedRun, weights: str) -> int | None:
-    """Return the step whose checkpoint is asked for; None for the weights in RUN/model."""
-    if weights == "last":
-        return None
-    if weights == "best":
-        step = (run.result.get("best") or {}).get("step")
-        if step is None:
-            raise RunError(f"{run.folder}: it has no best evaluation (result.json); leave weights=best out")
-        return None if step == run.result.get("steps") else int(step)
-    found = re.fullmatch(r"step_(\d+)", weights)
-    if not found:
-        raise RunError(f"weights={weights}: allowed are last, best and step_N")
-    return int(found[1])
+    if checkpoint is not None:
+        load_weights_of(model, checkpoint)
+    return model, spec
 
 
 # --- opened by others --------------------------------------------------------------------------------------

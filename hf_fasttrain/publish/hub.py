@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hf_fasttrain.publish.finished import (
 )
 from hf_fasttrain.publish.local_paths import Scrubber, strings
 from hf_fasttrain.publish.pictures import PICTURES, pictures_of
-from hf_fasttrain.publish.staging import staged_best
+from hf_fasttrain.publish.staging import staged
 from hf_fasttrain.remote import is_license, is_repo_name
 
 # What a push may leave in a repository, and a later one without it takes away: others' files stay.
@@ -42,7 +42,7 @@ def push_run(
     *,
     private: bool | None = None,
     license: str | None = None,
-    weights: str = "last",
+    weights: str | None = None,
     message: str = "Push a run of hf_fasttrain",
     command: str | None = None,
     home: str | None = None,
@@ -56,21 +56,20 @@ def push_run(
     paths cut to their last component. Large files are sent first, and not again when they are there. What passes (429,
     5xx, a broken connection, `stalled` seconds without a byte) is tried again for `patience` seconds, and `tell` told.
 
-    `weights`: last, or best for those of the best evaluation. `home` is the run folder that `run` was staged from.
-    Raises RunError if the run is not finished or the Hub can't be written to, with the `command` that finishes it.
+    `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `home` is the run folder that
+    `run` was staged from. Raises RunError if the run is not finished or the Hub can't be written to, with the `command`
+    that finishes it.
     """
     folder = Path(run)
-    if weights not in ("last", "best"):
-        raise RunError(f"--weights is '{weights}'; allowed are last and best")
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
     finished = read_run(folder)
     asked = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
-    asked += ["--weights", weights] * (weights != "last")
+    asked += ["--weights", weights] if weights is not None else []
     command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *asked])
     upload = Upload(repo, private, message, command, stalled)
     upload.require_possible()
-    with staged_best(folder) if weights == "best" else nullcontext(folder) as chosen:
+    with staged(folder, weights) as chosen:
         try:
             chosen_run = finished if chosen == folder else read_run(chosen)
             files = files_to_push(chosen_run, repo, license, [str(folder), *([home] if home else [])])

@@ -145,7 +145,9 @@ class Pusher:
                 self._waiting = (folder, step)
         return min(PAUSES[1], 2 * pause)
 
-    def _push(self, run: Path, message: str, *, patience: float | None = None, weights: str = "last") -> dict[str, Any]:
+    def _push(
+        self, run: Path, message: str, *, patience: float | None = None, weights: str | None = None
+    ) -> dict[str, Any]:
         """Push a run folder by a process of its own and return its answer: address, or error and passes."""
         command = self.wish.command(self.run)
         asked = {
@@ -213,7 +215,7 @@ class Pusher:
         if under_way is not None:  # its large files are not sent twice
             under_way.join()
         patience = max(0.0, min(PATIENCE_SECONDS, until - time.monotonic() - TO_SAY_SECONDS))
-        weights = "best" if self.wish.every == "best" else "last"
+        weights = "best" if self.wish.every == "best" else None
         try:
             return self._push(self.run, "Push a run of hf_fasttrain", patience=patience, weights=weights)
         except Exception as error:  # noqa: BLE001 - said, instead of taken for a slow Hub

@@ -65,6 +65,13 @@ class Record:
         return bool(self.result) and int(self.result.get("steps") or 0) >= self.last_step
 
     @property
+    def has_best_weights(self) -> bool:
+        """Whether RUN/model has the weights of the best evaluation because it was the best: the metrics are its own."""
+        model, best = self.result.get("model"), self.result.get("best")
+        chosen = isinstance(model, dict) and model.get("weights") == "best"
+        return self.is_finished and chosen and isinstance(best, dict)
+
+    @property
     def model_name(self) -> str:
         """The model's name without the library's prefix."""
         name = self.spec.get("name") or self.value("model.name") or "a model"
@@ -115,7 +122,7 @@ class Record:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of the last evaluation of the main split."""
+        """The metrics of the model on the main split; of a run that has not ended, those of the last evaluation."""
         if self.is_finished and self.result.get("metrics"):
             return dict(self.result["metrics"])
         lines = [line for line in self.evaluations if line["split"] == self.splits[0]]

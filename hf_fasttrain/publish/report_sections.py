@@ -60,7 +60,7 @@ def page_of_run(record: Record) -> Page:
         subtitle=_subtitle(record),
         tiles=_tiles(record),
         warnings=_warnings(record),
-        notes=[str(note) for note in record.result.get("notes") or []],
+        notes=[*_on_the_best(record), *(str(note) for note in record.result.get("notes") or [])],
         sections=_filled(sections, empty if record.is_finished else {}),
     )
 
@@ -101,7 +101,10 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     tiles: list[tuple[str, str, str]] = []
     if main is not None:
         remark = record.splits[0] if record.splits else ""
-        if best.get("metric") == main and is_finite(best.get("value")) and best["value"] != metrics[main]:
+        last = (result.get("last") or {}).get("metrics") or {}
+        if record.has_best_weights and best.get("step") != result.get("steps") and is_finite(last.get(main)):
+            remark = f"at best (step {words.number(best.get('step'), 9)}), {words.metric(main, last[main])} at last"
+        elif best.get("metric") == main and is_finite(best.get("value")) and best["value"] != metrics[main]:
             remark = f"best {words.metric(main, best['value'])} at step {words.number(best.get('step'), 9)}"
         tiles.append((words.metric_title(main), words.metric(main, metrics[main]), remark))
         test = result.get("test_metrics") or {}
@@ -138,6 +141,21 @@ def _warnings(record: Record) -> list[str]:
         for event in result.get("out_of_memory") or []
     ]
     return told + record.problems
+
+
+def _on_the_best(record: Record) -> list[str]:
+    """Return a warning where the figures are those of the best of several evaluations."""
+    if not record.has_best_weights or not record.evaluations:
+        return []
+    best, split = record.result["best"], record.splits[0]
+    number = len({line["step"] for line in record.evaluations if line["split"] == split})
+    if number < 2:
+        return []
+    return [
+        f"The model has the weights of step {words.number(best.get('step'), 9)}, the best of {number:,} evaluations by "
+        f"{best.get('metric')}: as the best of {number:,}, its figures on {split} flatter it. A test split "
+        "(data.test_split), which chooses nothing, does not."
+    ]
 
 
 def _class_sections(record: Record) -> list[Section]:

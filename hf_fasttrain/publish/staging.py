@@ -14,6 +14,7 @@ from typing import Any
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import read_json, read_lines, reason, write_json
 from hf_fasttrain.publish.finished import METRICS_FILE, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE, metrics_of
+from hf_fasttrain.run_weights import checkpoint_with
 
 STAGING = ".hub"  # in the run folder: what is waiting to be pushed
 COPIED = (RECIPE_FILE, RESOLVED_FILE, METRICS_FILE)
@@ -44,33 +45,24 @@ def stage(
 
 
 @contextmanager
-def staged_best(run: Path) -> Iterator[Path]:
-    """Give a run folder whose model has the weights of the best evaluation: a staged one, or the run itself.
+def staged(run: Path, weights: str | None) -> Iterator[Path]:
+    """Give a run folder whose model has the weights asked for: a staged one, or the run itself if RUN/model has them.
 
-    Raises RunError if they are not there any more.
+    `weights`: best, last or step_N; None: those in RUN/model. Raises RunError if they are not there any more.
     """
-    from hf_fasttrain.checkpoint import checkpoint_path  # brings torch, which an upload beside training can do without
-
-    result = read_json(run / RESULT_FILE)
-    best = result.get("best") or {}
-    if not best or best.get("step") == result.get("steps"):
+    checkpoint = checkpoint_with(run, weights)
+    if checkpoint is None:
         yield run
         return
-    checkpoint = checkpoint_path(run / "checkpoints", best["step"])
-    if not checkpoint.is_dir():
-        raise RunError(
-            f"{run}: the best evaluation's weights, of step {best['step']}, are not in its checkpoints any more; "
-            "leave --weights out for the last ones"
-        )
     folder: Path | None = None
     try:
         (run / STAGING).mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="best_", dir=run / STAGING))
-        told = best_result(run, checkpoint)
+        folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING))
+        told = result_of(run, checkpoint, str(weights))
         stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), told)
     except OSError as error:
         _remove(folder)
-        raise RunError(f"{run}: the best weights can't be made ready: {reason(error)}") from None
+        raise RunError(f"{run}: the weights={weights} can't be made ready: {reason(error)}") from None
     try:
         yield folder
     finally:
@@ -91,10 +83,10 @@ def _copy_description(model: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def best_result(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """Return a finished run's result with the metrics of its best evaluation's weights."""
+def result_of(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
+    """Return a finished run's result as if the weights of a checkpoint were in RUN/model."""
     step, metrics = _step_and_metrics(run, _state_of(checkpoint))
-    told = {"metrics": metrics, "test_metrics": None, "weights_of_step": step}
+    told = {"metrics": metrics, "test_metrics": None, "model": {"weights": weights, "step": step}}
     return {**read_json(run / RESULT_FILE), **told}
 
 
