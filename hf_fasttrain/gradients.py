@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.data.loader import Step
+from hf_fasttrain.errors import RunError, shortened
 from hf_fasttrain.loss import Loss, loss_of_uniform_logits
 from hf_fasttrain.model import batch_norms
 from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory
 from hf_fasttrain.processes import Processes
+from hf_fasttrain.unused_parameters import find_use
 
 
 class Gradients:
@@ -31,10 +34,49 @@ class Gradients:
         self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
         self.uniform_loss: Tensor | None = None  # of the first images, were all classes equally likely
         self._is_first = True
-        self.norms = batch_norms(raw_model)
+        self.raw_model, self.norms = raw_model, batch_norms(raw_model)
         self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
         if isinstance(model, DistributedDataParallel):  # running statistics are averaged instead,
             model.broadcast_buffers = False  # and processes may make unequally many forwards
+
+    def leave_out_unused(self, step: Step) -> list[str]:
+        """Freeze the parameters that forward does not use; return what there is to say of that.
+
+        To be called by all processes before the first step, which is left as it is.
+        """
+        trainable = {name: p for name, p in self.raw_model.named_parameters() if p.requires_grad}
+        use = find_use(self.raw_model, self.loss, trainable, step.peek(), self.processes) if trainable else None
+        for name in use.never if use else ():
+            trainable[name].requires_grad_(False)
+        present = [parameter for parameter in trainable.values() if parameter.requires_grad]
+        skips = bool(use and use.sometimes) and self.processes.several
+        if present and (skips or self._searches or {*map(id, present)} != {*map(id, self.parameters)}):
+            self._wrap_again(search=skips)
+        self.parameters[:] = present  # in place: others hold this list
+        notes = [use.never_note(len(trainable))] if use and use.never else []
+        return [*notes, use.sometimes_note()] if use and skips else notes
+
+    @property
+    def _searches(self) -> bool:
+        """Whether DDP searches for unused parameters in each step."""
+        return isinstance(self.model, DistributedDataParallel) and self.model.find_unused_parameters
+
+    def _wrap_again(self, *, search: bool = False) -> None:
+        """Let DDP exchange the gradients of the parameters that are trainable now; `search` for them in each step."""
+        old, handler = self.model, self.accelerator.ddp_handler
+        if not isinstance(old, DistributedDataParallel):
+            return
+        options: dict[str, Any] = handler.to_kwargs() if handler is not None else {}
+        options.pop("broadcast_buffers", None)  # which warns; nothing is synchronised here
+        if search or old.find_unused_parameters:
+            options |= {"find_unused_parameters": True, "static_graph": False}
+        options |= {"device_ids": old.device_ids, "output_device": old.output_device, "init_sync": False}
+        self.model = DistributedDataParallel(old.module, **options)
+        self.model.broadcast_buffers = False
+        if handler is not None:
+            handler.register_comm_hook(self.model)
+        models = self.accelerator._models  # which would keep the old one's buckets
+        models[:] = [self.model if model is old else model for model in models]
 
     def add_up(self, step: Step, *, agree: bool = False) -> Tensor:
         """Add up the step's gradients, and return this process's part of its mean loss, 0-d.
@@ -44,7 +86,10 @@ class Gradients:
         """
         if not agree:
             total = self._own_part(step, exchange=True)
-            return total if total is not None else self._join_without_images(step.image_shape)
+            if total is None:
+                total = self._join_without_images(step.image_shape)
+            self._require_exchanged(step)
+            return total
         short, total = None, None
         try:
             total = self._own_part(step, exchange=False)
@@ -52,6 +97,8 @@ class Gradients:
             if not is_out_of_memory(error):
                 raise
             short = str(error)
+        if self._searches:  # what it takes for used in a backward without exchange would count in the next one
+            self._wrap_again()
         if self.processes.any(short is not None):
             raise MemoryShort(short or "another process had too little memory")
         self._exchange()
@@ -107,12 +154,28 @@ class Gradients:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Give every process the mean of all processes' gradients, as DDP does: divided first, then added up."""
-        for parameter in self.parameters:
+        present = self.processes.largest(*(parameter.grad is not None for parameter in self.parameters))
+        for parameter in compress(self.parameters, present):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             mean = parameter.grad.div_(self.processes.number).contiguous()
             dist.all_reduce(mean)
             parameter.grad.copy_(mean)
+
+    def _require_exchanged(self, step: Step) -> None:
+        """Raise RunError if DDP has waited in vain for a gradient, and so left others unsynchronised."""
+        model = self.model
+        if not isinstance(model, DistributedDataParallel) or model.static_graph or self._searches:
+            return
+        if any(parameter.grad is None for parameter in self.parameters):
+            names = [n for n, p in self.raw_model.named_parameters() if p.requires_grad and p.grad is None]
+            error = RunError(
+                f"step {step.index + 1}: forward no longer uses {shortened(names, 3)}, so that the processes could not "
+                "exchange their gradients; the checkpoints are as they were: use all parameters in every step, or "
+                "freeze those with requires_grad_(False) before training"
+            )
+            error.every_process = False
+            raise error
 
     def _freeze_batch_norm(self) -> None:
         for norm in self.norms:

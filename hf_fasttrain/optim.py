@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fasttrain.errors import ModelError, RecipeError, nearest, shortened
+from hf_fasttrain.errors import ModelError, RecipeError, RunError, nearest, shortened
 
 # Tokens and position tables, by the names that timm and transformers give them.
 TOKEN_NAMES = {"pos_embed", "cls_token", "dist_token", "reg_token", "position_embeddings", "distillation_token"}
@@ -111,6 +111,41 @@ def build_optimizer(
 
 def _fused(name: str) -> dict[str, bool]:
     return {"fused": True} if name.lower() in {"adam", "adamw", "sgd", "nesterov", "momentum"} else {}
+
+
+def follow_parameters(optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], model: nn.Module) -> None:
+    """Give an optimizer the present parameters of a model, where moving it has replaced those of `before` by name."""
+    present = dict(model.named_parameters())
+    new = {id(old): present[name] for name, old in before.items() if present.get(name, old) is not old}
+    for group in optimizer.param_groups if new else ():
+        for old in group["params"]:
+            if id(old) in new and old in optimizer.state:
+                optimizer.state[new[id(old)]] = optimizer.state.pop(old)
+        group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
+
+
+def require_own_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise RunError for an optimizer of other parameters than the model's, which would train nothing.
+
+    It may have others beside the model's (a loss's, say), and need not have all of them.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    left = [model.get_parameter(name) for name in names_left_out(optimizer, model)]
+    foreign = [parameter for parameter in held if id(parameter) not in own]
+    replaced = bool(left) and sorted(p.shape for p in foreign) == sorted(p.shape for p in left)
+    if replaced or (left and len(foreign) == len(held)):
+        raise RunError(
+            f"the optimizer holds {len(foreign):,} parameters that are not the model's, and not {len(left):,} that "
+            f"are ({shortened(names_left_out(optimizer, model), 3)}): it was made before the model was changed, or of "
+            "another one; make it from model.parameters() of the model that is trained"
+        )
+
+
+def names_left_out(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Return the names of a model's trainable parameters that an optimizer does not have."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -28,7 +28,7 @@ from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.final import FinalModel, load_final, resolve_final, with_metric
 from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss, first_loss_note
-from hf_fasttrain.optim import set_lr
+from hf_fasttrain.optim import follow_parameters, names_left_out, require_own_parameters, set_lr
 from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.predictions import Predictions
@@ -56,6 +56,7 @@ class Trainer:
     each image once. The model is moved to the accelerator's device and wrapped; don't prepare anything yourself.
     `final`: with which weights the run ends, those of its best evaluation or its last ones; auto: best with
     `early_stopping`, else last. They are in the model after `fit`, and in output_dir/model.
+    Before the first step two images of noise show which parameters forward does not use: they are frozen, and named.
 
     Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped (a SystemExit) when a signal has
     stopped training, its state saved.
@@ -99,8 +100,11 @@ class Trainer:
     ) -> None:
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=accumulation_steps)
         self.device = self.accelerator.device
+        before = dict(model.named_parameters())
         self.raw_model = model.to(self.device)
-        self.model = self.accelerator.prepare_model(model)
+        prepared = self.accelerator.prepare_model(model)
+        follow_parameters(optimizer, before, self.raw_model)
+        require_own_parameters(optimizer, self.raw_model)
         self.optimizer = optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
         if self.accelerator.mixed_precision != "no" and not self.accelerator.native_amp:
             raise RunError(
@@ -110,7 +114,7 @@ class Trainer:
         if isinstance(ema, Ema):
             ema.attach(self.raw_model)  # where it lies now
             self.processes.copy_from_main(ema.module.state_dict().values())  # as DDP does with the model's weights
-        self.gradients = Gradients(self.accelerator, self.model, self.raw_model, loss, self.processes)
+        self.gradients = Gradients(self.accelerator, prepared, self.raw_model, loss, self.processes)
         self.norms, self.parameters = self.gradients.norms, self.gradients.parameters
         self.memory = Memory(self.raw_model, self.parameters, self.norms, self.processes)
         self.update = Update(
@@ -165,7 +169,7 @@ class Trainer:
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
         self._saved_at = self._collected_at = -1
-        self._has_logged = False
+        self._has_logged = self._is_settled = False
         self._final: FinalModel | None = None  # what the model holds since the run has ended
         self._predictions: Predictions | None = None
         self._test_metrics: dict[str, float] | None = None
@@ -261,6 +265,8 @@ class Trainer:
 
     def _make(self, step: Step) -> Tensor:
         """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
+        if not self._is_settled:
+            self._settle_parameters(step)
         while True:
             self.memory.keep()
             try:
@@ -273,6 +279,19 @@ class Trainer:
                 self.memory.fits(step)
                 return loss
             step = self._make_smaller(step, what, agreed)  # outside of the handler, which holds what failed
+
+    def _settle_parameters(self, step: Step) -> None:
+        """Find out, before the first step, which parameters are trained, and say which are not."""
+        self._is_settled = True
+        for note in self.gradients.leave_out_unused(step):
+            self.log.note(note)
+        left = names_left_out(self.optimizer, self.raw_model)
+        if left:
+            self.update.leave_out([self.raw_model.get_parameter(name) for name in left])
+            self.log.note(
+                f"the optimizer has not been given {len(left):,} of the model's {len(self.parameters):,} trainable "
+                f"parameters ({shortened(left, 3)}): they stay as they are"
+            )
 
     def _make_smaller(self, step: Step, what: str, agreed: bool) -> Step:
         """Undo a step that memory was too short for, and return it cut smaller; `agreed` by all processes."""
@@ -320,6 +339,11 @@ class Trainer:
 
     def _set_train_mode(self) -> None:
         self.gradients.set_train_mode()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that gives the logits of training: what the accelerator has made of `raw_model`."""
+        return self.gradients.model
 
     def _due(self, *every: int) -> bool:
         return self.state.step == self.num_steps or any(self.state.step % number == 0 for number in every)

@@ -31,6 +31,7 @@ class Update:
     ) -> None:
         self.accelerator, self.optimizer, self.parameters, self.memory = accelerator, optimizer, parameters, memory
         self.clip_norm, self.ema = clip_norm, ema
+        self._left_out: Sequence[nn.Parameter] = ()
         self.grad_norm: Tensor | None = None  # of the last update, on the device; None where fp16 has scaled it
         self.skipped = False  # whether fp16's last gradients overflowed
         self._scale: float | None = None  # fp16's loss scale after the last update
@@ -47,7 +48,18 @@ class Update:
         if self.ema is not None and not self.skipped:
             self.ema.update(number)
         self.memory.updated()
+        self._zero_grad()
+
+    def leave_out(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Neither count nor keep the gradients of parameters that the optimizer does not have."""
+        left = {id(parameter) for parameter in parameters}
+        self._left_out = parameters
+        self.parameters = [parameter for parameter in self.parameters if id(parameter) not in left]
+
+    def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._left_out:
+            parameter.grad = None
 
     def _clip(self) -> Tensor | None:
         """Clip the gradients if asked, and return their norm."""
@@ -74,7 +86,7 @@ class Update:
 
     def undo(self) -> None:
         """Forget the gradients of a step that failed, and what its update did if that was the first one."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         if self.memory.failed_in() == "first update":
             self.optimizer.state.clear()  # half of it may be made
         if (scaler := self.accelerator.scaler) is not None:

@@ -38,7 +38,7 @@ LEVELS = [
     {"data.images"},
     {"data.feed", "scan_report"},
     {"data.device", "data.loader"},
-    {"steps", "gradients", "update", "early_stopping", "final"},
+    {"steps", "gradients", "update", "unused_parameters", "early_stopping", "final"},
     {"facts", "trainer"},
     {"launch", "runfolder", "machine"},
     {"loading"},

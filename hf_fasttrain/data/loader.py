@@ -30,6 +30,18 @@ class Step:
     micro_batches: Iterator[Batch]  # images (B, 3, H, W), targets
     image_shape: tuple[int, ...]  # of one image
 
+    def peek(self) -> Batch | None:
+        """Return the first micro-batch, which stays the one that comes next; None if there is none."""
+        first = next(self.micro_batches, None)
+        if first is not None:
+            self.micro_batches = _put_in_front([first], self.micro_batches)
+        return first
+
+
+def _put_in_front(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield first.pop()  # and don't hold it
+    yield from rest
+
 
 class TrainLoader:
     """The training images in their order, step by step, from any step on."""
