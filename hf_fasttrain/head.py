@@ -127,11 +127,26 @@ def kept_note(source: Source, class_names: Sequence[str]) -> str:
 
 
 def new_note(
-    wish: HeadWish, source: Source, class_names: Sequence[str], new: Sequence[str], tensors: Mapping[str, Tensor]
+    wish: HeadWish,
+    source: Source,
+    class_names: Sequence[str],
+    new: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    fits: bool,
+    found: str,
 ) -> str:
-    """Return what to say of a head that begins at zero; `new` names those of a model's tensors that were not loaded."""
-    why = "as model.head=new asks for" if wish == "new" else f"because {_why_not_same(source, class_names)}"
-    hint = "; model.head=keep takes it over as it is" if wish == "auto" and source.class_names is None else ""
+    """Return what to say of a head that begins at zero; `new` names those of a model's tensors that were not loaded.
+
+    `fits` is whether the head that was `found` in the weights could have been kept.
+    """
+    unnamed = source.class_names is None
+    why = f"because {_why_not_same(source, class_names)}"
+    if wish == "new":
+        why = "as model.head=new asks for"
+    elif unnamed and not fits:
+        why = f"because {source.name} has {found}, the data set has {len(class_names):,} classes"
+    hint = "; model.head=keep takes it over as it is" if wish == "auto" and unnamed and fits else ""
     return f"model.head: new, all zeros, {why}: {share_of(new, tensors)} not loaded{hint}"
 
 

@@ -69,7 +69,11 @@ def start_from(
     new = _drop(weights, own, head, () if kept else head.layers)
     _require_most(own, [name for name in drawn if name not in new], source)
     load_fitting(model, weights, source.name, may_lack=[*new, *drawn])
-    _say(model, source, head, new, kept=kept, note=note)
+    if kept:
+        _say_kept(model, source, head, new, note)
+    else:
+        begin_at_zero(model, head.layers)
+        note(new_note(head.wish, source, head.class_names, new, model.state_dict(), fits=fits, found=found))
     others = [name for name in drawn if name not in new]
     if others:
         note(f"model.pretrained: {share_of(others, own)} are not in {source.name} and begin at random")
@@ -86,17 +90,17 @@ def settle_published_head(model: nn.Module, source: Source, head: Head, note: No
         weights = {name: own[name].clone() for name in outputs}
         reorder_classes(weights, outputs, class_order(source.class_names, head.class_names))
         model.load_state_dict(weights, strict=False)
-    _say(model, source, head, [] if kept else outputs, kept=kept, note=note)
-
-
-def _say(model: nn.Module, source: Source, head: Head, new: Sequence[str], *, kept: bool, note: Note) -> None:
     if kept:
-        note(kept_note(source, head.class_names))
-        if new:
-            note(f"model.head: {share_of(new, model.state_dict())} are not in {source.name} and begin at random")
-        return
-    begin_at_zero(model, head.layers)
-    note(new_note(head.wish, source, head.class_names, new, model.state_dict()))
+        _say_kept(model, source, head, [], note)
+    else:
+        begin_at_zero(model, head.layers)
+        note(new_note(head.wish, source, head.class_names, outputs, own, fits=loaded, found=found))
+
+
+def _say_kept(model: nn.Module, source: Source, head: Head, new: Sequence[str], note: Note) -> None:
+    note(kept_note(source, head.class_names))
+    if new:
+        note(f"model.head: {share_of(new, model.state_dict())} are not in {source.name} and begin at random")
 
 
 def _require_output_layers(model: nn.Module, head: Head) -> None:
