@@ -1,7 +1,7 @@
 """Encoded bytes to 8-bit RGB pixels, by the fastest decoder that gives right ones.
 
-JPEGs go through libjpeg-turbo (simplejpeg), which gives exactly Pillow's pixels in three quarters of its time;
-everything else, and every JPEG that is out of the ordinary, through Pillow.
+JPEGs go through libjpeg-turbo (simplejpeg), which gives exactly Pillow's pixels in three quarters of its time and
+tells of damage that Pillow reads over; everything else through Pillow.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,20 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hf_fasttrain.data.damage import strict_pillow, verify
+from hf_fasttrain.data.jpeg import (
+    JPEG_START,
+    Encoded,
+    Pixels,
+    UnsupportedJpeg,
+    decode_complete,
+    decode_jpeg,
+    inspect_header,
+    normalize_header,
+    verify_jpeg,
+)
 from hf_fasttrain.errors import DataError
 
-Pixels = np.ndarray  # (H, W, 3) uint8, contiguous
-Encoded = bytes | memoryview
 DECODING_ERRORS = (
     UnidentifiedImageError,
     OSError,
@@ -38,9 +49,16 @@ DECODING_ERRORS = (
     RuntimeError,
     TypeError,
 )
-_JPEG_START = b"\xff\xd8\xff"
-_APP1, _START_OF_SCAN = 0xE1, 0xDA
-_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+_ORIENTATION = 0x0112  # EXIF
+_TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = False) -> Pixels:
@@ -76,34 +94,42 @@ def _reason(error: Exception) -> str:
 
 
 def decode(data: Encoded, *, at_least: int | None = None, pillow: bool = False) -> Pixels:
-    """Return the RGB pixels (H, W, 3) of an encoded image; raises one of DECODING_ERRORS."""
+    """Return the RGB pixels (H, W, 3) of an encoded image; raises one of DECODING_ERRORS, for a damaged one too."""
     if not len(data):
         raise ValueError("0 bytes")
-    if not pillow and data[:3] == _JPEG_START and is_plain_jpeg(data):
-        try:
-            return _decode_jpeg(data, at_least or 0)
-        except ValueError:
-            pass  # damaged, or in a colour space of its own: Pillow decides
-    image = Image.open(io.BytesIO(data))
+    if data[:3] != JPEG_START:
+        return _decode_by_pillow(data)
+    has_exif, has_junk = inspect_header(data)
+    if has_junk:
+        data = normalize_header(data)
+        has_exif, _ = inspect_header(data)
     try:
-        turned = ImageOps.exif_transpose(image)
+        if pillow:
+            verify_jpeg(data)
+            return _decode_by_pillow(data)
+        pixels = decode_jpeg(data, at_least or 0)
+    except UnsupportedJpeg:
+        return decode_complete(data, _decode_by_pillow)
+    return _rotate(pixels, data) if has_exif else pixels
+
+
+def _decode_by_pillow(data: Encoded) -> Pixels:
+    with strict_pillow():
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.load()  # exif_transpose would, but its errors are not the image's
+        verify(image, data)
+        with suppress(*DECODING_ERRORS):  # if only its EXIF data are damaged, the image itself is not
+            image = ImageOps.exif_transpose(image)
+        return np.array(to_rgb(image))
+
+
+def _rotate(pixels: Pixels, data: Encoded) -> Pixels:
+    """Return the pixels of a JPEG as its EXIF or XMP data ask for."""
+    try:
+        turn = _TURNS.get(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1))
     except DECODING_ERRORS:
-        turned = image  # if only its EXIF data are damaged, the image itself is not
-    return np.array(to_rgb(turned))
-
-
-def _decode_jpeg(data: Encoded, at_least: int) -> Pixels:
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    if colours == "CMYK":
-        raise ValueError("CMYK")
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 2**63)
-    if height * width > limit:
-        raise Image.DecompressionBombError(f"{width} x {height} pixels are more than {limit:,}: a decompression bomb?")
-    if not at_least:
-        return simplejpeg.decode_jpeg(data)
-    # Other factors, such as 3/8, would be slower than none: libjpeg-turbo has vector code for powers of two only.
-    factor = next((k for k in (8, 4, 2) if min(height, width) >= k * at_least), 1)
-    return simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor))
+        return pixels
+    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
 def is_jpeg(record: Any) -> bool:
@@ -112,40 +138,10 @@ def is_jpeg(record: Any) -> bool:
     if data is None and path is not None:
         try:
             with Path(path).open("rb") as file:
-                data = file.read(len(_JPEG_START))
+                data = file.read(len(JPEG_START))
         except OSError:
             return False
-    return data is not None and data[:3] == _JPEG_START
-
-
-def is_plain_jpeg(data: Encoded) -> bool:
-    """Return whether a JPEG has neither EXIF nor XMP data, so that it can't ask to be rotated, or says it is upright.
-
-    Walks the markers before the image itself: a microsecond or two, whatever the size.
-    """
-    place, end = 2, len(data)
-    while place + 4 <= end and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:  # padding
-            place += 1
-            continue
-        if marker in _WITHOUT_LENGTH:
-            place += 2
-            continue
-        if marker == _START_OF_SCAN:
-            return True
-        length = data[place + 2] << 8 | data[place + 3]
-        if marker == _APP1:
-            return _is_upright(data)
-        place += 2 + length
-    return False
-
-
-def _is_upright(data: Encoded) -> bool:
-    try:
-        return Image.open(io.BytesIO(data)).getexif().get(0x0112, 1) in (0, 1)
-    except DECODING_ERRORS:
-        return False
+    return data is not None and data[:3] == JPEG_START
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:

@@ -10,7 +10,7 @@ from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.decode import Pixels, decode, encode_jpeg, read_pixels
 from hf_fasttrain.data.resize import resize_short_side, size_with_short_side
 
-PIXELS_VERSION = 1  # raised whenever the same image and settings give other pixels
+PIXELS_VERSION = 2  # raised whenever the same image and settings give other pixels, or none
 PIXEL_MAKERS = ("pillow", "simplejpeg", "torch")  # another version of these may too
 
 
