@@ -100,20 +100,23 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.build import build_trainer
-    from hf_fasttrain.early_stopping import HOW_TO_GO_ON
     from hf_fasttrain.launch import output_dir
-    from hf_fasttrain.runfolder import finished_steps, require_free
+    from hf_fasttrain.publish.owed import owed
+    from hf_fasttrain.runfolder import require_free
     from hf_fasttrain.stop import ignore_signals
 
     folder = Path(output_dir(loaded))
     require_free(folder, resume=resume)
     trainer = build_trainer(loaded, resume=resume)
-    if resume and finished_steps(folder) is not None and trainer.is_finished:
-        early = f"\n{trainer.early_stop}; {HOW_TO_GO_ON}" if trainer.early_stop else ""
-        trainer.log.say(f"{folder}: this run is finished ({trainer.state.step} steps); nothing to do{early}")
-        return
-    started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
-    trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
+    if resume and trainer.is_finished:
+        missing = owed(folder, trainer.state.step, trainer.final_step, report=trainer.report)
+        if not missing:
+            _say_finished(trainer, folder)
+            return
+        trainer.log.say(f"{folder}: trained to the end; now making what is missing: {', '.join(missing)}")
+    else:
+        started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
+        trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
     try:
         result = trainer.fit()
     except Stopped as stopped:
@@ -126,6 +129,18 @@ def train(
         trainer.log.say(f"trained to the end, but not everything is on disk:\n  {lost}")
         sys.exit(Stopped.NOT_WRITTEN)
     _say_what_next(trainer.log.say, folder, loaded, result)
+
+
+def _say_finished(trainer: Trainer, folder: Path) -> None:
+    """Say that there is nothing to train or to write, and how a push that is owed is made."""
+    from hf_fasttrain.early_stopping import HOW_TO_GO_ON
+    from hf_fasttrain.publish.owed import is_pushed
+
+    steps, pusher = trainer.state.step, getattr(trainer.publisher, "pusher", None)
+    early = f"\n{trainer.early_stop}; {HOW_TO_GO_ON}" if trainer.early_stop else ""
+    trainer.log.say(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
+    if pusher is not None and not is_pushed(folder, pusher.wish.repo, steps):
+        trainer.log.say(f"not pushed to {pusher.wish.repo} yet: {pusher.wish.command(folder)}")
 
 
 def _end_trackers(trainer: Trainer) -> None:

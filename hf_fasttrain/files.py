@@ -118,10 +118,12 @@ def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[P
     """Make a folder beside its place, to be filled; at the end it is synced and takes the place of `path`.
 
     `last` is called when it is there. If anything fails on the way, what was at `path` is there again. Of a link, the
-    folder that it leads to is replaced.
+    folder that it leads to is replaced. Without `last`, there is a whole folder at `path` at any moment where the
+    system can exchange two names at once; where it can't, `put_back_folder` mends what a kill leaves.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    put_back_folder(path)
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     placed = False
@@ -129,10 +131,13 @@ def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[P
         os.makedirs(partial)
         yield partial
         sync_folder(partial)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(partial, path)
-        placed = True
+        if last is None and path.exists() and exchange(partial, path):
+            shutil.rmtree(partial, ignore_errors=True)  # the one before
+        else:
+            if path.exists():
+                os.rename(path, old)
+            os.rename(partial, path)
+            placed = True
         sync_folder(path.parent)
         if last is not None:
             last()
@@ -142,6 +147,26 @@ def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[P
             os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step; False, and nothing has changed, where the system or its disk can't."""
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:  # no Linux, or a C library before glibc 2.28
+        return False
+    renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0)
+
+
+def put_back_folder(path: Path) -> None:
+    """Put a folder back into its place whose process was killed between the two renames of `new_folder`."""
+    old = path.with_name(f".{path.name}.old")
+    if old.is_dir() and not path.exists():
+        with suppress(OSError):  # a read-only disk: what looks for the folder says that it is not there
+            os.rename(old, path)
 
 
 def sync_files(folder: Path) -> None:

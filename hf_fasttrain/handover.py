@@ -55,7 +55,7 @@ class RunPublisher:
     def finished(self, step: int, predictions: Predictions | None) -> None:
         """Write the report, then push the run."""
         if self.show is not None:
-            report_at_end(self.run, predictions, self.log.say, partial(self.show, step, predictions))
+            report_at_end(self.run, self.log.say, self.log.not_written, partial(self.show, step, predictions))
         if self.pusher is None:
             return
         lost = [name for name in ("model", "result.json") if self._is_lost(name)]

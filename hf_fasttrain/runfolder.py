@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.checkpoint import checkpoint_path, complete_checkpoints, read_state
+from hf_fasttrain.checkpoint import complete_checkpoints, read_state
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
-from hf_fasttrain.files import read_json, write_whole
+from hf_fasttrain.files import write_whole
 from hf_fasttrain.recipe_file import recipe_as_asked, to_yaml
 from hf_fasttrain.saving import hold_run, not_writable
 from hf_fasttrain.tunings import TUNED, Tuned
@@ -53,15 +53,6 @@ def held_by_run(folder: Path) -> list[str]:
     """Return the names in a folder that belong to a run."""
     found = [name for name in RUN_FILES if (folder / name).exists()]
     return [*found, *(["checkpoints"] if complete_checkpoints(folder / "checkpoints") else [])]
-
-
-def finished_steps(folder: Path) -> int | None:
-    """Return the number of steps of a run that has ended, None for one that has not."""
-    path, checkpoints = folder / "result.json", complete_checkpoints(folder / "checkpoints")
-    if not path.exists() or not checkpoints:
-        return None
-    steps = read_json(path).get("steps", -1)
-    return steps if checkpoints[-1] == checkpoint_path(folder / "checkpoints", steps) else None
 
 
 def saved_state(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hf_fasttrain.checkpoint import (
 from hf_fasttrain.environment import free_memory_bytes, one_thread
 from hf_fasttrain.errors import RunError, RunFailure, Stopped
 from hf_fasttrain.files import attempt, new_folder, reason, sync_files, write_json
-from hf_fasttrain.predictions import Predictions
+from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
 from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.runlock import hold, release
 from hf_fasttrain.runlog import RunLog
@@ -174,8 +174,13 @@ class Checkpoints:
             self._best = best_step
         return attempt(lambda: prune_checkpoints(self.folder, keep, self._best, step), lambda error: None)
 
-    def write_results(self, write_model: Callable[[Path], None], result: Callable[[], dict[str, Any]]) -> None:
-        """Write RUN/model and result.json at the end, on the main process; what the disk does not take is named.
+    def write_results(
+        self,
+        write_model: Callable[[Path], None],
+        predictions: Predictions | None,
+        result: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Write RUN/model, predictions and result.json, on the main process; what the disk does not take is named.
 
         `result` is asked last, when it is known what is missing.
         """
@@ -189,9 +194,20 @@ class Checkpoints:
                 sync_files(folder)
 
         attempt(write, lambda error: log.not_written(str(run / "model"), error))
+        path = run / PREDICTIONS_FILE
+        if predictions is not None:
+            attempt(lambda: predictions.save(path), lambda error: log.not_written(str(path), error))
         log.lost += [f"{run / name}: is gone" for name in log.expected if not (run / name).exists()]
-        path = run / "result.json"
-        attempt(lambda: write_json(path, result()), lambda error: log.not_written(str(path), error))
+        self.write_result(result())
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json."""
+        path = self.run / "result.json"
+        attempt(lambda: write_json(path, result), lambda error: self.log.not_written(str(path), error))
+
+    def has(self, step: int) -> bool:
+        """Return whether a step's checkpoint is on disk."""
+        return checkpoint_path(self.folder, step) in complete_checkpoints(self.folder)
 
     def newest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, the same on every process; damaged ones are named and passed over."""

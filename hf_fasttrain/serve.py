@@ -19,7 +19,7 @@ from hf_fasttrain.data.measured import Measured, load_measured, with_model_class
 from hf_fasttrain.data.source import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_image_file, note_on_test_split
 from hf_fasttrain.errors import DataError, RunError, UserError
 from hf_fasttrain.facts import Facts
-from hf_fasttrain.files import read_json
+from hf_fasttrain.files import put_back_folder, read_json
 from hf_fasttrain.launch import build_accelerator
 from hf_fasttrain.loading import Loaders, eval_transform
 from hf_fasttrain.machine import resolve_machine
@@ -58,6 +58,7 @@ def open_run(place: str | Path) -> Path:
 
 def model_folder(run: Path, *, pushed: bool = False) -> Path:
     """Return the model folder of a run folder, or the folder itself if it is one, as a `pushed` run's always is."""
+    put_back_folder(run / "model")
     for folder in (run,) if pushed else (run / "model", run):
         if (folder / SPEC_FILE).exists():
             return folder

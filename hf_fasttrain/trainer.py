@@ -191,7 +191,21 @@ class Trainer:
     # --- the loop ------------------------------------------------------------------------------------------
 
     def fit(self) -> Result:
-        """Train to the end and return how it ended."""
+        """Train to the end and return how it ended.
+
+        Until the last file of that is written, no other run is let into the run folder.
+        """
+        try:
+            result = self._train()
+            with interruptible():
+                self._publish(result)
+        finally:
+            if self.checkpoints is not None:
+                release_run(self.checkpoints.run)
+        return result
+
+    def _train(self) -> Result:
+        """Train to the end, and write down how it ended."""
         with self._running():
             stop = self._catch_up()
             for step in self._steps if not stop and not self.is_finished else ():
@@ -213,10 +227,7 @@ class Trainer:
                     break
             if self.early_stop and not stop:
                 self.log.say(f"{self.early_stop}; {HOW_TO_GO_ON}" if self.output_dir else str(self.early_stop))
-            result = self._finish(stop)
-        with interruptible():
-            self._publish()
-        return result
+            return self._finish(stop)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -245,7 +256,6 @@ class Trainer:
                     loader.close()
             if self.checkpoints is not None:
                 self.checkpoints.wait()
-                release_run(self.checkpoints.run)
 
     def _failure(self, error: BaseException, began_at: int) -> RunFailure | None:
         """Return the message for an error that comes of a process that is gone, with what is saved; else None."""
@@ -609,7 +619,9 @@ class Trainer:
         if self.output_dir is not None and self.accelerator.is_main_process:
             assert self.checkpoints is not None
             self.checkpoints.write_results(
-                lambda folder: self.export(self.trained_model, folder), lambda: asdict(self._result())
+                lambda folder: self.export(self.trained_model, folder),
+                self._predictions,
+                lambda: asdict(self._result()),
             )
         result = self._result()
         self.accelerator.wait_for_everyone()
@@ -653,7 +665,7 @@ class Trainer:
         if self.publisher is not None:
             self.publisher.saved(path, step, best=step == best_step)
 
-    def _publish(self) -> None:
+    def _publish(self, result: Result) -> None:
         """Hand the finished run to whoever makes something for others of it; a signal leaves that off."""
         if not self.accelerator.is_main_process:
             return
@@ -663,12 +675,22 @@ class Trainer:
             elif self.report and self.output_dir is not None:
                 from hf_fasttrain.publish.at_end import report_at_end
 
-                report_at_end(self.output_dir, self._predictions, self.log.say)
+                report_at_end(self.output_dir, self.log.say, self.log.not_written)
         except KeyboardInterrupt:
             self.log.say(f"trained to the end; the rest was left off: hf-fasttrain report {self.output_dir}, or push")
         finally:
             if self.publisher is not None:
                 self.publisher.close()
+        if self.checkpoints is not None and self.log.lost != result.not_written:
+            result.not_written = list(self.log.lost)
+            self.checkpoints.write_result(asdict(result))
+
+    @property
+    def final_step(self) -> int:
+        """The step of the weights that a finished run's model folder should have, as far as they are kept."""
+        best = self.state.best["step"] if self.state.best else self.state.step
+        kept = self.checkpoints is not None and self.checkpoints.has(best)
+        return best if self.final == "best" and kept else self.state.step
 
     def _leave(self, stop: int) -> None:
         """Wait until the state is on disk and raise Stopped."""

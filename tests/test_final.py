@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "small.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patched:
         raise_losses(patched)
-        patched.setattr("hf_fasttrain.publish.report.write_report", lambda runs: None)
+        patched.setattr("hf_fasttrain.publish.report.write_page", lambda runs: None)
         make(folder / "small.yaml", folder / "run", BEST, "log.report=true").fit()
     return folder / "run"
 

@@ -166,7 +166,7 @@ def test_a_report_that_fails_harms_nothing(
     def broken(runs: list[Path]) -> Path:
         raise KeyError("somebody's drawing")
 
-    monkeypatch.setattr("hf_fasttrain.publish.report.write_report", broken)
+    monkeypatch.setattr("hf_fasttrain.publish.report.write_page", broken)
     run = tmp_path / "run"
     assert exit_status([str(write_recipe(RECIPE)), f"output_dir={run}"]) == 0
     said = capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_ctrl_c_while_the_report_is_drawn_leaves_the_run_as_it_is(
     def interrupted(runs: list[Path]) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_fasttrain.publish.report.write_report", interrupted)
+    monkeypatch.setattr("hf_fasttrain.publish.report.write_page", interrupted)
     run = tmp_path / "run"
     assert exit_status([str(write_recipe(RECIPE)), f"output_dir={run}"]) == 0
     assert f"trained to the end; the rest was left off: hf-fasttrain report {run}, or push" in capsys.readouterr().out

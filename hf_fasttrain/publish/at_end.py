@@ -6,22 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_fasttrain.files import reason
-from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
 
 
 def report_at_end(
     run: Path,
-    predictions: Predictions | None,
     say: Callable[[str], None],
+    not_written: Callable[[str, BaseException], None],
     show: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write predictions, what `show` writes for the report, and the report; `say` is told of what can't be written."""
-    try:
-        if predictions is not None:
-            predictions.save(run / PREDICTIONS_FILE)
-        show()
-        from hf_fasttrain.publish.report import write_report
+    """Write what `show` writes for the report, and the report.
 
-        write_report([run])
+    `not_written` is told of what the disk does not take, and `say` of anything else that goes wrong.
+    """
+    try:
+        show()
+        from hf_fasttrain.publish.report import write_page
+
+        write_page([run])
+    except OSError as error:
+        not_written(str(run / "report.html"), error)
     except Exception as error:  # noqa: BLE001 - others' drawing code
         say(f"note: no report: {reason(error)}; `hf-fasttrain report {run}` writes it later")

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.files import put_back_folder
 from hf_fasttrain.publish.local_paths import is_local_path
 
 SPEC_FILE, RESULT_FILE, RECIPE_FILE, METRICS_FILE, RESOLVED_FILE = (
@@ -48,6 +49,7 @@ class FinishedRun:
 
 def read_run(run: Path) -> FinishedRun:
     """Return what a run folder holds; RunError if the run is not finished."""
+    put_back_folder(run / "model")
     missing = [name for name in (f"model/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
     if missing:
         raise RunError(

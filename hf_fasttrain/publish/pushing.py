@@ -174,9 +174,9 @@ class Pusher:
             last = (trouble.strip().splitlines() or ["its process was ended"])[-1]
             return {"error": f"push to {self.wish.repo}: the upload broke off ({last}); then {command}", "passes": True}
 
-    def _note(self, address: str, step: int) -> None:
+    def _note(self, address: str, step: int, *, finished: bool = False) -> None:
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        values = {"repo": self.wish.repo, "address": address, "step": step, "date": date}
+        values = {"repo": self.wish.repo, "address": address, "step": step, "date": date, "finished": finished}
         attempt(lambda: write_json(self.run / STATE_FILE, values), lambda error: None)
 
     # --- at the end ----------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class Pusher:
         outcome = dict(outcome)  # what closing makes of it does not count
         self.close()
         if "address" in outcome:
-            self._note(outcome["address"], step)
+            self._note(outcome["address"], step, finished=True)
             self.say(f"pushed to {outcome['address']}")
             return
         late = f"push to {self.wish.repo}: not done after {self.wish.wait_seconds / 60:g} minutes (hub.wait)"

@@ -15,11 +15,11 @@ from markupsafe import Markup
 from hf_fasttrain.errors import RunError, without_secrets
 from hf_fasttrain.files import reason, write_whole
 from hf_fasttrain.gallery import GALLERY_FOLDER
+from hf_fasttrain.publish.owed import REPORT_FILE, result_mark
 from hf_fasttrain.publish.report_data import read_record
 from hf_fasttrain.publish.report_pictures import DRAWINGS
 from hf_fasttrain.publish.report_sections import Page, page_of_run, page_of_runs
 
-REPORT_FILE = "report.html"
 TEMPLATE, STYLE, SCRIPTS = "page.html.jinja", "style.css", ("matrix.js", "charts.js", "tables.js")
 MADE_BY_US = '<meta name="generator" content="hf_fasttrain report">'
 
@@ -31,21 +31,37 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     With `output`, the page is written there and no pictures are. Raises RunError for what is no run, for a run given
     twice, and where the page can't be written or would replace a file that is no report.
     """
-    _require_different(runs)
-    records = [read_record(run) for run in runs]
-    path = output.absolute() if output else (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
     try:
-        _require_free(path)
-        page = page_of_run(records[0]) if len(records) == 1 else page_of_runs(records)
-        write_whole(path, to_html(page))
-        if output is None and len(records) == 1:
-            folder = runs[0] / GALLERY_FOLDER
-            folder.mkdir(exist_ok=True)
-            for name, draw in DRAWINGS.items():
-                draw(records[0], folder / name)
+        return write_page(runs, output)
     except OSError as error:
+        path = _place(runs, output)
         raise RunError(f"{path}: the report can't be written: {reason(error)}; choose another place for it") from None
+
+
+def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
+    """Do what `write_report` does; OSError where the page can't be written.
+
+    The page comes last: where it is, the pictures are.
+    """
+    _require_different(runs)
+    marks = [result_mark(run) for run in runs]
+    records = [read_record(run) for run in runs]
+    path = _place(runs, output)
+    _require_free(path)
+    if output is None and len(records) == 1:
+        folder = runs[0] / GALLERY_FOLDER
+        folder.mkdir(exist_ok=True)
+        for name, draw in DRAWINGS.items():
+            draw(records[0], folder / name)
+    page = page_of_run(records[0]) if len(records) == 1 else page_of_runs(records)
+    write_whole(path, to_html(page, marks[0] if len(marks) == 1 else ""))
     return path
+
+
+def _place(runs: Sequence[Path], output: Path | None) -> Path:
+    if output is not None:
+        return output.absolute()
+    return runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE)
 
 
 def _require_different(runs: Sequence[Path]) -> None:
@@ -68,8 +84,8 @@ def _require_free(path: Path) -> None:
         raise RunError(f"{path}: is no report, and would be replaced by one; move it or choose another place")
 
 
-def to_html(page: Page) -> str:
-    """Return the page as one file with everything in it."""
+def to_html(page: Page, mark: str = "") -> str:
+    """Return the page as one file with everything in it; `mark` stands in its head."""
     from plotly.offline import get_plotlyjs
 
     folder = files("hf_fasttrain.publish") / "report_page"
@@ -78,7 +94,7 @@ def to_html(page: Page) -> str:
     charts = {chart.id: chart.figure for section in page.sections for chart in section.charts}
     rendered = template.from_string(parts[TEMPLATE]).render(
         page=page,
-        generator=Markup(MADE_BY_US),
+        generator=Markup(MADE_BY_US + mark),
         style=Markup(parts[STYLE]),
         scripts=[Markup(parts[name]) for name in SCRIPTS],
         figures=_in_script(charts),
