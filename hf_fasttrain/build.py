@@ -20,6 +20,7 @@ from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
 from hf_fasttrain.data.source import Source
 from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.facts import Facts
+from hf_fasttrain.kept import read_beginning
 from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.model import (
     ModelSpec,
@@ -35,7 +36,7 @@ from hf_fasttrain.processes import on_main
 from hf_fasttrain.publish.hub import require_login
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe
-from hf_fasttrain.runfolder import describe_run, open_run_folder, saved_state, tuned_in_run
+from hf_fasttrain.runfolder import describe_run, open_run_folder, saved_state
 from hf_fasttrain.trainer import Trainer
 from hf_fasttrain.tunings import Tuned
 
@@ -53,9 +54,12 @@ def build_trainer(
     folder = Path(launch.output_dir(asked))
     if asked.hub is not None and int(os.environ.get("RANK", 0)) == 0:
         require_login(asked.hub.repo)  # before anything is trained that could not be pushed
-    parts = build_parts(asked, dataset=dataset, tuned=tuned_in_run(folder) if resume else None)
+    began = read_beginning(folder) if resume else None
+    parts = build_parts(asked, dataset=dataset, tuned=began.kept(asked) if began else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     trainer = assemble(parts, folder, trainer_class, saved=saved_state(folder) if resume else None)
+    if began:
+        began.note_changes(parts.facts)
     for note in parts.facts.notes:
         trainer.log.note(note)
     if resume:

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import torch
 
+# What accelerate launch and torchrun export in any case, and nobody else does.
+LAUNCHER_MARKS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
 PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
 
 
@@ -97,18 +99,6 @@ def _free_in_groups() -> list[int]:
     return free
 
 
-def set_cpu_threads(local_processes: int, wish: int | None = None) -> int | None:
-    """Give each process its wish, or its share of the cores unless the user set OMP_NUM_THREADS; return it if set.
-
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 themselves, which doubles the time of a CPU run.
-    """
-    if wish is None and os.environ.get("OMP_NUM_THREADS") and not _threads_set_by_launcher():
-        return None
-    threads = wish or max(1, num_cores() // max(1, local_processes))
-    torch.set_num_threads(threads)
-    return threads
-
-
 def set_fp32_precision(matmul: str, conv: str) -> None:
     """Set what fp32 matrix products and convolutions may be rounded to: highest: fp32, high: TF32, medium: bf16.
 
@@ -125,7 +115,13 @@ def set_fp32_precision(matmul: str, conv: str) -> None:
 
 def was_launched() -> bool:
     """Return whether accelerate launch or torchrun started this process, as their variables tell."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return any(mark in os.environ for mark in ("ACCELERATE_MIXED_PRECISION", *LAUNCHER_MARKS))
+
+
+def launcher_precision() -> str | None:
+    """Return the mixed precision that the launcher asks for, None if it says nothing: "no" is exported always."""
+    stated = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return None if stated == "no" else stated
 
 
 @contextmanager
@@ -137,13 +133,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(number)
-
-
-def _threads_set_by_launcher() -> bool:
-    if not was_launched() or os.environ.get("OMP_NUM_THREADS") != "1":
-        return False
-    try:  # what the launcher itself was started with tells whether the user had set it
-        given = Path(f"/proc/{os.getppid()}/environ").read_bytes()
-    except OSError:
-        return True
-    return b"OMP_NUM_THREADS=" not in given

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -10,10 +12,12 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from hf_fasttrain.environment import set_cpu_threads, set_fp32_precision, uses_gpu, was_launched
+from hf_fasttrain.environment import launcher_precision, set_fp32_precision, uses_gpu, was_launched
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.threads import VARIABLE as THREADS
+from hf_fasttrain.threads import set_cpu_threads
 
 # What other ways of distributing a model announce themselves by.
 NOT_BUILT = {
@@ -34,27 +38,34 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise RunError(f"the launch configuration asks for {name}, which is not built; use accelerate_configs/")
     _require_trackers(recipe)
-    facts.launched = was_launched()  # before its variables are taken out of the environment
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not torch.cuda.is_available():
-        threads = recipe.accelerate.cpu_threads
-        set_cpu_threads(local, None if threads == "auto" else threads)
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
+    facts.launched = was_launched()
+    _set_threads(recipe, facts)
     set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
     precision = _resolve_precision(recipe, facts)
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()  # an earlier run of this process had another one; the process group stays
     steps = recipe.accelerate.gradient_accumulation_steps
-    _overrule_environment(precision, steps, recipe.accelerate.compile is True, facts)
+    _note_overruled(recipe, precision, facts)
     folder = output_dir(recipe)
-    return Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=1 if steps == "auto" else steps,
-        log_with=list(recipe.log.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),
-        # Our own running statistics are averaged before evaluation and saving instead of rank 0's overwriting all.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    with _overruled_environment():
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=1 if steps == "auto" else steps,
+            log_with=list(recipe.log.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),
+            # Our own running statistics are averaged before evaluation and saving instead of rank 0's overwriting all.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+
+
+def _set_threads(recipe: Recipe, facts: Facts) -> None:
+    """Set the threads of a process that trains on a CPU, and record why there are so many."""
+    if uses_gpu():
+        return
+    wish, key = recipe.accelerate.cpu_threads, "accelerate.cpu_threads"
+    threads, why = set_cpu_threads(None if wish == "auto" else wish)
+    facts.resolve(key, threads, facts.why(key, why))
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
 
 
 def _require_trackers(recipe: Recipe) -> None:
@@ -85,15 +96,38 @@ def _resolve_precision(recipe: Recipe, facts: Facts) -> str:
     return facts.resolve(key, "fp16", "the GPU has no bf16")
 
 
-def _overrule_environment(precision: str, steps: int | str, compiled: bool, facts: Facts) -> None:
-    """Take what the launcher states differently out of the environment, and say so once."""
-    stated = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if stated not in ("no", precision):
-        facts.note(f"the launch configuration says mixed precision {stated}; the recipe's {precision} is used")
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    launched = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+def _note_overruled(recipe: Recipe, precision: str, facts: Facts) -> None:
+    """Say what the launcher states that is not done."""
+    stated, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
+    if stated not in (None, precision):
+        why = {"fp16": ", which needs a GPU", "fp8": ", which is not built"}.get(str(stated), "")
+        why = why if "accelerate.mixed_precision" in facts.resolved else ""
+        facts.note(f"the launch configuration says mixed precision {stated}{why}; the recipe's {precision} is used")
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", "auto", str(steps)):
         facts.note(f"the launch configuration says {launched} accumulation steps; the recipe's {steps} is used")
-    backend = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no")
-    if backend.lower() != "no" and not compiled:
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no" and recipe.accelerate.compile is not True:
         facts.note(f"the launch configuration says to compile with {backend}; the recipe's compile=false is used")
+
+
+@contextmanager
+def _overruled_environment() -> Iterator[None]:
+    """Keep from an Accelerator that is made within what would overrule the recipe, and put it back.
+
+    With OMP_NUM_THREADS unset, accelerate sets the threads of a process among several to all physical cores of its
+    share of the machine, those that it may not use included.
+    """
+    overruling = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
+    before = {name: os.environ.get(name) for name in (*overruling, THREADS)}
+    for name in overruling:
+        os.environ.pop(name, None)
+    os.environ[THREADS] = str(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -212,7 +212,9 @@ class TrainSection(Section):
 
 class AccelerateSection(Section):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = machine(
-        "auto", "auto: a stored tuning, else bf16 on a GPU that has it, else fp16 on a GPU; no on a CPU"
+        "auto",
+        "auto: the launcher's bf16 or fp16, else a stored tuning, else bf16 on a GPU that has it, else fp16 on a GPU; "
+        "no on a CPU",
     )
     gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = machine(
         "auto", "micro-batches of each process per step; auto: 1, or as micro_batch_size says"
@@ -232,7 +234,8 @@ class AccelerateSection(Section):
         "auto", "of fp32 convolutions, as matmul_precision; auto: a stored tuning, else high"
     )
     cpu_threads: Auto | Annotated[int, Field(ge=1)] = machine(
-        "auto", "threads of each process on a CPU; auto: a stored tuning, else cores / processes, or OMP_NUM_THREADS"
+        "auto",
+        "threads of each process on a CPU; auto: a stored tuning, else your OMP_NUM_THREADS, else cores / processes",
     )
 
 

@@ -16,7 +16,6 @@ from hf_fasttrain.facts import Facts
 from hf_fasttrain.files import write_whole
 from hf_fasttrain.recipe_file import recipe_as_asked, to_yaml
 from hf_fasttrain.saving import hold_run, not_writable
-from hf_fasttrain.tunings import TUNED, Tuned
 
 FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
 RUN_FILES = (*FILES_WHILE_TRAINING, "result.json")
@@ -59,16 +58,6 @@ def saved_state(folder: Path) -> dict[str, Any]:
     """Return the plain values of the newest checkpoint that looks whole, an empty dict if there is none."""
     states = map(read_state, reversed(complete_checkpoints(folder / "checkpoints")))
     return next(filter(None, states), {})
-
-
-def tuned_in_run(folder: Path) -> Tuned | None:
-    """Return the values that a run took from a stored tuning when it began, None if it has not; it keeps them."""
-    if not (folder / "resolved.yaml").exists():
-        return None
-    lines = resolved_facts(folder)
-    found = {key: fact for key, fact in lines.items() if isinstance(fact, dict) and TUNED in str(fact.get("origin"))}
-    why = next((str(fact["origin"]).partition(": ")[2] for fact in found.values()), "")
-    return Tuned({key: fact["value"] for key, fact in found.items()}, why)
 
 
 def resolved_facts(folder: Path) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class Tuned:
 
     values: dict[str, Any] = field(default_factory=dict)
     why: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)  # by key, where they are several
+
+    def why_of(self, key: str) -> str:
+        """Return where the value of a key comes from."""
+        return self.reasons.get(key, self.why)
 
 
 @dataclass(frozen=True)

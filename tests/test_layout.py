@@ -35,7 +35,7 @@ LEVELS = [
     },
     {"schedule", "environment", "result", "pace", "loss", "optim", "ema", "out_of_memory", "stop"},
     {"predictions", "gallery"},
-    {"tunings"},
+    {"tunings", "threads"},
     {"data.classes", "data.columns"},
     {"data.label_column", "data.tables"},
     {"data.labels"},
@@ -51,6 +51,7 @@ LEVELS = [
     {"steps", "gradients", "update", "unused_parameters", "early_stopping", "final"},
     {"facts", "trainer"},
     {"launch", "runfolder", "machine"},
+    {"kept"},
     {"loading"},
     {"handover"},
     {"assemble"},
@@ -115,7 +116,7 @@ def test_there_is_no_circle() -> None:
 
 
 def test_only_build_and_above_know_the_recipe() -> None:
-    allowed = RECIPE_MODULES | STUDY | {"machine", "loading", "scan_report", "handover", "assemble"}
+    allowed = RECIPE_MODULES | STUDY | {"machine", "kept", "loading", "scan_report", "handover", "assemble"}
     allowed |= {"build", "serve", "cli"}
     for name, path in MODULES.items():
         if name not in allowed:

@@ -14,13 +14,14 @@ import torch
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.build import build_parts
-from hf_fasttrain.environment import set_cpu_threads, set_fp32_precision
+from hf_fasttrain.environment import set_fp32_precision
 from hf_fasttrain.facts import Facts
+from hf_fasttrain.kept import read_beginning
 from hf_fasttrain.machine import circumstances, resolve_machine
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, with_values
-from hf_fasttrain.runfolder import tuned_in_run
-from hf_fasttrain.tunings import Tuned, Tuning, find_tuning, store_tuning
+from hf_fasttrain.runfolder import resolved_facts
+from hf_fasttrain.tunings import Tuning, find_tuning, store_tuning
 
 VALUES: dict[str, Any] = {
     "accelerate.mixed_precision": "bf16",
@@ -153,14 +154,15 @@ def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) ->
     store(recipe, **{"data.cache": "none"})
     first = Trainer.from_recipe(recipe, [run, "train.duration=2 steps", "schedule.name=constant"])
     first.fit()
-    assert tuned_in_run(tmp_path / "run").values["accelerate.mixed_precision"] == "bf16"
+    assert resolved_facts(tmp_path / "run")["accelerate.mixed_precision"]["value"] == "bf16"
     store(recipe, **{"accelerate.mixed_precision": "no", "data.cache": "none"})
     longer = [run, "train.duration=4 steps", "schedule.name=constant"]
     second = Trainer.from_recipe(recipe, longer, resume=True)
     assert second.accelerator.mixed_precision == "bf16"
     assert second.train_loader.micro_batch_size == 8
     second.fit()
-    assert tuned_in_run(tmp_path / "run").values["accelerate.mixed_precision"] == "bf16"
+    fact = resolved_facts(tmp_path / "run")["accelerate.mixed_precision"]
+    assert (fact["value"], fact["origin"]) == ("bf16", "default: tuned on 2026-01-02, as this run began")
 
 
 def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Path) -> None:
@@ -169,8 +171,8 @@ def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Pa
     store(recipe)
     again = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
     assert again.accelerator.mixed_precision == "no"
-    assert tuned_in_run(tmp_path / "run") == Tuned()
-    assert tuned_in_run(tmp_path / "nowhere") is None
+    assert not any("tuned" in str(fact["origin"]) for fact in resolved_facts(tmp_path / "run").values())
+    assert read_beginning(tmp_path / "nowhere") is None
 
 
 def test_values_are_put_into_a_recipe(recipe: Path) -> None:
@@ -179,12 +181,6 @@ def test_values_are_put_into_a_recipe(recipe: Path) -> None:
     assert (changed.data.workers, changed.seed, changed.accelerate.compile) == (3, 5, True)
     assert loaded.data.workers == "auto"
     assert changed.source == loaded.source
-
-
-def test_threads_are_as_asked_even_if_omp_num_threads_is_set() -> None:
-    assert set_cpu_threads(1, 2) == 2
-    assert torch.get_num_threads() == 2
-    assert set_cpu_threads(1) is None  # OMP_NUM_THREADS is set by hand in tests
 
 
 def test_products_are_rounded_as_asked() -> None:

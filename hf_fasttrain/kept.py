@@ -1,0 +1,99 @@
+"""What `auto` decided when a run began, read back where the run is resumed: the same rounding, the same split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.facts import Facts
+from hf_fasttrain.machine import MACHINE, is_open, machine_here
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe_file import flatten, plain
+from hf_fasttrain.runfolder import resolved_facts
+from hf_fasttrain.threads import user_threads
+from hf_fasttrain.tunings import COMPUTE_KEYS, TUNED, Tuned
+
+BEGAN = "as this run began"
+MICRO, THREADS, EVAL_BATCH = "accelerate.micro_batch_size", "accelerate.cpu_threads", "evaluate.batch_size"
+SHARED_KEYS = (MICRO, EVAL_BATCH, THREADS)  # what depends on the number of processes
+KEPT_KEYS = (*COMPUTE_KEYS, *SHARED_KEYS)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the machine settings of a run were when it began, why, and on which machine."""
+
+    values: dict[str, Any]
+    reasons: dict[str, str]
+    machine: dict[str, Any] | None  # None: of a version that did not write it down
+    given: frozenset[str] = frozenset()  # keys that the recipe gave
+
+    def kept(self, recipe: Recipe) -> Tuned | None:
+        """Return the values that hold on, without those that the user gives now; None on another machine.
+
+        Where the run did not write its machine down, they are those of a stored tuning.
+        """
+        if self._is_elsewhere():
+            return None
+        shared = set(SHARED_KEYS) if self._differs("processes") else set()
+        keys = self._tuned() if self.machine is None else set(self.values) - shared
+        if not is_open(MICRO, flatten(recipe)) or MICRO not in keys:
+            keys.discard(EVAL_BATCH)  # it follows from the micro-batch
+        if THREADS in keys - self._tuned() and user_threads():
+            keys.discard(THREADS)  # a stored tuning goes before OMP_NUM_THREADS, a rule does not
+        values = {key: self.values[key] for key in keys}
+        return Tuned(values, reasons={key: _reason_to_keep(self.reasons[key]) for key in keys})
+
+    def note_changes(self, facts: Facts) -> None:
+        """Say what is no longer as it was when the run began, though the recipe does not give it."""
+        if self.machine is None:
+            return
+        asked, now = flatten(facts.recipe), facts.all()
+        left = {key: value for key, value in self.values.items() if is_open(key, asked)}
+        still = [
+            f"{key}={plain(value)}" for key, value in left.items() if key in self.given and now[key].value == value
+        ]
+        if still:
+            facts.note(f"kept as this run began, though the recipe no longer gives it: {', '.join(still)}")
+        changed = [
+            f"{key}={plain(now[key].value)} ({plain(value)} before)"
+            for key, value in left.items()
+            if now[key].value != value
+        ]
+        here = machine_here()
+        differs = [f"{name} {self.machine.get(name)}, now {here[name]}" for name in here if self._differs(name)]
+        if differs:
+            anew = "what `auto` decides is" if self._is_elsewhere() else "micro-batch and threads are"
+            outcome = ", ".join(changed) or "all as it was"
+            facts.note(f"this run began elsewhere ({'; '.join(differs)}): {anew} decided anew: {outcome}")
+        elif changed:
+            facts.note(f"not as this run began, since the launcher or OMP_NUM_THREADS says so: {', '.join(changed)}")
+
+    def _tuned(self) -> set[str]:
+        return {key for key, why in self.reasons.items() if why.startswith(TUNED)}
+
+    def _differs(self, name: str) -> bool:
+        return self.machine is not None and self.machine.get(name) != machine_here()[name]
+
+    def _is_elsewhere(self) -> bool:
+        return any(self._differs(name) for name in machine_here() if name != "processes")
+
+
+def read_beginning(folder: Path) -> Beginning | None:
+    """Return what a run's resolved.yaml says of how it began, None if there is none."""
+    if not (folder / "resolved.yaml").exists():
+        return None
+    facts = {key: fact for key, fact in resolved_facts(folder).items() if isinstance(fact, dict)}
+    reasons = {key: str(fact.get("origin")).partition(": ")[2] for key, fact in facts.items()}
+    decided = {key for key in facts if key in KEPT_KEYS or reasons[key].startswith(TUNED)}
+    values = {key: facts[key].get("value") for key in sorted(decided)}
+    values = {key: value for key, value in values.items() if value not in (None, "auto")}
+    machine = facts.get(MACHINE, {}).get("value")
+    given = frozenset(key for key in values if facts[key].get("origin") in ("recipe", "override"))
+    machine = machine if isinstance(machine, dict) else None
+    return Beginning(values, {key: reasons[key] for key in values}, machine, given)
+
+
+def _reason_to_keep(why: str) -> str:
+    return why if why.endswith(BEGAN) else f"{why}, {BEGAN}" if why else BEGAN
