@@ -26,7 +26,9 @@ from hf_fasttrain.final import resolve_final
 from hf_fasttrain.handover import Pictures, RunPublisher, hub_wish
 from hf_fasttrain.loading import Loaders
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
+from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.metrics import resolve_metrics
+from hf_fasttrain.micro_batch import evaluation_batch, local_processes
 from hf_fasttrain.model import ModelSpec, head_names
 from hf_fasttrain.model_folder import save_description, save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
@@ -52,6 +54,8 @@ class Parts:
     spec: ModelSpec
     model: nn.Module
     order: Order
+    forecast: Forecast | None = None  # of this process's memory; on a GPU there is none until somebody asks
+    kept_pixels: int = 0  # bytes of them in memory, known once there are loaders
 
 
 def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None = None) -> Source:
@@ -96,7 +100,7 @@ def assemble(
     make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
     eval_batch = _eval_batch_size(parts)
     evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.order.steps_per_epoch))
-    return trainer_class(
+    trainer = trainer_class(
         model=parts.model,
         train_loader=make.training(source.train, parts.order, num_steps, spec.num_classes),
         optimizer=_optimizer(parts),
@@ -128,6 +132,9 @@ def assemble(
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
+    parts.kept_pixels = make.keeper.memory_bytes
+    trainer.reserved_memory = parts.kept_pixels + make.workers * WORKER_BYTES * local_processes()
+    return trainer
 
 
 def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
@@ -171,7 +178,11 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     """Return what makes the loaders of the parts."""
     pre = parts.spec.preprocessing
     assert pre is not None
-    return Loaders(parts.recipe, parts.facts, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels)
+    needed = parts.forecast.needed(parts.order.micro_batch_size) if parts.forecast else 0
+    needed *= local_processes()
+    return Loaders(
+        parts.recipe, parts.facts, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels, needed_memory=needed
+    )
 
 
 def build_train_loader(parts: Parts) -> TrainLoader:
@@ -186,8 +197,11 @@ def _eval_batch_size(parts: Parts) -> int:
     wish = parts.recipe.evaluate.batch_size
     if wish != "auto":
         return wish
-    rule = "accelerate.micro_batch_size, at least 32"
-    return int(parts.facts.resolve("evaluate.batch_size", max(32, parts.order.micro_batch_size), rule))
+    usual = max(32, parts.order.micro_batch_size)
+    size, rule = evaluation_batch(parts.forecast, usual), "accelerate.micro_batch_size, at least 32"
+    if size < usual:
+        rule = "half of the free memory is enough for so many"
+    return int(parts.facts.resolve("evaluate.batch_size", size, rule))
 
 
 def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:

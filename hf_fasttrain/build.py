@@ -16,12 +16,13 @@ from torch import nn
 from hf_fasttrain import launch
 from hf_fasttrain.assemble import Parts, assemble, open_source
 from hf_fasttrain.contradictions import without_effect
-from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
+from hf_fasttrain.data.order import Order, process_share
 from hf_fasttrain.data.source import Source
 from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.kept import read_beginning
 from hf_fasttrain.machine import resolve_machine
+from hf_fasttrain.micro_batch import resolve_micro_batch
 from hf_fasttrain.model import (
     ModelSpec,
     Preprocessing,
@@ -102,8 +103,10 @@ def build_parts(
         require_logits(model, replace(spec, image_size=loaded.augment.progressive.start_size))
     spec = replace(spec, preprocessing=_resolve_preprocessing(model, spec, loaded, facts))
     model = _prepare_model(model, loaded, accelerator)
-    order = _resolve_order(loaded, len(source.train), model, accelerator, facts)
-    return Parts(loaded, facts, accelerator, source, spec, model, order)
+    _require_enough_images(loaded, len(source.train), accelerator.num_processes)
+    micro = resolve_micro_batch(loaded, len(source.train), spec.num_classes, model, accelerator, facts)
+    order = _resolve_order(loaded, len(source.train), micro.size, model, accelerator, facts)
+    return Parts(loaded, facts, accelerator, source, spec, model, order, micro.forecast)
 
 
 def _local_settings(recipe: Recipe, dataset: Any) -> list[str]:
@@ -180,9 +183,9 @@ def _prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -
     return model
 
 
-def _resolve_order(recipe: Recipe, num_images: int, model: nn.Module, accelerator: Accelerator, facts: Facts) -> Order:
+def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:
+    """Raise RunError for steps with too few images for their processes and pieces, or that drop_last leaves out."""
     train, wish = recipe.train, recipe.accelerate
-    processes = accelerator.num_processes
     pieces = 1 if wish.gradient_accumulation_steps == "auto" else wish.gradient_accumulation_steps
     pairs = (train.batch_size + 1) // 2
     if pairs < processes * pieces and (processes > 1 or pieces > 1):
@@ -195,10 +198,16 @@ def _resolve_order(recipe: Recipe, num_images: int, model: nn.Module, accelerato
             f"train.drop_last leaves nothing: {num_images} images, train.batch_size={train.batch_size}; "
             "lower the batch size or set train.drop_last=false"
         )
-    size = wish.micro_batch_size or micro_batch_size_for(train.batch_size, processes, pieces)
+
+
+def _resolve_order(
+    recipe: Recipe, num_images: int, size: int, model: nn.Module, accelerator: Accelerator, facts: Facts
+) -> Order:
+    """Return the order of training in micro-batches of `size`, and record what follows from it."""
+    train, processes = recipe.train, accelerator.num_processes
     largest = len(process_share(train.batch_size, processes, processes - 1))
     steps = math.ceil(largest / size)
-    if wish.micro_batch_size and size > largest + 1:
+    if recipe.accelerate.micro_batch_size and size > largest + 1:
         facts.note(f"accelerate.micro_batch_size={size} has no effect: a process's share of a step is {largest} images")
     order = Order(
         num_images=num_images,
@@ -212,8 +221,6 @@ def _resolve_order(recipe: Recipe, num_images: int, model: nn.Module, accelerato
         repeats=recipe.augment.repeats,
     )
     accelerator.gradient_accumulation_steps = steps
-    key = "accelerate.micro_batch_size"
-    facts.resolve(key, size, facts.why(key, "images per process and forward"))
     facts.resolve("accelerate.gradient_accumulation_steps", steps, f"{largest} images per process in micro-batches")
     facts.resolve("processes", processes, "of the launcher")
     facts.resolve("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")

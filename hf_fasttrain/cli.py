@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_fasttrain.before_torch import limit_spinning
-from hf_fasttrain.errors import Stopped, UserError, nearest, without_secrets
+from hf_fasttrain.errors import NotEnoughMemory, RunError, Stopped, UserError, nearest, without_secrets
 from hf_fasttrain.shipped import recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
@@ -61,11 +61,26 @@ def main(argv: list[str] | None = None) -> None:
     limit_spinning()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        app(_with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
+        with _out_of_memory_told():
+            app(_with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
     except UserError as error:
         if _is_main() or not error.every_process:
             print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(error.status)
+
+
+@contextlib.contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Make one message of memory that ran out, whatever was being done."""
+    try:
+        yield
+    except MemoryError as error:
+        what = next(iter(str(error).splitlines()), "")
+        short = RunError(
+            f"out of memory{f': {what}' if what else ''}; end other programs, or use a smaller model or image"
+        )
+        short.every_process = False
+        raise short from None
 
 
 def _is_main() -> bool:
@@ -118,7 +133,8 @@ def train(
         started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
         trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
     try:
-        result = trainer.fit()
+        with _memory_limit(trainer):
+            result = trainer.fit()
     except Stopped as stopped:
         ignore_signals(int(stopped.code or 0))
         _end_trackers(trainer)
@@ -141,6 +157,31 @@ def _say_finished(trainer: Trainer, folder: Path) -> None:
     trainer.log.say(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
     if pusher is not None and not is_pushed(folder, pusher.wish.repo, steps):
         trainer.log.say(f"not pushed to {pusher.wish.repo} yet: {pusher.wish.command(folder)}")
+
+
+@contextlib.contextmanager
+def _memory_limit(trainer: Trainer) -> Iterator[None]:
+    """Let training on a CPU take what is free now and no more: what does not fit fails here instead of being killed.
+
+    Out of memory where no step can be made again, as in a checkpoint's copy, is one message.
+    """
+    from hf_fasttrain.environment import free_memory_bytes
+    from hf_fasttrain.micro_batch import local_processes
+    from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
+    from hf_fasttrain.process_memory import limited_memory
+
+    free = free_memory_bytes()
+    room = (free - trainer.reserved_memory - max(64 << 20, free // 50)) // local_processes()
+    try:
+        with limited_memory(room) if trainer.device.type == "cpu" else contextlib.nullcontext():
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemory(
+            f"out of memory after step {trainer.state.step} ({what_failed(error)}); the same command with --resume "
+            "goes on from the newest checkpoint; lower accelerate.micro_batch_size, evaluate.batch_size or data.workers"
+        ) from None
 
 
 def _end_trackers(trainer: Trainer) -> None:
@@ -197,6 +238,7 @@ def check(
 
     from hf_fasttrain.build import build_parts, build_unwritten
     from hf_fasttrain.launch import output_dir
+    from hf_fasttrain.memory_report import memory_table
     from hf_fasttrain.runfolder import held_by_run
     from hf_fasttrain.scan_report import check_images, print_table
 
@@ -206,6 +248,7 @@ def check(
     title = f"{recipe}: every value, where it came from, and whether it is learnt or machine"
     rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.facts.all().items()]
     print_table(console, title, ("key", "value", "origin", "tag"), rows)
+    print_table(console, *memory_table(parts))
     held = held_by_run(Path(output_dir(loaded)))
     if held:
         parts.facts.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")

@@ -18,6 +18,8 @@ import torch
 
 # What accelerate launch and torchrun export in any case, and nobody else does.
 LAUNCHER_MARKS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
+# Linux control groups, and those of this process.
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
 
 
@@ -72,31 +74,60 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def resident_bytes() -> int:
+    """Return the memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def free_memory_bytes() -> int:
-    """Return the memory that is to be had: of the machine, or of the container where that allows less."""
+    """Return the memory that is to be had: of the machine, or of the container where that allows less.
+
+    Cached files that the kernel gives up for it count as free.
+    """
     return max(0, min([int(psutil.virtual_memory().available), *_free_in_groups()]))
 
 
 def _free_in_groups() -> list[int]:
     """Return what the control groups of this process allow yet, its own and those above it (versions 1 and 2)."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     free = []
     for line in lines:
         _, controllers, own = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        root = Path("/sys/fs/cgroup") / controllers
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        root = GROUPS / controllers
         group = root / own.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # "max" is no number: no limit
-                free.append(int((folder / names[0]).read_text()) - int((folder / names[1]).read_text()))
+            free += _free_in_group(folder, version=1 if controllers else 2)
             if folder == root:
                 break
     return free
+
+
+def _free_in_group(folder: Path, version: int) -> list[int]:
+    """Return what a control group allows beside what it uses, nothing if it has no limit."""
+    limits = ("memory.limit_in_bytes",) if version == 1 else ("memory.max", "memory.high")
+    used = "memory.usage_in_bytes" if version == 1 else "memory.current"
+    free = []
+    for name in limits:
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            limit = int((folder / name).read_text())
+            free.append(limit - int((folder / used).read_text()) + _cached_in_group(folder, version))
+    return free
+
+
+def _cached_in_group(folder: Path, version: int) -> int:
+    """Return how many bytes of cached files a group's kernel memory gives up: unused ones, and half of the used."""
+    prefix = "total_" if version == 1 else ""  # with the groups below it, as its usage is counted
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    found = {name: int(value) for name, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
+    return found.get(f"{prefix}inactive_file", 0) + found.get(f"{prefix}active_file", 0) // 2
 
 
 def set_fp32_precision(matmul: str, conv: str) -> None:

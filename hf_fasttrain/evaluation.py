@@ -94,7 +94,7 @@ class Evaluator:
             try:
                 with self.accelerator.autocast():
                     return torch.cat([model(piece) for piece in images.split(self.most or max(1, len(images)))])
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             size = min(self.most or len(images), len(images))  # outside of the handler, which holds what it failed on

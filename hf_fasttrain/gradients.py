@@ -17,7 +17,7 @@ from hf_fasttrain.data.loader import Step
 from hf_fasttrain.errors import RunError, shortened
 from hf_fasttrain.loss import Loss, loss_of_uniform_logits
 from hf_fasttrain.model import batch_norms
-from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory
+from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory, what_failed
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.unused_parameters import find_use
 
@@ -93,10 +93,10 @@ class Gradients:
         short, total = None, None
         try:
             total = self._own_part(step, exchange=False)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            short = str(error)
+            short = what_failed(error)
         if self._searches:  # what it takes for used in a backward without exchange would count in the next one
             self._wrap_again()
         if self.processes.any(short is not None):

@@ -121,7 +121,8 @@ def train_mixing(recipe: Recipe, num_classes: int) -> Mixing | None:
 class Loaders:
     """Makes the loaders of a run; bad images are told to `bad_images`.
 
-    Without `keep_pixels` no cache is made or opened, though it is decided where it would be.
+    Without `keep_pixels` no cache is made or opened, though it is decided where it would be. `needed_memory`: bytes
+    that this machine's training processes will take yet, which pixels are not kept in.
     """
 
     def __init__(
@@ -133,13 +134,14 @@ class Loaders:
         bad_images: BadImages,
         *,
         keep_pixels: bool = True,
+        needed_memory: int = 0,
     ) -> None:
         self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
         self.device = accelerator.device
         self.workers, self.pinned = resolve_loading(recipe, self.device, facts)
         channels_last = recipe.accelerate.channels_last is True
         self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
-        self.keeper = Keeper(recipe, facts, accelerator)
+        self.keeper = Keeper(recipe, facts, accelerator, needed_memory)
         self.keep_pixels = keep_pixels
 
     def training(self, split: Split, order: Order, num_steps: int, num_classes: int) -> TrainLoader:
@@ -190,8 +192,9 @@ class Plan:
 class Keeper:
     """Decides where pixels are kept; the main process of each machine decides for all of its processes."""
 
-    def __init__(self, recipe: Recipe, facts: Facts, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Recipe, facts: Facts, accelerator: Accelerator, needed_memory: int = 0) -> None:
         self.recipe, self.data, self.facts, self.accelerator = recipe, recipe.data, facts, accelerator
+        self.needed_memory = needed_memory
         self.folder = cache_folder(recipe)
         self._taken = {"memory": 0, "disk": 0}
 
@@ -262,8 +265,13 @@ class Keeper:
         if self.data.cache_gb != "auto":
             return max(0, int(self.data.cache_gb * 1e9) - self._taken[mode])
         if mode == "memory":
-            return max(0, free_memory_bytes() // 2 - self._taken[mode])
+            return max(0, (free_memory_bytes() - self.needed_memory) // 2 - self._taken[mode])
         return max(0, free_disk_bytes(self.folder) // 2 - self._taken[mode])
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that pixels kept in memory will take of it, for all splits planned so far."""
+        return self._taken["memory"]
 
     def open(self, split: Split, preparation: Preparation, plan: Plan) -> PixelCache | None:
         """Return the cache of a plan; on disk the one that earlier runs and other recipes have filled."""

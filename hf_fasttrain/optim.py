@@ -109,6 +109,23 @@ def build_optimizer(
         raise RecipeError(f"optimizer {name} can't be built with optimizer.args={args}: {error}") from None
 
 
+def state_share(name: str, *, momentum: float, args: dict[str, Any]) -> float:
+    """Return how many bytes an optimizer keeps for each byte of the parameters, by a few updates of a small matrix."""
+    side = 256
+    matrix = nn.Parameter(torch.zeros(side, side))
+    optimizer = build_optimizer(name, [{"params": [matrix], "lr": 1e-3}], momentum=momentum, args=args)
+    for _ in range(2):
+        matrix.grad = torch.zeros_like(matrix)
+        optimizer.step()
+    kept = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in (state.values() if isinstance(state, dict) else ())
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(kept.values()) / matrix.nbytes
+
+
 def _fused(name: str) -> dict[str, bool]:
     return {"fused": True} if name.lower() in {"adam", "adamw", "sgd", "nesterov", "momentum"} else {}
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from hf_fasttrain.process_memory import relax_memory_limit
 from hf_fasttrain.processes import Processes
 
 if TYPE_CHECKING:
@@ -18,7 +21,18 @@ if TYPE_CHECKING:
 
 
 # What others say beside "out of memory." with its full stop, which accelerate knows.
-SHORT = ("out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
+SHORT = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    # oneDNN, which has no other words for it, where there is no memory for its own buffers:
+    "could not create a primitive",
+    "could not execute a primitive",
+)
 
 
 class MemoryShort(RuntimeError):
@@ -27,11 +41,18 @@ class MemoryShort(RuntimeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error is that of a device, or of the host, without memory for the batch."""
-    if isinstance(error, MemoryShort | torch.OutOfMemoryError):
+    if isinstance(error, MemoryShort | torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     if not isinstance(error, RuntimeError):
         return False
     return should_reduce_batch_size(error) or any(text in str(error) for text in SHORT)
+
+
+def what_failed(error: BaseException) -> str:
+    """Return an error's first line, or what it is called if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def free_cached_memory(device: torch.device) -> None:
@@ -39,6 +60,9 @@ def free_cached_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    with suppress(AttributeError, OSError):  # glibc alone keeps a heap that it has to be asked for
+        ctypes.CDLL(None).malloc_trim(0)
+    relax_memory_limit()
 
 
 class Memory:

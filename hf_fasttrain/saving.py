@@ -24,6 +24,7 @@ from hf_fasttrain.environment import free_memory_bytes, one_thread
 from hf_fasttrain.errors import RunError, RunFailure, Stopped
 from hf_fasttrain.files import attempt, new_folder, reason, sync_files, write_json
 from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
+from hf_fasttrain.process_memory import relax_memory_limit
 from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.runlock import hold, release
 from hf_fasttrain.runlog import RunLog
@@ -101,11 +102,17 @@ class Checkpoints:
         self.wait()
         if not self.processes.is_main:
             return
+        relax_memory_limit()  # the steps may have taken all that they could get
         copy = snapshot.num_bytes < free_memory_bytes() // 2
         with one_thread():
             snapshot.bring_to_host(copy=copy)
-        self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
+        try:
+            thread.start()
+        except RuntimeError:  # the system has none to give
+            self._write(snapshot, best_step)
+        else:
+            self._thread = thread
         if not copy:
             self.wait()
 

@@ -23,6 +23,7 @@ from hf_fasttrain.files import put_back_folder, read_json
 from hf_fasttrain.launch import build_accelerator
 from hf_fasttrain.loading import Loaders, eval_transform
 from hf_fasttrain.machine import resolve_machine
+from hf_fasttrain.micro_batch import evaluation_batch_alone
 from hf_fasttrain.model import ModelSpec, Preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe import Recipe
@@ -111,7 +112,9 @@ def evaluate_run(
     pre = _preprocessing(spec)
     loaders = Loaders(recipe, facts, accelerator, pre, BadImages(None, recipe.data.max_bad_fraction, note))
     size = recipe.evaluate.batch_size
-    loader = loaders.evaluating(measured.split, 64 if size == "auto" else size)
+    if size == "auto":
+        size = evaluation_batch_alone(model, spec.image_size, accelerator.device, 64)
+    loader = loaders.evaluating(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     metrics = evaluator(model.to(accelerator.device), loader)
     for failure in evaluator.external.take_failures():
@@ -207,8 +210,9 @@ def predict_images(
     transform = eval_transform(pre)
     normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(files), 32):
-        batch = files[start : start + 32]
+    size = evaluation_batch_alone(model, spec.image_size, torch.device("cpu"), 32)
+    for start in range(0, len(files), size):
+        batch = files[start : start + size]
         pixels = np.stack([transform(read_pixels(str(file))) for file in batch])
         with torch.inference_mode():
             logits = model(normalize(torch.from_numpy(pixels)))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.checkpoint import Snapshot, complete_checkpoints, require_same
 from hf_fasttrain.data.deaths import CHILD_SIGNAL, Deaths
@@ -29,7 +30,7 @@ from hf_fasttrain.final import FinalModel, load_final, resolve_final, with_metri
 from hf_fasttrain.gradients import Gradients
 from hf_fasttrain.loss import Loss, first_loss_note
 from hf_fasttrain.optim import follow_parameters, names_left_out, require_own_parameters, set_lr
-from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory
+from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory, what_failed
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.predictions import Predictions
 from hf_fasttrain.processes import Processes, is_peer_gone, on_main
@@ -103,6 +104,8 @@ class Trainer:
         before = dict(model.named_parameters())
         self.raw_model = model.to(self.device)
         prepared = self.accelerator.prepare_model(model)
+        if self.accelerator.num_processes == 1 and isinstance(prepared, DistributedDataParallel):
+            prepared = prepared.module  # nobody to exchange with, and after a failed backward it takes no other
         follow_parameters(optimizer, before, self.raw_model)
         require_own_parameters(optimizer, self.raw_model)
         self.optimizer = optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
@@ -174,6 +177,7 @@ class Trainer:
         self._predictions: Predictions | None = None
         self._test_metrics: dict[str, float] | None = None
         self._evaluation_seconds = 0.0  # of the last one
+        self.reserved_memory = 0  # bytes of this machine's memory that the loaders will take beside this process
 
     @classmethod
     def from_recipe(
@@ -275,16 +279,16 @@ class Trainer:
 
     def _make(self, step: Step) -> Tensor:
         """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
-        if not self._is_settled:
-            self._settle_parameters(step)
         while True:
             self.memory.keep()
             try:
+                if not self._is_settled:
+                    self._settle_parameters(step)
                 loss = self.train_step(step)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                what, agreed = str(error).splitlines()[0], isinstance(error, MemoryShort)
+                what, agreed = what_failed(error), isinstance(error, MemoryShort)
             else:
                 self.memory.fits(step)
                 return loss
@@ -292,9 +296,9 @@ class Trainer:
 
     def _settle_parameters(self, step: Step) -> None:
         """Find out, before the first step, which parameters are trained, and say which are not."""
-        self._is_settled = True
-        for note in self.gradients.leave_out_unused(step):
+        for note in self.gradients.leave_out_unused(step):  # memory may be too short for the step's images
             self.log.note(note)
+        self._is_settled = True
         left = names_left_out(self.optimizer, self.raw_model)
         if left:
             self.update.leave_out([self.raw_model.get_parameter(name) for name in left])

@@ -21,7 +21,7 @@ MODULES = {
 LEVELS = [
     {"errors", "duration", "before_torch"},
     {"remote"},
-    {"files", "tensor_tree", "processes", "runlock"},
+    {"files", "tensor_tree", "processes", "process_memory", "runlock"},
     {
         "recipe",
         "shipped",
@@ -34,6 +34,7 @@ LEVELS = [
         "data.metadata",
     },
     {"schedule", "environment", "result", "pace", "loss", "optim", "ema", "out_of_memory", "stop"},
+    {"memory_forecast"},
     {"predictions", "gallery"},
     {"tunings", "threads"},
     {"data.classes", "data.columns"},
@@ -53,9 +54,10 @@ LEVELS = [
     {"launch", "runfolder", "machine"},
     {"kept"},
     {"loading"},
+    {"micro_batch"},
     {"handover"},
     {"assemble"},
-    {"build", "serve"},
+    {"build", "serve", "memory_report"},
     {"study", "study.statistics", "study.stopwatch", "study.turns", "study.words"},
     {"study.trial"},
     {"study.measure"},
@@ -117,6 +119,7 @@ def test_there_is_no_circle() -> None:
 
 def test_only_build_and_above_know_the_recipe() -> None:
     allowed = RECIPE_MODULES | STUDY | {"machine", "kept", "loading", "scan_report", "handover", "assemble"}
+    allowed |= {"micro_batch", "memory_report"}
     allowed |= {"build", "serve", "cli"}
     for name, path in MODULES.items():
         if name not in allowed:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_fasttrain import Trainer
 from hf_fasttrain.checkpoint import read_state
 from hf_fasttrain.data.loader import Step
-from hf_fasttrain.errors import NotEnoughMemory, RunError
+from hf_fasttrain.errors import NotEnoughMemory, PeerGone, RunError
 from hf_fasttrain.out_of_memory import is_out_of_memory
 from hf_fasttrain.runlog import RunLog
 
@@ -296,7 +296,7 @@ def fit_short(recipe: str, run: str, most: int, since: int) -> Any:
         result = make(Path(recipe), Path(run), *EXACT, "data.workers=1", most=most, since=since, process=1).fit()
     except NotEnoughMemory as error:
         return str(error)
-    except RuntimeError as error:  # the other process has gone
+    except (RuntimeError, PeerGone) as error:  # the other process has gone
         return f"left alone: {error}"
     return result.out_of_memory, result.images
 

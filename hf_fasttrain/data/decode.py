@@ -45,10 +45,11 @@ DECODING_ERRORS = (
     AttributeError,
     EOFError,
     LookupError,
-    MemoryError,
     RuntimeError,
     TypeError,
 )
+# How Pillow, libjpeg-turbo, C++ and the system say it where they don't raise MemoryError.
+OUT_OF_MEMORY = ("out of memory", "nsufficient memory", "std::bad_alloc", "allocate memory")
 _ORIENTATION = 0x0112  # EXIF
 _TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,7 +68,7 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
     Grayscale, palette, CMYK and 16-bit images are converted, alpha is dropped as transformers and timm do, the
     EXIF rotation is applied, and of an animation the first frame is taken. With `at_least`, JPEGs are decoded at
     1/2, 1/4 or 1/8 of their size if both sides stay that long; with `pillow` Pillow decodes them. Raises DataError if
-    there is no right image in it.
+    there is no right image in it, and MemoryError, which says nothing about the image, if memory was too short.
     """
     data, path = _parts(record)
     if data is None and path is None:
@@ -76,9 +77,16 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
         if data is None:
             data = Path(path).read_bytes()
         return decode(data, at_least=at_least, pillow=pillow)
-    except DECODING_ERRORS as error:
+    except (MemoryError, *DECODING_ERRORS) as error:
         name = path or f"{len(data or b'')} bytes"
+        if ran_out_of_memory(error):
+            raise MemoryError(f"image {name}: no memory to decode it") from None
         raise DataError(f"image {name}: can't be decoded: {_reason(error)}; repair it or take it out") from None
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of a decoder is that of a machine without memory for the pixels."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _parts(record: Any) -> tuple[Encoded | None, Any]:

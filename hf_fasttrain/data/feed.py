@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import mmap
 import queue
@@ -22,7 +23,8 @@ from hf_fasttrain.data.deaths import Deaths
 from hf_fasttrain.data.images import Event, Images
 from hf_fasttrain.data.order import MicroBatchKey
 from hf_fasttrain.data.workers import Workers
-from hf_fasttrain.errors import UserError
+from hf_fasttrain.errors import NotEnoughMemory, UserError
+from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
 
 Batch = tuple[Tensor, Tensor]
 AHEAD = 4  # batches that each worker may be ahead
@@ -136,12 +138,32 @@ class _Making:
         self.images, self.memory = images, memory
 
     def here(self, asked: _Asked) -> Made | UserError:
-        """Return a batch to the same process; what is wrong with its images is raised by the reader."""
+        """Return a batch to the same process; what is wrong with its images is raised by the reader.
+
+        Where memory runs out it is made a second time: what others had then, they may have given back.
+        """
+        made = self._try(asked)
+        if isinstance(made, str):
+            gc.collect()  # outside of the handler, which held what it failed on
+            made = self._try(asked)
+        if isinstance(made, str):
+            made = NotEnoughMemory(
+                f"out of memory twice while a batch was made: {made}; lower data.workers or data.cache_gb, or take the "
+                "image out if it is too large; the same command with --resume goes on from the newest checkpoint"
+            )
+        return made
+
+    def _try(self, asked: _Asked) -> Made | UserError | str:
+        """Return a batch, what is wrong with its images, or what there was no memory for."""
         try:
             return self.images.make(asked.key, self._room(asked))
         except UserError as error:
             error.every_process = False
             return error
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return what_failed(error)
 
     def __call__(self, asked: _Asked) -> _Sent | UserError:
         made, room = self.here(asked), self._room(asked)

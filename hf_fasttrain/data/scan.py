@@ -21,7 +21,7 @@ from hf_fasttrain.data.decode import DECODING_ERRORS, read_pixels
 from hf_fasttrain.data.records import Record
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.data.workers import Workers
-from hf_fasttrain.errors import DataError, LoaderDied
+from hf_fasttrain.errors import DataError, LoaderDied, RunError
 
 CHUNK = 64  # rows that a worker process decodes at a time
 CHUNKS_AHEAD = 2  # that each worker may be ahead
@@ -99,6 +99,8 @@ def scan_split(
     parts = []
     try:
         for part in pool.answers(chunks) if workers else map(scan_rows, chunks):
+            if isinstance(part, RunError):
+                raise part
             parts.append(part)
             progress(part.num_images)
     except LoaderDied:
@@ -111,10 +113,14 @@ def scan_split(
     return _joined(split.name, parts)
 
 
-def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan:
+def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan | RunError:
+    """Return what was found in rows; RunError, which a process can send, if memory was too short for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow thinks of an image that it does decode
-        return _scan_loud_rows(split, rows)
+        try:
+            return _scan_loud_rows(split, rows)
+        except MemoryError as error:
+            return RunError(f"out of memory: {error or 'MemoryError'}; lower data.workers, or take the image out")
 
 
 def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:

@@ -22,6 +22,7 @@ import torch.multiprocessing
 from hf_fasttrain.data.deaths import Deaths
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import reason
+from hf_fasttrain.process_memory import lift_memory_limit
 
 CHECK_SECONDS = 5.0  # between two looks whether the training process is still there
 END_SECONDS = 5.0  # for a process to finish its batch when it is told to end
@@ -190,6 +191,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any], index: int) -> No
     global _index
     _index = index
     _leave_signals_to_training()
+    lift_memory_limit()  # it counts what training has, of which this process has a copy
     torch.set_num_threads(1)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     ended = threading.Event()

@@ -135,7 +135,7 @@ class Doctor:
         if own["accelerate.mixed_precision"] == "no":
             ideas.append(({"accelerate.mixed_precision": "bf16" if self.hardware.bf16 else "fp16"}, ROUNDING))
         ideas.append(({"accelerate.channels_last": not own["accelerate.channels_last"]}, ""))
-        if own["accelerate.micro_batch_size"] is not None:
+        if own["accelerate.micro_batch_size"] is not None and space.whole_fits(ready):
             whole = {"accelerate.gradient_accumulation_steps": 1, "accelerate.micro_batch_size": None}
             ideas.append((whole, "changes batch-norm statistics" if ready.has_batch_norm else ""))
         return ideas

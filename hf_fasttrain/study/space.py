@@ -24,7 +24,8 @@ def first_config(ready: Ready) -> Config:
 
 def overrides_of(config: Config) -> tuple[str, ...]:
     """Return a config as overrides; accumulation follows from the micro-batch."""
-    return settings({"accelerate.gradient_accumulation_steps": "auto", **config})
+    whole = config["accelerate.micro_batch_size"] is None  # `auto` alone may cut a step
+    return settings({"accelerate.gradient_accumulation_steps": 1 if whole else "auto", **config})
 
 
 def difference(config: Config, base: Config) -> str:
@@ -69,13 +70,19 @@ def layouts(config: Config) -> list[Config]:
 
 
 def micro_batches(config: Config, ready: Ready) -> list[Config]:
-    """Return smaller micro-batches: half, a quarter, an eighth of the present one, and the whole step."""
+    """Return smaller micro-batches: half, a quarter, an eighth of the present one, and the whole step if it fits."""
     present = config["accelerate.micro_batch_size"] or ready.micro_batch_size
     sizes: list[int | None] = [2 * (present // share // 2) for share in (2, 4, 8)]
     sizes = [size for size in sizes if size and size >= LEAST_MICRO_BATCH]
-    if config["accelerate.micro_batch_size"] is not None:
+    if config["accelerate.micro_batch_size"] is not None and whole_fits(ready):
         sizes.insert(0, None)
     return [{**config, "accelerate.micro_batch_size": size} for size in sizes]
+
+
+def whole_fits(ready: Ready) -> bool:
+    """Return whether a step in one piece is worth a try: on a CPU not if memory is too short for it."""
+    largest = ready.facts.get("largest_micro_batch")
+    return largest is None or int(ready.facts["train.batch_size"]) <= int(largest)
 
 
 def loaders(config: Config, hardware: Hardware, cores: int) -> list[Config]:

@@ -75,9 +75,10 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
     micro, pieces = asked.micro_batch_size, max(2, steps)
     whole = {
         "train.batch_size": micro,
-        "accelerate.gradient_accumulation_steps": "auto",
+        "accelerate.gradient_accumulation_steps": 1,
         "accelerate.micro_batch_size": None,
     }
+    in_pieces = {"accelerate.gradient_accumulation_steps": "auto"}
     half = 2 * max(1, micro // 4)
     workers = max(1, int(facts["data.workers"]))
     kept = facts["data.cache"] if facts["data.cache"] in ("disk", "device") else "memory"
@@ -87,7 +88,7 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
         Technique(
             "ga_larger_step",
             f"GA: steps of {pieces} x {micro}",
-            {"train.batch_size": pieces * micro, "accelerate.micro_batch_size": micro},
+            {"train.batch_size": pieces * micro, **in_pieces, "accelerate.micro_batch_size": micro},
             whole,
             "" if asked.num_images >= pieces * micro else f"there are only {asked.num_images:,} training images",
             note="the same micro-batch with a larger step, which changes what is learnt",
@@ -95,7 +96,7 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
         Technique(
             "ga_pieces",
             f"GA: steps of {micro} in pieces of {half}",
-            {"accelerate.micro_batch_size": half},
+            {**in_pieces, "accelerate.micro_batch_size": half},
             whole,
             "" if half < micro else f"steps of {micro} images can't be cut",
             in_everything=False,
