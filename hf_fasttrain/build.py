@@ -58,11 +58,13 @@ def build_trainer(
     began = read_beginning(folder) if resume else None
     parts = build_parts(asked, dataset=dataset, tuned=began.kept(asked) if began else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
-    trainer = assemble(parts, folder, trainer_class, saved=saved_state(folder) if resume else None)
+    saved = saved_state(folder) if resume else None
+    trainer = assemble(parts, folder, trainer_class, saved=saved)
     if began:
         began.note_changes(parts.facts)
     for note in parts.facts.notes:
-        trainer.log.note(note)
+        if not (saved and note.startswith(("model.head", "model.pretrained"))):  # the weights are the checkpoint's
+            trainer.log.note(note)
     if resume:
         trainer.restore()
     on_main(lambda: describe_run(folder, parts.facts))

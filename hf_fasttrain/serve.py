@@ -78,6 +78,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Return the metrics of a run's model by name, and `dataset`, `split` and `num_images` that were measured.
 
+    `bad_images`, if there are any, is how many of them were counted by another image in their place.
+
     `run` is a folder or hf://OWNER/NAME. Measured are its evaluation split or another `split` of its data set.
     `overrides` change the run's recipe: data.dataset=FOLDER measures other images, all of its validation split, or of
     the folder where it has no splits. Their classes are matched to the model's by name; the model must know all of
@@ -110,7 +112,8 @@ def evaluate_run(
             "to measure those that were held out, leave data.dataset out or give the recipe's"
         )
     pre = _preprocessing(spec)
-    loaders = Loaders(recipe, facts, accelerator, pre, BadImages(None, recipe.data.max_bad_fraction, note))
+    bad_images = BadImages(None, recipe.data.max_bad_fraction, note)
+    loaders = Loaders(recipe, facts, accelerator, pre, bad_images)
     size = recipe.evaluate.batch_size
     if size == "auto":
         size = evaluation_batch_alone(model, spec.image_size, accelerator.device, 64)
@@ -120,7 +123,8 @@ def evaluate_run(
     for failure in evaluator.external.take_failures():
         note(failure)
     about = {"dataset": recipe.data.dataset, "split": measured.split.name, "num_images": len(measured.split)}
-    return {**metrics, **about}
+    replaced = {"bad_images": bad_images.count} if bad_images.count else {}
+    return {**metrics, **about, **replaced}
 
 
 def _same_data(recipe: Recipe, trained: Recipe) -> bool:

@@ -183,3 +183,13 @@ def test_several_splits_of_other_names_need_a_name(tmp_path: Path, write_recipe:
     datasets.DatasetDict({"first": part, "second": part}).save_to_disk(str(tmp_path / "data"))
     with pytest.raises(DataError, match="has several splits; name one of first, second by --split"):
         load_measured(str(tmp_path / "data"), multi_label=False)
+
+
+def test_images_that_others_stand_in_for_are_counted(run: Path, tmp_path: Path) -> None:
+    other = draw(tmp_path / "other", {"blue": 9, "green": 5, "red": 11})
+    assert "bad_images" not in evaluate(run, f"data.dataset={other}")[0]
+    broken = other / "red" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    measured, notes = evaluate(run, f"data.dataset={other}", "data.max_bad_fraction=0.1")
+    assert (measured["num_images"], measured["bad_images"]) == (25, 1)
+    assert any("bad images are replaced" in note for note in notes)
