@@ -116,6 +116,7 @@ def threads_beside_accelerate(recipe: Path, wish: str) -> tuple[int, int, str | 
     facts = Facts(loaded)
     accelerator = build_accelerator(loaded, facts)
     assert facts.resolved["accelerate.cpu_threads"][0] == torch.get_num_threads()
+    accelerator.wait_for_everyone()  # the first process has what they meet by
     return accelerator.num_processes, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 
 
