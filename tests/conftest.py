@@ -17,6 +17,7 @@ from hf_fasttrain.before_torch import limit_spinning
 
 limit_spinning()
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # fixtures of a module train too, and forked children can't use two
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import accelerate

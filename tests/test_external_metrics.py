@@ -154,10 +154,11 @@ def test_a_watched_metric_that_raises_ends_neither_the_run_nor_its_best(
     write_metric: Callable[..., str], tmp_path: Path
 ) -> None:
     metric = moody(write_metric, tmp_path / "calls", {2, 3, 4})
-    watch = {"best": Watch("moody"), "early_stopping": Watch("moody", patience=1)}
+    watch = {"best": Watch("moody", "max"), "early_stopping": Watch("moody", "max", patience=1)}
     result, trainer = train(metric, tmp_path / "run", **watch)
     assert (result.steps, result.stopped_early) == (4, False)
-    assert result.best == {"metric": "moody", "value": 1.0, "step": 1}
+    assert result.best is not None
+    assert (result.best["value"], result.best["step"]) == (1.0, 1)
     said = [note for note in result.notes if "moody" in note]
     assert said[1:] == ["'moody' is watched; evaluations without it are not compared with the best"]
     assert trainer.is_finished
