@@ -507,4 +507,4 @@ def test_the_command_takes_over_what_the_recipe_says(
     }  # fmt: skip
     assert exit_status(["push", str(run), "me/other"]) == 0
     assert asked[1][1]["private"] is None
-    assert asked[1][1]["weights"] == "last"
+    assert asked[1][1]["weights"] is None  # those in RUN/model
