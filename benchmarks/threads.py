@@ -1,14 +1,21 @@
 """How OpenMP's threads should wait for each other: images/s alone, and beside a process that keeps a core busy.
 
     python benchmarks/threads.py [--models test_vit ...] [--threads 1 2] [--workers 0 2] [--rounds 3] [--json FILE]
+    python benchmarks/threads.py --table FILE
 
 A worker thread of OpenMP that has nothing to do spins for a while before it sleeps. Spinning is quickest where every
 thread has a core of its own; where something else needs the core, it takes time from the thread that is waited for.
 libgomp, which PyTorch's wheels for Linux bring along, reads how long to spin from the environment when torch is loaded.
 
-arms: unset, OMP_WAIT_POLICY=PASSIVE, and GOMP_SPINCOUNT of --spins. Each run is a process of its own that trains a
-model on handwritten digits, steps of 32 images; the small model in 4 micro-batches. The arms take turns, alone and
-beside a process that counts. Ratios are medians of the rounds' ratios: alone / unset alone, and busy / the same alone.
+arms: unset, OMP_WAIT_POLICY=PASSIVE, and GOMP_SPINCOUNT of --spins. Each is a process that has loaded torch with its
+own environment and trains cells (model, threads, workers) on the handwritten digits as `hf-fasttrain ablate` does:
+`Trainer.fit`, a new one for each round, first alone, then beside a process that counts. The small model has 4
+micro-batches a step. In each round all arms train a cell one after the other, in another order each time. Ratios are
+medians of the rounds' ratios: alone / unset alone, and busy / the same arm alone.
+
+The rest of the machine is watched: a turn during which other programs took more than a tenth of a core is made again,
+and left out of the table if none was better. With --json, runs are appended to a file, so that a table may be measured
+in pieces; --table prints it.
 """
 
 from __future__ import annotations
@@ -16,75 +23,144 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SIZES = {"test_vit": (160, 4, 48), "resnet50": (64, 1, 12), "tf_efficientnet_lite0": (96, 1, 12)}  # px, pieces, steps
-BATCH, LAPS = 32, 4
+SIZES = {"test_vit": (160, 32, 4), "resnet50": (64, 16, 1), "tf_efficientnet_lite0": (96, 16, 1)}  # px, batch, pieces
+QUIET = 0.1  # cores that other programs may take during a turn
+TRIES = 3  # turns, until one is quiet
+Cell = tuple[str, int, int]  # model, threads, workers
+Row = dict[str, Any]
 
 
-def train(model: str, threads: int, workers: int, scratch: Path) -> float:
-    """Return images/s of a training in this process."""
-    from hf_fasttrain import Trainer
-
-    size, pieces, steps = SIZES[model]
-    overrides = {
+def overrides(cell: Cell) -> list[str]:
+    """Return what a cell sets in the quickstart's recipe."""
+    model, threads, workers = cell
+    size, batch, pieces = SIZES[model]
+    values = {
         "model.name": model,
         "data.image_size": size,
         "data.workers": workers,
         "data.cache": "none",
-        "train.duration": f"{steps} steps",
+        "train.batch_size": batch,
         "accelerate.gradient_accumulation_steps": pieces,
         "accelerate.cpu_threads": threads,
-        "train.batch_size": BATCH,
-        "log.every": steps // LAPS,
-        "evaluate.every": f"{steps} steps",
-        "data.eval_fraction": 0.01,
-        "log.report": "false",
-        "output_dir": scratch / "run",
     }
-    trainer = Trainer.from_recipe("quickstart", [f"{key}={value}" for key, value in overrides.items()])
-    trainer.fit()
-    lines = map(json.loads, (scratch / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    laps = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
-    return BATCH / statistics.median(laps[1:])  # without the first, which is a warm-up
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def serve() -> None:
+    """Train the cells that lines on stdin ask for; torch has this process's environment."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what training says
+    for line in sys.stdin:
+        cell, seconds = json.loads(line)
+        print(json.dumps(train(cell, seconds)), file=answers, flush=True)
+
+
+def train(cell: Cell, seconds: float) -> Row:
+    """Return images/s of a training alone and beside a busy process, and the cores that other programs took."""
+    from hf_fasttrain import load_recipe
+    from hf_fasttrain.study.trial import Trial
+    from hf_fasttrain.study.turns import Report, Turn, ask
+
+    row: Row = {}
+    turn, others, tries = Turn(min_steps=3, seconds=seconds), Others(), 0
+    with ExitStack() as stack:
+
+        def next_turn(report: Report | None) -> Turn | None:
+            nonlocal tries
+            if report is None:
+                return Turn(min_steps=4, seconds=1.0, drain=True)
+            if tries:
+                kind, taken = ("busy" if "alone" in row else "alone"), others.taken()
+                if taken <= QUIET or tries == TRIES:
+                    row.update({kind: report.images / report.seconds, f"others_{kind}": taken})
+                    tries = 0
+                    if kind == "busy":
+                        return None
+                    stack.enter_context(busy())
+            tries += 1
+            others.watch()
+            return turn
+
+        Trial(ask(load_recipe("quickstart", overrides(cell)))).run(next_turn)
+    return row
+
+
+class Others:
+    """Tells how many cores other programs take, those of a virtual machine's neighbours included."""
+
+    def watch(self) -> None:
+        """Begin to watch."""
+        self._began, self._used = time.perf_counter(), self._seconds()
+
+    def taken(self) -> float:
+        """Return the cores that others took since `watch`."""
+        return (self._seconds() - self._used) / (time.perf_counter() - self._began)
+
+    @staticmethod
+    def _seconds() -> float:
+        """Return the processor time of everything but this process and those that it has started."""
+        used, me = psutil.cpu_times(), psutil.Process()
+        own = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+        return used.user + used.nice + used.system + used.steal - sum(times.user + times.system for times in own)
+
+
+class Server:
+    """A process that has loaded torch with an arm's environment."""
+
+    def __init__(self, name: str, environment: dict[str, str]) -> None:
+        self.name = name
+        given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+        # KMP_BLOCKTIME, which libgomp does not read, says that the user has decided: the package sets nothing then.
+        own = {**given, "KMP_BLOCKTIME": "200", **environment}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"], env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def train(self, cell: Cell, seconds: float) -> Row:
+        """Return what `train` gives there; SystemExit if the process has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([cell, seconds]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: exit status {self.process.wait()}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 @contextmanager
-def busy(is_busy: bool) -> Iterator[None]:
-    """Keep a core busy with a process that counts, if asked."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_busy else None
+def busy() -> Iterator[None]:
+    """Keep a core busy with a process that counts."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
+        time.sleep(0.2)  # it has started
         yield
     finally:
-        if process is not None:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
-def run(arm: dict[str, str], cell: tuple[str, int, int], *, is_busy: bool) -> float:
-    """Return images/s of a training in a process of its own."""
-    model, threads, workers = cell
-    given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    # KMP_BLOCKTIME, which libgomp does not read, says that the user has decided: the package sets nothing then.
-    environment = {**given, "KMP_BLOCKTIME": "200", "OMP_NUM_THREADS": str(threads), **arm}
-    with tempfile.TemporaryDirectory(prefix="threads-") as scratch, busy(is_busy):
-        command = [sys.executable, __file__, "--cell", model, str(threads), str(workers), scratch]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} {cell}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def arms(spins: list[int]) -> dict[str, dict[str, str]]:
+def arms(spins: Sequence[int]) -> dict[str, dict[str, str]]:
     """Return name -> environment of each arm."""
     return {
         "unset": {},
@@ -93,61 +169,78 @@ def arms(spins: list[int]) -> dict[str, dict[str, str]]:
     }
 
 
-def print_table(rounds: list[dict[str, Any]]) -> None:
+def print_table(rows: list[Row]) -> None:
     """Print a Markdown table: a row for each model, threads, workers and arm."""
-    print("| model | threads | workers | arm | alone, images/s | / unset | busy, images/s | busy / alone |")
-    print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
-    cells = dict.fromkeys(tuple(row["cell"]) for row in rounds)
-    for cell in cells:
-        own = [row for row in rounds if tuple(row["cell"]) == cell]
-        for name in dict.fromkeys(row["arm"] for row in own):
-            mine = {row["round"]: row for row in own if row["arm"] == name}
-            unset = {row["round"]: row for row in own if row["arm"] == "unset"}
-            alone = statistics.median(row["alone"] for row in mine.values())
-            beside = statistics.median(row["busy"] for row in mine.values())
-            to_unset = statistics.median(row["alone"] / unset[number]["alone"] for number, row in mine.items())
-            to_alone = statistics.median(row["busy"] / row["alone"] for row in mine.values())
-            model, threads, workers = cell
-            print(
-                f"| {model} | {threads} | {workers} | {name} | {alone:.1f} | {to_unset:.2f} | {beside:.1f} "
-                f"| {to_alone:.2f} |"
-            )
+    processor = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "an unknown processor",
+    )
+    quiet = [row for row in rows if max(row["others_alone"], row["others_busy"]) <= QUIET]
+    print(f"{datetime.now(UTC).date()}, {processor}, {len(os.sched_getaffinity(0))} cores; ", end="")
+    print(f"{len(rows) - len(quiet)} of {len(rows)} runs left out: others took more than {QUIET} of a core\n")
+    print("| model | threads | workers | arm | rounds | alone, images/s | / unset | busy, images/s | busy / alone |")
+    print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for cell in dict.fromkeys(tuple(row["cell"]) for row in quiet):
+        own = [row for row in quiet if tuple(row["cell"]) == cell]
+        for name in sorted({row["arm"] for row in own}, key=place):
+            print_row(cell, name, own)
+
+
+def print_row(cell: Sequence[Any], name: str, rows: list[Row]) -> None:
+    """Print an arm's medians, and those of its ratios to the rounds' `unset`."""
+    mine = [row for row in rows if row["arm"] == name]
+    unset = {row["round"]: row["alone"] for row in rows if row["arm"] == "unset"}
+    ratios = [row["alone"] / unset[row["round"]] for row in mine if row["round"] in unset]
+    to_unset = f"{statistics.median(ratios):.2f}" if ratios else ""
+    alone, beside = (statistics.median(row[kind] for row in mine) for kind in ("alone", "busy"))
+    to_alone = statistics.median(row["busy"] / row["alone"] for row in mine)
+    shown = [*cell, name, len(mine), f"{alone:.1f}", to_unset, f"{beside:.1f}", f"{to_alone:.2f}"]
+    print(f"| {' | '.join(map(str, shown))} |")
+
+
+def place(arm: str) -> int:
+    """Return where an arm stands in the table."""
+    return {"unset": -2, "PASSIVE": -1}.get(arm) or int(arm.split()[-1].replace(",", ""))
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Return the rows of all cells and rounds."""
+    rows = []
+    cells = [(model, threads, workers) for model in args.models for threads in args.threads for workers in args.workers]
+    with ExitStack() as stack:
+        servers = [Server(name, environment) for name, environment in arms(args.spins).items()]
+        for server in servers:
+            stack.callback(server.close)
+        for cell in cells * args.rounds:
+            number = time.time()
+            for server in random.sample(servers, len(servers)):
+                row = {"round": number, "cell": cell, "arm": server.name, **server.train(cell, args.seconds)}
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                if args.json:
+                    with args.json.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+    return rows
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--cell"]:
-        model, threads, workers, scratch = sys.argv[2:]
-        print(json.dumps(train(model, int(threads), int(workers), Path(scratch))))
-        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--spins", type=int, nargs="*", default=[0, 100, 1000, 10_000, 100_000])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="least length of a turn")
     parser.add_argument("--json", type=Path, help="append each run to this file, as a line")
+    parser.add_argument("--table", type=Path, help="measure nothing, print the table of such a file")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = []
-    cells = [(model, threads, workers) for model in args.models for threads in args.threads for workers in args.workers]
-    for number in range(args.rounds):
-        for cell in cells:
-            names = list(arms(args.spins))
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                row = {"round": number, "cell": cell, "arm": name}
-                for kind in ("alone", "busy"):
-                    row[kind] = run(arms(args.spins)[name], cell, is_busy=kind == "busy")
-                rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                if args.json:
-                    with args.json.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "an unknown processor",
-    )
-    print(f"{datetime.now(UTC).date()}, {processor}, {len(os.sched_getaffinity(0))} cores")
-    print_table(rows)
+    if args.serve:
+        serve()
+    elif args.table:
+        print_table([json.loads(line) for line in args.table.read_text(encoding="utf-8").splitlines()])
+    else:
+        print_table(run(args))
 
 
 if __name__ == "__main__":
