@@ -217,7 +217,8 @@ class AccelerateSection(Section):
         "no on a CPU",
     )
     gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = machine(
-        "auto", "micro-batches of each process per step; auto: 1, or as micro_batch_size says"
+        "auto",
+        "micro-batches of each process per step; auto: as micro_batch_size says, else 1, on a CPU as memory allows",
     )
     micro_batch_size: Annotated[int, Field(ge=2, multiple_of=2)] | None = machine(
         None, "largest number of images per process and forward; even, since mixup pairs neighbours"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reset_accelerate, run_processes, weights
+from conftest import in_child, reset_accelerate, run_processes, weights
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
@@ -307,6 +307,16 @@ def test_processes_agree_on_smaller_micro_batches(write_recipe: Callable[..., Pa
     assert first == second
     assert first == ([{"step": 1, "before": 8, "after": 4}, {"step": 1, "before": 4, "after": 2}], 80)
     require_close(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_process_that_is_alone_under_a_launcher_makes_a_failed_backward_again(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = [*EXACT, "train.duration=1 steps"]
+    found = in_child(
+        lambda: make(write_recipe(), tmp_path / "run", *options, most=8, backward=True).fit().out_of_memory
+    )
+    assert found == [{"step": 1, "before": 16, "after": 8}]
 
 
 def test_a_later_failure_of_one_process_saves_nothing_torn_and_resume_begins_smaller(
