@@ -28,7 +28,7 @@ from hf_fasttrain.loading import Loaders
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.metrics import resolve_metrics
-from hf_fasttrain.micro_batch import evaluation_batch, local_processes
+from hf_fasttrain.micro_batch import evaluation_batch
 from hf_fasttrain.model import ModelSpec, head_names
 from hf_fasttrain.model_folder import save_description, save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
@@ -39,6 +39,7 @@ from hf_fasttrain.result import Watch
 from hf_fasttrain.runfolder import FILES_WHILE_TRAINING
 from hf_fasttrain.runlog import RunLog, last_steps
 from hf_fasttrain.schedule import Schedule, build_schedule, resolve_warmup
+from hf_fasttrain.threads import local_processes
 from hf_fasttrain.tracking import Tracking
 from hf_fasttrain.trainer import Trainer
 

@@ -166,9 +166,9 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
     Out of memory where no step can be made again, as in a checkpoint's copy, is one message.
     """
     from hf_fasttrain.environment import free_memory_bytes
-    from hf_fasttrain.micro_batch import local_processes
     from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
     from hf_fasttrain.process_memory import limited_memory
+    from hf_fasttrain.threads import local_processes
 
     free = free_memory_bytes()
     room = (free - trainer.reserved_memory - max(64 << 20, free // 50)) // local_processes()

@@ -92,6 +92,12 @@ def shortened(values: Iterable[object], limit: int = 12) -> str:
     return ", ".join(texts[:limit]) + (f", ... and {rest} more" if rest > 0 else "")
 
 
+def first_lines(error: BaseException) -> str:
+    """Return the first two lines of an error's text that say something, or what it is called."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
+
+
 def shown(value: object) -> str:
     """Return a value's repr, cut to 60 characters."""
     text = repr(value)

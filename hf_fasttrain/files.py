@@ -238,6 +238,11 @@ def attempt(work: Callable[[], object], failed: Callable[[BaseException], None])
     return True
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is no data of the user's: .DS_Store, ._0.jpg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith((".", "__"))
+
+
 def reason(error: BaseException) -> str:
     """Return why a file could not be written, in a few words."""
     if isinstance(error, OSError) and error.strerror:

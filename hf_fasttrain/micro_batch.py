@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from hf_fasttrain.model import batch_norms
 from hf_fasttrain.optim import state_share
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten
+from hf_fasttrain.threads import local_processes
 
 KEY = "accelerate.micro_batch_size"
 
@@ -77,11 +77,6 @@ def images_at_once(order: Order) -> int:
     """Return how many images a process has in a forward at most."""
     images = min(order.batch_size, order.num_images)
     return min(order.micro_batch_size, len(process_share(images, order.num_processes, order.num_processes - 1)))
-
-
-def local_processes() -> int:
-    """Return how many training processes share this machine's memory."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _agreed(largest: int, processes: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, first_lines
 from hf_fasttrain.files import read_json
 
 if TYPE_CHECKING:
@@ -75,6 +75,5 @@ def load_weights_of(model: nn.Module, checkpoint: Path) -> None:
     try:
         model.load_state_dict(kinds.get("ema") or kinds["model"])
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RunError(f"{checkpoint}: weights of another model: {' '.join(lines[:2])}") from None
+        raise RunError(f"{checkpoint}: weights of another model: {first_lines(error)}") from None
     model.eval()

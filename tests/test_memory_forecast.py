@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_fasttrain.memory_forecast import (
 )
 from hf_fasttrain.model import freeze_backbone
 from hf_fasttrain.optim import state_share
+from hf_fasttrain.threads import local_processes
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -207,10 +209,10 @@ def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], mo
 
 
 def sizes(recipe: str) -> tuple[int, int]:
-    rank = micro_batch.os.environ["RANK"]
+    rank = os.environ["RANK"]
     micro_batch.free_memory_bytes = lambda: (1000 if rank == "0" else 1) * GB // 4
     parts = build_parts(load_recipe(recipe, ["train.batch_size=1024", "data.image_size=64"]))
-    return parts.order.micro_batch_size, micro_batch.local_processes()
+    return parts.order.micro_batch_size, local_processes()
 
 
 def test_processes_share_the_memory_and_cut_alike(write_recipe: Callable[..., Path]) -> None:

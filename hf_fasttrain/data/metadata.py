@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.errors import DataError, shortened, shown
+from hf_fasttrain.files import is_hidden
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _INTEGER = re.compile(r"\s*-?(0|[1-9]\d{0,17})\s*", re.ASCII)
@@ -44,7 +45,7 @@ def read_metadata_folder(root: Path, split_of: Mapping[str, str]) -> dict[str, A
 def _metadata_files(root: Path) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         here = [name for name in METADATA_FILES if name in names]
         if len(here) > 1:
             raise DataError(f"{folder}: has {' and '.join(here)}; keep one of them")

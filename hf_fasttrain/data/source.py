@@ -18,6 +18,7 @@ from hf_fasttrain.data.metadata import METADATA_FILES, read_metadata_folder
 from hf_fasttrain.data.records import Record, Records
 from hf_fasttrain.data.tables import groups_read_together
 from hf_fasttrain.errors import DataError, nearest, shortened
+from hf_fasttrain.files import is_hidden
 
 IMAGE_SUFFIXES = {
     ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
@@ -240,11 +241,6 @@ def scan_image_folder(root: Path, *, empty_classes: bool = False) -> dict[str, A
     if with_classes:
         return {name.lower(): _scan_classes(path, empty_classes) for name, path in sorted(with_classes.items())}
     return {"train": _scan_classes(root, empty_classes)}
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is left out: .DS_Store, ._0.jpg, .ipynb_checkpoints, __MACOSX."""
-    return name.startswith((".", "__"))
 
 
 def is_image_file(entry: os.DirEntry[str] | Path) -> bool:

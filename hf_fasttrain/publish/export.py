@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from hf_fasttrain.data.augment import EvalTransform
 from hf_fasttrain.data.batch import Normalize
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, first_lines
 from hf_fasttrain.files import new_folder, read_json, reason, sync_files
 from hf_fasttrain.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model, save_model
-from hf_fasttrain.publish.finished import FinishedRun, first_line, read_run
+from hf_fasttrain.publish.finished import FinishedRun, read_run
 from hf_fasttrain.publish.onnx_file import (
     ONNX_FILE,
     TOLERANCE,
@@ -167,7 +167,7 @@ def _problem(
         with quiet(), torch.no_grad():
             apart = difference(logits_of(folder, photos), expected)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError) as error:
-        return f"can't open it ({first_line(error)})"
+        return f"can't open it ({first_lines(error)})"
     return None if apart <= TOLERANCE * scale_of(expected) else f"gives other logits, {apart:.2g} apart"
 
 

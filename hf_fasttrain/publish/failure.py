@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_fasttrain.publish.finished import first_line
+from hf_fasttrain.errors import first_lines
 
 PASSING = (408, 409, 412, 423, 425, 429)  # 409 and 412: another commit was made at the same time
 
@@ -31,13 +31,13 @@ def explain(error: BaseException, repo: str, endpoint: str) -> Failure:
     if status is not None:
         return _refused(status, error, repo, endpoint, _retry_after(response))
     if isinstance(error, HTTPError):
-        why = f"{endpoint} can't be reached ({first_line(error)}); check the network and HF_ENDPOINT"
+        why = f"{endpoint} can't be reached ({first_lines(error)}); check the network and HF_ENDPOINT"
         return Failure(why, passes=True)
     if "Invalid metadata" in str(error):
-        why = f"the Hub does not take the card ({first_line(error)}); mend license, data set or model names"
+        why = f"the Hub does not take the card ({first_lines(error)}); mend license, data set or model names"
         return Failure(why, passes=False)
     passes = isinstance(error, ConnectionError | TimeoutError | RuntimeError)  # RuntimeError: the xet transport's
-    why = f"the upload to {endpoint} broke off ({first_line(error)}); check the token and the network"
+    why = f"the upload to {endpoint} broke off ({first_lines(error)}); check the token and the network"
     return Failure(why, passes=passes)
 
 
@@ -57,7 +57,7 @@ def _refused(status: int, error: BaseException, repo: str, endpoint: str, wait: 
         return Failure(
             f"{endpoint} can't answer now ({status}); the run is whole on disk, wait a little", True, retry_after=wait
         )
-    return Failure(f"{endpoint} refused it ({first_line(error)}); put that right", passes=False)
+    return Failure(f"{endpoint} refused it ({first_lines(error)}); put that right", passes=False)
 
 
 def _retry_after(response: object) -> float:

@@ -12,12 +12,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, first_lines
 from hf_fasttrain.files import put_back_folder
 from hf_fasttrain.publish.local_paths import is_local_path
+from hf_fasttrain.run_weights import RESULT_FILE
 
-SPEC_FILE, RESULT_FILE, RECIPE_FILE, METRICS_FILE, RESOLVED_FILE = (
-    "hf_fasttrain.json", "result.json", "recipe.yaml", "metrics.jsonl", "resolved.yaml",
+SPEC_FILE, RECIPE_FILE, METRICS_FILE, RESOLVED_FILE = (
+    "hf_fasttrain.json", "recipe.yaml", "metrics.jsonl", "resolved.yaml",
 )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def read_run(run: Path) -> FinishedRun:
         path = run / RESOLVED_FILE
         facts = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, YAMLError) as error:
-        raise RunError(f"{path}: can't be read ({first_line(error)}); put it right or train again") from None
+        raise RunError(f"{path}: can't be read ({first_lines(error)}); put it right or train again") from None
     local = (facts.get("local") or {}).get("value") if isinstance(facts, dict) else None
     return FinishedRun(run, spec, result, recipe, text, local)
 
@@ -78,9 +79,3 @@ NO_METRIC = {"kind", "step", "epoch", "split", "train_seconds", "seconds"}
 def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics in an evaluation's line of metrics.jsonl."""
     return {name: value for name, value in line.items() if name not in NO_METRIC}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, first_lines
 from hf_fasttrain.model import ModelSpec, Preprocessing
-from hf_fasttrain.publish.finished import first_line
 
 ONNX_FILE = "model.onnx"
 OPSET = 20  # onnxruntime 1.17 and later
@@ -78,7 +77,7 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
             onnx.save_model(proto, path)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
             raise RunError(
-                f"{spec.name}: torch can't export this model to ONNX ({first_line(error)}); leave --onnx out"
+                f"{spec.name}: torch can't export this model to ONNX ({first_lines(error)}); leave --onnx out"
             ) from None
         try:
             return _checked(path, named, images)
@@ -86,7 +85,7 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
             raise
         except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no base of their own
             raise RunError(
-                f"{path.name}: onnxruntime can't run this model ({first_line(error)}); leave --onnx out"
+                f"{path.name}: onnxruntime can't run this model ({first_lines(error)}); leave --onnx out"
             ) from None
 
 

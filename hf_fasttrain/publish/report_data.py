@@ -14,7 +14,7 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, first_lines
 from hf_fasttrain.files import read_json, read_lines
 from hf_fasttrain.gallery import Gallery
 from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
@@ -24,7 +24,6 @@ from hf_fasttrain.publish.finished import (
     RESOLVED_FILE,
     RESULT_FILE,
     SPEC_FILE,
-    first_line,
     metrics_of,
 )
 from hf_fasttrain.publish.local_paths import Scrubber
@@ -234,7 +233,7 @@ def _read_resolved(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]
             for key, fact in found.items()
         }
     except (OSError, ValueError, YAMLError, AttributeError, KeyError, TypeError) as error:
-        problems.append(f"{path.name} can't be read: {first_line(error)}")
+        problems.append(f"{path.name} can't be read: {first_lines(error)}")
         return {}
 
 
@@ -252,7 +251,7 @@ def _read_gallery(run: Path, problems: list[str]) -> Gallery:
     try:
         return Gallery.load(run)
     except (TypeError, AttributeError) as error:
-        problems.append(f"gallery.json can't be read: {first_line(error)}")
+        problems.append(f"gallery.json can't be read: {first_lines(error)}")
         return Gallery()
 
 
