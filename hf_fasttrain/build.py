@@ -62,9 +62,8 @@ def build_trainer(
     trainer = assemble(parts, folder, trainer_class, saved=saved)
     if began:
         began.note_changes(parts.facts)
-    for note in parts.facts.notes:
-        if not (saved and note.startswith(("model.head", "model.pretrained"))):  # the weights are the checkpoint's
-            trainer.log.note(note)
+    for note in [*parts.facts.notes, *([] if saved else parts.facts.weight_notes)]:
+        trainer.log.note(note)
     if resume:
         trainer.restore()
     on_main(lambda: describe_run(folder, parts.facts))
@@ -99,7 +98,7 @@ def build_parts(
         args=dict(loaded.model.args),
     )
     torch.manual_seed(loaded.seed)
-    model = build_model(spec, loaded.model.pretrained, head=loaded.model.head, note=facts.note)
+    model = build_model(spec, loaded.model.pretrained, head=loaded.model.head, note=facts.weight_notes.append)
     require_logits(model, spec)
     if loaded.augment.progressive:
         require_logits(model, replace(spec, image_size=loaded.augment.progressive.start_size))

@@ -252,7 +252,7 @@ def check(
     held = held_by_run(Path(output_dir(loaded)))
     if held:
         parts.facts.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
-    for note in parts.facts.notes:
+    for note in [*parts.facts.notes, *parts.facts.weight_notes]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if images:
         check_images(console, loaded, parts.source, list_file)

@@ -25,6 +25,7 @@ class Facts:
     recipe: Recipe
     resolved: dict[str, tuple[Any, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    weight_notes: list[str] = field(default_factory=list)  # on those that training starts from; a checkpoint's go first
     launched: bool = False  # by accelerate launch or torchrun
 
     def resolve(self, key: str, value: Any, why: str) -> Any:
@@ -55,11 +56,9 @@ class Facts:
     def learnt(self) -> dict[str, Any]:
         """Return the learnt values, which must be the same when a run is resumed.
 
-        Without the duration and early stopping, which may let a run go on for longer, and without where the data set
-        lies: its fingerprint counts.
+        Without the duration, which may become longer, and without where the data set lies: its fingerprint counts.
         Of the warmup what was asked counts: its steps change with the duration.
         """
         may_change = ("train.duration", "evaluate.every", "data.dataset", "data.config", "data.revision")
         learnt = {key: fact.value for key, fact in self.all().items() if fact.tag == "learnt" and key not in may_change}
-        learnt = {key: value for key, value in learnt.items() if key.split(".")[0] != "early_stopping"}
         return {**learnt, "schedule.warmup": flatten(self.recipe)["schedule.warmup"]}

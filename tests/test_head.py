@@ -263,6 +263,10 @@ def test_a_run_says_what_becomes_of_the_head_and_goes_on_with_its_own(
     start = [f"output_dir={photos}", f"model.pretrained={digits}", f"data.dataset={image_folder}"]
     build_trainer(write_recipe(), start).fit()
     assert any("is for 10 classes, the data set has 3" in note for note in notes_of(photos))
+    resumed = build_trainer(write_recipe(), start, resume=True)  # its head is the checkpoint's
+    assert not any(note.startswith("model.head") for note in resumed.log.notes)
+    fresh = build_trainer(write_recipe(), [*start, f"output_dir={tmp_path / 'fresh'}"], resume=True)
+    assert any("is for 10 classes" in note for note in fresh.log.notes)  # nothing to resume: it begins with it
     (checkpoint,) = (digits / "checkpoints").glob("step_*")
     trainer = build_trainer(write_recipe(), [f"output_dir={tmp_path / 'again'}", f"model.pretrained={checkpoint}"])
     assert torch.equal(trainer.raw_model.fc.weight, load_file(checkpoint / "model.safetensors")["fc.weight"])

@@ -90,7 +90,7 @@ class Trial:
         self.ready = Ready(
             device=str(self.device),
             facts={key: fact.value for key, fact in parts.facts.all().items()},
-            notes=tuple(parts.facts.notes),
+            notes=(*parts.facts.notes, *parts.facts.weight_notes),
             steps=self.trainer.num_steps,
             steps_per_epoch=parts.order.steps_per_epoch,
             short_last_step=not parts.order.drop_last and parts.order.num_images % parts.order.batch_size > 0,
