@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_fasttrain.data.loader import Step
 from hf_fasttrain.errors import RunError, shortened
 from hf_fasttrain.loss import Loss, loss_of_uniform_logits
-from hf_fasttrain.model import batch_norms
+from hf_fasttrain.model import batch_norms, set_train_mode
 from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory, what_failed
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.unused_parameters import find_use
@@ -183,7 +183,4 @@ class Gradients:
 
     def set_train_mode(self) -> None:
         """Training mode, but batch norms whose weights are frozen keep their statistics."""
-        self.model.train()
-        for norm in self.norms:
-            if norm.weight is not None and not norm.weight.requires_grad:
-                norm.eval()
+        set_train_mode(self.model, self.norms)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hf_fasttrain.model import batch_norms, set_train_mode
+from hf_fasttrain.side_effects import random_states_kept, unchanged
 
 # An operation's inputs and outputs count twice: backward has their gradients, oneDNN and the heap copies of them.
 # With this the forecast came within 15 % of the peaks of ten models (benchmarks/memory_forecast.py).
@@ -95,12 +98,13 @@ def measure_activations(
 ) -> Activations:
     """Return what the model keeps for backward, by forwards of two and of three noise images in training mode.
 
-    The difference of the two is an image's part; what is left over does not grow. Modes, buffers and random states
-    are put back, nothing is compiled, and no gradient is computed.
+    The difference of the two is an image's part; what is left over does not grow. Modes, buffers, attributes and random
+    states are put back, nothing is compiled, and no gradient is computed.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     found = []
-    with _unchanged(model, device):
+    with random_states_kept(device, seed=0), unchanged(model):
+        set_train_mode(model, batch_norms(model))
         for number in (2, 3):
             images = torch.randn(number, 3, image_size, image_size, device=device).contiguous(memory_format=layout)
             targets = torch.full((number, num_classes), 1 / num_classes, device=device)
@@ -181,27 +185,6 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-@contextmanager
-def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put the model in training mode as training does; put back its modes, its buffers and torch's random states."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            model.train()
-            for module in model.modules():  # as the trainer does with batch norms whose weights are frozen
-                weight = getattr(module, "weight", None)
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and weight is not None:
-                    module.train(weight.requires_grad)
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 # --- the rule ----------------------------------------------------------------------------------------------

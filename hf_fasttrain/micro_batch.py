@@ -17,7 +17,7 @@ from hf_fasttrain.facts import Facts
 from hf_fasttrain.loading import resolve_loading
 from hf_fasttrain.machine import is_open
 from hf_fasttrain.memory_forecast import Forecast, equal_pieces, evaluation_bytes, measure_activations, most_images
-from hf_fasttrain.model import batch_norms
+from hf_fasttrain.model import batch_norms, uses_batch_statistics
 from hf_fasttrain.optim import state_share
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten
@@ -56,7 +56,7 @@ def resolve_micro_batch(
     if is_open(KEY, flatten(recipe)) and share > largest:
         size = equal_pieces(share, largest)
         why = f"the fewest equal pieces of {share} images of at most {largest}: {facts.why('largest_micro_batch', '')}"
-        if _uses_batch_statistics(model):
+        if any(map(uses_batch_statistics, batch_norms(model))):
             facts.note(
                 f"{KEY}=auto: a step's {share} images are made in micro-batches of {size}, which fit this machine's "
                 f"memory and cores; batch norm takes its statistics over {size} images. {KEY}=N sets another size"
@@ -82,11 +82,6 @@ def images_at_once(order: Order) -> int:
 def _agreed(largest: int, processes: int) -> int:
     """Return the smallest of all processes' numbers: they cut steps alike."""
     return int(min(gather_object([largest]))) if processes > 1 else largest
-
-
-def _uses_batch_statistics(model: nn.Module) -> bool:
-    norms = [norm for norm in batch_norms(model) if norm.weight is None or norm.weight.requires_grad]
-    return bool(norms)
 
 
 def forecast_memory(recipe: Recipe, num_classes: int, model: nn.Module, accelerator: Accelerator) -> Forecast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,19 @@ def require_logits(model: nn.Module, spec: ModelSpec) -> None:
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """Return the modules that keep running statistics of their batches."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def uses_batch_statistics(norm: nn.Module) -> bool:
+    """Return whether a batch norm trains on its batches' statistics: one whose weights are frozen keeps its own."""
+    return norm.weight is None or bool(norm.weight.requires_grad)
+
+
+def set_train_mode(model: nn.Module, norms: Sequence[nn.Module]) -> None:
+    """Put a model in training mode, but for those of its batch norms that keep their statistics."""
+    model.train()
+    for norm in norms:
+        if not uses_batch_statistics(norm):
+            norm.eval()
 
 
 def model_preprocessing(model: nn.Module, spec: ModelSpec) -> Preprocessing:

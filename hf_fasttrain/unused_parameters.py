@@ -5,12 +5,10 @@ DistributedDataParallel waits for the gradient of each parameter: one that never
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from hf_fasttrain.errors import shortened
 from hf_fasttrain.loss import Loss
 from hf_fasttrain.out_of_memory import free_cached_memory, is_out_of_memory
 from hf_fasttrain.processes import Processes
+from hf_fasttrain.side_effects import random_states, random_states_kept, unchanged
 
 TRIES = 4  # where forward draws random numbers or misses a parameter: layers may be skipped at random
 
@@ -88,16 +87,16 @@ def _attempt(model: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], b
     def total() -> Tensor:
         nonlocal is_random
         images = _noise_like(batch[0])
-        before = _random_states(images.device)
+        before = random_states(images.device)
         outputs = model(images)
-        is_random = _random_states(images.device) != before
+        is_random = random_states(images.device) != before
         if isinstance(outputs, Tensor):
             return outputs.sum()  # a loss reaches all of a tensor or nothing
         return loss(outputs, _two_of(batch[1]))
 
     device = parameters[0].device
     try:
-        with _random_states_kept(device, seed), _unchanged(model), _unchanged(loss), _eager():
+        with random_states_kept(device, seed), unchanged(model), unchanged(loss), _eager():
             return _Try(_get_gradient(total, parameters), is_random)
     except Exception as error:  # noqa: BLE001 - whatever noise and two images may bring about in a user's model
         short = is_out_of_memory(error)
@@ -132,49 +131,6 @@ def _noise_like(images: Tensor) -> Tensor:
     """Return two images of noise like those of a batch; of whole numbers, two of its own."""
     two = _two_of(images)
     return torch.randn_like(two) if two.is_floating_point() else two
-
-
-def _random_states(device: torch.device) -> tuple[Any, ...]:
-    """Return the random states that a forward may draw from, comparable."""
-    numpy: Any = np.random.get_state()
-    on_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
-    return torch.get_rng_state().numpy().tobytes(), on_device, random.getstate(), numpy[1].tobytes(), numpy[2:]
-
-
-@contextmanager
-def _random_states_kept(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the random states, and put back the present ones afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def _unchanged(module: Any) -> Iterator[None]:
-    """Put back the buffers and attributes of a module and those within it; what is no module is left alone."""
-    modules = list(module.modules()) if isinstance(module, nn.Module) else []
-    attributes = [(vars(each), dict(vars(each))) for each in modules]
-    registries = [(each._buffers, dict(each._buffers)) for each in modules]
-    values = [(b, b.detach().clone()) for _, before in registries for b in before.values() if b is not None]
-    try:
-        yield
-    finally:
-        for live, before in (*attributes, *registries):  # a buffer may have been replaced
-            for name in live.keys() - before.keys():
-                del live[name]
-            live.update(before)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -65,13 +67,35 @@ def test_nothing_is_changed_by_it() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3, drop_path_rate=0.5).eval()
     model.compile(backend=lambda graph, inputs: pytest.fail("it was compiled"))
-    before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     model.layer1.train()
     assert measured(model).per_image > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), state)
     assert [model.training, model.layer1.training, model.layer2.training] == [False, True, False]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Leaving(nn.Module):
+    """Replaces a buffer, counts its calls and draws from every source of random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 3, 3), 0
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls, self.seen = self.calls + 1, self.seen + 1
+        assert random.random() + np.random.rand() < 2
+        return self.conv(images).mean((2, 3))
+
+
+def test_nor_is_what_a_forward_replaces_counts_or_draws() -> None:
+    model = Leaving()
+    states = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+    assert measured(model).per_image > 0
+    assert (model.calls, float(model.seen)) == (0, 0.0)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]) == states
 
 
 def test_frozen_and_checkpointed_models_keep_less() -> None:
