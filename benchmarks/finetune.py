@@ -158,6 +158,16 @@ def recipe_epochs() -> int:
     return round(duration.count)
 
 
+def machine() -> str:
+    """Return the processor, its cores and torch's version, as text."""
+    import torch
+
+    from hf_fasttrain.environment import describe_machine, describe_versions  # after the trainings: it loads torch
+
+    found = describe_machine(torch.device("cpu"), 1)
+    return f"{found['processor']}, {found['cores']} cores, torch {describe_versions()['torch']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="DIR")
@@ -187,7 +197,8 @@ def main() -> None:
                     if args.json:
                         with args.json.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(runs[-1]) + "\n")
-    print(f"{datetime.now(UTC).date()}, {args.model}, {args.size} px, {args.epochs} epochs of steps of {args.batch}")
+    print(f"{datetime.now(UTC).date()}, {machine()}")
+    print(f"{args.model}, {args.size} px, {args.epochs} epochs of steps of {args.batch}, {args.threads} threads")
     print_table(runs, args.sides)
 
 

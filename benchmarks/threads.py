@@ -171,12 +171,13 @@ def arms(spins: Sequence[int]) -> dict[str, dict[str, str]]:
 
 def print_table(rows: list[Row]) -> None:
     """Print a Markdown table: a row for each model, threads, workers and arm."""
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "an unknown processor",
-    )
+    import torch
+
+    from hf_fasttrain.environment import describe_machine  # not above: the arms load torch with their own environment
+
+    machine = describe_machine(torch.device("cpu"), 1)
     quiet = [row for row in rows if max(row["others_alone"], row["others_busy"]) <= QUIET]
-    print(f"{datetime.now(UTC).date()}, {processor}, {len(os.sched_getaffinity(0))} cores; ", end="")
+    print(f"{datetime.now(UTC).date()}, {machine['processor']}, {machine['cores']} cores; ", end="")
     print(f"{len(rows) - len(quiet)} of {len(rows)} runs left out: others took more than {QUIET} of a core\n")
     print("| model | threads | workers | arm | rounds | alone, images/s | / unset | busy, images/s | busy / alone |")
     print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
