@@ -105,6 +105,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:08d}"
 
 
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint by its folder's name."""
+    return int(path.name.removeprefix(PREFIX))
+
+
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write a checkpoint beside its place, synced, and rename it there; the marker of completeness comes last.
 

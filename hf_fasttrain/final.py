@@ -76,17 +76,18 @@ def with_metric(best: dict[str, Any] | None, watch: Watch) -> tuple[dict[str, An
 def which_weights(run: Path, result: Result) -> str:
     """Return which weights lie in RUN/model and, if the best and the last ones differ, how to have the others."""
     best, last, step = result.best, result.last["step"], result.model["step"]
+    of = "moving average of the weights" if result.model.get("ema") else "weights"
     if best is None:
-        return f"weights of step {step:,}"
+        return f"{of} of step {step:,}"
     metric = best["metric"]
     figures = {last: result.last["metrics"].get(metric), best["step"]: best["value"]}
-    shown = {of: "" if value is None else f" ({metric} {value:.4f})" for of, value in figures.items()}
+    shown = {at: "" if value is None else f" ({metric} {value:.4f})" for at, value in figures.items()}
     if best["step"] == last:
-        return f"weights of step {step:,}, the last and the best{shown[last]}"
+        return f"{of} of step {step:,}, the last and the best{shown[last]}"
     words = {best["step"]: "the best evaluation", last: "the last"}
     other = best["step"] if step == last else last
     command = f"hf-fasttrain export {run} --weights {'last' if other == last else 'best'} --output FOLDER"
     return (
-        f"weights of {words[step]}, step {step:,}{shown[step]}; {words[other]}, step {other:,}{shown[other]}, "
+        f"{of} of {words[step]}, step {step:,}{shown[step]}; {words[other]}, step {other:,}{shown[other]}, "
         f"by\n      {command}"
     )

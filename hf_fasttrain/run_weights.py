@@ -50,7 +50,7 @@ def checkpoint_with(run: Path, weights: str | None, place: str = "") -> Path | N
     """
     if weights is None:
         return None
-    from hf_fasttrain.checkpoint import checkpoint_path, complete_checkpoints
+    from hf_fasttrain.checkpoint import checkpoint_path, checkpoint_step, complete_checkpoints
 
     result, name = read_json(run / RESULT_FILE), place or str(run)
     if not (run / RESULT_FILE).is_file():
@@ -62,7 +62,7 @@ def checkpoint_with(run: Path, weights: str | None, place: str = "") -> Path | N
     if step is not None and step == step_in_model(result) and not (kept and weights.startswith("step_")):
         return None
     if step is None or not kept:
-        names = ", ".join(f"step_{int(path.name.removeprefix('step_'))}" for path in there) or "none"
+        names = ", ".join(f"step_{checkpoint_step(path)}" for path in there) or "none"
         raise RunError(f"{name}: no checkpoint of step {step} (weights={weights}); there are: {names}")
     return checkpoint_path(run / "checkpoints", step)
 

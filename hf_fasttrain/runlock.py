@@ -37,8 +37,8 @@ def hold(folder: Path) -> bool:
             owner = _owner(descriptor)
             os.close(descriptor)
             raise RunError(
-                f"{folder.parent}: another run is training in it{owner}; wait for its end, stop it, or choose another "
-                "output_dir"
+                f"{folder.parent}: another process is training or writing results in it{owner}; wait for its end, "
+                "stop it, or choose another output_dir"
             ) from None
         locked = False
     with suppress(OSError):  # a full disk does not matter: the lock is held, its text is for the message alone

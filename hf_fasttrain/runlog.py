@@ -129,7 +129,7 @@ class RunLog:
         """Keep in mind that a result is not on disk, and say so once."""
         if not any(lost.startswith(f"{what}:") for lost in self.lost):
             self.lost.append(f"{what}: {reason(error)}")
-            self.say(f"not written: {self.lost[-1]}; training goes on")
+            self.say(f"not written: {self.lost[-1]}")
 
     def hurry(self, cause: str) -> None:
         """Say that a signal was heard; called from another thread while a step is running."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hf_fasttrain.checkpoint import (
-    PREFIX,
     Checkpoint,
     Snapshot,
     bring_back,
     checkpoint_path,
+    checkpoint_step,
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -136,7 +136,7 @@ class Checkpoints:
         there = complete_checkpoints(self.folder)
         if not there:
             return type(error)(f"{error}; nothing was saved yet")
-        newest = int(there[-1].name.removeprefix(PREFIX))
+        newest = checkpoint_step(there[-1])
         told = type(error)(f"{error}; the same command with --resume goes on from step {newest:,}")
         if newest > began_at:
             told.status = Stopped.RESUMABLE
@@ -154,7 +154,7 @@ class Checkpoints:
             else:
                 newest = complete_checkpoints(self.folder)
                 have = f"the newest is {newest[-1]}" if newest else "there is none yet"
-                self.log.say(f"checkpoint of step {snapshot.step} not written: {self.failed}; training goes on; {have}")
+                self.log.say(f"checkpoint of step {snapshot.step} not written: {self.failed}; {have}")
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that trains
             self._error = error
 
@@ -212,9 +212,13 @@ class Checkpoints:
         path = self.run / "result.json"
         attempt(lambda: write_json(path, result), lambda error: self.log.not_written(str(path), error))
 
-    def has(self, step: int) -> bool:
-        """Return whether a step's checkpoint is on disk."""
-        return checkpoint_path(self.folder, step) in complete_checkpoints(self.folder)
+    def can_load(self, step: int) -> bool:
+        """Return whether a step's checkpoint is on disk and undamaged; it is read for that."""
+        path = checkpoint_path(self.folder, step)
+        try:
+            return path in complete_checkpoints(self.folder) and bool(load_checkpoint(path))
+        except RunError:
+            return False
 
     def newest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, the same on every process; damaged ones are named and passed over."""

@@ -35,7 +35,7 @@ from hf_fasttrain.pace import Pace
 from hf_fasttrain.predictions import Predictions
 from hf_fasttrain.processes import Processes, is_peer_gone, on_main
 from hf_fasttrain.result import Result, Watch
-from hf_fasttrain.runlog import RunLog
+from hf_fasttrain.runlog import METRICS_FILE, RunLog, last_steps
 from hf_fasttrain.saving import Checkpoints, Publisher, hold_run, release_run
 from hf_fasttrain.schedule import Schedule, constant
 from hf_fasttrain.state import State, Stateful
@@ -532,6 +532,13 @@ class Trainer:
         self.pace.wait_seconds = state.wait_seconds
         self._saved_at = state.step
         self.log.forget_after(state.step)
+        if self.log.main and self.log.folder is not None:
+            last = last_steps(self.log.folder)["train"]  # each checkpoint has its line
+            if last < state.step:
+                self.log.note(
+                    f"{METRICS_FILE} has no figures of steps {last + 1:,} to {state.step:,}: they did not reach the "
+                    "disk"
+                )
         then = f" of {processes} processes" if processes != self.processes.number else ""
         self.log.say(f"resumed from {self.output_dir}/checkpoints/{name}{then}: step {state.step} of {self.num_steps}")
         if state.num_steps != self.num_steps:
@@ -693,8 +700,9 @@ class Trainer:
     def final_step(self) -> int:
         """The step of the weights that a finished run's model folder should have, as far as they are kept."""
         best = self.state.best["step"] if self.state.best else self.state.step
-        kept = self.checkpoints is not None and self.checkpoints.has(best)
-        return best if self.final == "best" and kept else self.state.step
+        if self.final != "best" or best == self.state.step or self.checkpoints is None:
+            return self.state.step
+        return best if self.checkpoints.can_load(best) else self.state.step
 
     def _leave(self, stop: int) -> None:
         """Wait until the state is on disk and raise Stopped."""
@@ -720,7 +728,7 @@ class Trainer:
         return Result(
             metrics=final.metrics or {},
             test_metrics=self._test_metrics,
-            model={"weights": final.weights, "step": final.step},
+            model={"weights": final.weights, "step": final.step, "ema": self.ema is not None},
             best=state.best,
             last={"step": state.step, "metrics": state.metrics},
             steps=state.step,

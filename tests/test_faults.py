@@ -171,14 +171,17 @@ def test_a_full_disk_does_not_stop_training_and_is_told_at_the_end(
     assert "trained to the end, but not everything is on disk:" in printed
     assert "No space left on device" in printed
     if part == "step_":
-        assert "checkpoint of step 3 not written: No space left on device; training goes on; the newest is" in printed
+        assert "checkpoint of step 3 not written: No space left on device; the newest is" in printed
         assert steps_of(run) == [2]
     if part != "result.json":
         written = json.loads((run / "result.json").read_text())
         assert written["steps"] == 6
         assert "No space left on device" in written["not_written"][0]
     monkeypatch.undo()
-    assert make(write_recipe(), run, "train.duration=7 steps", resume=True).fit().not_written == []
+    result = make(write_recipe(), run, "train.duration=7 steps", resume=True).fit()
+    assert result.not_written == []
+    gap = "metrics.jsonl has no figures of steps 3 to 6: they did not reach the disk"
+    assert (gap in result.notes) == (part == "metrics.jsonl")
 
 
 def test_a_model_that_can_not_be_written_leaves_the_old_one(
@@ -338,7 +341,9 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(
         time.sleep(0.05)
     for resume in (False, True):
         refused = (
-            rf"another run is training in it \(process {child} on .*, since 20.*\); wait for" if resume else "holds"
+            rf"another process is training or writing results in it \(process {child} on .*, since 20.*\); wait for"
+            if resume
+            else "holds"
         )
         with pytest.raises(RunError, match=refused):
             make(write_recipe(), run, resume=resume)

@@ -71,7 +71,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def test_the_run_ends_with_the_best_weights_and_their_figures(run: Path) -> None:
     result = result_of(run)
-    assert result["model"] == {"weights": "best", "step": 1}
+    assert result["model"] == {"weights": "best", "step": 1, "ema": False}
     assert same(weights(run), checkpoint(run, 1))
     assert result["metrics"] == result["best"]["metrics"]
     assert (result["metrics"]["loss"], result["best"]["step"]) == (1.0, 1)
@@ -94,7 +94,7 @@ def test_the_last_weights_stay_by_default(write_recipe: Callable[..., Path], tmp
     run = tmp_path / "run"
     make(write_recipe(), run, "checkpoint.best.metric=loss").fit()
     result = result_of(run)
-    assert result["model"] == {"weights": "last", "step": 4}
+    assert result["model"] == {"weights": "last", "step": 4, "ema": False}
     assert same(weights(run), checkpoint(run, 4))
     assert result["metrics"] == result["last"]["metrics"] != result["best"]["metrics"]
 
@@ -106,7 +106,11 @@ def test_early_stopping_ends_with_the_best_weights(write_recipe: Callable[..., P
     result = result_of(run)
     assert (result["stopped_early"], result["steps"], result["model"]["step"]) == (True, 3, 1)
     make(write_recipe(), run, *stopping, "checkpoint={final: last, best: {metric: loss}}", resume=True).fit()
-    assert result_of(run)["model"] == {"weights": "last", "step": 3}  # it may change when the run is resumed
+    assert result_of(run)["model"] == {
+        "weights": "last",
+        "step": 3,
+        "ema": False,
+    }  # it may change when the run is resumed
     assert same(weights(run), checkpoint(run, 3))
 
 
@@ -143,12 +147,15 @@ def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
         content = (path / "model.safetensors").read_bytes()
         (path / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     result = make(write_recipe(), run, BEST, resume=True).fit()
-    assert result.model == {"weights": "last", "step": 4}
+    assert result.model == {"weights": "last", "step": 4, "ema": False}
     assert result.metrics == result.last["metrics"]
     assert same(weights(run), checkpoint(run, 4))
     said = f"the best evaluation's weights can't be had: checkpoint {path} is {fault}"
     assert said in capsys.readouterr().out
     assert any(said in note for note in result.notes)
+    assert (
+        make(write_recipe(), run, BEST, resume=True).final_step == 4
+    )  # nothing is owed, and the ending not made again
 
 
 def test_all_processes_measure_the_best_weights(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from conftest import RECIPE, exit_status, reset_accelerate
 from hf_fasttrain import files
 from hf_fasttrain.files import exchange, new_folder
 from hf_fasttrain.model_folder import SPEC_FILE
-from hf_fasttrain.publish.owed import is_pushed
+from hf_fasttrain.publish.owed import is_pushed, what_is_lost
 from hf_fasttrain.serve import model_folder
 from hf_fasttrain.trainer import Trainer
 
@@ -103,6 +103,18 @@ def test_resume_makes_what_a_full_disk_did_not_take(
     assert (run / "model" / SPEC_FILE).exists()
 
 
+def test_a_training_of_which_nothing_is_saved_is_not_promised_back(tmp_path: Path) -> None:
+    said = what_is_lost(tmp_path, [f"{tmp_path / 'model'}: No space left on device"], 5, 5, report=True)
+    assert said.splitlines()[1:] == [
+        f"  {tmp_path / 'model'}: No space left on device",
+        "nothing else is on disk either",
+        "no checkpoint is on disk: after making room, --resume trains anew",
+    ]
+    (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000003" / "COMPLETE").touch()
+    assert "--resume trains on from step 3 and writes what is missing" in what_is_lost(tmp_path, [], 5, 5, report=True)
+
+
 def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -118,7 +130,10 @@ def test_a_full_disk_ends_with_74_whatever_was_lost(
     (run / name).unlink()
     fails_for(monkeypatch, f".{name}.partial")
     assert exit_status(["train", str(write_recipe()), *SMALL, f"output_dir={run}", "--resume"]) == 74
-    assert f"not everything is on disk:\n  {run / name}: No space left on device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"not everything is on disk:\n  {run / name}: No space left on device" in said
+    assert "\non disk: model, " in said
+    assert said.endswith("with --resume writes what is missing; nothing is trained again\n")
     if name != "result.json":
         assert name in json.loads((run / "result.json").read_text())["not_written"][0]
 

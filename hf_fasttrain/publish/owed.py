@@ -37,9 +37,37 @@ def owed(run: Path, steps: int, model_step: int, *, report: bool) -> list[str]:
         PREDICTIONS_FILE: not report or _is_of_step(run / PREDICTIONS_FILE, model_step),
         REPORT_FILE: not report or _tells_of(run / REPORT_FILE, result, result_mark(run)),
     }
-    lost = [re.sub(r":.*", "", str(text), flags=re.DOTALL) for text in result.get("not_written") or []]
     names = [name for name, there in found.items() if not there]
-    return list(dict.fromkeys([*names, *(Path(text).name for text in lost)]))
+    return list(dict.fromkeys([*names, *_names(result.get("not_written") or [])]))
+
+
+def what_is_lost(run: Path, lost: list[str], steps: int, model_step: int, *, report: bool) -> str:
+    """Return what to say at the end of a training of `steps` whose disk did not take all: what is there, what to do.
+
+    `lost` are the results that could not be written, each with the reason; the rest as for `owed`.
+    """
+    from hf_fasttrain.checkpoint import checkpoint_step, complete_checkpoints
+
+    missing = {*owed(run, steps, model_step, report=report), *_names(lost)}
+    wanted = ("model", RESULT_FILE, *((PREDICTIONS_FILE, REPORT_FILE) if report else ()))
+    there = [name for name in wanted if name not in missing]
+    saved = [checkpoint_step(path) for path in complete_checkpoints(run / "checkpoints")]
+    again = "make room on that disk, then the same command with --resume"
+    if not saved:
+        what_next = f"no checkpoint is on disk: after making room, --resume {'would train' if there else 'trains'} anew"
+    elif saved[-1] == steps:
+        what_next = f"{again} writes what is missing; nothing is trained again"
+    else:
+        what_next = f"{again} trains on from step {saved[-1]:,} and writes what is missing"
+    on_disk = f"on disk: {', '.join(there)}" if there else "nothing else is on disk either"
+    return "\n".join(
+        ["trained to the end, but not everything is on disk:", *(f"  {text}" for text in lost), on_disk, what_next]
+    )
+
+
+def _names(lost: list[str]) -> list[str]:
+    """Return the file names of results that could not be written."""
+    return [Path(re.sub(r":.*", "", str(text), flags=re.DOTALL)).name for text in lost]
 
 
 def is_pushed(run: Path, repo: str, steps: int) -> bool:

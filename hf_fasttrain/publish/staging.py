@@ -86,8 +86,9 @@ def _copy_description(model: Path, folder: Path) -> None:
 def result_of(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
     """Return a finished run's result as if the weights of a checkpoint were in RUN/model."""
     step, metrics = _step_and_metrics(run, _state_of(checkpoint))
-    told = {"metrics": metrics, "test_metrics": None, "model": {"weights": weights, "step": step}}
-    return {**read_json(run / RESULT_FILE), **told}
+    result = read_json(run / RESULT_FILE)
+    model = {**(result.get("model") or {}), "weights": weights, "step": step}
+    return {**result, "metrics": metrics, "test_metrics": None, "model": model}
 
 
 def present_result(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
