@@ -59,8 +59,13 @@ class Parts:
     kept_pixels: int = 0  # bytes of them in memory, known once there are loaders
 
 
-def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None = None) -> Source:
-    """Return the recipe's data set, or `dataset` read as the recipe says; `test_split` replaces the recipe's."""
+def open_source(
+    recipe: Recipe, dataset: Any = None, *, test_split: str | None = None, test_key: str = "data.test_split"
+) -> Source:
+    """Return the recipe's data set, or `dataset` read as the recipe says; `test_split` replaces the recipe's.
+
+    `test_key` is what messages call it.
+    """
     data = recipe.data
     return load_source(
         data.dataset if dataset is None else dataset,
@@ -69,6 +74,7 @@ def open_source(recipe: Recipe, dataset: Any = None, *, test_split: str | None =
         train_split=data.train_split,
         eval_split=data.eval_split,
         test_split=test_split or data.test_split,
+        test_key=test_key,
         image_column=data.image_column,
         label_column=data.label_column,
         multi_label=data.multi_label,

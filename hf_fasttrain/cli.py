@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_fasttrain.before_torch import limit_spinning
-from hf_fasttrain.errors import NotEnoughMemory, RunError, Stopped, UserError, nearest, without_secrets
+from hf_fasttrain.errors import DataError, NotEnoughMemory, RunError, Stopped, UserError, nearest, without_secrets
 from hf_fasttrain.shipped import recipe_header, shipped_recipes
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.build import build_trainer
     from hf_fasttrain.launch import output_dir
-    from hf_fasttrain.publish.owed import owed
+    from hf_fasttrain.publish.owed import owed, what_is_lost
     from hf_fasttrain.runfolder import require_free
     from hf_fasttrain.stop import ignore_signals
 
@@ -141,8 +141,8 @@ def train(
         raise
     _end_trackers(trainer)
     if result.not_written:
-        lost = "\n  ".join(result.not_written)
-        trainer.log.say(f"trained to the end, but not everything is on disk:\n  {lost}")
+        steps = trainer.state.step, trainer.final_step
+        trainer.log.say(what_is_lost(folder, result.not_written, *steps, report=trainer.report))
         sys.exit(Stopped.NOT_WRITTEN)
     _say_what_next(trainer.log.say, folder, loaded, result)
 
@@ -199,6 +199,7 @@ def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     page = folder / "report.html"
+    own = [text for text in recipe.source.overrides if text.startswith("model.")]
     report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
     say(
         f"done: {result.steps:,} steps, {result.images:,} images in {result.train_seconds:.1f} s "
@@ -213,7 +214,7 @@ def _say_what_next(say: Any, folder: Path, recipe: Recipe, result: Any) -> None:
         f"  hf-fasttrain predict {folder} IMAGE...\n"
         f"  hf-fasttrain evaluate {folder}\n"
         f"  hf-fasttrain export {folder} --onnx\n"
-        f"  hf-fasttrain train {recipe.source.name} data.dataset=FOLDER output_dir=runs/mine"
+        f"  hf-fasttrain train {shlex.join([recipe.source.name, *own])} data.dataset=FOLDER output_dir=runs/mine"
     )
 
 
@@ -234,8 +235,6 @@ def check(
 
     loaded = load_recipe(recipe, overrides or [])
     _require_list_file(list_file, images=images)
-    from rich.console import Console
-
     from hf_fasttrain.build import build_parts, build_unwritten
     from hf_fasttrain.launch import output_dir
     from hf_fasttrain.memory_report import memory_table
@@ -244,7 +243,7 @@ def check(
 
     parts = build_parts(loaded)
     build_unwritten(parts, keep_pixels=False)
-    console = Console(soft_wrap=False)
+    console = _wide_console()
     title = f"{recipe}: every value, where it came from, and whether it is learnt or machine"
     rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.facts.all().items()]
     print_table(console, title, ("key", "value", "origin", "tag"), rows)
@@ -285,7 +284,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a run's model on its evaluation split, or on another split or data set."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -300,7 +298,7 @@ def evaluate(
         table = Table("metric", "value")
         for name, value in measured.items():
             table.add_row(Text(name), Text(f"{value:.4f}" if isinstance(value, float) else str(value), overflow="fold"))
-        Console().print(table)
+        _wide_console().print(table)
 
 
 @app.command()
@@ -312,21 +310,23 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Name the most likely classes of image files and folders."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from hf_fasttrain.serve import predict_images
 
-    predictions = predict_images(run, images, top=top, weights=weights)
+    bad: list[str] = []
+    predictions = predict_images(run, images, top=top, weights=weights, bad=bad.append)
     if as_json:
         print(json.dumps(predictions, indent=2))
-        return
-    table = Table("image", "class", "score")
-    for row in predictions:
-        for number, guess in enumerate(row["classes"]):
-            table.add_row(*map(Text, ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")))
-    Console().print(table)
+    elif predictions:
+        table = Table("image", "class", "score")
+        for row in predictions:
+            for number, guess in enumerate(row["classes"]):
+                table.add_row(*map(Text, ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")))
+        _wide_console().print(table)
+    if bad:
+        raise DataError("\n  ".join([f"{len(bad)} of {len(bad) + len(predictions)} images left out:", *bad]))
 
 
 @app.command()

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from hf_fasttrain.assemble import build_evaluator, open_source
+from hf_fasttrain.checkpoint import checkpoint_step
 from hf_fasttrain.data.batch import Normalize
-from hf_fasttrain.data.decode import read_pixels
+from hf_fasttrain.data.decode import Pixels, read_pixels
 from hf_fasttrain.data.fingerprint import fingerprint
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.measured import Measured, load_measured, with_model_classes
@@ -29,7 +30,7 @@ from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe, origin_of, with_values
 from hf_fasttrain.remote import fetch_run, is_remote
-from hf_fasttrain.run_weights import checkpoint_with, load_weights_of
+from hf_fasttrain.run_weights import RESULT_FILE, checkpoint_with, load_weights_of, step_in_model
 from hf_fasttrain.runfolder import resolved_facts
 from hf_fasttrain.tunings import Tuned
 
@@ -76,7 +77,7 @@ def evaluate_run(
     weights: str | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return the metrics of a run's model by name, and `dataset`, `split` and `num_images` that were measured.
+    """Return the metrics of a run's model by name, with `dataset`, `split`, `num_images`, `weights` and their `step`.
 
     `bad_images`, if there are any, is how many of them were counted by another image in their place.
 
@@ -123,8 +124,19 @@ def evaluate_run(
     for failure in evaluator.external.take_failures():
         note(failure)
     about = {"dataset": recipe.data.dataset, "split": measured.split.name, "num_images": len(measured.split)}
+    about |= _which_weights(opened, weights, checkpoint)
     replaced = {"bad_images": bad_images.count} if bad_images.count else {}
     return {**metrics, **about, **replaced}
+
+
+def _which_weights(run: Path, asked: str | None, checkpoint: Path | None) -> dict[str, Any]:
+    """Return what is known of the weights that were measured: which ones they are, and after which step."""
+    if checkpoint is not None:
+        return {"weights": asked, "step": checkpoint_step(checkpoint)}
+    result = read_json(run / RESULT_FILE)
+    model = result.get("model")
+    found = {"weights": model.get("weights") if isinstance(model, dict) else None, "step": step_in_model(result)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _same_data(recipe: Recipe, trained: Recipe) -> bool:
@@ -153,7 +165,8 @@ def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, own_d
 
 
 def _own_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
-    source = open_source(with_values(recipe, {"data.multi_label": spec.multi_label}), test_split=split)
+    asked = with_values(recipe, {"data.multi_label": spec.multi_label})
+    source = open_source(asked, test_split=split, test_key="--split")
     chosen = source.test if split and source.test else source.evaluation
     used = {chosen.name, source.train.name}
     notes = note_on_test_split(source.split_names, used, recipe.data.dataset, "--split {} measures it")
@@ -198,12 +211,18 @@ def _preprocessing(spec: ModelSpec) -> Preprocessing:
 
 
 def predict_images(
-    run: str | Path, images: Sequence[str], *, top: int = 5, weights: str | None = None
+    run: str | Path,
+    images: Sequence[str],
+    *,
+    top: int = 5,
+    weights: str | None = None,
+    bad: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
     `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. Folders stand for all image
-    files below them. Raises DataError for a path or image that can't be read.
+    files below them. Images that can't be decoded are left out, and `bad` is told why; without it, and for a path that
+    is not there, DataError.
     """
     opened = open_run(run)
     folder = model_folder(opened, pushed=is_remote(str(run)))
@@ -217,15 +236,29 @@ def predict_images(
     size = evaluation_batch_alone(model, spec.image_size, torch.device("cpu"), 32)
     for start in range(0, len(files), size):
         batch = files[start : start + size]
-        pixels = np.stack([transform(read_pixels(str(file))) for file in batch])
+        readable = [(file, pixels) for file in batch if (pixels := _pixels_of(file, bad)) is not None]
+        if not readable:
+            continue
+        pixels = np.stack([transform(pixels) for _, pixels in readable])
         with torch.inference_mode():
             logits = model(normalize(torch.from_numpy(pixels)))
         scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)
         best = scores.topk(min(top, spec.num_classes), dim=1)
-        for file, values, classes in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+        for (file, _), values, classes in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
             named = [{"class": spec.class_names[c], "score": v} for c, v in zip(classes, values, strict=True)]
             rows.append({"image": str(file), "classes": named})
     return rows
+
+
+def _pixels_of(file: Path, bad: Callable[[str], None] | None) -> Pixels | None:
+    """Return an image's pixels; None if it can't be decoded and `bad` has been told so."""
+    try:
+        return read_pixels(str(file))
+    except DataError as error:
+        if bad is None:
+            raise
+        bad(str(error))
+        return None
 
 
 def _image_files(image: str) -> list[Path]:

@@ -41,8 +41,9 @@ def test_evaluate_predict_and_resume(run: Path, image_folder: Path, capsys: pyte
     trained = json.loads((run / "result.json").read_text())["metrics"]
     assert trained["accuracy"] == 1.0
     measured = json.loads(call(["evaluate", str(run), "--json"], capsys))
-    about = {name: measured.pop(name) for name in ("dataset", "split", "num_images")}
-    assert about == {"dataset": str(image_folder), "split": "validation", "num_images": 12}
+    about = {name: measured.pop(name) for name in ("dataset", "split", "num_images", "weights", "step")}
+    expected = {"dataset": str(image_folder), "split": "validation", "num_images": 12, "weights": "last", "step": 50}
+    assert about == expected
     assert measured == pytest.approx(trained, rel=1e-5)
     on_train = json.loads(call(["evaluate", str(run), "--json", "--split", "train"], capsys))
     assert on_train["loss"] != trained["loss"]

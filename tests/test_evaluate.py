@@ -135,6 +135,18 @@ def test_a_test_split_is_mentioned_and_measured_on_request(run: Path, tmp_path: 
         evaluate(run, "data.eval_split=train", split="test")
 
 
+def test_a_wrong_split_of_the_runs_own_data_is_named_by_the_option(run: Path) -> None:
+    with pytest.raises(DataError, match=r"--split: 'tset' is no split of .*; it has train, validation"):
+        evaluate(run, split="tset")
+
+
+def test_which_weights_were_measured_is_told_as_far_as_it_is_known(run: Path) -> None:
+    assert evaluate(run)[0].keys() & {"weights", "step"} == set()
+    (run / "result.json").write_text('{"steps": 9, "model": {"weights": "best", "step": 4, "ema": false}}')
+    measured = evaluate(run)[0]
+    assert (measured["weights"], measured["step"]) == ("best", 4)
+
+
 def test_settings_of_the_runs_own_data_do_not_hold_for_other_data(run: Path, tmp_path: Path) -> None:
     recipe = run / "recipe.yaml"
     own = "workers: 0, eval_split: val, image_column: img, label_column: fine_label, test_split: test"

@@ -74,6 +74,7 @@ def load_source(
     train_split: str = "auto",
     eval_split: str = "auto",
     test_split: str | None = None,
+    test_key: str = "data.test_split",
     image_column: str = "auto",
     label_column: str = "auto",
     multi_label: bool | None = None,
@@ -82,7 +83,8 @@ def load_source(
 ) -> Source:
     """Return the splits of a data set given by name or path, or handed over as `Dataset` or `DatasetDict`.
 
-    Raises DataError if it is not there, or its splits, columns or labels are not what is asked for.
+    `test_key` is what messages call `test_split`. Raises DataError if the data set is not there, or its splits, columns
+    or labels are not what is asked for.
     """
     splits = open_splits(dataset, config=config, revision=revision)
     where = dataset if isinstance(dataset, str) else "the data set handed over"
@@ -91,7 +93,7 @@ def load_source(
     columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
     wanted = {name for name in (train_name, eval_name, test_split) if name is not None}
     if test_split is not None:
-        require_split(splits, test_split, "data.test_split", where)
+        require_split(splits, test_split, test_key, where)
     for name in wanted:
         require_columns(splits[name], columns, where=str(where), split=name, train=train_name)
     opened = {name: splits[name] for name in splits if name in wanted}
