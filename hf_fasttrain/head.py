@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_fasttrain.data.classes import match_names
 from hf_fasttrain.errors import ModelError, shortened
 
 HeadWish = Literal["auto", "keep", "new"]
@@ -69,10 +70,11 @@ def _output_layer(module: nn.Module, num_classes: int) -> str | None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from: how messages call it, and its class names, None if it has none."""
+    """Where weights come from: how messages call it, its class names and its model's name, None if it has none."""
 
     name: str
     class_names: Sequence[str] | None = None
+    architecture: str | None = None
 
 
 @torch.no_grad()
@@ -89,11 +91,16 @@ def begin_at_zero(model: nn.Module, layers: Iterable[str]) -> None:
 
 
 def class_order(theirs: Sequence[str] | None, ours: Sequence[str]) -> list[int] | None:
-    """Return for each of our classes its row in the weights' head; None unless both have the same names."""
-    if theirs is None or sorted(theirs) != sorted(ours):
+    """Return for each of our classes its row in the weights' head; None unless both have the same names.
+
+    Names that mean the same are the same: Rose and rose, 7 and 07.
+    """
+    if theirs is None or len(theirs) != len(ours):
         return None
-    rows = {name: row for row, name in enumerate(theirs)}
-    return [rows[name] for name in ours]
+    matched = match_names(ours, theirs)
+    if matched.unknown or len(matched.numbers) != len(ours):
+        return None
+    return [matched.numbers[name] for name in ours]
 
 
 def keeps_head(wish: HeadWish, source: Source, class_names: Sequence[str], *, fits: bool, found: str) -> bool:
@@ -119,9 +126,12 @@ def reorder_classes(weights: dict[str, Tensor], names: Iterable[str], order: Seq
 
 def kept_note(source: Source, class_names: Sequence[str]) -> str:
     """Return what to say of a head that is kept."""
-    if class_order(source.class_names, class_names) is not None:
-        moved = "" if list(source.class_names or ()) == list(class_names) else ", in another order: its rows are moved"
-        return f"model.head: kept, because {source.name} has the same class names{moved}"
+    order = class_order(source.class_names, class_names)
+    if order is not None:
+        renamed = match_names(class_names, source.class_names or ()).describe()
+        written = f", written differently ({renamed})" if renamed else ""
+        moved = "" if order == sorted(order) else ", in another order: its rows are moved"
+        return f"model.head: kept, because {source.name} has the same class names{written}{moved}"
     why = _why_not_same(source, class_names)
     return f"model.head=keep: kept, though {why}; output 0 now means '{class_names[0]}', and so on"
 

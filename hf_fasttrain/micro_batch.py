@@ -19,6 +19,7 @@ from hf_fasttrain.machine import is_open
 from hf_fasttrain.memory_forecast import Forecast, equal_pieces, evaluation_bytes, measure_activations, most_images
 from hf_fasttrain.model import batch_norms, uses_batch_statistics
 from hf_fasttrain.optim import state_share
+from hf_fasttrain.out_of_memory import free_cached_memory
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten
 from hf_fasttrain.threads import local_processes
@@ -95,6 +96,7 @@ def forecast_memory(recipe: Recipe, num_classes: int, model: nn.Module, accelera
         autocast=accelerator.autocast,
         channels_last=recipe.accelerate.channels_last is True,
     )
+    free_cached_memory(device)  # what the heap has and nobody uses would count as taken, and be taken again
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -22,7 +22,15 @@ from hf_fasttrain.transformers_model import (
     not_downloaded,
     published_weights,
 )
-from hf_fasttrain.weights import class_names_of, is_within, names_in, read_weights, weights_file, without_wrapper
+from hf_fasttrain.weights import (
+    architecture_of,
+    class_names_of,
+    is_within,
+    names_in,
+    read_weights,
+    weights_file,
+    without_wrapper,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -112,7 +120,8 @@ def build_model(
 def _read(place: str) -> tuple[dict[str, Tensor], Source, Path]:
     """Return the weights at a place, what they are, and the folder that they lie in."""
     path = weights_file(place)
-    return read_weights(path), Source(place, class_names_of(place, path)), path.parent
+    source = Source(place, class_names_of(place, path), architecture_of(place, path))
+    return read_weights(path), source, path.parent
 
 
 def _output_layers(model: nn.Module, spec: ModelSpec) -> list[str]:

@@ -68,7 +68,7 @@ def start_from(
         reorder_classes(weights, outputs, class_order(source.class_names, head.class_names))
     new = _drop(weights, own, head, () if kept else head.layers)
     _require_most(own, [name for name in drawn if name not in new], source)
-    load_fitting(model, weights, source.name, may_lack=[*new, *drawn])
+    load_fitting(model, weights, source.name, may_lack=[*new, *drawn], architecture=source.architecture)
     if kept:
         _say_kept(model, source, head, new, note)
     else:

@@ -112,11 +112,12 @@ def resolve_warmup(
     if steps < num_steps:
         return WarmupSteps(steps, f"{asked} of {num_steps:,} steps" if asked.unit == "percent" else "")
     cut = num_steps // 10
+    told = f"10% of it, {cut:,} step{'s' * (cut != 1)}" if cut else "none, as 10% of it is less than a step"
     return WarmupSteps(
         cut,
-        f"{asked} does not fit into {num_steps:,} steps, cut to 10%",
-        f"schedule.warmup={asked} is {steps:,} steps, and the whole training has {num_steps:,}: cut to 10%, {cut} "
-        "steps; to choose another: schedule.warmup=5%, or 0",
+        f"{asked} does not fit into {num_steps:,} steps, cut to {'10%' if cut else 'none'}",
+        f"schedule.warmup={asked} is {steps:,} step{'s' * (steps != 1)}, as long as the whole training of "
+        f"{num_steps:,} or longer: cut to {told}; to choose another: schedule.warmup=5%, or 0",
     )
 
 

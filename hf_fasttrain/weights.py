@@ -53,18 +53,31 @@ def load_weights(model: nn.Module, path: Path) -> None:
     load_fitting(model, convert(read_weights(path), model), str(path))
 
 
-def load_fitting(model: nn.Module, weights: dict[str, Tensor], origin: str, may_lack: Sequence[str] = ()) -> None:
-    """Load tensors into a model; ModelError unless each has its place and only `may_lack` are missing."""
+def load_fitting(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    origin: str,
+    may_lack: Sequence[str] = (),
+    *,
+    architecture: str | None = None,
+) -> None:
+    """Load tensors into a model; ModelError unless each has its place and only `may_lack` are missing.
+
+    `architecture` is the weights' own, as far as it is known, for the message.
+    """
     own = model.state_dict()
     there = {_memory(own[name]) for name in own if name in weights}  # by one of its names, a tensor is
     missing = [name for name in own if name not in weights and name not in may_lack and _memory(own[name]) not in there]
     unknown = [name for name in weights if name not in own]
     misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     if missing or unknown or misshapen:
+        kinds = {"missing": missing, "unknown": unknown, "of other shape": misshapen}
+        found = ", ".join(
+            f"{len(names)} tensors {kind} ({shortened(names, 3)})" for kind, names in kinds.items() if names
+        )
+        own_name = f" (these are of {architecture})" if architecture else ""
         raise ModelError(
-            f"{origin}: weights of another model: {len(missing)} tensors missing ({shortened(missing, 3)}), "
-            f"{len(unknown)} unknown ({shortened(unknown, 3)}), {len(misshapen)} of other shape "
-            f"({shortened(misshapen, 3)}); give weights of the same model.name and model.args"
+            f"{origin}: weights of another model: {found}; give weights of the same model.name and model.args{own_name}"
         )
     model.load_state_dict(weights, strict=False)
 
@@ -103,6 +116,15 @@ def class_names_of(place: str, path: Path) -> list[str] | None:
     """
     descriptions = map(read_json, _beside(place, path))
     return next(filter(None, map(names_in, descriptions)), None)
+
+
+def architecture_of(place: str, path: Path) -> str | None:
+    """Return the name of the model that weights are of, from what stands beside them; None if nothing says it."""
+    for description in map(read_json, _beside(place, path)):
+        for key in ("name", "architecture", "model_type"):
+            if isinstance(found := description.get(key), str):
+                return found
+    return None
 
 
 def _beside(place: str, path: Path) -> Iterator[Path]:

@@ -165,6 +165,24 @@ def test_a_head_is_kept_for_the_same_class_names_in_any_order(tmp_path: Path, hu
     assert torch.equal(kept, theirs.flip(0))
 
 
+def test_names_that_are_written_differently_are_the_same(tmp_path: Path) -> None:
+    folder, weight = saved(tmp_path / "model", ["Rose", "lily", "007"])
+    said: list[str] = []
+    model = build_model(spec("test_efficientnet", ["7", "lily", "rose"]), folder, note=said.append)
+    assert torch.equal(head_of(model, 3), weight.flip(0))
+    assert "the same class names, written differently ('7' is '007', 'rose' is 'Rose'), in another order" in said[0]
+    said.clear()
+    build_model(spec("test_efficientnet", ["rose", "lily", "Rose"]), folder, note=said.append)
+    assert "is for other classes" in said[0]  # two that would be the same
+
+
+def test_weights_of_another_model_are_refused_by_its_name(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "model", FIVE)
+    said = r"weights of another model: \d+ tensors missing \(.*\), \d+ tensors unknown .* \(these are of test_eff"
+    with pytest.raises(ModelError, match=said):
+        build_model(spec("test_resnet", FIVE), folder)
+
+
 def test_as_many_classes_of_other_names_get_a_new_head(tmp_path: Path, hub_models: list[str]) -> None:
     folder, _ = saved(tmp_path / "model", FIVE)
     for name, pretrained, others in (
@@ -216,7 +234,7 @@ def test_positions_of_transformers_are_resized_and_other_misfits_refused(hub_mod
     assert "position_embeddings is resized from 17 to 65 positions" in said[0]
     from_file = build_model(spec(vit, SEVEN, 64), vit.removeprefix("transformers:"))
     assert torch.equal(from_file.state_dict()[table], after)
-    with pytest.raises(ModelError, match=r"weights of another model: .* 3 of other shape"):
+    with pytest.raises(ModelError, match=r"weights of another model: 3 tensors of other shape"):
         build_model(spec(vit, SEVEN, args={"intermediate_size": 24}), True)
 
 

@@ -96,7 +96,7 @@ def test_a_warmup_that_does_not_fit_is_cut_and_said(asked: str) -> None:
     assert found.steps == 20
     assert found.note is not None
     assert f"schedule.warmup={asked} is" in found.note
-    assert "cut to 10%, 20 steps; to choose another: schedule.warmup=5%, or 0" in found.note
+    assert "cut to 10% of it, 20 steps; to choose another: schedule.warmup=5%, or 0" in found.note
 
 
 @pytest.mark.parametrize("wrong", ["100%", "-1%", "5", 5, True, None, "a while", "10 minutes"])
