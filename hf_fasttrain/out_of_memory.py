@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_fasttrain.process_memory import relax_memory_limit
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from hf_fasttrain.data.loader import Step
 
 
-# What others say beside "out of memory." with its full stop, which accelerate knows.
+# What is said where memory is short. accelerate takes CUDNN_STATUS_NOT_SUPPORTED for it too, which has other causes.
 SHORT = (
     "out of memory",
     "not enough memory",
@@ -47,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if not isinstance(error, RuntimeError):
         return False
-    return should_reduce_batch_size(error) or any(text in str(error) for text in SHORT)
+    return any(text in str(error) for text in SHORT)
 
 
 def what_failed(error: BaseException) -> str:
@@ -130,12 +129,12 @@ class Memory:
             self._failed_in = "first update"
             self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
         yield
-        self._weights, self._has_updated = None, True
+        self._weights = None
         self._failed_in = "update"  # what comes after it can't be undone either
 
-    def updated(self) -> None:
-        """Take note that an update is complete."""
-        self._failed_in = "gradients"
+    def updated(self, *, applied: bool) -> None:
+        """Take note that an update is complete; `applied`: the optimizer has not skipped it, and has made its state."""
+        self._has_updated, self._failed_in = self._has_updated or applied, "gradients"
 
     def failed_in(self) -> str:
         """Return where a step has failed: "gradients", "first update" (which `put_back` undoes), or "update"."""

@@ -114,8 +114,10 @@ class Pace:
         self._start()
         try:
             yield
-        finally:
-            self._stop()
+        except BaseException:
+            self._since = None  # nothing is asked of a device that may have failed: its answer would hide the error
+            raise
+        self._stop()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ class Update:
         self.skipped = scaler is not None and self._has_skipped(scaler, step)
         if self.ema is not None and not self.skipped:
             self.ema.update(number)
-        self.memory.updated()
+        self.memory.updated(applied=not self.skipped)
         self._zero_grad()
 
     def leave_out(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -89,6 +89,7 @@ class Update:
         self._zero_grad()
         if self.memory.failed_in() == "first update":
             self.optimizer.state.clear()  # half of it may be made
-        if (scaler := self.accelerator.scaler) is not None:
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler._scale is not None:  # before the first loss there is nothing to undo
             scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone
         self.memory.put_back()

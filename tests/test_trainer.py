@@ -189,7 +189,7 @@ def test_bf16_losses_follow_fp32s(write_recipe: Callable[..., Path], tmp_path: P
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU")
 def test_fp16_overflow_skips_the_step_and_keeps_lr(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     trainer = make(write_recipe, tmp_path / "run", "accelerate.mixed_precision=fp16", "train.duration=4 steps")
-    trainer.accelerator.scaler.update(2.0**60)  # the first gradients overflow
+    trainer.accelerator.scaler._init_scale = 2.0**60  # the first gradients overflow
     result = trainer.fit()
     assert result.skipped_steps >= 1
     assert trainer.state.updates == 4 - result.skipped_steps
