@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.fingerprint import fingerprint
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import TrainLoader
@@ -24,7 +25,7 @@ from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.final import resolve_final
 from hf_fasttrain.handover import Pictures, RunPublisher, hub_wish
-from hf_fasttrain.loading import Loaders
+from hf_fasttrain.loading import Loaders, resolve_loading
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.metrics import resolve_metrics
@@ -117,7 +118,7 @@ def assemble(
         lr=recipe.optimizer.lr,
         schedule=_schedule(parts, num_steps),
         clip_norm=recipe.optimizer.clip_norm,
-        ema=Ema(parts.model, recipe.ema.decay, warmup=recipe.ema.warmup) if recipe.ema else None,
+        ema=_moving_average(parts),
         eval_loader=make.evaluating(source.evaluation, eval_batch, passes=evaluations),
         test_loader=make.evaluating(source.test, eval_batch) if source.test else None,
         evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
@@ -142,6 +143,17 @@ def assemble(
     parts.kept_pixels = make.keeper.memory_bytes
     trainer.reserved_memory = parts.kept_pixels + make.workers * WORKER_BYTES * local_processes()
     return trainer
+
+
+def _moving_average(parts: Parts) -> Ema | None:
+    """Return the moving average that the recipe asks for, compiled if the model is: it is what is evaluated."""
+    wish = parts.recipe.ema
+    if wish is None:
+        return None
+    ema = Ema(parts.model, wish.decay, warmup=wish.warmup)
+    if parts.recipe.accelerate.compile is True:
+        ema.module.compile(dynamic=False)  # a copy of a compiled model is not
+    return ema
 
 
 def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
@@ -186,10 +198,21 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     pre = parts.spec.preprocessing
     assert pre is not None
     needed = parts.forecast.needed(parts.order.micro_batch_size) if parts.forecast else 0
+    needed += _bytes_of_slots(parts)
     needed *= local_processes()
     return Loaders(
         parts.recipe, parts.facts, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels, needed_memory=needed
     )
+
+
+def _bytes_of_slots(parts: Parts) -> int:
+    """Return the shared memory of the loaders' batches on the host that is not in the forecast."""
+    workers, _ = resolve_loading(parts.recipe, parts.accelerator.device, Facts(parts.recipe))
+    sizes = [max(32, parts.order.micro_batch_size)]  # of evaluation
+    if parts.forecast is None:
+        sizes.append(parts.order.micro_batch_size)
+    batches = sum(num_slots(workers, images) * images for images in sizes) if workers else 0
+    return batches * 3 * parts.spec.image_size**2
 
 
 def build_train_loader(parts: Parts) -> TrainLoader:

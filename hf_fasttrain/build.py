@@ -21,6 +21,7 @@ from hf_fasttrain.data.source import Source
 from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.kept import read_beginning
+from hf_fasttrain.loading import train_transform
 from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.micro_batch import resolve_micro_batch
 from hf_fasttrain.model import (
@@ -107,6 +108,8 @@ def build_parts(
     _require_enough_images(loaded, len(source.train), accelerator.num_processes)
     micro = resolve_micro_batch(loaded, len(source.train), spec.num_classes, model, accelerator, facts)
     order = _resolve_order(loaded, len(source.train), micro.size, model, accelerator, facts)
+    if loaded.accelerate.compile is True:
+        _allow_compiling(num_shapes(loaded, spec, order))
     return Parts(loaded, facts, accelerator, source, spec, model, order, micro.forecast)
 
 
@@ -177,11 +180,31 @@ def _prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -
     model = model.to(accelerator.device)
     if recipe.accelerate.channels_last is True:
         model = model.to(memory_format=torch.channels_last)
-    if accelerator.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
     if recipe.accelerate.compile is True:
         model.compile(dynamic=False)
     return model
+
+
+def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
+    """Return how many shapes of batches a training and its evaluations have at most."""
+    assert spec.preprocessing is not None
+    transform = train_transform(recipe, spec.preprocessing, order.steps_per_epoch)
+    epochs = 1 if transform.growth is None else transform.growth.until + 1
+    sizes = {transform.size_at(epoch) for epoch in range(epochs)}
+    steps = {0, order.steps_per_epoch - 1}
+    numbers = {len(key.indices) for step in steps for key in order.plan(step).micro_batches}
+    return len(sizes) * len(numbers) + 2  # evaluation's whole batches, and its last one
+
+
+def _allow_compiling(shapes: int) -> None:
+    """Let the compiler make code for so many shapes: one more than its limit would be run uncompiled to the end.
+
+    Twice, for the model and its moving average, and some for batches that are cut when memory runs out.
+    """
+    from torch._dynamo import config  # slow to import
+
+    config.recompile_limit = max(config.recompile_limit, 2 * shapes + 8)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * config.recompile_limit)
 
 
 def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:

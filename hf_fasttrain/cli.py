@@ -307,6 +307,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Image files and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     weights: WeightsOption = None,
+    device: Annotated[str, typer.Option(help="auto: a GPU if there is one; cpu, cuda, cuda:1.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Name the most likely classes of image files and folders."""
@@ -316,7 +317,7 @@ def predict(
     from hf_fasttrain.serve import predict_images
 
     bad: list[str] = []
-    predictions = predict_images(run, images, top=top, weights=weights, bad=bad.append)
+    predictions = predict_images(run, images, top=top, weights=weights, device=device, bad=bad.append)
     if as_json:
         print(json.dumps(predictions, indent=2))
     elif predictions:

@@ -40,7 +40,11 @@ class Ema:
         self._averaged = [tensors[name] for name in names]
         # Live tensors are looked up in each update: moving a module makes new ones, even from "cpu" to "cpu:0".
         self._live = [live[name] for name in names]
-        self._copied = [(tensors[name], live[name]) for name in tensors.keys() - set(names)]
+        self._copied: dict[torch.dtype, tuple[list[Tensor], list[Place]]] = {}  # a fused copy takes tensors of a type
+        for name in sorted(tensors.keys() - set(names)):
+            copies, places = self._copied.setdefault(tensors[name].dtype, ([], []))
+            copies.append(tensors[name])
+            places.append(live[name])
 
     def decay_at(self, num_updates: int) -> float:
         """Return the share of the old average kept by update number `num_updates`, counted from 0."""
@@ -51,8 +55,8 @@ class Ema:
         """Move the average towards the model's present weights."""
         live = [registry[key] for registry, key in self._live]
         torch._foreach_lerp_(self._averaged, live, 1 - self.decay_at(num_updates))
-        for averaged, place in self._copied:
-            averaged.copy_(_tensor(place))
+        for copies, places in self._copied.values():
+            torch._foreach_copy_(copies, [_tensor(place) for place in places])
 
     def slow_note(self, num_updates: int) -> str | None:
         """Return what to say if the average looks back over more updates than the training makes, else None."""

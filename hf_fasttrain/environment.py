@@ -136,12 +136,39 @@ def set_fp32_precision(matmul: str, conv: str) -> None:
     TF32 is a GPU's, bf16 a CPU's (oneDNN); where the hardware has it not, nothing changes.
     """
     torch.set_float32_matmul_precision(matmul)
-    cudnn, onednn = getattr(torch.backends.cudnn, "conv", None), getattr(torch.backends.mkldnn, "conv", None)
-    if cudnn is None or onednn is None or not hasattr(cudnn, "fp32_precision"):  # torch before 2.9
-        torch.backends.cudnn.allow_tf32 = conv != "highest"
-        return
-    cudnn.fp32_precision = "ieee" if conv == "highest" else "tf32"
-    onednn.fp32_precision = "bf16" if conv == "medium" else "ieee"
+    torch.backends.cudnn.allow_tf32 = conv != "highest"  # of conv alone, reading cuDNN's flags would raise afterwards
+    onednn = getattr(torch.backends.mkldnn, "conv", None)
+    if onednn is not None and hasattr(onednn, "fp32_precision"):  # torch 2.9 and newer
+        onednn.fp32_precision = "bf16" if conv == "medium" else "ieee"
+
+
+def settle_device(accelerator: Any) -> torch.device:
+    """Return the accelerator's device with its index, and make it the present one.
+
+    accelerate says "cuda" for a single process: other threads would take GPU 0 for it, and a seed would go to the GPU
+    that is present.
+    """
+    device: torch.device = accelerator.device
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device)
+        accelerator.state.device = device
+    return device
+
+
+def set_deterministic(wanted: bool, device: torch.device) -> None:
+    """Make operations give the same bits each time, or let cuDNN choose the fastest algorithms by trying them.
+
+    What has no deterministic form warns once. Has to be called before CUDA is used, as cuBLAS then reads its variable.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if wanted or torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.backends.cudnn.deterministic = wanted
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not wanted
 
 
 def was_launched() -> bool:

@@ -12,7 +12,14 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from hf_fasttrain.environment import launcher_precision, set_fp32_precision, uses_gpu, was_launched
+from hf_fasttrain.environment import (
+    launcher_precision,
+    set_deterministic,
+    set_fp32_precision,
+    settle_device,
+    uses_gpu,
+    was_launched,
+)
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
@@ -47,8 +54,9 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
     steps = recipe.accelerate.gradient_accumulation_steps
     _note_overruled(recipe, precision, facts)
     folder = output_dir(recipe)
+    set_deterministic(recipe.accelerate.deterministic, torch.device("cuda" if uses_gpu() else "cpu"))
     with _overruled_environment():
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=1 if steps == "auto" else steps,
             log_with=list(recipe.log.trackers) or None,
@@ -56,6 +64,8 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
             # Our own running statistics are averaged before evaluation and saving instead of rank 0's overwriting all.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+    settle_device(accelerator)
+    return accelerator
 
 
 def _set_threads(recipe: Recipe, facts: Facts) -> None:

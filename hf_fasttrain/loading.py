@@ -33,7 +33,7 @@ from hf_fasttrain.data.feed import Feed, ImageBatches
 from hf_fasttrain.data.images import BadImages, Images
 from hf_fasttrain.data.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.operations import Operations
-from hf_fasttrain.data.order import Order
+from hf_fasttrain.data.order import Order, process_share
 from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import free_memory_bytes, num_cores
@@ -41,18 +41,19 @@ from hf_fasttrain.errors import DataError
 from hf_fasttrain.facts import Facts
 from hf_fasttrain.model import Preprocessing
 from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.threads import local_processes
 
 SAMPLED = 64  # images whose headers are looked at to know how much memory all of them need
-DEVICE_SHARE = 0.1  # of a GPU's free memory that `auto` gives to images
+DEVICE_SHARE = 0.03  # of a GPU's free memory that `auto` gives to images
 
 
 def resolve_loading(recipe: Recipe, device: torch.device, facts: Facts) -> tuple[int, bool]:
     """Return the number of loader processes and whether their batches are pinned."""
     cuda, workers, pinned = device.type == "cuda", recipe.data.workers, recipe.data.pin_memory
     if workers == "auto":
-        local = max(1, torch.cuda.device_count()) if cuda else 1
-        number = min(16, num_cores() // local) if cuda else 1
-        workers = facts.resolve("data.workers", max(1, number), "the cores of each GPU" if cuda else "one on a CPU")
+        number = min(16, num_cores() // local_processes()) if cuda else 1
+        why = "the cores of each training process, at most 16" if cuda else "one on a CPU"
+        workers = facts.resolve("data.workers", max(1, number), why)
     if pinned == "auto":
         pinned = facts.resolve("data.pin_memory", cuda, "a GPU" if cuda else "there is no GPU")
     elif pinned and not cuda:
@@ -165,17 +166,27 @@ class Loaders:
     def evaluating(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
         """Return the loader of a split that is evaluated `passes` times."""
         preparation = Preparation(center=eval_transform(self.pre), pillow=self.recipe.data.decoder == "pillow")
-        plan = self.keeper.plan(split, preparation, passes=passes, batchable=True, key="cache of evaluation images")
-        feed = self._feed(split, preparation, plan, None)
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        rows = process_share(len(split), processes, index)
+        plan = self.keeper.plan(
+            split, preparation, passes=passes, batchable=True, key="cache of evaluation images", rows=len(rows)
+        )
+        feed = self._feed(split, preparation, plan, None, rows)
         return EvalLoader(feed, len(split), batch_size, self.normalize, processes, index, name=split.name)
 
-    def _feed(self, split: Split, preparation: Preparation, plan: Plan, transform: TrainTransform | None) -> Feed:
+    def _feed(
+        self,
+        split: Split,
+        preparation: Preparation,
+        plan: Plan,
+        transform: TrainTransform | None,
+        rows: range | None = None,
+    ) -> Feed:
         cache = self.keeper.open(split, preparation, plan) if self.keep_pixels else None
         images = ImageBatches(Images(split, preparation, cache), transform)
         options: dict[str, Any] = {"workers": self.workers, "pin_memory": self.pinned, "report": self.bad_images.report}
         if plan.mode == "device":
-            return DeviceFeed(images, self.device, self.pre.image_size, **options)
+            return DeviceFeed(images, self.device, self.pre.image_size, rows=rows, **options)
         return Feed(images, self.device, **options)
 
 
@@ -198,11 +209,23 @@ class Keeper:
         self.folder = cache_folder(recipe)
         self._taken = {"memory": 0, "disk": 0}
 
-    def plan(self, split: Split, preparation: Preparation, *, passes: float, batchable: bool, key: str) -> Plan:
-        """Return where the pixels of a split that is gone through `passes` times are kept; recorded as `key`."""
+    def plan(
+        self,
+        split: Split,
+        preparation: Preparation,
+        *,
+        passes: float,
+        batchable: bool,
+        key: str,
+        rows: int | None = None,
+    ) -> Plan:
+        """Return where the pixels of a split that is gone through `passes` times are kept; recorded as `key`.
+
+        `rows`: how many of its images a process reads, by default all.
+        """
         plan = Plan("none")
         if self.accelerator.is_local_main_process:
-            plan = self._plan(split, preparation, passes, batchable)
+            plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
         plan = self._shared(plan)
         why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
         self.facts.resolve(key, plan.mode, self.facts.why(key, why))
@@ -216,7 +239,7 @@ class Keeper:
             )
         return plan
 
-    def _plan(self, split: Split, preparation: Preparation, passes: float, batchable: bool) -> Plan:
+    def _plan(self, split: Split, preparation: Preparation, passes: float, batchable: bool, rows: int) -> Plan:
         wish: str = self.data.cache
         if wish == "none":
             return Plan("none")
@@ -227,7 +250,7 @@ class Keeper:
         if wish == "auto":
             there = self._there(split, preparation)
             room["disk"] = room["disk"] + there if can_write(self.folder) else 0
-            wish = self._chosen(preparation, need, room, batchable)
+            wish = self._chosen(preparation, need, room, batchable, share=rows / len(split))
             if room["disk"] and 0.9 * need < there:  # an earlier run has kept them already
                 wish = "disk"
         if wish == "none":
@@ -236,7 +259,7 @@ class Keeper:
             )
             return Plan("none", why=why, need=need)
         if wish == "device":
-            return self._on_device(len(split) * self.recipe.data.image_size**2 * 3)
+            return self._on_device(rows * self.recipe.data.image_size**2 * 3)
         budget = min(room[wish], int(1.1 * need) + (1 << 20))  # the rest is for other splits
         self._taken[wish] += budget
         return Plan(wish, budget, f"{in_gb(need)} of pixels, {in_gb(room[wish])} to spare", need)
@@ -250,9 +273,9 @@ class Keeper:
             )
         return Plan("device", need, f"{in_gb(need)} of pixels", need)
 
-    def _chosen(self, preparation: Preparation, need: int, room: dict[str, int], batchable: bool) -> str:
+    def _chosen(self, preparation: Preparation, need: int, room: dict[str, int], batchable: bool, share: float) -> str:
         device = self.accelerator.device
-        decoded = need if preparation.stored_quality is None else 10 * need
+        decoded = share * (need if preparation.stored_quality is None else 10 * need)
         if batchable and device.type == "cuda" and decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return "device"
         fitting = (mode for mode in ("memory", "disk") if need <= room[mode])

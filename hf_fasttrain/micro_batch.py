@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hf_fasttrain.data.cache import in_gb
-from hf_fasttrain.data.feed import AHEAD
+from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
 from hf_fasttrain.environment import free_memory_bytes, resident_bytes
 from hf_fasttrain.facts import Facts
@@ -101,7 +101,7 @@ def forecast_memory(recipe: Recipe, num_classes: int, model: nn.Module, accelera
     gradients = sum(parameter.nbytes for parameter in trained)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     workers, _ = resolve_loading(recipe, device, Facts(recipe))
-    waiting = workers * AHEAD + 2 if workers else 1  # batches of uint8 pixels
+    waiting = num_slots(workers, 1)  # batches of uint8 pixels, as many as with small batches
     pixels = 3 * size * size
     mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)
     return Forecast(

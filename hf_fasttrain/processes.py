@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from hf_fasttrain.errors import UserError
 
 Value = TypeVar("Value")
+HOST_TIMEOUT = timedelta(hours=2)
+_host_groups: dict[Any, Any] = {}  # process group -> that of the same processes over gloo
 # What gloo says where another process's end of a connection is closed, and NCCL.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -23,22 +25,44 @@ def is_peer_gone(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
 
 
+def host_group() -> Any:
+    """Return the group in which all processes meet over gloo on the host; all of them call it first at the same place.
+
+    Whoever waits in it for the main process, which may be writing or uploading, waits for HOST_TIMEOUT; with NCCL it
+    would be ten minutes.
+    """
+    whole = dist.group.WORLD
+    if whole not in _host_groups:
+        _host_groups.clear()  # those of process groups that are gone
+        _host_groups[whole] = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    return _host_groups[whole]
+
+
 class Processes:
     """The processes of a run. They meet over gloo on the host, so that no device is waited for; alone, nobody is."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.number, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main, self.several = accelerator.is_main_process, accelerator.num_processes > 1
-        self._group: Any = None
-        if self.several and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
+        self._group = host_group() if self.several else None
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the largest of all processes' numbers, one by one."""
+        return self._reduced(dist.ReduceOp.MAX, numbers)
+
+    def sum(self, number: int) -> int:
+        """Return the sum of all processes' numbers."""
+        return self._reduced(dist.ReduceOp.SUM, (number,))[0]
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.largest(0)
+
+    def _reduced(self, operation: Any, numbers: Sequence[int]) -> list[int]:
         if not self.several:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(values, operation, group=self._group)
         return [int(value) for value in values]
 
     def any(self, flag: bool) -> bool:
@@ -67,7 +91,7 @@ def on_main(work: Callable[[], Value]) -> Value:
             outcome = [(True, work())]
         except UserError as error:
             outcome = [(False, error)]
-    broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, src=0, group=host_group(), device=torch.device("cpu"))
     ok, value = outcome[0]
     if not ok:
         raise value

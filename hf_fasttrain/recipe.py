@@ -234,6 +234,9 @@ class AccelerateSection(Section):
     conv_precision: Auto | Literal["highest", "high", "medium"] = machine(
         "auto", "of fp32 convolutions, as matmul_precision; auto: a stored tuning, else high"
     )
+    deterministic: bool = machine(
+        False, "the same bits in each run on a GPU: slower, without cudnn.benchmark; a CPU gives them anyway"
+    )
     cpu_threads: Auto | Annotated[int, Field(ge=1)] = machine(
         "auto",
         "threads of each process on a CPU; auto: a stored tuning, else your OMP_NUM_THREADS, else cores / processes",

@@ -104,6 +104,7 @@ def evaluate_run(
     recipe = resolve_machine(asked, facts, Tuned())
     accelerator = build_accelerator(recipe, facts)
     model, spec = _load(folder, checkpoint)
+    model = on_device(model, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
     measured = _measured_split(recipe, spec, split, own_data=own_data)
     for text in measured.notes:
         note(text)
@@ -120,7 +121,7 @@ def evaluate_run(
         size = evaluation_batch_alone(model, spec.image_size, accelerator.device, 64)
     loader = loaders.evaluating(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
-    metrics = evaluator(model.to(accelerator.device), loader)
+    metrics = evaluator(model, loader)
     for failure in evaluator.external.take_failures():
         note(failure)
     about = {"dataset": recipe.data.dataset, "split": measured.split.name, "num_images": len(measured.split)}
@@ -206,6 +207,25 @@ def _load(folder: Path, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
     return model, spec
 
 
+def choose_device(wish: str) -> torch.device:
+    """Return the device that auto, cpu, cuda or cuda:N stands for. Raises RunError for one that is not there."""
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(["cuda"] if number else []), *(f"cuda:{index}" for index in range(number))]
+    if wish == "auto":
+        return torch.device(*(("cuda", torch.cuda.current_device()) if number else ("cpu",)))
+    if wish not in there:
+        raise RunError(f"device '{wish}': there is no such device here; allowed are auto, {', '.join(there)}")
+    return torch.device(wish)
+
+
+def on_device(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    """Return a model on a device, in the memory layout that its images will have."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
 def _preprocessing(spec: ModelSpec) -> Preprocessing:
     return spec.preprocessing or Preprocessing(spec.image_size)
 
@@ -216,10 +236,12 @@ def predict_images(
     *,
     top: int = 5,
     weights: str | None = None,
+    device: str = "auto",
     bad: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
+    `device`: auto (a GPU if there is one), cpu, cuda or cuda:1.
     `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. Folders stand for all image
     files below them. Images that can't be decoded are left out, and `bad` is told why; without it, and for a path that
     is not there, DataError.
@@ -228,12 +250,14 @@ def predict_images(
     folder = model_folder(opened, pushed=is_remote(str(run)))
     checkpoint = checkpoint_with(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image)]
+    place = choose_device(device)
     model, spec = _load(folder, checkpoint)
+    model = on_device(model, place, channels_last=True)
     pre = _preprocessing(spec)
     transform = eval_transform(pre)
-    normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)
+    normalize = Normalize(pre.mean, pre.std, place, channels_last=True)
     rows: list[dict[str, Any]] = []
-    size = evaluation_batch_alone(model, spec.image_size, torch.device("cpu"), 32)
+    size = evaluation_batch_alone(model, spec.image_size, place, 32)
     for start in range(0, len(files), size):
         batch = files[start : start + size]
         readable = [(file, pixels) for file in batch if (pixels := _pixels_of(file, bad)) is not None]
@@ -241,7 +265,7 @@ def predict_images(
             continue
         pixels = np.stack([transform(pixels) for _, pixels in readable])
         with torch.inference_mode():
-            logits = model(normalize(torch.from_numpy(pixels)))
+            logits = model(normalize(torch.from_numpy(pixels).to(place))).cpu()
         scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)
         best = scores.topk(min(top, spec.num_classes), dim=1)
         for (file, _), values, classes in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):

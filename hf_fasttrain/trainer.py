@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from hf_fasttrain.data.loader import EvalLoader, OwnEvalLoader, OwnLoader, Step,
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop, early_stop, go_on, record_of, waited_steps
 from hf_fasttrain.ema import Ema
-from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes
+from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes, settle_device
 from hf_fasttrain.errors import NotEnoughMemory, PeerGone, RunError, RunFailure, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.final import FinalModel, load_final, resolve_final, with_metric
@@ -100,10 +101,12 @@ class Trainer:
         seed: int = 0,
     ) -> None:
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=accumulation_steps)
-        self.device = self.accelerator.device
+        self.device = settle_device(self.accelerator)
         before = dict(model.named_parameters())
         self.raw_model = model.to(self.device)
-        prepared = self.accelerator.prepare_model(model)
+        with warnings.catch_warnings():  # of an argument that accelerate always passes on
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            prepared = self.accelerator.prepare_model(model)
         if self.accelerator.num_processes == 1 and isinstance(prepared, DistributedDataParallel):
             prepared = prepared.module  # nobody to exchange with, and after a failed backward it takes no other
         follow_parameters(optimizer, before, self.raw_model)
@@ -130,7 +133,13 @@ class Trainer:
         self.schedule = schedule
 
         join_single = bool(self.norms)
-        self.train_loader = OwnLoader.wrap(train_loader, self.accelerator, accumulation_steps, join_single=join_single)
+        self.train_loader = OwnLoader.wrap(
+            train_loader,
+            self.device,
+            accumulation_steps,
+            join_single=join_single,
+            total=self.processes.sum if self.processes.several else None,
+        )
         self.eval_loader = OwnEvalLoader.wrap(eval_loader, self.device)
         self.test_loader = OwnEvalLoader.wrap(test_loader, self.device)
         if evaluator is None and num_classes is not None:
@@ -203,6 +212,8 @@ class Trainer:
             result = self._train()
             with interruptible():
                 self._publish(result)
+            with suppress(RuntimeError):  # the main one is gone, and there was nothing left to do together
+                self.processes.wait()  # who leaves first would close the group beside one that is still publishing
         finally:
             if self.checkpoints is not None:
                 release_run(self.checkpoints.run)
@@ -312,6 +323,9 @@ class Trainer:
         before = self.train_loader.micro_batch_size
         if agreed:
             before = self.processes.largest(before)[0]
+        if self._released_images(agreed):
+            self._undo(step)
+            return self._steps.again(step.index, before)
         size = smaller(before, with_batch_norm=bool(self.norms))
         if size is None:
             least = "two images, which batch norm needs, do" if self.norms else "a single image does"
@@ -324,13 +338,35 @@ class Trainer:
                 f"being exchanged or applied ({what}); nothing of it is saved: the same command with --resume goes on "
                 f"from the newest checkpoint with micro-batches of {size}"
             )
+        self._undo(step)
+        self.state.out_of_memory.append({"step": step.index + 1, "before": before, "after": size})
+        self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step.index + 1} on")
+        return self._steps.again(step.index, size)
+
+    def _undo(self, step: Step) -> None:
+        """Go back to before a step that failed."""
         self.update.undo()
         self._set_train_mode()
         self._steps.drop(step)
         free_cached_memory(self.device)
-        self.state.out_of_memory.append({"step": step.index + 1, "before": before, "after": size})
-        self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step.index + 1} on")
-        return self._steps.again(step.index, size)
+
+    def _released_images(self, agreed: bool) -> bool:
+        """Give up evaluation images that are kept on the device, and return whether there were any.
+
+        Not after a failed update, which can't be undone, and among several processes only where all of them are asked.
+        """
+        undoable = self.memory.failed_in() != "update"
+        if not undoable or (self.processes.several and not agreed):
+            return False
+        loaders = (self.eval_loader, self.test_loader)
+        freed = sum(loader.release_memory() for loader in loaders if isinstance(loader, EvalLoader))
+        freed = self.processes.largest(freed)[0]
+        if freed:
+            self.log.note(
+                f"out of memory: {freed / 1e9:.2f} GB of evaluation images are no longer kept on {self.device}, and "
+                "the step is made again"
+            )
+        return bool(freed)
 
     def train_step(self, step: Step) -> Tensor:
         """Make one optimizer step and return this process's part of the mean loss over the step's images.
@@ -349,7 +385,7 @@ class Trainer:
         key = ((self.seed * 1_000_003 + step) * 65_537 + self.accelerator.process_index) % 2**63
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
-            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(key)
+            torch.cuda.default_generators[self.device.index].manual_seed(key)
 
     def _set_train_mode(self) -> None:
         self.gradients.set_train_mode()
@@ -635,7 +671,7 @@ class Trainer:
                 lambda: asdict(self._result()),
             )
         result = self._result()
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         return result
 
     def _measure_final(self) -> int:

@@ -190,7 +190,7 @@ def test_products_are_rounded_as_asked() -> None:
         assert torch.backends.mkldnn.conv.fp32_precision == "bf16"
         set_fp32_precision("highest", "highest")
         assert torch.backends.mkldnn.conv.fp32_precision == "ieee"
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         set_fp32_precision("high", "high")
 

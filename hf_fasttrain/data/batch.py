@@ -56,10 +56,13 @@ class Normalize:
         return self._memory[-1]
 
 
-def augment_on_device(pixels: Tensor, rows: Tensor, transform: TrainTransform, key: MicroBatchKey) -> Tensor:
+def augment_on_device(
+    pixels: Tensor, rows: Tensor, transform: TrainTransform, key: MicroBatchKey, fill: Tensor | None = None
+) -> Tensor:
     """Return the batch (B, S, S, 3) uint8 of a key from all `pixels` (N, S, S, 3), as `TrainTransform.write` does.
 
-    For the crops ``padded`` and ``none`` and an erasing of one colour; everything is done at once on the device.
+    `fill` is erasing's colour (3,) uint8 on the device: to bring it there waits for the device. For the crops
+    ``padded`` and ``none`` and an erasing of one colour; everything is done at once on the device.
     """
     number, size, device = len(rows), pixels.shape[1], pixels.device
 
@@ -76,7 +79,8 @@ def augment_on_device(pixels: Tensor, rows: Tensor, transform: TrainTransform, k
     batch = pixels.view(-1, 3)[source.view(-1)].view(number, size, size, 3) * inside[..., None]
     erased = transform.erased(key, size)
     if erased:
-        fill = torch.tensor(transform.erase_fill, dtype=torch.uint8, device=device)
+        if fill is None:
+            fill = torch.tensor(transform.erase_fill, dtype=torch.uint8, device=device)
         boxes = np.zeros((number, 4), np.int64)
         for row, box in erased:
             boxes[row] = box

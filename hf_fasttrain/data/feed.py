@@ -23,11 +23,12 @@ from hf_fasttrain.data.deaths import Deaths
 from hf_fasttrain.data.images import Event, Images
 from hf_fasttrain.data.order import MicroBatchKey
 from hf_fasttrain.data.workers import Workers
-from hf_fasttrain.errors import NotEnoughMemory, UserError
+from hf_fasttrain.errors import NotEnoughMemory, RunError, UserError
 from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
 
 Batch = tuple[Tensor, Tensor]
 AHEAD = 4  # batches that each worker may be ahead
+MOST_AHEAD = 4096  # images that all workers together may be ahead: 0.6 GB at 224 px
 
 
 class Made(NamedTuple):
@@ -257,7 +258,7 @@ class Feed:
         tensors = (made.pixels, made.labels)
         with torch.cuda.device(self.device):  # each thread has a present device of its own, at first GPU 0
             if self.pin_memory:
-                tensors = (made.pixels.pin_memory(), made.labels.pin_memory())
+                tensors = _pinned(made.pixels), _pinned(made.labels)
             stream = self._copies
             with torch.cuda.stream(stream):
                 pixels, labels = (tensor.to(self.device, non_blocking=self.pin_memory) for tensor in tensors)
@@ -296,6 +297,17 @@ class Feed:
             if self.report is not None:
                 self.report(event, self.images.num_images)
         return made.pixels, made.labels
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Return a copy in pinned memory. RunError where the host has none: smaller batches on the GPU would not help."""
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        raise RunError(
+            f"data.pin_memory: {tensor.nbytes:,} bytes of the host's memory can't be pinned ({what_failed(error)}); "
+            "set data.pin_memory=false, or raise the container's limit of locked memory"
+        ) from None
 
 
 def _received(batch: Made | _Sent | UserError, slots: _Slots | None) -> Made | UserError:
@@ -340,9 +352,19 @@ class _Opened:
     def _build(self) -> tuple[Workers, _Slots | None]:
         number, images, slots = self.feed.workers, self.feed.images, None
         if images.most_bytes(self.largest):
-            slots = _Slots(number * AHEAD + 2, images.most_bytes(self.largest))
+            slots = _Slots(num_slots(number, self.largest), images.most_bytes(self.largest))
         making = _Making(images, slots.memory if slots else None)
-        return Workers(making, number, AHEAD, self.feed.deaths), slots
+        return Workers(making, number, batches_ahead(number, self.largest), self.feed.deaths), slots
+
+
+def batches_ahead(workers: int, images: int) -> int:
+    """Return how many batches of so many images each worker may be ahead."""
+    return max(1, min(AHEAD, MOST_AHEAD // max(1, workers * images)))
+
+
+def num_slots(workers: int, images: int) -> int:
+    """Return how many batches of so many images have a place in shared memory, 1 without workers."""
+    return workers * batches_ahead(workers, images) + 2 if workers else 1
 
 
 class Again:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from hf_fasttrain.data.batch import Mixing, Normalize
@@ -144,6 +143,7 @@ class EvalLoader:
         keys = [MicroBatchKey(0, np.arange(piece.start, piece.stop)) for piece in pieces]
         self.rows = share  # which images of the split this process has, in their order
         self.num_images, self.normalize, self.feed = num_images, normalize, feed
+        self.release_memory = getattr(feed, "release_memory", lambda: 0)  # bytes of a GPU that its images are kept in
         self._batches = feed.open(keys, batch_size, persistent=True)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -190,23 +190,22 @@ class OwnLoader:
             raise DataError("train_loader is empty; give it at least one batch")
 
     @classmethod
-    def wrap(cls, loader: Any, accelerator: Accelerator, accumulation_steps: int, *, join_single: bool) -> Any:
-        """Return a loader with `steps`: the given one if it has them, else an OwnLoader around it."""
+    def wrap(
+        cls,
+        loader: Any,
+        device: torch.device,
+        accumulation_steps: int,
+        *,
+        join_single: bool,
+        total: Callable[[int], int] | None,
+    ) -> Any:
+        """Return a loader with `steps`: the given one if it has them, else an OwnLoader around it.
+
+        `total` adds up a number over processes without waiting for the device; None where there is one process.
+        """
         if hasattr(loader, "steps"):
             return loader
-
-        def total(own: int) -> int:
-            count = torch.tensor(own, device=accelerator.device)
-            return int(accelerator.reduce(count, reduction="sum"))
-
-        several = accelerator.num_processes > 1
-        return cls(
-            loader,
-            accelerator.device,
-            accumulation_steps=accumulation_steps,
-            join_single=join_single,
-            total=total if several else None,
-        )
+        return cls(loader, device, accumulation_steps=accumulation_steps, join_single=join_single, total=total)
 
     def state_dict(self) -> Any:
         """Return the loader's own position and the random states that it may draw from, None if it knows no position.

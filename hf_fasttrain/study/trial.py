@@ -16,7 +16,7 @@ from hf_fasttrain.assemble import Parts, assemble
 from hf_fasttrain.build import build_parts
 from hf_fasttrain.data.decode import is_jpeg
 from hf_fasttrain.data.device import DeviceFeed
-from hf_fasttrain.data.feed import AHEAD
+from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.loader import Step, TrainLoader
 from hf_fasttrain.data.order import Order, StepPlan
 from hf_fasttrain.data.source import Split
@@ -130,7 +130,8 @@ class Trial:
     def _steps_ahead(self) -> int:
         """Steps whose batches workers may have made before they are asked for."""
         order, workers = self.loader.order, self.loader.feed.workers
-        return -(-(AHEAD * workers + 2) * order.micro_batch_size // order.batch_size) if workers else 0
+        ahead = num_slots(workers, order.micro_batch_size) if workers else 0
+        return -(-ahead * order.micro_batch_size // order.batch_size)
 
     def _prepare(self, wishes: Wishes) -> None:
         trainer = self.trainer
@@ -248,7 +249,8 @@ class Trial:
                     images, began = 0, time.perf_counter()
                 images += _use_up(next(steps))
             self._fill_seconds = (time.perf_counter() - began) / images
-        for _ in range(AHEAD * self.loader.feed.workers + 2 if self.loader.feed.workers else 0):
+        workers = self.loader.feed.workers
+        for _ in range(num_slots(workers, self.loader.order.micro_batch_size) if workers else 0):
             before = time.perf_counter()
             _use_up(next(steps))
             if time.perf_counter() - before > 0.01:  # it had to be waited for
