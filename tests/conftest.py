@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import re
 import socket
 import sys
 import tempfile
@@ -18,7 +19,9 @@ from hf_fasttrain.before_torch import limit_spinning
 limit_spinning()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # fixtures of a module train too, and forked children can't use two
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+GPU_TESTS = os.environ.get("HF_FASTTRAIN_GPU_TESTS") == "1"
+if not GPU_TESTS:
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import accelerate
 import numpy as np
@@ -38,7 +41,23 @@ from hf_fasttrain.study import processes
 
 torch.set_num_threads(1)
 
+GPU_FOLDER = Path(__file__).parent / "gpu"
 LAUNCHER_VARIABLES = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the tests that need a GPU, and where they are asked for the others."""
+    if GPU_TESTS:
+        return True if collection_path.parent == GPU_FOLDER.parent and collection_path != GPU_FOLDER else None
+    return True if collection_path == GPU_FOLDER else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out."""
+    if not GPU_TESTS:
+        texts = (path.read_text() for path in GPU_FOLDER.glob("test_*.py"))
+        number = sum(len(re.findall(r"^def test_", text, re.MULTILINE)) for text in texts)
+        terminalreporter.write_line(f"{number} GPU tests not run: python benchmarks/gpu_check.py")
 
 
 def reset_accelerate() -> None:

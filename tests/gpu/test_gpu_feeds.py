@@ -1,0 +1,203 @@
+"""Batches on their way to the GPU: the right bytes, whatever is late, and nobody waits for them without need."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gpu_kit import own_trainer
+from late_streams import LateStreams
+from torch import Tensor, nn
+
+from hf_fasttrain.data import device as device_module
+from hf_fasttrain.data.augment import EvalTransform, TrainTransform
+from hf_fasttrain.data.batch import Normalize
+from hf_fasttrain.data.device import DeviceFeed
+from hf_fasttrain.data.feed import Feed, ImageBatches, Made, _pixels
+from hf_fasttrain.data.images import Images
+from hf_fasttrain.data.loader import TrainLoader
+from hf_fasttrain.data.order import MicroBatchKey, Order
+from hf_fasttrain.data.prepare import Preparation
+from hf_fasttrain.data.source import load_source
+
+CPU = torch.device("cpu")
+BATCHES, NUMBER = 200, 64
+
+
+class Numbers(ImageBatches):
+    """Batches whose pixels are made of their images' numbers; `seconds` is how long a worker needs for one."""
+
+    def __init__(self, size: int, seconds: float = 0.0) -> None:
+        self.size, self.seconds = size, seconds
+
+    @property
+    def num_images(self) -> int:
+        return BATCHES * NUMBER
+
+    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> Made:
+        if self.seconds:
+            time.sleep(self.seconds)
+        batch = _pixels(room, len(key.indices), self.size, self.size)
+        rows = torch.from_numpy(key.indices).view(-1, 1, 1, 1)
+        places = torch.arange(self.size * self.size * 3).view(1, self.size, self.size, 3)
+        batch.copy_((rows * 37 + places) % 233)
+        return Made(batch, torch.from_numpy(key.indices % 10), ())
+
+    def most_bytes(self, num_images: int) -> int:
+        return num_images * self.size**2 * 3
+
+
+def keys(number: int) -> list[MicroBatchKey]:
+    return [MicroBatchKey(0, np.arange(i * NUMBER, (i + 1) * NUMBER)) for i in range(number)]
+
+
+# --- T2: copied ahead ------------------------------------------------------------------------------------------
+
+
+def delay(stream: Any, rng: random.Random) -> None:
+    """Let a stream do nothing for up to 5 ms, now and then."""
+    if rng.random() < 0.3:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(rng.randrange(10_000_000))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("workers", [0, 4])
+def test_t02_batches_are_the_hosts(
+    workers: int, pinned: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = LateStreams(monkeypatch) if device.type == "cpu" else None
+    images, wanted = Numbers(4 if late else 32), keys(50 if late else BATCHES)
+    feed = Feed(images, late.device if late else device, workers=workers, pin_memory=pinned)
+    expected = [images.make(key) for key in wanted]
+    on_device = [(made.pixels.to(device), made.labels.to(device)) for made in expected]
+    wrong = torch.zeros(len(wanted), dtype=torch.bool, device=device)
+    rng, unrecorded = random.Random(0), 0
+    for number, (pixels, labels) in enumerate(feed.open(wanted, NUMBER)):
+        if late is None:
+            delay(torch.cuda.current_stream(), rng)
+            delay(feed._copies, rng)
+        else:
+            time.sleep(0.003)  # time for workers to use a slot that was given back too early
+            unrecorded += id(pixels) not in late.recorded
+            late.recorded.clear()
+        wrong[number] = (pixels != on_device[number][0]).any() | (labels != on_device[number][1]).any()
+        del pixels, labels  # their memory may be used again, while the present stream still reads it
+    assert number == len(wanted) - 1
+    assert int(wrong.sum()) == 0, "wrong bytes"
+    assert unrecorded == 0, "memory may be reused too early"
+
+
+# --- T3, T1b: kept on the device -----------------------------------------------------------------------------
+
+
+def device_feed(device: torch.device, transform: TrainTransform) -> tuple[DeviceFeed, ImageBatches]:
+    """Return a feed of the digits that keeps them on the device, and what it is to give."""
+    source = load_source("digits", eval_fraction=0.05)
+    images = ImageBatches(Images(source.train, Preparation(center=EvalTransform(32, crop_pct=1.0))), transform)
+    return DeviceFeed(images, device, 32, workers=0, pin_memory=device.type == "cuda"), images
+
+
+CROP = TrainTransform(32, crop="padded", erase_prob=0.5, erase_fill=(10, 200, 30))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [CROP, TrainTransform(32, crop="none", flip=True), TrainTransform(32, crop="padded", flip=False)],
+    ids=["crop, flip, erase", "flip", "crop"],
+)
+def test_t03_images_on_the_device_give_the_hosts_bytes(transform: TrainTransform, device: torch.device) -> None:
+    feed, images = device_feed(device, transform)
+    order = [np.random.default_rng(epoch).permutation(512) for epoch in range(3)]
+    wanted = [MicroBatchKey(epoch, part) for epoch in range(3) for part in np.split(order[epoch], 8)]
+    for number, (key, (pixels, labels)) in enumerate(zip(wanted, feed.open(wanted, NUMBER), strict=True)):
+        if device.type == "cpu":  # where feeds write each image as the host does
+            rows = torch.from_numpy(key.indices)
+            pixels = device_module.augment_on_device(feed.pixels, rows, transform, key)
+        expected = images.make(key)
+        wrong = int((pixels.cpu() != expected.pixels).sum())
+        assert wrong == 0, f"{wrong:,} wrong bytes in batch {number}"
+        assert labels.tolist() == expected.labels.tolist()
+
+
+def test_t01b_a_batch_does_not_wait_for_what_is_queued(
+    device: torch.device, record_property: Callable[..., None]
+) -> None:
+    feed, _ = device_feed(device, CROP)
+    wanted = keys(12)
+    for _ in feed.open(wanted, NUMBER):  # all of them are there after this
+        pass
+    batches = iter(feed.open(wanted, NUMBER))
+    next(batches)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # a second
+    began = time.perf_counter()
+    for _ in range(10):
+        next(batches)
+    seconds = time.perf_counter() - began
+    busy = not torch.cuda.current_stream().query()
+    record_property("ms for a batch of 64", 1000 * seconds / 10)
+    assert busy, "the host has waited"
+    assert seconds < 0.5
+
+
+# --- T15: waiting --------------------------------------------------------------------------------------------
+
+
+class Works(nn.Module):
+    """A model that needs `seconds` of the device for each forward."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        super().__init__()
+        self.device, self.seconds = device, seconds
+        self.head = nn.Linear(3 * 8 * 8, 10)
+        self.cycles = 0
+        if device.type == "cuda":
+            self.cycles = round(seconds * cycles_in_a_second())
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.cycles and images.is_cuda:
+            torch.cuda._sleep(self.cycles)
+        else:
+            time.sleep(self.seconds)
+        return self.head(images.flatten(1))
+
+
+def cycles_in_a_second() -> float:
+    """Return how many of `_sleep`'s cycles pass in a second."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)
+    before.record()
+    torch.cuda._sleep(50_000_000)
+    after.record()
+    torch.cuda.synchronize()
+    return 50_000_000 / (before.elapsed_time(after) / 1000)
+
+
+def waiting(device: torch.device, run: Path, feeding: float, working: float) -> float:
+    """Return the share of time that a training loses by waiting for data once its workers have begun."""
+    feed = Feed(Numbers(8, feeding), device, workers=1, pin_memory=device.type == "cuda")
+    normalize = Normalize([0.5] * 3, [0.25] * 3, device, channels_last=True)
+    loader = TrainLoader(feed, Order(BATCHES * NUMBER, NUMBER, NUMBER), normalize, None, lambda epoch: 8)
+    model = Works(device, working)
+    trainer = own_trainer(device, model, loader, duration="24 steps", output_dir=run, log_every=8)
+    trainer.fit()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    laps = {line["step"]: line["data_wait_fraction"] for line in lines if line["kind"] == "train"}
+    return float(laps[16] + laps[24]) / 2
+
+
+def test_t15_a_slow_feed_is_waited_for(device: torch.device, run: Path) -> None:
+    assert 0.7 < waiting(device, run, feeding=0.1, working=0.02) < 0.9
+
+
+def test_t15_a_fast_feed_is_not_waited_for(device: torch.device, run: Path) -> None:
+    most = 0.02 if device.type == "cuda" else 0.1  # on a CPU receiving a batch counts
+    assert waiting(device, run, feeding=0.01, working=0.05) < most
