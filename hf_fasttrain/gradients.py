@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import compress
 from typing import Any
 
@@ -21,6 +21,9 @@ from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory, what_faile
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.unused_parameters import find_use
 
+MOST_WEIGHTS = 100  # that are kept: batches of a user's own loader may have any sizes
+_NOTHING = nullcontext()
+
 
 class Gradients:
     """Adds up gradients over a step's micro-batches and the processes.
@@ -34,6 +37,7 @@ class Gradients:
         self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
         self.uniform_loss: Tensor | None = None  # of the first images, were all classes equally likely
         self._is_first = True
+        self._weights: dict[tuple[Any, ...], Tensor] = {}  # of micro-batches, as `_weight_like` has made them
         self.raw_model, self.norms = raw_model, batch_norms(raw_model)
         self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
         if isinstance(model, DistributedDataParallel):  # running statistics are averaged instead,
@@ -107,18 +111,23 @@ class Gradients:
     def _own_part(self, step: Step, *, exchange: bool) -> Tensor | None:
         """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
         total: Tensor | None = None
+        several = self.processes.several
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
-            alone = bool(self.norms) and len(images) == 1  # one image has no batch statistics
+            num_images = len(images)
+            alone = num_images == 1 and bool(self.norms)  # one image has no batch statistics
             if alone:
                 self._freeze_batch_norm()
-            with self._exchanging(now=exchange and number == step.num_micro_batches):
+            weight = num_images / step.num_images
+            last = exchange and number == step.num_micro_batches
+            with self.accelerator.no_sync(self.model) if several and not last else _NOTHING:
                 loss = self._loss(self.model(images), targets)
-                if len(images) != step.num_images:  # a factor of 1 would cost 2 % of a small step
-                    loss = loss * (len(images) / step.num_images)
-                self._backward(loss)
+                self._backward(loss, weight)
             if alone:
                 self.set_train_mode()
-            total = loss.detach() if total is None else total + loss.detach()
+            if total is not None:
+                total = torch.add(total, loss.detach(), alpha=weight)
+            else:
+                total = loss.detach() if weight == 1 else loss.detach() * weight
         return total
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -127,20 +136,33 @@ class Gradients:
             self.uniform_loss = loss_of_uniform_logits(self.loss, logits, targets)
         return self.loss(logits, targets)
 
-    def _backward(self, loss: Tensor) -> None:
-        """Add the gradients of this process's part of the loss; what DDP and Accelerator divide by is taken back."""
-        if self.processes.several:
-            loss = loss * self.processes.number
-        if self.accelerator.scaler is None:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+    def _backward(self, loss: Tensor, weight: float = 1.0) -> None:
+        """Add the gradients of `weight` times a loss; what DDP and Accelerator divide by is taken back.
 
-    def _exchanging(self, *, now: bool) -> AbstractContextManager[Any]:
-        """Exchange gradients between processes in a step's last backward only."""
-        if now or not self.processes.several:
-            return nullcontext()
-        return self.accelerator.no_sync(self.model)
+        The backward begins with the weight, which is what the backward of a product would pass on: a product for each
+        micro-batch, on the graph, would take longer.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            loss.backward(self._weight_like(loss, weight))
+        else:
+            scaled = self._weight_like(loss, weight) * loss
+            self.accelerator.backward(scaled * self.accelerator.gradient_accumulation_steps)
+
+    def _weight_like(self, loss: Tensor, weight: float) -> Tensor:
+        """Return a loss's weight times the number of processes, as a tensor like the loss."""
+        key = (weight, loss.dtype, loss.device, loss.shape)
+        found = self._weights.get(key)
+        if found is None:
+            if loss.numel() != 1:
+                raise RunError(
+                    f"the loss of a batch is a tensor of shape {tuple(loss.shape)}; give Trainer a loss that returns "
+                    "the mean over the images, a single number"
+                )
+            if len(self._weights) >= MOST_WEIGHTS:
+                self._weights.clear()
+            found = self._weights[key] = torch.ones_like(loss) * self.processes.number * weight
+        return found
 
     def _join_without_images(self, image_shape: Sequence[int]) -> Tensor:
         """Take part in the exchange of gradients with weight zero, and without moving batch-norm statistics."""

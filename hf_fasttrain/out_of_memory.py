@@ -102,11 +102,12 @@ class Memory:
         """Take note that a step has been made on all processes."""
         self._fits_px = max(self._fits_px, step.image_shape[-1])
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Remember the buffers before a step."""
-        for live, kept in self._buffers:
-            torch._foreach_copy_(kept, live)
+        if self._buffers:
+            with torch.no_grad():
+                for live, kept in self._buffers:
+                    torch._foreach_copy_(kept, live)
 
     @torch.no_grad()
     def put_back(self) -> None:

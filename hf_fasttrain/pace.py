@@ -95,9 +95,8 @@ class Pace:
         total = add_up((torch.stack(self._losses).float() * images).sum())
         if not self._norms:
             return float(total), 0.0
-        norms = torch.stack(self._norms)
-        loss, norm = torch.stack([total + 0 * norms.sum(), norms[-1]]).tolist()
-        return loss, norm
+        *norms, loss = torch.stack([*self._norms, total]).tolist()
+        return loss if all(map(math.isfinite, norms)) else math.nan, norms[-1]
 
     def first_not_finite(self, add_up: Callable[[Tensor], Tensor]) -> NotFinite | None:
         """Return where the present lap went wrong; called by all processes, and only when it has."""

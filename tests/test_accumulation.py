@@ -14,6 +14,7 @@ from hf_fasttrain.data.batch import Mixing, Normalize
 from hf_fasttrain.data.feed import Feed, Made
 from hf_fasttrain.data.loader import TrainLoader
 from hf_fasttrain.data.order import MicroBatchKey, Order, micro_batch_size_for
+from hf_fasttrain.errors import RunError
 from hf_fasttrain.loss import ClassificationLoss
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.trainer import Trainer
@@ -250,3 +251,12 @@ def test_own_loader_with_uneven_shares_and_accumulation() -> None:
     assert_same(own_objects(3), whole, 1e-5)
     for weights in run_processes(own_objects, 2):
         assert_same(weights, whole, 1e-5)
+
+
+def test_a_loss_that_is_no_single_number_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    data = [(torch.randn(8, 3, 2, 2), torch.randint(3, (8,)))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, data, optimizer, loss=nn.CrossEntropyLoss(reduction="none"), log=RunLog(show=False))
+    with pytest.raises(RunError, match=r"shape \(8,\); give Trainer a loss that returns the mean over the images"):
+        trainer.fit()
