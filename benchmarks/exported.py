@@ -25,8 +25,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.decode import read_pixels
@@ -93,7 +95,9 @@ def own(folder: Path, photos: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     model, spec = load_model(folder)
     assert spec.preprocessing is not None
     with torch.inference_mode():
-        logits = torch.cat([model(prepared([read_pixels(photo)], spec.preprocessing)) for photo in photos])
+        logits = torch.cat(
+            [model(prepared([Image.fromarray(read_pixels(photo))], spec.preprocessing)) for photo in photos]
+        )
     scores = []
     for row in predict_images(folder, photos, top=spec.num_classes):
         by_name = {found["class"]: found["score"] for found in row["classes"]}
@@ -157,7 +161,12 @@ def configuration(kind: str, folder: Path) -> Path:
     """Return a folder with the configuration of a small transformers model."""
     from transformers import ConvNextConfig, ViTConfig
 
-    size = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+    size: dict[str, Any] = {
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+    }
     made = {"vit": ViTConfig(**size), "convnext": ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 2, 1])}
     made[kind].save_pretrained(folder / "configs" / kind)
     return folder / "configs" / kind

@@ -33,12 +33,13 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     timm draws the head of the EfficientNet family from U(-1/sqrt(K), 1/sqrt(K)), which harms; nn.Linear's own
     initialisation is what most scripts have, as they put a new nn.Linear in the classifier's place.
     """
-    model = timm.create_model(args.model)
+    model: Any = timm.create_model(args.model)
     model.load_state_dict(load_file(args.weights))
     model.reset_classifier(num_classes)
     if not args.timm_head:
         model.get_classifier().reset_parameters()
-    return model
+    made: nn.Module = model
+    return made
 
 
 def datasets(args: argparse.Namespace, model: nn.Module) -> tuple[ImageFolder, ImageFolder]:

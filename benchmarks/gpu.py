@@ -1,16 +1,24 @@
-"""What training costs on one NVIDIA GPU, beside a bare PyTorch loop with the same settings.
+"""What training costs on one NVIDIA GPU, and what its three usual techniques bring there, each alone.
 
-    python benchmarks/gpu.py [--json FILE] [--cifar10 FOLDER] [--quick] [--budget-seconds 540]
+    python benchmarks/gpu.py [--sections copy,train,ga,amp,pm,cifar10] [--json FILE] [--cifar10 FOLDER]
+                             [--quick] [--budget-seconds 540] [--dry-run]
 
-Rows, the most important first; one that fails or no longer fits the time says so:
+Sections, each of which can be asked for alone:
 
 copy      uint8 batches from pinned and from pageable memory to the GPU
-train     images/s at 224 px for model x precision x channels_last x compile: `Trainer.train_step` and the bare loop,
-          both with fused AdamW and the same uint8 batches on the GPU, normalised there in the step
-cifar10   seconds of training until ResNet-50 (3x3 stem) first has 92 % of the test images right
+train     images/s at 224 px for model x precision x channels_last x compile: `Trainer.fit` (logging every 10 steps),
+          the bare PyTorch loop and the step of timm's train.py (which reads the loss in each step), all with
+          fused AdamW and the same uint8 batches on the GPU, normalised there in the step
+ga        gradient accumulation alone, beside the baseline: each batch in 4 parts, and an update for 4 batches
+amp       mixed precision alone, beside the same baseline: fp16, and bf16
+pm        pinned memory alone, beside the same baseline. Baseline: `Trainer.fit` in fp32 as PyTorch has it (TF32 in
+          convolutions), contiguous, whole batches copied from pageable memory in each step
+cifar10   seconds of training until the study's ResNet-50 (3x3 stem) first has 92 % of the test images right
 
 The sides take turns; each figure is the median of several windows, and the device is waited for only at their ends.
-Warm-up and compilation are reported apart; the side built second may find the first one's compiled code in the cache.
+Warm-up and compilation are reported apart; a side built later may find an earlier one's compiled code in the cache.
+The file of --json is written after each row, the most important of which come first; a row that fails or no longer fits
+the time says so, and keeps what it had measured. --dry-run trains tiny models on the CPU: whether all of it runs.
 """
 
 from __future__ import annotations
@@ -20,113 +28,172 @@ from hf_fasttrain.before_torch import limit_spinning
 limit_spinning()
 
 import argparse
-import gc
 import itertools
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from gpu_measure import DTYPES, GOAL, Bench, Setting, measure_copies, measure_training, race_cifar10
+from gpu_measure import OURS, SIDES, TECHNIQUES, forget_last, measure_copies, measure_technique, measure_training
+from gpu_race import GOAL, race
+from gpu_sides import Bench, Setting
 
 from hf_fasttrain.environment import describe_machine, describe_versions
-from hf_fasttrain.runlog import write_json
+from hf_fasttrain.files import write_json
 
+SECTIONS = ("copy", "train", *TECHNIQUES, "cifar10")
+PRECISIONS = ("tf32", "fp16", "bf16")
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
 DRY_MODELS = ("test_resnet", "test_efficientnet", "test_vit")
-DRY_OVERRIDES = (
+DRY_RACE = (
+    "data.workers=0",
     "model.name=test_resnet",
     "model.small_image_stem=false",
-    "train.duration=2 steps",
+    "train.duration=6 steps",
     "train.batch_size=4",
-    "data.workers=0",
+    "evaluate.every=2 steps",
 )
-FIRST_GUESS = {"compile": 90.0, "eager": 15.0}  # seconds of a training row; replaced by what rows have taken
+DIGITS = ("data.eval_split=auto", "data.eval_fraction=0.2")  # they have one split
+# Seconds of a row of each kind; replaced by what rows have taken.
+FIRST_GUESS = {"copy": 5.0, "eager": 25.0, "compile": 120.0, "technique": 40.0, "race": 30.0}
 
 Row = dict[str, Any]
 
 
-class OutOfTime(Exception):
-    """The budget ended in the middle of a row."""
+class OutOfTime(BaseException):
+    """The budget ended in the middle of a row; no Exception, which much code on the way would answer itself."""
 
 
 # --- rows --------------------------------------------------------------------------------------------------
 
 
-def settings_in_order(models: tuple[str, ...], quick: bool) -> list[Setting]:
-    """Return the training rows: what people run first, then one thing changed, then all the rest."""
-    usual = [Setting(model, "bf16", True, False) for model in models]
-    if quick:
-        return usual
-    changed = [Setting(model, precision, True, False) for precision in ("tf32", "fp16") for model in models]
-    changed += [Setting(model, "bf16", True, True) for model in models]
-    changed += [Setting(model, "bf16", False, False) for model in models]
-    every = (Setting(*values) for values in itertools.product(models, DTYPES, (True, False), (False, True)))
-    return list(dict.fromkeys([*usual, *changed, *sorted(every, key=lambda setting: setting.compile)]))
+@dataclass(frozen=True)
+class Task:
+    """A row that is still to be measured."""
+
+    section: str
+    name: str
+    kind: str  # whose rows tell how long it takes
+    measure: Callable[[Row], None]  # adds what it finds to the row
+
+
+def usual_settings(models: tuple[str, ...]) -> list[Setting]:
+    """Return what people run first."""
+    return [Setting(model, "bf16", channels_last=True) for model in models]
+
+
+def more_settings(models: tuple[str, ...]) -> list[Setting]:
+    """Return the other training rows: one thing changed, then all the rest, what is compiled last."""
+    changed = [Setting(model, precision, channels_last=True) for precision in ("tf32", "fp16") for model in models]
+    changed += [Setting(model, "bf16", channels_last=True, compile=True) for model in models]
+    changed += [Setting(model, "bf16") for model in models]
+    every = [Setting(*values) for values in itertools.product(models, PRECISIONS, (True, False), (False, True))]
+    ordered = dict.fromkeys([*changed, *sorted(every, key=lambda setting: setting.compile)])
+    return [setting for setting in ordered if setting not in usual_settings(models)]
+
+
+def list_tasks(args: argparse.Namespace, bench: Bench, left: Callable[[], float]) -> list[Task]:
+    """Return the rows that are asked for, the most important first; `left` tells the seconds that are left."""
+    first, others = bench.models[:1], bench.models[1:]
+    tasks = [
+        Task("copy", "copy uint8 batches to the device", "copy", partial(measure_copies, bench)),
+        *(training_task(bench, setting) for setting in usual_settings(bench.models)),
+        *technique_tasks(bench, first),
+        race_task(args, left),
+    ]
+    if not args.quick:
+        tasks += technique_tasks(bench, others)
+        tasks += [training_task(bench, setting) for setting in more_settings(bench.models)]
+    return [task for task in tasks if task.section in args.sections]
+
+
+def training_task(bench: Bench, setting: Setting) -> Task:
+    """Return the row of one setting, all sides in it."""
+    kind = "compile" if setting.compile else "eager"
+    return Task("train", f"train {setting}", kind, partial(measure_training, bench, setting))
+
+
+def technique_tasks(bench: Bench, models: tuple[str, ...]) -> list[Task]:
+    """Return a row for each model and technique."""
+    return [
+        Task(name, f"{name} {model}", "technique", partial(measure_technique, bench, name, model))
+        for model in models
+        for name in TECHNIQUES
+    ]
+
+
+def race_task(args: argparse.Namespace, left: Callable[[], float]) -> Task:
+    """Return the race; a dry run without CIFAR-10 has the digits that ship with scikit-learn."""
+    folder = args.cifar10 or ("digits" if args.dry_run else None)
+    goal = args.goal if args.goal is not None else 0.0 if args.dry_run else GOAL
+
+    def measure(row: Row) -> None:
+        if folder is None:
+            row["status"] = "skipped: give the folder of CIFAR-10's parquet files with --cifar10"
+            return
+        overrides = [*(DIGITS if folder == "digits" else ()), *(DRY_RACE if args.dry_run else ())]
+        race(folder, [*overrides, *args.cifar10_override], goal, min(args.cifar10_seconds, left() - 10), row)
+
+    return Task("cifar10", f"cifar10 resnet50 to {goal:.0%}", "race", measure)
 
 
 class Budget:
-    """Runs rows as long as they are likely to end in time; every row says how it ended."""
+    """Measures rows as long as they are likely to end in time; every row says how it ended.
 
-    def __init__(self, seconds: float, written: Callable[[list[Row]], None]) -> None:
+    `guesses`: seconds of a row of each kind, until one has been measured.
+    """
+
+    def __init__(self, seconds: float, written: Callable[[list[Row]], None], guesses: dict[str, float]) -> None:
         self.ends, self.written = time.monotonic() + seconds, written
         self.rows: list[Row] = []
-        self._guesses = dict(FIRST_GUESS)
+        self._guesses = dict(guesses)
 
-    @property
     def left_seconds(self) -> float:
-        """Seconds until the end."""
+        """Return the seconds until the end."""
         return self.ends - time.monotonic()
 
-    def run(self, name: str, measure: Callable[[], Row], kind: str = "") -> None:
-        """Run one row and keep what came of it; `kind` is whose earlier rows tell how long it takes."""
-        if self.left_seconds < self._guesses.get(kind, 5.0):
-            row: Row = {"row": name, "status": "not run: budget"}
-        else:
-            row = self._measured(name, measure)
-            if kind:
-                self._guesses[kind] = max(row["wall_seconds"], self._guesses[kind] / 2)
+    def run(self, task: Task) -> None:
+        """Measure one row and keep what came of it."""
+        row: Row = {"section": task.section, "row": task.name}
         self.rows.append(row)
-        self.written(self.rows)
-        print(line_of(row), flush=True)
-
-    def _measured(self, name: str, measure: Callable[[], Row]) -> Row:
-        forget_last_row()
-        start = time.monotonic()
         try:
-            with alarm(self.left_seconds):
-                row = {"row": name, "status": "ok", **measure()}
+            if self.left_seconds() < self._guesses[task.kind]:
+                row["status"] = "not run: budget"
+            else:
+                self._measure(task, row)
+                self._guesses[task.kind] = max(row["wall_seconds"], self._guesses[task.kind] / 2)
+        finally:
+            row.setdefault("status", "stopped by a signal")
+            self.written(self.rows)
+            print("\n".join(lines_of(row)), flush=True)
+
+    def _measure(self, task: Task, row: Row) -> None:
+        start = time.monotonic()
+        forget_last()
+        try:
+            with alarm(self.left_seconds()):
+                task.measure(row)
+            row.setdefault("status", "ok")
         except OutOfTime:
-            row = {"row": name, "status": "stopped: budget"}
+            row["status"] = "stopped: budget"
         except torch.OutOfMemoryError as error:
-            row = {"row": name, "status": f"out of memory: {first_line(error)}"}
+            row["status"] = f"out of memory: {first_line(error)}"
         except Exception as error:  # noqa: BLE001 - whatever stops one row, the others are still wanted
-            late = self.left_seconds <= 0  # the compiler wraps what is raised inside it
-            row = {"row": name, "status": "stopped: budget" if late else f"failed: {first_line(error)}"}
-        return {**row, "wall_seconds": time.monotonic() - start}
+            row["status"] = f"failed: {first_line(error)}"
+        finally:
+            row["wall_seconds"] = time.monotonic() - start
 
 
 def first_line(error: Exception) -> str:
     """Return what kind of error it is, and the first line of what it says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
-
-
-def forget_last_row() -> None:
-    """Free memory and compiled code, and accelerate's state: its precision is one for the whole process."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 @contextmanager
@@ -148,98 +215,110 @@ def alarm(seconds: float) -> Iterator[None]:
 # --- the table ---------------------------------------------------------------------------------------------
 
 
-def line_of(row: Row) -> str:
-    """Return a row as a line of the table."""
-    return f"{row['row']:<56} {_figures(row)}"
-
-
-def _figures(row: Row) -> str:
-    if "ours_images_per_second" in row:
-        sides = row["sides"]
-        peak = "/".join(_gib(sides[name]["peak_memory_bytes"]) for name in ("ours", "bare"))
-        warmup = "/".join(f"{sides[name]['warmup_seconds']:.1f}" for name in ("ours", "bare"))
-        return (
-            f"{row['ours_images_per_second']:8.1f} {row['bare_images_per_second']:8.1f}  {row['ratio']:.3f} "
-            f"({row['ratio_least']:.3f} - {row['ratio_most']:.3f})  peak {peak} GiB  warm-up {warmup} s"
-        )
+def lines_of(row: Row) -> list[str]:
+    """Return a row as lines of the table."""
+    ended = [] if row["status"] == "ok" else [f"{row['row']:<46} {row['status']}"]
+    if any("images_per_second" in side for side in row.get("sides", {}).values()):
+        names = [OURS, *SIDES]
+        return [_side_line(f"{row['row']} {name}", row["sides"][name], "fit_to_this") for name in names] + ended
+    if "arms" in row:
+        lines = [_side_line(f"{row['row']}: {name}", arm, "to_baseline") for name, arm in row["arms"].items()]
+        return [*lines, *(f"{row['row']}: {name}: {why}" for name, why in row.get("not_run", {}).items()), *ended]
     if "pinned" in row:
-        kinds = (f"{k} {row[k]['gb_per_second']:.2f} GB/s {row[k]['images_per_second']:,.0f} images/s" for k in COPIES)
-        return f"{'  '.join(kinds)}  {row['ratio']:.2f}x"
-    if "goal" in row:
-        reached = (
-            f"{row['seconds_to_goal']:.1f} s to {GOAL:.0%}" if row["seconds_to_goal"] is not None else "goal missed"
+        kinds = (
+            f"{kind} {row[kind]['gb_per_second']:.2f} GB/s {row[kind]['images_per_second']:,.0f} images/s"
+            for kind in ("pinned", "pageable")
         )
-        return (
-            f"{reached}; accuracy {row['accuracy']:.4f} at step {row['steps']} of {row['of_steps']}, "
-            f"{row['images_per_second']:,.0f} images/s, waiting {row['data_wait_fraction']:.0%}"
-        )
-    return str(row["status"])
+        return [f"{row['row']:<46} {'  '.join(kinds)}  {row['ratio']:.2f}x", *ended]
+    if "train_seconds" in row:
+        return [f"{row['row']:<46} {_race_figures(row)}", *ended]
+    return ended
 
 
-COPIES = ("pinned", "pageable")
+def _side_line(name: str, side: Row, ratio: str) -> str:
+    rate, peak = side["images_per_second"], side["peak_memory_bytes"]
+    line = f"{name:<62} {rate['median']:8.1f} ({rate['least']:.1f} - {rate['most']:.1f})"
+    if ratio in side:
+        line += f"  {side[ratio]['median']:.3f} ({side[ratio]['least']:.3f} - {side[ratio]['most']:.3f})"
+    if "warmup_seconds" in side:
+        line += f"  warm-up {side['warmup_seconds']:.1f} s"
+    return line if peak is None else f"{line}  peak {peak / 2**30:.2f} GiB"
 
 
-def _gib(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
+def _race_figures(row: Row) -> str:
+    seconds, accuracy = row["seconds_to_goal"], row["accuracy"]
+    return (
+        f"{'goal missed' if seconds is None else f'{seconds:.1f} s of training'}; "
+        f"{'not evaluated' if accuracy is None else f'accuracy {accuracy:.4f}'}, "
+        f"step {row['steps']} of {row['of_steps']}, {row['images_per_second']:,.0f} images/s, "
+        f"waiting {row['data_wait_fraction']:.0%}"
+    )
 
 
 # --- the command -------------------------------------------------------------------------------------------
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which of them, separated by commas")
     parser.add_argument("--json", type=Path, help="write the rows to this file, after each of them")
+    parser.add_argument("--models", help=f"instead of {','.join(MODELS)}")
     parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's parquet files, splits train and test")
     parser.add_argument("--cifar10-override", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--cifar10-seconds", type=float, default=220, help="most seconds that this row may take")
+    parser.add_argument("--goal", type=float, help=f"accuracy that ends it; {GOAL}, of a dry run 0")
     parser.add_argument("--batch", type=int, default=128, help="images of each step of the training rows")
+    parser.add_argument("--windows", type=int, default=5, help="windows of each side")
     parser.add_argument("--budget-seconds", type=float, default=540)
-    parser.add_argument("--quick", action="store_true", help="copies, bf16 with channels_last, CIFAR-10")
-    parser.add_argument("--dry-run-cpu", action="store_true", help=argparse.SUPPRESS)  # tiny sizes: does it run at all
-    return parser.parse_args()
+    parser.add_argument(
+        "--quick", action="store_true", help="train in bf16 with channels_last only; ga, amp and pm of the first model"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU: does it run at all")
+    args = parser.parse_args(arguments)
+    args.sections = args.sections.split(",")
+    if unknown := [name for name in args.sections if name not in SECTIONS]:
+        parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if args.batch < 4 or args.batch % 4 or args.windows < 1:
+        parser.error("--batch is a multiple of 4, --windows at least 1")
+    return args
 
 
 def build_bench(args: argparse.Namespace) -> Bench:
     """Return what is measured, on the GPU or, for a dry run, with next to nothing on the CPU."""
-    if args.dry_run_cpu:
-        return Bench(torch.device("cpu"), DRY_MODELS, image_px=64, batch=4, windows=2, window_seconds=0.0)
-    return Bench(torch.device("cuda", 0), MODELS, image_px=224, batch=args.batch, windows=5, window_seconds=0.5)
+    models = tuple(args.models.split(",")) if args.models else DRY_MODELS if args.dry_run else MODELS
+    if args.dry_run:
+        return Bench(
+            torch.device("cpu"), models, image_px=32, batch=8, windows=2, window_seconds=0.0, rounds=2, log_every=2
+        )
+    device = torch.device("cuda", 0)
+    return Bench(device, models, image_px=224, batch=args.batch, windows=args.windows, window_seconds=0.5)
 
 
-def about(bench: Bench) -> Row:
+def about(bench: Bench, arguments: list[str]) -> Row:
     """Return what the figures hold for."""
     software = {**describe_versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    facts = {"command": ["benchmarks/gpu.py", *sys.argv[1:]], "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    facts = {"command": ["benchmarks/gpu.py", *arguments], "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     return {**facts, "machine": describe_machine(bench.device, 1), "versions": software}
 
 
-def main() -> int:
-    args = parse()
-    if not torch.cuda.is_available() and not args.dry_run_cpu:
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    if not torch.cuda.is_available() and not args.dry_run:
         print("benchmarks/gpu.py needs an NVIDIA GPU, and PyTorch finds none here", file=sys.stderr)
         return 2
     bench = build_bench(args)
-    header = about(bench)
+    header = about(bench, sys.argv[1:] if arguments is None else arguments)
 
     def written(rows: list[Row]) -> None:
         if args.json:
             write_json(args.json, {**header, "rows": rows})
 
-    budget = Budget(args.budget_seconds, written)
+    budget = Budget(args.budget_seconds, written, FIRST_GUESS)
     print(f"{header['machine']['device']}, torch {torch.__version__}, batch {bench.batch}, {bench.image_px} px")
-    print(f"{'row':<56} {'ours':>8} {'bare':>8}  ours / bare; images/s")
-    settings = settings_in_order(bench.models, args.quick)
-    most, rest = settings[: len(bench.models)], settings[len(bench.models) :]
-    budget.run("copy uint8 batches to the device", partial(measure_copies, bench))
-    for setting in most:
-        budget.run(str(setting), partial(measure_training, bench, setting), "eager")
-    overrides = [*args.cifar10_override, *(DRY_OVERRIDES if args.dry_run_cpu else ())]
-    seconds = min(args.cifar10_seconds, budget.left_seconds - 20)
-    budget.run(f"cifar10 resnet50 to {GOAL:.0%}", partial(race_cifar10, args.cifar10, overrides, seconds))
-    for setting in rest:
-        kind = "compile" if setting.compile else "eager"
-        budget.run(str(setting), partial(measure_training, bench, setting), kind)
+    print("images/s: median (least - most); then fit / this side, or this arm / baseline, of the windows in turn")
+    for task in list_tasks(args, bench, budget.left_seconds):
+        budget.run(task)
     return 0
 
 

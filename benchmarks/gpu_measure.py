@@ -2,200 +2,228 @@
 
 from __future__ import annotations
 
-import itertools
+import gc
 import statistics
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import Tensor, nn
-
-from hf_fasttrain import Trainer
-from hf_fasttrain.data.batch import Normalize
-from hf_fasttrain.data.loader import Step
-from hf_fasttrain.model import IMAGENET_MEAN, IMAGENET_STD, ModelSpec, build_model
-from hf_fasttrain.runlog import RunLog
-
-CLASSES, GOAL = 1000, 0.92
-DTYPES = {"tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-CIFAR10_RECIPE = Path(__file__).parent.parent / "recipes/study/resnet50_cifar10.yaml"
-# The study's 30 epochs of Adam do not fit beside the other rows; SGD's one-cycle gets there in half of them.
-CIFAR10_OVERRIDES = (
-    "data.eval_split=test",
-    "data.test_split=null",
-    "train.duration=15 epochs",
-    "accelerate.gradient_accumulation_steps=1",
-    "optimizer.name=sgd",
-    "optimizer.lr=0.1",
-    "optimizer.weight_decay=5e-4",
-    "evaluate.every=1 epoch",
-    "evaluate.batch_size=1000",
+from accelerate.state import AcceleratorState, GradientState
+from gpu_sides import (
+    Bench,
+    Fit,
+    MakeStep,
+    Setting,
+    TimedBatches,
+    bare,
+    device_batches,
+    host_batches,
+    run_fit,
+    timm_train,
 )
 
+from hf_fasttrain.environment import set_fp32_precision
 
-@dataclass(frozen=True)
-class Bench:
-    """Where and how much is measured."""
-
-    device: torch.device
-    models: tuple[str, ...]
-    image_px: int
-    batch: int
-    windows: int
-    window_seconds: float
-
-    @property
-    def cuda(self) -> bool:
-        """Whether this is the real thing."""
-        return self.device.type == "cuda"
-
-    def wait(self) -> None:
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize()
+Row = dict[str, Any]
+SIDES: dict[str, Callable[[Bench, Setting], MakeStep]] = {"bare": bare, "timm": timm_train}
+OURS = "fit"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One row of the training table."""
-
-    model: str
-    precision: str
-    channels_last: bool
-    compile: bool
-
-    def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"train {self.model} {self.precision} {layout}{' compile' if self.compile else ''}"
+def forget_last() -> None:
+    """Free memory and compiled code, and accelerate's state: its precision is one for the whole process."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch._dynamo.reset()
+    free_memory()
 
 
-# --- training steps ----------------------------------------------------------------------------------------
+def free_memory() -> None:
+    """Give back the device memory that nobody holds any more."""
+    if torch.cuda.is_available():  # a collection takes half a second
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def synthetic_batches(bench: Bench, setting: Setting) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for ever `images` and `labels` of four uint8 batches on the device, normalised when asked for."""
-    shape = (bench.batch, bench.image_px, bench.image_px, 3)
-    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, bench.device, channels_last=setting.channels_last)
-    torch.manual_seed(1)  # both sides see the same images
-    pixels = [torch.randint(0, 256, shape, dtype=torch.uint8, device=bench.device) for _ in range(4)]
-    labels = [torch.randint(0, CLASSES, (bench.batch,), device=bench.device) for _ in range(4)]
-    for index in itertools.cycle(range(4)):
-        yield normalize(pixels[index]), labels[index]
+def set_precision(setting_precision: str) -> None:
+    """Let convolutions round to TF32 and, for all but fp32, matrix products too: PyTorch's default has them exact.
 
-
-def built_model(bench: Bench, setting: Setting) -> nn.Module:
-    """Return the model on the device, in its memory layout, to be compiled at its first step if asked."""
-    torch.manual_seed(0)  # both sides start from the same weights
-    names = [str(i) for i in range(CLASSES)]
-    model = build_model(ModelSpec(setting.model, names, bench.image_px)).to(bench.device).train()
-    if setting.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if setting.compile:
-        model.compile(dynamic=False)
-    return model
-
-
-def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Return what both sides step."""
-    return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-
-
-def ours(bench: Bench, setting: Setting) -> Callable[[], Tensor]:
-    """Return one step of the Trainer, as a function."""
-    batches, model = synthetic_batches(bench, setting), built_model(bench, setting)
-    precision = "no" if setting.precision == "tf32" else setting.precision
-    accelerator = Accelerator(cpu=not bench.cuda, mixed_precision=precision)
-    if precision != "no" and not accelerator.native_amp:
-        raise RuntimeError(f"accelerate does not autocast to {precision} on {bench.device.type}")
-    optimizer, log = build_optimizer(model), RunLog(None, show=False)
-    trainer = Trainer(model, [None], optimizer, accelerator=accelerator, log=log)
-    # The loader above is never read: steps are handed over one by one.
-    shape = (3, bench.image_px, bench.image_px)
-    steps = itertools.count()
-    return lambda: trainer.train_step(Step(next(steps), bench.batch, 1, itertools.islice(batches, 1), shape))
-
-
-def bare(bench: Bench, setting: Setting) -> Callable[[], Tensor]:
-    """Return one step of a plain PyTorch loop, as a function."""
-    batches, model = synthetic_batches(bench, setting), built_model(bench, setting)
-    optimizer, dtype = build_optimizer(model), DTYPES[setting.precision]
-    scaler = torch.amp.GradScaler(bench.device.type, enabled=dtype is torch.float16)
-
-    def step() -> Tensor:
-        images, labels = next(batches)
-        with torch.autocast(bench.device.type, dtype, enabled=dtype is not None):
-            loss = F.cross_entropy(model(images), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
-SIDES = {"ours": ours, "bare": bare}
-
-
-def warm(bench: Bench, build: Callable[[], Callable[[], Tensor]]) -> tuple[Callable[[], Tensor], dict[str, Any]]:
-    """Return a side's step, past compilation and the choice of kernels, and its warm-up time and peak memory."""
-    before = torch.cuda.memory_allocated() if bench.cuda else 0
-    start = time.perf_counter()
-    step = build()
-    first_loss = float(step())
-    for _ in range(3):
-        step()
-    bench.wait()
-    warmup_seconds = time.perf_counter() - start
-    if bench.cuda:  # only now: trying out kernels needs more than training does
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    for _ in range(3):
-        step()
-    bench.wait()
-    step_seconds = (time.perf_counter() - start) / 3
-    peak = torch.cuda.max_memory_allocated() - before if bench.cuda else None
-    facts = {"warmup_seconds": warmup_seconds, "peak_memory_bytes": peak, "first_loss": first_loss}
-    return step, {**facts, "step_seconds": step_seconds}
-
-
-def measure_training(bench: Bench, setting: Setting) -> dict[str, Any]:
-    """Return images/s of both sides, their ratio window by window, warm-up seconds and peak memory."""
-    torch.set_float32_matmul_precision("high")  # TF32, and so for what autocast leaves in fp32
+    What autocast leaves in fp32 is done so as well. An earlier row may have left other settings.
+    """
+    set_fp32_precision("highest" if setting_precision == "fp32" else "high", "high")
     torch.backends.cudnn.benchmark = True
-    steps, facts = {}, {}
-    for name, side in SIDES.items():
-        steps[name], facts[name] = warm(bench, lambda side=side: side(bench, setting))
-    losses = [fact["first_loss"] for fact in facts.values()]
-    if not abs(losses[0] - losses[1]) <= 0.01 * abs(losses[1]):
+
+
+def spread_of(values: Iterable[float]) -> Row:
+    """Return median, least and most."""
+    numbers = list(values)
+    return {"median": statistics.median(numbers), "least": min(numbers), "most": max(numbers)}
+
+
+def turn(names: list[str], index: int) -> list[str]:
+    """Return whose turn it is one after the other: each round begins with the next one."""
+    return names[index % len(names) :] + names[: index % len(names)]
+
+
+def require_same(losses: dict[str, float], within: float) -> None:
+    """Raise RuntimeError if the first losses show that not all compute the same."""
+    least, most = min(losses.values()), max(losses.values())
+    if not most - least <= within * abs(most):
         raise RuntimeError(f"the sides do not compute the same: first losses {losses}")
-    longest = max(fact.pop("step_seconds") for fact in facts.values())
-    number = max(2, round(bench.window_seconds / longest))
-    rates: dict[str, list[float]] = {name: [] for name in SIDES}
-    for index in range(bench.windows):
-        for name in list(SIDES) if index % 2 else reversed(SIDES):
-            start = time.perf_counter()
-            for _ in range(number):
-                steps[name]()
-            bench.wait()
-            rates[name].append(number * bench.batch / (time.perf_counter() - start))
-    ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates["bare"], strict=True)]
-    speed = {f"{name}_images_per_second": statistics.median(values) for name, values in rates.items()}
-    spread = {"ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios)}
-    return {**asdict(setting), "batch": bench.batch, "steps_per_window": number, **speed, **spread, "sides": facts}
+
+
+# --- training beside a bare loop and timm's ----------------------------------------------------------------
+
+
+def warm(bench: Bench, setting: Setting, build: Callable[[Bench, Setting], MakeStep]) -> tuple[MakeStep, Fit]:
+    """Return a program's step, past compilation and the choice of kernels, and what was seen on the way."""
+    before, began = bench.used_bytes(), time.perf_counter()
+    step = build(bench, setting)
+    seen = Fit(first_loss=float(step()))
+    for _ in range(bench.log_every - 1):
+        step()
+    bench.wait()
+    seen.warmup_seconds = time.perf_counter() - began
+    bench.forget_most()
+    seen.step_seconds = run_steps(bench, step, bench.log_every) / bench.log_every
+    most = bench.most_bytes()
+    seen.peak_memory_bytes = None if most is None else most - before
+    return step, seen
+
+
+def run_steps(bench: Bench, step: MakeStep, number: int) -> float:
+    """Return the seconds of some steps."""
+    bench.wait()
+    began = time.perf_counter()
+    for _ in range(number):
+        step()
+    bench.wait()
+    return time.perf_counter() - began
+
+
+def measure_training(bench: Bench, setting: Setting, row: Row) -> None:
+    """Add images/s of all sides, the ratios of their windows, warm-up seconds and peak memory to a row.
+
+    `fit` runs once, and the others have their turns between its windows.
+    """
+    row |= {**asdict(setting), "batch": bench.batch, "image_px": bench.image_px, "sides": {}}
+    if setting.precision == "fp16" and not bench.cuda:
+        row["status"] = "not run: fp16 needs a GPU"
+        return
+    set_precision(setting.precision)
+    steps, seen = {}, {}
+    for name, build in SIDES.items():
+        steps[name], seen[name] = warm(bench, setting, build)
+        row["sides"][name] = asdict(seen[name])
+    number = bench.steps_of(max(side.step_seconds for side in seen.values()))
+    row["steps_per_window"] = number
+    seen[OURS] = Fit()
+    loader = TimedBatches(bench, device_batches(bench, setting), seen[OURS], number, bench.windows)
+
+    def others(window: int, when: str) -> None:
+        names = turn([*SIDES, OURS], window)
+        at = names.index(OURS)
+        for name in names[:at] if when == "before" else names[at + 1 :]:
+            seen[name].windows.append(run_steps(bench, steps[name], number))
+        if when == "after":
+            row["sides"] = summarise(bench, seen, number)  # here already, should time end before the next window
+
+    loader.others = others
+    run_fit(bench, setting, loader)
+    row["sides"] = summarise(bench, seen, number)
+    require_same({name: side.first_loss for name, side in seen.items()}, within=0.01)
+
+
+def summarise(bench: Bench, seen: dict[str, Fit], number: int) -> dict[str, Row]:
+    """Return side -> images/s, and the ratios of `fit` to the others in the windows of each round."""
+    table: dict[str, Row] = {}
+    for name, side in seen.items():
+        images = number * bench.batch
+        table[name] = {**asdict(side), "images_per_second": spread_of(images / s for s in side.windows)}
+        if name != OURS:
+            pairs = zip(seen[OURS].windows, side.windows, strict=True)
+            table[name]["fit_to_this"] = spread_of(theirs / mine for mine, theirs in pairs)
+    return table
+
+
+# --- the study's techniques, each alone --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: the baseline, or what differs from it."""
+
+    precision: str = "fp32"  # with TF32 in convolutions, as is PyTorch's default
+    micro_batches: int = 1  # of each update
+    batches: int = 1  # baseline's batches in an update
+    pinned: bool = False
+
+
+BASELINE = "baseline"
+TECHNIQUES: dict[str, dict[str, Arm]] = {
+    "ga": {
+        BASELINE: Arm(),
+        "each batch in 4 parts": Arm(micro_batches=4),
+        "an update for 4 batches": Arm(micro_batches=4, batches=4),
+    },
+    "amp": {BASELINE: Arm(), "fp16": Arm(precision="fp16"), "bf16": Arm(precision="bf16")},
+    "pm": {BASELINE: Arm(), "pinned": Arm(pinned=True)},
+}
+
+
+def measure_technique(bench: Bench, technique: str, model: str, row: Row) -> None:
+    """Add images/s of the baseline and of one technique's arms to a row, each arm a `Trainer.fit` in each round.
+
+    Baseline: fp32, contiguous, whole batches, which lie in pageable memory of the host and are copied in each step.
+    """
+    arms = dict(TECHNIQUES[technique])
+    row |= {"technique": technique, "model": model, "batch": bench.batch, "image_px": bench.image_px}
+    if not bench.cuda:
+        for name, needs in (("fp16", "fp16"), ("pinned", "pinned memory")):
+            if arms.pop(name, None) is not None:
+                row.setdefault("not_run", {})[name] = f"{needs} needs a GPU"
+    seen: dict[str, list[Fit]] = {name: [] for name in arms}
+    seconds = fit_arm(bench, model, arms[BASELINE], bench.log_every).step_seconds
+    for index in range(bench.rounds):
+        for name in turn(list(arms), index):
+            number = bench.steps_of(seconds * arms[name].batches)
+            seen[name].append(fit_arm(bench, model, arms[name], number))
+        row["arms"] = {name: compare(bench, arms[name], fits, seen[BASELINE]) for name, fits in seen.items()}
+    require_same({name: fits[0].first_loss for name, fits in seen.items()}, within=0.05)
+
+
+def fit_arm(bench: Bench, model: str, arm: Arm, number: int) -> Fit:
+    """Return what a run of one arm with a window of `number` steps has taken, for each baseline's batch."""
+    forget_last()
+    set_precision("fp32")
+    setting, fit = Setting(model, arm.precision), Fit()
+    batches = host_batches(bench, setting, arm.batches * bench.batch, pinned=arm.pinned)
+    run_fit(bench, setting, TimedBatches(bench, batches, fit, number, 1), micro_batches=arm.micro_batches)
+    fit.windows = [seconds / (number * arm.batches) for seconds in fit.windows]
+    return fit
+
+
+def compare(bench: Bench, arm: Arm, fits: list[Fit], baseline: list[Fit]) -> Row:
+    """Return an arm's images/s, and its ratio to the baseline's in each round."""
+    pairs = zip(fits, baseline, strict=True)
+    return {
+        **asdict(arm),
+        "images_per_second": spread_of(bench.batch / fit.windows[0] for fit in fits),
+        "to_baseline": spread_of(other.windows[0] / fit.windows[0] for fit, other in pairs),
+        "peak_memory_bytes": fits[-1].peak_memory_bytes,
+        "first_loss": fits[0].first_loss,
+        "skipped_steps": sum(fit.skipped_steps for fit in fits),
+    }
 
 
 # --- copies ------------------------------------------------------------------------------------------------
 
 
-def measure_copies(bench: Bench) -> dict[str, Any]:
-    """Return GB/s and images/s of non-blocking copies of uint8 batches, pinned and pageable."""
+def measure_copies(bench: Bench, row: Row) -> None:
+    """Add GB/s and images/s of non-blocking copies of uint8 batches, pinned and pageable, to a row."""
     shape = (bench.batch, bench.image_px, bench.image_px, 3)
     pageable = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(4)]
     pools = {"pinned": [t.pin_memory() if bench.cuda else t.clone() for t in pageable], "pageable": pageable}
@@ -208,50 +236,8 @@ def measure_copies(bench: Bench) -> dict[str, Any]:
                 target.copy_(pool[index % 4], non_blocking=True)
             bench.wait()
             seconds[name].append((time.perf_counter() - start) / 20)
-    row: dict[str, Any] = {"batch": bench.batch, "image_px": bench.image_px}
+    row |= {"batch": bench.batch, "image_px": bench.image_px}
     for name, values in seconds.items():
         each = statistics.median(values[1:])
         row[name] = {"gb_per_second": target.nbytes / each / 1e9, "images_per_second": bench.batch / each}
     row["ratio"] = row["pinned"]["gb_per_second"] / row["pageable"]["gb_per_second"]
-    return row
-
-
-# --- CIFAR-10 ----------------------------------------------------------------------------------------------
-
-
-class RaceTrainer(Trainer):
-    """Trains until GOAL is reached or the time is up, and keeps nothing."""
-
-    reached_seconds: float | None = None
-    reached_step: int | None = None
-    deadline: float = float("inf")
-
-    def evaluate(self, loader: Any = None) -> dict[str, float]:
-        """Note the seconds of training at which GOAL is first reached; the clock stands while evaluating."""
-        metrics = super().evaluate(loader)
-        if self.reached_seconds is None and metrics["accuracy"] >= GOAL:
-            self.reached_seconds, self.reached_step = self.pace.train_seconds, self.state.step
-        return metrics
-
-    def save(self) -> None:
-        """Save nothing."""
-
-    def _should_stop(self) -> bool:
-        return self.reached_seconds is not None or time.monotonic() > self.deadline
-
-
-def race_cifar10(folder: Path | None, overrides: list[str], most_seconds: float) -> dict[str, Any]:
-    """Return the seconds of training until GOAL, evaluations not counted; the accuracy got if it was not reached."""
-    if folder is None:
-        return {"status": "skipped: give the folder of CIFAR-10's parquet files with --cifar10"}
-    with tempfile.TemporaryDirectory() as place:
-        asked = [f"data.dataset={folder}", *CIFAR10_OVERRIDES, *overrides, f"output_dir={place}/run"]
-        trainer = RaceTrainer.from_recipe(CIFAR10_RECIPE, asked)
-        trainer.deadline = time.monotonic() + most_seconds
-        result = trainer.fit()
-    row = {"goal": GOAL, "seconds_to_goal": trainer.reached_seconds, "step": trainer.reached_step}
-    row |= {"accuracy": result.metrics["accuracy"], "steps": result.steps, "of_steps": trainer.num_steps}
-    row |= {"train_seconds": result.train_seconds, "images_per_second": result.images_per_second}
-    row |= {"data_wait_fraction": result.data_wait_fraction, "peak_memory_bytes": result.peak_memory_bytes}
-    status = "ok" if trainer.reached_seconds is not None else f"{GOAL:.0%} not reached"
-    return {**row, "overrides": [*CIFAR10_OVERRIDES, *overrides], "status": status}

@@ -254,7 +254,8 @@ def dali(options: Options) -> Epochs:
         batches = DALIClassificationIterator(pipe, size=-1, auto_reset=True)
     else:
         batches = DALIClassificationIterator(pipe, reader_name="files", auto_reset=True)
-    return ((((b[0]["data"], b[0]["label"])) for b in epoch) for epoch in endless(batches))
+    epochs: Iterator[Any] = endless(batches)
+    return (((b[0]["data"], b[0]["label"]) for b in epoch) for epoch in epochs)
 
 
 def dali_pipeline(options: Options) -> Any:
@@ -349,7 +350,7 @@ def ours(options: Options, arm: str) -> Epochs:
     for note in parts.facts.notes:  # such as that not all of it fits into the cache
         print(note, flush=True)
     if options.uint8:
-        loader.normalize = unchanged
+        loader.normalize = unchanged  # type: ignore[assignment]
     steps = loader.steps(0, (options.epochs + 1) * loader.steps_per_epoch)
     while True:
         yield (batch for step in islice(steps, loader.steps_per_epoch) for batch in step.micro_batches)

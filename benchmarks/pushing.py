@@ -71,9 +71,10 @@ def serve(pipe: Any, side: str, rate: float) -> None:
 
             def slow(self: Handler) -> None:
                 ordinary(self)
-                self.rfile = _SlowFile(self.rfile, rate)
+                reads: Any = _SlowFile(self.rfile, rate)
+                self.rfile = reads
 
-            Handler.setup = slow
+            Handler.setup = slow  # type: ignore[assignment,method-assign]
         pipe.send(hub.url)
         pipe.recv()
         pipe.send(sum(len(repo.commits) for repo in hub.repos.values()))

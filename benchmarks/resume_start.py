@@ -127,6 +127,7 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
 
     began = time.perf_counter()
     trainer = Watched.from_recipe(recipe, overrides, dataset=dataset, resume=arm == "resume")
+    assert isinstance(trainer, Watched)
     built = time.perf_counter()
     trainer.steps = []
     with suppress(Enough):

@@ -1,0 +1,276 @@
+"""Every benchmark can be imported and overrides nothing that is gone; gpu.py runs, on tiny models on the CPU."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import in_child
+from torch import Tensor, nn
+
+from hf_fasttrain.errors import Stopped
+from hf_fasttrain.runlog import RunLog
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")])
+
+
+def imported(name: str) -> Any:
+    """Return a benchmark, or a program of the docs, as a module; to be called in a child, whose `sys` it changes."""
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
+    return importlib.import_module(name)
+
+
+# --- overrides -----------------------------------------------------------------------------------------------
+
+
+def wrong_overrides(source: str, names: dict[str, Any]) -> list[str]:
+    """Return the private methods of subclasses of the package's classes that no base has, as Class.method.
+
+    A subclass has no private methods of its own: one that looks like an override and is called by nobody would not be
+    seen. `names`: what the program's module has; classes in functions are looked at too.
+    """
+    tree = ast.parse(source)
+    known = dict(names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hf_fasttrain":
+            module = importlib.import_module(node.module)
+            known |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+    wrong = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and (bases := [base for base in map(resolver(known), node.bases) if base]):
+            private = [part.name for part in node.body if isinstance(part, ast.FunctionDef) and is_private(part.name)]
+            wrong += [f"{node.name}.{name}" for name in private if not any(hasattr(base, name) for base in bases)]
+    return wrong
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def resolver(known: dict[str, Any]) -> Callable[[ast.expr], Any]:
+    """Return a function from a base in the source to that class, None if it has nothing to do with the package."""
+
+    def find(base: ast.expr) -> Any:
+        if isinstance(base, ast.Attribute):
+            return getattr(find(base.value), base.attr, None)
+        return known.get(base.id) if isinstance(base, ast.Name) else None
+
+    def resolve(base: ast.expr) -> Any:
+        value = find(base)
+        mine = isinstance(value, type) and any(cls.__module__.startswith("hf_fasttrain") for cls in value.__mro__)
+        return value if mine else None
+
+    return resolve
+
+
+def test_every_program_can_be_imported_and_overrides_private_methods_that_are_there() -> None:
+    def look() -> dict[str, list[str]]:
+        wrong = {}
+        for path in PROGRAMS:
+            module = imported(path.stem)
+            assert module.__file__ == str(path)
+            wrong[path.stem] = wrong_overrides(path.read_text(encoding="utf-8"), vars(module))
+        return wrong
+
+    wrong = in_child(look)
+    assert len(wrong) > 20
+    assert {name: methods for name, methods in wrong.items() if methods} == {}
+
+
+def test_an_override_of_a_private_method_that_is_gone_is_seen() -> None:
+    planted = """
+from hf_fasttrain import Trainer
+import hf_fasttrain.pace as clock
+
+class Race(Trainer):
+    def _train(self): ...
+    def _should_stop(self): ...
+    def helper(self): ...
+
+def start():
+    from hf_fasttrain.runlog import RunLog as Log
+
+    class Quiet(Log):
+        def _whisper(self): ...
+
+    class Clock(clock.Pace):
+        def _lost(self): ...
+        def _mark(self): ...
+
+class Own:
+    def _anything(self): ...
+"""
+    import hf_fasttrain.pace
+
+    found = wrong_overrides(planted, {"clock": hf_fasttrain.pace})
+    assert sorted(found) == ["Clock._lost", "Quiet._whisper", "Race._should_stop"]
+
+
+# --- gpu.py --------------------------------------------------------------------------------------------------
+
+
+def dry_run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a dry run of gpu.py by their names."""
+
+    def run() -> int:
+        status: int = imported("gpu").main(["--dry-run", "--json", str(folder / "rows.json"), *arguments])
+        return status
+
+    assert in_child(run) == 0
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))["rows"]
+    return {row["row"]: row for row in rows}
+
+
+def test_gpu_sections_run_and_keep_what_they_measure(tmp_path: Path) -> None:
+    rows = dry_run(tmp_path, "--sections", "copy,train,ga,amp,pm", "--models", "test_resnet", "--quick")
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+    assert [row["section"] for row in rows.values()] == ["copy", "train", "ga", "amp", "pm"]
+
+    sides = rows["train test_resnet bf16 channels_last"]["sides"]
+    assert set(sides) == {"fit", "bare", "timm"}
+    losses = [side["first_loss"] for side in sides.values()]
+    assert max(losses) - min(losses) < 1e-3
+    for name, side in sides.items():
+        assert len(side["windows"]) == 2
+        assert side["images_per_second"]["least"] > 0
+        assert ("fit_to_this" in side) == (name != "fit")
+    assert sides["bare"]["fit_to_this"]["most"] == pytest.approx(
+        max(theirs / mine for mine, theirs in zip(sides["fit"]["windows"], sides["bare"]["windows"], strict=True))
+    )
+
+    arms = rows["ga test_resnet"]["arms"]
+    assert {(arm["micro_batches"], arm["batches"]) for arm in arms.values()} == {(1, 1), (4, 1), (4, 4)}
+    assert arms["baseline"]["to_baseline"] == {"median": 1, "least": 1, "most": 1}
+    assert set(rows["amp test_resnet"]["arms"]) == {"baseline", "bf16"}
+    assert set(rows["amp test_resnet"]["not_run"]) == {"fp16"}
+    assert set(rows["pm test_resnet"]["not_run"]) == {"pinned"}
+
+
+def test_a_window_of_fit_has_all_that_happens_between_its_steps_and_the_others_their_turns() -> None:
+    def look() -> tuple[list[float], float, list[tuple[int, str]]]:
+        sides = imported("gpu_sides")
+        bench = sides.Bench(torch.device("cpu"), (), 8, 2, windows=2, window_seconds=0.0, log_every=2)
+        fit, turns = sides.Fit(), []
+
+        def others(window: int, when: str) -> None:
+            turns.append((window, when))
+            time.sleep(0.2)
+
+        loader = sides.TimedBatches(bench, iter(lambda: (0, 0), None), fit, number=4, windows=2)
+        loader.others = others
+        number = sum(time.sleep(0.005) is None for _ in loader)
+        assert number == len(loader)
+        return fit.windows, fit.step_seconds, turns
+
+    windows, step_seconds, turns = in_child(look)
+    assert [4 * 0.005 <= seconds < 0.15 for seconds in windows] == [True, True]
+    assert step_seconds >= 0.005
+    assert turns == [(0, "before"), (0, "after"), (1, "before"), (1, "after")]
+
+
+def test_sides_that_compute_different_things_fail() -> None:
+    def look() -> str:
+        measure = imported("gpu_measure")
+        measure.require_same({"fit": 6.90, "bare": 6.95}, within=0.01)
+        for losses in ({"fit": 6.9, "bare": 7.2}, {"fit": float("nan"), "bare": 6.9}):
+            with pytest.raises(RuntimeError, match="do not compute the same"):
+                measure.require_same(losses, within=0.01)
+        return "looked"
+
+    assert in_child(look) == "looked"
+
+
+def test_the_race_ends_with_the_evaluation_that_reaches_its_goal(tmp_path: Path) -> None:
+    (row,) = dry_run(tmp_path, "--sections", "cifar10").values()
+    assert row["status"] == "ok"
+    assert [seen["step"] for seen in row["evaluations"]] == [2]  # every 2 steps
+    assert (row["steps"], row["of_steps"]) == (2, 6)
+    assert row["accuracy"] == row["evaluations"][0]["accuracy"] >= row["goal"] == 0
+    assert 0 < row["seconds_to_goal"] <= row["train_seconds"]
+
+
+def test_a_race_that_misses_its_goal_trains_to_the_end_or_to_its_deadline() -> None:
+    def look() -> tuple[dict[str, Any], dict[str, Any]]:
+        gpu = imported("gpu")
+        missed: dict[str, Any] = {}
+        gpu.race("digits", [*gpu.DIGITS, *gpu.DRY_RACE], 1.01, 600.0, missed)
+        late: dict[str, Any] = {}
+        gpu.race("digits", [*gpu.DIGITS, *gpu.DRY_RACE], 0.0, 0.0, late)
+        return missed, late
+
+    missed, late = in_child(look)
+    assert [seen["step"] for seen in missed["evaluations"]] == [2, 4, 6]
+    assert missed["status"] == "101% not reached: trained to the end"
+    assert missed["accuracy"] == missed["evaluations"][-1]["accuracy"]
+    assert (late["evaluations"], late["steps"], late["accuracy"]) == ([], 0, None)
+    assert late["status"] == "0% not reached: the time was up"
+
+
+class Interrupting:
+    """An evaluation loader, during which a signal asks for a stop."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(3):
+            yield torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
+
+
+def test_a_race_that_a_signal_stops_while_evaluating_has_no_evaluation() -> None:
+    def look() -> list[Any]:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+        batch = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
+        trainer = imported("gpu_race").RaceTrainer(
+            model,
+            [batch],
+            torch.optim.SGD(model.parameters(), 0.1),
+            eval_loader=Interrupting(),
+            num_classes=2,
+            log=RunLog(None, show=False),
+        )
+        trainer.goal, trainer.evaluations = 0.0, []
+        with pytest.raises(Stopped):
+            trainer.fit()
+        return list(trainer.evaluations)
+
+    assert in_child(look) == []
+
+
+def test_a_row_that_runs_out_of_time_keeps_what_it_had() -> None:
+    def look() -> list[list[dict[str, Any]]]:
+        gpu, written = imported("gpu"), []
+
+        def measure(row: dict[str, Any]) -> None:
+            row["seen"] = 1
+            try:
+                time.sleep(30)
+            except Exception:  # noqa: BLE001 - as code on the way may do
+                row["swallowed"] = True
+
+        def fail(row: dict[str, Any]) -> None:
+            raise ValueError("one\ntwo")
+
+        budget = gpu.Budget(60, lambda rows: written.append([dict(row) for row in rows]), {"copy": 0.0, "race": 99.0})
+        budget.run(gpu.Task("copy", "fails", "copy", fail))
+        budget.run(gpu.Task("cifar10", "long", "race", measure))
+        budget.ends = time.monotonic() + 0.5
+        budget.run(gpu.Task("copy", "late", "copy", measure))
+        return written
+
+    written = in_child(look)
+    assert [len(rows) for rows in written] == [1, 2, 3]  # after each row
+    failed, long, late = written[-1]
+    assert failed["status"] == "failed: ValueError: one"
+    assert long == {"section": "cifar10", "row": "long", "status": "not run: budget"}
+    assert (late["seen"], late["status"], "swallowed" in late) == (1, "stopped: budget", False)
+    assert late["wall_seconds"] < 5
