@@ -413,7 +413,7 @@ def waits_on_a_fake_gpu() -> dict[str, list[str]]:
         )
         trainer._seed_step = lambda step: None  # type: ignore[method-assign]
 
-        def backward(loss: Tensor) -> None:  # the engine asks for a device; gradients as it would leave them
+        def backward(loss: Tensor, weight: float) -> None:  # gradients as the engine, which needs a device, leaves them
             for parameter in trainer.parameters:
                 parameter.grad = torch.zeros_like(parameter)
 

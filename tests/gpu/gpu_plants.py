@@ -134,10 +134,10 @@ def left_out(patch: pytest.MonkeyPatch) -> None:
 
     real, calls = Gradients._backward, []
 
-    def backward(self: Gradients, loss: Tensor) -> None:
+    def backward(self: Gradients, loss: Tensor, weight: float) -> None:
         calls.append(1)
         if self.accelerator.mixed_precision == "no" or len(calls) != 3:
-            real(self, loss)
+            real(self, loss, weight)
 
     patch.setattr(Gradients, "_backward", backward)
 
