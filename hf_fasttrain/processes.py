@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from hf_fasttrain.errors import UserError
 Value = TypeVar("Value")
 HOST_TIMEOUT = timedelta(hours=2)
 _host_groups: dict[Any, Any] = {}  # process group -> that of the same processes over gloo
+atexit.register(_host_groups.clear)  # one that is left until the interpreter is gone may abort the process
 # What gloo says where another process's end of a connection is closed, and NCCL.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -28,10 +30,12 @@ def is_peer_gone(error: BaseException) -> bool:
 def host_group() -> Any:
     """Return the group in which all processes meet over gloo on the host; all of them call it first at the same place.
 
-    Whoever waits in it for the main process, which may be writing or uploading, waits for HOST_TIMEOUT; with NCCL it
-    would be ten minutes.
+    Whoever waits in it for the main process, which may be writing or uploading, waits for HOST_TIMEOUT where there is
+    NCCL too, whose own limit is ten minutes; gloo's is half an hour.
     """
     whole = dist.group.WORLD
+    if dist.get_backend() == "gloo":
+        return whole
     if whole not in _host_groups:
         _host_groups.clear()  # those of process groups that are gone
         _host_groups[whole] = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
@@ -44,7 +48,8 @@ class Processes:
     def __init__(self, accelerator: Accelerator) -> None:
         self.number, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main, self.several = accelerator.is_main_process, accelerator.num_processes > 1
-        self._group = host_group() if self.several else None
+        if self.several:
+            host_group()  # made by all processes at this place
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the largest of all processes' numbers, one by one."""
@@ -62,7 +67,7 @@ class Processes:
         if not self.several:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(values, operation, group=self._group)
+        dist.all_reduce(values, operation, group=host_group())
         return [int(value) for value in values]
 
     def any(self, flag: bool) -> bool:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,8 +212,6 @@ class Trainer:
             result = self._train()
             with interruptible():
                 self._publish(result)
-            with suppress(RuntimeError):  # the main one is gone, and there was nothing left to do together
-                self.processes.wait()  # who leaves first would close the group beside one that is still publishing
         finally:
             if self.checkpoints is not None:
                 release_run(self.checkpoints.run)
