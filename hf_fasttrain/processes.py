@@ -61,7 +61,8 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes are here."""
-        self.largest(0)
+        if self.several:
+            dist.barrier(group=host_group())
 
     def _reduced(self, operation: Any, numbers: Sequence[int]) -> list[int]:
         if not self.several:
