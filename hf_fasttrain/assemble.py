@@ -208,7 +208,7 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
 def _bytes_of_slots(parts: Parts) -> int:
     """Return the shared memory of the loaders' batches on the host that is not in the forecast."""
     workers, _ = resolve_loading(parts.recipe, parts.accelerator.device, Facts(parts.recipe))
-    sizes = [max(32, parts.order.micro_batch_size)]  # of evaluation
+    sizes = [_usual_eval_batch(parts)]
     if parts.forecast is None:
         sizes.append(parts.order.micro_batch_size)
     batches = sum(num_slots(workers, images) * images for images in sizes) if workers else 0
@@ -223,11 +223,16 @@ def build_train_loader(parts: Parts) -> TrainLoader:
     return loaders.training(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
 
 
+def _usual_eval_batch(parts: Parts) -> int:
+    """Return how many images evaluation takes at once where the recipe leaves it open and memory is enough."""
+    return max(32, parts.order.micro_batch_size)
+
+
 def _eval_batch_size(parts: Parts) -> int:
     wish = parts.recipe.evaluate.batch_size
     if wish != "auto":
         return wish
-    usual = max(32, parts.order.micro_batch_size)
+    usual = _usual_eval_batch(parts)
     size, rule = evaluation_batch(parts.forecast, usual), "accelerate.micro_batch_size, at least 32"
     if size < usual:
         rule = "half of the free memory is enough for so many"
