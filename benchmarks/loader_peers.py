@@ -347,7 +347,7 @@ def ours(options: Options, arm: str) -> Epochs:
     parts = build_parts(recipe, dataset=our_dataset(options))
     torch.set_num_threads(1)  # as for the peers: building the parts gave it all cores
     loader = build_train_loader(parts)
-    for note in parts.facts.notes:  # such as that not all of it fits into the cache
+    for note in parts.settings.notes:  # such as that not all of it fits into the cache
         print(note, flush=True)
     if options.uint8:
         loader.normalize = unchanged  # type: ignore[assignment]

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.runfolder import resolved_facts
+from hf_fasttrain.resolved import read_settings
 
 MODELS = ("resnet50", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")
 SIZES = (8, 32)
@@ -45,7 +45,7 @@ def train(dataset: str, model: str, size: int, overrides: list[str], folder: Pat
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     if result["out_of_memory"]:
         raise SystemExit(f"{model}, {size} images: memory ran out; choose smaller --sizes")
-    return resolved_facts(folder)["memory_forecast_bytes"]["value"], result["peak_memory_bytes"]
+    return read_settings(folder)["memory_forecast_bytes"]["value"], result["peak_memory_bytes"]
 
 
 def main() -> None:

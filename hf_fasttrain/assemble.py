@@ -22,10 +22,9 @@ from hf_fasttrain.data.source import Source, load_source
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.evaluation import Evaluator
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.final import resolve_final
-from hf_fasttrain.handover import Pictures, RunPublisher, hub_wish
-from hf_fasttrain.loading import Loaders, resolve_loading
+from hf_fasttrain.handover import RunPublisher, hub_wish
+from hf_fasttrain.loaders import Loaders, resolve_loading
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.metrics import resolve_metrics
@@ -36,6 +35,8 @@ from hf_fasttrain.optim import build_optimizer, build_param_groups
 from hf_fasttrain.publish.pushing import Pusher
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import recipe_as_asked
+from hf_fasttrain.report_pictures import ReportPictures
+from hf_fasttrain.resolved import ResolvedSettings
 from hf_fasttrain.result import Watch
 from hf_fasttrain.runfolder import FILES_WHILE_TRAINING
 from hf_fasttrain.runlog import RunLog, last_steps
@@ -50,7 +51,7 @@ class Parts:
     """Everything that a recipe stands for, built but not yet trained."""
 
     recipe: Recipe
-    facts: Facts
+    settings: ResolvedSettings
     accelerator: Accelerator
     source: Source
     spec: ModelSpec
@@ -96,13 +97,13 @@ def assemble(
 
     `saved` are the plain values of the checkpoint that will be resumed: trackers go on in their old runs.
     """
-    recipe, facts, accelerator, source = parts.recipe, parts.facts, parts.accelerator, parts.source
+    recipe, settings, accelerator, source = parts.recipe, parts.settings, parts.accelerator, parts.source
     num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     spec = parts.spec
     track = _tracking(parts, folder, saved or {}) if folder else None
     log = RunLog(folder, main=accelerator.is_main_process, track=track)
     log.expected = FILES_WHILE_TRAINING if folder else ()
-    data_set = facts.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
+    data_set = settings.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
     best, stopping = _watches(parts)
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
@@ -130,9 +131,9 @@ def assemble(
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
-        learnt={**facts.learnt(), "data set": data_set, "class_names": spec.class_names},
+        learnt={**settings.learnt(), "data set": data_set, "class_names": spec.class_names},
         recipe_text=recipe_as_asked(recipe),
-        launched=facts.launched,
+        launched=settings.launched,
         bad_images=bad_images,
         report=recipe.log.report,
         publisher=_publisher(parts, folder, log) if folder else None,
@@ -140,7 +141,7 @@ def assemble(
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
-    parts.kept_pixels = make.keeper.memory_bytes
+    parts.kept_pixels = make.planner.memory_bytes
     trainer.reserved_memory = parts.kept_pixels + make.workers * WORKER_BYTES * local_processes()
     return trainer
 
@@ -165,14 +166,14 @@ def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
         watches.append(("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience)))
     for key, asked, watch in watches:
         why = f"{'less' if watch.mode == 'min' else 'more'} {watch.metric} is better" if asked == "auto" else ""
-        parts.facts.resolve(key, watch.mode, why)
+        parts.settings.resolve(key, watch.mode, why)
     return watches[0][2], watches[1][2] if stopping else None
 
 
 def _final(parts: Parts, stopping: Watch | None) -> str:
     asked = parts.recipe.checkpoint.final
     why = f"{'with' if stopping else 'without'} early_stopping" if asked == "auto" else ""
-    return str(parts.facts.resolve("checkpoint.final", resolve_final(asked, stopping), why))
+    return str(parts.settings.resolve("checkpoint.final", resolve_final(asked, stopping), why))
 
 
 def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:
@@ -181,7 +182,7 @@ def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:
     show, pusher = None, None
     if recipe.log.report:
         assert spec.preprocessing is not None
-        pictures = Pictures(recipe, parts.source, parts.order, spec.preprocessing)
+        pictures = ReportPictures(recipe, parts.source, parts.order, spec.preprocessing)
         show = partial(pictures.write, folder, log.say)
     if recipe.hub and parts.accelerator.is_main_process:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
@@ -201,13 +202,13 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     needed += _bytes_of_slots(parts)
     needed *= local_processes()
     return Loaders(
-        parts.recipe, parts.facts, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels, needed_memory=needed
+        parts.recipe, parts.settings, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels, needed_memory=needed
     )
 
 
 def _bytes_of_slots(parts: Parts) -> int:
     """Return the shared memory of the loaders' batches on the host that is not in the forecast."""
-    workers, _ = resolve_loading(parts.recipe, parts.accelerator.device, Facts(parts.recipe))
+    workers, _ = resolve_loading(parts.recipe, parts.accelerator.device, ResolvedSettings(parts.recipe))
     sizes = [_usual_eval_batch(parts)]
     if parts.forecast is None:
         sizes.append(parts.order.micro_batch_size)
@@ -217,7 +218,7 @@ def _bytes_of_slots(parts: Parts) -> int:
 
 def build_train_loader(parts: Parts) -> TrainLoader:
     """Return the training images of the parts alone, as `Trainer.fit` gets them; to measure or to look at them."""
-    bad_images = BadImages(None, parts.recipe.data.max_bad_fraction, parts.facts.note)
+    bad_images = BadImages(None, parts.recipe.data.max_bad_fraction, parts.settings.note)
     num_steps = parts.recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     loaders = build_loaders(parts, bad_images)
     return loaders.training(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
@@ -236,7 +237,7 @@ def _eval_batch_size(parts: Parts) -> int:
     size, rule = evaluation_batch(parts.forecast, usual), "accelerate.micro_batch_size, at least 32"
     if size < usual:
         rule = "half of the free memory is enough for so many"
-    return int(parts.facts.resolve("evaluate.batch_size", size, rule))
+    return int(parts.settings.resolve("evaluate.batch_size", size, rule))
 
 
 def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
@@ -261,9 +262,9 @@ def _optimizer(parts: Parts) -> torch.optim.Optimizer:
 def _schedule(parts: Parts, num_steps: int) -> Schedule:
     wish, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
     warmup = resolve_warmup(wish.warmup, wish.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    parts.facts.resolve("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
+    parts.settings.resolve("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
     if warmup.note:
-        parts.facts.note(warmup.note)
+        parts.settings.note(warmup.note)
     return build_schedule(
         wish.name,
         num_steps=num_steps,
@@ -291,7 +292,7 @@ def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Tracking | N
     if not log.trackers:
         return None
     config = {
-        k: str(f.value) for k, f in parts.facts.all().items() if isinstance(f.value, str | int | float | bool | list)
+        k: str(f.value) for k, f in parts.settings.all().items() if isinstance(f.value, str | int | float | bool | list)
     }
     ids = {name: run for name, run in saved.get("trackers", {}).items() if name in log.trackers}
     sent = last_steps(folder) if saved else {}

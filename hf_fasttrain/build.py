@@ -19,9 +19,8 @@ from hf_fasttrain.contradictions import without_effect
 from hf_fasttrain.data.order import Order, process_share
 from hf_fasttrain.data.source import Source
 from hf_fasttrain.errors import DataError, RunError
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.kept import read_beginning
-from hf_fasttrain.loading import train_transform
+from hf_fasttrain.loaders import train_transform
 from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.micro_batch import resolve_micro_batch
 from hf_fasttrain.model import (
@@ -38,7 +37,9 @@ from hf_fasttrain.processes import on_main
 from hf_fasttrain.publish.hub import require_login
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe
-from hf_fasttrain.runfolder import describe_run, open_run_folder, saved_state
+from hf_fasttrain.resolved import ResolvedSettings, write_settings
+from hf_fasttrain.runfolder import open_run_folder, saved_state
+from hf_fasttrain.saving import not_writable
 from hf_fasttrain.trainer import Trainer
 from hf_fasttrain.tunings import Tuned
 
@@ -62,13 +63,20 @@ def build_trainer(
     saved = saved_state(folder) if resume else None
     trainer = assemble(parts, folder, trainer_class, saved=saved)
     if began:
-        began.note_changes(parts.facts)
-    for note in [*parts.facts.notes, *([] if saved else parts.facts.weight_notes)]:
+        began.note_changes(parts.settings)
+    for note in [*parts.settings.notes, *([] if saved else parts.settings.weight_notes)]:
         trainer.log.note(note)
     if resume:
         trainer.restore()
-    on_main(lambda: describe_run(folder, parts.facts))
+    on_main(lambda: _describe_run(folder, parts.settings))
     return trainer
+
+
+def _describe_run(folder: Path, settings: ResolvedSettings) -> None:
+    try:
+        write_settings(folder, settings)
+    except OSError as error:
+        raise not_writable(folder, error) from None
 
 
 def build_parts(
@@ -83,11 +91,11 @@ def build_parts(
     `tuned` are the values for its `auto`; by default those of a stored tuning of this machine and model.
     """
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    facts = Facts(asked, notes=without_effect(asked))
-    facts.resolve("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
-    loaded = resolve_machine(asked, facts, tuned)
-    accelerator = launch.build_accelerator(loaded, facts)
-    source = _load_source(loaded, dataset, facts)
+    settings = ResolvedSettings(asked, notes=without_effect(asked))
+    settings.resolve("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
+    loaded = resolve_machine(asked, settings, tuned)
+    accelerator = launch.build_accelerator(loaded, settings)
+    source = _load_source(loaded, dataset, settings)
     spec = ModelSpec(
         name=loaded.model.name,
         class_names=source.class_names,
@@ -99,18 +107,18 @@ def build_parts(
         args=dict(loaded.model.args),
     )
     torch.manual_seed(loaded.seed)
-    model = build_model(spec, loaded.model.pretrained, head=loaded.model.head, note=facts.weight_notes.append)
+    model = build_model(spec, loaded.model.pretrained, head=loaded.model.head, note=settings.weight_notes.append)
     require_logits(model, spec)
     if loaded.augment.progressive:
         require_logits(model, replace(spec, image_size=loaded.augment.progressive.start_size))
-    spec = replace(spec, preprocessing=_resolve_preprocessing(model, spec, loaded, facts))
+    spec = replace(spec, preprocessing=_resolve_preprocessing(model, spec, loaded, settings))
     model = _prepare_model(model, loaded, accelerator)
     _require_enough_images(loaded, len(source.train), accelerator.num_processes)
-    micro = resolve_micro_batch(loaded, len(source.train), spec.num_classes, model, accelerator, facts)
-    order = _resolve_order(loaded, len(source.train), micro.size, model, accelerator, facts)
+    micro = resolve_micro_batch(loaded, len(source.train), spec.num_classes, model, accelerator, settings)
+    order = _resolve_order(loaded, len(source.train), micro.size, model, accelerator, settings)
     if loaded.accelerate.compile is True:
         _allow_compiling(num_shapes(loaded, spec, order))
-    return Parts(loaded, facts, accelerator, source, spec, model, order, micro.forecast)
+    return Parts(loaded, settings, accelerator, source, spec, model, order, micro.forecast)
 
 
 def _local_settings(recipe: Recipe, dataset: Any) -> list[str]:
@@ -124,21 +132,21 @@ def _local_settings(recipe: Recipe, dataset: Any) -> list[str]:
     return sorted({*found, *(["data.dataset"] if dataset is not None else [])})
 
 
-def _load_source(recipe: Recipe, dataset: Any, facts: Facts) -> Source:
+def _load_source(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Source:
     data = recipe.data
     source = open_source(recipe, dataset)
     _require_own_test_split(source)
     if dataset is not None:
-        facts.resolve("data.dataset", "handed over in Python", "")
-    facts.resolve("data.train_split", source.train.name, f"{len(source.train):,} images")
-    facts.resolve("data.eval_split", source.evaluation.name, f"{len(source.evaluation):,} images")
-    facts.resolve("data.image_column", source.columns.image, "found" if data.image_column == "auto" else "")
-    facts.resolve("data.label_column", source.columns.label, "found" if data.label_column == "auto" else "")
-    facts.resolve("classes", len(source.class_names), "of the label column")
+        settings.resolve("data.dataset", "handed over in Python", "")
+    settings.resolve("data.train_split", source.train.name, f"{len(source.train):,} images")
+    settings.resolve("data.eval_split", source.evaluation.name, f"{len(source.evaluation):,} images")
+    settings.resolve("data.image_column", source.columns.image, "found" if data.image_column == "auto" else "")
+    settings.resolve("data.label_column", source.columns.label, "found" if data.label_column == "auto" else "")
+    settings.resolve("classes", len(source.class_names), "of the label column")
     for note in source.notes:
-        facts.note(note)
+        settings.note(note)
     if source.held_out:
-        facts.note(
+        settings.note(
             f"no validation split: {len(source.evaluation):,} of {len(source.train) + len(source.evaluation):,} "
             "training images are held out, each class alike (data.eval_fraction)"
         )
@@ -154,14 +162,16 @@ def _require_own_test_split(source: Source) -> None:
         raise DataError(f"data.eval_split: '{source.evaluation.name}' is trained on already; choose another")
 
 
-def _resolve_preprocessing(model: nn.Module, spec: ModelSpec, recipe: Recipe, facts: Facts) -> Preprocessing:
+def _resolve_preprocessing(
+    model: nn.Module, spec: ModelSpec, recipe: Recipe, settings: ResolvedSettings
+) -> Preprocessing:
     found, data = model_preprocessing(model, spec), recipe.data
     values: dict[str, Any] = {}
     for key in ("mean", "std", "interpolation", "crop_pct"):
         asked, own = getattr(data, key), getattr(found, key)
         value = own if asked == "auto" else tuple(asked) * (3 // len(asked)) if isinstance(asked, list) else asked
         shown = list(value) if isinstance(value, tuple) else value
-        facts.resolve(f"data.{key}", shown, "the model's configuration" if asked == "auto" else "")
+        settings.resolve(f"data.{key}", shown, "the model's configuration" if asked == "auto" else "")
         values[key] = value
     return replace(found, **values)
 
@@ -225,14 +235,16 @@ def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> N
 
 
 def _resolve_order(
-    recipe: Recipe, num_images: int, size: int, model: nn.Module, accelerator: Accelerator, facts: Facts
+    recipe: Recipe, num_images: int, size: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
 ) -> Order:
     """Return the order of training in micro-batches of `size`, and record what follows from it."""
     train, processes = recipe.train, accelerator.num_processes
     largest = len(process_share(train.batch_size, processes, processes - 1))
     steps = math.ceil(largest / size)
     if recipe.accelerate.micro_batch_size and size > largest + 1:
-        facts.note(f"accelerate.micro_batch_size={size} has no effect: a process's share of a step is {largest} images")
+        settings.note(
+            f"accelerate.micro_batch_size={size} has no effect: a process's share of a step is {largest} images"
+        )
     order = Order(
         num_images=num_images,
         batch_size=train.batch_size,
@@ -245,9 +257,9 @@ def _resolve_order(
         repeats=recipe.augment.repeats,
     )
     accelerator.gradient_accumulation_steps = steps
-    facts.resolve("accelerate.gradient_accumulation_steps", steps, f"{largest} images per process in micro-batches")
-    facts.resolve("processes", processes, "of the launcher")
-    facts.resolve("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
+    settings.resolve("accelerate.gradient_accumulation_steps", steps, f"{largest} images per process in micro-batches")
+    settings.resolve("processes", processes, "of the launcher")
+    settings.resolve("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
     if recipe.accelerate.sync_batch_norm:
         _require_equal_counts(order)
     return order

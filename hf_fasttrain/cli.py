@@ -245,13 +245,13 @@ def check(
     build_unwritten(parts, keep_pixels=False)
     console = _wide_console()
     title = f"{recipe}: every value, where it came from, and whether it is learnt or machine"
-    rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.facts.all().items()]
+    rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.settings.all().items()]
     print_table(console, title, ("key", "value", "origin", "tag"), rows)
     print_table(console, *memory_table(parts))
     held = held_by_run(Path(output_dir(loaded)))
     if held:
-        parts.facts.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
-    for note in [*parts.facts.notes, *parts.facts.weight_notes]:
+        parts.settings.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
+    for note in [*parts.settings.notes, *parts.settings.weight_notes]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if images:
         check_images(console, loaded, parts.source, list_file)

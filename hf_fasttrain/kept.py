@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.machine import MACHINE, is_open, machine_here
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, plain
-from hf_fasttrain.runfolder import resolved_facts
+from hf_fasttrain.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.threads import user_threads
 from hf_fasttrain.tunings import COMPUTE_KEYS, TUNED, Tuned
 
@@ -45,7 +44,7 @@ class Beginning:
         values = {key: self.values[key] for key in keys}
         return Tuned(values, reasons={key: _reason_to_keep(self.reasons[key]) for key in keys})
 
-    def note_changes(self, facts: Facts) -> None:
+    def note_changes(self, facts: ResolvedSettings) -> None:
         """Say what is no longer as it was when the run began, though the recipe does not give it."""
         if self.machine is None:
             return
@@ -84,7 +83,7 @@ def read_beginning(folder: Path) -> Beginning | None:
     """Return what a run's resolved.yaml says of how it began, None if there is none."""
     if not (folder / "resolved.yaml").exists():
         return None
-    facts = {key: fact for key, fact in resolved_facts(folder).items() if isinstance(fact, dict)}
+    facts = {key: fact for key, fact in read_settings(folder).items() if isinstance(fact, dict)}
     reasons = {key: str(fact.get("origin")).partition(": ")[2] for key, fact in facts.items()}
     decided = {key for key in facts if key in KEPT_KEYS or reasons[key].startswith(TUNED)}
     values = {key: facts[key].get("value") for key in sorted(decided)}

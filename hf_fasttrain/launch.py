@@ -21,8 +21,8 @@ from hf_fasttrain.environment import (
     was_launched,
 )
 from hf_fasttrain.errors import RunError
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.resolved import ResolvedSettings
 from hf_fasttrain.threads import VARIABLE as THREADS
 from hf_fasttrain.threads import set_cpu_threads
 
@@ -35,7 +35,7 @@ NOT_BUILT = {
 }
 
 
-def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
+def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator:
     """Return the Accelerator of a recipe.
 
     Raises RunError for a launch configuration that is not built (DeepSpeed, FSDP, fp8) and for a precision that the
@@ -45,14 +45,14 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise RunError(f"the launch configuration asks for {name}, which is not built; use accelerate_configs/")
     _require_trackers(recipe)
-    facts.launched = was_launched()
-    _set_threads(recipe, facts)
+    settings.launched = was_launched()
+    _set_threads(recipe, settings)
     set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
-    precision = _resolve_precision(recipe, facts)
+    precision = _resolve_precision(recipe, settings)
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()  # an earlier run of this process had another one; the process group stays
     steps = recipe.accelerate.gradient_accumulation_steps
-    _note_overruled(recipe, precision, facts)
+    _note_overruled(recipe, precision, settings)
     folder = output_dir(recipe)
     set_deterministic(recipe.accelerate.deterministic, torch.device("cuda" if uses_gpu() else "cpu"))
     with _overruled_environment():
@@ -68,13 +68,13 @@ def build_accelerator(recipe: Recipe, facts: Facts) -> Accelerator:
     return accelerator
 
 
-def _set_threads(recipe: Recipe, facts: Facts) -> None:
+def _set_threads(recipe: Recipe, settings: ResolvedSettings) -> None:
     """Set the threads of a process that trains on a CPU, and record why there are so many."""
     if uses_gpu():
         return
     wish, key = recipe.accelerate.cpu_threads, "accelerate.cpu_threads"
     threads, why = set_cpu_threads(None if wish == "auto" else wish)
-    facts.resolve(key, threads, facts.why(key, why))
+    settings.resolve(key, threads, settings.why(key, why))
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
 
 
@@ -92,7 +92,7 @@ def output_dir(recipe: Recipe) -> str:
     return os.path.expanduser(recipe.output_dir or os.path.join("runs", recipe.source.name))
 
 
-def _resolve_precision(recipe: Recipe, facts: Facts) -> str:
+def _resolve_precision(recipe: Recipe, settings: ResolvedSettings) -> str:
     wish, key = recipe.accelerate.mixed_precision, "accelerate.mixed_precision"
     cuda = uses_gpu()
     if wish == "fp16" and not cuda:
@@ -100,25 +100,25 @@ def _resolve_precision(recipe: Recipe, facts: Facts) -> str:
     if wish != "auto":
         return wish
     if not cuda:
-        return facts.resolve(key, "no", "on a CPU bf16 is slower for many models; try bf16")
+        return settings.resolve(key, "no", "on a CPU bf16 is slower for many models; try bf16")
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        return facts.resolve(key, "bf16", "the GPU has it")
-    return facts.resolve(key, "fp16", "the GPU has no bf16")
+        return settings.resolve(key, "bf16", "the GPU has it")
+    return settings.resolve(key, "fp16", "the GPU has no bf16")
 
 
-def _note_overruled(recipe: Recipe, precision: str, facts: Facts) -> None:
+def _note_overruled(recipe: Recipe, precision: str, settings: ResolvedSettings) -> None:
     """Say what the launcher states that is not done."""
     stated, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
     if stated not in (None, precision):
         why = {"fp16": ", which needs a GPU", "fp8": ", which is not built"}.get(str(stated), "")
-        why = why if "accelerate.mixed_precision" in facts.resolved else ""
-        facts.note(f"the launch configuration says mixed precision {stated}{why}; the recipe's {precision} is used")
+        why = why if "accelerate.mixed_precision" in settings.resolved else ""
+        settings.note(f"the launch configuration says mixed precision {stated}{why}; the recipe's {precision} is used")
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", "auto", str(steps)):
-        facts.note(f"the launch configuration says {launched} accumulation steps; the recipe's {steps} is used")
+        settings.note(f"the launch configuration says {launched} accumulation steps; the recipe's {steps} is used")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no" and recipe.accelerate.compile is not True:
-        facts.note(f"the launch configuration says to compile with {backend}; the recipe's compile=false is used")
+        settings.note(f"the launch configuration says to compile with {backend}; the recipe's compile=false is used")
 
 
 @contextmanager

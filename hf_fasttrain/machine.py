@@ -8,9 +8,9 @@ import torch
 
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.environment import describe_machine, describe_versions, launcher_precision, uses_gpu
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, plain, with_values
+from hf_fasttrain.resolved import ResolvedSettings
 from hf_fasttrain.threads import num_processes
 from hf_fasttrain.tunings import ALONE_KEYS, LOADER_KEYS, LONG_KEYS, TUNED, Tuned, find_tuning
 
@@ -25,26 +25,26 @@ RULES: dict[str, tuple[Any, str]] = {
 VERSIONS = ("python", "hf_fasttrain", "torch", "torchvision", "timm", "transformers")  # those that decide speed
 
 
-def resolve_machine(recipe: Recipe, facts: Facts, tuned: Tuned | None = None) -> Recipe:
+def resolve_machine(recipe: Recipe, settings: ResolvedSettings, tuned: Tuned | None = None) -> Recipe:
     """Return the recipe with `auto` replaced where the launcher, a tuning or a rule decides it; nothing is measured.
 
     Without `tuned`, a stored tuning is looked for. What the recipe says itself is as it says.
     """
     values = flatten(recipe)
-    facts.resolve(MACHINE, machine_here(), "what `auto` was decided for")
+    settings.resolve(MACHINE, machine_here(), "what `auto` was decided for")
     if tuned is None:
         tuned = _stored(recipe)
     chosen = {key: value for key, value in tuned.values.items() if value is not None and is_open(key, values)}
     reasons = {key: tuned.why_of(key) for key in chosen}
     for key, value in _stated_by_launcher(values).items():
         chosen[key], reasons[key] = value, "of the launch configuration"
-    _note_tuned(chosen, reasons, facts)
+    _note_tuned(chosen, reasons, settings)
     for key, (value, why) in RULES.items():
         if values[key] == "auto":
             chosen.setdefault(key, value)
             reasons.setdefault(key, why)
     for key, value in chosen.items():
-        facts.resolve(key, value, reasons[key])
+        settings.resolve(key, value, reasons[key])
     return with_values(recipe, chosen)
 
 
@@ -55,13 +55,13 @@ def _stated_by_launcher(values: dict[str, Any]) -> dict[str, Any]:
     return {key: precision} if usable and is_open(key, values) else {}
 
 
-def _note_tuned(chosen: dict[str, Any], reasons: dict[str, str], facts: Facts) -> None:
+def _note_tuned(chosen: dict[str, Any], reasons: dict[str, str], settings: ResolvedSettings) -> None:
     by_reason: dict[str, list[str]] = {}
     for key, value in chosen.items():
         by_reason.setdefault(reasons[key], []).append(f"{key}={plain(value)}")
-    for why, settings in by_reason.items():
+    for why, pairs in by_reason.items():
         if why.startswith(TUNED):
-            facts.note(f"auto, {why}: {', '.join(settings)}")
+            settings.note(f"auto, {why}: {', '.join(pairs)}")
 
 
 def is_open(key: str, values: dict[str, Any]) -> bool:

@@ -13,8 +13,7 @@ from hf_fasttrain.data.cache import in_gb
 from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
 from hf_fasttrain.environment import free_memory_bytes, resident_bytes
-from hf_fasttrain.facts import Facts
-from hf_fasttrain.loading import resolve_loading
+from hf_fasttrain.loaders import resolve_loading
 from hf_fasttrain.machine import is_open
 from hf_fasttrain.memory_forecast import Forecast, equal_pieces, evaluation_bytes, measure_activations, most_images
 from hf_fasttrain.model import batch_norms, uses_batch_statistics
@@ -22,6 +21,7 @@ from hf_fasttrain.optim import state_share
 from hf_fasttrain.out_of_memory import free_cached_memory
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten
+from hf_fasttrain.resolved import ResolvedSettings
 from hf_fasttrain.threads import local_processes
 
 KEY = "accelerate.micro_batch_size"
@@ -36,14 +36,19 @@ class MicroBatch:
 
 
 def resolve_micro_batch(
-    recipe: Recipe, num_images: int, num_classes: int, model: nn.Module, accelerator: Accelerator, facts: Facts
+    recipe: Recipe,
+    num_images: int,
+    num_classes: int,
+    model: nn.Module,
+    accelerator: Accelerator,
+    settings: ResolvedSettings,
 ) -> MicroBatch:
     """Return the micro-batch of a recipe for a training split of `num_images`, recorded with its reason."""
     wish, processes = recipe.accelerate, accelerator.num_processes
     pieces = 1 if wish.gradient_accumulation_steps == "auto" else wish.gradient_accumulation_steps
     size = wish.micro_batch_size or micro_batch_size_for(recipe.train.batch_size, processes, pieces)
     if accelerator.device.type != "cpu":
-        facts.resolve(KEY, size, facts.why(KEY, "images per process and forward"))
+        settings.resolve(KEY, size, settings.why(KEY, "images per process and forward"))
         return MicroBatch(size)
     forecast = forecast_memory(recipe, num_classes, model, accelerator)
     free = free_memory_bytes() // local_processes()
@@ -51,22 +56,24 @@ def resolve_micro_batch(
         max(2, 2 * (min(forecast.largest(free // 2), most_images(recipe.data.image_size)) // 2)), processes
     )
     limit = f"half of the {in_gb(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
-    facts.resolve("largest_micro_batch", largest, f"64 x (224 / image size)^2 images fill a CPU, and {limit}")
+    settings.resolve("largest_micro_batch", largest, f"64 x (224 / image size)^2 images fill a CPU, and {limit}")
     share = len(process_share(min(recipe.train.batch_size, num_images), processes, processes - 1))
     why = "images per process and forward"
     if is_open(KEY, flatten(recipe)) and share > largest:
         size = equal_pieces(share, largest)
-        why = f"the fewest equal pieces of {share} images of at most {largest}: {facts.why('largest_micro_batch', '')}"
+        why = (
+            f"the fewest equal pieces of {share} images of at most {largest}: {settings.why('largest_micro_batch', '')}"
+        )
         if any(map(uses_batch_statistics, batch_norms(model))):
-            facts.note(
+            settings.note(
                 f"{KEY}=auto: a step's {share} images are made in micro-batches of {size}, which fit this machine's "
                 f"memory and cores; batch norm takes its statistics over {size} images. {KEY}=N sets another size"
             )
-    facts.resolve(KEY, size, facts.why(KEY, why))
+    settings.resolve(KEY, size, settings.why(KEY, why))
     at_once = min(size, share)
-    facts.resolve("memory_forecast_bytes", forecast.peak(at_once), "the most that a training process will have")
+    settings.resolve("memory_forecast_bytes", forecast.peak(at_once), "the most that a training process will have")
     if forecast.needed(at_once) > free:
-        facts.note(
+        settings.note(
             f"{KEY}={size}: training will take about {in_gb(forecast.needed(at_once))} more memory, and "
             f"{in_gb(free)} are free for each process here; lower {KEY}, data.image_size or the size of the model. "
             "A step that memory is too short for is made again in smaller pieces"
@@ -100,7 +107,7 @@ def forecast_memory(recipe: Recipe, num_classes: int, model: nn.Module, accelera
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    workers, _ = resolve_loading(recipe, device, Facts(recipe))
+    workers, _ = resolve_loading(recipe, device, ResolvedSettings(recipe))
     waiting = num_slots(workers, 1)  # batches of uint8 pixels, as many as with small batches
     pixels = 3 * size * size
     mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)

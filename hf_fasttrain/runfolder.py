@@ -1,21 +1,15 @@
-"""The run folder: refused if it holds another run, described by recipe.yaml and resolved.yaml."""
+"""The run folder: refused if it holds another run, and held while a run trains in it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from hf_fasttrain.checkpoint import complete_checkpoints, read_state
 from hf_fasttrain.errors import RunError
-from hf_fasttrain.facts import Facts
-from hf_fasttrain.files import write_whole
-from hf_fasttrain.recipe_file import recipe_as_asked, to_yaml
-from hf_fasttrain.saving import hold_run, not_writable
+from hf_fasttrain.saving import hold_run
 
 FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
 RUN_FILES = (*FILES_WHILE_TRAINING, "result.json")
@@ -58,20 +52,3 @@ def saved_state(folder: Path) -> dict[str, Any]:
     """Return the plain values of the newest checkpoint that looks whole, an empty dict if there is none."""
     states = map(read_state, reversed(complete_checkpoints(folder / "checkpoints")))
     return next(filter(None, states), {})
-
-
-def resolved_facts(folder: Path) -> dict[str, Any]:
-    """Return what resolved.yaml says: key -> value, origin and tag; nothing if it can't be read."""
-    try:
-        return YAML(typ="safe", pure=True).load((folder / "resolved.yaml").read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, YAMLError):
-        return {}
-
-
-def describe_run(folder: Path, facts: Facts) -> None:
-    """Write recipe.yaml, as asked, and resolved.yaml: every value, where it came from, and its tag."""
-    try:
-        write_whole(folder / "recipe.yaml", recipe_as_asked(facts.recipe))
-        write_whole(folder / "resolved.yaml", to_yaml({key: asdict(fact) for key, fact in facts.all().items()}))
-    except OSError as error:
-        raise not_writable(folder, error) from None

@@ -19,10 +19,9 @@ from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.measured import Measured, load_measured, with_model_classes
 from hf_fasttrain.data.source import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_image_file, note_on_test_split
 from hf_fasttrain.errors import DataError, RunError, UserError
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.files import put_back_folder, read_json
 from hf_fasttrain.launch import build_accelerator
-from hf_fasttrain.loading import Loaders, eval_transform
+from hf_fasttrain.loaders import Loaders, eval_transform
 from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.micro_batch import evaluation_batch_alone
 from hf_fasttrain.model import ModelSpec, Preprocessing
@@ -30,8 +29,8 @@ from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe, origin_of, with_values
 from hf_fasttrain.remote import fetch_run, is_remote
+from hf_fasttrain.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.run_weights import RESULT_FILE, checkpoint_with, load_weights_of, step_in_model
-from hf_fasttrain.runfolder import resolved_facts
 from hf_fasttrain.tunings import Tuned
 
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
@@ -100,7 +99,7 @@ def evaluate_run(
     place = str(run) if is_remote(str(run)) else opened / "recipe.yaml"
     asked = load_recipe(place, overrides)
     own_data = _same_data(asked, load_recipe(place, [text for text in overrides if not text.startswith("data.")]))
-    facts = Facts(asked)
+    facts = ResolvedSettings(asked)
     recipe = resolve_machine(asked, facts, Tuned())
     accelerator = build_accelerator(recipe, facts)
     model, spec = _load(folder, checkpoint)
@@ -150,7 +149,7 @@ def _same_data(recipe: Recipe, trained: Recipe) -> bool:
 
 def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
     """Return whether a training split is the run's own, which has moved."""
-    saved = resolved_facts(run).get("data.fingerprint", {}).get("value")
+    saved = read_settings(run).get("data.fingerprint", {}).get("value")
     if saved is None or split.name not in TRAIN_NAMES:
         return False
     try:

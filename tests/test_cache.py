@@ -403,8 +403,8 @@ def test_a_full_disk_of_other_things_does_not_hide_what_is_kept(
 ) -> None:
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
     train(recipe, tmp_path / "first", "data.cache=disk")
-    monkeypatch.setattr("hf_fasttrain.loading.free_disk_bytes", lambda folder: 0)
-    monkeypatch.setattr("hf_fasttrain.loading.free_memory_bytes", lambda: 0)
+    monkeypatch.setattr("hf_fasttrain.cache_plan.free_disk_bytes", lambda folder: 0)
+    monkeypatch.setattr("hf_fasttrain.cache_plan.free_memory_bytes", lambda: 0)
     trainer = train(recipe, tmp_path / "second")
     assert trainer.train_loader.feed.images.images.cache.pixels_path.startswith(str(tmp_path / "kept"))
     assert any("data.cache=auto: decoded images of split 'train' are kept in " in note for note in trainer.log.notes)

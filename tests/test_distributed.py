@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from hf_fasttrain.environment import num_cores
-from hf_fasttrain.runfolder import resolved_facts
+from hf_fasttrain.resolved import read_settings
 
 ROOT = Path(__file__).parent.parent
 OVERRIDES = ["train.duration=3 steps", "train.batch_size=6", "data.eval_fraction=0.02", "augment.mixup=0.5"]
@@ -51,7 +51,7 @@ def test_torchrun_with_two_processes_and_accelerate_launch_give_the_same_weights
         assert result["images"] == 18
         processes = result["machine"]["num_processes"]
         assert processes == (2 if name == "torchrun" else 1)
-        threads = resolved_facts(run)["accelerate.cpu_threads"]  # launchers export numbers of their own
+        threads = read_settings(run)["accelerate.cpu_threads"]  # launchers export numbers of their own
         assert threads["origin"] == f"default: {num_cores()} cores / {processes} processes"
     for name, value in models["accelerate"].items():
         np.testing.assert_allclose(models["torchrun"][name], value, rtol=1e-4, atol=1e-5)

@@ -35,12 +35,12 @@ from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import set_deterministic, set_fp32_precision, settle_device
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import Evaluator
-from hf_fasttrain.facts import Facts
-from hf_fasttrain.loading import resolve_loading
+from hf_fasttrain.loaders import resolve_loading
 from hf_fasttrain.metrics import Metrics
 from hf_fasttrain.out_of_memory import is_out_of_memory
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.processes import on_main
+from hf_fasttrain.resolved import ResolvedSettings
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.serve import choose_device, on_device, predict_images
 
@@ -174,7 +174,7 @@ def test_a_run_on_a_cpu_beside_a_gpu_has_its_threads(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     recipe = load_recipe(write_recipe(), ["accelerate.cpu_threads=1"])
-    facts = Facts(recipe)
+    facts = ResolvedSettings(recipe)
     launch._set_threads(recipe, facts)
     assert facts.all()["accelerate.cpu_threads"].value == 1
     assert "accelerate.cpu_threads" in facts.resolved
@@ -286,12 +286,12 @@ def test_numbers_of_all_processes_are_added_up_on_the_host(write_recipe: Callabl
 def test_workers_are_the_cores_of_each_training_process(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_fasttrain.loading.num_cores", lambda: 64)
+    monkeypatch.setattr("hf_fasttrain.loaders.num_cores", lambda: 64)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     recipe = load_recipe(write_recipe(), ["data.workers=auto"])
     for local, workers in (("1", 16), ("8", 8), ("32", 2)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        assert resolve_loading(recipe, CUDA, Facts(recipe))[0] == workers
+        assert resolve_loading(recipe, CUDA, ResolvedSettings(recipe))[0] == workers
 
 
 # --- memory of the host and the device ----------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from hf_fasttrain import Trainer, kept, load_recipe, machine, threads
 from hf_fasttrain.machine import circumstances
-from hf_fasttrain.runfolder import resolved_facts
+from hf_fasttrain.resolved import read_settings
 from hf_fasttrain.tunings import Tuning, store_tuning
 
 # What the rules say of a machine with two cores, and what a tuning says otherwise.
@@ -59,7 +59,7 @@ def start(
 
 
 def settings(tmp_path: Path) -> dict[str, Any]:
-    facts = resolved_facts(tmp_path / "run")
+    facts = read_settings(tmp_path / "run")
     return {key: facts[key]["value"] for key in RULED}
 
 
@@ -80,7 +80,7 @@ def test_a_resumed_run_keeps_what_rules_decided_whatever_they_say_now(
         found, notes = start()
         assert found == RULED
         assert not any("began" in note or "tuned" in note for note in notes)
-        origin = resolved_facts(tmp_path / "run")["accelerate.channels_last"]["origin"]
+        origin = read_settings(tmp_path / "run")["accelerate.channels_last"]["origin"]
         assert origin == "default: seldom slower, as this run began"
 
 
@@ -122,7 +122,7 @@ def test_other_processes_share_a_step_and_the_cores_anew(
 ) -> None:
     start("accelerate.mixed_precision=bf16", resume=False)
     path = tmp_path / "run" / "resolved.yaml"
-    facts = resolved_facts(tmp_path / "run")
+    facts = read_settings(tmp_path / "run")
     facts["machine"]["value"]["processes"] = 2
     facts["accelerate.micro_batch_size"]["value"] = 8
     YAML(typ="safe", pure=True).dump(facts, path)
@@ -139,7 +139,7 @@ def test_a_run_that_wrote_no_machine_down_keeps_its_tuning_alone(
 ) -> None:
     store(tmp_path)
     start("accelerate.channels_last=true", resume=False)
-    facts = resolved_facts(tmp_path / "run")
+    facts = read_settings(tmp_path / "run")
     del facts["machine"]
     YAML(typ="safe", pure=True).dump(facts, tmp_path / "run" / "resolved.yaml")
     for tuning in (tmp_path / "tunings").iterdir():
@@ -153,7 +153,7 @@ def test_the_launchers_precision_goes_before_a_tuning_and_after_the_recipe(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert start(resume=False)[0] == {**RULED, "accelerate.mixed_precision": "bf16"}
-    origin = resolved_facts(tmp_path / "run")["accelerate.mixed_precision"]["origin"]
+    origin = read_settings(tmp_path / "run")["accelerate.mixed_precision"]["origin"]
     assert origin == "default: of the launch configuration"
     found, notes = start("accelerate.mixed_precision=no")
     assert found["accelerate.mixed_precision"] == "no"

@@ -15,12 +15,11 @@ import torch
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.build import build_parts
 from hf_fasttrain.environment import set_fp32_precision
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.kept import read_beginning
 from hf_fasttrain.machine import circumstances, resolve_machine
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, with_values
-from hf_fasttrain.runfolder import resolved_facts
+from hf_fasttrain.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.tunings import Tuning, find_tuning, store_tuning
 
 VALUES: dict[str, Any] = {
@@ -49,9 +48,9 @@ def store(recipe: Path, **changes: Any) -> None:
     store_tuning(Tuning(*circumstances(load_recipe(recipe)), {**VALUES, **changes}, "2026-01-02", 100.0, "2 epochs"))
 
 
-def resolved(recipe: Path, *overrides: str) -> tuple[Recipe, Facts]:
+def resolved(recipe: Path, *overrides: str) -> tuple[Recipe, ResolvedSettings]:
     loaded = load_recipe(recipe, overrides)
-    facts = Facts(loaded)
+    facts = ResolvedSettings(loaded)
     return resolve_machine(loaded, facts), facts
 
 
@@ -80,7 +79,7 @@ def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
     assert parts.accelerator.mixed_precision == "bf16"
     assert parts.order.micro_batch_size == 8
     assert torch.get_num_threads() == 1
-    fact = parts.facts.all()["accelerate.micro_batch_size"]
+    fact = parts.settings.all()["accelerate.micro_batch_size"]
     assert (fact.value, "tuned on 2026-01-02" in fact.origin) == (8, True)
 
 
@@ -154,14 +153,14 @@ def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) ->
     store(recipe, **{"data.cache": "none"})
     first = Trainer.from_recipe(recipe, [run, "train.duration=2 steps", "schedule.name=constant"])
     first.fit()
-    assert resolved_facts(tmp_path / "run")["accelerate.mixed_precision"]["value"] == "bf16"
+    assert read_settings(tmp_path / "run")["accelerate.mixed_precision"]["value"] == "bf16"
     store(recipe, **{"accelerate.mixed_precision": "no", "data.cache": "none"})
     longer = [run, "train.duration=4 steps", "schedule.name=constant"]
     second = Trainer.from_recipe(recipe, longer, resume=True)
     assert second.accelerator.mixed_precision == "bf16"
     assert second.train_loader.micro_batch_size == 8
     second.fit()
-    fact = resolved_facts(tmp_path / "run")["accelerate.mixed_precision"]
+    fact = read_settings(tmp_path / "run")["accelerate.mixed_precision"]
     assert (fact["value"], fact["origin"]) == ("bf16", "default: tuned on 2026-01-02, as this run began")
 
 
@@ -171,7 +170,7 @@ def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Pa
     store(recipe)
     again = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
     assert again.accelerator.mixed_precision == "no"
-    assert not any("tuned" in str(fact["origin"]) for fact in resolved_facts(tmp_path / "run").values())
+    assert not any("tuned" in str(fact["origin"]) for fact in read_settings(tmp_path / "run").values())
     assert read_beginning(tmp_path / "nowhere") is None
 
 

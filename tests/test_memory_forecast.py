@@ -217,26 +217,28 @@ def least(parts: Parts, images: int) -> int:
 def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_with: Callable[..., Parts]) -> None:
     enough = parts_with(1000 * GB)
     assert enough.order.micro_batch_size == 256
-    assert not [note for note in enough.facts.notes if "micro_batch" in note]
+    assert not [note for note in enough.settings.notes if "micro_batch" in note]
     free = 2 * least(enough, 70)
     parts = parts_with(free)
     assert parts.order.micro_batch_size == 64
     assert least(parts, 64) <= free // 2 < least(parts, 128)
     assert parts.accelerator.gradient_accumulation_steps == 4
-    fact = parts.facts.all()["accelerate.micro_batch_size"]
+    fact = parts.settings.all()["accelerate.micro_batch_size"]
     assert "the fewest equal pieces of 256 images of at most" in fact.origin
     assert "half of the " in fact.origin
-    (note,) = [note for note in parts.facts.notes if "micro_batch" in note]
+    (note,) = [note for note in parts.settings.notes if "micro_batch" in note]
     assert note.startswith("accelerate.micro_batch_size=auto: a step's 256 images are made in micro-batches of 64")
     assert "batch norm takes its statistics over 64 images" in note
-    assert parts.facts.all()["memory_forecast_bytes"].value == parts.forecast.peak(64)  # type: ignore[union-attr]
+    assert parts.settings.all()["memory_forecast_bytes"].value == parts.forecast.peak(64)  # type: ignore[union-attr]
 
 
 def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro_batch, "most_images", lambda size: 66)
     parts = parts_with(1000 * GB, "model.name=test_vit")
     assert parts.order.micro_batch_size == 64
-    assert not [note for note in parts.facts.notes if "micro_batch" in note]  # no batch norm: nothing is learnt by it
+    assert not [
+        note for note in parts.settings.notes if "micro_batch" in note
+    ]  # no batch norm: nothing is learnt by it
     whole = parts_with(1000 * GB, "model.name=test_vit", "data.eval_fraction=0.96")  # 71 images are less than a step
     assert whole.order.micro_batch_size == 36
 
@@ -245,22 +247,22 @@ def test_a_wish_is_never_changed_but_told_if_memory_is_too_short(parts_with: Cal
     for wish, size in (("accelerate.micro_batch_size=128", 128), ("accelerate.gradient_accumulation_steps=1", 256)):
         parts = parts_with(1 << 20, wish)
         assert parts.order.micro_batch_size == size
-        (note,) = [note for note in parts.facts.notes if "micro_batch" in note]
+        (note,) = [note for note in parts.settings.notes if "micro_batch" in note]
         assert note.startswith(f"accelerate.micro_batch_size={size}: training will take about ")
         assert "1.05 MB are free" in note
-        assert not [note for note in parts_with(1000 * GB, wish).facts.notes if "micro_batch" in note]
+        assert not [note for note in parts_with(1000 * GB, wish).settings.notes if "micro_batch" in note]
 
 
 def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_with(1000 * GB, "model.name=test_vit", "train.batch_size=8")
     build_unwritten(parts, keep_pixels=False)
-    assert parts.facts.all()["evaluate.batch_size"].value == 32
+    assert parts.settings.all()["evaluate.batch_size"].value == 32
     per_image = evaluation_bytes(parts.model, 32, CPU)
     state = least(parts, 0) - parts.forecast.activations.fixed  # type: ignore[union-attr]
     parts = parts_with(2 * (state + 10 * per_image), "model.name=test_vit", "train.batch_size=8")
     build_unwritten(parts, keep_pixels=False)
-    assert 2 <= parts.facts.all()["evaluate.batch_size"].value <= 10
-    assert "half of the free memory is enough" in parts.facts.all()["evaluate.batch_size"].origin
+    assert 2 <= parts.settings.all()["evaluate.batch_size"].value <= 10
+    assert "half of the free memory is enough" in parts.settings.all()["evaluate.batch_size"].origin
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 20 * per_image)
     assert 1 <= micro_batch.evaluation_batch_alone(parts.model, 32, CPU, 64) <= 10
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: GB)
@@ -290,10 +292,10 @@ def test_check_prints_the_forecast(write_recipe: Callable[..., Path], capsys: py
 
 
 def test_pixels_are_not_kept_in_the_memory_that_training_will_take(parts_with: Callable[..., Parts]) -> None:
-    from hf_fasttrain.loading import Keeper
+    from hf_fasttrain.cache_plan import CachePlanner
 
     parts = parts_with(1000 * GB)
-    alone, beside = (Keeper(parts.recipe, parts.facts, parts.accelerator, needed) for needed in (0, 4 * GB))
+    alone, beside = (CachePlanner(parts.recipe, parts.settings, parts.accelerator, needed) for needed in (0, 4 * GB))
     assert alone._room("memory") - beside._room("memory") == pytest.approx(2 * GB, abs=0.5 * GB)
 
 

@@ -12,9 +12,9 @@ import torch
 from conftest import run_processes
 
 from hf_fasttrain import threads
-from hf_fasttrain.facts import Facts
 from hf_fasttrain.launch import build_accelerator
 from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.resolved import ResolvedSettings
 from hf_fasttrain.threads import set_cpu_threads, user_threads
 
 LAUNCHED = {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_MIXED_PRECISION": "no"}
@@ -113,7 +113,7 @@ def threads_beside_accelerate(recipe: Path, wish: str) -> tuple[int, int, str | 
 
     os.environ.pop("OMP_NUM_THREADS", None)
     loaded: Recipe = load_recipe(recipe, [f"accelerate.cpu_threads={wish}"])
-    facts = Facts(loaded)
+    facts = ResolvedSettings(loaded)
     accelerator = build_accelerator(loaded, facts)
     assert facts.resolved["accelerate.cpu_threads"][0] == torch.get_num_threads()
     accelerator.wait_for_everyone()  # the first process has what they meet by

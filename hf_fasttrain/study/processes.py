@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
+from hf_fasttrain.cache_plan import cache_folder, can_write, existing_part
 from hf_fasttrain.errors import RunError, UserError, without_secrets
-from hf_fasttrain.loading import cache_folder, can_write, existing_part
 from hf_fasttrain.study.measure import Arm, ArmFailed
 from hf_fasttrain.study.trial import Trial
 from hf_fasttrain.study.turns import Asked, Ready, Report, Turn, Wishes

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_fasttrain.assemble import Parts, assemble
 from hf_fasttrain.build import build_parts
+from hf_fasttrain.cache_plan import estimated_bytes
 from hf_fasttrain.data.decode import is_jpeg
 from hf_fasttrain.data.device import DeviceFeed
 from hf_fasttrain.data.feed import num_slots
@@ -22,7 +23,6 @@ from hf_fasttrain.data.order import Order, StepPlan
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import peak_memory_bytes
 from hf_fasttrain.errors import RunError
-from hf_fasttrain.loading import estimated_bytes
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import with_values
 from hf_fasttrain.schedule import constant
@@ -86,11 +86,11 @@ class Trial:
         self._trace = ""
         self.device, self.loader = self.trainer.device, self.trainer.train_loader
         self.stopwatch: Stopwatch | None = None
-        keeps = parts.facts.all()["data.cache"].value != "none" and self._has_room(parts)
+        keeps = parts.settings.all()["data.cache"].value != "none" and self._has_room(parts)
         self.ready = Ready(
             device=str(self.device),
-            facts={key: fact.value for key, fact in parts.facts.all().items()},
-            notes=(*parts.facts.notes, *parts.facts.weight_notes),
+            facts={key: fact.value for key, fact in parts.settings.all().items()},
+            notes=(*parts.settings.notes, *parts.settings.weight_notes),
             steps=self.trainer.num_steps,
             steps_per_epoch=parts.order.steps_per_epoch,
             short_last_step=not parts.order.drop_last and parts.order.num_images % parts.order.batch_size > 0,
@@ -109,7 +109,7 @@ class Trial:
         need = estimated_bytes(parts.source.train, self.loader.feed.images.images.preparation)
         if cache is None or need <= cache.budget:
             return True
-        parts.facts.note("not all pixels would be kept here: measured as if none were")
+        parts.settings.note("not all pixels would be kept here: measured as if none were")
         return False
 
     def _loop(self, order: Order, keeps: bool) -> int:

@@ -442,9 +442,9 @@ def other_peak(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T21", "images are kept on the device whatever they need", "assert 'device' == 'memory'|the share is not heeded")
 def share_not_heeded(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.loading import Keeper
+    from hf_fasttrain.cache_plan import CachePlanner
 
-    patch.setattr(Keeper, "_chosen", lambda self, *args, **options: "device")
+    patch.setattr(CachePlanner, "_chosen", lambda self, *args, **options: "device")
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from gpu_kit import (
 )
 from torch import Tensor, nn
 
-from hf_fasttrain import Trainer, loading
+from hf_fasttrain import Trainer, cache_plan
 from hf_fasttrain.data.loader import Step
 from hf_fasttrain.environment import peak_memory_bytes
 
@@ -181,14 +181,14 @@ def test_t21_images_are_kept_on_the_gpu_up_to_their_share(
     """The digits need 5 MB."""
 
     def place(share: float) -> str:
-        monkeypatch.setattr(loading, "DEVICE_SHARE", share)
+        monkeypatch.setattr(cache_plan, "DEVICE_SHARE", share)
         trainer = make(
             run.with_name(f"share-{share}"), "data.cache=auto", "augment.crop=padded", "train.duration=9 epochs"
         )
         kept = type(trainer.train_loader.feed).__name__
         return "device" if kept == "DeviceFeed" else "memory"
 
-    usual = loading.DEVICE_SHARE
+    usual = cache_plan.DEVICE_SHARE
     assert 0.01 <= usual <= 0.1
     assert place(usual) == ("device" if device.type == "cuda" else "memory")
     assert place(1e-6) == "memory", "the share is not heeded"

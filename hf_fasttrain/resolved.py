@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from hf_fasttrain.files import write_whole
 from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.recipe_file import flatten, origin_of, tag_of
+from hf_fasttrain.recipe_file import flatten, origin_of, recipe_as_asked, tag_of, to_yaml
+
+RESOLVED_FILE = "resolved.yaml"
 
 
 @dataclass(frozen=True)
-class Fact:
+class Setting:
     """One resolved value, where it came from, and whether it is learnt or machine."""
 
     value: Any
@@ -19,7 +26,7 @@ class Fact:
 
 
 @dataclass
-class Facts:
+class ResolvedSettings:
     """All resolved values of a run, and what has to be said about them."""
 
     recipe: Recipe
@@ -41,17 +48,17 @@ class Facts:
         """Record something that the user should be told once."""
         self.notes.append(text)
 
-    def all(self) -> dict[str, Fact]:
-        """Return every key of the recipe with its resolved value, and facts beyond the recipe."""
-        facts = {}
+    def all(self) -> dict[str, Setting]:
+        """Return every key of the recipe with its resolved value, and settings beyond the recipe."""
+        settings = {}
         for key, asked in flatten(self.recipe).items():
             origin = origin_of(self.recipe, key)
             value, why = self.resolved.get(key, (asked, ""))
-            facts[key] = Fact(value, f"{origin}: {why}" if why else origin, tag_of(key))
+            settings[key] = Setting(value, f"{origin}: {why}" if why else origin, tag_of(key))
         for key, (value, why) in self.resolved.items():
-            if key not in facts:
-                facts[key] = Fact(value, why, "fact")
-        return facts
+            if key not in settings:
+                settings[key] = Setting(value, why, "fact")
+        return settings
 
     def learnt(self) -> dict[str, Any]:
         """Return the learnt values, which must be the same when a run is resumed.
@@ -62,3 +69,24 @@ class Facts:
         may_change = ("train.duration", "evaluate.every", "data.dataset", "data.config", "data.revision")
         learnt = {key: fact.value for key, fact in self.all().items() if fact.tag == "learnt" and key not in may_change}
         return {**learnt, "schedule.warmup": flatten(self.recipe)["schedule.warmup"]}
+
+
+# --- resolved.yaml -------------------------------------------------------------------------------------------
+
+
+def write_settings(folder: Path, settings: ResolvedSettings) -> None:
+    """Write recipe.yaml, as the user wrote it, and resolved.yaml: every value, where it came from, and its tag.
+
+    Raises OSError.
+    """
+    write_whole(folder / "recipe.yaml", recipe_as_asked(settings.recipe))
+    described = {key: asdict(setting) for key, setting in settings.all().items()}
+    write_whole(folder / RESOLVED_FILE, to_yaml(described))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what resolved.yaml says: key -> value, origin and tag; nothing if it can't be read."""
+    try:
+        return YAML(typ="safe", pure=True).load((folder / RESOLVED_FILE).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, YAMLError):
+        return {}

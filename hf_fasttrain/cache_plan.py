@@ -1,0 +1,224 @@
+"""Where a split's decoded pixels are kept between epochs, and how many of them: none, memory, disk or device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from hf_fasttrain.data.cache import (
+    IN_MEMORY,
+    ON_DISK,
+    PIXELS_FILE,
+    PixelCache,
+    cache_key,
+    default_cache_dir,
+    in_gb,
+    memory_cache,
+    open_cache,
+)
+from hf_fasttrain.data.decode import DECODING_ERRORS, image_size_of
+from hf_fasttrain.data.prepare import Preparation
+from hf_fasttrain.data.source import Split
+from hf_fasttrain.environment import free_memory_bytes
+from hf_fasttrain.errors import DataError
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.resolved import ResolvedSettings
+
+SAMPLED = 64  # images whose headers are looked at to know how much memory all of them need
+DEVICE_SHARE = 0.03  # of a GPU's free memory that `auto` gives to images
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Where a split's pixels are kept, and how many bytes of them."""
+
+    mode: str  # none, memory, disk or device
+    budget: int = 0
+    why: str = ""
+    need: int = 0  # bytes for all of them, as far as a sample tells
+
+
+class CachePlanner:
+    """Decides where pixels are kept; the main process of each machine decides for all of its processes."""
+
+    def __init__(
+        self, recipe: Recipe, settings: ResolvedSettings, accelerator: Accelerator, needed_memory: int = 0
+    ) -> None:
+        self.recipe, self.data, self.settings, self.accelerator = recipe, recipe.data, settings, accelerator
+        self.needed_memory = needed_memory
+        self.folder = cache_folder(recipe)
+        self._taken = {"memory": 0, "disk": 0}
+
+    def plan(
+        self,
+        split: Split,
+        preparation: Preparation,
+        *,
+        passes: float,
+        batchable: bool,
+        key: str,
+        rows: int | None = None,
+    ) -> CachePlan:
+        """Return where the pixels of a split that is gone through `passes` times are kept; recorded as `key`.
+
+        `rows`: how many of its images a process reads, by default all.
+        """
+        plan = CachePlan("none")
+        if self.accelerator.is_local_main_process:
+            plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
+        plan = self._shared(plan)
+        why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
+        self.settings.resolve(key, plan.mode, self.settings.why(key, why))
+        if self.data.cache == "auto" and plan.mode != "none":
+            where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
+            self.settings.note(
+                f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.why}"
+            )
+        if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
+            self.settings.note(
+                f"data.cache={plan.mode}: split '{split.name}' needs {in_gb(plan.need)}, {in_gb(plan.budget)} are kept "
+                "(data.cache_gb); the rest is decoded every time"
+            )
+        return plan
+
+    def _plan(self, split: Split, preparation: Preparation, passes: float, batchable: bool, rows: int) -> CachePlan:
+        wish: str = self.data.cache
+        if wish == "none":
+            return CachePlan("none")
+        if wish == "auto" and passes <= 1:
+            return CachePlan("none", why="each image is needed once")
+        need = estimated_bytes(split, preparation)
+        room = {mode: self._room(mode) for mode in ("memory", "disk")}
+        if wish == "auto":
+            there = self._there(split, preparation)
+            room["disk"] = room["disk"] + there if can_write(self.folder) else 0
+            wish = self._chosen(preparation, need, room, batchable, share=rows / len(split))
+            if room["disk"] and 0.9 * need < there:  # an earlier run has kept them already
+                wish = "disk"
+        if wish == "none":
+            why = (
+                f"{in_gb(need)} of pixels, {in_gb(room['memory'])} of memory and {in_gb(room['disk'])} of disk to spare"
+            )
+            return CachePlan("none", why=why, need=need)
+        if wish == "device":
+            return self._on_device(rows * self.recipe.data.image_size**2 * 3)
+        budget = min(room[wish], int(1.1 * need) + (1 << 20))  # the rest is for other splits
+        self._taken[wish] += budget
+        return CachePlan(wish, budget, f"{in_gb(need)} of pixels, {in_gb(room[wish])} to spare", need)
+
+    def _on_device(self, need: int) -> CachePlan:
+        device = self.accelerator.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+        if need > free:
+            raise DataError(
+                f"data.cache=device: {in_gb(need)} of pixels, but only {in_gb(free)} are free on {device}; use disk"
+            )
+        return CachePlan("device", need, f"{in_gb(need)} of pixels", need)
+
+    def _chosen(self, preparation: Preparation, need: int, room: dict[str, int], batchable: bool, share: float) -> str:
+        device = self.accelerator.device
+        decoded = share * (need if preparation.stored_quality is None else 10 * need)
+        if batchable and device.type == "cuda" and decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return "device"
+        fitting = (mode for mode in ("memory", "disk") if need <= room[mode])
+        return next(fitting, "none")
+
+    def _room(self, mode: str) -> int:
+        """Return the bytes that may be used: as the recipe says, else half of what is free."""
+        if not {"memory": IN_MEMORY, "disk": ON_DISK}[mode]:
+            return 0
+        if self.data.cache_gb != "auto":
+            return max(0, int(self.data.cache_gb * 1e9) - self._taken[mode])
+        if mode == "memory":
+            return max(0, (free_memory_bytes() - self.needed_memory) // 2 - self._taken[mode])
+        return max(0, free_disk_bytes(self.folder) // 2 - self._taken[mode])
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that pixels kept in memory will take of it, for all splits planned so far."""
+        return self._taken["memory"]
+
+    def open(self, split: Split, preparation: Preparation, plan: CachePlan) -> PixelCache | None:
+        """Return the cache of a plan; on disk the one that earlier runs and other recipes have filled."""
+        if plan.mode not in ("memory", "disk"):
+            return None
+        num_rows = len(split.images)
+        if plan.mode == "disk":
+            content = self._content(split, preparation)
+            about = {"dataset": self.data.dataset, "split": split.name, **content}
+            return open_cache(self.folder / cache_key(content), num_rows, plan.budget, about)
+        cache = memory_cache(num_rows, plan.budget) if self.accelerator.is_local_main_process else None
+        index, pixels = self._shared((cache.index_path, cache.pixels_path) if cache else None)
+        return cache or PixelCache(index, pixels, num_rows, plan.budget)
+
+    def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
+        """Return everything that decides a split's pixels; what two splits of a data set share is kept once."""
+        return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
+
+    def _there(self, split: Split, preparation: Preparation) -> int:
+        """Return how many bytes of the split's pixels are on disk already."""
+        try:
+            return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
+        except OSError:
+            return 0
+
+    def _shared(self, value: Any) -> Any:
+        """Return the value of the main process of this machine."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return gather_object([value])[self.accelerator.process_index - self.accelerator.local_process_index]
+
+
+def estimated_bytes(split: Split, preparation: Preparation) -> int:
+    """Return how many bytes the pixels of all images of a split need, by the headers of a sample."""
+    sampled = np.linspace(0, len(split) - 1, min(len(split), SAMPLED), dtype=np.int64)
+    sizes: list[int] = []
+    for record in split.records(sampled):
+        try:
+            width, height = preparation.size(*image_size_of(record))
+        except DECODING_ERRORS:
+            continue
+        sizes.append(width * height * 3)
+    if preparation.stored_quality is not None:
+        sizes = _stored_sizes(split, preparation, sampled[:: SAMPLED // 8])
+    return int(np.mean(sizes) * len(split)) if sizes else 0
+
+
+def _stored_sizes(split: Split, preparation: Preparation, sampled: Sequence[int] | np.ndarray) -> list[int]:
+    sizes = []
+    for record in split.records(sampled):
+        try:
+            sizes.append(len(preparation.encoded(record)[1] or b""))
+        except DataError:
+            continue
+    return sizes
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Return where data.cache=disk keeps pixels."""
+    return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_cache_dir()
+
+
+def can_write(folder: Path) -> bool:
+    """Return whether a folder can be made, or written to."""
+    there = existing_part(folder)
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is on, or will be on."""
+    return shutil.disk_usage(existing_part(folder)).free
+
+
+def existing_part(folder: Path) -> Path:
+    """Return the folder, or the nearest above it that exists."""
+    return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
