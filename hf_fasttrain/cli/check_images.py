@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from hf_fasttrain.cli.terminal import print_table
 from hf_fasttrain.data.scan import (
     BadImage,
     ClassBalance,
@@ -94,16 +93,6 @@ def _print_overlaps(console: Console, splits: list[Split], duplicates: Duplicate
         trained, first = overlap.pairs[:10].T
         for name, twin in zip(image_names(other, first), image_names(splits[0], trained), strict=True):
             _say(console, f"  {name} = {twin}")
-
-
-def print_table(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; long texts are folded, not cut."""
-    table = Table(title=Text(title))
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
 
 
 def _say(console: Console, line: str) -> None:

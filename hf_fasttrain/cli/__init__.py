@@ -1,0 +1,43 @@
+"""The command line: argv to calls, errors to exit status. Nothing heavy is imported before a recipe has been read."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from hf_fasttrain.before_torch import limit_spinning
+from hf_fasttrain.cli.app import app, with_verb
+from hf_fasttrain.cli.terminal import is_main
+from hf_fasttrain.errors import RunError, UserError, without_secrets
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Exit status 0; 2 for a user's mistake; 74 if a result could not be written; 75 for a run that was stopped by a
+    signal and is saved, or whose loader processes died after it had saved something, else 1; 130 for Ctrl-C.
+    """
+    limit_spinning()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _out_of_memory_told():
+            app(with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
+    except UserError as error:
+        if is_main() or not error.every_process:
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+@contextlib.contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Make one message of memory that ran out, whatever was being done."""
+    try:
+        yield
+    except MemoryError as error:
+        what = next(iter(str(error).splitlines()), "")
+        short = RunError(
+            f"out of memory{f': {what}' if what else ''}; end other programs, or use a smaller model or image"
+        )
+        short.every_process = False
+        raise short from None

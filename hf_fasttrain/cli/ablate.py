@@ -1,0 +1,59 @@
+"""`hf-fasttrain ablate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
+from hf_fasttrain.cli.terminal import command_line, ended_by_ctrl_c, say_on_stderr, wide_console
+from hf_fasttrain.errors import Stopped, UserError
+
+TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Techniques, by their names.")]
+
+
+def ablate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm; from 6 on, intervals of 95 % or more.")] = 6,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Least length of a turn.")] = 2.0,
+    only: TechniqueNames = None,
+    without: TechniqueNames = None,
+    full: Annotated[bool, typer.Option("--full", help="Then train every arm to the end.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="With --full: trainings of each arm.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; by default a new one in ablations/.")] = None,
+) -> None:
+    """Measure what each technique (accumulation, mixed precision, pinned memory, ...) is worth here."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from hf_fasttrain.study import ablate as study
+    from hf_fasttrain.study.ablation_files import print_ablation, write_ablation
+    from hf_fasttrain.study.full import train_all
+
+    folder, console = output or study.default_folder(loaded), wide_console()
+    plan = study.Plan(rounds, seconds, _names(only), _names(without))
+    ablation = study.earlier(folder, loaded) if full else None
+    whole = True
+    if ablation is None:
+        study.require_new(folder)
+        with ended_by_ctrl_c():  # before there is anything to keep
+            ablation, whole = study.ablate(loaded, plan, command=command_line(), tell=say_on_stderr)
+        write_ablation(ablation, folder)
+    if full and whole:
+        with ended_by_ctrl_c():
+            ablation, whole = train_all(ablation, recipe, folder, seeds, say_on_stderr)
+            write_ablation(ablation, folder)
+    print_ablation(console, ablation)
+    console.print(f"{folder}: ablation.json, .md, .png, .svg, .html", markup=False)
+    if not whole:
+        sys.exit(Stopped.CTRL_C)
+    if full and not any(row.full for row in ablation.rows):
+        raise UserError(f"no training came to its end; {folder}/runs/*.log say why")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())

@@ -1,0 +1,69 @@
+"""The commands, in the order that `--help` lists them, and the verb that may be left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from hf_fasttrain.cli.ablate import ablate
+from hf_fasttrain.cli.cache import clean_kept, list_kept
+from hf_fasttrain.cli.check import check
+from hf_fasttrain.cli.doctor import doctor
+from hf_fasttrain.cli.evaluate import evaluate
+from hf_fasttrain.cli.export import export
+from hf_fasttrain.cli.predict import predict
+from hf_fasttrain.cli.push import push
+from hf_fasttrain.cli.recipes import copy_recipe, list_recipes
+from hf_fasttrain.cli.report import report
+from hf_fasttrain.cli.schema import schema
+from hf_fasttrain.cli.train import train
+from hf_fasttrain.cli.tune import tune
+from hf_fasttrain.errors import UserError, nearest
+from hf_fasttrain.shipped import shipped_recipes
+
+COMMANDS = (train, check, evaluate, predict, push, export, report, ablate, tune, doctor, schema)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train an image classifier from one recipe file: `hf-fasttrain RECIPE [section.key=value ...]`, "
+    "or `accelerate launch -m hf_fasttrain RECIPE [section.key=value ...]`.",
+)
+recipes_app = typer.Typer(
+    help="List the shipped recipes, or copy one.", invoke_without_command=True, rich_markup_mode=None
+)
+cache_app = typer.Typer(
+    help="List the decoded pixels kept on disk (data.cache), or delete them.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+
+recipes_app.callback()(list_recipes)
+recipes_app.command("copy")(copy_recipe)
+cache_app.callback()(list_kept)
+cache_app.command("clean")(clean_kept)
+GROUPS = {"recipes": recipes_app, "cache": cache_app}
+
+for command in COMMANDS:
+    app.command()(command)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
+
+
+def with_verb(arguments: list[str]) -> list[str]:
+    """Put `train` before a recipe that stands where a verb could."""
+    verbs = {command.__name__ for command in COMMANDS} | set(GROUPS)
+    if not arguments or arguments[0] in verbs or arguments[0] in ("--help", "-h"):
+        return ["--help"] if arguments[:1] == ["-h"] else arguments
+    first = next((argument for argument in arguments if not argument.startswith("-")), "")
+    known = first.endswith((".yaml", ".yml")) or first.startswith("hf://") or first in shipped_recipes()
+    if first and not known and not Path(first).exists():
+        hint = nearest(first, [*verbs, *shipped_recipes()])
+        raise UserError(
+            f"'{first}' is no recipe and no command.{hint} Commands: {', '.join(sorted(verbs))}; "
+            f"recipes: a .yaml file, hf://OWNER/NAME, or one of {', '.join(shipped_recipes())}"
+        )
+    return ["train", *arguments]

@@ -1,0 +1,16 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, the name of a shipped recipe, or hf://OWNER/NAME.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.batch_size=64")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+WeightsOption = Annotated[
+    str | None, typer.Option(help="last, best or step_N of a checkpoint that is kept; by default those in RUN/model.")
+]
+PushedRunArgument = Annotated[str, typer.Argument(help="A run folder, or hf://OWNER/NAME.")]

@@ -1,0 +1,43 @@
+"""`hf-fasttrain cache`: list the decoded pixels kept on disk, delete them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir names one.")]
+
+
+def list_kept(context: typer.Context, folder: CacheFolder = None) -> None:
+    """List the decoded pixels kept on disk, the last used first."""
+    if context.invoked_subcommand is not None:
+        context.obj = folder
+        return
+    from hf_fasttrain.data.cache import default_cache_dir, list_caches
+
+    where = folder or default_cache_dir()
+    entries = list_caches(where)
+    for entry in entries:
+        size = f"{entry.num_bytes / 1e9:8.3f} GB"
+        print(f"{entry.path.name}  {size}  last used {entry.last_used_text}  {entry.dataset}: {entry.settings}")
+    print(f"{sum(entry.num_bytes for entry in entries) / 1e9:.3f} GB in {where}")
+
+
+def clean_kept(
+    context: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(help="Names as listed; needed unless --all is given.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,
+    unused_days: Annotated[float | None, typer.Option(min=0, help="Those not used for so many days.")] = None,
+    folder: CacheFolder = None,
+) -> None:
+    """Delete decoded pixels kept on disk."""
+    from hf_fasttrain.data.cache import chosen_caches, default_cache_dir, remove_cache
+
+    freed = 0
+    for entry in chosen_caches(folder or context.obj or default_cache_dir(), names or [], everything, unused_days):
+        remove_cache(entry)
+        freed += entry.num_bytes
+        print(f"deleted {entry.path.name}: {entry.dataset}, {entry.num_bytes / 1e9:.3f} GB")
+    print(f"freed {freed / 1e9:.3f} GB")

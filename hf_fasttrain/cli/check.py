@@ -1,0 +1,64 @@
+"""`hf-fasttrain check`: every value of a recipe with its origin, memory, and the images if wished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
+from hf_fasttrain.cli.terminal import print_table, wide_console
+from hf_fasttrain.errors import UserError
+
+
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="Decode every image first: corrupt files, class balance, duplicates, sizes."),
+    ] = False,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="With --images: file to write all corrupt images to, as JSON lines.")
+    ] = None,
+) -> None:
+    """Resolve and validate everything, print each value with its origin, train nothing."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    _require_list_file(list_file, images=images)
+    from hf_fasttrain.build import build_parts, build_unwritten
+    from hf_fasttrain.cli.check_images import check_images
+    from hf_fasttrain.launch import output_dir
+    from hf_fasttrain.memory_report import memory_table
+    from hf_fasttrain.runfolder import held_by_run
+
+    parts = build_parts(loaded)
+    build_unwritten(parts, keep_pixels=False)
+    console = wide_console()
+    title = f"{recipe}: every value, where it came from, and whether it is learnt or machine"
+    rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.settings.all().items()]
+    print_table(console, title, ("key", "value", "origin", "tag"), rows)
+    print_table(console, *memory_table(parts))
+    held = held_by_run(Path(output_dir(loaded)))
+    if held:
+        parts.settings.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
+    for note in [*parts.settings.notes, *parts.settings.weight_notes]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if images:
+        check_images(console, loaded, parts.source, list_file)
+    console.print(f"{recipe} is right: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
+
+
+def _require_list_file(path: Path | None, *, images: bool) -> None:
+    """Say what is wrong with --list before every image has been decoded."""
+    if path is None:
+        return
+    if not images:
+        raise UserError("--list writes what --images finds; give both")
+    if path.exists():
+        raise UserError(f"{path} exists already; give another file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: can't be written: {path.parent} is no folder")

@@ -1,0 +1,37 @@
+"""`hf-fasttrain doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
+from hf_fasttrain.cli.terminal import ended_by_ctrl_c, say_on_stderr, wide_console
+
+
+def doctor(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="About how long it may take.")] = 30.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for torch's profiler trace of some steps (Chrome's).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where a training's time goes here, and which overrides would help, each measured."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from hf_fasttrain.study.doctor import doctor as examine
+    from hf_fasttrain.study.doctor import print_diagnosis
+    from hf_fasttrain.study.techniques import hardware
+
+    with ended_by_ctrl_c():
+        diagnosis = examine(loaded, hardware(), seconds=seconds, tell=say_on_stderr, trace=trace)
+    if as_json:
+        print(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        print_diagnosis(wide_console(), diagnosis)

@@ -1,0 +1,27 @@
+"""`hf-fasttrain export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import RunArgument, WeightsOption
+
+
+def export(
+    run: RunArgument,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; by default the run's own model folder.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, checked in onnxruntime.")] = False,
+    weights: WeightsOption = None,
+) -> None:
+    """Write a finished run's model for other tools: timm, transformers, onnxruntime."""
+    from hf_fasttrain.publish.export import export_run
+
+    exported = export_run(run, output, onnx=onnx, weights=weights)
+    print(f"{exported.folder}: opened by {', '.join(exported.forms)}")
+    for note in exported.notes:
+        print(f"note: {note}")
+    if exported.onnx_difference is not None:
+        print(f"model.onnx: logits differ by at most {exported.onnx_difference:.1e} in onnxruntime")

@@ -1,0 +1,40 @@
+"""`hf-fasttrain predict`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import PushedRunArgument, WeightsOption
+from hf_fasttrain.cli.terminal import wide_console
+from hf_fasttrain.errors import DataError
+
+
+def predict(
+    run: PushedRunArgument,
+    images: Annotated[list[str], typer.Argument(help="Image files and folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    weights: WeightsOption = None,
+    device: Annotated[str, typer.Option(help="auto: a GPU if there is one; cpu, cuda, cuda:1.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Name the most likely classes of image files and folders."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from hf_fasttrain.serve import predict_images
+
+    bad: list[str] = []
+    predictions = predict_images(run, images, top=top, weights=weights, device=device, bad=bad.append)
+    if as_json:
+        print(json.dumps(predictions, indent=2))
+    elif predictions:
+        table = Table("image", "class", "score")
+        for row in predictions:
+            for number, guess in enumerate(row["classes"]):
+                table.add_row(*map(Text, ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")))
+        wide_console().print(table)
+    if bad:
+        raise DataError("\n  ".join([f"{len(bad)} of {len(bad) + len(predictions)} images left out:", *bad]))

@@ -1,0 +1,32 @@
+"""`hf-fasttrain push`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import RunArgument, WeightsOption
+from hf_fasttrain.cli.terminal import say_on_stderr
+from hf_fasttrain.errors import UserError
+
+
+def push(
+    run: RunArgument,
+    repo: Annotated[str | None, typer.Argument(help="OWNER/NAME on the Hub; by default the recipe's hub.repo.")] = None,
+    private: Annotated[bool | None, typer.Option("--private", help="Make a new repository private.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the model, for its card: apache-2.0, mit, ...")] = None,
+    weights: WeightsOption = None,
+) -> None:
+    """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
+    from hf_fasttrain.publish.hub import asked_hub, push_run
+
+    asked = asked_hub(run)
+    name = repo or asked.get("repo")
+    if not name:
+        raise UserError(f"{run}: its recipe has no hub.repo; say where to: hf-fasttrain push {run} OWNER/NAME")
+    if name == asked.get("repo"):
+        private = asked.get("private") if private is None else private
+        license = license or asked.get("license")
+        weights = weights or ("best" if asked.get("every") == "best" else None)
+    print(push_run(run, name, private=private, license=license, weights=weights, tell=say_on_stderr))

@@ -1,0 +1,20 @@
+"""`hf-fasttrain report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are laid over each other.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; by default RUN/report.html, for several report.html.")
+    ] = None,
+) -> None:
+    """Write a page about one run or several that opens offline: curves, classes, mistakes, settings."""
+    from hf_fasttrain.publish.report import write_report
+
+    print(write_report(runs, output))

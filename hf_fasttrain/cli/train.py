@@ -1,0 +1,133 @@
+"""`hf-fasttrain train`: what it says before and after a training, and its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
+from hf_fasttrain.errors import NotEnoughMemory, Stopped
+
+if TYPE_CHECKING:
+    from hf_fasttrain.recipe import Recipe
+    from hf_fasttrain.result import Result
+    from hf_fasttrain.trainer import Trainer
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+) -> None:
+    """Train, evaluate and save the recipe's classifier (the default command)."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
+    from hf_fasttrain.build import build_trainer
+    from hf_fasttrain.launch import output_dir
+    from hf_fasttrain.publish.owed import owed, what_is_lost
+    from hf_fasttrain.runfolder import require_free
+    from hf_fasttrain.stop import ignore_signals
+
+    folder = Path(output_dir(loaded))
+    require_free(folder, resume=resume)
+    trainer = build_trainer(loaded, resume=resume)
+    if resume and trainer.is_finished:
+        missing = owed(folder, trainer.state.step, trainer.final_step, report=trainer.report)
+        if not missing:
+            _say_finished(trainer, folder)
+            return
+        trainer.log.say(f"{folder}: trained to the end; now making what is missing: {', '.join(missing)}")
+    else:
+        started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
+        trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
+    try:
+        with _memory_limit(trainer):
+            result = trainer.fit()
+    except Stopped as stopped:
+        ignore_signals(int(stopped.code or 0))
+        _end_trackers(trainer)
+        raise
+    _end_trackers(trainer)
+    if result.not_written:
+        steps = trainer.state.step, trainer.final_step
+        trainer.log.say(what_is_lost(folder, result.not_written, *steps, report=trainer.report))
+        sys.exit(Stopped.NOT_WRITTEN)
+    _say_what_next(trainer.log.say, folder, loaded, result)
+
+
+def _say_finished(trainer: Trainer, folder: Path) -> None:
+    """Say that there is nothing to train or to write, and how a push that is owed is made."""
+    from hf_fasttrain.early_stopping import HOW_TO_GO_ON
+    from hf_fasttrain.publish.owed import is_pushed
+
+    steps, pusher = trainer.state.step, getattr(trainer.publisher, "pusher", None)
+    early = f"\n{trainer.early_stop}; {HOW_TO_GO_ON}" if trainer.early_stop else ""
+    trainer.log.say(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
+    if pusher is not None and not is_pushed(folder, pusher.wish.repo, steps):
+        trainer.log.say(f"not pushed to {pusher.wish.repo} yet: {pusher.wish.command(folder)}")
+
+
+@contextlib.contextmanager
+def _memory_limit(trainer: Trainer) -> Iterator[None]:
+    """Let training on a CPU take what is free now and no more: what does not fit fails here instead of being killed.
+
+    Out of memory where no step can be made again, as in a checkpoint's copy, is one message.
+    """
+    from hf_fasttrain.environment import free_memory_bytes
+    from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
+    from hf_fasttrain.process_memory import limited_memory
+    from hf_fasttrain.threads import local_processes
+
+    free = free_memory_bytes()
+    room = (free - trainer.reserved_memory - max(64 << 20, free // 50)) // local_processes()
+    try:
+        with limited_memory(room) if trainer.device.type == "cpu" else contextlib.nullcontext():
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemory(
+            f"out of memory after step {trainer.state.step} ({what_failed(error)}); the same command with --resume "
+            "goes on from the newest checkpoint; lower accelerate.micro_batch_size, evaluate.batch_size or data.workers"
+        ) from None
+
+
+def _end_trackers(trainer: Trainer) -> None:
+    try:
+        trainer.accelerator.end_training()
+    except Exception as error:  # noqa: BLE001 - others' code; the run itself has ended well
+        trainer.log.say(f"note: a tracker could not be ended: {error}")
+
+
+def _say_what_next(say: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
+    from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop
+    from hf_fasttrain.final import which_weights
+
+    early = f"      {EarlyStop(**result.early_stopping)}\n      {HOW_TO_GO_ON}\n" if result.early_stopping else ""
+    metrics = result.test_metrics or result.metrics
+    score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    page = folder / "report.html"
+    own = [text for text in recipe.source.overrides if text.startswith("model.")]
+    report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
+    say(
+        f"done: {result.steps:,} steps, {result.images:,} images in {result.train_seconds:.1f} s "
+        f"({result.images_per_second:,.0f} images/s, {result.data_wait_fraction:.0%} waiting for data)\n"
+        f"      {score}\n"
+        f"{early}"
+        f"  {folder}/model          the classifier: {which_weights(folder, result)}\n"
+        f"  {folder}/result.json    figures; metrics.jsonl: their course; resolved.yaml: every setting\n"
+        f"{report}"
+        f"  {folder}/checkpoints    to go on from: the same command with --resume and a longer train.duration\n"
+        f"try next:\n"
+        f"  hf-fasttrain predict {folder} IMAGE...\n"
+        f"  hf-fasttrain evaluate {folder}\n"
+        f"  hf-fasttrain export {folder} --onnx\n"
+        f"  hf-fasttrain train {shlex.join([recipe.source.name, *own])} data.dataset=FOLDER output_dir=runs/mine"
+    )

@@ -1,0 +1,40 @@
+"""`hf-fasttrain tune`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
+from hf_fasttrain.cli.terminal import command_line, ended_by_ctrl_c, say_on_stderr, wide_console
+from hf_fasttrain.errors import Stopped
+
+
+def tune(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    budget: Annotated[str, typer.Option(help="How long it may take: 3m, 90s, 1h.")] = "3m",
+    output: Annotated[Path | None, typer.Option(help="Recipe to write; by default the name with .tuned.yaml.")] = None,
+    store: Annotated[bool, typer.Option(help="Keep it for `auto` values on this machine.")] = True,
+) -> None:
+    """Find the fastest machine settings for a recipe here, and write them down as a recipe."""
+    from hf_fasttrain.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from hf_fasttrain.study.techniques import hardware
+    from hf_fasttrain.study.tune import parse_budget
+    from hf_fasttrain.study.tune import tune as search
+    from hf_fasttrain.study.tuned_recipe import default_path, print_found, require_new_file, write_tuned
+
+    path, seconds = output or default_path(loaded), parse_budget(budget)
+    require_new_file(path)
+    with ended_by_ctrl_c():  # before there is anything to keep
+        found = search(loaded, seconds, hardware(), tell=say_on_stderr)
+    for trouble in write_tuned(loaded, found, path, command=command_line(), store=store):
+        say_on_stderr(trouble)
+    print_found(wide_console(), found, path)
+    if not found.whole:
+        sys.exit(Stopped.CTRL_C)
