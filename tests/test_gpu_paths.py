@@ -303,7 +303,7 @@ def test_batches_on_the_host_are_limited_by_their_images(write_recipe: Callable[
     parts = build_parts(load_recipe(write_recipe(), ["data.workers=2"]))
     without = build_parts(load_recipe(write_recipe(), ["data.workers=0"]))
     parts.forecast = without.forecast = None  # as on a GPU
-    needed = [build_loaders(p, BadImages(None, 0.5, print)).keeper.needed_memory for p in (parts, without)]
+    needed = [build_loaders(p, BadImages(None, 0.5, print)).planner.needed_memory for p in (parts, without)]
     size, micro = parts.spec.image_size, parts.order.micro_batch_size
     assert needed == [3 * size**2 * (num_slots(2, micro) * micro + num_slots(2, max(32, micro)) * max(32, micro)), 0]
 
