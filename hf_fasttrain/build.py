@@ -53,7 +53,7 @@ def build_trainer(
     trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
-    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    asked = load_recipe(recipe, overrides)
     folder = Path(launch.output_dir(asked))
     if asked.hub is not None and int(os.environ.get("RANK", 0)) == 0:
         require_login(asked.hub.repo)  # before anything is trained that could not be pushed
@@ -90,7 +90,7 @@ def build_parts(
 
     `tuned` are the values for its `auto`; by default those of a stored tuning of this machine and model.
     """
-    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    asked = load_recipe(recipe, overrides)
     settings = ResolvedSettings(asked, notes=without_effect(asked))
     settings.resolve("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
     loaded = resolve_machine(asked, settings, tuned)

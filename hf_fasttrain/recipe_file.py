@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from hf_fasttrain.shipped import find_recipe
 NOT_TAKEN_OVER = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the checked recipe of a file, a shipped recipe's name or hf://OWNER/NAME, with overrides worked in.
+def load_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a `Recipe`, or that of a file, a shipped recipe's name or hf://OWNER/NAME, with the overrides applied.
 
     An override is `section.key=value`. Raises RecipeError, with every mistake of file and overrides in one message.
     """
+    if isinstance(recipe, Recipe):
+        return _with_overrides(recipe, overrides) if overrides else recipe
     if is_remote(str(recipe)):
         return _load_pushed(str(recipe), overrides)
     path = find_recipe(str(recipe))
@@ -37,6 +39,18 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read as text: {error}") from None
     return parse_recipe(text, overrides, where=str(path), name=path.stem)
+
+
+def _with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a copy of a recipe with overrides, checked as on the command line; those it was read with come first."""
+    source, tree = recipe.source, recipe.model_dump(mode="json", exclude_unset=True)
+    origins = dict(source.origins)
+    for override in overrides:
+        _apply_override(tree, override, origins)
+    where = f"recipe '{source.name}'"
+    checked = _checked(tree, where, lambda key: "override" if _origin(origins, key) == "override" else where)
+    checked._source = RecipeSource(source.name, source.text, origins, (*source.overrides, *overrides))
+    return checked
 
 
 def _load_pushed(place: str, overrides: Sequence[str]) -> Recipe:
@@ -76,18 +90,23 @@ def parse_recipe(
     for override in overrides:
         _apply_override(tree, override, origins)
 
-    def place(key: KeyPath) -> str:
-        origin = origins.get(".".join(key)) or _origin_within(origins, key)
+    def position(key: KeyPath) -> str:
         line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), 1)
-        return "override" if origin == "override" else f"{where}, line {line}"
+        return "override" if _origin(origins, key) == "override" else f"{where}, line {line}"
 
+    recipe = _checked(tree, where, position)
+    recipe._source = RecipeSource(name, text, origins, tuple(overrides))
+    return recipe
+
+
+def _checked(tree: Tree, where: str, position: Callable[[KeyPath], str]) -> Recipe:
+    """Return a tree's recipe. Raises RecipeError with all mistakes, each at its key's position."""
     recipe, mistakes = check_tree(tree)
     if mistakes:
-        listed = [f"  {place(key)}: {'.'.join(key)} {what}" for key, what in mistakes]
+        listed = [f"  {position(key)}: {'.'.join(key)} {what}" for key, what in mistakes]
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise RecipeError(f"{where} has {count}:\n" + "\n".join(listed))
     assert recipe is not None
-    recipe._source = RecipeSource(name, text, origins, tuple(overrides))
     return recipe
 
 
@@ -168,6 +187,10 @@ def _apply_override(tree: Tree, override: str, origins: dict[str, str]) -> None:
         origins[leaf] = "override"
 
 
+def _origin(origins: dict[str, str], key: KeyPath) -> str | None:
+    return origins.get(".".join(key)) or _origin_within(origins, key)
+
+
 def _origin_within(origins: dict[str, str], key: KeyPath) -> str | None:
     inside = {origin for leaf, origin in origins.items() if leaf.startswith(".".join(key) + ".")}
     return inside.pop() if len(inside) == 1 else None
@@ -210,8 +233,7 @@ def tag_of(key: str) -> str:
 
 def origin_of(recipe: Recipe, key: str) -> str:
     """Return ``default``, ``recipe`` or ``override`` for a dotted key."""
-    origins = recipe.source.origins
-    return origins.get(key) or _origin_within(origins, tuple(key.split("."))) or "default"
+    return _origin(recipe.source.origins, tuple(key.split("."))) or "default"
 
 
 def plain(value: Any) -> str:

@@ -12,6 +12,7 @@ from conftest import RECIPE
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.cli import main
 from hf_fasttrain.duration import Duration
+from hf_fasttrain.errors import RecipeError
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_check import all_keys
 from hf_fasttrain.recipe_file import flatten, json_schema, origin_of, recipe_as_asked, tag_of
@@ -89,6 +90,27 @@ def test_names_paths_and_overrides(write_recipe: Callable[..., Path]) -> None:
     assert recipe.train.duration == Duration(3, "epochs")
     assert (origin_of(recipe, "seed"), origin_of(recipe, "train.batch_size")) == ("override", "recipe")
     assert origin_of(recipe, "optimizer.momentum") == "default"
+
+
+def test_a_recipe_object_takes_overrides(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    read = load_recipe(write_recipe(), ["train.batch_size=4"])
+    for recipe in (read, Recipe.model_validate(read.model_dump())):
+        trainer = Trainer.from_recipe(recipe, ["train.duration=3 steps", f"output_dir={tmp_path / recipe.source.name}"])
+        assert trainer.num_steps == 3
+        assert trainer.train_loader.order.batch_size == 4
+    changed = load_recipe(read, ["optimizer={name: sgd}"])
+    assert changed.source.overrides == ("train.batch_size=4", "optimizer={name: sgd}")
+    assert (origin_of(changed, "optimizer.name"), origin_of(changed, "data.dataset")) == ("override", "recipe")
+    assert read.optimizer.name != "sgd"
+    assert load_recipe(read) is read
+
+
+def test_overrides_of_a_recipe_object_are_checked(write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(write_recipe())
+    with pytest.raises(RecipeError, match=f"(?s)recipe '{recipe.source.name}' has 2 mistakes:.*override: train.batch"):
+        Trainer.from_recipe(recipe, ["train.batch_size=none", "train.durations=3 steps"])
+    with pytest.raises(RecipeError, match="override 'batch_size': must look like"):
+        Trainer.from_recipe(recipe, ["batch_size"])
 
 
 def test_yaml_is_version_1_2(write_recipe: Callable[..., Path]) -> None:
