@@ -23,7 +23,6 @@ GPU_TESTS = os.environ.get("HF_FASTTRAIN_GPU_TESTS") == "1"
 if not GPU_TESTS:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
-import accelerate
 import numpy as np
 import pytest
 import torch
@@ -36,6 +35,7 @@ from safetensors.torch import load_file
 
 from hf_fasttrain.checkpoint import complete_checkpoints
 from hf_fasttrain.cli import main
+from hf_fasttrain.data.cache import ENTRY, HEADER_BYTES, PixelCache
 from hf_fasttrain.metrics import Metrics
 from hf_fasttrain.study import processes
 
@@ -58,6 +58,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         texts = (path.read_text() for path in GPU_FOLDER.glob("test_*.py"))
         number = sum(len(re.findall(r"^def test_", text, re.MULTILINE)) for text in texts)
         terminalreporter.write_line(f"{number} GPU tests not run: python benchmarks/gpu_check.py")
+
+
+def num_kept(cache: PixelCache) -> int:
+    """Return for how many rows a cache has an entry."""
+    entries = np.memmap(cache.index_path, ENTRY, "r", offset=HEADER_BYTES, shape=(cache.num_rows,))
+    return int(np.count_nonzero(entries["length"]))
 
 
 def reset_accelerate() -> None:
@@ -220,6 +226,3 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         for name, value in {**children, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}.items():
             monkeypatch.setenv(name, value)
         yield hub
-
-
-assert accelerate.__version__

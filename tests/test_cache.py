@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import exit_status, run_processes
+from conftest import exit_status, num_kept, run_processes
 from PIL import Image
 
 from hf_fasttrain import Trainer
@@ -84,7 +84,7 @@ def test_what_is_kept_comes_back(make_cache: Callable[..., PixelCache]) -> None:
     cache = make_cache()
     assert num_right(cache, 20) == 0
     fill(cache, [3, 0, 19])
-    assert num_right(cache, 20) == cache.num_kept() == 3
+    assert num_right(cache, 20) == num_kept(cache) == 3
     assert cache.used_bytes() == sum(pixels_of(row).nbytes for row in (3, 0, 19))
     again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)  # another process of the machine
     assert num_right(again, 20) == 3
@@ -290,7 +290,7 @@ def test_the_same_pixels_whichever_way(case: str, kind: str, workers: int, digit
     options = {"workers": workers, "device": kind == "device"}
     assert same(batches(digits.train, preparation, transform, cache, **options), expected)
     if cache is not None:
-        assert cache.num_kept() == 60
+        assert num_kept(cache) == 60
         broken = replace(preparation, reduced_decode=False)
         object.__setattr__(broken, "encoded", None)  # nothing is decoded any more
         assert same(batches(digits.train, broken, transform, cache, **options), expected)
@@ -393,7 +393,7 @@ def train_one_of_two(recipe: Path, output: Path, kind: str) -> tuple[list[torch.
     trainer = Trainer.from_recipe(recipe, [f"output_dir={output}", f"data.cache={kind}"])
     trainer.fit()
     cache = trainer.train_loader.feed.images.images.cache
-    kept = cache.num_kept() if cache else 0
+    kept = num_kept(cache) if cache else 0
     trainer.accelerator.wait_for_everyone()  # the cache in memory is the main process's, and goes with it
     return [p.detach().clone() for p in trainer.raw_model.parameters()], kept
 

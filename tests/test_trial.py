@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import num_kept
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.data.order import Order
@@ -89,7 +90,7 @@ def test_a_pass_is_short_where_pixels_are_kept() -> None:
     assert first.fill_seconds > 0
     assert later.fill_seconds is None
     assert first.images == 48  # those that filled the cache were not trained on
-    assert kept.loader.feed.images.images.cache.num_kept() == 256
+    assert num_kept(kept.loader.feed.images.images.cache) == 256
 
 
 def test_what_workers_made_ahead_is_used_up() -> None:

@@ -157,11 +157,6 @@ class PixelCache:
         """Return how many bytes of pixels have been kept, or given up."""
         return int.from_bytes(os.pread(self._open()[0], 8, 16), "little")
 
-    def num_kept(self) -> int:
-        """Return for how many rows there is an entry."""
-        self._open()
-        return int(np.count_nonzero(self._index["length"]))
-
 
 def checksum(data: bytes, row: int, place: int, form: int, height: int, width: int, stamp: Stamp) -> int:
     """Return 64 bits over the pixels and everything that they belong to."""

@@ -55,11 +55,6 @@ class Preparation:
             return size_with_short_side(width, height, self.short_side)
         return width, height
 
-    @property
-    def has_one_size(self) -> bool:
-        """Whether all images come out at one size."""
-        return self.center is not None
-
     def key(self) -> dict[str, Any]:
         """Return everything that decides the pixels."""
         versions = {package: importlib.metadata.version(package) for package in PIXEL_MAKERS}

@@ -19,7 +19,6 @@ from hf_fasttrain.study.words import rate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILES = ("ablation.json", "ablation.md", "ablation.png", "ablation.svg", "ablation.html")
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = {"baseline": "#999999", "again": "#999999", "alone": "#0072B2", "everything": "#009E73", "removed": "#E69F00"}
 LEGEND = {
