@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_fasttrain.accelerator import local_processes
 from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.fingerprint import fingerprint
 from hf_fasttrain.data.images import BadImages
@@ -41,7 +42,6 @@ from hf_fasttrain.result import Watch
 from hf_fasttrain.runfolder import FILES_WHILE_TRAINING
 from hf_fasttrain.runlog import RunLog, last_steps
 from hf_fasttrain.schedule import Schedule, build_schedule, resolve_warmup
-from hf_fasttrain.threads import local_processes
 from hf_fasttrain.tracking import Tracking
 from hf_fasttrain.trainer import Trainer
 

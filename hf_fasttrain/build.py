@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_fasttrain import launch
+from hf_fasttrain.accelerator import allow_compiling, build_accelerator, launched_rank
 from hf_fasttrain.assemble import Parts, assemble, open_source
 from hf_fasttrain.contradictions import without_effect
 from hf_fasttrain.data.order import Order, process_share
@@ -36,7 +35,7 @@ from hf_fasttrain.model import (
 from hf_fasttrain.processes import on_main
 from hf_fasttrain.publish.hub import require_login
 from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.recipe_file import load_recipe
+from hf_fasttrain.recipe_file import load_recipe, output_dir
 from hf_fasttrain.resolved import ResolvedSettings, write_settings
 from hf_fasttrain.runfolder import open_run_folder, saved_state
 from hf_fasttrain.saving import not_writable
@@ -54,8 +53,8 @@ def build_trainer(
 ) -> Trainer:
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
     asked = load_recipe(recipe, overrides)
-    folder = Path(launch.output_dir(asked))
-    if asked.hub is not None and int(os.environ.get("RANK", 0)) == 0:
+    folder = Path(output_dir(asked))
+    if asked.hub is not None and launched_rank() == 0:
         require_login(asked.hub.repo)  # before anything is trained that could not be pushed
     began = read_beginning(folder) if resume else None
     parts = build_parts(asked, dataset=dataset, tuned=began.kept(asked) if began else None)
@@ -94,7 +93,7 @@ def build_parts(
     settings = ResolvedSettings(asked, notes=without_effect(asked))
     settings.resolve("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
     loaded = resolve_machine(asked, settings, tuned)
-    accelerator = launch.build_accelerator(loaded, settings)
+    accelerator = build_accelerator(loaded, settings)
     source = _load_source(loaded, dataset, settings)
     spec = ModelSpec(
         name=loaded.model.name,
@@ -117,7 +116,7 @@ def build_parts(
     micro = resolve_micro_batch(loaded, len(source.train), spec.num_classes, model, accelerator, settings)
     order = _resolve_order(loaded, len(source.train), micro.size, model, accelerator, settings)
     if loaded.accelerate.compile is True:
-        _allow_compiling(num_shapes(loaded, spec, order))
+        allow_compiling(num_shapes(loaded, spec, order))
     return Parts(loaded, settings, accelerator, source, spec, model, order, micro.forecast)
 
 
@@ -204,17 +203,6 @@ def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
     steps = {0, order.steps_per_epoch - 1}
     numbers = {len(key.indices) for step in steps for key in order.plan(step).micro_batches}
     return len(sizes) * len(numbers) + 2  # evaluation's whole batches, and its last one
-
-
-def _allow_compiling(shapes: int) -> None:
-    """Let the compiler make code for so many shapes: one more than its limit would be run uncompiled to the end.
-
-    Twice, for the model and its moving average, and some for batches that are cut when memory runs out.
-    """
-    from torch._dynamo import config  # slow to import
-
-    config.recompile_limit = max(config.recompile_limit, 2 * shapes + 8)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * config.recompile_limit)
 
 
 def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:

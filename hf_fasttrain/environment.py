@@ -1,4 +1,4 @@
-"""What the run ran on: machine, versions, memory, threads."""
+"""What the run runs on: machine, versions, memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from typing import Any
 import psutil
 import torch
 
-# What accelerate launch and torchrun export in any case, and nobody else does.
-LAUNCHER_MARKS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
 # Linux control groups, and those of this process.
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
@@ -26,11 +24,6 @@ PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "acc
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def uses_gpu() -> bool:
-    """Return whether training runs on a GPU: there is one, and the launcher does not say to use the CPU."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
 
 
 def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
@@ -130,18 +123,6 @@ def _cached_in_group(folder: Path, version: int) -> int:
     return found.get(f"{prefix}inactive_file", 0) + found.get(f"{prefix}active_file", 0) // 2
 
 
-def set_fp32_precision(matmul: str, conv: str) -> None:
-    """Set what fp32 matrix products and convolutions may be rounded to: highest: fp32, high: TF32, medium: bf16.
-
-    TF32 is a GPU's, bf16 a CPU's (oneDNN); where the hardware has it not, nothing changes.
-    """
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = conv != "highest"  # of conv alone, reading cuDNN's flags would raise afterwards
-    onednn = getattr(torch.backends.mkldnn, "conv", None)
-    if onednn is not None and hasattr(onednn, "fp32_precision"):  # torch 2.9 and newer
-        onednn.fp32_precision = "bf16" if conv == "medium" else "ieee"
-
-
 def settle_device(accelerator: Any) -> torch.device:
     """Return the accelerator's device with its index, and make it the present one.
 
@@ -155,31 +136,6 @@ def settle_device(accelerator: Any) -> torch.device:
             torch.cuda.set_device(device)
         accelerator.state.device = device
     return device
-
-
-def set_deterministic(wanted: bool, device: torch.device) -> None:
-    """Make operations give the same bits each time, or let cuDNN choose the fastest algorithms by trying them.
-
-    What has no deterministic form warns once. Has to be called before CUDA is used, as cuBLAS then reads its variable.
-    """
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if wanted or torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.backends.cudnn.deterministic = wanted
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not wanted
-
-
-def was_launched() -> bool:
-    """Return whether accelerate launch or torchrun started this process, as their variables tell."""
-    return any(mark in os.environ for mark in ("ACCELERATE_MIXED_PRECISION", *LAUNCHER_MARKS))
-
-
-def launcher_precision() -> str | None:
-    """Return the mixed precision that the launcher asks for, None if it says nothing: "no" is exported always."""
-    stated = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    return None if stated == "no" else stated
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_fasttrain.accelerator import user_threads
 from hf_fasttrain.machine import MACHINE, is_open, machine_here
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, plain
 from hf_fasttrain.resolved import ResolvedSettings, read_settings
-from hf_fasttrain.threads import user_threads
 from hf_fasttrain.tunings import COMPUTE_KEYS, TUNED, Tuned
 
 BEGAN = "as this run began"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_fasttrain.accelerator import local_processes
 from hf_fasttrain.cache_plan import CachePlan, CachePlanner
 from hf_fasttrain.data.augment import EvalTransform, Growth, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
@@ -23,7 +24,6 @@ from hf_fasttrain.errors import DataError
 from hf_fasttrain.model import Preprocessing
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
-from hf_fasttrain.threads import local_processes
 
 
 def resolve_loading(recipe: Recipe, device: torch.device, settings: ResolvedSettings) -> tuple[int, bool]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from hf_fasttrain.accelerator import launcher_precision, num_processes, uses_gpu
 from hf_fasttrain.duration import Duration
-from hf_fasttrain.environment import describe_machine, describe_versions, launcher_precision, uses_gpu
+from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, plain, with_values
 from hf_fasttrain.resolved import ResolvedSettings
-from hf_fasttrain.threads import num_processes
 from hf_fasttrain.tunings import ALONE_KEYS, LOADER_KEYS, LONG_KEYS, TUNED, Tuned, find_tuning
 
 MACHINE = "machine"  # the fact by which a resumed run knows whether it began here

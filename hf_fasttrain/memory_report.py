@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from hf_fasttrain.accelerator import local_processes
 from hf_fasttrain.assemble import Parts
 from hf_fasttrain.data.cache import in_gb
 from hf_fasttrain.environment import free_memory_bytes
 from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.micro_batch import forecast_memory, images_at_once
-from hf_fasttrain.threads import local_processes
 
 Table = tuple[str, tuple[str, str], list[tuple[str, str]]]
 

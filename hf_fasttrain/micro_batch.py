@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from hf_fasttrain.accelerator import local_processes
 from hf_fasttrain.data.cache import in_gb
 from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
@@ -22,7 +23,6 @@ from hf_fasttrain.out_of_memory import free_cached_memory
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten
 from hf_fasttrain.resolved import ResolvedSettings
-from hf_fasttrain.threads import local_processes
 
 KEY = "accelerate.micro_batch_size"
 

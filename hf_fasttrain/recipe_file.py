@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -234,6 +235,11 @@ def tag_of(key: str) -> str:
 def origin_of(recipe: Recipe, key: str) -> str:
     """Return ``default``, ``recipe`` or ``override`` for a dotted key."""
     return _origin(recipe.source.origins, tuple(key.split("."))) or "default"
+
+
+def output_dir(recipe: Recipe) -> str:
+    """Return the recipe's run folder: its output_dir, else runs/<recipe name>."""
+    return os.path.expanduser(recipe.output_dir or os.path.join("runs", recipe.source.name))
 
 
 def plain(value: Any) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_fasttrain.accelerator import build_accelerator, let_cudnn_choose
 from hf_fasttrain.assemble import build_evaluator, open_source
 from hf_fasttrain.checkpoint import checkpoint_step
 from hf_fasttrain.data.batch import Normalize
@@ -20,7 +21,6 @@ from hf_fasttrain.data.measured import Measured, load_measured, with_model_class
 from hf_fasttrain.data.source import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_image_file, note_on_test_split
 from hf_fasttrain.errors import DataError, RunError, UserError
 from hf_fasttrain.files import put_back_folder, read_json
-from hf_fasttrain.launch import build_accelerator
 from hf_fasttrain.loaders import Loaders, eval_transform
 from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.micro_batch import evaluation_batch_alone
@@ -219,8 +219,7 @@ def choose_device(wish: str) -> torch.device:
 
 def on_device(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
     """Return a model on a device, in the memory layout that its images will have."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    let_cudnn_choose(device)
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_fasttrain import Trainer, build, environment, launch, load_recipe
+from hf_fasttrain import Trainer, accelerator, build, load_recipe
+from hf_fasttrain.accelerator import set_deterministic, set_fp32_precision
 from hf_fasttrain.assemble import build_loaders
 from hf_fasttrain.build import build_parts, num_shapes
 from hf_fasttrain.data.augment import EvalTransform, TrainTransform
@@ -32,7 +33,7 @@ from hf_fasttrain.data.order import MicroBatchKey
 from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import load_source
 from hf_fasttrain.ema import Ema
-from hf_fasttrain.environment import set_deterministic, set_fp32_precision, settle_device
+from hf_fasttrain.environment import settle_device
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.loaders import resolve_loading
@@ -175,7 +176,7 @@ def test_a_run_on_a_cpu_beside_a_gpu_has_its_threads(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     recipe = load_recipe(write_recipe(), ["accelerate.cpu_threads=1"])
     facts = ResolvedSettings(recipe)
-    launch._set_threads(recipe, facts)
+    accelerator._set_threads(recipe, facts)
     assert facts.all()["accelerate.cpu_threads"].value == 1
     assert "accelerate.cpu_threads" in facts.resolved
 
@@ -256,7 +257,7 @@ def test_no_shape_is_left_uncompiled() -> None:
 
     with torch._dynamo.config.patch(recompile_limit=8):
         assert compiled(12) == 8
-        build._allow_compiling(12)
+        build.allow_compiling(12)
         assert compiled(12) == 12
         torch._dynamo.reset()
 
@@ -502,4 +503,4 @@ def test_weights_lie_as_the_images_do() -> None:
     conv = on_device(nn.Conv2d(3, 8, 3), CPU, channels_last=True).weight  # type: ignore[attr-defined]
     assert conv.is_contiguous(memory_format=torch.channels_last)
     assert not conv.is_contiguous()
-    assert environment.uses_gpu() is False
+    assert accelerator.uses_gpu() is False

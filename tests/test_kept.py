@@ -10,7 +10,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from hf_fasttrain import Trainer, kept, load_recipe, machine, threads
+from hf_fasttrain import Trainer, accelerator, kept, load_recipe, machine
 from hf_fasttrain.machine import circumstances
 from hf_fasttrain.resolved import read_settings
 from hf_fasttrain.tunings import Tuning, store_tuning
@@ -46,7 +46,7 @@ def start(
         "train: {duration: 2 steps, batch_size: 16}\n"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(threads, "num_cores", lambda: 2)
+    monkeypatch.setattr(accelerator, "num_cores", lambda: 2)
 
     def build(*overrides: str, resume: bool = True) -> tuple[dict[str, Any], list[str]]:
         trainer = Trainer.from_recipe(recipe, [f"output_dir={tmp_path / 'run'}", *overrides], resume=resume)
@@ -75,7 +75,7 @@ def test_a_resumed_run_keeps_what_rules_decided_whatever_they_say_now(
     assert start(resume=False)[0] == RULED
     store(tmp_path)
     monkeypatch.setitem(machine.RULES, "accelerate.channels_last", (False, "another rule"))
-    monkeypatch.setattr(threads, "num_cores", lambda: 1)
+    monkeypatch.setattr(accelerator, "num_cores", lambda: 1)
     for _ in range(2):  # what was kept is kept again
         found, notes = start()
         assert found == RULED

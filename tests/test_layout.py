@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ LEVELS = [
     },
     {"schedule", "environment", "result", "pace", "loss", "optim", "ema", "out_of_memory", "stop", "side_effects"},
     {"predictions", "gallery"},
-    {"tunings", "threads"},
+    {"tunings"},
     {"data.classes", "data.columns"},
     {"data.label_column", "data.tables"},
     {"data.labels"},
@@ -55,7 +56,8 @@ LEVELS = [
     {"data.device", "data.loader"},
     {"steps", "gradients", "update", "unused_parameters", "early_stopping", "final"},
     {"resolved", "trainer"},
-    {"launch", "runfolder", "machine"},
+    {"accelerator", "runfolder"},
+    {"machine"},
     {"kept"},
     {"cache_plan"},
     {"loaders", "report_pictures"},
@@ -78,7 +80,7 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-RECIPE_MODULES = {"recipe", "recipe_check", "recipe_file", "contradictions", "resolved", "launch", "shipped"}
+RECIPE_MODULES = {"recipe", "recipe_check", "recipe_file", "contradictions", "resolved", "accelerator", "shipped"}
 STUDY = {name for name in MODULES if name.startswith("study")}
 DOORS_UP = {("trainer", "build"), ("trainer", "publish.hub"), ("trainer", "publish.at_end")}  # imported inside methods
 CLI = {name for name in MODULES if name.startswith("cli")}
@@ -139,7 +141,21 @@ def test_only_build_and_above_know_the_recipe() -> None:
 
 def test_publish_reads_run_folders_only() -> None:
     for name in PUBLISH:
-        assert not imports(MODULES[name]) & ({"build", "assemble", "trainer", "launch"} | CLI)
+        assert not imports(MODULES[name]) & ({"build", "assemble", "trainer", "accelerator"} | CLI)
+
+
+SWITCHES = re.compile(
+    r"torch\.(set_num_threads|set_float32|use_deterministic|backends\.[\w.]+ = )|_dynamo import config"
+)
+LAUNCHERS = re.compile(r"""["'](ACCELERATE_\w+|TORCHELASTIC_\w+|(LOCAL_)?(RANK|WORLD_SIZE)|OMP_NUM_THREADS)["']""")
+
+
+def test_one_file_reads_what_launchers_export_and_sets_what_all_of_torch_shares() -> None:
+    """Elsewhere only for a moment, in a process of one's own, and before torch is there."""
+    found = {name for name, path in MODULES.items() if SWITCHES.search(path.read_text())}
+    assert found == {"accelerator", "environment", "data.workers", "unused_parameters"}
+    found = {name for name, path in MODULES.items() if LAUNCHERS.search(path.read_text())}
+    assert found == {"accelerator", "cli.terminal"}
 
 
 def test_only_cli_and_runlog_write_to_the_terminal() -> None:

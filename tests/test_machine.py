@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hf_fasttrain import Trainer, load_recipe
+from hf_fasttrain.accelerator import set_fp32_precision
 from hf_fasttrain.build import build_parts
-from hf_fasttrain.environment import set_fp32_precision
 from hf_fasttrain.kept import read_beginning
 from hf_fasttrain.machine import circumstances, resolve_machine
 from hf_fasttrain.recipe import Recipe

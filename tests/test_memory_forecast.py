@@ -18,6 +18,7 @@ from conftest import exit_status, in_child, run_processes
 from torch import nn
 
 from hf_fasttrain import environment, load_recipe, micro_batch
+from hf_fasttrain.accelerator import local_processes
 from hf_fasttrain.assemble import Parts
 from hf_fasttrain.build import build_parts, build_unwritten
 from hf_fasttrain.environment import free_memory_bytes, resident_bytes
@@ -33,7 +34,6 @@ from hf_fasttrain.model import freeze_backbone
 from hf_fasttrain.optim import state_share
 from hf_fasttrain.out_of_memory import free_cached_memory
 from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.threads import local_processes
 
 CPU = torch.device("cpu")
 GB = 10**9

@@ -11,18 +11,17 @@ import pytest
 import torch
 from conftest import run_processes
 
-from hf_fasttrain import threads
-from hf_fasttrain.launch import build_accelerator
+from hf_fasttrain import accelerator
+from hf_fasttrain.accelerator import build_accelerator, set_cpu_threads, user_threads
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
-from hf_fasttrain.threads import set_cpu_threads, user_threads
 
 LAUNCHED = {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "num_cores", lambda: 2)
+    monkeypatch.setattr(accelerator, "num_cores", lambda: 2)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 48)  # the host has more than we may use
 
 
@@ -114,10 +113,10 @@ def threads_beside_accelerate(recipe: Path, wish: str) -> tuple[int, int, str | 
     os.environ.pop("OMP_NUM_THREADS", None)
     loaded: Recipe = load_recipe(recipe, [f"accelerate.cpu_threads={wish}"])
     facts = ResolvedSettings(loaded)
-    accelerator = build_accelerator(loaded, facts)
+    built = build_accelerator(loaded, facts)
     assert facts.resolved["accelerate.cpu_threads"][0] == torch.get_num_threads()
-    accelerator.wait_for_everyone()  # the first process has what they meet by
-    return accelerator.num_processes, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    built.wait_for_everyone()  # the first process has what they meet by
+    return built.num_processes, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 
 
 @pytest.mark.parametrize(("wish", "found"), [("3", 3), ("auto", 1)])

@@ -31,8 +31,8 @@ def check(
     _require_list_file(list_file, images=images)
     from hf_fasttrain.build import build_parts, build_unwritten
     from hf_fasttrain.cli.check_images import check_images
-    from hf_fasttrain.launch import output_dir
     from hf_fasttrain.memory_report import memory_table
+    from hf_fasttrain.recipe_file import output_dir
     from hf_fasttrain.runfolder import held_by_run
 
     parts = build_parts(loaded)

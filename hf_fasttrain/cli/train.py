@@ -30,8 +30,8 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.build import build_trainer
-    from hf_fasttrain.launch import output_dir
     from hf_fasttrain.publish.owed import owed, what_is_lost
+    from hf_fasttrain.recipe_file import output_dir
     from hf_fasttrain.runfolder import require_free
     from hf_fasttrain.stop import ignore_signals
 
@@ -80,10 +80,10 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
 
     Out of memory where no step can be made again, as in a checkpoint's copy, is one message.
     """
+    from hf_fasttrain.accelerator import local_processes
     from hf_fasttrain.environment import free_memory_bytes
     from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
     from hf_fasttrain.process_memory import limited_memory
-    from hf_fasttrain.threads import local_processes
 
     free = free_memory_bytes()
     room = (free - trainer.reserved_memory - max(64 << 20, free // 50)) // local_processes()

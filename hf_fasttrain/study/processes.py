@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from hf_fasttrain.accelerator import num_processes
 from hf_fasttrain.cache_plan import cache_folder, can_write, existing_part
 from hf_fasttrain.errors import RunError, UserError, without_secrets
 from hf_fasttrain.study.measure import Arm, ArmFailed
@@ -34,7 +35,7 @@ Message = tuple[str, Any]
 
 def require_one_process() -> None:
     """Raise RunError under a launcher of several processes: arms are processes of their own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_processes() > 1:
         raise RunError("it measures on one device; start it without a launcher, as hf-fasttrain ablate, tune or doctor")
     if not hasattr(signal, "SIGSTOP"):
         raise RunError(

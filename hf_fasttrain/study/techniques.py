@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fasttrain.environment import uses_gpu
+from hf_fasttrain.accelerator import uses_gpu
 from hf_fasttrain.errors import RunError, nearest
 from hf_fasttrain.recipe_file import plain
 from hf_fasttrain.study.measure import Arm

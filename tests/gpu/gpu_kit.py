@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.environment import set_fp32_precision
+from hf_fasttrain.accelerator import set_fp32_precision
 from hf_fasttrain.runlog import RunLog
 
 RECIPE = """

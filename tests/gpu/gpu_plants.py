@@ -47,14 +47,14 @@ def find(row: str, name: str) -> Plant:
 
 @plant("T14", "only one of cuDNN's flags is set", "mix of the legacy and new APIs|RuntimeError")
 def one_flag(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import environment
+    from hf_fasttrain import accelerator
 
     def set_fp32_precision(matmul: str, conv: str) -> None:
         torch.set_float32_matmul_precision(matmul)
         backend: Any = torch.backends.cudnn
         backend.conv.fp32_precision = "ieee" if conv == "highest" else "tf32"
 
-    patch.setattr(environment, "set_fp32_precision", set_fp32_precision)
+    patch.setattr(accelerator, "set_fp32_precision", set_fp32_precision)
 
 
 @plant(
@@ -63,9 +63,9 @@ def one_flag(patch: pytest.MonkeyPatch) -> None:
     "assert 'highest' == |assert 'high' == |assert True == |TF32 is not used",
 )
 def no_flag(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import environment
+    from hf_fasttrain import accelerator
 
-    patch.setattr(environment, "set_fp32_precision", lambda matmul, conv: None)
+    patch.setattr(accelerator, "set_fp32_precision", lambda matmul, conv: None)
 
 
 @plant("T1", "the gradients' norm is read in each step", "synchronizing")
@@ -110,10 +110,10 @@ def other_lr(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T4", "TF32 is left on", "< 0.001", on_cpu=False)
 def tf32_is_on(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import launch
+    from hf_fasttrain import accelerator
 
-    real = launch.set_fp32_precision
-    patch.setattr(launch, "set_fp32_precision", lambda matmul, conv: real("high", "high"))
+    real = accelerator.set_fp32_precision
+    patch.setattr(accelerator, "set_fp32_precision", lambda matmul, conv: real("high", "high"))
 
 
 @plant("T5", "micro-batches are not weighed", "< 1e-05")
@@ -484,7 +484,7 @@ def weights_anew(patch: pytest.MonkeyPatch) -> None:
 def limit_stays(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain import build
 
-    patch.setattr(build, "_allow_compiling", lambda shapes: None)
+    patch.setattr(build, "allow_compiling", lambda shapes: None)
 
 
 @plant("T13", "nothing is compiled", "not compiled: ")

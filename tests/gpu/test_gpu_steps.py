@@ -19,7 +19,7 @@ from gpu_kit import (
 )
 from torch import Tensor, nn
 
-from hf_fasttrain import Trainer, environment
+from hf_fasttrain import Trainer, accelerator
 from hf_fasttrain.data.loader import Step
 from hf_fasttrain.ema import Ema
 
@@ -32,7 +32,7 @@ PRECISIONS = ("highest", "high", "medium")
 @pytest.mark.parametrize("conv", PRECISIONS)
 @pytest.mark.parametrize("matmul", PRECISIONS)
 def test_t14_flags_can_be_read(matmul: str, conv: str, device: torch.device) -> None:
-    environment.set_fp32_precision(matmul, conv)
+    accelerator.set_fp32_precision(matmul, conv)
     assert torch.get_float32_matmul_precision() == matmul
     assert torch.backends.cuda.matmul.allow_tf32 == (matmul != "highest")
     assert torch.backends.cudnn.allow_tf32 == (conv != "highest")
@@ -47,7 +47,7 @@ def test_t14_products_are_as_precise_as_asked(device: torch.device, record_prope
     images = torch.randn(16, 64, 16, 16, generator=generator, dtype=torch.float64)
     kernel = torch.randn(64, 64, 3, 3, generator=generator, dtype=torch.float64)
     for precision in PRECISIONS[:2]:
-        environment.set_fp32_precision(precision, precision)
+        accelerator.set_fp32_precision(precision, precision)
         product = one.float().to(device) @ other.float().to(device)
         convolved = nn.functional.conv2d(images.float().to(device), kernel.float().to(device))
         errors = {
