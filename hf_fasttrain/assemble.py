@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,11 @@ from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import TrainLoader
 from hf_fasttrain.data.order import Order
 from hf_fasttrain.data.source import Source, load_source
+from hf_fasttrain.duration import Duration
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.final import resolve_final
-from hf_fasttrain.handover import RunPublisher, hub_wish
 from hf_fasttrain.loaders import Loaders, resolve_loading
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
@@ -33,8 +34,9 @@ from hf_fasttrain.micro_batch import evaluation_batch
 from hf_fasttrain.model import ModelSpec, head_names
 from hf_fasttrain.model_folder import save_description, save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
-from hf_fasttrain.publish.pushing import Pusher
-from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.publish.at_end import Publish
+from hf_fasttrain.publish.pushing import HubWish, Pusher
+from hf_fasttrain.recipe import HubSection, Recipe
 from hf_fasttrain.recipe_file import recipe_as_asked
 from hf_fasttrain.report_pictures import ReportPictures
 from hf_fasttrain.resolved import ResolvedSettings
@@ -92,6 +94,7 @@ def assemble(
     *,
     keep_pixels: bool = True,
     saved: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Trainer:
     """Return the trainer of the parts; without a folder it writes nothing but, with `keep_pixels`, its cache.
 
@@ -136,11 +139,13 @@ def assemble(
         launched=settings.launched,
         bad_images=bad_images,
         report=recipe.log.report,
-        publisher=_publisher(parts, folder, log) if folder else None,
+        callbacks=callbacks,
         log=log,
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
+    if folder and (publish := _publish(parts, folder, log)):
+        trainer.publish_by(publish)
     parts.kept_pixels = make.planner.memory_bytes
     trainer.reserved_memory = parts.kept_pixels + make.workers * WORKER_BYTES * local_processes()
     return trainer
@@ -176,7 +181,7 @@ def _final(parts: Parts, stopping: Watch | None) -> str:
     return str(parts.settings.resolve("checkpoint.final", resolve_final(asked, stopping), why))
 
 
-def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:
+def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
     """Return what makes a report of the run and pushes it, as far as the recipe asks for it."""
     recipe, spec = parts.recipe, parts.spec
     show, pusher = None, None
@@ -187,11 +192,22 @@ def _publisher(parts: Parts, folder: Path, log: RunLog) -> RunPublisher | None:
     if recipe.hub and parts.accelerator.is_main_process:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
-        wish = hub_wish(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
+        wish = _push_options(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
         num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
         describe = partial(save_description, parts.model, spec)
         pusher = Pusher(folder, wish, describe, about, log.say, num_steps)
-    return RunPublisher(folder, log, show, pusher) if show or recipe.hub else None
+    if not show and not recipe.hub:
+        return None
+    return Publish(folder, log, report=recipe.log.report, show=show, pusher=pusher)
+
+
+def _push_options(hub: HubSection, steps_per_epoch: int, *, on_cpu: bool) -> HubWish:
+    """Return a recipe's push with its duration in steps and its waiting in seconds.
+
+    Where training needs the processor's cores itself, uploads have a tenth of the time.
+    """
+    every = hub.every.to_steps(steps_per_epoch) if isinstance(hub.every, Duration) else hub.every
+    return HubWish(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count, rest=9.0 if on_cpu else 0.0)
 
 
 def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = True) -> Loaders:

@@ -49,6 +49,7 @@ def build_trainer(
     *,
     dataset: Any = None,
     resume: bool = False,
+    callbacks: Sequence[Any] = (),
     trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
@@ -60,7 +61,7 @@ def build_trainer(
     parts = build_parts(asked, dataset=dataset, tuned=began.kept(asked) if began else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     saved = saved_state(folder) if resume else None
-    trainer = assemble(parts, folder, trainer_class, saved=saved)
+    trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
     if began:
         began.note_changes(parts.settings)
     for note in [*parts.settings.notes, *([] if saved else parts.settings.weight_notes)]:

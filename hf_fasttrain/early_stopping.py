@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hf_fasttrain.errors import how_to_resume
 from hf_fasttrain.result import Watch
 from hf_fasttrain.state import State
 
-HOW_TO_GO_ON = (
-    "to go on: the same command with --resume and a longer early_stopping.patience, early_stopping=null or a longer "
-    "train.duration"
-)
+
+def how_to_go_on() -> str:
+    """Return how a run that early stopping has ended can go on."""
+    return (
+        f"to go on: {how_to_resume()} and a longer early_stopping.patience, early_stopping=null or a longer "
+        "train.duration"
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_fasttrain.result import Result
 
 
 class UserError(ValueError):
@@ -34,18 +39,31 @@ class RunError(UserError):
     """The run folder or the machine can't do what was asked."""
 
 
-class Stopped(SystemExit):
-    """Training was stopped from outside and saved; `--resume` goes on. Uncaught, it ends the process by its code.
+class Stopped(Exception):
+    """Training was stopped by a signal before its end, and its state saved; a resumed run goes on from there.
 
-    The code is CTRL_C after Ctrl-C, else RESUMABLE (EX_TEMPFAIL of sysexits.h: try again), or NOT_WRITTEN
-    (EX_IOERR) if the state could not be saved.
+    `cause` names the signal, `step` is the number of steps made, `result` how far the run has come (nothing of it is
+    written). `status` is what the command line exits with: CTRL_C after Ctrl-C, else RESUMABLE (EX_TEMPFAIL of
+    sysexits.h: try again), or NOT_WRITTEN (EX_IOERR) if the state could not be saved.
     """
 
     CTRL_C, RESUMABLE, NOT_WRITTEN = 130, 75, 74
 
-    def __init__(self, code: int, cause: str, step: int) -> None:
-        super().__init__(code)
-        self.cause, self.step = cause, step
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        status: int = RESUMABLE,
+        cause: str = "",
+        step: int = 0,
+        result: Result | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.cause, self.step, self.result = status, cause, step, result
+
+
+class Interrupted(Stopped, KeyboardInterrupt):
+    """Ctrl-C has stopped training: a loop over `Trainer.iterate` may take it for the KeyboardInterrupt that it is."""
 
 
 class NotEnoughMemory(RunError):
@@ -69,6 +87,30 @@ class LoaderDied(RunFailure):
 
 class PeerGone(RunFailure):
     """Another training process has ended."""
+
+
+_speaks_to_python = True
+
+
+@contextmanager
+def on_command_line() -> Iterator[None]:
+    """Let messages say how a run is resumed in the command line's words."""
+    global _speaks_to_python
+    before, _speaks_to_python = _speaks_to_python, False
+    try:
+        yield
+    finally:
+        _speaks_to_python = before
+
+
+def resume_option() -> str:
+    """Return what is added to a training's call to resume it."""
+    return "resume=True" if _speaks_to_python else "--resume"
+
+
+def how_to_resume() -> str:
+    """Return the subject of a sentence that ends with `goes on`."""
+    return "resume=True (or Trainer.restore())" if _speaks_to_python else "the same command with --resume"
 
 
 SECRET = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}\b")

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from hf_fasttrain.checkpoint import complete_checkpoints, read_state
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import RunError, resume_option
 from hf_fasttrain.saving import hold_run
 
 FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
@@ -37,7 +37,7 @@ def require_free(folder: Path, *, resume: bool) -> None:
     held = held_by_run(folder)
     if held and not resume:
         raise RunError(
-            f"output_dir {folder}: holds a run already ({', '.join(held)}); add --resume to go on with it, "
+            f"output_dir {folder}: holds a run already ({', '.join(held)}); add {resume_option()} to go on with it, "
             "or choose another output_dir"
         )
 

@@ -6,7 +6,7 @@ import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hf_fasttrain.checkpoint import (
     Checkpoint,
@@ -21,7 +21,7 @@ from hf_fasttrain.checkpoint import (
     save_checkpoint,
 )
 from hf_fasttrain.environment import free_memory_bytes, one_thread
-from hf_fasttrain.errors import RunError, RunFailure, Stopped
+from hf_fasttrain.errors import RunError, RunFailure, Stopped, how_to_resume
 from hf_fasttrain.files import attempt, new_folder, reason, sync_files, write_json
 from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
 from hf_fasttrain.process_memory import relax_memory_limit
@@ -30,19 +30,6 @@ from hf_fasttrain.runlock import hold, release
 from hf_fasttrain.runlog import RunLog
 
 FOLDER = "checkpoints"
-
-
-class Publisher(Protocol):
-    """What is told of a run's results when they are whole on disk, on the main process; it raises nothing."""
-
-    def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
-        """Take note of a checkpoint; called beside training, before it may be pruned."""
-
-    def finished(self, step: int, predictions: Predictions | None) -> None:
-        """Take note that the run is finished after so many steps, and of what its model says."""
-
-    def close(self) -> None:
-        """Let go of everything: training was stopped."""
 
 
 def hold_run(run: Path) -> bool:
@@ -86,9 +73,10 @@ class Checkpoints:
         processes: Processes,
         log: RunLog,
         keep: int,
-        saved: Callable[[Path, int, int | None], None] = lambda path, step, best_step: None,
     ) -> None:
-        self._saved = saved  # told of each checkpoint that is on disk: its folder, its step, the best step
+        # Called beside training with each checkpoint that is complete, before it may be removed; it raises nothing.
+        self.saved: Callable[[Path, int, bool], None] | None = None  # its folder, its step, whether it is the best
+        self._written = 0  # step of the newest checkpoint that this process has written
         self.run, self.folder = run, run / FOLDER
         self.processes, self.log, self.keep = processes, log, keep
         self.failed: str | None = None  # why the newest save was not written
@@ -126,6 +114,10 @@ class Checkpoints:
             raise error
         return self.failed is None
 
+    def newest_written(self) -> int:
+        """Return the step of the newest checkpoint that this process has written, 0 if there is none."""
+        return self._written
+
     def stand_by(self) -> None:
         """Wait until nothing is being written, whatever came of it."""
         if self._thread is not None:
@@ -137,7 +129,7 @@ class Checkpoints:
         if not there:
             return type(error)(f"{error}; nothing was saved yet")
         newest = checkpoint_step(there[-1])
-        told = type(error)(f"{error}; the same command with --resume goes on from step {newest:,}")
+        told = type(error)(f"{error}; {how_to_resume()} goes on from step {newest:,}")
         if newest > began_at:
             told.status = Stopped.RESUMABLE
         return told
@@ -149,7 +141,9 @@ class Checkpoints:
             elif not self._try(snapshot) and self._made_room(best_step, snapshot.step):
                 self._try(snapshot)
             if self.failed is None:
-                self._saved(checkpoint_path(self.folder, snapshot.step), snapshot.step, best_step)
+                self._written = snapshot.step
+                if self.saved is not None:
+                    self.saved(checkpoint_path(self.folder, snapshot.step), snapshot.step, snapshot.step == best_step)
                 self._prune(self.keep, best_step, snapshot.step)
             else:
                 newest = complete_checkpoints(self.folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,29 @@ class Steps:
     def __init__(self, loader: Any, start: int, stop: int) -> None:
         self.loader, self.stop = loader, stop
         self._steps: Iterator[Step] = iter(loader.steps(start, stop))
+        self._present: Step | None = None
 
     def __iter__(self) -> Iterator[Step]:
         while (step := next(self._steps, None)) is not None:
+            self._present = step
             yield step
 
-    def drop(self, step: Step) -> None:
-        """Let go of a step that failed, and of what is loaded ahead."""
-        if hasattr(step.micro_batches, "close"):
-            step.micro_batches.close()  # it holds images
-        self.close()
-
     def close(self) -> None:
-        """End the loader's workers."""
-        self._steps = iter(())
+        """Let go of the present step and of what is loaded ahead, and end the loader's workers.
 
-    def again(self, index: int, micro_batch_size: int) -> Step:
+        A traceback, which notebooks keep, may hold the step and the loop: nothing is left to their deletion.
+        """
+        for holder in (getattr(self._present, "micro_batches", None), self._steps):
+            if isinstance(holder, Generator):
+                holder.close()
+        self._present, self._steps = None, iter(())
+
+    def retry(self, index: int, micro_batch_size: int) -> Step:
         """Return a step once more, the same images in smaller micro-batches, and go on from there."""
         self.loader.cut_to(micro_batch_size)
         self._steps = iter(self.loader.again(index, self.stop))
-        return next(self._steps)
+        self._present = next(self._steps)
+        return self._present
 
 
 def smaller(micro_batch_size: int, *, with_batch_norm: bool) -> int | None:

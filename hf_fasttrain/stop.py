@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from hf_fasttrain.errors import Stopped
+from hf_fasttrain.errors import Interrupted, RunError, Stopped
 from hf_fasttrain.processes import Processes
+from hf_fasttrain.result import Result
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LAUNCHER_GONE = 1000  # stands where a signal's number could
@@ -26,13 +28,13 @@ SECONDS_BETWEEN = 1.0  # that these steps should take at most
 class StopSignals:
     """Remembers the first signal that asks for a stop, while it is entered; a second Ctrl-C ends the process at once.
 
-    `told` is called, in a thread of its own, with the name of the signal. That thread hears signals even while the
+    `hurry` is called, in a thread of its own, with the name of the signal. That thread hears signals even while the
     main one is in a long operation, where Python's handlers do not run. A launcher that dies (`accelerate launch`
     passes no SIGTERM on) counts as a signal. Outside of Python's main thread no signals can be caught.
     """
 
-    def __init__(self, told: Callable[[str], None] = lambda name: None, *, launched: bool = False) -> None:
-        self._told, self._received = told, 0
+    def __init__(self, hurry: Callable[[str], None] = lambda name: None, *, launched: bool = False) -> None:
+        self._hurry, self._received = hurry, 0
         self._parent = os.getppid() if launched else None
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -86,8 +88,24 @@ class StopSignals:
             self._received = self._received or number
             if not told:
                 told = True
-                self._told(signal_name(number))
+                self._hurry(signal_name(number))
         os.close(pipe)
+
+
+_trains: dict[int, str] = {}  # process id -> what trains in it; a process that is forked has an id of its own
+
+
+@contextmanager
+def only_one(output_dir: Path | None) -> Iterator[None]:
+    """Let one training at a time run in this process: signals and random states are the process's. RunError if not."""
+    running = _trains.get(os.getpid())
+    if running is not None:
+        raise RunError(f"a Trainer is running in this process already ({running}); end its running() or fit() first")
+    _trains[os.getpid()] = f"output_dir {output_dir}" if output_dir else "without output_dir"
+    try:
+        yield
+    finally:
+        del _trains[os.getpid()]
 
 
 @contextmanager
@@ -125,35 +143,47 @@ def signal_name(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-def stopped(number: int, step: int, *, saved: bool) -> Stopped:
-    """Return what a run ends with that a signal stopped after a step."""
-    code = Stopped.CTRL_C if number == signal.SIGINT else Stopped.RESUMABLE
-    return Stopped(code if saved else Stopped.NOT_WRITTEN, signal_name(number), step)
+def stopped(number: int, message: str, step: int, result: Result, *, saved: bool) -> Stopped:
+    """Return the exception of a run that a signal stopped after a step."""
+    kind, status = Stopped, Stopped.RESUMABLE
+    if number == signal.SIGINT:
+        kind, status = Interrupted, Stopped.CTRL_C
+    status = status if saved else Stopped.NOT_WRITTEN
+    return kind(message, status=status, cause=signal_name(number), step=step, result=result)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked for at a step's end, the same on every process."""
+class StopRequest:
+    """What is requested at a step's end, the same on every process."""
 
     stop: int = 0  # number of the signal
     save: bool = False
+    on_disk: int = 0  # step of the newest checkpoint that is complete
 
     def __bool__(self) -> bool:
         return bool(self.stop) or self.save
 
 
-class Requests:
+class StopRequests:
     """Tells at step boundaries whether to save or to stop.
 
     Alone, at once. Several processes agree every few steps, at most MOST_STEPS and about a second apart: on a stop if
-    any of them was signalled, on saving if `minutes` have passed on the main process's clock.
+    any of them was signalled, on saving if `minutes` have passed on the main process's clock, and on which checkpoint
+    is complete: the main process, which writes them, knows it.
     """
 
-    def __init__(self, processes: Processes, signals: StopSignals, minutes: float | None = None) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        signals: StopSignals,
+        minutes: float | None = None,
+        on_disk: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._on_disk = on_disk
         self.processes, self.signals = processes, signals
         self._seconds = None if minutes is None else 60 * minutes
-        self._saved = self._asked = time.monotonic()
-        self._next: int | None = None  # step at which the processes ask each other
+        self._saved = self._agreed = time.monotonic()
+        self._next: int | None = None  # step at which the processes agree next
         self._between = 1
 
     def saved(self) -> None:
@@ -164,21 +194,21 @@ class Requests:
         """Return whether this process was signalled; others may not have been."""
         return bool(self.signals.received)
 
-    def at_step(self, step: int) -> Asked:
-        """Return what is asked for after a step; called by all processes after every step."""
+    def at_step(self, step: int) -> StopRequest:
+        """Return what is requested after a step; called by all processes after every step."""
         if not self.processes.several:
-            return Asked(self.signals.received, self._is_due())
+            return StopRequest(self.signals.received, self._is_due(), self._on_disk())
         if self._next is not None and step < self._next:
-            return Asked()
+            return StopRequest()
         now = time.monotonic()
-        per_step = (now - self._asked) / self._between
-        wish = int(max(1, min(MOST_STEPS, SECONDS_BETWEEN / max(per_step, 1e-6)))) if self._next is not None else 1
+        per_step = (now - self._agreed) / self._between
+        most = int(max(1, min(MOST_STEPS, SECONDS_BETWEEN / max(per_step, 1e-6)))) if self._next is not None else 1
         main = self.processes.is_main
-        stop, save, self._between = self.processes.largest(
-            self.signals.received, int(main and self._is_due()), wish if main else 0
+        stop, save, self._between, on_disk = self.processes.largest(
+            self.signals.received, int(main and self._is_due()), most if main else 0, self._on_disk() if main else 0
         )
-        self._asked, self._next = now, step + self._between
-        return Asked(stop, bool(save))
+        self._agreed, self._next = now, step + self._between
+        return StopRequest(stop, bool(save), on_disk)
 
     def now(self) -> int:
         """Return the signal that any process has received so far; called by all processes at one place."""

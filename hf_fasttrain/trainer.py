@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +19,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_fasttrain.checkpoint import Snapshot, complete_checkpoints, require_same
+from hf_fasttrain.callbacks import CallbackError, Callbacks, StepReport
+from hf_fasttrain.checkpoint import Snapshot, checkpoint_path, complete_checkpoints, require_same
 from hf_fasttrain.data.deaths import CHILD_SIGNAL, Deaths
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import EvalLoader, OwnEvalLoader, OwnLoader, Step, TrainLoader
 from hf_fasttrain.duration import Duration
-from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop, early_stop, go_on, record_of, waited_steps
+from hf_fasttrain.early_stopping import EarlyStop, early_stop, go_on, how_to_go_on, record_of, waited_steps
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes, settle_device
-from hf_fasttrain.errors import NotEnoughMemory, PeerGone, RunError, RunFailure, shortened
+from hf_fasttrain.errors import NotEnoughMemory, PeerGone, RunError, RunFailure, how_to_resume, shortened
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.final import FinalModel, load_final, resolve_final, with_metric
 from hf_fasttrain.gradients import Gradients
@@ -37,15 +40,16 @@ from hf_fasttrain.predictions import Predictions
 from hf_fasttrain.processes import Processes, is_peer_gone, on_main
 from hf_fasttrain.result import Result, Watch
 from hf_fasttrain.runlog import METRICS_FILE, RunLog, last_steps
-from hf_fasttrain.saving import Checkpoints, Publisher, hold_run, release_run
+from hf_fasttrain.saving import Checkpoints, hold_run, release_run
 from hf_fasttrain.schedule import Schedule, constant
 from hf_fasttrain.state import State, Stateful
 from hf_fasttrain.steps import Steps, remember_cut, remembered_cut, smaller
-from hf_fasttrain.stop import Requests, StopSignals, interruptible, stopped
+from hf_fasttrain.stop import SIGNALS, StopRequests, StopSignals, interruptible, only_one, signal_name, stopped
 from hf_fasttrain.update import Update
 from hf_fasttrain.weights import save_weights
 
 if TYPE_CHECKING:
+    from hf_fasttrain.publish.at_end import Publish
     from hf_fasttrain.recipe import Recipe
 
 
@@ -60,8 +64,10 @@ class Trainer:
     `early_stopping`, else last. They are in the model after `fit`, and in output_dir/model.
     Before the first step two images of noise show which parameters forward does not use: they are frozen, and named.
 
-    Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped (a SystemExit) when a signal has
-    stopped training, its state saved.
+    `callbacks` are called while it trains: see `Callback`.
+
+    Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped when a signal has stopped training,
+    its state saved.
     """
 
     def __init__(
@@ -95,7 +101,7 @@ class Trainer:
         launched: bool = False,
         bad_images: BadImages | None = None,
         report: bool = True,
-        publisher: Publisher | None = None,
+        callbacks: Sequence[Any] = (),
         log: RunLog | None = None,
         log_every: int = 10,
         seed: int = 0,
@@ -160,7 +166,9 @@ class Trainer:
 
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.export, self.learnt, self.bad_images = export, learnt or {}, bad_images
-        self.recipe_text, self.publisher, self.report = recipe_text, publisher, report and output_dir is not None
+        self.recipe_text, self.report = recipe_text, report and output_dir is not None
+        self.publish: Publish | None = None  # the built-in callback: report, then push
+        self.callbacks = Callbacks(callbacks)
         self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
         if isinstance(ema, Ema) and (slow := ema.slow_note(self.num_steps)):
             self.log.note(slow)
@@ -170,105 +178,178 @@ class Trainer:
             if isinstance(loader, TrainLoader | EvalLoader):
                 loader.feed.deaths = self.deaths
         self.signals = StopSignals(self.log.hurry, launched=launched)
-        self.requests = Requests(self.processes, self.signals, minutes)
         self.checkpoints: Checkpoints | None = None
         if self.output_dir is not None:
-            self.checkpoints = Checkpoints(
-                self.output_dir, self.processes, self.log, keep_checkpoints, saved=self._tell_publisher
-            )
+            self.checkpoints = Checkpoints(self.output_dir, self.processes, self.log, keep_checkpoints)
+        on_disk = (lambda: 0) if self.checkpoints is None else self.checkpoints.newest_written
+        self.requests = StopRequests(self.processes, self.signals, minutes, on_disk)
         scaler = self.accelerator.scaler
         self.stateful = Stateful(self.accelerator, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
         self._saved_at = self._collected_at = -1
+        self._told_saved = 0  # step of the newest checkpoint that callbacks know
+        self._is_running, self._held = False, ExitStack()
         self._has_logged = self._is_settled = False
         self._final: FinalModel | None = None  # what the model holds since the run has ended
-        self._predictions: Predictions | None = None
+        self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
         self._test_metrics: dict[str, float] | None = None
         self._evaluation_seconds = 0.0  # of the last one
         self.reserved_memory = 0  # bytes of this machine's memory that the loaders will take beside this process
 
     @classmethod
     def from_recipe(
-        cls, recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, dataset: Any = None, resume: bool = False
+        cls,
+        recipe: Recipe | str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        dataset: Any = None,
+        resume: bool = False,
+        callbacks: Sequence[Any] = (),
     ) -> Trainer:
         """Return the trainer of a recipe (file, name or `Recipe`) with `section.key=value` overrides.
 
         `dataset`: a `datasets.Dataset` or `DatasetDict` to use instead of the recipe's data.dataset. With `resume`,
-        `fit` goes on from the newest complete checkpoint in the recipe's output_dir.
+        `fit` goes on from the newest complete checkpoint in the recipe's output_dir. `callbacks`: see `Callback`.
         """
         from hf_fasttrain.build import build_trainer
 
-        return build_trainer(recipe, overrides, dataset=dataset, resume=resume, trainer_class=cls)
+        return build_trainer(recipe, overrides, dataset=dataset, resume=resume, callbacks=callbacks, trainer_class=cls)
 
     # --- the loop ------------------------------------------------------------------------------------------
 
     def fit(self) -> Result:
         """Train to the end and return how it ended.
 
-        Until the last file of that is written, no other run is let into the run folder.
+        Raises Stopped when a signal has stopped it before, with its state saved.
         """
+        with self.running():
+            for _ in self.iterate():
+                pass
+            return self.finish()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the run folder, listen to signals and let the clock run, for a loop over `iterate`.
+
+        All of that ends with it, and loader processes too, whether the loop came to its end, was left by `break` or by
+        an exception: another trainer may run then. Raises RunError where one is running in this process already.
+        """
+        with only_one(self.output_dir), self._run_folder():
+            began_at, late = self.state.step, 0
+            try:
+                with ExitStack() as self._held:
+                    self._begin(self._held)
+                    yield
+                    late = self.signals.received if self._is_running else 0
+            except BaseException as error:
+                self._failed(error)
+                failure = self._failure(error, began_at)
+                if failure is not None:
+                    raise failure from None
+                raise
+            finally:
+                self._is_running = False
+                self._close()
+        if late in SIGNALS:
+            signal.raise_signal(late)  # that came after the last step: nobody has heeded it
+
+    def iterate(self) -> Iterator[StepReport]:
+        """Make the steps that are left, and yield each when all that is due after it is done.
+
+        Within `running` alone. Goes on where an earlier loop was left. A signal ends it: the state is saved, and
+        Stopped is raised, which is a KeyboardInterrupt too if it was Ctrl-C.
+        """
+        self._require_running("iterate()")
+        return self._make_steps()
+
+    def _make_steps(self) -> Iterator[StepReport]:
+        self._catch_up()
+        for step in self._steps if not self.is_finished else ():
+            self.state.lr = self.lr * self.schedule(self.state.updates)
+            set_lr(self.optimizer, self.state.lr)
+            self.callbacks.call("before_step", self, self.state.step + 1)
+            loss = self._make(step)
+            self.pace.add(loss, step.num_images, self.update.grad_norm, skipped=self.update.skipped)
+            self.state.step += 1
+            report = StepReport(self.state.step, loss, step.num_images, self.state.lr, self.update.grad_norm)
+            self.log.at_step(self.state.step)
+            request = self.requests.at_step(self.state.step)
+            stop = request.stop
+            if self._due(self.log_every, self.evaluate_every, self.checkpoint_every) or request:
+                self._log_training()  # which stops a run whose loss is no number before that is saved
+            self.callbacks.call("after_step", self, report)
+            if self._due(self.evaluate_every) and not stop:
+                stop = self._evaluate_and_compare()
+            if self._due(self.checkpoint_every) or request.save or stop:
+                self.save()
+            self._tell_saved(request.on_disk)
+            if stop:
+                self._stop(stop)
+            yield report
+            if self.has_stopped_early:
+                break
+
+    def publish_by(self, publish: Publish) -> None:
+        """Let a built-in callback report and push the run, before the other callbacks are called."""
+        self.publish = publish
+        self.callbacks.put_first(publish)
+        if self.checkpoints is not None:
+            self.checkpoints.saved = publish.saved
+
+    @contextmanager
+    def _run_folder(self) -> Iterator[None]:
+        """Keep other runs out of the run folder."""
+        self._require_free_folder()
+        if self.publish is None and self.report and self.output_dir is not None:
+            from hf_fasttrain.publish.at_end import Publish
+
+            self.publish_by(Publish(self.output_dir, self.log))
         try:
-            result = self._train()
-            with interruptible():
-                self._publish(result)
+            yield
         finally:
             if self.checkpoints is not None:
                 release_run(self.checkpoints.run)
-        return result
 
-    def _train(self) -> Result:
-        """Train to the end, and write down how it ended."""
-        with self._running():
-            stop = self._catch_up()
-            for step in self._steps if not stop and not self.is_finished else ():
-                self.state.lr = self.lr * self.schedule(self.state.updates)
-                set_lr(self.optimizer, self.state.lr)
-                loss = self._make(step)
-                self.pace.add(loss, step.num_images, self.update.grad_norm, skipped=self.update.skipped)
-                self.state.step += 1
-                self.log.at_step(self.state.step)
-                asked = self.requests.at_step(self.state.step)
-                stop = asked.stop
-                if self._due(self.log_every, self.evaluate_every, self.checkpoint_every) or asked:
-                    self._log_training()  # which stops a run whose loss is no number before that is saved
-                if self._due(self.evaluate_every) and not stop:
-                    stop = self._evaluate_and_compare()
-                if self._due(self.checkpoint_every) or asked.save or stop:
-                    self.save()
-                if stop or self.has_stopped_early:
-                    break
-            if self.early_stop and not stop:
-                self.log.say(f"{self.early_stop}; {HOW_TO_GO_ON}" if self.output_dir else str(self.early_stop))
-            return self._finish(stop)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Hold the run folder, listen to signals and let the clock run."""
-        self._require_free_folder()
+    def _begin(self, held: ExitStack) -> None:
+        """Take hold of all that `running` holds, but for the run folder."""
         self.state.num_steps = self.num_steps
         self._steps = Steps(self.train_loader, self.state.step, self.num_steps)
+        held.callback(self._close_loaders)
         self._set_train_mode()
-        self.deaths.number, began_at = 0, self.state.step
-        try:
-            bars = self.log.progress(self.num_steps, self.state.step, self.train_loader.steps_per_epoch)
-            with self.signals, CHILD_SIGNAL.noted(), bars, self.pace.running():
-                yield
-        except BaseException as error:
-            if self.checkpoints is not None:
-                self.checkpoints.stand_by()
-            if self.publisher is not None:
-                self.publisher.close()
-            failure = self._failure(error, began_at)
-            if failure is not None:
-                raise failure from None
-            raise
-        finally:
-            for loader in (self._steps, self.eval_loader, self.test_loader):
-                if hasattr(loader, "close"):
-                    loader.close()
-            if self.checkpoints is not None:
-                self.checkpoints.wait()
+        self.deaths.number = 0
+        bars = self.log.progress(self.num_steps, self.state.step, self.train_loader.steps_per_epoch)
+        for each in (self.signals, CHILD_SIGNAL.noted(), bars, self.pace.running()):
+            held.enter_context(each)
+        self._is_running = True
+
+    def _close_loaders(self) -> None:
+        for loader in (self._steps, self.eval_loader, self.test_loader):
+            if hasattr(loader, "close"):
+                loader.close()
+
+    def _failed(self, error: BaseException) -> None:
+        """Tell the callbacks that an exception has ended training, once nothing is being written."""
+        if self.checkpoints is not None:
+            self.checkpoints.stand_by()
+        if self._is_running:
+            for failed in self.callbacks.call_all("failed", self, error):
+                self.log.alert(str(failed))
+
+    def _close(self) -> None:
+        """Wait for what is being written, and close the callbacks."""
+        is_failing = sys.exception() is not None
+        failed = self.callbacks.call_all("close")
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        if failed and not is_failing:
+            raise failed[0]
+        for error in failed:
+            self.log.alert(str(error))
+
+    def _require_running(self, method: str) -> None:
+        if not self._is_running:
+            raise RunError(f"{method} outside of running(): use it as `with trainer.running(): ...`, or call fit()")
 
     def _failure(self, error: BaseException, began_at: int) -> RunFailure | None:
         """Return the message for an error that comes of a process that is gone, with what is saved; else None."""
@@ -278,13 +359,14 @@ class Trainer:
             return None
         return error if self.checkpoints is None else self.checkpoints.what_remains(error, began_at)
 
-    def _catch_up(self) -> int:
-        """Evaluate what was due when the run was stopped; return the signal that broke it off, or 0."""
+    def _catch_up(self) -> None:
+        """Evaluate what was due when the run was stopped."""
         if self.state.step == 0 or not self._due(self.evaluate_every) or self.is_finished:
-            return 0
+            return
         stop = self._evaluate_and_compare()
         self.save()
-        return stop
+        if stop:
+            self._stop(stop)
 
     def _make(self, step: Step) -> Tensor:
         """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
@@ -322,8 +404,8 @@ class Trainer:
         if agreed:
             before = self.processes.largest(before)[0]
         if self._released_images(agreed):
-            self._undo(step)
-            return self._steps.again(step.index, before)
+            self._undo()
+            return self._steps.retry(step.index, before)
         size = smaller(before, with_batch_norm=bool(self.norms))
         if size is None:
             least = "two images, which batch norm needs, do" if self.norms else "a single image does"
@@ -333,19 +415,19 @@ class Trainer:
         if self.memory.failed_in() == "update" or (self.processes.several and not agreed):
             raise NotEnoughMemory(
                 f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
-                f"being exchanged or applied ({what}); nothing of it is saved: the same command with --resume goes on "
+                f"being exchanged or applied ({what}); nothing of it is saved: {how_to_resume()} goes on "
                 f"from the newest checkpoint with micro-batches of {size}"
             )
-        self._undo(step)
+        self._undo()
         self.state.out_of_memory.append({"step": step.index + 1, "before": before, "after": size})
         self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step.index + 1} on")
-        return self._steps.again(step.index, size)
+        return self._steps.retry(step.index, size)
 
-    def _undo(self, step: Step) -> None:
+    def _undo(self) -> None:
         """Go back to before a step that failed."""
         self.update.undo()
         self._set_train_mode()
-        self._steps.drop(step)
+        self._steps.close()
         free_cached_memory(self.device)
 
     def _released_images(self, agreed: bool) -> bool:
@@ -450,6 +532,7 @@ class Trainer:
         if self._improves(self.best, self.state.best):
             self.state.best = {**self._record(self.best), "metrics": metrics}
             self.save()
+        self.callbacks.call("after_evaluation", self, metrics)
         return 0
 
     def _evaluate_and_log(self, loader: Iterable[Any]) -> dict[str, float]:
@@ -500,6 +583,7 @@ class Trainer:
         """
         if self.checkpoints is None or self._saved_at == self.state.step or self._holds_earlier_weights:
             return
+        self._tell_saved()  # of the one before, which may be removed now
         self._saved_at = self.state.step
         self.requests.saved()
         with self.pace.stopped():
@@ -510,6 +594,7 @@ class Trainer:
                 "recipe": self.recipe_text,
                 "trackers": self.log.tracker_ids(),
                 "processes": self.processes.number,
+                "callbacks": self.callbacks.state_dict(),
             }
             best = self.state.best["step"] if self.state.best else None
             snapshot = Snapshot(self.state.step, about, self.stateful.weights(), self.stateful.training())
@@ -551,6 +636,7 @@ class Trainer:
             if note:
                 self.log.note(note)
             self._go_on(checkpoint.path.name, checkpoint.state["processes"])
+            self.callbacks.load_state_dict(checkpoint.state.get("callbacks", {}), self.log.note)
         else:
             self.log.say(f"nothing to resume in {self.output_dir}: training starts afresh")
             self.log.forget_after(0)
@@ -564,7 +650,7 @@ class Trainer:
         state = self.state
         self.pace.images, self.pace.train_seconds = state.images, state.train_seconds
         self.pace.wait_seconds = state.wait_seconds
-        self._saved_at = state.step
+        self._saved_at = self._told_saved = state.step
         self.log.forget_after(state.step)
         if self.log.main and self.log.folder is not None:
             last = last_steps(self.log.folder)["train"]  # each checkpoint has its line
@@ -648,29 +734,72 @@ class Trainer:
             f"use another accelerate.mixed_precision; the checkpoints are as they were{listed}"
         )
 
-    def _finish(self, stop: int) -> Result:
-        """Evaluate, save and write down how the run ended; after a signal, leave when its state is saved."""
+    def finish(self) -> Result:
+        """End the run after the steps that are made: evaluate, write model, result and report, tell the callbacks.
+
+        Within `running` alone. After a `break` the run ends with the model as it is; resumed, it goes on from there.
+        Raises Stopped when a signal has broken the evaluation off, and CallbackError, at last, if a callback failed.
+        """
+        self._require_running("finish()")
+        if self.early_stop:
+            self.log.say(f"{self.early_stop}; {how_to_go_on()}" if self.output_dir else str(self.early_stop))
         self.stateful.require_finite(self.state.step)
-        stop = stop or self._evaluate_and_compare()
-        self.save()
-        if self.checkpoints is not None and self.processes.any(not self.checkpoints.wait()):
-            self._saved_at = -1
-            self.save()  # once more: what filled the disk may be gone
+        stop = self._evaluate_and_compare()
+        self._save_last()
         stop = stop or self.requests.now() or self._measure_final()
         if stop:
             self._leave(stop)
         if self.bad_images is not None and self.bad_images.count:
             self.log.note(f"{self.bad_images.count} bad images were replaced by others; {self.bad_images.where}")
-        if self.output_dir is not None and self.accelerator.is_main_process:
-            assert self.checkpoints is not None
+        if self.checkpoints is not None and self.processes.is_main:
             self.checkpoints.write_results(
                 lambda folder: self.export(self.trained_model, folder),
-                self._predictions,
+                self.predictions,
                 lambda: asdict(self._result()),
             )
         result = self._result()
         self.processes.wait()
+        self._held.close()
+        self._is_running = False
+        self._tell_finished(result)
         return result
+
+    def _tell_finished(self, result: Result) -> None:
+        """Tell the callbacks, and write down what they could not write; Ctrl-C and SIGTERM leave them off."""
+        failed: list[CallbackError] = []
+        try:
+            with interruptible():
+                failed = self.callbacks.call_all("finished", self, result)
+        except KeyboardInterrupt:
+            self.log.say("trained to the end; the callbacks that were left are not called")
+        if self.checkpoints is not None and self.processes.is_main and self.log.lost != result.not_written:
+            result.not_written = list(self.log.lost)
+            self.checkpoints.write_result(asdict(result))
+        for error in failed:
+            self.log.alert(f"the run is finished, but {error}")
+        if failed:
+            raise failed[0]
+
+    def _save_last(self) -> None:
+        """Save the present step and wait until that is on disk; twice, if it must."""
+        self.save()
+        if self.checkpoints is None:
+            return
+        if self.processes.any(not self.checkpoints.wait()):
+            self._saved_at = -1
+            self.save()  # once more: what filled the disk may be gone
+        self._tell_saved()
+
+    def _tell_saved(self, on_disk: int | None = None) -> None:
+        """Tell the callbacks of a checkpoint that has become complete; the main process knows which one."""
+        if self.checkpoints is None:
+            return
+        if on_disk is None:
+            self.checkpoints.wait()
+            on_disk = self.processes.largest(self.checkpoints.newest_written())[0]
+        if on_disk > self._told_saved:
+            self._told_saved = on_disk
+            self.callbacks.call("after_save", self, checkpoint_path(self.checkpoints.folder, on_disk))
 
     def _measure_final(self) -> int:
         """Load and measure the weights that the run ends with; return the signal that broke it off, or 0."""
@@ -702,33 +831,9 @@ class Trainer:
         self.evaluator.collects = False
         if metrics and self.report:
             name, rows = getattr(self.eval_loader, "name", "evaluation split"), getattr(self.eval_loader, "rows", None)
-            self._predictions = self.evaluator.predictions(final.step, name, rows)
+            self.predictions = self.evaluator.predictions(final.step, name, rows)
             self._collected_at = -1  # they are not kept twice
         return metrics
-
-    def _tell_publisher(self, path: Path, step: int, best_step: int | None) -> None:
-        if self.publisher is not None:
-            self.publisher.saved(path, step, best=step == best_step)
-
-    def _publish(self, result: Result) -> None:
-        """Hand the finished run to whoever makes something for others of it; a signal leaves that off."""
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            if self.publisher is not None:
-                self.publisher.finished(self.state.step, self._predictions)
-            elif self.report and self.output_dir is not None:
-                from hf_fasttrain.publish.at_end import report_at_end
-
-                report_at_end(self.output_dir, self.log.say, self.log.not_written)
-        except KeyboardInterrupt:
-            self.log.say(f"trained to the end; the rest was left off: hf-fasttrain report {self.output_dir}, or push")
-        finally:
-            if self.publisher is not None:
-                self.publisher.close()
-        if self.checkpoints is not None and self.log.lost != result.not_written:
-            result.not_written = list(self.log.lost)
-            self.checkpoints.write_result(asdict(result))
 
     @property
     def final_step(self) -> int:
@@ -738,18 +843,24 @@ class Trainer:
             return self.state.step
         return best if self.checkpoints.can_load(best) else self.state.step
 
-    def _leave(self, stop: int) -> None:
-        """Wait until the state is on disk and raise Stopped."""
+    def _stop(self, stop: int) -> NoReturn:
+        """Save the present step and leave."""
+        self.stateful.require_finite(self.state.step)
+        self._save_last()
+        self._leave(stop)
+
+    def _leave(self, stop: int) -> NoReturn:
+        """Raise Stopped, the state being saved."""
         saved = self.checkpoints is None or not self.processes.any(not self.checkpoints.wait())
-        error = stopped(stop, self.state.step, saved=saved)
-        done = f"stopped by {error.cause} after step {self.state.step} of {self.num_steps}"
+        message = f"stopped by {signal_name(stop)} after step {self.state.step} of {self.num_steps}"
         if self.checkpoints is None:
-            self.log.say(f"{done}; nothing is saved without an output_dir")
+            message += "; nothing is saved without an output_dir"
         elif saved:
-            self.log.say(f"{done}; it is saved: the same command with --resume goes on")
+            message += f"; it is saved: {how_to_resume()} goes on"
         else:
-            self.log.say(f"{done}; its state could not be saved: {self.checkpoints.failed}")
-        raise error
+            message += f"; its state could not be saved: {self.checkpoints.failed}"
+        self.log.say(message)
+        raise stopped(stop, message, self.state.step, self._result(), saved=saved)
 
     def _copy_pace(self) -> None:
         self.state.images, self.state.train_seconds = self.pace.images, self.pace.train_seconds

@@ -24,7 +24,9 @@ from hf_fasttrain.result import Watch
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.state import State
 
-HOW = "to go on: the same command with --resume and a longer early_stopping.patience, early_stopping=null or a longer "
+HOW = "to go on: {} and a longer early_stopping.patience, early_stopping=null or a longer train.duration"
+IN_PYTHON = HOW.format("resume=True (or Trainer.restore())")
+ON_COMMAND_LINE = HOW.format("the same command with --resume")
 TWO = Watch("accuracy", patience=2)
 
 
@@ -103,7 +105,7 @@ def test_it_is_said_at_the_moment_with_metric_best_value_step_patience_and_how_t
     assert trainer.state.step == 4
     line = (
         "stopped early after step 4 of 9: accuracy has not been above 0.7500, its best value (step 2), for 2 steps; "
-        f"early_stopping.patience is 2; {HOW}train.duration"
+        f"early_stopping.patience is 2; {IN_PYTHON}"
     )
     assert capsys.readouterr().out.splitlines()[-1] == line
     result = json.loads((tmp_path / "result.json").read_text())
@@ -204,11 +206,11 @@ def test_the_command_line_says_it_in_its_closing_lines_and_goes_on_when_told_to(
     early = "stopped early after step 4 of 9: accuracy has not been above 0.7500, its best value (step 2), for 2 steps"
     closing = capsys.readouterr().out.partition("done: 4 steps, ")[2]
     assert early in closing
-    assert f"      {HOW}train.duration\n" in closing
+    assert f"      {ON_COMMAND_LINE}\n" in closing
     assert exit_status([*command, "--resume"]) == 0
     again = capsys.readouterr().out
     assert f"{tmp_path / 'run'}: this run is finished (4 steps); nothing to do\n{early}" in again
-    assert HOW in again
+    assert ON_COMMAND_LINE in again
     assert exit_status([*command, "--resume", "early_stopping=null"]) == 0
     assert steps_of(tmp_path / "run")[-1] == 9
     closing = capsys.readouterr().out.partition("done: 9 steps, ")[2]

@@ -23,7 +23,7 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.checkpoint import complete_checkpoints, load_checkpoint
 from hf_fasttrain.cli import main
 from hf_fasttrain.data.loader import Step
-from hf_fasttrain.errors import RunError, UserError
+from hf_fasttrain.errors import RunError, Stopped, UserError
 from hf_fasttrain.runlog import RunLog
 
 SMALL = ["data.eval_fraction=0.05", "train.duration=6 steps", "evaluate.every=6 steps", "log.every=3"]
@@ -293,8 +293,8 @@ def test_a_terminal_that_hangs_up_leaves_the_right_status(write_recipe: Callable
             os.environ["TERM"] = "xterm"
             overrides = ["train.duration=5000 steps", "log.every=1", "evaluate.every=5000 steps"]
             make(write_recipe(), tmp_path / "run", *overrides, "checkpoint.every=5000 steps").fit()
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
+        except Stopped as stopped:
+            status = stopped.status
         finally:
             os._exit(status)
     seen = b""

@@ -95,7 +95,7 @@ def test_training_pictures_are_what_the_model_was_given(write_recipe: Callable[.
     trainer = build_trainer(write_recipe(RECIPE), overrides)
     images, targets = next(next(trainer.train_loader.steps(0, 1)).micro_batches)
     pixels: dict[str, np.ndarray] = {}
-    pictures = trainer.publisher.show.func.__self__
+    pictures = trainer.publish.show.func.__self__
     step, made = pictures.training(4, pixels)
     assert step == 1
     mean, std = torch.tensor(pictures.pre.mean), torch.tensor(pictures.pre.std)
@@ -151,7 +151,7 @@ def test_a_trainer_of_own_objects_writes_a_report_too(tmp_path: Path) -> None:
 
 def test_a_report_can_be_switched_off(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert trained(write_recipe, run, "log.report=false").publisher is None
+    assert trained(write_recipe, run, "log.report=false").publish is None
     assert {path.name for path in run.iterdir()} == {
         "checkpoints", "metrics.jsonl", "model", "recipe.yaml", "resolved.yaml", "result.json",
     }  # fmt: skip
@@ -197,14 +197,14 @@ def test_images_that_are_gone_cost_only_the_pictures(
     run = tmp_path / "run"
     overrides = [f"output_dir={run}", f"data.dataset={image_folder}", "data.cache=memory", "evaluate.every=1 step"]
     trainer = build_trainer(write_recipe(RECIPE), [*overrides, "data.max_bad_fraction=1.0"])
-    real = trainer.publisher.show
+    real = trainer.publish.show
 
     def remove_first(step: int, predictions: Predictions | None) -> None:
         for path in image_folder.rglob("*.jpg"):
             path.unlink()
         real(step, predictions)
 
-    object.__setattr__(trainer.publisher, "show", remove_first)
+    trainer.publish.show = remove_first
     trainer.fit()
     said = capsys.readouterr().out
     assert "note: the report has no training images: " in said

@@ -402,7 +402,7 @@ def test_a_recipe_stays_yaml_of_the_same_types() -> None:
 @pytest.mark.parametrize("name", ["result.json", "model/hf_fasttrain.json"])
 def test_an_unfinished_run_is_refused(hub: Hub, copied: Path, name: str) -> None:
     (copied / name).unlink()
-    with pytest.raises(RunError, match=rf"copied: is no finished run, it has no {name}; give .*--resume"):
+    with pytest.raises(RunError, match=rf"copied: is no finished run, it has no {name}; give .*resume=True"):
         push_run(copied, "me/flowers")
     assert hub.created == []
 

@@ -54,7 +54,7 @@ LEVELS = [
     {"data.images"},
     {"data.feed"},
     {"data.device", "data.loader"},
-    {"steps", "gradients", "update", "unused_parameters", "early_stopping", "final"},
+    {"callbacks", "steps", "gradients", "update", "unused_parameters", "early_stopping", "final"},
     {"resolved", "trainer"},
     {"accelerator", "runfolder"},
     {"machine"},
@@ -62,7 +62,6 @@ LEVELS = [
     {"cache_plan"},
     {"loaders", "report_pictures"},
     {"micro_batch"},
-    {"handover"},
     {"assemble"},
     {"build", "serve", "memory_report"},
     {"study", "study.statistics", "study.stopwatch", "study.turns", "study.words"},
@@ -84,7 +83,7 @@ RECIPE_MODULES = {"recipe", "recipe_check", "recipe_file", "contradictions", "re
 STUDY = {name for name in MODULES if name.startswith("study")}
 DOORS_UP = {("trainer", "build"), ("trainer", "publish.hub"), ("trainer", "publish.at_end")}  # imported inside methods
 CLI = {name for name in MODULES if name.startswith("cli")}
-ABOVE_PUBLISH = {"trainer", "handover", "assemble", "build"} | CLI
+ABOVE_PUBLISH = {"trainer", "assemble", "build"} | CLI
 PUBLISH = {name for name in MODULES if name.startswith("publish")}
 
 
@@ -130,7 +129,7 @@ def test_there_is_no_circle() -> None:
 
 
 def test_only_build_and_above_know_the_recipe() -> None:
-    allowed = RECIPE_MODULES | STUDY | {"machine", "kept", "loaders", "cache_plan", "handover", "assemble"}
+    allowed = RECIPE_MODULES | STUDY | {"machine", "kept", "loaders", "cache_plan", "assemble"}
     allowed |= {"micro_batch", "memory_report", "report_pictures"}
     allowed |= {"build", "serve"} | CLI
     for name, path in MODULES.items():

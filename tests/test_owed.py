@@ -148,9 +148,10 @@ def test_the_folder_is_held_until_the_last_file_is_written(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_fasttrain import runlock
+    from hf_fasttrain.publish.at_end import Publish
 
     held = []
-    monkeypatch.setattr("hf_fasttrain.handover.report_at_end", lambda *_, **__: held.append(len(runlock._held)))
+    monkeypatch.setattr(Publish, "publish", lambda *_: held.append(len(runlock._held)))
     reset_accelerate()
     before = len(runlock._held)
     Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={tmp_path / 'run'}"]).fit()

@@ -94,14 +94,14 @@ def test_steps_are_pushed_as_they_are_saved(hub: Hub, write_recipe: Callable[...
     reset_accelerate()
     run = tmp_path / "run"
     trainer = build_trainer(write_recipe(RECIPE), [f"output_dir={run}", "hub.every=2 steps", "train.duration=4 steps"])
-    real = trainer.publisher.saved
+    real = trainer.checkpoints.saved
 
-    def saved_and_waited(*args: object, **options: object) -> None:
-        real(*args, **options)
-        if (thread := trainer.publisher.pusher._thread) is not None:
+    def saved_and_waited(*args: object) -> None:
+        real(*args)
+        if (thread := trainer.publish.pusher._thread) is not None:
             thread.join(60)
 
-    object.__setattr__(trainer.publisher, "saved", saved_and_waited)
+    trainer.checkpoints.saved = saved_and_waited
     trainer.fit()
     repo = hub.repos["me/digits"]
     assert [commit["summary"] for commit in repo.commits] == ["Step 2", "Push a run of hf_fasttrain"]
@@ -155,7 +155,7 @@ def test_a_run_that_is_stopped_leaves_no_upload(hub: Hub, write_recipe: Callable
 
     def stop_at_four(step: Any) -> Any:
         if step.index == 3:
-            while trainer.publisher.pusher._process is None:
+            while trainer.publish.pusher._process is None:
                 time.sleep(0.01)
             trainer.signals._received = 15
         return real(step)
@@ -163,7 +163,7 @@ def test_a_run_that_is_stopped_leaves_no_upload(hub: Hub, write_recipe: Callable
     trainer.train_step = stop_at_four
     with pytest.raises(Stopped):
         trainer.fit()
-    assert trainer.publisher.pusher._process.poll() is not None
+    assert trainer.publish.pusher._process.poll() is not None
     assert not (run / ".hub").exists()
     hub.faults.clear()
     reset_accelerate()
@@ -406,25 +406,25 @@ def join(pusher: Pusher) -> None:
 
 
 def test_what_is_not_written_is_not_pushed(hub: Hub, run: Path) -> None:
-    from hf_fasttrain.handover import RunPublisher
+    from hf_fasttrain.publish.at_end import Publish
     from hf_fasttrain.runlog import RunLog
 
     said, log = Said(), RunLog(run)
     log.say = said  # type: ignore[method-assign]
     log.lost = [f"{run / 'model'}: No space left on device"]
-    RunPublisher(run, log, None, pusher_of(run, said)).finished(2, None)
+    Publish(run, log, report=False, pusher=pusher_of(run, said)).publish(2, None)
     assert said == [f"not pushed: model could not be written; when they are: hf-fasttrain push {run} me/digits"]
     assert hub.requests == []
 
 
 def test_an_error_in_making_ready_is_said_and_training_goes_on(run: Path) -> None:
-    from hf_fasttrain.handover import RunPublisher
+    from hf_fasttrain.publish.at_end import Publish
     from hf_fasttrain.runlog import RunLog
 
     said = Said()
     pusher = pusher_of(run, said)
     pusher.describe = lambda folder: {}["a key"]
-    RunPublisher(run, RunLog(run), None, pusher).saved(make_checkpoint(run, 1), 1, best=True)
+    Publish(run, RunLog(run), pusher=pusher).saved(make_checkpoint(run, 1), 1, best=True)
     assert said == ["hub: nothing can be made ready for me/digits: 'a key'; training goes on"]
 
 

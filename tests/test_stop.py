@@ -21,7 +21,7 @@ from hf_fasttrain.data.loader import Step
 from hf_fasttrain.errors import Stopped
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.runlog import RunLog
-from hf_fasttrain.stop import Requests, StopSignals
+from hf_fasttrain.stop import StopRequests, StopSignals
 
 SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "augment.mixup=0.5", "log.every=1", "ema={decay: 0.9}"]
 RARELY = ["checkpoint.every=1000 steps", "evaluate.every=1000 steps"]
@@ -60,11 +60,11 @@ def test_a_signal_finishes_the_step_saves_and_resume_goes_on(
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     with pytest.raises(Stopped) as caught:
         signalled(write_recipe(), tmp_path / "cut", {3: [number]}, *options).fit()
-    assert caught.value.code == code
+    assert caught.value.status == code
     assert caught.value.step == 4
     assert steps_of(tmp_path / "cut") == [4]
     assert before == {n: signal.getsignal(n) for n in before}
-    assert "after step 4 of 6; it is saved: the same command with --resume goes on" in capsys.readouterr().out
+    assert "after step 4 of 6; it is saved: resume=True (or Trainer.restore()) goes on" in capsys.readouterr().out
     assert not (tmp_path / "cut" / "result.json").exists()
     result = signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
     assert result.resumed_at == [4]
@@ -81,8 +81,8 @@ def in_child(work: Callable[[], None]) -> int:
         try:
             work()
             status = 0
-        except SystemExit as error:
-            status = int(error.code or 0)
+        except Stopped as error:
+            status = error.status
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -141,7 +141,7 @@ def stop_one_of_two(recipe: str, run: str, at: int) -> tuple[int, int]:
     try:
         signalled(Path(recipe), Path(run), {at: [signal.SIGTERM]}, *options, process=1).fit()
     except Stopped as stopped:
-        return stopped.step, stopped.code  # type: ignore[return-value]
+        return stopped.step, stopped.status
     raise AssertionError("not stopped")
 
 
@@ -255,8 +255,8 @@ def test_a_launcher_that_dies_counts_as_a_signal(write_recipe: Callable[..., Pat
         if not os.fork():
             try:
                 train()
-            except SystemExit as error:
-                status.write_text(str(error.code))
+            except Stopped as error:
+                status.write_text(str(error.status))
             finally:
                 os._exit(0)
         while not (tmp_path / "ready").exists():
@@ -325,7 +325,7 @@ def test_slow_steps_are_agreed_on_one_by_one_and_fast_ones_at_most_ten_at_once(
     monkeypatch.setattr("hf_fasttrain.stop.time.monotonic", lambda: now[0])
     for seconds, most in ((3.0, 30), (0.001, 5)):
         two = Two()
-        requests = Requests(two, StopSignals())  # type: ignore[arg-type]
+        requests = StopRequests(two, StopSignals())  # type: ignore[arg-type]
         asked_at = []
         for step in range(1, 31):
             now[0] += seconds

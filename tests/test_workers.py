@@ -268,8 +268,8 @@ def test_a_second_death_ends_the_run_by_what_it_has_saved(digits: Source, tmp_pa
     last = steps_of(tmp_path / "saved")[-1]
     assert last >= 6
     assert str(caught.value) == (
-        f"a second loader process died ({KILLED}): lower data.workers or data.cache_gb; the same command with --resume "
-        f"goes on from step {last}"
+        f"a second loader process died ({KILLED}): lower data.workers or data.cache_gb; "
+        f"resume=True (or Trainer.restore()) goes on from step {last}"
     )
     assert caught.value.status == Stopped.RESUMABLE
     load_checkpoint(complete_checkpoints(tmp_path / "saved" / "checkpoints")[-1])
@@ -338,9 +338,11 @@ def killed_twice_on_one(source: Source, run: str) -> tuple[str, int, str]:
 def test_a_second_death_on_one_process_is_no_traceback_on_the_others(digits: Source, tmp_path: Path) -> None:
     (first, status, said), (second, status_too, said_too) = run_processes(killed_twice_on_one, digits, str(tmp_path))
     assert (first, second, status, status_too) == ("PeerGone", "LoaderDied", 75, 75)
-    newest = f"; the same command with --resume goes on from step {steps_of(tmp_path)[-1]}"
+    newest = f"; resume=True (or Trainer.restore()) goes on from step {steps_of(tmp_path)[-1]}"
     assert said == f"another training process has ended; if it could, it has said why{newest}"
-    assert re.search(r"; the same command with --resume goes on from step \d+$", said_too)  # as it saw it, earlier
+    assert re.search(
+        r"; resume=True \(or Trainer.restore\(\)\) goes on from step \d+$", said_too
+    )  # as it saw it, earlier
 
 
 @pytest.mark.parametrize("text", ["[..] Connection closed by peer [127.0.0.1]:15275", "remote process exited or there"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.cli.app import app, with_verb
 from hf_fasttrain.cli.terminal import is_main
-from hf_fasttrain.errors import RunError, UserError, without_secrets
+from hf_fasttrain.errors import RunError, UserError, on_command_line, without_secrets
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     limit_spinning()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _out_of_memory_told():
+        with on_command_line(), _out_of_memory_told():
             app(with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
     except UserError as error:
         if is_main() or not error.every_process:

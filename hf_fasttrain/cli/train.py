@@ -51,9 +51,9 @@ def train(
         with _memory_limit(trainer):
             result = trainer.fit()
     except Stopped as stopped:
-        ignore_signals(int(stopped.code or 0))
+        ignore_signals(stopped.status)
         _end_trackers(trainer)
-        raise
+        sys.exit(stopped.status)
     _end_trackers(trainer)
     if result.not_written:
         steps = trainer.state.step, trainer.final_step
@@ -64,11 +64,11 @@ def train(
 
 def _say_finished(trainer: Trainer, folder: Path) -> None:
     """Say that there is nothing to train or to write, and how a push that is owed is made."""
-    from hf_fasttrain.early_stopping import HOW_TO_GO_ON
+    from hf_fasttrain.early_stopping import how_to_go_on
     from hf_fasttrain.publish.owed import is_pushed
 
-    steps, pusher = trainer.state.step, getattr(trainer.publisher, "pusher", None)
-    early = f"\n{trainer.early_stop}; {HOW_TO_GO_ON}" if trainer.early_stop else ""
+    steps, pusher = trainer.state.step, getattr(trainer.publish, "pusher", None)
+    early = f"\n{trainer.early_stop}; {how_to_go_on()}" if trainer.early_stop else ""
     trainer.log.say(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
     if pusher is not None and not is_pushed(folder, pusher.wish.repo, steps):
         trainer.log.say(f"not pushed to {pusher.wish.repo} yet: {pusher.wish.command(folder)}")
@@ -107,10 +107,10 @@ def _end_trackers(trainer: Trainer) -> None:
 
 
 def _say_what_next(say: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
-    from hf_fasttrain.early_stopping import HOW_TO_GO_ON, EarlyStop
+    from hf_fasttrain.early_stopping import EarlyStop, how_to_go_on
     from hf_fasttrain.final import which_weights
 
-    early = f"      {EarlyStop(**result.early_stopping)}\n      {HOW_TO_GO_ON}\n" if result.early_stopping else ""
+    early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_go_on()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     page = folder / "report.html"

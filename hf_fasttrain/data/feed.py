@@ -23,7 +23,7 @@ from hf_fasttrain.data.deaths import Deaths
 from hf_fasttrain.data.images import Event, Images
 from hf_fasttrain.data.order import MicroBatchKey
 from hf_fasttrain.data.workers import Workers
-from hf_fasttrain.errors import NotEnoughMemory, RunError, UserError
+from hf_fasttrain.errors import NotEnoughMemory, RunError, UserError, how_to_resume
 from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
 
 Batch = tuple[Tensor, Tensor]
@@ -150,7 +150,7 @@ class _Making:
         if isinstance(made, str):
             made = NotEnoughMemory(
                 f"out of memory twice while a batch was made: {made}; lower data.workers or data.cache_gb, or take the "
-                "image out if it is too large; the same command with --resume goes on from the newest checkpoint"
+                f"image out if it is too large; {how_to_resume()} goes on from the newest checkpoint"
             )
         return made
 

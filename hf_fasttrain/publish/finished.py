@@ -12,7 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.errors import RunError, first_lines
+from hf_fasttrain.errors import RunError, first_lines, how_to_resume
 from hf_fasttrain.files import put_back_folder
 from hf_fasttrain.publish.local_paths import is_local_path
 from hf_fasttrain.run_weights import RESULT_FILE
@@ -55,7 +55,7 @@ def read_run(run: Path) -> FinishedRun:
     if missing:
         raise RunError(
             f"{run}: is no finished run, it has no {' and no '.join(missing)}; give the run folder of a training that "
-            "has ended, or end it first: the same training command with --resume"
+            f"has ended, or end it first: {how_to_resume()}"
         )
     path = run / "model" / SPEC_FILE
     try:
