@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from accelerate.utils.environment import get_int_from_env
 
 from hf_fasttrain.environment import num_cores, settle_device
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.private_apis import forget_other_precision, raise_recompile_limit
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import output_dir
 from hf_fasttrain.resolved import ResolvedSettings
@@ -52,8 +52,7 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
     _set_threads(recipe, settings)
     set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
     precision = _resolve_precision(recipe, settings)
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        AcceleratorState._reset_state()  # an earlier run of this process had another one; the process group stays
+    forget_other_precision(precision)
     steps = recipe.accelerate.gradient_accumulation_steps
     _note_overruled(recipe, precision, settings)
     folder = output_dir(recipe)
@@ -270,7 +269,4 @@ def allow_compiling(shapes: int) -> None:
 
     Twice, for the model and its moving average, and some for batches that are cut when memory runs out.
     """
-    from torch._dynamo import config  # slow to import
-
-    config.recompile_limit = max(config.recompile_limit, 2 * shapes + 8)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * config.recompile_limit)
+    raise_recompile_limit(2 * shapes + 8)

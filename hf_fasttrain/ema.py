@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.errors import RunError, shortened
+from hf_fasttrain.private_apis import foreach_copy, foreach_lerp, saved_tensors, uncompiled
 
 Place = tuple[dict[str, Any], str]  # a module's own tensors by name, and which of them
 
@@ -54,9 +55,9 @@ class Ema:
     def update(self, num_updates: int) -> None:
         """Move the average towards the model's present weights."""
         live = [registry[key] for registry, key in self._live]
-        torch._foreach_lerp_(self._averaged, live, 1 - self.decay_at(num_updates))
+        foreach_lerp(self._averaged, live, 1 - self.decay_at(num_updates))
         for copies, places in self._copied.values():
-            torch._foreach_copy_(copies, [_tensor(place) for place in places])
+            foreach_copy(copies, [_tensor(place) for place in places])
 
     def slow_note(self, num_updates: int) -> str | None:
         """Return what to say if the average looks back over more updates than the training makes, else None."""
@@ -73,11 +74,9 @@ class Ema:
 def _places(model: nn.Module) -> dict[str, Place]:
     """Return name -> place of the tensors that a state dict holds; those of shared modules once."""
     found: dict[str, Place] = {}
-    for prefix, module in getattr(model, "_orig_mod", model).named_modules():  # what torch.compile has wrapped
-        for registry in (module._parameters, module._buffers):
-            for key, tensor in registry.items():
-                if tensor is not None and key not in module._non_persistent_buffers_set:
-                    found[f"{prefix}.{key}".lstrip(".")] = registry, key
+    for prefix, module in uncompiled(model).named_modules():
+        for registry, key in saved_tensors(module):
+            found[f"{prefix}.{key}".lstrip(".")] = registry, key
     return found
 
 

@@ -18,6 +18,7 @@ from hf_fasttrain.errors import RunError, shortened
 from hf_fasttrain.loss import Loss, loss_of_uniform_logits
 from hf_fasttrain.model import batch_norms, set_train_mode
 from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory, what_failed
+from hf_fasttrain.private_apis import replace_prepared
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.unused_parameters import find_use
 
@@ -79,8 +80,7 @@ class Gradients:
         self.model.broadcast_buffers = False
         if handler is not None:
             handler.register_comm_hook(self.model)
-        models = self.accelerator._models  # which would keep the old one's buckets
-        models[:] = [self.model if model is old else model for model in models]
+        replace_prepared(self.accelerator, old, self.model)
 
     def add_up(self, step: Step, *, agree: bool = False) -> Tensor:
         """Add up the step's gradients, and return this process's part of its mean loss, 0-d.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fasttrain.errors import RecipeError, nearest, shown
+from hf_fasttrain.private_apis import forget_metric_data
 from hf_fasttrain.result import BUILT_IN_METRICS, metric_name
 
 SINGLE_LABEL = BUILT_IN_METRICS
@@ -127,7 +128,7 @@ class ExternalMetrics:
                 results[name] = _only_number(module.compute(predictions=predictions, references=references))
             except Exception as error:  # noqa: BLE001 - others' code; the run does not depend on it
                 failures[name] = _in_words(error)
-                module.data = module.writer = module.buf_writer = None  # what it would go on from
+                forget_metric_data(module)
         self._failures = dict(gather(list(failures.items())))
         return {name: value for name, value in results.items() if name not in self._failures}
 

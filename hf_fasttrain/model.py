@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_fasttrain.errors import ModelError, nearest
 from hf_fasttrain.head import HeadWish, Source, output_layers, timm_head_names, transformers_head_names
 from hf_fasttrain.pretrained import Head, Note, settle_published_head, start_from
+from hf_fasttrain.private_apis import batch_norm_class
 from hf_fasttrain.transformers_model import (
     TransformersClassifier,
     build_classifier,
@@ -295,7 +296,7 @@ def require_logits(model: nn.Module, spec: ModelSpec) -> None:
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """Return the modules that keep running statistics of their batches."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [module for module in model.modules() if isinstance(module, batch_norm_class())]
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_fasttrain.private_apis import foreach_copy
 from hf_fasttrain.process_memory import relax_memory_limit
 from hf_fasttrain.processes import Processes
 
@@ -107,13 +108,13 @@ class Memory:
         if self._buffers:
             with torch.no_grad():
                 for live, kept in self._buffers:
-                    torch._foreach_copy_(kept, live)
+                    foreach_copy(kept, live)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Go back to the buffers before the step, and to the weights if its update was the first."""
         for live, kept in self._buffers:
-            torch._foreach_copy_(live, kept)
+            foreach_copy(live, kept)
         for parameter, weight in zip(self.parameters, self._weights or (), strict=False):
             parameter.copy_(weight)
         self._weights, self._failed_in = None, "gradients"

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_fasttrain.private_apis import buffer_registry
+
 
 def random_states(device: torch.device) -> tuple[Any, ...]:
     """Return the random states that a forward may draw from, comparable."""
@@ -41,7 +43,7 @@ def unchanged(module: Any) -> Iterator[None]:
     """Put back the buffers and attributes of a module and those within it; what is no module is left alone."""
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
     attributes = [(vars(each), dict(vars(each))) for each in modules]
-    registries = [(each._buffers, dict(each._buffers)) for each in modules]
+    registries = [(registry, dict(registry)) for registry in map(buffer_registry, modules)]
     values = [(b, b.detach().clone()) for _, before in registries for b in before.values() if b is not None]
     try:
         yield

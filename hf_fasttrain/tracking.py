@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.files import reason
+from hf_fasttrain.private_apis import trackio_last_step
 from hf_fasttrain.processes import on_main
 
 # What a tracker calls the id of its run, and how to read it.
@@ -88,6 +89,6 @@ def _held(tracker: Any, sent: Mapping[str, int]) -> dict[str, int]:
     if tracker.name == "mlflow":
         return dict(sent)
     if tracker.name == "trackio":
-        last = getattr(tracker.tracker, "_next_step", 0) - 1  # a run that was killed holds less than was sent
+        last = trackio_last_step(tracker.tracker)
         return {kind: min(step, last) for kind, step in sent.items()}
     return {}

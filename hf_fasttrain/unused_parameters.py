@@ -5,7 +5,6 @@ DistributedDataParallel waits for the gradient of each parameter: one that never
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from hf_fasttrain.data.feed import Batch
 from hf_fasttrain.errors import shortened
 from hf_fasttrain.loss import Loss
 from hf_fasttrain.out_of_memory import free_cached_memory, is_out_of_memory
+from hf_fasttrain.private_apis import has_gradient_hooks, is_compiler_imported
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.side_effects import random_states, random_states_kept, unchanged
 
@@ -110,7 +110,7 @@ def _get_gradient(total: Callable[[], Tensor], parameters: Sequence[nn.Parameter
 
     By a whole backward: `torch.autograd.grad` does not see into gradient checkpointing of the older kind.
     """
-    if any(parameter._post_accumulate_grad_hooks for parameter in parameters):
+    if any(map(has_gradient_hooks, parameters)):
         raise RuntimeError("hooks on gradients may train")
     kept = [parameter.grad for parameter in parameters]
     try:
@@ -138,7 +138,7 @@ def _eager() -> Iterator[None]:
     """Compile nothing, and let cuDNN look for no algorithms, for a batch of two images that never comes again."""
     benchmark = torch.backends.cudnn.benchmark
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # imported by whoever compiles; importing it takes seconds
+        if is_compiler_imported():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.cudnn.benchmark = False
         try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.out_of_memory import Memory
+from hf_fasttrain.private_apis import has_loss_scale
 
 LEAST_SCALE = 2.0**-8  # fp16's loss scale; below it, forwards themselves overflow
 
@@ -90,6 +91,6 @@ class Update:
         if self.memory.failed_in() == "first update":
             self.optimizer.state.clear()  # half of it may be made
         scaler = self.accelerator.scaler
-        if scaler is not None and scaler._scale is not None:  # before the first loss there is nothing to undo
+        if scaler is not None and has_loss_scale(scaler):  # before the first loss there is nothing to undo
             scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone
         self.memory.put_back()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from hf_fasttrain.checkpoint import write_safetensors
 from hf_fasttrain.errors import ModelError, RunError, shortened
 from hf_fasttrain.files import NewFile, read_json
+from hf_fasttrain.private_apis import timm_weights_filter
 from hf_fasttrain.remote import fetch_file, is_remote
 
 
@@ -97,7 +97,7 @@ def without_wrapper(weights: dict[str, Tensor], model: nn.Module) -> dict[str, T
 def convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return weights by a timm model's own names and sizes: old names, position embeddings of another image size."""
     weights = without_wrapper(weights, model)
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert = timm_weights_filter(model)
     if convert is None or len(inspect.signature(convert).parameters) < 2:
         return dict(weights)
     try:

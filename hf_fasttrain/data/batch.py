@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_fasttrain.data.augment import TrainTransform
 from hf_fasttrain.data.order import MIX_STREAM, MicroBatchKey, keyed_rng
+from hf_fasttrain.private_apis import is_memory_free
 
 
 class Normalize:
@@ -45,12 +46,10 @@ class Normalize:
     def _room(self, shape: Sequence[int]) -> Tensor:
         """Return memory for float pixels: an earlier batch's that nobody holds any more, or new.
 
-        The first use of fresh memory costs several times what filling it does. The count of what refers to a
-        tensor's memory, autograd's graph included, is 2 when only this list and the look at it do.
+        The first use of fresh memory costs several times what filling it does.
         """
-        count = getattr(torch._C, "_storage_Use_Count", None)
         for memory in self._memory:
-            if memory.shape == shape and count is not None and count(memory.untyped_storage()._cdata) <= 2:
+            if memory.shape == shape and is_memory_free(memory):
                 return memory
         self._memory = [*self._memory[-1:], torch.empty(shape, dtype=torch.float32)]
         return self._memory[-1]

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from torch._C import _error_if_any_worker_fails
-from torch.utils.data._utils import signal_handling
-
 from hf_fasttrain.errors import LoaderDied
+from hf_fasttrain.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
 from hf_fasttrain.stop import handled
 
 MOST_DEATHS = 1  # that a run outlives
@@ -85,15 +83,11 @@ class _ChildSignal:
             yield
             return
         before = signal.getsignal(signal.SIGCHLD)
-        is_torchs = getattr(before, "__module__", None) == signal_handling.__name__
-        self._users = before if callable(before) and not is_torchs else None
-        # torch puts its handler there when the first DataLoader starts its processes, unless this says it has.
-        was_set, signal_handling._SIGCHLD_handler_set = signal_handling._SIGCHLD_handler_set, True
+        self._users = before if callable(before) and not is_torch_child_handler(before) else None
         try:
-            with handled(signal.SIGCHLD, self._note):
+            with no_torch_child_handler(), handled(signal.SIGCHLD, self._note):
                 yield
         finally:
-            signal_handling._SIGCHLD_handler_set = was_set
             self._noted, self._users = False, None
 
     @contextmanager
@@ -116,7 +110,7 @@ class _ChildSignal:
     def _ask_torch(self) -> None:
         if self._noted:
             self._noted = False
-            _error_if_any_worker_fails()
+            raise_for_dead_workers()
 
 
 CHILD_SIGNAL = _ChildSignal()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_fasttrain.private_apis import dataset_fingerprint, dataset_indices
+
 Record = dict[str, Any]  # {"bytes": memoryview | None, "path": str | None}, as HF's undecoded images
 
 
@@ -44,7 +46,7 @@ class Records:
     @property
     def fingerprint(self) -> str:
         """What changes when the data set does, as HF datasets reckons it; files behind paths are told by `stamp`."""
-        return str(self.dataset._fingerprint)
+        return dataset_fingerprint(self.dataset)
 
     def stamp(self, row: int) -> tuple[int, int, int]:
         """Return what changes when the image behind a row does: times and size of a file, or the number of bytes."""
@@ -60,7 +62,7 @@ class Records:
     def _open(self) -> None:
         column = self.dataset.data.column("image")
         # A dataset that was filtered, shuffled or selected from points into its table by an index of its own.
-        indices = self.dataset._indices
+        indices = dataset_indices(self.dataset)
         self._indices = None if indices is None else indices.column(0).to_numpy()
         filled = [chunk for chunk in column.chunks if len(chunk)]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in filled)])[:-1]

@@ -7,13 +7,11 @@ import torch
 from PIL import Image
 
 from hf_fasttrain.data.decode import Pixels
+from hf_fasttrain.private_apis import antialiased_filters
 
 FILTERS = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__members__}
 # torch's 8-bit kernels are the vectorised form of Pillow's algorithm, in a quarter of its time.
-_TORCH_FILTERS = {
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
-}
+_TORCH_FILTERS = antialiased_filters()
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 

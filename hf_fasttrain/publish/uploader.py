@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.errors import UserError, without_secrets
+from hf_fasttrain.private_apis import hub_client_factory
 from hf_fasttrain.publish.hub import STALLED_SECONDS, NotPushed, push_run
 
 
@@ -58,9 +59,7 @@ def _end_with_parent(parent: int) -> None:
 
 def _client(stalled: float) -> Any:
     """Return huggingface_hub's own client, but for its patience with a connection on which nothing moves."""
-    from huggingface_hub.utils._http import default_client_factory
-
-    client = default_client_factory()
+    client = hub_client_factory()()
     client.timeout = stalled
     return client
 

@@ -23,12 +23,13 @@ import psutil
 from hf_fasttrain.accelerator import num_processes
 from hf_fasttrain.cache_plan import cache_folder, can_write, existing_part
 from hf_fasttrain.errors import RunError, UserError, without_secrets
+from hf_fasttrain.private_apis import COMPILER, let_forkserver_end
 from hf_fasttrain.study.measure import Arm, ArmFailed
 from hf_fasttrain.study.trial import Trial
 from hf_fasttrain.study.turns import Asked, Ready, Report, Turn, Wishes
 
 # Before arms are forked: what a training imports when it first needs it takes seconds.
-IMPORTED = ["hf_fasttrain.study.trial", "torch._dynamo", "timm", "datasets", "sklearn.datasets"]
+IMPORTED = ["hf_fasttrain.study.trial", COMPILER, "timm", "datasets", "sklearn.datasets"]
 CPU_METHOD = "forkserver"  # how arms begin where there is no GPU
 Message = tuple[str, Any]
 
@@ -223,7 +224,8 @@ def _serve(
     connection: Connection, asked: Asked, wishes: Wishes, log: str, environment: dict[str, str], loaders: str
 ) -> None:
     """Build a trial and do what is asked of it, until nobody asks any more."""
-    _let_forkserver_end()
+    # When the fork server ends too, the kernel wakes arms that stand still (SIGCONT to orphaned groups), and they end.
+    let_forkserver_end()
     os.setpgid(0, 0)  # a group of its own, to be stopped with its loader processes, and out of Ctrl-C's reach
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -243,17 +245,6 @@ def _serve(
     finally:
         sys.stdout.flush()
         os._exit(0)  # at once: loader processes of a training that failed would be waited for
-
-
-def _let_forkserver_end() -> None:
-    """Close what keeps the process that arms are forked from alive once the one that asked for them is gone.
-
-    When it ends too, the kernel wakes arms that stand still (SIGCONT to orphaned groups), and they end.
-    """
-    server: Any = multiprocessing.forkserver._forkserver
-    if server._forkserver_alive_fd is not None:
-        os.close(server._forkserver_alive_fd)
-        server._forkserver_alive_fd = None
 
 
 def _answer_all(connection: Connection, trial: Trial) -> None:

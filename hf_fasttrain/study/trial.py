@@ -23,6 +23,7 @@ from hf_fasttrain.data.order import Order, StepPlan
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import peak_memory_bytes
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.private_apis import dropout_class, set_first_loss_scale
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import with_values
 from hf_fasttrain.schedule import constant
@@ -337,7 +338,7 @@ def without_growth(recipe: Recipe) -> Recipe:
 
 def _without_dropout(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, dropout_class()):
             module.p = 0.0
         elif isinstance(getattr(module, "drop_prob", None), float):  # drop-path of timm and transformers
             setattr(module, "drop_prob", 0.0)  # noqa: B010 - no attribute that nn.Module declares
@@ -347,7 +348,9 @@ def _write_first_gradient(trainer: Trainer, path: str) -> None:
     """Let the first update write the gradients that it is given to a file, (P,) float32."""
     update, parameters = trainer.update, trainer.parameters
     if trainer.accelerator.scaler is not None:
-        trainer.accelerator.scaler._init_scale = GUARD_SCALE  # at its usual one the first gradients may overflow
+        set_first_loss_scale(
+            trainer.accelerator.scaler, GUARD_SCALE
+        )  # at its usual one the first gradients may overflow
 
     def first(number: int, step: int) -> None:
         trainer.update = update
