@@ -46,6 +46,7 @@ from gpu_sides import Bench, Setting
 
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.files import write_json
+from hf_fasttrain.format import format_bytes, format_duration, format_images_rate, format_percent
 
 SECTIONS = ("copy", "train", *TECHNIQUES, "cifar10")
 PRECISIONS = ("tf32", "fp16", "bf16")
@@ -226,7 +227,7 @@ def lines_of(row: Row) -> list[str]:
         return [*lines, *(f"{row['row']}: {name}: {why}" for name, why in row.get("not_run", {}).items()), *ended]
     if "pinned" in row:
         kinds = (
-            f"{kind} {row[kind]['gb_per_second']:.2f} GB/s {row[kind]['images_per_second']:,.0f} images/s"
+            f"{kind} {row[kind]['gb_per_second']:.2f} GB/s {format_images_rate(row[kind]['images_per_second'])}"
             for kind in ("pinned", "pageable")
         )
         return [f"{row['row']:<46} {'  '.join(kinds)}  {row['ratio']:.2f}x", *ended]
@@ -241,17 +242,17 @@ def _side_line(name: str, side: Row, ratio: str) -> str:
     if ratio in side:
         line += f"  {side[ratio]['median']:.3f} ({side[ratio]['least']:.3f} - {side[ratio]['most']:.3f})"
     if "warmup_seconds" in side:
-        line += f"  warm-up {side['warmup_seconds']:.1f} s"
-    return line if peak is None else f"{line}  peak {peak / 2**30:.2f} GiB"
+        line += f"  warm-up {format_duration(side['warmup_seconds'])}"
+    return line if peak is None else f"{line}  peak {format_bytes(peak)}"
 
 
 def _race_figures(row: Row) -> str:
     seconds, accuracy = row["seconds_to_goal"], row["accuracy"]
     return (
-        f"{'goal missed' if seconds is None else f'{seconds:.1f} s of training'}; "
+        f"{'goal missed' if seconds is None else f'{format_duration(seconds)} of training'}; "
         f"{'not evaluated' if accuracy is None else f'accuracy {accuracy:.4f}'}, "
-        f"step {row['steps']} of {row['of_steps']}, {row['images_per_second']:,.0f} images/s, "
-        f"waiting {row['data_wait_fraction']:.0%}"
+        f"step {row['steps']} of {row['of_steps']}, {format_images_rate(row['images_per_second'])}, "
+        f"waiting {format_percent(row['data_wait_fraction'], 0)}"
     )
 
 

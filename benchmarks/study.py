@@ -29,6 +29,7 @@ from pathlib import Path
 
 from hf_fasttrain import Recipe, load_recipe
 from hf_fasttrain.environment import free_memory_bytes, num_cores
+from hf_fasttrain.format import format_interval
 from hf_fasttrain.study import space
 from hf_fasttrain.study.ablate import Plan, ablate
 from hf_fasttrain.study.diagnosis import split_step
@@ -141,7 +142,7 @@ def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
             overlap = a.speed_up.low <= b.speed_up.high and b.speed_up.low <= a.speed_up.high
             again = abs(a.speed_up.median - 1) <= 0.02 and a.speed_up.low <= 1 <= a.speed_up.high
             overlap = overlap and (a.kind != "again" or again)
-            texts = (f"{i.median:.2f} ({i.low:.2f} - {i.high:.2f})" for i in (a.speed_up, b.speed_up))
+            texts = (format_interval(i.median, i.low, i.high) for i in (a.speed_up, b.speed_up))
             print(f"{a.name}: {', '.join(texts)} {'ok' if overlap else 'APART'}")
 
 

@@ -21,7 +21,6 @@ from hf_fasttrain.data.cache import (
     PixelCache,
     cache_key,
     default_cache_dir,
-    in_gb,
     memory_cache,
     open_cache,
 )
@@ -30,6 +29,7 @@ from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import free_memory_bytes
 from hf_fasttrain.errors import DataError
+from hf_fasttrain.format import format_bytes
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
 
@@ -85,8 +85,8 @@ class CachePlanner:
             )
         if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
             self.settings.note(
-                f"data.cache={plan.mode}: split '{split.name}' needs {in_gb(plan.need)}, {in_gb(plan.budget)} are kept "
-                "(data.cache_gb); the rest is decoded every time"
+                f"data.cache={plan.mode}: split '{split.name}' needs {format_bytes(plan.need)}, "
+                f"{format_bytes(plan.budget)} are kept (data.cache_gb); the rest is decoded every time"
             )
         return plan
 
@@ -105,24 +105,24 @@ class CachePlanner:
             if room["disk"] and 0.9 * need < there:  # an earlier run has kept them already
                 wish = "disk"
         if wish == "none":
-            why = (
-                f"{in_gb(need)} of pixels, {in_gb(room['memory'])} of memory and {in_gb(room['disk'])} of disk to spare"
-            )
+            memory, disk = format_bytes(room["memory"]), format_bytes(room["disk"])
+            why = f"{format_bytes(need)} of pixels, {memory} of memory and {disk} of disk to spare"
             return CachePlan("none", why=why, need=need)
         if wish == "device":
             return self._on_device(rows * self.recipe.data.image_size**2 * 3)
         budget = min(room[wish], int(1.1 * need) + (1 << 20))  # the rest is for other splits
         self._taken[wish] += budget
-        return CachePlan(wish, budget, f"{in_gb(need)} of pixels, {in_gb(room[wish])} to spare", need)
+        return CachePlan(wish, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[wish])} to spare", need)
 
     def _on_device(self, need: int) -> CachePlan:
         device = self.accelerator.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
         if need > free:
             raise DataError(
-                f"data.cache=device: {in_gb(need)} of pixels, but only {in_gb(free)} are free on {device}; use disk"
+                f"data.cache=device: {format_bytes(need)} of pixels, but only "
+                f"{format_bytes(free)} are free on {device}; use disk"
             )
-        return CachePlan("device", need, f"{in_gb(need)} of pixels", need)
+        return CachePlan("device", need, f"{format_bytes(need)} of pixels", need)
 
     def _chosen(self, preparation: Preparation, need: int, room: dict[str, int], batchable: bool, share: float) -> str:
         device = self.accelerator.device

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hf_fasttrain.accelerator import local_processes
 from hf_fasttrain.assemble import Parts
-from hf_fasttrain.data.cache import in_gb
 from hf_fasttrain.environment import free_memory_bytes
+from hf_fasttrain.format import format_bytes
 from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.micro_batch import forecast_memory, images_at_once
 
@@ -18,8 +18,8 @@ def memory_table(parts: Parts) -> Table:
     if forecast is None:
         forecast = forecast_memory(parts.recipe, parts.spec.num_classes, parts.model, parts.accelerator)
     images = images_at_once(parts.order)
-    rows = [(what, in_gb(number)) for what, number in forecast.rows(images)]
-    rows.append(("in all", in_gb(forecast.peak(images))))
+    rows = [(what, format_bytes(number)) for what, number in forecast.rows(images)]
+    rows.append(("in all", format_bytes(forecast.peak(images))))
     rows += _beside(parts, forecast)
     return f"memory of a training process ({forecast.device})", ("for what", "bytes"), rows
 
@@ -27,8 +27,8 @@ def memory_table(parts: Parts) -> Table:
 def _beside(parts: Parts, forecast: Forecast) -> list[tuple[str, str]]:
     rows = []
     if forecast.workers:
-        rows.append((f"beside it: {forecast.workers} loader processes", in_gb(forecast.workers * WORKER_BYTES)))
+        rows.append((f"beside it: {forecast.workers} loader processes", format_bytes(forecast.workers * WORKER_BYTES)))
     if parts.kept_pixels:
-        rows.append(("beside it: kept pixels (data.cache)", in_gb(parts.kept_pixels)))
-    rows.append(("free now for each process", in_gb(free_memory_bytes() // local_processes())))
+        rows.append(("beside it: kept pixels (data.cache)", format_bytes(parts.kept_pixels)))
+    rows.append(("free now for each process", format_bytes(free_memory_bytes() // local_processes())))
     return rows

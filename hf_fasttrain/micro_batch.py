@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hf_fasttrain.accelerator import local_processes
-from hf_fasttrain.data.cache import in_gb
 from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.order import Order, micro_batch_size_for, process_share
 from hf_fasttrain.environment import free_memory_bytes, resident_bytes
+from hf_fasttrain.format import format_bytes
 from hf_fasttrain.loaders import resolve_loading
 from hf_fasttrain.machine import is_open
 from hf_fasttrain.memory_forecast import Forecast, equal_pieces, evaluation_bytes, measure_activations, most_images
@@ -55,7 +55,7 @@ def resolve_micro_batch(
     largest = _agreed(
         max(2, 2 * (min(forecast.largest(free // 2), most_images(recipe.data.image_size)) // 2)), processes
     )
-    limit = f"half of the {in_gb(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
+    limit = f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
     settings.resolve("largest_micro_batch", largest, f"64 x (224 / image size)^2 images fill a CPU, and {limit}")
     share = len(process_share(min(recipe.train.batch_size, num_images), processes, processes - 1))
     why = "images per process and forward"
@@ -74,9 +74,9 @@ def resolve_micro_batch(
     settings.resolve("memory_forecast_bytes", forecast.peak(at_once), "the most that a training process will have")
     if forecast.needed(at_once) > free:
         settings.note(
-            f"{KEY}={size}: training will take about {in_gb(forecast.needed(at_once))} more memory, and "
-            f"{in_gb(free)} are free for each process here; lower {KEY}, data.image_size or the size of the model. "
-            "A step that memory is too short for is made again in smaller pieces"
+            f"{KEY}={size}: training will take about {format_bytes(forecast.needed(at_once))} more memory, and "
+            f"{format_bytes(free)} are free for each process here; lower {KEY}, data.image_size or the size of the "
+            "model. A step that memory is too short for is made again in smaller pieces"
         )
     return MicroBatch(size, forecast)
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from hf_fasttrain.errors import without_secrets
 from hf_fasttrain.files import append_line, attempt, read_lines, reason, write_whole
+from hf_fasttrain.format import format_bytes, format_duration, format_images_rate, format_percent
 
 METRICS_FILE = "metrics.jsonl"
 PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> first part of its figures' names in trackers
@@ -72,7 +73,7 @@ class _Display(Progress):
         self._seconds_per_step, self._more_seconds, self.facts = seconds_per_step, more_seconds, facts
 
     def _left(self, steps: int, more_seconds: float = 0.0) -> str:
-        return "" if self._seconds_per_step is None else f"{_clock(steps * self._seconds_per_step + more_seconds)} left"
+        return "" if self._seconds_per_step is None else _time_left(steps * self._seconds_per_step + more_seconds)
 
 
 class _Console(Console):
@@ -176,9 +177,9 @@ class RunLog:
         self._write({"kind": "train", "step": step, **values})
         if self.console.quiet:
             return
-        pace = f"{values['images_per_second']:,.0f} images/s  waiting {values['data_wait_fraction']:.0%}"
-        memory = f"{values['peak_memory_bytes'] / 2**30:.1f} GiB"
-        facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {pace}  {memory}"
+        rate, waiting = format_images_rate(values["images_per_second"]), format_percent(values["data_wait_fraction"], 0)
+        memory = format_bytes(values["peak_memory_bytes"])
+        facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {rate}  waiting {waiting}  {memory}"
         if self._display is not None:
             more = values["eta_seconds"] - (num_steps - step) * values["seconds_per_step"]
             self._display.pace(values["seconds_per_step"], max(0.0, more), facts)
@@ -186,8 +187,9 @@ class RunLog:
                 self._display.move(step, always=True)
         elif time.monotonic() - self._said >= 10 or step == num_steps:
             self._said = time.monotonic()
-            left = _clock(values["eta_seconds"])
-            self.say(f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}  {left} left")
+            self.say(
+                f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}  {_time_left(values['eta_seconds'])}"
+            )
 
     def eval_line(
         self, step: int, epoch: float, split: str, values: Mapping[str, float], seconds: float, train_seconds: float
@@ -196,7 +198,7 @@ class RunLog:
         line = {"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **values}
         self._write({**line, "train_seconds": train_seconds})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.say(f"evaluation after epoch {epoch:.2f} ({split}): {shown}  ({seconds:.1f} s)")
+        self.say(f"evaluation after epoch {epoch:.2f} ({split}): {shown}  ({format_duration(seconds)})")
 
     def tracker_ids(self) -> dict[str, str]:
         """Return the ids by which trackers go on with a run."""
@@ -244,7 +246,5 @@ def last_steps(folder: Path) -> dict[str, int]:
     }
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+def _time_left(seconds: float) -> str:
+    return f"{format_duration(seconds, 0)} left"

@@ -328,7 +328,7 @@ def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     train_all(ablation, "small.yaml", tmp_path, 2, said.append, fake_training(calls))
     again = calls[number:]
     assert all("accelerate.channels_last=true" in call for call in again)  # the others are read
-    assert cells(rows["baseline"], full=True)[-1] == "60.0 s (2 of 2 seeds)"
+    assert cells(rows["baseline"], full=True)[-1] == "1 min 00 s (2 of 2 seeds)"
     write_ablation(found, tmp_path)
     assert "0.9100 +- 0.0141" in (tmp_path / "ablation.md").read_text()
 

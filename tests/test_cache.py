@@ -365,7 +365,7 @@ def test_a_cache_that_is_too_small_is_said(image_folder: Path, tmp_path: Path, w
     trainer = train(recipe, tmp_path / "run", "data.cache=memory", "data.cache_gb=0.00002")
     assert any("data.cache=memory: split 'train' needs" in note for note in trainer.log.notes)
     assert any(
-        "0.02 MB are full (data.cache_gb, hf-fasttrain cache clean); images" in note for note in trainer.log.notes
+        "20.0 kB are full (data.cache_gb, hf-fasttrain cache clean); images" in note for note in trainer.log.notes
     )
 
 

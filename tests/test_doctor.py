@@ -180,10 +180,10 @@ def test_forecasts_follow_from_the_pace() -> None:
     assert found.epoch_seconds == pytest.approx(1000 / 700, rel=0.01)
     assert found.total_seconds == pytest.approx(100 * 1000 / 700, rel=0.01)
     text = "\n".join(lines(found))
-    assert "Memory: 1.00 GiB of the host" in text
+    assert "Memory: 1.07 GB of the host" in text
     assert "data.cache=memory (from the second epoch on): 5,187 images/s, 7.43 (7.43 - 7.43) times as fast" in text
     assert "Tried without gain: data.workers=4: 703 images/s" in text
-    assert "GiB of the GPU" in "\n".join(lines(replace(found, device_bytes=2**31)))
+    assert "GB of the GPU" in "\n".join(lines(replace(found, device_bytes=2**31)))
 
 
 def test_advice_is_never_noise() -> None:

@@ -24,7 +24,7 @@ COMMANDS = (
 )
 # Who stands above whom; a module imports only from levels below its own (or beside it, without a circle).
 LEVELS = [
-    {"errors", "duration", "before_torch", "private_apis"},
+    {"errors", "duration", "format", "before_torch", "private_apis"},
     {"remote"},
     {"files", "tensor_tree", "processes", "process_memory", "runlock"},
     {
@@ -64,7 +64,7 @@ LEVELS = [
     {"micro_batch"},
     {"assemble"},
     {"build", "serve", "memory_report"},
-    {"study", "study.statistics", "study.stopwatch", "study.turns", "study.words"},
+    {"study", "study.statistics", "study.stopwatch", "study.turns"},
     {"study.trial"},
     {"study.measure"},
     {"study.techniques", "study.processes"},

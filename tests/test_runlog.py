@@ -41,9 +41,9 @@ def bars_after(step: int) -> str:
 
 def test_bars_over_epoch_and_run_with_what_is_left() -> None:
     shown = bars_after(50)
-    assert re.search(r"epoch 2/3 .* 25% 0:01:00 left", shown), shown  # 30 of 40 steps of 2 s
-    assert re.search(r"run +.* 50% 0:02:10 left", shown)
-    assert "loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.0 GiB" in shown
+    assert re.search(r"epoch 2/3 .* 25% 1 min 00 s left", shown), shown  # 30 of 40 steps of 2 s
+    assert re.search(r"run +.* 50% 2 min 10 s left", shown)
+    assert "loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.22 GB" in shown
 
 
 def test_the_last_epoch_may_be_short() -> None:
@@ -95,7 +95,7 @@ def test_without_a_terminal_one_line_an_interval(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert lines[0] == (
-        "step 1/100  epoch 1.50  loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.0 GiB  0:02:10 left"
+        "step 1/100  epoch 1.50  loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.22 GB  2 min 10 s left"
     )
 
 

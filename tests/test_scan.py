@@ -35,6 +35,7 @@ from hf_fasttrain.data.scan import (
 )
 from hf_fasttrain.data.source import Source, Split, load_source
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.format import format_bytes
 
 RNG = np.random.default_rng(0)
 COLOUR = Image.fromarray(RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8))
@@ -194,11 +195,11 @@ def test_sizes_and_bytes() -> None:
     assert lines["width: least, median, most"] == "31, 40, 100"
     assert lines["height: least, median, most"] == "20, 32, 50"
     assert lines["short side under 32, enlarged"] == "2"
-    assert lines["decoded (RGB): mean, total"] == "4.8 kB, 14.5 kB"
-    assert lines["encoded: mean, total"].endswith(f", {sum(map(len, images)) / 1000:.1f} kB")
+    assert lines["decoded (RGB): mean, total"] == "4.83 kB, 14.5 kB"
+    assert lines["encoded: mean, total"].endswith(f", {format_bytes(sum(map(len, images)))}")
 
 
-@pytest.mark.parametrize(("side", "shown"), [(1000, "3.0 MB, 6.0 MB"), (20_000, "1.2 GB, 2.4 GB")])
+@pytest.mark.parametrize(("side", "shown"), [(1000, "3.00 MB, 6.00 MB"), (20_000, "1.20 GB, 2.40 GB")])
 def test_large_amounts_have_larger_units(side: int, shown: str) -> None:
     widths = np.full(2, side)
     found = SplitScan("train", [], np.zeros((2, 2), np.uint64), widths, widths, widths, Counter(), Counter(), Counter())

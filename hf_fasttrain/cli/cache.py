@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hf_fasttrain.format import format_bytes
+
 CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir names one.")]
 
 
@@ -20,9 +22,9 @@ def list_kept(context: typer.Context, folder: CacheFolder = None) -> None:
     where = folder or default_cache_dir()
     entries = list_caches(where)
     for entry in entries:
-        size = f"{entry.num_bytes / 1e9:8.3f} GB"
+        size = f"{format_bytes(entry.num_bytes):>8}"
         print(f"{entry.path.name}  {size}  last used {entry.last_used_text}  {entry.dataset}: {entry.settings}")
-    print(f"{sum(entry.num_bytes for entry in entries) / 1e9:.3f} GB in {where}")
+    print(f"{format_bytes(sum(entry.num_bytes for entry in entries))} in {where}")
 
 
 def clean_kept(
@@ -39,5 +41,5 @@ def clean_kept(
     for entry in chosen_caches(folder or context.obj or default_cache_dir(), names or [], everything, unused_days):
         remove_cache(entry)
         freed += entry.num_bytes
-        print(f"deleted {entry.path.name}: {entry.dataset}, {entry.num_bytes / 1e9:.3f} GB")
-    print(f"freed {freed / 1e9:.3f} GB")
+        print(f"deleted {entry.path.name}: {entry.dataset}, {format_bytes(entry.num_bytes)}")
+    print(f"freed {format_bytes(freed)}")

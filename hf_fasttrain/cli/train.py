@@ -109,6 +109,7 @@ def _end_trackers(trainer: Trainer) -> None:
 def _say_what_next(say: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
     from hf_fasttrain.early_stopping import EarlyStop, how_to_go_on
     from hf_fasttrain.final import which_weights
+    from hf_fasttrain.format import format_duration, format_images_rate, format_percent
 
     early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_go_on()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
@@ -117,8 +118,9 @@ def _say_what_next(say: Callable[[str], None], folder: Path, recipe: Recipe, res
     own = [text for text in recipe.source.overrides if text.startswith("model.")]
     report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
     say(
-        f"done: {result.steps:,} steps, {result.images:,} images in {result.train_seconds:.1f} s "
-        f"({result.images_per_second:,.0f} images/s, {result.data_wait_fraction:.0%} waiting for data)\n"
+        f"done: {result.steps:,} steps, {result.images:,} images in {format_duration(result.train_seconds)} "
+        f"({format_images_rate(result.images_per_second)}, "
+        f"{format_percent(result.data_wait_fraction, 0)} waiting for data)\n"
         f"      {score}\n"
         f"{early}"
         f"  {folder}/model          the classifier: {which_weights(folder, result)}\n"

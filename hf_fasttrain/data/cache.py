@@ -25,6 +25,7 @@ import xxhash
 
 from hf_fasttrain.data.decode import Pixels, decode
 from hf_fasttrain.errors import DataError, shortened
+from hf_fasttrain.format import format_bytes
 
 try:
     import fcntl
@@ -134,7 +135,7 @@ class PixelCache:
         for item, piece in zip(kept, data, strict=True):
             height, width = item.pixels.shape[:2]
             if len(piece) > room:
-                self.trouble = f"its {in_gb(self.budget)} are full (data.cache_gb, hf-fasttrain cache clean)"
+                self.trouble = f"its {format_bytes(self.budget)} are full (data.cache_gb, hf-fasttrain cache clean)"
                 return
             if height > 0xFFFF or width > 0xFFFF:
                 continue
@@ -162,11 +163,6 @@ def checksum(data: bytes, row: int, place: int, form: int, height: int, width: i
     """Return 64 bits over the pixels and everything that they belong to."""
     seed = xxhash.xxh3_64_intdigest(np.array([row, place, form, height, width, *stamp], np.int64).tobytes())
     return xxhash.xxh3_64_intdigest(data, seed)
-
-
-def in_gb(number: int) -> str:
-    """Return a number of bytes as text, in GB or MB."""
-    return f"{number / 1e9:.2f} GB" if number >= 5e6 else f"{number / 1e6:.2f} MB"
 
 
 def _pread(file: int, length: int, place: int) -> bytes:

@@ -22,6 +22,7 @@ from hf_fasttrain.data.records import Record
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.data.workers import Workers
 from hf_fasttrain.errors import DataError, LoaderDied, RunError
+from hf_fasttrain.format import format_bytes
 
 CHUNK = 64  # rows that a worker process decodes at a time
 CHUNKS_AHEAD = 2  # that each worker may be ahead
@@ -317,9 +318,4 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _amounts(values: np.ndarray) -> str:
-    return f"{_amount(values.mean())}, {_amount(values.sum())}" if len(values) else "none"
-
-
-def _amount(number: float) -> str:
-    unit, size = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6) if number >= 1e6 else ("kB", 1e3)
-    return f"{number / size:,.1f} {unit}"
+    return f"{format_bytes(values.mean())}, {format_bytes(values.sum())}" if len(values) else "none"

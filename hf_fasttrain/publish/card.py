@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_fasttrain.errors import shortened
 from hf_fasttrain.files import read_json
+from hf_fasttrain.format import NOTHING, format_bytes, format_duration, format_percent, format_rate
 from hf_fasttrain.publish.finished import RECIPE_FILE, FinishedRun
 from hf_fasttrain.publish.local_paths import Scrubber, is_local_path
 from hf_fasttrain.publish.pictures import PICTURES
@@ -194,22 +195,15 @@ def _cost(result: dict[str, Any]) -> str:
     seconds, memory = result.get("train_seconds"), result.get("peak_memory_bytes")
     rows = {
         "hardware": f"{gpu}{machine.get('processor', '?')}, {machine.get('cores', '?')} cores" if machine else None,
-        "training steps took": None if seconds is None else f"{_span(seconds)}, without evaluation and saving",
-        "images per second": _number(result.get("images_per_second"), ",.0f"),
-        "waiting for data": _number(result.get("data_wait_fraction"), ".0%"),
-        "peak memory": None if not memory else f"{memory / 2**30:.2f} GiB{' of the GPU' if gpu else ''}",
+        "training steps took": None
+        if seconds is None
+        else f"{format_duration(seconds)}, without evaluation and saving",
+        "images per second": format_rate(result.get("images_per_second")),
+        "waiting for data": format_percent(result.get("data_wait_fraction")),
+        "peak memory": None if not memory else f"{format_bytes(memory)}{' of the GPU' if gpu else ''}",
     }
-    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, NOTHING)]
     return "\n".join(["## What it cost", "", "| | |", "| --- | --- |", *lines]) if lines else ""
-
-
-def _number(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
-
-
-def _span(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
 
 
 def _versions(result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_fasttrain.format import format_count, format_number, format_percent
 from hf_fasttrain.publish import report_words as words
 from hf_fasttrain.publish.report_classes import Confusion, confused_together
 from hf_fasttrain.publish.report_data import Record
@@ -109,7 +110,7 @@ def honest(points: Points, log_every: Any = None) -> str:
     if points.has_band:
         said = f" Each point is the mean of {points.each:,} {line}; the band is its least and most."
     if points.missing and points.missing < len(points.x) * points.each:
-        said += f" {words.count(points.missing, 'line')} without a number left out."
+        said += f" {format_count(points.missing, 'line')} without a number left out."
     return said
 
 
@@ -183,7 +184,7 @@ def _train_chart(record: Record, column: str, title: str, colour: int, form: str
         return None
     points = _points(record, column)
     low, high = np.nanmin(points.low), np.nanmax(points.high)
-    told = f"Between {words.number(low, 3)} and {words.number(high, 3)}." + honest(points, record.value("log.every"))
+    told = f"Between {format_number(low, 3)} and {format_number(high, 3)}." + honest(points, record.value("log.every"))
     layout = _layout(record, rangemode="tozero", exponentformat="power") | {"showlegend": False}
     data = _line(record, points, title, colour, form)
     return Chart(column.replace("_", "-"), title, told, {"data": data, "layout": layout})
@@ -214,7 +215,7 @@ def _step_time_chart(record: Record) -> Chart | None:
         }
         for name, y, colour in parts
     ]  # fmt: skip
-    said = f"{words.percent(share)} of the time of training steps went by waiting for data."
+    said = f"{format_percent(share)} of the time of training steps went by waiting for data."
     if whole.has_band:
         said += f" Each point is the mean of {whole.each:,} lines of the log."
     return Chart("pace", "Time per step (ms)", said, {"data": data, "layout": _layout(record, rangemode="tozero")})
@@ -245,7 +246,7 @@ def _compared(records: Sequence[Record], names: Sequence[str], column: str, titl
         points, (colour, dash) = _points(record, column), _style(place)
         data += _line(record, points, name, colour, form, dash=dash)
         known = points.mean[np.isfinite(points.mean)]
-        last = words.percent(known[-1]) if form.endswith("%") else words.number(float(known[-1]))
+        last = format_percent(known[-1]) if form.endswith("%") else format_number(float(known[-1]))
         told.append(f"{name}: {last} in the end")
         said = honest(points) or said
     if not data:
@@ -274,10 +275,10 @@ def confusion_chart(confusion: Confusion, class_names: Sequence[str]) -> Chart:
     size, total, right = len(confusion.classes), confusion.counts.sum(), np.trace(confusion.counts)
     small = np.minimum(confusion.counts, 255).astype(np.uint8)
     large = {int(place): int(confusion.counts.ravel()[place]) for place in np.flatnonzero(confusion.counts > 254)}
-    told = f"{right:,} of {total:,} images are on the diagonal, which is right ({words.percent(confusion.accuracy)})."
+    told = f"{right:,} of {total:,} images are on the diagonal, which is right ({format_percent(confusion.accuracy)})."
     if confusion.left_out:
         told = (
-            f"{words.percent(confusion.accuracy)} of all images are right. Shown are only the {size:,} classes "
+            f"{format_percent(confusion.accuracy)} of all images are right. Shown are only the {size:,} classes "
             f"that are mistaken most; {confusion.left_out:,} are left out."
         )
     meta = {

@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from hf_fasttrain.errors import RunError, first_lines
 from hf_fasttrain.files import read_json, read_lines
+from hf_fasttrain.format import is_finite
 from hf_fasttrain.gallery import Gallery
 from hf_fasttrain.predictions import PREDICTIONS_FILE, Predictions
 from hf_fasttrain.publish.finished import (
@@ -143,11 +144,6 @@ def _num_classes(predictions: Predictions) -> int:
     if not len(predictions.labels):
         return 0
     return int(max(predictions.labels.max(), predictions.predicted.max())) + 1
-
-
-def is_finite(value: object) -> bool:
-    """Return whether a value is a number, and a finite one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def read_record(run: Path) -> Record:

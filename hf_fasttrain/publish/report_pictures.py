@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_fasttrain.files import write_whole
+from hf_fasttrain.format import format_count
 from hf_fasttrain.publish import report_words as words
 from hf_fasttrain.publish.report_charts import MOST_ANNOTATED
 from hf_fasttrain.publish.report_classes import Confusion, confused_together, confusion_of
@@ -133,7 +134,7 @@ def draw_confusion(record: Record, path: Path) -> None:
         axes.set(xticks=[], yticks=[])
     axes.set_xlabel("predicted" if size <= MOST_ANNOTATED else "predicted; confused classes stand together")
     axes.set_ylabel("truth")
-    title = f"{record.model_name} on {found.split}, {words.count(size, 'class', 'classes')}"
+    title = f"{record.model_name} on {found.split}, {format_count(size, 'class', 'classes')}"
     axes.set_title(_literal(title), fontsize=10)
     _save(figure, path)
 

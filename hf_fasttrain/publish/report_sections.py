@@ -6,11 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_fasttrain.format import (
+    NOTHING,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+    format_rate,
+    is_finite,
+)
 from hf_fasttrain.publish import report_tables as tables
 from hf_fasttrain.publish import report_words as words
 from hf_fasttrain.publish.report_charts import Chart, compared_charts, confusion_chart, curve_charts, pace_charts
 from hf_fasttrain.publish.report_classes import class_figures, confusion_of
-from hf_fasttrain.publish.report_data import Record, is_finite
+from hf_fasttrain.publish.report_data import Record
 from hf_fasttrain.publish.report_tables import Shown, Table
 
 
@@ -86,7 +96,7 @@ def _subtitle(record: Record) -> str:
         epochs = record.last_step * (record.epochs_per_step or 0)
         parts.append(
             f"{record.last_step:,} steps"
-            + (f", {words.number(round(epochs, 2))} epoch{'' if epochs == 1 else 's'}" if epochs else "")
+            + (f", {format_number(round(epochs, 2))} epoch{'' if epochs == 1 else 's'}" if epochs else "")
         )
     machine = record.result.get("machine") or {}
     device = machine.get("device")
@@ -103,9 +113,9 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         remark = record.splits[0] if record.splits else ""
         last = (result.get("last") or {}).get("metrics") or {}
         if record.has_best_weights and best.get("step") != result.get("steps") and is_finite(last.get(main)):
-            remark = f"at best (step {words.number(best.get('step'), 9)}), {words.metric(main, last[main])} at last"
+            remark = f"at best (step {format_number(best.get('step'), 9)}), {words.metric(main, last[main])} at last"
         elif best.get("metric") == main and is_finite(best.get("value")) and best["value"] != metrics[main]:
-            remark = f"best {words.metric(main, best['value'])} at step {words.number(best.get('step'), 9)}"
+            remark = f"best {words.metric(main, best['value'])} at step {format_number(best.get('step'), 9)}"
         tiles.append((words.metric_title(main), words.metric(main, metrics[main]), remark))
         test = result.get("test_metrics") or {}
         if main in test:
@@ -113,12 +123,12 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     if "loss" in metrics:
         tiles.append(("loss", words.metric("loss", metrics["loss"]), record.splits[0] if record.splits else ""))
     figures = [
-        ("images/s", words.number(_or_last(record, "images_per_second"), 4), "training steps"),
-        ("waiting", words.percent(_or_last(record, "data_wait_fraction")), "of the time, for data"),
-        ("training time", words.seconds(result.get("train_seconds")), "without evaluation"),
-        ("peak memory", words.size(_or_last(record, "peak_memory_bytes")), "per process"),
+        ("images/s", format_rate(_or_last(record, "images_per_second")), "training steps"),
+        ("waiting", format_percent(_or_last(record, "data_wait_fraction")), "of the time, for data"),
+        ("training time", format_duration(result.get("train_seconds")), "without evaluation"),
+        ("peak memory", format_bytes(_or_last(record, "peak_memory_bytes")), "per process"),
     ]
-    return tiles + [figure for figure in figures if figure[1] != words.NOTHING]
+    return tiles + [figure for figure in figures if figure[1] != NOTHING]
 
 
 def _or_last(record: Record, name: str) -> float | None:
@@ -152,8 +162,8 @@ def _on_the_best(record: Record) -> list[str]:
     if number < 2:
         return []
     return [
-        f"The model has the weights of step {words.number(best.get('step'), 9)}, the best of {number:,} evaluations by "
-        f"{best.get('metric')}: as the best of {number:,}, its figures on {split} flatter it. A test split "
+        f"The model has the weights of step {format_number(best.get('step'), 9)}, the best of {number:,} evaluations "
+        f"by {best.get('metric')}: as the best of {number:,}, its figures on {split} flatter it. A test split "
         "(data.test_split), which chooses nothing, does not."
     ]
 
@@ -165,7 +175,7 @@ def _class_sections(record: Record) -> list[Section]:
             Section("classes", "Classes", "The run folder has no predictions: nothing is known of single classes.")
         ]  # fmt: skip
     figures = class_figures(found, len(names))
-    said = f"{words.count(len(found.labels), 'image')} of {found.split}, asked after step {found.step:,}."
+    said = f"{format_count(len(found.labels), 'image')} of {found.split}, asked after step {found.step:,}."
     if found.is_multi_label:
         said += " An image may have several classes, so that there is no confusion matrix."
         return [Section("classes", "Classes", said, tables=[tables.class_table(figures, names, found.split)])]

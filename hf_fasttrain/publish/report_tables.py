@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_fasttrain.format import (
+    NOTHING,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_percent,
+    format_rate,
+    is_finite,
+)
 from hf_fasttrain.gallery import GALLERY_FOLDER, Picture
 from hf_fasttrain.publish import report_words as words
 from hf_fasttrain.publish.report_classes import ClassFigures, Confusion, most_confused
-from hf_fasttrain.publish.report_data import Record, is_finite
+from hf_fasttrain.publish.report_data import Record
 
 MOST_BAD_IMAGES = 200  # shown
 
@@ -71,7 +80,7 @@ def whole(value: Any) -> Cell:
 
 
 def _whole_or_text(value: Any) -> Cell:
-    return whole(value) if is_finite(value) else Cell(words.NOTHING if value is None else str(value))
+    return whole(value) if is_finite(value) else Cell(NOTHING if value is None else str(value))
 
 
 def class_table(figures: ClassFigures, names: Sequence[str], split: str) -> Table:
@@ -98,7 +107,7 @@ def confused_table(confusion: Confusion, names: Sequence[str]) -> Table | None:
     if not pairs:
         return None
     rows = [
-        [Cell(names[truth]), Cell(names[said]), whole(images), Cell(words.percent(part), part, part)]
+        [Cell(names[truth]), Cell(names[said]), whole(images), Cell(format_percent(part), part, part)]
         for truth, said, images, part in pairs
     ]
     columns = [Column("truth"), Column("predicted"), Column("images", True), Column("of the class", True)]
@@ -134,8 +143,8 @@ def environment_tables(record: Record) -> list[Table]:
     told = {
         "steps": f"{result['steps']:,}" if is_finite(result.get("steps")) else None,
         "images": f"{result['images']:,}" if is_finite(result.get("images")) else None,
-        "training time": words.seconds(result.get("train_seconds")),
-        "peak memory": words.size(result.get("peak_memory_bytes")),
+        "training time": format_duration(result.get("train_seconds")),
+        "peak memory": format_bytes(result.get("peak_memory_bytes")),
         "images per process and forward": result.get("micro_batch_size"),
         "steps skipped by fp16": result.get("skipped_steps") or None,
         "stopped early": words.early_stop(result.get("early_stopping"))
@@ -144,7 +153,7 @@ def environment_tables(record: Record) -> list[Table]:
         if {"metric", "value", "step"} <= best.keys() and is_finite(best["step"])
         else None,
     }
-    known = [(name, value) for name, value in told.items() if value not in (None, words.NOTHING)]
+    known = [(name, value) for name, value in told.items() if value not in (None, NOTHING)]
     return [*tables, pairs_table("end-table", "How it went", known)] if known else tables
 
 
@@ -154,8 +163,8 @@ def resume_table(record: Record) -> Table | None:
         return None
     rows = [
         [
-            *texts(str(line.get("date", words.NOTHING)).replace("T", " ")), whole(line["step"]),
-            *texts(line.get("checkpoint", words.NOTHING)), _whole_or_text(line.get("processes")),
+            *texts(str(line.get("date", NOTHING)).replace("T", " ")), whole(line["step"]),
+            *texts(line.get("checkpoint", NOTHING)), _whole_or_text(line.get("processes")),
         ]
         for line in record.resumes
     ]  # fmt: skip
@@ -170,7 +179,7 @@ def bad_images_table(record: Record) -> Table | None:
         return None
     keys = ("split", "index", "path", "error", "substitute")
     rows = [[_whole_or_text(line.get(key)) for key in keys] for line in bad]
-    caption = f"{words.count(len(bad), 'image')} that could not be decoded, and the ones that stood in"
+    caption = f"{format_count(len(bad), 'image')} that could not be decoded, and the ones that stood in"
     if len(bad) > MOST_BAD_IMAGES:
         caption += f"; the first {MOST_BAD_IMAGES}, bad_images.jsonl has all"
     columns = [Column("split"), Column("row", True), Column("file"), Column("error"), Column("replaced by row", True)]
@@ -188,13 +197,13 @@ def results_table(records: Sequence[Record], names: Sequence[str]) -> Table:
             (words.metric(m, record.metrics.get(m)), record.metrics.get(m)) for m in metrics
         ]
         figures = ("images_per_second", "data_wait_fraction", "train_seconds", "peak_memory_bytes")
-        forms = (lambda v: words.number(v, 4), words.percent, words.seconds, words.size)
+        forms: tuple[Callable[[Any], str], ...] = (format_rate, format_percent, format_duration, format_bytes)
         shown += [(form(result.get(key)), result.get(key)) for form, key in zip(forms, figures, strict=True)]
         shown.append((f"{record.last_step:,}" + ("" if record.is_finished else " (not ended)"), record.last_step))
-        cells = [Cell(words.NOTHING if v is None else t, float(v) if is_finite(v) else None) for t, v in shown]
-        where = ", ".join(str(machine[key]) for key in ("device", "processor") if machine.get(key)) or words.NOTHING
+        cells = [Cell(NOTHING if v is None else t, float(v) if is_finite(v) else None) for t, v in shown]
+        where = ", ".join(str(machine[key]) for key in ("device", "processor") if machine.get(key)) or NOTHING
         rows.append([Cell(name), *cells, Cell(where)])
-    splits = [record.splits[0] if record.splits else words.NOTHING for record in records]
+    splits = [record.splits[0] if record.splits else NOTHING for record in records]
     for row, split in zip(rows, splits, strict=True):
         row.insert(1, Cell(split))
     columns = [Column("run"), Column("evaluated on"), *(Column(title, True) for title in titles), Column("machine")]
@@ -206,7 +215,7 @@ def differences_table(records: Sequence[Record], names: Sequence[str]) -> Table:
     keys = dict.fromkeys(key for record in records for key in record.resolved if key != "output_dir")
     rows = []
     for key in keys:
-        shown = [words.setting(record.value(key)) if key in record.resolved else words.NOTHING for record in records]
+        shown = [words.setting(record.value(key)) if key in record.resolved else NOTHING for record in records]
         if len(set(shown)) > 1:
             tag = next(record.resolved[key]["tag"] for record in records if key in record.resolved)
             rows.append(texts(key, tag, *shown))
@@ -219,7 +228,7 @@ def environment_differences(records: Sequence[Record], names: Sequence[str]) -> 
     found = [{**(r.result.get("machine") or {}), **(r.result.get("versions") or {})} for r in records]
     rows = []
     for key in dict.fromkeys(key for values in found for key in values):
-        shown = [str(values.get(key, words.NOTHING)) for values in found]
+        shown = [str(values.get(key, NOTHING)) for values in found]
         if len(set(shown)) > 1:
             rows.append(texts(key, *shown))
     if not rows:
@@ -264,7 +273,7 @@ def mistake_pictures(record: Record) -> list[Shown]:
             continue
         truth = _shares(picture.truth)
         said = ", ".join(
-            name if part is None else f"{name} {words.percent(part)}" for name, part in picture.predicted.items()
+            name if part is None else f"{name} {format_percent(part)}" for name, part in picture.predicted.items()
         )
         said = said or "no class"
         lines = [("truth", truth), ("predicted", said)]

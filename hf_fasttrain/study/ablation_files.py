@@ -13,8 +13,8 @@ from rich.text import Text
 
 from hf_fasttrain.errors import RunError, without_secrets
 from hf_fasttrain.files import reason, write_whole
+from hf_fasttrain.format import format_bytes, format_duration, format_interval, format_percent, format_rate
 from hf_fasttrain.study.ablate import Ablation, Row
-from hf_fasttrain.study.words import rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,10 +37,10 @@ def cells(row: Row, *, full: bool) -> list[str]:
         figures = [row.status if row.status == "n/a" else "failed", row.reason.splitlines()[0], "", "", ""]
     else:
         figures = [
-            rate(row.images_per_second.median),
+            format_rate(row.images_per_second.median),
             _interval(row),
-            f"{row.wait_fraction:.0%}",
-            f"+{row.first_step_seconds:.1f} s",
+            format_percent(row.wait_fraction, 0),
+            f"+{format_duration(row.first_step_seconds)}",
             _memory(row),
         ]
     return [row.name, *figures, *(_full_cells(row) if full else [])]
@@ -52,24 +52,24 @@ def _interval(row: Row) -> str:
         return ""
     if row.kind == "baseline":
         return "1"
-    return f"{found.median:.2f} ({found.low:.2f} - {found.high:.2f})"
+    return format_interval(found.median, found.low, found.high)
 
 
 def _memory(row: Row) -> str:
-    host = f"{(row.host_bytes or 0) / 2**30:.2f} GiB"
-    return host if row.device_bytes is None else f"{row.device_bytes / 2**30:.2f} GiB GPU, {host} host"
+    host = format_bytes(row.host_bytes or 0)
+    return host if row.device_bytes is None else f"{format_bytes(row.device_bytes)} GPU, {host} host"
 
 
 def _full_cells(row: Row) -> list[str]:
     found = row.full
     if found is None:
         return ["", "", "", "", ""]
-    until = "-" if found.seconds_to_target is None else f"{found.seconds_to_target:.1f} s"
+    until = "-" if found.seconds_to_target is None else format_duration(found.seconds_to_target)
     spread = "" if found.accuracy_std is None else f" +- {found.accuracy_std:.4f}"
     return [
         "" if found.accuracy is None else f"{found.accuracy:.4f}{spread}",
         "" if found.f1_macro is None else f"{found.f1_macro:.4f}",
-        f"{found.train_seconds:.1f} +- {found.train_seconds_std:.1f} s",
+        f"{format_duration(found.train_seconds)} +- {format_duration(found.train_seconds_std)}",
         "" if found.speed_up is None else f"{found.speed_up:.2f}",
         f"{until} ({found.seeds_at_target} of {found.seeds} seeds)",
     ]
@@ -85,7 +85,11 @@ def _header(ablation: Ablation) -> tuple[str, ...]:
 
 def _confidence(ablation: Ablation) -> str:
     found = next((row.speed_up for row in ablation.rows if row.speed_up), None)
-    return f"{found.confidence:.0%} intervals over {ablation.rounds} rounds" if found else f"{ablation.rounds} rounds"
+    return (
+        f"{format_percent(found.confidence, 0)} intervals over {ablation.rounds} rounds"
+        if found
+        else f"{ablation.rounds} rounds"
+    )
 
 
 def _machine(ablation: Ablation) -> str:
@@ -152,9 +156,9 @@ def chart(ablation: Ablation) -> Figure:
     speed.margins(x=0.08)
     speed.set_xlabel("speed, baseline = 1")
     bytes_of = [(row.device_bytes if row.device_bytes is not None else row.host_bytes) or 0 for row in rows]
-    memory.barh(places, [number / 2**30 for number in bytes_of], color=colours)
+    memory.barh(places, [number / 1e9 for number in bytes_of], color=colours)
     on_gpu = any(row.device_bytes is not None for row in rows)
-    memory.set_xlabel("GiB on the GPU" if on_gpu else "GiB on the host")
+    memory.set_xlabel("GB on the GPU" if on_gpu else "GB on the host")
     for axes in (speed, memory):
         axes.spines[["top", "right"]].set_visible(False)
     kinds = [kind for kind in LEGEND if any(row.kind == kind for row in rows)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hf_fasttrain.format import format_percent, format_rate
 from hf_fasttrain.study.measure import Measurement
 from hf_fasttrain.study.statistics import Estimate
 from hf_fasttrain.study.stopwatch import PHASES
 from hf_fasttrain.study.turns import Ready, Report
-from hf_fasttrain.study.words import rate
 
 MUCH_WAITING = 0.1  # share of the time from which on the loader is called the limit
 SHARING = 0.85  # of what the slower half reaches alone: below it, the halves slow each other down
@@ -88,27 +88,27 @@ class Diagnosis:
     def verdict(self) -> str:
         """The sentence with the arithmetic."""
         on = f"on {self.workers} {'worker' if self.workers == 1 else 'workers'}" if self.workers else "without workers"
-        compute, loader = rate(self.compute_alone), rate(self.loader_alone)
+        compute, loader = format_rate(self.compute_alone), format_rate(self.loader_alone)
         if self.is_waiting:
             stage = self.largest_stage
             share = self.stages[stage] / max(sum(self.stages.values()), 1e-12)
             text = (
-                f"The model takes {compute} images/s, the loader gives {loader} {on}: {self.wait_fraction:.0%} "
-                f"waiting, most of the loader's time for {STAGE_NAMES[stage]} "
-                f"({1000 * self.stages[stage]:.2f} ms an image, {share:.0%})"
+                f"The model takes {compute} images/s, the loader gives {loader} {on}: "
+                f"{format_percent(self.wait_fraction, 0)} waiting, most of the loader's time for {STAGE_NAMES[stage]} "
+                f"({1000 * self.stages[stage]:.2f} ms an image, {format_percent(share, 0)})"
             )
         else:
             phase = self.largest_phase
             text = (
                 f"The model is the limit: it takes {compute} images/s, the loader could give {loader} {on}; "
-                f"{self.wait_fraction:.0%} waiting, most of a step for {PHASE_NAMES[phase]} "
+                f"{format_percent(self.wait_fraction, 0)} waiting, most of a step for {PHASE_NAMES[phase]} "
                 f"({1000 * self.phases[phase]:.1f} of {1000 * self.step_seconds:.1f} ms)"
             )
             together = self.images_per_second.median
             if self.workers and together < SHARING * min(self.compute_alone, self.loader_alone):
-                text += f"; together they come to {rate(together)} only: they share the processor's cores"
+                text += f"; together they come to {format_rate(together)} only: they share the processor's cores"
         if self.advice:
-            return f"{text}; `{self.advice[0].text}` gives {rate(self.advice[0].images_per_second)} here."
+            return f"{text}; `{self.advice[0].text}` gives {format_rate(self.advice[0].images_per_second)} here."
         return f"{text}; none of {len(self.tried)} overrides that were tried is faster."
 
     def as_json(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from hf_fasttrain.environment import free_memory_bytes, num_cores
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.format import format_bytes, format_duration, format_images_rate, format_percent, format_rate
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.study import space
 from hf_fasttrain.study.diagnosis import (
@@ -33,7 +34,6 @@ from hf_fasttrain.study.space import Config
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware, settings
 from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes, ask
-from hf_fasttrain.study.words import clock, rate
 
 LOOK = Turn(min_steps=3, seconds=2.0)
 HALF = Turn(min_steps=2, seconds=1.0)
@@ -198,7 +198,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
         step.add_column(name, justify="left" if name == "phase" else "right")
     for phase in PHASES:
         seconds = diagnosis.phases[phase]
-        step.add_row(PHASE_NAMES[phase], f"{1000 * seconds:.1f}", f"{seconds / diagnosis.step_seconds:.0%}")
+        step.add_row(PHASE_NAMES[phase], f"{1000 * seconds:.1f}", format_percent(seconds / diagnosis.step_seconds, 0))
     step.add_row("together", f"{1000 * diagnosis.step_seconds:.1f}", "")
     console.print(step)
     loader = Table(title=f"the loader's work, {diagnosis.workers} workers", title_justify="left")
@@ -207,7 +207,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     total = max(sum(diagnosis.stages.values()), 1e-12)
     for stage in STAGES:
         seconds = diagnosis.stages[stage]
-        loader.add_row(STAGE_NAMES[stage], f"{1000 * seconds:.3f}", f"{seconds / total:.0%}")
+        loader.add_row(STAGE_NAMES[stage], f"{1000 * seconds:.3f}", format_percent(seconds / total, 0))
     console.print(loader)
     for line in lines(diagnosis):
         console.print(line, markup=False)
@@ -216,25 +216,25 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
 def lines(diagnosis: Diagnosis) -> list[str]:
     """Return verdict, forecast, memory and advice as sentences."""
     found, kept = diagnosis.images_per_second, diagnosis.ready.keeps_pixels
-    memory = f"{diagnosis.host_bytes / 2**30:.2f} GiB of the host"
+    memory = f"{format_bytes(diagnosis.host_bytes)} of the host"
     if diagnosis.device_bytes:
-        memory = f"{diagnosis.device_bytes / 2**30:.2f} GiB of the GPU, {memory}"
+        memory = f"{format_bytes(diagnosis.device_bytes)} of the GPU, {memory}"
     said = [
         *(f"note: {note}" for note in diagnosis.ready.notes if not note.startswith("data.cache_dir")),  # ours
         diagnosis.verdict,
-        f"As it is: {rate(found.median)} images/s ({rate(found.low)} - {rate(found.high)}); an epoch takes "
-        f"{clock(diagnosis.epoch_seconds)}{' once images are kept' if kept else ''}, the whole training "
-        f"{clock(diagnosis.total_seconds)}, without evaluation. Memory: {memory}.",
+        f"As it is: {format_images_rate(found.median)} ({format_rate(found.low)} - {format_rate(found.high)}); an "
+        f"epoch takes {format_duration(diagnosis.epoch_seconds)}{' once images are kept' if kept else ''}, the whole "
+        f"training {format_duration(diagnosis.total_seconds)}, without evaluation. Memory: {memory}.",
     ]
     for advice in diagnosis.advice:
         note = f" ({advice.note})" if advice.note else ""
         seconds = diagnosis.ready.num_images / advice.images_per_second
         said.append(
-            f"Measured: {advice.text}{note}: {rate(advice.images_per_second)} images/s, {advice.speed_up} times as "
-            f"fast, an epoch takes {clock(seconds)}."
+            f"Measured: {advice.text}{note}: {format_images_rate(advice.images_per_second)}, {advice.speed_up} times "
+            f"as fast, an epoch takes {format_duration(seconds)}."
         )
     for measurement in diagnosis.tried:
         if all(measurement.arm.overrides != advice.overrides for advice in diagnosis.advice):
-            outcome = measurement.failed or f"{rate(measurement.images_per_second.median)} images/s"
+            outcome = measurement.failed or format_images_rate(measurement.images_per_second.median)
             said.append(f"Tried without gain: {measurement.arm.name}: {outcome}")
     return said

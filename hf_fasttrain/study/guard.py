@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_fasttrain.format import format_percent
 from hf_fasttrain.study.measure import Arm, Start
 from hf_fasttrain.study.turns import Turn, Wishes
 
@@ -41,7 +42,7 @@ class Verdict:
     def __str__(self) -> str:
         return (
             f"gradient cosine {self.cosine:.4f} (at least {LEAST_COSINE}), loss over {NUM_STEPS} steps at full lr "
-            f"{self.loss_difference:.1%} from fp32's (at most {MOST_LOSS_DIFFERENCE:.0%})"
+            f"{format_percent(self.loss_difference)} from fp32's (at most {format_percent(MOST_LOSS_DIFFERENCE, 0)})"
         )
 
 

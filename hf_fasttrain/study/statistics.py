@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_fasttrain.format import format_interval
+
 CONFIDENCE = 0.95
 
 
@@ -20,7 +22,7 @@ class Estimate:
     confidence: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} - {self.high:.2f})"
+        return format_interval(self.median, self.low, self.high)
 
 
 def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:

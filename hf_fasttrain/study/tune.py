@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hf_fasttrain.environment import free_memory_bytes, num_cores
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.format import format_duration
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.study import space
 from hf_fasttrain.study.guard import IMAGES, NUM_STEPS, Course, Verdict, compare, course
@@ -160,8 +161,8 @@ class Tuner:
         if own.failed and "not done" not in own.failed:
             return RunError(f"this recipe can't be measured here: {own.failed}")
         return RunError(
-            f"--budget {self.budget:.0f}s: the recipe's own first steps took {self.elapsed:.0f} s; give at least "
-            f"{math.ceil(8 * self.elapsed / 60)}m"
+            f"--budget {self.budget:.0f}s: the recipe's own first steps took {format_duration(self.elapsed)}; give "
+            f"at least {math.ceil(8 * self.elapsed / 60)}m"
         )
 
     def _fitting(self) -> Candidate:

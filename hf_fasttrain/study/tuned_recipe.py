@@ -13,12 +13,12 @@ from rich.text import Text
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.errors import RunError, without_secrets
 from hf_fasttrain.files import reason, write_whole
+from hf_fasttrain.format import format_duration, format_images_rate, format_percent, format_rate
 from hf_fasttrain.machine import circumstances
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import to_yaml
 from hf_fasttrain.study import space
 from hf_fasttrain.study.tune import Candidate, Found
-from hf_fasttrain.study.words import clock, rate
 from hf_fasttrain.tunings import Tuning, store_tuning
 
 ROUNDING = (*space.MATH_KEYS, "accelerate.channels_last", "accelerate.compile")
@@ -84,7 +84,7 @@ def _header(recipe: Recipe, found: Found, command: str) -> list[str]:
     shown = ("torch", "timm", "transformers", "accelerate", "hf_fasttrain")
     lines = [
         f"# {recipe.source.name}, tuned for {machine['processor']}, {machine['cores']} cores{gpu}",
-        f"# by `{command}`, {datetime.now(UTC).isoformat(timespec='seconds')}, {found.seconds:.0f} s",
+        f"# by `{command}`, {datetime.now(UTC).isoformat(timespec='seconds')}, {format_duration(found.seconds)}",
         f"# with Python {versions['python']}, {', '.join(f'{name} {versions[name]}' for name in shown)}",
         *(f"# {line}" for line in summary(found)),
     ]
@@ -94,14 +94,21 @@ def _header(recipe: Recipe, found: Found, command: str) -> list[str]:
 def summary(found: Found) -> list[str]:
     """Return what was found, in a few sentences."""
     own_rate = found.best.measurement.images_per_second.median
-    lines = [f"{rate(own_rate)} images/s; training as long as train.duration says: {clock(found.best.forecast())}"]
+    lines = [
+        f"{format_images_rate(own_rate)}; training as long as train.duration says: "
+        f"{format_duration(found.best.forecast())}"
+    ]
     if found.baseline is None:
         lines.append("The recipe's own settings do not fit into memory.")
     else:
         own = found.baseline.measurement.images_per_second.median
-        lines.append(f"The recipe's own settings: {rate(own)} images/s, {clock(found.baseline.forecast())}")
+        lines.append(
+            f"The recipe's own settings: {format_images_rate(own)}, {format_duration(found.baseline.forecast())}"
+        )
     if found.speed_up is not None:
-        lines.append(f"Side by side, {found.speed_up.confidence:.0%} interval: {found.speed_up} times as fast.")
+        lines.append(
+            f"Side by side, {format_percent(found.speed_up.confidence, 0)} interval: {found.speed_up} times as fast."
+        )
     elif found.baseline is found.best:
         lines.append("Nothing that was tried is faster.")
     if not found.whole:
@@ -140,7 +147,11 @@ def print_found(console: Console, found: Found, path: Path) -> None:
     for candidate in [*sorted(measured, key=Candidate.forecast), *(c for c in found.tried if c not in measured)]:
         m, mark = candidate.measurement, "best" if candidate is found.best else ""
         if m.is_measured:
-            figures = (rate(m.images_per_second.median), clock(candidate.forecast()), str(len(m.rounds)))
+            figures = (
+                format_rate(m.images_per_second.median),
+                format_duration(candidate.forecast()),
+                str(len(m.rounds)),
+            )
         else:
             figures = ("-", m.failed.splitlines()[0] if m.failed else "not measured", "0")
         shown.add_row(*map(Text, (m.arm.name, *figures, mark)))
