@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,7 @@ def test_predict_refuses_what_is_no_image(
         main(["evaluate", str(run)])
     assert caught.value.code == 2
     assert "its classes (blue, green, rose) are not the model's (blue, green, red)" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--version"], capsys) == f"hf_fasttrain {version('hf_fasttrain')}\n"

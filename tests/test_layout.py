@@ -72,7 +72,7 @@ LEVELS = [
     {"study.ablate", "study.tune"},
     {"study.ablation_files", "study.full", "study.tuned_recipe"},
     {"study.doctor"},
-    {"cli.arguments", "cli.terminal"},
+    {"cli.arguments", "cli.terminal", "cli.version"},
     {"cli.check_images"},
     {f"cli.{command}" for command in COMMANDS},
     {"cli.app"},
@@ -182,7 +182,7 @@ def test_importing_is_without_side_effects() -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "modle.name=x"], ["recipes"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quickstart", "modle.name=x"], ["recipes"]])
 def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom hf_fasttrain.cli import main\n"

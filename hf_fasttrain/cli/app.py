@@ -19,6 +19,7 @@ from hf_fasttrain.cli.report import report
 from hf_fasttrain.cli.schema import schema
 from hf_fasttrain.cli.train import train
 from hf_fasttrain.cli.tune import tune
+from hf_fasttrain.cli.version import common_options
 from hf_fasttrain.errors import UserError, nearest
 from hf_fasttrain.shipped import shipped_recipes
 
@@ -29,8 +30,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train an image classifier from one recipe file: `hf-fasttrain RECIPE [section.key=value ...]`, "
-    "or `accelerate launch -m hf_fasttrain RECIPE [section.key=value ...]`.",
 )
 recipes_app = typer.Typer(
     help="List the shipped recipes, or copy one.", invoke_without_command=True, rich_markup_mode=None
@@ -41,6 +40,10 @@ cache_app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.callback(
+    help="Train an image classifier from one recipe file: `hf-fasttrain RECIPE [section.key=value ...]`, "
+    "or `accelerate launch -m hf_fasttrain RECIPE [section.key=value ...]`."
+)(common_options)
 recipes_app.callback()(list_recipes)
 recipes_app.command("copy")(copy_recipe)
 cache_app.callback()(list_kept)
@@ -56,7 +59,7 @@ for name, group in GROUPS.items():
 def with_verb(arguments: list[str]) -> list[str]:
     """Put `train` before a recipe that stands where a verb could."""
     verbs = {command.__name__ for command in COMMANDS} | set(GROUPS)
-    if not arguments or arguments[0] in verbs or arguments[0] in ("--help", "-h"):
+    if not arguments or arguments[0] in verbs or arguments[0] in ("--help", "-h", "--version"):
         return ["--help"] if arguments[:1] == ["-h"] else arguments
     first = next((argument for argument in arguments if not argument.startswith("-")), "")
     known = first.endswith((".yaml", ".yml")) or first.startswith("hf://") or first in shipped_recipes()

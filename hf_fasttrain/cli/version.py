@@ -1,0 +1,24 @@
+"""`hf-fasttrain --version`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_fasttrain import __version__
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        print(f"hf_fasttrain {__version__}")
+        raise typer.Exit
+
+
+def common_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
