@@ -23,7 +23,8 @@ from hf_fasttrain.callbacks import CallbackError, Callbacks, StepReport
 from hf_fasttrain.checkpoint import Snapshot, checkpoint_path, complete_checkpoints, require_same
 from hf_fasttrain.data.deaths import CHILD_SIGNAL, Deaths
 from hf_fasttrain.data.images import BadImages
-from hf_fasttrain.data.loader import EvalLoader, OwnEvalLoader, OwnLoader, Step, TrainLoader
+from hf_fasttrain.data.loader import EvalLoader, Step, TrainLoader
+from hf_fasttrain.data.user_loader import OwnEvalLoader, OwnLoader
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.early_stopping import EarlyStop, early_stop, go_on, how_to_go_on, record_of, waited_steps
 from hf_fasttrain.ema import Ema

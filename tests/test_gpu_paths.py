@@ -28,10 +28,11 @@ from hf_fasttrain.data.batch import Mixing, Normalize, augment_on_device
 from hf_fasttrain.data.device import DeviceFeed
 from hf_fasttrain.data.feed import Feed, ImageBatches, _pinned, batches_ahead, num_slots
 from hf_fasttrain.data.images import BadImages, Images
-from hf_fasttrain.data.loader import OwnLoader, Step
+from hf_fasttrain.data.loader import Step
 from hf_fasttrain.data.order import MicroBatchKey
 from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import load_source
+from hf_fasttrain.data.user_loader import OwnLoader
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import settle_device
 from hf_fasttrain.errors import RunError

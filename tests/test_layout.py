@@ -54,6 +54,7 @@ LEVELS = [
     {"data.images"},
     {"data.feed"},
     {"data.device", "data.loader"},
+    {"data.user_loader"},
     {"callbacks", "steps", "gradients", "update", "unused_parameters", "early_stopping", "final"},
     {"resolved", "trainer"},
     {"accelerator", "runfolder"},

@@ -15,13 +15,14 @@ from PIL import Image
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
-from hf_fasttrain.data.feed import Ahead, Feed, ImageBatches
+from hf_fasttrain.data.feed import BackgroundIterator, Feed, ImageBatches
 from hf_fasttrain.data.images import Images
-from hf_fasttrain.data.loader import EvalLoader, OwnLoader, TrainLoader
+from hf_fasttrain.data.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.operations import Operations
 from hf_fasttrain.data.order import MicroBatchKey, Order
 from hf_fasttrain.data.prepare import Preparation
 from hf_fasttrain.data.source import Source, load_source
+from hf_fasttrain.data.user_loader import OwnLoader
 from hf_fasttrain.errors import DataError, RunError
 
 CPU = torch.device("cpu")
@@ -161,22 +162,22 @@ def test_own_loader_takes_mappings() -> None:
 
 
 def test_ahead_hands_on_everything_in_order_and_raises_what_failed() -> None:
-    assert list(Ahead(iter(range(20)), lambda x: x * x)) == [x * x for x in range(20)]
+    assert list(BackgroundIterator(iter(range(20)), lambda x: x * x)) == [x * x for x in range(20)]
 
     def failing() -> Iterator[int]:
         yield 1
         raise DataError("no more")
 
-    ahead = Ahead(failing(), lambda x: x)
+    ahead = BackgroundIterator(failing(), lambda x: x)
     with pytest.raises(DataError, match="no more"):
         list(ahead)
     with pytest.raises(ZeroDivisionError):
-        list(Ahead(iter([1, 0]), lambda x: 1 / x))
+        list(BackgroundIterator(iter([1, 0]), lambda x: 1 / x))
 
 
 def test_ahead_is_two_ahead_and_can_be_stopped() -> None:
     begun: list[int] = []
-    ahead = Ahead(iter(range(1000)), lambda x: begun.append(x) or x)
+    ahead = BackgroundIterator(iter(range(1000)), lambda x: begun.append(x) or x)
     assert next(iter(ahead)) == 0
     deadline = time.monotonic() + 5
     while len(begun) < 4 and time.monotonic() < deadline:

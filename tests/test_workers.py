@@ -29,7 +29,7 @@ from hf_fasttrain.data import workers as workers_module
 from hf_fasttrain.data.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
 from hf_fasttrain.data.deaths import Deaths, describe_death
-from hf_fasttrain.data.feed import Ahead, Feed, ImageBatches
+from hf_fasttrain.data.feed import BackgroundIterator, Feed, ImageBatches
 from hf_fasttrain.data.images import Images
 from hf_fasttrain.data.loader import EvalLoader, Step, TrainLoader
 from hf_fasttrain.data.order import Order
@@ -361,9 +361,11 @@ def test_a_death_is_noticed_by_a_thread_that_reads_ahead(tmp_path: Path) -> None
             die()
         return 2 * request
 
-    assert list(Ahead(Workers(work, 2, 4, Deaths()).answers(range(20)), str)) == [str(2 * n) for n in range(20)]
+    assert list(BackgroundIterator(Workers(work, 2, 4, Deaths()).answers(range(20)), str)) == [
+        str(2 * n) for n in range(20)
+    ]
     with pytest.raises(LoaderDied):
-        list(Ahead(Workers(lambda request: die(), 2, 4, Deaths()).answers(range(20)), str))
+        list(BackgroundIterator(Workers(lambda request: die(), 2, 4, Deaths()).answers(range(20)), str))
 
 
 # --- the user's own loaders --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_fasttrain.data.batch import augment_on_device
-from hf_fasttrain.data.feed import Again, Batch, Feed, ImageBatches
+from hf_fasttrain.data.feed import Batch, Feed, ImageBatches, Restartable
 from hf_fasttrain.data.order import MicroBatchKey
 
 
@@ -66,7 +66,7 @@ class DeviceFeed(Feed):
 
     def open(self, keys: Iterable[MicroBatchKey], largest: int, *, persistent: bool = False) -> Iterable[Batch]:
         """Return the batches of keys, which can be gone through more than once; see `Feed.open`."""
-        return Again(lambda: self._batches(keys, largest))
+        return Restartable(lambda: self._batches(keys, largest))
 
     def _batches(self, keys: Iterable[MicroBatchKey], largest: int) -> Iterator[Batch]:
         if self._is_given_up:

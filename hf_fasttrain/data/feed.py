@@ -27,8 +27,8 @@ from hf_fasttrain.errors import NotEnoughMemory, RunError, UserError, how_to_res
 from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
 
 Batch = tuple[Tensor, Tensor]
-AHEAD = 4  # batches that each worker may be ahead
-MOST_AHEAD = 4096  # images that all workers together may be ahead: 0.6 GB at 224 px
+BATCHES_AHEAD = 4  # batches that each worker may be ahead
+MOST_IMAGES_AHEAD = 4096  # images that all workers together may be ahead: 0.6 GB at 224 px
 
 
 class Made(NamedTuple):
@@ -100,14 +100,14 @@ class _Slots:
         self.free: deque[int] = deque(range(number))
 
 
-class _Asked(NamedTuple):
+class _BatchRequest(NamedTuple):
     """A key on its way to a worker, and the slot that its pixels go to."""
 
     key: MicroBatchKey
     slot: int | None
 
 
-class _Sent(NamedTuple):
+class _SentBatch(NamedTuple):
     """A batch on its way back from a worker; its pixels are in the slot, unless there is none or it is too small."""
 
     slot: int | None
@@ -117,28 +117,28 @@ class _Sent(NamedTuple):
     pixels: np.ndarray | None
 
 
-class _Asking:
+class _SlotSampler:
     """Gives each key a free slot."""
 
     def __init__(self, keys: Iterable[MicroBatchKey], slots: _Slots | None) -> None:
         self.keys, self.slots = keys, slots
 
-    def __iter__(self) -> Iterator[_Asked]:
+    def __iter__(self) -> Iterator[_BatchRequest]:
         if self.slots is None:
-            yield from (_Asked(key, None) for key in self.keys)
+            yield from (_BatchRequest(key, None) for key in self.keys)
             return
         self.slots.free = deque(range(len(self.slots.memory)))
         for key in self.keys:
-            yield _Asked(key, self.slots.free.popleft())
+            yield _BatchRequest(key, self.slots.free.popleft())
 
 
-class _Making:
+class _BatchDataset:
     """Makes the batch of each key that is asked for; in a worker with its slots, without workers in this process."""
 
     def __init__(self, images: ImageBatches, memory: Tensor | None) -> None:
         self.images, self.memory = images, memory
 
-    def here(self, asked: _Asked) -> Made | UserError:
+    def here(self, asked: _BatchRequest) -> Made | UserError:
         """Return a batch to the same process; what is wrong with its images is raised by the reader.
 
         Where memory runs out it is made a second time: what others had then, they may have given back.
@@ -154,7 +154,7 @@ class _Making:
             )
         return made
 
-    def _try(self, asked: _Asked) -> Made | UserError | str:
+    def _try(self, asked: _BatchRequest) -> Made | UserError | str:
         """Return a batch, what is wrong with its images, or what there was no memory for."""
         try:
             return self.images.make(asked.key, self._room(asked))
@@ -166,15 +166,15 @@ class _Making:
                 raise
             return what_failed(error)
 
-    def __call__(self, asked: _Asked) -> _Sent | UserError:
+    def __call__(self, asked: _BatchRequest) -> _SentBatch | UserError:
         made, room = self.here(asked), self._room(asked)
         if isinstance(made, UserError):
             return made
         inside = room is not None and made.pixels.data_ptr() == room.data_ptr()
         shape, labels = tuple(made.pixels.shape), made.labels.numpy()
-        return _Sent(asked.slot, shape, labels, made.events, None if inside else made.pixels.numpy())
+        return _SentBatch(asked.slot, shape, labels, made.events, None if inside else made.pixels.numpy())
 
-    def _room(self, asked: _Asked) -> Tensor | None:
+    def _room(self, asked: _BatchRequest) -> Tensor | None:
         return None if asked.slot is None or self.memory is None else self.memory[asked.slot]
 
 
@@ -223,22 +223,22 @@ class Feed:
         `largest` is the number of images in the largest one. With `persistent` the workers are kept for the next
         time that the batches are gone through. Nothing is drawn from torch's global generator.
         """
-        return _Opened(self, keys, largest, persistent)
+        return _PrefetchedBatches(self, keys, largest, persistent)
 
-    def read(self, sent: Iterator[Made | _Sent | UserError], slots: _Slots | None) -> Iterator[Batch]:
+    def read(self, sent: Iterator[Made | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
         """Yield what the workers send, on the device."""
         if self.device.type != "cuda":
             yield from self._on_host(sent, slots)
         elif not self.workers:  # in this thread: operations draw from torch's generator, which training uses too
             yield from self._on_device(self._copy_to_device(batch, slots) for batch in sent)
         else:
-            ahead = Ahead(sent, lambda batch: self._copy_to_device(batch, slots))
+            ahead = BackgroundIterator(sent, lambda batch: self._copy_to_device(batch, slots))
             try:
                 yield from self._on_device(ahead)
             finally:
                 ahead.stop()
 
-    def _on_host(self, sent: Iterator[Made | _Sent | UserError], slots: _Slots | None) -> Iterator[Batch]:
+    def _on_host(self, sent: Iterator[Made | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
             batch = next(sent, None)
@@ -249,7 +249,7 @@ class Feed:
             _release(batch, slots)
 
     def _copy_to_device(
-        self, batch: Made | _Sent | UserError, slots: _Slots | None
+        self, batch: Made | _SentBatch | UserError, slots: _Slots | None
     ) -> tuple[Made | UserError, torch.cuda.Event | None]:
         """Start copying on a stream of its own; called by the thread that is ahead."""
         made = _received(batch, slots)
@@ -310,8 +310,8 @@ def _pinned(tensor: Tensor) -> Tensor:
         ) from None
 
 
-def _received(batch: Made | _Sent | UserError, slots: _Slots | None) -> Made | UserError:
-    if not isinstance(batch, _Sent):
+def _received(batch: Made | _SentBatch | UserError, slots: _Slots | None) -> Made | UserError:
+    if not isinstance(batch, _SentBatch):
         return batch
     if batch.pixels is not None:
         return Made(torch.from_numpy(batch.pixels), torch.from_numpy(batch.labels), batch.events)
@@ -321,13 +321,13 @@ def _received(batch: Made | _Sent | UserError, slots: _Slots | None) -> Made | U
     return Made(pixels, torch.from_numpy(batch.labels), batch.events)
 
 
-def _release(batch: Made | _Sent | UserError, slots: _Slots | None) -> None:
+def _release(batch: Made | _SentBatch | UserError, slots: _Slots | None) -> None:
     """Let the slot of a batch be used again."""
-    if slots is not None and isinstance(batch, _Sent) and batch.slot is not None:
+    if slots is not None and isinstance(batch, _SentBatch) and batch.slot is not None:
         slots.free.append(batch.slot)
 
 
-class _Opened:
+class _PrefetchedBatches:
     """The batches of some keys; workers and slots are made when they are first gone through."""
 
     def __init__(self, feed: Feed, keys: Iterable[MicroBatchKey], largest: int, persistent: bool) -> None:
@@ -336,12 +336,12 @@ class _Opened:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.feed.workers:
-            return self.feed.read(map(_Making(self.feed.images, None).here, _Asking(self.keys, None)), None)
+            return self.feed.read(map(_BatchDataset(self.feed.images, None).here, _SlotSampler(self.keys, None)), None)
         workers, slots = self._kept or self._build()
         if self.persistent:
             self._kept = workers, slots
         workers.deaths = self.feed.deaths
-        return self.feed.read(workers.answers(_Asking(self.keys, slots), keep=self.persistent), slots)
+        return self.feed.read(workers.answers(_SlotSampler(self.keys, slots), keep=self.persistent), slots)
 
     def close(self) -> None:
         """End the workers that are kept."""
@@ -353,13 +353,13 @@ class _Opened:
         number, images, slots = self.feed.workers, self.feed.images, None
         if images.most_bytes(self.largest):
             slots = _Slots(num_slots(number, self.largest), images.most_bytes(self.largest))
-        making = _Making(images, slots.memory if slots else None)
+        making = _BatchDataset(images, slots.memory if slots else None)
         return Workers(making, number, batches_ahead(number, self.largest), self.feed.deaths), slots
 
 
 def batches_ahead(workers: int, images: int) -> int:
     """Return how many batches of so many images each worker may be ahead."""
-    return max(1, min(AHEAD, MOST_AHEAD // max(1, workers * images)))
+    return max(1, min(BATCHES_AHEAD, MOST_IMAGES_AHEAD // max(1, workers * images)))
 
 
 def num_slots(workers: int, images: int) -> int:
@@ -367,7 +367,7 @@ def num_slots(workers: int, images: int) -> int:
     return workers * batches_ahead(workers, images) + 2 if workers else 1
 
 
-class Again:
+class Restartable:
     """An iterable that starts anew each time."""
 
     def __init__(self, start: Callable[[], Iterator[Batch]]) -> None:
@@ -377,7 +377,7 @@ class Again:
         return self.start()
 
 
-class Ahead:
+class BackgroundIterator:
     """Goes through `items` in a thread, `depth` ahead of its reader, and hands on what `work` makes of each.
 
     The copy to the device has begun before the reader asks for it, even where the reader waits for the device in

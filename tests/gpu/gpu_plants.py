@@ -334,7 +334,7 @@ def skipped_not_seen(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T6", "half of the images of a step that is made again are lost", "< 0.001")
 def images_lost(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loader import OwnLoader
+    from hf_fasttrain.data.user_loader import OwnLoader
 
     real = OwnLoader.again
 
@@ -613,7 +613,7 @@ def tells_nobody(patch: pytest.MonkeyPatch) -> None:
 
 @plant("M4", "the number of images is summed on the device", "synchronizing", on_cpu=False)
 def summed_on_device(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loader import OwnLoader
+    from hf_fasttrain.data.user_loader import OwnLoader
 
     real = OwnLoader._step
 
