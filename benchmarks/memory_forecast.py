@@ -45,7 +45,7 @@ def train(dataset: str, model: str, size: int, overrides: list[str], folder: Pat
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     if result["out_of_memory"]:
         raise SystemExit(f"{model}, {size} images: memory ran out; choose smaller --sizes")
-    return read_settings(folder)["memory_forecast_bytes"]["value"], result["peak_memory_bytes"]
+    return read_settings(folder)["memory_forecast_bytes"].value, result["peak_memory_bytes"]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from accelerate.utils.environment import get_int_from_env
 
-from hf_fasttrain.environment import num_cores, settle_device
+from hf_fasttrain.environment import settle_device
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.private_apis import forget_other_precision, raise_recompile_limit
 from hf_fasttrain.recipe import Recipe
@@ -39,7 +39,7 @@ THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator:
-    """Return the Accelerator of a recipe.
+    """Return the Accelerator of a recipe whose `auto` of machine settings is resolved.
 
     Raises RunError for a launch configuration that is not built (DeepSpeed, FSDP, fp8) and for a precision that the
     device does not have.
@@ -49,9 +49,9 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
             raise RunError(f"the launch configuration asks for {name}, which is not built; use accelerate_configs/")
     _require_trackers(recipe)
     settings.launched = was_launched()
-    _set_threads(recipe, settings)
+    _set_threads(recipe)
     set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
-    precision = _resolve_precision(recipe, settings)
+    precision = _precision(recipe)
     forget_other_precision(precision)
     steps = recipe.accelerate.gradient_accumulation_steps
     _note_overruled(recipe, precision, settings)
@@ -70,13 +70,11 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
     return accelerator
 
 
-def _set_threads(recipe: Recipe, settings: ResolvedSettings) -> None:
-    """Set the threads of a process that trains on a CPU, and record why there are so many."""
+def _set_threads(recipe: Recipe) -> None:
+    """Set the threads of a process that trains on a CPU."""
     if uses_gpu():
         return
-    wish, key = recipe.accelerate.cpu_threads, "accelerate.cpu_threads"
-    threads, why = set_cpu_threads(None if wish == "auto" else wish)
-    settings.resolve(key, threads, settings.why(key, why))
+    torch.set_num_threads(int(recipe.accelerate.cpu_threads))
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
 
 
@@ -89,18 +87,13 @@ def _require_trackers(recipe: Recipe) -> None:
         )
 
 
-def _resolve_precision(recipe: Recipe, settings: ResolvedSettings) -> str:
-    wish, key = recipe.accelerate.mixed_precision, "accelerate.mixed_precision"
-    cuda = uses_gpu()
-    if wish == "fp16" and not cuda:
-        raise RunError(f"{key}: fp16 needs a GPU, and there is none; allowed here are no, bf16 and auto")
-    if wish != "auto":
-        return wish
-    if not cuda:
-        return settings.resolve(key, "no", "on a CPU bf16 is slower for many models; try bf16")
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return settings.resolve(key, "bf16", "the GPU has it")
-    return settings.resolve(key, "fp16", "the GPU has no bf16")
+def _precision(recipe: Recipe) -> str:
+    precision: str = recipe.accelerate.mixed_precision
+    if precision == "fp16" and not uses_gpu():
+        raise RunError(
+            "accelerate.mixed_precision: fp16 needs a GPU, and there is none; allowed here are no, bf16 and auto"
+        )
+    return precision
 
 
 def _note_overruled(recipe: Recipe, precision: str, settings: ResolvedSettings) -> None:
@@ -108,7 +101,7 @@ def _note_overruled(recipe: Recipe, precision: str, settings: ResolvedSettings) 
     stated, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
     if stated not in (None, precision):
         why = {"fp16": ", which needs a GPU", "fp8": ", which is not built"}.get(str(stated), "")
-        why = why if "accelerate.mixed_precision" in settings.resolved else ""
+        why = why if settings.is_open("accelerate.mixed_precision") else ""
         settings.note(f"the launch configuration says mixed precision {stated}{why}; the recipe's {precision} is used")
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", "auto", str(steps)):
@@ -213,23 +206,6 @@ def _launchers_own() -> set[int]:
 
 
 # --- torch's process-wide switches ---------------------------------------------------------------------------
-
-
-def set_cpu_threads(wish: int | None = None) -> tuple[int, str]:
-    """Set torch's threads to the wish, else to the user's OMP_NUM_THREADS, else to this process's share of the cores.
-
-    Return their number, and why it is that one.
-    """
-    threads, why = (wish, "") if wish else _without_wish()
-    torch.set_num_threads(threads)
-    return threads, why
-
-
-def _without_wish() -> tuple[int, str]:
-    asked, local = user_threads(), local_processes()
-    if asked:
-        return asked, f"{THREADS_VARIABLE} of the user"
-    return max(1, num_cores() // local), f"{num_cores()} cores / {local} processes"
 
 
 def set_fp32_precision(matmul: str, conv: str) -> None:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_fasttrain.accelerator import local_processes
+from hf_fasttrain.auto import decide, evaluation_batch_size
 from hf_fasttrain.data.feed import num_slots
 from hf_fasttrain.data.fingerprint import fingerprint
 from hf_fasttrain.data.images import BadImages
@@ -25,12 +26,11 @@ from hf_fasttrain.duration import Duration
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.evaluation import Evaluator
-from hf_fasttrain.final import resolve_final
 from hf_fasttrain.loaders import Loaders, resolve_loading
 from hf_fasttrain.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.metrics import resolve_metrics
-from hf_fasttrain.micro_batch import evaluation_batch
+from hf_fasttrain.micro_batch import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.model import ModelSpec, head_names
 from hf_fasttrain.model_folder import save_description, save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
@@ -106,11 +106,11 @@ def assemble(
     track = _tracking(parts, folder, saved or {}) if folder else None
     log = RunLog(folder, main=accelerator.is_main_process, track=track)
     log.expected = FILES_WHILE_TRAINING if folder else ()
-    data_set = settings.resolve("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
+    data_set = settings.record("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
     best, stopping = _watches(parts)
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
-    eval_batch = _eval_batch_size(parts)
+    eval_batch = _eval_batch_size(parts, make.workers)
     evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.order.steps_per_epoch))
     trainer = trainer_class(
         model=parts.model,
@@ -129,12 +129,12 @@ def assemble(
         evaluate_every=recipe.evaluate.every,
         best=best,
         early_stopping=stopping,
-        final=_final(parts, stopping),
+        final=decide(parts.settings, "checkpoint.final", early_stopping=stopping),
         output_dir=folder,
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
-        learnt={**settings.learnt(), "data set": data_set, "class_names": spec.class_names},
+        learnt={**settings.deciding_results(), "data set": data_set, "class_names": spec.class_names},
         recipe_text=recipe_as_asked(recipe),
         launched=settings.launched,
         bad_images=bad_images,
@@ -169,16 +169,10 @@ def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
     if stopping:
         patience = stopping.patience.to_steps(parts.order.steps_per_epoch)
         watches.append(("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience)))
-    for key, asked, watch in watches:
-        why = f"{'less' if watch.mode == 'min' else 'more'} {watch.metric} is better" if asked == "auto" else ""
-        parts.settings.resolve(key, watch.mode, why)
+    for key, given, watch in watches:
+        if given == "auto":
+            decide(parts.settings, key, watch=watch)
     return watches[0][2], watches[1][2] if stopping else None
-
-
-def _final(parts: Parts, stopping: Watch | None) -> str:
-    asked = parts.recipe.checkpoint.final
-    why = f"{'with' if stopping else 'without'} early_stopping" if asked == "auto" else ""
-    return str(parts.settings.resolve("checkpoint.final", resolve_final(asked, stopping), why))
 
 
 def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
@@ -224,8 +218,8 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
 
 def _bytes_of_slots(parts: Parts) -> int:
     """Return the shared memory of the loaders' batches on the host that is not in the forecast."""
-    workers, _ = resolve_loading(parts.recipe, parts.accelerator.device, ResolvedSettings(parts.recipe))
-    sizes = [_usual_eval_batch(parts)]
+    workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
+    sizes = [_planned_eval_batch(parts)]
     if parts.forecast is None:
         sizes.append(parts.order.micro_batch_size)
     batches = sum(num_slots(workers, images) * images for images in sizes) if workers else 0
@@ -240,20 +234,24 @@ def build_train_loader(parts: Parts) -> TrainLoader:
     return loaders.training(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
 
 
-def _usual_eval_batch(parts: Parts) -> int:
-    """Return how many images evaluation takes at once where the recipe leaves it open and memory is enough."""
-    return max(32, parts.order.micro_batch_size)
+def _planned_eval_batch(parts: Parts) -> int:
+    """Return how many images evaluation takes at once if memory is enough."""
+    given = parts.recipe.evaluate.batch_size
+    return evaluation_batch_size(micro_batch_size=parts.order.micro_batch_size).value if given == "auto" else given
 
 
-def _eval_batch_size(parts: Parts) -> int:
-    wish = parts.recipe.evaluate.batch_size
-    if wish != "auto":
-        return wish
-    usual = _usual_eval_batch(parts)
-    size, rule = evaluation_batch(parts.forecast, usual), "accelerate.micro_batch_size, at least 32"
-    if size < usual:
-        rule = "half of the free memory is enough for so many"
-    return int(parts.settings.resolve("evaluate.batch_size", size, rule))
+def _eval_batch_size(parts: Parts, workers: int) -> int:
+    accelerator, forecast = parts.accelerator, parts.forecast
+    memory = partial(
+        evaluation_memory,
+        parts.model,
+        parts.spec.image_size,
+        accelerator.device,
+        workers=workers,
+        autocast=accelerator.autocast,
+        state=forecast.gradients + forecast.optimizer + forecast.average if forecast else 0,
+    )
+    return decide_evaluation_batch(parts.settings, parts.order.micro_batch_size, memory)
 
 
 def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
@@ -278,7 +276,7 @@ def _optimizer(parts: Parts) -> torch.optim.Optimizer:
 def _schedule(parts: Parts, num_steps: int) -> Schedule:
     wish, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
     warmup = resolve_warmup(wish.warmup, wish.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    parts.settings.resolve("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
+    parts.settings.record("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
     if warmup.note:
         parts.settings.note(warmup.note)
     return build_schedule(

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from hf_fasttrain.accelerator import allow_compiling, build_accelerator, launched_rank
 from hf_fasttrain.assemble import Parts, assemble, open_source
+from hf_fasttrain.auto import accumulation_steps, decide, resolve_machine, split
 from hf_fasttrain.contradictions import without_effect
 from hf_fasttrain.data.order import Order, process_share
 from hf_fasttrain.data.source import Source
 from hf_fasttrain.errors import DataError, RunError
 from hf_fasttrain.kept import read_beginning
 from hf_fasttrain.loaders import train_transform
-from hf_fasttrain.machine import resolve_machine
 from hf_fasttrain.micro_batch import resolve_micro_batch
 from hf_fasttrain.model import (
     ModelSpec,
-    Preprocessing,
     batch_norms,
-    build_model,
-    freeze_backbone,
-    model_preprocessing,
-    require_logits,
-    use_gradient_checkpointing,
 )
+from hf_fasttrain.model_from import model_from
 from hf_fasttrain.processes import on_main
 from hf_fasttrain.publish.hub import require_login
 from hf_fasttrain.recipe import Recipe
@@ -92,27 +85,11 @@ def build_parts(
     """
     asked = load_recipe(recipe, overrides)
     settings = ResolvedSettings(asked, notes=without_effect(asked))
-    settings.resolve("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
+    settings.record("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
     loaded = resolve_machine(asked, settings, tuned)
     accelerator = build_accelerator(loaded, settings)
     source = _load_source(loaded, dataset, settings)
-    spec = ModelSpec(
-        name=loaded.model.name,
-        class_names=source.class_names,
-        image_size=loaded.data.image_size,
-        multi_label=source.multi_label,
-        drop_path=loaded.model.drop_path,
-        small_image_stem=loaded.model.small_image_stem,
-        trust_remote_code=loaded.model.trust_remote_code,
-        args=dict(loaded.model.args),
-    )
-    torch.manual_seed(loaded.seed)
-    model = build_model(spec, loaded.model.pretrained, head=loaded.model.head, note=settings.weight_notes.append)
-    require_logits(model, spec)
-    if loaded.augment.progressive:
-        require_logits(model, replace(spec, image_size=loaded.augment.progressive.start_size))
-    spec = replace(spec, preprocessing=_resolve_preprocessing(model, spec, loaded, settings))
-    model = _prepare_model(model, loaded, accelerator)
+    model, spec = model_from(loaded, source, accelerator.device, settings)
     _require_enough_images(loaded, len(source.train), accelerator.num_processes)
     micro = resolve_micro_batch(loaded, len(source.train), spec.num_classes, model, accelerator, settings)
     order = _resolve_order(loaded, len(source.train), micro.size, model, accelerator, settings)
@@ -133,16 +110,15 @@ def _local_settings(recipe: Recipe, dataset: Any) -> list[str]:
 
 
 def _load_source(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Source:
-    data = recipe.data
     source = open_source(recipe, dataset)
     _require_own_test_split(source)
     if dataset is not None:
-        settings.resolve("data.dataset", "handed over in Python", "")
-    settings.resolve("data.train_split", source.train.name, f"{len(source.train):,} images")
-    settings.resolve("data.eval_split", source.evaluation.name, f"{len(source.evaluation):,} images")
-    settings.resolve("data.image_column", source.columns.image, "found" if data.image_column == "auto" else "")
-    settings.resolve("data.label_column", source.columns.label, "found" if data.label_column == "auto" else "")
-    settings.resolve("classes", len(source.class_names), "of the label column")
+        settings.record("data.dataset", "handed over in Python")
+    for key, part in (("data.train_split", source.train), ("data.eval_split", source.evaluation)):
+        settings.record(key, *split(name=part.name, images=len(part)))
+    for key, name in (("data.image_column", source.columns.image), ("data.label_column", source.columns.label)):
+        decide(settings, key, name=name)
+    settings.record("classes", len(source.class_names), "of the label column")
     for note in source.notes:
         settings.note(note)
     if source.held_out:
@@ -160,39 +136,6 @@ def _require_own_test_split(source: Source) -> None:
         raise DataError(f"data.test_split: '{source.test.name}' is trained or evaluated on already; choose another")
     if not source.held_out and source.train.name == source.evaluation.name:
         raise DataError(f"data.eval_split: '{source.evaluation.name}' is trained on already; choose another")
-
-
-def _resolve_preprocessing(
-    model: nn.Module, spec: ModelSpec, recipe: Recipe, settings: ResolvedSettings
-) -> Preprocessing:
-    found, data = model_preprocessing(model, spec), recipe.data
-    values: dict[str, Any] = {}
-    for key in ("mean", "std", "interpolation", "crop_pct"):
-        asked, own = getattr(data, key), getattr(found, key)
-        value = own if asked == "auto" else tuple(asked) * (3 // len(asked)) if isinstance(asked, list) else asked
-        shown = list(value) if isinstance(value, tuple) else value
-        settings.resolve(f"data.{key}", shown, "the model's configuration" if asked == "auto" else "")
-        values[key] = value
-    return replace(found, **values)
-
-
-def _prepare_model(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
-    if recipe.model.freeze_backbone:
-        freeze_backbone(model)
-    if recipe.model.gradient_checkpointing:
-        use_gradient_checkpointing(model)
-    if recipe.accelerate.sync_batch_norm:
-        if accelerator.device.type != "cuda":
-            raise RunError("accelerate.sync_batch_norm needs GPUs; set it to false")
-        from timm.layers import convert_sync_batchnorm
-
-        model = convert_sync_batchnorm(model)
-    model = model.to(accelerator.device)
-    if recipe.accelerate.channels_last is True:
-        model = model.to(memory_format=torch.channels_last)
-    if recipe.accelerate.compile is True:
-        model.compile(dynamic=False)
-    return model
 
 
 def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
@@ -229,7 +172,7 @@ def _resolve_order(
     """Return the order of training in micro-batches of `size`, and record what follows from it."""
     train, processes = recipe.train, accelerator.num_processes
     largest = len(process_share(train.batch_size, processes, processes - 1))
-    steps = math.ceil(largest / size)
+    steps, why = accumulation_steps(share=largest, micro_batch_size=size)
     if recipe.accelerate.micro_batch_size and size > largest + 1:
         settings.note(
             f"accelerate.micro_batch_size={size} has no effect: a process's share of a step is {largest} images"
@@ -246,9 +189,9 @@ def _resolve_order(
         repeats=recipe.augment.repeats,
     )
     accelerator.gradient_accumulation_steps = steps
-    settings.resolve("accelerate.gradient_accumulation_steps", steps, f"{largest} images per process in micro-batches")
-    settings.resolve("processes", processes, "of the launcher")
-    settings.resolve("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
+    settings.record("accelerate.gradient_accumulation_steps", steps, why)
+    settings.record("processes", processes, "of the launcher")
+    settings.record("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
     if recipe.accelerate.sync_batch_norm:
         _require_equal_counts(order)
     return order

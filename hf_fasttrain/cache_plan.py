@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from hf_fasttrain.auto import cache, cache_gb
 from hf_fasttrain.data.cache import (
     IN_MEMORY,
     ON_DISK,
@@ -77,7 +78,7 @@ class CachePlanner:
             plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
         plan = self._shared(plan)
         why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
-        self.settings.resolve(key, plan.mode, self.settings.why(key, why))
+        self.settings.refine(key, plan.mode, why)
         if self.data.cache == "auto" and plan.mode != "none":
             where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
             self.settings.note(
@@ -91,30 +92,27 @@ class CachePlanner:
         return plan
 
     def _plan(self, split: Split, preparation: Preparation, passes: float, batchable: bool, rows: int) -> CachePlan:
-        wish: str = self.data.cache
-        if wish == "none":
+        mode: str = self.data.cache
+        if mode == "none":
             return CachePlan("none")
-        if wish == "auto" and passes <= 1:
-            return CachePlan("none", why="each image is needed once")
+        if mode == "auto" and passes <= 1:
+            return CachePlan("none", why=cache(passes=passes).reason)
         need = estimated_bytes(split, preparation)
         room = {mode: self._room(mode) for mode in ("memory", "disk")}
-        if wish == "auto":
-            there = self._there(split, preparation)
-            room["disk"] = room["disk"] + there if can_write(self.folder) else 0
-            wish = self._chosen(preparation, need, room, batchable, share=rows / len(split))
-            if room["disk"] and 0.9 * need < there:  # an earlier run has kept them already
-                wish = "disk"
-        if wish == "none":
-            memory, disk = format_bytes(room["memory"]), format_bytes(room["disk"])
-            why = f"{format_bytes(need)} of pixels, {memory} of memory and {disk} of disk to spare"
-            return CachePlan("none", why=why, need=need)
-        if wish == "device":
-            return self._on_device(rows * self.recipe.data.image_size**2 * 3)
-        budget = min(room[wish], int(1.1 * need) + (1 << 20))  # the rest is for other splits
-        self._taken[wish] += budget
-        return CachePlan(wish, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[wish])} to spare", need)
+        if mode == "auto":
+            on_disk = self._on_disk(split, preparation)
+            room["disk"] = room["disk"] + on_disk if can_write(self.folder) else 0
+            fits = self._fits_device(preparation, need, batchable, share=rows / len(split))
+            mode, why = cache(passes=passes, needed=need, on_disk=on_disk, fits_device=fits, **room)
+            if mode == "none":
+                return CachePlan("none", why=why, need=need)
+        if mode == "device":
+            return self._in_device(rows * self.recipe.data.image_size**2 * 3)
+        budget = min(room[mode], int(1.1 * need) + (1 << 20))  # the rest is for other splits
+        self._taken[mode] += budget
+        return CachePlan(mode, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[mode])} to spare", need)
 
-    def _on_device(self, need: int) -> CachePlan:
+    def _in_device(self, need: int) -> CachePlan:
         device = self.accelerator.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
         if need > free:
@@ -124,13 +122,13 @@ class CachePlanner:
             )
         return CachePlan("device", need, f"{format_bytes(need)} of pixels", need)
 
-    def _chosen(self, preparation: Preparation, need: int, room: dict[str, int], batchable: bool, share: float) -> str:
+    def _fits_device(self, preparation: Preparation, need: int, batchable: bool, share: float) -> bool:
+        """Return whether a process's share of the decoded pixels takes little of a GPU's free memory."""
         device = self.accelerator.device
+        if not batchable or device.type != "cuda":
+            return False
         decoded = share * (need if preparation.stored_quality is None else 10 * need)
-        if batchable and device.type == "cuda" and decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            return "device"
-        fitting = (mode for mode in ("memory", "disk") if need <= room[mode])
-        return next(fitting, "none")
+        return decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
     def _room(self, mode: str) -> int:
         """Return the bytes that may be used: as the recipe says, else half of what is free."""
@@ -139,8 +137,10 @@ class CachePlanner:
         if self.data.cache_gb != "auto":
             return max(0, int(self.data.cache_gb * 1e9) - self._taken[mode])
         if mode == "memory":
-            return max(0, (free_memory_bytes() - self.needed_memory) // 2 - self._taken[mode])
-        return max(0, free_disk_bytes(self.folder) // 2 - self._taken[mode])
+            budget = cache_gb(free=free_memory_bytes(), needed_elsewhere=self.needed_memory).value
+        else:
+            budget = cache_gb(free=free_disk_bytes(self.folder)).value
+        return max(0, budget - self._taken[mode])
 
     @property
     def memory_bytes(self) -> int:
@@ -164,7 +164,7 @@ class CachePlanner:
         """Return everything that decides a split's pixels; what two splits of a data set share is kept once."""
         return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
 
-    def _there(self, split: Split, preparation: Preparation) -> int:
+    def _on_disk(self, split: Split, preparation: Preparation) -> int:
         """Return how many bytes of the split's pixels are on disk already."""
         try:
             return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.accelerator import user_threads
-from hf_fasttrain.machine import MACHINE, is_open, machine_here
+from hf_fasttrain.auto import MACHINE
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, plain
-from hf_fasttrain.resolved import ResolvedSettings, read_settings
-from hf_fasttrain.tunings import COMPUTE_KEYS, TUNED, Tuned
+from hf_fasttrain.resolved import RESOLVED_FILE, Decision, ResolvedSettings, is_open, read_settings
+from hf_fasttrain.tunings import COMPUTE_KEYS, Tuned, machine_here
 
-BEGAN = "as this run began"
 MICRO, THREADS, EVAL_BATCH = "accelerate.micro_batch_size", "accelerate.cpu_threads", "evaluate.batch_size"
 SHARED_KEYS = (MICRO, EVAL_BATCH, THREADS)  # what depends on the number of processes
 KEPT_KEYS = (*COMPUTE_KEYS, *SHARED_KEYS)
@@ -23,8 +22,7 @@ KEPT_KEYS = (*COMPUTE_KEYS, *SHARED_KEYS)
 class Beginning:
     """What the machine settings of a run were when it began, why, and on which machine."""
 
-    values: dict[str, Any]
-    reasons: dict[str, str]
+    decisions: dict[str, Decision]
     machine: dict[str, Any] | None  # None: of a version that did not write it down
     given: frozenset[str] = frozenset()  # keys that the recipe gave
 
@@ -36,25 +34,24 @@ class Beginning:
         if self._is_elsewhere():
             return None
         shared = set(SHARED_KEYS) if self._differs("processes") else set()
-        keys = self._tuned() if self.machine is None else set(self.values) - shared
+        keys = self._tuned() if self.machine is None else set(self.decisions) - shared
         if not is_open(MICRO, flatten(recipe)) or MICRO not in keys:
             keys.discard(EVAL_BATCH)  # it follows from the micro-batch
         if THREADS in keys - self._tuned() and user_threads():
             keys.discard(THREADS)  # a stored tuning goes before OMP_NUM_THREADS, a rule does not
-        values = {key: self.values[key] for key in keys}
-        return Tuned(values, reasons={key: _reason_to_keep(self.reasons[key]) for key in keys})
+        return Tuned({key: self.decisions[key].keep() for key in sorted(keys)})
 
-    def note_changes(self, facts: ResolvedSettings) -> None:
+    def note_changes(self, settings: ResolvedSettings) -> None:
         """Say what is no longer as it was when the run began, though the recipe does not give it."""
         if self.machine is None:
             return
-        asked, now = flatten(facts.recipe), facts.all()
-        left = {key: value for key, value in self.values.items() if is_open(key, asked)}
+        asked, now = flatten(settings.recipe), settings.all()
+        left = {key: d.value for key, d in self.decisions.items() if is_open(key, asked)}
         still = [
             f"{key}={plain(value)}" for key, value in left.items() if key in self.given and now[key].value == value
         ]
         if still:
-            facts.note(f"kept as this run began, though the recipe no longer gives it: {', '.join(still)}")
+            settings.note(f"kept as this run began, though the recipe no longer gives it: {', '.join(still)}")
         changed = [
             f"{key}={plain(now[key].value)} ({plain(value)} before)"
             for key, value in left.items()
@@ -65,12 +62,12 @@ class Beginning:
         if differs:
             anew = "what `auto` decides is" if self._is_elsewhere() else "micro-batch and threads are"
             outcome = ", ".join(changed) or "all as it was"
-            facts.note(f"this run began elsewhere ({'; '.join(differs)}): {anew} decided anew: {outcome}")
+            settings.note(f"this run began elsewhere ({'; '.join(differs)}): {anew} decided anew: {outcome}")
         elif changed:
-            facts.note(f"not as this run began, since the launcher or OMP_NUM_THREADS says so: {', '.join(changed)}")
+            settings.note(f"not as this run began, since the launcher or OMP_NUM_THREADS says so: {', '.join(changed)}")
 
     def _tuned(self) -> set[str]:
-        return {key for key, why in self.reasons.items() if why.startswith(TUNED)}
+        return {key for key, decision in self.decisions.items() if decision.kind == "tuned"}
 
     def _differs(self, name: str) -> bool:
         return self.machine is not None and self.machine.get(name) != machine_here()[name]
@@ -81,18 +78,12 @@ class Beginning:
 
 def read_beginning(folder: Path) -> Beginning | None:
     """Return what a run's resolved.yaml says of how it began, None if there is none."""
-    if not (folder / "resolved.yaml").exists():
+    if not (folder / RESOLVED_FILE).exists():
         return None
-    facts = {key: fact for key, fact in read_settings(folder).items() if isinstance(fact, dict)}
-    reasons = {key: str(fact.get("origin")).partition(": ")[2] for key, fact in facts.items()}
-    decided = {key for key in facts if key in KEPT_KEYS or reasons[key].startswith(TUNED)}
-    values = {key: facts[key].get("value") for key in sorted(decided)}
-    values = {key: value for key, value in values.items() if value not in (None, "auto")}
-    machine = facts.get(MACHINE, {}).get("value")
-    given = frozenset(key for key in values if facts[key].get("origin") in ("recipe", "override"))
-    machine = machine if isinstance(machine, dict) else None
-    return Beginning(values, {key: reasons[key] for key in values}, machine, given)
-
-
-def _reason_to_keep(why: str) -> str:
-    return why if why.endswith(BEGAN) else f"{why}, {BEGAN}" if why else BEGAN
+    found = read_settings(folder)
+    decided = {key: s for key, s in found.items() if key in KEPT_KEYS or s.kind == "tuned"}
+    decided = {key: setting for key, setting in sorted(decided.items()) if setting.value not in (None, "auto")}
+    machine = found[MACHINE].value if MACHINE in found else None
+    given = frozenset(key for key, setting in decided.items() if setting.kind in ("recipe", "override"))
+    decisions = {key: setting.decision for key, setting in decided.items()}
+    return Beginning(decisions, machine if isinstance(machine, dict) else None, given)

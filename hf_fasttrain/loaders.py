@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_fasttrain.accelerator import local_processes
+from hf_fasttrain.auto import decide
 from hf_fasttrain.cache_plan import CachePlan, CachePlanner
 from hf_fasttrain.data.augment import EvalTransform, Growth, TrainTransform
 from hf_fasttrain.data.batch import Mixing, Normalize
@@ -26,18 +27,14 @@ from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
 
 
-def resolve_loading(recipe: Recipe, device: torch.device, settings: ResolvedSettings) -> tuple[int, bool]:
+def resolve_loading(settings: ResolvedSettings, device: torch.device) -> tuple[int, bool]:
     """Return the number of loader processes and whether their batches are pinned."""
-    cuda, workers, pinned = device.type == "cuda", recipe.data.workers, recipe.data.pin_memory
-    if workers == "auto":
-        number = min(16, num_cores() // local_processes()) if cuda else 1
-        why = "the cores of each training process, at most 16" if cuda else "one on a CPU"
-        workers = settings.resolve("data.workers", max(1, number), why)
-    if pinned == "auto":
-        pinned = settings.resolve("data.pin_memory", cuda, "a GPU" if cuda else "there is no GPU")
-    elif pinned and not cuda:
+    gpu, key = device.type == "cuda", "data.pin_memory"
+    workers = decide(settings, "data.workers", gpu=gpu, cores=num_cores(), processes=local_processes())
+    pinned = decide(settings, key, gpu=gpu)
+    if pinned and not gpu and not settings.is_open(key):
         settings.note("data.pin_memory=true has no effect without a GPU")
-        pinned = settings.resolve("data.pin_memory", False, "no effect without a GPU")
+        pinned = settings.record(key, False, "no effect without a GPU")
     return workers, pinned
 
 
@@ -118,7 +115,7 @@ class Loaders:
     ) -> None:
         self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
         self.device = accelerator.device
-        self.workers, self.pinned = resolve_loading(recipe, self.device, settings)
+        self.workers, self.pinned = resolve_loading(settings, self.device)
         channels_last = recipe.accelerate.channels_last is True
         self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
         self.planner = CachePlanner(recipe, settings, accelerator, needed_memory)

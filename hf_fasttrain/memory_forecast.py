@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from hf_fasttrain.side_effects import random_states_kept, unchanged
 WORKSPACES = 2
 IMAGES_AT_224 = 64  # images of 224 px that fill a CPU: larger micro-batches are no faster
 WORKER_BYTES = 150 << 20  # of its own that a loader process takes, beside what it shares with training
+
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def measure_activations(
     num_classes: int,
     *,
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Autocast,
     channels_last: bool = False,
 ) -> Activations:
     """Return what the model keeps for backward, by forwards of two and of three noise images in training mode.
@@ -120,10 +122,14 @@ def measure_activations(
     return Activations(max(0, two - 2 * per_image), per_image, workspace)
 
 
-def evaluation_bytes(model: nn.Module, image_size: int, device: torch.device) -> int:
-    """Return the bytes that an image takes in a forward without backward: the largest operation's workspace."""
+def evaluation_bytes(model: nn.Module, image_size: int, device: torch.device, autocast: Autocast = nullcontext) -> int:
+    """Return the bytes that an image takes in a forward without backward: the largest operation's workspace.
+
+    Modes, buffers and attributes of the model are put back, and nothing is compiled.
+    """
     tally = _Tally(model)
-    with torch.inference_mode(), tally:
+    with unchanged(model), torch.inference_mode(), autocast(), tally:
+        model.eval()
         model.forward(torch.zeros(1, 3, image_size, image_size, device=device))
     return WORKSPACES * tally.largest
 

@@ -16,7 +16,7 @@ def memory_table(parts: Parts) -> Table:
     """Return title, header and rows of the memory that each training process will take."""
     forecast = parts.forecast
     if forecast is None:
-        forecast = forecast_memory(parts.recipe, parts.spec.num_classes, parts.model, parts.accelerator)
+        forecast = forecast_memory(parts.recipe, parts.spec.num_classes, parts.model, parts.accelerator, parts.settings)
     images = images_at_once(parts.order)
     rows = [(what, format_bytes(number)) for what, number in forecast.rows(images)]
     rows.append(("in all", format_bytes(forecast.peak(images))))

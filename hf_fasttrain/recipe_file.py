@@ -225,11 +225,11 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def tag_of(key: str) -> str:
-    """Return ``learnt`` or ``machine`` for a dotted key."""
+    """Return ``result``, ``speed`` or ``output`` for a dotted key."""
     *above, name = key.split(".")
     model = model_at(tuple(above))
     extra = model.model_fields[name].json_schema_extra if model else None
-    return str(extra["tag"]) if isinstance(extra, dict) else "learnt"
+    return str(extra["tag"]) if isinstance(extra, dict) else "result"
 
 
 def origin_of(recipe: Recipe, key: str) -> str:

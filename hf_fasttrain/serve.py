@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from hf_fasttrain.accelerator import build_accelerator, let_cudnn_choose
 from hf_fasttrain.assemble import build_evaluator, open_source
+from hf_fasttrain.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.checkpoint import checkpoint_step
 from hf_fasttrain.data.batch import Normalize
 from hf_fasttrain.data.decode import Pixels, read_pixels
@@ -22,8 +24,7 @@ from hf_fasttrain.data.source import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_imag
 from hf_fasttrain.errors import DataError, RunError, UserError
 from hf_fasttrain.files import put_back_folder, read_json
 from hf_fasttrain.loaders import Loaders, eval_transform
-from hf_fasttrain.machine import resolve_machine
-from hf_fasttrain.micro_batch import evaluation_batch_alone
+from hf_fasttrain.micro_batch import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.model import ModelSpec, Preprocessing
 from hf_fasttrain.model_folder import SPEC_FILE, load_model
 from hf_fasttrain.recipe import Recipe
@@ -99,9 +100,9 @@ def evaluate_run(
     place = str(run) if is_remote(str(run)) else opened / "recipe.yaml"
     asked = load_recipe(place, overrides)
     own_data = _same_data(asked, load_recipe(place, [text for text in overrides if not text.startswith("data.")]))
-    facts = ResolvedSettings(asked)
-    recipe = resolve_machine(asked, facts, Tuned())
-    accelerator = build_accelerator(recipe, facts)
+    settings = ResolvedSettings(asked)
+    recipe = resolve_machine(asked, settings, Tuned())
+    accelerator = build_accelerator(recipe, settings)
     model, spec = _load(folder, checkpoint)
     model = on_device(model, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
     measured = _measured_split(recipe, spec, split, own_data=own_data)
@@ -114,10 +115,16 @@ def evaluate_run(
         )
     pre = _preprocessing(spec)
     bad_images = BadImages(None, recipe.data.max_bad_fraction, note)
-    loaders = Loaders(recipe, facts, accelerator, pre, bad_images)
-    size = recipe.evaluate.batch_size
-    if size == "auto":
-        size = evaluation_batch_alone(model, spec.image_size, accelerator.device, 64)
+    loaders = Loaders(recipe, settings, accelerator, pre, bad_images)
+    memory = partial(
+        evaluation_memory,
+        model,
+        spec.image_size,
+        accelerator.device,
+        workers=loaders.workers,
+        autocast=accelerator.autocast,
+    )
+    size = decide_evaluation_batch(settings, _trained_micro_batch(opened, recipe), memory)
     loader = loaders.evaluating(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     metrics = evaluator(model, loader)
@@ -127,6 +134,14 @@ def evaluate_run(
     about |= _which_weights(opened, weights, checkpoint)
     replaced = {"bad_images": bad_images.count} if bad_images.count else {}
     return {**metrics, **about, **replaced}
+
+
+def _trained_micro_batch(run: Path, recipe: Recipe) -> int:
+    """Return how many images the run's training had in a forward, 0 if nothing says it."""
+    given = recipe.accelerate.micro_batch_size
+    trained = read_settings(run).get("accelerate.micro_batch_size")
+    value = given if given or trained is None else trained.value
+    return value if isinstance(value, int) else 0
 
 
 def _which_weights(run: Path, asked: str | None, checkpoint: Path | None) -> dict[str, Any]:
@@ -149,11 +164,11 @@ def _same_data(recipe: Recipe, trained: Recipe) -> bool:
 
 def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
     """Return whether a training split is the run's own, which has moved."""
-    saved = read_settings(run).get("data.fingerprint", {}).get("value")
+    saved = read_settings(run).get("data.fingerprint")
     if saved is None or split.name not in TRAIN_NAMES:
         return False
     try:
-        return fingerprint(open_source(recipe)) == saved
+        return fingerprint(open_source(recipe)) == saved.value
     except UserError:  # the recipe's splits or columns are not there
         return False
 
@@ -255,7 +270,7 @@ def predict_images(
     transform = eval_transform(pre)
     normalize = Normalize(pre.mean, pre.std, place, channels_last=True)
     rows: list[dict[str, Any]] = []
-    size = evaluation_batch_alone(model, spec.image_size, place, 32)
+    size = evaluation_batch_size(micro_batch_size=0, **evaluation_memory(model, spec.image_size, place)).value
     for start in range(0, len(files), size):
         batch = files[start : start + size]
         readable = [(file, pixels) for file in batch if (pixels := _pixels_of(file, bad)) is not None]

@@ -9,9 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.files import read_json, write_json
+import torch
 
-TUNED = "tuned on"  # how the origin of such a value begins, in resolved.yaml too
+from hf_fasttrain.accelerator import num_processes, uses_gpu
+from hf_fasttrain.duration import Duration
+from hf_fasttrain.environment import describe_machine, describe_versions
+from hf_fasttrain.files import read_json, write_json
+from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.resolved import TUNED, Decision
 
 # Settings that hold for any number of processes, and those that were measured for one process and its data.
 COMPUTE_KEYS = (
@@ -28,19 +33,14 @@ LONG_KEYS = (
 )  # what costs time first, and pays in a training as long as the tuned one
 LOADER_KEYS = ("data.workers", "data.cache", "data.pin_memory")
 TUNED_KEYS = (*COMPUTE_KEYS, *ALONE_KEYS, *LOADER_KEYS)
+VERSIONS = ("python", "hf_fasttrain", "torch", "torchvision", "timm", "transformers")  # those that decide speed
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Values for keys that a recipe leaves to `auto`, and where they come from."""
+    """What is decided for keys that a recipe leaves to `auto`, before any rule: by a tuning, or a run's first start."""
 
-    values: dict[str, Any] = field(default_factory=dict)
-    why: str = ""
-    reasons: dict[str, str] = field(default_factory=dict)  # by key, where they are several
-
-    def why_of(self, key: str) -> str:
-        """Return where the value of a key comes from."""
-        return self.reasons.get(key, self.why)
+    decisions: dict[str, Decision] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,39 @@ def find_tuning(
 def _path(*parts: dict[str, Any]) -> Path:
     text = json.dumps(parts, sort_keys=True, default=str)
     return tunings_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+# --- for which recipe, on which machine ----------------------------------------------------------------------
+
+
+def stored_tuning(recipe: Recipe) -> Tuned:
+    """Return what a stored tuning decides for a recipe here and now; nothing if there is none."""
+    tuning = find_tuning(*circumstances(recipe))
+    if tuning is None:
+        return Tuned()
+    one = num_processes() == 1
+    tuned, duration = Duration.parse(tuning.duration), recipe.train.duration
+    as_long = duration.unit == tuned.unit and duration.count >= tuned.count
+    unusable = {*(() if one else (*ALONE_KEYS, *LOADER_KEYS)), *(() if as_long else LONG_KEYS)}
+    values = {key: value for key, value in tuning.values.items() if key not in unusable}
+    return Tuned({key: Decision(value, f"{TUNED} {tuning.date}", "tuned") for key, value in values.items()})
+
+
+def machine_here() -> dict[str, Any]:
+    """Return processor, cores, device and the number of training processes, of all machines together."""
+    described = describe_machine(torch.device("cuda" if uses_gpu() else "cpu"), num_processes())
+    return {
+        **{key: described[key] for key in ("processor", "cores", "device")},
+        "processes": described["num_processes"],
+    }
+
+
+def circumstances(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, Any]]:
+    """Return machine, versions, model and data, by which tunings are found again."""
+    machine = {key: value for key, value in machine_here().items() if key != "processes"}
+    versions = {name: version for name, version in describe_versions().items() if name in VERSIONS}
+    model = recipe.model.model_dump(mode="json", exclude={"pretrained", "drop_path", "trust_remote_code"})
+    model |= {"image_size": recipe.data.image_size, "batch_size": recipe.train.batch_size}
+    shaping = ("dataset", "config", "train_split", "short_side", "stored_quality", "reduced_decode", "decoder")
+    data = {key: getattr(recipe.data, key) for key in shaping}
+    return machine, versions, model, {**data, "augment": recipe.augment.model_dump(mode="json")}

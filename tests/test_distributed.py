@@ -52,7 +52,7 @@ def test_torchrun_with_two_processes_and_accelerate_launch_give_the_same_weights
         processes = result["machine"]["num_processes"]
         assert processes == (2 if name == "torchrun" else 1)
         threads = read_settings(run)["accelerate.cpu_threads"]  # launchers export numbers of their own
-        assert threads["origin"] == f"default: {num_cores()} cores / {processes} processes"
+        assert threads.origin == f"default: {num_cores()} cores / {processes} processes"
     for name, value in models["accelerate"].items():
         np.testing.assert_allclose(models["torchrun"][name], value, rtol=1e-4, atol=1e-5)
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from hf_fasttrain import Trainer, accelerator, kept, load_recipe, machine
-from hf_fasttrain.machine import circumstances
+from hf_fasttrain import Trainer, auto, kept, load_recipe, tunings
 from hf_fasttrain.resolved import read_settings
-from hf_fasttrain.tunings import Tuning, store_tuning
+from hf_fasttrain.tunings import Tuning, circumstances, machine_here, store_tuning
 
 # What the rules say of a machine with two cores, and what a tuning says otherwise.
 RULED: dict[str, Any] = {
@@ -46,7 +45,7 @@ def start(
         "train: {duration: 2 steps, batch_size: 16}\n"
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(accelerator, "num_cores", lambda: 2)
+    monkeypatch.setattr(auto, "num_cores", lambda: 2)
 
     def build(*overrides: str, resume: bool = True) -> tuple[dict[str, Any], list[str]]:
         trainer = Trainer.from_recipe(recipe, [f"output_dir={tmp_path / 'run'}", *overrides], resume=resume)
@@ -59,8 +58,8 @@ def start(
 
 
 def settings(tmp_path: Path) -> dict[str, Any]:
-    facts = read_settings(tmp_path / "run")
-    return {key: facts[key]["value"] for key in RULED}
+    found = read_settings(tmp_path / "run")
+    return {key: found[key].value for key in RULED}
 
 
 def store(tmp_path: Path) -> None:
@@ -74,13 +73,13 @@ def test_a_resumed_run_keeps_what_rules_decided_whatever_they_say_now(
 ) -> None:
     assert start(resume=False)[0] == RULED
     store(tmp_path)
-    monkeypatch.setitem(machine.RULES, "accelerate.channels_last", (False, "another rule"))
-    monkeypatch.setattr(accelerator, "num_cores", lambda: 1)
+    monkeypatch.setitem(auto.RULES, "accelerate.channels_last", lambda: auto.Choice(False, "another rule"))
+    monkeypatch.setattr(auto, "num_cores", lambda: 1)
     for _ in range(2):  # what was kept is kept again
         found, notes = start()
         assert found == RULED
         assert not any("began" in note or "tuned" in note for note in notes)
-        origin = read_settings(tmp_path / "run")["accelerate.channels_last"]["origin"]
+        origin = read_settings(tmp_path / "run")["accelerate.channels_last"].origin
         assert origin == "default: seldom slower, as this run began"
 
 
@@ -95,7 +94,8 @@ def test_what_the_user_gives_on_resume_is_as_given(
     assert not any("began" in note for note in notes)
     found, notes = start("accelerate.cpu_threads=2")  # what was given before stays, and is said
     assert found == {**RULED, **changed, "accelerate.cpu_threads": 2}
-    assert "kept as this run began, though the recipe no longer gives it: accelerate.mixed_precision=bf16" in notes
+    kept_values = "accelerate.micro_batch_size=4, accelerate.mixed_precision=bf16"
+    assert f"kept as this run began, though the recipe no longer gives it: {kept_values}" in notes
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found, _ = start("accelerate.gradient_accumulation_steps=2", "accelerate.mixed_precision=no")
     assert found == {**RULED, "accelerate.micro_batch_size": 8, "accelerate.cpu_threads": 1}
@@ -105,8 +105,8 @@ def test_another_machine_decides_anew_and_says_what_became_of_it(
     start: Callable[..., tuple[dict[str, Any], list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(resume=False)
-    here = machine.machine_here()
-    for module in (machine, kept):
+    here = machine_here()
+    for module in (auto, kept, tunings):
         monkeypatch.setattr(module, "machine_here", lambda: {**here, "processor": "another", "cores": 99})
     store(tmp_path)
     found, notes = start()
@@ -122,7 +122,7 @@ def test_other_processes_share_a_step_and_the_cores_anew(
 ) -> None:
     start("accelerate.mixed_precision=bf16", resume=False)
     path = tmp_path / "run" / "resolved.yaml"
-    facts = read_settings(tmp_path / "run")
+    facts = YAML(typ="safe", pure=True).load(path.read_text())
     facts["machine"]["value"]["processes"] = 2
     facts["accelerate.micro_batch_size"]["value"] = 8
     YAML(typ="safe", pure=True).dump(facts, path)
@@ -139,12 +139,13 @@ def test_a_run_that_wrote_no_machine_down_keeps_its_tuning_alone(
 ) -> None:
     store(tmp_path)
     start("accelerate.channels_last=true", resume=False)
-    facts = read_settings(tmp_path / "run")
+    path = tmp_path / "run" / "resolved.yaml"
+    facts = YAML(typ="safe", pure=True).load(path.read_text())
     del facts["machine"]
-    YAML(typ="safe", pure=True).dump(facts, tmp_path / "run" / "resolved.yaml")
+    YAML(typ="safe", pure=True).dump(facts, path)
     for tuning in (tmp_path / "tunings").iterdir():
         tuning.unlink()
-    monkeypatch.setitem(machine.RULES, "accelerate.channels_last", (False, "another rule"))
+    monkeypatch.setitem(auto.RULES, "accelerate.channels_last", lambda: auto.Choice(False, "another rule"))
     assert start()[0] == {**RULED, **TUNED}
 
 
@@ -153,7 +154,7 @@ def test_the_launchers_precision_goes_before_a_tuning_and_after_the_recipe(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert start(resume=False)[0] == {**RULED, "accelerate.mixed_precision": "bf16"}
-    origin = read_settings(tmp_path / "run")["accelerate.mixed_precision"]["origin"]
+    origin = read_settings(tmp_path / "run")["accelerate.mixed_precision"].origin
     assert origin == "default: of the launch configuration"
     found, notes = start("accelerate.mixed_precision=no")
     assert found["accelerate.mixed_precision"] == "no"

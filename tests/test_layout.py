@@ -40,7 +40,6 @@ LEVELS = [
     },
     {"schedule", "environment", "result", "pace", "loss", "optim", "ema", "out_of_memory", "stop", "side_effects"},
     {"predictions", "gallery"},
-    {"tunings"},
     {"data.classes", "data.columns"},
     {"data.label_column", "data.tables"},
     {"data.labels"},
@@ -58,8 +57,9 @@ LEVELS = [
     {"callbacks", "steps", "gradients", "update", "unused_parameters", "early_stopping", "final"},
     {"resolved", "trainer"},
     {"accelerator", "runfolder"},
-    {"machine"},
-    {"kept"},
+    {"tunings"},
+    {"auto"},
+    {"kept", "model_from"},
     {"cache_plan"},
     {"loaders", "report_pictures"},
     {"micro_batch"},
@@ -130,7 +130,7 @@ def test_there_is_no_circle() -> None:
 
 
 def test_only_build_and_above_know_the_recipe() -> None:
-    allowed = RECIPE_MODULES | STUDY | {"machine", "kept", "loaders", "cache_plan", "assemble"}
+    allowed = RECIPE_MODULES | STUDY | {"tunings", "auto", "model_from", "kept", "loaders", "cache_plan", "assemble"}
     allowed |= {"micro_batch", "memory_report", "report_pictures"}
     allowed |= {"build", "serve"} | CLI
     for name, path in MODULES.items():

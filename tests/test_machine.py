@@ -14,13 +14,13 @@ import torch
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.accelerator import set_fp32_precision
+from hf_fasttrain.auto import resolve_machine
 from hf_fasttrain.build import build_parts
 from hf_fasttrain.kept import read_beginning
-from hf_fasttrain.machine import circumstances, resolve_machine
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import flatten, with_values
 from hf_fasttrain.resolved import ResolvedSettings, read_settings
-from hf_fasttrain.tunings import Tuning, find_tuning, store_tuning
+from hf_fasttrain.tunings import Tuning, circumstances, find_tuning, store_tuning
 
 VALUES: dict[str, Any] = {
     "accelerate.mixed_precision": "bf16",
@@ -52,6 +52,10 @@ def resolved(recipe: Path, *overrides: str) -> tuple[Recipe, ResolvedSettings]:
     loaded = load_recipe(recipe, overrides)
     facts = ResolvedSettings(loaded)
     return resolve_machine(loaded, facts), facts
+
+
+def by_rule(settings: ResolvedSettings) -> bool:
+    return settings.all()["accelerate.mixed_precision"].kind == "auto"
 
 
 def test_without_a_tuning_rules_decide(recipe: Path) -> None:
@@ -96,7 +100,8 @@ def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
 def test_a_tuning_is_for_its_model_step_and_data(recipe: Path, override: str) -> None:
     store(recipe)
     found, facts = resolved(recipe, override)
-    assert found.accelerate.mixed_precision == "auto"
+    assert found.accelerate.mixed_precision == "no"
+    assert by_rule(facts)
     assert facts.notes == []
 
 
@@ -118,7 +123,7 @@ def test_a_tuning_is_for_its_machine_and_versions(recipe: Path) -> None:
     machine, versions, model, data = circumstances(load_recipe(recipe))
     store_tuning(Tuning({**machine, "cores": 999}, versions, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
     store_tuning(Tuning(machine, {**versions, "torch": "1.0"}, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
-    assert resolved(recipe)[0].accelerate.mixed_precision == "auto"
+    assert by_rule(resolved(recipe)[1])
 
 
 def test_what_the_recipe_says_itself_is_as_it_says(recipe: Path) -> None:
@@ -144,7 +149,7 @@ def test_a_damaged_tuning_is_none(recipe: Path, damage: str, tmp_path: Path) -> 
     (path,) = (tmp_path / "tunings").iterdir()
     path.write_text(damage)
     assert find_tuning(*circumstances(load_recipe(recipe))) is None
-    assert resolved(recipe)[0].accelerate.mixed_precision == "auto"
+    assert by_rule(resolved(recipe)[1])
 
 
 def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) -> None:
@@ -153,7 +158,7 @@ def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) ->
     store(recipe, **{"data.cache": "none"})
     first = Trainer.from_recipe(recipe, [run, "train.duration=2 steps", "schedule.name=constant"])
     first.fit()
-    assert read_settings(tmp_path / "run")["accelerate.mixed_precision"]["value"] == "bf16"
+    assert read_settings(tmp_path / "run")["accelerate.mixed_precision"].value == "bf16"
     store(recipe, **{"accelerate.mixed_precision": "no", "data.cache": "none"})
     longer = [run, "train.duration=4 steps", "schedule.name=constant"]
     second = Trainer.from_recipe(recipe, longer, resume=True)
@@ -161,7 +166,7 @@ def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) ->
     assert second.train_loader.micro_batch_size == 8
     second.fit()
     fact = read_settings(tmp_path / "run")["accelerate.mixed_precision"]
-    assert (fact["value"], fact["origin"]) == ("bf16", "default: tuned on 2026-01-02, as this run began")
+    assert (fact.value, fact.origin) == ("bf16", "default: tuned on 2026-01-02, as this run began")
 
 
 def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Path) -> None:
@@ -170,7 +175,7 @@ def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Pa
     store(recipe)
     again = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
     assert again.accelerator.mixed_precision == "no"
-    assert not any("tuned" in str(fact["origin"]) for fact in read_settings(tmp_path / "run").values())
+    assert not any("tuned" in fact.origin for fact in read_settings(tmp_path / "run").values())
     assert read_beginning(tmp_path / "nowhere") is None
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from hf_fasttrain import environment, load_recipe, micro_batch
 from hf_fasttrain.accelerator import local_processes
 from hf_fasttrain.assemble import Parts
+from hf_fasttrain.auto import evaluation_batch_size
 from hf_fasttrain.build import build_parts, build_unwritten
 from hf_fasttrain.environment import free_memory_bytes, resident_bytes
 from hf_fasttrain.memory_forecast import (
@@ -253,6 +254,12 @@ def test_a_wish_is_never_changed_but_told_if_memory_is_too_short(parts_with: Cal
         assert not [note for note in parts_with(1000 * GB, wish).settings.notes if "micro_batch" in note]
 
 
+def alone(model: nn.Module, micro_batch_size: int) -> int:
+    """Return how many images evaluation takes at once where nothing is trained."""
+    memory = micro_batch.evaluation_memory(model, 32, CPU)
+    return int(evaluation_batch_size(micro_batch_size=micro_batch_size, **memory).value)
+
+
 def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_with(1000 * GB, "model.name=test_vit", "train.batch_size=8")
     build_unwritten(parts, keep_pixels=False)
@@ -264,9 +271,9 @@ def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], mo
     assert 2 <= parts.settings.all()["evaluate.batch_size"].value <= 10
     assert "half of the free memory is enough" in parts.settings.all()["evaluate.batch_size"].origin
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 20 * per_image)
-    assert 1 <= micro_batch.evaluation_batch_alone(parts.model, 32, CPU, 64) <= 10
+    assert 1 <= alone(parts.model, 64) <= 10
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: GB)
-    assert micro_batch.evaluation_batch_alone(parts.model, 32, CPU, 64) == 64
+    assert alone(parts.model, 64) == 64
 
 
 def sizes(recipe: str) -> tuple[int, int]:

@@ -130,12 +130,17 @@ def test_recipe_as_asked_comes_back_the_same(write_recipe: Callable[..., Path], 
 def test_every_key_is_tagged_and_described() -> None:
     schema = json_schema()
     for key in all_keys():
-        assert tag_of(key) in ("learnt", "machine")
+        assert tag_of(key) in ("result", "speed", "output")
     assert "optimizer.lr" in set(all_keys())
     assert schema["properties"]["seed"]["description"]
-    machine = {key for key in all_keys() if tag_of(key) == "machine"}
-    assert {"data.workers", "data.pin_memory", "accelerate.mixed_precision", "accelerate.channels_last"} <= machine
-    assert not {"train.batch_size", "seed", "optimizer.lr", "accelerate.sync_batch_norm"} & machine
+    tags: dict[str, set[str]] = {}
+    for key in all_keys():
+        tags.setdefault(tag_of(key), set()).add(key)
+    assert {"data.workers", "data.pin_memory", "accelerate.mixed_precision", "accelerate.channels_last"} <= tags[
+        "speed"
+    ]
+    assert {"train.batch_size", "seed", "optimizer.lr", "accelerate.sync_batch_norm"} <= tags["result"]
+    assert {"output_dir", "log.every", "hub.repo", "checkpoint.keep", "evaluate.metrics"} <= tags["output"]
 
 
 def test_the_schema_on_disk_is_the_programs() -> None:
@@ -175,7 +180,7 @@ def test_check_prints_every_value_with_its_origin(
     for key in load_and_flatten(write_recipe()):
         assert key in output
     row = next(line for line in output.splitlines() if "optimizer.lr" in line)
-    assert [cell.strip() for cell in row.strip("│┃ ").split("│")] == ["optimizer.lr", "0.5", "override", "learnt"]
+    assert [cell.strip() for cell in row.strip("│┃ ").split("│")] == ["optimizer.lr", "0.5", "override", "result"]
     row = next(line for line in output.splitlines() if "data.mean" in line)
     assert "the model's configuration" in row
     assert not (tmp_path / "runs").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -11,8 +12,9 @@ import pytest
 import torch
 from conftest import run_processes
 
-from hf_fasttrain import accelerator
-from hf_fasttrain.accelerator import build_accelerator, set_cpu_threads, user_threads
+from hf_fasttrain import accelerator, auto, load_recipe
+from hf_fasttrain.accelerator import build_accelerator, user_threads
+from hf_fasttrain.auto import resolve_machine
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
 
@@ -21,8 +23,17 @@ LAUNCHED = {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_MIXED_PRECISION": "
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "num_cores", lambda: 2)
+    monkeypatch.setattr(auto, "num_cores", lambda: 2)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 48)  # the host has more than we may use
+
+
+def set_threads(recipe: Path, *overrides: str) -> tuple[int, str]:
+    """Set the threads of a recipe; return their number, and where it came from."""
+    loaded = load_recipe(recipe, overrides)
+    settings = ResolvedSettings(loaded)
+    accelerator._set_threads(resolve_machine(loaded, settings))
+    setting = settings.all()["accelerate.cpu_threads"]
+    return setting.value, setting.origin
 
 
 @pytest.mark.parametrize(
@@ -30,26 +41,29 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     [("3", 3), ("3,2", 3), (" 3 ", 3), (None, 2), ("", 2), ("0", 2), ("-1", 2), ("many", 2)],
 )
 def test_threads_are_those_of_omp_num_threads_or_the_cores(
-    value: str | None, found: int, monkeypatch: pytest.MonkeyPatch
+    value: str | None, found: int, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
     torch.set_num_threads(1)
-    assert set_cpu_threads() == (found, "OMP_NUM_THREADS of the user" if found == 3 else "2 cores / 1 processes")
+    why = "OMP_NUM_THREADS of the user" if found == 3 else "2 cores / 1 processes"
+    assert set_threads(write_recipe()) == (found, f"default: {why}")
     assert torch.get_num_threads() == found
 
 
-def test_the_recipes_threads_go_before_omp_num_threads() -> None:
-    assert set_cpu_threads(2) == (2, "")
+def test_the_recipes_threads_go_before_omp_num_threads(write_recipe: Callable[..., Path]) -> None:
+    assert set_threads(write_recipe(), "accelerate.cpu_threads=2") == (2, "override")
     assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
-def test_processes_of_a_machine_share_its_cores(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_a_machine_share_its_cores(
+    variable: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv(variable, "2")
-    assert set_cpu_threads() == (1, "2 cores / 2 processes")
+    assert set_threads(write_recipe()) == (1, "default: 2 cores / 2 processes")
 
 
 def start_waiting(words: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -108,13 +122,11 @@ def test_where_the_launcher_can_not_be_looked_at_its_own_choices_are_known(
 
 
 def threads_beside_accelerate(recipe: Path, wish: str) -> tuple[int, int, str | None]:
-    from hf_fasttrain import load_recipe
-
     os.environ.pop("OMP_NUM_THREADS", None)
     loaded: Recipe = load_recipe(recipe, [f"accelerate.cpu_threads={wish}"])
     facts = ResolvedSettings(loaded)
-    built = build_accelerator(loaded, facts)
-    assert facts.resolved["accelerate.cpu_threads"][0] == torch.get_num_threads()
+    built = build_accelerator(resolve_machine(loaded, facts), facts)
+    assert facts.all()["accelerate.cpu_threads"].value == torch.get_num_threads()
     built.wait_for_everyone()  # the first process has what they meet by
     return built.num_processes, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 

@@ -314,7 +314,7 @@ def test_the_tuned_recipe_differs_in_machine_keys_only(tmp_path: Path, write_rec
     before, after = flatten(recipe), flatten(tuned)
     changed = {key for key in before if before[key] != after[key]}
     assert changed
-    assert {tag_of(key) for key in changed} == {"machine"}
+    assert {tag_of(key) for key in changed} == {"speed"}
     assert after["optimizer.lr"] == 3e-3
     assert after["accelerate.mixed_precision"] == "bf16"
     assert after["accelerate.micro_batch_size"] == 16

@@ -38,7 +38,7 @@ def check(
     parts = build_parts(loaded)
     build_unwritten(parts, keep_pixels=False)
     console = wide_console()
-    title = f"{recipe}: every value, where it came from, and whether it is learnt or machine"
+    title = f"{recipe}: every value, where it came from, and what it decides"
     rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.settings.all().items()]
     print_table(console, title, ("key", "value", "origin", "tag"), rows)
     print_table(console, *memory_table(parts))

@@ -14,12 +14,11 @@ from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.errors import RunError, without_secrets
 from hf_fasttrain.files import reason, write_whole
 from hf_fasttrain.format import format_duration, format_images_rate, format_percent, format_rate
-from hf_fasttrain.machine import circumstances
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import to_yaml
 from hf_fasttrain.study import space
 from hf_fasttrain.study.tune import Candidate, Found
-from hf_fasttrain.tunings import Tuning, store_tuning
+from hf_fasttrain.tunings import Tuning, circumstances, store_tuning
 
 ROUNDING = (*space.MATH_KEYS, "accelerate.channels_last", "accelerate.compile")
 

@@ -444,7 +444,7 @@ def other_peak(patch: pytest.MonkeyPatch) -> None:
 def share_not_heeded(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.cache_plan import CachePlanner
 
-    patch.setattr(CachePlanner, "_chosen", lambda self, *args, **options: "device")
+    patch.setattr(CachePlanner, "_fits_device", lambda self, *args, **options: True)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
