@@ -31,6 +31,14 @@ class DataError(UserError):
     """The data set is not there, or is not what the recipe says."""
 
 
+class ImageError(DataError):
+    """An image can't be decoded; `reason` says why, without the image's name and what to do."""
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason or text
+
+
 class ModelError(UserError):
     """The model can't be built or its weights don't fit."""
 
@@ -71,6 +79,10 @@ class NotEnoughMemory(RunError):
 
     every_process = False
     status = Stopped.RESUMABLE
+
+
+class MemoryShort(RuntimeError):
+    """Some process has run out of memory in a step, before any gradient was exchanged."""
 
 
 class RunFailure(RunError):
@@ -132,6 +144,11 @@ def shortened(values: Iterable[object], limit: int = 12) -> str:
     texts = [str(value) for value in values]
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f", ... and {rest} more" if rest > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or what it is called if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def first_lines(error: BaseException) -> str:

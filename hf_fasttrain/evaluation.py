@@ -11,9 +11,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_fasttrain.errors import RunError
+from hf_fasttrain.library_errors import is_out_of_memory
 from hf_fasttrain.metrics import ExternalMetrics, Metrics
 from hf_fasttrain.model import batch_norms
-from hf_fasttrain.out_of_memory import free_cached_memory, is_out_of_memory
+from hf_fasttrain.out_of_memory import free_cached_memory
 from hf_fasttrain.predictions import Collector, Predictions
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.data.loader import Step
-from hf_fasttrain.errors import RunError, shortened
+from hf_fasttrain.errors import MemoryShort, RunError, first_line, shortened
+from hf_fasttrain.library_errors import is_out_of_memory
 from hf_fasttrain.loss import Loss, loss_of_uniform_logits
 from hf_fasttrain.model import batch_norms, set_train_mode
-from hf_fasttrain.out_of_memory import MemoryShort, is_out_of_memory, what_failed
 from hf_fasttrain.private_apis import replace_prepared
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.unused_parameters import find_use
@@ -100,7 +100,7 @@ class Gradients:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            short = what_failed(error)
+            short = first_line(error)
         if self._searches:  # what it takes for used in a backward without exchange would count in the next one
             self._wrap_again()
         if self.processes.any(short is not None):

@@ -1,9 +1,8 @@
-"""Running out of device memory: how it is recognised, and what is put back before a step is made again."""
+"""Running out of device memory: what is put back before a step is made again."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,41 +17,6 @@ from hf_fasttrain.processes import Processes
 
 if TYPE_CHECKING:
     from hf_fasttrain.data.loader import Step
-
-
-# What is said where memory is short. accelerate takes CUDNN_STATUS_NOT_SUPPORTED for it too, which has other causes.
-SHORT = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "std::bad_alloc",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "ALLOCATION_FAILED",
-    # oneDNN, which has no other words for it, where there is no memory for its own buffers:
-    "could not create a primitive",
-    "could not execute a primitive",
-)
-
-
-class MemoryShort(RuntimeError):
-    """Some process has run out of memory in a step, before any gradient was exchanged."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is that of a device, or of the host, without memory for the batch."""
-    if isinstance(error, MemoryShort | torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    if not isinstance(error, RuntimeError):
-        return False
-    return any(text in str(error) for text in SHORT)
-
-
-def what_failed(error: BaseException) -> str:
-    """Return an error's first line, or what it is called if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def free_cached_memory(device: torch.device) -> None:

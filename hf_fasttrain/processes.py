@@ -18,13 +18,6 @@ Value = TypeVar("Value")
 HOST_TIMEOUT = timedelta(hours=2)
 _host_groups: dict[Any, Any] = {}  # process group -> that of the same processes over gloo
 atexit.register(_host_groups.clear)  # one that is left until the interpreter is gone may abort the process
-# What gloo says where another process's end of a connection is closed, and NCCL.
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-
-
-def is_peer_gone(error: BaseException) -> bool:
-    """Return whether an error means that another training process has ended."""
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
 
 
 def host_group() -> Any:

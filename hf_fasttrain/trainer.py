@@ -29,16 +29,26 @@ from hf_fasttrain.duration import Duration
 from hf_fasttrain.early_stopping import EarlyStop, early_stop, go_on, how_to_go_on, record_of, waited_steps
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions, peak_memory_bytes, settle_device
-from hf_fasttrain.errors import NotEnoughMemory, PeerGone, RunError, RunFailure, how_to_resume, shortened
+from hf_fasttrain.errors import (
+    MemoryShort,
+    NotEnoughMemory,
+    PeerGone,
+    RunError,
+    RunFailure,
+    first_line,
+    how_to_resume,
+    shortened,
+)
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.final import FinalModel, load_final, resolve_final, with_metric
 from hf_fasttrain.gradients import Gradients
+from hf_fasttrain.library_errors import is_out_of_memory, is_peer_gone
 from hf_fasttrain.loss import Loss, first_loss_note
 from hf_fasttrain.optim import follow_parameters, names_left_out, require_own_parameters, set_lr
-from hf_fasttrain.out_of_memory import Memory, MemoryShort, free_cached_memory, is_out_of_memory, what_failed
+from hf_fasttrain.out_of_memory import Memory, free_cached_memory
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.predictions import Predictions
-from hf_fasttrain.processes import Processes, is_peer_gone, on_main
+from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.result import Result, Watch
 from hf_fasttrain.runlog import METRICS_FILE, RunLog, last_steps
 from hf_fasttrain.saving import Checkpoints, hold_run, release_run
@@ -380,7 +390,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                what, agreed = what_failed(error), isinstance(error, MemoryShort)
+                what, agreed = first_line(error), isinstance(error, MemoryShort)
             else:
                 self.memory.fits(step)
                 return loss

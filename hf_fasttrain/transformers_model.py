@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_fasttrain.errors import ModelError, shortened
 from hf_fasttrain.head import Source, transformers_head_names
+from hf_fasttrain.library_errors import is_remote_code_refused
 from hf_fasttrain.weights import is_within, names_in
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _errors_of(spec: ModelSpec) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
+        if is_remote_code_refused(error) and not spec.trust_remote_code:
             raise ModelError(
                 f"model {spec.name} brings Python code of its own, which is not run unless the recipe says "
                 "model.trust_remote_code: true; read that code first"

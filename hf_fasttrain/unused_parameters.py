@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hf_fasttrain.data.feed import Batch
 from hf_fasttrain.errors import shortened
+from hf_fasttrain.library_errors import is_out_of_memory
 from hf_fasttrain.loss import Loss
-from hf_fasttrain.out_of_memory import free_cached_memory, is_out_of_memory
+from hf_fasttrain.out_of_memory import free_cached_memory
 from hf_fasttrain.private_apis import has_gradient_hooks, is_compiler_imported
 from hf_fasttrain.processes import Processes
 from hf_fasttrain.side_effects import random_states, random_states_kept, unchanged

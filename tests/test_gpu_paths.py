@@ -38,9 +38,9 @@ from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import settle_device
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import Evaluator
+from hf_fasttrain.library_errors import is_out_of_memory
 from hf_fasttrain.loaders import resolve_loading
 from hf_fasttrain.metrics import Metrics
-from hf_fasttrain.out_of_memory import is_out_of_memory
 from hf_fasttrain.pace import Pace
 from hf_fasttrain.processes import on_main
 from hf_fasttrain.resolved import ResolvedSettings

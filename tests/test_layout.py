@@ -25,7 +25,7 @@ COMMANDS = (
 # Who stands above whom; a module imports only from levels below its own (or beside it, without a circle).
 LEVELS = [
     {"errors", "duration", "format", "before_torch", "private_apis"},
-    {"remote"},
+    {"remote", "library_errors"},
     {"files", "tensor_tree", "processes", "process_memory", "runlock"},
     {
         "recipe",

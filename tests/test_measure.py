@@ -73,7 +73,7 @@ def test_the_order_of_a_round_changes() -> None:
 def test_an_arm_that_fails_is_a_row_and_the_others_go_on() -> None:
     def speed(settings: dict[str, str]) -> float:
         if "broken" in settings:
-            raise ArmFailed("out of memory: 3 GiB")
+            raise ArmFailed("out of memory: 3 GiB", out_of_memory=True)
         return 0.01
 
     fakes, said = Fakes(speed), []
@@ -94,7 +94,7 @@ def test_an_arm_may_fail_in_a_later_round() -> None:
     def before(arm: Arm) -> None:
         turns.append(arm.name)
         if arm.name == "b" and turns.count("b") == 3:
-            raise ArmFailed("its process was killed, perhaps for want of memory")
+            raise ArmFailed("its process was killed, perhaps for want of memory", out_of_memory=True)
 
     fakes.before_turn = before
     with Bench(fakes, clock=fakes.clock) as bench:
@@ -124,7 +124,7 @@ def test_out_of_memory_beside_others_is_tried_alone() -> None:
 
     def speed(settings: dict[str, str]) -> float:
         if "large" in settings and fakes.alive > 1:
-            raise ArmFailed("out of memory: others have it")
+            raise ArmFailed("out of memory: others have it", out_of_memory=True)
         return 0.01
 
     fakes.speed = speed

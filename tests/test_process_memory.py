@@ -22,7 +22,7 @@ from hf_fasttrain.data.deaths import Deaths
 from hf_fasttrain.data.decode import read_pixels
 from hf_fasttrain.data.workers import Workers
 from hf_fasttrain.errors import DataError, NotEnoughMemory
-from hf_fasttrain.out_of_memory import is_out_of_memory
+from hf_fasttrain.library_errors import is_out_of_memory
 from hf_fasttrain.process_memory import limited_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")

@@ -204,7 +204,7 @@ def test_where_the_recipe_does_not_fit_a_smaller_micro_batch_is_found() -> None:
     def before(arm: Arm) -> None:
         settings = dict(override.partition("=")[::2] for override in arm.overrides)
         if plain(settings) < 0:
-            raise ArmFailed("out of memory with micro-batches of 32 images")
+            raise ArmFailed("out of memory with micro-batches of 32 images", out_of_memory=True)
 
     fakes.before_turn = before
     found = search(fakes)
@@ -216,7 +216,7 @@ def test_nothing_fits() -> None:
     fakes = Fakes(lambda settings: 0.02)
 
     def before(arm: Arm) -> None:
-        raise ArmFailed("out of memory with micro-batches of 32 images")
+        raise ArmFailed("out of memory with micro-batches of 32 images", out_of_memory=True)
 
     fakes.before_turn = before
     with pytest.raises(RunError, match="can't be measured here: out of memory"):

@@ -82,7 +82,8 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
     """
     from hf_fasttrain.accelerator import local_processes
     from hf_fasttrain.environment import free_memory_bytes
-    from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
+    from hf_fasttrain.errors import first_line
+    from hf_fasttrain.library_errors import is_out_of_memory
     from hf_fasttrain.process_memory import limited_memory
 
     free = free_memory_bytes()
@@ -94,7 +95,7 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise NotEnoughMemory(
-            f"out of memory after step {trainer.state.step} ({what_failed(error)}); the same command with --resume "
+            f"out of memory after step {trainer.state.step} ({first_line(error)}); the same command with --resume "
             "goes on from the newest checkpoint; lower accelerate.micro_batch_size, evaluate.batch_size or data.workers"
         ) from None
 

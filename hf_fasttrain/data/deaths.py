@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from hf_fasttrain.errors import LoaderDied
+from hf_fasttrain.errors import LoaderDied, first_line
+from hf_fasttrain.library_errors import is_dead_worker
 from hf_fasttrain.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
 from hf_fasttrain.stop import handled
 
@@ -127,9 +128,9 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+            if not is_dead_worker(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         else:
             yield batch
             continue

@@ -30,7 +30,8 @@ from hf_fasttrain.data.jpeg import (
     normalize_header,
     verify_jpeg,
 )
-from hf_fasttrain.errors import DataError
+from hf_fasttrain.errors import ImageError
+from hf_fasttrain.library_errors import is_decoder_out_of_memory
 
 DECODING_ERRORS = (
     UnidentifiedImageError,
@@ -49,7 +50,6 @@ DECODING_ERRORS = (
     TypeError,
 )
 # How Pillow, libjpeg-turbo, C++ and the system say it where they don't raise MemoryError.
-OUT_OF_MEMORY = ("out of memory", "nsufficient memory", "std::bad_alloc", "allocate memory")
 _ORIENTATION = 0x0112  # EXIF
 _TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,26 +67,22 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
 
     Grayscale, palette, CMYK and 16-bit images are converted, alpha is dropped as transformers and timm do, the
     EXIF rotation is applied, and of an animation the first frame is taken. With `at_least`, JPEGs are decoded at
-    1/2, 1/4 or 1/8 of their size if both sides stay that long; with `pillow` Pillow decodes them. Raises DataError if
+    1/2, 1/4 or 1/8 of their size if both sides stay that long; with `pillow` Pillow decodes them. Raises ImageError if
     there is no right image in it, and MemoryError, which says nothing about the image, if memory was too short.
     """
     data, path = _parts(record)
     if data is None and path is None:
-        raise DataError("image is missing (null); take it out")
+        raise ImageError("image is missing (null); take it out")
     try:
         if data is None:
             data = Path(path).read_bytes()
         return decode(data, at_least=at_least, pillow=pillow)
     except (MemoryError, *DECODING_ERRORS) as error:
         name = path or f"{len(data or b'')} bytes"
-        if ran_out_of_memory(error):
+        if is_decoder_out_of_memory(error):
             raise MemoryError(f"image {name}: no memory to decode it") from None
-        raise DataError(f"image {name}: can't be decoded: {_reason(error)}; repair it or take it out") from None
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of a decoder is that of a machine without memory for the pixels."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+        reason = _reason(error)
+        raise ImageError(f"image {name}: can't be decoded: {reason}; repair it or take it out", reason) from None
 
 
 def _parts(record: Any) -> tuple[Encoded | None, Any]:

@@ -23,8 +23,8 @@ from hf_fasttrain.data.deaths import Deaths
 from hf_fasttrain.data.images import Event, Images
 from hf_fasttrain.data.order import MicroBatchKey
 from hf_fasttrain.data.workers import Workers
-from hf_fasttrain.errors import NotEnoughMemory, RunError, UserError, how_to_resume
-from hf_fasttrain.out_of_memory import is_out_of_memory, what_failed
+from hf_fasttrain.errors import NotEnoughMemory, RunError, UserError, first_line, how_to_resume
+from hf_fasttrain.library_errors import is_out_of_memory
 
 Batch = tuple[Tensor, Tensor]
 BATCHES_AHEAD = 4  # batches that each worker may be ahead
@@ -164,7 +164,7 @@ class _BatchDataset:
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-            return what_failed(error)
+            return first_line(error)
 
     def __call__(self, asked: _BatchRequest) -> _SentBatch | UserError:
         made, room = self.here(asked), self._room(asked)
@@ -305,7 +305,7 @@ def _pinned(tensor: Tensor) -> Tensor:
         return tensor.pin_memory()
     except RuntimeError as error:
         raise RunError(
-            f"data.pin_memory: {tensor.nbytes:,} bytes of the host's memory can't be pinned ({what_failed(error)}); "
+            f"data.pin_memory: {tensor.nbytes:,} bytes of the host's memory can't be pinned ({first_line(error)}); "
             "set data.pin_memory=false, or raise the container's limit of locked memory"
         ) from None
 

@@ -15,19 +15,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from hf_fasttrain.library_errors import jpeg_warning_kind
+
 Pixels = np.ndarray  # (H, W, 3) uint8, contiguous
 Encoded = bytes | memoryview
 Decode = Callable[[Encoded, bool], Pixels]  # the flag: strict, raise ValueError for the first warning
 
 JPEG_START = b"\xff\xd8\xff"
-_DAMAGE = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
-_HARMLESS = (
-    "extraneous bytes",  # cameras, editors and webcams leave them
-    "bad ICC marker",
-    "Unknown Adobe color transform",
-    "Invalid SOS parameters for sequential JPEG",  # they mean nothing there
-    "Warning: ",  # unknown JFIF revision number, odd thumbnail
-)
 
 _JUNK, _END, _START_OF_SCAN = 0x00, 0xD9, 0xDA
 _RESTART_INTERVAL, _APP0, _APP1, _APP14 = 0xDD, 0xE0, 0xE1, 0xEE
@@ -100,15 +94,15 @@ def _decode_strictly(data: Encoded, decode: Decode) -> Pixels:
     try:
         return decode(data, True)
     except ValueError as error:
-        warning = str(error)
-    if not any(text in warning for text in _HARMLESS):
-        if any(text in warning for text in _DAMAGE):
-            raise ValueError(f"image file is truncated: {warning}" if "end of JPEG file" in warning else warning)
+        kind, warning = jpeg_warning_kind(error), str(error)
+    if kind == "unknown":
         raise UnsupportedJpeg(warning)
+    if kind in ("truncated", "damaged"):
+        raise ValueError(f"image file is truncated: {warning}" if kind == "truncated" else warning)
     normalized = normalize_header(data)
     if normalized is not data:
         return _decode_strictly(normalized, decode)
-    if "before marker 0xd9" not in warning or _has_restarts(data):
+    if kind == "harmless" or _has_restarts(data):
         decode_complete(data, lambda data: _decode_rgb(data, 0, False))
     return decode(data, False)  # the end of the image is the last thing to warn of
 

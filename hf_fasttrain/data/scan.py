@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +20,12 @@ from hf_fasttrain.data.decode import DECODING_ERRORS, read_pixels
 from hf_fasttrain.data.records import Record
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.data.workers import Workers
-from hf_fasttrain.errors import DataError, LoaderDied, RunError
+from hf_fasttrain.errors import DataError, ImageError, LoaderDied, RunError
 from hf_fasttrain.format import format_bytes
 
 CHUNK = 64  # rows that a worker process decodes at a time
 CHUNKS_AHEAD = 2  # that each worker may be ahead
 _ORIENTATION = 0x0112  # EXIF
-_REASON = re.compile(r"can't be decoded: (.*); repair it", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,8 @@ def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:
             data = _encoded_bytes(record)
             pixels = read_pixels({"bytes": data, "path": record["path"]})
         except DataError as error:
-            reason = _REASON.search(str(error))
-            scan.bad.append(BadImage(split.name, int(row), record["path"], reason[1] if reason else str(error)))
+            reason = error.reason if isinstance(error, ImageError) else str(error)
+            scan.bad.append(BadImage(split.name, int(row), record["path"], reason))
             continue
         scan.hashes[place] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
         scan.heights[place], scan.widths[place] = pixels.shape[:2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_fasttrain.errors import first_lines
+from hf_fasttrain.library_errors import is_card_refused
 
 PASSING = (408, 409, 412, 423, 425, 429)  # 409 and 412: another commit was made at the same time
 
@@ -33,7 +34,7 @@ def explain(error: BaseException, repo: str, endpoint: str) -> Failure:
     if isinstance(error, HTTPError):
         why = f"{endpoint} can't be reached ({first_lines(error)}); check the network and HF_ENDPOINT"
         return Failure(why, passes=True)
-    if "Invalid metadata" in str(error):
+    if is_card_refused(error):
         why = f"the Hub does not take the card ({first_lines(error)}); mend license, data set or model names"
         return Failure(why, passes=False)
     passes = isinstance(error, ConnectionError | TimeoutError | RuntimeError)  # RuntimeError: the xet transport's

@@ -27,7 +27,11 @@ Tell = Callable[[str], None]
 
 
 class ArmFailed(Exception):
-    """An arm can't be measured; its text says why."""
+    """An arm can't be measured; its text says why, and `out_of_memory` whether it may have lacked memory."""
+
+    def __init__(self, text: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(text)
+        self.out_of_memory = out_of_memory
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ class Bench:
 
     def _alone_may_do(self, failed: ArmFailed) -> bool:
         """End the others if they may have taken the memory that an arm lacked; return whether there were any."""
-        if not self._running or "memory" not in str(failed):
+        if not self._running or not failed.out_of_memory:
             return False
         self.close()
         return True

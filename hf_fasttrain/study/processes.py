@@ -22,7 +22,8 @@ import psutil
 
 from hf_fasttrain.accelerator import num_processes
 from hf_fasttrain.cache_plan import cache_folder, can_write, existing_part
-from hf_fasttrain.errors import RunError, UserError, without_secrets
+from hf_fasttrain.errors import NotEnoughMemory, RunError, UserError, first_line, without_secrets
+from hf_fasttrain.library_errors import is_out_of_memory
 from hf_fasttrain.private_apis import COMPILER, let_forkserver_end
 from hf_fasttrain.study.measure import Arm, ArmFailed
 from hf_fasttrain.study.trial import Trial
@@ -131,7 +132,7 @@ class ArmProcess:
         try:
             self._own.send(message)
         except OSError:
-            raise ArmFailed(self._how_it_ended()) from None
+            raise self._how_it_ended() from None
         answer = self._answer(limit_seconds)
         self._signal(signal.SIGSTOP)
         return answer
@@ -140,25 +141,25 @@ class ArmProcess:
         until = None if limit_seconds is None else time.monotonic() + limit_seconds
         while not self._own.poll(0.05):
             if not self._process.is_alive() and not self._own.poll(0):
-                raise ArmFailed(self._how_it_ended())
+                raise self._how_it_ended()
             if until is not None and time.monotonic() > until:
                 raise ArmFailed(f"not done after {limit_seconds:.0f} s, which is all the time it had")
         try:
             kind, value = self._own.recv()
         except (EOFError, OSError):
-            raise ArmFailed(self._how_it_ended()) from None
+            raise self._how_it_ended() from None
         if kind == "failed":
-            raise ArmFailed(value)
+            raise ArmFailed(value[0], out_of_memory=value[1])
         return value
 
-    def _how_it_ended(self) -> str:
+    def _how_it_ended(self) -> ArmFailed:
         self._process.join(5)
         code = self._process.exitcode or 0
         said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         last = f": {without_secrets(said[-1].strip())}" if said else ""
         if code == -signal.SIGKILL:
-            return "its process was killed, perhaps for want of memory"
-        return f"its process ended ({f'signal {-code}' if code < 0 else f'status {code}'}){last}"
+            return ArmFailed("its process was killed, perhaps for want of memory", out_of_memory=True)
+        return ArmFailed(f"its process ended ({f'signal {-code}' if code < 0 else f'status {code}'}){last}")
 
     def _signal(self, number: int) -> None:
         if self._process.pid is not None:
@@ -241,7 +242,7 @@ def _serve(
         pass  # whoever asked is gone
     except BaseException as error:  # noqa: BLE001 - told to the one who asked, who goes on with other arms
         with contextlib.suppress(OSError):
-            connection.send(("failed", _in_one_line(error)))
+            connection.send(("failed", _why_it_failed(error)))
     finally:
         sys.stdout.flush()
         os._exit(0)  # at once: loader processes of a training that failed would be waited for
@@ -277,10 +278,11 @@ def _take_turns(connection: Connection, trial: Trial, what: str, value: Any) -> 
     trial.run(next_turn)
 
 
-def _in_one_line(error: BaseException) -> str:
-    from hf_fasttrain.out_of_memory import is_out_of_memory
-
-    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _why_it_failed(error: BaseException) -> tuple[str, bool]:
+    """Return a line about an error, and whether memory was short."""
     if is_out_of_memory(error):
-        return f"out of memory: {first}"
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+        return f"out of memory: {first_line(error)}", True
+    if isinstance(error, UserError):
+        return str(error), isinstance(error, NotEnoughMemory)
+    named = "" if first_line(error) == type(error).__name__ else f": {first_line(error)}"
+    return f"{type(error).__name__}{named}", False

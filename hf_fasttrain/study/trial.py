@@ -22,7 +22,7 @@ from hf_fasttrain.data.loader import Step, TrainLoader
 from hf_fasttrain.data.order import Order, StepPlan
 from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import peak_memory_bytes
-from hf_fasttrain.errors import RunError
+from hf_fasttrain.errors import NotEnoughMemory
 from hf_fasttrain.private_apis import dropout_class, set_first_loss_scale
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import with_values
@@ -70,7 +70,9 @@ class MeasuredTrainer(Trainer):
         return loss
 
     def _make_smaller(self, step: Step, what: str, agreed: bool) -> Step:
-        raise RunError(f"out of memory with micro-batches of {self.train_loader.micro_batch_size} images ({what})")
+        raise NotEnoughMemory(
+            f"out of memory with micro-batches of {self.train_loader.micro_batch_size} images ({what})"
+        )
 
 
 class Trial:
