@@ -179,9 +179,9 @@ def user_threads() -> int | None:
     launcher = _launcher()
     with suppress(psutil.Error, OSError):
         if launcher is not None:
-            told = any(word.startswith("--num_cpu_threads_per_process") for word in launcher.cmdline())
-            return value if told or _number(launcher.environ().get(THREADS_VARIABLE)) else None
-    return None if value in _launchers_own() else value
+            passed = any(word.startswith("--num_cpu_threads_per_process") for word in launcher.cmdline())
+            return value if passed or _number(launcher.environ().get(THREADS_VARIABLE)) else None
+    return None if value in _launchers_choices() else value
 
 
 def _number(text: str | None) -> int | None:
@@ -199,7 +199,7 @@ def _launcher() -> psutil.Process | None:
     return None
 
 
-def _launchers_own() -> set[int]:
+def _launchers_choices() -> set[int]:
     """Return the numbers of threads that launchers choose by themselves."""
     physical = psutil.cpu_count(logical=False) or 1
     return {1, physical // local_processes()}

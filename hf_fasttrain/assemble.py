@@ -21,7 +21,7 @@ from hf_fasttrain.data.fingerprint import fingerprint
 from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.loader import TrainLoader
 from hf_fasttrain.data.order import Order
-from hf_fasttrain.data.source import Source, load_source
+from hf_fasttrain.data.source import Source
 from hf_fasttrain.duration import Duration
 from hf_fasttrain.ema import Ema
 from hf_fasttrain.environment import describe_machine, describe_versions
@@ -61,30 +61,6 @@ class Parts:
     order: Order
     forecast: Forecast | None = None  # of this process's memory; on a GPU there is none until somebody asks
     kept_pixels: int = 0  # bytes of them in memory, known once there are loaders
-
-
-def open_source(
-    recipe: Recipe, dataset: Any = None, *, test_split: str | None = None, test_key: str = "data.test_split"
-) -> Source:
-    """Return the recipe's data set, or `dataset` read as the recipe says; `test_split` replaces the recipe's.
-
-    `test_key` is what messages call it.
-    """
-    data = recipe.data
-    return load_source(
-        data.dataset if dataset is None else dataset,
-        config=data.config,
-        revision=data.revision,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        test_split=test_split or data.test_split,
-        test_key=test_key,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        multi_label=data.multi_label,
-        eval_fraction=data.eval_fraction,
-        seed=recipe.seed,
-    )
 
 
 def assemble(
@@ -153,10 +129,10 @@ def assemble(
 
 def _moving_average(parts: Parts) -> Ema | None:
     """Return the moving average that the recipe asks for, compiled if the model is: it is what is evaluated."""
-    wish = parts.recipe.ema
-    if wish is None:
+    section = parts.recipe.ema
+    if section is None:
         return None
-    ema = Ema(parts.model, wish.decay, warmup=wish.warmup)
+    ema = Ema(parts.model, section.decay, warmup=section.warmup)
     if parts.recipe.accelerate.compile is True:
         ema.module.compile(dynamic=False)  # a copy of a compiled model is not
     return ema
@@ -186,10 +162,10 @@ def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
     if recipe.hub and parts.accelerator.is_main_process:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
-        wish = _push_options(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
+        options = _push_options(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
         num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
         describe = partial(save_description, parts.model, spec)
-        pusher = Pusher(folder, wish, describe, about, log.say, num_steps)
+        pusher = Pusher(folder, options, describe, about, log.say, num_steps)
     if not show and not recipe.hub:
         return None
     return Publish(folder, log, report=recipe.log.report, show=show, pusher=pusher)
@@ -256,36 +232,36 @@ def _eval_batch_size(parts: Parts, workers: int) -> int:
 
 def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
     """Return the evaluator of a recipe's metrics."""
-    own, external = resolve_metrics(recipe.evaluate.metrics, multi_label=multi_label)
-    return Evaluator(accelerator, num_classes, multi_label=multi_label, metrics=own, external=external)
+    built_in, external = resolve_metrics(recipe.evaluate.metrics, multi_label=multi_label)
+    return Evaluator(accelerator, num_classes, multi_label=multi_label, metrics=built_in, external=external)
 
 
 def _optimizer(parts: Parts) -> torch.optim.Optimizer:
-    wish = parts.recipe.optimizer
+    section = parts.recipe.optimizer
     groups = build_param_groups(
         parts.model,
-        lr=wish.lr,
-        weight_decay=wish.weight_decay,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
         head_names=head_names(parts.model),
-        backbone_lr_scale=wish.backbone_lr_scale,
-        layer_decay=wish.layer_decay,
+        backbone_lr_scale=section.backbone_lr_scale,
+        layer_decay=section.layer_decay,
     )
-    return build_optimizer(wish.name, groups, momentum=wish.momentum, args=wish.args)
+    return build_optimizer(section.name, groups, momentum=section.momentum, args=section.args)
 
 
 def _schedule(parts: Parts, num_steps: int) -> Schedule:
-    wish, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
-    warmup = resolve_warmup(wish.warmup, wish.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    section, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
+    warmup = resolve_warmup(section.warmup, section.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     parts.settings.record("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
     if warmup.note:
         parts.settings.note(warmup.note)
     return build_schedule(
-        wish.name,
+        section.name,
         num_steps=num_steps,
         warmup_steps=warmup.steps,
-        min_lr_ratio=wish.min_lr_ratio,
-        gamma=wish.gamma,
-        every_steps=wish.every.to_steps(steps_per_epoch),
+        min_lr_ratio=section.min_lr_ratio,
+        gamma=section.gamma,
+        every_steps=section.every.to_steps(steps_per_epoch),
     )
 
 

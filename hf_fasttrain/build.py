@@ -1,4 +1,4 @@
-"""A recipe to a Trainer: wishes become plain numbers here, and every choice is recorded with its reason."""
+"""A recipe to a Trainer: `auto` becomes plain numbers here, and every choice is recorded with its reason."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_fasttrain.accelerator import allow_compiling, build_accelerator, launched_rank
-from hf_fasttrain.assemble import Parts, assemble, open_source
-from hf_fasttrain.auto import accumulation_steps, decide, resolve_machine, split
+from hf_fasttrain.assemble import Parts, assemble
+from hf_fasttrain.auto import accumulation_steps, resolve_machine
 from hf_fasttrain.contradictions import without_effect
 from hf_fasttrain.data.order import Order, process_share
-from hf_fasttrain.data.source import Source
-from hf_fasttrain.errors import DataError, RunError
+from hf_fasttrain.errors import RunError
 from hf_fasttrain.kept import read_beginning
 from hf_fasttrain.loaders import train_transform
 from hf_fasttrain.micro_batch import resolve_micro_batch
@@ -32,6 +31,7 @@ from hf_fasttrain.recipe_file import load_recipe, output_dir
 from hf_fasttrain.resolved import ResolvedSettings, write_settings
 from hf_fasttrain.runfolder import open_run_folder, saved_state
 from hf_fasttrain.saving import not_writable
+from hf_fasttrain.source_from import local_settings, source_from
 from hf_fasttrain.trainer import Trainer
 from hf_fasttrain.tunings import Tuned
 
@@ -46,12 +46,12 @@ def build_trainer(
     trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
     """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
-    asked = load_recipe(recipe, overrides)
-    folder = Path(output_dir(asked))
-    if asked.hub is not None and launched_rank() == 0:
-        require_login(asked.hub.repo)  # before anything is trained that could not be pushed
+    loaded = load_recipe(recipe, overrides)
+    folder = Path(output_dir(loaded))
+    if loaded.hub is not None and launched_rank() == 0:
+        require_login(loaded.hub.repo)  # before anything is trained that could not be pushed
     began = read_beginning(folder) if resume else None
-    parts = build_parts(asked, dataset=dataset, tuned=began.kept(asked) if began else None)
+    parts = build_parts(loaded, dataset=dataset, tuned=began.kept(loaded) if began else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     saved = saved_state(folder) if resume else None
     trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
@@ -83,59 +83,19 @@ def build_parts(
 
     `tuned` are the values for its `auto`; by default those of a stored tuning of this machine and model.
     """
-    asked = load_recipe(recipe, overrides)
-    settings = ResolvedSettings(asked, notes=without_effect(asked))
-    settings.record("local", _local_settings(asked, dataset), "settings that are paths or objects of this machine")
-    loaded = resolve_machine(asked, settings, tuned)
-    accelerator = build_accelerator(loaded, settings)
-    source = _load_source(loaded, dataset, settings)
-    model, spec = model_from(loaded, source, accelerator.device, settings)
-    _require_enough_images(loaded, len(source.train), accelerator.num_processes)
-    micro = resolve_micro_batch(loaded, len(source.train), spec.num_classes, model, accelerator, settings)
-    order = _resolve_order(loaded, len(source.train), micro.size, model, accelerator, settings)
-    if loaded.accelerate.compile is True:
-        allow_compiling(num_shapes(loaded, spec, order))
-    return Parts(loaded, settings, accelerator, source, spec, model, order, micro.forecast)
-
-
-def _local_settings(recipe: Recipe, dataset: Any) -> list[str]:
-    """Return the keys of what lies on this machine: it means nothing elsewhere, and its place is nobody's business."""
-    model, data = recipe.model, recipe.data
-    name = model.name.removeprefix("transformers:")
-    places = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}
-    found = [key for key, value in places.items() if isinstance(value, str) and Path(value).expanduser().exists()]
-    if data.dataset == "digits":
-        found = [key for key in found if key != "data.dataset"]
-    return sorted({*found, *(["data.dataset"] if dataset is not None else [])})
-
-
-def _load_source(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Source:
-    source = open_source(recipe, dataset)
-    _require_own_test_split(source)
-    if dataset is not None:
-        settings.record("data.dataset", "handed over in Python")
-    for key, part in (("data.train_split", source.train), ("data.eval_split", source.evaluation)):
-        settings.record(key, *split(name=part.name, images=len(part)))
-    for key, name in (("data.image_column", source.columns.image), ("data.label_column", source.columns.label)):
-        decide(settings, key, name=name)
-    settings.record("classes", len(source.class_names), "of the label column")
-    for note in source.notes:
-        settings.note(note)
-    if source.held_out:
-        settings.note(
-            f"no validation split: {len(source.evaluation):,} of {len(source.train) + len(source.evaluation):,} "
-            "training images are held out, each class alike (data.eval_fraction)"
-        )
-    return source
-
-
-def _require_own_test_split(source: Source) -> None:
-    """A test split that was trained on, or chose the best checkpoint, would measure nothing."""
-    used = [source.train.name] if source.held_out else [source.train.name, source.evaluation.name]
-    if source.test is not None and source.test.name in used:
-        raise DataError(f"data.test_split: '{source.test.name}' is trained or evaluated on already; choose another")
-    if not source.held_out and source.train.name == source.evaluation.name:
-        raise DataError(f"data.eval_split: '{source.evaluation.name}' is trained on already; choose another")
+    loaded = load_recipe(recipe, overrides)
+    settings = ResolvedSettings(loaded, notes=without_effect(loaded))
+    settings.record("local", local_settings(loaded, dataset), "settings that are paths or objects of this machine")
+    resolved = resolve_machine(loaded, settings, tuned)
+    accelerator = build_accelerator(resolved, settings)
+    source = source_from(resolved, dataset, settings)
+    model, spec = model_from(resolved, source, accelerator.device, settings)
+    _require_enough_images(resolved, len(source.train), accelerator.num_processes)
+    micro = resolve_micro_batch(resolved, len(source.train), spec.num_classes, model, accelerator, settings)
+    order = _resolve_order(resolved, len(source.train), micro.size, model, accelerator, settings)
+    if resolved.accelerate.compile is True:
+        allow_compiling(num_shapes(resolved, spec, order))
+    return Parts(resolved, settings, accelerator, source, spec, model, order, micro.forecast)
 
 
 def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
@@ -151,8 +111,8 @@ def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
 
 def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:
     """Raise RunError for steps with too few images for their processes and pieces, or that drop_last leaves out."""
-    train, wish = recipe.train, recipe.accelerate
-    pieces = 1 if wish.gradient_accumulation_steps == "auto" else wish.gradient_accumulation_steps
+    train, accumulation = recipe.train, recipe.accelerate.gradient_accumulation_steps
+    pieces = 1 if accumulation == "auto" else accumulation
     pairs = (train.batch_size + 1) // 2
     if pairs < processes * pieces and (processes > 1 or pieces > 1):
         raise RunError(

@@ -210,8 +210,8 @@ def cache_folder(recipe: Recipe) -> Path:
 
 def can_write(folder: Path) -> bool:
     """Return whether a folder can be made, or written to."""
-    there = existing_part(folder)
-    return there.is_dir() and os.access(there, os.W_OK)
+    nearest = existing_part(folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -14,8 +14,8 @@ LONGEST_WAIT = 7 * 24 * 60  # minutes
 Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
 
 
-def contradictions(recipe: Recipe) -> list[Mistake]:
-    """Return every contradiction in the recipe."""
+def conflicts(recipe: Recipe) -> list[Mistake]:
+    """Return every conflict in the recipe."""
     return [mistake for check in CHECKS for mistake in check(recipe)]
 
 
@@ -144,8 +144,8 @@ def _hub(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _metrics(recipe: Recipe) -> Iterator[Mistake]:
-    asked = recipe.evaluate.metrics
-    known = list(BUILT_IN_METRICS) if asked == "auto" else ["loss", *asked]
+    metrics = recipe.evaluate.metrics
+    known = list(BUILT_IN_METRICS) if metrics == "auto" else ["loss", *metrics]
     known = [metric_name(metric) for metric in known]
     watched = {"checkpoint.best": recipe.checkpoint.best, "early_stopping": recipe.early_stopping}
     for key, watch in watched.items():
@@ -189,9 +189,9 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals = {"schedule": f"schedule.name={schedule}", "augment": f"augment.crop={crop}"}
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
-    own = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
+    partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
     return [*_pushed_more_rarely(recipe)] + [
-        f"{key} has no effect with {own.get(key) or rivals[key.split('.')[0]]}"
+        f"{key} has no effect with {partners.get(key) or rivals[key.split('.')[0]]}"
         for key, matters in used.items()
         if not matters and key in given
     ]

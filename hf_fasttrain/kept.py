@@ -45,8 +45,8 @@ class Beginning:
         """Say what is no longer as it was when the run began, though the recipe does not give it."""
         if self.machine is None:
             return
-        asked, now = flatten(settings.recipe), settings.all()
-        left = {key: d.value for key, d in self.decisions.items() if is_open(key, asked)}
+        values, now = flatten(settings.recipe), settings.all()
+        left = {key: d.value for key, d in self.decisions.items() if is_open(key, values)}
         still = [
             f"{key}={plain(value)}" for key, value in left.items() if key in self.given and now[key].value == value
         ]

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from hf_fasttrain.contradictions import contradictions
+from hf_fasttrain.contradictions import conflicts
 from hf_fasttrain.errors import nearest, shortened, shown
 from hf_fasttrain.recipe import Recipe
 
@@ -36,7 +36,7 @@ OTHER_NAMES = {
     "num_classes": "data.label_column",
 }
 NULLABLE = {"ema", "early_stopping", "hub", "output_dir"}
-# Stand in for required values that are missing or wrong, so that contradictions elsewhere are still found.
+# Stand in for required values that are missing or wrong, so that conflicts elsewhere are still found.
 STAND_INS: dict[str, dict[str, Any]] = {
     "model": {"name": "?"},
     "data": {"dataset": "?"},
@@ -56,7 +56,7 @@ def check_tree(tree: Tree) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
         mistakes = _explain(error)
         recipe = _without_mistakes(tree, [key for key, _ in mistakes])
     if recipe is not None:
-        mistakes += [(tuple(key.split(".")), what) for key, what in contradictions(recipe)]
+        mistakes += [(tuple(key.split(".")), what) for key, what in conflicts(recipe)]
     return (None if mistakes else recipe), mistakes
 
 

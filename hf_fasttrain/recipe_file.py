@@ -21,7 +21,7 @@ from hf_fasttrain.remote import fetch_file, is_remote, parse_place
 from hf_fasttrain.result import BUILT_IN_METRICS
 from hf_fasttrain.shipped import find_recipe
 
-# Of a pushed recipe: where it was written, kept, told of and pushed to.
+# Of a pushed recipe: where it was written, cached, logged and pushed to.
 NOT_TAKEN_OVER = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
 
 
@@ -54,13 +54,13 @@ def _with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return checked
 
 
-def _load_pushed(place: str, overrides: Sequence[str]) -> Recipe:
+def _load_pushed(address: str, overrides: Sequence[str]) -> Recipe:
     """Return the recipe of a pushed run: what was trained, without where it was written and pushed to.
 
     Somebody else wrote it: what would run code from the Hub must be asked for here.
     """
-    where, name = f"{place}, recipe.yaml", parse_place(place)[0].split("/")[-1]
-    text = fetch_file(place, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    where, name = f"{address}, recipe.yaml", parse_place(address)[0].split("/")[-1]
+    text = fetch_file(address, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_TAKEN_OVER)
     metrics = recipe.evaluate.metrics
     runs_code = {
@@ -219,9 +219,9 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         updates.setdefault(section, {})[name] = value
-    own = updates.pop("", {})
+    top_level = updates.pop("", {})
     sections = {name: getattr(recipe, name).model_copy(update=changed) for name, changed in updates.items()}
-    return recipe.model_copy(update={**own, **sections})
+    return recipe.model_copy(update={**top_level, **sections})
 
 
 def tag_of(key: str) -> str:

@@ -102,8 +102,8 @@ class ReportPictures:
         """Return the wrongly predicted images with the highest losses, as the model saw them."""
         split, pictures = self.source.evaluation, []
         preparation = Preparation(center=eval_transform(self.pre))
-        for number, place in enumerate(predictions.worst(NUM_MISTAKES)):
-            row = int(predictions.rows[place])
+        for number, index in enumerate(predictions.worst(NUM_MISTAKES)):
+            row = int(predictions.rows[index])
             if row < 0:
                 continue
             file = f"mistake_{number:02d}.jpg"
@@ -111,18 +111,18 @@ class ReportPictures:
             used = np.array([row])
             for _, image in images.pixels(np.array([row]), used, []):
                 pixels[file] = image
-            truth = dict.fromkeys(self._named(predictions.labels[place]), 1.0)
-            name, loss = self._name(split, int(used[0])), float(predictions.losses[place])  # a bad image's stand-in
-            pictures.append(Picture(file, name, truth, self._scores(predictions, place), loss))
+            truth = dict.fromkeys(self._named(predictions.labels[index]), 1.0)
+            name, loss = self._name(split, int(used[0])), float(predictions.losses[index])  # a bad image's stand-in
+            pictures.append(Picture(file, name, truth, self._scores(predictions, index), loss))
         return pictures
 
-    def _scores(self, predictions: Predictions, place: int) -> dict[str, float | None]:
+    def _scores(self, predictions: Predictions, index: int) -> dict[str, float | None]:
         """Return what was predicted, with its score; of a multi-label image, that of the class that is farthest off."""
-        named, confidence = self._named(predictions.predicted[place]), float(predictions.confidence[place])
+        named, confidence = self._named(predictions.predicted[index]), float(predictions.confidence[index])
         if not predictions.is_multi_label:
             return dict.fromkeys(named, confidence)
         scores: dict[str, float | None] = dict.fromkeys(named)
-        worst = self.source.class_names[int(predictions.worst_class[place])]
+        worst = self.source.class_names[int(predictions.worst_class[index])]
         if worst in scores:
             scores[worst] = confidence
         else:

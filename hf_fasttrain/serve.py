@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_fasttrain.accelerator import build_accelerator, let_cudnn_choose
-from hf_fasttrain.assemble import build_evaluator, open_source
+from hf_fasttrain.assemble import build_evaluator
 from hf_fasttrain.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.checkpoint import checkpoint_step
 from hf_fasttrain.data.batch import Normalize
@@ -32,6 +32,7 @@ from hf_fasttrain.recipe_file import load_recipe, origin_of, with_values
 from hf_fasttrain.remote import fetch_run, is_remote
 from hf_fasttrain.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.run_weights import RESULT_FILE, checkpoint_with, load_weights_of, step_in_model
+from hf_fasttrain.source_from import open_source
 from hf_fasttrain.tunings import Tuned
 
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")

@@ -59,7 +59,7 @@ LEVELS = [
     {"accelerator", "runfolder"},
     {"tunings"},
     {"auto"},
-    {"kept", "model_from"},
+    {"kept", "model_from", "source_from"},
     {"cache_plan"},
     {"loaders", "report_pictures"},
     {"micro_batch"},
@@ -130,7 +130,11 @@ def test_there_is_no_circle() -> None:
 
 
 def test_only_build_and_above_know_the_recipe() -> None:
-    allowed = RECIPE_MODULES | STUDY | {"tunings", "auto", "model_from", "kept", "loaders", "cache_plan", "assemble"}
+    allowed = (
+        RECIPE_MODULES
+        | STUDY
+        | {"tunings", "auto", "model_from", "source_from", "kept", "loaders", "cache_plan", "assemble"}
+    )
     allowed |= {"micro_batch", "memory_report", "report_pictures"}
     allowed |= {"build", "serve"} | CLI
     for name, path in MODULES.items():
