@@ -14,7 +14,7 @@ USER_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # libgomp's own count is 300,000 where there are no more threads than cores: beside one busy process training kept 0.2
 # to 0.3 of its speed. Sleeping at once cost 17 to 45 % where nothing ran beside it. 1,000 cost 3 to 11 %, and was 1.2
 # to 2.1 times as fast as unset beside a busy process. No count measured has both: see
-# benchmarks/threads.py, table in the README.
+# benchmarks/threads.py, table in docs/benchmarks/threads.md.
 SPIN_COUNT = 1000
 
 

@@ -162,7 +162,7 @@ def small(arguments: list[str]) -> list[str]:
     values = [f"{key}={value}" for key, value in figures.items()]
     options = {
         "doctor": ["--seconds", "1"],
-        "tune": ["--budget", "2s"],
+        "tune": ["--budget", "60s"],
         "ablate": ["--rounds", "1", "--seconds", "0.1", "--only", "channels_last"],
     }
     return [*kept, *options.get(verb, []), *values]
@@ -202,11 +202,18 @@ def workspace(
     """Return the folder as the current one, with a Hub on loopback and studies that take no time."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_FASTTRAIN_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(tune, "LEAST_BUDGET", 0.1)
-    for name, turn in (("LOOK", Turn(3, 0.1)), ("HALF", Turn(2, 0.1)), ("TRY", Turn(2, 0.1))):
-        monkeypatch.setattr(doctor, name, turn)
-    monkeypatch.setattr(doctor, "LEAST_ROUNDS", 1)
+    shorten_studies(monkeypatch)
     return Workspace(folder, capfd, printed)
+
+
+def shorten_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let studies take short turns, and end their searches as soon as they have begun."""
+    turn = Turn(2, 0.1)
+    for module, names in ((doctor, ("LOOK", "HALF", "TRY")), (tune, ("TURN",))):
+        for name in names:
+            monkeypatch.setattr(module, name, turn)
+    monkeypatch.setattr(doctor, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(tune, "UNTIL", dict.fromkeys(tune.UNTIL, 0.0))
 
 
 def run_python(text: str) -> None:
