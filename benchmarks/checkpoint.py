@@ -20,6 +20,7 @@ thrown away. Ours looks for weights that are no numbers before it writes, which 
 from __future__ import annotations
 
 from hf_fasttrain.before_torch import limit_spinning
+from hf_fasttrain.processes import Processes
 
 limit_spinning()
 
@@ -44,7 +45,6 @@ from torch import Tensor
 from hf_fasttrain.checkpoint import Snapshot, checkpoint_path, load_checkpoint
 from hf_fasttrain.environment import describe_machine, describe_versions
 from hf_fasttrain.files import sync_files, sync_folder
-from hf_fasttrain.processes import Processes
 from hf_fasttrain.runlog import RunLog
 from hf_fasttrain.saving import Checkpoints
 from hf_fasttrain.state import Stateful
@@ -79,7 +79,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         bare = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.stateful = Stateful(self.accelerator, self.model, None, bare, None, NoLoader())
+        self.stateful = Stateful(Processes(self.accelerator), self.model, None, bare, None, NoLoader())
         self.expected = [tensor.clone() for tensor in self.tensors()]
 
     def tensors(self) -> list[Tensor]:
@@ -107,7 +107,7 @@ class Training:
 def save_ours(training: Training, folder: Path) -> tuple[float, float, Path]:
     """Return the seconds that training stands still, those until all is on disk, and the checkpoint's folder."""
     stateful = training.stateful
-    checkpoints = Checkpoints(folder, Processes(stateful.accelerator), RunLog(None, show=False), keep=2)
+    checkpoints = Checkpoints(folder, stateful.processes, RunLog(None, show=False), keep=2)
     about = {"state": {}, "learnt": {}, "recipe": "", "trackers": {}, "processes": 1}
     training.wait_for_device()
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def save_theirs(training: Training, folder: Path) -> tuple[float, float, Path]:
 
 
 def load_ours(training: Training, folder: Path) -> None:
-    training.stateful.put_back(load_checkpoint(folder))
+    training.stateful.restore(load_checkpoint(folder))
 
 
 def load_theirs(training: Training, folder: Path) -> None:

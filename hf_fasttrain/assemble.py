@@ -34,6 +34,7 @@ from hf_fasttrain.micro_batch import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.model import ModelSpec, head_names
 from hf_fasttrain.model_folder import save_description, save_model
 from hf_fasttrain.optim import build_optimizer, build_param_groups
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.publish.at_end import Publish
 from hf_fasttrain.publish.pushing import HubWish, Pusher
 from hf_fasttrain.recipe import HubSection, Recipe
@@ -80,7 +81,7 @@ def assemble(
     num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     spec = parts.spec
     track = _tracking(parts, folder, saved or {}) if folder else None
-    log = RunLog(folder, main=accelerator.is_main_process, track=track)
+    log = RunLog(folder, main=Processes(accelerator).is_main, track=track)
     log.expected = FILES_WHILE_TRAINING if folder else ()
     data_set = settings.record("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
     best, stopping = _watches(parts)
@@ -159,7 +160,7 @@ def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
         assert spec.preprocessing is not None
         pictures = ReportPictures(recipe, parts.source, parts.order, spec.preprocessing)
         show = partial(pictures.write, folder, log.say)
-    if recipe.hub and parts.accelerator.is_main_process:
+    if recipe.hub and Processes(parts.accelerator).is_main:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
         options = _push_options(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")

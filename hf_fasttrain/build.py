@@ -24,7 +24,7 @@ from hf_fasttrain.model import (
     batch_norms,
 )
 from hf_fasttrain.model_from import model_from
-from hf_fasttrain.processes import on_main
+from hf_fasttrain.processes import Processes, on_main
 from hf_fasttrain.publish.hub import require_login
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.recipe_file import load_recipe, output_dir
@@ -145,7 +145,7 @@ def _resolve_order(
         drop_last=train.drop_last,
         join_single=bool(batch_norms(model)),
         num_processes=processes,
-        process_index=accelerator.process_index,
+        process_index=Processes(accelerator).index,
         repeats=recipe.augment.repeats,
     )
     accelerator.gradient_accumulation_steps = steps

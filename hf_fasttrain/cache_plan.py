@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from hf_fasttrain.auto import cache, cache_gb
 from hf_fasttrain.data.cache import (
@@ -31,6 +30,7 @@ from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import free_memory_bytes
 from hf_fasttrain.errors import DataError
 from hf_fasttrain.format import format_bytes
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
 
@@ -55,7 +55,7 @@ class CachePlanner:
         self, recipe: Recipe, settings: ResolvedSettings, accelerator: Accelerator, needed_memory: int = 0
     ) -> None:
         self.recipe, self.data, self.settings, self.accelerator = recipe, recipe.data, settings, accelerator
-        self.needed_memory = needed_memory
+        self.processes, self.needed_memory = Processes(accelerator), needed_memory
         self.folder = cache_folder(recipe)
         self._taken = {"memory": 0, "disk": 0}
 
@@ -74,9 +74,9 @@ class CachePlanner:
         `rows`: how many of its images a process reads, by default all.
         """
         plan = CachePlan("none")
-        if self.accelerator.is_local_main_process:
+        if self.processes.is_local_main:
             plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
-        plan = self._shared(plan)
+        plan = self.processes.from_local_main(plan)
         why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
         self.settings.refine(key, plan.mode, why)
         if self.data.cache == "auto" and plan.mode != "none":
@@ -156,8 +156,8 @@ class CachePlanner:
             content = self._content(split, preparation)
             about = {"dataset": self.data.dataset, "split": split.name, **content}
             return open_cache(self.folder / cache_key(content), num_rows, plan.budget, about)
-        cache = memory_cache(num_rows, plan.budget) if self.accelerator.is_local_main_process else None
-        index, pixels = self._shared((cache.index_path, cache.pixels_path) if cache else None)
+        cache = memory_cache(num_rows, plan.budget) if self.processes.is_local_main else None
+        index, pixels = self.processes.from_local_main((cache.index_path, cache.pixels_path) if cache else None)
         return cache or PixelCache(index, pixels, num_rows, plan.budget)
 
     def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
@@ -170,12 +170,6 @@ class CachePlanner:
             return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
         except OSError:
             return 0
-
-    def _shared(self, value: Any) -> Any:
-        """Return the value of the main process of this machine."""
-        if self.accelerator.num_processes == 1:
-            return value
-        return gather_object([value])[self.accelerator.process_index - self.accelerator.local_process_index]
 
 
 def estimated_bytes(split: Split, preparation: Preparation) -> int:

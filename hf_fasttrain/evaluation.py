@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_fasttrain.errors import RunError
@@ -16,6 +14,7 @@ from hf_fasttrain.metrics import ExternalMetrics, Metrics
 from hf_fasttrain.model import batch_norms
 from hf_fasttrain.out_of_memory import free_cached_memory
 from hf_fasttrain.predictions import Collector, Predictions
+from hf_fasttrain.processes import Processes
 
 
 class Evaluator:
@@ -63,15 +62,13 @@ class Evaluator:
             self.external.update(logits, labels)
             if collector is not None:
                 collector.add(logits, labels)
-        if self.accelerator.num_processes > 1:
-            left = self._add(left)
-        if left:
+        if self.processes.add_up(left):
             self.external.clear()
             return {}
-        measured = counts.compute(self._add)  # waits for the device
+        measured = counts.compute(self.processes.add_up)  # waits for the device
         self._collected = collector.columns() if collector is not None else None
         wanted = {name: measured[name] for name in self.metrics or measured}
-        return {**wanted, **self.external.compute(self._gather)}
+        return {**wanted, **self.external.compute(self.processes.gather)}
 
     def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
         """Return what the last pass said of each image, of all processes; None if it was not kept.
@@ -79,12 +76,12 @@ class Evaluator:
         `rows`: which images of the split this process's share has, in its order. Called by all processes.
         """
         own, self._collected = self._collected, None
-        parts = [part for part in self._gather([own]) if part is not None and len(part)]
+        parts = [part for part in self.processes.gather([own]) if part is not None and len(part)]
         if not parts:
             return None
         number = len(own[0]) if own else 0
         known = rows if rows is not None and len(rows) == number else None
-        every = [part for part in self._gather([None if known is None else list(known)]) if part is not None]
+        every = [part for part in self.processes.gather([None if known is None else list(known)]) if part is not None]
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         number = len(columns[0])
         places = torch.tensor([row for part in every for row in part] or [-1] * number)
@@ -106,11 +103,10 @@ class Evaluator:
                 raise alone
             self.most = size // 2
 
-    def _add(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
-
-    def _gather(self, rows: list[Any]) -> list[Any]:
-        return gather_object(rows) if self.accelerator.num_processes > 1 else rows
+    @property
+    def processes(self) -> Processes:
+        """The processes that share the images; looked up where all of them are."""
+        return Processes(self.accelerator)
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -125,15 +121,15 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def averaged_statistics(model: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+def averaged_statistics(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
     """Return the means of all processes' running statistics, the model's own left as they are; nothing if alone."""
-    if accelerator.num_processes == 1:
+    if not processes.several:
         return {}
-    return {name: accelerator.reduce(own, reduction="mean") for name, own in running_statistics(model).items()}
+    return {name: processes.mean(own) for name, own in running_statistics(model).items()}
 
 
-def average_batch_norm(model: nn.Module, accelerator: Accelerator) -> None:
+def average_batch_norm(model: nn.Module, processes: Processes) -> None:
     """Give every process the mean of all processes' running statistics."""
     own = running_statistics(model)
-    for name, mean in averaged_statistics(model, accelerator).items():
+    for name, mean in averaged_statistics(model, processes).items():
         own[name].copy_(mean)

@@ -119,11 +119,11 @@ def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[P
 
     `last` is called when it is there. If anything fails on the way, what was at `path` is there again. Of a link, the
     folder that it leads to is replaced. Without `last`, there is a whole folder at `path` at any moment where the
-    system can exchange two names at once; where it can't, `put_back_folder` mends what a kill leaves.
+    system can exchange two names at once; where it can't, `restore_folder` mends what a kill leaves.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    put_back_folder(path)
+    restore_folder(path)
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     placed = False
@@ -161,7 +161,7 @@ def exchange(a: Path, b: Path) -> bool:
     return bool(renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0)
 
 
-def put_back_folder(path: Path) -> None:
+def restore_folder(path: Path) -> None:
     """Put a folder back into its place whose process was killed between the two renames of `new_folder`."""
     old = path.with_name(f".{path.name}.old")
     if old.is_dir() and not path.exists():

@@ -53,7 +53,7 @@ def load_final(
     checkpoint = checkpoints.best(best.step)
     if checkpoint is None:
         return last
-    stateful.put_back_weights(checkpoint)
+    stateful.restore_weights(checkpoint)
     log.say(f"the run ends with the weights of step {best.step:,}, its best evaluation")
     return best
 

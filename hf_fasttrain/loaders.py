@@ -23,6 +23,7 @@ from hf_fasttrain.data.source import Split
 from hf_fasttrain.environment import num_cores
 from hf_fasttrain.errors import DataError
 from hf_fasttrain.model import Preprocessing
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
 
@@ -142,7 +143,8 @@ class Loaders:
     def evaluating(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
         """Return the loader of a split that is evaluated `passes` times."""
         preparation = Preparation(center=eval_transform(self.pre), pillow=self.recipe.data.decoder == "pillow")
-        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        known = Processes(self.accelerator)
+        processes, index = known.number, known.index
         rows = process_share(len(split), processes, index)
         plan = self.planner.plan(
             split, preparation, passes=passes, batchable=True, key="cache of evaluation images", rows=len(rows)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from hf_fasttrain.accelerator import local_processes
@@ -22,6 +21,7 @@ from hf_fasttrain.memory_forecast import Autocast, Forecast, evaluation_bytes, m
 from hf_fasttrain.model import batch_norms, uses_batch_statistics
 from hf_fasttrain.optim import state_share
 from hf_fasttrain.out_of_memory import free_cached_memory
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.recipe import Recipe
 from hf_fasttrain.resolved import ResolvedSettings
 
@@ -53,9 +53,8 @@ def resolve_micro_batch(
         return MicroBatch(_decide(settings, whole, share, largest=share))
     forecast = forecast_memory(recipe, num_classes, model, accelerator, settings)
     free = free_memory_bytes() // local_processes()
-    largest = _agreed(
-        max(2, 2 * (min(forecast.largest(free // 2), most_images(recipe.data.image_size)) // 2)), processes
-    )
+    fits = max(2, 2 * (min(forecast.largest(free // 2), most_images(recipe.data.image_size)) // 2))
+    largest = min(Processes(accelerator).gather([fits]))  # they cut steps alike
     enough = f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
     limit = f"64 x (224 / image size)^2 images fill a CPU, and {enough}"
     settings.record("largest_micro_batch", largest, limit)
@@ -87,11 +86,6 @@ def images_at_once(order: Order) -> int:
     """Return how many images a process has in a forward at most."""
     images = min(order.batch_size, order.num_images)
     return min(order.micro_batch_size, len(process_share(images, order.num_processes, order.num_processes - 1)))
-
-
-def _agreed(largest: int, processes: int) -> int:
-    """Return the smallest of all processes' numbers: they cut steps alike."""
-    return int(min(gather_object([largest]))) if processes > 1 else largest
 
 
 def forecast_memory(

@@ -75,7 +75,7 @@ class Memory:
                     foreach_copy(kept, live)
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Go back to the buffers before the step, and to the weights if its update was the first."""
         for live, kept in self._buffers:
             foreach_copy(live, kept)
@@ -103,5 +103,5 @@ class Memory:
         self._has_updated, self._failed_in = self._has_updated or applied, "gradients"
 
     def failed_in(self) -> str:
-        """Return where a step has failed: "gradients", "first update" (which `put_back` undoes), or "update"."""
+        """Return where a step has failed: "gradients", "first update" (which `restore` undoes), or "update"."""
         return self._failed_in

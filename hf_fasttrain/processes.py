@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_fasttrain.errors import UserError
@@ -39,8 +40,10 @@ class Processes:
     """The processes of a run. They meet over gloo on the host, so that no device is waited for; alone, nobody is."""
 
     def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self.number, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main, self.several = accelerator.is_main_process, accelerator.num_processes > 1
+        self.is_local_main = accelerator.is_local_main_process  # of those on this machine
         if self.several:
             host_group()  # made by all processes at this place
 
@@ -67,6 +70,23 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process."""
         return bool(self.largest(int(flag))[0])
+
+    def gather(self, values: list[Value]) -> list[Value]:
+        """Return the values of all processes, in their order."""
+        gathered: list[Value] = gather_object(values) if self.several else values
+        return gathered
+
+    def from_local_main(self, value: Any) -> Any:
+        """Return the value of this machine's main process."""
+        return self.gather([value])[self.index - self._accelerator.local_process_index] if self.several else value
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Return the sum of all processes' tensors, which lie on the training device."""
+        return self._accelerator.reduce(tensor, reduction="sum") if self.several else tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of all processes' tensors, which lie on the training device."""
+        return self._accelerator.reduce(tensor, reduction="mean") if self.several else tensor
 
     @torch.no_grad()
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from hf_fasttrain.checkpoint import complete_checkpoints, read_state
 from hf_fasttrain.errors import RunError, resume_option
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.saving import hold_run
 
 FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
@@ -22,7 +23,7 @@ def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> 
     can't be written to.
     """
     require_free(folder, resume=resume)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    Processes(accelerator).wait()  # nobody writes before everybody has looked
     hold_run(folder)
 
 

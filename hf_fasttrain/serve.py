@@ -22,7 +22,7 @@ from hf_fasttrain.data.images import BadImages
 from hf_fasttrain.data.measured import Measured, load_measured, with_model_classes
 from hf_fasttrain.data.source import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_image_file, note_on_test_split
 from hf_fasttrain.errors import DataError, RunError, UserError
-from hf_fasttrain.files import put_back_folder, read_json
+from hf_fasttrain.files import read_json, restore_folder
 from hf_fasttrain.loaders import Loaders, eval_transform
 from hf_fasttrain.micro_batch import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.model import ModelSpec, Preprocessing
@@ -61,7 +61,7 @@ def open_run(place: str | Path) -> Path:
 
 def model_folder(run: Path, *, pushed: bool = False) -> Path:
     """Return the model folder of a run folder, or the folder itself if it is one, as a `pushed` run's always is."""
-    put_back_folder(run / "model")
+    restore_folder(run / "model")
     for folder in (run,) if pushed else (run / "model", run):
         if (folder / SPEC_FILE).exists():
             return folder

@@ -1,4 +1,4 @@
-"""All that a checkpoint holds of a training: gathered for saving, put back on resuming."""
+"""All that a checkpoint holds of a training: gathered for saving, restored on resuming."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_fasttrain.checkpoint import Checkpoint
@@ -16,6 +14,7 @@ from hf_fasttrain.environment import one_thread
 from hf_fasttrain.errors import RunError
 from hf_fasttrain.evaluation import averaged_statistics, running_statistics
 from hf_fasttrain.optim import restore_optimizer
+from hf_fasttrain.processes import Processes
 
 
 @dataclass
@@ -42,7 +41,7 @@ class State:
 class Stateful:
     """The objects of a training that have a state."""
 
-    accelerator: Accelerator
+    processes: Processes
     model: nn.Module
     ema: Ema | None
     optimizer: Any
@@ -59,43 +58,43 @@ class Stateful:
         Batch-norm statistics in them are the means of all processes'; the processes' own go on as they are.
         """
         modules = self._modules.items()
-        return {kind: {**m.state_dict(), **averaged_statistics(m, self.accelerator)} for kind, m in modules}
+        return {kind: {**m.state_dict(), **averaged_statistics(m, self.processes)} for kind, m in modules}
 
     def training(self) -> dict[str, Any]:
         """Return the states of optimizer and scaler, and what each process has of its own; called by all processes."""
         own: dict[str, Any] = {"loader": self.loader.state_dict()}
-        if self.accelerator.num_processes > 1:
+        if self.processes.several:
             statistics = {kind: running_statistics(module) for kind, module in self._modules.items()}
             own["statistics"] = {k: {n: t.cpu() for n, t in named.items()} for k, named in statistics.items()}
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "own": gather_object([own]) if self.accelerator.num_processes > 1 else [own],
+            "own": self.processes.gather([own]),
         }
 
-    def put_back_weights(self, checkpoint: Checkpoint) -> None:
+    def restore_weights(self, checkpoint: Checkpoint) -> None:
         """Take over the weights, the moving average and all statistics of a checkpoint of this training."""
         with one_thread():
             for kind, module in self._modules.items():
                 module.load_state_dict(checkpoint.weights[kind])
 
-    def put_back(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint; RunError if it is of another model."""
         try:
-            self.put_back_weights(checkpoint)
+            self.restore_weights(checkpoint)
             with one_thread():
                 restore_optimizer(self.optimizer, checkpoint.training["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise RunError(f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}") from None
         if self.scaler is not None and checkpoint.training["scaler"] is not None:
             self.scaler.load_state_dict(checkpoint.training["scaler"])
-        self._put_back_own(checkpoint.training["own"])
+        self._restore_own(checkpoint.training["own"])
 
-    def _put_back_own(self, own: list[dict[str, Any]]) -> None:
+    def _restore_own(self, own: list[dict[str, Any]]) -> None:
         """Take over what each process had of its own: statistics where there are as many processes as then."""
-        now = self.accelerator.num_processes
+        now = self.processes.number
         if len(own) == now:
-            mine = own[self.accelerator.process_index]
+            mine = own[self.processes.index]
             for kind, statistics in mine.get("statistics", {}).items():
                 self._modules[kind].load_state_dict(statistics, strict=False)
             self.loader.load_state_dict(mine["loader"])

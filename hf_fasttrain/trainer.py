@@ -180,7 +180,7 @@ class Trainer:
         self.recipe_text, self.report = recipe_text, report and output_dir is not None
         self.publish: Publish | None = None  # the built-in callback: report, then push
         self.callbacks = Callbacks(callbacks)
-        self.log = log or RunLog(self.output_dir, main=self.accelerator.is_main_process)
+        self.log = log or RunLog(self.output_dir, main=self.processes.is_main)
         if isinstance(ema, Ema) and (slow := ema.slow_note(self.num_steps)):
             self.log.note(slow)
         self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
@@ -195,7 +195,7 @@ class Trainer:
         on_disk = (lambda: 0) if self.checkpoints is None else self.checkpoints.newest_written
         self.requests = StopRequests(self.processes, self.signals, minutes, on_disk)
         scaler = self.accelerator.scaler
-        self.stateful = Stateful(self.accelerator, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
+        self.stateful = Stateful(self.processes, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
         self.state = State()
         self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
         self._saved_at = self._collected_at = -1
@@ -473,7 +473,7 @@ class Trainer:
 
     def _seed_step(self, step: int) -> None:
         """Make dropout and drop-path masks a function of (seed, step, process): no random state needs saving."""
-        key = ((self.seed * 1_000_003 + step) * 65_537 + self.accelerator.process_index) % 2**63
+        key = ((self.seed * 1_000_003 + step) * 65_537 + self.processes.index) % 2**63
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(key)
@@ -576,9 +576,9 @@ class Trainer:
         return {"metric": watch.metric, "value": self.state.metrics[watch.metric], "step": self.state.step}
 
     def _average_batch_norm(self) -> None:
-        average_batch_norm(self.raw_model, self.accelerator)
+        average_batch_norm(self.raw_model, self.processes)
         if self.ema is not None:
-            average_batch_norm(self.ema.module, self.accelerator)
+            average_batch_norm(self.ema.module, self.processes)
 
     @property
     def _holds_earlier_weights(self) -> bool:
@@ -616,7 +616,7 @@ class Trainer:
             return
         if self.state.step == 0 and complete_checkpoints(self.checkpoints.folder):
             raise RunError(f"{self.output_dir}: holds checkpoints; call restore() to go on, or give another output_dir")
-        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        self.processes.wait()  # nobody writes before everybody has looked
         if not hold_run(self.checkpoints.run):
             self.log.note(f"{self.output_dir}: its file system has no locks; nothing keeps a second run out of it")
 
@@ -641,7 +641,7 @@ class Trainer:
                     f"can't resume {checkpoint.path}: train.duration is {self.num_steps:,} steps, and {state.step:,} "
                     "are done already; give a longer one"
                 )
-            self.stateful.put_back(checkpoint)
+            self.stateful.restore(checkpoint)
             self.state, self._final = state, None
             self.state.best, note = with_metric(state.best, self.best)
             if note:
@@ -709,7 +709,7 @@ class Trainer:
         return self.state.step / self.train_loader.steps_per_epoch
 
     def _add_up(self, part: Tensor) -> Tensor:
-        return part if self.accelerator.num_processes == 1 else self.accelerator.reduce(part, reduction="sum")
+        return self.processes.add_up(part)
 
     def _log_training(self) -> None:
         first = None if self._has_logged else self.pace.first_loss(self._add_up)
@@ -901,7 +901,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self.device),
             stopped_early=state.step < self.num_steps,
             early_stopping=self.early_stop.as_json() if self.early_stop else None,
-            machine=describe_machine(self.device, self.accelerator.num_processes),
+            machine=describe_machine(self.device, self.processes.number),
             versions=describe_versions(),
             notes=self.log.notes,
         )

@@ -93,4 +93,4 @@ class Update:
         scaler = self.accelerator.scaler
         if scaler is not None and has_loss_scale(scaler):  # before the first loss there is nothing to undo
             scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone
-        self.memory.put_back()
+        self.memory.restore()

@@ -162,6 +162,16 @@ def test_one_file_reads_what_launchers_export_and_sets_what_all_of_torch_shares(
     assert found == {"accelerator", "cli.terminal"}
 
 
+ASKED_OF_ACCELERATE = re.compile(
+    r"is_main_process|is_local_main_process|accelerator\.(local_)?process_index|PartialState|gather_object|wait_for_everyone"
+)
+
+
+def test_one_file_asks_which_process_this_is() -> None:
+    found = {name for name, path in MODULES.items() if ASKED_OF_ACCELERATE.search(path.read_text())}
+    assert found == {"processes"}
+
+
 def test_only_cli_and_runlog_write_to_the_terminal() -> None:
     for name, path in MODULES.items():
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_fasttrain.errors import RecipeError
 from hf_fasttrain.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.metrics import ExternalMetrics, Metrics, resolve_metrics
+from hf_fasttrain.processes import Processes
 
 CPU = torch.device("cpu")
 # What evaluate's own f1 module does, with the average fixed.
@@ -115,7 +116,7 @@ def averaged_norm() -> Tensor:
     accelerator = Accelerator(cpu=True)
     norm = nn.BatchNorm2d(2)
     norm.running_mean.fill_(float(accelerator.process_index))
-    average_batch_norm(norm, accelerator)
+    average_batch_norm(norm, Processes(accelerator))
     return norm.running_mean
 
 

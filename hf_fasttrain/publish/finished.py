@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from hf_fasttrain.errors import RunError, first_lines, how_to_resume
-from hf_fasttrain.files import put_back_folder
+from hf_fasttrain.files import restore_folder
 from hf_fasttrain.publish.local_paths import is_local_path
 from hf_fasttrain.run_weights import RESULT_FILE
 
@@ -50,7 +50,7 @@ class FinishedRun:
 
 def read_run(run: Path) -> FinishedRun:
     """Return what a run folder holds; RunError if the run is not finished."""
-    put_back_folder(run / "model")
+    restore_folder(run / "model")
     missing = [name for name in (f"model/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
     if missing:
         raise RunError(

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.files import digest_of, put_back_folder, read_json
+from hf_fasttrain.files import digest_of, read_json, restore_folder
 from hf_fasttrain.predictions import PREDICTIONS_FILE
 from hf_fasttrain.publish.finished import RESULT_FILE, SPEC_FILE
 from hf_fasttrain.run_weights import step_in_model
@@ -30,7 +30,7 @@ def owed(run: Path, steps: int, model_step: int, *, report: bool) -> list[str]:
     the run. What result.json says could not be written is missing too.
     """
     result = read_json(run / RESULT_FILE)
-    put_back_folder(run / "model")
+    restore_folder(run / "model")
     found = {
         "model": _is_model(run / "model") and step_in_model(result) in (None, model_step),
         RESULT_FILE: result.get("steps") == steps,

@@ -395,13 +395,13 @@ def half_a_state(patch: pytest.MonkeyPatch) -> None:
 def weights_stay(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.out_of_memory import Memory
 
-    real = Memory.put_back
+    real = Memory.restore
 
-    def put_back(self: Memory) -> None:
+    def restore(self: Memory) -> None:
         self._weights = None
         real(self)
 
-    patch.setattr(Memory, "put_back", put_back)
+    patch.setattr(Memory, "restore", restore)
 
 
 @plant("T9", "the images after the first piece are left out", "approx")
@@ -477,7 +477,7 @@ def optimizer_anew(patch: pytest.MonkeyPatch) -> None:
 def weights_anew(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.state import Stateful
 
-    patch.setattr(Stateful, "put_back_weights", lambda self, checkpoint: None)
+    patch.setattr(Stateful, "restore_weights", lambda self, checkpoint: None)
 
 
 @plant("T13", "the compiler's limit of 8 shapes stays", "[Rr]ecompile")
