@@ -18,6 +18,7 @@ from hf_fasttrain.checkpoint import complete_checkpoints
 from hf_fasttrain.errors import RecipeError
 from hf_fasttrain.evaluation import Evaluator
 from hf_fasttrain.metrics import ExternalMetrics
+from hf_fasttrain.processes import Processes
 from hf_fasttrain.runlog import RunLog
 
 MODULE = """
@@ -170,8 +171,7 @@ def failing_on_the_last_process(metric: str) -> tuple[dict[str, float], list[str
     external.update(torch.eye(3), torch.arange(3))
     if accelerator.process_index == 1:
         external.modules["calls"].compute = None
-    evaluator = Evaluator(accelerator, 3)
-    return external.compute(evaluator._gather), external.take_failures()
+    return external.compute(Processes(accelerator).gather), external.take_failures()
 
 
 def test_what_raises_on_one_process_is_left_out_on_all(write_metric: Callable[..., str]) -> None:
