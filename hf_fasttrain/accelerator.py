@@ -152,11 +152,6 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
 
 
-def launched_rank() -> int:
-    """Return the number of this process among all that were launched."""
-    return int(os.environ.get("RANK", 0))
-
-
 def local_processes() -> int:
     """Return how many training processes this machine has."""
     return max(1, get_int_from_env(LOCAL_PROCESSES, 1))

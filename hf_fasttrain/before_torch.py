@@ -1,4 +1,4 @@
-"""What has to be decided before torch is loaded: how long threads that wait for work spin. Imports nothing heavy.
+"""What has to be known before torch is loaded: how long waiting threads spin, and which process this is.
 
 libgomp, which PyTorch's wheels for Linux bring along, reads its variables when it is loaded. A program that imports the
 package has its own environment: only our commands, benchmarks and tests call this, first of all.
@@ -23,3 +23,8 @@ def limit_spinning() -> None:
     if "torch" in sys.modules or any(name in os.environ for name in USER_VARIABLES):
         return
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+def launched_rank() -> int:
+    """Return the number of this process among all that were launched."""
+    return int(os.environ.get("RANK", 0))

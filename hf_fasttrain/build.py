@@ -10,9 +10,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from hf_fasttrain.accelerator import allow_compiling, build_accelerator, launched_rank
+from hf_fasttrain.accelerator import allow_compiling, build_accelerator
 from hf_fasttrain.assemble import Parts, assemble
 from hf_fasttrain.auto import accumulation_steps, resolve_machine
+from hf_fasttrain.before_torch import launched_rank
 from hf_fasttrain.contradictions import without_effect
 from hf_fasttrain.data.order import Order, process_share
 from hf_fasttrain.errors import RunError

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from hf_fasttrain.before_torch import launched_rank
 from hf_fasttrain.errors import Stopped, without_secrets
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def is_main() -> bool:
     """Return whether this is the process that speaks, of several that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"
+    return launched_rank() == 0
 
 
 def say_on_stderr(text: str) -> None:
