@@ -20,7 +20,7 @@ thrown away. Ours looks for weights that are no numbers before it writes, which 
 from __future__ import annotations
 
 from hf_fasttrain.before_torch import limit_spinning
-from hf_fasttrain.processes import Processes
+from hf_fasttrain.train.distributed import Processes
 
 limit_spinning()
 
@@ -42,12 +42,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_fasttrain.checkpoint import Snapshot, checkpoint_path, load_checkpoint
-from hf_fasttrain.environment import describe_machine, describe_versions
-from hf_fasttrain.files import sync_files, sync_folder
-from hf_fasttrain.runlog import RunLog
-from hf_fasttrain.saving import Checkpoints
-from hf_fasttrain.state import Stateful
+from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path, load_checkpoint
+from hf_fasttrain.train.checkpointing import Checkpoints
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.state import Stateful
+from hf_fasttrain.utils.environment import describe_machine, describe_versions
+from hf_fasttrain.utils.files import sync_files, sync_folder
 
 Row = dict[str, float]
 FIGURES = ("stands_still", "durable", "load", "load_cold", "bytes")

@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from hf_fasttrain.data.augment import BOX_TRIES, random_box
-from hf_fasttrain.data.decode import decode
-from hf_fasttrain.data.order import CROP_STREAM, keyed_uniforms
-from hf_fasttrain.data.resize import resize, resize_short_side
+from hf_fasttrain.data.loading.sampler import CROP_STREAM, keyed_uniforms
+from hf_fasttrain.data.pixels.augment import BOX_TRIES, random_box
+from hf_fasttrain.data.pixels.decode import decode
+from hf_fasttrain.data.pixels.resize import resize, resize_short_side
 
 try:
     import cv2

@@ -31,13 +31,13 @@ import torch
 from PIL import Image
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.data.decode import read_pixels
-from hf_fasttrain.data.source import is_image_file
-from hf_fasttrain.model import head_names
-from hf_fasttrain.model_folder import load_model, save_model
-from hf_fasttrain.publish.export import export_run, prepared
-from hf_fasttrain.publish.snippets import ONNX
-from hf_fasttrain.serve import predict_images
+from hf_fasttrain.data.pixels.decode import read_pixels
+from hf_fasttrain.data.source.dataset import is_image_file
+from hf_fasttrain.export.export import export_run, prepared
+from hf_fasttrain.export.snippets import ONNX
+from hf_fasttrain.inference import predict_images
+from hf_fasttrain.models.model import head_names
+from hf_fasttrain.models.saved import load_model, save_model
 
 MODELS = ["resnet18", "vit_tiny_patch16_224", "efficientnet_b0", "transformers:vit", "transformers:convnext"]
 

@@ -151,7 +151,7 @@ def print_table(runs: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:
 
 def recipe_epochs() -> int:
     """Return the epochs of the shipped recipe."""
-    from hf_fasttrain.recipe_file import load_recipe
+    from hf_fasttrain.recipe.load import load_recipe
 
     duration = load_recipe("finetune").train.duration
     assert duration.unit == "epochs"
@@ -162,7 +162,10 @@ def machine() -> str:
     """Return the processor, its cores and torch's version, as text."""
     import torch
 
-    from hf_fasttrain.environment import describe_machine, describe_versions  # after the trainings: it loads torch
+    from hf_fasttrain.utils.environment import (  # after the trainings: it loads torch
+        describe_machine,
+        describe_versions,
+    )
 
     found = describe_machine(torch.device("cpu"), 1)
     return f"{found['processor']}, {found['cores']} cores, torch {describe_versions()['torch']}"

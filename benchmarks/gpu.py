@@ -44,9 +44,9 @@ from gpu_measure import OURS, SIDES, TECHNIQUES, forget_last, measure_copies, me
 from gpu_race import GOAL, race
 from gpu_sides import Bench, Setting
 
-from hf_fasttrain.environment import describe_machine, describe_versions
-from hf_fasttrain.files import write_json
-from hf_fasttrain.format import format_bytes, format_duration, format_images_rate, format_percent
+from hf_fasttrain.utils.environment import describe_machine, describe_versions
+from hf_fasttrain.utils.files import write_json
+from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent
 
 SECTIONS = ("copy", "train", *TECHNIQUES, "cifar10")
 PRECISIONS = ("tf32", "fp16", "bf16")

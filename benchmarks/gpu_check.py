@@ -208,7 +208,7 @@ def describe(dry_run: bool) -> dict[str, Any]:
     """Return versions and card, without touching CUDA in this process."""
     import torch
 
-    from hf_fasttrain.environment import describe_versions
+    from hf_fasttrain.utils.environment import describe_versions
 
     facts = {
         **describe_versions(),

@@ -25,7 +25,7 @@ from gpu_sides import (
     timm_train,
 )
 
-from hf_fasttrain.accelerator import set_fp32_precision
+from hf_fasttrain.from_recipe.accelerator import set_fp32_precision
 
 Row = dict[str, Any]
 SIDES: dict[str, Callable[[Bench, Setting], MakeStep]] = {"bare": bare, "timm": timm_train}

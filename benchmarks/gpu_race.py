@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.data.loader import Step
-from hf_fasttrain.environment import peak_memory_bytes
+from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.utils.environment import peak_memory_bytes
 
 GOAL = 0.92  # of the test images
 CIFAR10_RECIPE = Path(__file__).parent.parent / "recipes/study/resnet50_cifar10.yaml"

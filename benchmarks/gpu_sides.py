@@ -17,10 +17,10 @@ from timm.utils import AverageMeter, NativeScaler
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.data.batch import Normalize
-from hf_fasttrain.data.loader import Step
-from hf_fasttrain.model import IMAGENET_MEAN, IMAGENET_STD, ModelSpec, build_model
-from hf_fasttrain.runlog import RunLog
+from hf_fasttrain.data.loading.batch import Normalize
+from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.models.model import IMAGENET_MEAN, IMAGENET_STD, ModelSpec, build_model
+from hf_fasttrain.train.log import RunLog
 
 CLASSES, POOL = 1000, 4  # classes; batches that are repeated
 LR, WEIGHT_DECAY = 1e-3, 1e-2

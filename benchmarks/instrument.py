@@ -16,10 +16,10 @@ import argparse
 import sys
 
 from hf_fasttrain import load_recipe
-from hf_fasttrain.study.measure import Arm, Bench, measure
-from hf_fasttrain.study.processes import Starter
+from hf_fasttrain.study.arm_process import Starter
+from hf_fasttrain.study.bench import Arm, Bench, measure
+from hf_fasttrain.study.messages import Turn, ask
 from hf_fasttrain.study.techniques import hardware
-from hf_fasttrain.study.turns import Turn, ask
 
 
 def main() -> None:

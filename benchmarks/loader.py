@@ -179,7 +179,7 @@ def print_table(arms: dict[str, Arm]) -> None:
 def report(arms: dict[str, Arm], args: argparse.Namespace) -> dict[str, Any]:
     """Return the medians, and under `about` everything that they depend on."""
     # Not above: the peers' processes begin with this file, and what it imports would be in their memory.
-    from hf_fasttrain.environment import describe_machine, describe_versions
+    from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
     medians = {name: arm.median for name, arm in arms.items() if not arm.reason}
     about = {

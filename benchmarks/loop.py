@@ -36,9 +36,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Dataset
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.environment import describe_machine, describe_versions
-from hf_fasttrain.runlog import RunLog
-from hf_fasttrain.schedule import Cosine
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.schedule import Cosine
+from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
 BATCH, SIZE, CLASSES, LR = 32, 32, 10, 1e-3
 AIMS = {"bare": 1.05, "bare_same": 0.97}  # least ratio ours / arm

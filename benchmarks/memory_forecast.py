@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.resolved import read_settings
+from hf_fasttrain.recipe.resolved import read_settings
 
 MODELS = ("resnet50", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")
 SIZES = (8, 32)

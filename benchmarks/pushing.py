@@ -33,9 +33,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from hub_server import TOKEN, Fault, Handler, running_hub
+from helpers.hub_server import TOKEN, Fault, Handler, running_hub
 
-from hf_fasttrain.publish.uploader import give_way
+from hf_fasttrain.hub.worker import give_way
 
 SIDES = ("no Hub", "quick", "slow", "hangs")
 BLOCK = 1 << 16

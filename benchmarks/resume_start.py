@@ -98,10 +98,10 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
     import timm
     import torch
 
-    import hf_fasttrain.build  # all that from_recipe would import on the clock
+    import hf_fasttrain.from_recipe.build  # all that from_recipe would import on the clock
     from hf_fasttrain import Trainer
 
-    assert all((datasets, timm, hf_fasttrain.build))  # imported for their own sake
+    assert all((datasets, timm, hf_fasttrain.from_recipe.build))  # imported for their own sake
     dataset = make_dataset()
     recipe = run.with_suffix(".yaml")
     recipe.write_text(recipe_text(run, workers), encoding="utf-8")
@@ -218,7 +218,7 @@ def main() -> int:
 
     import torch
 
-    from hf_fasttrain.environment import describe_machine, describe_versions
+    from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine, versions = describe_machine(device, 1), describe_versions()

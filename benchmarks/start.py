@@ -4,7 +4,7 @@
 
 imagefolder_first  `load_dataset` with an empty cache folder: what a new data set costs; measured once, it is slow
 imagefolder_later  the same again, now that its Arrow file lies in the cache folder
-ours               `hf_fasttrain.data.source.open_splits`: reads the names, keeps nothing on disk
+ours               `hf_fasttrain.data.source.dataset.open_splits`: reads the names, keeps nothing on disk
 ours_source        `load_source`: the same and what training needs beside it, labels read and 1 % held out
 
 Makes a folder of small JPEGs in a temporary place. Each run is a process of its own, the arms take turns; the clock
@@ -57,7 +57,7 @@ def ours(folder: Path) -> Callable[[], Any]:
     import datasets
     import torch  # noqa: F401
 
-    from hf_fasttrain.data.source import open_splits
+    from hf_fasttrain.data.source.dataset import open_splits
 
     assert datasets.Dataset  # imported at its first use otherwise
     return lambda: open_splits(str(folder))["train"]
@@ -66,7 +66,7 @@ def ours(folder: Path) -> Callable[[], Any]:
 def ours_source(folder: Path) -> Callable[[], Any]:
     """Return what makes the folder ready to be trained on with this project, everything imported."""
     ours(folder)
-    from hf_fasttrain.data.source import load_source
+    from hf_fasttrain.data.source.dataset import load_source
 
     return lambda: load_source(str(folder), eval_fraction=0.01)
 
@@ -180,7 +180,7 @@ def report(table: dict[str, Row], args: argparse.Namespace, differing: list[str]
     """Return what is written to the JSON file."""
     import torch
 
-    from hf_fasttrain.environment import describe_machine, describe_versions
+    from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -28,21 +28,21 @@ import time
 from pathlib import Path
 
 from hf_fasttrain import Recipe, load_recipe
-from hf_fasttrain.environment import free_memory_bytes, num_cores
-from hf_fasttrain.format import format_interval
-from hf_fasttrain.study import space
+from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.ablate import Plan, ablate
-from hf_fasttrain.study.diagnosis import split_step
+from hf_fasttrain.study.arm_process import Starter
+from hf_fasttrain.study.bench import Arm, Bench, Measurement, collect
 from hf_fasttrain.study.doctor import doctor
-from hf_fasttrain.study.guard import IMAGES, compare, course
-from hf_fasttrain.study.measure import Arm, Bench, Measurement, collect
-from hf_fasttrain.study.processes import Starter
-from hf_fasttrain.study.space import Config, overrides_of
-from hf_fasttrain.study.statistics import estimate
+from hf_fasttrain.study.doctor_diagnosis import split_step
+from hf_fasttrain.study.intervals import estimate
+from hf_fasttrain.study.messages import Turn, Wishes, ask
 from hf_fasttrain.study.techniques import hardware
 from hf_fasttrain.study.tune import Found, parse_budget, tune
-from hf_fasttrain.study.tuned_recipe import summary
-from hf_fasttrain.study.turns import Turn, Wishes, ask
+from hf_fasttrain.study.tune_guard import IMAGES, compare, course
+from hf_fasttrain.study.tune_recipe import summary
+from hf_fasttrain.study.tune_space import Config, overrides_of
+from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
+from hf_fasttrain.utils.format import format_interval
 
 QUICK = Turn(min_steps=2, seconds=0.7)
 LONG = Turn(min_steps=3, seconds=2.0)

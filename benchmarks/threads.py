@@ -72,8 +72,8 @@ def serve() -> None:
 def train(cell: Cell, seconds: float) -> Row:
     """Return images/s of a training alone and beside a busy process, and the cores that other programs took."""
     from hf_fasttrain import load_recipe
+    from hf_fasttrain.study.messages import Report, Turn, ask
     from hf_fasttrain.study.trial import Trial
-    from hf_fasttrain.study.turns import Report, Turn, ask
 
     row: Row = {}
     turn, others, tries = Turn(min_steps=3, seconds=seconds), Others(), 0
@@ -173,7 +173,9 @@ def print_table(rows: list[Row]) -> None:
     """Print a Markdown table: a row for each model, threads, workers and arm."""
     import torch
 
-    from hf_fasttrain.environment import describe_machine  # not above: the arms load torch with their own environment
+    from hf_fasttrain.utils.environment import (
+        describe_machine,  # not above: the arms load torch with their own environment
+    )
 
     machine = describe_machine(torch.device("cpu"), 1)
     quiet = [row for row in rows if max(row["others_alone"], row["others_busy"]) <= QUIET]

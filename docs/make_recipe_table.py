@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.duration import Duration
-from hf_fasttrain.recipe_file import json_schema
+from hf_fasttrain.recipe.load import json_schema
+from hf_fasttrain.utils.duration import Duration
 
 PAGE = Path(__file__).parent / "recipes.md"
 BEGIN, END = "<!-- keys -->", "<!-- /keys -->"

@@ -109,7 +109,7 @@ def report(run: str) -> None:
 def card(run: str) -> None:
     """Push a run to the tests' Hub and keep the card and its pictures."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
-    from hub_server import TOKEN, running_hub
+    from helpers.hub_server import TOKEN, running_hub
 
     with running_hub() as hub, tempfile.TemporaryDirectory() as home:
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fasttrain import Callback, Result, Trainer
 
 if TYPE_CHECKING:
-    from hf_fasttrain.callbacks import StepReport
+    from hf_fasttrain.train.callbacks import StepReport
 
 
 class CycleMomentum(Callback):

@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_fasttrain.callbacks import Callback, CallbackError
-    from hf_fasttrain.duration import Duration
-    from hf_fasttrain.ema import Ema
-    from hf_fasttrain.errors import RunError, Stopped, UserError
-    from hf_fasttrain.evaluation import Evaluator
-    from hf_fasttrain.recipe import Recipe
-    from hf_fasttrain.recipe_file import load_recipe
-    from hf_fasttrain.result import Result, Watch
-    from hf_fasttrain.schedule import build_schedule
-    from hf_fasttrain.trainer import Trainer
+    from hf_fasttrain.recipe.load import load_recipe
+    from hf_fasttrain.recipe.schema import Recipe
+    from hf_fasttrain.run_folder.result import Result, Watch
+    from hf_fasttrain.train.callbacks import Callback, CallbackError
+    from hf_fasttrain.train.ema import Ema
+    from hf_fasttrain.train.evaluation import Evaluator
+    from hf_fasttrain.train.schedule import build_schedule
+    from hf_fasttrain.train.trainer import Trainer
+    from hf_fasttrain.utils.duration import Duration
+    from hf_fasttrain.utils.errors import RunError, Stopped, UserError
 
 __all__ = [
     "Callback",
@@ -36,20 +36,20 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Callback": "callbacks",
-    "CallbackError": "callbacks",
-    "Duration": "duration",
-    "Ema": "ema",
-    "Evaluator": "evaluation",
-    "Recipe": "recipe",
-    "Result": "result",
-    "RunError": "errors",
-    "Stopped": "errors",
-    "Trainer": "trainer",
-    "UserError": "errors",
-    "Watch": "result",
-    "build_schedule": "schedule",
-    "load_recipe": "recipe_file",
+    "Callback": "train.callbacks",
+    "CallbackError": "train.callbacks",
+    "Duration": "utils.duration",
+    "Ema": "train.ema",
+    "Evaluator": "train.evaluation",
+    "Recipe": "recipe.schema",
+    "Result": "run_folder.result",
+    "RunError": "utils.errors",
+    "Stopped": "utils.errors",
+    "Trainer": "train.trainer",
+    "UserError": "utils.errors",
+    "Watch": "run_folder.result",
+    "build_schedule": "train.schedule",
+    "load_recipe": "recipe.load",
 }
 
 

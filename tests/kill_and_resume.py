@@ -70,12 +70,12 @@ def import_everything() -> None:
     import timm  # noqa: F401
     import transformers  # noqa: F401
 
-    import hf_fasttrain.build  # noqa: F401
+    import hf_fasttrain.from_recipe.build  # noqa: F401
 
 
 def start(recipe: Path, overrides: Sequence[str], processes: int, log: Path, *, resume: bool) -> list[int]:
     """Fork processes that train, and return their numbers; they start at once, since everything is imported."""
-    from conftest import free_port
+    from helpers.processes import free_port
 
     port = free_port()
     return [_fork(recipe, overrides, rank, processes, port, log, resume) for rank in range(processes)]
@@ -87,7 +87,7 @@ def _fork(recipe: Path, overrides: Sequence[str], rank: int, processes: int, por
         return child
     status = 1
     try:
-        from conftest import join_processes, reset_accelerate
+        from helpers.processes import join_processes, reset_accelerate
 
         from hf_fasttrain import Trainer
 

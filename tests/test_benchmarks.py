@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import in_child
+from helpers.processes import in_child
 from torch import Tensor, nn
 
-from hf_fasttrain.errors import Stopped
-from hf_fasttrain.runlog import RunLog
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.utils.errors import Stopped
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")])
@@ -91,7 +91,7 @@ def test_every_program_can_be_imported_and_overrides_private_methods_that_are_th
 def test_an_override_of_a_private_method_that_is_gone_is_seen() -> None:
     planted = """
 from hf_fasttrain import Trainer
-import hf_fasttrain.pace as clock
+import hf_fasttrain.train.throughput as clock
 
 class Race(Trainer):
     def _train(self): ...
@@ -99,7 +99,7 @@ class Race(Trainer):
     def helper(self): ...
 
 def start():
-    from hf_fasttrain.runlog import RunLog as Log
+    from hf_fasttrain.train.log import RunLog as Log
 
     class Quiet(Log):
         def _whisper(self): ...
@@ -111,9 +111,9 @@ def start():
 class Own:
     def _anything(self): ...
 """
-    import hf_fasttrain.pace
+    import hf_fasttrain.train.throughput
 
-    found = wrong_overrides(planted, {"clock": hf_fasttrain.pace})
+    found = wrong_overrides(planted, {"clock": hf_fasttrain.train.throughput})
     assert sorted(found) == ["Clock._lost", "Quiet._whisper", "Race._should_stop"]
 
 

@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import typer
-from conftest import reset_accelerate, run_processes
-from hub_server import Hub
+from helpers.hub_server import Hub
+from helpers.processes import reset_accelerate, run_processes
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.cli import main
 from hf_fasttrain.cli.app import app, with_verb
-from hf_fasttrain.recipe_file import load_recipe, output_dir
+from hf_fasttrain.recipe.load import load_recipe, output_dir
 from hf_fasttrain.study import doctor, tune
-from hf_fasttrain.study.turns import Turn
+from hf_fasttrain.study.messages import Turn
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -37,15 +37,6 @@ PAGES = sorted(
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"))
     if "example_card" not in path.parts  # written by `push`; tests of the hub run its snippets
 )
-# Paths that pages name and that come with the move of the files; to be emptied with it.
-NOT_MOVED_YET: tuple[str, ...] = (
-    *(f"hf_fasttrain/{name}/" for name in ("run_folder", "recipe", "models", "train", "report", "export", "hub")),
-    *(f"hf_fasttrain/{name}" for name in ("utils/", "from_recipe/", "data/source/", "data/pixels/", "data/loading/")),
-    "hf_fasttrain/inference.py",
-    *(f"tests/{name}/" for name in ("cli", "recipe", "run_folder", "data", "train", "report", "export", "hub")),
-    *("tests/from_recipe/", "tests/helpers/"),
-)
-
 # Parameters of Trainer that recipes alone pass on.
 NOT_DOCUMENTED = {"export", "learnt", "recipe_text", "launched", "bad_images", "log"}
 
@@ -321,8 +312,7 @@ def test_links_resolve(page: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         path = (ROOT / page.parent / name).resolve() if name else ROOT / page
-        relative = path.relative_to(ROOT)
-        assert path.exists() or str(relative).startswith(NOT_MOVED_YET), f"{page}: {target}"
+        assert path.exists(), f"{page}: {target}"
         assert not anchor or anchor in slugs_of(path), f"{page}: {target}"
 
 
@@ -331,7 +321,7 @@ def test_files_in_the_text_exist(page: Path) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"`((?:hf_fasttrain|tests|benchmarks|docs|recipes|examples|accelerate_configs)/[\w./-]*)", text)
     for name in named:
-        assert (ROOT / name).exists() or name.startswith(NOT_MOVED_YET), f"{page}: {name}"
+        assert (ROOT / name).exists(), f"{page}: {name}"
 
 
 def test_the_key_table_is_up_to_date() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.cli.app import app, with_verb
 from hf_fasttrain.cli.terminal import is_main
-from hf_fasttrain.errors import RunError, UserError, on_command_line, without_secrets
+from hf_fasttrain.utils.errors import RunError, UserError, on_command_line, without_secrets
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
 from hf_fasttrain.cli.terminal import command_line, ended_by_ctrl_c, say_on_stderr, wide_console
-from hf_fasttrain.errors import Stopped, UserError
+from hf_fasttrain.utils.errors import Stopped, UserError
 
 TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Techniques, by their names.")]
 
@@ -27,12 +27,12 @@ def ablate(
     output: Annotated[Path | None, typer.Option(help="Folder to write; by default a new one in ablations/.")] = None,
 ) -> None:
     """Measure what each technique (accumulation, mixed precision, pinned memory, ...) is worth here."""
-    from hf_fasttrain.recipe_file import load_recipe
+    from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from hf_fasttrain.study import ablate as study
-    from hf_fasttrain.study.ablation_files import print_ablation, write_ablation
-    from hf_fasttrain.study.full import train_all
+    from hf_fasttrain.study.ablate_full import train_all
+    from hf_fasttrain.study.ablate_report import print_ablation, write_ablation
 
     folder, console = output or study.default_folder(loaded), wide_console()
     plan = study.Plan(rounds, seconds, _names(only), _names(without))

@@ -20,8 +20,8 @@ from hf_fasttrain.cli.schema import schema
 from hf_fasttrain.cli.train import train
 from hf_fasttrain.cli.tune import tune
 from hf_fasttrain.cli.version import common_options
-from hf_fasttrain.errors import UserError, nearest
-from hf_fasttrain.shipped import shipped_recipes
+from hf_fasttrain.recipe.find import shipped_recipes
+from hf_fasttrain.utils.errors import UserError, nearest
 
 COMMANDS = (train, check, evaluate, predict, push, export, report, ablate, tune, doctor, schema)
 

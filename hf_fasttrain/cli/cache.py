@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_fasttrain.format import format_bytes
+from hf_fasttrain.utils.format import format_bytes
 
 CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir names one.")]
 
@@ -17,7 +17,7 @@ def list_kept(context: typer.Context, folder: CacheFolder = None) -> None:
     if context.invoked_subcommand is not None:
         context.obj = folder
         return
-    from hf_fasttrain.data.cache import default_cache_dir, list_caches
+    from hf_fasttrain.data.pixels.cache import default_cache_dir, list_caches
 
     where = folder or default_cache_dir()
     entries = list_caches(where)
@@ -35,7 +35,7 @@ def clean_kept(
     folder: CacheFolder = None,
 ) -> None:
     """Delete decoded pixels kept on disk."""
-    from hf_fasttrain.data.cache import chosen_caches, default_cache_dir, remove_cache
+    from hf_fasttrain.data.pixels.cache import chosen_caches, default_cache_dir, remove_cache
 
     freed = 0
     for entry in chosen_caches(folder or context.obj or default_cache_dir(), names or [], everything, unused_days):

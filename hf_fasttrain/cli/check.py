@@ -10,7 +10,7 @@ import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
 from hf_fasttrain.cli.terminal import print_table, wide_console
-from hf_fasttrain.errors import UserError
+from hf_fasttrain.utils.errors import UserError
 
 
 def check(
@@ -25,15 +25,15 @@ def check(
     ] = None,
 ) -> None:
     """Resolve and validate everything, print each value with its origin, train nothing."""
-    from hf_fasttrain.recipe_file import load_recipe
+    from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _require_list_file(list_file, images=images)
-    from hf_fasttrain.build import build_parts, build_unwritten
     from hf_fasttrain.cli.check_images import check_images
-    from hf_fasttrain.memory_report import memory_table
-    from hf_fasttrain.recipe_file import output_dir
-    from hf_fasttrain.runfolder import held_by_run
+    from hf_fasttrain.cli.memory_table import memory_table
+    from hf_fasttrain.from_recipe.build import build_parts, build_unwritten
+    from hf_fasttrain.recipe.load import output_dir
+    from hf_fasttrain.run_folder.folder import held_by_run
 
     parts = build_parts(loaded)
     build_unwritten(parts, keep_pixels=False)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hf_fasttrain.cli.terminal import print_table
-from hf_fasttrain.data.scan import (
+from hf_fasttrain.data.source.dataset import Source, Split
+from hf_fasttrain.data.source.scan import (
     BadImage,
     ClassBalance,
     Duplicates,
@@ -22,10 +23,9 @@ from hf_fasttrain.data.scan import (
     image_names,
     scan_split,
 )
-from hf_fasttrain.data.source import Source, Split
-from hf_fasttrain.environment import num_cores
-from hf_fasttrain.errors import UserError
-from hf_fasttrain.recipe import Recipe
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.utils.environment import num_cores
+from hf_fasttrain.utils.errors import UserError
 
 
 def check_images(console: Console, recipe: Recipe, source: Source, list_file: Path | None) -> None:

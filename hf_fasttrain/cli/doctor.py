@@ -22,7 +22,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say where a training's time goes here, and which overrides would help, each measured."""
-    from hf_fasttrain.recipe_file import load_recipe
+    from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from hf_fasttrain.study.doctor import doctor as examine

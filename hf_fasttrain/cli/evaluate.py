@@ -22,7 +22,7 @@ def evaluate(
     from rich.table import Table
     from rich.text import Text
 
-    from hf_fasttrain.serve import evaluate_run
+    from hf_fasttrain.inference import evaluate_run
 
     measured = evaluate_run(run, overrides or [], split=split, weights=weights, note=say_on_stderr)
     if not is_main():

@@ -17,7 +17,7 @@ def export(
     weights: WeightsOption = None,
 ) -> None:
     """Write a finished run's model for other tools: timm, transformers, onnxruntime."""
-    from hf_fasttrain.publish.export import export_run
+    from hf_fasttrain.export.export import export_run
 
     exported = export_run(run, output, onnx=onnx, weights=weights)
     print(f"{exported.folder}: opened by {', '.join(exported.forms)}")

@@ -9,7 +9,7 @@ import typer
 
 from hf_fasttrain.cli.arguments import PushedRunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import wide_console
-from hf_fasttrain.errors import DataError
+from hf_fasttrain.utils.errors import DataError
 
 
 def predict(
@@ -24,7 +24,7 @@ def predict(
     from rich.table import Table
     from rich.text import Text
 
-    from hf_fasttrain.serve import predict_images
+    from hf_fasttrain.inference import predict_images
 
     bad: list[str] = []
     predictions = predict_images(run, images, top=top, weights=weights, device=device, bad=bad.append)

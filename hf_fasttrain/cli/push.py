@@ -8,7 +8,7 @@ import typer
 
 from hf_fasttrain.cli.arguments import RunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import say_on_stderr
-from hf_fasttrain.errors import UserError
+from hf_fasttrain.utils.errors import UserError
 
 
 def push(
@@ -19,7 +19,7 @@ def push(
     weights: WeightsOption = None,
 ) -> None:
     """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
-    from hf_fasttrain.publish.hub import asked_hub, push_run
+    from hf_fasttrain.hub.push import asked_hub, push_run
 
     asked = asked_hub(run)
     name = repo or asked.get("repo")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hf_fasttrain.errors import UserError, nearest
-from hf_fasttrain.shipped import recipe_header, shipped_recipes
+from hf_fasttrain.recipe.find import recipe_header, shipped_recipes
+from hf_fasttrain.utils.errors import UserError, nearest
 
 
 def list_recipes(context: typer.Context) -> None:

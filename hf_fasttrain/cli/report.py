@@ -15,6 +15,6 @@ def report(
     ] = None,
 ) -> None:
     """Write a page about one run or several that opens offline: curves, classes, mistakes, settings."""
-    from hf_fasttrain.publish.report import write_report
+    from hf_fasttrain.report.report import write_report
 
     print(write_report(runs, output))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hf_fasttrain.before_torch import launched_rank
-from hf_fasttrain.errors import Stopped, without_secrets
+from hf_fasttrain.utils.errors import Stopped, without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ def say_on_stderr(text: str) -> None:
 @contextlib.contextmanager
 def ended_by_ctrl_c() -> Iterator[None]:
     """End with its status on Ctrl-C; SIGTERM is taken for it, so that arms and their files are cleaned up."""
-    from hf_fasttrain.stop import handled
+    from hf_fasttrain.train.stop import handled
 
     try:
         with handled(signal.SIGTERM, signal.default_int_handler):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.errors import NotEnoughMemory, Stopped
+from hf_fasttrain.utils.errors import NotEnoughMemory, Stopped
 
 if TYPE_CHECKING:
-    from hf_fasttrain.recipe import Recipe
-    from hf_fasttrain.result import Result
-    from hf_fasttrain.trainer import Trainer
+    from hf_fasttrain.recipe.schema import Recipe
+    from hf_fasttrain.run_folder.result import Result
+    from hf_fasttrain.train.trainer import Trainer
 
 
 def train(
@@ -26,14 +26,14 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
 ) -> None:
     """Train, evaluate and save the recipe's classifier (the default command)."""
-    from hf_fasttrain.recipe_file import load_recipe
+    from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
-    from hf_fasttrain.build import build_trainer
-    from hf_fasttrain.publish.owed import owed, what_is_lost
-    from hf_fasttrain.recipe_file import output_dir
-    from hf_fasttrain.runfolder import require_free
-    from hf_fasttrain.stop import ignore_signals
+    from hf_fasttrain.from_recipe.build import build_trainer
+    from hf_fasttrain.recipe.load import output_dir
+    from hf_fasttrain.run_folder.folder import require_free
+    from hf_fasttrain.run_folder.missing import owed, what_is_lost
+    from hf_fasttrain.train.stop import ignore_signals
 
     folder = Path(output_dir(loaded))
     require_free(folder, resume=resume)
@@ -64,8 +64,8 @@ def train(
 
 def _say_finished(trainer: Trainer, folder: Path) -> None:
     """Say that there is nothing to train or to write, and how a push that is owed is made."""
-    from hf_fasttrain.early_stopping import how_to_go_on
-    from hf_fasttrain.publish.owed import is_pushed
+    from hf_fasttrain.run_folder.missing import is_pushed
+    from hf_fasttrain.train.early_stopping import how_to_go_on
 
     steps, pusher = trainer.state.step, getattr(trainer.publish, "pusher", None)
     early = f"\n{trainer.early_stop}; {how_to_go_on()}" if trainer.early_stop else ""
@@ -80,11 +80,11 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
 
     Out of memory where no step can be made again, as in a checkpoint's copy, is one message.
     """
-    from hf_fasttrain.accelerator import local_processes
-    from hf_fasttrain.environment import free_memory_bytes
-    from hf_fasttrain.errors import first_line
-    from hf_fasttrain.library_errors import is_out_of_memory
-    from hf_fasttrain.process_memory import limited_memory
+    from hf_fasttrain.from_recipe.accelerator import local_processes
+    from hf_fasttrain.utils.environment import free_memory_bytes
+    from hf_fasttrain.utils.errors import first_line
+    from hf_fasttrain.utils.library_errors import is_out_of_memory
+    from hf_fasttrain.utils.process_memory import limited_memory
 
     free = free_memory_bytes()
     room = (free - trainer.reserved_memory - max(64 << 20, free // 50)) // local_processes()
@@ -108,9 +108,9 @@ def _end_trackers(trainer: Trainer) -> None:
 
 
 def _say_what_next(say: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
-    from hf_fasttrain.early_stopping import EarlyStop, how_to_go_on
-    from hf_fasttrain.final import which_weights
-    from hf_fasttrain.format import format_duration, format_images_rate, format_percent
+    from hf_fasttrain.train.early_stopping import EarlyStop, how_to_go_on
+    from hf_fasttrain.train.final_weights import which_weights
+    from hf_fasttrain.utils.format import format_duration, format_images_rate, format_percent
 
     early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_go_on()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics

@@ -10,7 +10,7 @@ import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
 from hf_fasttrain.cli.terminal import command_line, ended_by_ctrl_c, say_on_stderr, wide_console
-from hf_fasttrain.errors import Stopped
+from hf_fasttrain.utils.errors import Stopped
 
 
 def tune(
@@ -21,13 +21,13 @@ def tune(
     store: Annotated[bool, typer.Option(help="Keep it for `auto` values on this machine.")] = True,
 ) -> None:
     """Find the fastest machine settings for a recipe here, and write them down as a recipe."""
-    from hf_fasttrain.recipe_file import load_recipe
+    from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from hf_fasttrain.study.techniques import hardware
     from hf_fasttrain.study.tune import parse_budget
     from hf_fasttrain.study.tune import tune as search
-    from hf_fasttrain.study.tuned_recipe import default_path, print_found, require_new_file, write_tuned
+    from hf_fasttrain.study.tune_recipe import default_path, print_found, require_new_file, write_tuned
 
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)

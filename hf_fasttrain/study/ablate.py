@@ -12,14 +12,14 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from hf_fasttrain.environment import describe_machine, describe_versions, free_memory_bytes
-from hf_fasttrain.errors import RunError
-from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.study import statistics as intervals
-from hf_fasttrain.study.measure import Arm, ArmFailed, Bench, Measurement, Start, Tell, collect
-from hf_fasttrain.study.processes import Starter, require_one_process
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.study import intervals
+from hf_fasttrain.study.arm_process import Starter, require_one_process
+from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell, collect
+from hf_fasttrain.study.messages import Turn, Wishes, ask
 from hf_fasttrain.study.techniques import Hardware, Planned, chosen, hardware, planned, techniques
-from hf_fasttrain.study.turns import Turn, Wishes, ask
+from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
+from hf_fasttrain.utils.errors import RunError
 
 FORMAT = 1
 

@@ -14,12 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_fasttrain.environment import free_memory_bytes, num_cores
-from hf_fasttrain.errors import RunError
-from hf_fasttrain.format import format_bytes, format_duration, format_images_rate, format_percent, format_rate
-from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.study import space
-from hf_fasttrain.study.diagnosis import (
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.study import tune_space as space
+from hf_fasttrain.study.arm_process import Starter, require_one_process
+from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Tell
+from hf_fasttrain.study.doctor_diagnosis import (
     MUCH_WAITING,
     PHASE_NAMES,
     STAGE_NAMES,
@@ -28,12 +27,13 @@ from hf_fasttrain.study.diagnosis import (
     split_loading,
     split_step,
 )
-from hf_fasttrain.study.measure import Arm, ArmFailed, Bench, Measurement, Tell
-from hf_fasttrain.study.processes import Starter, require_one_process
-from hf_fasttrain.study.space import Config
+from hf_fasttrain.study.messages import Ready, Report, Turn, Wishes, ask
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware, settings
-from hf_fasttrain.study.turns import Ready, Report, Turn, Wishes, ask
+from hf_fasttrain.study.tune_space import Config
+from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent, format_rate
 
 LOOK = Turn(min_steps=3, seconds=2.0)
 HALF = Turn(min_steps=2, seconds=1.0)

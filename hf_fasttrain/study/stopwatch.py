@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fasttrain.data.decode import Pixels
-from hf_fasttrain.data.feed import Feed, ImageBatches, Made
-from hf_fasttrain.data.images import Images
-from hf_fasttrain.data.order import MicroBatchKey
-from hf_fasttrain.data.workers import worker_index
-from hf_fasttrain.trainer import Trainer
+from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches, Made
+from hf_fasttrain.data.loading.sampler import MicroBatchKey
+from hf_fasttrain.data.loading.workers import worker_index
+from hf_fasttrain.data.pixels.decode import Pixels
+from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.train.trainer import Trainer
 
 PHASES = ("wait", "copy", "forward", "backward", "optimizer", "other")  # of a step; they add up to it
 STAGES = ("read", "decode", "augment", "collate")  # of a loader's worker

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fasttrain.accelerator import uses_gpu
-from hf_fasttrain.errors import RunError, nearest
-from hf_fasttrain.recipe_file import plain
-from hf_fasttrain.study.measure import Arm
-from hf_fasttrain.study.turns import Ready
+from hf_fasttrain.from_recipe.accelerator import uses_gpu
+from hf_fasttrain.recipe.load import plain
+from hf_fasttrain.study.bench import Arm
+from hf_fasttrain.study.messages import Ready
+from hf_fasttrain.utils.errors import RunError, nearest
 
 
 class Hardware(NamedTuple):

@@ -12,25 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_fasttrain.assemble import Parts, assemble
-from hf_fasttrain.build import build_parts
-from hf_fasttrain.cache_plan import estimated_bytes
-from hf_fasttrain.data.decode import is_jpeg
-from hf_fasttrain.data.device import DeviceFeed
-from hf_fasttrain.data.feed import num_slots
-from hf_fasttrain.data.loader import Step, TrainLoader
-from hf_fasttrain.data.order import Order, StepPlan
-from hf_fasttrain.data.source import Split
-from hf_fasttrain.environment import peak_memory_bytes
-from hf_fasttrain.errors import NotEnoughMemory
-from hf_fasttrain.private_apis import dropout_class, set_first_loss_scale
-from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.recipe_file import with_values
-from hf_fasttrain.schedule import constant
+from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.loader import Step, TrainLoader
+from hf_fasttrain.data.loading.prefetch import num_slots
+from hf_fasttrain.data.loading.sampler import Order, StepPlan
+from hf_fasttrain.data.pixels.decode import is_jpeg
+from hf_fasttrain.data.source.dataset import Split
+from hf_fasttrain.from_recipe.assemble import Parts, assemble
+from hf_fasttrain.from_recipe.build import build_parts
+from hf_fasttrain.from_recipe.cache_plan import estimated_bytes
+from hf_fasttrain.from_recipe.tunings import Tuned
+from hf_fasttrain.recipe.load import with_values
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.study.messages import NO_END, Asked, Ready, Report, Turn, Wishes
 from hf_fasttrain.study.stopwatch import Stopwatch, watch_compute, watch_loader
-from hf_fasttrain.study.turns import NO_END, Asked, Ready, Report, Turn, Wishes
-from hf_fasttrain.trainer import Trainer
-from hf_fasttrain.tunings import Tuned
+from hf_fasttrain.train.schedule import constant
+from hf_fasttrain.train.trainer import Trainer
+from hf_fasttrain.utils.environment import peak_memory_bytes
+from hf_fasttrain.utils.errors import NotEnoughMemory
+from hf_fasttrain.utils.private_apis import dropout_class, set_first_loss_scale
 
 SAMPLE_IMAGES = 256  # of a pass, where images are kept after the first one
 TIMED_STEPS = 4  # of a first pass, at least

@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from hf_fasttrain.environment import free_memory_bytes, num_cores
-from hf_fasttrain.errors import RunError
-from hf_fasttrain.format import format_duration
-from hf_fasttrain.recipe import Recipe
-from hf_fasttrain.study import space
-from hf_fasttrain.study.guard import IMAGES, NUM_STEPS, Course, Verdict, compare, course
-from hf_fasttrain.study.measure import Arm, ArmFailed, Bench, Measurement, Start, Tell
-from hf_fasttrain.study.processes import Starter, require_one_process
-from hf_fasttrain.study.space import Config
-from hf_fasttrain.study.statistics import Estimate
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.study import tune_space as space
+from hf_fasttrain.study.arm_process import Starter, require_one_process
+from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell
+from hf_fasttrain.study.intervals import Estimate
+from hf_fasttrain.study.messages import Ready, Turn, ask
 from hf_fasttrain.study.techniques import Hardware
-from hf_fasttrain.study.turns import Ready, Turn, ask
+from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, Course, Verdict, compare, course
+from hf_fasttrain.study.tune_space import Config
+from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.format import format_duration
 
 LEAST_BUDGET = 20.0  # seconds
 WORTH_IT = 1.03  # how many times as fast another setting must be to be taken: equal processes differ by some 2 %

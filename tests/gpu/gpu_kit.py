@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.accelerator import set_fp32_precision
-from hf_fasttrain.runlog import RunLog
+from hf_fasttrain.from_recipe.accelerator import set_fp32_precision
+from hf_fasttrain.train.log import RunLog
 
 RECIPE = """
 model: {name: test_resnet}

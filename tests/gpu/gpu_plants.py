@@ -47,7 +47,7 @@ def find(row: str, name: str) -> Plant:
 
 @plant("T14", "only one of cuDNN's flags is set", "mix of the legacy and new APIs|RuntimeError")
 def one_flag(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import accelerator
+    from hf_fasttrain.from_recipe import accelerator
 
     def set_fp32_precision(matmul: str, conv: str) -> None:
         torch.set_float32_matmul_precision(matmul)
@@ -63,14 +63,14 @@ def one_flag(patch: pytest.MonkeyPatch) -> None:
     "assert 'highest' == |assert 'high' == |assert True == |TF32 is not used",
 )
 def no_flag(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import accelerator
+    from hf_fasttrain.from_recipe import accelerator
 
     patch.setattr(accelerator, "set_fp32_precision", lambda matmul, conv: None)
 
 
 @plant("T1", "the gradients' norm is read in each step", "synchronizing")
 def norm_is_read(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.update import Update
+    from hf_fasttrain.train.update import Update
 
     real = Update.__call__
 
@@ -83,7 +83,7 @@ def norm_is_read(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T1", "erasing's colour is brought to the GPU in each batch", "synchronizing", on_cpu=False)
 def colour_is_brought(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.device import DeviceFeed
+    from hf_fasttrain.data.loading.device_cache import DeviceFeed
 
     real = DeviceFeed._batch
 
@@ -110,7 +110,7 @@ def other_lr(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T4", "TF32 is left on", "< 0.001", on_cpu=False)
 def tf32_is_on(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import accelerator
+    from hf_fasttrain.from_recipe import accelerator
 
     real = accelerator.set_fp32_precision
     patch.setattr(accelerator, "set_fp32_precision", lambda matmul, conv: real("high", "high"))
@@ -118,7 +118,7 @@ def tf32_is_on(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T5", "micro-batches are not weighed", "< 1e-05")
 def not_weighed(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loader import Step
+    from hf_fasttrain.data.loading.loader import Step
 
     real = Step.__init__
 
@@ -130,7 +130,7 @@ def not_weighed(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T5", "a micro-batch of four is left out", "> 0.999")
 def left_out(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.gradients import Gradients
+    from hf_fasttrain.train.gradients import Gradients
 
     real, calls = Gradients._backward, []
 
@@ -144,7 +144,7 @@ def left_out(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T11", "the average follows the parameters that it saw first", "the average has not followed")
 def stale_average(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.ema import Ema
+    from hf_fasttrain.train.ema import Ema
 
     real = Ema.attach
     first: dict[str, list[Tensor]] = {}
@@ -164,14 +164,14 @@ def stale_average(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T11", "the average stays on the CPU", "'cpu'|same device", on_cpu=False)
 def average_stays(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import trainer
+    from hf_fasttrain.train import trainer
 
     patch.setattr(trainer, "Ema", type("Other", (), {}))  # so that the Trainer does not move it
 
 
 @plant("T12", "normalised images are contiguous", "not channels_last")
 def contiguous_images(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.batch import Normalize
+    from hf_fasttrain.data.loading.batch import Normalize
 
     real = Normalize.__call__
     patch.setattr(Normalize, "__call__", lambda self, pixels: real(self, pixels).contiguous())
@@ -179,7 +179,7 @@ def contiguous_images(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T12", "mixed images are contiguous", "not channels_last")
 def contiguous_mix(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.batch import Mixing
+    from hf_fasttrain.data.loading.batch import Mixing
 
     real = Mixing.__call__
 
@@ -192,7 +192,7 @@ def contiguous_mix(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T12", "weights are contiguous", "nchwToNhwc|not channels_last", on_cpu=False)
 def contiguous_weights(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.gradients import Gradients
+    from hf_fasttrain.train.gradients import Gradients
 
     real = Gradients.set_train_mode
 
@@ -235,7 +235,7 @@ def no_index(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T1b", "a batch waits for the GPU", "the host has waited", on_cpu=False)
 def batch_waits(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.device import DeviceFeed
+    from hf_fasttrain.data.loading.device_cache import DeviceFeed
 
     real = DeviceFeed._batch
 
@@ -266,7 +266,7 @@ def not_recorded(patch: pytest.MonkeyPatch) -> None:
 
 
 def _augment_otherwise(patch: pytest.MonkeyPatch, **changes: Any) -> None:
-    from hf_fasttrain.data import device
+    from hf_fasttrain.data.loading import device_cache as device
 
     real = device.augment_on_device
 
@@ -293,7 +293,7 @@ def not_shifted(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T15", "waiting is not counted", "assert 0.7 < ")
 def waiting_not_counted(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.feed import Feed
+    from hf_fasttrain.data.loading.prefetch import Feed
 
     patch.setattr(Feed, "wait_seconds", property(lambda self: 0.0))
 
@@ -302,7 +302,7 @@ def waiting_not_counted(patch: pytest.MonkeyPatch) -> None:
 def all_is_waiting(patch: pytest.MonkeyPatch) -> None:
     import time
 
-    from hf_fasttrain.data.feed import Feed
+    from hf_fasttrain.data.loading.prefetch import Feed
 
     patch.setattr(Feed, "wait_seconds", property(lambda self: time.perf_counter()))
 
@@ -312,7 +312,7 @@ def all_is_waiting(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T6", "a scale is set before there is one", "AssertionError|Attempted update but _scale is None")
 def scale_is_set(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.update import Update
+    from hf_fasttrain.train.update import Update
 
     real = Update.undo
 
@@ -327,14 +327,14 @@ def scale_is_set(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T6", "skipped steps are not seen", "1, 3")
 def skipped_not_seen(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.update import Update
+    from hf_fasttrain.train.update import Update
 
     patch.setattr(Update, "_has_skipped", lambda self, scaler, step: False)
 
 
 @plant("T6", "half of the images of a step that is made again are lost", "< 0.001")
 def images_lost(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.user_loader import OwnLoader
+    from hf_fasttrain.data.loading.user_loader import OwnLoader
 
     real = OwnLoader.again
 
@@ -379,21 +379,21 @@ def failed_is_kept(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T7", "the batch is not halved but quartered", "'after': 16")
 def quartered(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import trainer
+    from hf_fasttrain.train import trainer
 
     patch.setattr(trainer, "smaller", lambda size, with_batch_norm: size // 4)
 
 
 @plant("T8", "half of the optimizer's state stays", "KeyError|other weights|exp_avg")
 def half_a_state(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.out_of_memory import Memory
+    from hf_fasttrain.train.out_of_memory import Memory
 
     patch.setattr(Memory, "failed_in", lambda self: "gradients")
 
 
 @plant("T8", "weights that the failed update has changed stay", "other weights", on_gpu=False)
 def weights_stay(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.out_of_memory import Memory
+    from hf_fasttrain.train.out_of_memory import Memory
 
     real = Memory.restore
 
@@ -406,7 +406,7 @@ def weights_stay(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T9", "the images after the first piece are left out", "approx")
 def pieces_left_out(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.evaluation import Evaluator
+    from hf_fasttrain.train.evaluation import Evaluator
 
     real = Evaluator._logits
 
@@ -421,7 +421,7 @@ def pieces_left_out(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T9", "batches become too small", "== 32")
 def too_small(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.evaluation import Evaluator
+    from hf_fasttrain.train.evaluation import Evaluator
 
     real = Evaluator._logits
 
@@ -435,14 +435,14 @@ def too_small(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T21", "the peak is that of another device", "the peak is another|peak_memory_bytes", on_cpu=False)
 def other_peak(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import trainer
+    from hf_fasttrain.train import trainer
 
     patch.setattr(trainer, "peak_memory_bytes", lambda device: 0)
 
 
 @plant("T21", "images are kept on the device whatever they need", "assert 'device' == 'memory'|the share is not heeded")
 def share_not_heeded(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.cache_plan import CachePlanner
+    from hf_fasttrain.from_recipe.cache_plan import CachePlanner
 
     patch.setattr(CachePlanner, "_fits_device", lambda self, *args, **options: True)
 
@@ -452,7 +452,7 @@ def share_not_heeded(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T10", "saved tensors are rounded", "not the live tensors")
 def rounded(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.checkpoint import Snapshot
+    from hf_fasttrain.run_folder.checkpoint import Snapshot
 
     real = Snapshot.bring_to_host
 
@@ -468,21 +468,21 @@ def rounded(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T10", "the optimizer's state is not restored", "other bits")
 def optimizer_anew(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import state
+    from hf_fasttrain.train import state
 
     patch.setattr(state, "restore_optimizer", lambda optimizer, saved: None)
 
 
 @plant("T10", "the weights are not restored", "other weights")
 def weights_anew(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.state import Stateful
+    from hf_fasttrain.train.state import Stateful
 
     patch.setattr(Stateful, "restore_weights", lambda self, checkpoint: None)
 
 
 @plant("T13", "the compiler's limit of 8 shapes stays", "[Rr]ecompile")
 def limit_stays(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import build
+    from hf_fasttrain.from_recipe import build
 
     patch.setattr(build, "allow_compiling", lambda shapes: None)
 
@@ -534,7 +534,7 @@ def backward_not_timed(patch: pytest.MonkeyPatch) -> None:
 def not_stopped(patch: pytest.MonkeyPatch) -> None:
     import signal
 
-    from hf_fasttrain.study.processes import ArmProcess
+    from hf_fasttrain.study.arm_process import ArmProcess
 
     real = ArmProcess._signal
     patch.setattr(ArmProcess, "_signal", lambda self, n: None if n == signal.SIGSTOP else real(self, n))
@@ -567,7 +567,7 @@ def kernels_not_seen(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_exchange(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.gradients import Gradients
+    from hf_fasttrain.train.gradients import Gradients
 
     real, own = Gradients._exchanging, Gradients._own_part
     patch.setattr(Gradients, "_exchanging", lambda self, *, now: real(self, now=False))
@@ -581,7 +581,7 @@ plant("M1", "gradients are not exchanged", "the processes differ|other weights t
 
 @plant("T18", "unused parameters are not looked for", "could not exchange their gradients|mask_token|reduction")
 def unused_not_looked_for(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.gradients import Gradients
+    from hf_fasttrain.train.gradients import Gradients
 
     patch.setattr(Gradients, "leave_out_unused", lambda self, step: [])
 
@@ -596,14 +596,14 @@ def begins_anew(patch: pytest.MonkeyPatch) -> None:
 
 @plant("M2", "processes don't agree on their memory", "processes ended|assert|left alone")
 def no_agreement(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.out_of_memory import Memory
+    from hf_fasttrain.train.out_of_memory import Memory
 
     patch.setattr(Memory, "is_uncertain", lambda self, step: False)
 
 
 @plant("M3", "a process tells nobody of its signal", "they go on|processes ended")
 def tells_nobody(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.stop import Requests
+    from hf_fasttrain.train.stop import Requests
 
     nothing = type("Nothing", (), {"stop": 0, "save": False, "__bool__": lambda self: False})()
     patch.setattr(Requests, "at_step", lambda self, step: nothing)
@@ -613,7 +613,7 @@ def tells_nobody(patch: pytest.MonkeyPatch) -> None:
 
 @plant("M4", "the number of images is summed on the device", "synchronizing", on_cpu=False)
 def summed_on_device(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.user_loader import OwnLoader
+    from hf_fasttrain.data.loading.user_loader import OwnLoader
 
     real = OwnLoader._step
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fasttrain.data import feed as feed_module
+from hf_fasttrain.data.loading import prefetch as feed_module
 
 UNKNOWN = 238  # what a kernel sees of memory whose copy has not been made
 

@@ -16,16 +16,16 @@ from gpu_kit import own_trainer
 from late_streams import LateStreams
 from torch import Tensor, nn
 
-from hf_fasttrain.data import device as device_module
-from hf_fasttrain.data.augment import EvalTransform, TrainTransform
-from hf_fasttrain.data.batch import Normalize
-from hf_fasttrain.data.device import DeviceFeed
-from hf_fasttrain.data.feed import Feed, ImageBatches, Made, _pixels
-from hf_fasttrain.data.images import Images
-from hf_fasttrain.data.loader import TrainLoader
-from hf_fasttrain.data.order import MicroBatchKey, Order
-from hf_fasttrain.data.prepare import Preparation
-from hf_fasttrain.data.source import load_source
+from hf_fasttrain.data.loading import device_cache as device_module
+from hf_fasttrain.data.loading.batch import Normalize
+from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.loader import TrainLoader
+from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches, Made, _pixels
+from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order
+from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
+from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.source.dataset import load_source
 
 CPU = torch.device("cpu")
 BATCHES, NUMBER = 200, 64

@@ -24,9 +24,10 @@ from gpu_kit import (
 )
 from torch import Tensor, nn
 
-from hf_fasttrain import Trainer, cache_plan
-from hf_fasttrain.data.loader import Step
-from hf_fasttrain.environment import peak_memory_bytes
+from hf_fasttrain import Trainer
+from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.from_recipe import cache_plan
+from hf_fasttrain.utils.environment import peak_memory_bytes
 
 HALVED = [{"step": 1, "before": 64, "after": 32}]
 

@@ -23,10 +23,10 @@ from gpu_kit import distance, flat, make, nothing_waits, own_trainer, reset_acce
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.checkpoint import complete_checkpoints
-from hf_fasttrain.data.loader import Step
-from hf_fasttrain.errors import NotEnoughMemory, PeerGone, Stopped
-from hf_fasttrain.processes import on_main
+from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
+from hf_fasttrain.train.distributed import on_main
+from hf_fasttrain.utils.errors import NotEnoughMemory, PeerGone, Stopped
 
 # A model without batch norm and dropout: how a step is shared out changes nothing but rounding.
 EXACT = ["model.name=test_vit", "optimizer.name=sgd", "optimizer.lr=0.05", "train.batch_size=16", "log.every=1"]

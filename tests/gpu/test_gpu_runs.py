@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.checkpoint import complete_checkpoints, load_checkpoint
-from hf_fasttrain.data.loader import Step
-from hf_fasttrain.study import processes
-from hf_fasttrain.study.measure import Arm
-from hf_fasttrain.study.processes import Starter
+from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkpoint
+from hf_fasttrain.study import arm_process
+from hf_fasttrain.study.arm_process import Starter
+from hf_fasttrain.study.bench import Arm
+from hf_fasttrain.study.messages import Asked, Report, Turn, Wishes
 from hf_fasttrain.study.trial import Trial
-from hf_fasttrain.study.turns import Asked, Report, Turn, Wishes
 
 # --- T10 -------------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ def test_t16_phases_add_up_to_the_step(device: torch.device, record_property: Ca
 @pytest.fixture
 def starter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starter]:
     """Return what starts arms, as the studies do; on a CPU they are forked from this process."""
-    monkeypatch.setattr(processes, "CPU_METHOD", "fork")
+    monkeypatch.setattr(arm_process, "CPU_METHOD", "fork")
     with Starter(asked(device), on_gpu=device.type == "cuda") as start:
         yield start
 

@@ -19,9 +19,10 @@ from gpu_kit import (
 )
 from torch import Tensor, nn
 
-from hf_fasttrain import Trainer, accelerator
-from hf_fasttrain.data.loader import Step
-from hf_fasttrain.ema import Ema
+from hf_fasttrain import Trainer
+from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.from_recipe import accelerator
+from hf_fasttrain.train.ema import Ema
 
 PRECISIONS = ("highest", "high", "medium")
 

@@ -1,0 +1,34 @@
+"""What `hf-fasttrain check RECIPE` says about memory."""
+
+from __future__ import annotations
+
+from hf_fasttrain.from_recipe.accelerator import local_processes
+from hf_fasttrain.from_recipe.assemble import Parts
+from hf_fasttrain.from_recipe.micro_batch import forecast_memory, images_at_once
+from hf_fasttrain.models.memory_forecast import WORKER_BYTES, Forecast
+from hf_fasttrain.utils.environment import free_memory_bytes
+from hf_fasttrain.utils.format import format_bytes
+
+Table = tuple[str, tuple[str, str], list[tuple[str, str]]]
+
+
+def memory_table(parts: Parts) -> Table:
+    """Return title, header and rows of the memory that each training process will take."""
+    forecast = parts.forecast
+    if forecast is None:
+        forecast = forecast_memory(parts.recipe, parts.spec.num_classes, parts.model, parts.accelerator, parts.settings)
+    images = images_at_once(parts.order)
+    rows = [(what, format_bytes(number)) for what, number in forecast.rows(images)]
+    rows.append(("in all", format_bytes(forecast.peak(images))))
+    rows += _beside(parts, forecast)
+    return f"memory of a training process ({forecast.device})", ("for what", "bytes"), rows
+
+
+def _beside(parts: Parts, forecast: Forecast) -> list[tuple[str, str]]:
+    rows = []
+    if forecast.workers:
+        rows.append((f"beside it: {forecast.workers} loader processes", format_bytes(forecast.workers * WORKER_BYTES)))
+    if parts.kept_pixels:
+        rows.append(("beside it: kept pixels (data.cache)", format_bytes(parts.kept_pixels)))
+    rows.append(("free now for each process", format_bytes(free_memory_bytes() // local_processes())))
+    return rows

@@ -1,0 +1,138 @@
+"""One batch on the device: augmented where its images live there, normalised, and mixed by mixup or cutmix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_fasttrain.data.loading.sampler import MIX_STREAM, MicroBatchKey, keyed_rng
+from hf_fasttrain.data.pixels.augment import TrainTransform
+from hf_fasttrain.utils.private_apis import is_memory_free
+
+
+class Normalize:
+    """uint8 pixels (B, H, W, 3) to normalised float32 `images` (B, 3, H, W): (x / 255 - mean) / std.
+
+    The result is channels_last in memory, as the pixels are, or contiguous if asked.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device, *, channels_last: bool
+    ) -> None:
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
+        self.channels_last = channels_last
+        self._memory: list[Tensor] = []  # of earlier batches, on a CPU
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if pixels.device.type == "cpu":
+            images = self._on_cpu(pixels)
+        else:
+            images = pixels.permute(0, 3, 1, 2).to(torch.float32).sub_(self.mean).div_(self.std)
+        return images if self.channels_last else images.contiguous()
+
+    def _on_cpu(self, pixels: Tensor) -> Tensor:
+        """Normalise whole rows of pixels, into used memory: 0.09 ms for 224 px instead of 0.65 ms."""
+        number, height, width, channels = pixels.shape
+        rows = self._room(pixels.shape).view(number, height, width * channels).copy_(pixels.flatten(2))
+        mean, std = (values.reshape(-1).repeat(width) for values in (self.mean, self.std))
+        return rows.sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
+
+    def _room(self, shape: Sequence[int]) -> Tensor:
+        """Return memory for float pixels: an earlier batch's that nobody holds any more, or new.
+
+        The first use of fresh memory costs several times what filling it does.
+        """
+        for memory in self._memory:
+            if memory.shape == shape and is_memory_free(memory):
+                return memory
+        self._memory = [*self._memory[-1:], torch.empty(shape, dtype=torch.float32)]
+        return self._memory[-1]
+
+
+def augment_on_device(
+    pixels: Tensor, rows: Tensor, transform: TrainTransform, key: MicroBatchKey, fill: Tensor | None = None
+) -> Tensor:
+    """Return the batch (B, S, S, 3) uint8 of a key from all `pixels` (N, S, S, 3), as `TrainTransform.write` does.
+
+    `fill` is erasing's colour (3,) uint8 on the device: to bring it there waits for the device. For the crops
+    ``padded`` and ``none`` and an erasing of one colour; everything is done at once on the device.
+    """
+    number, size, device = len(rows), pixels.shape[1], pixels.device
+
+    def moved(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+    places = torch.arange(size, device=device)
+    shifts, mirrored = moved(transform.shifts(key)), moved(transform.flips(key))
+    across = torch.where(mirrored[:, None], places.flip(0), places) + shifts[:, :1]  # (B, S): column of the source
+    down = places + shifts[:, 1:]
+    inside = ((across >= 0) & (across < size))[:, None, :] & ((down >= 0) & (down < size))[:, :, None]
+    source = (rows[:, None, None] * size + down.clamp(0, size - 1)[:, :, None]) * size
+    source = source + across.clamp(0, size - 1)[:, None, :]
+    batch = pixels.view(-1, 3)[source.view(-1)].view(number, size, size, 3) * inside[..., None]
+    erased = transform.erased(key, size)
+    if erased:
+        if fill is None:
+            fill = torch.tensor(transform.erase_fill, dtype=torch.uint8, device=device)
+        boxes = np.zeros((number, 4), np.int64)
+        for row, box in erased:
+            boxes[row] = box
+        left, top, right, bottom = moved(boxes).T[:, :, None]
+        within = ((places >= left) & (places < right))[:, None, :] & ((places >= top) & (places < bottom))[:, :, None]
+        batch = torch.where(within[..., None], fill, batch)
+    return batch
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What happens to all pairs of one step: keep `lam` of each image, take the rest from its partner."""
+
+    lam: float
+    box: tuple[int, int, int, int] | None  # left, top, right, bottom of cutmix's box; None: mixup
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899), drawn once for a step from (seed, step).
+
+    Partners are positions 2i and 2i+1 of the step's order, which are never cut apart; an odd last image stays as it
+    is. With both alphas above 0, each step takes one of the two at random.
+    """
+
+    mixup: float
+    cutmix: float
+    num_classes: int
+    seed: int = 0
+
+    def draw(self, step: int, image_size: int) -> Mix:
+        """Return the mix of a step with square images, drawn on the CPU."""
+        rng = keyed_rng(self.seed, MIX_STREAM, step)
+        cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
+        alpha = self.cutmix if cut else self.mixup
+        lam = float(rng.beta(alpha, alpha))
+        if not cut:
+            return Mix(lam, None)
+        side = image_size * (1 - lam) ** 0.5 / 2
+        center = rng.integers(image_size, size=2)
+        left, top = (max(0, round(c - side)) for c in center)
+        right, bottom = (min(image_size, round(c + side)) for c in center)
+        return Mix(1 - (right - left) * (bottom - top) / image_size**2, (left, top, right, bottom))
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return mixed `images` (B, 3, H, W) and soft `targets` (B, K), of `labels` (B,) or multi-hot (B, K)."""
+        mix = self.draw(step, images.shape[-1])
+        targets = F.one_hot(labels, self.num_classes).to(torch.float32) if labels.ndim == 1 else labels
+        partner = torch.arange(len(images), device=images.device).bitwise_xor_(1).clamp_(max=len(images) - 1)
+        targets = mix.lam * targets + (1 - mix.lam) * targets[partner]
+        if mix.box is None:
+            return torch.lerp(images[partner], images, mix.lam), targets
+        left, top, right, bottom = mix.box
+        images = images.clone(memory_format=torch.preserve_format)
+        images[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+        return images, targets

@@ -1,0 +1,174 @@
+"""The user's own loaders: training step by step with accumulation, and evaluation, with batches on the device."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_fasttrain.data.loading.loader import EvalLoader, Step
+from hf_fasttrain.data.loading.prefetch import Batch
+from hf_fasttrain.data.loading.sampler import cut_micro_batches
+from hf_fasttrain.data.loading.worker_deaths import batches_of_user
+from hf_fasttrain.utils.errors import DataError, RunError
+
+
+class OwnLoader:
+    """Steps from the user's own loader: each of its batches is this process's share of one step.
+
+    A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``. Every process's loader must give
+    equally many batches; they may differ in size, and be empty. Resuming in the middle asks the loader for
+    ``load_state_dict`` (as torchdata's StatefulDataLoader has it).
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        device: torch.device,
+        *,
+        accumulation_steps: int = 1,
+        join_single: bool = False,
+        total: Callable[[int], int] | None = None,
+    ) -> None:
+        self.loader, self.device, self.accumulation_steps = loader, device, accumulation_steps
+        self.join_single, self.total = join_single, total
+        self.wait_seconds = 0.0
+        self.micro_batch_size = 0  # of the largest batch so far
+        self.wish = f"accumulation_steps {accumulation_steps}"
+        self._cut: int | None = None
+        self._batches: Iterator[Any] = iter(())
+        self._present: Batch | None = None
+        self._at = 0  # the step whose batch comes next
+        try:
+            self.steps_per_epoch = len(loader)
+        except TypeError:
+            raise DataError("train_loader has no length; give it a __len__: the number of steps in an epoch") from None
+        if not self.steps_per_epoch:
+            raise DataError("train_loader is empty; give it at least one batch")
+
+    @classmethod
+    def wrap(
+        cls,
+        loader: Any,
+        device: torch.device,
+        accumulation_steps: int,
+        *,
+        join_single: bool,
+        total: Callable[[int], int] | None,
+    ) -> Any:
+        """Return a loader with `steps`: the given one if it has them, else an OwnLoader around it.
+
+        `total` adds up a number over processes without waiting for the device; None where there is one process.
+        """
+        if hasattr(loader, "steps"):
+            return loader
+        return cls(loader, device, accumulation_steps=accumulation_steps, join_single=join_single, total=total)
+
+    def state_dict(self) -> Any:
+        """Return the loader's own position and the random states that it may draw from, None if it knows no position.
+
+        torch's generator is not among them: every step seeds it.
+        """
+        if not hasattr(self.loader, "state_dict"):
+            return None
+        return {"loader": self.loader.state_dict(), "python": random.getstate(), "numpy": np.random.get_state()}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go to a position that `state_dict` gave; RunError if the loader can't."""
+        if state is None or not hasattr(self.loader, "load_state_dict"):
+            raise RunError(
+                "can't resume: train_loader has no state_dict and load_state_dict, so its position is not known; "
+                "use torchdata's StatefulDataLoader, or Trainer.from_recipe"
+            )
+        self.loader.load_state_dict(state["loader"])
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+
+    def steps(self, start: int, stop: int) -> Iterator[Step]:
+        """Yield the steps from `start` to before `stop`, going through the loader once an epoch."""
+        if start != self._at:
+            self._batches = iter(())
+        return self._steps(start, stop)
+
+    def again(self, index: int, stop: int) -> Iterator[Step]:
+        """Yield the present step anew, and those after it: the same batch, in micro-batches of the present size."""
+        assert self._present is not None
+        yield self._step(index, *self._present)
+        yield from self._steps(index + 1, stop)
+
+    def cut_to(self, micro_batch_size: int) -> None:
+        """Make micro-batches of at most this size from now on."""
+        self.micro_batch_size = self._cut = micro_batch_size
+
+    def image_indices(self, step: int) -> None:
+        """Return nothing: the loader alone knows its images."""
+
+    def _steps(self, start: int, stop: int) -> Iterator[Step]:
+        for index in range(start, stop):
+            began = time.perf_counter()
+            batch = next(self._batches, None)
+            if batch is None:
+                batch = self._first_of(index // self.steps_per_epoch)
+            if batch is None:  # a loader restored at the end of an epoch has nothing left of it
+                batch = self._first_of(index // self.steps_per_epoch)
+            if batch is None:
+                raise DataError(f"train_loader gave no batch for step {index}")
+            self._present, self._at = to_device(batch, self.device), index + 1
+            self.wait_seconds += time.perf_counter() - began
+            yield self._step(index, *self._present)
+
+    def _first_of(self, epoch: int) -> Any:
+        sampler = getattr(self.loader, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        self._batches = batches_of_user(self.loader, "train_loader")
+        return next(self._batches, None)
+
+    def _step(self, index: int, images: Tensor, targets: Tensor) -> Step:
+        number = len(images)
+        total = self.total(number) if self.total else number
+        shape = tuple(images.shape[1:])
+        pairs = (number + 1) // 2
+        size = self._cut or 2 * max(1, -(-pairs // self.accumulation_steps))
+        self.micro_batch_size = max(self.micro_batch_size, size) if self._cut is None else size
+        if number and self.accumulation_steps == 1 and self._cut is None:
+            return Step(index, total, 1, iter(((images, targets),)), shape)
+        sizes = _sizes(number, size, self.join_single)
+        batches = zip(images.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True)
+        return Step(index, total, len(sizes), batches, shape)
+
+
+@functools.lru_cache(maxsize=100)  # cutting anew takes 4 us of a step
+def _sizes(number: int, size: int, join_single: bool) -> tuple[int, ...]:
+    return tuple(len(piece) for piece in cut_micro_batches(range(number), size, join_single=join_single))
+
+
+class OwnEvalLoader:
+    """The user's own evaluation loader, with its batches moved to the device."""
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        self.loader, self.device = loader, device
+        self.name = getattr(loader, "name", "evaluation split")
+
+    @classmethod
+    def wrap(cls, loader: Any, device: torch.device) -> Any:
+        """Return a loader whose batches are on the device; None stays None."""
+        return loader if loader is None or isinstance(loader, EvalLoader | OwnEvalLoader) else cls(loader, device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in batches_of_user(self.loader, self.name):
+            yield to_device(batch, self.device)
+
+
+def to_device(batch: Any, device: torch.device) -> Batch:
+    """Return (images, targets) on the device, of such a pair or of a mapping with pixel_values and labels."""
+    images, targets = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch
+    if images.device == device:
+        return images, targets
+    return images.to(device, non_blocking=True), targets.to(device, non_blocking=True)

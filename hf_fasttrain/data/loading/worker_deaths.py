@@ -1,0 +1,140 @@
+"""Loader processes that die: how, how often in a run, and where torch's handler may raise because of it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from hf_fasttrain.train.stop import handled
+from hf_fasttrain.utils.errors import LoaderDied, first_line
+from hf_fasttrain.utils.library_errors import is_dead_worker
+from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
+
+MOST_DEATHS = 1  # that a run outlives
+CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; take them out"
+HOW = {  # signal -> what it tells, what to do
+    "SIGKILL": (
+        "killed by SIGKILL, as the kernel does where memory runs out",
+        "lower data.workers or data.cache_gb",
+    ),
+    "SIGBUS": (
+        "a bus error, as where shared memory or a disk is full",
+        "give /dev/shm more room (docker run --shm-size) or set data.cache=none",
+    ),
+    "SIGSEGV": ("it crashed with a segmentation fault", CRASHED),
+    "SIGABRT": ("it crashed and aborted", CRASHED),
+}
+
+
+def describe_death(exit_code: int | None) -> tuple[str, str]:
+    """Return how a process ended, by its exit code (negative: a signal's number), and what to do about it."""
+    if exit_code is None or exit_code >= 0:
+        return f"it ended with status {exit_code}", "data.workers=0 shows why"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    return HOW.get(name, (f"killed by {name}", "lower data.workers"))
+
+
+class Deaths:
+    """Counts the loader processes that have died since a run was started: it outlives one.
+
+    `tell` is given a sentence about the first.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.tell, self.number = tell, 0
+        self.exit_code: int | None = None  # of the last one
+
+    def add(self, exit_code: int | None) -> None:
+        """Count a death; raise LoaderDied if there have been too many."""
+        self.number, self.exit_code = self.number + 1, exit_code
+        how, remedy = describe_death(exit_code)
+        if self.number > MOST_DEATHS:
+            raise LoaderDied(f"a second loader process died ({how}): {remedy}")
+        self.tell(
+            f"a loader process died ({how}); another one makes its images, and nothing is lost. A second death ends "
+            f"this: {remedy}"
+        )
+
+
+# --- the user's own loaders --------------------------------------------------------------------------------
+
+
+class _ChildSignal:
+    """What has become of SIGCHLD, by which a process hears that one of its children has ended.
+
+    torch's handler for it raises wherever the main thread is when a DataLoader's process has died: in the middle of
+    an update, or of a save. While training the signal is only noted, and torch is asked at the next wait for a batch.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = self._noted = False
+        self._users: Any = None  # handler of the user's, which has nothing to do with loaders
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Let torch's handler raise in waits for batches only."""
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGCHLD)
+        self._users = before if callable(before) and not is_torch_child_handler(before) else None
+        try:
+            with no_torch_child_handler(), handled(signal.SIGCHLD, self._note):
+                yield
+        finally:
+            self._noted, self._users = False, None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Mark a wait for a batch, which a death must end: nothing else would, where half of a batch has arrived."""
+        self._waiting = True
+        try:
+            self._ask_torch()
+            yield
+        finally:
+            self._waiting = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = True
+        if self._users is not None:
+            self._users(number, frame)
+        if self._waiting:
+            self._ask_torch()
+
+    def _ask_torch(self) -> None:
+        if self._noted:
+            self._noted = False
+            raise_for_dead_workers()
+
+
+CHILD_SIGNAL = _ChildSignal()
+
+
+def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
+    """Yield the batches of a user's own loader; LoaderDied if one of its processes has died."""
+    batches: Iterator[Any] | None = None
+    while True:
+        try:
+            with CHILD_SIGNAL.waiting():
+                batches = iter(loader) if batches is None else batches
+                batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not is_dead_worker(error):
+                raise
+            reason = first_line(error)
+        else:
+            yield batch
+            continue
+        batches = None  # ends the other processes: a traceback would keep them
+        raise LoaderDied(  # outside of the handler, which holds torch's traceback
+            f"a loader process of {name} died, perhaps for want of memory ({reason.strip()}): lower its num_workers"
+        )

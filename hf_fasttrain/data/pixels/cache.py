@@ -1,0 +1,372 @@
+"""Pixels kept once decoded: one file of pixels and one index, filled and read by any number of processes.
+
+A row's entry in the index is written after its pixels and carries a checksum over pixels, place, row and the stamp
+of the image it was made from. An entry whose checksum is wrong counts as missing, whatever the reason: a process
+killed half-way, a full disk, a power cut, a changed file. So nothing needs to be repaired, and no lock is held
+while pixels are written; only the reservation of space in the file is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from hf_fasttrain.data.pixels.decode import Pixels, decode
+from hf_fasttrain.utils.errors import DataError, shortened
+from hf_fasttrain.utils.format import format_bytes
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 1
+MAGIC = b"hfftpix1"
+HEADER_BYTES = 64  # magic, number of rows, end of the pixels
+ABOUT_FILE, INDEX_FILE, PIXELS_FILE = "about.json", "index", "pixels"
+ENTRY = np.dtype(
+    [("place", "<u8"), ("check", "<u8"), ("length", "<u4"), ("height", "<u2"), ("width", "<u2"), ("form", "<u8")]
+)
+RAW, JPEG = 1, 2
+ON_DISK = fcntl is not None and hasattr(os, "pread")  # what this operating system offers
+IN_MEMORY = ON_DISK and hasattr(os, "memfd_create")
+Stamp = tuple[int, int, int]
+UNFINISHED = ".hf_fasttrain-new-"  # how the name of a folder begins in which a cache is being made
+
+
+@dataclass
+class Kept:
+    """Pixels on their way into the cache."""
+
+    row: int
+    stamp: Stamp
+    pixels: Pixels
+    stored: bytes | None = None  # as a JPEG, where that is what is kept
+
+
+class PixelCache:
+    """The kept pixels of a data set's rows; opened by `open_cache`.
+
+    `read` gives what is there, `add` keeps more of it until `budget` bytes are used. After the first failure to
+    write `trouble` says why and nothing more is added.
+    """
+
+    def __init__(self, index: str, pixels: str, num_rows: int, budget: int) -> None:
+        self.index_path, self.pixels_path, self.num_rows, self.budget = index, pixels, num_rows, budget
+        self.trouble: str | None = None
+        self.held: _Held | None = None  # a cache in memory lives as long as this
+        self._files: tuple[int, int] | None = None
+        self._held_open: _Held | None = None
+        self._owner = 0
+        self._index = np.zeros(0, ENTRY)
+        self._trusted = np.zeros(0, np.uint64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        closed = PixelCache(self.index_path, self.pixels_path, self.num_rows, self.budget)
+        return {**closed.__dict__, "trouble": self.trouble}
+
+    def _open(self) -> tuple[int, int]:
+        """Return the descriptors of index and pixels, opened by this very process: record locks are a process's."""
+        if self._files is None or self._owner != os.getpid():
+            entries = np.memmap(self.index_path, ENTRY, "r", offset=HEADER_BYTES, shape=(self.num_rows,))
+            flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+            index_file = os.open(self.index_path, flags)
+            try:
+                self._files = index_file, os.open(self.pixels_path, flags)
+            except OSError:
+                os.close(index_file)
+                raise
+            self._owner, self._held_open = os.getpid(), _Held(*self._files)
+            self._index = entries.view(np.ndarray)
+            self._trusted = np.zeros(self.num_rows, np.uint64)  # checksums that this process has seen to be right
+        return self._files
+
+    def read(self, rows: np.ndarray, stamp_of: Callable[[int], Stamp]) -> Iterator[Pixels | None]:
+        """Yield the pixels (H, W, 3) of each row, None for what is not kept; `stamp_of` returns a row's stamp."""
+        try:
+            pixels_file = self._open()[1]
+        except (OSError, ValueError) as error:  # it was deleted or cut before this process came to it
+            self._files, self.trouble = None, f"can't be opened: {error}"
+            yield from [None] * len(rows)
+            return
+        entries = self._index[rows]
+        trusted = (entries["check"] == self._trusted[rows]).tolist()
+        columns = (entries[name].tolist() for name in ENTRY.names or ())
+        for row, known, place, check, length, height, width, form in zip(rows.tolist(), trusted, *columns, strict=True):
+            if not length:
+                yield None
+                continue
+            data = _pread(pixels_file, length, place)
+            if len(data) != length:
+                yield None
+                continue
+            if not known:
+                if check != checksum(data, row, place, form, height, width, stamp_of(row)):
+                    yield None
+                    continue
+                self._trusted[row] = check
+            yield np.frombuffer(data, np.uint8).reshape(height, width, 3) if form == RAW else decode(data)
+
+    def add(self, kept: Sequence[Kept]) -> None:
+        """Keep the pixels, as far as the budget goes."""
+        if self.trouble is not None or not kept:
+            return
+        try:
+            self._add(kept)
+        except OSError as error:
+            self.trouble = f"can't write to it: {error.strerror}"
+
+    def _add(self, kept: Sequence[Kept]) -> None:
+        index_file, pixels_file = self._open()
+        data = [item.pixels.tobytes() if item.stored is None else item.stored for item in kept]
+        place, room = self._reserve(index_file, sum(map(len, data)))
+        for item, piece in zip(kept, data, strict=True):
+            height, width = item.pixels.shape[:2]
+            if len(piece) > room:
+                self.trouble = f"its {format_bytes(self.budget)} are full (data.cache_gb, hf-fasttrain cache clean)"
+                return
+            if height > 0xFFFF or width > 0xFFFF:
+                continue
+            _write(pixels_file, piece, place)
+            form = RAW if item.stored is None else JPEG
+            check = checksum(piece, item.row, place, form, height, width, item.stamp)
+            entry = np.array([(place, check, len(piece), height, width, form)], ENTRY)
+            _write(index_file, entry.tobytes(), HEADER_BYTES + item.row * ENTRY.itemsize)
+            place, room = place + len(piece), room - len(piece)
+
+    def _reserve(self, index_file: int, size: int) -> tuple[int, int]:
+        """Return where `size` bytes may be written, and how many of them really."""
+        with _locked(index_file):
+            end = int.from_bytes(os.pread(index_file, 8, 16), "little")
+            room = min(size, max(0, self.budget - end))
+            _write(index_file, (end + room).to_bytes(8, "little"), 16)
+        return end, room
+
+    def used_bytes(self) -> int:
+        """Return how many bytes of pixels have been kept, or given up."""
+        return int.from_bytes(os.pread(self._open()[0], 8, 16), "little")
+
+
+def checksum(data: bytes, row: int, place: int, form: int, height: int, width: int, stamp: Stamp) -> int:
+    """Return 64 bits over the pixels and everything that they belong to."""
+    seed = xxhash.xxh3_64_intdigest(np.array([row, place, form, height, width, *stamp], np.int64).tobytes())
+    return xxhash.xxh3_64_intdigest(data, seed)
+
+
+def _pread(file: int, length: int, place: int) -> bytes:
+    """Return what is at a place, less if there is less; nothing for a place that can't be."""
+    try:
+        return os.pread(file, length, place)
+    except (OSError, OverflowError):
+        return b""
+
+
+def _write(file: int, data: bytes, place: int) -> None:
+    """Write everything; a full disk may take a part of it without an error."""
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(file, view, place)
+        view, place = view[done:], place + done
+
+
+@contextmanager
+def _locked(file: int) -> Any:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def cache_key(content: dict[str, Any]) -> str:
+    """Return a short name for everything that decides the kept pixels."""
+    text = json.dumps({**content, "format": FORMAT}, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def open_cache(folder: Path, num_rows: int, budget: int, about: dict[str, Any]) -> PixelCache:
+    """Return the cache in `folder`, made if it is not there; several processes may do so at once.
+
+    What is there and not understood is replaced. Raises DataError if the folder can't be written to.
+    """
+    if not ON_DISK:
+        raise DataError("data.cache=disk needs Linux or macOS; use none")
+    try:
+        if not _is_right(folder / INDEX_FILE, num_rows) or not (folder / PIXELS_FILE).exists():
+            _make(folder, num_rows, about)
+        with suppress(FileNotFoundError):
+            os.utime(folder / ABOUT_FILE)  # last use
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir {folder.parent}: can't be written: {error.strerror}; choose another, or data.cache=none"
+        ) from None
+    return PixelCache(str(folder / INDEX_FILE), str(folder / PIXELS_FILE), num_rows, budget)
+
+
+def _is_right(index: Path, num_rows: int) -> bool:
+    try:
+        with index.open("rb") as file:
+            head = file.read(HEADER_BYTES)
+        size = index.stat().st_size
+    except OSError:
+        return False
+    return head[:16] == MAGIC + num_rows.to_bytes(8, "little") and size == _index_bytes(num_rows)
+
+
+def _index_bytes(num_rows: int) -> int:
+    return HEADER_BYTES + num_rows * ENTRY.itemsize
+
+
+def _fill_header(file: int, num_rows: int) -> None:
+    _write(file, MAGIC + num_rows.to_bytes(8, "little"), 0)
+    # Zeros that are really there: reading a memory-mapped hole of a disk that has filled up would kill the process.
+    blank = bytes(1 << 20)
+    for place in range(24, _index_bytes(num_rows), len(blank)):
+        _write(file, blank[: _index_bytes(num_rows) - place], place)
+
+
+def _make(folder: Path, num_rows: int, about: dict[str, Any]) -> None:
+    """Make an empty cache beside its place and rename it there; whoever comes second uses the first one's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f"{UNFINISHED}{uuid.uuid4().hex}"  # not by mkdtemp: others may read a shared cache
+    partial.mkdir()
+    try:
+        file = os.open(partial / INDEX_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _fill_header(file, num_rows)
+        finally:
+            os.close(file)
+        (partial / PIXELS_FILE).touch()
+        facts = {**about, "format": FORMAT, "num_rows": num_rows, "made": time.strftime("%Y-%m-%d %H:%M:%S")}
+        (partial / ABOUT_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        if folder.exists() and not _is_right(folder / INDEX_FILE, num_rows):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileExistsError, NotADirectoryError):
+            partial.rename(folder)
+    except OSError as error:
+        if not _is_right(folder / INDEX_FILE, num_rows):
+            raise error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def memory_cache(num_rows: int, budget: int) -> PixelCache:
+    """Return a cache in memory that any process of this user may open by its path; it ends with this process.
+
+    Linux only (memfd): unlike /dev/shm it has no size limit of its own in containers, and a killed process leaves
+    nothing behind. Raises DataError elsewhere.
+    """
+    if not IN_MEMORY:
+        raise DataError("data.cache=memory needs Linux; use disk or none")
+    index, pixels = os.memfd_create("hf_fasttrain-index"), os.memfd_create("hf_fasttrain-pixels")
+    _fill_header(index, num_rows)
+    folder = f"/proc/{os.getpid()}/fd"
+    cache = PixelCache(f"{folder}/{index}", f"{folder}/{pixels}", num_rows, budget)
+    cache.held = _Held(index, pixels)
+    return cache
+
+
+class _Held:
+    """Keeps file descriptors open as long as it lives, and closes them in the process that opened them."""
+
+    def __init__(self, *files: int) -> None:
+        self.files, self.owner = files, os.getpid()
+
+    def __del__(self) -> None:
+        if self.owner == os.getpid():
+            for file in self.files:
+                os.close(file)
+
+
+# --- what is on disk -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One cache on disk, as `hf-fasttrain cache` lists it."""
+
+    path: Path
+    num_bytes: int  # on disk
+    last_used: float  # seconds since 1970
+    about: dict[str, Any]
+
+    @property
+    def dataset(self) -> str:
+        """Data set and split, as far as known."""
+        if not self.about:
+            return "half-made"
+        return f"{self.about.get('dataset')} ({self.about.get('split')}, {self.about.get('num_rows', 0):,} images)"
+
+    @property
+    def settings(self) -> str:
+        """What was done to the images, in a few words."""
+        center = self.about.get("center") or {}
+        cut = f"{center.get('crop_mode')} cut to {center.get('image_size')} px" if center else None
+        short = self.about.get("short_side")
+        quality = self.about.get("stored_quality")
+        words = (f"short side {short}" if short else None, cut, f"JPEG quality {quality}" if quality else None)
+        return ", ".join(word for word in words if word) or "whole images"
+
+    @property
+    def last_used_text(self) -> str:
+        """When it was used last."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.last_used))
+
+
+def default_cache_dir() -> Path:
+    """Return where kept pixels are by default: $HF_FASTTRAIN_CACHE, else in the user's cache folder."""
+    named = os.environ.get("HF_FASTTRAIN_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hf_fasttrain" / "pixels"
+
+
+def list_caches(folder: Path) -> list[CacheEntry]:
+    """Return the caches in a folder, the last used first; half-made ones and those of other versions too."""
+    entries = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        about: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
+        is_cache = isinstance(about, dict) and {"format", "num_rows"} <= about.keys()
+        if not (is_cache or (path.is_dir() and path.name.startswith(UNFINISHED))):
+            continue
+        files = [file.stat() for file in path.iterdir()]
+        used = max((file.st_mtime for file in files), default=0.0)
+        entries.append(CacheEntry(path, sum(file.st_blocks * 512 for file in files), used, about))
+    return sorted(entries, key=lambda entry: -entry.last_used)
+
+
+def chosen_caches(folder: Path, names: Sequence[str], everything: bool, unused_days: float | None) -> list[CacheEntry]:
+    """Return the caches to delete; DataError if none is named, or a name is not there."""
+    entries = list_caches(folder)
+    if not names and not everything and unused_days is None:
+        raise DataError("nothing chosen: give names as `hf-fasttrain cache` lists them, --unused-days or --all")
+    known = [entry.path.name for entry in entries]
+    for name in names:
+        if name not in known:
+            raise DataError(f"no cache '{name}' in {folder}; there are {shortened(known) or 'none'}")
+    since = time.time() - (unused_days or 0) * 86400
+    chosen = [entry for entry in entries if not names or entry.path.name in names]
+    return [entry for entry in chosen if unused_days is None or entry.last_used <= since]
+
+
+def remove_cache(entry: CacheEntry) -> None:
+    """Delete a cache; a run that has it open goes on with what it has open. DataError if it can't be deleted."""
+    try:
+        shutil.rmtree(entry.path)
+    except OSError as error:
+        raise DataError(f"{entry.path}: can't be deleted: {error.strerror}; delete it by hand") from None

@@ -1,0 +1,62 @@
+"""What happens to an image once, whatever the epoch: the pixels that may be kept."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_fasttrain.data.pixels.augment import EvalTransform
+from hf_fasttrain.data.pixels.decode import Pixels, decode, encode_jpeg, read_pixels
+from hf_fasttrain.data.pixels.resize import resize_short_side, size_with_short_side
+
+PIXELS_VERSION = 2  # raised whenever the same image and settings give other pixels, or none
+PIXEL_MAKERS = ("pillow", "simplejpeg", "torch")  # another version of these may too
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Decode, bring the short side to `short_side`, cut the centre as `center` does, store as a JPEG; each if asked.
+
+    What comes out depends on the image and these settings only, so it is the same whether it is kept or made anew.
+    """
+
+    short_side: int | None = None
+    interpolation: str = "bilinear"
+    center: EvalTransform | None = None
+    stored_quality: int | None = None
+    reduced_decode: bool = False
+    pillow: bool = False  # decode JPEGs by Pillow: the same pixels
+
+    def encoded(self, record: Any) -> tuple[Pixels, bytes | None]:
+        """Return the pixels (H, W, 3) of a record and, with `stored_quality`, the JPEG that they were stored as.
+
+        Raises DataError for an image that can't be decoded.
+        """
+        pixels = read_pixels(record, at_least=self.short_side if self.reduced_decode else None, pillow=self.pillow)
+        if self.short_side is not None:
+            pixels = resize_short_side(pixels, self.short_side, self.interpolation)
+        if self.center is not None:
+            pixels = self.center(pixels)
+        if self.stored_quality is None:
+            return pixels, None
+        stored = encode_jpeg(pixels, self.stored_quality)
+        return decode(stored, pillow=self.pillow), stored
+
+    def __call__(self, record: Any) -> Pixels:
+        """Return the pixels (H, W, 3) uint8 of a record."""
+        return self.encoded(record)[0]
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) that an image of this size will have."""
+        if self.center is not None:
+            return self.center.image_size, self.center.image_size
+        if self.short_side is not None and min(width, height) > self.short_side:
+            return size_with_short_side(width, height, self.short_side)
+        return width, height
+
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the pixels."""
+        versions = {package: importlib.metadata.version(package) for package in PIXEL_MAKERS}
+        settings = {name: value for name, value in asdict(self).items() if name != "pillow"}
+        return {**settings, "pixels_version": PIXELS_VERSION, "versions": versions}

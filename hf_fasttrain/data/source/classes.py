@@ -1,0 +1,90 @@
+"""Labels matched to class names by what they mean: "007" and 7, 1.0 and 1, True and "true" are the same class."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+
+from hf_fasttrain.utils.errors import shortened
+
+_NUMBER = re.compile(r"[+-]?\d{1,25}(\.\d{1,25})?(e[+-]?\d{1,2})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class NameMatch:
+    """Which class each label is."""
+
+    numbers: dict[str, int]  # label -> index of its class
+    unknown: list[str]  # labels that are no class, or that could be several
+    renamed: dict[str, str]  # label -> name of its class, where they are written differently
+
+    def describe(self) -> str:
+        """Return what is written differently, in words."""
+        return shortened((f"{label!r} is {name!r}" for label, name in self.renamed.items()), 6)
+
+
+def match_names(labels: Iterable[str], class_names: Sequence[str]) -> NameMatch:
+    """Return which of `class_names` each label is: the same text, else the only one with the same meaning.
+
+    Two labels that would be the same class are both unknown, but for one with exactly the name of the class.
+    """
+    found = list(dict.fromkeys(labels))
+    exact = {name: number for number, name in enumerate(class_names)}
+    numbers = {label: exact[label] for label in found if label in exact}
+    for key in (_meaning, _meaning_of_flag):
+        left = [label for label in found if label not in numbers]
+        if left:
+            known = _unique(class_names, key)
+            taken = set(numbers.values())
+            new = {label: known[key(label)] for label in left if key(label) in known}
+            times = Counter(new.values())
+            numbers |= {label: number for label, number in new.items() if number not in taken and times[number] == 1}
+    unknown = [label for label in found if label not in numbers]
+    renamed = {label: class_names[n] for label, n in numbers.items() if class_names[n] != label}
+    return NameMatch(numbers, unknown, renamed)
+
+
+def _unique(names: Sequence[str], key: Callable[[str], str]) -> dict[str, int]:
+    """Return the index of each name by its key, without names that share one."""
+    keys = [key(name) for name in names]
+    last = {value: number for number, value in enumerate(keys)}
+    shared = {value for number, value in enumerate(keys) if last[value] != number}
+    return {value: number for value, number in last.items() if value not in shared}
+
+
+def _meaning(name: str) -> str:
+    """Return a text that is the same for names that differ in form only: spaces, case, accents' encoding, digits."""
+    text = unicodedata.normalize("NFC", name.strip()).casefold()
+    if not _NUMBER.fullmatch(text):
+        return text
+    digits = f"{Decimal(text):f}"
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return "0" if digits in ("-0", "0") else digits
+
+
+def _meaning_of_flag(name: str) -> str:
+    """Return the same with true and false as the numbers 1 and 0."""
+    text = _meaning(name)
+    return {"true": "1", "false": "0"}.get(text, text)
+
+
+def names_alike(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of names that differ in form only, such as cat and Cat, 7 and 007."""
+    first: dict[str, str] = {}
+    found = [(first.setdefault(_meaning(name), name), name) for name in names]
+    return [pair for pair in found if pair[0] != pair[1]]
+
+
+def names_without_images(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """Return the classes that no image has; `labels` are (N,) numbers, or (N, K) of 0 and 1."""
+    if labels.ndim == 1:
+        counts = np.bincount(labels, minlength=len(class_names))
+    else:
+        counts = labels.sum(axis=0)
+    return [class_names[number] for number in np.flatnonzero(counts == 0).tolist()]

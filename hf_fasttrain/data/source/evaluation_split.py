@@ -1,0 +1,111 @@
+"""The split that a trained model is measured on, its labels in the model's numbering."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hf_fasttrain.data.source.classes import match_names, names_without_images
+from hf_fasttrain.data.source.columns import find_columns
+from hf_fasttrain.data.source.dataset import (
+    EVAL_NAMES,
+    TRAIN_NAMES,
+    Split,
+    image_records,
+    note_on_test_split,
+    open_splits,
+    require_split,
+)
+from hf_fasttrain.data.source.labels import read_labels, renumbered
+from hf_fasttrain.utils.errors import DataError, shortened
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A split to measure, and what should be said about it."""
+
+    split: Split
+    class_names: list[str]  # of the split's labels
+    notes: list[str]
+
+
+def load_measured(
+    dataset: Any,
+    *,
+    multi_label: bool,
+    config: str | None = None,
+    revision: str | None = None,
+    split: str | None = None,
+    preferred_split: str = "auto",
+    image_column: str = "auto",
+    label_column: str = "auto",
+    required_columns: Collection[str] = (),
+) -> Measured:
+    """Return one split of a data set that nothing was trained on, whole.
+
+    `split` if it is given, else `preferred_split` if it is there, else the validation split, the only one, or train.
+    Column names that are neither there nor in `required_columns` count as auto. Class folders may be empty. Raises
+    DataError as `load_source` does.
+    """
+    splits = open_splits(dataset, config=config, revision=revision, empty_classes=True)
+    name = _choose(splits, split, preferred_split, dataset)
+    features, where = splits[name].features, f"{dataset}, split '{name}'"
+    wishes = [wish if wish in {*features, *required_columns} else "auto" for wish in (image_column, label_column)]
+    columns = find_columns(splits[name], *wishes, where=where)
+    read = read_labels(
+        {name: splits[name]}, columns.label, where=str(dataset), train=name, multi_label=multi_label, trains=False
+    )
+    images = image_records(splits[name], columns.image)
+    if not len(images):
+        raise DataError(f"{where} has no images")
+    notes = note_on_test_split(splits, {name}, str(dataset), "--split {} measures it")
+    return Measured(Split(name, images, read.labels[name]), read.class_names, [*read.notes, *notes])
+
+
+def _choose(splits: Mapping[str, Any], wish: str | None, preferred: str, where: Any) -> str:
+    if wish is not None:
+        return require_split(splits, wish, "--split", where)
+    if preferred in splits:
+        return preferred
+    if len(splits) == 1:
+        return next(iter(splits))
+    found = next((name for name in (*EVAL_NAMES, *TRAIN_NAMES) if name in splits), None)
+    if found is None:
+        raise DataError(f"{where} has several splits; name one of {shortened(splits)} by --split")
+    return found
+
+
+def with_model_classes(measured: Measured, model_classes: Sequence[str], where: str) -> Measured:
+    """Return the split with labels that are numbers of the model's classes, matched by name.
+
+    Raises DataError if images have a class that the model does not know; classes without images are noted.
+    """
+    names, labels = measured.class_names, measured.split.labels
+    absent = set(names_without_images(labels, names))
+    used = [name for name in names if name not in absent]
+    matched = match_names(used, model_classes)
+    if matched.unknown:
+        raise DataError(
+            f"{where}: its classes ({shortened(names)}) are not the model's ({shortened(model_classes)}): "
+            f"{shortened(matched.unknown, 6)} can't be matched; evaluate on data with the same classes"
+        )
+    numbers = {number: matched.numbers[name] for number, name in enumerate(names) if name in matched.numbers}
+    moved = renumbered(labels, numbers, len(model_classes))
+    notes = list(measured.notes)
+    if matched.renamed:
+        notes.append(f"{where}: classes are matched to the model's: {matched.describe()}")
+    missing = names_without_images(moved, model_classes)
+    if missing:
+        notes.append(_note_on_missing(missing, len(model_classes), f"{where}, split '{measured.split.name}'", moved))
+    return Measured(replace(measured.split, labels=moved), list(model_classes), notes)
+
+
+def _note_on_missing(missing: list[str], num_classes: int, where: str, labels: np.ndarray) -> str:
+    counted = "every class that occurs or is predicted" if labels.ndim == 1 else "all of the model's classes"
+    return (
+        f"{where}: has no image of {shortened(missing, 6)}, {len(missing)} of the model's {num_classes} classes; it is "
+        f"measured with the others (f1_macro is the mean over {counted})"
+    )

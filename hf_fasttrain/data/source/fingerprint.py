@@ -1,0 +1,42 @@
+"""What tells a data set from another: its labels in their order, and the bytes of a sample of its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from hf_fasttrain.data.source.dataset import Source, Split
+
+SAMPLED = 16  # images of each split whose bytes are read
+
+
+def fingerprint(source: Source) -> str:
+    """Return a short text that is the same for the same data, wherever it lies: sizes and a hash.
+
+    Counted are the class names and, of the training and the evaluation split, every label, which rows of the data set
+    belong to it, and the encoded bytes of SAMPLED images spread over it. An exchanged image may go unseen.
+    """
+    hashed = xxhash.xxh3_64()
+    hashed.update("\0".join(source.class_names).encode())
+    for split in (source.train, source.evaluation):
+        _add(hashed, split)
+    images = f"{len(source.train):,} + {len(source.evaluation):,} images"
+    return f"{images}, {len(source.class_names)} classes, {hashed.hexdigest()}"
+
+
+def _add(hashed: xxhash.xxh3_64, split: Split) -> None:
+    hashed.update(np.ascontiguousarray(split.labels).tobytes())
+    if split.rows is not None:
+        hashed.update(np.ascontiguousarray(split.rows).tobytes())
+    sampled = np.unique(np.linspace(0, len(split) - 1, SAMPLED, dtype=np.int64))
+    for record in split.records(sampled):
+        hashed.update(b"image")
+        if record["bytes"] is not None:
+            hashed.update(bytes(record["bytes"]))
+        elif record["path"] is not None:
+            try:
+                hashed.update(Path(record["path"]).read_bytes())
+            except OSError:
+                hashed.update(b"unreadable")  # a bad image, which another will stand in for

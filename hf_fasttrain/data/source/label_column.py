@@ -1,0 +1,173 @@
+"""A label column by its distinct values, with the first row that is wrong named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_fasttrain.data.source.columns import element_of
+from hf_fasttrain.utils.errors import DataError, shortened, shown
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """The labels of a split: distinct values, and which of them each row has."""
+
+    place: str  # for messages
+    values: list[Any]  # distinct: all int, all bool or all str
+    codes: np.ndarray  # (M,) int64 into `values`: of the rows, or of the entries of all rows' lists
+    lengths: np.ndarray | None  # (N,) entries of each row's list; None: no lists
+    names: list[str] | None  # of a ClassLabel, whose values are numbers into it
+
+    def __len__(self) -> int:
+        return len(self.codes) if self.lengths is None else len(self.lengths)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a row has a list of labels."""
+        return self.lengths is not None
+
+    @property
+    def texts(self) -> list[str]:
+        """The class name that each distinct value stands for."""
+        if self.names is not None:
+            return [self.names[value] for value in self.values]
+        return [str(value) for value in self.values]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(M,) the row of each entry of `codes`."""
+        return np.arange(len(self)) if self.lengths is None else np.repeat(np.arange(len(self)), self.lengths)
+
+    def row_of(self, value: int) -> int:
+        """Return the first row that has a value, by its index in `values`."""
+        return int(self.rows[np.argmax(self.codes == value)])
+
+    def count_in(self, row: int) -> int:
+        """Return the number of labels of a row."""
+        return 1 if self.lengths is None else int(self.lengths[row])
+
+    @property
+    def row_without_one(self) -> int | None:
+        """The first row that has no label or several."""
+        if self.lengths is None or (self.lengths == 1).all():
+            return None
+        return int(np.argmax(self.lengths != 1))
+
+    @property
+    def has_one_each(self) -> bool:
+        """Whether every row has exactly one label."""
+        return self.row_without_one is None
+
+    def require_one_each(self) -> None:
+        """Raise DataError for a row that has no label or several."""
+        row = self.row_without_one
+        if row is not None:
+            raise DataError(
+                f"{self.place}: row {row} has {self.count_in(row)} labels, where one for each image is needed; take "
+                "such rows out, or train on the lists with data.multi_label=true"
+            )
+
+
+def read_column(dataset: Any, column: str, place: str) -> LabelColumn:
+    """Return the label column of an HF dataset.
+
+    Raises DataError with the row for labels that are missing or out of a ClassLabel's range, and for labels that
+    are neither integers, texts nor flags. Floats that are whole numbers are integers: a column with missing values
+    becomes one of floats in pandas.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = dataset.select_columns([column]).with_format("arrow")[:]
+    array = table[column].combine_chunks()
+    if isinstance(array, pa.ExtensionArray):  # datasets' Array2D and others
+        array = array.storage
+    _require_none_missing(array, place, None)
+    lengths = None
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
+        array = array.flatten()
+        _require_none_missing(array, place, lengths)
+    names = getattr(element_of(dataset.features[column]), "names", None)
+    values, codes = _distinct(array, place)
+    read = LabelColumn(place, values, codes, lengths, None if names is None else list(names))
+    return _checked(read)
+
+
+def _require_none_missing(array: Any, place: str, lengths: np.ndarray | None) -> None:
+    if not array.null_count:
+        return
+    entry = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
+    row = entry if lengths is None else int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
+    raise _missing(row, place)
+
+
+def _missing(row: int, place: str) -> DataError:
+    return DataError(f"{place}: row {row} has no label; take such rows out")
+
+
+def _distinct(array: Any, place: str) -> tuple[list[Any], np.ndarray]:
+    """Return the distinct values of an Arrow array, and for each entry the index of its value."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        array = array.dictionary_decode()
+    elif pa.types.is_float16(kind):
+        array = array.cast(pa.float32())
+    elif pa.types.is_nested(kind):
+        raise _no_class(array[:3].to_pylist(), place)
+    encoded = array.dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _no_class(values: Sequence[Any], place: str) -> DataError:
+    return DataError(f"{place}: labels must be integers or texts; got {shortened(map(shown, values), 3)}")
+
+
+def _checked(read: LabelColumn) -> LabelColumn:
+    """Return the column with whole floats as integers. Raises DataError for values that are no classes."""
+    values = read.values
+    for index, value in enumerate(values):
+        if value != value or (isinstance(value, str) and not value.strip()):  # nan, and empty cells
+            raise _missing(read.row_of(index), read.place)
+    if values and all(isinstance(value, float) and value.is_integer() and abs(value) < 2**53 for value in values):
+        values = [int(value) for value in values]
+    if not (all(isinstance(value, int) for value in values) or all(isinstance(value, str) for value in values)):
+        raise _no_class(values, read.place)
+    for index, value in enumerate(values if read.names is not None else ()):
+        if not 0 <= value < len(read.names or ()):
+            unlabelled = ", which stands for no label; take such rows out" if value == -1 else ""
+            raise DataError(
+                f"{read.place}: row {read.row_of(index)} has label {value!r}{unlabelled}; allowed are 0 to "
+                f"{len(read.names or ()) - 1} ({shortened(read.names or (), 6)})"
+            )
+    return LabelColumn(read.place, values, read.codes, read.lengths, read.names)
+
+
+# --- one-hot vectors ---------------------------------------------------------------------------------------
+
+
+def are_vectors(columns: Sequence[LabelColumn]) -> bool:
+    """Return whether lists are 0/1 vectors: all of one length from 2 on, with no values but 0 and 1.
+
+    As lists of classes they would name one twice, or give every image both of two classes.
+    """
+    lists = [read for read in columns if read.is_list]
+    lengths = {int(length) for read in lists if read.lengths is not None for length in np.unique(read.lengths)}
+    plain = all(read.names is None and {*read.values} <= {0, 1} for read in lists)
+    return plain and len(lengths) == 1 and lengths.pop() >= 2
+
+
+def vector_classes(read: LabelColumn) -> LabelColumn:
+    """Return a column of 0/1 vectors as lists of class numbers, with a class for each place."""
+    assert read.lengths is not None
+    width = int(read.lengths[0]) if len(read) else 0
+    hot = np.array([bool(value) for value in read.values], dtype=bool)[read.codes].reshape(len(read), width)
+    return LabelColumn(
+        read.place, list(range(width)), np.nonzero(hot)[1], hot.sum(1).astype(np.int64), [str(i) for i in range(width)]
+    )

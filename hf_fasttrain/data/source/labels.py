@@ -1,0 +1,200 @@
+"""Label columns to class numbers: integers, texts, flags, class labels, lists of them and one-hot vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hf_fasttrain.data.source.classes import match_names, names_alike
+from hf_fasttrain.data.source.label_column import LabelColumn, are_vectors, read_column, vector_classes
+from hf_fasttrain.utils.errors import DataError, shortened
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of several splits in one numbering."""
+
+    labels: dict[str, np.ndarray]  # split -> (N,) int64, or (N, K) float32 of 0 and 1
+    class_names: list[str]
+    multi_label: bool
+    notes: list[str] = field(default_factory=list)  # what was decided that a user might not expect
+
+
+def read_labels(
+    splits: Mapping[str, Any],
+    column: str,
+    *,
+    where: str,
+    train: str,
+    multi_label: bool | None = None,
+    trains: bool = True,
+) -> Labels:
+    """Return the labels of all splits, numbered alike, with class names from the split `train`.
+
+    Lists with exactly one class in every row of every split, 0/1 vectors among them, are one class for each image,
+    other lists are multi-label; `multi_label` decides it otherwise. Labels of other splits are matched to the
+    classes by meaning. Raises DataError for labels that are missing, out of range or of no class of `train`, and,
+    if the data `trains` a model, for fewer than two classes.
+    """
+    places = {name: f"{where}, split '{name}', column '{column}'" for name in splits}
+    columns = {name: read_column(dataset, column, places[name]) for name, dataset in splits.items()}
+    notes: list[str] = []
+    vectors = are_vectors(list(columns.values()))
+    if vectors:
+        columns = {name: vector_classes(read) if read.is_list else read for name, read in columns.items()}
+    several = _resolve_multi_label(columns, train, multi_label, vectors=vectors, notes=notes)
+    names = _class_names(columns[train])
+    if trains:
+        _require_classes(columns[train], names, where)
+        notes += _notes_on_names(columns[train], names)
+    labels = {}
+    for name, read in columns.items():
+        lookup = _lookup(read, columns[train], names, train, notes)
+        labels[name] = _hot(read, lookup, len(names)) if several else lookup[read.codes]
+    if several and trains:
+        _require_differences(labels[train], names, places[train])
+    return Labels(labels, names, several, notes)
+
+
+def _resolve_multi_label(
+    columns: Mapping[str, LabelColumn], train: str, wish: bool | None, *, vectors: bool, notes: list[str]
+) -> bool:
+    """Return whether an image may have several classes, and note what was decided for lists."""
+    own = columns[train]
+    one_each = all(read.has_one_each for read in columns.values())
+    several = own.is_list and not one_each if wish is None else wish
+    if not several:
+        for read in columns.values():
+            read.require_one_each()
+    kind = "0/1 vectors" if vectors else "lists"
+    if wish is None and own.is_list and one_each:
+        notes.append(
+            f"{own.place}: {kind} with exactly one class in every row: each image has one class; "
+            "data.multi_label=true trains them as multi-label"
+        )
+    elif wish is None and vectors:
+        read, row = next((read, row) for read in columns.values() if (row := read.row_without_one) is not None)
+        notes.append(f"{read.place}: 0/1 vectors with {read.count_in(row)} classes in row {row}: read as multi-label")
+    return several
+
+
+def _class_names(train: LabelColumn) -> list[str]:
+    """Return the names of a ClassLabel, else the values in their order.
+
+    Integers that count from 0 on, half of them or more there, are numbers of classes: one in between that no image has
+    is a class without images. Others are names.
+    """
+    if train.names is not None:
+        return list(train.names)
+    values = sorted(set(train.values))
+    if _are_integers(train) and values and values[0] == 0 and 2 * len(values) > values[-1]:
+        values = list(range(values[-1] + 1))
+    return [str(value) for value in values]
+
+
+def _are_integers(train: LabelColumn) -> bool:
+    return train.names is None and all(type(value) is int for value in train.values)
+
+
+def _require_classes(train: LabelColumn, names: Sequence[str], where: str) -> None:
+    """Raise DataError for a training split from which no classifier can be learnt."""
+    if len(names) < 2:
+        raise DataError(f"{where}: only one class ({shortened(names)}); a classifier needs at least two")
+    integers = [value for value in train.values if train.names is None and not isinstance(value, str)]
+    if integers and max(integers) > 10 * len(train) + 1000 and 2 * len(integers) > len(train):
+        raise DataError(f"{where}: labels up to {max(integers)} look like ids, not classes; name data.label_column")
+
+
+def _require_differences(hot: np.ndarray, names: Sequence[str], place: str) -> None:
+    """Raise DataError if (N, K) labels give every class to every image, as misread vectors of two classes would."""
+    if len(hot) and hot.all():
+        raise DataError(
+            f"{place}: every image has every class ({shortened(names)}), so there is nothing to learn; give lists of "
+            "the classes that an image has, or name data.label_column"
+        )
+
+
+def _notes_on_names(train: LabelColumn, names: Sequence[str]) -> list[str]:
+    """Return what should be said about class names: integers that are not simply 0, 1, 2, ..., and names alike."""
+    notes = []
+    if _are_integers(train) and names != [str(number) for number in range(len(names))]:
+        negative = min(train.values, default=0) < 0
+        notes.append(
+            f"integer labels with gaps: {shortened(names, 6)} are {len(names)} classes by these names; numbers that no "
+            f"image has are no classes ({train.place})"
+            + ("; take rows with a negative label out if it stands for no class" if negative else "")
+        )
+    pairs = [f"{first!r} and {second!r}" for first, second in names_alike(names)]
+    if pairs:
+        notes.append(f"{train.place}: {shortened(pairs, 6)} are different classes, though they may mean the same")
+    return notes
+
+
+def _lookup(read: LabelColumn, train: LabelColumn, names: list[str], train_name: str, notes: list[str]) -> np.ndarray:
+    """Return the class number of each distinct value of a column.
+
+    Raises DataError with the first row whose value is none of the classes.
+    """
+    texts = read.texts
+    matched = match_names(texts, names)
+    by_number = _by_number(read, train, names)
+    if by_number is not None and matched.unknown:
+        bare = f"split '{train_name}'" if read.names is not None else "this split"
+        notes.append(f"{read.place}: labels are matched to split '{train_name}' by number, since {bare} has no names")
+        return np.array(by_number, dtype=np.int64)
+    if by_number is not None and by_number != [matched.numbers[text] for text in texts]:
+        raise DataError(
+            f"{read.place}: its integers ({shortened(texts, 6)}) may be numbers or names of the classes of split "
+            f"'{train_name}' ({shortened(names, 6)}); give both splits the same kind of labels"
+        )
+    if matched.unknown:
+        label = matched.unknown[0]
+        raise DataError(
+            f"{read.place}: row {read.row_of(texts.index(label))} has label {label!r}, which is no class of split "
+            f"'{train_name}', or could be several; its labels are {shortened(texts, 6)}, the classes "
+            f"{shortened(names, 6)}. Give every split the same labels"
+        )
+    if matched.renamed:
+        notes.append(f"{read.place}: labels are matched to the classes of split '{train_name}': {matched.describe()}")
+    return np.array([matched.numbers[text] for text in texts], dtype=np.int64)
+
+
+def _by_number(read: LabelColumn, train: LabelColumn, names: list[str]) -> list[int] | None:
+    """Return class numbers where one of two columns has names for its numbers and the other has integers alone."""
+    named, plain = (train, read) if train.names is not None else (read, train)
+    if named.names is None or plain.names is not None or not all(type(value) is int for value in plain.values):
+        return None
+    if named is train:
+        numbers = [int(value) for value in read.values]
+        return numbers if all(0 <= number < len(names) for number in numbers) else None
+    own = {name: number for number, name in enumerate(names)}
+    texts = [str(value) for value in read.values]
+    return [own[text] for text in texts] if all(text in own for text in texts) else None
+
+
+def _hot(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return (N, K) of 0 and 1. Raises DataError for a row that names a class twice."""
+    hot = np.zeros((len(read), num_classes), dtype=np.float32)
+    hot[read.rows, lookup[read.codes]] = 1.0
+    if read.lengths is not None:
+        twice = np.flatnonzero(hot.sum(1) < read.lengths)
+        if len(twice):
+            raise DataError(
+                f"{read.place}: row {twice[0]} names a class twice; give lists of the classes that an image has, "
+                "such as [0, 3] or ['dog', 'cat'], or 0/1 vectors of one length"
+            )
+    return hot
+
+
+def renumbered(labels: np.ndarray, numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
+    """Return labels (N,) or (N, K) by other class numbers; `numbers` has those that occur."""
+    if labels.ndim == 1:
+        lookup = np.full(max(numbers, default=0) + 1, -1)
+        lookup[list(numbers)] = list(numbers.values())
+        return lookup[labels].astype(np.int64)
+    moved = np.zeros((len(labels), num_classes), dtype=np.float32)
+    moved[:, list(numbers.values())] = labels[:, list(numbers)]
+    return moved

@@ -1,0 +1,319 @@
+"""Every image of a split decoded once: what is corrupt, twice there, unusual or too small, and how much it all is."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hf_fasttrain.data.loading.worker_deaths import Deaths, describe_death
+from hf_fasttrain.data.loading.workers import Workers
+from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, read_pixels
+from hf_fasttrain.data.source.dataset import Split
+from hf_fasttrain.data.source.records import Record
+from hf_fasttrain.utils.errors import DataError, ImageError, LoaderDied, RunError
+from hf_fasttrain.utils.format import format_bytes
+
+CHUNK = 64  # rows that a worker process decodes at a time
+CHUNKS_AHEAD = 2  # that each worker may be ahead
+_ORIENTATION = 0x0112  # EXIF
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that can't be trained on, and why."""
+
+    split: str
+    row: int
+    path: str | None
+    error: str
+
+
+@dataclass(frozen=True)
+class SplitScan:
+    """What was found in a split; the arrays have a row for each image, 0 where it is bad."""
+
+    name: str
+    bad: list[BadImage]
+    hashes: np.ndarray  # (N, 2) uint64, of the encoded bytes
+    widths: np.ndarray  # (N,) int64, of the pixels, after the EXIF rotation
+    heights: np.ndarray
+    encoded_bytes: np.ndarray
+    formats: Counter[str]  # JPEG, PNG, ...
+    modes: Counter[str]  # Pillow's: RGB, L, CMYK, ...
+    unusual: Counter[str]  # CMYK, palette, 16-bit, EXIF rotation, several frames
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, the bad ones too."""
+        return len(self.widths)
+
+    @property
+    def good(self) -> np.ndarray:
+        """Rows of the images that can be decoded."""
+        return np.flatnonzero(self.widths)
+
+    @property
+    def bad_fraction(self) -> float:
+        """Share of the images that can't be decoded."""
+        return len(self.bad) / max(1, self.num_images)
+
+    @property
+    def decoded_bytes(self) -> np.ndarray:
+        """Bytes of each image's RGB pixels."""
+        return self.widths * self.heights * 3
+
+    def num_smaller(self, size: int) -> int:
+        """Return the number of images whose short side is under `size`, which would be enlarged."""
+        return int((np.minimum(self.widths, self.heights)[self.good] < size).sum())
+
+
+# --- one pass over the images ------------------------------------------------------------------------------
+
+
+def scan_split(
+    split: Split,
+    *,
+    workers: int,
+    progress: Callable[[int], None],
+    tell: Callable[[str], None] = lambda text: None,
+) -> SplitScan:
+    """Decode every image of a split in `workers` processes (0: in this one) and return what was found.
+
+    `progress` is told the number of images done, bit by bit. A bad image is found, not raised. `tell` is given a
+    sentence if a worker process dies; LoaderDied if a second one does.
+    """
+    chunks = [np.arange(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
+    scan_rows, deaths = partial(_scan_rows, split), Deaths(tell)
+    pool = Workers(scan_rows, workers, CHUNKS_AHEAD, deaths)
+    parts = []
+    try:
+        for part in pool.answers(chunks) if workers else map(scan_rows, chunks):
+            if isinstance(part, RunError):
+                raise part
+            parts.append(part)
+            progress(part.num_images)
+    except LoaderDied:
+        rows = chunks[len(parts)]  # answers come in order, and the one that is missing was waited for
+        how, remedy = describe_death(deaths.exit_code)
+        raise LoaderDied(
+            f"split '{split.name}': a process that decoded images died, and so did a second one ({how}), at rows "
+            f"{rows[0]} to {rows[-1]}: {remedy}"
+        ) from None
+    return _joined(split.name, parts)
+
+
+def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan | RunError:
+    """Return what was found in rows; RunError, which a process can send, if memory was too short for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow thinks of an image that it does decode
+        try:
+            return _scan_loud_rows(split, rows)
+        except MemoryError as error:
+            return RunError(f"out of memory: {error or 'MemoryError'}; lower data.workers, or take the image out")
+
+
+def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:
+    scan = _empty(split.name, len(rows))
+    for place, (row, record) in enumerate(zip(rows, split.records(rows), strict=True)):
+        try:
+            data = _encoded_bytes(record)
+            pixels = read_pixels({"bytes": data, "path": record["path"]})
+        except DataError as error:
+            reason = error.reason if isinstance(error, ImageError) else str(error)
+            scan.bad.append(BadImage(split.name, int(row), record["path"], reason))
+            continue
+        scan.hashes[place] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
+        scan.heights[place], scan.widths[place] = pixels.shape[:2]
+        scan.encoded_bytes[place] = len(data)
+        form, mode, unusual = _header(data)
+        scan.formats[form] += 1
+        scan.modes[mode] += 1
+        scan.unusual.update(unusual)
+    return scan
+
+
+def _empty(name: str, number: int) -> SplitScan:
+    widths, heights, encoded = np.zeros((3, number), np.int64)
+    hashes = np.zeros((number, 2), np.uint64)
+    return SplitScan(name, [], hashes, widths, heights, encoded, Counter(), Counter(), Counter())
+
+
+def _joined(name: str, parts: Sequence[SplitScan]) -> SplitScan:
+    def array(field: str) -> np.ndarray:
+        return np.concatenate([getattr(part, field) for part in (_empty(name, 0), *parts)])
+
+    def counter(field: str) -> Counter[str]:
+        return sum((getattr(part, field) for part in parts), Counter())
+
+    return SplitScan(
+        name,
+        [bad for part in parts for bad in part.bad],
+        array("hashes"),
+        array("widths"),
+        array("heights"),
+        array("encoded_bytes"),
+        counter("formats"),
+        counter("modes"),
+        counter("unusual"),
+    )
+
+
+def _encoded_bytes(record: Record) -> bytes:
+    """Return an image's encoded bytes, its file read once for hash, header and pixels."""
+    if record["bytes"] is not None:
+        return bytes(record["bytes"])
+    if record["path"] is None:
+        raise DataError("missing (null)")
+    try:
+        return Path(record["path"]).read_bytes()
+    except OSError as error:
+        raise DataError(f"can't be read: {error.strerror}") from None
+
+
+def _header(data: bytes) -> tuple[str, str, list[str]]:
+    """Return format, mode and peculiarities of an encoded image, without decoding it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.format or "unknown", image.mode, _peculiarities(image, data)
+    except DECODING_ERRORS:  # its pixels could be had all the same
+        return "unknown", "unknown", []
+
+
+def _peculiarities(image: Any, data: bytes) -> list[str]:
+    tiles = " ".join(str(tile[3]) for tile in image.tile)  # 16-bit colour has Pillow's mode RGB, only its tiles tell
+    found = {
+        "CMYK": image.mode == "CMYK",
+        "palette": image.mode in ("P", "PA"),
+        "16-bit": ";16" in image.mode or ";16" in tiles,
+        "32-bit": image.mode in ("I", "F") and ";16" not in tiles,
+        "EXIF rotation": _exif(image, data).get(_ORIENTATION, 1) in range(2, 9),
+        "several frames": getattr(image, "is_animated", False),
+    }
+    return [name for name, is_so in found.items() if is_so]
+
+
+def _exif(image: Any, data: bytes) -> Any:
+    if image.format == "PNG" and b"eXIf" not in data:
+        return Image.Image.getexif(image)  # a PNG's own getexif decodes all of it, to look behind the pixels
+    return image.getexif()
+
+
+# --- what follows from it ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Images of one split that are in the train split as well, byte for byte."""
+
+    train: str
+    other: str
+    pairs: np.ndarray  # (number of such images, 2): row in train, row in the other
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images that are there more than once, byte for byte; bad images are left out."""
+
+    within: dict[str, int]  # split -> images that repeat an earlier one of the split
+    overlaps: list[Overlap]  # one for each split but train, with pairs or without
+
+
+def find_duplicates(scans: Sequence[SplitScan]) -> Duplicates:
+    """Return the repeated images within each split, and between the first one (train) and each other."""
+    rows = [scan.good for scan in scans]
+    ids = _numbered([scan.hashes[good] for scan, good in zip(scans, rows, strict=True)])
+    within = {scan.name: len(own) - len(np.unique(own)) for scan, own in zip(scans, ids, strict=True)}
+    train, first = np.unique(ids[0], return_index=True)
+    overlaps = []
+    for scan, own, good in list(zip(scans, ids, rows, strict=True))[1:]:
+        also = np.isin(own, train)
+        partners = rows[0][first[np.searchsorted(train, own[also])]]
+        overlaps.append(Overlap(scans[0].name, scan.name, np.stack([partners, good[also]], axis=1)))
+    return Duplicates(within, overlaps)
+
+
+def _numbered(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return a number for each hash, equal for equal ones, with the same grouping."""
+    joined = np.concatenate(hashes)
+    order = np.lexsort(joined.T)
+    ordered = joined[order]
+    is_new = np.r_[np.zeros(min(1, len(ordered)), bool), (ordered[1:] != ordered[:-1]).any(axis=1)]
+    numbers = np.empty(len(joined), np.int64)
+    numbers[order] = np.cumsum(is_new)
+    return np.split(numbers, np.cumsum([len(group) for group in hashes])[:-1])
+
+
+def image_names(split: Split, rows: np.ndarray) -> list[str]:
+    """Return what images of a split are called: their paths where they have some, else their rows."""
+    records = split.records(rows)
+    return [record["path"] or f"{split.name} row {row}" for row, record in zip(rows, records, strict=True)]
+
+
+@dataclass(frozen=True)
+class ClassBalance:
+    """How many images of a split each class has; with several labels an image counts for each of them."""
+
+    name: str
+    class_names: list[str]
+    counts: np.ndarray  # (number of classes,)
+
+    @property
+    def missing(self) -> list[str]:
+        """The classes that no image shows."""
+        return [self.class_names[number] for number in np.flatnonzero(self.counts == 0)]
+
+    def rarest(self, number: int = 5) -> list[tuple[str, int]]:
+        """Return the classes with the fewest images, and how many; classes without any are left out."""
+        order = np.argsort(self.counts, kind="stable")
+        order = order[self.counts[order] > 0][:number]
+        return [(self.class_names[label], int(self.counts[label])) for label in order]
+
+
+def class_balance(split: Split, class_names: Sequence[str]) -> ClassBalance:
+    """Return the number of images per class of a split."""
+    if split.labels.ndim == 1:
+        counts = np.bincount(split.labels, minlength=len(class_names))
+    else:
+        counts = split.labels.sum(axis=0, dtype=np.float64).round().astype(np.int64)
+    return ClassBalance(split.name, list(class_names), counts)
+
+
+def describe_scan(scan: SplitScan, balance: ClassBalance, duplicates: Duplicates, image_size: int) -> dict[str, str]:
+    """Return what there is to say about a split in words and numbers: what -> found."""
+    return {
+        "images": f"{scan.num_images:,}",
+        "corrupt": f"{len(scan.bad):,}",
+        "copies of others in the split": f"{duplicates.within[scan.name]:,}",
+        "width: least, median, most": _spread(scan.widths[scan.good]),
+        "height: least, median, most": _spread(scan.heights[scan.good]),
+        f"short side under {image_size}, enlarged": f"{scan.num_smaller(image_size):,}",
+        "formats": _listed(scan.formats.most_common()),
+        "unusual": _listed(scan.unusual.most_common()),
+        "encoded: mean, total": _amounts(scan.encoded_bytes[scan.good]),
+        "decoded (RGB): mean, total": _amounts(scan.decoded_bytes[scan.good]),
+        "images per class: least, median, most": _spread(balance.counts),
+        "rarest classes": _listed(balance.rarest()),
+        "classes without images": f"{len(balance.missing):,}",
+    }
+
+
+def _listed(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in counts) or "none"
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min():,}, {np.median(values):,.10g}, {values.max():,}" if len(values) else "none"
+
+
+def _amounts(values: np.ndarray) -> str:
+    return f"{format_bytes(values.mean())}, {format_bytes(values.sum())}" if len(values) else "none"

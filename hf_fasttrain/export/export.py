@@ -1,0 +1,208 @@
+"""A finished run's model written for other people's tools, and opened by them before it is handed over."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hf_fasttrain.data.loading.batch import Normalize
+from hf_fasttrain.data.pixels.augment import EvalTransform
+from hf_fasttrain.export.onnx_file import (
+    ONNX_FILE,
+    TOLERANCE,
+    difference,
+    quiet,
+    require_onnx,
+    scale_of,
+    write_onnx,
+)
+from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
+from hf_fasttrain.models.saved import SPEC_FILE, load_model, save_model
+from hf_fasttrain.run_folder.finished import FinishedRun, read_run
+from hf_fasttrain.run_folder.kept_weights import checkpoint_with, load_weights_of
+from hf_fasttrain.utils.errors import RunError, first_lines
+from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
+
+CONFIG_FILE = "config.json"
+WRITTEN = re.compile(  # the names of all that `save_model` and this module write
+    rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_run` has written."""
+
+    folder: Path
+    forms: list[str]  # who opens it: timm, transformers, onnx, hf_fasttrain
+    notes: list[str]  # who does not, and why
+    onnx_difference: float | None  # of logits, between onnxruntime and torch
+
+
+def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, weights: str | None = None) -> Exported:
+    """Write a finished run's model folder for timm, transformers and, with `onnx`, onnxruntime.
+
+    `weights`: last, best (of the best evaluation) or step_N, the moving average where the run has one; by default those
+    in RUN/model. Others come from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its
+    users will, and must give the logits of evaluation to 1e-4 (of the largest one, where that is above 1); what can't
+    be opened by whom is in the notes. Raises RunError and leaves an earlier folder as it was.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; give the run folder of a training that has ended")
+    finished = read_run(run)
+    checkpoint = checkpoint_with(run, weights)
+    folder = _target(run, output, None if checkpoint is None else str(weights))
+    if onnx:
+        require_onnx()
+    model, spec = _chosen(finished, checkpoint)
+    spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
+    had_onnx = (folder / ONNX_FILE).exists()
+    try:
+        with new_folder(folder) as partial:
+            with quiet():
+                save_model(model, spec, partial)
+            exported = _completed(model, spec, partial, onnx=onnx)
+            sync_files(partial)
+    except OSError as error:
+        raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
+    notes = exported.notes
+    if had_onnx and not onnx:
+        notes = [*notes, f"{ONNX_FILE} of an earlier export is gone; --onnx writes it anew"]
+    return replace(exported, folder=folder, notes=notes)
+
+
+# --- what and where ----------------------------------------------------------------------------------------
+
+
+def _target(run: Path, output: Path | None, weights: str | None) -> Path:
+    """Return the folder to write; RunError if it holds what is not ours, or other `weights` would become the run's."""
+    own = run / "model"
+    folder = own if output is None else Path(output).expanduser().absolute()
+    if weights is not None and folder.resolve() == own.resolve():
+        raise RunError(
+            f"{own} holds the weights that result.json tells of; give another folder for weights={weights} "
+            "(--output FOLDER)"
+        )
+    if not folder.exists():
+        return folder
+    if folder.resolve() == Path.cwd().resolve():
+        raise RunError(f"{folder}: is the present folder, which would be replaced; give a folder in it")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir() or (names and SPEC_FILE not in names):
+        raise RunError(f"{folder} exists and is no model folder of hf_fasttrain; give another output")
+    own_code = ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None  # beside a model with code
+    kept = [name for name in names if not WRITTEN.fullmatch(name) and Path(name).suffix != own_code]
+    if kept:
+        raise RunError(
+            f"{folder} would be replaced, and holds files that are not export's ({', '.join(kept)}); move them, "
+            "or give another output"
+        )
+    return folder
+
+
+def _chosen(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
+    """Return the run's model, with the weights of a checkpoint if there is one."""
+    with quiet():
+        model, spec = load_model(run.folder / "model")
+    if checkpoint is not None:
+        load_weights_of(model, checkpoint)
+    return model, spec
+
+
+# --- opened by others --------------------------------------------------------------------------------------
+
+
+def _completed(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> Exported:
+    """Return who opens the folder; what others would misread is taken out, and ONNX put in."""
+    pre = spec.preprocessing
+    assert pre is not None
+    photos = sample_photos(pre)
+    images = prepared(photos, pre)
+    with torch.no_grad():
+        expected = model(images)
+    forms, notes = _opened(spec, folder, photos, expected)
+    apart = None
+    if onnx:
+        apart = write_onnx(model, spec, pre, images, folder / ONNX_FILE)
+        forms.append("onnx")
+    return Exported(folder, [*forms, "hf_fasttrain"], notes, apart)
+
+
+def _opened(spec: ModelSpec, folder: Path, photos: list[Image.Image], expected: Tensor) -> tuple[list[str], list[str]]:
+    config = read_json(folder / CONFIG_FILE)
+    if not config:
+        return [], ["timm and transformers can't build this model's small-image stem; hf_fasttrain and ONNX can"]
+    if "auto_map" in config:
+        return [], ["transformers opens this model with trust_remote_code=True only: it runs Python code of its own"]
+    openers: dict[str, Callable[[Path, list[Image.Image]], Tensor]] = {"transformers": transformers_logits}
+    if not spec.is_transformers:
+        openers = {"timm": timm_logits, **openers}
+    forms, notes = [], []
+    for name, logits_of in openers.items():
+        problem = _problem(logits_of, folder, photos, expected)
+        if problem is None:
+            forms.append(name)
+        else:
+            notes.append(f"{name} {problem}; hf_fasttrain opens it")
+    if not forms and not spec.is_transformers:  # who opens it all the same would get another model
+        (folder / CONFIG_FILE).unlink()
+    return forms, notes
+
+
+def _problem(
+    logits_of: Callable[[Path, list[Image.Image]], Tensor], folder: Path, photos: list[Image.Image], expected: Tensor
+) -> str | None:
+    try:
+        with quiet(), torch.no_grad():
+            apart = difference(logits_of(folder, photos), expected)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError) as error:
+        return f"can't open it ({first_lines(error)})"
+    return None if apart <= TOLERANCE * scale_of(expected) else f"gives other logits, {apart:.2g} apart"
+
+
+def timm_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
+    """Return the logits (B, K) of photos as timm's users get them."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return model(torch.stack([transform(photo) for photo in photos]))
+
+
+def transformers_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
+    """Return the logits (B, K) of photos as the users of transformers' pipeline get them."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    return model(pixel_values=processor(photos, return_tensors="pt")["pixel_values"]).logits
+
+
+def sample_photos(pre: Preprocessing) -> list[Image.Image]:
+    """Return three images of odd shapes that look like photos as far as resizing and cropping go.
+
+    Of the first two, 4 n + 3 pixels are cut off once they are resized: who rounds otherwise cuts others.
+    """
+    rng, short = np.random.default_rng(0), math.floor(pre.image_size / pre.crop_pct)
+    long = short + 4 + (pre.image_size + 3 - short) % 4
+    shapes = [(2 * long, 2 * short), (3 * short, 3 * long), (pre.image_size * 3 // 2 | 1, pre.image_size | 1)]
+    coarse = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in shapes]
+    return [image.resize(shape, Image.Resampling.BICUBIC) for image, shape in zip(coarse, shapes, strict=True)]
+
+
+def prepared(photos: list[Image.Image], pre: Preprocessing) -> Tensor:
+    """Return photos as evaluation gives them to the model, (B, 3, S, S)."""
+    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
+    normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=False)
+    return normalize(torch.from_numpy(np.stack([transform(np.asarray(photo)) for photo in photos])))

@@ -1,0 +1,290 @@
+"""The parts of a recipe put together: loaders, optimizer, schedule and loss to a Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_fasttrain.data.loading.loader import TrainLoader
+from hf_fasttrain.data.loading.prefetch import num_slots
+from hf_fasttrain.data.loading.sampler import Order
+from hf_fasttrain.data.pixels.images import BadImages
+from hf_fasttrain.data.source.dataset import Source
+from hf_fasttrain.data.source.fingerprint import fingerprint
+from hf_fasttrain.from_recipe.accelerator import local_processes
+from hf_fasttrain.from_recipe.auto import decide, evaluation_batch_size
+from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
+from hf_fasttrain.from_recipe.micro_batch import decide_evaluation_batch, evaluation_memory
+from hf_fasttrain.from_recipe.report_pictures import ReportPictures
+from hf_fasttrain.hub.background import HubWish, Pusher
+from hf_fasttrain.models.memory_forecast import WORKER_BYTES, Forecast
+from hf_fasttrain.models.model import ModelSpec, head_names
+from hf_fasttrain.models.saved import save_description, save_model
+from hf_fasttrain.recipe.load import recipe_as_asked
+from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.recipe.schema import HubSection, Recipe
+from hf_fasttrain.report.callback import Publish
+from hf_fasttrain.run_folder.folder import FILES_WHILE_TRAINING
+from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.train.ema import Ema
+from hf_fasttrain.train.evaluation import Evaluator
+from hf_fasttrain.train.log import RunLog, last_steps
+from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
+from hf_fasttrain.train.metrics import resolve_metrics
+from hf_fasttrain.train.optim import build_optimizer, build_param_groups
+from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
+from hf_fasttrain.train.trackers import Tracking
+from hf_fasttrain.train.trainer import Trainer
+from hf_fasttrain.utils.duration import Duration
+from hf_fasttrain.utils.environment import describe_machine, describe_versions
+
+
+@dataclass
+class Parts:
+    """Everything that a recipe stands for, built but not yet trained."""
+
+    recipe: Recipe
+    settings: ResolvedSettings
+    accelerator: Accelerator
+    source: Source
+    spec: ModelSpec
+    model: nn.Module
+    order: Order
+    forecast: Forecast | None = None  # of this process's memory; on a GPU there is none until somebody asks
+    kept_pixels: int = 0  # bytes of them in memory, known once there are loaders
+
+
+def assemble(
+    parts: Parts,
+    folder: Path | None,
+    trainer_class: type[Trainer],
+    *,
+    keep_pixels: bool = True,
+    saved: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Trainer:
+    """Return the trainer of the parts; without a folder it writes nothing but, with `keep_pixels`, its cache.
+
+    `saved` are the plain values of the checkpoint that will be resumed: trackers go on in their old runs.
+    """
+    recipe, settings, accelerator, source = parts.recipe, parts.settings, parts.accelerator, parts.source
+    num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+    spec = parts.spec
+    track = _tracking(parts, folder, saved or {}) if folder else None
+    log = RunLog(folder, main=Processes(accelerator).is_main, track=track)
+    log.expected = FILES_WHILE_TRAINING if folder else ()
+    data_set = settings.record("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
+    best, stopping = _watches(parts)
+    bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
+    make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
+    eval_batch = _eval_batch_size(parts, make.workers)
+    evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.order.steps_per_epoch))
+    trainer = trainer_class(
+        model=parts.model,
+        train_loader=make.training(source.train, parts.order, num_steps, spec.num_classes),
+        optimizer=_optimizer(parts),
+        duration=recipe.train.duration,
+        accelerator=accelerator,
+        loss=_loss(parts),
+        lr=recipe.optimizer.lr,
+        schedule=_schedule(parts, num_steps),
+        clip_norm=recipe.optimizer.clip_norm,
+        ema=_moving_average(parts),
+        eval_loader=make.evaluating(source.evaluation, eval_batch, passes=evaluations),
+        test_loader=make.evaluating(source.test, eval_batch) if source.test else None,
+        evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
+        evaluate_every=recipe.evaluate.every,
+        best=best,
+        early_stopping=stopping,
+        final=decide(parts.settings, "checkpoint.final", early_stopping=stopping),
+        output_dir=folder,
+        checkpoint_every=recipe.checkpoint.every,
+        keep_checkpoints=recipe.checkpoint.keep,
+        export=lambda model, path: save_model(model, spec, path),
+        learnt={**settings.deciding_results(), "data set": data_set, "class_names": spec.class_names},
+        recipe_text=recipe_as_asked(recipe),
+        launched=settings.launched,
+        bad_images=bad_images,
+        report=recipe.log.report,
+        callbacks=callbacks,
+        log=log,
+        log_every=recipe.log.every,
+        seed=recipe.seed,
+    )
+    if folder and (publish := _publish(parts, folder, log)):
+        trainer.publish_by(publish)
+    parts.kept_pixels = make.planner.memory_bytes
+    trainer.reserved_memory = parts.kept_pixels + make.workers * WORKER_BYTES * local_processes()
+    return trainer
+
+
+def _moving_average(parts: Parts) -> Ema | None:
+    """Return the moving average that the recipe asks for, compiled if the model is: it is what is evaluated."""
+    section = parts.recipe.ema
+    if section is None:
+        return None
+    ema = Ema(parts.model, section.decay, warmup=section.warmup)
+    if parts.recipe.accelerate.compile is True:
+        ema.module.compile(dynamic=False)  # a copy of a compiled model is not
+    return ema
+
+
+def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
+    """Return what chooses the best evaluation, and what stops training early if the recipe asks for that."""
+    best, stopping = parts.recipe.checkpoint.best, parts.recipe.early_stopping
+    watches = [("checkpoint.best.mode", best.mode, Watch(best.metric, best.mode))]
+    if stopping:
+        patience = stopping.patience.to_steps(parts.order.steps_per_epoch)
+        watches.append(("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience)))
+    for key, given, watch in watches:
+        if given == "auto":
+            decide(parts.settings, key, watch=watch)
+    return watches[0][2], watches[1][2] if stopping else None
+
+
+def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
+    """Return what makes a report of the run and pushes it, as far as the recipe asks for it."""
+    recipe, spec = parts.recipe, parts.spec
+    show, pusher = None, None
+    if recipe.log.report:
+        assert spec.preprocessing is not None
+        pictures = ReportPictures(recipe, parts.source, parts.order, spec.preprocessing)
+        show = partial(pictures.write, folder, log.say)
+    if recipe.hub and Processes(parts.accelerator).is_main:
+        device, processes = parts.accelerator.device, parts.accelerator.num_processes
+        about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
+        options = _push_options(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
+        num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+        describe = partial(save_description, parts.model, spec)
+        pusher = Pusher(folder, options, describe, about, log.say, num_steps)
+    if not show and not recipe.hub:
+        return None
+    return Publish(folder, log, report=recipe.log.report, show=show, pusher=pusher)
+
+
+def _push_options(hub: HubSection, steps_per_epoch: int, *, on_cpu: bool) -> HubWish:
+    """Return a recipe's push with its duration in steps and its waiting in seconds.
+
+    Where training needs the processor's cores itself, uploads have a tenth of the time.
+    """
+    every = hub.every.to_steps(steps_per_epoch) if isinstance(hub.every, Duration) else hub.every
+    return HubWish(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count, rest=9.0 if on_cpu else 0.0)
+
+
+def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = True) -> Loaders:
+    """Return what makes the loaders of the parts."""
+    pre = parts.spec.preprocessing
+    assert pre is not None
+    needed = parts.forecast.needed(parts.order.micro_batch_size) if parts.forecast else 0
+    needed += _bytes_of_slots(parts)
+    needed *= local_processes()
+    return Loaders(
+        parts.recipe, parts.settings, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels, needed_memory=needed
+    )
+
+
+def _bytes_of_slots(parts: Parts) -> int:
+    """Return the shared memory of the loaders' batches on the host that is not in the forecast."""
+    workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
+    sizes = [_planned_eval_batch(parts)]
+    if parts.forecast is None:
+        sizes.append(parts.order.micro_batch_size)
+    batches = sum(num_slots(workers, images) * images for images in sizes) if workers else 0
+    return batches * 3 * parts.spec.image_size**2
+
+
+def build_train_loader(parts: Parts) -> TrainLoader:
+    """Return the training images of the parts alone, as `Trainer.fit` gets them; to measure or to look at them."""
+    bad_images = BadImages(None, parts.recipe.data.max_bad_fraction, parts.settings.note)
+    num_steps = parts.recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+    loaders = build_loaders(parts, bad_images)
+    return loaders.training(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
+
+
+def _planned_eval_batch(parts: Parts) -> int:
+    """Return how many images evaluation takes at once if memory is enough."""
+    given = parts.recipe.evaluate.batch_size
+    return evaluation_batch_size(micro_batch_size=parts.order.micro_batch_size).value if given == "auto" else given
+
+
+def _eval_batch_size(parts: Parts, workers: int) -> int:
+    accelerator, forecast = parts.accelerator, parts.forecast
+    memory = partial(
+        evaluation_memory,
+        parts.model,
+        parts.spec.image_size,
+        accelerator.device,
+        workers=workers,
+        autocast=accelerator.autocast,
+        state=forecast.gradients + forecast.optimizer + forecast.average if forecast else 0,
+    )
+    return decide_evaluation_batch(parts.settings, parts.order.micro_batch_size, memory)
+
+
+def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
+    """Return the evaluator of a recipe's metrics."""
+    built_in, external = resolve_metrics(recipe.evaluate.metrics, multi_label=multi_label)
+    return Evaluator(accelerator, num_classes, multi_label=multi_label, metrics=built_in, external=external)
+
+
+def _optimizer(parts: Parts) -> torch.optim.Optimizer:
+    section = parts.recipe.optimizer
+    groups = build_param_groups(
+        parts.model,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
+        head_names=head_names(parts.model),
+        backbone_lr_scale=section.backbone_lr_scale,
+        layer_decay=section.layer_decay,
+    )
+    return build_optimizer(section.name, groups, momentum=section.momentum, args=section.args)
+
+
+def _schedule(parts: Parts, num_steps: int) -> Schedule:
+    section, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
+    warmup = resolve_warmup(section.warmup, section.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    parts.settings.record("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
+    if warmup.note:
+        parts.settings.note(warmup.note)
+    return build_schedule(
+        section.name,
+        num_steps=num_steps,
+        warmup_steps=warmup.steps,
+        min_lr_ratio=section.min_lr_ratio,
+        gamma=section.gamma,
+        every_steps=section.every.to_steps(steps_per_epoch),
+    )
+
+
+def _loss(parts: Parts) -> ClassificationLoss:
+    labels, recipe = parts.source.train.labels, parts.recipe
+    multi_label = parts.source.multi_label
+    counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(parts.source.class_names))
+    weights = resolve_class_weights(recipe.train.class_weights, counts)
+    loss = ClassificationLoss(
+        multi_label=multi_label, label_smoothing=recipe.augment.label_smoothing, class_weights=weights
+    )
+    return loss.to(parts.accelerator.device)
+
+
+def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Tracking | None:
+    """Start the trackers asked for, and return what feeds them."""
+    log, accelerator = parts.recipe.log, parts.accelerator
+    if not log.trackers:
+        return None
+    config = {
+        k: str(f.value) for k, f in parts.settings.all().items() if isinstance(f.value, str | int | float | bool | list)
+    }
+    ids = {name: run for name, run in saved.get("trackers", {}).items() if name in log.trackers}
+    sent = last_steps(folder) if saved else {}
+    return Tracking(accelerator, log.project, config, ids=ids, step=saved.get("step", 0), sent=sent)

@@ -1,0 +1,175 @@
+"""A recipe to a Trainer: `auto` becomes plain numbers here, and every choice is recorded with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from hf_fasttrain.before_torch import launched_rank
+from hf_fasttrain.data.loading.sampler import Order, process_share
+from hf_fasttrain.from_recipe.accelerator import allow_compiling, build_accelerator
+from hf_fasttrain.from_recipe.assemble import Parts, assemble
+from hf_fasttrain.from_recipe.auto import accumulation_steps, resolve_machine
+from hf_fasttrain.from_recipe.kept import read_beginning
+from hf_fasttrain.from_recipe.loaders import train_transform
+from hf_fasttrain.from_recipe.micro_batch import resolve_micro_batch
+from hf_fasttrain.from_recipe.model_from import model_from
+from hf_fasttrain.from_recipe.source_from import local_settings, source_from
+from hf_fasttrain.from_recipe.tunings import Tuned
+from hf_fasttrain.hub.push import require_login
+from hf_fasttrain.models.model import (
+    ModelSpec,
+    batch_norms,
+)
+from hf_fasttrain.recipe.conflicts import without_effect
+from hf_fasttrain.recipe.load import load_recipe, output_dir
+from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.run_folder.folder import open_run_folder, saved_state
+from hf_fasttrain.train.checkpointing import not_writable
+from hf_fasttrain.train.distributed import Processes, on_main
+from hf_fasttrain.train.trainer import Trainer
+from hf_fasttrain.utils.errors import RunError
+
+
+def build_trainer(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Any = None,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    trainer_class: type[Trainer] = Trainer,
+) -> Trainer:
+    """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
+    loaded = load_recipe(recipe, overrides)
+    folder = Path(output_dir(loaded))
+    if loaded.hub is not None and launched_rank() == 0:
+        require_login(loaded.hub.repo)  # before anything is trained that could not be pushed
+    began = read_beginning(folder) if resume else None
+    parts = build_parts(loaded, dataset=dataset, tuned=began.kept(loaded) if began else None)
+    open_run_folder(folder, parts.accelerator, resume=resume)
+    saved = saved_state(folder) if resume else None
+    trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
+    if began:
+        began.note_changes(parts.settings)
+    for note in [*parts.settings.notes, *([] if saved else parts.settings.weight_notes)]:
+        trainer.log.note(note)
+    if resume:
+        trainer.restore()
+    on_main(lambda: _describe_run(folder, parts.settings))
+    return trainer
+
+
+def _describe_run(folder: Path, settings: ResolvedSettings) -> None:
+    try:
+        write_settings(folder, settings)
+    except OSError as error:
+        raise not_writable(folder, error) from None
+
+
+def build_parts(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Any = None,
+    tuned: Tuned | None = None,
+) -> Parts:
+    """Return the model, data and numbers of a recipe; nothing is written.
+
+    `tuned` are the values for its `auto`; by default those of a stored tuning of this machine and model.
+    """
+    loaded = load_recipe(recipe, overrides)
+    settings = ResolvedSettings(loaded, notes=without_effect(loaded))
+    settings.record("local", local_settings(loaded, dataset), "settings that are paths or objects of this machine")
+    resolved = resolve_machine(loaded, settings, tuned)
+    accelerator = build_accelerator(resolved, settings)
+    source = source_from(resolved, dataset, settings)
+    model, spec = model_from(resolved, source, accelerator.device, settings)
+    _require_enough_images(resolved, len(source.train), accelerator.num_processes)
+    micro = resolve_micro_batch(resolved, len(source.train), spec.num_classes, model, accelerator, settings)
+    order = _resolve_order(resolved, len(source.train), micro.size, model, accelerator, settings)
+    if resolved.accelerate.compile is True:
+        allow_compiling(num_shapes(resolved, spec, order))
+    return Parts(resolved, settings, accelerator, source, spec, model, order, micro.forecast)
+
+
+def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
+    """Return how many shapes of batches a training and its evaluations have at most."""
+    assert spec.preprocessing is not None
+    transform = train_transform(recipe, spec.preprocessing, order.steps_per_epoch)
+    epochs = 1 if transform.growth is None else transform.growth.until + 1
+    sizes = {transform.size_at(epoch) for epoch in range(epochs)}
+    steps = {0, order.steps_per_epoch - 1}
+    numbers = {len(key.indices) for step in steps for key in order.plan(step).micro_batches}
+    return len(sizes) * len(numbers) + 2  # evaluation's whole batches, and its last one
+
+
+def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:
+    """Raise RunError for steps with too few images for their processes and pieces, or that drop_last leaves out."""
+    train, accumulation = recipe.train, recipe.accelerate.gradient_accumulation_steps
+    pieces = 1 if accumulation == "auto" else accumulation
+    pairs = (train.batch_size + 1) // 2
+    if pairs < processes * pieces and (processes > 1 or pieces > 1):
+        raise RunError(
+            f"train.batch_size={train.batch_size} is too small for {processes} processes x {pieces} accumulation "
+            f"steps of at least 2 images; raise it to {2 * processes * pieces} or use fewer"
+        )
+    if train.drop_last and num_images < train.batch_size:
+        raise RunError(
+            f"train.drop_last leaves nothing: {num_images} images, train.batch_size={train.batch_size}; "
+            "lower the batch size or set train.drop_last=false"
+        )
+
+
+def _resolve_order(
+    recipe: Recipe, num_images: int, size: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
+) -> Order:
+    """Return the order of training in micro-batches of `size`, and record what follows from it."""
+    train, processes = recipe.train, accelerator.num_processes
+    largest = len(process_share(train.batch_size, processes, processes - 1))
+    steps, why = accumulation_steps(share=largest, micro_batch_size=size)
+    if recipe.accelerate.micro_batch_size and size > largest + 1:
+        settings.note(
+            f"accelerate.micro_batch_size={size} has no effect: a process's share of a step is {largest} images"
+        )
+    order = Order(
+        num_images=num_images,
+        batch_size=train.batch_size,
+        micro_batch_size=size,
+        seed=recipe.seed,
+        drop_last=train.drop_last,
+        join_single=bool(batch_norms(model)),
+        num_processes=processes,
+        process_index=Processes(accelerator).index,
+        repeats=recipe.augment.repeats,
+    )
+    accelerator.gradient_accumulation_steps = steps
+    settings.record("accelerate.gradient_accumulation_steps", steps, why)
+    settings.record("processes", processes, "of the launcher")
+    settings.record("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
+    if recipe.accelerate.sync_batch_norm:
+        _require_equal_counts(order)
+    return order
+
+
+def _require_equal_counts(order: Order) -> None:
+    """Synchronised batch norm meets in every forward: all processes must make equally many."""
+    for step in {0, order.steps_per_epoch - 1}:
+        plans = [replace(order, process_index=i).plan(step) for i in range(order.num_processes)]
+        counts = {len(plan.micro_batches) for plan in plans}
+        if len(counts) > 1 or 0 in counts:
+            raise RunError(
+                "accelerate.sync_batch_norm needs equally many micro-batches on every process in every step: "
+                "choose train.batch_size as a multiple of 2 x processes and train.drop_last=true"
+            )
+
+
+def build_unwritten(parts: Parts, *, keep_pixels: bool = True) -> Trainer:
+    """Return a trainer without a run folder; to see whether everything can be built, without `keep_pixels`."""
+    return assemble(parts, None, Trainer, keep_pixels=keep_pixels)

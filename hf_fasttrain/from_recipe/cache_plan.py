@@ -1,0 +1,218 @@
+"""Where a split's decoded pixels are kept between epochs, and how many of them: none, memory, disk or device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from hf_fasttrain.data.pixels.cache import (
+    IN_MEMORY,
+    ON_DISK,
+    PIXELS_FILE,
+    PixelCache,
+    cache_key,
+    default_cache_dir,
+    memory_cache,
+    open_cache,
+)
+from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, image_size_of
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.source.dataset import Split
+from hf_fasttrain.from_recipe.auto import cache, cache_gb
+from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.utils.environment import free_memory_bytes
+from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.format import format_bytes
+
+SAMPLED = 64  # images whose headers are looked at to know how much memory all of them need
+DEVICE_SHARE = 0.03  # of a GPU's free memory that `auto` gives to images
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Where a split's pixels are kept, and how many bytes of them."""
+
+    mode: str  # none, memory, disk or device
+    budget: int = 0
+    why: str = ""
+    need: int = 0  # bytes for all of them, as far as a sample tells
+
+
+class CachePlanner:
+    """Decides where pixels are kept; the main process of each machine decides for all of its processes."""
+
+    def __init__(
+        self, recipe: Recipe, settings: ResolvedSettings, accelerator: Accelerator, needed_memory: int = 0
+    ) -> None:
+        self.recipe, self.data, self.settings, self.accelerator = recipe, recipe.data, settings, accelerator
+        self.processes, self.needed_memory = Processes(accelerator), needed_memory
+        self.folder = cache_folder(recipe)
+        self._taken = {"memory": 0, "disk": 0}
+
+    def plan(
+        self,
+        split: Split,
+        preparation: Preparation,
+        *,
+        passes: float,
+        batchable: bool,
+        key: str,
+        rows: int | None = None,
+    ) -> CachePlan:
+        """Return where the pixels of a split that is gone through `passes` times are kept; recorded as `key`.
+
+        `rows`: how many of its images a process reads, by default all.
+        """
+        plan = CachePlan("none")
+        if self.processes.is_local_main:
+            plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
+        plan = self.processes.from_local_main(plan)
+        why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
+        self.settings.refine(key, plan.mode, why)
+        if self.data.cache == "auto" and plan.mode != "none":
+            where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
+            self.settings.note(
+                f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.why}"
+            )
+        if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
+            self.settings.note(
+                f"data.cache={plan.mode}: split '{split.name}' needs {format_bytes(plan.need)}, "
+                f"{format_bytes(plan.budget)} are kept (data.cache_gb); the rest is decoded every time"
+            )
+        return plan
+
+    def _plan(self, split: Split, preparation: Preparation, passes: float, batchable: bool, rows: int) -> CachePlan:
+        mode: str = self.data.cache
+        if mode == "none":
+            return CachePlan("none")
+        if mode == "auto" and passes <= 1:
+            return CachePlan("none", why=cache(passes=passes).reason)
+        need = estimated_bytes(split, preparation)
+        room = {mode: self._room(mode) for mode in ("memory", "disk")}
+        if mode == "auto":
+            on_disk = self._on_disk(split, preparation)
+            room["disk"] = room["disk"] + on_disk if can_write(self.folder) else 0
+            fits = self._fits_device(preparation, need, batchable, share=rows / len(split))
+            mode, why = cache(passes=passes, needed=need, on_disk=on_disk, fits_device=fits, **room)
+            if mode == "none":
+                return CachePlan("none", why=why, need=need)
+        if mode == "device":
+            return self._in_device(rows * self.recipe.data.image_size**2 * 3)
+        budget = min(room[mode], int(1.1 * need) + (1 << 20))  # the rest is for other splits
+        self._taken[mode] += budget
+        return CachePlan(mode, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[mode])} to spare", need)
+
+    def _in_device(self, need: int) -> CachePlan:
+        device = self.accelerator.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+        if need > free:
+            raise DataError(
+                f"data.cache=device: {format_bytes(need)} of pixels, but only "
+                f"{format_bytes(free)} are free on {device}; use disk"
+            )
+        return CachePlan("device", need, f"{format_bytes(need)} of pixels", need)
+
+    def _fits_device(self, preparation: Preparation, need: int, batchable: bool, share: float) -> bool:
+        """Return whether a process's share of the decoded pixels takes little of a GPU's free memory."""
+        device = self.accelerator.device
+        if not batchable or device.type != "cuda":
+            return False
+        decoded = share * (need if preparation.stored_quality is None else 10 * need)
+        return decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+    def _room(self, mode: str) -> int:
+        """Return the bytes that may be used: as the recipe says, else half of what is free."""
+        if not {"memory": IN_MEMORY, "disk": ON_DISK}[mode]:
+            return 0
+        if self.data.cache_gb != "auto":
+            return max(0, int(self.data.cache_gb * 1e9) - self._taken[mode])
+        if mode == "memory":
+            budget = cache_gb(free=free_memory_bytes(), needed_elsewhere=self.needed_memory).value
+        else:
+            budget = cache_gb(free=free_disk_bytes(self.folder)).value
+        return max(0, budget - self._taken[mode])
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that pixels kept in memory will take of it, for all splits planned so far."""
+        return self._taken["memory"]
+
+    def open(self, split: Split, preparation: Preparation, plan: CachePlan) -> PixelCache | None:
+        """Return the cache of a plan; on disk the one that earlier runs and other recipes have filled."""
+        if plan.mode not in ("memory", "disk"):
+            return None
+        num_rows = len(split.images)
+        if plan.mode == "disk":
+            content = self._content(split, preparation)
+            about = {"dataset": self.data.dataset, "split": split.name, **content}
+            return open_cache(self.folder / cache_key(content), num_rows, plan.budget, about)
+        cache = memory_cache(num_rows, plan.budget) if self.processes.is_local_main else None
+        index, pixels = self.processes.from_local_main((cache.index_path, cache.pixels_path) if cache else None)
+        return cache or PixelCache(index, pixels, num_rows, plan.budget)
+
+    def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
+        """Return everything that decides a split's pixels; what two splits of a data set share is kept once."""
+        return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
+
+    def _on_disk(self, split: Split, preparation: Preparation) -> int:
+        """Return how many bytes of the split's pixels are on disk already."""
+        try:
+            return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
+        except OSError:
+            return 0
+
+
+def estimated_bytes(split: Split, preparation: Preparation) -> int:
+    """Return how many bytes the pixels of all images of a split need, by the headers of a sample."""
+    sampled = np.linspace(0, len(split) - 1, min(len(split), SAMPLED), dtype=np.int64)
+    sizes: list[int] = []
+    for record in split.records(sampled):
+        try:
+            width, height = preparation.size(*image_size_of(record))
+        except DECODING_ERRORS:
+            continue
+        sizes.append(width * height * 3)
+    if preparation.stored_quality is not None:
+        sizes = _stored_sizes(split, preparation, sampled[:: SAMPLED // 8])
+    return int(np.mean(sizes) * len(split)) if sizes else 0
+
+
+def _stored_sizes(split: Split, preparation: Preparation, sampled: Sequence[int] | np.ndarray) -> list[int]:
+    sizes = []
+    for record in split.records(sampled):
+        try:
+            sizes.append(len(preparation.encoded(record)[1] or b""))
+        except DataError:
+            continue
+    return sizes
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Return where data.cache=disk keeps pixels."""
+    return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_cache_dir()
+
+
+def can_write(folder: Path) -> bool:
+    """Return whether a folder can be made, or written to."""
+    nearest = existing_part(folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is on, or will be on."""
+    return shutil.disk_usage(existing_part(folder)).free
+
+
+def existing_part(folder: Path) -> Path:
+    """Return the folder, or the nearest above it that exists."""
+    return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))

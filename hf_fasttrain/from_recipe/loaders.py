@@ -1,0 +1,168 @@
+"""A recipe's loaders: what is done to images once, what in every epoch, and who reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_fasttrain.data.loading.batch import Mixing, Normalize
+from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
+from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
+from hf_fasttrain.data.loading.sampler import Order, process_share
+from hf_fasttrain.data.pixels.augment import EvalTransform, Growth, TrainTransform
+from hf_fasttrain.data.pixels.images import BadImages, Images
+from hf_fasttrain.data.pixels.operations import Operations
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.source.dataset import Split
+from hf_fasttrain.from_recipe.accelerator import local_processes
+from hf_fasttrain.from_recipe.auto import decide
+from hf_fasttrain.from_recipe.cache_plan import CachePlan, CachePlanner
+from hf_fasttrain.models.model import Preprocessing
+from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.utils.environment import num_cores
+from hf_fasttrain.utils.errors import DataError
+
+
+def resolve_loading(settings: ResolvedSettings, device: torch.device) -> tuple[int, bool]:
+    """Return the number of loader processes and whether their batches are pinned."""
+    gpu, key = device.type == "cuda", "data.pin_memory"
+    workers = decide(settings, "data.workers", gpu=gpu, cores=num_cores(), processes=local_processes())
+    pinned = decide(settings, key, gpu=gpu)
+    if pinned and not gpu and not settings.is_open(key):
+        settings.note("data.pin_memory=true has no effect without a GPU")
+        pinned = settings.record(key, False, "no effect without a GPU")
+    return workers, pinned
+
+
+def eval_transform(pre: Preprocessing) -> EvalTransform:
+    """Return the transform of evaluation and prediction."""
+    return EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
+
+
+def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
+    """Return what happens to training images once, before the random part."""
+    data, center = recipe.data, None
+    if recipe.augment.crop == "padded":
+        center = EvalTransform(pre.image_size, pre.interpolation, 1.0)
+    elif recipe.augment.crop == "center":
+        center = eval_transform(pre)
+    return Preparation(
+        data.short_side,
+        pre.interpolation,
+        center,
+        data.stored_quality,
+        data.reduced_decode,
+        pillow=data.decoder == "pillow",
+    )
+
+
+def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) -> TrainTransform:
+    """Return what happens to training images in every epoch anew."""
+    augment = recipe.augment
+    mean = tuple(round(255 * value) for value in pre.mean)
+    fills: dict[str, Any] = {"black": (0, 0, 0), "mean": mean, "noise": None}
+    growth = None
+    if augment.progressive:
+        until = -(-augment.progressive.until.to_steps(steps_per_epoch) // steps_per_epoch)
+        growth = Growth(augment.progressive.start_size, max(1, until), augment.progressive.multiple)
+    policies = (augment.randaugment, augment.augmix, augment.color_jitter)
+    randaugment, augmix, color_jitter = (policy.model_dump() if policy else None for policy in policies)
+    return TrainTransform(
+        image_size=pre.image_size,
+        seed=recipe.seed,
+        interpolation=pre.interpolation,
+        crop="none" if augment.crop == "center" else augment.crop,
+        crop_scale=augment.crop_scale,
+        crop_ratio=augment.crop_ratio,
+        crop_padding=augment.crop_padding,
+        flip=augment.flip,
+        erase_prob=augment.erase,
+        erase_fill=fills[augment.erase_fill],
+        operations=Operations(randaugment, augment.trivialaugment, augmix, augment.three_augment, color_jitter),
+        growth=growth,
+    )
+
+
+def train_mixing(recipe: Recipe, num_classes: int) -> Mixing | None:
+    """Return what mixes the images of a step, None if nothing does."""
+    augment = recipe.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    return Mixing(augment.mixup, augment.cutmix, num_classes, recipe.seed)
+
+
+class Loaders:
+    """Makes the loaders of a run; bad images are told to `bad_images`.
+
+    Without `keep_pixels` no cache is made or opened, though it is decided where it would be. `needed_memory`: bytes
+    that this machine's training processes will take yet, which pixels are not kept in.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: ResolvedSettings,
+        accelerator: Accelerator,
+        pre: Preprocessing,
+        bad_images: BadImages,
+        *,
+        keep_pixels: bool = True,
+        needed_memory: int = 0,
+    ) -> None:
+        self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
+        self.device = accelerator.device
+        self.workers, self.pinned = resolve_loading(settings, self.device)
+        channels_last = recipe.accelerate.channels_last is True
+        self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
+        self.planner = CachePlanner(recipe, settings, accelerator, needed_memory)
+        self.keep_pixels = keep_pixels
+
+    def training(self, split: Split, order: Order, num_steps: int, num_classes: int) -> TrainLoader:
+        """Return the loader of the training images."""
+        augment = self.recipe.augment
+        transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
+        preparation = train_preparation(self.recipe, self.pre)
+        noisy = bool(augment.erase) and transform.erase_fill is None
+        batchable = augment.crop != "random_resized" and not transform.operations and not noisy
+        if self.recipe.data.cache == "device" and not batchable:
+            raise DataError(
+                "data.cache=device: only crop, flip and erasing are made on the device; take the other operations "
+                "of augment out, or use data.cache=memory"
+            )
+        passes = num_steps / order.steps_per_epoch
+        plan = self.planner.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
+        feed = self._feed(split, preparation, plan, transform)
+        mixing = train_mixing(self.recipe, num_classes)
+        return TrainLoader(feed, order, self.normalize, mixing, transform.size_at)
+
+    def evaluating(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
+        """Return the loader of a split that is evaluated `passes` times."""
+        preparation = Preparation(center=eval_transform(self.pre), pillow=self.recipe.data.decoder == "pillow")
+        known = Processes(self.accelerator)
+        processes, index = known.number, known.index
+        rows = process_share(len(split), processes, index)
+        plan = self.planner.plan(
+            split, preparation, passes=passes, batchable=True, key="cache of evaluation images", rows=len(rows)
+        )
+        feed = self._feed(split, preparation, plan, None, rows)
+        return EvalLoader(feed, len(split), batch_size, self.normalize, processes, index, name=split.name)
+
+    def _feed(
+        self,
+        split: Split,
+        preparation: Preparation,
+        plan: CachePlan,
+        transform: TrainTransform | None,
+        rows: range | None = None,
+    ) -> Feed:
+        cache = self.planner.open(split, preparation, plan) if self.keep_pixels else None
+        images = ImageBatches(Images(split, preparation, cache), transform)
+        options: dict[str, Any] = {"workers": self.workers, "pin_memory": self.pinned, "report": self.bad_images.report}
+        if plan.mode == "device":
+            return DeviceFeed(images, self.device, self.pre.image_size, rows=rows, **options)
+        return Feed(images, self.device, **options)

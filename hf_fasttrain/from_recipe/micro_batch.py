@@ -1,0 +1,154 @@
+"""A recipe's micro-batch: as asked, or on a CPU the fewest equal pieces that memory is enough for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_fasttrain.data.loading.prefetch import num_slots
+from hf_fasttrain.data.loading.sampler import Order, micro_batch_size_for, process_share
+from hf_fasttrain.from_recipe.accelerator import local_processes
+from hf_fasttrain.from_recipe.auto import decide, micro_batch_size
+from hf_fasttrain.from_recipe.loaders import resolve_loading
+from hf_fasttrain.models.memory_forecast import Autocast, Forecast, evaluation_bytes, measure_activations, most_images
+from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
+from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.train.optim import state_share
+from hf_fasttrain.train.out_of_memory import free_cached_memory
+from hf_fasttrain.utils.environment import free_memory_bytes, resident_bytes
+from hf_fasttrain.utils.format import format_bytes
+
+KEY = "accelerate.micro_batch_size"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """How many images a process has in a forward, and what that takes of its memory."""
+
+    size: int
+    forecast: Forecast | None = None  # on a GPU it is made when somebody asks
+
+
+def resolve_micro_batch(
+    recipe: Recipe,
+    num_images: int,
+    num_classes: int,
+    model: nn.Module,
+    accelerator: Accelerator,
+    settings: ResolvedSettings,
+) -> MicroBatch:
+    """Return the micro-batch of a recipe for a training split of `num_images`, recorded with its reason."""
+    accelerate, processes = recipe.accelerate, accelerator.num_processes
+    pieces = 1 if accelerate.gradient_accumulation_steps == "auto" else accelerate.gradient_accumulation_steps
+    whole = accelerate.micro_batch_size or micro_batch_size_for(recipe.train.batch_size, processes, pieces)
+    share = len(process_share(min(recipe.train.batch_size, num_images), processes, processes - 1))
+    if accelerator.device.type != "cpu":
+        return MicroBatch(_decide(settings, whole, share, largest=share))
+    forecast = forecast_memory(recipe, num_classes, model, accelerator, settings)
+    free = free_memory_bytes() // local_processes()
+    fits = max(2, 2 * (min(forecast.largest(free // 2), most_images(recipe.data.image_size)) // 2))
+    largest = min(Processes(accelerator).gather([fits]))  # they cut steps alike
+    enough = f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
+    limit = f"64 x (224 / image size)^2 images fill a CPU, and {enough}"
+    settings.record("largest_micro_batch", largest, limit)
+    size = _decide(settings, whole, share, largest, limit)
+    if size != whole and any(map(uses_batch_statistics, batch_norms(model))):
+        settings.note(
+            f"{KEY}=auto: a step's {share} images are made in micro-batches of {size}, which fit this machine's "
+            f"memory and cores; batch norm takes its statistics over {size} images. {KEY}=N sets another size"
+        )
+    at_once = min(size, share)
+    settings.record("memory_forecast_bytes", forecast.peak(at_once), "the most that a training process will have")
+    if forecast.needed(at_once) > free:
+        settings.note(
+            f"{KEY}={size}: training will take about {format_bytes(forecast.needed(at_once))} more memory, and "
+            f"{format_bytes(free)} are free for each process here; lower {KEY}, data.image_size or the size of the "
+            "model. A step that memory is too short for is made again in smaller pieces"
+        )
+    return MicroBatch(size, forecast)
+
+
+def _decide(settings: ResolvedSettings, whole: int, share: int, largest: int, limit: str = "") -> int:
+    """Return the micro-batch: as decided before, by the rule, or `whole`, which the recipe then gives."""
+    if settings.is_open(KEY):
+        return int(decide(settings, KEY, whole=whole, share=share, largest=largest, limit=limit))
+    return int(settings.record(KEY, whole, micro_batch_size(whole=whole, share=share, largest=share).reason))
+
+
+def images_at_once(order: Order) -> int:
+    """Return how many images a process has in a forward at most."""
+    images = min(order.batch_size, order.num_images)
+    return min(order.micro_batch_size, len(process_share(images, order.num_processes, order.num_processes - 1)))
+
+
+def forecast_memory(
+    recipe: Recipe, num_classes: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
+) -> Forecast:
+    """Return what training will take of this process's memory, of a GPU's where it trains on one."""
+    device, size, optimizer = accelerator.device, recipe.data.image_size, recipe.optimizer
+    activations = measure_activations(
+        model,
+        size,
+        num_classes,
+        device=device,
+        autocast=accelerator.autocast,
+        channels_last=recipe.accelerate.channels_last is True,
+    )
+    free_cached_memory(device)  # what the heap has and nobody uses would count as taken, and be taken again
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    workers, _ = resolve_loading(settings, device)
+    waiting = num_slots(workers, 1)  # batches of uint8 pixels, as many as with small batches
+    pixels = 3 * size * size
+    mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)
+    return Forecast(
+        resident=resident_bytes(),
+        weights=weights,
+        gradients=gradients,
+        optimizer=int(gradients * state_share(optimizer.name, momentum=optimizer.momentum, args=optimizer.args)),
+        average=weights if recipe.ema else 0,
+        activations=activations,
+        batch_per_image=pixels * ((waiting if device.type == "cpu" else 2) + (8 if mixed else 4)),
+        workers=workers,
+        device=str(device),
+    )
+
+
+def evaluation_memory(
+    model: nn.Module,
+    image_size: int,
+    device: torch.device,
+    *,
+    workers: int = 0,
+    autocast: Autocast = nullcontext,
+    state: int = 0,
+) -> dict[str, int]:
+    """Return `bytes_per_image` of an evaluation, in the model and on its way there, and `room` for them, on a CPU.
+
+    `state` are the bytes that a training takes yet. Of a GPU's memory nothing is known: an empty dict.
+    """
+    if device.type != "cpu":
+        return {}
+    pixels = 3 * image_size**2 * (num_slots(workers, 1) + 4)
+    free = free_memory_bytes() // local_processes()
+    return {
+        "bytes_per_image": evaluation_bytes(model, image_size, device, autocast) + pixels,
+        "room": free // 2 - state,
+    }
+
+
+def decide_evaluation_batch(
+    settings: ResolvedSettings, micro_batch_size: int, memory: Callable[[], dict[str, int]]
+) -> int:
+    """Return how many images evaluation takes at once, in training and in `evaluate`; asks for `memory` if needed."""
+    key = "evaluate.batch_size"
+    measured = {} if settings.is_decided(key) else memory()
+    return int(decide(settings, key, micro_batch_size=micro_batch_size, **measured))

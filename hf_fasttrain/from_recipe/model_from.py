@@ -1,0 +1,85 @@
+"""A recipe's model: built, with its weights, as it is trained on this device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fasttrain.data.source.dataset import Source
+from hf_fasttrain.from_recipe.auto import decide
+from hf_fasttrain.models.model import (
+    ModelSpec,
+    Preprocessing,
+    build_model,
+    freeze_backbone,
+    model_preprocessing,
+    require_logits,
+    use_gradient_checkpointing,
+)
+from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.utils.errors import RunError
+
+
+def model_from(
+    recipe: Recipe, source: Source, device: torch.device, settings: ResolvedSettings
+) -> tuple[nn.Module, ModelSpec]:
+    """Return the model of a recipe for the classes of its data, on a device, and what describes it.
+
+    Raises ModelError for weights that don't fit and for a model that gives no logits.
+    """
+    spec = _spec(recipe, source)
+    torch.manual_seed(recipe.seed)
+    model = build_model(spec, recipe.model.pretrained, head=recipe.model.head, note=settings.weight_notes.append)
+    require_logits(model, spec)
+    if recipe.augment.progressive:
+        require_logits(model, replace(spec, image_size=recipe.augment.progressive.start_size))
+    spec = replace(spec, preprocessing=_preprocessing(model, spec, settings))
+    return _prepare(model, recipe, device), spec
+
+
+def _spec(recipe: Recipe, source: Source) -> ModelSpec:
+    return ModelSpec(
+        name=recipe.model.name,
+        class_names=source.class_names,
+        image_size=recipe.data.image_size,
+        multi_label=source.multi_label,
+        drop_path=recipe.model.drop_path,
+        small_image_stem=recipe.model.small_image_stem,
+        trust_remote_code=recipe.model.trust_remote_code,
+        args=dict(recipe.model.args),
+    )
+
+
+def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings) -> Preprocessing:
+    found = model_preprocessing(model, spec)
+    values: dict[str, Any] = {}
+    for name in ("mean", "std", "interpolation", "crop_pct"):
+        key, trained_with = f"data.{name}", getattr(found, name)
+        value = decide(settings, key, value=list(trained_with) if isinstance(trained_with, tuple) else trained_with)
+        if isinstance(value, list) and not settings.is_open(key):  # one number stands for all channels
+            value = settings.record(key, value * (3 // len(value)))
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return replace(found, **values)
+
+
+def _prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    if recipe.model.freeze_backbone:
+        freeze_backbone(model)
+    if recipe.model.gradient_checkpointing:
+        use_gradient_checkpointing(model)
+    if recipe.accelerate.sync_batch_norm:
+        if device.type != "cuda":
+            raise RunError("accelerate.sync_batch_norm needs GPUs; set it to false")
+        from timm.layers import convert_sync_batchnorm
+
+        model = convert_sync_batchnorm(model)
+    model = model.to(device)
+    if recipe.accelerate.channels_last is True:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.accelerate.compile is True:
+        model.compile(dynamic=False)
+    return model

@@ -1,0 +1,139 @@
+"""The pictures of a run's report: training images as the model saw them, and its worst mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_fasttrain.data.loading.batch import Normalize
+from hf_fasttrain.data.loading.loader import TrainLoader
+from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
+from hf_fasttrain.data.loading.sampler import Order
+from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.source.dataset import Source, Split
+from hf_fasttrain.from_recipe.loaders import eval_transform, train_mixing, train_preparation, train_transform
+from hf_fasttrain.models.model import Preprocessing
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.run_folder.gallery import Gallery, Picture
+from hf_fasttrain.run_folder.predictions import Predictions
+from hf_fasttrain.utils.errors import UserError
+
+NUM_TRAINING, NUM_MISTAKES = 16, 24  # pictures in a report
+LEAST_SHARE = 0.01  # of a class in a target, to be named
+
+
+@dataclass(frozen=True)
+class ReportPictures:
+    """Makes the pictures of a run: training images as the model saw them, and its worst mistakes."""
+
+    recipe: Recipe
+    source: Source
+    order: Order
+    pre: Preprocessing
+
+    def write(self, run: Path, say: Callable[[str], None], num_steps: int, predictions: Predictions | None) -> None:
+        """Write the gallery of a run that ended after `num_steps`; `say` is told of images that can't be read any more.
+
+        Raises OSError.
+        """
+        pixels: dict[str, np.ndarray] = {}
+        gallery = Gallery(self.source.class_names)
+        try:
+            step, training = self.training(num_steps, pixels)
+            gallery = replace(gallery, training=training, training_step=step)
+        except UserError as error:
+            say(f"note: the report has no training images: {error}")
+        try:
+            if predictions is not None:
+                mistakes, step = self.mistakes(predictions, pixels), predictions.step
+                gallery = replace(gallery, mistakes=mistakes, mistakes_step=step, mistakes_split=predictions.split)
+        except UserError as error:
+            say(f"note: the report does not show the worst mistakes: {error}")
+        gallery.save(run, pixels)
+
+    def training(self, num_steps: int, pixels: dict[str, np.ndarray]) -> tuple[int, list[Picture]]:
+        """Return a step, counted from 1, and its first images as they went into the model: cropped, mixed, erased.
+
+        It is the first step of the last of `num_steps`' epochs. Their pixels are put into `pixels` by file name.
+        """
+        order = replace(self.order, num_processes=1, process_index=0, micro_batch_size=NUM_TRAINING)
+        index = (num_steps - 1) // order.steps_per_epoch * order.steps_per_epoch
+        step = next(self._loader(order).steps(index, index + 1))
+        images, targets = next(step.micro_batches)
+        names = [self._name(self.source.train, int(row)) for row in order.plan(index).micro_batches[0].indices]
+        pictures = []
+        for number, (image, target, name) in enumerate(zip(self._pixels(images), targets, names, strict=False)):
+            pixels[f"training_{number:02d}.jpg"] = image
+            pictures.append(Picture(f"training_{number:02d}.jpg", name, self._shares(target)))
+        return index + 1, pictures[:NUM_TRAINING]
+
+    def _loader(self, order: Order) -> TrainLoader:
+        """Return the training images in this process, without cache or workers; the same pixels as in training."""
+        transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
+        images = Images(self.source.train, train_preparation(self.recipe, self.pre))
+        cpu = torch.device("cpu")
+        feed = Feed(ImageBatches(images, transform), cpu, workers=0, pin_memory=False, report=lambda *_: None)
+        normalize = Normalize(self.pre.mean, self.pre.std, cpu, channels_last=False)
+        mixing = train_mixing(self.recipe, len(self.source.class_names))
+        return TrainLoader(feed, order, normalize, mixing, transform.size_at)
+
+    def _pixels(self, images: Tensor) -> np.ndarray:
+        """Return normalised images (B, 3, H, W) as pixels (B, H, W, 3) uint8."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.pre.mean, self.pre.std))
+        levels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).numpy()
+
+    def _shares(self, target: Tensor) -> dict[str, float]:
+        names = self.source.class_names
+        if target.ndim == 0:
+            return {names[int(target)]: 1.0}
+        return {
+            names[i]: round(float(target[i]), 4) for i in target.argsort(descending=True) if target[i] > LEAST_SHARE
+        }
+
+    def mistakes(self, predictions: Predictions, pixels: dict[str, np.ndarray]) -> list[Picture]:
+        """Return the wrongly predicted images with the highest losses, as the model saw them."""
+        split, pictures = self.source.evaluation, []
+        preparation = Preparation(center=eval_transform(self.pre))
+        for number, index in enumerate(predictions.worst(NUM_MISTAKES)):
+            row = int(predictions.rows[index])
+            if row < 0:
+                continue
+            file = f"mistake_{number:02d}.jpg"
+            images = Images(split, preparation)
+            used = np.array([row])
+            for _, image in images.pixels(np.array([row]), used, []):
+                pixels[file] = image
+            truth = dict.fromkeys(self._named(predictions.labels[index]), 1.0)
+            name, loss = self._name(split, int(used[0])), float(predictions.losses[index])  # a bad image's stand-in
+            pictures.append(Picture(file, name, truth, self._scores(predictions, index), loss))
+        return pictures
+
+    def _scores(self, predictions: Predictions, index: int) -> dict[str, float | None]:
+        """Return what was predicted, with its score; of a multi-label image, that of the class that is farthest off."""
+        named, confidence = self._named(predictions.predicted[index]), float(predictions.confidence[index])
+        if not predictions.is_multi_label:
+            return dict.fromkeys(named, confidence)
+        scores: dict[str, float | None] = dict.fromkeys(named)
+        worst = self.source.class_names[int(predictions.worst_class[index])]
+        if worst in scores:
+            scores[worst] = confidence
+        else:
+            scores[f"{worst} missed:"] = 1 - confidence
+        return scores
+
+    def _named(self, answer: Tensor) -> list[str]:
+        names = self.source.class_names
+        return [names[int(answer)]] if answer.ndim == 0 else [names[int(i)] for i in answer.nonzero().flatten()]
+
+    @staticmethod
+    def _name(split: Split, index: int) -> str:
+        path: Any = split.records([index])[0]["path"]
+        return "/".join(Path(path).parts[-2:]) if path else f"row {index}"

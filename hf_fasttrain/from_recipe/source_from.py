@@ -1,0 +1,80 @@
+"""A recipe's data: opened, its splits told apart, and what was found recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.data.source.dataset import Source, load_source
+from hf_fasttrain.from_recipe.auto import decide, split
+from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.utils.errors import DataError
+
+
+def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Source:
+    """Return the data of a recipe, or `dataset` read as the recipe says, and record its splits, columns and classes.
+
+    Raises DataError, also for a split that has two uses.
+    """
+    source = open_source(recipe, dataset)
+    _require_unused_splits(source)
+    if dataset is not None:
+        settings.record("data.dataset", "handed over in Python")
+    for key, part in (("data.train_split", source.train), ("data.eval_split", source.evaluation)):
+        settings.record(key, *split(name=part.name, images=len(part)))
+    for key, name in (("data.image_column", source.columns.image), ("data.label_column", source.columns.label)):
+        decide(settings, key, name=name)
+    settings.record("classes", len(source.class_names), "of the label column")
+    for note in source.notes:
+        settings.note(note)
+    if source.held_out:
+        settings.note(
+            f"no validation split: {len(source.evaluation):,} of {len(source.train) + len(source.evaluation):,} "
+            "training images are held out, each class alike (data.eval_fraction)"
+        )
+    return source
+
+
+def _require_unused_splits(source: Source) -> None:
+    """A test split that was trained on, or chose the best checkpoint, would measure nothing."""
+    used = [source.train.name] if source.held_out else [source.train.name, source.evaluation.name]
+    if source.test is not None and source.test.name in used:
+        raise DataError(f"data.test_split: '{source.test.name}' is trained or evaluated on already; choose another")
+    if not source.held_out and source.train.name == source.evaluation.name:
+        raise DataError(f"data.eval_split: '{source.evaluation.name}' is trained on already; choose another")
+
+
+def open_source(
+    recipe: Recipe, dataset: Any = None, *, test_split: str | None = None, test_key: str = "data.test_split"
+) -> Source:
+    """Return the recipe's data set, or `dataset` read as the recipe says; `test_split` replaces the recipe's.
+
+    `test_key` is what messages call it.
+    """
+    data = recipe.data
+    return load_source(
+        data.dataset if dataset is None else dataset,
+        config=data.config,
+        revision=data.revision,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        test_split=test_split or data.test_split,
+        test_key=test_key,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        multi_label=data.multi_label,
+        eval_fraction=data.eval_fraction,
+        seed=recipe.seed,
+    )
+
+
+def local_settings(recipe: Recipe, dataset: Any) -> list[str]:
+    """Return the keys of paths and objects of this machine: they mean nothing elsewhere, and are nobody's business."""
+    model, data = recipe.model, recipe.data
+    name = model.name.removeprefix("transformers:")
+    paths = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}
+    found = [key for key, value in paths.items() if isinstance(value, str) and Path(value).expanduser().exists()]
+    if data.dataset == "digits":
+        found = [key for key in found if key != "data.dataset"]
+    return sorted({*found, *(["data.dataset"] if dataset is not None else [])})

@@ -1,0 +1,123 @@
+"""What `hf-fasttrain tune` found out, kept for `auto`: machine settings by machine, versions, model and step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_fasttrain.from_recipe.accelerator import num_processes, uses_gpu
+from hf_fasttrain.recipe.resolved import TUNED, Decision
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.utils.duration import Duration
+from hf_fasttrain.utils.environment import describe_machine, describe_versions
+from hf_fasttrain.utils.files import read_json, write_json
+
+# Settings that hold for any number of processes, and those that were measured for one process and its data.
+COMPUTE_KEYS = (
+    "accelerate.mixed_precision",
+    "accelerate.channels_last",
+    "accelerate.compile",
+    "accelerate.matmul_precision",
+    "accelerate.conv_precision",
+)
+ALONE_KEYS = ("accelerate.micro_batch_size", "accelerate.cpu_threads")
+LONG_KEYS = (
+    "accelerate.compile",
+    "data.cache",
+)  # what costs time first, and pays in a training as long as the tuned one
+LOADER_KEYS = ("data.workers", "data.cache", "data.pin_memory")
+TUNED_KEYS = (*COMPUTE_KEYS, *ALONE_KEYS, *LOADER_KEYS)
+VERSIONS = ("python", "hf_fasttrain", "torch", "torchvision", "timm", "transformers")  # those that decide speed
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is decided for keys that a recipe leaves to `auto`, before any rule: by a tuning, or a run's first start."""
+
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured, and for what: a tuning is used where `machine`, `versions` and `model` are the same."""
+
+    machine: dict[str, Any]  # processor, cores, device
+    versions: dict[str, str]
+    model: dict[str, Any]  # the recipe's model section, image size and images per step
+    data: dict[str, Any]  # the data set and what is done to its images: the loader's settings depend on it
+    values: dict[str, Any]  # dotted machine key -> value
+    date: str
+    images_per_second: float
+    duration: str  # of the training that it was forecast for
+
+
+def tunings_dir() -> Path:
+    """Return the folder of the stored tunings: $HF_FASTTRAIN_TUNINGS or ~/.cache/hf_fasttrain/tunings."""
+    return Path(os.environ.get("HF_FASTTRAIN_TUNINGS", "~/.cache/hf_fasttrain/tunings")).expanduser()
+
+
+def store_tuning(tuning: Tuning) -> Path:
+    """Write a tuning over an earlier one of the same machine, versions, model and data; OSError if it can't be."""
+    path = _path(tuning.machine, tuning.versions, tuning.model, tuning.data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(tuning))
+    return path
+
+
+def find_tuning(
+    machine: dict[str, Any], versions: dict[str, str], model: dict[str, Any], data: dict[str, Any]
+) -> Tuning | None:
+    """Return the stored tuning of the same machine, versions, model and data, None if there is none."""
+    found = read_json(_path(machine, versions, model, data))
+    try:
+        tuning = Tuning(**found)
+    except TypeError:  # none, or of another version
+        return None
+    return tuning if isinstance(tuning.values, dict) else None
+
+
+def _path(*parts: dict[str, Any]) -> Path:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return tunings_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+# --- for which recipe, on which machine ----------------------------------------------------------------------
+
+
+def stored_tuning(recipe: Recipe) -> Tuned:
+    """Return what a stored tuning decides for a recipe here and now; nothing if there is none."""
+    tuning = find_tuning(*circumstances(recipe))
+    if tuning is None:
+        return Tuned()
+    one = num_processes() == 1
+    tuned, duration = Duration.parse(tuning.duration), recipe.train.duration
+    as_long = duration.unit == tuned.unit and duration.count >= tuned.count
+    unusable = {*(() if one else (*ALONE_KEYS, *LOADER_KEYS)), *(() if as_long else LONG_KEYS)}
+    values = {key: value for key, value in tuning.values.items() if key not in unusable}
+    return Tuned({key: Decision(value, f"{TUNED} {tuning.date}", "tuned") for key, value in values.items()})
+
+
+def machine_here() -> dict[str, Any]:
+    """Return processor, cores, device and the number of training processes, of all machines together."""
+    described = describe_machine(torch.device("cuda" if uses_gpu() else "cpu"), num_processes())
+    return {
+        **{key: described[key] for key in ("processor", "cores", "device")},
+        "processes": described["num_processes"],
+    }
+
+
+def circumstances(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, Any]]:
+    """Return machine, versions, model and data, by which tunings are found again."""
+    machine = {key: value for key, value in machine_here().items() if key != "processes"}
+    versions = {name: version for name, version in describe_versions().items() if name in VERSIONS}
+    model = recipe.model.model_dump(mode="json", exclude={"pretrained", "drop_path", "trust_remote_code"})
+    model |= {"image_size": recipe.data.image_size, "batch_size": recipe.train.batch_size}
+    shaping = ("dataset", "config", "train_split", "short_side", "stored_quality", "reduced_decode", "decoder")
+    data = {key: getattr(recipe.data, key) for key in shaping}
+    return machine, versions, model, {**data, "augment": recipe.augment.model_dump(mode="json")}

@@ -1,0 +1,235 @@
+"""A run pushed to the Hub while it trains: in a process of its own, which can neither slow nor stop training."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.hub.staging import STAGING, present_result, stage
+from hf_fasttrain.utils.files import attempt, read_json, reason, write_json
+
+STATE_FILE = "hub.json"  # what was pushed last
+PATIENCE_SECONDS = 300.0  # for what passes by itself, within one push
+TO_SAY_SECONDS = 10.0  # that are left of the waiting at the end, so that the reason is known
+PAUSES = (60.0, 600.0)  # seconds before a push that failed is tried again, at first and at most
+
+
+@dataclass(frozen=True)
+class HubWish:
+    """What to push where, and when: after each best evaluation, every so many steps, or at the end alone."""
+
+    repo: str
+    every: int | str = "end"  # steps, "best" or "end"
+    private: bool | None = None
+    license: str | None = None
+    wait_seconds: float = 600.0  # for what is under way at the end
+    stalled_seconds: float = 60.0  # without a byte, after which a connection is given up
+    rest: float = 0.0  # so many times as long as a push took, no other one begins while training goes on
+
+    def command(self, run: Path) -> str:
+        """Return the command that pushes the run by hand."""
+        options = [*(["--private"] if self.private else []), *(["--license", self.license] if self.license else [])]
+        options += ["--weights", "best"] if self.every == "best" else []
+        return shlex.join(["hf-fasttrain", "push", str(run), self.repo, *options])
+
+
+class Pusher:
+    """Pushes checkpoints as they come, at most one at a time, the newest first; and at the end the run.
+
+    `describe` writes a model folder but for its weights, `about` says what machine this is, `say` is told of what
+    failed and of how it ended. Nothing here raises what the Hub or the disk does.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        wish: HubWish,
+        describe: Callable[[Path], None],
+        about: Mapping[str, Any],
+        say: Callable[[str], None],
+        num_steps: int | None = None,
+    ) -> None:
+        self.num_steps = num_steps
+        self.run, self.wish, self.describe, self.about, self.say = run, wish, describe, about, say
+        pushed = read_json(run / STATE_FILE)
+        self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == wish.repo else 0
+        self._lock = threading.Condition()
+        self._waiting: tuple[Path, int] | None = None  # a staged run and its step
+        self._process: subprocess.Popen[str] | None = None
+        self._thread: threading.Thread | None = None
+        self._ending = self._closed = False
+        self._rests_until = 0.0
+        self._told: set[str] = set()
+        shutil.rmtree(run / STAGING, ignore_errors=True)
+
+    # --- while training ------------------------------------------------------------------------------------
+
+    def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
+        """Take note of a checkpoint that is whole on disk; called before it may be pruned."""
+        if self._closed or step == self.num_steps or not self._is_due(step, best=best):
+            return  # after the last step the run itself is pushed
+        folder = self.run / STAGING / f"step_{step:08d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        result = present_result(self.run, checkpoint, self.about)
+        if not attempt(lambda: stage(self.run, checkpoint, folder, self.describe, result), self.not_staged):
+            return
+        self._pushed_step = step
+        with self._lock:
+            if self._waiting is not None:  # a newer one takes its place
+                shutil.rmtree(self._waiting[0], ignore_errors=True)
+            self._waiting = (folder, step)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
+                self._thread.start()
+            self._lock.notify_all()
+
+    def _is_due(self, step: int, *, best: bool) -> bool:
+        if self.wish.every == "best":
+            return best and step > self._pushed_step
+        return isinstance(self.wish.every, int) and step - self._pushed_step >= self.wish.every
+
+    def not_staged(self, error: BaseException) -> None:
+        """Say once why nothing could be made ready."""
+        self._tell_once(f"hub: nothing can be made ready for {self.wish.repo}: {reason(error)}; training goes on")
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.say(text)
+
+    def _work(self) -> None:
+        """Push what is waiting until nothing is; in a thread that mostly waits for the other process."""
+        pause = PAUSES[0]
+        while True:
+            with self._lock:
+                if self._waiting is not None:
+                    self._lock.wait_for(lambda: self._ending, timeout=max(0.0, self._rests_until - time.monotonic()))
+                if self._ending or self._waiting is None:
+                    self._thread = None
+                    return
+                folder, step = self._waiting
+                self._waiting = None
+            began = time.monotonic()
+            answer = self._push(folder, f"Step {step}")
+            self._rests_until = time.monotonic() + self.wish.rest * (time.monotonic() - began)
+            if "address" in answer:
+                self._note(answer["address"], step)
+                pause = PAUSES[0]
+            else:
+                pause = self._failed(folder, step, answer, pause)
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _failed(self, folder: Path, step: int, answer: Mapping[str, Any], pause: float) -> float:
+        """Keep what was not pushed for another try, if that may help and nothing newer is there; return the pause."""
+        with self._lock:
+            if self._ending:
+                return pause
+            self._tell_once(f"hub: {answer['error']}; training goes on" + ", tried again" * bool(answer.get("passes")))
+            if not answer.get("passes") or self._waiting is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                return PAUSES[0]
+            asked = max(pause, float(answer.get("retry_after", 0.0)))
+            self._lock.wait_for(lambda: self._ending or self._waiting is not None, timeout=asked)
+            if self._waiting is None:
+                self._waiting = (folder, step)
+        return min(PAUSES[1], 2 * pause)
+
+    def _push(
+        self, run: Path, message: str, *, patience: float | None = None, weights: str | None = None
+    ) -> dict[str, Any]:
+        """Push a run folder by a process of its own and return its answer: address, or error and passes."""
+        command = self.wish.command(self.run)
+        asked = {
+            "run": str(run), "home": str(self.run), "repo": self.wish.repo, "private": self.wish.private,
+            "license": self.wish.license, "weights": weights, "message": message, "command": command,
+            "patience": PATIENCE_SECONDS if patience is None else patience, "stalled": self.wish.stalled_seconds,
+        }  # fmt: skip
+        trouble = ""
+        try:
+            with self._lock:
+                if self._closed:
+                    return {"error": "ended", "passes": True}
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "hf_fasttrain.hub.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for training
+                )
+            out, trouble = self._process.communicate(json.dumps(asked))
+            return dict(json.loads(out))
+        except (OSError, ValueError):
+            last = (trouble.strip().splitlines() or ["its process was ended"])[-1]
+            return {"error": f"push to {self.wish.repo}: the upload broke off ({last}); then {command}", "passes": True}
+
+    def _note(self, address: str, step: int, *, finished: bool = False) -> None:
+        date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        values = {"repo": self.wish.repo, "address": address, "step": step, "date": date, "finished": finished}
+        attempt(lambda: write_json(self.run / STATE_FILE, values), lambda error: None)
+
+    # --- at the end ----------------------------------------------------------------------------------------
+
+    def finished(self, step: int) -> None:
+        """Push the finished run, whose files are whole on disk, and say how that ended.
+
+        With `every` best, the best evaluation's weights go. Waits `wait_seconds` at most, less on Ctrl-C.
+        """
+        until, command = time.monotonic() + self.wish.wait_seconds, self.wish.command(self.run)
+        self.say(f"pushing to {self.wish.repo}: {self.wish.wait_seconds / 60:g} minutes at most, Ctrl-C leaves it off")
+        with self._lock:
+            self._ending = True  # the run itself comes now, instead of what is waiting
+            self._lock.notify_all()
+            under_way = self._thread
+        outcome: dict[str, Any] = {}
+        thread = threading.Thread(
+            target=lambda: outcome.update(self._push_all(under_way, until)), name="hub", daemon=True
+        )
+        thread.start()
+        try:
+            thread.join(self.wish.wait_seconds)
+        except KeyboardInterrupt:
+            outcome = {"error": f"push to {self.wish.repo}: left off by a signal; then {command}"}
+        outcome = dict(outcome)  # what closing makes of it does not count
+        self.close()
+        if "address" in outcome:
+            self._note(outcome["address"], step, finished=True)
+            self.say(f"pushed to {outcome['address']}")
+            return
+        late = f"push to {self.wish.repo}: not done after {self.wish.wait_seconds / 60:g} minutes (hub.wait)"
+        why = str(outcome.get("error") or late)
+        self.say(f"trained to the end, but not pushed: {why}" + f"; then {command}" * (command not in why))
+
+    def _push_all(self, under_way: threading.Thread | None, until: float) -> dict[str, Any]:
+        if under_way is not None:  # its large files are not sent twice
+            under_way.join()
+        patience = max(0.0, min(PATIENCE_SECONDS, until - time.monotonic() - TO_SAY_SECONDS))
+        weights = "best" if self.wish.every == "best" else None
+        try:
+            return self._push(self.run, "Push a run of hf_fasttrain", patience=patience, weights=weights)
+        except Exception as error:  # noqa: BLE001 - said, instead of taken for a slow Hub
+            return {"error": f"push to {self.wish.repo}: {reason(error)}"}
+
+    def close(self) -> None:
+        """End what is under way: a later push sends only what is missing."""
+        with self._lock:
+            self._ending = self._closed = True
+            self._lock.notify_all()
+            process = self._process
+        if process is not None and process.poll() is None:
+            with suppress(OSError):
+                process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        shutil.rmtree(self.run / STAGING, ignore_errors=True)

@@ -1,0 +1,212 @@
+"""The model card of a finished run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.export.snippets import onnx_snippet, timm_snippet, transformers_snippet
+from hf_fasttrain.hub.pictures import PICTURES
+from hf_fasttrain.run_folder.finished import RECIPE_FILE, FinishedRun
+from hf_fasttrain.run_folder.kept_weights import step_in_model
+from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
+from hf_fasttrain.utils.errors import shortened
+from hf_fasttrain.utils.files import read_json
+from hf_fasttrain.utils.format import NOTHING, format_bytes, format_duration, format_percent, format_rate
+from hf_fasttrain.utils.remote import is_remote, is_repo_name, parse_place
+
+CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
+
+
+def model_card(
+    run: FinishedRun,
+    recipe: dict[str, Any],
+    repo: str,
+    files: Mapping[str, bytes | Path],
+    license: str | None = None,
+) -> str:
+    """Return README.md: what the model is, its figures, how to use it, how it was trained and what that cost.
+
+    `recipe` is the recipe without local paths, `files` what is pushed beside the card; a license stands in it only if
+    given.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    dataset = _hub_dataset(run)
+    data = ModelCardData(
+        license=license,
+        library_name=_library(run.spec, files),
+        pipeline_tag="image-classification",
+        tags=["image-classification", "hf_fasttrain"],
+        base_model=_base_model(run),
+        datasets=[dataset] if dataset else None,
+        model_name=repo.split("/")[-1],
+        eval_results=_eval_results(run) or None,
+    )
+    name = Scrubber([]).value(str(run.spec["name"])).removeprefix("transformers:")
+    classes, multi = run.spec["class_names"], ", any number of them true of an image" if run.spec["multi_label"] else ""
+    body = [
+        f"# {repo.split('/')[-1]}",
+        f"`{name}` for {run.spec['image_size']} px images and {len(classes)} classes{multi}: {shortened(classes, 20)}.",
+        _state(run.result),
+        _figures(run.result),
+        *(f"![{PICTURES[name]}]({name})" for name in PICTURES if name in files),
+        _usage(run.spec, repo, files),
+        _training(run, recipe, repo, files),
+        _cost(run.result),
+        _versions(run.result),
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"))
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name is OWNER/NAME on the Hub rather than a folder here."""
+    return is_repo_name(name) and not is_local_path(name)
+
+
+def _library(spec: dict[str, Any], files: Mapping[str, bytes | Path]) -> str:
+    if spec["name"].startswith("transformers:"):
+        return "transformers"
+    return "timm" if "config.json" in files else "hf_fasttrain"  # timm can't build a changed stem
+
+
+def _base_model(run: FinishedRun) -> str | None:
+    """Return the Hub name of the weights that training began with, None if they have none."""
+    asked = run.recipe.get("model") or {}
+    pretrained, name = asked.get("pretrained"), str(asked.get("name", run.spec["name"]))
+    if is_remote(pretrained):
+        return parse_place(str(pretrained))[0]
+    if pretrained is not True or run.is_local("model.name"):
+        return None
+    name = name.removeprefix("transformers:").removeprefix("hf-hub:")
+    if is_hub_name(name):
+        return name
+    config = read_json(run.folder / "model" / "config.json")
+    tag = (config.get("pretrained_cfg") or {}).get("tag")
+    return f"timm/{config['architecture']}.{tag}" if tag and not is_local_path(name) else None
+
+
+def _dataset(run: FinishedRun) -> str:
+    return str(run.setting("data.dataset") or "")
+
+
+def _is_own(run: FinishedRun) -> bool:
+    """Return whether the data set is the own one of who trained, or unknown."""
+    dataset = _dataset(run)
+    return dataset != "digits" and (not dataset or run.is_local("data.dataset"))
+
+
+def _hub_dataset(run: FinishedRun) -> str | None:
+    """Return the data set's name on the Hub, None if it is not from there."""
+    dataset = _dataset(run)
+    return dataset if dataset != "digits" and not _is_own(run) and re.fullmatch(r"[\w./-]+", dataset) else None
+
+
+def _eval_results(run: FinishedRun) -> list[Any]:
+    """Return the model-index entries of evaluation and test split."""
+    from huggingface_hub import EvalResult
+
+    data, dataset, own = run.recipe.get("data") or {}, _dataset(run), _is_own(run)
+    asked = run.setting("data.eval_split")
+    splits = {"metrics": asked if asked not in (None, "auto") else None, "test_metrics": data.get("test_split")}
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="imagefolder" if own else dataset,
+            dataset_name=("own images" if own else dataset) + (", test split" if key == "test_metrics" else ""),
+            dataset_config=None if own else data.get("config"),
+            dataset_split=split,
+            dataset_revision=None if own else data.get("revision"),
+            metric_type=CARD_METRICS[name],
+            metric_name=name,
+            metric_value=value,
+        )
+        for key, split in splits.items()
+        for name, value in (run.result.get(key) or {}).items()
+        if name in CARD_METRICS and value is not None and math.isfinite(value)
+    ]
+
+
+def _figures(result: dict[str, Any]) -> str:
+    metrics, test = result.get("metrics") or {}, result.get("test_metrics") or {}
+    if not metrics and not test:
+        return ""
+    rows = ["| metric | evaluation split | test split |", "| --- | ---: | ---: |"]
+    for name in dict.fromkeys([*metrics, *test]):
+        shown = [f"{values[name]:.4f}" if name in values else "-" for values in (metrics, test)]
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+def _state(result: dict[str, Any]) -> str:
+    """Return which of a run's weights these are, if not the last ones of a finished one."""
+    of, steps, asked = step_in_model(result), result.get("steps"), result.get("num_steps")
+    if of is not None and asked is not None:
+        return f"Training is under way: these are the weights after step {of:,} of {asked:,}."
+    if of is None or of == steps:
+        return ""
+    best = " of the best evaluation," if (result.get("best") or {}).get("step") == of else ""
+    flatters = " It was chosen by the figures of the evaluation split below, which flatters them." if best else ""
+    return f"These are the weights{best} after step {of:,} of {steps:,}.{flatters}"
+
+
+def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:
+    """Return the programs that open the model and name an image's classes, for each tool that can."""
+    place, transformers = f"hf-hub:{repo}", spec["name"].startswith("transformers:")
+    parts = {}
+    if "config.json" in files and not transformers:
+        parts["timm"] = timm_snippet(place, multi_label=spec["multi_label"])
+    if b'"auto_map"' not in _content(files.get("config.json", b'"auto_map"')):  # a model with code of its own
+        parts["transformers"] = transformers_snippet(repo)
+    if "model.onnx" in files:
+        parts["onnxruntime, without torch"] = onnx_snippet(repo)
+    shown = [f"With {tool} (`python classify.py IMAGE`):\n\n```python\n{code}```" for tool, code in parts.items()]
+    own = f"hf-fasttrain predict hf://{repo} IMAGE..."
+    return "\n\n".join(["## How to use it", *shown, f"With hf_fasttrain:\n\n```bash\n{own}\n```"])
+
+
+def _content(file: bytes | Path) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:
+    steps, images = run.result.get("steps") or 0, run.result.get("images") or 0
+    title, facts = "## How it was trained", f"{steps:,} steps, {images:,} images."
+    text = files.get(RECIPE_FILE)
+    if not recipe or not isinstance(text, bytes):
+        return f"{title}\n\n{facts}"
+    override = " data.dataset=FOLDER" if _is_own(run) else ""
+    elsewhere = " hub=null" if run.recipe.get("hub") else ""  # the author's own repository
+    command = f"accelerate launch -m hf_fasttrain {{}}{override}"
+    return (
+        f"{title}\n\n{facts} The same again, from a clone of this repository or without one:\n\n"
+        f"```bash\n{command.format(RECIPE_FILE)}{elsewhere}\n{command.format(f'hf://{repo}')}\n```\n\n"
+        f"The recipe:\n\n```yaml\n{text.decode().strip()}\n```"
+    )
+
+
+def _cost(result: dict[str, Any]) -> str:
+    """Return the table of what training took."""
+    machine = result.get("machine") or {}
+    gpu = "" if machine.get("device") in (None, "cpu") else f"{machine.get('num_processes', 1)} x {machine['device']}, "
+    seconds, memory = result.get("train_seconds"), result.get("peak_memory_bytes")
+    rows = {
+        "hardware": f"{gpu}{machine.get('processor', '?')}, {machine.get('cores', '?')} cores" if machine else None,
+        "training steps took": None
+        if seconds is None
+        else f"{format_duration(seconds)}, without evaluation and saving",
+        "images per second": format_rate(result.get("images_per_second")),
+        "waiting for data": format_percent(result.get("data_wait_fraction")),
+        "peak memory": None if not memory else f"{format_bytes(memory)}{' of the GPU' if gpu else ''}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, NOTHING)]
+    return "\n".join(["## What it cost", "", "| | |", "| --- | --- |", *lines]) if lines else ""
+
+
+def _versions(result: dict[str, Any]) -> str:
+    versions = result.get("versions") or {}
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"## Versions\n\n{listed}." if listed else ""

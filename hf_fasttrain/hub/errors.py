@@ -1,0 +1,67 @@
+"""Why the Hub did not take something, what to do about it, and whether it passes by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_fasttrain.utils.errors import first_lines
+from hf_fasttrain.utils.library_errors import is_card_refused
+
+PASSING = (408, 409, 412, 423, 425, 429)  # 409 and 412: another commit was made at the same time
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong, as the middle of a sentence that ends with what to do next."""
+
+    why: str
+    passes: bool  # whether trying again may help
+    retry_after: float = 0.0  # seconds that the Hub asks to wait
+
+
+def explain(error: BaseException, repo: str, endpoint: str) -> Failure:
+    """Return what went wrong and what to do about it, by the status that the Hub answered with."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # raised around a file's upload
+        error = error.__cause__
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return Failure("HF_HUB_OFFLINE is set; unset it", passes=False)
+    if status is not None:
+        return _refused(status, error, repo, endpoint, _retry_after(response))
+    if isinstance(error, HTTPError):
+        why = f"{endpoint} can't be reached ({first_lines(error)}); check the network and HF_ENDPOINT"
+        return Failure(why, passes=True)
+    if is_card_refused(error):
+        why = f"the Hub does not take the card ({first_lines(error)}); mend license, data set or model names"
+        return Failure(why, passes=False)
+    passes = isinstance(error, ConnectionError | TimeoutError | RuntimeError)  # RuntimeError: the xet transport's
+    why = f"the upload to {endpoint} broke off ({first_lines(error)}); check the token and the network"
+    return Failure(why, passes=passes)
+
+
+def _refused(status: int, error: BaseException, repo: str, endpoint: str, wait: float) -> Failure:
+    if status == 401:
+        why = f"{endpoint} does not accept the token (401); log in with `hf auth login` or set HF_TOKEN"
+        return Failure(why, passes=False)
+    if status in (403, 404):
+        told = getattr(error, "server_message", None)  # such as a quota that is used up
+        told = f": {told}" if told else ""
+        why = (
+            f"the token may not write there ({status}{told}); log in with `hf auth login` with a token "
+            f"that has write access to {repo.split('/')[0]}, or give another OWNER/NAME"
+        )
+        return Failure(why, passes=False)
+    if status >= 500 or status in PASSING:
+        return Failure(
+            f"{endpoint} can't answer now ({status}); the run is whole on disk, wait a little", True, retry_after=wait
+        )
+    return Failure(f"{endpoint} refused it ({first_lines(error)}); put that right", passes=False)
+
+
+def _retry_after(response: object) -> float:
+    """Return the seconds that the header Retry-After asks to wait, at most an hour; 0 without it."""
+    value = getattr(response, "headers", {}).get("Retry-After", "")
+    return min(3600.0, float(value)) if value.isdigit() else 0.0

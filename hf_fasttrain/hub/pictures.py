@@ -1,0 +1,43 @@
+"""The pictures of a run that go with its card."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+PICTURES = {  # name -> what it shows
+    "curves.png": "loss, accuracy and learning rate over training",
+    "confusion.png": "which classes were taken for which",
+}
+
+
+def pictures_of(run: Path) -> dict[str, bytes | Path]:
+    """Return name -> content of a run's pictures: those beside its report if they are as new as its figures, else new.
+
+    A picture that there is nothing for is left out.
+    """
+    from hf_fasttrain.run_folder.gallery import (
+        GALLERY_FOLDER,  # brings numpy, which a push beside training can do without
+    )
+
+    figures = [run / name for name in ("metrics.jsonl", "predictions.safetensors") if (run / name).is_file()]
+    if not figures:
+        return {}
+    newest = max(path.stat().st_mtime_ns for path in figures)
+    kept = {name: run / GALLERY_FOLDER / name for name in PICTURES}
+    found = {name: path for name, path in kept.items() if path.is_file() and path.stat().st_mtime_ns >= newest}
+    return dict(found) if found else _drawn(run)
+
+
+def _drawn(run: Path) -> dict[str, bytes | Path]:
+    from hf_fasttrain.report.pictures import DRAWINGS
+    from hf_fasttrain.report.record import read_record
+
+    record = read_record(run)  # what can't be drawn is left out: a push is not for its pictures
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {name: Path(folder) / name for name in DRAWINGS}
+        for name, draw in DRAWINGS.items():
+            with suppress(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+                draw(record, drawn[name])
+        return {name: path.read_bytes() for name, path in drawn.items() if path.is_file()}

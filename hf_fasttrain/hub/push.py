@@ -1,0 +1,227 @@
+"""A finished run on the Hub: the model folder, recipe and figures, and a card, in one commit, without local paths."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.hub.card import model_card
+from hf_fasttrain.hub.errors import Failure, explain
+from hf_fasttrain.hub.pictures import PICTURES, pictures_of
+from hf_fasttrain.hub.staging import staged
+from hf_fasttrain.run_folder.finished import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+    FinishedRun,
+    read_run,
+)
+from hf_fasttrain.run_folder.scrub import Scrubber, strings
+from hf_fasttrain.utils.errors import RunError, without_secrets
+from hf_fasttrain.utils.files import reason
+from hf_fasttrain.utils.remote import is_license, is_repo_name
+
+# What a push may leave in a repository, and a later one without it takes away: others' files stay.
+OWN_FILES = {
+    "README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE, SPEC_FILE, "config.json", "preprocessor_config.json",
+    "model.safetensors", "model.onnx", *PICTURES,
+}  # fmt: skip
+STALLED_SECONDS = 60.0  # without a byte, after which a connection is given up
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds between two tries
+
+
+def push_run(
+    run: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    license: str | None = None,
+    weights: str | None = None,
+    message: str = "Push a run of hf_fasttrain",
+    command: str | None = None,
+    home: str | None = None,
+    patience: float = 60.0,
+    stalled: float = STALLED_SECONDS,
+    tell: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Upload a finished run to the Hub repository OWNER/NAME, made if there is none, and return its address.
+
+    One commit holds the model folder, recipe.yaml, result.json, metrics.jsonl, pictures and a model card, with local
+    paths cut to their last component. Large files are sent first, and not again when they are there. What passes (429,
+    5xx, a broken connection, `stalled` seconds without a byte) is tried again for `patience` seconds, and `tell` told.
+
+    `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `home` is the run folder that
+    `run` was staged from. Raises RunError if the run is not finished or the Hub can't be written to, with the `command`
+    that finishes it.
+    """
+    folder = Path(run)
+    if license is not None and not is_license(license):
+        raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
+    finished = read_run(folder)
+    asked = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
+    asked += ["--weights", weights] if weights is not None else []
+    command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *asked])
+    upload = Upload(repo, private, message, command, stalled)
+    upload.require_possible()
+    with staged(folder, weights) as chosen:
+        try:
+            chosen_run = finished if chosen == folder else read_run(chosen)
+            files = files_to_push(chosen_run, repo, license, [str(folder), *([home] if home else [])])
+        except OSError as error:
+            raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
+        return upload(files, patience, tell)
+
+
+def asked_hub(run: Path) -> dict[str, Any]:
+    """Return the `hub` section of a run's recipe, an empty dict without one."""
+    hub = read_run(Path(run)).recipe.get("hub")
+    return dict(hub) if isinstance(hub, dict) else {}
+
+
+def require_login(repo: str) -> None:
+    """Raise RunError unless somebody is logged in who could push to a repository; nothing is asked of the Hub."""
+    from huggingface_hub import constants
+
+    again = "the same command again, or leave hub out"
+    if constants.HF_HUB_OFFLINE:
+        raise RunError(f"push to {repo}: HF_HUB_OFFLINE is set; unset it, then {again}")
+    Upload(repo, None, "", again, STALLED_SECONDS).require_possible()
+
+
+def files_to_push(
+    run: FinishedRun, repo: str, license: str | None = None, places: Sequence[str] = ()
+) -> dict[str, bytes | Path]:
+    """Return path in the repository -> content; a Path where the bytes go as they are.
+
+    `places` are folders whose names have no place in it, beside the run's own.
+    """
+    known = [path for place in (str(run.folder), *places) for path in (place, str(Path(place).resolve()))]
+    local = [str(value) for key in run.local or () if (value := run.setting(key)) is not None]
+    scrub = Scrubber([*strings(run.recipe), *strings(run.spec), *known], local)
+    model = run.folder / "model"
+    paths = [path for path in sorted(model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    files: dict[str, bytes | Path] = {path.relative_to(model).as_posix(): path for path in paths}
+    for name, path in files.items():
+        if name.endswith(".json") and isinstance(path, Path):
+            files[name] = scrub.json(path.read_bytes())
+    files[SPEC_FILE] = _loadable_spec(run, scrub, files[SPEC_FILE])
+    files[RESULT_FILE] = scrub.json((run.folder / RESULT_FILE).read_bytes())
+    if run.recipe_text:
+        files[RECIPE_FILE] = scrub.yaml(run.recipe_text, run.recipe).encode()
+    if (run.folder / METRICS_FILE).is_file():
+        lines = (run.folder / METRICS_FILE).read_bytes().splitlines(keepends=True)
+        files[METRICS_FILE] = b"".join(scrub.json(line) for line in lines)
+    if "num_steps" not in run.result:  # drawing takes a training's cores, and has time until it is finished
+        files |= pictures_of(run.folder)
+    files["README.md"] = model_card(run, scrub.tree(run.recipe), repo, files, license).encode()
+    texts = {name: content for name, content in files.items() if isinstance(content, bytes) and name not in PICTURES}
+    return files | {name: without_secrets(content.decode(errors="replace")).encode() for name, content in texts.items()}
+
+
+def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> bytes | Path:
+    """Return the pushed spec; a timm model built from a local folder is named by its architecture.
+
+    The folder's last component would be no model's name, and `load_model` could not build it elsewhere.
+    """
+    name, config = str(run.spec["name"]), run.folder / "model" / "config.json"
+    if scrub.value(name) == name or name.startswith("transformers:") or not config.is_file():
+        return pushed
+    architecture = json.loads(config.read_text(encoding="utf-8")).get("architecture")
+    spec = {**scrub.tree(run.spec), "name": architecture or scrub.value(name)}
+    return (json.dumps(spec, indent=2) + "\n").encode()
+
+
+class Upload:
+    """One push to a repository: as often as it takes, at most one commit.
+
+    The token is huggingface_hub's business; it is looked up anew and kept nowhere.
+    """
+
+    def __init__(self, repo: str, private: bool | None, message: str, command: str, stalled: float) -> None:
+        self.repo, self.private, self.message, self.command = repo, private, message, command
+        self.stalled = stalled
+
+    def require_possible(self) -> None:
+        """Raise RunError for a name that is none, and if nobody is logged in."""
+        from huggingface_hub import get_token
+
+        if not is_repo_name(self.repo):
+            raise RunError(
+                f"'{self.repo}' is no name for a Hub repository; write OWNER/NAME in letters, digits, '-', '_' and '.' "
+                "(no '--' or '..', at most 96), such as me/flowers"
+            )
+        if get_token() is None:
+            raise RunError(
+                f"push to {self.repo}: there is no token; log in with `hf auth login` or set HF_TOKEN, "
+                f"then {self.command}"
+            )
+
+    def __call__(self, files: dict[str, bytes | Path], patience: float, tell: Callable[[str], None]) -> str:
+        """Upload the files and return the repository's address; RunError if it can't be done in time."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError
+
+        api, until, pause = HfApi(), time.monotonic() + patience, FIRST_PAUSE
+        while True:
+            try:
+                with _giving_up_after(self.stalled):
+                    return self._once(api, files)
+            except RunError:
+                raise
+            except (HTTPError, OSError, RuntimeError, ValueError) as error:
+                failure = explain(error, self.repo, api.endpoint)
+            pause = max(pause, failure.retry_after)
+            if not failure.passes or time.monotonic() + pause > until:
+                raise NotPushed(f"push to {self.repo}: {self._clean(failure.why)}; then {self.command}", failure)
+            tell(f"push to {self.repo}: {self._clean(failure.why)}; again in {pause:.0f} s")
+            time.sleep(pause)
+            pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _once(self, api: Any, files: dict[str, bytes | Path]) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        address = api.create_repo(self.repo, private=self.private, exist_ok=True)
+        if self.private and not api.repo_info(self.repo).private:
+            raise RunError(
+                f"push to {self.repo}: it is there already and public, and --private only makes a new repository "
+                "private; make it private in its settings, give another name or leave --private out"
+            )
+        add = [CommitOperationAdd(name, content) for name, content in files.items()]
+        there = set(api.list_repo_files(self.repo)) & OWN_FILES
+        gone = [CommitOperationDelete(name) for name in sorted(there - set(files))]
+        api.create_commit(self.repo, [*add, *gone], commit_message=self.message)
+        return str(address)
+
+    @staticmethod
+    def _clean(text: str) -> str:
+        from huggingface_hub import get_token
+
+        token = get_token()
+        return text.replace(token, "***") if token else text
+
+
+class NotPushed(RunError):
+    """The Hub did not take it; `failure` says whether trying again may help."""
+
+    def __init__(self, text: str, failure: Failure) -> None:
+        super().__init__(text)
+        self.failure = failure
+
+
+@contextmanager
+def _giving_up_after(seconds: float) -> Iterator[None]:
+    """Let the client's connections time out when nothing moves for so long; by default they wait for ever."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before, session.timeout = session.timeout, seconds
+    try:
+        yield
+    finally:
+        session.timeout = before

@@ -1,0 +1,156 @@
+"""A checkpoint made to look like a finished run, so that it can be pushed while training goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.run_folder.finished import METRICS_FILE, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE, metrics_of
+from hf_fasttrain.run_folder.kept_weights import checkpoint_with
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.files import read_json, read_lines, reason, write_json
+
+STAGING = ".hub"  # in the run folder: what is waiting to be pushed
+COPIED = (RECIPE_FILE, RESOLVED_FILE, METRICS_FILE)
+COUNTED = ("images", "train_seconds", "wait_seconds", "best")  # of a checkpoint's state
+
+
+def stage(
+    run: Path,
+    checkpoint: Path,
+    folder: Path,
+    describe: Callable[[Path], None],
+    result: Mapping[str, Any],
+) -> None:
+    """Fill `folder` as a run folder whose model has the weights of a checkpoint, and whose result is `result`.
+
+    `describe` writes a model folder but for its weights. Weights are linked where the file system can, so that the
+    checkpoint may be pruned meanwhile. Raises OSError.
+    """
+    model = folder / "model"
+    model.mkdir(parents=True)
+    describe(model)
+    weights = checkpoint / "ema.safetensors"
+    link_weights(weights if weights.exists() else checkpoint / "model.safetensors", model / "model.safetensors")
+    for name in COPIED:
+        if (run / name).exists():
+            shutil.copyfile(run / name, folder / name)
+    write_json(folder / RESULT_FILE, result)
+
+
+@contextmanager
+def staged(run: Path, weights: str | None) -> Iterator[Path]:
+    """Give a run folder whose model has the weights asked for: a staged one, or the run itself if RUN/model has them.
+
+    `weights`: best, last or step_N; None: those in RUN/model. Raises RunError if they are not there any more.
+    """
+    checkpoint = checkpoint_with(run, weights)
+    if checkpoint is None:
+        yield run
+        return
+    folder: Path | None = None
+    try:
+        (run / STAGING).mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING))
+        told = result_of(run, checkpoint, str(weights))
+        stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), told)
+    except OSError as error:
+        _remove(folder)
+        raise RunError(f"{run}: the weights={weights} can't be made ready: {reason(error)}") from None
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: Path | None) -> None:
+    """Remove a staged run, and what held it if nothing else is in it."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
+
+
+def _copy_description(model: Path, folder: Path) -> None:
+    for path in model.iterdir():
+        if path.is_file() and path.suffix not in (".safetensors", ".onnx"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def result_of(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
+    """Return a finished run's result as if the weights of a checkpoint were in RUN/model."""
+    step, metrics = _step_and_metrics(run, _state_of(checkpoint))
+    result = read_json(run / RESULT_FILE)
+    model = {**(result.get("model") or {}), "weights": weights, "step": step}
+    return {**result, "metrics": metrics, "test_metrics": None, "model": model}
+
+
+def present_result(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a result would say of a checkpoint's weights while training goes on.
+
+    `about` is what it says of the machine; `num_steps` marks it as of a run that has not ended.
+    """
+    state = _state_of(checkpoint)
+    step, metrics = _step_and_metrics(run, state)
+    seconds = max(float(state.get("train_seconds", 0.0)), 1e-9)
+    return {
+        **about,
+        **{key: state.get(key) for key in COUNTED},
+        "metrics": metrics,
+        "steps": step,
+        "num_steps": state.get("num_steps"),
+        "weights_of_step": step,
+        "images_per_second": state.get("images", 0) / seconds,
+        "data_wait_fraction": min(1.0, state.get("wait_seconds", 0.0) / seconds),
+    }
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    from hf_fasttrain.run_folder.checkpoint import read_state
+
+    return dict(read_state(checkpoint).get("state", {}))
+
+
+def _step_and_metrics(run: Path, state: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return the step of a checkpoint's state and the metrics of an evaluation after it, if there was one."""
+    step = int(state.get("step", 0))
+    if state.get("evaluated_at") == step:
+        return step, dict(state.get("metrics", {}))
+    return step, next((metrics_of(line) for line in read_lines(run / METRICS_FILE) if _is_of(line, step)), {})
+
+
+def _is_of(line: Mapping[str, Any], step: int) -> bool:
+    return line.get("kind") == "evaluation" and line.get("step") == step
+
+
+def link_weights(source: Path, target: Path) -> None:
+    """Bring a checkpoint's weights to a model folder: the same file, unless its tensors have a wrapper's names."""
+    if _is_wrapped(source):
+        _unwrap(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _is_wrapped(path: Path) -> bool:
+    with path.open("rb") as file:
+        names = json.loads(file.read(int.from_bytes(file.read(8), "little"))).keys() - {"__metadata__"}
+    return bool(names) and all(name.startswith("model.") for name in names)
+
+
+def _unwrap(source: Path, target: Path) -> None:
+    """Write the same tensors under the names that they have without `TransformersClassifier` around them."""
+    with source.open("rb") as old, target.open("wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        text = json.dumps({name.removeprefix("model."): value for name, value in header.items()}).encode()
+        text += b" " * (-len(text) % 8)
+        new.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(old, new, 1 << 22)

@@ -1,0 +1,371 @@
+"""Image classifiers of timm and transformers: built, started from weights, prepared for training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_fasttrain.models.head import HeadWish, Source, output_layers, timm_head_names, transformers_head_names
+from hf_fasttrain.models.pretrained import Head, Note, settle_published_head, start_from
+from hf_fasttrain.models.transformers_model import (
+    TransformersClassifier,
+    build_classifier,
+    current_names,
+    not_downloaded,
+    published_weights,
+)
+from hf_fasttrain.models.weights import (
+    architecture_of,
+    class_names_of,
+    is_within,
+    names_in,
+    read_weights,
+    weights_file,
+    without_wrapper,
+)
+from hf_fasttrain.utils.errors import ModelError, nearest
+from hf_fasttrain.utils.private_apis import batch_norm_class
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input."""
+
+    image_size: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"  # center_floor as transformers crops; squash: resized to a square, whatever its shape
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to build the same model again."""
+
+    name: str
+    class_names: list[str]
+    image_size: int
+    multi_label: bool = False
+    drop_path: float = 0.0
+    small_image_stem: bool = False
+    trust_remote_code: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, K."""
+        return len(self.class_names)
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether the model is one of transformers' rather than timm's."""
+        return self.name.startswith("transformers:")
+
+
+# What would load weights, or run code, from elsewhere than the recipe says; a recipe may be somebody else's.
+NOT_IN_ARGS = {
+    "adapter_kwargs", "allow_all_kernels", "cache_dir", "checkpoint_path", "code_revision", "config", "device_map",
+    "ignore_mismatched_sizes", "local_files_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "quantization_config", "revision", "state_dict", "subfolder", "token", "trust_remote_code", "use_safetensors",
+    "variant", "weights_only",
+}  # fmt: skip
+
+
+def _require_plain_args(spec: ModelSpec) -> None:
+    """Raise ModelError for arguments that are not the architecture's."""
+    wrong = sorted(set(spec.args) & NOT_IN_ARGS)
+    if "/" in str(spec.args.get("attn_implementation", "")):  # a kernel of the Hub
+        wrong.append("attn_implementation")
+    if wrong:
+        raise ModelError(
+            f"model.args: {', '.join(wrong)} would load something else than the recipe says; leave it out "
+            "(weights: model.pretrained; a model's own code: model.trust_remote_code)"
+        )
+
+
+def build_model(
+    spec: ModelSpec, pretrained: bool | str = False, *, head: HeadWish = "auto", note: Note = lambda _: None
+) -> nn.Module:
+    """Return the model, in fp32 on the CPU, with a head for the spec's classes.
+
+    `pretrained` is False, True for the weights published with the name, or a local folder or file of weights. Their
+    head is kept where it is for the same class names (`head` auto), always (keep) or never (new); else it begins at
+    zero, which `note` is told. Position embeddings are resized. Any other misfit is a ModelError.
+    """
+    _require_plain_args(spec)
+    if spec.is_transformers:
+        return _build_transformers(spec, pretrained, head, note)
+    model = _create_timm(spec, pretrained is True)
+    if spec.small_image_stem:
+        use_small_image_stem(model)
+    target = Head(head_names(model), _output_layers(model, spec), spec.class_names, head)
+    if isinstance(pretrained, str):
+        weights, source, _ = _read(pretrained)
+        start_from(model, weights, source, target, note)
+    elif pretrained:
+        settle_published_head(model, _published(model), target, note, loaded=_has_published_head(model, spec))
+    return model
+
+
+def _read(place: str) -> tuple[dict[str, Tensor], Source, Path]:
+    """Return the weights at a place, what they are, and the folder that they lie in."""
+    path = weights_file(place)
+    source = Source(place, class_names_of(place, path), architecture_of(place, path))
+    return read_weights(path), source, path.parent
+
+
+def _output_layers(model: nn.Module, spec: ModelSpec) -> list[str]:
+    return output_layers(model, head_names(model), spec.num_classes)
+
+
+# --- timm --------------------------------------------------------------------------------------------------
+
+
+def timm_name(name: str) -> str:
+    """Return what `timm.create_model` calls a recipe's model: a name, ``hf-hub:...`` or ``local-dir:...``."""
+    import timm
+
+    if name.startswith("hf-hub:"):
+        return name
+    if name.startswith("timm/"):
+        return f"hf-hub:{name}"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"model.name: folder {name} has no config.json; give a folder that timm saved")
+        return f"local-dir:{path}"
+    if timm.is_model(name):
+        return name
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"model.name: no folder {name}")
+    known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+    if "/" in name:
+        raise ModelError(
+            f"model.name: '{name}' is no timm model; write timm/{name.split('/')[-1]} for timm's on the Hub, "
+            f"or transformers:{name} for one of transformers"
+        )
+    raise ModelError(f"model.name: timm {timm.__version__} has no model '{name}'.{nearest(name, known)}")
+
+
+def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    import timm
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = timm_name(spec.name)
+    options: dict[str, Any] = {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
+    if _has_fixed_input_size(name):
+        options["img_size"] = spec.image_size
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=spec.num_classes, **options, **spec.args)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"model {spec.name} does not take {options | spec.args}: {error}") from None
+    except (AssertionError, ValueError) as error:
+        raise ModelError(f"model {spec.name} can't be built for {spec.image_size} px images: {error}") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(not_downloaded(spec.name, error)) from None
+    except RuntimeError as error:
+        if pretrained:
+            raise ModelError(f"model {spec.name}: no pretrained weights: {error}; set model.pretrained=false") from None
+        raise
+
+
+def _published(model: nn.Module) -> Source:
+    """Return what timm has loaded into a model."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return Source("the published model", names_in(config))
+
+
+def _has_published_head(model: nn.Module, spec: ModelSpec) -> bool:
+    """Return whether timm has loaded the head too, which it does for the same number of classes."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return bool(config.get("num_classes") == spec.num_classes)
+
+
+def _has_fixed_input_size(name: str) -> bool:
+    """Return whether the model must be told its image size (a ViT), which convolutional ones need not."""
+    import timm
+
+    try:
+        if name.startswith("hf-hub:"):
+            _, name, _ = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+        elif name.startswith("local-dir:"):
+            config = Path(name.removeprefix("local-dir:")) / "config.json"
+            name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(not_downloaded(name, error)) from None
+    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+
+
+def use_small_image_stem(model: nn.Module) -> None:
+    """Replace a ResNet's 7x7 stride-2 convolution and max-pool by a 3x3 stride-1 convolution, for 32 px images."""
+    stem = getattr(model, "conv1", None)
+    if type(model).__name__ != "ResNet" or not isinstance(stem, nn.Conv2d):
+        raise ModelError(
+            f"model.small_image_stem: {type(model).__name__} has no 7x7 stem to replace; it works for timm's "
+            "resnet18, resnet34, resnet50, resnet101, resnet152, resnext and wide_resnet"
+        )
+    new = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = new, nn.Identity()
+
+
+# --- transformers ------------------------------------------------------------------------------------------
+
+
+def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadWish, note: Note) -> nn.Module:
+    if spec.small_image_stem or spec.drop_path:
+        raise ModelError(
+            f"model {spec.name}: drop_path and small_image_stem are for timm models; transformers' settings go into "
+            "model.args, such as {drop_path_rate: 0.1}"
+        )
+    classifier = build_classifier(spec, image_size=None if pretrained is True else spec.image_size)
+    if not pretrained:
+        return classifier
+    inner = classifier.model
+    names = transformers_head_names(inner)
+    target = Head(names, output_layers(inner, names, spec.num_classes), spec.class_names, head)
+    if isinstance(pretrained, str):
+        weights, source, folder = _read(pretrained)
+        weights = current_names(spec, inner, without_wrapper(weights, inner), folder)
+        start_from(inner, weights, source, target, note)
+    else:
+        weights, source, lacking = published_weights(spec)
+        start_from(inner, weights, source, target, note, drawn=lacking)
+    return classifier
+
+
+# --- preparing ---------------------------------------------------------------------------------------------
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the prefixes of the parameters of the classification head."""
+    if isinstance(model, TransformersClassifier):
+        return [f"model.{name}" for name in transformers_head_names(model.model)]
+    return timm_head_names(model)
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Let the head alone require gradients."""
+    head = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_within(name, head))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(f"model.freeze_backbone: the head of {type(model).__name__} was not found")
+
+
+def use_gradient_checkpointing(model: nn.Module) -> None:
+    """Let the model keep fewer activations and compute them again in the backward pass."""
+    try:
+        if isinstance(model, TransformersClassifier):
+            model.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        else:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError, ValueError) as error:
+        raise ModelError(
+            f"model.gradient_checkpointing: {type(model).__name__} does not support it: {error}; set it to false"
+        ) from None
+
+
+def require_logits(model: nn.Module, spec: ModelSpec) -> None:
+    """Raise ModelError unless the model maps an image of the spec's size to one logit for each class."""
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size))
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        raise ModelError(
+            f"model {spec.name} can't take {spec.image_size} px colour images with model.args={spec.args}: "
+            f"{str(error).splitlines()[0]}; change data.image_size or model.args"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.shape != (1, spec.num_classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"model {spec.name} with model.args={spec.args} gives {got} instead of (1, {spec.num_classes}) logits"
+        )
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that keep running statistics of their batches."""
+    return [module for module in model.modules() if isinstance(module, batch_norm_class())]
+
+
+def uses_batch_statistics(norm: nn.Module) -> bool:
+    """Return whether a batch norm trains on its batches' statistics: one whose weights are frozen keeps its own."""
+    return norm.weight is None or bool(norm.weight.requires_grad)
+
+
+def set_train_mode(model: nn.Module, norms: Sequence[nn.Module]) -> None:
+    """Put a model in training mode, but for those of its batch norms that keep their statistics."""
+    model.train()
+    for norm in norms:
+        if not uses_batch_statistics(norm):
+            norm.eval()
+
+
+def model_preprocessing(model: nn.Module, spec: ModelSpec) -> Preprocessing:
+    """Return the preprocessing that the model was made for, at the spec's image size.
+
+    timm: the pretrained configuration; transformers: the image processor beside the model, else ImageNet's.
+    """
+    if isinstance(model, TransformersClassifier):
+        return _processor_preprocessing(spec)
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(model)
+    return Preprocessing(
+        spec.image_size,
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        config["interpolation"],
+        config["crop_pct"],
+        "squash" if config.get("crop_mode") == "squash" else "center",
+    )
+
+
+def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
+    from transformers import AutoImageProcessor
+
+    from hf_fasttrain.data.pixels.augment import FILTERS
+
+    base = Preprocessing(spec.image_size, crop_mode="center_floor")
+    try:
+        name = spec.name.removeprefix("transformers:")
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError):
+        return base
+    number = getattr(processor, "resample", None)
+    names = {int(value): name for name, value in FILTERS.items()}
+    normalised = getattr(processor, "do_normalize", True)
+    size = getattr(processor, "size", None) or {}
+    square = "height" in size and not getattr(processor, "do_center_crop", False)
+    return replace(
+        base,
+        mean=tuple(getattr(processor, "image_mean", None) or base.mean) if normalised else (0.0,) * 3,
+        std=tuple(getattr(processor, "image_std", None) or base.std) if normalised else (1.0,) * 3,
+        interpolation=names.get(int(number), base.interpolation) if number is not None else base.interpolation,
+        crop_pct=_processor_crop_pct(processor),
+        crop_mode="squash" if square else "center_floor",
+    )
+
+
+def _processor_crop_pct(processor: Any) -> float:
+    """Return crop size / resize size of a transformers image processor, 1 if it does not crop."""
+    stated = getattr(processor, "crop_pct", None)
+    if stated or not getattr(processor, "do_center_crop", False):
+        return float(stated or 1.0)
+    crop, size = dict(getattr(processor, "crop_size", None) or {}), dict(getattr(processor, "size", None) or {})
+    cut, resized = crop.get("height"), size.get("shortest_edge") or size.get("height")
+    if not cut or not resized:
+        return 1.0
+    share = cut / resized
+    return min(1.0, share if math.floor(cut / share) == resized else math.nextafter(share, 0))

@@ -1,0 +1,188 @@
+"""Weights on disk: .safetensors files, the one form that is safe to load."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_fasttrain.run_folder.checkpoint import write_safetensors
+from hf_fasttrain.utils.errors import ModelError, RunError, shortened
+from hf_fasttrain.utils.files import NewFile, read_json
+from hf_fasttrain.utils.private_apis import timm_weights_filter
+from hf_fasttrain.utils.remote import fetch_file, is_remote
+
+
+def weights_file(place: str) -> Path:
+    """Return the .safetensors file of a place: a file, a model folder, a run, a checkpoint or a folder of them, or hf://."""
+    if is_remote(place):
+        return fetch_file(place, "model.safetensors")
+    path = Path(place).expanduser()
+    if path.is_dir():
+        found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
+        found += sorted(path.glob("step_*/model.safetensors"))[-1:]  # the newest of a run's checkpoints
+        if not found:
+            raise ModelError(f"model.pretrained: no model.safetensors in folder {place}")
+        return found[0]
+    if not path.exists():
+        raise ModelError(
+            f"model.pretrained: no file or folder {place}; allowed are true, false, local weights and hf://OWNER/NAME"
+        )
+    if path.suffix != ".safetensors":
+        raise ModelError(f"model.pretrained: {place} is not a .safetensors file, the one form that is safe to load")
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: can't be read as safetensors: {error}") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load the .safetensors file of a finished run into its model, all of it."""
+    load_fitting(model, convert(read_weights(path), model), str(path))
+
+
+def load_fitting(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    origin: str,
+    may_lack: Sequence[str] = (),
+    *,
+    architecture: str | None = None,
+) -> None:
+    """Load tensors into a model; ModelError unless each has its place and only `may_lack` are missing.
+
+    `architecture` is the weights' own, as far as it is known, for the message.
+    """
+    own = model.state_dict()
+    there = {_memory(own[name]) for name in own if name in weights}  # by one of its names, a tensor is
+    missing = [name for name in own if name not in weights and name not in may_lack and _memory(own[name]) not in there]
+    unknown = [name for name in weights if name not in own]
+    misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    if missing or unknown or misshapen:
+        kinds = {"missing": missing, "unknown": unknown, "of other shape": misshapen}
+        found = ", ".join(
+            f"{len(names)} tensors {kind} ({shortened(names, 3)})" for kind, names in kinds.items() if names
+        )
+        own_name = f" (these are of {architecture})" if architecture else ""
+        raise ModelError(
+            f"{origin}: weights of another model: {found}; give weights of the same model.name and model.args{own_name}"
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Return where a tensor's numbers lie, the same for all names of a shared one."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
+
+
+def without_wrapper(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights by a model's own names where a checkpoint has those of our wrapper around it."""
+    if not weights.keys() & model.state_dict().keys() and all(name.startswith("model.") for name in weights):
+        return {name.removeprefix("model."): value for name, value in weights.items()}
+    return weights
+
+
+def convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights by a timm model's own names and sizes: old names, position embeddings of another image size."""
+    weights = without_wrapper(weights, model)
+    convert = timm_weights_filter(model)
+    if convert is None or len(inspect.signature(convert).parameters) < 2:
+        return dict(weights)
+    try:
+        return dict(convert(dict(weights), model))
+    except (KeyError, AttributeError, RuntimeError, ValueError):
+        return dict(weights)  # not this model's; `load_fitting` says how
+
+
+# --- classes -----------------------------------------------------------------------------------------------
+
+
+def class_names_of(place: str, path: Path) -> list[str] | None:
+    """Return the class names of weights, from what stands beside them; None if nothing says them.
+
+    `place` is where the recipe says they are, `path` their file: in a model folder, a run, a checkpoint, or alone.
+    """
+    descriptions = map(read_json, _beside(place, path))
+    return next(filter(None, map(names_in, descriptions)), None)
+
+
+def architecture_of(place: str, path: Path) -> str | None:
+    """Return the name of the model that weights are of, from what stands beside them; None if nothing says it."""
+    for description in map(read_json, _beside(place, path)):
+        for key in ("name", "architecture", "model_type"):
+            if isinstance(found := description.get(key), str):
+                return found
+    return None
+
+
+def _beside(place: str, path: Path) -> Iterator[Path]:
+    names = ("hf_fasttrain.json", "config.json")
+    if is_remote(place):
+        for name in names:
+            with suppress(RunError):
+                yield fetch_file(place, name)
+        return
+    yield from (path.parent / name for name in (*names, "state.json"))
+
+
+def names_in(description: Mapping[str, Any]) -> list[str] | None:
+    """Return the class names in the description of a model: ours, timm's, transformers' or a checkpoint's."""
+    for values in (description, description.get("pretrained_cfg"), description.get("learnt")):
+        for key in ("class_names", "label_names", "id2label"):
+            found = _names(values.get(key)) if isinstance(values, Mapping) else None
+            if found:
+                return found
+    return None
+
+
+def _names(value: object) -> list[str] | None:
+    """Return names listed or numbered; None for LABEL_0, LABEL_1, ..., which transformers makes up."""
+    if isinstance(value, Mapping):
+        try:
+            value = [name for _, name in sorted((int(number), name) for number, name in value.items())]
+        except (TypeError, ValueError):
+            return None
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        return None
+    names = list(value)
+    return None if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
+def is_within(name: str, prefixes: Sequence[str]) -> bool:
+    """Return whether a parameter belongs to one of the modules named."""
+    return any(name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write a model's weights as `model.safetensors`, a tensor that has several names under each of them.
+
+    timm loads a model folder strictly, and would miss a name. The safetensors library refuses such tensors, and gives
+    its files to their owner alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    with NewFile(folder / "model.safetensors") as file:
+        write_safetensors(file, weights)
+
+
+def without_sharing(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict with a copy for every further name of a tensor, which safetensors asks for."""
+    seen: set[int] = set()
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        memory = tensor.untyped_storage().data_ptr()
+        weights[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return weights

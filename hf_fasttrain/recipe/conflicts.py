@@ -1,0 +1,210 @@
+"""Settings of a recipe that are each right and together wrong, found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name, resolve_mode
+from hf_fasttrain.utils.duration import Duration
+from hf_fasttrain.utils.errors import SECRET
+from hf_fasttrain.utils.remote import is_license, is_repo_name
+
+LONGEST_WAIT = 7 * 24 * 60  # minutes
+Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
+
+
+def conflicts(recipe: Recipe) -> list[Mistake]:
+    """Return every conflict in the recipe."""
+    return [mistake for check in CHECKS for mistake in check(recipe)]
+
+
+def _model(recipe: Recipe) -> Iterator[Mistake]:
+    model = recipe.model
+    if model.small_image_stem and model.pretrained is True:
+        yield (
+            "model.small_image_stem",
+            "published weights have the 7x7 stem; set model.pretrained=false or small_image_stem=false",
+        )
+    if "trust_remote_code" in model.args:
+        yield "model.args", "holds trust_remote_code; say model.trust_remote_code: true instead"
+    if model.freeze_backbone and not model.pretrained:
+        yield (
+            "model.freeze_backbone",
+            "would freeze random weights; set model.pretrained to weights to start from",
+        )
+    if model.freeze_backbone and recipe.optimizer.layer_decay is not None:
+        yield "optimizer.layer_decay", "has no effect with model.freeze_backbone=true; leave one of them out"
+
+
+def _data(recipe: Recipe) -> Iterator[Mistake]:
+    data = recipe.data
+    splits = {"train_split": data.train_split, "eval_split": data.eval_split, "test_split": data.test_split}
+    named = [(key, value) for key, value in splits.items() if value not in ("auto", None)]
+    for number, (key, value) in enumerate(named):
+        for other, same in named[:number]:
+            if value == same:
+                yield f"data.{key}", f"is '{value}', as data.{other} is; give each its own split"
+    for key in ("mean", "std"):
+        values = getattr(data, key)
+        if values != "auto" and len(values) not in (1, 3):
+            yield f"data.{key}", f"has {len(values)} numbers; give 3 (red, green, blue) or 1 for all"
+    if data.reduced_decode and data.short_side is None:
+        yield "data.reduced_decode", "needs data.short_side: the size that images are brought to"
+    if data.reduced_decode and data.decoder == "pillow":
+        yield "data.decoder", "pillow has no data.reduced_decode; leave one of them out"
+    if data.cache == "device" and recipe.augment.crop == "random_resized":
+        yield (
+            "data.cache",
+            "device needs augment.crop=padded or center: only these give the same pixels on a device; "
+            "use memory, or another crop",
+        )
+    if data.cache == "device" and recipe.augment.erase > 0 and recipe.augment.erase_fill == "noise":
+        yield "augment.erase_fill", "noise is not made on the device; use black or mean, or data.cache=memory"
+    if data.std != "auto" and any(value <= 0 for value in data.std):
+        yield "data.std", "must be above 0"
+
+
+def _augment(recipe: Recipe) -> Iterator[Mistake]:
+    augment = recipe.augment
+    policies = {"randaugment": augment.randaugment, "trivialaugment": augment.trivialaugment, "augmix": augment.augmix}
+    first, *others = [*(name for name, value in policies.items() if value), ""]
+    for name in others[:-1]:
+        yield f"augment.{name}", f"and augment.{first} exclude each other; leave one of them out"
+    progressive = augment.progressive
+    if progressive and augment.crop != "random_resized":
+        yield "augment.progressive", f"needs augment.crop=random_resized; it is {augment.crop}"
+    if progressive and progressive.start_size >= recipe.data.image_size:
+        yield "augment.progressive.start_size", f"is not below data.image_size={recipe.data.image_size}"
+    if augment.repeats > recipe.train.batch_size:
+        yield "augment.repeats", f"is {augment.repeats}, but train.batch_size is only {recipe.train.batch_size}"
+    for key, least in (("crop_scale", 0.0), ("crop_ratio", 0.0)):
+        values = getattr(augment, key)
+        if len(values) != 2 or not least < values[0] <= values[1]:
+            yield f"augment.{key}", f"is {values}; give two numbers above 0, the smaller first"
+    if len(augment.crop_scale) == 2 and augment.crop_scale[1] > 1:
+        yield "augment.crop_scale", "is a share of the image's area; at most 1"
+
+
+def _train(recipe: Recipe) -> Iterator[Mistake]:
+    accelerate, train = recipe.accelerate, recipe.train
+    accumulation = accelerate.gradient_accumulation_steps
+    if train.duration.count == 0:
+        yield "train.duration", "is 0; give at least 1 step"
+    if accumulation != "auto" and accelerate.micro_batch_size is not None:
+        yield (
+            "accelerate.micro_batch_size",
+            "and accelerate.gradient_accumulation_steps say the same thing twice; leave one of them out",
+        )
+    if accumulation != "auto" and accumulation > train.batch_size:
+        yield (
+            "accelerate.gradient_accumulation_steps",
+            f"is {accumulation}, but train.batch_size is only {train.batch_size}",
+        )
+
+
+def _optimizer(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.optimizer.layer_decay is not None and recipe.optimizer.backbone_lr_scale != 1.0:
+        yield (
+            "optimizer.layer_decay",
+            "and optimizer.backbone_lr_scale exclude each other; leave one of them out",
+        )
+
+
+def _schedule(recipe: Recipe) -> Iterator[Mistake]:
+    every: dict[str, Duration] = {
+        "schedule.every": recipe.schedule.every,
+        "evaluate.every": recipe.evaluate.every,
+        "checkpoint.every": recipe.checkpoint.every,
+    }
+    for key, value in every.items():
+        if value.count == 0:
+            yield key, "is 0; give at least 1 step"
+
+
+def _secrets(recipe: Recipe) -> Iterator[Mistake]:
+    """A recipe is written into the run folder and pushed with the model; nothing secret may be in it."""
+    for section, values in recipe.model_dump(mode="json").items():
+        if SECRET.search(str(values)):
+            yield section, "holds a Hub token; take it out and log in by `hf auth login` or the variable HF_TOKEN"
+
+
+def _hub(recipe: Recipe) -> Iterator[Mistake]:
+    hub = recipe.hub
+    if hub is None:
+        return
+    if not is_repo_name(hub.repo):
+        yield "hub.repo", f"is '{hub.repo}'; write OWNER/NAME in letters, digits, '-', '_' and '.', such as me/flowers"
+    if isinstance(hub.every, Duration) and hub.every.count == 0:
+        yield "hub.every", "is 0; give at least 1 step"
+    if not 0 < hub.wait.count <= LONGEST_WAIT:
+        yield "hub.wait", f"is {hub.wait}; give more than 0 and at most {LONGEST_WAIT:,} minutes (a week)"
+    if hub.license is not None and not is_license(hub.license):
+        yield "hub.license", f"is '{hub.license}'; write it as the Hub does, such as apache-2.0, mit or other"
+
+
+def _metrics(recipe: Recipe) -> Iterator[Mistake]:
+    metrics = recipe.evaluate.metrics
+    known = list(BUILT_IN_METRICS) if metrics == "auto" else ["loss", *metrics]
+    known = [metric_name(metric) for metric in known]
+    watched = {"checkpoint.best": recipe.checkpoint.best, "early_stopping": recipe.early_stopping}
+    for key, watch in watched.items():
+        if watch is None:
+            continue
+        if watch.metric not in known:
+            yield (
+                f"{key}.metric",
+                f"is '{watch.metric}', which evaluate.metrics does not measure; choose one of {', '.join(known)}",
+            )
+            continue
+        try:
+            resolve_mode(watch.metric, watch.mode)
+        except ValueError as error:
+            yield f"{key}.mode", str(error)
+
+
+def _pushed_more_rarely(recipe: Recipe) -> Iterator[str]:
+    saved, pushed = recipe.checkpoint.every, recipe.hub.every if recipe.hub else None
+    if isinstance(pushed, Duration) and pushed.unit == saved.unit and pushed.count < saved.count:
+        yield f"hub.every={pushed}: what is pushed are checkpoints, and those come only every {saved}"
+
+
+def without_effect(recipe: Recipe) -> list[str]:
+    """Return a sentence for each setting that the user gave and that changes nothing in this recipe."""
+    schedule, crop = recipe.schedule.name, recipe.augment.crop
+    used = {
+        "schedule.gamma": schedule in ("step", "exponential"),
+        "schedule.every": schedule in ("step", "exponential"),
+        "schedule.min_lr_ratio": schedule == "cosine",
+        "augment.crop_padding": crop == "padded",
+        "augment.crop_scale": crop == "random_resized",
+        "augment.crop_ratio": crop == "random_resized",
+        "augment.erase_fill": recipe.augment.erase > 0,
+        "model.head": bool(recipe.model.pretrained),
+        "data.cache_dir": recipe.data.cache in ("disk", "auto"),
+        "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
+        "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
+    }
+    given = recipe.source.origins
+    rivals = {"schedule": f"schedule.name={schedule}", "augment": f"augment.crop={crop}"}
+    rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
+    rivals["data"] = f"data.cache={recipe.data.cache}"
+    partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
+    return [*_pushed_more_rarely(recipe)] + [
+        f"{key} has no effect with {partners.get(key) or rivals[key.split('.')[0]]}"
+        for key, matters in used.items()
+        if not matters and key in given
+    ]
+
+
+CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (
+    _model,
+    _data,
+    _augment,
+    _train,
+    _optimizer,
+    _schedule,
+    _metrics,
+    _hub,
+    _secrets,
+)

@@ -1,0 +1,48 @@
+"""The recipes that come with the package, and finding a recipe by path or name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_fasttrain.utils.errors import RecipeError, nearest
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes: in the wheel beside this file, in a checkout beside the package."""
+    packaged = Path(__file__).parent / "shipped"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return name -> file of the shipped recipes, such as ``quickstart`` and ``study/resnet50_cifar10``."""
+    folder = recipes_folder()
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def recipe_header(path: Path) -> str:
+    """Return the comment lines that a recipe starts with."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# yaml-language-server"):
+            lines.append(line.removeprefix("#").strip())
+    return "\n".join(lines)
+
+
+def find_recipe(recipe: str) -> Path:
+    """Return the file of a recipe given by path or by a shipped recipe's name."""
+    path = Path(recipe).expanduser()
+    if len(recipe) > 1000:
+        raise RecipeError(f"{recipe[:60]}...: is no recipe file's name; it has {len(recipe)} characters")
+    if path.is_dir():
+        raise RecipeError(f"{recipe}: is a folder; give a recipe file")
+    if path.exists():
+        return path
+    shipped = shipped_recipes()
+    name = recipe.removeprefix("recipes/").removesuffix(".yaml")
+    if name in shipped and not path.is_absolute():
+        return shipped[name]
+    raise RecipeError(
+        f"{recipe}: no such recipe file; shipped recipes are {', '.join(shipped)}.{nearest(name, shipped)}"
+    )

@@ -1,0 +1,275 @@
+"""Recipe files and overrides to a checked `Recipe`, all mistakes in one message, and back to YAML."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node
+
+from hf_fasttrain.recipe.find import find_recipe
+from hf_fasttrain.recipe.schema import Recipe, RecipeSource
+from hf_fasttrain.recipe.validate import KeyPath, Tree, check_tree, model_at
+from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
+from hf_fasttrain.utils.errors import SECRET, RecipeError, shown
+from hf_fasttrain.utils.remote import fetch_file, is_remote, parse_place
+
+# Of a pushed recipe: where it was written, cached, logged and pushed to.
+NOT_TAKEN_OVER = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
+
+
+def load_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a `Recipe`, or that of a file, a shipped recipe's name or hf://OWNER/NAME, with the overrides applied.
+
+    An override is `section.key=value`. Raises RecipeError, with every mistake of file and overrides in one message.
+    """
+    if isinstance(recipe, Recipe):
+        return _with_overrides(recipe, overrides) if overrides else recipe
+    if is_remote(str(recipe)):
+        return _load_pushed(str(recipe), overrides)
+    path = find_recipe(str(recipe))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read as text: {error}") from None
+    return parse_recipe(text, overrides, where=str(path), name=path.stem)
+
+
+def _with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a copy of a recipe with overrides, checked as on the command line; those it was read with come first."""
+    source, tree = recipe.source, recipe.model_dump(mode="json", exclude_unset=True)
+    origins = dict(source.origins)
+    for override in overrides:
+        _apply_override(tree, override, origins)
+    where = f"recipe '{source.name}'"
+    checked = _checked(tree, where, lambda key: "override" if _origin(origins, key) == "override" else where)
+    checked._source = RecipeSource(source.name, source.text, origins, (*source.overrides, *overrides))
+    return checked
+
+
+def _load_pushed(address: str, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of a pushed run: what was trained, without where it was written and pushed to.
+
+    Somebody else wrote it: what would run code from the Hub must be asked for here.
+    """
+    where, name = f"{address}, recipe.yaml", parse_place(address)[0].split("/")[-1]
+    text = fetch_file(address, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_TAKEN_OVER)
+    metrics = recipe.evaluate.metrics
+    runs_code = {
+        "model.trust_remote_code": recipe.model.trust_remote_code,
+        "evaluate.metrics": metrics != "auto" and any(metric not in BUILT_IN_METRICS for metric in metrics),
+    }
+    for key, runs in runs_code.items():
+        if runs and origin_of(recipe, key) == "recipe":
+            value = flatten(recipe)[key]
+            override = shlex.quote(f"{key}={plain(value)}")
+            raise RecipeError(
+                f"{where}: {key}={plain(value)} runs code from the Hub; read that code first, then say so here by the "
+                f"override {override}, or override it with another value"
+            )
+    return recipe
+
+
+def parse_recipe(
+    text: str, overrides: Sequence[str] = (), *, where: str, name: str, without: Sequence[str] = ()
+) -> Recipe:
+    """Return the checked recipe of a YAML text; `where` names it in messages, keys in `without` are left out."""
+    _require_no_token(text, where)
+    tree, lines = _read_yaml(text, where)
+    taken = [_take_out(tree, key) for key in without]
+    if any(taken):
+        text = ""  # the run's recipe.yaml is written from the values
+    origins = dict.fromkeys(_leaves(tree), "recipe")
+    for override in overrides:
+        _apply_override(tree, override, origins)
+
+    def position(key: KeyPath) -> str:
+        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), 1)
+        return "override" if _origin(origins, key) == "override" else f"{where}, line {line}"
+
+    recipe = _checked(tree, where, position)
+    recipe._source = RecipeSource(name, text, origins, tuple(overrides))
+    return recipe
+
+
+def _checked(tree: Tree, where: str, position: Callable[[KeyPath], str]) -> Recipe:
+    """Return a tree's recipe. Raises RecipeError with all mistakes, each at its key's position."""
+    recipe, mistakes = check_tree(tree)
+    if mistakes:
+        listed = [f"  {position(key)}: {'.'.join(key)} {what}" for key, what in mistakes]
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise RecipeError(f"{where} has {count}:\n" + "\n".join(listed))
+    assert recipe is not None
+    return recipe
+
+
+def _require_no_token(text: str, where: str) -> None:
+    """A recipe is written into the run folder and pushed, its comments too; nothing secret may be in it."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if SECRET.search(line):
+            raise RecipeError(
+                f"{where}, line {number}: holds a Hub token; take it out and log in by `hf auth login` or the variable "
+                "HF_TOKEN"
+            )
+
+
+def _take_out(tree: Tree, key: str) -> bool:
+    """Take a dotted key out of a tree, and return whether it was there."""
+    *sections, last = key.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    return isinstance(node, dict) and node.pop(last, None) is not None
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _read_yaml(text: str, where: str) -> tuple[Tree, dict[KeyPath, int]]:
+    try:
+        tree = YAML(typ="safe", pure=True).load(text)
+        lines = dict(_key_lines(YAML(typ="safe", pure=True).compose(text)))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{where}{at}: not valid YAML: {error.problem or error.context}") from None
+    except YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping with model:, data: and train:; got {shown(tree)}")
+    return tree, lines
+
+
+def _key_lines(node: Node | None, above: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            path = (*above, str(key.value))
+            yield path, key.start_mark.line + 1
+            yield from _key_lines(value, path)
+
+
+def _leaves(tree: Mapping[Any, Any], above: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        dotted = f"{above}{key}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{dotted}.")
+        else:
+            yield dotted
+
+
+def _apply_override(tree: Tree, override: str, origins: dict[str, str]) -> None:
+    key, equals, value = override.partition("=")
+    key = key.strip()
+    if not equals or not key or key.startswith("-"):
+        raise RecipeError(f"override '{override}': must look like section.key=value, such as train.batch_size=64")
+    try:
+        parsed = YAML(typ="safe", pure=True).load(value)
+    except YAMLError as error:
+        reason = str(getattr(error, "problem", error))
+        raise RecipeError(f"override '{override}': the value is not valid YAML: {reason}") from None
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    node[last] = parsed
+    for old in [o for o in origins if o == key or o.startswith(f"{key}.")]:
+        del origins[old]
+    for leaf in _leaves({key: parsed}):
+        origins[leaf] = "override"
+
+
+def _origin(origins: dict[str, str], key: KeyPath) -> str | None:
+    return origins.get(".".join(key)) or _origin_within(origins, key)
+
+
+def _origin_within(origins: dict[str, str], key: KeyPath) -> str | None:
+    inside = {origin for leaf, origin in origins.items() if leaf.startswith(".".join(key) + ".")}
+    return inside.pop() if len(inside) == 1 else None
+
+
+# --- and back ----------------------------------------------------------------------------------------------
+
+
+def flatten(section: BaseModel, above: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of every field, as plain YAML values."""
+    values: dict[str, Any] = {}
+    plain = section.model_dump(mode="json")
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            values |= flatten(value, f"{above}{name}.")
+        else:
+            values[above + name] = plain[name]
+    return values
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return a copy of the recipe with other values for some dotted keys; where they came from stays as it is."""
+    updates: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        updates.setdefault(section, {})[name] = value
+    top_level = updates.pop("", {})
+    sections = {name: getattr(recipe, name).model_copy(update=changed) for name, changed in updates.items()}
+    return recipe.model_copy(update={**top_level, **sections})
+
+
+def tag_of(key: str) -> str:
+    """Return ``result``, ``speed`` or ``output`` for a dotted key."""
+    *above, name = key.split(".")
+    model = model_at(tuple(above))
+    extra = model.model_fields[name].json_schema_extra if model else None
+    return str(extra["tag"]) if isinstance(extra, dict) else "result"
+
+
+def origin_of(recipe: Recipe, key: str) -> str:
+    """Return ``default``, ``recipe`` or ``override`` for a dotted key."""
+    return _origin(recipe.source.origins, tuple(key.split("."))) or "default"
+
+
+def output_dir(recipe: Recipe) -> str:
+    """Return the recipe's run folder: its output_dir, else runs/<recipe name>."""
+    return os.path.expanduser(recipe.output_dir or os.path.join("runs", recipe.source.name))
+
+
+def plain(value: Any) -> str:
+    """Return a single value as YAML has it, to stand in an override."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML text."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(dict(tree), stream)
+    return stream.getvalue()
+
+
+def recipe_as_asked(recipe: Recipe) -> str:
+    """Return the recipe file's text with the overrides worked in; without overrides, the text itself."""
+    source = recipe.source
+    if source.text and not source.overrides:
+        return source.text
+    header = [f"# overrides: {' '.join(source.overrides)}"] if source.overrides else []
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    return "\n".join([*header, to_yaml(tree)])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "hf_fasttrain recipe"
+    return schema

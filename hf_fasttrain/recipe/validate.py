@@ -1,0 +1,171 @@
+"""A recipe's tree of values to a checked `Recipe`, and every mistake in it as a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from hf_fasttrain.recipe.conflicts import conflicts
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.utils.errors import nearest, shortened, shown
+
+Tree = dict[str, Any]
+KeyPath = tuple[str, ...]
+
+# Other tools' names for what a recipe calls otherwise, where spelling alone does not lead there.
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "max_lr": "optimizer.lr",
+    "epochs": "train.duration",
+    "num_epochs": "train.duration",
+    "num_train_epochs": "train.duration",
+    "max_steps": "train.duration",
+    "per_device_train_batch_size": "accelerate.micro_batch_size",
+    "num_workers": "data.workers",
+    "amp": "accelerate.mixed_precision",
+    "fp16": "accelerate.mixed_precision",
+    "bf16": "accelerate.mixed_precision",
+    "scheduler": "schedule.name",
+    "lr_scheduler": "schedule.name",
+    "max_grad_norm": "optimizer.clip_norm",
+    "clip_grad": "optimizer.clip_norm",
+    "report_to": "log.trackers",
+    "img_size": "data.image_size",
+    "num_classes": "data.label_column",
+}
+NULLABLE = {"ema", "early_stopping", "hub", "output_dir"}
+# Stand in for required values that are missing or wrong, so that conflicts elsewhere are still found.
+STAND_INS: dict[str, dict[str, Any]] = {
+    "model": {"name": "?"},
+    "data": {"dataset": "?"},
+    "train": {"duration": "1000000 epochs", "batch_size": 10**9},
+}
+
+
+def check_tree(tree: Tree) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    """Return the recipe of a tree, None if there are mistakes, and all mistakes as (key, what is wrong)."""
+    mistakes: list[tuple[KeyPath, str]] = []
+    recipe: Recipe | None = None
+    # A section whose every key is commented out reads as null; where that has no meaning of its own, it is empty.
+    tree = {key: value for key, value in tree.items() if value is not None or key in NULLABLE}
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        mistakes = _explain(error)
+        recipe = _without_mistakes(tree, [key for key, _ in mistakes])
+    if recipe is not None:
+        mistakes += [(tuple(key.split(".")), what) for key, what in conflicts(recipe)]
+    return (None if mistakes else recipe), mistakes
+
+
+def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
+    pruned = _without(tree, keys)
+    for section, values in STAND_INS.items():
+        given = pruned.get(section)
+        pruned[section] = {**values, **(given if isinstance(given, dict) else {})}
+    try:
+        return Recipe.model_validate(pruned)
+    except ValidationError:
+        return None
+
+
+def _explain(error: ValidationError) -> list[tuple[KeyPath, str]]:
+    allowed: dict[KeyPath, list[str]] = {}
+    got: dict[KeyPath, Any] = {}
+    for item in error.errors(include_url=False):
+        key = _field_path(item["loc"])
+        if item["type"] == "extra_forbidden":
+            text = _unknown_key(key)
+        elif item["type"] == "missing":
+            text = f"is missing; it is {_description(key)}"
+        else:
+            text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            got[key] = item["input"] if key not in got else got[key]
+        allowed.setdefault(key, []).append(text)
+    return [(key, _sentence(key, texts, got)) for key, texts in allowed.items()]
+
+
+def _sentence(key: KeyPath, texts: list[str], got: dict[KeyPath, Any]) -> str:
+    if key not in got:
+        return "; ".join(texts)
+    about = f" ({description})" if (description := _description(key)) else ""
+    choices = " or ".join(dict.fromkeys(text.removeprefix("must be ") for text in texts))
+    return f"is {shown(got[key])}; must be {choices}{about}"
+
+
+def _field_path(loc: tuple[int | str, ...]) -> KeyPath:
+    """Return the recipe's keys at the start of a pydantic location, which goes on with union members."""
+    path: list[str] = []
+    model: type[BaseModel] | None = Recipe
+    for part in loc:
+        if model is None:
+            break
+        if not isinstance(part, str):
+            break
+        if part in model.model_fields:
+            path.append(part)
+            model = _section_of(model.model_fields[part].annotation)
+        elif part[:1].isupper() or part.startswith(("function-", "literal[")):
+            continue
+        else:
+            path.append(part)
+            break
+    return tuple(path)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    options = [annotation, *get_args(annotation)]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def model_at(key: KeyPath) -> type[BaseModel] | None:
+    """Return the section of the recipe that a key path leads to, None if there is none."""
+    model: type[BaseModel] | None = Recipe
+    for part in key:
+        field = model.model_fields.get(part) if model else None
+        model = _section_of(field.annotation) if field else None
+    return model
+
+
+def _description(key: KeyPath) -> str:
+    above = model_at(key[:-1])
+    field = above.model_fields.get(key[-1]) if above and key else None
+    if field is None:
+        return ""
+    section = _section_of(field.annotation)
+    return field.description or (f"a section with {shortened(section.model_fields)}" if section else "")
+
+
+def _unknown_key(key: KeyPath) -> str:
+    section = model_at(key[:-1])
+    siblings = list(section.model_fields) if section else []
+    hint = nearest(key[-1], siblings)
+    if key[-1] in OTHER_NAMES:
+        hint = f" Did you mean '{OTHER_NAMES[key[-1]]}'?"
+    if not hint:
+        everywhere = [name for name in all_keys() if name.split(".")[-1] == key[-1]]
+        everywhere = everywhere or [name for name in all_keys() if nearest(key[-1], [name.split(".")[-1]])]
+        hint = f" Did you mean '{everywhere[0]}'?" if everywhere else ""
+    return f"is not a key of a recipe.{hint} Known here: {shortened(siblings, 30)}"
+
+
+def all_keys(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:
+    """Yield every dotted key that a recipe may hold."""
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is None:
+            yield above + name
+        else:
+            yield from all_keys(section, f"{above}{name}.")
+
+
+def _without(tree: Tree, keys: list[KeyPath]) -> Tree:
+    def copy(node: Any, above: KeyPath) -> Any:
+        if not isinstance(node, dict):
+            return node
+        kept = {k: v for k, v in node.items() if (*above, str(k)) not in keys}
+        return {k: copy(v, (*above, str(k))) for k, v in kept.items()}
+
+    return copy(tree, ())

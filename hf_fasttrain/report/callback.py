@@ -1,0 +1,86 @@
+"""The built-in callback: a finished run's report, then its push; whatever goes wrong, the run itself has ended well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_fasttrain.run_folder.predictions import Predictions
+from hf_fasttrain.train.callbacks import Callback
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.utils.files import reason
+
+if TYPE_CHECKING:
+    from hf_fasttrain.hub.background import Pusher
+    from hf_fasttrain.run_folder.result import Result
+    from hf_fasttrain.train.trainer import Trainer
+
+
+class Publish(Callback):
+    """Writes the report of a run and pushes it to the Hub, on the main process. What fails is said; it raises nothing.
+
+    `show` writes pictures for the report, of a run of so many steps. Without `report` there is none.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        log: RunLog,
+        *,
+        report: bool = True,
+        show: Callable[[int, Predictions | None], None] | None = None,
+        pusher: Pusher | None = None,
+    ) -> None:
+        self.run, self.log, self.report, self.show, self.pusher = run, log, report, show, pusher
+
+    def saved(self, checkpoint: Path, step: int, best: bool) -> None:
+        """Push a checkpoint, if its turn has come; called beside training, before it may be removed."""
+        if self.pusher is None:
+            return
+        try:
+            self.pusher.saved(checkpoint, step, best=best)
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            self.pusher.not_staged(error)
+
+    def finished(self, trainer: Trainer, result: Result) -> None:
+        """Write the report, then push the run; Ctrl-C leaves that off."""
+        if not trainer.processes.is_main:
+            return
+        try:
+            self.publish(trainer.state.step, trainer.predictions)
+        except KeyboardInterrupt:
+            self.log.say(f"trained to the end; the rest was left off: hf-fasttrain report {self.run}, or push")
+
+    def publish(self, step: int, predictions: Predictions | None) -> None:
+        """Write the report of a run that ended after so many steps, then push it."""
+        if self.report:
+            self._write_report(step, predictions)
+        if self.pusher is None:
+            return
+        lost = [name for name in ("model", "result.json") if self._is_lost(name)]
+        if lost:
+            command = self.pusher.wish.command(self.run)
+            self.log.say(f"not pushed: {' and '.join(lost)} could not be written; when they are: {command}")
+            return
+        self.pusher.finished(step)
+
+    def _write_report(self, step: int, predictions: Predictions | None) -> None:
+        try:
+            if self.show is not None:
+                self.show(step, predictions)
+            from hf_fasttrain.report.report import write_page
+
+            write_page([self.run])
+        except OSError as error:
+            self.log.not_written(str(self.run / "report.html"), error)
+        except Exception as error:  # noqa: BLE001 - others' drawing code
+            self.log.say(f"note: no report: {reason(error)}; `hf-fasttrain report {self.run}` writes it later")
+
+    def _is_lost(self, name: str) -> bool:
+        return any(lost.startswith(f"{self.run / name}:") for lost in self.log.lost)
+
+    def close(self) -> None:
+        """End uploads that are under way."""
+        if self.pusher is not None:
+            self.pusher.close()

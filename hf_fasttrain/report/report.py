@@ -1,0 +1,111 @@
+"""One HTML file that shows how a run went, or how several differ; it asks the network for nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from hf_fasttrain.report.pictures import DRAWINGS
+from hf_fasttrain.report.record import read_record
+from hf_fasttrain.report.sections import Page, page_of_run, page_of_runs
+from hf_fasttrain.run_folder.gallery import GALLERY_FOLDER
+from hf_fasttrain.run_folder.missing import REPORT_FILE, result_mark
+from hf_fasttrain.utils.errors import RunError, without_secrets
+from hf_fasttrain.utils.files import reason, write_whole
+
+TEMPLATE, STYLE, SCRIPTS = "page.html.jinja", "style.css", ("matrix.js", "charts.js", "tables.js")
+MADE_BY_US = '<meta name="generator" content="hf_fasttrain report">'
+
+
+def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the report of a run, or of several beside each other, and return its path.
+
+    A run's report is RUN/report.html, with its pictures as PNG in RUN/report; that of several is report.html here.
+    With `output`, the page is written there and no pictures are. Raises RunError for what is no run, for a run given
+    twice, and where the page can't be written or would replace a file that is no report.
+    """
+    try:
+        return write_page(runs, output)
+    except OSError as error:
+        path = _place(runs, output)
+        raise RunError(f"{path}: the report can't be written: {reason(error)}; choose another place for it") from None
+
+
+def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
+    """Do what `write_report` does; OSError where the page can't be written.
+
+    The page comes last: where it is, the pictures are.
+    """
+    _require_different(runs)
+    marks = [result_mark(run) for run in runs]
+    records = [read_record(run) for run in runs]
+    path = _place(runs, output)
+    _require_free(path)
+    if output is None and len(records) == 1:
+        folder = runs[0] / GALLERY_FOLDER
+        folder.mkdir(exist_ok=True)
+        for name, draw in DRAWINGS.items():
+            draw(records[0], folder / name)
+    page = page_of_run(records[0]) if len(records) == 1 else page_of_runs(records)
+    write_whole(path, to_html(page, marks[0] if len(marks) == 1 else ""))
+    return path
+
+
+def _place(runs: Sequence[Path], output: Path | None) -> Path:
+    if output is not None:
+        return output.absolute()
+    return runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE)
+
+
+def _require_different(runs: Sequence[Path]) -> None:
+    if not runs:
+        raise RunError("report: no run folder is given; give one, or several to compare")
+    seen = set()
+    for run in runs:
+        real = os.path.realpath(run)
+        if real in seen:
+            raise RunError(f"{run}: is given twice; give different run folders")
+        seen.add(real)
+
+
+def _require_free(path: Path) -> None:
+    """Raise RunError if the path holds something that is no report."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if MADE_BY_US in file.read(2000):
+                return
+        raise RunError(f"{path}: is no report, and would be replaced by one; move it or choose another place")
+
+
+def to_html(page: Page, mark: str = "") -> str:
+    """Return the page as one file with everything in it; `mark` stands in its head."""
+    from plotly.offline import get_plotlyjs
+
+    folder = files("hf_fasttrain.report") / "page"
+    parts = {name: (folder / name).read_text(encoding="utf-8") for name in (TEMPLATE, STYLE, *SCRIPTS)}
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    charts = {chart.id: chart.figure for section in page.sections for chart in section.charts}
+    rendered = template.from_string(parts[TEMPLATE]).render(
+        page=page,
+        generator=Markup(MADE_BY_US + mark),
+        style=Markup(parts[STYLE]),
+        scripts=[Markup(parts[name]) for name in SCRIPTS],
+        figures=_in_script(charts),
+        plotly=Markup("PLOTLY"),
+    )
+    # Put in last: nobody has to look through 5 MB for secrets or escapes.
+    before, after = without_secrets(rendered).split("<script>PLOTLY</script>", 1)
+    return f"{before}<script>{get_plotlyjs()}</script>{after}"
+
+
+def _in_script(value: Any) -> Markup:
+    """Return JSON that can stand in a script element, whatever its texts hold."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

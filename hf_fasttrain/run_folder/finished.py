@@ -1,0 +1,81 @@
+"""A finished run as its folder has it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from hf_fasttrain.run_folder.kept_weights import RESULT_FILE
+from hf_fasttrain.run_folder.scrub import is_local_path
+from hf_fasttrain.utils.errors import RunError, first_lines, how_to_resume
+from hf_fasttrain.utils.files import restore_folder
+
+SPEC_FILE, RECIPE_FILE, METRICS_FILE, RESOLVED_FILE = (
+    "hf_fasttrain.json", "recipe.yaml", "metrics.jsonl", "resolved.yaml",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run folder holds, as written there."""
+
+    folder: Path
+    spec: dict[str, Any]
+    result: dict[str, Any]
+    recipe: dict[str, Any]  # empty for a run without a recipe
+    recipe_text: str
+    local: list[str] | None = None  # settings that were paths of the machine that trained; None: not recorded
+
+    def setting(self, key: str) -> Any:
+        """Return a recipe's value by its dotted key, None if it is not stated."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def is_local(self, key: str) -> bool:
+        """Return whether a setting was a path where the run was trained; judged from here if that is not recorded."""
+        if self.local is not None:
+            return key in self.local
+        value = self.setting(key)
+        return isinstance(value, str) and (is_local_path(value) or os.path.exists(value))
+
+
+def read_run(run: Path) -> FinishedRun:
+    """Return what a run folder holds; RunError if the run is not finished."""
+    restore_folder(run / "model")
+    missing = [name for name in (f"model/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
+    if missing:
+        raise RunError(
+            f"{run}: is no finished run, it has no {' and no '.join(missing)}; give the run folder of a training that "
+            f"has ended, or end it first: {how_to_resume()}"
+        )
+    path = run / "model" / SPEC_FILE
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        path = run / RESULT_FILE
+        result = json.loads(path.read_text(encoding="utf-8"))
+        path = run / RECIPE_FILE
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        recipe = YAML(typ="safe", pure=True).load(text) or {}
+        path = run / RESOLVED_FILE
+        facts = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, YAMLError) as error:
+        raise RunError(f"{path}: can't be read ({first_lines(error)}); put it right or train again") from None
+    local = (facts.get("local") or {}).get("value") if isinstance(facts, dict) else None
+    return FinishedRun(run, spec, result, recipe, text, local)
+
+
+NO_METRIC = {"kind", "step", "epoch", "split", "train_seconds", "seconds"}
+
+
+def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics in an evaluation's line of metrics.jsonl."""
+    return {name: value for name, value in line.items() if name not in NO_METRIC}

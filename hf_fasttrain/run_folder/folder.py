@@ -1,0 +1,55 @@
+"""The run folder: refused if it holds another run, and held while a run trains in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, read_state
+from hf_fasttrain.train.checkpointing import hold_run
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.utils.errors import RunError, resume_option
+
+FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
+RUN_FILES = (*FILES_WHILE_TRAINING, "result.json")
+
+
+def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
+    """Make the run folder, and hold it for this run.
+
+    Raises RunError if it holds a run already and `resume` is not asked for, if another run is training in it, or if it
+    can't be written to.
+    """
+    require_free(folder, resume=resume)
+    Processes(accelerator).wait()  # nobody writes before everybody has looked
+    hold_run(folder)
+
+
+def require_free(folder: Path, *, resume: bool) -> None:
+    """Raise RunError if the folder holds a run and is not to be resumed, or is no folder."""
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise RunError(f"output_dir {folder}: can't be used: {error.strerror}; choose another output_dir") from None
+    if exists and not folder.is_dir():
+        raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
+    held = held_by_run(folder)
+    if held and not resume:
+        raise RunError(
+            f"output_dir {folder}: holds a run already ({', '.join(held)}); add {resume_option()} to go on with it, "
+            "or choose another output_dir"
+        )
+
+
+def held_by_run(folder: Path) -> list[str]:
+    """Return the names in a folder that belong to a run."""
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    return [*found, *(["checkpoints"] if complete_checkpoints(folder / "checkpoints") else [])]
+
+
+def saved_state(folder: Path) -> dict[str, Any]:
+    """Return the plain values of the newest checkpoint that looks whole, an empty dict if there is none."""
+    states = map(read_state, reversed(complete_checkpoints(folder / "checkpoints")))
+    return next(filter(None, states), {})

@@ -1,0 +1,70 @@
+"""Pictures that a run keeps for its report: training images as the model saw them, and its worst mistakes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hf_fasttrain.utils.files import new_folder, read_json, sync_files, write_json
+
+GALLERY_FOLDER = "report"
+GALLERY_FILE = "gallery.json"
+THUMBNAIL_PX = 160  # longer side
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image and what is to be said of it. `file` lies beside gallery.json."""
+
+    file: str
+    name: str  # of the image: class/file, or its row
+    truth: dict[str, float]  # class -> share of the target; 1 unless mixed or smoothed
+    predicted: dict[str, float | None] = field(default_factory=dict)  # class -> softmax; None if multi-label
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of a run."""
+
+    class_names: list[str] = field(default_factory=list)
+    training: list[Picture] = field(default_factory=list)
+    training_step: int = 0  # counted from 1
+    mistakes: list[Picture] = field(default_factory=list)
+    mistakes_step: int = 0  # after which the model made them
+    mistakes_split: str = ""
+
+    @classmethod
+    def load(cls, run: Path) -> Gallery:
+        """Return the gallery of a run folder, an empty one if it has none."""
+        values: dict[str, Any] = read_json(run / GALLERY_FOLDER / GALLERY_FILE)
+        for name in ("training", "mistakes"):
+            values[name] = [Picture(**item) for item in values.get(name, [])]
+        return cls(**values)
+
+    def save(self, run: Path, pixels: dict[str, np.ndarray]) -> None:
+        """Write the gallery and its pictures: file name -> (H, W, 3) uint8. Raises OSError."""
+        with new_folder(run / GALLERY_FOLDER) as folder:
+            for name, image in pixels.items():
+                (folder / name).write_bytes(thumbnail(image))
+            write_json(folder / GALLERY_FILE, asdict(self))
+            sync_files(folder)
+
+
+def thumbnail(pixels: np.ndarray) -> bytes:
+    """Return a JPEG of pixels (H, W, 3) uint8: small images enlarged without smoothing, large ones made smaller."""
+    image = Image.fromarray(pixels)
+    longer = max(image.size)
+    if longer > THUMBNAIL_PX:
+        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    elif longer <= THUMBNAIL_PX // 2:
+        factor = THUMBNAIL_PX // longer
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()

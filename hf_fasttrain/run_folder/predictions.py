@@ -1,0 +1,101 @@
+"""What a model said of every image of a split: kept in the run folder, for reports and for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.files import write_whole
+
+PREDICTIONS_FILE = "predictions.safetensors"
+_TENSORS = ("rows", "labels", "predicted", "confidence", "losses", "worst_class")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One row for each image, on the CPU.
+
+    Single-label: `labels` and `predicted` (N,) int64, `confidence` (N,) the softmax of the predicted class, `losses`
+    the cross-entropy. Multi-label: `labels` and `predicted` (N, K) bool (from 0.5 on), `confidence` (N,) the largest
+    distance between a class's sigmoid and its label, `losses` the mean binary cross-entropy.
+    """
+
+    step: int  # after which the model was asked
+    split: str
+    rows: Tensor  # (N,) int64: which image of the split; -1 where only the user's loader knows
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    losses: Tensor
+    worst_class: Tensor  # (N,) int64: the predicted one; multi-label: the one that `confidence` is of
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have any number of classes."""
+        return self.labels.ndim == 2
+
+    @property
+    def is_wrong(self) -> Tensor:
+        """Which images are not predicted as labelled, (N,) bool."""
+        wrong = self.labels != self.predicted
+        return wrong.any(1) if self.is_multi_label else wrong
+
+    def worst(self, number: int) -> list[int]:
+        """Return the places (0 to N - 1) of the wrongly predicted images with the highest losses."""
+        wrong = self.is_wrong.nonzero().flatten()
+        order = self.losses[wrong].argsort(descending=True, stable=True)
+        return [int(place) for place in wrong[order[:number]]]
+
+    def save(self, path: Path) -> None:
+        """Write them as one safetensors file, whole or not at all. Raises OSError."""
+        from safetensors.torch import save
+
+        tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # each its own memory
+        about = {"step": str(self.step), "split": self.split, "columns": json.dumps(_TENSORS)}
+        write_whole(path, save(tensors, metadata=about))
+
+    @classmethod
+    def load(cls, path: Path) -> Predictions:
+        """Return what `save` wrote; RunError if it can't be read."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                return cls(int(about["step"]), about["split"], **tensors)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise RunError(
+                f"{path}: can't be read as predictions ({str(error).splitlines()[0]}); remove it, or make it anew by "
+                "evaluating again"
+            ) from None
+
+
+class Collector:
+    """Takes a pass's logits batch by batch, on the device."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Keep what a batch of `logits` (B, K) says of `labels` (B,) or multi-hot (B, K). No sync with the device."""
+        logits = logits.float()
+        if labels.ndim == 1:
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            confidence, predicted = logits.softmax(1).max(1)
+            self._parts.append((labels, predicted, confidence, losses, predicted))
+            return
+        true = labels > 0.5
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, true.float(), reduction="none").mean(1)
+        confidence, worst = (logits.sigmoid() - true.float()).abs().max(1)
+        self._parts.append((true, logits >= 0, confidence, losses, worst))
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """Return the tensors of `Predictions` but for the rows, of this process, on the CPU; nothing is kept."""
+        parts, self._parts = self._parts, []
+        return tuple(torch.cat(column).cpu() for column in zip(*parts, strict=True))

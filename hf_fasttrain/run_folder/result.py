@@ -1,0 +1,113 @@
+"""What is watched while training, and how a run ended."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_fasttrain.utils.errors import RunError
+
+BUILT_IN_METRICS = ("loss", "accuracy", "top5_accuracy", "f1_macro")
+# The direction of metrics whose names are definitions: ours and those of the evaluate library.
+DIRECTIONS = {
+    "loss": "min", "brier_score": "min", "mae": "min", "mape": "min", "mase": "min", "mse": "min", "smape": "min",
+    "accuracy": "max", "top5_accuracy": "max", "f1_macro": "max", "f1": "max", "precision": "max", "recall": "max",
+    "roc_auc": "max", "matthews_correlation": "max", "cohen_kappa": "max", "exact_match": "max", "mean_iou": "max",
+}  # fmt: skip
+# Words in other names that tell; of an "error_score", the error counts.
+LESS_IS_BETTER = {
+    "loss", "error", "err", "mse", "rmse", "mae", "mape", "nll", "ece", "entropy", "crossentropy", "perplexity",
+    "brier", "distance", "divergence", "cost", "deviation", "hamming",
+}  # fmt: skip
+MORE_IS_BETTER = {
+    "accuracy", "acc", "top1", "top5", "f1", "fbeta", "precision", "recall", "auc", "auroc", "ap", "map", "iou",
+    "jaccard", "dice", "kappa", "mcc", "matthews", "correlation", "sensitivity", "specificity", "score",
+}  # fmt: skip
+
+
+def metric_direction(metric: str) -> str | None:
+    """Return whether more ("max") or less ("min") of a metric is better, as its name says; None if it does not."""
+    name = metric_name(metric).lower()
+    words = set(re.split(r"[^a-z0-9]+", name))
+    if name in DIRECTIONS:
+        return DIRECTIONS[name]
+    return "min" if words & LESS_IS_BETTER else "max" if words & MORE_IS_BETTER else None
+
+
+def resolve_mode(metric: str, mode: str) -> str:
+    """Return max or min for a watched metric's mode, which may be auto.
+
+    Raises ValueError where nothing says which one auto means, and for a mode that would choose the worst.
+    """
+    direction = metric_direction(metric)
+    known = DIRECTIONS.get(metric_name(metric).lower())
+    if mode not in ("auto", "max", "min"):
+        raise ValueError(f"is '{mode}'; must be auto, max or min")
+    if mode == "auto" and direction is None:
+        raise ValueError(
+            f"is auto, but the name '{metric}' does not say whether more or less of it is better; set it to max or min"
+        )
+    if known is not None and mode not in ("auto", known):
+        least = "less" if known == "min" else "more"
+        raise ValueError(f"is {mode}, but {least} {metric} is better; set it to {known} or leave it out")
+    return str(direction if mode == "auto" else mode)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A metric of the evaluation, whether more or less of it is better, and early stopping's patience in steps.
+
+    `mode` is max, min or auto: what the metric's name says. Raises RunError for a mode that contradicts the metric,
+    and for auto if the name does not say it.
+    """
+
+    metric: str = "accuracy"
+    mode: str = "auto"
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "mode", resolve_mode(self.metric, self.mode))
+        except ValueError as error:
+            raise RunError(f"Watch('{self.metric}'): mode {error}") from None
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Return whether `value` is better than an earlier one; nan never is."""
+        if than is None:
+            return not math.isnan(value)
+        return value > than if self.mode == "max" else value < than
+
+
+@dataclass
+class Result:
+    """How a run ended; result.json holds the same."""
+
+    metrics: dict[str, float]  # of the weights in RUN/model, on the evaluation split
+    test_metrics: dict[str, float] | None  # of the weights in RUN/model
+    model: dict[str, Any]  # what RUN/model holds: weights (best or last), step, and whether they are the average (ema)
+    best: dict[str, Any] | None  # metric, value, step, metrics
+    last: dict[str, Any]  # step, metrics
+    steps: int
+    skipped_steps: int  # fp16 overflows
+    micro_batch_size: int  # images per process and forward, at the end
+    out_of_memory: list[dict[str, Any]]  # steps at which it was made smaller: step, before, after
+    resumed_at: list[int]  # steps after which the run was resumed
+    not_written: list[str]  # results that the disk did not take, with the reason; empty if all is well
+    images: int
+    train_seconds: float  # of training steps, without evaluation and saving
+    images_per_second: float
+    data_wait_fraction: float  # share of train_seconds lost by waiting for data
+    bad_images: int  # replaced by others; bad_images.jsonl lists them
+    peak_memory_bytes: int
+    stopped_early: bool
+    early_stopping: dict[str, Any] | None  # how it stopped: metric, mode, best value and its step, patience, ...
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def metric_name(metric: str) -> str:
+    """Return the name that results have for a metric: of a Hub name or path, its last part."""
+    return metric.rstrip("/").split("/")[-1].removesuffix(".py")

@@ -1,0 +1,233 @@
+"""An ablation for people: a table in the terminal, ablation.json, .md, .png, .svg and an offline HTML page."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hf_fasttrain.study.ablate import Ablation, Row
+from hf_fasttrain.utils.errors import RunError, without_secrets
+from hf_fasttrain.utils.files import reason, write_whole
+from hf_fasttrain.utils.format import format_bytes, format_duration, format_interval, format_percent, format_rate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLOURS = {"baseline": "#999999", "again": "#999999", "alone": "#0072B2", "everything": "#009E73", "removed": "#E69F00"}
+LEGEND = {
+    "baseline": "baseline, twice",
+    "alone": "one technique alone",
+    "everything": "everything",
+    "removed": "everything but one",
+}
+HEADER = ("arm", "images/s", "speed-up (interval)", "waiting", "first step", "memory")
+FULL_HEADER = ("accuracy", "F1", "training", "speed-up", "to baseline's accuracy")
+
+
+def cells(row: Row, *, full: bool) -> list[str]:
+    """Return a row of the table as text."""
+    if row.images_per_second is None:
+        figures = [row.status if row.status == "n/a" else "failed", row.reason.splitlines()[0], "", "", ""]
+    else:
+        figures = [
+            format_rate(row.images_per_second.median),
+            _interval(row),
+            format_percent(row.wait_fraction, 0),
+            f"+{format_duration(row.first_step_seconds)}",
+            _memory(row),
+        ]
+    return [row.name, *figures, *(_full_cells(row) if full else [])]
+
+
+def _interval(row: Row) -> str:
+    found = row.speed_up
+    if found is None:
+        return ""
+    if row.kind == "baseline":
+        return "1"
+    return format_interval(found.median, found.low, found.high)
+
+
+def _memory(row: Row) -> str:
+    host = format_bytes(row.host_bytes or 0)
+    return host if row.device_bytes is None else f"{format_bytes(row.device_bytes)} GPU, {host} host"
+
+
+def _full_cells(row: Row) -> list[str]:
+    found = row.full
+    if found is None:
+        return ["", "", "", "", ""]
+    until = "-" if found.seconds_to_target is None else format_duration(found.seconds_to_target)
+    spread = "" if found.accuracy_std is None else f" +- {found.accuracy_std:.4f}"
+    return [
+        "" if found.accuracy is None else f"{found.accuracy:.4f}{spread}",
+        "" if found.f1_macro is None else f"{found.f1_macro:.4f}",
+        f"{format_duration(found.train_seconds)} +- {format_duration(found.train_seconds_std)}",
+        "" if found.speed_up is None else f"{found.speed_up:.2f}",
+        f"{until} ({found.seeds_at_target} of {found.seeds} seeds)",
+    ]
+
+
+def _has_full(ablation: Ablation) -> bool:
+    return any(row.full for row in ablation.rows)
+
+
+def _header(ablation: Ablation) -> tuple[str, ...]:
+    return (*HEADER, *FULL_HEADER) if _has_full(ablation) else HEADER
+
+
+def _confidence(ablation: Ablation) -> str:
+    found = next((row.speed_up for row in ablation.rows if row.speed_up), None)
+    return (
+        f"{format_percent(found.confidence, 0)} intervals over {ablation.rounds} rounds"
+        if found
+        else f"{ablation.rounds} rounds"
+    )
+
+
+def _machine(ablation: Ablation) -> str:
+    machine, versions = ablation.machine, ablation.versions
+    gpu = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    return f"{machine['processor']}, {machine['cores']} cores{gpu}; torch {versions['torch']}, timm {versions['timm']}"
+
+
+def print_ablation(console: Console, ablation: Ablation) -> None:
+    """Print the table."""
+    full = _has_full(ablation)
+    table = Table(title=f"{ablation.recipe}: {_confidence(ablation)}; {_machine(ablation)}", title_justify="left")
+    for name in _header(ablation):
+        table.add_column(name, justify="left" if name == "arm" else "right", overflow="fold")
+    for row in ablation.rows:
+        table.add_row(*map(Text, cells(row, full=full)), end_section=row.kind in ("again", "everything"))
+    console.print(table)
+    for note in ablation.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def to_markdown(ablation: Ablation) -> str:
+    """Return the table with what is needed to read it."""
+    header, full = _header(ablation), _has_full(ablation)
+    lines = [
+        f"# What makes {ablation.recipe} fast here",
+        "",
+        f"`{ablation.command}`, {ablation.date}. {_machine(ablation)}. {_confidence(ablation)}.",
+        "",
+        f"| {' | '.join(header)} |",
+        f"| --- |{' ---: |' * (len(header) - 1)}",
+    ]
+    lines += [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, full=full)) + " |" for row in ablation.rows
+    ]
+    noted = [f"- {row.name}: {row.note}." for row in ablation.rows if row.note]
+    return without_secrets("\n".join([*lines, "", *noted, *(f"- {note}" for note in ablation.notes), ""]))
+
+
+def chart(ablation: Ablation) -> Figure:
+    """Return the chart: each arm's speed-up with its interval, and its memory."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = [row for row in ablation.rows if row.speed_up is not None]
+    figure = Figure(figsize=(11, 1.4 + 0.34 * max(1, len(rows))), layout="constrained")
+    speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    places = range(len(rows))
+    colours = [COLOURS[row.kind] for row in rows]
+    medians = [row.speed_up.median for row in rows if row.speed_up]
+    errors = [
+        [row.speed_up.median - row.speed_up.low for row in rows if row.speed_up],
+        [row.speed_up.high - row.speed_up.median for row in rows if row.speed_up],
+    ]
+    speed.barh(places, medians, xerr=errors if rows else None, color=colours, ecolor="#444444", capsize=2)
+    for place, row in zip(places, rows, strict=True):
+        if row.speed_up:
+            speed.annotate(
+                f" {row.speed_up.median:.2f}", (row.speed_up.high, place), va="center", fontsize=8, color="#333333"
+            )
+    speed.axvline(1.0, color="#444444", linewidth=0.8)
+    speed.set_yticks(list(places), [row.name for row in rows])
+    speed.invert_yaxis()
+    speed.margins(x=0.08)
+    speed.set_xlabel("speed, baseline = 1")
+    bytes_of = [(row.device_bytes if row.device_bytes is not None else row.host_bytes) or 0 for row in rows]
+    memory.barh(places, [number / 1e9 for number in bytes_of], color=colours)
+    on_gpu = any(row.device_bytes is not None for row in rows)
+    memory.set_xlabel("GB on the GPU" if on_gpu else "GB on the host")
+    for axes in (speed, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+    kinds = [kind for kind in LEGEND if any(row.kind == kind for row in rows)]
+    if kinds:
+        handles = [Patch(color=COLOURS[kind], label=LEGEND[kind]) for kind in kinds]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False)
+    figure.suptitle(f"{ablation.recipe}: {_machine(ablation)}", fontsize=9)
+    return figure
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What makes {{ ablation.recipe }} fast here</title>
+<style>
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #8884; }
+tr.removed:first-of-type, tr.everything { border-top: 2px solid #8888; }
+.muted { opacity: .6; } figure { margin: 1rem 0; background: #fff; padding: .5rem; overflow-x: auto; }
+figure svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; } details { margin: 1rem 0; }
+</style></head><body>
+<h1>What makes {{ ablation.recipe }} fast here</h1>
+<p>{{ machine }}. {{ confidence }}. {{ ablation.date }}.</p>
+<p><code>{{ ablation.command }}</code></p>
+<figure>{{ svg }}</figure>
+<table><thead><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row, texts in rows %}<tr class="{{ row.kind }}{% if row.status != 'measured' %} muted{% endif %}">
+{% for text in texts %}<td>{{ text }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>
+<ul>{% for row, _ in rows if row.note %}<li>{{ row.name }}: {{ row.note }}.</li>{% endfor %}
+{% for note in ablation.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+<details><summary>What each arm sets</summary><table><tbody>
+{% for row, _ in rows %}<tr><td>{{ row.name }}</td><td><code>{{ row.overrides | join(' ') }}</code></td></tr>
+{% endfor %}</tbody></table></details>
+<details><summary>Versions</summary><p>{% for name, version in ablation.versions.items() %}{{ name }} {{ version }};
+{% endfor %}</p></details>
+</body></html>
+"""
+
+
+def to_html(ablation: Ablation, svg: str) -> str:
+    """Return one page with everything in it; it asks the network for nothing."""
+    from markupsafe import Markup
+
+    full = _has_full(ablation)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    return without_secrets(
+        page.render(
+            ablation=ablation,
+            machine=_machine(ablation),
+            confidence=_confidence(ablation),
+            header=_header(ablation),
+            rows=[(row, cells(row, full=full)) for row in ablation.rows],
+            svg=Markup(svg[svg.index("<svg") :]),  # our own drawing; its texts are escaped by matplotlib
+        )
+    )
+
+
+def write_ablation(ablation: Ablation, folder: Path) -> None:
+    """Write all files, the figures first; RunError if they can't be written."""
+    try:
+        write_whole(folder / "ablation.json", without_secrets(ablation.model_dump_json(indent=2)) + "\n")
+        write_whole(folder / "ablation.md", to_markdown(ablation))
+        svg = io.StringIO()
+        figure = chart(ablation)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        write_whole(folder / "ablation.svg", svg.getvalue())
+        figure.savefig(folder / "ablation.png", dpi=150)
+        write_whole(folder / "ablation.html", to_html(ablation, svg.getvalue()))
+    except OSError as error:
+        raise RunError(f"{folder}: not everything could be written: {reason(error)}") from None

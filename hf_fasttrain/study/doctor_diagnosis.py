@@ -1,0 +1,174 @@
+"""The arithmetic of `doctor`: what was measured of a training, to a sentence, a forecast and advice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fasttrain.study.bench import Measurement
+from hf_fasttrain.study.intervals import Estimate
+from hf_fasttrain.study.messages import Ready, Report
+from hf_fasttrain.study.stopwatch import PHASES
+from hf_fasttrain.utils.format import format_percent, format_rate
+
+MUCH_WAITING = 0.1  # share of the time from which on the loader is called the limit
+SHARING = 0.85  # of what the slower half reaches alone: below it, the halves slow each other down
+WORTH_SAYING = 1.03  # speed-up from which on an override is advised
+STAGE_NAMES = {"read": "reading", "decode": "decoding", "augment": "augmenting", "collate": "collating"}
+PHASE_NAMES = {
+    "wait": "waiting for images",
+    "copy": "copying, normalising and mixing",
+    "forward": "the forward pass",
+    "backward": "the backward pass",
+    "optimizer": "the optimizer",
+    "other": "everything else",
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """An override, and what it gave when it was measured."""
+
+    overrides: tuple[str, ...]
+    images_per_second: float
+    speed_up: Estimate
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """The overrides as they are written after a recipe."""
+        return " ".join(self.overrides)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Where a training's time goes."""
+
+    ready: Ready
+    images_per_second: Estimate  # of the training as it is
+    step_seconds: float  # of the training that was looked into
+    images_per_step: float
+    phases: dict[str, float]  # seconds of a step, by phase; they add up to step_seconds
+    stages: dict[str, float]  # worker-seconds of an image, by loader stage
+    loader_alone: float  # images/s
+    compute_alone: float  # images/s
+    wait_fraction: float
+    device_bytes: int
+    host_bytes: int
+    total_seconds: float  # forecast of the whole training, without evaluation and saving
+    tried: tuple[Measurement, ...]  # overrides that were measured, beside the training as it is
+    advice: tuple[Advice, ...]
+
+    @property
+    def workers(self) -> int:
+        """Loader processes."""
+        return int(self.ready.facts["data.workers"])
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the loader is the limit."""
+        return self.wait_fraction >= MUCH_WAITING
+
+    @property
+    def largest_stage(self) -> str:
+        """The loader's stage that takes most of its workers' time."""
+        return max(self.stages, key=lambda stage: self.stages[stage])
+
+    @property
+    def largest_phase(self) -> str:
+        """The phase of a step that takes most of it, waiting left aside."""
+        return max((phase for phase in PHASES if phase != "wait"), key=lambda phase: self.phases[phase])
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Forecast of an epoch's training, once images are kept if they are."""
+        return self.ready.num_images / self.images_per_second.median
+
+    @property
+    def verdict(self) -> str:
+        """The sentence with the arithmetic."""
+        on = f"on {self.workers} {'worker' if self.workers == 1 else 'workers'}" if self.workers else "without workers"
+        compute, loader = format_rate(self.compute_alone), format_rate(self.loader_alone)
+        if self.is_waiting:
+            stage = self.largest_stage
+            share = self.stages[stage] / max(sum(self.stages.values()), 1e-12)
+            text = (
+                f"The model takes {compute} images/s, the loader gives {loader} {on}: "
+                f"{format_percent(self.wait_fraction, 0)} waiting, most of the loader's time for {STAGE_NAMES[stage]} "
+                f"({1000 * self.stages[stage]:.2f} ms an image, {format_percent(share, 0)})"
+            )
+        else:
+            phase = self.largest_phase
+            text = (
+                f"The model is the limit: it takes {compute} images/s, the loader could give {loader} {on}; "
+                f"{format_percent(self.wait_fraction, 0)} waiting, most of a step for {PHASE_NAMES[phase]} "
+                f"({1000 * self.phases[phase]:.1f} of {1000 * self.step_seconds:.1f} ms)"
+            )
+            together = self.images_per_second.median
+            if self.workers and together < SHARING * min(self.compute_alone, self.loader_alone):
+                text += f"; together they come to {format_rate(together)} only: they share the processor's cores"
+        if self.advice:
+            return f"{text}; `{self.advice[0].text}` gives {format_rate(self.advice[0].images_per_second)} here."
+        return f"{text}; none of {len(self.tried)} overrides that were tried is faster."
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "verdict": self.verdict,
+            "images_per_second": vars(self.images_per_second),
+            "step_seconds": self.step_seconds,
+            "phases_seconds": self.phases,
+            "loader_stages_worker_seconds_per_image": self.stages,
+            "loader_alone_images_per_second": self.loader_alone,
+            "compute_alone_images_per_second": self.compute_alone,
+            "data_wait_fraction": self.wait_fraction,
+            "epoch_seconds": self.epoch_seconds,
+            "total_seconds": self.total_seconds,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "tried": [_tried(measurement) for measurement in self.tried],
+            "advice": [
+                {
+                    "overrides": list(advice.overrides),
+                    "images_per_second": advice.images_per_second,
+                    "speed_up": vars(advice.speed_up),
+                    "note": advice.note,
+                }
+                for advice in self.advice
+            ],
+        }
+
+
+def _tried(measurement: Measurement) -> dict[str, Any]:
+    found: dict[str, Any] = {"overrides": list(measurement.arm.overrides), "failed": measurement.failed}
+    if measurement.is_measured:
+        found["images_per_second"] = vars(measurement.images_per_second)
+    return found
+
+
+def split_step(report: Report) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a step of a watched turn, and of each of its phases, which add up to it."""
+    number = max(1, len(report.step_seconds))
+    phases = {"wait": report.wait_seconds, **report.phases}
+    phases["other"] = max(0.0, report.seconds - sum(phases.values()))
+    return report.seconds / number, {phase: phases[phase] / number for phase in PHASES}
+
+
+def split_loading(report: Report) -> dict[str, float]:
+    """Return the worker-seconds of an image by stage, of a watched turn."""
+    number = max(1, report.stage_images)
+    return {stage: seconds / number for stage, seconds in report.stages.items()}
+
+
+def best_advice(baseline: Measurement, tried: list[Measurement], notes: dict[str, str], most: int = 2) -> list[Advice]:
+    """Return the overrides that help most; none whose gain may be noise."""
+    found = []
+    for measurement in tried:
+        if not measurement.is_measured:
+            continue
+        speed_up = measurement.speed_up(baseline)
+        if speed_up.median >= WORTH_SAYING and speed_up.low > 1:
+            name = measurement.arm.name
+            own = measurement.images_per_second.median
+            found.append(Advice(measurement.arm.overrides, own, speed_up, notes.get(name, "")))
+    return sorted(found, key=lambda advice: -advice.speed_up.median)[:most]

@@ -1,0 +1,96 @@
+"""Early stopping: when it ends a run, what is said of it, and how a run goes on that it has ended."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.state import State
+from hf_fasttrain.utils.errors import how_to_resume
+
+
+def how_to_go_on() -> str:
+    """Return how a run that early stopping has ended can go on."""
+    return (
+        f"to go on: {how_to_resume()} and a longer early_stopping.patience, early_stopping=null or a longer "
+        "train.duration"
+    )
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """How early stopping has ended a run; result.json holds the same."""
+
+    metric: str
+    mode: str
+    value: float  # the best one
+    step: int  # after which that was measured
+    patience: int  # in steps
+    waited: int  # steps without a better value
+    stopped_at: int
+    num_steps: int  # of the whole duration
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        better = "above" if self.mode == "max" else "below"
+        return (
+            f"stopped early after step {self.stopped_at:,} of {self.num_steps:,}: {self.metric} has not been {better} "
+            f"{self.value:.4f}, its best value (step {self.step:,}), for {self.waited:,} steps; "
+            f"early_stopping.patience is {self.patience:,}"
+        )
+
+
+def record_of(watch: Watch, state: State) -> dict[str, Any]:
+    """Return the last evaluation's value of what is watched, and its step."""
+    return {"metric": watch.metric, "mode": watch.mode, "value": state.metrics[watch.metric], "step": state.step}
+
+
+def waited_steps(watch: Watch | None, state: State) -> int | None:
+    """Return the steps without a better value if they have reached the patience, else None.
+
+    An evaluation in which the watched metric could not be computed stops nothing.
+    """
+    if watch is None or watch.patience is None or state.watched is None or watch.metric not in state.metrics:
+        return None
+    waited = state.evaluated_at - max(int(state.watched["step"]), state.patience_from)
+    return waited if waited >= watch.patience else None
+
+
+def early_stop(watch: Watch | None, state: State, num_steps: int) -> EarlyStop | None:
+    """Return how early stopping has ended a run of `num_steps`; None if it has not, or not before their end."""
+    waited = waited_steps(watch, state)
+    if watch is None or watch.patience is None or state.watched is None or waited is None or state.step >= num_steps:
+        return None
+    value, step = float(state.watched["value"]), int(state.watched["step"])
+    return EarlyStop(watch.metric, watch.mode, value, step, watch.patience, waited, state.step, num_steps)
+
+
+def go_on(watch: Watch | None, state: State, num_steps: int) -> str | None:
+    """Let a restored state follow the present settings, and return what is to be said of that.
+
+    Where another metric is watched than before, its best value is looked for from here on. Where the patience was
+    exhausted and the duration is longer now, patience counts from here on: a run that is asked to go on does so.
+    """
+    if watch is None:
+        state.watched = None  # evaluations from now on will not be compared with it
+        return None
+    before = state.watched
+    if before is not None and (before["metric"], before.get("mode", watch.mode)) != (watch.metric, watch.mode):
+        state.watched = None
+        was = f"{before['metric']} ({before['mode']})" if "mode" in before else before["metric"]
+        return (
+            f"early_stopping watches {watch.metric} ({watch.mode}) now, it was {was}: patience counts from the next "
+            "evaluation on"
+        )
+    if waited_steps(watch, state) is None or num_steps <= state.num_steps:
+        return None
+    stop = early_stop(watch, state, state.num_steps)
+    state.patience_from = state.step
+    return (
+        f"{'this run had ' + str(stop) if stop else 'early_stopping.patience was exhausted'}; train.duration is longer "
+        f"now, so that it goes on, and patience counts from step {state.step:,} on"
+    )

@@ -1,0 +1,93 @@
+"""Which weights a run ends with: the last ones, or those of its best evaluation, brought back from their checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_fasttrain.run_folder.result import Result, Watch
+from hf_fasttrain.train.checkpointing import Checkpoints
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.state import State, Stateful
+from hf_fasttrain.utils.errors import RunError
+
+CHOICES = ("auto", "best", "last")
+
+
+@dataclass
+class FinalModel:
+    """What RUN/model holds."""
+
+    weights: str  # best or last
+    step: int  # after which the model had them
+    metrics: dict[str, float] | None  # of the evaluation split; None: not known any more
+
+
+def resolve_final(asked: str, early_stopping: Watch | None) -> str:
+    """Return best or last for the weights asked for; auto is best with early stopping. Raises RunError."""
+    if asked not in CHOICES:
+        raise RunError(f"final is '{asked}'; allowed are {', '.join(CHOICES)}")
+    if asked == "auto":
+        return "last" if early_stopping is None else "best"
+    return asked
+
+
+def load_final(
+    final: str, state: State, checkpoints: Checkpoints | None, stateful: Stateful, log: RunLog
+) -> FinalModel:
+    """Give the model the weights that the run ends with, and return which ones they are; called by all processes.
+
+    Where the best evaluation's are gone or damaged, a note says so and the last ones stay. What was trained last is in
+    the newest checkpoint: a resumed run goes on from there.
+    """
+    last = FinalModel("last", state.step, state.metrics)
+    if final == "last" or state.best is None:
+        return last
+    best = FinalModel("best", state.best["step"], state.best.get("metrics"))
+    if best.step == state.step:
+        return best
+    if checkpoints is None:
+        log.note("without an output_dir no checkpoints are kept: the run ends with the last weights, not the best")
+        return last
+    checkpoint = checkpoints.best(best.step)
+    if checkpoint is None:
+        return last
+    stateful.restore_weights(checkpoint)
+    log.say(f"the run ends with the weights of step {best.step:,}, its best evaluation")
+    return best
+
+
+def with_metric(best: dict[str, Any] | None, watch: Watch) -> tuple[dict[str, Any] | None, str | None]:
+    """Return a resumed run's best evaluation as a changed `watch` sees it, and a note if that is another metric."""
+    if best is None or best["metric"] == watch.metric:
+        return best, None
+    value = best.get("metrics", {}).get(watch.metric)
+    told = f"best evaluation: {watch.metric} decides now, {best['metric']} did before"
+    if value is None:
+        return None, f"{told}; the evaluations so far are not compared"
+    return {
+        **best,
+        "metric": watch.metric,
+        "value": value,
+    }, f"{told}; of the evaluations so far, step {best['step']:,}'s counts"
+
+
+def which_weights(run: Path, result: Result) -> str:
+    """Return which weights lie in RUN/model and, if the best and the last ones differ, how to have the others."""
+    best, last, step = result.best, result.last["step"], result.model["step"]
+    of = "moving average of the weights" if result.model.get("ema") else "weights"
+    if best is None:
+        return f"{of} of step {step:,}"
+    metric = best["metric"]
+    figures = {last: result.last["metrics"].get(metric), best["step"]: best["value"]}
+    shown = {at: "" if value is None else f" ({metric} {value:.4f})" for at, value in figures.items()}
+    if best["step"] == last:
+        return f"{of} of step {step:,}, the last and the best{shown[last]}"
+    words = {best["step"]: "the best evaluation", last: "the last"}
+    other = best["step"] if step == last else last
+    command = f"hf-fasttrain export {run} --weights {'last' if other == last else 'best'} --output FOLDER"
+    return (
+        f"{of} of {words[step]}, step {step:,}{shown[step]}; {words[other]}, step {other:,}{shown[other]}, "
+        f"by\n      {command}"
+    )

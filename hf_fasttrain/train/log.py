@@ -1,0 +1,250 @@
+"""What a run says and writes down: progress, metrics.jsonl, trackers, notes. Only the main process speaks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from hf_fasttrain.utils.errors import without_secrets
+from hf_fasttrain.utils.files import append_line, attempt, read_lines, reason, write_whole
+from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent
+
+METRICS_FILE = "metrics.jsonl"
+PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> first part of its figures' names in trackers
+Track = Callable[[dict[str, float], int], None]
+
+
+class _Display(Progress):
+    """Two bars, over the epoch and over the run, and a line of figures below them."""
+
+    facts = "starting"
+
+    def __init__(self, console: Console, num_steps: int, done: int, steps_per_epoch: int) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}", justify="right"),
+            console=console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self.num_steps, self.steps_per_epoch, self._moved = num_steps, steps_per_epoch, 0.0
+        self._epochs = -(-num_steps // steps_per_epoch)
+        self._seconds_per_step: float | None = None
+        self._more_seconds = 0.0
+        self._epoch, self._run = self.add_task("epoch", left=""), self.add_task("run", total=num_steps, left="")
+        self.move(done, always=True)
+
+    def get_renderables(self) -> Iterator[Any]:
+        """Give the bars, then the figures."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.facts, overflow="ellipsis", no_wrap=True)
+
+    def move(self, step: int, *, always: bool = False) -> None:
+        """Show that `step` steps are made; ten times a second at most."""
+        now = time.monotonic()
+        if not always and now - self._moved < 0.1:
+            return
+        self._moved = now
+        epoch = min(step // self.steps_per_epoch, self._epochs - 1)
+        first = epoch * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.num_steps - first)  # the last one may be cut short
+        described = f"epoch {epoch + 1}/{self._epochs}"
+        self.update(
+            self._epoch,
+            description=described,
+            completed=step - first,
+            total=steps,
+            left=self._left(first + steps - step),
+        )
+        self.update(self._run, completed=step, left=self._left(self.num_steps - step, self._more_seconds))
+
+    def pace(self, seconds_per_step: float, more_seconds: float, facts: str) -> None:
+        """Show figures, and reckon what is left by this pace; of the run `more_seconds` of evaluations too."""
+        self._seconds_per_step, self._more_seconds, self.facts = seconds_per_step, more_seconds, facts
+
+    def _left(self, steps: int, more_seconds: float = 0.0) -> str:
+        return "" if self._seconds_per_step is None else _time_left(steps * self._seconds_per_step + more_seconds)
+
+
+class _Console(Console):
+    """A console whose reader may go away: rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+class RunLog:
+    """Writes to the terminal and, with a folder, to metrics.jsonl; silent where `main` is False.
+
+    `track` is given (values, step) for trackers such as TensorBoard. What can't be written is said once, kept in
+    `lost`, and stops nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        main: bool = True,
+        show: bool = True,
+        track: Track | None = None,
+    ) -> None:
+        self.folder, self.main, self.track, self._show = folder, main, track, show
+        self.console = _Console(quiet=not (main and show), highlight=False, soft_wrap=True)
+        self.notes: list[str] = []
+        self.lost: list[str] = []  # results that are not on disk, each with the reason
+        self.expected: tuple[str, ...] = ()  # files that the run folder must have in the end
+        self._display: _Display | None = None
+        self._said = 0.0
+
+    def note(self, text: str) -> None:
+        """Say something once, and keep it for result.json."""
+        text = without_secrets(text)
+        if text not in self.notes:
+            self.notes.append(text)
+            self.say(f"note: {text}")
+
+    def alert(self, text: str) -> None:
+        """Say something that only this process may know of, on standard error where it is not the main one."""
+        if self.main:
+            self.note(text)
+        elif self._show:
+            with suppress(OSError):
+                Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {text}", markup=False)
+
+    def say(self, text: str) -> None:
+        """Print a line; a terminal that is gone stops nothing."""
+        with suppress(OSError):
+            self.console.print(without_secrets(text), markup=False)
+
+    def not_written(self, what: str, error: BaseException) -> None:
+        """Keep in mind that a result is not on disk, and say so once."""
+        if not any(lost.startswith(f"{what}:") for lost in self.lost):
+            self.lost.append(f"{what}: {reason(error)}")
+            self.say(f"not written: {self.lost[-1]}")
+
+    def hurry(self, cause: str) -> None:
+        """Say that a signal was heard; called from another thread while a step is running."""
+        again = "; Ctrl-C again leaves at once" if cause == "Ctrl-C" else ""
+        with suppress(OSError):
+            self.console.show_cursor(True)  # a second Ctrl-C leaves no time for that
+        self.say(f"{cause}: finishing the step, then saving{again}")
+
+    @contextmanager
+    def progress(self, num_steps: int, done: int, steps_per_epoch: int) -> Iterator[None]:
+        """Show bars over epoch and run while training, on a terminal; lines otherwise."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield
+            return
+        self._display = _Display(self.console, num_steps, done, steps_per_epoch)
+        self._display.start()
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the terminal may be gone
+                self._display.stop()
+            self._display = None
+
+    def at_step(self, step: int) -> None:
+        """Move the bars after a step; nothing is read from the device."""
+        if self._display is not None:
+            with suppress(OSError):
+                self._display.move(step)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Say below the bars what is done instead of training."""
+        if self._display is None:
+            yield
+            return
+        before, self._display.facts = self._display.facts, what
+        try:
+            yield
+        finally:
+            self._display.facts = before
+
+    def train_line(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
+        """Record the training's state: loss, lr, images/s, share of time spent waiting for data, memory."""
+        self._write({"kind": "train", "step": step, **values})
+        if self.console.quiet:
+            return
+        rate, waiting = format_images_rate(values["images_per_second"]), format_percent(values["data_wait_fraction"], 0)
+        memory = format_bytes(values["peak_memory_bytes"])
+        facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {rate}  waiting {waiting}  {memory}"
+        if self._display is not None:
+            more = values["eta_seconds"] - (num_steps - step) * values["seconds_per_step"]
+            self._display.pace(values["seconds_per_step"], max(0.0, more), facts)
+            with suppress(OSError):
+                self._display.move(step, always=True)
+        elif time.monotonic() - self._said >= 10 or step == num_steps:
+            self._said = time.monotonic()
+            self.say(
+                f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}  {_time_left(values['eta_seconds'])}"
+            )
+
+    def eval_line(
+        self, step: int, epoch: float, split: str, values: Mapping[str, float], seconds: float, train_seconds: float
+    ) -> None:
+        """Record an evaluation that took `seconds`, after `train_seconds` of training, in one line."""
+        line = {"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **values}
+        self._write({**line, "train_seconds": train_seconds})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"evaluation after epoch {epoch:.2f} ({split}): {shown}  ({format_duration(seconds)})")
+
+    def tracker_ids(self) -> dict[str, str]:
+        """Return the ids by which trackers go on with a run."""
+        ids: Callable[[], dict[str, str]] = getattr(self.track, "ids", dict)
+        return ids()
+
+    def resume_line(self, step: int, checkpoint: str, num_processes: int) -> None:
+        """Record that a run goes on from a checkpoint."""
+        date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._write(
+            {"kind": "resume", "step": step, "checkpoint": checkpoint, "processes": num_processes, "date": date}
+        )
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        if self.folder is not None:
+            try:
+                append_line(self.folder / METRICS_FILE, json.dumps(values))
+            except OSError as error:
+                self.not_written(str(self.folder / METRICS_FILE), error)
+        prefix = PREFIXES.get(values["kind"])
+        if self.track is not None and prefix:
+            numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+            try:
+                self.track(numbers, values["step"])
+            except Exception as error:  # noqa: BLE001 - others' code, and training does not depend on it
+                self.note(f"log.trackers: figures from step {values['step']} on are missing there: {reason(error)}")
+
+    def forget_after(self, step: int) -> None:
+        """Drop what metrics.jsonl says of steps after `step`: a resumed run writes them anew."""
+        if not self.main or self.folder is None or not (path := self.folder / METRICS_FILE).exists():
+            return
+        kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        attempt(lambda: write_whole(path, text), lambda error: self.not_written(str(path), error))
+
+
+def last_steps(folder: Path) -> dict[str, int]:
+    """Return the last step of each kind of figures in metrics.jsonl, by the prefix that trackers know it by."""
+    lines = read_lines(folder / METRICS_FILE)
+    return {
+        prefix: max((line.get("step", 0) for line in lines if line.get("kind") == kind), default=0)
+        for kind, prefix in PREFIXES.items()
+    }
+
+
+def _time_left(seconds: float) -> str:
+    return f"{format_duration(seconds, 0)} left"

@@ -1,0 +1,85 @@
+"""The training loss, computed from the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_fasttrain.utils.errors import DataError
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, K), targets -> mean over the B images, 0-d
+
+
+class ClassificationLoss(nn.Module):
+    """Mean over the images of cross-entropy, or of binary cross-entropy averaged over classes (multi-label).
+
+    `targets` are (B,) int64 labels or (B, K) probabilities. Class weights (K,) multiply, and the sum is divided by
+    the number of images, not by the weights' sum: only so is the loss of a step the mean of its micro-batches'.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self, *, multi_label: bool = False, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.multi_label, self.label_smoothing = multi_label, label_smoothing
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = self.class_weights
+        if self.multi_label:
+            targets = targets.to(logits.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
+        total = F.cross_entropy(logits, targets, weight=weights, label_smoothing=self.label_smoothing, reduction="sum")
+        return total / len(logits)
+
+
+LARGE_FIRST_LOSS = 3.0  # times that of uniform logits
+KNOWN_LOSSES = (ClassificationLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+
+
+@torch.no_grad()
+def loss_of_uniform_logits(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor | None:
+    """Return the loss that a model would have which finds all classes equally likely; None for others' losses."""
+    known = isinstance(loss, KNOWN_LOSSES) or loss in (F.cross_entropy, F.binary_cross_entropy_with_logits)
+    return loss(torch.zeros_like(logits), targets) if known else None
+
+
+def first_loss_note(first: float, uniform: float) -> str | None:
+    """Return what to say of a training that begins far above the loss of uniform logits, None for any other."""
+    if not first > LARGE_FIRST_LOSS * uniform > 0:
+        return None
+    return (
+        f"the first loss is {first:.3g}, {first / uniform:.0f} times that of a model which finds all classes equally "
+        f"likely ({uniform:.3g}): usually the head is of other classes or too large at first (model.head=new with "
+        "pretrained weights), the images are not as the weights expect them (data.mean, data.std), or optimizer.lr is "
+        "too high"
+    )
+
+
+def resolve_class_weights(wish: str | list[float] | None, label_counts: np.ndarray) -> Tensor | None:
+    """Return (K,) weights whose mean over the training set's labels is 1, or None.
+
+    `label_counts` (K,) is how often each class occurs; ``balanced`` weighs by 1 / frequency. A class that never
+    occurs keeps weight 1. Multi-label: the weights multiply the positive labels.
+    """
+    if wish is None:
+        return None
+    counts = label_counts.astype(np.float64)
+    if isinstance(wish, str):
+        raw = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+    else:
+        if len(wish) != len(counts) or min(wish) < 0 or not any(wish):
+            raise DataError(
+                f"train.class_weights has {len(wish)} numbers; the data set has {len(counts)} classes: "
+                "give one number of at least 0 for each"
+            )
+        raw = np.asarray(wish, np.float64)
+    weights = raw * counts.sum() / max((raw * counts).sum(), 1e-12)
+    weights[counts == 0] = 1.0
+    return torch.tensor(weights, dtype=torch.float32)

@@ -1,0 +1,188 @@
+"""Evaluation metrics, exact over any number of processes: counts are added, nothing is padded or gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name
+from hf_fasttrain.utils.errors import RecipeError, nearest, shown
+from hf_fasttrain.utils.private_apis import forget_metric_data
+
+SINGLE_LABEL = BUILT_IN_METRICS
+MULTI_LABEL = ("loss", "accuracy", "f1_macro")
+
+
+class Metrics:
+    """Counts for one pass over a split.
+
+    Single-label: `loss` is the mean cross-entropy, `accuracy` and `top5_accuracy` (top K with fewer than five
+    classes) shares of images, `f1_macro` the mean F1 of all classes that occur or are predicted. Multi-label (a
+    class is predicted from 0.5 on): `loss` is the mean binary cross-entropy, `accuracy` the share of images with
+    every class right, `f1_macro` the mean over all classes. All are scikit-learn's definitions.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device, *, multi_label: bool = False) -> None:
+        self.num_classes, self.multi_label = num_classes, multi_label
+        # images, sum of losses, right, right among the top five
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
+        # per class: predicted and true, predicted, true
+        self.classes = torch.zeros(3, num_classes, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: `logits` (B, K), `labels` (B,) or multi-hot (B, K). No sync with the device."""
+        logits = logits.float()
+        count = self._update_multi if self.multi_label else self._update_single
+        totals, classes = count(logits, labels)
+        images = torch.full((), len(logits), device=logits.device)
+        self.totals += torch.stack([images, *totals]).to(torch.float64)
+        self.classes += classes
+
+    def _update_single(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
+        predicted = logits.argmax(1)
+        right = predicted == labels
+        top = logits.topk(min(5, self.num_classes), dim=1).indices
+        losses = F.cross_entropy(logits, labels, reduction="sum")
+        classes = torch.zeros_like(self.classes)
+        ones = torch.ones_like(labels, dtype=torch.float64)
+        classes[0].scatter_add_(0, labels, right.to(torch.float64))
+        classes[1].scatter_add_(0, predicted, ones)
+        classes[2].scatter_add_(0, labels, ones)
+        return [losses, right.sum(), (top == labels[:, None]).any(1).sum()], classes
+
+    def _update_multi(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
+        predicted, true = logits >= 0, labels > 0.5
+        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / self.num_classes
+        right = (predicted == true).all(1).sum()
+        classes = torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)])
+        return [losses, right, torch.zeros_like(right)], classes.to(torch.float64)
+
+    def compute(self, add: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, float]:
+        """Return every metric by name; `add` sums a tensor of counts over all processes."""
+        counts = add(torch.cat([self.totals, self.classes.flatten()])).cpu()
+        images, loss, right, top5 = counts[:4].tolist()
+        both, predicted, true = counts[4:].view(3, self.num_classes)
+        f1 = 2 * both / (predicted + true).clamp(min=1)
+        occurs = torch.ones_like(f1, dtype=torch.bool) if self.multi_label else (predicted + true) > 0
+        values = {"loss": loss / images, "accuracy": right / images, "f1_macro": f1[occurs].mean().item()}
+        return values if self.multi_label else {**values, "top5_accuracy": top5 / images}
+
+
+class ExternalMetrics:
+    """Metrics of the `evaluate` library, by Hub name or local path, computed from all predictions together.
+
+    A metric that raises is left out of that pass; `take_failures` says why.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.modules = {metric_name(name): _load_evaluate(name) for name in names}
+        self.predictions: list[Any] = []
+        self.references: list[Any] = []
+        self._failures: dict[str, str] = {}
+        self._told: set[str] = set()
+
+    def try_out(self, num_classes: int, *, multi_label: bool) -> None:
+        """Compute every metric of a few made-up images. Raises RecipeError for one that raises or gives no number."""
+        if not self.modules:
+            return
+        self.update(*_trial(num_classes, multi_label=multi_label))
+        number = len(self.references)
+        self.compute()
+        kind = "with several labels" if multi_label else "with one label each"
+        for name, error in self._failures.items():
+            raise RecipeError(
+                f"evaluate.metrics: '{name}' fails on {number} images {kind} of {num_classes} classes: {error}; leave "
+                "it out, or name a module of your own that calls it with what it needs, such as average='macro'"
+            )
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Keep a batch's predictions: class numbers, or 0 and 1 for each class (multi-label)."""
+        if not self.modules:
+            return
+        predicted = logits.argmax(1) if labels.ndim == 1 else (logits >= 0).int()
+        self.predictions += predicted.cpu().tolist()
+        self.references += labels.to(predicted.dtype).cpu().tolist()
+
+    def clear(self) -> None:
+        """Forget what was kept so far."""
+        self.predictions, self.references = [], []
+
+    def compute(self, gather: Callable[[list[Any]], list[Any]] = lambda rows: rows) -> dict[str, float]:
+        """Return each module's first number under the module's name; `gather` joins lists of all processes.
+
+        What raised on any process is left out on all.
+        """
+        if not self.modules:
+            return {}
+        rows = gather(list(zip(self.predictions, self.references, strict=True)))
+        self.clear()
+        predictions, references = [row[0] for row in rows], [row[1] for row in rows]
+        results, failures = {}, {}
+        for name, module in self.modules.items():
+            try:
+                results[name] = _only_number(module.compute(predictions=predictions, references=references))
+            except Exception as error:  # noqa: BLE001 - others' code; the run does not depend on it
+                failures[name] = _in_words(error)
+                forget_metric_data(module)
+        self._failures = dict(gather(list(failures.items())))
+        return {name: value for name, value in results.items() if name not in self._failures}
+
+    def take_failures(self) -> list[str]:
+        """Return a sentence for each metric that the last pass left out, unless it was returned before."""
+        new = {name: error for name, error in self._failures.items() if name not in self._told}
+        self._told |= new.keys()
+        return [f"metric '{name}' could not be computed and is left out: {error}" for name, error in new.items()]
+
+
+def _trial(num_classes: int, *, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """Return logits (N, K) and labels of made-up images: of each class (of 100 at most) one right and one wrong."""
+    classes = torch.arange(min(num_classes, 100))
+    labels, predicted = classes.repeat(2), torch.cat([classes, classes.roll(1)])
+    logits = F.one_hot(predicted, num_classes) - 0.5
+    return logits, F.one_hot(labels, num_classes).float() if multi_label else labels
+
+
+def _only_number(values: Any) -> float:
+    """Return the first value of a module's answer as a number. Raises TypeError if it is none."""
+    value = next(iter(values.values()), None) if isinstance(values, dict) else values
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"it gives {shown(values)}, where one number is needed") from None
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error's kind and first line."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def resolve_metrics(wish: str | Sequence[str], *, multi_label: bool) -> tuple[list[str], list[str]]:
+    """Return the built-in and the external metric names of a wish; ``auto`` is every built-in one."""
+    builtin = MULTI_LABEL if multi_label else SINGLE_LABEL
+    if isinstance(wish, str):
+        return list(builtin), []
+    if multi_label and "top5_accuracy" in wish:
+        raise RecipeError("evaluate.metrics: top5_accuracy has no meaning for multi-label data; leave it out")
+    own = [name for name in dict.fromkeys(["loss", *wish]) if name in builtin]
+    return own, [name for name in wish if name not in builtin]
+
+
+def _load_evaluate(name: str) -> Any:
+    import evaluate
+
+    try:
+        module = evaluate.load(name, keep_in_memory=True)
+    except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
+        raise RecipeError(
+            f"evaluate.metrics: '{name}' is not built in ({', '.join(SINGLE_LABEL)}) and can't be loaded by the "
+            f"evaluate library from a local path or the Hub: {_in_words(error)}{nearest(name, SINGLE_LABEL)}"
+        ) from None
+    if getattr(module, "module_type", "") not in ("metric", "comparison", "measurement"):
+        raise RecipeError(f"evaluate.metrics: '{name}' is no metric of the evaluate library")
+    return module

@@ -1,0 +1,147 @@
+"""Learning-rate schedules: the factor on lr as a function of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_fasttrain.utils.duration import Duration
+
+Schedule = Callable[[int], float]  # step, counted from 0 -> factor on lr
+
+
+def constant(step: int) -> float:
+    """Return 1: lr stays as it is."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A linear rise over `warmup_steps`, then `after` (which is given the step counted from the start)."""
+
+    warmup_steps: int
+    after: Schedule
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return self.after(step)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 at `start_step` to `min_ratio` at the end (Loshchilov and Hutter, arXiv 1608.03983)."""
+
+    num_steps: int
+    start_step: int = 0
+    min_ratio: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        done = (step - self.start_step) / max(1, self.num_steps - self.start_step)
+        return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Cosine rise from 1/25 to 1, cosine fall to 1/250,000: the lr of torch's OneCycleLR (arXiv 1708.07120).
+
+    With `rise_steps` 0 it begins at 1.
+    """
+
+    num_steps: int
+    rise_steps: int
+
+    def __call__(self, step: int) -> float:
+        low, lowest = 1 / 25, 1 / 25 / 1e4
+        peak = max(1, self.rise_steps) - 1  # torch's OneCycleLR has its peak one step before rise_steps
+        if step < peak:
+            return _cosine_between(low, 1.0, step / peak)
+        return _cosine_between(1.0, lowest, min(1.0, (step - peak) / max(1, self.num_steps - 1 - peak)))
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """gamma ** (step / every_steps): a smooth fall."""
+
+    gamma: float
+    every_steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.gamma ** (step / self.every_steps)
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """gamma ** floor(step / every_steps): falls at once, then stays."""
+
+    gamma: float
+    every_steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.gamma ** (step // self.every_steps)
+
+
+def _cosine_between(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True)
+class WarmupSteps:
+    """The length of a schedule's rise, why it is that long, and what the user should be told about it."""
+
+    steps: int
+    reason: str
+    note: str | None = None
+
+
+def own_warmup_steps(name: str, num_steps: int) -> int:
+    """Return the rise that belongs to a schedule: 30 % for onecycle (as torch's pct_start), none for the others."""
+    return round(0.3 * num_steps) if name == "onecycle" else 0
+
+
+def resolve_warmup(
+    asked: Literal["auto"] | Duration, name: str, *, num_steps: int, steps_per_epoch: int
+) -> WarmupSteps:
+    """Return the steps of a schedule's rise; one that leaves nothing of the training is cut to 10 % of it."""
+    if asked == "auto":
+        reason = "30% of the training" if name == "onecycle" else f"{name} has none of its own"
+        return WarmupSteps(own_warmup_steps(name, num_steps), reason)
+    steps = asked.to_steps(steps_per_epoch, num_steps)
+    if steps < num_steps:
+        return WarmupSteps(steps, f"{asked} of {num_steps:,} steps" if asked.unit == "percent" else "")
+    cut = num_steps // 10
+    told = f"10% of it, {cut:,} step{'s' * (cut != 1)}" if cut else "none, as 10% of it is less than a step"
+    return WarmupSteps(
+        cut,
+        f"{asked} does not fit into {num_steps:,} steps, cut to {'10%' if cut else 'none'}",
+        f"schedule.warmup={asked} is {steps:,} step{'s' * (steps != 1)}, as long as the whole training of "
+        f"{num_steps:,} or longer: cut to {told}; to choose another: schedule.warmup=5%, or 0",
+    )
+
+
+def build_schedule(
+    name: str,
+    *,
+    num_steps: int,
+    warmup_steps: int | None = None,
+    min_lr_ratio: float = 0.0,
+    gamma: float = 0.1,
+    every_steps: int = 1,
+) -> Schedule:
+    """Return the schedule of a name: cosine, onecycle, exponential, step or constant.
+
+    `warmup_steps`: of the rise to lr, 0 for none; None: the schedule's own.
+    """
+    if warmup_steps is None:
+        warmup_steps = own_warmup_steps(name, num_steps)
+    if name == "onecycle":
+        return OneCycle(num_steps, warmup_steps)
+    after: dict[str, Schedule] = {
+        "cosine": Cosine(num_steps, warmup_steps, min_lr_ratio),
+        "exponential": Exponential(gamma, every_steps),
+        "step": Staircase(gamma, every_steps),
+        "constant": constant,
+    }
+    return Warmup(warmup_steps, after[name]) if warmup_steps else after[name]

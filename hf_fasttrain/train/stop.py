@@ -1,0 +1,218 @@
+"""Why training stops or saves between its steps: signals, a launcher that died, minutes on the clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from hf_fasttrain.run_folder.result import Result
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+LAUNCHER_GONE = 1000  # stands where a signal's number could
+MOST_STEPS = 10  # between a signal and what comes of it, with several processes
+END = b"\0"
+TWICE_SECONDS = 0.2  # nobody presses Ctrl-C twice as fast; a child being forked may echo the first one
+SECONDS_BETWEEN = 1.0  # that these steps should take at most
+
+
+class StopSignals:
+    """Remembers the first signal that asks for a stop, while it is entered; a second Ctrl-C ends the process at once.
+
+    `hurry` is called, in a thread of its own, with the name of the signal. That thread hears signals even while the
+    main one is in a long operation, where Python's handlers do not run. A launcher that dies (`accelerate launch`
+    passes no SIGTERM on) counts as a signal. Outside of Python's main thread no signals can be caught.
+    """
+
+    def __init__(self, hurry: Callable[[str], None] = lambda name: None, *, launched: bool = False) -> None:
+        self._hurry, self._received = hurry, 0
+        self._parent = os.getppid() if launched else None
+        self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup = -1
+
+    @property
+    def received(self) -> int:
+        """The number of the first signal, LAUNCHER_GONE, or 0."""
+        if not self._received and self._parent is not None and os.getppid() != self._parent:
+            self._received = LAUNCHER_GONE
+        return self._received
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup does
+            self._before = {number: signal.signal(number, self._note) for number in heard}
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(self._pipe[0],), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            os.write(self._pipe[1], END)  # to the thread; loader workers may hold a copy of this end
+            os.close(self._pipe[1])
+            self._pipe = None
+        self._received = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = self._received or number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel ends a process that hangs, Python could not
+
+    def _listen(self, pipe: int) -> None:
+        first: float | None = None  # when Ctrl-C was heard
+        told = False
+        while (heard := os.read(pipe, 1)) != END:
+            number = heard[0]
+            if number not in SIGNALS:
+                continue
+            now = time.perf_counter()
+            if number == signal.SIGINT and first is not None and now - first > TWICE_SECONDS:
+                os._exit(Stopped.CTRL_C)
+            if number == signal.SIGINT and first is None:
+                first = now
+            self._received = self._received or number
+            if not told:
+                told = True
+                self._hurry(signal_name(number))
+        os.close(pipe)
+
+
+_trains: dict[int, str] = {}  # process id -> what trains in it; a process that is forked has an id of its own
+
+
+@contextmanager
+def only_one(output_dir: Path | None) -> Iterator[None]:
+    """Let one training at a time run in this process: signals and random states are the process's. RunError if not."""
+    running = _trains.get(os.getpid())
+    if running is not None:
+        raise RunError(f"a Trainer is running in this process already ({running}); end its running() or fit() first")
+    _trains[os.getpid()] = f"output_dir {output_dir}" if output_dir else "without output_dir"
+    try:
+        yield
+    finally:
+        del _trains[os.getpid()]
+
+
+@contextmanager
+def handled(number: int, handler: Any) -> Iterator[None]:
+    """Let a handler, or SIG_IGN, answer a signal for a while; outside of the main thread nothing can be changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, unless it is ignored."""
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    with nullcontext() if ignored else handled(signal.SIGTERM, signal.default_int_handler):
+        yield
+
+
+def ignore_signals(status: int) -> None:
+    """Let nothing disturb a process that has saved its state and only has to end with `status`; Ctrl-C ends it so."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(status))
+
+
+def signal_name(number: int) -> str:
+    """Return what a stop is called in messages."""
+    if number == LAUNCHER_GONE:
+        return "the end of the launcher"
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def stopped(number: int, message: str, step: int, result: Result, *, saved: bool) -> Stopped:
+    """Return the exception of a run that a signal stopped after a step."""
+    kind, status = Stopped, Stopped.RESUMABLE
+    if number == signal.SIGINT:
+        kind, status = Interrupted, Stopped.CTRL_C
+    status = status if saved else Stopped.NOT_WRITTEN
+    return kind(message, status=status, cause=signal_name(number), step=step, result=result)
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """What is requested at a step's end, the same on every process."""
+
+    stop: int = 0  # number of the signal
+    save: bool = False
+    on_disk: int = 0  # step of the newest checkpoint that is complete
+
+    def __bool__(self) -> bool:
+        return bool(self.stop) or self.save
+
+
+class StopRequests:
+    """Tells at step boundaries whether to save or to stop.
+
+    Alone, at once. Several processes agree every few steps, at most MOST_STEPS and about a second apart: on a stop if
+    any of them was signalled, on saving if `minutes` have passed on the main process's clock, and on which checkpoint
+    is complete: the main process, which writes them, knows it.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        signals: StopSignals,
+        minutes: float | None = None,
+        on_disk: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._on_disk = on_disk
+        self.processes, self.signals = processes, signals
+        self._seconds = None if minutes is None else 60 * minutes
+        self._saved = self._agreed = time.monotonic()
+        self._next: int | None = None  # step at which the processes agree next
+        self._between = 1
+
+    def saved(self) -> None:
+        """Start the clock of `minutes` anew."""
+        self._saved = time.monotonic()
+
+    def pending(self) -> bool:
+        """Return whether this process was signalled; others may not have been."""
+        return bool(self.signals.received)
+
+    def at_step(self, step: int) -> StopRequest:
+        """Return what is requested after a step; called by all processes after every step."""
+        if not self.processes.several:
+            return StopRequest(self.signals.received, self._is_due(), self._on_disk())
+        if self._next is not None and step < self._next:
+            return StopRequest()
+        now = time.monotonic()
+        per_step = (now - self._agreed) / self._between
+        most = int(max(1, min(MOST_STEPS, SECONDS_BETWEEN / max(per_step, 1e-6)))) if self._next is not None else 1
+        main = self.processes.is_main
+        stop, save, self._between, on_disk = self.processes.largest(
+            self.signals.received, int(main and self._is_due()), most if main else 0, self._on_disk() if main else 0
+        )
+        self._agreed, self._next = now, step + self._between
+        return StopRequest(stop, bool(save), on_disk)
+
+    def now(self) -> int:
+        """Return the signal that any process has received so far; called by all processes at one place."""
+        return self.processes.largest(self.signals.received)[0]
+
+    def _is_due(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._saved >= self._seconds

@@ -1,0 +1,94 @@
+"""Trackers (TensorBoard, Weights & Biases, ...) through Accelerate; a resumed run goes on in its old tracker runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_fasttrain.train.distributed import on_main
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.files import reason
+from hf_fasttrain.utils.private_apis import trackio_last_step
+
+# What a tracker calls the id of its run, and how to read it.
+ID_KEYS = {"wandb": "id", "mlflow": "run_id", "trackio": "name"}
+READ_ID: dict[str, Callable[[Any], str]] = {
+    "wandb": lambda run: run.id,
+    "mlflow": lambda run: run.info.run_id,
+    "trackio": lambda run: run.name,
+}
+KEEP_CONFIG = ("mlflow", "tensorboard")  # a second configuration is an error in one, another run in the other
+
+
+class Tracking:
+    """Feeds the trackers of an Accelerator with (values, step). One that fails is left out from then on."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        project: str,
+        config: dict[str, Any],
+        *,
+        ids: dict[str, str],
+        step: int,
+        sent: Mapping[str, int] | None = None,
+    ) -> None:
+        """Start the trackers; `ids` are those of the tracker runs to go on with, from `step` on.
+
+        `sent`: the last step that was logged before the run was resumed, by the first part of the values' names
+        ("train", "eval"). Steps until there are not sent again to trackers that would show them twice.
+        Raises RunError if one of them can't be started.
+        """
+        options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        for name, run in ids.items():
+            options[name] = {ID_KEYS[name]: run, **({} if name == "mlflow" else {"resume": "allow"})}
+
+        def start() -> None:
+            try:
+                accelerator.init_trackers(project, init_kwargs=options)
+                for tracker in accelerator.trackers:
+                    if tracker.name not in options or tracker.name not in KEEP_CONFIG:
+                        tracker.store_init_configuration(config)
+            except Exception as error:  # noqa: BLE001 - others' code: login, network, versions
+                raise RunError(
+                    f"log.trackers can't be started: {reason(error)}; log in, mend the connection or leave it out"
+                ) from None
+
+        on_main(start)
+        self.trackers = list(accelerator.trackers)
+        self._ids = {t.name: str(READ_ID[t.name](t.tracker)) for t in self.trackers if t.name in READ_ID}
+        self._sent = {t.name: _held(t, sent or {}) for t in self.trackers if t.name in ids}
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        """Send values to all trackers; raises RunError for those that fail, which get no more."""
+        failed = []
+        kind = next(iter(values), "").split("/")[0]
+        for tracker in list(self.trackers):
+            if step <= self._sent.get(tracker.name, {}).get(kind, 0):
+                continue
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:  # noqa: BLE001 - others' code, and training does not depend on it
+                self.trackers.remove(tracker)
+                failed.append(f"{tracker.name}: {reason(error)}")
+        if failed:
+            raise RunError("; ".join(failed))
+
+    def ids(self) -> dict[str, str]:
+        """Return tracker name -> id of its run, of those that go on by an id; also of those that have failed."""
+        return dict(self._ids)
+
+
+def _held(tracker: Any, sent: Mapping[str, int]) -> dict[str, int]:
+    """Return the last steps that a tracker run holds and would hold twice if they were sent again.
+
+    TensorBoard purges and Weights & Biases ignores what it has; MLflow writes at once, trackio twice a second.
+    """
+    if tracker.name == "mlflow":
+        return dict(sent)
+    if tracker.name == "trackio":
+        last = trackio_last_step(tracker.tracker)
+        return {kind: min(step, last) for kind, step in sent.items()}
+    return {}

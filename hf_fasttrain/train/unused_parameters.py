@@ -1,0 +1,148 @@
+"""Parameters that a model's forward does not use, found before the first step by forwards and backwards of two images.
+
+DistributedDataParallel waits for the gradient of each parameter: one that never comes leaves gradients unsynchronised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_fasttrain.data.loading.prefetch import Batch
+from hf_fasttrain.models.side_effects import random_states, random_states_kept, unchanged
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.train.loss import Loss
+from hf_fasttrain.train.out_of_memory import free_cached_memory
+from hf_fasttrain.utils.errors import shortened
+from hf_fasttrain.utils.library_errors import is_out_of_memory
+from hf_fasttrain.utils.private_apis import has_gradient_hooks, is_compiler_imported
+
+TRIES = 4  # where forward draws random numbers or misses a parameter: layers may be skipped at random
+
+
+@dataclass(frozen=True)
+class Use:
+    """Names of the parameters that got a gradient in no try, and in some tries but not in all."""
+
+    never: list[str]
+    sometimes: list[str]
+
+    def never_note(self, number: int) -> str:
+        """Return what to say of the parameters that were never used; the model has `number` trainable ones."""
+        return (
+            f"forward does not use {len(self.never):,} of the model's {number:,} trainable parameters "
+            f"({shortened(self.never, 3)}): frozen, they stay as they are"
+        )
+
+    def sometimes_note(self) -> str:
+        """Return what to say of the parameters that were not always used."""
+        return (
+            f"forward does not always use {shortened(self.sometimes, 3)}: the processes search for unused parameters "
+            "in each step, which takes time"
+        )
+
+
+@dataclass(frozen=True)
+class _Try:
+    used: list[bool]  # by parameter; empty for a process without images
+    is_random: bool = False
+    failed: bool = False
+
+
+def find_use(
+    model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], batch: Batch | None, processes: Processes
+) -> Use | None:
+    """Return which `parameters` get no gradient in training mode, None where that could not be found out.
+
+    `batch` is a micro-batch of the step that comes, None for a process that has none: noise of its kind goes through
+    `model`, and its targets are used if the loss is needed. Called by all processes, which agree on the answer. A
+    gradient of zeros is one. Buffers, gradients and random states stay as they were.
+    """
+    used, missed = np.zeros(len(parameters), bool), np.zeros(len(parameters), bool)
+    for seed in range(TRIES):
+        made = _Try([]) if batch is None else _attempt(model, loss, list(parameters.values()), batch, seed)
+        gets = made.used or [False] * len(parameters)
+        lacks = [not got for got in made.used] or [False] * len(parameters)
+        failed, is_random, *flags = processes.largest(made.failed, made.is_random, *gets, *lacks)
+        if failed:
+            return None
+        used |= np.array(flags[: len(parameters)], bool)
+        missed |= np.array(flags[len(parameters) :], bool)
+        if not missed.any() and not (is_random and processes.several):
+            break
+    if not used.any():
+        return None
+    names = np.array(list(parameters))
+    return Use(names[missed & ~used].tolist(), names[missed & used].tolist())
+
+
+def _attempt(model: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], batch: Batch, seed: int) -> _Try:
+    """Make a forward and a backward; what fails here is left to the step, which says it better or does not fail."""
+    is_random = False
+
+    def total() -> Tensor:
+        nonlocal is_random
+        images = _noise_like(batch[0])
+        before = random_states(images.device)
+        outputs = model(images)
+        is_random = random_states(images.device) != before
+        if isinstance(outputs, Tensor):
+            return outputs.sum()  # a loss reaches all of a tensor or nothing
+        return loss(outputs, _two_of(batch[1]))
+
+    device = parameters[0].device
+    try:
+        with random_states_kept(device, seed), unchanged(model), unchanged(loss), _eager():
+            return _Try(_get_gradient(total, parameters), is_random)
+    except Exception as error:  # noqa: BLE001 - whatever noise and two images may bring about in a user's model
+        short = is_out_of_memory(error)
+    if short:
+        free_cached_memory(device)  # outside of the handler, which holds what failed
+    return _Try([], failed=True)
+
+
+def _get_gradient(total: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> list[bool]:
+    """Return which parameters get a gradient of `total()`; their own gradients stay as they were.
+
+    By a whole backward: `torch.autograd.grad` does not see into gradient checkpointing of the older kind.
+    """
+    if any(map(has_gradient_hooks, parameters)):
+        raise RuntimeError("hooks on gradients may train")
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        total().backward()
+        return [parameter.grad is not None for parameter in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+def _two_of(rows: Tensor) -> Tensor:
+    return rows[[0, -1]]
+
+
+def _noise_like(images: Tensor) -> Tensor:
+    """Return two images of noise like those of a batch; of whole numbers, two of its own."""
+    two = _two_of(images)
+    return torch.randn_like(two) if two.is_floating_point() else two
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compile nothing, and let cuDNN look for no algorithms, for a batch of two images that never comes again."""
+    benchmark = torch.backends.cudnn.benchmark
+    with ExitStack() as stack:
+        if is_compiler_imported():
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.backends.cudnn.benchmark = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,96 @@
+"""The update of a step: gradients clipped, optimizer stepped, moving average moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_fasttrain.train.ema import Ema
+from hf_fasttrain.train.out_of_memory import Memory
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.private_apis import has_loss_scale
+
+LEAST_SCALE = 2.0**-8  # fp16's loss scale; below it, forwards themselves overflow
+
+
+class Update:
+    """Makes updates with an optimizer, Accelerate's where fp16 scales the loss. Only fp16 waits for the device."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: Any,
+        parameters: Sequence[nn.Parameter],
+        memory: Memory,
+        *,
+        clip_norm: float | None = None,
+        ema: Ema | None = None,
+    ) -> None:
+        self.accelerator, self.optimizer, self.parameters, self.memory = accelerator, optimizer, parameters, memory
+        self.clip_norm, self.ema = clip_norm, ema
+        self._left_out: Sequence[nn.Parameter] = ()
+        self.grad_norm: Tensor | None = None  # of the last update, on the device; None where fp16 has scaled it
+        self.skipped = False  # whether fp16's last gradients overflowed
+        self._scale: float | None = None  # fp16's loss scale after the last update
+
+    def __call__(self, number: int, step: int) -> None:
+        """Make update `number` after step index `step`; one that fp16's overflow prevents is `skipped`."""
+        scaler = self.accelerator.scaler
+        self.grad_norm = self._clip()
+        if scaler is not None and self._scale is None:
+            self._scale = scaler.get_scale()
+        with self.memory.updating(empty=not self.optimizer.state):
+            self.optimizer.step()
+        self.skipped = scaler is not None and self._has_skipped(scaler, step)
+        if self.ema is not None and not self.skipped:
+            self.ema.update(number)
+        self.memory.updated(applied=not self.skipped)
+        self._zero_grad()
+
+    def leave_out(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Neither count nor keep the gradients of parameters that the optimizer does not have."""
+        left = {id(parameter) for parameter in parameters}
+        self._left_out = parameters
+        self.parameters = [parameter for parameter in self.parameters if id(parameter) not in left]
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._left_out:
+            parameter.grad = None
+
+    def _clip(self) -> Tensor | None:
+        """Clip the gradients if asked, and return their norm."""
+        scaled = self.accelerator.scaler is not None
+        if self.clip_norm is not None:
+            clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
+            return clip(self.parameters, self.clip_norm)
+        if scaled:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _has_skipped(self, scaler: Any, step: int) -> bool:
+        """Return whether fp16's last step overflowed, by its shrunken scale; waits for the device.
+
+        Accelerate's own flag misses what a fused optimizer skips in its kernel.
+        """
+        before, self._scale = self._scale, scaler.get_scale()
+        if self._scale < LEAST_SCALE:
+            raise RunError(
+                f"fp16 overflows at step {step + 1} even with a loss scale of {self._scale}; set "
+                "accelerate.mixed_precision=bf16 or no, or lower optimizer.lr; the checkpoints are as they were"
+            )
+        return before is not None and self._scale < before
+
+    def undo(self) -> None:
+        """Forget the gradients of a step that failed, and what its update did if that was the first one."""
+        self._zero_grad()
+        if self.memory.failed_in() == "first update":
+            self.optimizer.state.clear()  # half of it may be made
+        scaler = self.accelerator.scaler
+        if scaler is not None and has_loss_scale(scaler):  # before the first loss there is nothing to undo
+            scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone
+        self.memory.restore()

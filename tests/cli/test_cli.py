@@ -1,0 +1,90 @@
+"""The verbs, from a trained run to its predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from helpers.processes import reset_accelerate
+
+from hf_fasttrain.cli import main
+
+
+def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a command prints that must succeed."""
+    reset_accelerate()
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    output = capsys.readouterr()
+    assert caught.value.code == 0, output
+    return output.out
+
+
+@pytest.fixture
+def run(
+    write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> Path:
+    """Return a run that has learnt to tell three colours apart."""
+    folder = tmp_path / "run"
+    arguments = ["train", str(write_recipe()), f"data.dataset={image_folder}", f"output_dir={folder}"]
+    arguments += ["train={duration: 25 epochs, batch_size: 12}", "augment.crop=center", "optimizer.lr=5e-3"]
+    arguments += ["evaluate.every=25 epochs", "checkpoint.every=25 epochs"]
+    printed = call(arguments, capsys)
+    assert "done: 50 steps" in printed
+    assert f"hf-fasttrain predict {folder} IMAGE..." in printed
+    return folder
+
+
+def test_evaluate_predict_and_resume(run: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = json.loads((run / "result.json").read_text())["metrics"]
+    assert trained["accuracy"] == 1.0
+    measured = json.loads(call(["evaluate", str(run), "--json"], capsys))
+    about = {name: measured.pop(name) for name in ("dataset", "split", "num_images", "weights", "step")}
+    expected = {"dataset": str(image_folder), "split": "validation", "num_images": 12, "weights": "last", "step": 50}
+    assert about == expected
+    assert measured == pytest.approx(trained, rel=1e-5)
+    on_train = json.loads(call(["evaluate", str(run), "--json", "--split", "train"], capsys))
+    assert on_train["loss"] != trained["loss"]
+    assert "accuracy" in call(["evaluate", str(run)], capsys)
+
+    red = image_folder / "validation" / "red"
+    rows = json.loads(call(["predict", str(run), str(red), "--json", "--top", "2"], capsys))
+    assert len(rows) == 4
+    assert all(row["classes"][0]["class"] == "red" and len(row["classes"]) == 2 for row in rows)
+    assert sum(guess["score"] for guess in rows[0]["classes"]) <= 1.0
+    assert "red" in call(["predict", str(run), str(red / "0.jpg")], capsys)
+
+    overrides = [f"data.dataset={image_folder}", f"output_dir={run}"]
+    recipe = run / "recipe.yaml"
+    assert "this run is finished (50 steps)" in call(["train", str(recipe), *overrides, "--resume"], capsys)
+
+
+def test_predict_refuses_what_is_no_image(
+    run: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.jpg").write_bytes(b"no")
+    cases = {
+        str(tmp_path / "empty"): "no images in this folder",
+        str(tmp_path / "x.jpg"): "can't be decoded",
+        str(tmp_path / "none.jpg"): "no such file or folder",
+    }
+    for image, expected in cases.items():
+        with pytest.raises(SystemExit) as caught:
+            main(["predict", str(run), image])
+        assert caught.value.code == 2
+        assert expected in capsys.readouterr().err
+    (image_folder / "validation" / "red").rename(image_folder / "validation" / "rose")
+    (image_folder / "train" / "red").rename(image_folder / "train" / "rose")
+    reset_accelerate()
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", str(run)])
+    assert caught.value.code == 2
+    assert "its classes (blue, green, rose) are not the model's (blue, green, red)" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--version"], capsys) == f"hf_fasttrain {version('hf_fasttrain')}\n"

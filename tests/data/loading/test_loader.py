@@ -1,0 +1,270 @@
+"""The same images, order and augmentation, however they are loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_fasttrain import Trainer
+from hf_fasttrain.data.loading.batch import Mixing, Normalize
+from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
+from hf_fasttrain.data.loading.prefetch import BackgroundIterator, Feed, ImageBatches
+from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order
+from hf_fasttrain.data.loading.user_loader import OwnLoader
+from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
+from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.data.pixels.operations import Operations
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.source.dataset import Source, load_source
+from hf_fasttrain.utils.errors import DataError, RunError
+
+CPU = torch.device("cpu")
+NORMALIZE = Normalize([0.5] * 3, [0.25] * 3, CPU, channels_last=True)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    return load_source("digits", eval_fraction=0.02)
+
+
+def load_steps(source: Source, *, workers: int = 0, micro: int = 8, parts: int = 1, stop: int = 3) -> list:
+    """Return (images, targets) of steps 0 to `stop`, the micro-batches of all processes joined."""
+    operations = Operations(randaugment={"num_ops": 2, "magnitude": 9})
+    transform = TrainTransform(32, crop="random_resized", operations=operations, erase_prob=0.5, erase_fill=None)
+    steps: list[list] = [[] for _ in range(stop)]
+    for part in range(parts):
+        images = ImageBatches(Images(source.train, Preparation()), transform)
+        order = Order(len(source.train), 22, micro, num_processes=parts, process_index=part)
+        feed = Feed(images, CPU, workers=workers, pin_memory=False)
+        loader = TrainLoader(feed, order, NORMALIZE, Mixing(0.8, 1.0, 10), transform.size_at)
+        for step in loader.steps(0, stop):
+            steps[step.index] += list(step.micro_batches)
+    return [tuple(torch.cat(tensors) for tensors in zip(*step, strict=True)) for step in steps]
+
+
+@pytest.mark.parametrize(("workers", "micro", "parts"), [(2, 22, 1), (0, 2, 1), (0, 6, 2), (1, 4, 3)])
+def test_same_batches_whatever_workers_micro_batches_and_processes(
+    digits: Source, workers: int, micro: int, parts: int
+) -> None:
+    torch.manual_seed(workers)  # the global generator has no say
+    expected = load_steps(digits)
+    got = load_steps(digits, workers=workers, micro=micro, parts=parts)
+    for (images, targets), (other_images, other_targets) in zip(expected, got, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(targets, other_targets)
+
+
+def test_augmentation_changes_with_the_epoch_and_leaves_torch_generator_alone() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    transform = TrainTransform(32, operations=Operations(trivialaugment=True))
+    state = torch.get_rng_state()
+    first, again, next_epoch = transform(image, 0, 5), transform(image, 0, 5), transform(image, 1, 5)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, next_epoch)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_steps_start_anywhere(digits: Source) -> None:
+    transform = TrainTransform(32)
+    feed = Feed(ImageBatches(Images(digits.train, Preparation()), transform), CPU, workers=0, pin_memory=False)
+    order = Order(len(digits.train), 500, 500)
+    loader = TrainLoader(feed, order, NORMALIZE, None, transform.size_at)
+    all_steps = [next(step.micro_batches)[0] for step in loader.steps(0, 6)]
+    (late,) = [next(step.micro_batches)[0] for step in loader.steps(5, 6)]
+    assert torch.equal(all_steps[5], late)
+    assert order.plan(5).epoch == 1
+
+
+def test_eval_transform_is_pillows_resize_and_centre_crop() -> None:
+    from torchvision.transforms import v2
+
+    rng = np.random.default_rng(1)
+    for width, height in ((300, 200), (201, 333), (64, 64), (20, 90)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        short = int(64 / 0.875)
+        plain = v2.Compose([v2.Resize(short, v2.InterpolationMode.BICUBIC), v2.CenterCrop(64)])(image)
+        assert np.array_equal(EvalTransform(64, "bicubic", 0.875)(np.asarray(image)), np.asarray(plain))
+
+
+def test_normalize_is_the_plain_formula() -> None:
+    pixels = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
+    plain = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    assert torch.allclose(NORMALIZE(pixels), plain, atol=1e-6)
+    assert NORMALIZE(pixels).is_contiguous(memory_format=torch.channels_last)
+    contiguous = Normalize([0.5] * 3, [0.25] * 3, CPU, channels_last=False)(pixels)
+    assert contiguous.is_contiguous()
+    assert torch.equal(contiguous, NORMALIZE(pixels))
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0)])
+def test_mixing_pairs_neighbours_and_targets_say_how_much(mixup: float, cutmix: float) -> None:
+    images = torch.stack([torch.full((3, 16, 16), float(i)) for i in range(5)])
+    mixing = Mixing(mixup, cutmix, 5)
+    for step in range(20):
+        mixed, targets = mixing(images, torch.arange(5), step)
+        assert torch.equal(mixed[4], images[4])  # the odd last one
+        for i in range(4):
+            share = targets[i, i].item()
+            assert targets[i, i ^ 1].item() == pytest.approx(1 - share, abs=1e-6)
+            assert mixed[i].mean().item() == pytest.approx(share * i + (1 - share) * (i ^ 1), abs=1e-5)
+    assert mixing.draw(3, 16) == mixing.draw(3, 16)
+    assert mixing.draw(3, 16) != mixing.draw(4, 16)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_evaluation_sees_each_image_once(digits: Source, num_processes: int) -> None:
+    labels = []
+    for index in range(num_processes):
+        images = Images(digits.evaluation, Preparation(center=EvalTransform(32)))
+        feed = Feed(ImageBatches(images), CPU, workers=0, pin_memory=False)
+        loader = EvalLoader(feed, len(digits.evaluation), 8, NORMALIZE, num_processes, index)
+        labels += [label for _, batch in loader for label in batch.tolist()]
+    assert labels == digits.evaluation.labels.tolist()
+
+
+def test_waiting_for_slow_images_is_counted(digits: Source) -> None:
+    class Slow(Preparation):
+        def encoded(self, record: Any) -> tuple[np.ndarray, None]:
+            time.sleep(0.02)
+            return np.zeros((8, 8, 3), np.uint8), None
+
+    transform = TrainTransform(8, crop="none")
+    feed = Feed(ImageBatches(Images(digits.train, Slow()), transform), CPU, workers=0, pin_memory=False)
+    loader = TrainLoader(feed, Order(len(digits.train), 4, 4), NORMALIZE, None, transform.size_at)
+    [list(step.micro_batches) for step in loader.steps(0, 3)]
+    assert loader.wait_seconds >= 3 * 4 * 0.02
+
+
+def test_own_loader_goes_through_epochs_and_asks_for_a_position() -> None:
+    data = [(torch.full((2, 3, 4, 4), float(i)), torch.tensor([0, 1])) for i in range(3)]
+    loader = OwnLoader(data, CPU)
+    values = [next(step.micro_batches)[0][0, 0, 0, 0].item() for step in loader.steps(0, 7)]
+    assert values == [0, 1, 2, 0, 1, 2, 0]
+    with pytest.raises(RunError, match="train_loader has no state_dict and load_state_dict"):
+        loader.load_state_dict(None)
+    with pytest.raises(DataError, match="train_loader is empty"):
+        OwnLoader([], CPU)
+    with pytest.raises(DataError, match="train_loader has no length"):
+        OwnLoader((x for x in data), CPU)
+
+
+def test_own_loader_takes_mappings() -> None:
+    batch = {"pixel_values": torch.zeros(4, 3, 4, 4), "labels": torch.arange(4)}
+    (step,) = OwnLoader([batch], CPU, accumulation_steps=2).steps(0, 1)
+    assert [targets.tolist() for _, targets in step.micro_batches] == [[0, 1], [2, 3]]
+
+
+def test_ahead_hands_on_everything_in_order_and_raises_what_failed() -> None:
+    assert list(BackgroundIterator(iter(range(20)), lambda x: x * x)) == [x * x for x in range(20)]
+
+    def failing() -> Iterator[int]:
+        yield 1
+        raise DataError("no more")
+
+    ahead = BackgroundIterator(failing(), lambda x: x)
+    with pytest.raises(DataError, match="no more"):
+        list(ahead)
+    with pytest.raises(ZeroDivisionError):
+        list(BackgroundIterator(iter([1, 0]), lambda x: 1 / x))
+
+
+def test_ahead_is_two_ahead_and_can_be_stopped() -> None:
+    begun: list[int] = []
+    ahead = BackgroundIterator(iter(range(1000)), lambda x: begun.append(x) or x)
+    assert next(iter(ahead)) == 0
+    deadline = time.monotonic() + 5
+    while len(begun) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert begun == [0, 1, 2, 3]  # the first, two in the queue, and the one that waits for its place
+    ahead.stop()
+    assert not ahead._thread.is_alive()
+
+
+def test_a_batch_that_somebody_keeps_is_not_written_over() -> None:
+    normalize = Normalize([0.5] * 3, [0.25] * 3, CPU, channels_last=True)
+    pixels = [torch.full((4, 8, 8, 3), i, dtype=torch.uint8) for i in range(6)]
+    kept = [normalize(batch) for batch in pixels]
+    assert [round(batch[0, 0, 0, 0].item() * 0.25 * 255 + 127.5) for batch in kept] == list(range(6))
+    places = set()
+    for batch in pixels:
+        places.add(normalize(batch).data_ptr())
+    assert len(places) <= 2
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    losses = [(normalize(batch) * weight).sum() for batch in pixels]  # the graph holds the batches
+    for number, loss in enumerate(losses):
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient[0].item() == pytest.approx(4 * 64 * (number / 255 - 0.5) / 0.25, rel=1e-4)
+
+
+def test_batches_stay_right_when_workers_write_ahead(digits: Source) -> None:
+    """Each batch is compared while the workers already fill the next ones."""
+    images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(32))
+    keys = [MicroBatchKey(0, np.arange(start, start + 8)) for start in range(0, 800, 8)]
+    feed = Feed(images, CPU, workers=2, pin_memory=False)
+    opened = feed.open(keys, 8, persistent=True)
+    for rounds in range(2):
+        for number, ((pixels, labels), key) in enumerate(zip(opened, keys, strict=True)):
+            made = images.make(key)
+            time.sleep(0.002)
+            assert torch.equal(pixels, made.pixels)
+            assert torch.equal(labels, made.labels)
+            if rounds == 0 and number == 30:
+                break  # the second time begins anew, with all slots free
+
+
+def test_a_batch_larger_than_expected_is_made_all_the_same(digits: Source) -> None:
+    images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(16))
+    key = MicroBatchKey(0, np.arange(20))
+    ((pixels, _),) = Feed(images, CPU, workers=1, pin_memory=False).open([key], 4)
+    assert torch.equal(pixels, images.make(key).pixels)
+
+
+AUGMENTED = """
+model: {name: test_resnet}
+data: {dataset: FOLDER, image_size: 48, short_side: 18, stored_quality: 90}
+augment:
+  three_augment: true
+  color_jitter: {brightness: 0.3, contrast: 0.3, saturation: 0.3, hue: 0.1}
+  augmix: {severity: 2}
+  erase: 0.3
+  erase_fill: noise
+  repeats: 3
+  mixup: 0.2
+  cutmix: 1.0
+  progressive: {start_size: 32, until: 2 epochs, multiple: 8}
+train: {duration: 8 steps, batch_size: 8}
+evaluate: {every: 8 steps}
+checkpoint: {every: 4 steps}
+"""
+
+
+def test_everything_together_is_the_same_on_workers_pieces_caches_and_after_a_stop(
+    image_folder: Path, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    recipe = write_recipe(AUGMENTED.replace("FOLDER", str(image_folder)))
+    ways = {
+        "plain": ["data.workers=0", "data.cache=none"],
+        "workers": ["data.workers=2", "data.cache=memory"],
+        "stopped": ["data.workers=1", "data.cache=none", "train.duration=4 steps", "schedule.name=constant"],
+    }
+    weights = {}
+    for name, overrides in ways.items():
+        trainer = Trainer.from_recipe(recipe, ["schedule.name=constant", f"output_dir={tmp_path / name}", *overrides])
+        shapes = [tuple(step.image_shape) for step in trainer.train_loader.steps(0, 8)] if name == "plain" else []
+        assert shapes in ([], [(3, size, size) for size in (32, 32, 32, 40, 40, 40, 48, 48)])
+        trainer.fit()
+        weights[name] = torch.cat([p.flatten() for p in trainer.raw_model.parameters()])
+    overrides = ["schedule.name=constant", f"output_dir={tmp_path / 'stopped'}", "data.workers=0"]
+    trainer = Trainer.from_recipe(recipe, overrides, resume=True)
+    trainer.fit()
+    resumed = torch.cat([p.flatten() for p in trainer.raw_model.parameters()])
+    assert torch.equal(weights["workers"], weights["plain"])
+    assert torch.equal(resumed, weights["plain"])
+    assert not torch.equal(weights["stopped"], weights["plain"])

@@ -1,0 +1,127 @@
+"""Which image when, and who gets it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_fasttrain.data.loading.sampler import (
+    MicroBatchKey,
+    Order,
+    cut_micro_batches,
+    keyed_rng,
+    micro_batch_size_for,
+    process_share,
+)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3, 5, 37, 128])
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
+def test_shares_cover_a_step_at_even_cuts(num_images: int, num_processes: int) -> None:
+    shares = [process_share(num_images, num_processes, i) for i in range(num_processes)]
+    assert [position for share in shares for position in share] == list(range(num_images))
+    assert all(share.start % 2 == 0 for share in shares)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 2
+
+
+def test_micro_batches_cover_a_share_at_even_cuts() -> None:
+    pieces = cut_micro_batches(range(10, 47), 8)
+    assert [len(piece) for piece in pieces] == [8, 8, 8, 8, 5]
+    assert [i for piece in pieces for i in piece] == list(range(10, 47))
+
+
+def test_with_batch_norm_a_single_last_image_joins_its_neighbour() -> None:
+    assert [len(piece) for piece in cut_micro_batches(range(17), 8, join_single=True)] == [8, 9]
+    assert [len(piece) for piece in cut_micro_batches(range(17), 8)] == [8, 8, 1]
+    assert [len(piece) for piece in cut_micro_batches(range(1), 8, join_single=True)] == [1]
+
+
+@pytest.mark.parametrize(("batch", "processes", "pieces", "size"), [(37, 1, 4, 10), (37, 1, 1, 38), (8, 2, 2, 2)])
+def test_micro_batch_size(batch: int, processes: int, pieces: int, size: int) -> None:
+    assert micro_batch_size_for(batch, processes, pieces) == size
+    largest = len(process_share(batch, processes, processes - 1))
+    assert -(-largest // size) <= pieces
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_holds_every_image_once_whatever_the_split(drop_last: bool) -> None:
+    whole = Order(100, 32, 32, seed=3, drop_last=drop_last)
+    assert whole.steps_per_epoch == (3 if drop_last else 4)
+    split = [Order(100, 32, 6, seed=3, drop_last=drop_last, num_processes=3, process_index=i) for i in range(3)]
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * whole.steps_per_epoch, (epoch + 1) * whole.steps_per_epoch):
+            expected = np.concatenate([key.indices for key in whole.plan(step).micro_batches])
+            got = np.concatenate([key.indices for order in split for key in order.plan(step).micro_batches])
+            assert np.array_equal(expected, got)
+            assert whole.plan(step).epoch == epoch
+            assert whole.plan(step).num_images == len(got)
+            seen += got.tolist()
+        assert len(set(seen)) == len(seen) == (96 if drop_last else 100)
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    def first(seed: int, step: int) -> list[int]:
+        return Order(50, 50, 50, seed=seed).plan(step).micro_batches[0].indices.tolist()
+
+    assert first(0, 0) != first(0, 1)
+    assert first(0, 0) != first(1, 0)
+    assert first(0, 5) == first(0, 5)
+
+
+def test_random_numbers_depend_on_every_part_of_their_key() -> None:
+    keys = [(0, 1, 0, 0, 0), (1, 1, 0, 0, 0), (0, 2, 0, 0, 0), (0, 1, 1, 0, 0), (0, 1, 0, 1, 0), (0, 1, 0, 0, 1)]
+    values = [keyed_rng(*key).random() for key in keys]
+    assert len(set(values)) == len(keys)
+    assert keyed_rng(0, 1, 2).random() == keyed_rng(0, 1, 2).random()
+
+
+@pytest.mark.parametrize(("batch", "repeats"), [(12, 3), (10, 3), (8, 2), (5, 5), (4, 1)])
+def test_repeated_images_stand_in_one_step_and_far_apart(batch: int, repeats: int) -> None:
+    order = Order(50, batch, 4, repeats=repeats)
+    plain = Order(50, batch, 4)
+    assert order.steps_per_epoch == plain.steps_per_epoch
+    seen: list[int] = []
+    for step in range(order.steps_per_epoch):
+        keys = order.plan(step).micro_batches
+        indices = np.concatenate([key.indices for key in keys])
+        numbers = np.concatenate([np.broadcast_to(key.repeats, key.indices.shape) for key in keys])
+        assert len(indices) == plain.plan(step).num_images == order.plan(step).num_images
+        assert len(set(zip(indices.tolist(), numbers.tolist(), strict=True))) == len(indices)
+        assert numbers.max() < repeats
+        different = set(indices.tolist())
+        assert len(different) == -(-len(indices) // repeats)
+        if len(different) > 1:
+            pairs = indices[: len(indices) // 2 * 2].reshape(-1, 2)
+            assert (pairs[:, 0] != pairs[:, 1]).all()
+        seen += different
+    assert len(seen) == len(set(seen))  # an epoch goes through a part of the images, each of them in one step
+
+
+def rows_of(key: MicroBatchKey) -> list[tuple[int, int, int]]:
+    return [(key.epoch, int(i), int(r)) for i, r in zip(key.indices, key.repeats, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 10), st.integers(1, 5), st.booleans(), st.integers(1, 4))
+def test_any_cut_gives_the_same_step(
+    images: int, batch: int, half: int, processes: int, join: bool, repeats: int
+) -> None:
+    whole = Order(images, batch, 2 * batch, repeats=repeats)
+    for step in range(2 * whole.steps_per_epoch):
+        expected = whole.plan(step).micro_batches[0]
+        parts = []
+        for index in range(processes):
+            cut = Order(
+                images, batch, 2 * half, join_single=join, num_processes=processes, process_index=index, repeats=repeats
+            )
+            plan = cut.plan(step)
+            assert plan.num_images == len(expected.indices)
+            parts += [
+                (key.epoch, i, r) for key in plan.micro_batches for i, r in zip(key.indices, key.repeats, strict=True)
+            ]
+        together = [(expected.epoch, i, r) for i, r in zip(expected.indices, expected.repeats, strict=True)]
+        assert parts == together

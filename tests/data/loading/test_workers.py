@@ -1,0 +1,478 @@
+"""Loader processes that are killed: another one takes the place of the first, and nothing that is learnt changes."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.processes import run_processes
+from helpers.runs import RECIPE, exit_status, steps_of
+from torch import Tensor, nn
+
+from hf_fasttrain import Trainer
+from hf_fasttrain.data.loading import workers as workers_module
+from hf_fasttrain.data.loading.batch import Mixing, Normalize
+from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
+from hf_fasttrain.data.loading.prefetch import BackgroundIterator, Feed, ImageBatches
+from hf_fasttrain.data.loading.sampler import Order
+from hf_fasttrain.data.loading.worker_deaths import Deaths, describe_death
+from hf_fasttrain.data.loading.workers import Workers
+from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
+from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.source.dataset import Source, load_source
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkpoint
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.utils.errors import LoaderDied, RunError, RunFailure, Stopped
+
+CPU = torch.device("cpu")
+KILLED = "killed by SIGKILL, as the kernel does where memory runs out"
+
+
+def double(request: Any) -> Any:
+    return 2 * request
+
+
+def die(number: int = signal.SIGKILL) -> None:
+    faulthandler.disable()  # pytest's
+    os.kill(os.getpid(), number)
+    time.sleep(10)  # a signal to oneself may take a moment
+
+
+def loaders() -> list[int]:
+    """Return the loader processes of this one."""
+    return [int(child.pid or 0) for child in multiprocessing.active_children()]
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    assert loaders() == []
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "at"), [(3, 0), (1, 7), (3, 20)])
+def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int, at: int, tmp_path: Path) -> None:
+    def work(request: int) -> int:
+        if request == at and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            die()
+        return 2 * request
+
+    told: list[str] = []
+    assert list(Workers(work, number, 4, Deaths(told.append)).answers(range(21))) == [2 * n for n in range(21)]
+    (text,) = told
+    assert text == (
+        f"a loader process died ({KILLED}); another one makes its images, and nothing is lost. A second death ends "
+        "this: lower data.workers or data.cache_gb"
+    )
+
+
+def test_a_process_killed_as_soon_as_it_is_there_is_replaced() -> None:
+    deaths = Deaths()
+    pool = Workers(double, 2, 4, deaths)
+    pool.start()
+    os.kill(loaders()[0], signal.SIGKILL)
+    assert list(pool.answers(range(9))) == [2 * n for n in range(9)]
+    assert deaths.number == 1
+
+
+def test_a_process_killed_in_the_middle_of_an_answer_is_noticed_at_once(tmp_path: Path) -> None:
+    """Where all write to one pipe, as a DataLoader's do, the reader would wait for the rest for ever."""
+
+    def work(request: int) -> np.ndarray:
+        if request == 3 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+
+            def half(self: Connection, answer: Any) -> None:
+                os.write(self.fileno(), struct.pack("!i", len(answer)) + bytes(answer[:9]))
+                die()
+
+            Connection._send_bytes = half  # type: ignore[attr-defined]
+        return np.full(1000, request)
+
+    began = time.monotonic()
+    assert [int(a[999]) for a in Workers(work, 2, 2, Deaths()).answers(range(8))] == list(range(8))
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    ("number", "how", "remedy"),
+    [
+        (signal.SIGKILL, KILLED, "lower data.workers or data.cache_gb"),
+        (signal.SIGBUS, "a bus error, as where shared memory or a disk is full", "give /dev/shm more room"),
+        (
+            signal.SIGSEGV,
+            "it crashed with a segmentation fault",
+            "`hf-fasttrain check RECIPE --images` finds rows that",
+        ),
+    ],
+)
+def test_a_second_death_is_one_message_that_says_how_and_what_to_do(number: int, how: str, remedy: str) -> None:
+    with pytest.raises(LoaderDied) as caught:
+        list(Workers(lambda request: die(number), 1, 2, Deaths()).answers(range(3)))
+    assert str(caught.value).startswith(f"a second loader process died ({how}): {remedy}")
+
+
+def test_other_ends_are_described_too() -> None:
+    assert describe_death(3) == ("it ended with status 3", "data.workers=0 shows why")
+    assert describe_death(-signal.SIGUSR2) == ("killed by SIGUSR2", "lower data.workers")
+    assert describe_death(-250)[0] == "killed by signal 250"
+
+
+def test_large_requests_and_answers_do_not_wait_for_each_other() -> None:
+    """More than a pipe takes, in both directions."""
+    requests = [np.full(100_000, number) for number in range(12)]
+    answers = Workers(double, 2, 4, Deaths()).answers(requests)
+    assert [int(answer[-1]) for answer in answers] == [2 * number for number in range(12)]
+
+
+def test_processes_end_at_once_though_nobody_has_read_their_answers() -> None:
+    pool = Workers(double, 2, 4, Deaths())
+    pool.answers([np.zeros(200_000)] * 8, keep=True)
+    began = time.monotonic()
+    pool.close()
+    assert loaders() == []
+    assert time.monotonic() - began < 3
+    answers = pool.answers(range(3))  # which starts them anew; dropped before the first is read
+    del answers, pool
+    assert loaders() == []
+
+
+def test_what_fails_in_a_process_is_raised_with_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)a loader process failed:\nTraceback.*TypeError: unsupported operand"):
+        list(Workers(double, 1, 2, Deaths()).answers([1, {}]))
+
+
+def test_a_system_without_room_for_a_process_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    with pytest.raises(
+        RunError, match=r"loader process 1 of 2 could not be started: Resource temporarily unavailable; "
+    ):
+        Workers(double, 2, 4, Deaths()).start()
+
+
+def test_processes_end_when_their_training_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "CHECK_SECONDS", 0.05)
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        pool = Workers(lambda request: time.sleep(60), 2, 4, Deaths())
+        pool.answers(range(8))
+        die()
+    os.close(writes)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert os.read(reads, 1) == b""  # the last holder of the other end is gone
+    os.close(reads)
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    return load_source("digits", eval_fraction=0.02)
+
+
+class Killing(Trainer):
+    """Kills one of its loader processes in the middle of steps, and of evaluations before steps."""
+
+    steps: tuple[int, ...] = ()
+    evaluations: tuple[int, ...] = ()
+
+    def train_step(self, step: Step) -> Tensor:
+        if step.index in self.steps:
+            os.kill(max(loaders()), signal.SIGKILL)
+        return super().train_step(step)
+
+    def evaluate(self, loader: Any = None) -> dict[str, float]:
+        if self.state.step in self.evaluations:
+            os.kill(max(loaders()), signal.SIGKILL)  # the youngest is one of the evaluation's
+        return super().evaluate(loader)
+
+
+def make(
+    source: Source,
+    workers: int,
+    kind: type[Trainer] = Trainer,
+    run: Path | None = None,
+    *,
+    duration: int = 6,
+    every: int = 2,
+    share: tuple[int, int] = (1, 0),
+) -> Trainer:
+    """Return a trainer of a linear model over two micro-batches a step, evaluated every second one."""
+    transform = TrainTransform(16, crop="random_resized")
+    order = Order(len(source.train), 16, 8, num_processes=share[0], process_index=share[1])
+    normalize = Normalize([0.5] * 3, [0.25] * 3, CPU, channels_last=True)
+    feed = Feed(ImageBatches(Images(source.train, Preparation()), transform), CPU, workers=workers, pin_memory=False)
+    prepared = Images(source.evaluation, Preparation(center=EvalTransform(16)))
+    evaluated = Feed(ImageBatches(prepared), CPU, workers=workers, pin_memory=False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10))
+    return kind(
+        model,
+        TrainLoader(feed, order, normalize, Mixing(0.8, 1.0, 10), transform.size_at),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        duration=f"{duration} steps",
+        eval_loader=EvalLoader(evaluated, len(source.evaluation), 8, normalize, *share),
+        num_classes=10,
+        evaluate_every=f"{every} steps",
+        checkpoint_every=f"{every} steps",
+        output_dir=run,
+        report=False,
+        log=RunLog(run, show=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluations"), [((0,), ()), ((2,), ()), ((), (4,))], ids=["first step", "a step", "an evaluation"]
+)
+def test_training_after_a_death_is_that_without_to_the_bit(
+    steps: tuple[int, ...], evaluations: tuple[int, ...], digits: Source
+) -> None:
+    kind = type("KillingHere", (Killing,), {"steps": steps, "evaluations": evaluations})
+    plain, killed = make(digits, 0), make(digits, 2, kind)
+    expected, got = plain.fit(), killed.fit()
+    assert torch.equal(killed.raw_model[1].weight, plain.raw_model[1].weight)  # type: ignore[index]
+    assert (got.metrics, got.best, got.images) == (expected.metrics, expected.best, expected.images)
+    (note,) = got.notes
+    assert re.match(rf"after step [0-5] a loader process died \({KILLED}\); another one makes its images", note)
+
+
+def test_a_second_death_ends_the_run_by_what_it_has_saved(digits: Source, tmp_path: Path) -> None:
+    always = type("Always", (Killing,), {"steps": tuple(range(99))})
+    twice = type("Twice", (Killing,), {"steps": (0, 6)})
+    with pytest.raises(LoaderDied) as caught:
+        make(digits, 1, twice, tmp_path / "saved", duration=12).fit()
+    last = steps_of(tmp_path / "saved")[-1]
+    assert last >= 6
+    assert str(caught.value) == (
+        f"a second loader process died ({KILLED}): lower data.workers or data.cache_gb; "
+        f"resume=True (or Trainer.restore()) goes on from step {last}"
+    )
+    assert caught.value.status == Stopped.RESUMABLE
+    load_checkpoint(complete_checkpoints(tmp_path / "saved" / "checkpoints")[-1])
+
+    resumed = make(digits, 1, always, tmp_path / "saved", duration=99, every=99)
+    resumed.restore()
+    with pytest.raises(LoaderDied, match=rf"goes on from step {last}$") as caught:
+        resumed.fit()
+    assert caught.value.status == 1  # a scheduler that starts it again at 75 would do so for ever
+    with pytest.raises(LoaderDied, match=r"; nothing was saved yet$") as caught:
+        make(digits, 1, always, tmp_path / "nothing", duration=99, every=99).fit()
+    assert caught.value.status == 1
+
+
+def test_the_command_line_ends_a_second_death_with_one_message(
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ImageBatches, "make", lambda *_: die(signal.SIGBUS))
+    recipe = write_recipe(RECIPE.replace("workers: 0", "workers: 1"))
+    assert exit_status([str(recipe), f"output_dir={tmp_path / 'run'}"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("note: after step 0 a loader process died (a bus error, as where shared memory or") == 1
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: a second loader process died (a bus error, ")
+    assert line.endswith(
+        "give /dev/shm more room (docker run --shm-size) or set data.cache=none; nothing was saved yet"
+    )
+
+
+def killed_on_one(source: Source) -> tuple[bool, Tensor, str]:
+    """Train undisturbed, then with a kill on the second process; return whether the weights are the same."""
+    at = int(os.environ["RANK"])
+    plain, killed = (make(source, 1, kind, share=(2, at)) for kind in (Trainer, Killing))
+    killed.log.__init__(main=not at)  # type: ignore[misc] - this one speaks
+    type(killed).steps = (0,) if at else ()
+    plain.fit()
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as err:
+        killed.fit()
+    first, second = (trainer.raw_model[1].weight.detach() for trainer in (plain, killed))  # type: ignore[index]
+    return torch.equal(first, second), second, err.getvalue()
+
+
+def test_a_process_whose_loader_died_keeps_up_with_the_others(digits: Source) -> None:
+    (same, first, said), (same_too, second, said_too) = run_processes(killed_on_one, digits)
+    assert same
+    assert same_too
+    assert torch.equal(first, second)
+    assert said == ""
+    assert re.match(r"note: after step \d a loader process died", said_too)
+    assert len(said_too.splitlines()) == 1
+
+
+def killed_twice_on_one(source: Source, run: str) -> tuple[str, int, str]:
+    """Return how a run ends whose second process loses two of its loader's."""
+    at = int(os.environ["RANK"])
+    steps = (3, 4, 5, 6, 7, 8) if at else ()
+    trainer = make(source, 1, type("Twice", (Killing,), {"steps": steps}), Path(run), duration=40, share=(2, at))
+    with pytest.raises(RunFailure) as caught:
+        trainer.fit()
+    return type(caught.value).__name__, caught.value.status, str(caught.value)
+
+
+def test_a_second_death_on_one_process_is_no_traceback_on_the_others(digits: Source, tmp_path: Path) -> None:
+    (first, status, said), (second, status_too, said_too) = run_processes(killed_twice_on_one, digits, str(tmp_path))
+    assert (first, second, status, status_too) == ("PeerGone", "LoaderDied", 75, 75)
+    newest = f"; resume=True (or Trainer.restore()) goes on from step {steps_of(tmp_path)[-1]}"
+    assert said == f"another training process has ended; if it could, it has said why{newest}"
+    assert re.search(
+        r"; resume=True \(or Trainer.restore\(\)\) goes on from step \d+$", said_too
+    )  # as it saw it, earlier
+
+
+def test_a_death_is_noticed_by_a_thread_that_reads_ahead(tmp_path: Path) -> None:
+    """As on a GPU, where a thread takes the batches."""
+
+    def work(request: int) -> int:
+        if request == 5 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            die()
+        return 2 * request
+
+    assert list(BackgroundIterator(Workers(work, 2, 4, Deaths()).answers(range(20)), str)) == [
+        str(2 * n) for n in range(20)
+    ]
+    with pytest.raises(LoaderDied):
+        list(BackgroundIterator(Workers(lambda request: die(), 2, 4, Deaths()).answers(range(20)), str))
+
+
+# --- the user's own loaders --------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.ones(3, 2, 2), index % 3
+
+
+class KillingInUpdate(Trainer):
+    """Kills a DataLoader's process and waits, as long as torch's handler would need to raise here."""
+
+    def train_step(self, step: Step) -> Tensor:
+        loss = self.gradients.add_up(step)
+        if step.index == 1:
+            os.kill(loaders()[0], signal.SIGKILL)
+            time.sleep(0.1)
+        self.update(self.state.updates, step.index)
+        self.state.updates += 1
+        return loss
+
+
+@pytest.fixture
+def own_trainer(no_process_is_left: None) -> Iterator[Callable[..., Trainer]]:
+    """Return a function that makes a trainer with a DataLoader."""
+    made: list[Trainer] = []
+
+    def build(*args: Any, **options: Any) -> Trainer:
+        made.append(build_own_trainer(*args, **options))
+        return made[0]
+
+    yield build
+    made[0].train_loader._batches.close()  # which is kept for a `fit` that goes on
+
+
+def build_own_trainer(kind: type[Trainer], **options: Any) -> Trainer:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return kind(model, loader, optimizer, num_classes=3, log=RunLog(show=False), **options)
+
+
+def test_a_death_in_a_loader_of_ones_own_is_told_between_two_steps(own_trainer: Callable[..., Trainer]) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    trainer = own_trainer(KillingInUpdate)
+    with pytest.raises(LoaderDied, match=r"a loader process of train_loader died, perhaps for want of memory \(DataLo"):
+        trainer.fit()
+    assert (trainer.state.step, trainer.state.updates) == (2, 2)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_a_death_in_an_evaluation_of_ones_own_is_one_message_too(own_trainer: Callable[..., Trainer]) -> None:
+    class Dying(Rows):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            die()
+            raise AssertionError
+
+    trainer = own_trainer(Trainer, eval_loader=torch.utils.data.DataLoader(Dying(), batch_size=2, num_workers=1))
+    with pytest.raises(LoaderDied, match="a loader process of evaluation split died"):
+        trainer.fit()
+    assert trainer.state.step == 6
+
+
+def test_a_users_handler_of_sigchld_is_called_while_training(own_trainer: Callable[..., Trainer]) -> None:
+    heard: list[int] = []
+
+    class Child(Trainer):
+        def train_step(self, step: Step) -> Tensor:
+            if not (child := os.fork()):
+                os._exit(0)
+            os.waitpid(child, 0)
+            return super().train_step(step)
+
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
+    try:
+        own_trainer(Child, duration="1 steps").fit()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert signal.SIGCHLD in heard
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+
+
+def test_check_images_outlives_a_death_and_names_the_rows_of_a_second(
+    image_folder: Path,
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from hf_fasttrain.data.source import scan
+
+    real, times = scan._scan_loud_rows, 1
+
+    def dying(split: Any, rows: np.ndarray) -> Any:
+        died = len(list(tmp_path.glob("died*")))
+        if died < times:
+            (tmp_path / f"died{died}").touch()
+            die(signal.SIGSEGV)
+        return real(split, rows)
+
+    monkeypatch.setattr(scan, "_scan_loud_rows", dying)
+    recipe = write_recipe(RECIPE.replace("workers: 0", "workers: 1").replace("digits", str(image_folder)))
+    arguments = ["check", str(recipe), "--images"]
+    assert exit_status(arguments) == 0
+    assert "note: a loader process died (it crashed with a segmentation fault)" in capsys.readouterr().err
+    times = 3
+    assert exit_status(arguments) == 1
+    assert "error: split 'train': a process that decoded images died, and so did a second one (it crashed with a " in (
+        printed := capsys.readouterr().err
+    )
+    assert "at rows 0 to 23: " in printed

@@ -1,0 +1,492 @@
+"""Kept pixels are the right ones or none, whoever writes them and whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.processes import run_processes
+from helpers.runs import exit_status, num_kept
+from PIL import Image
+
+from hf_fasttrain import Trainer
+from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
+from hf_fasttrain.data.loading.sampler import MicroBatchKey
+from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
+from hf_fasttrain.data.pixels.cache import (
+    ENTRY,
+    HEADER_BYTES,
+    Kept,
+    PixelCache,
+    cache_key,
+    list_caches,
+    memory_cache,
+    open_cache,
+    remove_cache,
+)
+from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.source.dataset import Source, Split, load_source
+from hf_fasttrain.utils.errors import DataError
+
+CPU = torch.device("cpu")
+STAMP = (0, 5, 7)
+RNG = np.random.default_rng(0)
+
+
+def pixels_of(row: int, size: int = 12) -> np.ndarray:
+    return np.random.default_rng(row).integers(0, 256, (size, size + row % 3, 3), dtype=np.uint8)
+
+
+def fill(cache: PixelCache, rows: Any, size: int = 12) -> None:
+    for row in rows:
+        cache.add([Kept(row, STAMP, pixels_of(row, size))])
+
+
+def read(cache: PixelCache, num_rows: int, stamp: tuple[int, int, int] = STAMP) -> list[np.ndarray | None]:
+    return list(cache.read(np.arange(num_rows), lambda row: stamp))
+
+
+def made(images: Images, rows: np.ndarray, events: list[Any] | None = None) -> list[np.ndarray]:
+    """Return the pixels of images that are all different."""
+    return [pixels for _, pixels in images.pixels(rows, rows.copy(), [] if events is None else events)]
+
+
+def num_right(cache: PixelCache, num_rows: int, size: int = 12) -> int:
+    """Return how many rows are there; all of them are right."""
+    found = read(cache, num_rows)
+    for row, pixels in enumerate(found):
+        assert pixels is None or np.array_equal(pixels, pixels_of(row, size))
+    return sum(pixels is not None for pixels in found)
+
+
+@pytest.fixture(params=["disk", "memory"])
+def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., PixelCache]:
+    def make(num_rows: int = 20, budget: int = 10**9) -> PixelCache:
+        if request.param == "memory":
+            return memory_cache(num_rows, budget)
+        return open_cache(tmp_path / "kept", num_rows, budget, {"dataset": "flowers"})
+
+    return make
+
+
+def test_what_is_kept_comes_back(make_cache: Callable[..., PixelCache]) -> None:
+    cache = make_cache()
+    assert num_right(cache, 20) == 0
+    fill(cache, [3, 0, 19])
+    assert num_right(cache, 20) == num_kept(cache) == 3
+    assert cache.used_bytes() == sum(pixels_of(row).nbytes for row in (3, 0, 19))
+    again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)  # another process of the machine
+    assert num_right(again, 20) == 3
+    fill(again, range(20))
+    assert num_right(cache, 20) == 20
+
+
+def test_the_budget_is_kept_and_said(make_cache: Callable[..., PixelCache]) -> None:
+    each = pixels_of(0).nbytes
+    cache = make_cache(20, 3 * each + 5)
+    fill(cache, range(0, 20, 3))  # all of one size
+    assert num_right(cache, 20) == 3
+    assert cache.used_bytes() <= 3 * each + 5
+    assert cache.trouble is not None
+    assert "are full" in cache.trouble
+
+
+def test_a_changed_image_is_not_what_was_kept(make_cache: Callable[..., PixelCache]) -> None:
+    cache = make_cache()
+    fill(cache, range(20))
+    again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)
+    assert read(again, 20, stamp=(0, 5, 8)) == [None] * 20
+    again.add([Kept(4, (0, 5, 8), pixels_of(5))])  # made anew
+    found = read(again, 20, stamp=(0, 5, 8))
+    assert [row for row, pixels in enumerate(found) if pixels is not None] == [4]
+    assert np.array_equal(found[4], pixels_of(5))
+
+
+@pytest.mark.parametrize("damage", ["pixels", "truncated", "entry", "shifted", "swapped", "random index"])
+def test_damage_is_noticed(damage: str, tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "kept", 20, 10**9, {})
+    fill(cache, range(20))
+    index, data = tmp_path / "kept" / "index", tmp_path / "kept" / "pixels"
+    entries = np.fromfile(index, ENTRY, offset=HEADER_BYTES)
+    bytes_ = bytearray(data.read_bytes())
+    if damage == "pixels":
+        for place in range(0, len(bytes_), 200):
+            bytes_[place] ^= 1
+        data.write_bytes(bytes_)
+    elif damage == "truncated":
+        os.truncate(data, len(bytes_) // 2)
+    elif damage == "entry":
+        entries["height"], entries["width"] = entries["width"].copy(), entries["height"].copy()
+    elif damage == "shifted":
+        entries["place"] += 3
+    elif damage == "swapped":
+        entries = entries[::-1].copy()
+    else:
+        entries = np.frombuffer(np.random.default_rng(0).bytes(entries.nbytes), ENTRY).copy()
+        entries["length"] %= 2000
+    with index.open("r+b") as file:
+        file.seek(HEADER_BYTES)
+        file.write(entries.tobytes())
+    again = open_cache(tmp_path / "kept", 20, 10**9, {})
+    assert num_right(again, 20) <= 14
+    fill(again, range(20))
+    assert num_right(again, 20) == 20
+
+
+@pytest.mark.parametrize("wrong", [b"", b"nonsense" * 100, b"hfftpix0" + (20).to_bytes(8, "little") + bytes(10_000)])
+def test_an_index_of_another_version_is_replaced(wrong: bytes, tmp_path: Path) -> None:
+    fill(open_cache(tmp_path / "kept", 20, 10**9, {}), range(20))
+    (tmp_path / "kept" / "index").write_bytes(wrong)
+    cache = open_cache(tmp_path / "kept", 20, 10**9, {})
+    assert num_right(cache, 20) == 0
+    fill(cache, range(20))
+    assert num_right(open_cache(tmp_path / "kept", 20, 10**9, {}), 20) == 20
+
+
+def test_a_cache_for_other_rows_is_replaced(tmp_path: Path) -> None:
+    fill(open_cache(tmp_path / "kept", 20, 10**9, {}), range(20))
+    assert num_right(open_cache(tmp_path / "kept", 21, 10**9, {}), 21) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_cache_deleted_under_its_users_is_said(tmp_path: Path, image_folder: Path) -> None:
+    source = load_source(str(image_folder))
+    cache = open_cache(tmp_path / "kept", 24, 10**9, {})
+    remove_cache(list_caches(tmp_path)[0])
+    events: list[Any] = []
+    images = Images(source.train, Preparation(), cache)
+    rows = np.arange(4)
+    expected = made(Images(source.train, Preparation()), rows)
+    for _ in range(2):
+        found = made(images, rows, events)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    (told,) = events
+    assert "data.cache of split 'train': can't be opened: " in told
+
+
+def in_child(work: Callable[[], None]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+def test_a_writer_killed_half_way_leaves_right_pixels_or_none(tmp_path: Path) -> None:
+    folder, num_rows, size = tmp_path / "kept", 1500, 200
+
+    def write() -> None:
+        fill(open_cache(folder, num_rows, 10**9, {}), range(num_rows), size)
+
+    kept = 0
+    for seconds in (0.02, 0.05, 0.1):
+        child = in_child(write)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept = num_right(open_cache(folder, num_rows, 10**9, {}), num_rows, size)
+        assert kept < num_rows
+    fill(open_cache(folder, num_rows, 10**9, {}), range(num_rows), size)  # nobody holds a lock
+    assert num_right(open_cache(folder, num_rows, 10**9, {}), num_rows, size) == num_rows
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_wrong_is_read(tmp_path: Path, image_folder: Path) -> None:
+    """The limit on the size of a file stops a write in its middle, as a full disk does."""
+    source = load_source(str(image_folder))
+    preparation = Preparation(center=EvalTransform(64))
+    plain = np.stack(made(Images(source.train, preparation), np.arange(24)))
+    cache = open_cache(tmp_path / "kept", 24, 10**9, {})
+
+    def write() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        events: list[Any] = []
+        images = Images(source.train, preparation, cache)
+        for start in range(0, 24, 4):
+            rows = np.arange(start, start + 4)
+            assert np.array_equal(np.stack(made(images, rows, events)), plain[rows])
+        told = [event for event in events if isinstance(event, str)]
+        (tmp_path / "told").write_text("\n".join(dict.fromkeys(told)))
+
+    os.waitpid(in_child(write), 0)
+    assert (tmp_path / "told").read_text() == (
+        "data.cache of split 'train': can't write to it: File too large; images that are not in it are decoded "
+        "every time"
+    )
+    found = list(cache.read(np.arange(24), source.train.images.stamp))
+    assert sum(pixels is not None for pixels in found) == 100_000 // (64 * 64 * 3)
+    assert all(pixels is None or np.array_equal(pixels, plain[row]) for row, pixels in enumerate(found))
+
+
+# --- in the loader -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    return load_source("digits", eval_fraction=0.02)
+
+
+def batches(
+    split: Split,
+    preparation: Preparation,
+    transform: TrainTransform | None,
+    cache: PixelCache | None,
+    *,
+    workers: int = 0,
+    device: bool = False,
+    epochs: int = 2,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return pixels and labels of two epochs over the first 60 images."""
+    images = ImageBatches(Images(split, preparation, cache), transform)
+    feed: Feed = Feed(images, CPU, workers=workers, pin_memory=False)
+    if device:
+        feed = DeviceFeed(images, CPU, 16, workers=workers, pin_memory=False)
+    order = [np.random.default_rng(epoch).permutation(60) for epoch in range(epochs)]
+    keys = [MicroBatchKey(epoch, part) for epoch in range(epochs) for part in np.split(order[epoch], [16, 32, 48])]
+    return [(pixels.clone(), labels.clone()) for pixels, labels in feed.open(keys, 16)]
+
+
+def same(a: list[tuple[torch.Tensor, torch.Tensor]], b: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
+    )
+
+
+CROPS = {
+    "random_resized": (Preparation(short_side=6), TrainTransform(16, erase_prob=0.5)),
+    "stored as JPEG": (Preparation(short_side=6, stored_quality=80), TrainTransform(16)),
+    "padded": (Preparation(center=EvalTransform(16, crop_pct=1.0)), TrainTransform(16, crop="padded", erase_prob=0.5)),
+    "evaluation": (Preparation(center=EvalTransform(16)), None),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("kind", ["none", "memory", "disk", "device"])
+@pytest.mark.parametrize("case", CROPS)
+def test_the_same_pixels_whichever_way(case: str, kind: str, workers: int, digits: Source, tmp_path: Path) -> None:
+    preparation, transform = CROPS[case]
+    if kind == "device" and preparation.center is None:
+        pytest.skip("random crops of images of any size are not made on the device")
+    expected = batches(digits.train, preparation, transform, None)
+    rows = len(digits.train.images)
+    cache = None
+    if kind == "memory":
+        cache = memory_cache(rows, 10**8)
+    elif kind == "disk":
+        cache = open_cache(tmp_path / "kept", rows, 10**8, {})
+    options = {"workers": workers, "device": kind == "device"}
+    assert same(batches(digits.train, preparation, transform, cache, **options), expected)
+    if cache is not None:
+        assert num_kept(cache) == 60
+        broken = replace(preparation, reduced_decode=False)
+        object.__setattr__(broken, "encoded", None)  # nothing is decoded any more
+        assert same(batches(digits.train, broken, transform, cache, **options), expected)
+
+
+def fill_from_process(folder: Path) -> bool:
+    """Go through all images on 2 workers of this process, whose share another one has."""
+    source = load_source("digits", eval_fraction=0.02)
+    preparation = Preparation(center=EvalTransform(16))
+    cache = open_cache(folder, len(source.train.images), 10**9, {})
+    feed = Feed(ImageBatches(Images(source.train, preparation, cache)), CPU, workers=2, pin_memory=False)
+    rank = int(os.environ["RANK"])
+    keys = [MicroBatchKey(0, np.arange(start, start + 20)) for start in range(20 * rank, 400, 30)]  # they overlap
+    plain = ImageBatches(Images(source.train, preparation))
+    return all(
+        torch.equal(found[0], plain.make(key).pixels) for found, key in zip(feed.open(keys, 20), keys, strict=True)
+    )
+
+
+def test_two_processes_with_two_workers_fill_one_cache(tmp_path: Path, digits: Source) -> None:
+    assert run_processes(fill_from_process, tmp_path / "kept") == [True, True]
+    cache = open_cache(tmp_path / "kept", len(digits.train.images), 10**9, {})
+    images = Images(digits.train, Preparation(center=EvalTransform(16)))
+    rows = digits.train.rows_of(np.arange(len(digits.train)))
+    found = list(cache.read(rows, digits.train.images.stamp))
+    assert sum(pixels is not None for pixels in found) >= 400
+    for index, pixels in enumerate(found):
+        if pixels is not None:
+            (plain,) = made(images, np.array([index]))
+            assert np.array_equal(pixels, plain)
+
+
+RECIPE = """
+model: {{name: test_resnet}}
+data: {{dataset: {folder}, image_size: 32, workers: 1, cache_dir: {cache_dir}}}
+augment: {{crop: padded, mixup: 0.2}}
+train: {{duration: 3 epochs, batch_size: 8}}
+log: {{report: false}}
+"""
+
+
+def train(recipe: Path, output: Path, *overrides: str) -> Trainer:
+    trainer = Trainer.from_recipe(recipe, [f"output_dir={output}", *overrides])
+    trainer.fit()
+    return trainer
+
+
+def test_training_is_the_same_with_every_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    weights = {}
+    for kind in ("none", "auto", "memory", "disk", "device"):
+        trainer = train(recipe, tmp_path / kind, f"data.cache={kind}")
+        weights[kind] = torch.cat([p.flatten() for p in trainer.raw_model.parameters()])
+        resolved = (tmp_path / kind / "resolved.yaml").read_text()
+        chosen = "memory" if kind == "auto" else kind
+        assert f"data.cache:\n  value: {chosen}" in resolved
+    assert all(torch.equal(w, weights["none"]) for w in weights.values())
+    assert len(list_caches(tmp_path / "kept")) == 2  # training and evaluation images
+
+    changed = image_folder / "train" / "red" / "0.jpg"  # the next run sees the new image
+    Image.fromarray(RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(changed)
+    fresh = train(recipe, tmp_path / "fresh", "data.cache=none")
+    reused = train(recipe, tmp_path / "reused", "data.cache=disk")
+    for a, b in zip(fresh.raw_model.parameters(), reused.raw_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(weights["none"], torch.cat([p.flatten() for p in fresh.raw_model.parameters()]))
+    assert len(list_caches(tmp_path / "kept")) == 2
+
+
+def test_a_cache_that_is_too_small_is_said(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    trainer = train(recipe, tmp_path / "run", "data.cache=memory", "data.cache_gb=0.00002")
+    assert any("data.cache=memory: split 'train' needs" in note for note in trainer.log.notes)
+    assert any(
+        "20.0 kB are full (data.cache_gb, hf-fasttrain cache clean); images" in note for note in trainer.log.notes
+    )
+
+
+def test_wrong_places_and_settings_are_refused(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data.cache_dir .*file: can't be written: .*; choose another, or data.cache"):
+        Trainer.from_recipe(
+            recipe, ["data.cache=disk", f"data.cache_dir={tmp_path / 'file'}", f"output_dir={tmp_path}/a"]
+        )
+    with pytest.raises(DataError, match=r"data.cache=device: only crop, flip and erasing are made on the device"):
+        Trainer.from_recipe(recipe, ["data.cache=device", "augment.trivialaugment=true", f"output_dir={tmp_path}/b"])
+
+
+def test_other_operating_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_fasttrain.data.pixels.cache.ON_DISK", False)
+    monkeypatch.setattr("hf_fasttrain.data.pixels.cache.IN_MEMORY", False)
+    with pytest.raises(DataError, match=r"data.cache=disk needs Linux or macOS; use none"):
+        open_cache(tmp_path / "kept", 2, 100, {})
+    with pytest.raises(DataError, match=r"data.cache=memory needs Linux; use disk or none"):
+        memory_cache(2, 100)
+
+
+def train_one_of_two(recipe: Path, output: Path, kind: str) -> tuple[list[torch.Tensor], int]:
+    trainer = Trainer.from_recipe(recipe, [f"output_dir={output}", f"data.cache={kind}"])
+    trainer.fit()
+    cache = trainer.train_loader.feed.images.images.cache
+    kept = num_kept(cache) if cache else 0
+    trainer.accelerator.wait_for_everyone()  # the cache in memory is the main process's, and goes with it
+    return [p.detach().clone() for p in trainer.raw_model.parameters()], kept
+
+
+def test_a_full_disk_of_other_things_does_not_hide_what_is_kept(
+    image_folder: Path, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    train(recipe, tmp_path / "first", "data.cache=disk")
+    monkeypatch.setattr("hf_fasttrain.from_recipe.cache_plan.free_disk_bytes", lambda folder: 0)
+    monkeypatch.setattr("hf_fasttrain.from_recipe.cache_plan.free_memory_bytes", lambda: 0)
+    trainer = train(recipe, tmp_path / "second")
+    assert trainer.train_loader.feed.images.images.cache.pixels_path.startswith(str(tmp_path / "kept"))
+    assert any("data.cache=auto: decoded images of split 'train' are kept in " in note for note in trainer.log.notes)
+    none = train(recipe, tmp_path / "third", "data.short_side=16")  # other pixels, for which there is no room
+    assert none.train_loader.feed.images.images.cache is None
+
+
+def test_check_makes_no_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    assert exit_status(["check", str(recipe), "data.cache=disk"]) == 0
+    assert not (tmp_path / "kept").exists()
+
+
+def test_two_processes_share_one_cache_in_memory(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
+    plain = run_processes(train_one_of_two, recipe, tmp_path / "plain", "none")
+    kept = run_processes(train_one_of_two, recipe, tmp_path / "kept_run", "memory")
+    for (weights, _), (expected, _) in zip(kept, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    assert [number for _, number in kept] == [24, 24]  # both see what either has kept
+
+
+def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = tmp_path / "pixels"
+    names = []
+    for short, days in ((100, 40), (200, 2)):
+        content = {"short_side": short, "fingerprint": "f"}
+        names.append(cache_key(content))
+        fill(open_cache(where / names[-1], 20, 10**9, {"dataset": "flowers", "split": "train", **content}), range(20))
+        for file in (where / names[-1]).iterdir():
+            os.utime(file, (time.time() - days * 86400,) * 2)
+    assert names[0] != names[1]
+    (where / ".hf_fasttrain-new-left").mkdir()
+    (where / "mine").mkdir()  # no cache, though it has a file of that name
+    (where / "mine" / "index").write_text("")
+    exit_status(["cache", "--dir", str(where)])
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()[:3]] == [names[1], names[0], ".hf_fasttrain-new-left"]
+    assert "flowers (train, 20 images): short side 100" in listed
+    assert "half-made" in listed
+    for arguments, message in (
+        (["clean", "--dir", str(where)], "nothing chosen: give names"),
+        (["clean", "--dir", str(where), "nosuch"], "no cache 'nosuch' in"),
+    ):
+        assert exit_status(["cache", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    exit_status(["cache", "clean", "--dir", str(where), "--unused-days", "30"])
+    assert f"deleted {names[0]}: flowers (train, 20 images)" in capsys.readouterr().out
+    assert (where / names[1]).exists()
+    exit_status(["cache", "--dir", str(where), "clean", "--all"])
+    assert [path.name for path in where.iterdir()] == ["mine"]
+
+
+def test_memory_does_not_grow_over_twenty_epochs(digits: Source) -> None:
+    """The private memory of this process and of its workers, at the end of each epoch."""
+    transform = TrainTransform(64)
+    cache = memory_cache(len(digits.train.images), 10**9)
+    images = ImageBatches(Images(digits.train, Preparation(short_side=8), cache), transform)
+    feed = Feed(images, CPU, workers=2, pin_memory=False)
+    keys = [MicroBatchKey(e, np.arange(s, s + 64)) for e in range(22) for s in range(0, 1728, 64)]
+    sizes = []
+    for number, _ in enumerate(feed.open(keys, 64)):
+        if number % 27 == 26:
+            sizes.append(private_bytes())
+    assert len(sizes) == 22
+    assert sizes[-1] - sizes[1] < 8 << 20  # an epoch's pixels are 21 MB, of which nothing may stay
+
+
+def private_bytes() -> int:
+    """Return the memory that only this process and its children hold."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    total = 0
+    for process in (os.getpid(), *map(int, children)):
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+    return total
+
+
+def test_about_says_what_is_kept(tmp_path: Path) -> None:
+    open_cache(tmp_path / "kept", 20, 10**9, {"dataset": "flowers", "split": "train", "short_side": 256})
+    (entry,) = list_caches(tmp_path)
+    assert entry.dataset == "flowers (train, 20 images)"
+    assert entry.settings == "short side 256"
+    assert json.loads((tmp_path / "kept" / "about.json").read_text())["num_rows"] == 20

@@ -1,0 +1,326 @@
+"""Labels mean what they say: one-hot vectors, integers with gaps, texts like numbers, other spellings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from helpers.runs import exit_status
+from PIL import Image
+
+from hf_fasttrain.data.source.classes import match_names
+from hf_fasttrain.data.source.dataset import load_source
+from hf_fasttrain.data.source.labels import Labels, read_labels
+from hf_fasttrain.utils.errors import DataError
+
+# Texts of which pandas, or Arrow's JSON reader, makes numbers, dates, flags or nothing.
+LOOK_LIKE_OTHERS = ["007", "1e3", "2024-01-01", "N/A", "NA", "None", "True", "nan", "null"]
+
+
+def read(
+    train: list[Any], evaluation: list[Any] | None = None, *, feature: Any = None, other: Any = None, **options: Any
+) -> Labels:
+    """Return the labels of a train split and, if given, a validation split, with a feature for each."""
+    splits = {"train": column(train, feature)}
+    if evaluation is not None:
+        splits["validation"] = column(evaluation, other or feature)
+    return read_labels(splits, "label", where="data", train="train", **options)
+
+
+def column(values: list[Any], feature: Any = None) -> Any:
+    return datasets.Dataset.from_dict(
+        {"label": values}, features=None if feature is None else datasets.Features({"label": feature})
+    )
+
+
+# --- one-hot vectors and lists -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_one_hot_vectors_are_one_class_for_each_image(num_classes: int, kind: type) -> None:
+    truth = np.arange(12) % num_classes
+    vectors = [[kind(label == place) for place in range(num_classes)] for label in truth]
+    for feature in (
+        None,
+        datasets.List(datasets.Value({int: "int64", float: "float32", bool: "bool"}[kind]), num_classes),
+    ):
+        got = read(vectors, vectors[:3], feature=feature)
+        assert (got.multi_label, got.class_names) == (False, [str(i) for i in range(num_classes)])
+        assert got.labels["train"].tolist() == truth.tolist()
+        assert got.labels["validation"].tolist() == truth[:3].tolist()
+        assert len(got.notes) == 1
+        assert (
+            "0/1 vectors with exactly one class in every row: each image has one class; data.multi_label=true"
+            in (got.notes[0])
+        )
+    forced = read(vectors, multi_label=True)
+    assert forced.labels["train"].tolist() == np.eye(num_classes)[truth].tolist()
+    assert forced.notes == []
+
+
+def test_vectors_with_several_ones_in_any_split_are_multi_label() -> None:
+    got = read([[1, 0], [0, 1]], [[1, 1], [0, 0]])
+    assert got.multi_label
+    assert got.labels["train"].tolist() == [[1, 0], [0, 1]]
+    assert got.labels["validation"].tolist() == [[1, 1], [0, 0]]
+    assert got.notes == [
+        "data, split 'validation', column 'label': 0/1 vectors with 2 classes in row 0: read as multi-label"
+    ]
+    with pytest.raises(
+        DataError, match=r"split 'validation', .*: row 0 has 2 labels, where one for each image is need"
+    ):
+        read([[1, 0], [0, 1]], [[1, 1], [0, 0]], multi_label=False)
+
+
+def test_lists_with_one_class_in_every_row_are_one_class_for_each_image() -> None:
+    for lists, names in (([["dog"], ["cat"], ["emu"]], ["cat", "dog", "emu"]), ([[4], [3], [9]], ["3", "4", "9"])):
+        got = read(lists)
+        assert (got.multi_label, got.class_names, got.labels["train"].tolist()) == (False, names, [1, 0, 2])
+        assert "lists with exactly one class in every row" in got.notes[0]
+        assert "data.multi_label=true" in got.notes[0]
+        assert read(lists, multi_label=True).multi_label
+    several = read([["dog"], ["cat"]], [["dog", "cat"]])
+    assert (several.multi_label, several.notes) == (True, [])
+    assert several.labels["validation"].tolist() == [[1, 1]]
+
+
+def test_lists_of_class_numbers_stay_multi_label() -> None:
+    got = read([[0, 2], [1], [], [2, 1]])
+    assert got.multi_label
+    assert got.labels["train"].tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]]
+    named = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    assert read([[0, 1], [0]], feature=named).labels["train"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_single_labels_can_be_trained_as_multi_label() -> None:
+    assert read(["b", "a"], multi_label=True).labels["train"].tolist() == [[0, 1], [1, 0]]
+
+
+def test_every_class_in_every_image_is_refused() -> None:
+    feature = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(DataError, match=r"every image has every class \(a, b\), so there is nothing to learn"):
+        read([[0, 1], [1, 0]], feature=feature)
+
+
+# --- integers, and values that are missing -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([1, 2, 3], ["1", "2", "3"]),
+        ([3, 4], ["3", "4"]),
+        ([10, 2, 30], ["2", "10", "30"]),
+        ([0, 10, 20], ["0", "10", "20"]),
+        ([-1, 1], ["-1", "1"]),
+        ([1.0, 3.0], ["1", "3"]),
+        ([1000001, 1000002], ["1000001", "1000002"]),
+    ],
+)
+def test_integers_that_do_not_count_from_zero_are_names(values: list[Any], names: list[str]) -> None:
+    got = read(values * 2, values)
+    assert got.class_names == names
+    assert [names[label] for label in got.labels["train"]] == [str(int(value)) for value in values] * 2
+    assert len(got.notes) == 1
+    assert f"integer labels with gaps: {', '.join(names)} are {len(names)} classes by these names" in got.notes[0]
+
+
+def test_a_number_missing_among_those_from_zero_on_is_a_class_without_images(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1, 3, 4] * 3)
+    source = load_source(str(tmp_path / "train.parquet"))
+    assert source.class_names == ["0", "1", "2", "3", "4"]
+    assert "split 'train' has no image of 2" in source.notes
+
+
+def test_a_negative_label_may_stand_for_no_class() -> None:
+    assert "take rows with a negative label out if it stands for no class" in read([-1, 0, 1]).notes[0]
+
+
+def test_classes_that_may_mean_the_same_are_said() -> None:
+    got = read(["cat", "Cat ", "dog", "007", "7"])
+    assert len(got.class_names) == 5
+    assert got.notes == [
+        "data, split 'train', column 'label': '007' and '7', 'Cat ' and 'cat' are different classes, though they may "
+        "mean the same"
+    ]
+
+
+def test_integers_from_zero_on_and_flags_need_no_note() -> None:
+    assert (read([0, 1, 2, 1]).class_names, read([0, 1, 2]).notes) == (["0", "1", "2"], [])
+    flags = read([True, False, True])
+    assert (flags.class_names, flags.labels["train"].tolist(), flags.notes) == (["False", "True"], [1, 0, 1], [])
+
+
+@pytest.mark.parametrize(
+    ("values", "row"),
+    [
+        ([1, 2, None, 1], 2),
+        ([1.0, float("nan"), 2.0], 1),
+        (["a", "b", " "], 2),
+        (["a", None], 1),
+        ([None, None], 0),
+        ([["a"], ["b", "a"], ["b", None]], 2),
+        ([["a"], None], 1),
+        ([[1.0, 0.0], [float("nan"), 1.0]], 1),
+    ],
+)
+def test_missing_labels_are_named_with_their_row(values: list[Any], row: int) -> None:
+    with pytest.raises(DataError, match=rf"split 'train', column 'label': row {row} has no label; take such rows out"):
+        read(values)
+
+
+@pytest.mark.parametrize("values", [[[0.9, 0.1], [0.2, 0.8]], [[[0, 1]], [[1, 0]]], [b"cat", b"dog"], [1e300, 1.0]])
+def test_labels_that_are_no_classes_are_refused(values: list[Any]) -> None:
+    with pytest.raises(DataError, match="labels must be integers or texts; got "):
+        read(values)
+
+
+def test_unlabelled_images_of_a_class_label_are_named() -> None:
+    with pytest.raises(DataError, match="row 1 has label -1, which stands for no label; take such rows out; allowed"):
+        read([0, -1], feature=datasets.ClassLabel(names=["a", "b"]))
+
+
+# --- splits that write the same classes otherwise ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "expected"),
+    [
+        (["7", "10"], ["007", "010"], ["7", "10"]),
+        (["007", "010"], [10, 7], ["010", "007"]),
+        ([1, 2], [2.0, 1.0], ["2", "1"]),
+        ([1, 2], ["1.0", "2.0"], ["1", "2"]),
+        (["true", "false"], [True, False], ["true", "false"]),
+        ([0, 1], [True, False], ["1", "0"]),
+        (["1e3", "2e3"], [2000, 1000], ["2e3", "1e3"]),
+        (["Caf\u00e9", "Bar"], ["cafe\u0301 ", "BAR"], ["Caf\u00e9", "Bar"]),
+        (["a", "b"], [["b"], ["a"]], ["b", "a"]),
+    ],
+)
+def test_other_spellings_are_matched_by_meaning(train: list[Any], evaluation: list[Any], expected: list[str]) -> None:
+    got = read(train, evaluation)
+    assert [got.class_names[label] for label in got.labels["train"]] == [str(value) for value in train]
+    assert [got.class_names[label] for label in got.labels["validation"]] == expected
+    said = [note for note in got.notes if "validation" in note]
+    flat = [value[0] if isinstance(value, list) else value for value in evaluation]
+    spelt = [str(int(value) if isinstance(value, float) else value) for value in flat]
+    assert len(said) == (spelt != expected)
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "label"),
+    [
+        (["cat", "dog"], ["cat", "cow"], "'cow'"),
+        (["7", "007", "8"], ["7", "07"], "'07'"),
+        (["7", "8"], ["07", "007"], "'07'"),
+        ([1, 2], [1, 0], "'0'"),
+    ],
+)
+def test_labels_without_a_clear_class_are_refused_with_both_values(
+    train: list[Any], evaluation: list[Any], label: str
+) -> None:
+    with pytest.raises(
+        DataError, match=rf"split 'validation', column 'label': row \d has label {label}, which is"
+    ) as said:
+        read(train, evaluation)
+    assert all(str(value) in str(said.value) for value in (*train, *evaluation))
+
+
+def test_class_labels_of_two_splits_are_matched_by_name_and_numbers_by_number() -> None:
+    named, turned = datasets.ClassLabel(names=["cat", "dog"]), datasets.ClassLabel(names=["dog", "cat"])
+    assert read([0, 1], [0, 1], feature=named, other=turned).labels["validation"].tolist() == [1, 0]
+    plain = datasets.Value("int64")
+    got = read([0, 1], [1, 0], feature=named, other=plain)
+    assert got.labels["validation"].tolist() == [1, 0]
+    assert "labels are matched to split 'train' by number, since this split has no names" in got.notes[0]
+    got = read([0, 1], [1, 0], feature=plain, other=named)
+    assert (got.labels["validation"].tolist(), len(got.notes)) == ([1, 0], 1)
+    counted = datasets.ClassLabel(names=["1", "2", "3"])
+    assert read([0, 1, 2], [1, 3], feature=counted, other=plain).labels["validation"].tolist() == [0, 2]
+    with pytest.raises(
+        DataError, match=r"its integers \(1, 2\) may be numbers or names of the classes of split 'train'"
+    ):
+        read([0, 1, 2], [1, 2], feature=counted, other=plain)
+
+
+def test_an_exact_name_wins_over_one_that_means_the_same() -> None:
+    matched = match_names(["7", "007", "x"], ["007", "7", "X"])
+    assert matched.numbers == {"7": 1, "007": 0, "x": 2}
+    assert matched.renamed == {"x": "X"}
+
+
+# --- tables, folders, and what is said before training -----------------------------------------------------
+
+
+def test_class_names_of_tables_and_folders_stand_as_they_are(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4))
+    folders = [name for name in LOOK_LIKE_OTHERS if "/" not in name]
+    for name in folders:
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for number in range(2):
+            image.save(tmp_path / "folders" / name / f"{number}.png")
+    assert load_source(str(tmp_path / "folders")).class_names == folders
+    data = (tmp_path / "folders" / "NA" / "0.png").read_bytes()
+    labels = LOOK_LIKE_OTHERS * 2
+    for values in (pa.array(labels), pa.array(labels).dictionary_encode(), pa.array(labels, pa.large_string())):
+        table = pa.table({"image": [{"bytes": data, "path": None}] * len(labels), "label": values})
+        pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+        assert load_source(str(tmp_path / "train.parquet")).class_names == LOOK_LIKE_OTHERS
+
+
+def test_classes_without_images_and_decisions_on_labels_are_said_before_training(
+    tmp_path: Path, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    images = [Image.new("RGB", (4, 4))] * 20
+    part = datasets.Dataset.from_dict({"image": images, "label": [0, 2] * 10}, features=features)
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(str(tmp_path / "data"))
+    assert exit_status(["check", str(write_recipe()), f"data.dataset={tmp_path / 'data'}"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "note: split 'train' has no image of b" in notes
+    assert "note: split 'held-out 10% of train' has no image of b" in notes
+    unused = "has a split 'test' too, which is not used; data.test_split=test measures it once, at the end"
+    assert any(note.endswith(unused) for note in notes)
+
+
+def write_parquet(file: Path, labels: list[Any], feature: Any = None) -> None:
+    image = {"bytes": b"", "path": None}
+    features = None if feature is None else datasets.Features({"image": datasets.Image(), "label": feature})
+    rows = {"image": [image] * len(labels), "label": labels}
+    file.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+def test_files_of_another_split_change_neither_texts_nor_class_names(tmp_path: Path) -> None:
+    for split, labels in {"test": [7, 10], "train": ["007", "010"], "validation": [10.0, 7.0]}.items():
+        write_parquet(tmp_path / "codes" / f"{split}.parquet", labels)
+    source = load_source(str(tmp_path / "codes"), test_split="test")
+    assert source.class_names == ["007", "010"]
+    assert [split.labels.tolist() for split in (source.evaluation, source.test or source.train)] == [[1, 0], [0, 1]]
+    for split, names in {"train": ["cat", "dog"], "validation": ["dog", "cat"]}.items():
+        write_parquet(tmp_path / "turned" / f"{split}.parquet", [0, 1], datasets.ClassLabel(names=names))
+    source = load_source(str(tmp_path / "turned"))
+    assert (source.class_names, source.evaluation.labels.tolist()) == (["cat", "dog"], [1, 0])
+    write_parquet(tmp_path / "turned" / "train-1.parquet", [0, 1], datasets.ClassLabel(names=["dog", "cat"]))
+    with pytest.raises(DataError, match=r"train-1.parquet counts its classes as dog, cat, train.parquet as cat, dog"):
+        load_source(str(tmp_path / "turned"))
+
+
+def test_a_split_without_labels_is_named_with_its_columns(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", ["a", "b"])
+    image = {"bytes": [b""], "path": [None]}
+    pyarrow.parquet.write_table(
+        pa.table({"image": pa.StructArray.from_arrays(image.values(), names=list(image))}),
+        tmp_path / "validation.parquet",
+    )
+    with pytest.raises(
+        DataError, match=r"split 'validation' lacks column 'label' or 'image', which 'train' has; it has"
+    ):
+        load_source(str(tmp_path))

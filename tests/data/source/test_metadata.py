@@ -1,0 +1,144 @@
+"""Folders with metadata.csv, .jsonl or .parquet: classes as they stand there, splits by folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from hf_fasttrain.data.source.dataset import Source, load_source
+from hf_fasttrain.utils.errors import DataError
+
+# Texts of which pandas, or Arrow's JSON reader, makes numbers, dates, flags or nothing.
+LOOK_LIKE_OTHERS = ["007", "1e3", "2024-01-01", "N/A", "NA", "None", "True", "nan", "null"]
+
+
+def write(folder: Path, labels: Sequence[Any], suffix: str = "csv", *, inside: str = "") -> None:
+    """Write an image and a row of metadata for each label."""
+    (folder / inside).mkdir(parents=True, exist_ok=True)
+    names = [f"{inside}{number}.png" for number in range(len(labels))]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(folder / name)
+    file = folder / f"metadata.{suffix}"
+    rows = list(zip(names, labels, strict=True))
+    if suffix == "csv":
+        file.write_text("file_name,label\n" + "".join(f"{name},{label}\n" for name, label in rows))
+    elif suffix == "jsonl":
+        file.write_text("".join(json.dumps({"file_name": name, "label": label}) + "\n" for name, label in rows))
+    else:
+        pyarrow.parquet.write_table(pa.table({"file_name": names, "label": list(labels)}), file)
+
+
+def labels_of(source: Source) -> dict[str, str]:
+    """Return file name -> class name of both splits."""
+    found = {}
+    for split in (source.train, source.evaluation):
+        for record, label in zip(split.records(range(len(split))), split.labels, strict=True):
+            assert Path(record["path"]).is_file()
+            found[Path(record["path"]).name] = source.class_names[label]
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_classes_stand_as_they_are_in_the_file(suffix: str, tmp_path: Path) -> None:
+    labels = LOOK_LIKE_OTHERS * 2
+    write(tmp_path, labels, suffix)
+    source = load_source(str(tmp_path))
+    assert source.class_names == LOOK_LIKE_OTHERS
+    assert labels_of(source) == {f"{number}.png": label for number, label in enumerate(labels)}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_integers_are_classes_in_their_own_order(suffix: str, tmp_path: Path) -> None:
+    labels = [10, 9, 2] * 4
+    write(tmp_path, labels, suffix)
+    source = load_source(str(tmp_path))
+    assert source.class_names == ["2", "9", "10"]
+    assert labels_of(source) == {f"{number}.png": str(label) for number, label in enumerate(labels)}
+
+
+def test_lists_and_values_of_several_types_in_json(tmp_path: Path) -> None:
+    write(tmp_path, [["a"], ["b", "a"]] * 6, "jsonl")
+    assert load_source(str(tmp_path)).multi_label
+    write(tmp_path, [1, "a", True] * 4, "jsonl")
+    assert load_source(str(tmp_path)).class_names == ["1", "a", "true"]
+
+
+@pytest.mark.parametrize(("suffix", "missing"), [("csv", ""), ("jsonl", None), ("parquet", None)])
+def test_a_missing_label_is_named_with_its_row(suffix: str, missing: Any, tmp_path: Path) -> None:
+    write(tmp_path, [3, 4, missing, 3], suffix)
+    with pytest.raises(DataError, match="column 'label': row 2 has no label; take such rows out"):
+        load_source(str(tmp_path))
+
+
+def test_splits_are_folders_and_not_words_in_file_names(tmp_path: Path) -> None:
+    write(tmp_path / "train", ["a", "b"] * 3, inside="test tubes/")
+    write(tmp_path / "val", ["b", "a"], "jsonl")
+    source = load_source(str(tmp_path))
+    assert (source.train.name, len(source.train)) == ("train", 6)
+    assert (source.evaluation.name, len(source.evaluation)) == ("validation", 2)
+    assert source.evaluation.labels.tolist() == [1, 0]
+
+
+def test_one_file_may_list_the_images_of_all_splits(tmp_path: Path) -> None:
+    lines = ["file_name,kind,label"]
+    for split in ("train", "validation", "test"):
+        (tmp_path / split).mkdir()
+        for number, label in enumerate(("a", "b")):
+            Image.new("RGB", (4, 4)).save(tmp_path / split / f"{number}.png")
+            lines.append(f'{split}/{number}.png,"x, y",{label}')
+    (tmp_path / "metadata.csv").write_text("\ufeff" + "\n".join(lines) + "\n\n", encoding="utf-8")
+    source = load_source(str(tmp_path), test_split="test")
+    assert [len(split) for split in (source.train, source.evaluation, source.test or [])] == [2, 2, 2]
+
+
+MISTAKES: dict[str, tuple[str, str, str]] = {
+    "too many cells": (
+        "metadata.csv",
+        "file_name,label\na.png,a, b\n",
+        "line 2: has 3 cells, the header 2; quote cells",
+    ),
+    "no file names": (
+        "metadata.csv",
+        "name;label\na.png;b\n",
+        "no column file_name, which names the images; it has name;",
+    ),
+    "a path outside": (
+        "metadata.csv",
+        "file_name,label\n../a.png,b\n",
+        r"row 0 has file_name '\.\./a.png'; give an image",
+    ),
+    "an absolute path": (
+        "metadata.jsonl",
+        '{"file_name": "/etc/passwd", "label": 1}',
+        "row 0 has file_name '/etc/passw",
+    ),
+    "an address": ("metadata.jsonl", '{"file_name": "file:///x.png", "label": 1}', "give an image's path below"),
+    "no file name": ("metadata.csv", "file_name,label\n,b\n", "row 0 has file_name None; give an image's path below"),
+    "broken JSON": ("metadata.jsonl", '{"file_name": \n', "metadata.jsonl, line 1: not valid JSON"),
+    "no object": ("metadata.jsonl", "[1]\n", r"line 1: must be a JSON object with file_name; got \[1\]"),
+    "an open quote": ("metadata.csv", 'file_name,label\n"a.png,b\n', "can't be read as csv: unexpected end of data"),
+    "no parquet": ("metadata.parquet", "no", "can't be read as parquet"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_metadata_are_one_message(case: str, tmp_path: Path) -> None:
+    name, text, expected = MISTAKES[case]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=expected) as said:
+        load_source(str(tmp_path))
+    assert str(tmp_path) in str(said.value)
+
+
+def test_two_metadata_files_in_a_folder_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, ["a", "b"])
+    write(tmp_path, ["a", "b"], "jsonl")
+    with pytest.raises(DataError, match=r"has metadata.csv and metadata.jsonl; keep one of them"):
+        load_source(str(tmp_path))

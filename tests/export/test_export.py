@@ -1,0 +1,469 @@
+"""Finished runs exported, and opened by timm, transformers and onnxruntime where this package is not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.processes import in_child
+from PIL import Image
+from torch import nn
+
+from hf_fasttrain.data.loading.batch import Normalize
+from hf_fasttrain.data.pixels.augment import EvalTransform
+from hf_fasttrain.data.pixels.decode import read_pixels
+from hf_fasttrain.export import export, onnx_file
+from hf_fasttrain.export.export import Exported, export_run
+from hf_fasttrain.export.snippets import onnx_snippet, timm_snippet, transformers_snippet
+from hf_fasttrain.models.model import ModelSpec, Preprocessing, build_model, head_names, model_preprocessing
+from hf_fasttrain.models.saved import load_model, save_model
+from hf_fasttrain.run_folder.checkpoint import Snapshot, save_checkpoint
+from hf_fasttrain.utils.errors import RunError
+
+CLASSES = ["daisy", "dandelion", "rose's", 'sun"flower', "tulip", "été", "{g}"]
+CENTER = Preprocessing(48, interpolation="bicubic", crop_pct=0.83)
+PARTS = {  # name -> (model, preprocessing, what else its spec says)
+    "efficientnet": ("test_efficientnet", CENTER, {}),
+    "squashed vit": ("test_vit", replace(CENTER, interpolation="bilinear", crop_pct=1.0, crop_mode="squash"), {}),
+    "multi-label": ("test_resnet", replace(CENTER, std=(0.5, 0.5, 0.5)), {"multi_label": True}),
+    "small stem": (
+        "resnet18",
+        replace(CENTER, interpolation="lanczos"),
+        {"small_image_stem": True, "args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}},
+    ),
+    "hf vit": ("transformers:vit", replace(CENTER, crop_mode="center_floor"), {"multi_label": True}),
+    "hf squashed": ("transformers:vit", replace(CENTER, crop_pct=1.0, crop_mode="squash"), {}),
+    "hf convnext": ("transformers:convnext", replace(CENTER, crop_mode="center_floor"), {}),
+}
+HAS_ONNX = all(importlib.util.find_spec(name) for name in onnx_file.PACKAGES)
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
+
+# A process of its own runs programs as they are, each for some images, and answers what they print.
+RUNNER = """
+import contextlib, io, json, sys
+answers = []
+for job in json.load(sys.stdin):
+    code = compile(job["code"], "classify.py", "exec")
+    for arguments in job["runs"]:
+        sys.argv = ["classify.py", *arguments]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, {"__name__": "__main__"})
+        answers.append(printed.getvalue())
+assert "hf_fasttrain" not in sys.modules
+print(json.dumps([answers, [name for name in ("torch", "timm", "transformers") if name in sys.modules]]))
+"""
+TIMM_LOGITS = """
+import json, sys, timm, torch
+from PIL import Image, ImageOps
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+for path in sys.argv[2:]:
+    image = transform(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    with torch.inference_mode():
+        print(json.dumps(model(image[None])[0].tolist()))
+"""
+TRANSFORMERS_LOGITS = """
+import json, sys
+from transformers import pipeline
+classify = pipeline("image-classification", model=sys.argv[1])
+for path in sys.argv[2:]:
+    found = classify(path, top_k=100, function_to_apply="none")
+    by_name = {one["label"]: one["score"] for one in found}
+    print(json.dumps([by_name[name] for name in classify.model.config.id2label.values()]))
+"""
+
+
+def fresh(jobs: list[tuple[str, list[list[str]]]]) -> tuple[list[str], list[str]]:
+    """Return what programs print, each run with each list of arguments, and which big packages were imported."""
+    asked = json.dumps([{"code": code, "runs": runs} for code, runs in jobs])
+    command = [sys.executable, "-I", "-c", RUNNER]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    answers, imported = json.loads(done.stdout.splitlines()[-1])
+    return answers, imported
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return 50 small images of odd sizes: JPEGs, some of them rotated, grey, CMYK or with alpha."""
+    from sklearn.datasets import load_sample_images
+
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    whole = [Image.fromarray(image) for image in load_sample_images().images]
+    made = []
+    for number in range(50):
+        width, height = (int(side) for side in rng.integers(31, 260, 2))
+        left, top = int(rng.integers(0, 640 - width)), int(rng.integers(0, 427 - height))
+        image = whole[number % 2].crop((left, top, left + width, top + height))
+        path, options = folder / f"{number}.jpg", {}
+        if number in (3, 14):
+            exif = Image.Exif()
+            exif[0x0112] = 6 if number == 3 else 8
+            options["exif"] = exif
+        elif number in (5, 6):
+            image = image.convert("L" if number == 5 else "CMYK")
+        elif number in (7, 8, 9):
+            path = path.with_suffix(".png")
+            image = image.convert({7: "RGBA", 8: "P", 9: "LA"}[number])
+        image.save(path, **options)
+        made.append(str(path))
+    return made
+
+
+def evaluated(run: Path, photos: list[str]) -> torch.Tensor:
+    """Return the logits (B, K) that `hf-fasttrain predict` and `evaluate` have for the photos."""
+    model, spec = load_model(run / "model")
+    pre = spec.preprocessing
+    assert pre is not None
+    transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
+    normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=True)
+    pixels = np.stack([transform(read_pixels(photo)) for photo in photos])
+    with torch.inference_mode():
+        return model(normalize(torch.from_numpy(pixels)))
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the configurations of tiny transformers models."""
+    from transformers import ConvNextConfig, ViTConfig
+
+    folder = tmp_path_factory.mktemp("configs")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTConfig(**size, image_size=48, patch_size=16).save_pretrained(folder / "vit")
+    ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1]).save_pretrained(folder / "convnext")
+    return folder
+
+
+def write_run(run: Path, spec: ModelSpec, result: dict[str, Any] | None = None) -> nn.Module:
+    """Write what a finished training leaves: a model whose logits differ from image to image by units."""
+    torch.manual_seed(0)
+    model = build_model(spec).eval()
+    spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
+    assert spec.preprocessing is not None
+    with torch.no_grad():
+        logits = model(export.prepared(export.sample_photos(spec.preprocessing), spec.preprocessing))
+        for name, parameter in model.named_parameters():
+            if name.startswith(tuple(head_names(model))):
+                parameter.sub_(logits.mean(0) if name.endswith("bias") else 0).div_(logits.std(0).mean())
+    save_model(model, spec, run / "model")
+    (run / "result.json").write_text(json.dumps(result or {"steps": 4}))
+    return model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> dict[str, tuple[Path, Exported]]:
+    """Return run folder and what export says of it, for each of PARTS."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+    for name, (model, pre, options) in PARTS.items():
+        model = model.replace("transformers:", f"transformers:{configs}/")
+        write_run(folder / name, ModelSpec(model, CLASSES, 48, preprocessing=pre, **options))
+    exported = in_child(lambda: [export_run(folder / name, onnx=HAS_ONNX) for name in PARTS])
+    for name, one in zip(PARTS, exported, strict=True):
+        made[name] = (folder / name, one)
+    return made
+
+
+# --- opened by others --------------------------------------------------------------------------------------
+
+
+def require_same(got: str, expected: torch.Tensor, what: str) -> None:
+    logits = torch.tensor([json.loads(line) for line in got.splitlines()])
+    assert (logits - expected).abs().max() < 1e-4, what
+    assert torch.equal(logits.topk(5).indices, expected.topk(5).indices), what
+    assert expected.std(0).mean() > 0.1, f"{what}: the photos look all the same to it"
+
+
+def require_named(got: str, logits: torch.Tensor, multi_label: bool, what: str) -> None:
+    scores = logits.sigmoid() if multi_label else logits.softmax(0)
+    found = [line.split("  ", 1) for line in got.splitlines()]
+    assert [name for _, name in found] == [CLASSES[number] for number in scores.topk(5).indices], what
+    shown = torch.tensor([float(score) for score, _ in found])
+    assert (shown - scores.topk(5).values).abs().max() < 1e-4, what
+
+
+def test_timm_and_transformers_give_the_logits_of_evaluation(
+    runs: dict[str, tuple[Path, Exported]], photos: list[str]
+) -> None:
+    jobs: list[tuple[str, list[list[str]]]] = []
+    checks = []
+    few = [photos[number] for number in (0, 3, 7)]
+    for name, (run, exported) in runs.items():
+        expected, multi = evaluated(run, photos), bool(PARTS[name][2].get("multi_label"))
+        place = str(exported.folder)
+        programs = {
+            "timm": (TIMM_LOGITS, timm_snippet(f"local-dir:{place}", multi_label=multi)),
+            "transformers": (TRANSFORMERS_LOGITS, transformers_snippet(place)),
+        }
+        for form in set(programs) & set(exported.forms):
+            logits, snippet = programs[form]
+            jobs += [(logits, [[place, *photos]]), (snippet, [[photo] for photo in few])]
+            checks.append((f"{form}: {name}", expected, multi))
+    assert len(checks) == 9
+    answers, _ = fresh(jobs)
+    for what, expected, multi in checks:
+        require_same(answers.pop(0), expected, what)
+        for photo in few:
+            require_named(answers.pop(0), expected[photos.index(photo)], multi, what)
+
+
+@needs_onnx
+def test_onnxruntime_gives_the_logits_of_evaluation(runs: dict[str, tuple[Path, Exported]], photos: list[str]) -> None:
+    shown = "print(json.dumps(logits.tolist()))\n"
+    jobs = [
+        (onnx_snippet(f"{run}/model/model.onnx") + shown, [[photo] for photo in photos]) for run, _ in runs.values()
+    ]
+    answers, imported = fresh(jobs)
+    assert imported == []
+    for name, (run, exported) in runs.items():
+        expected, multi = evaluated(run, photos), bool(PARTS[name][2].get("multi_label"))
+        printed = [answers.pop(0).splitlines() for _ in photos]
+        require_same("\n".join(lines[-1] for lines in printed), expected, name)
+        for lines, logits in zip(printed, expected, strict=True):
+            require_named("\n".join(lines[:-1]), logits, multi, name)
+        assert exported.onnx_difference is not None
+        assert exported.onnx_difference < 1e-4
+
+
+def test_forms_and_files(runs: dict[str, tuple[Path, Exported]]) -> None:
+    onnx = ["onnx"] if HAS_ONNX else []
+    for name, (run, exported) in runs.items():
+        forms = [] if name == "small stem" else ["transformers"] if name.startswith("hf") else ["timm", "transformers"]
+        assert exported.forms == [*forms, *onnx, "hf_fasttrain"], (name, exported.notes)
+        assert (run / "model" / "config.json").exists() == (name != "small stem")
+        assert (run / "model" / "preprocessor_config.json").exists() == name.startswith("hf")
+        assert exported.folder == run / "model"
+        if name != "small stem":
+            assert exported.notes == []
+    _, stem = runs["small stem"]
+    assert stem.notes == ["timm and transformers can't build this model's small-image stem; hf_fasttrain and ONNX can"]
+
+
+def test_the_snippets_name_their_place() -> None:
+    assert 'timm.create_model("hf-hub:me/x", pretrained=True)' in timm_snippet("hf-hub:me/x")
+    assert 'model="me/x"' in transformers_snippet("me/x")
+    assert 'InferenceSession(hf_hub_download("me/x", "model.onnx")' in onnx_snippet("me/x")
+    assert 'InferenceSession("model.onnx"' in onnx_snippet()
+
+
+def test_transformers_crops_are_rounded_down(photos: list[str]) -> None:
+    from transformers import BitImageProcessorPil
+
+    size = {"size": {"shortest_edge": 57}, "crop_size": {"height": 48, "width": 48}}
+    theirs = BitImageProcessorPil(**size, resample=3, do_normalize=False, do_rescale=False)
+    ours = EvalTransform(48, "bicubic", 48 / 57.5, "center_floor")
+    for photo in photos:
+        pixels = read_pixels(photo)
+        got = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(got.transpose(1, 2, 0), ours(pixels)), photo
+
+
+def test_a_model_built_from_a_folder_is_loaded_without_it(tmp_path: Path) -> None:
+    spec = ModelSpec("test_vit", CLASSES, 48, args={"global_pool": "avg"}, preprocessing=CENTER)
+    write_run(tmp_path / "first", spec)
+    write_run(tmp_path / "second", replace(spec, name=str(tmp_path / "first" / "model"), args={}))
+    shutil.rmtree(tmp_path / "first")
+    exported = export_run(tmp_path / "second")
+    assert exported.forms == ["timm", "transformers", "hf_fasttrain"]
+    found = load_model(tmp_path / "second" / "model")[1]
+    assert (found.name, found.args) == ("test_vit", {"global_pool": "avg"})
+
+
+def test_what_others_would_misread_is_not_handed_over(
+    tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torchvision's rounding is none of transformers'; and a timm that builds something else is not let to."""
+    write_run(tmp_path / "hf", ModelSpec(f"transformers:{configs / 'vit'}", CLASSES, 48, preprocessing=CENTER))
+    exported = export_run(tmp_path / "hf")
+    assert exported.forms == ["hf_fasttrain"]
+    assert len(exported.notes) == 1
+    assert exported.notes[0].startswith("transformers gives other logits, ")
+    write_run(tmp_path / "timm", ModelSpec("test_resnet", CLASSES, 48, preprocessing=CENTER))
+    monkeypatch.setattr(export, "timm_logits", lambda folder, photos: torch.zeros(1, 2))
+    monkeypatch.setattr(export, "transformers_logits", lambda folder, photos: torch.load("no such file"))
+    exported = export_run(tmp_path / "timm")
+    assert exported.forms == ["hf_fasttrain"]
+    assert exported.notes[0] == "timm gives other logits, inf apart; hf_fasttrain opens it"
+    assert exported.notes[1].startswith("transformers can't open it ([Errno 2] No such file")
+    assert not (tmp_path / "timm" / "model" / "config.json").exists()
+    assert load_model(tmp_path / "timm" / "model")[1].name == "test_resnet"
+
+
+def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own-kind", "auto_map": auto}))
+    (folder / "own.py").write_text(OWN_CODE)
+    spec = ModelSpec(f"transformers:{folder}", CLASSES, 48, trust_remote_code=True, preprocessing=CENTER)
+    write_run(tmp_path / "run", spec)
+    for _ in range(2):  # over its own files too
+        exported = export_run(tmp_path / "run")
+    assert exported.forms == ["hf_fasttrain"]
+    assert exported.notes == [
+        "transformers opens this model with trust_remote_code=True only: it runs Python code of its own"
+    ]
+    assert (tmp_path / "run" / "model" / "own.py").exists()
+
+
+OWN_CODE = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own-kind"
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = torch.nn.Linear(3, config.num_labels)
+        self.post_init()
+    def forward(self, pixel_values):
+        return ImageClassifierOutput(logits=self.classifier(pixel_values.mean((2, 3))))
+"""
+
+
+# --- which weights, and where to ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path, configs: Path) -> Path:
+    """Return a run with checkpoints of steps 2 and 4, of which 2 was best and has a moving average."""
+    run = tmp_path / "kept"
+    spec = ModelSpec(f"transformers:{configs / 'vit'}", CLASSES, 48, preprocessing=replace(CENTER, crop_mode="squash"))
+    model = write_run(run, spec, {"steps": 4, "best": {"metric": "accuracy", "value": 0.5, "step": 2}})
+    for step in (2, 4):
+        scaled = {
+            kind: {name: (value * (step + shift)).contiguous() for name, value in model.state_dict().items()}
+            for kind, shift in (("model", 0), ("ema", 1))
+            if step == 2 or kind == "model"
+        }
+        save_checkpoint(run / "checkpoints", Snapshot(step, {}, scaled, {}))
+    return run
+
+
+@pytest.mark.parametrize(("weights", "factor"), [("best", 3), ("step_2", 3), ("step_4", 4)])
+def test_weights_of_checkpoints(kept: Path, tmp_path: Path, weights: str, factor: int) -> None:
+    exported = export_run(kept, tmp_path / "out", weights=weights)
+    assert exported.folder == tmp_path / "out"
+    was, got = (load_model(folder)[0].state_dict() for folder in (kept / "model", tmp_path / "out"))
+    assert all(torch.equal(got[name], was[name] * factor) for name in was)
+
+
+def test_the_best_evaluation_may_be_the_last(kept: Path, tmp_path: Path) -> None:
+    (kept / "result.json").write_text(json.dumps({"steps": 9, "best": {"step": 9}}))
+    export_run(kept, tmp_path / "out", weights="best")
+    files = [(folder / "model.safetensors").read_bytes() for folder in (kept / "model", tmp_path / "out")]
+    assert files[0] == files[1]
+
+
+def test_mistakes(kept: Path, tmp_path: Path) -> None:
+    def refused(text: str, run: Path = kept, output: Path | None = tmp_path / "out", **options: Any) -> None:
+        with pytest.raises(RunError, match=text) as caught:
+            export_run(run, output, **options)
+        assert "\n" not in str(caught.value)
+
+    refused(r"nowhere: no such folder; give the run folder", tmp_path / "nowhere")
+    refused(r"is no finished run, it has no model/hf_fasttrain\.json", tmp_path)
+    refused(r"no checkpoint of step 3 \(weights=step_3\); there are: step_2, step_4$", weights="step_3")
+    refused(r"weights=newest: allowed are last, best and step_N", weights="newest")
+    refused(r"model holds the weights that result\.json tells of; give another folder", output=None, weights="best")
+    marker = kept / "checkpoints" / "step_00000002" / "model.safetensors"
+    marker.write_bytes(marker.read_bytes()[:-1] + b"?")
+    refused(r"step_00000002 is damaged", weights="best")
+    other = Snapshot(6, {}, {"model": {"model.x": torch.zeros(1)}}, {})
+    save_checkpoint(kept / "checkpoints", other)
+    refused(r"step_00000006: weights of another model: ", weights="step_6")
+    shutil.rmtree(kept / "checkpoints")
+    refused(r"no checkpoint of step 2 \(weights=best\); there are: none", weights="best")
+    (kept / "result.json").write_text("{}")
+    refused(r"it has no best evaluation \(result\.json\)", weights="best")
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused(r"mine exists and is no model folder of hf_fasttrain", output=tmp_path / "mine")
+    refused(r"thesis\.txt exists and is no model folder", output=tmp_path / "mine" / "thesis.txt")
+    refused(r"below: can't be written: Not a directory", output=tmp_path / "mine" / "thesis.txt" / "below")
+    (kept / "model" / "notes.md").write_text("mine")
+    refused(r"holds files that are not export's \(notes\.md\); move them, or give another output", output=None)
+    assert (kept / "model" / "notes.md").exists()
+
+
+@needs_onnx
+def test_an_earlier_onnx_file_that_is_not_written_anew_is_named(kept: Path) -> None:
+    (kept / "model" / "model.onnx").write_bytes(b"an earlier one")
+    assert "model.onnx of an earlier export is gone; --onnx writes it anew" in export_run(kept).notes
+
+
+def test_a_folder_of_a_repository_is_not_replaced(kept: Path) -> None:
+    (kept / "model" / ".git").mkdir()
+    with pytest.raises(RunError, match=r"holds files that are not export's \(\.git\); move them"):
+        export_run(kept)
+    assert (kept / "model" / ".git").is_dir()
+
+
+def test_a_link_to_a_folder_stays_one(kept: Path, tmp_path: Path) -> None:
+    (kept / "model").rename(tmp_path / "elsewhere")
+    (kept / "model").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        export_run(kept)
+    assert (kept / "model").is_symlink()
+    assert (tmp_path / "elsewhere" / "model.safetensors").exists()
+
+
+def test_the_present_folder_is_a_place_like_others(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_fasttrain.report.report import write_report
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RunError, match="here: is the present folder, which would be replaced; give a folder in it"):
+        export_run(kept, Path("."))
+    with pytest.raises(RunError, match="the report can't be written: Is a directory"):
+        write_report([kept], Path("."))
+
+
+def test_mistakes_about_onnx(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in (kept / "model").iterdir()}
+
+    def refused(text: str) -> None:
+        with pytest.raises(RunError, match=text):
+            export_run(kept, onnx=True)
+        assert {path.name: path.read_bytes() for path in (kept / "model").iterdir()} == before
+
+    if HAS_ONNX:
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_file, "difference", lambda got, expected: math.nan)
+            in_child(lambda: refused(r"model\.onnx: onnxruntime's logits differ from torch's by nan; leave --onnx out"))
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise torch.onnx.OnnxExporterError("no such operator\nand so on")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_file, "LARGEST_BYTES", 1000)
+            refused(r"its weights are above 2 GB, the most that one ONNX file holds; leave --onnx out")
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_file, "_checked", lambda *_: 1 / 0)
+            in_child(lambda: refused(r"model\.onnx: onnxruntime can't run this model \(division by zero\)"))
+        monkeypatch.setattr(torch.onnx, "export", fails)
+        refused(r"torch can't export this model to ONNX \(no such operator.*\); leave --onnx out")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'hf_fasttrain\[onnx\]'")
+
+
+@needs_onnx
+def test_the_terminal_stays_clean(kept: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    in_child(lambda: export_run(kept, onnx=True))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,340 @@
+"""What training will take of memory is forecast, and on a CPU decides how a step is cut."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.processes import in_child, run_processes
+from helpers.runs import exit_status
+from torch import nn
+
+from hf_fasttrain import load_recipe
+from hf_fasttrain.from_recipe import micro_batch
+from hf_fasttrain.from_recipe.accelerator import local_processes
+from hf_fasttrain.from_recipe.assemble import Parts
+from hf_fasttrain.from_recipe.auto import evaluation_batch_size
+from hf_fasttrain.from_recipe.build import build_parts, build_unwritten
+from hf_fasttrain.models.memory_forecast import (
+    Activations,
+    Forecast,
+    equal_pieces,
+    evaluation_bytes,
+    measure_activations,
+    most_images,
+)
+from hf_fasttrain.models.model import freeze_backbone
+from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.train.optim import state_share
+from hf_fasttrain.train.out_of_memory import free_cached_memory
+from hf_fasttrain.utils import environment
+from hf_fasttrain.utils.environment import free_memory_bytes, resident_bytes
+
+CPU = torch.device("cpu")
+GB = 10**9
+
+
+def measured(model: nn.Module, size: int = 32, **options: Any) -> Activations:
+    return measure_activations(model, size, 3, device=CPU, **{"autocast": nullcontext, **options})
+
+
+def bf16() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1000), nn.ReLU(), nn.Linear(1000, 3))
+    found = measured(model, size=8)
+    assert found.fixed == 0
+    # The images, the rectified activations, which two operations keep, log-probabilities and targets of the loss.
+    assert found.per_image == pytest.approx(4 * (192 + 1000 + 3 + 3), abs=8)
+    assert found.workspace_per_image == pytest.approx(2 * 4 * (1000 + 1000))
+
+
+def test_copies_of_weights_do_not_grow_with_the_images() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1000), nn.ReLU(), nn.Linear(1000, 3))
+    found = measured(model, size=8, autocast=bf16)
+    assert found.fixed == 2 * 3 * 1000  # the second layer's, for the gradient of what comes before
+    assert found.per_image == pytest.approx(2 * (192 + 1000), rel=0.05)
+
+
+def test_nothing_is_changed_by_it() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3, drop_path_rate=0.5).eval()
+    model.compile(backend=lambda graph, inputs: pytest.fail("it was compiled"))
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    model.layer1.train()
+    assert measured(model).per_image > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [model.training, model.layer1.training, model.layer2.training] == [False, True, False]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Leaving(nn.Module):
+    """Replaces a buffer, counts its calls and draws from every source of random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 3, 3), 0
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls, self.seen = self.calls + 1, self.seen + 1
+        assert random.random() + np.random.rand() < 2
+        return self.conv(images).mean((2, 3))
+
+
+def test_nor_is_what_a_forward_replaces_counts_or_draws() -> None:
+    model = Leaving()
+    states = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+    assert measured(model).per_image > 0
+    assert (model.calls, float(model.seen)) == (0, 0.0)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]) == states
+
+
+def test_frozen_and_checkpointed_models_keep_less() -> None:
+    whole, frozen, checkpointed = (timm.create_model("test_vit", num_classes=3, img_size=32) for _ in range(3))
+    freeze_backbone(frozen)
+    checkpointed.set_grad_checkpointing(True)
+    kept = measured(whole)
+    assert measured(frozen).per_image < kept.per_image / 20
+    assert measured(frozen).workspace_per_image == kept.workspace_per_image
+    assert measured(checkpointed).per_image < kept.per_image / 2
+    assert measured(checkpointed).workspace_per_image > 2 * kept.workspace_per_image  # a layer is made once more
+
+
+@pytest.mark.parametrize(("name", "share"), [("sgd", 1), ("adamw", 2), ("lion", 1), ("adafactor", 0.01)])
+def test_an_optimizers_state_is_known_before_it_is_made(name: str, share: float) -> None:
+    assert state_share(name, momentum=0.9, args={}) == pytest.approx(share, abs=0.01)
+    assert state_share("momentum", momentum=0.0, args={}) == 0
+
+
+class Wide(nn.Module):
+    """Keeps 1 MB for each image of 16 px in each of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.layers = nn.Linear(3, 3), nn.Sequential(*(nn.Sigmoid() for _ in range(12)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        wide = self.head(images[:, :, 0, 0]).repeat(1, 87_000)
+        return self.layers(wide).view(len(images), 3, -1).mean(2)
+
+
+def leave_a_grown_heap() -> torch.Tensor:
+    """Let the heap keep 200 MB that nothing is in any more, as earlier work does; hold the tensor that comes back."""
+    with suppress(AttributeError, OSError):  # glibc's M_MMAP_THRESHOLD: blocks below 32 MB lie in the heap
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)
+    *blocks, last = [torch.ones(5 << 20) for _ in range(11)]  # the last one lies above the others
+    del blocks
+    return last
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_what_the_heap_keeps_of_earlier_work_is_not_counted(write_recipe: Callable[..., Path]) -> None:
+    def grown() -> tuple[int, int]:
+        found = [resident_in_forecast(load_recipe(write_recipe())), resident_bytes()]
+        last = leave_a_grown_heap()
+        kept = resident_bytes() - found[1]
+        counted = resident_in_forecast(load_recipe(write_recipe())) - found[0]
+        return kept, counted - last.nbytes
+
+    kept, counted = in_child(grown)
+    assert kept > 150 * 10**6
+    assert counted < 50 * 10**6
+
+
+def resident_in_forecast(recipe: Recipe) -> int:
+    forecast = build_parts(recipe).forecast
+    assert forecast is not None
+    return forecast.resident
+
+
+def peak_and_forecast() -> tuple[int, int]:
+    kept = leave_a_grown_heap()
+    model = Wide().train()
+    activations = measured(model, size=16)
+    free_cached_memory(CPU)  # else what training takes would partly be there already, and not count as growth
+    forecast = Forecast(resident_bytes(), 0, 0, 0, 0, activations, 0, 0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    loss = model(torch.randn(8, 3, 16, 16)).sum()
+    loss.backward()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    assert len(kept)
+    return peak - forecast.resident, forecast.to_come(8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+def test_a_process_takes_what_was_forecast() -> None:
+    peak, forecast = in_child(peak_and_forecast)
+    assert peak > 50e6
+    assert forecast == pytest.approx(peak, rel=0.25)
+
+
+# --- the rule ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "largest", "size"),
+    [(256, 64, 64), (256, 38, 32), (250, 64, 50), (254, 64, 64), (100, 64, 50), (7, 4, 4), (255, 64, 64), (6, 2, 2),
+     (2, 2, 2), (1, 2, 2), (10, 100, 10), (96, 34, 32)],
+)  # fmt: skip
+def test_the_fewest_equal_even_pieces(images: int, largest: int, size: int) -> None:
+    assert equal_pieces(images, largest) == size
+
+
+def test_as_many_pixels_whatever_the_image_size() -> None:
+    assert [most_images(size) for size in (224, 112, 448, 1024, 4096, 32)] == [64, 256, 16, 4, 2, 3136]
+
+
+@pytest.fixture
+def parts_with(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Parts]:
+    """Return a function that builds a recipe's parts on a machine with so much free memory."""
+
+    def build(free: int, *overrides: str) -> Parts:
+        monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: free)
+        loaded = load_recipe(write_recipe(), ["train.batch_size=256", "accelerate.mixed_precision=no", *overrides])
+        return build_parts(loaded)
+
+    return build
+
+
+def least(parts: Parts, images: int) -> int:
+    assert parts.forecast is not None
+    return parts.forecast.needed(images)
+
+
+def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_with: Callable[..., Parts]) -> None:
+    enough = parts_with(1000 * GB)
+    assert enough.order.micro_batch_size == 256
+    assert not [note for note in enough.settings.notes if "micro_batch" in note]
+    free = 2 * least(enough, 70)
+    parts = parts_with(free)
+    assert parts.order.micro_batch_size == 64
+    assert least(parts, 64) <= free // 2 < least(parts, 128)
+    assert parts.accelerator.gradient_accumulation_steps == 4
+    fact = parts.settings.all()["accelerate.micro_batch_size"]
+    assert "the fewest equal pieces of 256 images of at most" in fact.origin
+    assert "half of the " in fact.origin
+    (note,) = [note for note in parts.settings.notes if "micro_batch" in note]
+    assert note.startswith("accelerate.micro_batch_size=auto: a step's 256 images are made in micro-batches of 64")
+    assert "batch norm takes its statistics over 64 images" in note
+    assert parts.settings.all()["memory_forecast_bytes"].value == parts.forecast.peak(64)  # type: ignore[union-attr]
+
+
+def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batch, "most_images", lambda size: 66)
+    parts = parts_with(1000 * GB, "model.name=test_vit")
+    assert parts.order.micro_batch_size == 64
+    assert not [
+        note for note in parts.settings.notes if "micro_batch" in note
+    ]  # no batch norm: nothing is learnt by it
+    whole = parts_with(1000 * GB, "model.name=test_vit", "data.eval_fraction=0.96")  # 71 images are less than a step
+    assert whole.order.micro_batch_size == 36
+
+
+def test_a_wish_is_never_changed_but_told_if_memory_is_too_short(parts_with: Callable[..., Parts]) -> None:
+    for wish, size in (("accelerate.micro_batch_size=128", 128), ("accelerate.gradient_accumulation_steps=1", 256)):
+        parts = parts_with(1 << 20, wish)
+        assert parts.order.micro_batch_size == size
+        (note,) = [note for note in parts.settings.notes if "micro_batch" in note]
+        assert note.startswith(f"accelerate.micro_batch_size={size}: training will take about ")
+        assert "1.05 MB are free" in note
+        assert not [note for note in parts_with(1000 * GB, wish).settings.notes if "micro_batch" in note]
+
+
+def alone(model: nn.Module, micro_batch_size: int) -> int:
+    """Return how many images evaluation takes at once where nothing is trained."""
+    memory = micro_batch.evaluation_memory(model, 32, CPU)
+    return int(evaluation_batch_size(micro_batch_size=micro_batch_size, **memory).value)
+
+
+def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_with(1000 * GB, "model.name=test_vit", "train.batch_size=8")
+    build_unwritten(parts, keep_pixels=False)
+    assert parts.settings.all()["evaluate.batch_size"].value == 32
+    per_image = evaluation_bytes(parts.model, 32, CPU)
+    state = least(parts, 0) - parts.forecast.activations.fixed  # type: ignore[union-attr]
+    parts = parts_with(2 * (state + 10 * per_image), "model.name=test_vit", "train.batch_size=8")
+    build_unwritten(parts, keep_pixels=False)
+    assert 2 <= parts.settings.all()["evaluate.batch_size"].value <= 10
+    assert "half of the free memory is enough" in parts.settings.all()["evaluate.batch_size"].origin
+    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 20 * per_image)
+    assert 1 <= alone(parts.model, 64) <= 10
+    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: GB)
+    assert alone(parts.model, 64) == 64
+
+
+def sizes(recipe: str) -> tuple[int, int]:
+    rank = os.environ["RANK"]
+    micro_batch.free_memory_bytes = lambda: (1000 if rank == "0" else 1) * GB // 4
+    parts = build_parts(load_recipe(recipe, ["train.batch_size=1024", "data.image_size=64"]))
+    return parts.order.micro_batch_size, local_processes()
+
+
+def test_processes_share_the_memory_and_cut_alike(write_recipe: Callable[..., Path]) -> None:
+    first, second = run_processes(sizes, str(write_recipe()))
+    assert first == second
+    assert first[0] < 512
+    assert first[1] == 2
+
+
+def test_check_prints_the_forecast(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["check", str(write_recipe()), "ema={decay: 0.9}"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("memory of a training process", "weights and buffers", "gradients", "state of the optimizer",
+                 "moving average", "activations kept for backward, 16", "in all", "free now"):  # fmt: skip
+        assert part in printed
+
+
+def test_pixels_are_not_kept_in_the_memory_that_training_will_take(parts_with: Callable[..., Parts]) -> None:
+    from hf_fasttrain.from_recipe.cache_plan import CachePlanner
+
+    parts = parts_with(1000 * GB)
+    alone, beside = (CachePlanner(parts.recipe, parts.settings, parts.accelerator, needed) for needed in (0, 4 * GB))
+    assert alone._room("memory") - beside._room("memory") == pytest.approx(2 * GB, abs=0.5 * GB)
+
+
+# --- what is free ------------------------------------------------------------------------------------------
+
+
+def group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("memory_", "memory.")).write_text(f"{text}\n")
+
+
+def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "GROUPS", tmp_path)
+    monkeypatch.setattr(environment, "OWN_GROUPS", tmp_path / "own")
+    everything = free_memory_bytes()
+    assert everything > 0
+    (tmp_path / "own").write_text("4:memory:/job/part\n3:cpu:/\n0::/\n")
+    stat = "cache 9\ntotal_inactive_file 300000\ntotal_active_file 200000\n"
+    group(tmp_path / "memory" / "job" / "part", memory_limit_in_bytes=2**62, memory_usage_in_bytes=1000000)
+    assert free_memory_bytes() > everything // 2
+    group(tmp_path / "memory" / "job", memory_limit_in_bytes=9000000, memory_usage_in_bytes=1000000, memory_stat=stat)
+    assert free_memory_bytes() == 8000000 + 300000 + 100000  # cached files are given up
+    (tmp_path / "own").write_text("0::/job\n")
+    group(tmp_path / "job", memory_max="max", memory_high="max", memory_current=1000000)
+    assert free_memory_bytes() > everything // 2
+    group(tmp_path / "job", memory_max=9000000, memory_stat="inactive_file 300000\nanon 5\n")
+    assert free_memory_bytes() == 8300000
+    group(tmp_path / "job", memory_high=6000000)
+    assert free_memory_bytes() == 5300000
+    group(tmp_path / "job", memory_current=7000000)
+    assert free_memory_bytes() == 0

@@ -1,0 +1,273 @@
+"""The doctor: planted delays are found and named, sums are right, verdicts say what was measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.fake_arms import FACTS, ready
+from helpers.runs import exit_status
+from rich.console import Console
+
+from hf_fasttrain.data.loading import prefetch
+from hf_fasttrain.data.pixels import augment, prepare
+from hf_fasttrain.study import doctor as study
+from hf_fasttrain.study import trial
+from hf_fasttrain.study.arm_process import Starter
+from hf_fasttrain.study.bench import Arm, Measurement
+from hf_fasttrain.study.doctor import Doctor, doctor, lines, print_diagnosis
+from hf_fasttrain.study.doctor_diagnosis import Diagnosis, best_advice, split_loading, split_step
+from hf_fasttrain.study.messages import Asked, Report, Turn, Wishes
+from hf_fasttrain.study.stopwatch import PHASES, STAGES
+from hf_fasttrain.study.techniques import Hardware
+from hf_fasttrain.study.trial import Trial
+from hf_fasttrain.train.update import Update
+from hf_fasttrain.utils.errors import RunError
+
+CPU = Hardware(gpu=False, bf16=True, compiler=True)
+TEXT = """
+model: {name: test_resnet}
+data: {dataset: digits, image_size: 32, workers: 1, cache: none}
+augment: {mixup: 0.2}
+train: {duration: 2 epochs, batch_size: 16}
+"""
+DELAY = 0.02
+
+
+def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+    def slower(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(DELAY)
+        return function(*args, **kwargs)
+
+    return slower
+
+
+def watch(*overrides: str, steps: int = 4) -> Report:
+    """Return what a watched training's second turn reports."""
+    looked = Trial(Asked(TEXT, "small.yaml", "small", overrides), Wishes(watched=True))
+    reports: list[Report] = []
+
+    def next_turn(report: Report | None) -> Turn | None:
+        if report is not None:
+            reports.append(report)
+        return [Turn(min_steps=3), Turn(min_steps=steps, max_steps=steps), None][len(reports)]
+
+    looked.run(next_turn)
+    return reports[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("stage", "owner", "name", "per_image"),
+    [
+        ("decode", prepare, "read_pixels", True),
+        ("augment", augment.TrainTransform, "_crop", True),
+        ("collate", prefetch, "_pixels", False),
+    ],
+)
+def test_a_delay_in_the_loader_is_found(
+    stage: str, owner: Any, name: str, per_image: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
+    report = watch(f"data.workers={workers}")
+    stages = split_loading(report)
+    planted = DELAY if per_image else DELAY / 16
+    assert max(stages, key=lambda each: stages[each]) == stage
+    assert stages[stage] == pytest.approx(planted, rel=0.5, abs=0.002)
+    assert stages[stage] >= 0.95 * planted
+    if per_image or not workers:  # otherwise a worker is ahead
+        assert report.wait_seconds > 0.3 * report.seconds
+
+
+def test_a_delay_in_the_optimizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Update, "__call__", slow(Update.__call__))
+    _, phases = split_step(watch())
+    assert max(phases, key=lambda each: phases[each]) == "optimizer"
+    assert DELAY <= phases["optimizer"] < 2 * DELAY
+
+
+def test_phases_add_up_to_the_step() -> None:
+    report = watch(steps=12)
+    seconds, phases = split_step(report)
+    assert sum(phases.values()) == pytest.approx(seconds, rel=0.05)
+    assert set(phases) == set(PHASES)
+    assert phases["other"] < 0.25 * seconds
+    assert min(phases[name] for name in ("copy", "forward", "backward", "optimizer")) > 0
+    assert set(report.stages) == set(STAGES)
+    assert report.stage_images >= 12 * 16 - 16
+
+
+def test_kept_pixels_are_read_not_decoded() -> None:
+    looked = Trial(Asked(TEXT, "small.yaml", "small", ("data.cache=memory", "data.workers=0")), Wishes(watched=True))
+    reports: list[Report] = []
+
+    def next_turn(report: Report | None) -> Turn | None:
+        if report is not None:
+            reports.append(report)
+        return [Turn(min_steps=looked.ready.period), Turn(min_steps=4), None][len(reports)]
+
+    looked.run(next_turn)
+    first, later = map(split_loading, reports)
+    assert first["decode"] > first["read"]
+    assert later["decode"] == 0
+    assert later["read"] > 0
+
+
+# --- the arithmetic ----------------------------------------------------------------------------------------
+
+
+def measurement(name: str, seconds: float, **values: Any) -> Measurement:
+    rounds = {number: seconds * (1 + 0.001 * number) for number in range(6)}
+    arm = Arm(name, (name,) if "=" in name else ())
+    return Measurement(arm, ready=ready(), rounds=rounds, host_bytes=2**30, **values)
+
+
+def diagnosis(**changes: Any) -> Diagnosis:
+    base = measurement("as it is", 1 / 700)
+    tried = [measurement("data.cache=memory", 1 / 5200), measurement("data.workers=4", 1 / 705)]
+    values: dict[str, Any] = {
+        "ready": ready(facts={**FACTS, "data.workers": 2}),
+        "images_per_second": base.images_per_second,
+        "step_seconds": 0.045,
+        "images_per_step": 32.0,
+        "phases": {
+            "wait": 0.028,
+            "copy": 0.001,
+            "forward": 0.005,
+            "backward": 0.009,
+            "optimizer": 0.001,
+            "other": 0.001,
+        },
+        "stages": {"read": 0.0002, "decode": 0.002, "augment": 0.0006, "collate": 0.0},
+        "loader_alone": 700.0,
+        "compute_alone": 1900.0,
+        "wait_fraction": 0.63,
+        "device_bytes": 0,
+        "host_bytes": 2**30,
+        "total_seconds": base.forecast(base.seconds_per_image),
+        "tried": tuple(tried),
+        "advice": tuple(best_advice(base, tried, {"data.cache=memory": "from the second epoch on"})),
+    }
+    return Diagnosis(**{**values, **changes})
+
+
+def test_a_loader_that_is_too_slow_gets_its_sentence() -> None:
+    assert diagnosis().verdict == (
+        "The model takes 1,900 images/s, the loader gives 700 on 2 workers: 63% waiting, most of the loader's time for "
+        "decoding (2.00 ms an image, 71%); `data.cache=memory` gives 5,187 here."
+    )
+
+
+def test_a_model_that_is_the_limit_gets_its_sentence() -> None:
+    found = diagnosis(wait_fraction=0.01, compute_alone=710.0, loader_alone=4000.0, advice=())
+    assert found.verdict == (
+        "The model is the limit: it takes 710 images/s, the loader could give 4,000 on 2 workers; 1% waiting, most of "
+        "a step for the backward pass (9.0 of 45.0 ms); none of 2 overrides that were tried is faster."
+    )
+
+
+def test_halves_that_slow_each_other_down_are_told_apart() -> None:
+    found = diagnosis(wait_fraction=0.0, compute_alone=1500.0, loader_alone=1200.0, advice=())
+    assert "; together they come to 698 only: they share the processor's cores; none of 2 overrides" in found.verdict
+
+
+def test_forecasts_follow_from_the_pace() -> None:
+    found = diagnosis()
+    assert found.epoch_seconds == pytest.approx(1000 / 700, rel=0.01)
+    assert found.total_seconds == pytest.approx(100 * 1000 / 700, rel=0.01)
+    text = "\n".join(lines(found))
+    assert "Memory: 1.07 GB of the host" in text
+    assert "data.cache=memory (from the second epoch on): 5,187 images/s, 7.43 (7.43 - 7.43) times as fast" in text
+    assert "Tried without gain: data.workers=4: 703 images/s" in text
+    assert "GB of the GPU" in "\n".join(lines(replace(found, device_bytes=2**31)))
+
+
+def test_advice_is_never_noise() -> None:
+    base = measurement("as it is", 0.01)
+    noisy = measurement("data.workers=8", 0.01)
+    noisy.rounds = dict(enumerate([0.008, 0.012, 0.007, 0.013, 0.009, 0.0095]))
+    failed = replace(measurement("data.workers=9", 0.001), failed="out of memory")
+    sure = [measurement(f"data.workers={n}", 0.01 / n) for n in (2, 3, 4)]
+    found = best_advice(base, [noisy, failed, *sure], {})
+    assert [advice.text for advice in found] == ["data.workers=4", "data.workers=3"]
+
+
+def test_everything_is_plain_values() -> None:
+    values = json.loads(json.dumps(diagnosis().as_json()))
+    assert values["advice"][0]["overrides"] == ["data.cache=memory"]
+    assert sum(values["phases_seconds"].values()) == pytest.approx(values["step_seconds"])
+
+
+def test_tables_are_printed(tmp_path: Path) -> None:
+    console = Console(width=160, record=True, file=(tmp_path / "x").open("w"))
+    print_diagnosis(console, diagnosis())
+    text = console.export_text()
+    assert "waiting for images" in text
+    assert "decoding" in text
+
+
+# --- the whole examination ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an examination take less time than it is worth."""
+    for name, turn in (("LOOK", Turn(3, 0.4)), ("HALF", Turn(3, 0.2)), ("TRY", Turn(2, 0.1))):
+        monkeypatch.setattr(study, name, turn)
+
+
+def test_a_slow_decoder_is_found_by_the_whole_examination(
+    forked_arms: None, short_turns: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In real processes, forked from this one so that they have the planted delay; keeping pixels is advised."""
+    monkeypatch.setattr(prepare, "read_pixels", slow(prepare.read_pixels))
+    monkeypatch.setattr(trial, "SAMPLE_IMAGES", 64)
+    asked = Asked(TEXT, "small.yaml", "small", ("train.batch_size=4", "model.name=test_vit"))
+    with Starter(asked, on_gpu=False) as start:
+        found = Doctor(start, CPU, 2, seconds=1.0, tell=lambda text: None).examine()
+    assert found.is_waiting
+    assert found.largest_stage == "decode"
+    assert "waiting, most of the loader's time for decoding" in found.verdict
+    assert ("data.cache=memory",) in [advice.overrides for advice in found.advice]
+    assert found.loader_alone < 1 / DELAY * 1.2  # one worker
+    assert found.compute_alone > found.loader_alone
+
+
+def test_a_recipe_that_cant_run_here_is_one_message(forked_arms: None) -> None:
+    asked = Asked(TEXT, "small.yaml", "small", ("model.name=no_such_model",))
+    with (
+        Starter(asked, on_gpu=False) as start,
+        pytest.raises(RunError, match=r"can't be examined here: .*"),
+    ):
+        Doctor(start, CPU, 2, seconds=1.0, tell=lambda text: None).examine()
+
+
+def test_a_trace_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match=r"--trace .*: .* is no folder; give another file"):
+        doctor(None, CPU, seconds=1, tell=print, trace=tmp_path / "missing" / "t.json")  # type: ignore[arg-type]
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(RunError, match=r"--trace .*: can't be written; give another file"):
+        doctor(None, CPU, seconds=1, tell=print, trace=tmp_path / "t.json")  # type: ignore[arg-type]
+
+
+def test_the_command_line_examines(
+    tmp_path: Path,
+    write_recipe: Callable[..., Path],
+    forked_arms: None,
+    short_turns: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe, trace = str(write_recipe(TEXT)), tmp_path / "trace.json"
+    assert exit_status(["doctor", recipe, "--seconds", "1", "--json", "--trace", str(trace)]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["compute_alone_images_per_second"] > 0
+    assert "traceEvents" in trace.read_text()
+    assert exit_status(["doctor", recipe, "accelerate.mixed_precision=fp16"]) == 2
+    said = capsys.readouterr().err
+    assert "fp16 needs a GPU" in said
+    assert "Traceback" not in said

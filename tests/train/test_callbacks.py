@@ -1,0 +1,206 @@
+"""Callbacks: called on every process in the order given, saved with checkpoints, and named when they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.processes import run_processes
+from helpers.runs import steps_of
+from test_running import own
+
+from hf_fasttrain import Trainer
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, read_state
+from hf_fasttrain.run_folder.result import Result
+from hf_fasttrain.train.callbacks import METHODS, Callback, CallbackError, StepReport
+from hf_fasttrain.utils.errors import RunError, Stopped
+
+CALLED: list[tuple[Any, ...]] = []
+
+
+class Watching(Callback):
+    """Notes what it is called with."""
+
+    name = "a"
+
+    def before_step(self, trainer: Trainer, step: int) -> None:
+        CALLED.append((self.name, "before_step", step))
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        assert report.loss.shape == ()
+        assert report.grad_norm is not None
+        CALLED.append((self.name, "after_step", report.step, report.num_images, report.lr))
+
+    def after_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        assert trainer.state.metrics is metrics
+        CALLED.append((self.name, "after_evaluation", trainer.state.step))
+
+    def after_save(self, trainer: Trainer, path: Path) -> None:
+        assert path in complete_checkpoints(path.parent)
+        CALLED.append((self.name, "after_save", path.name))
+
+    def finished(self, trainer: Trainer, result: Result) -> None:
+        assert trainer.output_dir is not None
+        assert json.loads((trainer.output_dir / "result.json").read_text())["steps"] == result.steps
+        CALLED.append((self.name, "finished", result.steps))
+
+    def failed(self, trainer: Trainer, error: BaseException) -> None:
+        CALLED.append((self.name, "failed", type(error).__name__))
+
+    def close(self) -> None:
+        CALLED.append((self.name, "close"))
+
+
+class Watching2(Watching):
+    """Another one."""
+
+    name = "b"
+
+
+def calls(folder: Path) -> list[tuple[Any, ...]]:
+    CALLED.clear()
+    options = {"checkpoint_every": "2 steps", "evaluate_every": "3 steps", "lr": 0.5}
+    own(folder, steps=3, callbacks=[Watching(), Watching2()], **options).fit()
+    return list(CALLED)
+
+
+def test_callbacks_are_called_on_every_process_in_their_order(tmp_path: Path) -> None:
+    alone = calls(tmp_path / "one")
+    first, second = run_processes(calls, tmp_path / "two")
+    assert [name for name, *_ in alone[:4]] == ["a", "b", "a", "b"]
+    assert [call[1:] for call in alone if call[0] == "a"] == [call[1:] for call in alone if call[0] == "b"]
+    mine = [call[1:] for call in alone if call[0] == "a" and call[1] != "after_save"]
+    steps = [(("before_step", n), ("after_step", n, 8, 0.5)) for n in (1, 2, 3)]
+    assert mine == [*sum(steps, ()), ("after_evaluation", 3), ("finished", 3), ("close",)]
+    assert first == second
+    images = [(*call[:3], 16, 0.5) if call[1] == "after_step" else call for call in alone if call[1] != "after_save"]
+    assert [call for call in first if call[1] != "after_save"] == images
+    for found in (alone, first):  # when they are on disk, which may be a step later
+        assert [call[2] for call in found if call[:2] == ("a", "after_save")] == ["step_00000002", "step_00000003"]
+
+
+class Counting:
+    """Counts steps; no subclass of Callback."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        self.steps.append(report.step)
+        if report.step == 3 and not trainer.state.resumed_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+class Stateful(list[Any]):
+    """A loader that can be resumed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def counted(folder: Path, *callbacks: Any, resume: bool = False) -> Trainer:
+    data = [(torch.randn(8, 3, 2, 2), torch.arange(8) % 3)] * 3
+    trainer = own(folder, callbacks=callbacks, checkpoint_every="6 steps", train_loader=Stateful(data))
+    if resume:
+        trainer.restore()
+    return trainer
+
+
+def test_the_state_of_callbacks_is_resumed(tmp_path: Path) -> None:
+    first, second = Counting(), Counting()
+    with pytest.raises(Stopped):
+        counted(tmp_path, first, second).fit()
+    saved = complete_checkpoints(tmp_path / "checkpoints")[-1]
+    state = {"steps": [1, 2, 3]}  # the evaluation after them was broken off
+    assert read_state(saved)["callbacks"] == {"Counting": state, "Counting 2": state}
+    again = Counting()
+    trainer = counted(tmp_path, again, Watching(), resume=True)
+    assert trainer.log.notes == [
+        "callback Counting 2: the checkpoint has a state of it, but it is not among the trainer's callbacks"
+    ]
+    trainer.fit()
+    assert again.steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_saved_without_callbacks_is_resumed_with_some(tmp_path: Path) -> None:
+    counted(tmp_path, Watching()).fit()
+    again = Counting()
+    trainer = counted(tmp_path, again, resume=True)
+    assert trainer.log.notes == ["callback Counting: the checkpoint has no state of it; it begins anew"]
+    assert again.steps == []
+
+
+@pytest.mark.parametrize("method", ["before_step", "after_step", "after_evaluation", "after_save", "state_dict"])
+def test_a_callback_that_fails_while_training_is_named_and_ends_it(method: str, tmp_path: Path) -> None:
+    CALLED.clear()
+    broken = type("Broken", (), {method: lambda *_: {}["a key"]})()
+    with pytest.raises(CallbackError) as caught:
+        own(tmp_path, callbacks=[broken, Watching()], checkpoint_every="2 steps", evaluate_every="2 steps").fit()
+    assert str(caught.value) == f"callback Broken.{method} failed: KeyError: 'a key'"
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert caught.value.status == 1
+    assert CALLED[-2:] == [("a", "failed", "CallbackError"), ("a", "close")]
+    assert own().fit().steps == 6
+
+
+@pytest.mark.parametrize("method", ["finished", "close"])
+def test_a_run_is_finished_before_a_callback_that_fails_ends_the_program(method: str, tmp_path: Path) -> None:
+    CALLED.clear()
+    broken = type("Broken", (), {method: lambda *_: {}["a key"]})()
+    with pytest.raises(CallbackError, match=rf"callback Broken.{method} failed: KeyError: 'a key'"):
+        own(tmp_path, callbacks=[broken, Watching()], report=True).fit()
+    assert (tmp_path / "report.html").exists()
+    assert CALLED[-2:] == [("a", "finished", 6), ("a", "close")]
+    assert steps_of(tmp_path)[-1] == 6
+
+
+def test_a_callback_that_fails_after_an_error_does_not_hide_it(tmp_path: Path) -> None:
+    broken = type("Broken", (), dict.fromkeys(("failed", "close"), lambda *_: {}["a key"]))()
+    ending = type("Ending", (), {"before_step": lambda *_: (_ for _ in ()).throw(ZeroDivisionError)})()
+    trainer = own(tmp_path, callbacks=[broken, ending])
+    with pytest.raises(CallbackError, match=r"Ending.before_step failed: ZeroDivisionError"):
+        trainer.fit()
+    assert trainer.log.notes == [
+        f"callback Broken.{method} failed: KeyError: 'a key'" for method in ("failed", "close")
+    ]
+
+
+def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
+    for state in ({"a": torch.zeros(1)}, {1: "a"}, {"a": (1, 2)}):
+        broken = type("Broken", (), {"state_dict": lambda *_, state=state: state})()
+        with pytest.raises(CallbackError, match=r"Broken.state_dict failed: TypeError: it is not of plain values"):
+            own(tmp_path / str(len(str(state))), callbacks=[broken]).fit()
+
+
+def test_what_has_no_method_of_a_callback_is_refused() -> None:
+    class Misspelt(Callback):
+        def after_evaluate(self) -> None:
+            """Does nothing."""
+
+    for wrong in (Misspelt(), print):
+        with pytest.raises(RunError, match=r"callbacks\[1\] is \w+, which has none of the methods of a callback"):
+            own(callbacks=[Watching(), wrong])
+    assert METHODS == (
+        "before_step", "after_step", "after_evaluation", "after_save", "finished", "failed", "close", "state_dict",
+        "load_state_dict",
+    )  # fmt: skip
+
+
+def test_a_recipe_is_trained_with_callbacks(write_recipe: Any, tmp_path: Path) -> None:
+    CALLED.clear()
+    Trainer.from_recipe(write_recipe(), [f"output_dir={tmp_path / 'run'}"], callbacks=[Watching()]).fit()
+    assert CALLED[-2:] == [("a", "finished", 2), ("a", "close")]

@@ -1,0 +1,167 @@
+"""Metrics of the evaluate library that raise: refused before training, left out later, the run kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.metric_module import MODULE
+from helpers.processes import run_processes
+from helpers.runs import exit_status
+from torch import nn
+
+from hf_fasttrain import Trainer, Watch
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
+from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.train.evaluation import Evaluator
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.metrics import ExternalMetrics
+from hf_fasttrain.utils.errors import RecipeError
+
+
+@pytest.fixture
+def write_metric(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that writes a metric with the given body and returns its path."""
+
+    def write(name: str, body: str, kind: str = "number") -> str:
+        folder = tmp_path / "metrics" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        text = MODULE.replace("BODY", body.replace("\n", "\n        ")).replace("KIND", kind)
+        (folder / f"{name}.py").write_text(text)
+        return str(folder)
+
+    return write
+
+
+BROKEN = {
+    "f1_of_two": ('return {"f1": float(f1_score(references, predictions))}', "ValueError: Target is multiclass"),
+    "f1_of_each": (
+        'return {"f1": f1_score(references, predictions, average=None)}',
+        r"TypeError: it gives \{'f1': array\(.*where one number is needed",
+    ),
+    "nothing": ("return {}", r"it gives \{\}, where one number is needed"),
+    "no_message": ("raise KeyError", "of 3 classes: KeyError; leave it out"),
+    "no_such_name": ("return undefined", "NameError: name 'undefined' is not defined"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_metric_that_fails_is_refused_before_training(name: str, write_metric: Callable[..., str]) -> None:
+    body, expected = BROKEN[name]
+    metric = write_metric(name, body)
+    with pytest.raises(RecipeError, match=f"evaluate.metrics: '{name}' fails on 6 images with one label .*{expected}"):
+        Evaluator(Accelerator(cpu=True), 3, external=[metric])
+
+
+def test_a_metric_that_suits_the_number_of_classes_is_kept(write_metric: Callable[..., str]) -> None:
+    metric = write_metric("f1_of_two", BROKEN["f1_of_two"][0])
+    assert Evaluator(Accelerator(cpu=True), 2, external=[metric]).external.take_failures() == []
+    shape = write_metric("shape", "return {'places': np.array(predictions).shape[1]}", "datasets.Sequence(number)")
+    external = ExternalMetrics([shape])
+    external.try_out(4, multi_label=True)
+    external.update(torch.zeros(2, 4), torch.zeros(2, 4))
+    assert external.compute() == {"shape": 4.0}
+    with pytest.raises(RecipeError, match="'shape' fails on 8 images with one label each of 4 classes"):
+        external.try_out(4, multi_label=False)
+
+
+def test_the_command_line_refuses_it_in_one_message(
+    write_metric: Callable[..., str], write_recipe: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    metric = write_metric("f1_of_two", BROKEN["f1_of_two"][0])
+    arguments = [f"evaluate.metrics=[accuracy, {metric}]", f"output_dir={tmp_path / 'run'}"]
+    assert exit_status([str(write_recipe()), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "error: evaluate.metrics: 'f1_of_two' fails on 20 images with one label each of 10 classes" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_metric_that_raises_when_it_is_imported_is_refused(write_metric: Callable[..., str]) -> None:
+    metric = write_metric("broken_import", "pass")
+    Path(metric, "broken_import.py").write_text("import evaluate\nraise RuntimeError()\n")
+    with pytest.raises(RecipeError, match=r"broken_import' is not built in .*can't be loaded .*: RuntimeError"):
+        ExternalMetrics([metric])
+
+
+def moody(write_metric: Callable[..., str], counter: Path, failing: set[int]) -> str:
+    """Return a metric that is its number of calls, and raises in some of them; the first is the try before training."""
+    body = f"counter = Path({str(counter)!r})\ncalls = len(counter.read_text()) if counter.exists() else 0\n"
+    body += "counter.write_text('x' * (calls + 1))\n"
+    body += f"if calls in {failing!r}:\n    raise ValueError(f'no value in call {{calls}}')\nreturn {{'calls': calls}}"
+    return write_metric("moody", body)
+
+
+def train(metric: str, output_dir: Path, **options: Any) -> tuple[Any, Trainer]:
+    """Train a linear model for 4 steps with an evaluation after each."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    data = [(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))] * 4
+    accelerator = Accelerator(cpu=True)
+    trainer = Trainer(
+        model,
+        data,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        accelerator=accelerator,
+        evaluator=Evaluator(accelerator, 3, external=[metric]),
+        eval_loader=data[:1],
+        evaluate_every="1 step",
+        checkpoint_every="4 steps",
+        output_dir=output_dir,
+        report=False,
+        log=RunLog(output_dir, show=False),
+        **options,
+    )
+    return trainer.fit(), trainer
+
+
+def test_a_metric_that_raises_while_training_is_named_once_and_left_out(
+    write_metric: Callable[..., str], tmp_path: Path
+) -> None:
+    metric = moody(write_metric, tmp_path / "calls", {2, 3})
+    result, _ = train(metric, tmp_path / "run")
+    assert result.steps == 4
+    assert [note for note in result.notes if "moody" in note] == [
+        "metric 'moody' could not be computed and is left out: ValueError: no value in call 2"
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("moody") for line in lines if line["kind"] == "evaluation"] == [1, None, None, 4]
+    assert all("accuracy" in line for line in lines if line["kind"] == "evaluation")
+    assert len(complete_checkpoints(tmp_path / "run" / "checkpoints")) >= 1
+
+
+def test_a_watched_metric_that_raises_ends_neither_the_run_nor_its_best(
+    write_metric: Callable[..., str], tmp_path: Path
+) -> None:
+    metric = moody(write_metric, tmp_path / "calls", {2, 3, 4})
+    watch = {"best": Watch("moody", "max"), "early_stopping": Watch("moody", "max", patience=1)}
+    result, trainer = train(metric, tmp_path / "run", **watch)
+    assert (result.steps, result.stopped_early) == (4, False)
+    assert result.best is not None
+    assert (result.best["value"], result.best["step"]) == (1.0, 1)
+    said = [note for note in result.notes if "moody" in note]
+    assert said[1:] == ["'moody' is watched; evaluations without it are not compared with the best"]
+    assert trainer.is_finished
+
+
+def failing_on_the_last_process(metric: str) -> tuple[dict[str, float], list[str]]:
+    accelerator = Accelerator(cpu=True)
+    external = ExternalMetrics([metric])
+    external.update(torch.eye(3), torch.arange(3))
+    if accelerator.process_index == 1:
+        external.modules["calls"].compute = None
+    return external.compute(Processes(accelerator).gather), external.take_failures()
+
+
+def test_what_raises_on_one_process_is_left_out_on_all(write_metric: Callable[..., str]) -> None:
+    metric = write_metric("calls", "return {'calls': len(predictions)}")
+    for values, failures in run_processes(failing_on_the_last_process, metric):
+        assert values == {}
+        assert failures == [
+            "metric 'calls' could not be computed and is left out: TypeError: 'NoneType' object is not callable"
+        ]

@@ -1,0 +1,250 @@
+"""With which weights a run ends: its last ones, or those of its best evaluation; and how later commands choose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.processes import reset_accelerate, run_processes
+from helpers.runs import RECIPE, exit_status, raise_losses, steps_of, weights
+from PIL import Image
+from safetensors.torch import load_file
+
+from hf_fasttrain.export.export import export_run
+from hf_fasttrain.inference import evaluate_run, predict_images
+from hf_fasttrain.report.record import read_record
+from hf_fasttrain.report.sections import page_of_run
+from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE, Predictions
+from hf_fasttrain.train.trainer import Trainer
+from hf_fasttrain.utils.errors import RunError
+
+SMALL = [
+    "data.eval_fraction=0.05",
+    "train.duration=4 steps",
+    "evaluate.every=1 step",
+    "optimizer.lr=1e-2",
+    "schedule.name=constant",
+]
+BEST = "checkpoint={final: best, every: 1 step, best: {metric: loss}}"
+
+pytestmark = pytest.mark.usefixtures("rising_loss")  # the first evaluation is the best
+
+
+def make(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Trainer:
+    reset_accelerate()
+    return Trainer.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"], resume=resume)
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "result.json").read_text()))
+
+
+def checkpoint(run: Path, step: int, kind: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{kind}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of 4 steps that ended with the weights of the first one, the best; its report is not drawn."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "small.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patched:
+        raise_losses(patched)
+        patched.setattr("hf_fasttrain.report.report.write_page", lambda runs: None)
+        make(folder / "small.yaml", folder / "run", BEST, "log.report=true").fit()
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """Return a copy of a run of 4 steps that ended with the weights of the first one, the best."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_the_run_ends_with_the_best_weights_and_their_figures(run: Path) -> None:
+    result = result_of(run)
+    assert result["model"] == {"weights": "best", "step": 1, "ema": False}
+    assert same(weights(run), checkpoint(run, 1))
+    assert result["metrics"] == result["best"]["metrics"]
+    assert (result["metrics"]["loss"], result["best"]["step"]) == (1.0, 1)
+    assert (result["last"]["metrics"]["loss"], result["last"]["step"], result["steps"]) == (4.0, 4, 4)
+    predictions = Predictions.load(run / PREDICTIONS_FILE)
+    assert predictions.step == 1
+    right = (predictions.labels == predictions.predicted).float().mean().item()
+    assert right == pytest.approx(result["metrics"]["accuracy"])
+
+
+def test_the_moving_average_is_the_best_one_s(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    trainer = make(write_recipe(), tmp_path / "run", BEST, "ema={decay: 0.5}")
+    trainer.fit()
+    average = checkpoint(tmp_path / "run", 1, "ema")
+    assert same(weights(tmp_path / "run"), average)
+    assert same({**trainer.trained_model.state_dict()}, average)
+
+
+def test_the_last_weights_stay_by_default(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make(write_recipe(), run, "checkpoint.best.metric=loss").fit()
+    result = result_of(run)
+    assert result["model"] == {"weights": "last", "step": 4, "ema": False}
+    assert same(weights(run), checkpoint(run, 4))
+    assert result["metrics"] == result["last"]["metrics"] != result["best"]["metrics"]
+
+
+def test_early_stopping_ends_with_the_best_weights(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopping = ["early_stopping={metric: loss, patience: 2 steps}", "train.duration=9 steps"]
+    make(write_recipe(), run, *stopping, "checkpoint.best.metric=loss").fit()
+    result = result_of(run)
+    assert (result["stopped_early"], result["steps"], result["model"]["step"]) == (True, 3, 1)
+    make(write_recipe(), run, *stopping, "checkpoint={final: last, best: {metric: loss}}", resume=True).fit()
+    assert result_of(run)["model"] == {
+        "weights": "last",
+        "step": 3,
+        "ema": False,
+    }  # it may change when the run is resumed
+    assert same(weights(run), checkpoint(run, 3))
+
+
+def test_a_longer_training_goes_on_from_the_last_weights(
+    run: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    longer = ["train.duration=6 steps", "checkpoint.keep=9"]
+    make(write_recipe(), run, BEST, *longer, resume=True).fit()
+    make(write_recipe(), tmp_path / "whole", BEST, *longer).fit()
+    assert steps_of(run)[-1] == 6
+    for step in (4, 6):
+        assert same(checkpoint(run, step), checkpoint(tmp_path / "whole", step))
+
+
+def test_nothing_is_saved_with_the_best_weights_as_if_they_were_the_last(run: Path, write_recipe: Any) -> None:
+    before = checkpoint(run, 4)
+    trainer = make(write_recipe(), run, BEST, resume=True)
+    trainer.fit()
+    trainer._saved_at = -1
+    trainer.save()
+    assert trainer.checkpoints is not None
+    trainer.checkpoints.wait()
+    assert same(checkpoint(run, 4), before)
+
+
+@pytest.mark.parametrize("fault", ["gone", "damaged"])
+def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
+    run: Path, write_recipe: Callable[..., Path], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "checkpoints" / "step_00000001"
+    if fault == "gone":
+        (path / "COMPLETE").unlink()
+    else:
+        content = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    result = make(write_recipe(), run, BEST, resume=True).fit()
+    assert result.model == {"weights": "last", "step": 4, "ema": False}
+    assert result.metrics == result.last["metrics"]
+    assert same(weights(run), checkpoint(run, 4))
+    said = f"the best evaluation's weights can't be had: checkpoint {path} is {fault}"
+    assert said in capsys.readouterr().out
+    assert any(said in note for note in result.notes)
+    assert (
+        make(write_recipe(), run, BEST, resume=True).final_step == 4
+    )  # nothing is owed, and the ending not made again
+
+
+def test_all_processes_measure_the_best_weights(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe()
+
+    def train() -> dict[str, Any]:
+        make(recipe, tmp_path / "run", BEST, "train.duration=2 steps").fit()
+        trainer = make(recipe, tmp_path / "run", BEST, "train.duration=2 steps", resume=True)
+        trainer.fit()
+        return {name: tensor.clone() for name, tensor in trainer.trained_model.state_dict().items()}
+
+    one, two = run_processes(train)
+    assert same(one, two)
+    assert same(weights(tmp_path / "run"), one)
+    assert same(weights(tmp_path / "run"), checkpoint(tmp_path / "run", 1))
+
+
+def test_test_metrics_are_those_of_the_model(
+    write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path
+) -> None:
+    image_folder.joinpath("validation").rename(image_folder / "test")
+    data = [f"data.dataset={image_folder}", "data.eval_fraction=0.3", "data.test_split=test"]
+    result = make(write_recipe(), tmp_path / "run", *data, BEST).fit()
+    assert result.test_metrics is not None
+    measured = evaluate_run(tmp_path / "run", split="test")
+    assert measured["accuracy"] == pytest.approx(result.test_metrics["accuracy"])
+
+
+def test_another_metric_may_choose_when_the_run_is_resumed(
+    run: Path, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(write_recipe(), run, "checkpoint={final: best, best: {metric: accuracy}}", resume=True)
+    assert trainer.state.best is not None
+    assert trainer.state.best["metric"] == "accuracy"
+    assert trainer.state.best["value"] == result_of(run)["best"]["metrics"]["accuracy"]
+    assert "best evaluation: accuracy decides now, loss did before" in capsys.readouterr().out
+
+
+# --- which weights later commands use ------------------------------------------------------------------------
+
+
+def test_commands_take_the_weights_asked_for(run: Path, tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 200).save(tmp_path / "a.png")
+    scores = {
+        weights: predict_images(run, [str(tmp_path / "a.png")], weights=weights)[0]["classes"][0]["score"]
+        for weights in (None, "best", "last", "step_4", "step_3")
+    }
+    assert scores[None] == scores["best"]
+    assert scores["last"] == scores["step_4"] != scores["best"]
+    assert scores["step_3"] not in (scores["best"], scores["last"])
+    last = result_of(run)["last"]["metrics"]
+    assert evaluate_run(run, weights="last")["accuracy"] == pytest.approx(last["accuracy"])
+    export_run(run, tmp_path / "last", weights="last")
+    assert same(load_file(tmp_path / "last" / "model.safetensors"), checkpoint(run, 4))
+    export_run(run, weights="best")  # those that RUN/model has
+    with pytest.raises(RunError, match=r"model holds the weights that result\.json tells of; give another folder"):
+        export_run(run, weights="last")
+
+
+def test_weights_that_are_nowhere_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"run: no checkpoint of step 2 \(weights=step_2\); there are: step_1, step_3"):
+        predict_images(run, [str(run)], weights="step_2")
+    with pytest.raises(RunError, match="weights=newest: allowed are last, best and step_N"):
+        evaluate_run(run, weights="newest")
+    with pytest.raises(RunError, match=r"model: has no result\.json that tells which weights are last; give the run"):
+        predict_images(run / "model", [str(run)], weights="last")
+
+
+# --- what is said ----------------------------------------------------------------------------------------------
+
+
+def test_the_closing_lines_say_which_weights_lie_in_the_model_folder(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    base = ["train", str(write_recipe()), *SMALL, f"output_dir={run}"]
+    assert exit_status([*base, BEST, "train.duration=2 steps"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the run ends with the weights of step 1, its best evaluation" in said
+    assert (
+        "the classifier: weights of the best evaluation, step 1 (loss 1.0000); the last, step 2 (loss 2.0000)" in said
+    )
+    assert f"hf-fasttrain export {run} --weights last --output FOLDER" in said
+
+
+def test_the_report_says_that_a_best_of_several_flatters(run: Path) -> None:
+    page = page_of_run(read_record(run))
+    (note,) = [note for note in page.notes if "flatter" in note]
+    assert "the best of 4 evaluations by loss: as the best of 4, its figures on held-out" in note
+    (tile,) = [remark for name, _, remark in page.tiles if name == "accuracy"]
+    assert tile.startswith("at best (step 1), ")

@@ -1,0 +1,256 @@
+"""A loop of one's own over `running` and `iterate`: however it is left, nothing is held and the next one starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+import pytest
+import torch
+from helpers.processes import reset_accelerate
+from helpers.runs import steps_of, weights
+from nbclient import NotebookClient
+from torch import nn
+
+from hf_fasttrain import Trainer
+from hf_fasttrain.run_folder import lock
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
+
+SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "train.duration=4 steps", "evaluate.every=4 steps"]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+
+
+def own(folder: Path | None = None, steps: int = 6, **options: Any) -> Trainer:
+    """Return a trainer of own objects."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(24, 3, 2, 2), torch.arange(24) % 3
+    data = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 24, 8)]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    options = {"eval_loader": data, "num_classes": 3, "report": False, "log": RunLog(folder, show=False), **options}
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.1), options.pop("train_loader", data)
+    return Trainer(model, loader, optimizer, duration=f"{steps} steps", output_dir=folder, **options)
+
+
+def held() -> list[Any]:
+    """Return what a running trainer holds of this process, in values that can be compared."""
+    threads = [thread.name for thread in threading.enumerate() if thread.name in ("checkpoint", "hub")]
+    children = [child.pid for child in psutil.Process().children()]
+    return [dict(lock._held), [signal.getsignal(number) for number in SIGNALS], threads, children]
+
+
+def test_a_loop_of_ones_own_trains_as_fit_does(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={tmp_path / 'fit'}"]).fit()
+    reset_accelerate()
+    trainer = Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={tmp_path / 'loop'}"])
+    seen = []
+    with trainer.running():
+        for step in trainer.iterate():
+            seen.append((step.step, step.num_images, float(step.loss)))
+        result = trainer.finish()
+    assert [number for number, _, _ in seen] == [1, 2, 3, 4]
+    assert result.steps == 4
+    assert not result.stopped_early
+    expected, got = weights(tmp_path / "fit"), weights(tmp_path / "loop")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_a_step_is_yielded_after_all_that_is_due(tmp_path: Path) -> None:
+    trainer = own(tmp_path / "run", checkpoint_every="2 steps", evaluate_every="2 steps")
+    with trainer.running():
+        for step in trainer.iterate():
+            assert trainer.state.step == step.step
+            assert trainer.state.evaluated_at == step.step - step.step % 2 or step.step < 2
+            assert trainer.checkpoints is not None
+            trainer.checkpoints.wait()
+            assert steps_of(tmp_path / "run")[-1:] == [step.step - step.step % 2][: step.step // 2]
+
+
+class OwnError(Exception):
+    """What a loop raises."""
+
+
+@pytest.mark.parametrize("way", ["break", "exception", "Ctrl-C", "SIGTERM"])
+def test_however_a_loop_is_left_nothing_is_held_and_the_next_trainer_starts(
+    way: str, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    before = held()
+    trainer = Trainer.from_recipe(write_recipe(), [*SMALL, "data.workers=1", f"output_dir={tmp_path / 'run'}"])
+    raised: dict[str, type[BaseException]] = {"exception": OwnError, "Ctrl-C": KeyboardInterrupt, "SIGTERM": Stopped}
+    caught: BaseException | None = None
+    try:
+        with trainer.running():
+            assert held() != before
+            for step in trainer.iterate():
+                if step.step == 2 and way == "break":
+                    break
+                if step.step == 2 and way == "exception":
+                    raise OwnError
+                if step.step == 2:
+                    os.kill(os.getpid(), signal.SIGINT if way == "Ctrl-C" else signal.SIGTERM)
+                assert step.step < 3  # the next step is made, and saved
+    except (OwnError, KeyboardInterrupt, Stopped) as error:
+        caught = error  # with its traceback, as a notebook keeps it
+    assert isinstance(caught, raised.get(way, type(None)))
+    assert held() == before
+    if isinstance(caught, Stopped):
+        assert steps_of(tmp_path / "run") == [3]
+        assert (caught.step, caught.status) == (3, 130 if way == "Ctrl-C" else 75)
+        assert caught.result is not None
+        assert caught.result.steps == 3
+        assert str(caught).startswith(f"stopped by {way} after step 3 of 4; it is saved: resume=True")
+    assert own(tmp_path / "next").fit().steps == 6
+    del trainer, caught
+
+
+def test_a_run_that_was_left_by_break_can_be_finished(tmp_path: Path) -> None:
+    trainer = own(tmp_path / "run", checkpoint_every="6 steps", evaluate_every="6 steps")
+    with trainer.running():
+        for step in trainer.iterate():
+            if step.step == 2:
+                break
+        for step in trainer.iterate():  # goes on where the first loop was left
+            assert step.step == 3
+            break
+        result = trainer.finish()
+    assert (result.steps, result.stopped_early, steps_of(tmp_path / "run")) == (3, True, [3])
+    assert result.metrics["accuracy"] >= 0
+    assert torch.equal(weights(tmp_path / "run")["1.weight"], trainer.raw_model[1].weight)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_fit_goes_on_where_a_loop_was_left() -> None:
+    trainer, whole = own(), own()
+    with trainer.running():
+        for step in trainer.iterate():
+            if step.step == 3:
+                break
+    assert trainer.fit().steps == 6
+    whole.fit()
+    assert torch.equal(trainer.raw_model[1].weight, whole.raw_model[1].weight)
+
+
+def test_trainers_run_one_after_the_other(tmp_path: Path) -> None:
+    first, second = own(tmp_path / "first"), own()
+    with first.running():
+        with pytest.raises(
+            RunError, match=r"is running in this process already \(output_dir .*first\); end its running\(\)"
+        ):
+            second.fit()
+        with pytest.raises(RunError, match="is running in this process already"), first.running():
+            pass
+        assert first.finish().steps == 0
+    assert second.fit().steps == 6
+
+
+def test_a_loop_outside_of_running_is_refused() -> None:
+    trainer = own()
+    for call in (trainer.iterate, trainer.finish):
+        with pytest.raises(RunError, match=rf"{call.__name__}\(\) outside of running\(\): use it as `with trainer"):
+            call()
+    with trainer.running():
+        trainer.finish()
+        with pytest.raises(RunError, match=r"iterate\(\) outside of running\(\)"):
+            trainer.iterate()
+
+
+def test_a_signal_after_the_last_step_is_given_on() -> None:
+    trainer = own()
+    with pytest.raises(KeyboardInterrupt) as caught, trainer.running():  # noqa: PT012 - a loop
+        for step in trainer.iterate():
+            if step.step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert not isinstance(caught.value, Interrupted)
+
+
+def test_fit_that_is_stopped_raises_and_python_is_told_how_to_go_on(tmp_path: Path) -> None:
+    """No SystemExit: a program of one's own decides what comes next."""
+
+    class Signalled:
+        def before_step(self, trainer: Trainer, step: int) -> None:
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped) as caught:
+        own(tmp_path / "run", callbacks=[Signalled()]).fit()
+    assert isinstance(caught.value, Exception)
+    assert not isinstance(caught.value, SystemExit | KeyboardInterrupt)
+    assert str(caught.value) == (
+        "stopped by SIGTERM after step 2 of 6; it is saved: resume=True (or Trainer.restore()) goes on"
+    )
+    assert caught.value.result is not None
+    assert (caught.value.cause, caught.value.step, caught.value.result.steps) == ("SIGTERM", 2, 2)
+
+
+def loop_and_tell(pipe: int) -> None:
+    """Loop until Ctrl-C comes, and tell what became of it."""
+    trainer = own()
+    try:
+        with trainer.running():
+            for step in trainer.iterate():
+                os.write(pipe, b"%d\n" % step.step)
+                while step.step == 3 and not trainer.signals.received:
+                    time.sleep(0.01)
+    except KeyboardInterrupt as error:
+        os.write(pipe, f"{type(error).__name__}: {error}\n".encode())
+
+
+def test_ctrl_c_comes_up_in_the_loop_of_another_process() -> None:
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            loop_and_tell(writes)
+        finally:
+            os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as lines:
+        assert [next(lines) for _ in range(3)] == ["1\n", "2\n", "3\n"]
+        os.kill(child, signal.SIGINT)
+        told = lines.read()
+    os.waitpid(child, 0)
+    assert told == "Interrupted: stopped by Ctrl-C after step 4 of 6; nothing is saved without an output_dir\n"
+
+
+CELLS = [
+    """
+import os, signal, threading
+import torch
+from hf_fasttrain import Trainer
+
+def make():
+    model = torch.nn.Linear(4, 2)
+    data = [(torch.randn(8, 4), torch.arange(8) % 2)] * 6
+    return Trainer(model, data, torch.optim.SGD(model.parameters(), lr=0.1))
+
+handler, trainer = signal.getsignal(signal.SIGINT), make()
+""",
+    """
+with trainer.running():
+    for step in trainer.iterate():
+        os.kill(os.getpid(), signal.SIGINT)
+""",
+    """
+assert signal.getsignal(signal.SIGINT) == handler
+assert trainer.state.step == 2
+print("steps:", make().fit().steps)
+""",
+]
+
+
+def test_ctrl_c_in_a_notebook_is_a_keyboard_interrupt_and_the_next_cell_trains() -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in CELLS])
+    NotebookClient(notebook, kernel_name="python3", allow_errors=True, timeout=60).execute()
+    outputs = [[output for output in cell.outputs if output.get("name") != "stderr"] for cell in notebook.cells]
+    assert [output["evalue"] for output in outputs[1] if output["output_type"] == "error"] == [
+        "stopped by Ctrl-C after step 2 of 6; nothing is saved without an output_dir"
+    ]
+    assert not [output for cell in (outputs[0], outputs[2]) for output in cell if output["output_type"] == "error"]
+    assert "steps: 6" in "".join(output.get("text", "") for output in outputs[2])

@@ -1,0 +1,338 @@
+"""Signals, clocks and launchers that end: the step is finished, the state saved, and the processes agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.processes import reset_accelerate, run_processes
+from helpers.runs import steps_of, weights
+from torch import Tensor
+
+from hf_fasttrain import Trainer
+from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.run_folder.checkpoint import read_state
+from hf_fasttrain.train.evaluation import Evaluator
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.stop import StopRequests, StopSignals
+from hf_fasttrain.utils.errors import Stopped
+
+SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "augment.mixup=0.5", "log.every=1", "ema={decay: 0.9}"]
+RARELY = ["checkpoint.every=1000 steps", "evaluate.every=1000 steps"]
+
+
+class Signalled(Trainer):
+    """Sends signals to itself in the middle of a step."""
+
+    at: dict[int, list[int]] = {}  # noqa: RUF012 - step index -> signals
+    process = 0
+
+    def train_step(self, step: Step) -> Tensor:
+        if self.accelerator.process_index == self.process:
+            for number in self.at.get(step.index, []):
+                os.kill(os.getpid(), number)
+        return super().train_step(step)
+
+
+def signalled(
+    recipe: Path, run: Path, at: dict[int, list[int]], *overrides: str, resume: bool = False, process: int = 0
+) -> Trainer:
+    reset_accelerate()
+    Signalled.at, Signalled.process = at, process
+    return Signalled.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"], resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
+    ids=lambda value: str(getattr(value, "name", value)),
+)
+def test_a_signal_finishes_the_step_saves_and_resume_goes_on(
+    number: int, code: int, write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["train.duration=6 steps", *RARELY]
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.raises(Stopped) as caught:
+        signalled(write_recipe(), tmp_path / "cut", {3: [number]}, *options).fit()
+    assert caught.value.status == code
+    assert caught.value.step == 4
+    assert steps_of(tmp_path / "cut") == [4]
+    assert before == {n: signal.getsignal(n) for n in before}
+    assert "after step 4 of 6; it is saved: resume=True (or Trainer.restore()) goes on" in capsys.readouterr().out
+    assert not (tmp_path / "cut" / "result.json").exists()
+    result = signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
+    assert result.resumed_at == [4]
+    signalled(write_recipe(), tmp_path / "whole", {}, *options).fit()
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Return the exit status of a forked process that does something; negative for a signal."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            work()
+            status = 0
+        except Stopped as error:
+            status = error.status
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_second_ctrl_c_leaves_at_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    at = {1: [signal.SIGINT, signal.SIGINT]}
+    assert in_child(lambda: signalled(write_recipe(), tmp_path / "run", at, *RARELY) and None) == 0
+    assert in_child(lambda: signalled(write_recipe(), tmp_path / "two", at, *RARELY).fit() and None) == -signal.SIGINT
+    assert steps_of(tmp_path / "two") == []
+
+
+def test_ctrl_c_is_heard_during_a_long_operation(tmp_path: Path) -> None:
+    """Python's handlers run after it only; the second Ctrl-C must not wait for that."""
+    child = os.fork()
+    if not child:
+        size = 6000  # one thread needs many seconds for the product; the factors are made before
+        left, right = torch.ones(size, size), torch.ones(size, 4 * size)
+        with StopSignals(lambda cause: (tmp_path / "told").write_text(cause) and None):
+            (tmp_path / "ready").touch()
+            torch.mm(left, right)
+        os._exit(0)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert (tmp_path / "told").read_text() == "Ctrl-C"
+
+
+def test_a_signal_to_all_processes_of_a_run_leaves_the_workers_to_finish_the_step(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As a terminal sends Ctrl-C, and schedulers SIGTERM: to the loader's workers too."""
+
+    class Group(Signalled):
+        def train_step(self, step: Step) -> Tensor:
+            if step.index == 2:
+                os.killpg(os.getpgid(0), signal.SIGTERM)
+                time.sleep(0.2)
+            return super().train_step(step)
+
+    def work() -> None:
+        os.setsid()
+        overrides = [*SMALL, *RARELY, "train.duration=60 steps", "data.workers=2", f"output_dir={tmp_path / 'run'}"]
+        Group.from_recipe(write_recipe(), overrides).fit()
+
+    assert in_child(work) == 75
+    assert steps_of(tmp_path / "run") == [3]
+
+
+def stop_one_of_two(recipe: str, run: str, at: int) -> tuple[int, int]:
+    options = ["train.duration=80 steps", "train.batch_size=8", *RARELY]
+    try:
+        signalled(Path(recipe), Path(run), {at: [signal.SIGTERM]}, *options, process=1).fit()
+    except Stopped as stopped:
+        return stopped.step, stopped.status
+    raise AssertionError("not stopped")
+
+
+def test_processes_stop_after_the_same_step_at_most_ten_after_the_signal(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, second = run_processes(stop_one_of_two, str(write_recipe()), str(tmp_path / "run"), 13)
+    assert first == second
+    assert first[1] == 75
+    assert 14 <= first[0] <= 24
+    assert steps_of(tmp_path / "run") == [first[0]]
+
+
+def stop_in_the_middle(recipe: str, run: str, at: int | None, resume: bool) -> int:
+    """Two processes with batch norm, whose running statistics differ between the points where they are averaged."""
+    options = ["model.name=test_resnet", "train.duration=8 steps", "evaluate.every=4 steps", "checkpoint.every=4 steps"]
+    signals = {} if at is None else {at: [signal.SIGTERM]}
+    trainer = signalled(Path(recipe), Path(run), signals, *options, resume=resume)
+    try:
+        return trainer.fit().steps
+    except Stopped as stopped:
+        return stopped.step
+
+
+def test_saving_out_of_turn_changes_no_statistics(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, cut = str(write_recipe()), str(tmp_path / "cut")
+    run_processes(stop_in_the_middle, recipe, str(tmp_path / "whole"), None, False)
+    (stopped, _) = run_processes(stop_in_the_middle, recipe, cut, 1, False)
+    assert stopped not in (4, 8)
+    assert run_processes(stop_in_the_middle, recipe, cut, None, True) == [8, 8]
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert any("running_var" in name for name in expected)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_minutes_on_the_clock(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("hf_fasttrain.train.stop.time.monotonic", lambda: now[0])
+
+    class Slow(Trainer):
+        def train_step(self, step: Step) -> Tensor:
+            now[0] += 25
+            return super().train_step(step)
+
+    overrides = [*SMALL, "train.duration=7 steps", "evaluate.every=7 steps", f"output_dir={tmp_path / 'run'}"]
+    Slow.from_recipe(write_recipe(), [*overrides, "checkpoint={every: 1 minute, keep: 9}"]).fit()
+    assert steps_of(tmp_path / "run") == [3, 6, 7]
+
+
+def save_by_clock_of_main(recipe: str, run: str) -> None:
+    class Slow(Trainer):
+        def train_step(self, step: Step) -> Tensor:
+            if self.accelerator.is_main_process:
+                time.sleep(0.05)
+            return super().train_step(step)
+
+    overrides = [*SMALL, "train.duration=30 steps", "evaluate.every=30 steps", f"output_dir={run}"]
+    Slow.from_recipe(recipe, [*overrides, "checkpoint={every: 0.008 minutes, keep: 9}"]).fit()
+
+
+def test_the_main_process_tells_the_minutes(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    run_processes(save_by_clock_of_main, str(write_recipe()), str(tmp_path / "run"))
+    assert 2 <= len(steps_of(tmp_path / "run")) <= 9
+
+
+def test_an_evaluation_that_is_broken_off_is_made_first_on_resuming(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["train.duration=6 steps", "evaluate.every=3 steps", "checkpoint.every=100 steps"]
+    signalled(write_recipe(), tmp_path / "whole", {}, *options).fit()
+    trainer = signalled(write_recipe(), tmp_path / "cut", {}, *options)
+    evaluate = Evaluator.__call__
+
+    def interrupted(self: Evaluator, *args: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return evaluate(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", interrupted)
+        with pytest.raises(Stopped) as caught:
+            trainer.fit()
+    assert caught.value.step == 3
+    signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
+    lines = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
+    resumed = read_state(tmp_path / "cut" / "checkpoints" / "step_00000003")
+    assert resumed["state"]["evaluated_at"] == 3  # saved anew, with what was found
+    evaluations = [[(line["step"], line["loss"]) for line in run if line["kind"] == "evaluation"] for run in lines]
+    assert evaluations[0] == evaluations[1]
+    assert [step for step, _ in evaluations[0]] == [3, 6]
+    best = [json.loads((tmp_path / run / "result.json").read_text())["best"] for run in ("whole", "cut")]
+    assert best[0] == best[1]
+
+
+def test_a_launcher_that_dies_counts_as_a_signal(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """`accelerate launch` passes no SIGTERM on: its training process would go on, and nobody would know."""
+    status = tmp_path / "status"
+
+    def train() -> None:
+        overrides = [*SMALL, *RARELY, "train.duration=500 steps", f"output_dir={tmp_path / 'run'}"]
+        trainer = Trainer.from_recipe(write_recipe(), overrides)
+        trainer.signals._parent = os.getppid()
+        (tmp_path / "ready").touch()
+        trainer.fit()
+
+    def launcher() -> None:
+        if not os.fork():
+            try:
+                train()
+            except Stopped as error:
+                status.write_text(str(error.status))
+            finally:
+                os._exit(0)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+
+    assert in_child(launcher) == 0
+    for _ in range(600):
+        if status.exists() and status.read_text():
+            break
+        time.sleep(0.1)
+    assert status.read_text() == "75"
+    assert len(steps_of(tmp_path / "run")) == 1
+
+
+def test_launched_processes_know_their_parent() -> None:
+    assert StopSignals(launched=True)._parent == os.getppid()
+    assert StopSignals(launched=True).received == 0
+    assert StopSignals()._parent is None
+
+
+def test_fit_again_goes_on_with_the_next_batch_of_an_own_loader() -> None:
+    seen: list[int] = []
+
+    class Numbered(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            seen.append(index)
+            return torch.randn(2, 3, 2, 2), torch.tensor([0, 1])
+
+    class Once(Trainer):
+        def train_step(self, step: Step) -> Tensor:
+            if step.index == 2 and not self.state.resumed_at:
+                self.state.resumed_at.append(2)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().train_step(step)
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    loader = torch.utils.data.DataLoader(Numbered(), batch_size=None)
+    options: dict[str, Any] = {"duration": "9 steps", "log": RunLog(show=False)}
+    trainer = Once(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    trainer.fit()
+    assert seen == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+
+
+class Two:
+    """Two processes of which one always asks for nothing."""
+
+    several, is_main, number, index = True, True, 2, 0
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+
+    def largest(self, *numbers: int) -> list[int]:
+        self.exchanges += 1
+        return list(numbers)
+
+
+def test_slow_steps_are_agreed_on_one_by_one_and_fast_ones_at_most_ten_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("hf_fasttrain.train.stop.time.monotonic", lambda: now[0])
+    for seconds, most in ((3.0, 30), (0.001, 5)):
+        two = Two()
+        requests = StopRequests(two, StopSignals())  # type: ignore[arg-type]
+        asked_at = []
+        for step in range(1, 31):
+            now[0] += seconds
+            before = two.exchanges
+            assert not requests.at_step(step)
+            if two.exchanges > before:
+                asked_at.append(step)
+        assert len(asked_at) <= most
+        assert max(b - a for a, b in zip([0, *asked_at], [*asked_at, 31], strict=True)) <= 10
