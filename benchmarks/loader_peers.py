@@ -339,8 +339,8 @@ def our_dataset(options: Options) -> Any:
 
 def ours(options: Options, arm: str) -> Epochs:
     """This project's loader as its Trainer reads it: all epochs in one go, the next one begun while one ends."""
-    from hf_fasttrain.from_recipe.assemble import build_train_loader
-    from hf_fasttrain.from_recipe.build import build_parts
+    from hf_fasttrain.from_recipe.parts import build_parts
+    from hf_fasttrain.from_recipe.trainer import build_train_loader
     from hf_fasttrain.recipe.load import parse_recipe
 
     recipe = parse_recipe(RECIPE, recipe_overrides(options, arm), where="benchmarks/loader.py", name="loader")

@@ -98,10 +98,10 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
     import timm
     import torch
 
-    import hf_fasttrain.from_recipe.build  # all that from_recipe would import on the clock
+    import hf_fasttrain.from_recipe.parts  # all that from_recipe would import on the clock
     from hf_fasttrain import Trainer
 
-    assert all((datasets, timm, hf_fasttrain.from_recipe.build))  # imported for their own sake
+    assert all((datasets, timm, hf_fasttrain.from_recipe.parts))  # imported for their own sake
     dataset = make_dataset()
     recipe = run.with_suffix(".yaml")
     recipe.write_text(recipe_text(run, workers), encoding="utf-8")

@@ -79,8 +79,8 @@ def train_arm(name: str, args: argparse.Namespace) -> dict[str, float]:
     from torch import nn
 
     from hf_fasttrain import Trainer
-    from hf_fasttrain.from_recipe.assemble import build_train_loader
-    from hf_fasttrain.from_recipe.build import build_parts
+    from hf_fasttrain.from_recipe.parts import build_parts
+    from hf_fasttrain.from_recipe.trainer import build_train_loader
 
     overrides = ["data.cache=disk", "data.short_side=256"] if name == "cached" else []
     parts = build_parts(args.scratch / "waiting.yaml", overrides)

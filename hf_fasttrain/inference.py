@@ -18,11 +18,11 @@ from hf_fasttrain.data.source.dataset import IMAGE_SUFFIXES, TRAIN_NAMES, Split,
 from hf_fasttrain.data.source.evaluation_split import Measured, load_measured, with_model_classes
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.from_recipe.accelerator import build_accelerator, let_cudnn_choose
-from hf_fasttrain.from_recipe.assemble import build_evaluator
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_transform
-from hf_fasttrain.from_recipe.micro_batch import decide_evaluation_batch, evaluation_memory
+from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.from_recipe.source_from import open_source
+from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Tuned
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.saved import SPEC_FILE, load_model

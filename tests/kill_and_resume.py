@@ -70,7 +70,7 @@ def import_everything() -> None:
     import timm  # noqa: F401
     import transformers  # noqa: F401
 
-    import hf_fasttrain.from_recipe.build  # noqa: F401
+    import hf_fasttrain.from_recipe.parts  # noqa: F401
 
 
 def start(recipe: Path, overrides: Sequence[str], processes: int, log: Path, *, resume: bool) -> list[int]:

@@ -31,7 +31,8 @@ def check(
     _require_list_file(list_file, images=images)
     from hf_fasttrain.cli.check_images import check_images
     from hf_fasttrain.cli.memory_table import memory_table
-    from hf_fasttrain.from_recipe.build import build_parts, build_unwritten
+    from hf_fasttrain.from_recipe.parts import build_parts
+    from hf_fasttrain.from_recipe.trainer import build_unwritten
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.folder import held_by_run
 

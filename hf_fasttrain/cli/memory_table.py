@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hf_fasttrain.from_recipe.accelerator import local_processes
-from hf_fasttrain.from_recipe.assemble import Parts
-from hf_fasttrain.from_recipe.micro_batch import forecast_memory, images_at_once
+from hf_fasttrain.from_recipe.memory import forecast_memory, images_at_once
+from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES, Forecast
 from hf_fasttrain.utils.environment import free_memory_bytes
 from hf_fasttrain.utils.format import format_bytes

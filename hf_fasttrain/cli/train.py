@@ -29,11 +29,11 @@ def train(
     from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
-    from hf_fasttrain.from_recipe.build import build_trainer
+    from hf_fasttrain.from_recipe.trainer import build_trainer
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.folder import require_free
     from hf_fasttrain.run_folder.missing import owed, what_is_lost
-    from hf_fasttrain.train.stop import ignore_signals
+    from hf_fasttrain.utils.signals import ignore_signals
 
     folder = Path(output_dir(loaded))
     require_free(folder, resume=resume)

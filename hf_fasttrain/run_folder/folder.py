@@ -5,26 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, read_state
-from hf_fasttrain.train.checkpointing import hold_run
-from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import RunError, resume_option
 
 FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
 RUN_FILES = (*FILES_WHILE_TRAINING, "result.json")
-
-
-def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
-    """Make the run folder, and hold it for this run.
-
-    Raises RunError if it holds a run already and `resume` is not asked for, if another run is training in it, or if it
-    can't be written to.
-    """
-    require_free(folder, resume=resume)
-    Processes(accelerator).wait()  # nobody writes before everybody has looked
-    hold_run(folder)
 
 
 def require_free(folder: Path, *, resume: bool) -> None:

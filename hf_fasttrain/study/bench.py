@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from hf_fasttrain.study.intervals import Estimate, estimate, paired_ratio
 from hf_fasttrain.study.messages import Ready, Report, Turn, Wishes
-from hf_fasttrain.train.stop import handled
+from hf_fasttrain.utils.signals import handled
 
 Tell = Callable[[str], None]
 

@@ -18,9 +18,9 @@ from hf_fasttrain.data.loading.prefetch import num_slots
 from hf_fasttrain.data.loading.sampler import Order, StepPlan
 from hf_fasttrain.data.pixels.decode import is_jpeg
 from hf_fasttrain.data.source.dataset import Split
-from hf_fasttrain.from_recipe.assemble import Parts, assemble
-from hf_fasttrain.from_recipe.build import build_parts
 from hf_fasttrain.from_recipe.cache_plan import estimated_bytes
+from hf_fasttrain.from_recipe.parts import Parts, build_parts
+from hf_fasttrain.from_recipe.trainer import assemble
 from hf_fasttrain.from_recipe.tunings import Tuned
 from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.schema import Recipe

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -16,8 +16,8 @@ from typing import Any
 from hf_fasttrain.run_folder.result import Result
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
+from hf_fasttrain.utils.signals import SIGNALS
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LAUNCHER_GONE = 1000  # stands where a signal's number could
 MOST_STEPS = 10  # between a signal and what comes of it, with several processes
 END = b"\0"
@@ -54,7 +54,8 @@ class StopSignals:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, args=(self._pipe[0],), name="signals", daemon=True).start()
+            self._thread = threading.Thread(target=self._listen, args=(self._pipe[0],), name="signals", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -66,6 +67,7 @@ class StopSignals:
             os.write(self._pipe[1], END)  # to the thread; loader workers may hold a copy of this end
             os.close(self._pipe[1])
             self._pipe = None
+            self._thread.join(timeout=1.0)  # it may be about to note a signal, which the next training would obey
         self._received = 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -106,34 +108,6 @@ def only_one(output_dir: Path | None) -> Iterator[None]:
         yield
     finally:
         del _trains[os.getpid()]
-
-
-@contextmanager
-def handled(number: int, handler: Any) -> Iterator[None]:
-    """Let a handler, or SIG_IGN, answer a signal for a while; outside of the main thread nothing can be changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, unless it is ignored."""
-    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    with nullcontext() if ignored else handled(signal.SIGTERM, signal.default_int_handler):
-        yield
-
-
-def ignore_signals(status: int) -> None:
-    """Let nothing disturb a process that has saved its state and only has to end with `status`; Ctrl-C ends it so."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(status))
 
 
 def signal_name(number: int) -> str:

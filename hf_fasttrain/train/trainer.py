@@ -42,7 +42,7 @@ from hf_fasttrain.train.out_of_memory import Memory, free_cached_memory
 from hf_fasttrain.train.schedule import Schedule, constant
 from hf_fasttrain.train.state import State, Stateful
 from hf_fasttrain.train.steps import Steps, remember_cut, remembered_cut, smaller
-from hf_fasttrain.train.stop import SIGNALS, StopRequests, StopSignals, interruptible, only_one, signal_name, stopped
+from hf_fasttrain.train.stop import StopRequests, StopSignals, only_one, signal_name, stopped
 from hf_fasttrain.train.throughput import Pace
 from hf_fasttrain.train.update import Update
 from hf_fasttrain.utils.duration import Duration
@@ -58,6 +58,7 @@ from hf_fasttrain.utils.errors import (
     shortened,
 )
 from hf_fasttrain.utils.library_errors import is_out_of_memory, is_peer_gone
+from hf_fasttrain.utils.signals import SIGNALS, interruptible
 
 if TYPE_CHECKING:
     from hf_fasttrain.recipe.schema import Recipe
@@ -223,7 +224,7 @@ class Trainer:
         `dataset`: a `datasets.Dataset` or `DatasetDict` to use instead of the recipe's data.dataset. With `resume`,
         `fit` goes on from the newest complete checkpoint in the recipe's output_dir. `callbacks`: see `Callback`.
         """
-        from hf_fasttrain.from_recipe.build import build_trainer
+        from hf_fasttrain.from_recipe.trainer import build_trainer
 
         return build_trainer(recipe, overrides, dataset=dataset, resume=resume, callbacks=callbacks, trainer_class=cls)
 

@@ -10,11 +10,11 @@ import pytest
 
 from hf_fasttrain import Recipe, Trainer, load_recipe
 from hf_fasttrain.data.pixels.images import BadImages
-from hf_fasttrain.from_recipe import micro_batch
-from hf_fasttrain.from_recipe.assemble import build_loaders
+from hf_fasttrain.from_recipe import memory
 from hf_fasttrain.from_recipe.auto import ELSEWHERE, RULES, decide
-from hf_fasttrain.from_recipe.build import build_parts, build_unwritten
 from hf_fasttrain.from_recipe.loaders import Loaders
+from hf_fasttrain.from_recipe.parts import build_parts
+from hf_fasttrain.from_recipe.trainer import build_loaders, build_unwritten
 from hf_fasttrain.inference import evaluate_run
 from hf_fasttrain.recipe.load import flatten
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, Setting, read_settings
@@ -79,12 +79,11 @@ def test_training_and_evaluate_have_one_rule_of_the_batch_that_is_evaluated(
     assert forecast is not None
     state = forecast.gradients + forecast.optimizer + forecast.average
     room = (
-        40
-        * micro_batch.evaluation_memory(parts.model, parts.spec.image_size, parts.accelerator.device)["bytes_per_image"]
+        40 * memory.evaluation_memory(parts.model, parts.spec.image_size, parts.accelerator.device)["bytes_per_image"]
     )
-    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 2 * (room + state))
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * (room + state))
     build_unwritten(parts, keep_pixels=False)
-    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 2 * room)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * room)
     evaluate_run(run)
     assert sizes[2] == sizes[3] == 40
 

@@ -15,8 +15,8 @@ import torch
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.from_recipe.accelerator import set_fp32_precision
 from hf_fasttrain.from_recipe.auto import resolve_machine
-from hf_fasttrain.from_recipe.build import build_parts
-from hf_fasttrain.from_recipe.kept import read_beginning
+from hf_fasttrain.from_recipe.parts import build_parts
+from hf_fasttrain.from_recipe.resume import read_beginning
 from hf_fasttrain.from_recipe.tunings import Tuning, circumstances, find_tuning, store_tuning
 from hf_fasttrain.recipe.load import flatten, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings

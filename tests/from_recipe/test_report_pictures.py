@@ -14,7 +14,7 @@ from helpers.runs import exit_status
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 
-from hf_fasttrain.from_recipe.build import build_trainer
+from hf_fasttrain.from_recipe.trainer import build_trainer
 from hf_fasttrain.run_folder.gallery import Gallery, Picture, thumbnail
 from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE, Collector, Predictions
 from hf_fasttrain.train.trainer import Trainer

@@ -482,9 +482,9 @@ def weights_anew(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T13", "the compiler's limit of 8 shapes stays", "[Rr]ecompile")
 def limit_stays(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.from_recipe import build
+    from hf_fasttrain.from_recipe import parts
 
-    patch.setattr(build, "allow_compiling", lambda shapes: None)
+    patch.setattr(parts, "allow_compiling", lambda shapes: None)
 
 
 @plant("T13", "nothing is compiled", "not compiled: ")

@@ -24,7 +24,7 @@ from helpers.runs import exit_status, steps_of
 from helpers.written_run import write_run
 from safetensors.torch import load_file
 
-from hf_fasttrain.from_recipe.build import build_trainer
+from hf_fasttrain.from_recipe.trainer import build_trainer
 from hf_fasttrain.hub.background import HubWish, Pusher
 from hf_fasttrain.hub.push import push_run
 from hf_fasttrain.models.saved import load_model
@@ -471,7 +471,7 @@ def test_an_uploader_ends_when_its_training_is_killed(hub: Hub, run: Path) -> No
 
 
 def test_sigterm_while_a_push_is_waited_for_leaves_it_off(hub: Hub, run: Path) -> None:
-    from hf_fasttrain.train.stop import interruptible
+    from hf_fasttrain.utils.signals import interruptible
 
     hub.faults, said = [Fault("POST /api", times=99, kind="hang")], Said()
     pusher = pusher_of(run, said)

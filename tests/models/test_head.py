@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_fasttrain.from_recipe.build import build_trainer
+from hf_fasttrain.from_recipe.trainer import build_trainer
 from hf_fasttrain.models.head import output_layers
 from hf_fasttrain.models.model import ModelSpec, build_model, head_names
 from hf_fasttrain.models.saved import load_model, save_model

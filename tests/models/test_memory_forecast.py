@@ -19,11 +19,11 @@ from helpers.runs import exit_status
 from torch import nn
 
 from hf_fasttrain import load_recipe
-from hf_fasttrain.from_recipe import micro_batch
+from hf_fasttrain.from_recipe import memory
 from hf_fasttrain.from_recipe.accelerator import local_processes
-from hf_fasttrain.from_recipe.assemble import Parts
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size
-from hf_fasttrain.from_recipe.build import build_parts, build_unwritten
+from hf_fasttrain.from_recipe.parts import Parts, build_parts
+from hf_fasttrain.from_recipe.trainer import build_unwritten
 from hf_fasttrain.models.memory_forecast import (
     Activations,
     Forecast,
@@ -206,7 +206,7 @@ def parts_with(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
     """Return a function that builds a recipe's parts on a machine with so much free memory."""
 
     def build(free: int, *overrides: str) -> Parts:
-        monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: free)
+        monkeypatch.setattr(memory, "free_memory_bytes", lambda: free)
         loaded = load_recipe(write_recipe(), ["train.batch_size=256", "accelerate.mixed_precision=no", *overrides])
         return build_parts(loaded)
 
@@ -237,7 +237,7 @@ def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_wit
 
 
 def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "most_images", lambda size: 66)
+    monkeypatch.setattr(memory, "most_images", lambda size: 66)
     parts = parts_with(1000 * GB, "model.name=test_vit")
     assert parts.order.micro_batch_size == 64
     assert not [
@@ -259,8 +259,8 @@ def test_a_wish_is_never_changed_but_told_if_memory_is_too_short(parts_with: Cal
 
 def alone(model: nn.Module, micro_batch_size: int) -> int:
     """Return how many images evaluation takes at once where nothing is trained."""
-    memory = micro_batch.evaluation_memory(model, 32, CPU)
-    return int(evaluation_batch_size(micro_batch_size=micro_batch_size, **memory).value)
+    needed = memory.evaluation_memory(model, 32, CPU)
+    return int(evaluation_batch_size(micro_batch_size=micro_batch_size, **needed).value)
 
 
 def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,15 +273,15 @@ def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], mo
     build_unwritten(parts, keep_pixels=False)
     assert 2 <= parts.settings.all()["evaluate.batch_size"].value <= 10
     assert "half of the free memory is enough" in parts.settings.all()["evaluate.batch_size"].origin
-    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 20 * per_image)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 20 * per_image)
     assert 1 <= alone(parts.model, 64) <= 10
-    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: GB)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: GB)
     assert alone(parts.model, 64) == 64
 
 
 def sizes(recipe: str) -> tuple[int, int]:
     rank = os.environ["RANK"]
-    micro_batch.free_memory_bytes = lambda: (1000 if rank == "0" else 1) * GB // 4
+    memory.free_memory_bytes = lambda: (1000 if rank == "0" else 1) * GB // 4
     parts = build_parts(load_recipe(recipe, ["train.batch_size=1024", "data.image_size=64"]))
     return parts.order.micro_batch_size, local_processes()
 

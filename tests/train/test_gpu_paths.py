@@ -33,10 +33,10 @@ from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import load_source
 from hf_fasttrain.from_recipe import accelerator, build
 from hf_fasttrain.from_recipe.accelerator import set_deterministic, set_fp32_precision
-from hf_fasttrain.from_recipe.assemble import build_loaders
 from hf_fasttrain.from_recipe.auto import resolve_machine
-from hf_fasttrain.from_recipe.build import build_parts, num_shapes
 from hf_fasttrain.from_recipe.loaders import resolve_loading
+from hf_fasttrain.from_recipe.parts import build_parts, num_shapes
+from hf_fasttrain.from_recipe.trainer import build_loaders
 from hf_fasttrain.inference import choose_device, on_device, predict_images
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.train.distributed import on_main

@@ -14,7 +14,7 @@ from helpers.runs import RECIPE, exit_status
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_fasttrain.from_recipe.build import build_trainer
+from hf_fasttrain.from_recipe.trainer import build_trainer
 from hf_fasttrain.hub.push import push_run
 from hf_fasttrain.inference import evaluate_run, predict_images
 from hf_fasttrain.models.weights import weights_file

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from hf_fasttrain.train.stop import handled
 from hf_fasttrain.utils.errors import LoaderDied, first_line
 from hf_fasttrain.utils.library_errors import is_dead_worker
 from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
+from hf_fasttrain.utils.signals import handled
 
 MOST_DEATHS = 1  # that a run outlives
 CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; take them out"

@@ -1,4 +1,4 @@
-"""A recipe's micro-batch: as asked, or on a CPU the fewest equal pieces that memory is enough for."""
+"""How many images fit into memory at once: the micro-batch of a recipe, and the batch of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,76 +1,35 @@
-"""A recipe to a Trainer: `auto` becomes plain numbers here, and every choice is recorded with its reason."""
+"""The parts of a recipe: model, data and numbers; each `auto` is decided here and recorded with its reason."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from hf_fasttrain.before_torch import launched_rank
 from hf_fasttrain.data.loading.sampler import Order, process_share
+from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.from_recipe.accelerator import allow_compiling, build_accelerator
-from hf_fasttrain.from_recipe.assemble import Parts, assemble
 from hf_fasttrain.from_recipe.auto import accumulation_steps, resolve_machine
-from hf_fasttrain.from_recipe.kept import read_beginning
 from hf_fasttrain.from_recipe.loaders import train_transform
-from hf_fasttrain.from_recipe.micro_batch import resolve_micro_batch
+from hf_fasttrain.from_recipe.memory import resolve_micro_batch
 from hf_fasttrain.from_recipe.model_from import model_from
 from hf_fasttrain.from_recipe.source_from import local_settings, source_from
 from hf_fasttrain.from_recipe.tunings import Tuned
-from hf_fasttrain.hub.push import require_login
+from hf_fasttrain.models.memory_forecast import Forecast
 from hf_fasttrain.models.model import (
     ModelSpec,
     batch_norms,
 )
 from hf_fasttrain.recipe.conflicts import without_effect
-from hf_fasttrain.recipe.load import load_recipe, output_dir
-from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
+from hf_fasttrain.recipe.load import load_recipe
+from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.run_folder.folder import open_run_folder, saved_state
-from hf_fasttrain.train.checkpointing import not_writable
-from hf_fasttrain.train.distributed import Processes, on_main
-from hf_fasttrain.train.trainer import Trainer
+from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import RunError
-
-
-def build_trainer(
-    recipe: Recipe | str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    dataset: Any = None,
-    resume: bool = False,
-    callbacks: Sequence[Any] = (),
-    trainer_class: type[Trainer] = Trainer,
-) -> Trainer:
-    """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
-    loaded = load_recipe(recipe, overrides)
-    folder = Path(output_dir(loaded))
-    if loaded.hub is not None and launched_rank() == 0:
-        require_login(loaded.hub.repo)  # before anything is trained that could not be pushed
-    began = read_beginning(folder) if resume else None
-    parts = build_parts(loaded, dataset=dataset, tuned=began.kept(loaded) if began else None)
-    open_run_folder(folder, parts.accelerator, resume=resume)
-    saved = saved_state(folder) if resume else None
-    trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
-    if began:
-        began.note_changes(parts.settings)
-    for note in [*parts.settings.notes, *([] if saved else parts.settings.weight_notes)]:
-        trainer.log.note(note)
-    if resume:
-        trainer.restore()
-    on_main(lambda: _describe_run(folder, parts.settings))
-    return trainer
-
-
-def _describe_run(folder: Path, settings: ResolvedSettings) -> None:
-    try:
-        write_settings(folder, settings)
-    except OSError as error:
-        raise not_writable(folder, error) from None
 
 
 def build_parts(
@@ -170,6 +129,16 @@ def _require_equal_counts(order: Order) -> None:
             )
 
 
-def build_unwritten(parts: Parts, *, keep_pixels: bool = True) -> Trainer:
-    """Return a trainer without a run folder; to see whether everything can be built, without `keep_pixels`."""
-    return assemble(parts, None, Trainer, keep_pixels=keep_pixels)
+@dataclass
+class Parts:
+    """Everything that a recipe stands for, built but not yet trained."""
+
+    recipe: Recipe
+    settings: ResolvedSettings
+    accelerator: Accelerator
+    source: Source
+    spec: ModelSpec
+    model: nn.Module
+    order: Order
+    forecast: Forecast | None = None  # of this process's memory; on a GPU there is none until somebody asks
+    kept_pixels: int = 0  # bytes of them in memory, known once there are loaders

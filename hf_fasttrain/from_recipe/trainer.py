@@ -1,10 +1,9 @@
-"""The parts of a recipe put together: loaders, optimizer, schedule and loss to a Trainer."""
+"""A recipe becomes a Trainer: its run folder is opened, its parts are put together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,34 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
+from hf_fasttrain.before_torch import launched_rank
 from hf_fasttrain.data.loading.loader import TrainLoader
 from hf_fasttrain.data.loading.prefetch import num_slots
-from hf_fasttrain.data.loading.sampler import Order
 from hf_fasttrain.data.pixels.images import BadImages
-from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, evaluation_batch_size
 from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
-from hf_fasttrain.from_recipe.micro_batch import decide_evaluation_batch, evaluation_memory
+from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
+from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
+from hf_fasttrain.from_recipe.resume import read_beginning
 from hf_fasttrain.hub.background import HubWish, Pusher
-from hf_fasttrain.models.memory_forecast import WORKER_BYTES, Forecast
-from hf_fasttrain.models.model import ModelSpec, head_names
+from hf_fasttrain.hub.push import require_login
+from hf_fasttrain.models.memory_forecast import WORKER_BYTES
+from hf_fasttrain.models.model import (
+    head_names,
+)
 from hf_fasttrain.models.saved import save_description, save_model
-from hf_fasttrain.recipe.load import recipe_as_asked
-from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.recipe.load import load_recipe, output_dir, recipe_as_asked
+from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
 from hf_fasttrain.recipe.schema import HubSection, Recipe
 from hf_fasttrain.report.callback import Publish
-from hf_fasttrain.run_folder.folder import FILES_WHILE_TRAINING
+from hf_fasttrain.run_folder.folder import FILES_WHILE_TRAINING, require_free, saved_state
 from hf_fasttrain.run_folder.result import Watch
-from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.train.checkpointing import hold_run, not_writable
+from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog, last_steps
@@ -49,19 +52,38 @@ from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
 
-@dataclass
-class Parts:
-    """Everything that a recipe stands for, built but not yet trained."""
+def build_trainer(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Any = None,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    trainer_class: type[Trainer] = Trainer,
+) -> Trainer:
+    """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
+    loaded = load_recipe(recipe, overrides)
+    folder = Path(output_dir(loaded))
+    if loaded.hub is not None and launched_rank() == 0:
+        require_login(loaded.hub.repo)  # before anything is trained that could not be pushed
+    began = read_beginning(folder) if resume else None
+    parts = build_parts(loaded, dataset=dataset, tuned=began.kept(loaded) if began else None)
+    open_run_folder(folder, parts.accelerator, resume=resume)
+    saved = saved_state(folder) if resume else None
+    trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
+    if began:
+        began.note_changes(parts.settings)
+    for note in [*parts.settings.notes, *([] if saved else parts.settings.weight_notes)]:
+        trainer.log.note(note)
+    if resume:
+        trainer.restore()
+    on_main(lambda: _describe_run(folder, parts.settings))
+    return trainer
 
-    recipe: Recipe
-    settings: ResolvedSettings
-    accelerator: Accelerator
-    source: Source
-    spec: ModelSpec
-    model: nn.Module
-    order: Order
-    forecast: Forecast | None = None  # of this process's memory; on a GPU there is none until somebody asks
-    kept_pixels: int = 0  # bytes of them in memory, known once there are loaders
+
+def build_unwritten(parts: Parts, *, keep_pixels: bool = True) -> Trainer:
+    """Return a trainer without a run folder; to see whether everything can be built, without `keep_pixels`."""
+    return assemble(parts, None, Trainer, keep_pixels=keep_pixels)
 
 
 def assemble(
@@ -126,6 +148,24 @@ def assemble(
     parts.kept_pixels = make.planner.memory_bytes
     trainer.reserved_memory = parts.kept_pixels + make.workers * WORKER_BYTES * local_processes()
     return trainer
+
+
+def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
+    """Make the run folder, and hold it for this run.
+
+    Raises RunError if it holds a run already and `resume` is not asked for, if another run is training in it, or if it
+    can't be written to.
+    """
+    require_free(folder, resume=resume)
+    Processes(accelerator).wait()  # nobody writes before everybody has looked
+    hold_run(folder)
+
+
+def _describe_run(folder: Path, settings: ResolvedSettings) -> None:
+    try:
+        write_settings(folder, settings)
+    except OSError as error:
+        raise not_writable(folder, error) from None
 
 
 def _moving_average(parts: Parts) -> Ema | None:
