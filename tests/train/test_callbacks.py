@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.own_objects import small_trainer
 from helpers.processes import run_processes
 from helpers.runs import steps_of
-from test_running import own
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, read_state
@@ -65,7 +65,7 @@ class Watching2(Watching):
 def calls(folder: Path) -> list[tuple[Any, ...]]:
     CALLED.clear()
     options = {"checkpoint_every": "2 steps", "evaluate_every": "3 steps", "lr": 0.5}
-    own(folder, steps=3, callbacks=[Watching(), Watching2()], **options).fit()
+    small_trainer(folder, steps=3, callbacks=[Watching(), Watching2()], **options).fit()
     return list(CALLED)
 
 
@@ -114,7 +114,7 @@ class Stateful(list[Any]):
 
 def counted(folder: Path, *callbacks: Any, resume: bool = False) -> Trainer:
     data = [(torch.randn(8, 3, 2, 2), torch.arange(8) % 3)] * 3
-    trainer = own(folder, callbacks=callbacks, checkpoint_every="6 steps", train_loader=Stateful(data))
+    trainer = small_trainer(folder, callbacks=callbacks, checkpoint_every="6 steps", train_loader=Stateful(data))
     if resume:
         trainer.restore()
     return trainer
@@ -149,12 +149,14 @@ def test_a_callback_that_fails_while_training_is_named_and_ends_it(method: str, 
     CALLED.clear()
     broken = type("Broken", (), {method: lambda *_: {}["a key"]})()
     with pytest.raises(CallbackError) as caught:
-        own(tmp_path, callbacks=[broken, Watching()], checkpoint_every="2 steps", evaluate_every="2 steps").fit()
+        small_trainer(
+            tmp_path, callbacks=[broken, Watching()], checkpoint_every="2 steps", evaluate_every="2 steps"
+        ).fit()
     assert str(caught.value) == f"callback Broken.{method} failed: KeyError: 'a key'"
     assert isinstance(caught.value.__cause__, KeyError)
     assert caught.value.status == 1
     assert CALLED[-2:] == [("a", "failed", "CallbackError"), ("a", "close")]
-    assert own().fit().steps == 6
+    assert small_trainer().fit().steps == 6
 
 
 @pytest.mark.parametrize("method", ["finished", "close"])
@@ -162,7 +164,7 @@ def test_a_run_is_finished_before_a_callback_that_fails_ends_the_program(method:
     CALLED.clear()
     broken = type("Broken", (), {method: lambda *_: {}["a key"]})()
     with pytest.raises(CallbackError, match=rf"callback Broken.{method} failed: KeyError: 'a key'"):
-        own(tmp_path, callbacks=[broken, Watching()], report=True).fit()
+        small_trainer(tmp_path, callbacks=[broken, Watching()], report=True).fit()
     assert (tmp_path / "report.html").exists()
     assert CALLED[-2:] == [("a", "finished", 6), ("a", "close")]
     assert steps_of(tmp_path)[-1] == 6
@@ -171,7 +173,7 @@ def test_a_run_is_finished_before_a_callback_that_fails_ends_the_program(method:
 def test_a_callback_that_fails_after_an_error_does_not_hide_it(tmp_path: Path) -> None:
     broken = type("Broken", (), dict.fromkeys(("failed", "close"), lambda *_: {}["a key"]))()
     ending = type("Ending", (), {"before_step": lambda *_: (_ for _ in ()).throw(ZeroDivisionError)})()
-    trainer = own(tmp_path, callbacks=[broken, ending])
+    trainer = small_trainer(tmp_path, callbacks=[broken, ending])
     with pytest.raises(CallbackError, match=r"Ending.before_step failed: ZeroDivisionError"):
         trainer.fit()
     assert trainer.log.notes == [
@@ -183,7 +185,7 @@ def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
     for state in ({"a": torch.zeros(1)}, {1: "a"}, {"a": (1, 2)}):
         broken = type("Broken", (), {"state_dict": lambda *_, state=state: state})()
         with pytest.raises(CallbackError, match=r"Broken.state_dict failed: TypeError: it is not of plain values"):
-            own(tmp_path / str(len(str(state))), callbacks=[broken]).fit()
+            small_trainer(tmp_path / str(len(str(state))), callbacks=[broken]).fit()
 
 
 def test_what_has_no_method_of_a_callback_is_refused() -> None:
@@ -193,7 +195,7 @@ def test_what_has_no_method_of_a_callback_is_refused() -> None:
 
     for wrong in (Misspelt(), print):
         with pytest.raises(RunError, match=r"callbacks\[1\] is \w+, which has none of the methods of a callback"):
-            own(callbacks=[Watching(), wrong])
+            small_trainer(callbacks=[Watching(), wrong])
     assert METHODS == (
         "before_step", "after_step", "after_evaluation", "after_save", "finished", "failed", "close", "state_dict",
         "load_state_dict",

@@ -31,7 +31,7 @@ from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import BadImages, Images
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import load_source
-from hf_fasttrain.from_recipe import accelerator, build
+from hf_fasttrain.from_recipe import accelerator, parts
 from hf_fasttrain.from_recipe.accelerator import set_deterministic, set_fp32_precision
 from hf_fasttrain.from_recipe.auto import resolve_machine
 from hf_fasttrain.from_recipe.loaders import resolve_loading
@@ -262,7 +262,7 @@ def test_no_shape_is_left_uncompiled() -> None:
 
     with torch._dynamo.config.patch(recompile_limit=8):
         assert compiled(12) == 8
-        build.allow_compiling(12)
+        parts.allow_compiling(12)
         assert compiled(12) == 12
         torch._dynamo.reset()
 

@@ -14,29 +14,17 @@ import nbformat
 import psutil
 import pytest
 import torch
+from helpers.own_objects import small_trainer
 from helpers.processes import reset_accelerate
 from helpers.runs import steps_of, weights
 from nbclient import NotebookClient
-from torch import nn
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.run_folder import lock
-from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
 
 SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "train.duration=4 steps", "evaluate.every=4 steps"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
-
-
-def own(folder: Path | None = None, steps: int = 6, **options: Any) -> Trainer:
-    """Return a trainer of own objects."""
-    torch.manual_seed(0)
-    images, labels = torch.randn(24, 3, 2, 2), torch.arange(24) % 3
-    data = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 24, 8)]
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    options = {"eval_loader": data, "num_classes": 3, "report": False, "log": RunLog(folder, show=False), **options}
-    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.1), options.pop("train_loader", data)
-    return Trainer(model, loader, optimizer, duration=f"{steps} steps", output_dir=folder, **options)
 
 
 def held() -> list[Any]:
@@ -63,7 +51,7 @@ def test_a_loop_of_ones_own_trains_as_fit_does(write_recipe: Callable[..., Path]
 
 
 def test_a_step_is_yielded_after_all_that_is_due(tmp_path: Path) -> None:
-    trainer = own(tmp_path / "run", checkpoint_every="2 steps", evaluate_every="2 steps")
+    trainer = small_trainer(tmp_path / "run", checkpoint_every="2 steps", evaluate_every="2 steps")
     with trainer.running():
         for step in trainer.iterate():
             assert trainer.state.step == step.step
@@ -106,12 +94,12 @@ def test_however_a_loop_is_left_nothing_is_held_and_the_next_trainer_starts(
         assert caught.result is not None
         assert caught.result.steps == 3
         assert str(caught).startswith(f"stopped by {way} after step 3 of 4; it is saved: resume=True")
-    assert own(tmp_path / "next").fit().steps == 6
+    assert small_trainer(tmp_path / "next").fit().steps == 6
     del trainer, caught
 
 
 def test_a_run_that_was_left_by_break_can_be_finished(tmp_path: Path) -> None:
-    trainer = own(tmp_path / "run", checkpoint_every="6 steps", evaluate_every="6 steps")
+    trainer = small_trainer(tmp_path / "run", checkpoint_every="6 steps", evaluate_every="6 steps")
     with trainer.running():
         for step in trainer.iterate():
             if step.step == 2:
@@ -127,7 +115,7 @@ def test_a_run_that_was_left_by_break_can_be_finished(tmp_path: Path) -> None:
 
 
 def test_fit_goes_on_where_a_loop_was_left() -> None:
-    trainer, whole = own(), own()
+    trainer, whole = small_trainer(), small_trainer()
     with trainer.running():
         for step in trainer.iterate():
             if step.step == 3:
@@ -138,7 +126,7 @@ def test_fit_goes_on_where_a_loop_was_left() -> None:
 
 
 def test_trainers_run_one_after_the_other(tmp_path: Path) -> None:
-    first, second = own(tmp_path / "first"), own()
+    first, second = small_trainer(tmp_path / "first"), small_trainer()
     with first.running():
         with pytest.raises(
             RunError, match=r"is running in this process already \(output_dir .*first\); end its running\(\)"
@@ -151,7 +139,7 @@ def test_trainers_run_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_a_loop_outside_of_running_is_refused() -> None:
-    trainer = own()
+    trainer = small_trainer()
     for call in (trainer.iterate, trainer.finish):
         with pytest.raises(RunError, match=rf"{call.__name__}\(\) outside of running\(\): use it as `with trainer"):
             call()
@@ -162,7 +150,7 @@ def test_a_loop_outside_of_running_is_refused() -> None:
 
 
 def test_a_signal_after_the_last_step_is_given_on() -> None:
-    trainer = own()
+    trainer = small_trainer()
     with pytest.raises(KeyboardInterrupt) as caught, trainer.running():  # noqa: PT012 - a loop
         for step in trainer.iterate():
             if step.step == 6:
@@ -179,7 +167,7 @@ def test_fit_that_is_stopped_raises_and_python_is_told_how_to_go_on(tmp_path: Pa
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped) as caught:
-        own(tmp_path / "run", callbacks=[Signalled()]).fit()
+        small_trainer(tmp_path / "run", callbacks=[Signalled()]).fit()
     assert isinstance(caught.value, Exception)
     assert not isinstance(caught.value, SystemExit | KeyboardInterrupt)
     assert str(caught.value) == (
@@ -191,7 +179,7 @@ def test_fit_that_is_stopped_raises_and_python_is_told_how_to_go_on(tmp_path: Pa
 
 def loop_and_tell(pipe: int) -> None:
     """Loop until Ctrl-C comes, and tell what became of it."""
-    trainer = own()
+    trainer = small_trainer()
     try:
         with trainer.running():
             for step in trainer.iterate():

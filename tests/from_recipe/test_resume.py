@@ -11,7 +11,7 @@ import torch
 from ruamel.yaml import YAML
 
 from hf_fasttrain import Trainer, load_recipe
-from hf_fasttrain.from_recipe import auto, kept, tunings
+from hf_fasttrain.from_recipe import auto, resume, tunings
 from hf_fasttrain.from_recipe.tunings import Tuning, circumstances, machine_here, store_tuning
 from hf_fasttrain.recipe.resolved import read_settings
 
@@ -107,7 +107,7 @@ def test_another_machine_decides_anew_and_says_what_became_of_it(
 ) -> None:
     start(resume=False)
     here = machine_here()
-    for module in (auto, kept, tunings):
+    for module in (auto, resume, tunings):
         monkeypatch.setattr(module, "machine_here", lambda: {**here, "processor": "another", "cores": 99})
     store(tmp_path)
     found, notes = start()
