@@ -77,7 +77,7 @@ def judged(configs: list[Config], found: Found, start: Starter) -> dict[str, boo
     """Return which precisions train as fp32 does; those that tune had no time for are compared here."""
     verdicts = {name: verdict.is_good for name, verdict in found.guards.items()}
     base = {**found.tried[0].config, "accelerate.micro_batch_size": None, "data.cache": "none"}
-    images = min(IMAGES, int(found.ready.facts["train.batch_size"]))
+    images = min(IMAGES, int(found.ready.settings["train.batch_size"]))
     for config in configs:
         name = space.precision_name(config, hardware().gpu)
         if name not in verdicts and not space.is_plain(config):

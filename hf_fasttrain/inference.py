@@ -17,13 +17,13 @@ from hf_fasttrain.data.pixels.images import BadImages
 from hf_fasttrain.data.source.dataset import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_image_file, note_on_test_split
 from hf_fasttrain.data.source.evaluation_split import Measured, load_measured, with_model_classes
 from hf_fasttrain.data.source.fingerprint import fingerprint
-from hf_fasttrain.from_recipe.accelerator import build_accelerator, let_cudnn_choose
+from hf_fasttrain.from_recipe.accelerator import build_accelerator, use_cudnn_benchmark
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_transform
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.from_recipe.source_from import open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
-from hf_fasttrain.from_recipe.tunings import Tuned
+from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.saved import SPEC_FILE, load_model
 from hf_fasttrain.recipe.load import load_recipe, origin_of, with_values
@@ -33,7 +33,7 @@ from hf_fasttrain.run_folder.checkpoint import checkpoint_step
 from hf_fasttrain.run_folder.kept_weights import RESULT_FILE, checkpoint_with, load_weights_of, step_in_model
 from hf_fasttrain.utils.errors import DataError, RunError, UserError
 from hf_fasttrain.utils.files import read_json, restore_folder
-from hf_fasttrain.utils.remote import fetch_run, is_remote
+from hf_fasttrain.utils.remote import download_run, is_hub_url
 
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
 NOT_OF_OTHER_DATA = ("train_split", "test_split", "eval_fraction", "multi_label")
@@ -44,9 +44,9 @@ def open_run(place: str | Path) -> Path:
 
     Raises RunError for a pushed model that runs Python code of its own.
     """
-    if not is_remote(str(place)):
+    if not is_hub_url(str(place)):
         return Path(place).expanduser()
-    folder = fetch_run(str(place))
+    folder = download_run(str(place))
     if not (folder / SPEC_FILE).is_file():
         raise RunError(
             f"{place}: has no model of hf_fasttrain's in it ({SPEC_FILE}); give a repository that it pushed to"
@@ -89,7 +89,7 @@ def evaluate_run(
     should be said: bad images, which others stand in for, and classes without images.
     """
     opened = open_run(run)
-    folder = model_folder(opened, pushed=is_remote(str(run)))
+    folder = model_folder(opened, pushed=is_hub_url(str(run)))
     if not (opened / "recipe.yaml").exists():
         raise RunError(f"{run}: no recipe.yaml in it; evaluate needs a run folder")
     for override in overrides:
@@ -98,11 +98,11 @@ def evaluate_run(
         if split is not None and override.startswith("data.eval_split"):
             raise RunError(f"--split {split} and override '{override}' say the same thing twice; leave one out")
     checkpoint = checkpoint_with(opened, weights, str(run))
-    place = str(run) if is_remote(str(run)) else opened / "recipe.yaml"
+    place = str(run) if is_hub_url(str(run)) else opened / "recipe.yaml"
     asked = load_recipe(place, overrides)
     own_data = _same_data(asked, load_recipe(place, [text for text in overrides if not text.startswith("data.")]))
     settings = ResolvedSettings(asked)
-    recipe = resolve_machine(asked, settings, Tuned())
+    recipe = resolve_machine(asked, settings, Presets())
     accelerator = build_accelerator(recipe, settings)
     model, spec = _load(folder, checkpoint)
     model = on_device(model, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
@@ -235,7 +235,7 @@ def choose_device(wish: str) -> torch.device:
 
 def on_device(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
     """Return a model on a device, in the memory layout that its images will have."""
-    let_cudnn_choose(device)
+    use_cudnn_benchmark(device)
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
@@ -261,7 +261,7 @@ def predict_images(
     is not there, DataError.
     """
     opened = open_run(run)
-    folder = model_folder(opened, pushed=is_remote(str(run)))
+    folder = model_folder(opened, pushed=is_hub_url(str(run)))
     checkpoint = checkpoint_with(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image)]
     place = choose_device(device)

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         with on_command_line(), _out_of_memory_told():
             app(with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
     except UserError as error:
-        if is_main() or not error.every_process:
+        if is_main() or not error.on_every_process:
             print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(error.status)
 
@@ -39,5 +39,5 @@ def _out_of_memory_told() -> Iterator[None]:
         short = RunError(
             f"out of memory{f': {what}' if what else ''}; end other programs, or use a smaller model or image"
         )
-        short.every_process = False
+        short.on_every_process = False
         raise short from None

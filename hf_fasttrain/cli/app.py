@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from hf_fasttrain.cli.ablate import ablate
-from hf_fasttrain.cli.cache import clean_kept, list_kept
+from hf_fasttrain.cli.cache import clean_caches, list_caches
 from hf_fasttrain.cli.check import check
 from hf_fasttrain.cli.doctor import doctor
 from hf_fasttrain.cli.evaluate import evaluate
@@ -46,8 +46,8 @@ app.callback(
 )(common_options)
 recipes_app.callback()(list_recipes)
 recipes_app.command("copy")(copy_recipe)
-cache_app.callback()(list_kept)
-cache_app.command("clean")(clean_kept)
+cache_app.callback()(list_caches)
+cache_app.command("clean")(clean_caches)
 GROUPS = {"recipes": recipes_app, "cache": cache_app}
 
 for command in COMMANDS:

@@ -12,22 +12,22 @@ from hf_fasttrain.utils.format import format_bytes
 CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir names one.")]
 
 
-def list_kept(context: typer.Context, folder: CacheFolder = None) -> None:
+def list_caches(context: typer.Context, folder: CacheFolder = None) -> None:
     """List the decoded pixels kept on disk, the last used first."""
     if context.invoked_subcommand is not None:
         context.obj = folder
         return
-    from hf_fasttrain.data.pixels.cache import default_cache_dir, list_caches
+    from hf_fasttrain.data.pixels import cache
 
-    where = folder or default_cache_dir()
-    entries = list_caches(where)
+    where = folder or cache.default_cache_dir()
+    entries = cache.list_caches(where)
     for entry in entries:
         size = f"{format_bytes(entry.num_bytes):>8}"
         print(f"{entry.path.name}  {size}  last used {entry.last_used_text}  {entry.dataset}: {entry.settings}")
     print(f"{format_bytes(sum(entry.num_bytes for entry in entries))} in {where}")
 
 
-def clean_kept(
+def clean_caches(
     context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(help="Names as listed; needed unless --all is given.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,

@@ -34,7 +34,7 @@ def check(
     from hf_fasttrain.from_recipe.parts import build_parts
     from hf_fasttrain.from_recipe.trainer import build_unwritten
     from hf_fasttrain.recipe.load import output_dir
-    from hf_fasttrain.run_folder.folder import held_by_run
+    from hf_fasttrain.run_folder.folder import run_files_in
 
     parts = build_parts(loaded)
     build_unwritten(parts, keep_pixels=False)
@@ -43,7 +43,7 @@ def check(
     rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.settings.all().items()]
     print_table(console, title, ("key", "value", "origin", "tag"), rows)
     print_table(console, *memory_table(parts))
-    held = held_by_run(Path(output_dir(loaded)))
+    held = run_files_in(Path(output_dir(loaded)))
     if held:
         parts.settings.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
     for note in [*parts.settings.notes, *parts.settings.weight_notes]:

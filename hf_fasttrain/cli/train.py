@@ -32,14 +32,14 @@ def train(
     from hf_fasttrain.from_recipe.trainer import build_trainer
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.folder import require_free
-    from hf_fasttrain.run_folder.missing import owed, what_is_lost
+    from hf_fasttrain.run_folder.missing import describe_missing, missing_results
     from hf_fasttrain.utils.signals import ignore_signals
 
     folder = Path(output_dir(loaded))
     require_free(folder, resume=resume)
     trainer = build_trainer(loaded, resume=resume)
     if resume and trainer.is_finished:
-        missing = owed(folder, trainer.state.step, trainer.final_step, report=trainer.report)
+        missing = missing_results(folder, trainer.state.step, trainer.final_step, report=trainer.report)
         if not missing:
             _say_finished(trainer, folder)
             return
@@ -57,7 +57,7 @@ def train(
     _end_trackers(trainer)
     if result.not_written:
         steps = trainer.state.step, trainer.final_step
-        trainer.log.say(what_is_lost(folder, result.not_written, *steps, report=trainer.report))
+        trainer.log.say(describe_missing(folder, result.not_written, *steps, report=trainer.report))
         sys.exit(Stopped.NOT_WRITTEN)
     _say_what_next(trainer.log.say, folder, loaded, result)
 

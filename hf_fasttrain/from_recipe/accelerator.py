@@ -19,9 +19,9 @@ from accelerate.utils.environment import get_int_from_env
 from hf_fasttrain.recipe.load import output_dir
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.utils.environment import settle_device
+from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.private_apis import forget_other_precision, raise_recompile_limit
+from hf_fasttrain.utils.private_apis import raise_recompile_limit, reset_precision
 
 # What accelerate launch and torchrun export in any case, and nobody else does.
 LAUNCHER_MARKS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
@@ -52,7 +52,7 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
     _set_threads(recipe)
     set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
     precision = _precision(recipe)
-    forget_other_precision(precision)
+    reset_precision(precision)
     steps = recipe.accelerate.gradient_accumulation_steps
     _note_overruled(recipe, precision, settings)
     folder = output_dir(recipe)
@@ -66,7 +66,7 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
             # Our own running statistics are averaged before evaluation and saving instead of rank 0's overwriting all.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-    settle_device(accelerator)
+    set_current_device(accelerator)
     return accelerator
 
 
@@ -229,7 +229,7 @@ def set_deterministic(wanted: bool, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = not wanted
 
 
-def let_cudnn_choose(device: torch.device) -> None:
+def use_cudnn_benchmark(device: torch.device) -> None:
     """Let cuDNN try its algorithms on a GPU, unless the same bits were asked for."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()

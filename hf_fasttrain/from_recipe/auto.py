@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_processes, user_threads, uses_gpu
-from hf_fasttrain.from_recipe.tunings import Tuned, machine_here, stored_tuning
+from hf_fasttrain.from_recipe.tunings import Presets, machine_here, stored_tuning
 from hf_fasttrain.models.head import keeps_head
 from hf_fasttrain.models.memory_forecast import equal_pieces
 from hf_fasttrain.recipe.load import flatten, plain, with_values
@@ -221,7 +221,7 @@ def decide(settings: ResolvedSettings, key: str, **known: Any) -> Any:
 # --- what is decided before anything is built ------------------------------------------------------------------
 
 
-def resolve_machine(recipe: Recipe, settings: ResolvedSettings, tuned: Tuned | None = None) -> Recipe:
+def resolve_machine(recipe: Recipe, settings: ResolvedSettings, tuned: Presets | None = None) -> Recipe:
     """Return the recipe with `auto` replaced where launcher, tuning, processor or GPU decide it; nothing is measured.
 
     `tuned` goes before the rules, by default the stored tuning. What the recipe gives is as it gives it.

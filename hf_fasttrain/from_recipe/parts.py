@@ -18,7 +18,7 @@ from hf_fasttrain.from_recipe.loaders import train_transform
 from hf_fasttrain.from_recipe.memory import resolve_micro_batch
 from hf_fasttrain.from_recipe.model_from import model_from
 from hf_fasttrain.from_recipe.source_from import local_settings, source_from
-from hf_fasttrain.from_recipe.tunings import Tuned
+from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.models.memory_forecast import Forecast
 from hf_fasttrain.models.model import (
     ModelSpec,
@@ -37,7 +37,7 @@ def build_parts(
     overrides: Sequence[str] = (),
     *,
     dataset: Any = None,
-    tuned: Tuned | None = None,
+    tuned: Presets | None = None,
 ) -> Parts:
     """Return the model, data and numbers of a recipe; nothing is written.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_fasttrain.from_recipe.accelerator import user_threads
 from hf_fasttrain.from_recipe.auto import MACHINE
-from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Tuned, machine_here
+from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Presets, machine_here
 from hf_fasttrain.recipe.load import flatten, plain
 from hf_fasttrain.recipe.resolved import RESOLVED_FILE, Decision, ResolvedSettings, is_open, read_settings
 from hf_fasttrain.recipe.schema import Recipe
@@ -19,14 +19,14 @@ KEPT_KEYS = (*COMPUTE_KEYS, *SHARED_KEYS)
 
 
 @dataclass(frozen=True)
-class Beginning:
+class FirstStart:
     """What the machine settings of a run were when it began, why, and on which machine."""
 
     decisions: dict[str, Decision]
     machine: dict[str, Any] | None  # None: of a version that did not write it down
     given: frozenset[str] = frozenset()  # keys that the recipe gave
 
-    def kept(self, recipe: Recipe) -> Tuned | None:
+    def kept(self, recipe: Recipe) -> Presets | None:
         """Return the values that hold on, without those that the user gives now; None on another machine.
 
         Where the run did not write its machine down, they are those of a stored tuning.
@@ -39,7 +39,7 @@ class Beginning:
             keys.discard(EVAL_BATCH)  # it follows from the micro-batch
         if THREADS in keys - self._tuned() and user_threads():
             keys.discard(THREADS)  # a stored tuning goes before OMP_NUM_THREADS, a rule does not
-        return Tuned({key: self.decisions[key].keep() for key in sorted(keys)})
+        return Presets({key: self.decisions[key].keep() for key in sorted(keys)})
 
     def note_changes(self, settings: ResolvedSettings) -> None:
         """Say what is no longer as it was when the run began, though the recipe does not give it."""
@@ -76,7 +76,7 @@ class Beginning:
         return any(self._differs(name) for name in machine_here() if name != "processes")
 
 
-def read_beginning(folder: Path) -> Beginning | None:
+def read_first_start(folder: Path) -> FirstStart | None:
     """Return what a run's resolved.yaml says of how it began, None if there is none."""
     if not (folder / RESOLVED_FILE).exists():
         return None
@@ -86,4 +86,4 @@ def read_beginning(folder: Path) -> Beginning | None:
     machine = found[MACHINE].value if MACHINE in found else None
     given = frozenset(key for key, setting in decided.items() if setting.kind in ("recipe", "override"))
     decisions = {key: setting.decision for key, setting in decided.items()}
-    return Beginning(decisions, machine if isinstance(machine, dict) else None, given)
+    return FirstStart(decisions, machine if isinstance(machine, dict) else None, given)

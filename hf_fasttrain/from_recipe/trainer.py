@@ -23,7 +23,7 @@ from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
-from hf_fasttrain.from_recipe.resume import read_beginning
+from hf_fasttrain.from_recipe.resume import read_first_start
 from hf_fasttrain.hub.background import HubWish, Pusher
 from hf_fasttrain.hub.push import require_login
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
@@ -31,13 +31,13 @@ from hf_fasttrain.models.model import (
     head_names,
 )
 from hf_fasttrain.models.saved import save_description, save_model
-from hf_fasttrain.recipe.load import load_recipe, output_dir, recipe_as_asked
+from hf_fasttrain.recipe.load import load_recipe, output_dir, recipe_text
 from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
 from hf_fasttrain.recipe.schema import HubSection, Recipe
 from hf_fasttrain.report.callback import Publish
 from hf_fasttrain.run_folder.folder import FILES_WHILE_TRAINING, require_free, saved_state
 from hf_fasttrain.run_folder.result import Watch
-from hf_fasttrain.train.checkpointing import hold_run, not_writable
+from hf_fasttrain.train.checkpointing import lock_run, not_writable
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.evaluation import Evaluator
@@ -66,7 +66,7 @@ def build_trainer(
     folder = Path(output_dir(loaded))
     if loaded.hub is not None and launched_rank() == 0:
         require_login(loaded.hub.repo)  # before anything is trained that could not be pushed
-    began = read_beginning(folder) if resume else None
+    began = read_first_start(folder) if resume else None
     parts = build_parts(loaded, dataset=dataset, tuned=began.kept(loaded) if began else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     saved = saved_state(folder) if resume else None
@@ -134,7 +134,7 @@ def assemble(
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
         learnt={**settings.deciding_results(), "data set": data_set, "class_names": spec.class_names},
-        recipe_text=recipe_as_asked(recipe),
+        recipe_text=recipe_text(recipe),
         launched=settings.launched,
         bad_images=bad_images,
         report=recipe.log.report,
@@ -158,7 +158,7 @@ def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> 
     """
     require_free(folder, resume=resume)
     Processes(accelerator).wait()  # nobody writes before everybody has looked
-    hold_run(folder)
+    lock_run(folder)
 
 
 def _describe_run(folder: Path, settings: ResolvedSettings) -> None:

@@ -37,7 +37,7 @@ VERSIONS = ("python", "hf_fasttrain", "torch", "torchvision", "timm", "transform
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Presets:
     """What is decided for keys that a recipe leaves to `auto`, before any rule: by a tuning, or a run's first start."""
 
     decisions: dict[str, Decision] = field(default_factory=dict)
@@ -90,17 +90,17 @@ def _path(*parts: dict[str, Any]) -> Path:
 # --- for which recipe, on which machine ----------------------------------------------------------------------
 
 
-def stored_tuning(recipe: Recipe) -> Tuned:
+def stored_tuning(recipe: Recipe) -> Presets:
     """Return what a stored tuning decides for a recipe here and now; nothing if there is none."""
     tuning = find_tuning(*circumstances(recipe))
     if tuning is None:
-        return Tuned()
+        return Presets()
     one = num_processes() == 1
     tuned, duration = Duration.parse(tuning.duration), recipe.train.duration
     as_long = duration.unit == tuned.unit and duration.count >= tuned.count
     unusable = {*(() if one else (*ALONE_KEYS, *LOADER_KEYS)), *(() if as_long else LONG_KEYS)}
     values = {key: value for key, value in tuning.values.items() if key not in unusable}
-    return Tuned({key: Decision(value, f"{TUNED} {tuning.date}", "tuned") for key, value in values.items()})
+    return Presets({key: Decision(value, f"{TUNED} {tuning.date}", "tuned") for key, value in values.items()})
 
 
 def machine_here() -> dict[str, Any]:

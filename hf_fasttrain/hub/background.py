@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.hub.staging import STAGING, present_result, stage
-from hf_fasttrain.utils.files import attempt, read_json, reason, write_json
+from hf_fasttrain.utils.files import read_json, reason, try_to_write, write_json
 
 STATE_FILE = "hub.json"  # what was pushed last
 PATIENCE_SECONDS = 300.0  # for what passes by itself, within one push
@@ -81,7 +81,7 @@ class Pusher:
         folder = self.run / STAGING / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         result = present_result(self.run, checkpoint, self.about)
-        if not attempt(lambda: stage(self.run, checkpoint, folder, self.describe, result), self.not_staged):
+        if not try_to_write(lambda: stage(self.run, checkpoint, folder, self.describe, result), self.not_staged):
             return
         self._pushed_step = step
         with self._lock:
@@ -177,7 +177,7 @@ class Pusher:
     def _note(self, address: str, step: int, *, finished: bool = False) -> None:
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         values = {"repo": self.wish.repo, "address": address, "step": step, "date": date, "finished": finished}
-        attempt(lambda: write_json(self.run / STATE_FILE, values), lambda error: None)
+        try_to_write(lambda: write_json(self.run / STATE_FILE, values), lambda error: None)
 
     # --- at the end ----------------------------------------------------------------------------------------
 

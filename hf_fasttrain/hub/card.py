@@ -16,7 +16,7 @@ from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
 from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.files import read_json
 from hf_fasttrain.utils.format import NOTHING, format_bytes, format_duration, format_percent, format_rate
-from hf_fasttrain.utils.remote import is_remote, is_repo_name, parse_place
+from hf_fasttrain.utils.remote import is_hub_url, is_repo_name, parse_hub_url
 
 CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
 
@@ -77,8 +77,8 @@ def _base_model(run: FinishedRun) -> str | None:
     """Return the Hub name of the weights that training began with, None if they have none."""
     asked = run.recipe.get("model") or {}
     pretrained, name = asked.get("pretrained"), str(asked.get("name", run.spec["name"]))
-    if is_remote(pretrained):
-        return parse_place(str(pretrained))[0]
+    if is_hub_url(pretrained):
+        return parse_hub_url(str(pretrained))[0]
     if pretrained is not True or run.is_local("model.name"):
         return None
     name = name.removeprefix("transformers:").removeprefix("hf-hub:")

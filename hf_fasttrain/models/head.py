@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_fasttrain.data.source.classes import match_names
 from hf_fasttrain.utils.errors import ModelError, shortened
 
-HeadWish = Literal["auto", "keep", "new"]
+HeadChoice = Literal["auto", "keep", "new"]
 
 
 # --- finding -----------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Source:
 
 
 @torch.no_grad()
-def begin_at_zero(model: nn.Module, layers: Iterable[str]) -> None:
+def zero_output_layers(model: nn.Module, layers: Iterable[str]) -> None:
     """Set output layers to zero, so that all classes are equally likely at first.
 
     The first loss is that of uniform logits whatever the features' size, the number of classes and the loss, and needs
@@ -103,7 +103,7 @@ def class_order(theirs: Sequence[str] | None, ours: Sequence[str]) -> list[int] 
     return [matched.numbers[name] for name in ours]
 
 
-def keeps_head(wish: HeadWish, source: Source, class_names: Sequence[str], *, fits: bool, found: str) -> bool:
+def keeps_head(wish: HeadChoice, source: Source, class_names: Sequence[str], *, fits: bool, found: str) -> bool:
     """Return whether a head of weights is kept; ModelError if model.head=keep asks for what can't be.
 
     `fits` is whether the shapes agree, `found` what the weights have in the head's place.
@@ -137,7 +137,7 @@ def kept_note(source: Source, class_names: Sequence[str]) -> str:
 
 
 def new_note(
-    wish: HeadWish,
+    wish: HeadChoice,
     source: Source,
     class_names: Sequence[str],
     new: Sequence[str],

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fasttrain.models.head import HeadWish, Source, output_layers, timm_head_names, transformers_head_names
+from hf_fasttrain.models.head import HeadChoice, Source, output_layers, timm_head_names, transformers_head_names
 from hf_fasttrain.models.pretrained import Head, Note, settle_published_head, start_from
 from hf_fasttrain.models.transformers_model import (
     TransformersClassifier,
     build_classifier,
     current_names,
-    not_downloaded,
+    download_error,
     published_weights,
 )
 from hf_fasttrain.models.weights import (
@@ -95,7 +95,7 @@ def _require_plain_args(spec: ModelSpec) -> None:
 
 
 def build_model(
-    spec: ModelSpec, pretrained: bool | str = False, *, head: HeadWish = "auto", note: Note = lambda _: None
+    spec: ModelSpec, pretrained: bool | str = False, *, head: HeadChoice = "auto", note: Note = lambda _: None
 ) -> nn.Module:
     """Return the model, in fp32 on the CPU, with a head for the spec's classes.
 
@@ -173,7 +173,7 @@ def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
     except (AssertionError, ValueError) as error:
         raise ModelError(f"model {spec.name} can't be built for {spec.image_size} px images: {error}") from None
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(not_downloaded(spec.name, error)) from None
+        raise ModelError(download_error(spec.name, error)) from None
     except RuntimeError as error:
         if pretrained:
             raise ModelError(f"model {spec.name}: no pretrained weights: {error}; set model.pretrained=false") from None
@@ -203,7 +203,7 @@ def _has_fixed_input_size(name: str) -> bool:
             config = Path(name.removeprefix("local-dir:")) / "config.json"
             name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(not_downloaded(name, error)) from None
+        raise ModelError(download_error(name, error)) from None
     return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
 
 
@@ -223,7 +223,7 @@ def use_small_image_stem(model: nn.Module) -> None:
 # --- transformers ------------------------------------------------------------------------------------------
 
 
-def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadWish, note: Note) -> nn.Module:
+def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoice, note: Note) -> nn.Module:
     if spec.small_image_stem or spec.drop_path:
         raise ModelError(
             f"model {spec.name}: drop_path and small_image_stem are for timm models; transformers' settings go into "

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.models.head import (
-    HeadWish,
+    HeadChoice,
     Source,
-    begin_at_zero,
     class_order,
     keeps_head,
     kept_note,
     new_note,
     reorder_classes,
     share_of,
+    zero_output_layers,
 )
 from hf_fasttrain.models.weights import convert, is_within, load_fitting
 from hf_fasttrain.utils.errors import ModelError
@@ -34,7 +34,7 @@ class Head:
     names: Sequence[str]
     layers: Sequence[str]
     class_names: Sequence[str]
-    wish: HeadWish = "auto"
+    wish: HeadChoice = "auto"
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return the names of the output layers' tensors, whose first dimension is the classes."""
@@ -72,7 +72,7 @@ def start_from(
     if kept:
         _say_kept(model, source, head, new, note)
     else:
-        begin_at_zero(model, head.layers)
+        zero_output_layers(model, head.layers)
         note(new_note(head.wish, source, head.class_names, new, model.state_dict(), fits=fits, found=found))
     others = [name for name in drawn if name not in new]
     if others:
@@ -93,7 +93,7 @@ def settle_published_head(model: nn.Module, source: Source, head: Head, note: No
     if kept:
         _say_kept(model, source, head, [], note)
     else:
-        begin_at_zero(model, head.layers)
+        zero_output_layers(model, head.layers)
         note(new_note(head.wish, source, head.class_names, outputs, own, fits=loaded, found=found))
 
 

@@ -123,10 +123,10 @@ def _errors_of(spec: ModelSpec) -> Iterator[None]:
                 f"model {spec.name} brings Python code of its own, which is not run unless the recipe says "
                 "model.trust_remote_code: true; read that code first"
             ) from None
-        raise ModelError(not_downloaded(spec.name, error)) from None
+        raise ModelError(download_error(spec.name, error)) from None
 
 
-def not_downloaded(name: str, error: Exception) -> str:
+def download_error(name: str, error: Exception) -> str:
     """Return what to say of a model that could not be had from the Hub."""
     return (
         f"model {name}: weights or configuration can't be had from the Hub: {str(error).splitlines()[0]} "

@@ -14,13 +14,13 @@ from hf_fasttrain.run_folder.checkpoint import write_safetensors
 from hf_fasttrain.utils.errors import ModelError, RunError, shortened
 from hf_fasttrain.utils.files import NewFile, read_json
 from hf_fasttrain.utils.private_apis import timm_weights_filter
-from hf_fasttrain.utils.remote import fetch_file, is_remote
+from hf_fasttrain.utils.remote import download_file, is_hub_url
 
 
 def weights_file(place: str) -> Path:
     """Return the .safetensors file of a place: a file, a model folder, a run, a checkpoint or a folder of them, or hf://."""
-    if is_remote(place):
-        return fetch_file(place, "model.safetensors")
+    if is_hub_url(place):
+        return download_file(place, "model.safetensors")
     path = Path(place).expanduser()
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
@@ -129,10 +129,10 @@ def architecture_of(place: str, path: Path) -> str | None:
 
 def _beside(place: str, path: Path) -> Iterator[Path]:
     names = ("hf_fasttrain.json", "config.json")
-    if is_remote(place):
+    if is_hub_url(place):
         for name in names:
             with suppress(RunError):
-                yield fetch_file(place, name)
+                yield download_file(place, name)
         return
     yield from (path.parent / name for name in (*names, "state.json"))
 

@@ -19,7 +19,7 @@ from hf_fasttrain.recipe.schema import Recipe, RecipeSource
 from hf_fasttrain.recipe.validate import KeyPath, Tree, check_tree, model_at
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
 from hf_fasttrain.utils.errors import SECRET, RecipeError, shown
-from hf_fasttrain.utils.remote import fetch_file, is_remote, parse_place
+from hf_fasttrain.utils.remote import download_file, is_hub_url, parse_hub_url
 
 # Of a pushed recipe: where it was written, cached, logged and pushed to.
 NOT_TAKEN_OVER = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
@@ -32,7 +32,7 @@ def load_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> R
     """
     if isinstance(recipe, Recipe):
         return _with_overrides(recipe, overrides) if overrides else recipe
-    if is_remote(str(recipe)):
+    if is_hub_url(str(recipe)):
         return _load_pushed(str(recipe), overrides)
     path = find_recipe(str(recipe))
     try:
@@ -59,8 +59,8 @@ def _load_pushed(address: str, overrides: Sequence[str]) -> Recipe:
 
     Somebody else wrote it: what would run code from the Hub must be asked for here.
     """
-    where, name = f"{address}, recipe.yaml", parse_place(address)[0].split("/")[-1]
-    text = fetch_file(address, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    where, name = f"{address}, recipe.yaml", parse_hub_url(address)[0].split("/")[-1]
+    text = download_file(address, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_TAKEN_OVER)
     metrics = recipe.evaluate.metrics
     runs_code = {
@@ -257,7 +257,7 @@ def to_yaml(tree: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
-def recipe_as_asked(recipe: Recipe) -> str:
+def recipe_text(recipe: Recipe) -> str:
     """Return the recipe file's text with the overrides worked in; without overrides, the text itself."""
     source = recipe.source
     if source.text and not source.overrides:

@@ -10,10 +10,10 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.recipe.load import flatten, origin_of, recipe_as_asked, tag_of, to_yaml
+from hf_fasttrain.recipe.load import flatten, origin_of, recipe_text, tag_of, to_yaml
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys
-from hf_fasttrain.utils.files import write_whole
+from hf_fasttrain.utils.files import write_atomically
 
 RESOLVED_FILE = "resolved.yaml"
 KEPT = "as this run began"  # ends the reason of a setting that a resumed run keeps
@@ -130,9 +130,9 @@ def write_settings(folder: Path, settings: ResolvedSettings) -> None:
 
     Raises OSError.
     """
-    write_whole(folder / "recipe.yaml", recipe_as_asked(settings.recipe))
+    write_atomically(folder / "recipe.yaml", recipe_text(settings.recipe))
     described = {key: _as_yaml(setting) for key, setting in settings.all().items()}
-    write_whole(folder / RESOLVED_FILE, to_yaml(described))
+    write_atomically(folder / RESOLVED_FILE, to_yaml(described))
 
 
 def _as_yaml(setting: Setting) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hf_fasttrain.report.charts import MOST_ANNOTATED
 from hf_fasttrain.report.classes import Confusion, confused_together, confusion_of
 from hf_fasttrain.report.points import points_of
 from hf_fasttrain.report.record import Record
-from hf_fasttrain.utils.files import write_whole
+from hf_fasttrain.utils.files import write_atomically
 from hf_fasttrain.utils.format import format_count
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _save(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks
         figure.savefig(drawn, format="png", dpi=130)
-    write_whole(path, drawn.getvalue())
+    write_atomically(path, drawn.getvalue())
 
 
 DRAWINGS = {"curves.png": draw_curves, "confusion.png": draw_confusion}  # file -> what draws it

@@ -18,7 +18,7 @@ from hf_fasttrain.report.sections import Page, page_of_run, page_of_runs
 from hf_fasttrain.run_folder.gallery import GALLERY_FOLDER
 from hf_fasttrain.run_folder.missing import REPORT_FILE, result_mark
 from hf_fasttrain.utils.errors import RunError, without_secrets
-from hf_fasttrain.utils.files import reason, write_whole
+from hf_fasttrain.utils.files import reason, write_atomically
 
 TEMPLATE, STYLE, SCRIPTS = "page.html.jinja", "style.css", ("matrix.js", "charts.js", "tables.js")
 MADE_BY_US = '<meta name="generator" content="hf_fasttrain report">'
@@ -54,7 +54,7 @@ def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
         for name, draw in DRAWINGS.items():
             draw(records[0], folder / name)
     page = page_of_run(records[0]) if len(records) == 1 else page_of_runs(records)
-    write_whole(path, to_html(page, marks[0] if len(marks) == 1 else ""))
+    write_atomically(path, to_html(page, marks[0] if len(marks) == 1 else ""))
     return path
 
 

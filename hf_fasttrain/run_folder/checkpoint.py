@@ -74,7 +74,7 @@ class Snapshot:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self._every())
 
-    def bring_to_host(self, *, copy: bool = True) -> Snapshot:
+    def to_host(self, *, copy: bool = True) -> Snapshot:
         """Bring the tensors to the host, contiguous, and return this; a `copy` stays as it is when training goes on."""
         for file, named in self.tensors.items():
             self.tensors[file] = {
@@ -180,7 +180,7 @@ def newest_checkpoint(folder: Path, passed_over: Callable[[str], None]) -> Check
 
     `passed_over` is told of newer ones that are half-written or damaged. RunError if none of them can be read.
     """
-    bring_back(folder)
+    restore_replaced(folder)
     found = sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
     damaged = []
     for path in found:
@@ -200,7 +200,7 @@ def newest_checkpoint(folder: Path, passed_over: Callable[[str], None]) -> Check
     return None
 
 
-def bring_back(folder: Path) -> None:
+def restore_replaced(folder: Path) -> None:
     """Put a checkpoint back into its place that was about to be replaced when its process was killed."""
     for old in folder.glob(f".{PREFIX}*.old"):
         path = folder / old.name[1:].removesuffix(".old")

@@ -20,7 +20,7 @@ def require_free(folder: Path, *, resume: bool) -> None:
         raise RunError(f"output_dir {folder}: can't be used: {error.strerror}; choose another output_dir") from None
     if exists and not folder.is_dir():
         raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
-    held = held_by_run(folder)
+    held = run_files_in(folder)
     if held and not resume:
         raise RunError(
             f"output_dir {folder}: holds a run already ({', '.join(held)}); add {resume_option()} to go on with it, "
@@ -28,7 +28,7 @@ def require_free(folder: Path, *, resume: bool) -> None:
         )
 
 
-def held_by_run(folder: Path) -> list[str]:
+def run_files_in(folder: Path) -> list[str]:
     """Return the names in a folder that belong to a run."""
     found = [name for name in RUN_FILES if (folder / name).exists()]
     return [*found, *(["checkpoints"] if complete_checkpoints(folder / "checkpoints") else [])]

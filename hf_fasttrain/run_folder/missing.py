@@ -23,7 +23,7 @@ def result_mark(run: Path) -> str:
     return RESULT_MARK.format(digest_of(path)) if path.is_file() else ""
 
 
-def owed(run: Path, steps: int, model_step: int, *, report: bool) -> list[str]:
+def missing_results(run: Path, steps: int, model_step: int, *, report: bool) -> list[str]:
     """Return the names of what is missing in a run that has made all its `steps`, or is of an earlier end.
 
     `model_step` is that of the weights that RUN/model should have; `report`: whether predictions and a report belong to
@@ -41,14 +41,14 @@ def owed(run: Path, steps: int, model_step: int, *, report: bool) -> list[str]:
     return list(dict.fromkeys([*names, *_names(result.get("not_written") or [])]))
 
 
-def what_is_lost(run: Path, lost: list[str], steps: int, model_step: int, *, report: bool) -> str:
+def describe_missing(run: Path, lost: list[str], steps: int, model_step: int, *, report: bool) -> str:
     """Return what to say at the end of a training of `steps` whose disk did not take all: what is there, what to do.
 
-    `lost` are the results that could not be written, each with the reason; the rest as for `owed`.
+    `lost` are the results that could not be written, each with the reason; the rest as for `missing_results`.
     """
     from hf_fasttrain.run_folder.checkpoint import checkpoint_step, complete_checkpoints
 
-    missing = {*owed(run, steps, model_step, report=report), *_names(lost)}
+    missing = {*missing_results(run, steps, model_step, report=report), *_names(lost)}
     wanted = ("model", RESULT_FILE, *((PREDICTIONS_FILE, REPORT_FILE) if report else ()))
     there = [name for name in wanted if name not in missing]
     saved = [checkpoint_step(path) for path in complete_checkpoints(run / "checkpoints")]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import write_whole
+from hf_fasttrain.utils.files import write_atomically
 
 PREDICTIONS_FILE = "predictions.safetensors"
 _TENSORS = ("rows", "labels", "predicted", "confidence", "losses", "worst_class")
@@ -57,7 +57,7 @@ class Predictions:
 
         tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # each its own memory
         about = {"step": str(self.step), "split": self.split, "columns": json.dumps(_TENSORS)}
-        write_whole(path, save(tensors, metadata=about))
+        write_atomically(path, save(tensors, metadata=about))
 
     @classmethod
     def load(cls, path: Path) -> Predictions:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hf_fasttrain.study.ablate import Ablation, Row
 from hf_fasttrain.utils.errors import RunError, without_secrets
-from hf_fasttrain.utils.files import reason, write_whole
+from hf_fasttrain.utils.files import reason, write_atomically
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_interval, format_percent, format_rate
 
 if TYPE_CHECKING:
@@ -221,13 +221,13 @@ def to_html(ablation: Ablation, svg: str) -> str:
 def write_ablation(ablation: Ablation, folder: Path) -> None:
     """Write all files, the figures first; RunError if they can't be written."""
     try:
-        write_whole(folder / "ablation.json", without_secrets(ablation.model_dump_json(indent=2)) + "\n")
-        write_whole(folder / "ablation.md", to_markdown(ablation))
+        write_atomically(folder / "ablation.json", without_secrets(ablation.model_dump_json(indent=2)) + "\n")
+        write_atomically(folder / "ablation.md", to_markdown(ablation))
         svg = io.StringIO()
         figure = chart(ablation)
         figure.savefig(svg, format="svg", metadata={"Date": None})
-        write_whole(folder / "ablation.svg", svg.getvalue())
+        write_atomically(folder / "ablation.svg", svg.getvalue())
         figure.savefig(folder / "ablation.png", dpi=150)
-        write_whole(folder / "ablation.html", to_html(ablation, svg.getvalue()))
+        write_atomically(folder / "ablation.html", to_html(ablation, svg.getvalue()))
     except OSError as error:
         raise RunError(f"{folder}: not everything could be written: {reason(error)}") from None

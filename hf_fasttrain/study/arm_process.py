@@ -27,7 +27,7 @@ from hf_fasttrain.study.messages import Asked, Ready, Report, Turn, Wishes
 from hf_fasttrain.study.trial import Trial
 from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, first_line, without_secrets
 from hf_fasttrain.utils.library_errors import is_out_of_memory
-from hf_fasttrain.utils.private_apis import COMPILER, let_forkserver_end
+from hf_fasttrain.utils.private_apis import COMPILER, let_forkserver_exit
 
 # Before arms are forked: what a training imports when it first needs it takes seconds.
 IMPORTED = ["hf_fasttrain.study.trial", COMPILER, "timm", "datasets", "sklearn.datasets"]
@@ -226,7 +226,7 @@ def _serve(
 ) -> None:
     """Build a trial and do what is asked of it, until nobody asks any more."""
     # When the fork server ends too, the kernel wakes arms that stand still (SIGCONT to orphaned groups), and they end.
-    let_forkserver_end()
+    let_forkserver_exit()
     os.setpgid(0, 0)  # a group of its own, to be stopped with its loader processes, and out of Ctrl-C's reach
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)

@@ -130,7 +130,7 @@ class Measurement:
         first = min(images, ready.num_images) if ready.keeps_pixels else 0.0
         filling = first * max(self.first_pass_seconds or 0.0, seconds_per_image)
         shapes = 1 + ready.short_last_step  # each is compiled
-        compiling = self.compile_seconds * shapes if ready.facts["accelerate.compile"] else 0.0
+        compiling = self.compile_seconds * shapes if ready.settings["accelerate.compile"] else 0.0
         return filling + (images - first) * seconds_per_image + compiling
 
     def _remember(self, report: Report) -> None:

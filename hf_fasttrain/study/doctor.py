@@ -124,7 +124,7 @@ class Doctor:
         workers = int(own["data.workers"])
         if workers < 2 * self.cores:
             ideas.append(({"data.workers": max(1, 2 * workers)}, ""))
-        if ready.facts["data.decoder"] == "pillow" and ready.is_jpeg:
+        if ready.settings["data.decoder"] == "pillow" and ready.is_jpeg:
             ideas.append(({"data.decoder": "simplejpeg"}, ""))
         if self.hardware.gpu and not own["data.pin_memory"]:
             ideas.append(({"data.pin_memory": True}, ""))

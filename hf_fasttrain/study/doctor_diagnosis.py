@@ -62,7 +62,7 @@ class Diagnosis:
     @property
     def workers(self) -> int:
         """Loader processes."""
-        return int(self.ready.facts["data.workers"])
+        return int(self.ready.settings["data.workers"])
 
     @property
     def is_waiting(self) -> bool:

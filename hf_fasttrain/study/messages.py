@@ -63,7 +63,7 @@ class Ready:
     """A training that is built and has not begun."""
 
     device: str
-    facts: dict[str, Any]  # every resolved value
+    settings: dict[str, Any]  # every resolved value
     notes: tuple[str, ...]
     steps: int  # of the whole duration
     steps_per_epoch: int

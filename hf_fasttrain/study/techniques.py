@@ -70,8 +70,8 @@ NO_GPU = "there is no GPU"
 
 def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
     """Return the techniques for a recipe, of which `asked` says what its settings became."""
-    facts = asked.facts
-    steps = int(facts["accelerate.gradient_accumulation_steps"])
+    settings = asked.settings
+    steps = int(settings["accelerate.gradient_accumulation_steps"])
     micro, pieces = asked.micro_batch_size, max(2, steps)
     whole = {
         "train.batch_size": micro,
@@ -80,8 +80,8 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
     }
     in_pieces = {"accelerate.gradient_accumulation_steps": "auto"}
     half = 2 * max(1, micro // 4)
-    workers = max(1, int(facts["data.workers"]))
-    kept = facts["data.cache"] if facts["data.cache"] in ("disk", "device") else "memory"
+    workers = max(1, int(settings["data.workers"]))
+    kept = settings["data.cache"] if settings["data.cache"] in ("disk", "device") else "memory"
     math = "high" if hardware.gpu else "medium"
     fp32 = {"accelerate.matmul_precision": "highest", "accelerate.conv_precision": "highest"}
     return [
@@ -145,8 +145,8 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
             "decoder",
             "decoder: libjpeg-turbo",
             {"data.decoder": "simplejpeg"},
-            {"data.decoder": "simplejpeg" if facts["data.reduced_decode"] else "pillow"},
-            "" if asked.is_jpeg and not facts["data.reduced_decode"] else _no_decoder(asked),
+            {"data.decoder": "simplejpeg" if settings["data.reduced_decode"] else "pillow"},
+            "" if asked.is_jpeg and not settings["data.reduced_decode"] else _no_decoder(asked),
         ),
         Technique(
             "cache",

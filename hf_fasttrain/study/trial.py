@@ -21,7 +21,7 @@ from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.from_recipe.cache_plan import estimated_bytes
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.trainer import assemble
-from hf_fasttrain.from_recipe.tunings import Tuned
+from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study.messages import NO_END, Asked, Ready, Report, Turn, Wishes
@@ -80,7 +80,7 @@ class Trial:
 
     def __init__(self, asked: Asked, wishes: Wishes = Wishes()) -> None:  # noqa: B008 - frozen
         recipe = without_growth(asked.load())
-        parts = build_parts(recipe, tuned=None if wishes.stored_tuning else Tuned())
+        parts = build_parts(recipe, tuned=None if wishes.stored_tuning else Presets())
         trainer = assemble(parts, None, MeasuredTrainer)
         assert isinstance(trainer, MeasuredTrainer)
         self.trainer, trainer.trial = trainer, self
@@ -92,7 +92,7 @@ class Trial:
         keeps = parts.settings.all()["data.cache"].value != "none" and self._has_room(parts)
         self.ready = Ready(
             device=str(self.device),
-            facts={key: fact.value for key, fact in parts.settings.all().items()},
+            settings={key: setting.value for key, setting in parts.settings.all().items()},
             notes=(*parts.settings.notes, *parts.settings.weight_notes),
             steps=self.trainer.num_steps,
             steps_per_epoch=parts.order.steps_per_epoch,

@@ -295,7 +295,7 @@ class Tuner:
 
     def _judge(self, name: str, config: Config, plain: Config) -> Verdict | None:
         """Compare a precision with fp32; None if it can't be, which forbids it."""
-        images = max(2, min(IMAGES, self.ready.num_images, int(self.ready.facts["train.batch_size"])))
+        images = max(2, min(IMAGES, self.ready.num_images, int(self.ready.settings["train.batch_size"])))
         eager = {"accelerate.compile": False, "accelerate.micro_batch_size": None, "data.cache": "none"}
         pace = (self.baseline or self.best).measurement.seconds_per_image
         courses = 1 if self._fp32 is not None else 2

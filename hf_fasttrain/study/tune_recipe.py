@@ -17,7 +17,7 @@ from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.tune import Candidate, Found
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 from hf_fasttrain.utils.errors import RunError, without_secrets
-from hf_fasttrain.utils.files import reason, write_whole
+from hf_fasttrain.utils.files import reason, write_atomically
 from hf_fasttrain.utils.format import format_duration, format_images_rate, format_percent, format_rate
 
 ROUNDING = (*space.MATH_KEYS, "accelerate.channels_last", "accelerate.compile")
@@ -120,7 +120,7 @@ def summary(found: Found) -> list[str]:
 def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store: bool) -> list[str]:
     """Write the recipe and store the tuning; return what could not be stored. RunError if the recipe can't be."""
     try:
-        write_whole(path, tuned_text(recipe, found, command=command))
+        write_atomically(path, tuned_text(recipe, found, command=command))
     except OSError as error:
         raise RunError(f"{path}: can't be written: {reason(error)}; give another --output") from None
     if not store:

@@ -16,8 +16,8 @@ MATH_KEYS = ("accelerate.mixed_precision", "accelerate.matmul_precision", "accel
 
 def first_config(ready: Ready) -> Config:
     """Return the settings that a recipe has by itself: as asked, else by the fixed rules."""
-    config = {key: ready.facts.get(key) for key in TUNED_KEYS}
-    whole = int(ready.facts["accelerate.gradient_accumulation_steps"]) == 1
+    config = {key: ready.settings.get(key) for key in TUNED_KEYS}
+    whole = int(ready.settings["accelerate.gradient_accumulation_steps"]) == 1
     config["accelerate.micro_batch_size"] = None if whole else ready.micro_batch_size
     return config
 
@@ -81,8 +81,8 @@ def micro_batches(config: Config, ready: Ready) -> list[Config]:
 
 def whole_fits(ready: Ready) -> bool:
     """Return whether a step in one piece is worth a try: on a CPU not if memory is too short for it."""
-    largest = ready.facts.get("largest_micro_batch")
-    return largest is None or int(ready.facts["train.batch_size"]) <= int(largest)
+    largest = ready.settings.get("largest_micro_batch")
+    return largest is None or int(ready.settings["train.batch_size"]) <= int(largest)
 
 
 def loaders(config: Config, hardware: Hardware, cores: int) -> list[Config]:

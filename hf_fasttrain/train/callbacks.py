@@ -69,7 +69,7 @@ METHODS = tuple(name for name in vars(Callback) if not name.startswith("_"))
 class CallbackError(RunError):
     """A callback has raised an exception, which is the `__cause__`."""
 
-    every_process = False
+    on_every_process = False
     status = 1
 
 

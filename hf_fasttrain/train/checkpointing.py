@@ -11,13 +11,13 @@ from typing import Any
 from hf_fasttrain.run_folder.checkpoint import (
     Checkpoint,
     Snapshot,
-    bring_back,
     checkpoint_path,
     checkpoint_step,
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
+    restore_replaced,
     save_checkpoint,
 )
 from hf_fasttrain.run_folder.lock import hold, release
@@ -26,14 +26,14 @@ from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.environment import free_memory_bytes, one_thread
 from hf_fasttrain.utils.errors import RunError, RunFailure, Stopped, how_to_resume
-from hf_fasttrain.utils.files import attempt, new_folder, reason, sync_files, write_json
+from hf_fasttrain.utils.files import new_folder, reason, sync_files, try_to_write, write_json
 from hf_fasttrain.utils.process_memory import relax_memory_limit
 
 FOLDER = "checkpoints"
 
 
-def hold_run(run: Path) -> bool:
-    """Make a run folder and keep other runs out of it until `release_run`; nothing happens if it is held already.
+def lock_run(run: Path) -> bool:
+    """Make a run folder and keep other runs out of it until `unlock_run`; nothing happens if it is held already.
 
     Called by all processes. Returns False where the file system has no locks. Raises RunError if another run is in it,
     or it can't be written.
@@ -54,7 +54,7 @@ def not_writable(run: Path, error: OSError) -> RunError:
     return RunError(f"output_dir {run}: can't be written: {reason(error)}; choose another output_dir")
 
 
-def release_run(run: Path) -> None:
+def unlock_run(run: Path) -> None:
     """Let other runs into a run folder."""
     release(run / FOLDER)
 
@@ -93,7 +93,7 @@ class Checkpoints:
         relax_memory_limit()  # the steps may have taken all that they could get
         copy = snapshot.num_bytes < free_memory_bytes() // 2
         with one_thread():
-            snapshot.bring_to_host(copy=copy)
+            snapshot.to_host(copy=copy)
         thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
         try:
             thread.start()
@@ -159,7 +159,7 @@ class Checkpoints:
             self._full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             self.failed = reason(error)
 
-        if attempt(lambda: save_checkpoint(self.folder, snapshot), failed):
+        if try_to_write(lambda: save_checkpoint(self.folder, snapshot), failed):
             self.failed = None
         return self.failed is None
 
@@ -173,7 +173,7 @@ class Checkpoints:
         """Remove old checkpoints; the best one on disk stays until a better one is there."""
         if best_step is not None and checkpoint_path(self.folder, best_step) in complete_checkpoints(self.folder):
             self._best = best_step
-        return attempt(lambda: prune_checkpoints(self.folder, keep, self._best, step), lambda error: None)
+        return try_to_write(lambda: prune_checkpoints(self.folder, keep, self._best, step), lambda error: None)
 
     def write_results(
         self,
@@ -194,17 +194,17 @@ class Checkpoints:
                 write_model(folder)
                 sync_files(folder)
 
-        attempt(write, lambda error: log.not_written(str(run / "model"), error))
+        try_to_write(write, lambda error: log.not_written(str(run / "model"), error))
         path = run / PREDICTIONS_FILE
         if predictions is not None:
-            attempt(lambda: predictions.save(path), lambda error: log.not_written(str(path), error))
+            try_to_write(lambda: predictions.save(path), lambda error: log.not_written(str(path), error))
         log.lost += [f"{run / name}: is gone" for name in log.expected if not (run / name).exists()]
         self.write_result(result())
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json."""
         path = self.run / "result.json"
-        attempt(lambda: write_json(path, result), lambda error: self.log.not_written(str(path), error))
+        try_to_write(lambda: write_json(path, result), lambda error: self.log.not_written(str(path), error))
 
     def can_load(self, step: int) -> bool:
         """Return whether a step's checkpoint is on disk and undamaged; it is read for that."""
@@ -222,7 +222,7 @@ class Checkpoints:
         """Return the best evaluation's checkpoint, the same on every process; None and a note if it can't be read."""
 
         def look() -> Checkpoint | None:
-            bring_back(self.folder)
+            restore_replaced(self.folder)
             path = checkpoint_path(self.folder, step)
             try:
                 if path not in complete_checkpoints(self.folder):
@@ -250,5 +250,5 @@ class Checkpoints:
             return load_checkpoint(self.folder / name)
         except RunError as error:
             alone = RunError(f"{failed}: {error} for process {self.processes.index}; share the disk of {self.run}")
-            alone.every_process = False
+            alone.on_every_process = False
             raise alone from None

@@ -42,9 +42,9 @@ class Processes:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.number, self.index = accelerator.num_processes, accelerator.process_index
-        self.is_main, self.several = accelerator.is_main_process, accelerator.num_processes > 1
+        self.is_main, self.is_distributed = accelerator.is_main_process, accelerator.num_processes > 1
         self.is_local_main = accelerator.is_local_main_process  # of those on this machine
-        if self.several:
+        if self.is_distributed:
             host_group()  # made by all processes at this place
 
     def largest(self, *numbers: int) -> list[int]:
@@ -57,41 +57,43 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes are here."""
-        if self.several:
+        if self.is_distributed:
             dist.barrier(group=host_group())
 
     def _reduced(self, operation: Any, numbers: Sequence[int]) -> list[int]:
-        if not self.several:
+        if not self.is_distributed:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(values, operation, group=host_group())
         return [int(value) for value in values]
 
-    def any(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process."""
         return bool(self.largest(int(flag))[0])
 
     def gather(self, values: list[Value]) -> list[Value]:
         """Return the values of all processes, in their order."""
-        gathered: list[Value] = gather_object(values) if self.several else values
+        gathered: list[Value] = gather_object(values) if self.is_distributed else values
         return gathered
 
     def from_local_main(self, value: Any) -> Any:
         """Return the value of this machine's main process."""
-        return self.gather([value])[self.index - self._accelerator.local_process_index] if self.several else value
+        return (
+            self.gather([value])[self.index - self._accelerator.local_process_index] if self.is_distributed else value
+        )
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Return the sum of all processes' tensors, which lie on the training device."""
-        return self._accelerator.reduce(tensor, reduction="sum") if self.several else tensor
+        return self._accelerator.reduce(tensor, reduction="sum") if self.is_distributed else tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of all processes' tensors, which lie on the training device."""
-        return self._accelerator.reduce(tensor, reduction="mean") if self.several else tensor
+        return self._accelerator.reduce(tensor, reduction="mean") if self.is_distributed else tensor
 
     @torch.no_grad()
-    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the main process's values of tensors that lie on the training device."""
-        for tensor in tensors if self.several else ():
+        for tensor in tensors if self.is_distributed else ():
             whole = tensor.detach().contiguous()
             dist.broadcast(whole, 0)
             tensor.copy_(whole)

@@ -99,7 +99,7 @@ class Evaluator:
             free_cached_memory(self.accelerator.device)
             if size == 1:
                 alone = RunError("out of memory: a single image does not fit in evaluation; lower data.image_size")
-                alone.every_process = False
+                alone.on_every_process = False
                 raise alone
             self.most = size // 2
 
@@ -123,7 +123,7 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 def averaged_statistics(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
     """Return the means of all processes' running statistics, the model's own left as they are; nothing if alone."""
-    if not processes.several:
+    if not processes.is_distributed:
         return {}
     return {name: processes.mean(own) for name, own in running_statistics(model).items()}
 

@@ -18,7 +18,7 @@ from hf_fasttrain.models.model import batch_norms, set_train_mode
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.loss import Loss, loss_of_uniform_logits
 from hf_fasttrain.train.unused_parameters import find_use
-from hf_fasttrain.utils.errors import MemoryShort, RunError, first_line, shortened
+from hf_fasttrain.utils.errors import RunError, StepOutOfMemory, first_line, shortened
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import replace_prepared
 
@@ -54,7 +54,7 @@ class Gradients:
         for name in use.never if use else ():
             trainable[name].requires_grad_(False)
         present = [parameter for parameter in trainable.values() if parameter.requires_grad]
-        skips = bool(use and use.sometimes) and self.processes.several
+        skips = bool(use and use.sometimes) and self.processes.is_distributed
         if present and (skips or self._searches or {*map(id, present)} != {*map(id, self.parameters)}):
             self._wrap_again(search=skips)
         self.parameters[:] = present  # in place: others hold this list
@@ -86,7 +86,7 @@ class Gradients:
         """Add up the step's gradients, and return this process's part of its mean loss, 0-d.
 
         Several processes exchange gradients in their last backward. With `agree` they first find out whether memory
-        was enough on all of them: MemoryShort comes up everywhere if not, and nothing has been exchanged.
+        was enough on all of them: StepOutOfMemory comes up everywhere if not, and nothing has been exchanged.
         """
         if not agree:
             total = self._own_part(step, exchange=True)
@@ -103,15 +103,15 @@ class Gradients:
             short = first_line(error)
         if self._searches:  # what it takes for used in a backward without exchange would count in the next one
             self._wrap_again()
-        if self.processes.any(short is not None):
-            raise MemoryShort(short or "another process had too little memory")
+        if self.processes.any_process(short is not None):
+            raise StepOutOfMemory(short or "another process had too little memory")
         self._exchange()
         return torch.zeros((), device=self.accelerator.device) if total is None else total
 
     def _own_part(self, step: Step, *, exchange: bool) -> Tensor | None:
         """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
         total: Tensor | None = None
-        several = self.processes.several
+        several = self.processes.is_distributed
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
             num_images = len(images)
             alone = num_images == 1 and bool(self.norms)  # one image has no batch statistics
@@ -196,7 +196,7 @@ class Gradients:
                 "exchange their gradients; the checkpoints are as they were: use all parameters in every step, or "
                 "freeze those with requires_grad_(False) before training"
             )
-            error.every_process = False
+            error.on_every_process = False
             raise error
 
     def _freeze_batch_norm(self) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from hf_fasttrain.utils.errors import without_secrets
-from hf_fasttrain.utils.files import append_line, attempt, read_lines, reason, write_whole
+from hf_fasttrain.utils.files import append_line, read_lines, reason, try_to_write, write_atomically
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent
 
 METRICS_FILE = "metrics.jsonl"
@@ -234,7 +234,7 @@ class RunLog:
             return
         kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
         text = "".join(f"{json.dumps(line)}\n" for line in kept)
-        attempt(lambda: write_whole(path, text), lambda error: self.not_written(str(path), error))
+        try_to_write(lambda: write_atomically(path, text), lambda error: self.not_written(str(path), error))
 
 
 def last_steps(folder: Path) -> dict[str, int]:

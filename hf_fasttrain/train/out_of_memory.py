@@ -61,7 +61,7 @@ class Memory:
 
         Synchronised batch norm meets in the forward, where a process that fails leaves the others waiting.
         """
-        return self.processes.several and step.image_shape[-1] > self._fits_px and not self._meets_in_forward
+        return self.processes.is_distributed and step.image_shape[-1] > self._fits_px and not self._meets_in_forward
 
     def fits(self, step: Step) -> None:
         """Take note that a step has been made on all processes."""

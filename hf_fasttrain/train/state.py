@@ -63,7 +63,7 @@ class Stateful:
     def training(self) -> dict[str, Any]:
         """Return the states of optimizer and scaler, and what each process has of its own; called by all processes."""
         own: dict[str, Any] = {"loader": self.loader.state_dict()}
-        if self.processes.several:
+        if self.processes.is_distributed:
             statistics = {kind: running_statistics(module) for kind, module in self._modules.items()}
             own["statistics"] = {k: {n: t.cpu() for n, t in named.items()} for k, named in statistics.items()}
         return {

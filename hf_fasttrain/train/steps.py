@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.data.loading.loader import Step
-from hf_fasttrain.utils.files import attempt, read_json, write_json
+from hf_fasttrain.utils.files import read_json, try_to_write, write_json
 
 CUT_FILE = "micro_batch.json"
 
@@ -57,7 +57,7 @@ def remember_cut(run: Path | None, wish: str, micro_batch_size: int) -> None:
     """Write down for `--resume` which micro-batch fits where `wish` (as the loader has it) did not."""
     if run is not None:
         record = {"wished": wish, "micro_batch_size": micro_batch_size}
-        attempt(lambda: write_json(run / CUT_FILE, record), lambda error: None)
+        try_to_write(lambda: write_json(run / CUT_FILE, record), lambda error: None)
 
 
 def remembered_cut(run: Path | None, wish: str) -> int | None:

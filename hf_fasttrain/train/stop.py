@@ -170,7 +170,7 @@ class StopRequests:
 
     def at_step(self, step: int) -> StopRequest:
         """Return what is requested after a step; called by all processes after every step."""
-        if not self.processes.several:
+        if not self.processes.is_distributed:
             return StopRequest(self.signals.received, self._is_due(), self._on_disk())
         if self._next is not None and step < self._next:
             return StopRequest()

@@ -28,7 +28,7 @@ from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path, comple
 from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.run_folder.result import Result, Watch
 from hf_fasttrain.train.callbacks import CallbackError, Callbacks, StepReport
-from hf_fasttrain.train.checkpointing import Checkpoints, hold_run, release_run
+from hf_fasttrain.train.checkpointing import Checkpoints, lock_run, unlock_run
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.early_stopping import EarlyStop, early_stop, go_on, how_to_go_on, record_of, waited_steps
 from hf_fasttrain.train.ema import Ema
@@ -46,13 +46,13 @@ from hf_fasttrain.train.stop import StopRequests, StopSignals, only_one, signal_
 from hf_fasttrain.train.throughput import Pace
 from hf_fasttrain.train.update import Update
 from hf_fasttrain.utils.duration import Duration
-from hf_fasttrain.utils.environment import describe_machine, describe_versions, peak_memory_bytes, settle_device
+from hf_fasttrain.utils.environment import describe_machine, describe_versions, peak_memory_bytes, set_current_device
 from hf_fasttrain.utils.errors import (
-    MemoryShort,
     NotEnoughMemory,
     PeerGone,
     RunError,
     RunFailure,
+    StepOutOfMemory,
     first_line,
     how_to_resume,
     shortened,
@@ -119,7 +119,7 @@ class Trainer:
         seed: int = 0,
     ) -> None:
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=accumulation_steps)
-        self.device = settle_device(self.accelerator)
+        self.device = set_current_device(self.accelerator)
         before = dict(model.named_parameters())
         self.raw_model = model.to(self.device)
         with warnings.catch_warnings():  # of an argument that accelerate always passes on
@@ -137,7 +137,7 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         if isinstance(ema, Ema):
             ema.attach(self.raw_model)  # where it lies now
-            self.processes.copy_from_main(ema.module.state_dict().values())  # as DDP does with the model's weights
+            self.processes.broadcast_from_main(ema.module.state_dict().values())  # as DDP does with the model's weights
         self.gradients = Gradients(self.accelerator, prepared, self.raw_model, loss, self.processes)
         self.norms, self.parameters = self.gradients.norms, self.gradients.parameters
         self.memory = Memory(self.raw_model, self.parameters, self.norms, self.processes)
@@ -156,7 +156,7 @@ class Trainer:
             self.device,
             accumulation_steps,
             join_single=join_single,
-            total=self.processes.sum if self.processes.several else None,
+            total=self.processes.sum if self.processes.is_distributed else None,
         )
         self.eval_loader = OwnEvalLoader.wrap(eval_loader, self.device)
         self.test_loader = OwnEvalLoader.wrap(test_loader, self.device)
@@ -321,7 +321,7 @@ class Trainer:
             yield
         finally:
             if self.checkpoints is not None:
-                release_run(self.checkpoints.run)
+                unlock_run(self.checkpoints.run)
 
     def _begin(self, held: ExitStack) -> None:
         """Take hold of all that `running` holds, but for the run folder."""
@@ -365,7 +365,7 @@ class Trainer:
 
     def _failure(self, error: BaseException, began_at: int) -> RunFailure | None:
         """Return the message for an error that comes of a process that is gone, with what is saved; else None."""
-        if self.processes.several and is_peer_gone(error):
+        if self.processes.is_distributed and is_peer_gone(error):
             error = PeerGone("another training process has ended; if it could, it has said why")
         if not isinstance(error, RunFailure):
             return None
@@ -391,7 +391,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                what, agreed = first_line(error), isinstance(error, MemoryShort)
+                what, agreed = first_line(error), isinstance(error, StepOutOfMemory)
             else:
                 self.memory.fits(step)
                 return loss
@@ -424,7 +424,7 @@ class Trainer:
             raise RunError(f"out of memory: {least} not fit ({what}); lower data.image_size or take a smaller model")
         if self.processes.is_main or not agreed:
             remember_cut(self.output_dir, self._wished, size)
-        if self.memory.failed_in() == "update" or (self.processes.several and not agreed):
+        if self.memory.failed_in() == "update" or (self.processes.is_distributed and not agreed):
             raise NotEnoughMemory(
                 f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
                 f"being exchanged or applied ({what}); nothing of it is saved: {how_to_resume()} goes on "
@@ -448,7 +448,7 @@ class Trainer:
         Not after a failed update, which can't be undone, and among several processes only where all of them are asked.
         """
         undoable = self.memory.failed_in() != "update"
-        if not undoable or (self.processes.several and not agreed):
+        if not undoable or (self.processes.is_distributed and not agreed):
             return False
         loaders = (self.eval_loader, self.test_loader)
         freed = sum(loader.release_memory() for loader in loaders if isinstance(loader, EvalLoader))
@@ -618,18 +618,18 @@ class Trainer:
         if self.state.step == 0 and complete_checkpoints(self.checkpoints.folder):
             raise RunError(f"{self.output_dir}: holds checkpoints; call restore() to go on, or give another output_dir")
         self.processes.wait()  # nobody writes before everybody has looked
-        if not hold_run(self.checkpoints.run):
+        if not lock_run(self.checkpoints.run):
             self.log.note(f"{self.output_dir}: its file system has no locks; nothing keeps a second run out of it")
 
     def restore(self) -> None:
         """Go back to the newest complete checkpoint; say so and start afresh if there is none."""
         if self.checkpoints is None:
             raise RunError("nothing to resume: the trainer has no output_dir")
-        hold_run(self.checkpoints.run)
+        lock_run(self.checkpoints.run)
         try:
             self._restore(self.checkpoints)
         except RunError:
-            release_run(self.checkpoints.run)
+            unlock_run(self.checkpoints.run)
             raise
 
     def _restore(self, checkpoints: Checkpoints) -> None:
@@ -797,7 +797,7 @@ class Trainer:
         self.save()
         if self.checkpoints is None:
             return
-        if self.processes.any(not self.checkpoints.wait()):
+        if self.processes.any_process(not self.checkpoints.wait()):
             self._saved_at = -1
             self.save()  # once more: what filled the disk may be gone
         self._tell_saved()
@@ -863,7 +863,7 @@ class Trainer:
 
     def _leave(self, stop: int) -> NoReturn:
         """Raise Stopped, the state being saved."""
-        saved = self.checkpoints is None or not self.processes.any(not self.checkpoints.wait())
+        saved = self.checkpoints is None or not self.processes.any_process(not self.checkpoints.wait())
         message = f"stopped by {signal_name(stop)} after step {self.state.step} of {self.num_steps}"
         if self.checkpoints is None:
             message += "; nothing is saved without an output_dir"

@@ -73,7 +73,7 @@ def find_use(
             return None
         used |= np.array(flags[: len(parameters)], bool)
         missed |= np.array(flags[len(parameters) :], bool)
-        if not missed.any() and not (is_random and processes.several):
+        if not missed.any() and not (is_random and processes.is_distributed):
             break
     if not used.any():
         return None

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 # Linux control groups, and those of this process.
-GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUP_ROOT, PROCESS_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
 
 
@@ -83,7 +83,7 @@ def free_memory_bytes() -> int:
 def _free_in_groups() -> list[int]:
     """Return what the control groups of this process allow yet, its own and those above it (versions 1 and 2)."""
     try:
-        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+        lines = PROCESS_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     free = []
@@ -91,7 +91,7 @@ def _free_in_groups() -> list[int]:
         _, controllers, own = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root = GROUPS / controllers
+        root = CGROUP_ROOT / controllers
         group = root / own.lstrip("/")
         for folder in (group, *group.parents):
             free += _free_in_group(folder, version=1 if controllers else 2)
@@ -123,7 +123,7 @@ def _cached_in_group(folder: Path, version: int) -> int:
     return found.get(f"{prefix}inactive_file", 0) + found.get(f"{prefix}active_file", 0) // 2
 
 
-def settle_device(accelerator: Any) -> torch.device:
+def set_current_device(accelerator: Any) -> torch.device:
     """Return the accelerator's device with its index, and make it the present one.
 
     accelerate says "cuda" for a single process: other threads would take GPU 0 for it, and a seed would go to the GPU

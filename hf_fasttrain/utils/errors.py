@@ -16,10 +16,10 @@ class UserError(ValueError):
     """Something only the user can put right. The command line prints it alone and exits with `status`.
 
     Where several processes train, all of them meet most errors, and the main one speaks; an error that one process
-    may meet alone (an image, a file) has `every_process` False.
+    may meet alone (an image, a file) has `on_every_process` False.
     """
 
-    every_process = True
+    on_every_process = True
     status = 2
 
 
@@ -77,11 +77,11 @@ class Interrupted(Stopped, KeyboardInterrupt):
 class NotEnoughMemory(RunError):
     """Memory ran out where a step can't be made again; a resumed run begins with smaller micro-batches."""
 
-    every_process = False
+    on_every_process = False
     status = Stopped.RESUMABLE
 
 
-class MemoryShort(RuntimeError):
+class StepOutOfMemory(RuntimeError):
     """Some process has run out of memory in a step, before any gradient was exchanged."""
 
 
@@ -94,7 +94,7 @@ class RunFailure(RunError):
 class LoaderDied(RunFailure):
     """Loader processes died and can't be replaced."""
 
-    every_process = False
+    on_every_process = False
 
 
 class PeerGone(RunFailure):

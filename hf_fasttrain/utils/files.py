@@ -85,7 +85,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file beside its place and rename it there, so that it is never seen half-written."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -101,7 +101,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file as a whole."""
-    write_whole(path, json.dumps(values, indent=2, default=str) + "\n")
+    write_atomically(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return values
 
 
-def attempt(work: Callable[[], object], failed: Callable[[BaseException], None]) -> bool:
+def try_to_write(work: Callable[[], object], failed: Callable[[BaseException], None]) -> bool:
     """Do what writes files; where the disk does not take them, tell `failed` and return False."""
     from safetensors import SafetensorError
 

@@ -9,7 +9,7 @@ import errno
 import sys
 from typing import Literal
 
-from hf_fasttrain.utils.errors import MemoryShort
+from hf_fasttrain.utils.errors import StepOutOfMemory
 
 # What is said where memory is short. accelerate takes CUDNN_STATUS_NOT_SUPPORTED for it too, which has other causes.
 OUT_OF_MEMORY = (
@@ -46,7 +46,7 @@ JpegWarning = Literal["harmless", "harmless at the end", "truncated", "damaged",
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error is that of a device, or of the host, without memory for the batch."""
     torch = sys.modules.get("torch")
-    if isinstance(error, MemoryShort | MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+    if isinstance(error, StepOutOfMemory | MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

@@ -177,7 +177,7 @@ def raise_for_dead_workers() -> None:
 # --- accelerate, datasets, evaluate, huggingface_hub, timm, trackio ----------------------------------------
 
 
-def forget_other_precision(precision: str) -> None:
+def reset_precision(precision: str) -> None:
     """Let this process have another mixed precision than its last run had; the process group stays.
 
     accelerate keeps the first one for the whole process, and raises for another.
@@ -236,7 +236,7 @@ def trackio_last_step(run: Any) -> int:
 # --- Python ------------------------------------------------------------------------------------------------
 
 
-def let_forkserver_end() -> None:
+def let_forkserver_exit() -> None:
     """Close what keeps the fork server alive that has started this process, so that it ends with its own parent.
 
     Python hands it to every process of the server, for them to start others by it, and nothing public closes it.

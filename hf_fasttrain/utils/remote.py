@@ -13,7 +13,7 @@ NESTED_FILES = ["*/*"]  # none of ours
 _PART = r"[A-Za-z0-9][\w.-]*"
 
 
-def is_remote(place: object) -> bool:
+def is_hub_url(place: object) -> bool:
     """Return whether a place is on the Hub: whether it begins with hf://."""
     return isinstance(place, str) and place.startswith(PREFIX)
 
@@ -29,7 +29,7 @@ def is_license(name: str) -> bool:
     return re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) is not None
 
 
-def parse_place(place: str) -> tuple[str, str | None]:
+def parse_hub_url(place: str) -> tuple[str, str | None]:
     """Return OWNER/NAME and the revision, None for the newest, of hf://OWNER/NAME[@REVISION]."""
     repo, _, revision = place.removeprefix(PREFIX).rstrip("/").partition("@")
     if not is_repo_name(repo):
@@ -37,33 +37,33 @@ def parse_place(place: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def fetch_file(place: str, name: str) -> Path:
+def download_file(place: str, name: str) -> Path:
     """Return the local copy of a file of a pushed run. Raises RunError if it is not there or can't be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
-    repo, revision = parse_place(place)
+    repo, revision = parse_hub_url(place)
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the xet transport's
-        raise _not_fetched(place, name, error) from None
+        raise _download_error(place, name, error) from None
 
 
-def fetch_run(place: str) -> Path:
+def download_run(place: str) -> Path:
     """Return a local folder with the model, recipe and figures of a pushed run. Raises RunError if it can't be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    repo, revision = parse_place(place)
+    repo, revision = parse_hub_url(place)
     try:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=NESTED_FILES)
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise _not_fetched(place, "the model", error) from None
+        raise _download_error(place, "the model", error) from None
 
 
-def _not_fetched(place: str, what: str, error: BaseException) -> RunError:
+def _download_error(place: str, what: str, error: BaseException) -> RunError:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,

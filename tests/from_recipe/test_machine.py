@@ -16,7 +16,7 @@ from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.from_recipe.accelerator import set_fp32_precision
 from hf_fasttrain.from_recipe.auto import resolve_machine
 from hf_fasttrain.from_recipe.parts import build_parts
-from hf_fasttrain.from_recipe.resume import read_beginning
+from hf_fasttrain.from_recipe.resume import read_first_start
 from hf_fasttrain.from_recipe.tunings import Tuning, circumstances, find_tuning, store_tuning
 from hf_fasttrain.recipe.load import flatten, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
@@ -50,8 +50,8 @@ def store(recipe: Path, **changes: Any) -> None:
 
 def resolved(recipe: Path, *overrides: str) -> tuple[Recipe, ResolvedSettings]:
     loaded = load_recipe(recipe, overrides)
-    facts = ResolvedSettings(loaded)
-    return resolve_machine(loaded, facts), facts
+    settings = ResolvedSettings(loaded)
+    return resolve_machine(loaded, settings), settings
 
 
 def by_rule(settings: ResolvedSettings) -> bool:
@@ -59,22 +59,22 @@ def by_rule(settings: ResolvedSettings) -> bool:
 
 
 def test_without_a_tuning_rules_decide(recipe: Path) -> None:
-    found, facts = resolved(recipe)
+    found, settings = resolved(recipe)
     assert (found.accelerate.channels_last, found.accelerate.compile) == (True, False)
     assert (found.accelerate.matmul_precision, found.accelerate.conv_precision) == ("high", "high")
     assert found.data.workers == "auto"  # resolved with the device
-    assert facts.notes == []
-    assert facts.all()["accelerate.channels_last"].origin == "default: seldom slower"
+    assert settings.notes == []
+    assert settings.all()["accelerate.channels_last"].origin == "default: seldom slower"
 
 
 def test_a_stored_tuning_decides_what_is_auto(recipe: Path) -> None:
     store(recipe)
-    found, facts = resolved(recipe)
+    found, settings = resolved(recipe)
     values = flatten(found)
     assert {key: values[key] for key in VALUES} == VALUES
-    (note,) = facts.notes
+    (note,) = settings.notes
     assert note.startswith("auto, tuned on 2026-01-02: accelerate.mixed_precision=bf16")
-    assert facts.all()["data.workers"].origin == "default: tuned on 2026-01-02"
+    assert settings.all()["data.workers"].origin == "default: tuned on 2026-01-02"
 
 
 def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
@@ -99,10 +99,10 @@ def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
 )
 def test_a_tuning_is_for_its_model_step_and_data(recipe: Path, override: str) -> None:
     store(recipe)
-    found, facts = resolved(recipe, override)
+    found, settings = resolved(recipe, override)
     assert found.accelerate.mixed_precision == "no"
-    assert by_rule(facts)
-    assert facts.notes == []
+    assert by_rule(settings)
+    assert settings.notes == []
 
 
 def test_what_is_learnt_otherwise_may_differ(recipe: Path) -> None:
@@ -128,11 +128,11 @@ def test_a_tuning_is_for_its_machine_and_versions(recipe: Path) -> None:
 
 def test_what_the_recipe_says_itself_is_as_it_says(recipe: Path) -> None:
     store(recipe)
-    found, facts = resolved(recipe, "accelerate.channels_last=true", "accelerate.gradient_accumulation_steps=1")
+    found, settings = resolved(recipe, "accelerate.channels_last=true", "accelerate.gradient_accumulation_steps=1")
     assert found.accelerate.channels_last is True
     assert found.accelerate.micro_batch_size is None
     assert found.accelerate.mixed_precision == "bf16"
-    assert "channels_last" not in facts.notes[0]
+    assert "channels_last" not in settings.notes[0]
 
 
 def test_several_processes_take_what_holds_for_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Pa
     again = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
     assert again.accelerator.mixed_precision == "no"
     assert not any("tuned" in fact.origin for fact in read_settings(tmp_path / "run").values())
-    assert read_beginning(tmp_path / "nowhere") is None
+    assert read_first_start(tmp_path / "nowhere") is None
 
 
 def test_values_are_put_into_a_recipe(recipe: Path) -> None:

@@ -125,9 +125,9 @@ def test_where_the_launcher_can_not_be_looked_at_its_own_choices_are_known(
 def threads_beside_accelerate(recipe: Path, wish: str) -> tuple[int, int, str | None]:
     os.environ.pop("OMP_NUM_THREADS", None)
     loaded: Recipe = load_recipe(recipe, [f"accelerate.cpu_threads={wish}"])
-    facts = ResolvedSettings(loaded)
-    built = build_accelerator(resolve_machine(loaded, facts), facts)
-    assert facts.all()["accelerate.cpu_threads"].value == torch.get_num_threads()
+    settings = ResolvedSettings(loaded)
+    built = build_accelerator(resolve_machine(loaded, settings), settings)
+    assert settings.all()["accelerate.cpu_threads"].value == torch.get_num_threads()
     built.wait_for_everyone()  # the first process has what they meet by
     return built.num_processes, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 

@@ -454,16 +454,16 @@ def share_not_heeded(patch: pytest.MonkeyPatch) -> None:
 def rounded(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.run_folder.checkpoint import Snapshot
 
-    real = Snapshot.bring_to_host
+    real = Snapshot.to_host
 
-    def bring_to_host(self: Snapshot, *, copy: bool = True) -> Snapshot:
+    def to_host(self: Snapshot, *, copy: bool = True) -> Snapshot:
         real(self, copy=copy)
         model = dict(self.tensors["model"])
         name = next(name for name, tensor in model.items() if tensor.is_floating_point())
         self.tensors["model"] = {**model, name: model[name].bfloat16().float()}
         return self
 
-    patch.setattr(Snapshot, "bring_to_host", bring_to_host)
+    patch.setattr(Snapshot, "to_host", to_host)
 
 
 @plant("T10", "the optimizer's state is not restored", "other bits")

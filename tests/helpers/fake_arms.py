@@ -32,7 +32,7 @@ def ready(**changes: Any) -> Ready:
     """Return a training of 100 epochs of 1,000 images, with some values changed."""
     values: dict[str, Any] = {
         "device": "cpu",
-        "facts": dict(FACTS),
+        "settings": dict(FACTS),
         "notes": (),
         "steps": 3200,
         "steps_per_epoch": 32,
@@ -97,7 +97,7 @@ class FakeArm:
     @property
     def ready(self) -> Ready:
         compiled = self.settings.get("accelerate.compile") == "true"
-        return replace(self.fakes.ready, facts={**self.fakes.ready.facts, "accelerate.compile": compiled})
+        return replace(self.fakes.ready, settings={**self.fakes.ready.settings, "accelerate.compile": compiled})
 
     def turn(self, turn: Turn, limit_seconds: float | None = None) -> Report:
         self.fakes.before_turn(self.arm)

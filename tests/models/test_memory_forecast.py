@@ -319,8 +319,8 @@ def group(folder: Path, **files: object) -> None:
 
 
 def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "GROUPS", tmp_path)
-    monkeypatch.setattr(environment, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(environment, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(environment, "PROCESS_CGROUPS", tmp_path / "own")
     everything = free_memory_bytes()
     assert everything > 0
     (tmp_path / "own").write_text("4:memory:/job/part\n3:cpu:/\n0::/\n")

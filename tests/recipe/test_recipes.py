@@ -12,7 +12,7 @@ from helpers.runs import RECIPE
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.cli import main
 from hf_fasttrain.recipe.find import recipe_header, recipes_folder, shipped_recipes
-from hf_fasttrain.recipe.load import flatten, json_schema, origin_of, recipe_as_asked, tag_of
+from hf_fasttrain.recipe.load import flatten, json_schema, origin_of, recipe_text, tag_of
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.utils.duration import Duration
@@ -121,9 +121,9 @@ def test_yaml_is_version_1_2(write_recipe: Callable[..., Path]) -> None:
 
 def test_recipe_as_asked_comes_back_the_same(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = write_recipe()
-    assert recipe_as_asked(load_recipe(path)) == path.read_text()
+    assert recipe_text(load_recipe(path)) == path.read_text()
     changed = load_recipe(path, ["optimizer.lr=1e-5", "augment.randaugment={num_ops: 1}", "ema={}"])
-    again = load_recipe(write_recipe(recipe_as_asked(changed), "again.yaml"))
+    again = load_recipe(write_recipe(recipe_text(changed), "again.yaml"))
     assert flatten(again) == flatten(changed)
 
 

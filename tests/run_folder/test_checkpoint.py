@@ -110,7 +110,7 @@ def test_an_optimizer_of_channels_last_weights_goes_on_bitwise() -> None:
     steps(whole, optimizer, range(4))
     cut, optimizer = build()
     steps(cut, optimizer, range(2))
-    saved = Snapshot(2, {}, {"model": cut.state_dict()}, {"optimizer": optimizer.state_dict()}).bring_to_host()
+    saved = Snapshot(2, {}, {"model": cut.state_dict()}, {"optimizer": optimizer.state_dict()}).to_host()
     resumed, optimizer = build()
     resumed.load_state_dict(saved.tensors["model"])
     restore_optimizer(optimizer, unpack(saved.state["training"], saved.tensors["training"])["optimizer"])
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(tmp_path: Path) -
 def snapshot(step: int) -> Snapshot:
     weights = {"model": {"w": torch.full((64,), float(step)), "b": torch.tensor(step)}, "ema": {"w": torch.ones(3)}}
     training = {"optimizer": {"state": {0: torch.full((5,), float(step))}}}
-    return Snapshot(step, {"learnt": {}}, weights, training).bring_to_host()
+    return Snapshot(step, {"learnt": {}}, weights, training).to_host()
 
 
 def is_whole(checkpoint: Checkpoint | None) -> bool:

@@ -16,7 +16,7 @@ from helpers.runs import RECIPE, exit_status
 
 from hf_fasttrain.inference import model_folder
 from hf_fasttrain.models.saved import SPEC_FILE
-from hf_fasttrain.run_folder.missing import is_pushed, what_is_lost
+from hf_fasttrain.run_folder.missing import describe_missing, is_pushed
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils import files
 from hf_fasttrain.utils.files import exchange, new_folder
@@ -105,7 +105,7 @@ def test_resume_makes_what_a_full_disk_did_not_take(
 
 
 def test_a_training_of_which_nothing_is_saved_is_not_promised_back(tmp_path: Path) -> None:
-    said = what_is_lost(tmp_path, [f"{tmp_path / 'model'}: No space left on device"], 5, 5, report=True)
+    said = describe_missing(tmp_path, [f"{tmp_path / 'model'}: No space left on device"], 5, 5, report=True)
     assert said.splitlines()[1:] == [
         f"  {tmp_path / 'model'}: No space left on device",
         "nothing else is on disk either",
@@ -113,7 +113,9 @@ def test_a_training_of_which_nothing_is_saved_is_not_promised_back(tmp_path: Pat
     ]
     (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000003" / "COMPLETE").touch()
-    assert "--resume trains on from step 3 and writes what is missing" in what_is_lost(tmp_path, [], 5, 5, report=True)
+    assert "--resume trains on from step 3 and writes what is missing" in describe_missing(
+        tmp_path, [], 5, 5, report=True
+    )
 
 
 def no_space(*_: Any, **__: Any) -> None:

@@ -48,8 +48,10 @@ def test_every_technique_has_its_name() -> None:
 
 def test_accumulation_is_shown_both_ways() -> None:
     """The study's recipes have steps of 256 in two micro-batches of 128."""
-    facts = {**FACTS, "train.batch_size": 256, "accelerate.gradient_accumulation_steps": 2}
-    arms = {p.arm.name: settings_of(p.arm) for p in planned(techniques(ready(facts=facts, micro_batch_size=128), CPU))}
+    values = {**FACTS, "train.batch_size": 256, "accelerate.gradient_accumulation_steps": 2}
+    arms = {
+        p.arm.name: settings_of(p.arm) for p in planned(techniques(ready(settings=facts, micro_batch_size=128), CPU))
+    }
     baseline = arms["baseline"]
     assert (baseline["train.batch_size"], baseline["accelerate.micro_batch_size"]) == ("128", "null")
     larger = arms["+ GA: steps of 2 x 128"]
@@ -102,7 +104,7 @@ def test_what_can_make_no_difference_is_not_applicable() -> None:
     assert old["compile"].not_applicable == "torch.compile finds no C++ compiler here"
     tiny = by_name(techniques(ready(micro_batch_size=2), CPU))
     assert tiny["ga_pieces"].not_applicable == "steps of 2 images can't be cut"
-    reduced = by_name(techniques(ready(facts={**FACTS, "data.reduced_decode": True}), CPU))
+    reduced = by_name(techniques(ready(settings={**FACTS, "data.reduced_decode": True}), CPU))
     assert reduced["decoder"].not_applicable == "data.reduced_decode has one decoder only"
     assert reduced["decoder"].off == {"data.decoder": "simplejpeg"}
     once = by_name(techniques(ready(steps=32), CPU))

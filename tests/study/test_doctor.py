@@ -131,7 +131,7 @@ def diagnosis(**changes: Any) -> Diagnosis:
     base = measurement("as it is", 1 / 700)
     tried = [measurement("data.cache=memory", 1 / 5200), measurement("data.workers=4", 1 / 705)]
     values: dict[str, Any] = {
-        "ready": ready(facts={**FACTS, "data.workers": 2}),
+        "ready": ready(settings={**FACTS, "data.workers": 2}),
         "images_per_second": base.images_per_second,
         "step_seconds": 0.045,
         "images_per_step": 32.0,

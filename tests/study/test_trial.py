@@ -76,7 +76,7 @@ def test_turns_last_as_long_as_they_are_told() -> None:
 
 def test_what_is_ready_says_what_the_settings_became() -> None:
     found = Trial(asked("train.duration=2 epochs", "accelerate.gradient_accumulation_steps=2")).ready
-    assert found.facts["accelerate.mixed_precision"] == "no"
+    assert found.settings["accelerate.mixed_precision"] == "no"
     assert (found.micro_batch_size, found.has_batch_norm, found.is_jpeg) == (8, True, False)
     assert found.steps == 2 * found.steps_per_epoch
     assert found.short_last_step

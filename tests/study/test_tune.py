@@ -121,7 +121,7 @@ def test_the_guard_needs_numbers() -> None:
 def test_a_precision_that_was_asked_for_needs_no_guard() -> None:
     fakes = Fakes(
         speed_of(accelerate__mixed_precision__bf16=2.0),
-        ready=ready(facts={**FACTS, "accelerate.mixed_precision": "bf16"}),
+        ready=ready(settings={**FACTS, "accelerate.mixed_precision": "bf16"}),
     )
     fakes.gradient = lambda settings: np.zeros(8, np.float32)
     assert search(fakes).best.config["accelerate.mixed_precision"] == "bf16"
@@ -278,7 +278,7 @@ def test_one_epoch_needs_no_cache() -> None:
 
 
 def test_accumulation_that_was_asked_for_may_be_taken_back() -> None:
-    there = ready(facts={**FACTS, "accelerate.gradient_accumulation_steps": 4}, micro_batch_size=8)
+    there = ready(settings={**FACTS, "accelerate.gradient_accumulation_steps": 4}, micro_batch_size=8)
     config = space.first_config(there)
     assert config["accelerate.micro_batch_size"] == 8
     assert [c["accelerate.micro_batch_size"] for c in space.micro_batches(config, there)] == [None, 4]

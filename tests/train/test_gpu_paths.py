@@ -45,7 +45,7 @@ from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.metrics import Metrics
 from hf_fasttrain.train.throughput import Pace
-from hf_fasttrain.utils.environment import settle_device
+from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 
@@ -159,7 +159,7 @@ def test_a_gpu_has_its_number_and_is_the_present_one(said: str, index: int, monk
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", present.append)
     accelerator = SimpleNamespace(device=torch.device(said), state=SimpleNamespace())
-    assert settle_device(accelerator) == torch.device("cuda", index)
+    assert set_current_device(accelerator) == torch.device("cuda", index)
     assert accelerator.state.device == torch.device("cuda", index)
     assert present == [torch.device("cuda", index)]
 

@@ -22,7 +22,7 @@ def asked() -> dict[str, Any]:
         "sum": processes.add_up(number).item(),
         "mean": processes.mean(number).item(),
         "largest": processes.largest(processes.index, -processes.index),
-        "any": processes.any(processes.index == 1),
+        "any": processes.any_process(processes.index == 1),
         "kept": number.item(),
     }
 

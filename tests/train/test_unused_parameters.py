@@ -187,7 +187,7 @@ class Watched(Trainer):
     def train_step(self, step: Step) -> Tensor:
         loss = super().train_step(step)
         flat = torch.cat([p.detach().flatten() for p in self.raw_model.parameters()])
-        for other in gather_object([flat]) if self.processes.several else ():
+        for other in gather_object([flat]) if self.processes.is_distributed else ():
             self.apart = max(self.apart, float((other - flat).abs().max()))
         return loss
 

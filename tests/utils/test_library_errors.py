@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import resolve_trust_remote_code
 
-from hf_fasttrain.utils.errors import MemoryShort, NotEnoughMemory, first_line
+from hf_fasttrain.utils.errors import NotEnoughMemory, StepOutOfMemory, first_line
 from hf_fasttrain.utils.library_errors import (
     is_card_refused,
     is_dead_worker,
@@ -33,7 +33,7 @@ def test_other_words_for_memory_that_ran_out(text: str) -> None:
 
 
 def test_classes_of_memory_that_ran_out() -> None:
-    for error in (MemoryError(), torch.OutOfMemoryError(), MemoryShort("1 of 2"), OSError(12, "")):
+    for error in (MemoryError(), torch.OutOfMemoryError(), StepOutOfMemory("1 of 2"), OSError(12, "")):
         assert is_out_of_memory(error)
     assert not is_out_of_memory(OSError(28, "out of memory"))
     assert not is_out_of_memory(NotEnoughMemory("out of memory at step 2"))  # it has been dealt with

@@ -161,11 +161,11 @@ def test_torchs_handler_of_ended_children_is_kept_out() -> None:
 
 
 def test_a_process_takes_another_precision() -> None:
-    with relies_on("AcceleratorState._shared_state, _reset_state", private_apis.forget_other_precision):
+    with relies_on("AcceleratorState._shared_state, _reset_state", private_apis.reset_precision):
         Accelerator(cpu=True)
-        private_apis.forget_other_precision("no")
+        private_apis.reset_precision("no")
         assert AcceleratorState().initialized
-        private_apis.forget_other_precision("bf16")
+        private_apis.reset_precision("bf16")
         assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
 
 
@@ -237,16 +237,16 @@ def test_a_fork_server_ends_with_its_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import multiprocessing, os, time\n"
-        "from hf_fasttrain.utils.private_apis import let_forkserver_end\n"
+        "from hf_fasttrain.utils.private_apis import let_forkserver_exit\n"
         "def serve():\n"
-        "    let_forkserver_end()\n"
+        "    let_forkserver_exit()\n"
         "    print(os.getppid(), os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
         "    multiprocessing.get_context('forkserver').Process(target=serve).start()\n"
         "    time.sleep(60)\n"
     )
-    with relies_on("multiprocessing.forkserver._forkserver", private_apis.let_forkserver_end):
+    with relies_on("multiprocessing.forkserver._forkserver", private_apis.let_forkserver_exit):
         parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
         server, child = (psutil.Process(int(pid)) for pid in parent.stdout.readline().split())
         try:

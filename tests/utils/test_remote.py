@@ -18,9 +18,9 @@ from hf_fasttrain.from_recipe.trainer import build_trainer
 from hf_fasttrain.hub.push import push_run
 from hf_fasttrain.inference import evaluate_run, predict_images
 from hf_fasttrain.models.weights import weights_file
-from hf_fasttrain.recipe.load import load_recipe, recipe_as_asked
+from hf_fasttrain.recipe.load import load_recipe, recipe_text
 from hf_fasttrain.utils.errors import ModelError, RecipeError, RunError
-from hf_fasttrain.utils.remote import fetch_file, fetch_run, is_repo_name, parse_place
+from hf_fasttrain.utils.remote import download_file, download_run, is_repo_name, parse_hub_url
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def test_a_revision_is_that_commit(pushed: Path, hub: Hub) -> None:
         (pushed / "model" / "hf_fasttrain.json").read_bytes().replace(b'"0"', b'"zero"')
     )
     push_run(pushed, "me/digits")
-    old = json.loads(fetch_file(f"hf://me/digits@{first}", "hf_fasttrain.json").read_text())
-    new = json.loads(fetch_file("hf://me/digits", "hf_fasttrain.json").read_text())
+    old = json.loads(download_file(f"hf://me/digits@{first}", "hf_fasttrain.json").read_text())
+    new = json.loads(download_file("hf://me/digits", "hf_fasttrain.json").read_text())
     assert (old["class_names"][0], new["class_names"][0]) == ("0", "zero")
     with pytest.raises(RunError, match="hf://me/digits@nothing: has no such revision; leave @REVISION out"):
-        fetch_file("hf://me/digits@nothing", "hf_fasttrain.json")
+        download_file("hf://me/digits@nothing", "hf_fasttrain.json")
 
 
 def test_where_it_was_written_and_pushed_is_not_taken_over(pushed: Path, hub: Hub) -> None:
@@ -84,7 +84,7 @@ def test_where_it_was_written_and_pushed_is_not_taken_over(pushed: Path, hub: Hu
     assert recipe.output_dir is None
     assert recipe.data.cache_dir is None
     assert (recipe.log.trackers, recipe.log.project) == ([], "hf_fasttrain")
-    assert "somewhere" not in recipe_as_asked(load_recipe("hf://me/digits"))
+    assert "somewhere" not in recipe_text(load_recipe("hf://me/digits"))
     assert recipe.seed == 3
     assert recipe.source.name == "digits"
     assert load_recipe("hf://me/digits", ["hub.repo=you/digits"]).hub.repo == "you/digits"
@@ -131,7 +131,7 @@ def test_only_the_description_at_the_root_counts(hub: Hub, pushed: Path, tmp_pat
     image = tmp_path / "photo.png"
     Image.effect_noise((40, 30), 60).save(image)
     assert predict_images("hf://me/digits", [str(image)]) == predict_images(pushed, [str(image)])
-    assert not list(Path(fetch_run("hf://me/digits")).glob("model/*"))
+    assert not list(Path(download_run("hf://me/digits")).glob("model/*"))
 
 
 @pytest.mark.parametrize("line", ["{weights_only: false}", "{checkpoint_path: x}", "{attn_implementation: a/kernel}"])
@@ -174,7 +174,7 @@ def test_a_description_of_another_version_is_named(hub: Hub, pushed: Path) -> No
 )
 def test_a_bad_place_is_named(place: str) -> None:
     with pytest.raises(RunError, match=r"is no place on the Hub; write hf://OWNER/NAME or hf://OWNER/NAME@REVISION"):
-        parse_place(place)
+        parse_hub_url(place)
 
 
 def test_names_are_judged_as_the_hub_does() -> None:

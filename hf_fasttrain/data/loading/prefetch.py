@@ -159,7 +159,7 @@ class _BatchDataset:
         try:
             return self.images.make(asked.key, self._room(asked))
         except UserError as error:
-            error.every_process = False
+            error.on_every_process = False
             return error
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):

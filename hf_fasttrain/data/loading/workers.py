@@ -106,7 +106,7 @@ class Workers:
             refused = RunError(
                 f"loader process {index + 1} of {self.number} could not be started: {reason(error)}; lower data.workers"
             )
-            refused.every_process = False
+            refused.on_every_process = False
             raise refused from None
 
     def close(self) -> None:

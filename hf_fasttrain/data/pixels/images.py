@@ -169,7 +169,7 @@ class BadImages:
             f"can't be decoded; `hf-fasttrain check RECIPE --images` finds them all; repair them, take them out or "
             f"raise data.max_bad_fraction:\n{first}{more}"
         )
-        error.every_process = False
+        error.on_every_process = False
         raise error
 
     @property
