@@ -221,18 +221,18 @@ def decide(settings: ResolvedSettings, key: str, **known: Any) -> Any:
 # --- what is decided before anything is built ------------------------------------------------------------------
 
 
-def resolve_machine(recipe: Recipe, settings: ResolvedSettings, tuned: Presets | None = None) -> Recipe:
+def resolve_machine(recipe: Recipe, settings: ResolvedSettings, presets: Presets | None = None) -> Recipe:
     """Return the recipe with `auto` replaced where launcher, tuning, processor or GPU decide it; nothing is measured.
 
-    `tuned` goes before the rules, by default the stored tuning. What the recipe gives is as it gives it.
+    `presets` go before the rules; by default those of the stored tuning. Values in the recipe stay as they are.
     """
     values, gpu = flatten(recipe), uses_gpu()
     settings.record(MACHINE, machine_here(), "what `auto` was decided for")
-    found = stored_tuning(recipe) if tuned is None else tuned
-    presets = {key: d for key, d in found.decisions.items() if d.value is not None and is_open(key, values)}
-    presets |= _stated_by_launcher(values)
-    settings.decisions |= presets
-    _note_tuned(presets, settings)
+    presets = stored_tuning(recipe) if presets is None else presets
+    decisions = {key: d for key, d in presets.decisions.items() if d.value is not None and is_open(key, values)}
+    decisions |= _launcher_decisions(values)
+    settings.decisions |= decisions
+    _note_tuned(decisions, settings)
     has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     decide(settings, "accelerate.mixed_precision", gpu=gpu, has_bf16=has_bf16)
     for name in ("channels_last", "compile", "matmul_precision", "conv_precision"):
@@ -243,7 +243,7 @@ def resolve_machine(recipe: Recipe, settings: ResolvedSettings, tuned: Presets |
     return with_values(recipe, {key: d.value for key, d in settings.decisions.items() if is_open(key, values)})
 
 
-def _stated_by_launcher(values: dict[str, Any]) -> dict[str, Decision]:
+def _launcher_decisions(values: dict[str, Any]) -> dict[str, Decision]:
     """Return the launcher's precision where the recipe leaves it open and the device has it."""
     key, precision = "accelerate.mixed_precision", launcher_precision()
     usable = precision == "bf16" or (precision == "fp16" and uses_gpu())
@@ -251,9 +251,9 @@ def _stated_by_launcher(values: dict[str, Any]) -> dict[str, Decision]:
     return {key: decision} if usable and is_open(key, values) else {}
 
 
-def _note_tuned(presets: dict[str, Decision], settings: ResolvedSettings) -> None:
+def _note_tuned(decisions: dict[str, Decision], settings: ResolvedSettings) -> None:
     by_reason: dict[str, list[str]] = {}
-    for key, decision in presets.items():
+    for key, decision in decisions.items():
         if decision.kind == "tuned":
             by_reason.setdefault(decision.reason, []).append(f"{key}={plain(decision.value)}")
     for reason, pairs in by_reason.items():

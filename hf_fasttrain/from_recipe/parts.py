@@ -37,16 +37,16 @@ def build_parts(
     overrides: Sequence[str] = (),
     *,
     dataset: Any = None,
-    tuned: Presets | None = None,
+    presets: Presets | None = None,
 ) -> Parts:
     """Return the model, data and numbers of a recipe; nothing is written.
 
-    `tuned` are the values for its `auto`; by default those of a stored tuning of this machine and model.
+    `presets` go before the rules of `auto`; by default those of a stored tuning of this machine and model.
     """
     loaded = load_recipe(recipe, overrides)
     settings = ResolvedSettings(loaded, notes=without_effect(loaded))
     settings.record("local", local_settings(loaded, dataset), "settings that are paths or objects of this machine")
-    resolved = resolve_machine(loaded, settings, tuned)
+    resolved = resolve_machine(loaded, settings, presets)
     accelerator = build_accelerator(resolved, settings)
     source = source_from(resolved, dataset, settings)
     model, spec = model_from(resolved, source, accelerator.device, settings)

@@ -66,13 +66,13 @@ def build_trainer(
     folder = Path(output_dir(loaded))
     if loaded.hub is not None and launched_rank() == 0:
         require_login(loaded.hub.repo)  # before anything is trained that could not be pushed
-    began = read_first_start(folder) if resume else None
-    parts = build_parts(loaded, dataset=dataset, tuned=began.kept(loaded) if began else None)
+    first_start = read_first_start(folder) if resume else None
+    parts = build_parts(loaded, dataset=dataset, presets=first_start.kept(loaded) if first_start else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     saved = saved_state(folder) if resume else None
     trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
-    if began:
-        began.note_changes(parts.settings)
+    if first_start:
+        first_start.note_changes(parts.settings)
     for note in [*parts.settings.notes, *([] if saved else parts.settings.weight_notes)]:
         trainer.log.note(note)
     if resume:

@@ -80,7 +80,7 @@ class Trial:
 
     def __init__(self, asked: Asked, wishes: Wishes = Wishes()) -> None:  # noqa: B008 - frozen
         recipe = without_growth(asked.load())
-        parts = build_parts(recipe, tuned=None if wishes.stored_tuning else Presets())
+        parts = build_parts(recipe, presets=None if wishes.stored_tuning else Presets())
         trainer = assemble(parts, None, MeasuredTrainer)
         assert isinstance(trainer, MeasuredTrainer)
         self.trainer, trainer.trial = trainer, self

@@ -49,9 +49,8 @@ def test_every_technique_has_its_name() -> None:
 def test_accumulation_is_shown_both_ways() -> None:
     """The study's recipes have steps of 256 in two micro-batches of 128."""
     values = {**FACTS, "train.batch_size": 256, "accelerate.gradient_accumulation_steps": 2}
-    arms = {
-        p.arm.name: settings_of(p.arm) for p in planned(techniques(ready(settings=facts, micro_batch_size=128), CPU))
-    }
+    described = ready(settings=values, micro_batch_size=128)
+    arms = {p.arm.name: settings_of(p.arm) for p in planned(techniques(described, CPU))}
     baseline = arms["baseline"]
     assert (baseline["train.batch_size"], baseline["accelerate.micro_batch_size"]) == ("128", "null")
     larger = arms["+ GA: steps of 2 x 128"]
