@@ -30,10 +30,10 @@ def say_on_stderr(text: str) -> None:
 @contextlib.contextmanager
 def ended_by_ctrl_c() -> Iterator[None]:
     """End with its status on Ctrl-C; SIGTERM is taken for it, so that arms and their files are cleaned up."""
-    from hf_fasttrain.utils.signals import handled
+    from hf_fasttrain.utils.signals import signal_handler
 
     try:
-        with handled(signal.SIGTERM, signal.default_int_handler):
+        with signal_handler(signal.SIGTERM, signal.default_int_handler):
             yield
     except KeyboardInterrupt:
         sys.exit(Stopped.CTRL_C)

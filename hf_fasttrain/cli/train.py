@@ -96,7 +96,8 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
             raise
         raise NotEnoughMemory(
             f"out of memory after step {trainer.state.step} ({first_line(error)}); the same command with --resume "
-            "goes on from the newest checkpoint; lower accelerate.micro_batch_size, evaluate.batch_size or data.workers"
+            "continues from the newest checkpoint; lower accelerate.micro_batch_size, evaluate.batch_size or "
+            "data.workers"
         ) from None
 
 

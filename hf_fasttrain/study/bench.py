@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from hf_fasttrain.study.intervals import Estimate, estimate, paired_ratio
 from hf_fasttrain.study.messages import Ready, Report, Turn, Wishes
-from hf_fasttrain.utils.signals import handled
+from hf_fasttrain.utils.signals import signal_handler
 
 Tell = Callable[[str], None]
 
@@ -166,7 +166,7 @@ class Bench:
 
     def close(self) -> None:
         """End all arms; Ctrl-C must wait for it, or processes that stand still would be left."""
-        with handled(signal.SIGINT, signal.SIG_IGN):
+        with signal_handler(signal.SIGINT, signal.SIG_IGN):
             for name in list(self._running):
                 self.end(name)
 

@@ -129,7 +129,7 @@ class Checkpoints:
         if not there:
             return type(error)(f"{error}; nothing was saved yet")
         newest = checkpoint_step(there[-1])
-        told = type(error)(f"{error}; {how_to_resume()} goes on from step {newest:,}")
+        told = type(error)(f"{error}; {how_to_resume()} continues from step {newest:,}")
         if newest > began_at:
             told.status = Stopped.RESUMABLE
         return told

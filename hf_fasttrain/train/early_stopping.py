@@ -13,7 +13,7 @@ from hf_fasttrain.utils.errors import how_to_resume
 def how_to_go_on() -> str:
     """Return how a run that early stopping has ended can go on."""
     return (
-        f"to go on: {how_to_resume()} and a longer early_stopping.patience, early_stopping=null or a longer "
+        f"to continue: {how_to_resume()} and a longer early_stopping.patience, early_stopping=null or a longer "
         "train.duration"
     )
 
@@ -92,5 +92,5 @@ def go_on(watch: Watch | None, state: State, num_steps: int) -> str | None:
     state.patience_from = state.step
     return (
         f"{'this run had ' + str(stop) if stop else 'early_stopping.patience was exhausted'}; train.duration is longer "
-        f"now, so that it goes on, and patience counts from step {state.step:,} on"
+        f"now, so it continues, and patience counts from step {state.step:,} on"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name
 from hf_fasttrain.utils.errors import RecipeError, nearest, shown
-from hf_fasttrain.utils.private_apis import forget_metric_data
+from hf_fasttrain.utils.private_apis import reset_metric
 
 SINGLE_LABEL = BUILT_IN_METRICS
 MULTI_LABEL = ("loss", "accuracy", "f1_macro")
@@ -128,7 +128,7 @@ class ExternalMetrics:
                 results[name] = _only_number(module.compute(predictions=predictions, references=references))
             except Exception as error:  # noqa: BLE001 - others' code; the run does not depend on it
                 failures[name] = _in_words(error)
-                forget_metric_data(module)
+                reset_metric(module)
         self._failures = dict(gather(list(failures.items())))
         return {name: value for name, value in results.items() if name not in self._failures}
 

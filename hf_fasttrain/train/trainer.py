@@ -427,7 +427,7 @@ class Trainer:
         if self.memory.failed_in() == "update" or (self.processes.is_distributed and not agreed):
             raise NotEnoughMemory(
                 f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
-                f"being exchanged or applied ({what}); nothing of it is saved: {how_to_resume()} goes on "
+                f"being exchanged or applied ({what}); nothing of it is saved: {how_to_resume()} continues "
                 f"from the newest checkpoint with micro-batches of {size}"
             )
         self._undo()
@@ -616,7 +616,7 @@ class Trainer:
         if self.checkpoints is None:
             return
         if self.state.step == 0 and complete_checkpoints(self.checkpoints.folder):
-            raise RunError(f"{self.output_dir}: holds checkpoints; call restore() to go on, or give another output_dir")
+            raise RunError(f"{self.output_dir}: holds checkpoints; call restore(), or give another output_dir")
         self.processes.wait()  # nobody writes before everybody has looked
         if not lock_run(self.checkpoints.run):
             self.log.note(f"{self.output_dir}: its file system has no locks; nothing keeps a second run out of it")
@@ -868,7 +868,7 @@ class Trainer:
         if self.checkpoints is None:
             message += "; nothing is saved without an output_dir"
         elif saved:
-            message += f"; it is saved: {how_to_resume()} goes on"
+            message += f"; it is saved: {how_to_resume()} continues"
         else:
             message += f"; its state could not be saved: {self.checkpoints.failed}"
         self.log.say(message)

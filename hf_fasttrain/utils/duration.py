@@ -1,4 +1,4 @@
-"""Lengths of training time as people write them. The one converter to steps; the loop knows only steps."""
+"""Durations as people write them (`90 epochs`, `5000 steps`), and their conversion to steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERCENT_PATTERN = r"^\s*(\d+(?:\.\d+)?)\s*%\s*$"
 
 @dataclass(frozen=True)
 class Duration:
-    """So many epochs (fractions are allowed), optimizer steps, minutes of a clock, or percent of the training."""
+    """A number of epochs (fractions are allowed), optimizer steps, wall-clock minutes, or percent of the training."""
 
     count: float
     unit: str  # "epochs", "steps", "minutes" or "percent"
@@ -29,7 +29,7 @@ class Duration:
             clock = ", '5000 steps' or '10 minutes'" if minutes else " or '5000 steps'"
             raise ValueError(f"must be a number and a unit, like '90 epochs'{clock}")
         if len(match[1]) > 12:
-            raise ValueError("is longer than anything trained so far; must be below 10**12")
+            raise ValueError("is too long; must be below 10**12")
         unit = f"{match[2].removesuffix('s')}s"
         if unit == "steps" and "." in match[1]:
             raise ValueError("steps must be a whole number, like '5000 steps'")
@@ -38,12 +38,12 @@ class Duration:
     @classmethod
     def parse_minutes(cls, text: object) -> Duration:
         """Read ``10 minutes``; ValueError otherwise."""
-        found = text if isinstance(text, Duration) else None
+        duration = text if isinstance(text, Duration) else None
         if isinstance(text, str) and re.match(MINUTES_PATTERN, text):
-            found = cls.parse(text, minutes=True)
-        if found is None or found.unit != "minutes":
+            duration = cls.parse(text, minutes=True)
+        if duration is None or duration.unit != "minutes":
             raise ValueError("must be a number of minutes, like '10 minutes'")
-        return found
+        return duration
 
     @classmethod
     def parse_part(cls, text: object) -> Duration:

@@ -1,4 +1,4 @@
-"""What the run runs on: machine, versions, memory."""
+"""The machine and the software that a run uses: processor, device, versions, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-# Linux control groups, and those of this process.
+# Where Linux mounts control groups, and the file that lists those of this process.
 CGROUP_ROOT, PROCESS_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
 
@@ -27,7 +27,7 @@ def num_cores() -> int:
 
 
 def describe_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
-    """Return processor, cores, accelerator and processes, as result.json holds them."""
+    """Return processor, cores, accelerator and number of processes, as they are written into result.json."""
     cuda = device.type == "cuda"
     return {
         "processor": _processor_name(),
@@ -49,7 +49,7 @@ def _processor_name() -> str:
 
 @functools.cache
 def describe_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's outcome."""
+    """Return the versions of Python and of the packages that can change a run's results."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -68,66 +68,66 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process has now."""
+    """Return the resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that is to be had: of the machine, or of the container where that allows less.
+    """Return the available memory of the machine, or of the container if that has less.
 
-    Cached files that the kernel gives up for it count as free.
+    Cached files that the kernel can drop count as free.
     """
-    return max(0, min([int(psutil.virtual_memory().available), *_free_in_groups()]))
+    return max(0, min([int(psutil.virtual_memory().available), *_free_in_cgroups()]))
 
 
-def _free_in_groups() -> list[int]:
-    """Return what the control groups of this process allow yet, its own and those above it (versions 1 and 2)."""
+def _free_in_cgroups() -> list[int]:
+    """Return the bytes left under each limit of this process's control groups and their parents (cgroup v1 and v2)."""
     try:
         lines = PROCESS_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     free = []
     for line in lines:
-        _, controllers, own = line.split(":", 2)
+        _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         root = CGROUP_ROOT / controllers
-        group = root / own.lstrip("/")
+        group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            free += _free_in_group(folder, version=1 if controllers else 2)
+            free += _free_in_cgroup(folder, version=1 if controllers else 2)
             if folder == root:
                 break
     return free
 
 
-def _free_in_group(folder: Path, version: int) -> list[int]:
-    """Return what a control group allows beside what it uses, nothing if it has no limit."""
+def _free_in_cgroup(folder: Path, version: int) -> list[int]:
+    """Return the bytes left under a control group's limits; an empty list if it has none."""
     limits = ("memory.limit_in_bytes",) if version == 1 else ("memory.max", "memory.high")
     used = "memory.usage_in_bytes" if version == 1 else "memory.current"
     free = []
     for name in limits:
-        with suppress(OSError, ValueError):  # "max" is no number: no limit
+        with suppress(OSError, ValueError):  # "max" means no limit
             limit = int((folder / name).read_text())
-            free.append(limit - int((folder / used).read_text()) + _cached_in_group(folder, version))
+            free.append(limit - int((folder / used).read_text()) + _cached_in_cgroup(folder, version))
     return free
 
 
-def _cached_in_group(folder: Path, version: int) -> int:
-    """Return how many bytes of cached files a group's kernel memory gives up: unused ones, and half of the used."""
-    prefix = "total_" if version == 1 else ""  # with the groups below it, as its usage is counted
+def _cached_in_cgroup(folder: Path, version: int) -> int:
+    """Return the bytes of cached files that the kernel can drop: the inactive ones and half of the active ones."""
+    prefix = "total_" if version == 1 else ""  # including child groups, as the usage does
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
         return 0
-    found = {name: int(value) for name, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
-    return found.get(f"{prefix}inactive_file", 0) + found.get(f"{prefix}active_file", 0) // 2
+    stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
+    return stat.get(f"{prefix}inactive_file", 0) + stat.get(f"{prefix}active_file", 0) // 2
 
 
 def set_current_device(accelerator: Any) -> torch.device:
-    """Return the accelerator's device with its index, and make it the present one.
+    """Make the accelerator's device the current one, and return it with its index.
 
-    accelerate says "cuda" for a single process: other threads would take GPU 0 for it, and a seed would go to the GPU
-    that is present.
+    accelerate says "cuda" for a single process: other threads would use GPU 0, and a seed would be set on the GPU that
+    is current.
     """
     device: torch.device = accelerator.device
     if device.type == "cuda":
@@ -140,7 +140,7 @@ def set_current_device(accelerator: Any) -> torch.device:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread on the host: for many small copies, threads that wait for each other cost ten times."""
+    """Limit torch to one thread on the CPU: many small copies take ten times as long with threads that synchronise."""
     number = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

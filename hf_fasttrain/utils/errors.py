@@ -1,4 +1,4 @@
-"""Mistakes that a user can make. Each message says where, what was got, what is allowed, what to do."""
+"""Errors that are shown to users. Each message says where, what was found, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """Something only the user can put right. The command line prints it alone and exits with `status`.
+    """An error that only the user can fix. The command line prints its message alone and exits with `status`.
 
-    Where several processes train, all of them meet most errors, and the main one speaks; an error that one process
-    may meet alone (an image, a file) has `on_every_process` False.
+    In distributed training most errors are raised on all processes, and only the main one prints them. An error that a
+    single process may raise (an image, a file) has `on_every_process` False, and is printed wherever it is raised.
     """
 
     on_every_process = True
@@ -28,11 +28,11 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """The data set is not there, or is not what the recipe says."""
+    """The data set was not found, or does not match the recipe."""
 
 
 class ImageError(DataError):
-    """An image can't be decoded; `reason` says why, without the image's name and what to do."""
+    """An image can't be decoded; `reason` says why, without the image's name and the advice."""
 
     def __init__(self, text: str, reason: str = "") -> None:
         super().__init__(text)
@@ -44,15 +44,15 @@ class ModelError(UserError):
 
 
 class RunError(UserError):
-    """The run folder or the machine can't do what was asked."""
+    """The run folder or the machine can't do what the user wants."""
 
 
 class Stopped(Exception):
-    """Training was stopped by a signal before its end, and its state saved; a resumed run goes on from there.
+    """A signal stopped training before its end. The state is saved, and a resumed run continues from it.
 
-    `cause` names the signal, `step` is the number of steps made, `result` how far the run has come (nothing of it is
-    written). `status` is what the command line exits with: CTRL_C after Ctrl-C, else RESUMABLE (EX_TEMPFAIL of
-    sysexits.h: try again), or NOT_WRITTEN (EX_IOERR) if the state could not be saved.
+    `cause` names the signal, `step` is the number of completed steps, `result` holds the figures so far (they are not
+    written to disk). `status` is the exit status of the command line: CTRL_C after Ctrl-C, NOT_WRITTEN (EX_IOERR) if
+    the state could not be saved, else RESUMABLE (EX_TEMPFAIL of sysexits.h: try again).
     """
 
     CTRL_C, RESUMABLE, NOT_WRITTEN = 130, 75, 74
@@ -71,28 +71,28 @@ class Stopped(Exception):
 
 
 class Interrupted(Stopped, KeyboardInterrupt):
-    """Ctrl-C has stopped training: a loop over `Trainer.iterate` may take it for the KeyboardInterrupt that it is."""
+    """Ctrl-C stopped training; also a KeyboardInterrupt, so that a loop over `Trainer.iterate` can catch it as one."""
 
 
 class NotEnoughMemory(RunError):
-    """Memory ran out where a step can't be made again; a resumed run begins with smaller micro-batches."""
+    """Out of memory at a point where the step can't be retried; a resumed run starts with smaller micro-batches."""
 
     on_every_process = False
     status = Stopped.RESUMABLE
 
 
 class StepOutOfMemory(RuntimeError):
-    """Some process has run out of memory in a step, before any gradient was exchanged."""
+    """A process ran out of memory in a step, before any gradient was exchanged: the step can be retried."""
 
 
 class RunFailure(RunError):
-    """A process that a run needs is gone; RESUMABLE if the run has saved a checkpoint since it was started, else 1."""
+    """A process that the run needs has died. `status` is RESUMABLE if this start has saved a checkpoint, else 1."""
 
     status = 1
 
 
 class LoaderDied(RunFailure):
-    """Loader processes died and can't be replaced."""
+    """Loader processes died and could not be restarted."""
 
     on_every_process = False
 
@@ -101,42 +101,42 @@ class PeerGone(RunFailure):
     """Another training process has ended."""
 
 
-_speaks_to_python = True
+_called_from_python = True
 
 
 @contextmanager
 def on_command_line() -> Iterator[None]:
-    """Let messages say how a run is resumed in the command line's words."""
-    global _speaks_to_python
-    before, _speaks_to_python = _speaks_to_python, False
+    """Make messages name the command line's options instead of Python arguments."""
+    global _called_from_python
+    previous, _called_from_python = _called_from_python, False
     try:
         yield
     finally:
-        _speaks_to_python = before
+        _called_from_python = previous
 
 
 def resume_option() -> str:
-    """Return what is added to a training's call to resume it."""
-    return "resume=True" if _speaks_to_python else "--resume"
+    """Return the argument that resumes a run: of the command line or of `Trainer.from_recipe`."""
+    return "resume=True" if _called_from_python else "--resume"
 
 
 def how_to_resume() -> str:
-    """Return the subject of a sentence that ends with `goes on`."""
-    return "resume=True (or Trainer.restore())" if _speaks_to_python else "the same command with --resume"
+    """Return how a run is resumed, as the subject of a sentence that ends with `continues`."""
+    return "resume=True (or Trainer.restore())" if _called_from_python else "the same command with --resume"
 
 
 SECRET = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}\b")
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with Hub tokens blotted out, whoever put them there."""
+    """Return a text with all Hub tokens replaced by ***."""
     return SECRET.sub(r"\1***", text)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest of `valid`, or an empty string if none is near."""
-    found = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    """Return `` Did you mean 'x'?`` for the closest of `valid`, or an empty string if none is close."""
+    matches = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def shortened(values: Iterable[object], limit: int = 12) -> str:
@@ -147,12 +147,12 @@ def shortened(values: Iterable[object], limit: int = 12) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or what it is called if it says nothing."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def first_lines(error: BaseException) -> str:
-    """Return the first two lines of an error's text that say something, or what it is called."""
+    """Return the first two non-empty lines of an error's message, or the name of its class if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, renamed."""
+"""Atomic writes: files and folders are written under a temporary name, synced, and renamed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 import xxhash
 
 Bytes = bytes | memoryview
-BLOCK = 32 << 20  # bytes that are written at once
+BLOCK = 32 << 20  # bytes per write
 
 
 class NewFile:
-    """A file that is written from its beginning; its bytes are hashed on their way and synced at the end.
+    """A new file, hashed while it is written and synced when it is closed.
 
-    Raises OSError where the disk is full or fails; a write that stops in its middle is taken up again.
+    Raises OSError if the disk is full or fails; partial writes are continued.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +31,7 @@ class NewFile:
 
     @property
     def digest(self) -> str:
-        """The xxh3-128 of what was written, as hexadecimal digits."""
+        """The xxh3-128 of the bytes written so far, in hexadecimal."""
         return self._hash.hexdigest()
 
     def write(self, data: Bytes) -> None:
@@ -44,10 +44,10 @@ class NewFile:
             view = view[written:]
             self._pending += written
             if self._pending >= BLOCK:
-                self._begin_to_sync()
+                self._start_sync()
 
-    def _begin_to_sync(self) -> None:
-        """Let the system write to the disk what it has, while more is coming: 0.85 of the time until all is synced."""
+    def _start_sync(self) -> None:
+        """Make the kernel write back what it has while more is written: 0.85 of the time until everything is synced."""
         self._pending = 0
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -64,7 +64,7 @@ class NewFile:
 
 
 def digest_of(path: Path) -> str:
-    """Return the xxh3-128 of a file, as `NewFile` reckons it."""
+    """Return the xxh3-128 of a file, as `NewFile.digest` does."""
     hashed = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -73,7 +73,7 @@ def digest_of(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let a folder's names survive a loss of power."""
+    """Sync a folder's entries, so that new and renamed files survive a power loss."""
     _sync(folder)
 
 
@@ -86,7 +86,7 @@ def _sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it there, so that it is never seen half-written."""
+    """Write a file under a temporary name and rename it, so that nobody sees it half-written. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with NewFile(partial) as file:
@@ -100,12 +100,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole."""
+    """Write a JSON file atomically. Raises OSError."""
     write_atomically(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one if there is none or it can't be read."""
+    """Return the object in a JSON file; an empty dict if the file is missing or can't be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,34 +115,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[Path]:
-    """Make a folder beside its place, to be filled; at the end it is synced and takes the place of `path`.
+    """Yield a temporary folder to fill; at the end it is synced and replaces `path` atomically.
 
-    `last` is called when it is there. If anything fails on the way, what was at `path` is there again. Of a link, the
-    folder that it leads to is replaced. Without `last`, there is a whole folder at `path` at any moment where the
-    system can exchange two names at once; where it can't, `restore_folder` mends what a kill leaves.
+    `last` is called once the folder is at `path`. If anything fails before it returns, the old content of `path` is
+    restored. If `path` is a symbolic link, its target is replaced. Without `last`, `path` is a complete folder at any
+    moment if the system can exchange two names (see `exchange`); if not, `restore_folder` repairs what a kill leaves.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     restore_folder(path)
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    placed = False
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    renamed = False
     try:
         os.makedirs(partial)
         yield partial
         sync_folder(partial)
         if last is None and path.exists() and exchange(partial, path):
-            shutil.rmtree(partial, ignore_errors=True)  # the one before
+            shutil.rmtree(partial, ignore_errors=True)  # the old folder
         else:
             if path.exists():
                 os.rename(path, old)
             os.rename(partial, path)
-            placed = True
+            renamed = True
         sync_folder(path.parent)
         if last is not None:
             last()
     except BaseException:
-        shutil.rmtree(path if placed else partial, ignore_errors=True)
+        shutil.rmtree(path if renamed else partial, ignore_errors=True)
         if old.exists() and not path.exists():
             os.rename(old, path)
         raise
@@ -150,11 +150,11 @@ def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[P
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one step; False, and nothing has changed, where the system or its disk can't."""
+    """Exchange two names atomically. Returns False, with nothing changed, if the system or file system can't."""
     import ctypes
 
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:  # no Linux, or a C library before glibc 2.28
+    if renameat2 is None:  # not Linux, or older than glibc 2.28
         return False
     renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
     at_fdcwd, rename_exchange = -100, 2
@@ -162,17 +162,17 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def restore_folder(path: Path) -> None:
-    """Put a folder back into its place whose process was killed between the two renames of `new_folder`."""
+    """Restore the old folder if a process was killed between the two renames of `new_folder`."""
     old = path.with_name(f".{path.name}.old")
     if old.is_dir() and not path.exists():
-        with suppress(OSError):  # a read-only disk: what looks for the folder says that it is not there
+        with suppress(OSError):  # a read-only disk: the caller reports the missing folder
             os.rename(old, path)
 
 
 def sync_files(folder: Path) -> None:
-    """Sync every file below a folder that libraries have written, with the mode that new files get here.
+    """Sync every file below a folder that libraries wrote, and give it the mode of a new file.
 
-    The safetensors library gives its files to their owner alone (0600): others could not read a shared run folder.
+    The safetensors library writes its files with mode 0600: others could not read a shared run folder.
     """
     mode = new_file_mode(folder)
     for path in folder.rglob("*"):
@@ -183,7 +183,7 @@ def sync_files(folder: Path) -> None:
 
 
 def new_file_mode(folder: Path) -> int:
-    """Return the mode of a file that is made in a folder: by the umask, which only a new file tells, or its ACL."""
+    """Return the mode that a new file in a folder gets from the umask or an ACL; only creating one tells it."""
     probe = folder / ".mode.partial"
     try:
         with NewFile(probe):
@@ -193,28 +193,28 @@ def new_file_mode(folder: Path) -> int:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line as a whole: one that can't be written to its end is taken back. Raises OSError."""
+    """Append a line completely or not at all: after a failed write the file is truncated again. Raises OSError."""
     data = text.encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        before = os.fstat(descriptor).st_size
-        if before and os.pread(descriptor, 1, before - 1) != b"\n":  # a line that a loss of power has torn
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a power loss cut off the last line
             data = b"\n" + data
         try:
             written = 0
             while written < len(data):
                 written += os.write(descriptor, data[written:])
         except OSError:
-            torn = os.pread(descriptor, len(data), before)
-            if torn and data.startswith(torn):  # nobody has written after it
-                os.ftruncate(descriptor, before)
+            partial = os.pread(descriptor, len(data), size)
+            if partial and data.startswith(partial):  # no other process has appended since
+                os.ftruncate(descriptor, size)
             raise
     finally:
         os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, without lines that were torn; an empty list if there is no file."""
+    """Return the objects of a JSON-lines file, skipping incomplete lines; an empty list if there is no file."""
     if not path.exists():
         return []
     values = []
@@ -226,25 +226,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return values
 
 
-def try_to_write(work: Callable[[], object], failed: Callable[[BaseException], None]) -> bool:
-    """Do what writes files; where the disk does not take them, tell `failed` and return False."""
+def try_to_write(write: Callable[[], object], on_error: Callable[[BaseException], None]) -> bool:
+    """Call `write`, which writes files; if it fails, pass the error to `on_error` and return False."""
     from safetensors import SafetensorError
 
     try:
-        work()
+        write()
     except (OSError, SafetensorError) as error:
-        failed(error)
+        on_error(error)
         return False
     return True
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is no data of the user's: .DS_Store, ._0.jpg, .ipynb_checkpoints, __MACOSX."""
+    """Return whether a file or folder is not the user's data: .DS_Store, ._0.jpg, .ipynb_checkpoints, __MACOSX."""
     return name.startswith((".", "__"))
 
 
 def reason(error: BaseException) -> str:
-    """Return why a file could not be written, in a few words."""
+    """Return in a few words why a file could not be read or written."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,11 +1,11 @@
-"""Numbers as text: the one way in which durations, sizes, rates and shares are printed.
+"""Numbers as text: durations, sizes, rates and percentages are printed the same everywhere.
 
 Sizes are decimal (1 GB is 10**9 bytes), as disks, downloads, the Hub and the recipe's own `data.cache_gb` count them:
-what one command prints can be compared with what another prints, and be written into a recipe. Tools that count in GiB
-(torch's out-of-memory errors, nvidia-smi) show numbers that are 7 % lower.
+numbers of different commands can be compared, and copied into a recipe. Tools that count in GiB (torch's out-of-memory
+errors, nvidia-smi) show numbers that are 7 % lower.
 
-Every function takes what was read from a file of an older or broken run: None and values that are no number give
-`NOTHING`, NaN and infinity their names. This module imports nothing of the package, and no torch.
+Every function accepts values read from files of older or broken runs: None and values that are not numbers give
+`NOTHING`, NaN and infinity their names. This module imports nothing from the package, and no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """Return whether a value is a finite number, of Python or NumPy; a bool is none."""
+    """Return whether a value is a finite number, of Python or NumPy; a bool does not count."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -28,7 +28,7 @@ def _not_finite(value: Any) -> str:
 
 
 def format_number(value: Any, digits: int = 4) -> str:
-    """Return a number with so many significant digits, thousands separated; whole numbers are never rounded."""
+    """Return a number with `digits` significant digits and thousands separators; integers are never rounded."""
     if not is_finite(value):
         return NOTHING if value is None else str(value)
     if float(value).is_integer() or abs(value) >= 10**digits:
@@ -36,9 +36,9 @@ def format_number(value: Any, digits: int = 4) -> str:
     return f"{value:,.{digits}g}"
 
 
-def format_count(amount: int, one: str, many: str | None = None) -> str:
-    """Return an amount with its noun: "1 image", "2,000 images"."""
-    return f"{amount:,} {one if amount == 1 else many or one + 's'}"
+def format_count(count: int, one: str, many: str | None = None) -> str:
+    """Return a count with its noun: "1 image", "2,000 images"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def format_duration(seconds: Any, digits: int = 1) -> str:
@@ -84,7 +84,7 @@ def format_images_rate(per_second: Any) -> str:
 
 
 def format_percent(share: Any, digits: int = 1) -> str:
-    """Return a share in percent. One that is below 1 gets as many digits (up to 2) as keep it from reading 100%."""
+    """Return a share in percent, with up to 2 digits where a share below 1 would round to 100%."""
     if not is_finite(share):
         return _not_finite(share)
     if share in (0, 1):

@@ -1,8 +1,8 @@
-"""Every use of a library's private API in this package: each is a function that says why no public one will do.
+"""All uses of private APIs of libraries: each is a function whose docstring says why no public API will do.
 
-Looked at with torch 2.11 and 2.15, accelerate 1.15, datasets 5.2, evaluate 0.4.6, huggingface_hub 2.4, timm 1.0.31,
-trackio 0.43 (its source only) and Python 3.11 and 3.12. tests/test_private_apis.py fails with the function's name where
-a library has changed. Libraries are imported within the functions: what answers `--help` imports no torch.
+Checked with torch 2.11 and 2.15, accelerate 1.15, datasets 5.2, evaluate 0.4.6, huggingface_hub 2.4, timm 1.0.31,
+trackio 0.43 (its source only) and Python 3.11 and 3.12. tests/utils/test_private_apis.py names the function if a
+library has changed. Libraries are imported inside the functions: `--help` must not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPILER = "torch._dynamo"  # the module that torch.compile imports; that takes 
 
 
 def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensors into others of the same type by one fused operation.
+    """Copy tensors into others of the same type in one fused operation.
 
     A public copy is one operation for each tensor: for ResNet-50's buffers on a CPU 0.1 ms a step fused.
     """
@@ -34,7 +34,7 @@ def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def foreach_lerp(targets: list[Tensor], ends: list[Tensor], weight: float) -> None:
-    """Move tensors towards others, by `weight` of the way, in one fused operation; torch has no public one."""
+    """Interpolate tensors in place towards `ends` by `weight`, in one fused operation; torch has no public one."""
     import torch
 
     torch._foreach_lerp_(targets, ends, weight)
@@ -50,9 +50,9 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def buffer_registry(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the dictionary of a module's own buffers, in which they can be put back and taken out.
+    """Return the dictionary of a module's buffers, in which they can be replaced and removed.
 
-    `named_buffers` gives a copy, without the empty places; `register_buffer` calls hooks of the user's.
+    `named_buffers` returns a copy without the buffers that are None; `register_buffer` calls the user's hooks.
     """
     return module._buffers
 
@@ -60,8 +60,8 @@ def buffer_registry(module: nn.Module) -> dict[str, Tensor | None]:
 def saved_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (registry, key) of the tensors of one module that its state dict holds: registry[key] is the tensor.
 
-    A state dict gives the tensors of now, and moving a module replaces them; only a registry leads to those of later.
-    `state_dict` itself would be gone through in each update.
+    A state dict holds the current tensors, and moving a module replaces them: only the registry has the later ones.
+    Calling `state_dict` in each update would be slow.
     """
     for registry in (module._parameters, module._buffers):
         for key, tensor in registry.items():
@@ -70,14 +70,14 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
-    """Return whether something acts as soon as a parameter's gradient is there; only registering is public."""
+    """Return whether a parameter has hooks that run after its gradient is accumulated; only registering is public."""
     return bool(parameter._post_accumulate_grad_hooks)
 
 
 def batch_norm_class() -> type[nn.Module]:
     """Return the class of all modules that keep running statistics of their batches.
 
-    Its public subclasses would have to be listed, and timm's and users' own ones would be missed.
+    A list of the public subclasses would miss those of timm and of users.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -92,7 +92,7 @@ def dropout_class() -> type[nn.modules.dropout._DropoutNd]:
 
 
 def is_memory_free(memory: Tensor) -> bool:
-    """Return whether only one list and this call's caller refer to a tensor's memory; False where torch can't say.
+    """Return whether nothing but one list and the caller refers to a tensor's storage; False if torch can't say.
 
     Autograd's graph may hold the memory without any Python object that could be counted.
     """
@@ -103,9 +103,9 @@ def is_memory_free(memory: Tensor) -> bool:
 
 
 def antialiased_filters() -> dict[str, Callable[..., Any]]:
-    """Return name -> torch's 8-bit antialiased resize into memory that is there already.
+    """Return name -> torch's 8-bit antialiased resize, which writes into an existing tensor.
 
-    `torch.nn.functional.interpolate` allocates its result, which would then be copied into the batch.
+    `torch.nn.functional.interpolate` allocates its result, which would have to be copied into the batch.
     """
     import torch
 
@@ -117,12 +117,12 @@ def antialiased_filters() -> dict[str, Callable[..., Any]]:
 
 
 def is_compiler_imported() -> bool:
-    """Return whether torch's compiler is imported; asking it anything public would import it, for seconds."""
+    """Return whether torch's compiler is imported; any public call would import it, which takes seconds."""
     return COMPILER in sys.modules
 
 
 def raise_recompile_limit(limit: int) -> None:
-    """Let the compiler make code for `limit` shapes of a function, instead of running the rest uncompiled.
+    """Allow `limit` compiled variants of a function; further shapes would run uncompiled.
 
     `torch.compiler.config` has the first of these settings only in some versions, and the second in none.
     """
@@ -133,12 +133,12 @@ def raise_recompile_limit(limit: int) -> None:
 
 
 def has_loss_scale(scaler: torch.amp.GradScaler) -> bool:
-    """Return whether a scaler has scaled a loss yet. `get_scale` gives its first scale before that too."""
+    """Return whether a scaler has already scaled a loss. `get_scale` returns the initial scale before that too."""
     return scaler._scale is not None
 
 
 def set_first_loss_scale(scaler: torch.amp.GradScaler, scale: float) -> None:
-    """Set the scale that a scaler begins with; accelerate has made it already, and `update` needs a scaled loss."""
+    """Set a scaler's initial scale; accelerate has already created the scaler, and `update` needs a scaled loss."""
     scaler._init_scale = scale
 
 
@@ -146,7 +146,7 @@ def set_first_loss_scale(scaler: torch.amp.GradScaler, scale: float) -> None:
 
 
 def is_torch_child_handler(handler: object) -> bool:
-    """Return whether a handler of SIGCHLD is torch's, which raises wherever the main thread is."""
+    """Return whether a handler of SIGCHLD is torch's, which raises in the main thread at any point of the program."""
     from torch.utils.data._utils import signal_handling
 
     return getattr(handler, "__module__", None) == signal_handling.__name__
@@ -154,9 +154,9 @@ def is_torch_child_handler(handler: object) -> bool:
 
 @contextmanager
 def no_torch_child_handler() -> Iterator[None]:
-    """Let torch set no handler of SIGCHLD: the first DataLoader that starts processes sets it unless this says it has.
+    """Keep torch from setting its SIGCHLD handler when the first DataLoader starts worker processes.
 
-    There is no public switch, and the handler raises in the middle of an update, or of a save.
+    There is no public switch, and the handler would raise in the middle of an update or a save.
     """
     from torch.utils.data._utils import signal_handling
 
@@ -178,9 +178,9 @@ def raise_for_dead_workers() -> None:
 
 
 def reset_precision(precision: str) -> None:
-    """Let this process have another mixed precision than its last run had; the process group stays.
+    """Allow this process another mixed precision than its last run had; the process group stays.
 
-    accelerate keeps the first one for the whole process, and raises for another.
+    accelerate keeps the first precision for the whole process, and raises an error for another one.
     """
     from accelerate.state import AcceleratorState
 
@@ -189,47 +189,47 @@ def reset_precision(precision: str) -> None:
 
 
 def replace_prepared(accelerator: Accelerator, old: nn.Module, new: nn.Module) -> None:
-    """Let an accelerator know a model in another wrapper; it would keep the old one and its buckets of gradients."""
+    """Replace a prepared model in an accelerator, which would keep the old wrapper and its gradient buckets."""
     models = accelerator._models
     models[:] = [new if model is old else model for model in models]
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """Return what changes when a data set does; datasets reckons it, and shows it to nobody."""
+    """Return the fingerprint of a data set, which changes with its content; datasets has no public access to it."""
     return str(dataset._fingerprint)
 
 
 def dataset_indices(dataset: Any) -> Any:
-    """Return the pyarrow table of the rows that a filtered, shuffled or selected data set has, None for all in order.
+    """Return the pyarrow table of row numbers of a filtered, shuffled or selected data set, None for all rows in order.
 
-    `flatten_indices` would write the images anew.
+    `flatten_indices` would write all images again.
     """
     return dataset._indices
 
 
-def forget_metric_data(module: Any) -> None:
-    """Let a metric of evaluate begin anew after it has raised: it would go on from what it was given before."""
+def reset_metric(module: Any) -> None:
+    """Reset a metric of evaluate after an error: it would keep the predictions that were added before."""
     module.data = module.writer = module.buf_writer = None
 
 
 def hub_client_factory() -> Callable[[], Any]:
-    """Return what makes huggingface_hub's own HTTP client; `set_client_factory` is public, its default is not."""
+    """Return the default factory of huggingface_hub's HTTP client; only `set_client_factory` is public."""
     from huggingface_hub.utils._http import default_client_factory
 
     return default_client_factory
 
 
 def timm_weights_filter(model: nn.Module) -> Callable[..., Any] | None:
-    """Return the function by which timm brings older weights to a model's names and sizes, None if it has none.
+    """Return timm's function that converts older weights to a model's parameter names and sizes, None if there is none.
 
-    timm applies it to weights that it loads itself only.
+    timm applies it only to weights that it loads itself.
     """
     found: Callable[..., Any] | None = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return found
 
 
 def trackio_last_step(run: Any) -> int:
-    """Return the last step that a trackio run holds, -1 for none; a killed one holds less than was sent."""
+    """Return the last step stored in a trackio run, -1 for none; a killed run may have lost some that were logged."""
     return int(getattr(run, "_next_step", 0)) - 1
 
 
@@ -237,9 +237,9 @@ def trackio_last_step(run: Any) -> int:
 
 
 def let_forkserver_exit() -> None:
-    """Close what keeps the fork server alive that has started this process, so that it ends with its own parent.
+    """Close the pipe that keeps this process's fork server alive, so that the server exits with its own parent.
 
-    Python hands it to every process of the server, for them to start others by it, and nothing public closes it.
+    Every process of the server inherits the pipe to start further ones, and no public API closes it.
     """
     import os
     from multiprocessing import forkserver

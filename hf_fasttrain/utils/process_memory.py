@@ -1,10 +1,10 @@
-"""A limit on this process's memory: what is too much fails where it is asked for, before the kernel ends the process.
+"""A limit on this process's memory: too large an allocation fails, instead of the kernel killing the process later.
 
-Linux gives memory away before it has it, and kills a process that uses it. With a limit on its data (RLIMIT_DATA: the
-heap and private mappings) the allocation itself fails: training makes the step again in smaller pieces. RLIMIT_AS
-would count libraries, shared memory and address space that nothing uses as well; CUDA reserves far more of it than
-there is memory, so that with a GPU there is no limit. The limit is the command line's: a library has no business
-with the limits of the process that it is imported into.
+Linux overcommits: it grants more memory than it has, and kills a process that uses it. With a limit on its data
+(RLIMIT_DATA: the heap and private mappings) the allocation itself fails, and training retries the step in smaller
+micro-batches. RLIMIT_AS would also count libraries, shared memory and unused address space; CUDA reserves far more of
+it than there is memory, so that there is no limit with a GPU. Only the command line sets the limit: a library must not
+change the limits of the process that imports it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 if sys.platform == "linux":
     import resource
 
-SPARE = 5  # a fifth of the room is left for `relax_memory_limit`
+SPARE = 5  # one fifth of the room is reserved for `relax_memory_limit`
 
-_before: int | None = None  # the limit before ours; processes that are forked from this one inherit it
-_spare = 0  # bytes that `relax_memory_limit` leaves above what there is
+_previous: int | None = None  # the limit before ours; forked processes inherit it
+_spare = 0  # bytes by which `relax_memory_limit` raises the limit above what is used
 
 
 @contextmanager
 def limited_memory(room: int) -> Iterator[None]:
-    """Let this process take `room` bytes beside what it has; nothing is limited but on Linux.
+    """Limit this process to `room` more bytes than it uses now; on Linux only.
 
-    Of them a part is kept for `relax_memory_limit`. A lower limit that somebody else has set stays.
+    A part of them is reserved for `relax_memory_limit`. A lower limit that is already set stays.
     """
-    global _before, _spare
+    global _previous, _spare
     used = _data_bytes()
-    if used is None or _before is not None:
+    if used is None or _previous is not None:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -39,7 +39,7 @@ def limited_memory(room: int) -> Iterator[None]:
     spare = max(0, room) // SPARE
     with suppress(OSError, ValueError):  # a sandbox may forbid it
         resource.setrlimit(resource.RLIMIT_DATA, (min([used + max(0, room) - spare, *limits]), hard))
-        _before, _spare = soft, spare
+        _previous, _spare = soft, spare
     try:
         yield
     finally:
@@ -47,29 +47,29 @@ def limited_memory(room: int) -> Iterator[None]:
 
 
 def relax_memory_limit() -> None:
-    """Leave some room below the limit, after memory has run out and before less is tried.
+    """Raise the limit a little after memory ran out, before the step is retried with less.
 
-    What the heap has been given is counted though nothing is in it any more. oneDNN makes kernels for another number
-    of images, in mappings of their own, and calls one that it got no mapping for: the process crashes.
+    The limit counts heap pages that are already freed. And oneDNN compiles kernels for the new number of images into
+    new mappings; if such a mapping fails, it calls the kernel anyway and the process crashes.
     """
     used = _data_bytes()
-    if _before is not None and used is not None:
+    if _previous is not None and used is not None:
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limits = [limit for limit in (_before, hard) if limit != resource.RLIM_INFINITY]
+        limits = [limit for limit in (_previous, hard) if limit != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min([max(soft, used + _spare), *limits]), hard))
 
 
 def lift_memory_limit() -> None:
-    """Go back to the limit before `limited_memory`; loader processes do, whose memory training does not give back."""
-    global _before
-    if _before is not None:
+    """Restore the limit from before `limited_memory`; loader processes do, since training can't free their memory."""
+    global _previous
+    if _previous is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (_before, hard))
-        _before = None
+        resource.setrlimit(resource.RLIMIT_DATA, (_previous, hard))
+        _previous = None
 
 
 def _data_bytes() -> int | None:
-    """Return the bytes that RLIMIT_DATA counts of this process; None where there is no such account."""
+    """Return the bytes that RLIMIT_DATA counts for this process; None if the system does not tell."""
     if sys.platform != "linux":
         return None
     try:

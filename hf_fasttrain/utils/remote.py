@@ -1,4 +1,4 @@
-"""Files of runs that were pushed: ``hf://OWNER/NAME[@REVISION]`` to files on this disk, by huggingface_hub's cache."""
+"""Download of pushed runs: ``hf://OWNER/NAME[@REVISION]`` to local files in huggingface_hub's cache."""
 
 from __future__ import annotations
 
@@ -9,61 +9,61 @@ from hf_fasttrain.utils.errors import RunError
 
 PREFIX = "hf://"
 MODEL_FILES = ["*.json", "*.safetensors", "recipe.yaml"]  # no code, no pictures, no ONNX
-NESTED_FILES = ["*/*"]  # none of ours
+NESTED_FILES = ["*/*"]  # pushed runs have no folders
 _PART = r"[A-Za-z0-9][\w.-]*"
 
 
-def is_hub_url(place: object) -> bool:
-    """Return whether a place is on the Hub: whether it begins with hf://."""
-    return isinstance(place, str) and place.startswith(PREFIX)
+def is_hub_url(value: object) -> bool:
+    """Return whether a value is a Hub URL: a string that starts with hf://."""
+    return isinstance(value, str) and value.startswith(PREFIX)
 
 
 def is_repo_name(name: str) -> bool:
-    """Return whether a name is OWNER/NAME as the Hub takes it (huggingface_hub.utils.validate_repo_id)."""
+    """Return whether a name is OWNER/NAME as the Hub accepts it (huggingface_hub.utils.validate_repo_id)."""
     fits = re.fullmatch(rf"{_PART}/{_PART}", name) is not None and len(name) <= 96
     return fits and "--" not in name and ".." not in name and not name.endswith((".git", "-", "."))
 
 
 def is_license(name: str) -> bool:
-    """Return whether a licence's name is written as the Hub's are: apache-2.0, mit, cc-by-4.0, other."""
+    """Return whether a licence is written like the Hub's names: apache-2.0, mit, cc-by-4.0, other."""
     return re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) is not None
 
 
-def parse_hub_url(place: str) -> tuple[str, str | None]:
-    """Return OWNER/NAME and the revision, None for the newest, of hf://OWNER/NAME[@REVISION]."""
-    repo, _, revision = place.removeprefix(PREFIX).rstrip("/").partition("@")
+def parse_hub_url(url: str) -> tuple[str, str | None]:
+    """Return OWNER/NAME and the revision (None for the newest) of hf://OWNER/NAME[@REVISION]. Raises RunError."""
+    repo, _, revision = url.removeprefix(PREFIX).rstrip("/").partition("@")
     if not is_repo_name(repo):
-        raise RunError(f"'{place}' is no place on the Hub; write hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+        raise RunError(f"'{url}' is not a Hub URL; write hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
     return repo, revision or None
 
 
-def download_file(place: str, name: str) -> Path:
-    """Return the local copy of a file of a pushed run. Raises RunError if it is not there or can't be had."""
+def download_file(url: str, name: str) -> Path:
+    """Return the local copy of a file of a pushed run. Raises RunError if it is missing or can't be downloaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
-    repo, revision = parse_hub_url(place)
+    repo, revision = parse_hub_url(url)
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the xet transport's
-        raise _download_error(place, name, error) from None
+        raise _download_error(url, name, error) from None
 
 
-def download_run(place: str) -> Path:
-    """Return a local folder with the model, recipe and figures of a pushed run. Raises RunError if it can't be had."""
+def download_run(url: str) -> Path:
+    """Return a local folder with the model, recipe and results of a pushed run. Raises RunError if that fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    repo, revision = parse_hub_url(place)
+    repo, revision = parse_hub_url(url)
     try:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=NESTED_FILES)
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise _download_error(place, "the model", error) from None
+        raise _download_error(url, "the model", error) from None
 
 
-def _download_error(place: str, what: str, error: BaseException) -> RunError:
+def _download_error(url: str, what: str, error: BaseException) -> RunError:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -73,16 +73,16 @@ def _download_error(place: str, what: str, error: BaseException) -> RunError:
     )
 
     if isinstance(error, LocalEntryNotFoundError):
-        why = "the Hub can't be reached and nothing is kept here; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        why = "the Hub can't be reached and there is no local copy; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
     elif isinstance(error, EntryNotFoundError):
-        why = f"{what} is not there; it was not pushed by hf_fasttrain, or not to its end"
+        why = f"{what} was not found; the repository was not pushed by hf_fasttrain, or the push did not finish"
     elif isinstance(error, RevisionNotFoundError):
-        why = "has no such revision; leave @REVISION out for the newest"
+        why = "has no such revision; omit @REVISION for the newest"
     elif isinstance(error, GatedRepoError):
-        why = "is given only to those who asked its owner; ask on its page, then log in with `hf auth login`"
+        why = "is gated; request access on its page, then log in with `hf auth login`"
     elif isinstance(error, RepositoryNotFoundError):
-        why = "is not there, or is private; check the name, and log in with `hf auth login` if it is private"
+        why = "was not found, or is private; check the name, and log in with `hf auth login` if it is private"
     else:
         lines = str(error).splitlines() or [type(error).__name__]
-        why = f"{what} can't be had: {lines[0]}; check the network and try again"
-    return RunError(f"{place}: {why}")
+        why = f"{what} could not be downloaded: {lines[0]}; check the network and try again"
+    return RunError(f"{url}: {why}")

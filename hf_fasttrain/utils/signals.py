@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, answered for a while and put back."""
+"""Temporary handlers of the signals that stop a process."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 
 
 @contextmanager
-def handled(number: int, handler: Any) -> Iterator[None]:
-    """Let a handler, or SIG_IGN, answer a signal for a while; outside of the main thread nothing can be changed."""
+def signal_handler(number: int, handler: Any) -> Iterator[None]:
+    """Set a signal's handler (or SIG_IGN) within the block; outside of the main thread nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, handler)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.signal(number, previous)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, unless it is ignored."""
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, unless it is ignored."""
     ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    with nullcontext() if ignored else handled(signal.SIGTERM, signal.default_int_handler):
+    with nullcontext() if ignored else signal_handler(signal.SIGTERM, signal.default_int_handler):
         yield
 
 
 def ignore_signals(status: int) -> None:
-    """Let nothing disturb a process that has saved its state and only has to end with `status`; Ctrl-C ends it so."""
+    """Ignore further signals in a process that has saved its state and is about to exit; Ctrl-C exits with `status`."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGINT, lambda *_: os._exit(status))

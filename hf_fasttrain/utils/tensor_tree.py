@@ -14,10 +14,10 @@ from hf_fasttrain.utils.errors import RunError
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """Return a tree as JSON values; its tensors are put into `tensors` under the name of their place.
+    """Return a tree as JSON values; its tensors are put into `tensors` under their path in the tree.
 
     The tree may hold dicts, lists, tuples, sets, numbers, strings, bytes, None, tensors and numpy arrays.
-    Raises RunError for anything else: only pickle could save it, and reading pickle runs what others wrote.
+    Raises RunError for anything else: only pickle could save it, and loading pickle runs arbitrary code.
     """
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
@@ -42,11 +42,11 @@ def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the tree that `pack` made into JSON values; KeyError or ValueError if it did not."""
+    """Return the tree that `pack` turned into JSON values. Raises KeyError or ValueError for other values."""
     if not isinstance(packed, dict):
         if packed is None or isinstance(packed, bool | int | float | str):
             return packed
-        raise ValueError(f"a {type(packed).__name__} is no packed value")
+        raise ValueError(f"a {type(packed).__name__} is not a packed value")
     if "tensor" in packed:
         return tensors[packed["tensor"]]
     if "array" in packed:

@@ -248,7 +248,7 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "one beta": (["optimizer.args={betas: [0.9]}"], "can't be built with optimizer.args"),
     "lr said twice": (["optimizer.args={lr: 1}"], "optimizer.args: lr would be overruled"),
     "watched metric": (["checkpoint.best.metric=f1"], "'f1', which evaluate.metrics does not measure"),
-    "endless": (["train.duration=9999999999999 steps"], "longer than anything trained"),
+    "endless": (["train.duration=9999999999999 steps"], "is too long; must be below"),
     "no such recipe value": (["model.gradient_checkpointing=true", "model.name=dla46_c"], "does not support it"),
 }
 

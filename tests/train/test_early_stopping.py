@@ -24,7 +24,7 @@ from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.state import State
 from hf_fasttrain.utils.errors import RunError
 
-HOW = "to go on: {} and a longer early_stopping.patience, early_stopping=null or a longer train.duration"
+HOW = "to continue: {} and a longer early_stopping.patience, early_stopping=null or a longer train.duration"
 IN_PYTHON = HOW.format("resume=True (or Trainer.restore())")
 ON_COMMAND_LINE = HOW.format("the same command with --resume")
 TWO = Watch("accuracy", patience=2)
@@ -147,7 +147,7 @@ def test_with_a_longer_duration_patience_counts_from_there(tmp_path: Path) -> No
     (note,) = [note for note in resumed.log.notes if "stopped early" in note]
     assert note == (
         "this run had stopped early after step 4 of 9: accuracy has not been above 0.7500, its best value (step 2), "
-        "for 2 steps; early_stopping.patience is 2; train.duration is longer now, so that it goes on, and patience "
+        "for 2 steps; early_stopping.patience is 2; train.duration is longer now, so it continues, and patience "
         "counts from step 4 on"
     )
     assert run(tmp_path, TWO, *BEST_AT_TWO, duration=10, resume=True).state.step == 6  # not longer than before

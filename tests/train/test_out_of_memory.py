@@ -189,7 +189,7 @@ def test_an_update_that_began_is_not_made_again(write_recipe: Callable[..., Path
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
     trainer.optimizer.step = fails
-    with pytest.raises(NotEnoughMemory, match=r"at step 4 .* resume=True .* goes on .*micro-batches of 8") as caught:
+    with pytest.raises(NotEnoughMemory, match=r"at step 4 .* resume=True .* continues .*micro-batches of 8") as caught:
         trainer.fit()
     assert caught.value.status == 75
     resumed = make(write_recipe(), tmp_path / "run", *EXACT, "optimizer.name=adamw", resume=True)

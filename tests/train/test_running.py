@@ -171,7 +171,7 @@ def test_fit_that_is_stopped_raises_and_python_is_told_how_to_go_on(tmp_path: Pa
     assert isinstance(caught.value, Exception)
     assert not isinstance(caught.value, SystemExit | KeyboardInterrupt)
     assert str(caught.value) == (
-        "stopped by SIGTERM after step 2 of 6; it is saved: resume=True (or Trainer.restore()) goes on"
+        "stopped by SIGTERM after step 2 of 6; it is saved: resume=True (or Trainer.restore()) continues"
     )
     assert caught.value.result is not None
     assert (caught.value.cause, caught.value.step, caught.value.result.steps) == ("SIGTERM", 2, 2)

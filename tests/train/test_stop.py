@@ -65,7 +65,7 @@ def test_a_signal_finishes_the_step_saves_and_resume_goes_on(
     assert caught.value.step == 4
     assert steps_of(tmp_path / "cut") == [4]
     assert before == {n: signal.getsignal(n) for n in before}
-    assert "after step 4 of 6; it is saved: resume=True (or Trainer.restore()) goes on" in capsys.readouterr().out
+    assert "after step 4 of 6; it is saved: resume=True (or Trainer.restore()) continues" in capsys.readouterr().out
     assert not (tmp_path / "cut" / "result.json").exists()
     result = signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
     assert result.resumed_at == [4]

@@ -200,11 +200,11 @@ def test_a_metric_begins_anew(tmp_path: Path) -> None:
         "        if 9 in predictions: raise ValueError('nine')\n"
         "        return {'count': len(predictions)}\n"
     )
-    with relies_on("evaluate.EvaluationModule's data and writers", private_apis.forget_metric_data):
+    with relies_on("evaluate.EvaluationModule's data and writers", private_apis.reset_metric):
         metric = evaluate.load(str(tmp_path / "count"), cache_dir=str(tmp_path / "cache"))
         with pytest.raises(ValueError, match="nine"):
             metric.compute(predictions=[9, 1])
-        private_apis.forget_metric_data(metric)
+        private_apis.reset_metric(metric)
         assert metric.compute(predictions=[1, 2, 3]) == {"count": 3}
 
 

@@ -150,7 +150,7 @@ class _BatchDataset:
         if isinstance(made, str):
             made = NotEnoughMemory(
                 f"out of memory twice while a batch was made: {made}; lower data.workers or data.cache_gb, or take the "
-                f"image out if it is too large; {how_to_resume()} goes on from the newest checkpoint"
+                f"image out if it is too large; {how_to_resume()} continues from the newest checkpoint"
             )
         return made
 

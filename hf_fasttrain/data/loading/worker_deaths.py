@@ -12,7 +12,7 @@ from typing import Any
 from hf_fasttrain.utils.errors import LoaderDied, first_line
 from hf_fasttrain.utils.library_errors import is_dead_worker
 from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
-from hf_fasttrain.utils.signals import handled
+from hf_fasttrain.utils.signals import signal_handler
 
 MOST_DEATHS = 1  # that a run outlives
 CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; take them out"
@@ -86,7 +86,7 @@ class _ChildSignal:
         before = signal.getsignal(signal.SIGCHLD)
         self._users = before if callable(before) and not is_torch_child_handler(before) else None
         try:
-            with no_torch_child_handler(), handled(signal.SIGCHLD, self._note):
+            with no_torch_child_handler(), signal_handler(signal.SIGCHLD, self._note):
                 yield
         finally:
             self._noted, self._users = False, None

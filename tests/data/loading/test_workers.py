@@ -269,14 +269,14 @@ def test_a_second_death_ends_the_run_by_what_it_has_saved(digits: Source, tmp_pa
     assert last >= 6
     assert str(caught.value) == (
         f"a second loader process died ({KILLED}): lower data.workers or data.cache_gb; "
-        f"resume=True (or Trainer.restore()) goes on from step {last}"
+        f"resume=True (or Trainer.restore()) continues from step {last}"
     )
     assert caught.value.status == Stopped.RESUMABLE
     load_checkpoint(complete_checkpoints(tmp_path / "saved" / "checkpoints")[-1])
 
     resumed = make(digits, 1, always, tmp_path / "saved", duration=99, every=99)
     resumed.restore()
-    with pytest.raises(LoaderDied, match=rf"goes on from step {last}$") as caught:
+    with pytest.raises(LoaderDied, match=rf"continues from step {last}$") as caught:
         resumed.fit()
     assert caught.value.status == 1  # a scheduler that starts it again at 75 would do so for ever
     with pytest.raises(LoaderDied, match=r"; nothing was saved yet$") as caught:
@@ -338,10 +338,10 @@ def killed_twice_on_one(source: Source, run: str) -> tuple[str, int, str]:
 def test_a_second_death_on_one_process_is_no_traceback_on_the_others(digits: Source, tmp_path: Path) -> None:
     (first, status, said), (second, status_too, said_too) = run_processes(killed_twice_on_one, digits, str(tmp_path))
     assert (first, second, status, status_too) == ("PeerGone", "LoaderDied", 75, 75)
-    newest = f"; resume=True (or Trainer.restore()) goes on from step {steps_of(tmp_path)[-1]}"
+    newest = f"; resume=True (or Trainer.restore()) continues from step {steps_of(tmp_path)[-1]}"
     assert said == f"another training process has ended; if it could, it has said why{newest}"
     assert re.search(
-        r"; resume=True \(or Trainer.restore\(\)\) goes on from step \d+$", said_too
+        r"; resume=True \(or Trainer.restore\(\)\) continues from step \d+$", said_too
     )  # as it saw it, earlier
 
 
