@@ -30,7 +30,7 @@ from hf_fasttrain.recipe.load import load_recipe, origin_of, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.checkpoint import checkpoint_step
-from hf_fasttrain.run_folder.kept_weights import RESULT_FILE, checkpoint_with, load_weights_of, step_in_model
+from hf_fasttrain.run_folder.kept_weights import RESULT_FILE, find_checkpoint, load_checkpoint_weights, step_in_model
 from hf_fasttrain.utils.errors import DataError, RunError, UserError
 from hf_fasttrain.utils.files import read_json, restore_folder
 from hf_fasttrain.utils.remote import download_run, is_hub_url
@@ -97,7 +97,7 @@ def evaluate_run(
             raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
         if split is not None and override.startswith("data.eval_split"):
             raise RunError(f"--split {split} and override '{override}' say the same thing twice; leave one out")
-    checkpoint = checkpoint_with(opened, weights, str(run))
+    checkpoint = find_checkpoint(opened, weights, str(run))
     place = str(run) if is_hub_url(str(run)) else opened / "recipe.yaml"
     asked = load_recipe(place, overrides)
     own_data = _same_data(asked, load_recipe(place, [text for text in overrides if not text.startswith("data.")]))
@@ -218,7 +218,7 @@ def _load(folder: Path, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
     """Return the model of a folder, with the weights of a checkpoint if there is one."""
     model, spec = load_model(folder)
     if checkpoint is not None:
-        load_weights_of(model, checkpoint)
+        load_checkpoint_weights(model, checkpoint)
     return model, spec
 
 
@@ -262,7 +262,7 @@ def predict_images(
     """
     opened = open_run(run)
     folder = model_folder(opened, pushed=is_hub_url(str(run)))
-    checkpoint = checkpoint_with(opened, weights, str(run))
+    checkpoint = find_checkpoint(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image)]
     place = choose_device(device)
     model, spec = _load(folder, checkpoint)

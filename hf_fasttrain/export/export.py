@@ -28,7 +28,7 @@ from hf_fasttrain.export.onnx_file import (
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.models.saved import SPEC_FILE, load_model, save_model
 from hf_fasttrain.run_folder.finished import FinishedRun, read_run
-from hf_fasttrain.run_folder.kept_weights import checkpoint_with, load_weights_of
+from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
 
@@ -61,7 +61,7 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give the run folder of a training that has ended")
     finished = read_run(run)
-    checkpoint = checkpoint_with(run, weights)
+    checkpoint = find_checkpoint(run, weights)
     folder = _target(run, output, None if checkpoint is None else str(weights))
     if onnx:
         require_onnx()
@@ -116,7 +116,7 @@ def _chosen(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, Model
     with quiet():
         model, spec = load_model(run.folder / "model")
     if checkpoint is not None:
-        load_weights_of(model, checkpoint)
+        load_checkpoint_weights(model, checkpoint)
     return model, spec
 
 

@@ -167,7 +167,7 @@ def evaluation_batch_size(*, micro_batch_size: int, bytes_per_image: int = 0, ro
 
 def mode(*, watch: Watch) -> Choice:
     """Return max or min for a watched metric, as its name says."""
-    return Choice(watch.mode, f"{'less' if watch.mode == 'min' else 'more'} {watch.metric} is better")
+    return Choice(watch.mode, f"{'lower' if watch.mode == 'min' else 'higher'} {watch.metric} is better")
 
 
 def final(*, early_stopping: Watch | None) -> Choice:

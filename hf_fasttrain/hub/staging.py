@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.run_folder.finished import METRICS_FILE, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE, metrics_of
-from hf_fasttrain.run_folder.kept_weights import checkpoint_with
+from hf_fasttrain.run_folder.kept_weights import find_checkpoint
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import read_json, read_lines, reason, write_json
 
@@ -50,7 +50,7 @@ def staged(run: Path, weights: str | None) -> Iterator[Path]:
 
     `weights`: best, last or step_N; None: those in RUN/model. Raises RunError if they are not there any more.
     """
-    checkpoint = checkpoint_with(run, weights)
+    checkpoint = find_checkpoint(run, weights)
     if checkpoint is None:
         yield run
         return

@@ -1,4 +1,4 @@
-"""Settings of a recipe that are each right and together wrong, found before anything is loaded."""
+"""Settings of a recipe that are valid one by one but contradict each other, found before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_fasttrain.utils.errors import SECRET
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 
 LONGEST_WAIT = 7 * 24 * 60  # minutes
-Mistake = tuple[str, str]  # dotted key, what is wrong and what to do
+Mistake = tuple[str, str]  # dotted key; what is wrong and what to do
 
 
 def conflicts(recipe: Recipe) -> list[Mistake]:
@@ -27,7 +27,7 @@ def _model(recipe: Recipe) -> Iterator[Mistake]:
             "published weights have the 7x7 stem; set model.pretrained=false or small_image_stem=false",
         )
     if "trust_remote_code" in model.args:
-        yield "model.args", "holds trust_remote_code; say model.trust_remote_code: true instead"
+        yield "model.args", "contains trust_remote_code; set model.trust_remote_code: true instead"
     if model.freeze_backbone and not model.pretrained:
         yield (
             "model.freeze_backbone",
@@ -60,7 +60,7 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
             "use memory, or another crop",
         )
     if data.cache == "device" and recipe.augment.erase > 0 and recipe.augment.erase_fill == "noise":
-        yield "augment.erase_fill", "noise is not made on the device; use black or mean, or data.cache=memory"
+        yield "augment.erase_fill", "noise is not available on the device; use black or mean, or data.cache=memory"
     if data.std != "auto" and any(value <= 0 for value in data.std):
         yield "data.std", "must be above 0"
 
@@ -94,7 +94,7 @@ def _train(recipe: Recipe) -> Iterator[Mistake]:
     if accumulation != "auto" and accelerate.micro_batch_size is not None:
         yield (
             "accelerate.micro_batch_size",
-            "and accelerate.gradient_accumulation_steps say the same thing twice; leave one of them out",
+            "and accelerate.gradient_accumulation_steps set the same thing; leave one of them out",
         )
     if accumulation != "auto" and accumulation > train.batch_size:
         yield (
@@ -123,10 +123,10 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _secrets(recipe: Recipe) -> Iterator[Mistake]:
-    """A recipe is written into the run folder and pushed with the model; nothing secret may be in it."""
+    """A recipe is stored in the run folder and pushed with the model: it must not contain secrets."""
     for section, values in recipe.model_dump(mode="json").items():
         if SECRET.search(str(values)):
-            yield section, "holds a Hub token; take it out and log in by `hf auth login` or the variable HF_TOKEN"
+            yield section, "contains a Hub token; remove it, and log in with `hf auth login` or the variable HF_TOKEN"
 
 
 def _hub(recipe: Recipe) -> Iterator[Mistake]:
@@ -166,11 +166,11 @@ def _metrics(recipe: Recipe) -> Iterator[Mistake]:
 def _pushed_more_rarely(recipe: Recipe) -> Iterator[str]:
     saved, pushed = recipe.checkpoint.every, recipe.hub.every if recipe.hub else None
     if isinstance(pushed, Duration) and pushed.unit == saved.unit and pushed.count < saved.count:
-        yield f"hub.every={pushed}: what is pushed are checkpoints, and those come only every {saved}"
+        yield f"hub.every={pushed}: only checkpoints are pushed, and they are saved only every {saved}"
 
 
 def without_effect(recipe: Recipe) -> list[str]:
-    """Return a sentence for each setting that the user gave and that changes nothing in this recipe."""
+    """Return a note for each setting of the user that has no effect in this recipe."""
     schedule, crop = recipe.schedule.name, recipe.augment.crop
     used = {
         "schedule.gamma": schedule in ("step", "exponential"),
@@ -185,15 +185,15 @@ def without_effect(recipe: Recipe) -> list[str]:
         "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
         "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
     }
-    given = recipe.source.origins
+    origins = recipe.source.origins
     rivals = {"schedule": f"schedule.name={schedule}", "augment": f"augment.crop={crop}"}
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
     partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
     return [*_pushed_more_rarely(recipe)] + [
         f"{key} has no effect with {partners.get(key) or rivals[key.split('.')[0]]}"
-        for key, matters in used.items()
-        if not matters and key in given
+        for key, is_used in used.items()
+        if not is_used and key in origins
     ]
 
 

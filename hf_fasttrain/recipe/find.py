@@ -1,4 +1,4 @@
-"""The recipes that come with the package, and finding a recipe by path or name."""
+"""The shipped recipes, and how a recipe is found by path or name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from hf_fasttrain.utils.errors import RecipeError, nearest
 
 
 def recipes_folder() -> Path:
-    """Return the folder of the shipped recipes: in the wheel beside this file, in a checkout beside the package."""
+    """Return the folder of the shipped recipes: in the wheel next to this file, in a checkout next to the package."""
     packaged = Path(__file__).parent / "shipped"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return name -> file of the shipped recipes, such as ``quickstart`` and ``study/resnet50_cifar10``."""
+    """Return {name: file} of the shipped recipes, such as ``quickstart`` and ``study/resnet50_cifar10``."""
     folder = recipes_folder()
     return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
 
@@ -31,10 +31,10 @@ def recipe_header(path: Path) -> str:
 
 
 def find_recipe(recipe: str) -> Path:
-    """Return the file of a recipe given by path or by a shipped recipe's name."""
+    """Return a recipe's file by its path or by a shipped recipe's name. Raises RecipeError."""
     path = Path(recipe).expanduser()
     if len(recipe) > 1000:
-        raise RecipeError(f"{recipe[:60]}...: is no recipe file's name; it has {len(recipe)} characters")
+        raise RecipeError(f"{recipe[:60]}...: is not the name of a recipe file; it has {len(recipe)} characters")
     if path.is_dir():
         raise RecipeError(f"{recipe}: is a folder; give a recipe file")
     if path.exists():

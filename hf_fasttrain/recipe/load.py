@@ -1,4 +1,4 @@
-"""Recipe files and overrides to a checked `Recipe`, all mistakes in one message, and back to YAML."""
+"""Loading of recipes: YAML and overrides to a checked `Recipe`, with all mistakes in one message; and back to YAML."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
 from hf_fasttrain.utils.errors import SECRET, RecipeError, shown
 from hf_fasttrain.utils.remote import download_file, is_hub_url, parse_hub_url
 
-# Of a pushed recipe: where it was written, cached, logged and pushed to.
-NOT_TAKEN_OVER = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
+# Keys of a pushed recipe that are not used here: where it was written, cached, logged and pushed to.
+NOT_INHERITED = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
 
 
 def load_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a `Recipe`, or that of a file, a shipped recipe's name or hf://OWNER/NAME, with the overrides applied.
+    """Return the checked recipe of a file, a shipped recipe's name, hf://OWNER/NAME or a `Recipe`, with overrides.
 
-    An override is `section.key=value`. Raises RecipeError, with every mistake of file and overrides in one message.
+    An override is `section.key=value`. Raises RecipeError with all mistakes in one message.
     """
     if isinstance(recipe, Recipe):
         return _with_overrides(recipe, overrides) if overrides else recipe
@@ -43,7 +43,7 @@ def load_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> R
 
 
 def _with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """Return a copy of a recipe with overrides, checked as on the command line; those it was read with come first."""
+    """Return a copy of a recipe with further overrides, checked as on the command line."""
     source, tree = recipe.source, recipe.model_dump(mode="json", exclude_unset=True)
     origins = dict(source.origins)
     for override in overrides:
@@ -54,14 +54,14 @@ def _with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return checked
 
 
-def _load_pushed(address: str, overrides: Sequence[str]) -> Recipe:
-    """Return the recipe of a pushed run: what was trained, without where it was written and pushed to.
+def _load_pushed(url: str, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of a pushed run, without the keys of NOT_INHERITED.
 
-    Somebody else wrote it: what would run code from the Hub must be asked for here.
+    Somebody else may have written it: settings that run code from the Hub are accepted only as overrides.
     """
-    where, name = f"{address}, recipe.yaml", parse_hub_url(address)[0].split("/")[-1]
-    text = download_file(address, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
-    recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_TAKEN_OVER)
+    where, name = f"{url}, recipe.yaml", parse_hub_url(url)[0].split("/")[-1]
+    text = download_file(url, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_INHERITED)
     metrics = recipe.evaluate.metrics
     runs_code = {
         "model.trust_remote_code": recipe.model.trust_remote_code,
@@ -72,7 +72,7 @@ def _load_pushed(address: str, overrides: Sequence[str]) -> Recipe:
             value = flatten(recipe)[key]
             override = shlex.quote(f"{key}={plain(value)}")
             raise RecipeError(
-                f"{where}: {key}={plain(value)} runs code from the Hub; read that code first, then say so here by the "
+                f"{where}: {key}={plain(value)} runs code from the Hub; read that code first, then allow it by the "
                 f"override {override}, or override it with another value"
             )
     return recipe
@@ -81,11 +81,11 @@ def _load_pushed(address: str, overrides: Sequence[str]) -> Recipe:
 def parse_recipe(
     text: str, overrides: Sequence[str] = (), *, where: str, name: str, without: Sequence[str] = ()
 ) -> Recipe:
-    """Return the checked recipe of a YAML text; `where` names it in messages, keys in `without` are left out."""
+    """Return the checked recipe of a YAML text; `where` names the text in messages, keys in `without` are ignored."""
     _require_no_token(text, where)
     tree, lines = _read_yaml(text, where)
-    taken = [_take_out(tree, key) for key in without]
-    if any(taken):
+    removed = [_remove(tree, key) for key in without]
+    if any(removed):
         text = ""  # the run's recipe.yaml is written from the values
     origins = dict.fromkeys(_leaves(tree), "recipe")
     for override in overrides:
@@ -101,7 +101,7 @@ def parse_recipe(
 
 
 def _checked(tree: Tree, where: str, position: Callable[[KeyPath], str]) -> Recipe:
-    """Return a tree's recipe. Raises RecipeError with all mistakes, each at its key's position."""
+    """Return a tree's recipe. Raises RecipeError with all mistakes, each with the position of its key."""
     recipe, mistakes = check_tree(tree)
     if mistakes:
         listed = [f"  {position(key)}: {'.'.join(key)} {what}" for key, what in mistakes]
@@ -112,17 +112,17 @@ def _checked(tree: Tree, where: str, position: Callable[[KeyPath], str]) -> Reci
 
 
 def _require_no_token(text: str, where: str) -> None:
-    """A recipe is written into the run folder and pushed, its comments too; nothing secret may be in it."""
+    """Raise RecipeError for a Hub token: a recipe is stored in the run folder and pushed, with its comments."""
     for number, line in enumerate(text.splitlines(), 1):
         if SECRET.search(line):
             raise RecipeError(
-                f"{where}, line {number}: holds a Hub token; take it out and log in by `hf auth login` or the variable "
-                "HF_TOKEN"
+                f"{where}, line {number}: contains a Hub token; remove it, and log in with `hf auth login` or "
+                "the variable HF_TOKEN"
             )
 
 
-def _take_out(tree: Tree, key: str) -> bool:
-    """Take a dotted key out of a tree, and return whether it was there."""
+def _remove(tree: Tree, key: str) -> bool:
+    """Remove a dotted key from a tree, and return whether it had a value."""
     *sections, last = key.split(".")
     node: Any = tree
     for section in sections:
@@ -197,24 +197,24 @@ def _origin_within(origins: dict[str, str], key: KeyPath) -> str | None:
     return inside.pop() if len(inside) == 1 else None
 
 
-# --- and back ----------------------------------------------------------------------------------------------
+# --- back to YAML ------------------------------------------------------------------------------------------
 
 
 def flatten(section: BaseModel, above: str = "") -> dict[str, Any]:
-    """Return dotted key -> value of every field, as plain YAML values."""
+    """Return {dotted key: value} of all fields, with plain YAML values."""
     values: dict[str, Any] = {}
-    plain = section.model_dump(mode="json")
+    dumped = section.model_dump(mode="json")
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             values |= flatten(value, f"{above}{name}.")
         else:
-            values[above + name] = plain[name]
+            values[above + name] = dumped[name]
     return values
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """Return a copy of the recipe with other values for some dotted keys; where they came from stays as it is."""
+    """Return a copy of the recipe with new values for some dotted keys; their recorded origins stay."""
     updates: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -225,7 +225,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def tag_of(key: str) -> str:
-    """Return ``result``, ``speed`` or ``output`` for a dotted key."""
+    """Return the tag of a dotted key: ``result``, ``speed`` or ``output``."""
     *above, name = key.split(".")
     model = model_at(tuple(above))
     extra = model.model_fields[name].json_schema_extra if model else None
@@ -233,7 +233,7 @@ def tag_of(key: str) -> str:
 
 
 def origin_of(recipe: Recipe, key: str) -> str:
-    """Return ``default``, ``recipe`` or ``override`` for a dotted key."""
+    """Return where a dotted key's value comes from: ``default``, ``recipe`` or ``override``."""
     return _origin(recipe.source.origins, tuple(key.split("."))) or "default"
 
 
@@ -243,7 +243,7 @@ def output_dir(recipe: Recipe) -> str:
 
 
 def plain(value: Any) -> str:
-    """Return a single value as YAML has it, to stand in an override."""
+    """Return a scalar as YAML text, as written in an override."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
@@ -258,7 +258,7 @@ def to_yaml(tree: Mapping[str, Any]) -> str:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return the recipe file's text with the overrides worked in; without overrides, the text itself."""
+    """Return the recipe as YAML: its file's text, or with overrides their list in a comment and the merged values."""
     source = recipe.source
     if source.text and not source.overrides:
         return source.text

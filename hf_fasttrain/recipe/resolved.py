@@ -1,4 +1,4 @@
-"""Every setting of a run after `auto` is decided: its value, who decided it and why; for `check` and resolved.yaml."""
+"""All settings of a run after `auto` is resolved: value, origin and reason; for `check` and resolved.yaml."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.utils.files import write_atomically
 
 RESOLVED_FILE = "resolved.yaml"
-KEPT = "as this run began"  # ends the reason of a setting that a resumed run keeps
-TUNED = "tuned on"  # begins the reason of a setting that a stored tuning decides
-GIVEN = ("default", "recipe", "override")  # kinds of settings that nobody had to decide
+KEPT = "as this run began"  # suffix of the reason if a resumed run keeps a value; in the files of older runs too
+TUNED = "tuned on"  # prefix of the reason of a value from a stored tuning; in the files of older runs too
+EXPLICIT = ("default", "recipe", "override")  # kinds of settings that no rule decided
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of a key, and who decided it: a rule of `auto`, the launcher, a stored tuning, or nobody (given)."""
+    """The resolved value of a key, and what decided it: a rule of `auto`, the launcher, a tuning, or the recipe."""
 
     value: Any
     reason: str = ""
-    kind: str = "auto"  # auto, launcher, tuned, given
-    kept: bool = False  # from the run's first start
+    kind: str = "auto"  # auto, launcher, tuned; given: by the recipe or its default
+    kept: bool = False  # taken over from the run's first start
 
     def keep(self) -> Decision:
-        """Return the decision as a resumed run has it."""
+        """Return the decision as a resumed run records it."""
         if self.kept:
             return self
         return replace(self, reason=f"{self.reason}, {KEPT}" if self.reason else KEPT, kept=True)
@@ -39,58 +39,60 @@ class Decision:
 
 @dataclass(frozen=True)
 class Setting:
-    """One resolved value, where it came from in words and by kind, and what the key decides."""
+    """One resolved value with its origin (as text and by kind) and the tag of its key."""
 
     value: Any
     origin: str
-    tag: str  # result, speed, output; fact for what is no key of a recipe
+    tag: str  # result, speed, output; fact: not a key of the recipe
     kind: str  # default, recipe, override, auto, launcher, tuned, fact
     kept: bool = False
 
     @property
     def decision(self) -> Decision:
-        """The setting as a decision that another start of the run can keep."""
+        """The setting as a decision that a later start of the run can keep."""
         _, _, reason = self.origin.partition(": ")
-        return Decision(self.value, reason, "given" if self.kind in GIVEN else self.kind, self.kept)
+        return Decision(self.value, reason, "given" if self.kind in EXPLICIT else self.kind, self.kept)
 
 
 @dataclass
 class ResolvedSettings:
-    """All resolved values of a run, and what has to be said about them."""
+    """All resolved values of a run, and notes about them for the user."""
 
     recipe: Recipe
     decisions: dict[str, Decision] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    weight_notes: list[str] = field(default_factory=list)  # on those that training starts from; a checkpoint's go first
-    launched: bool = False  # by accelerate launch or torchrun
+    weight_notes: list[str] = field(
+        default_factory=list
+    )  # on the pretrained weights; not shown if a checkpoint replaces them
+    launched: bool = False  # started by accelerate launch or torchrun
 
     def is_open(self, key: str) -> bool:
         """Return whether the recipe leaves a key to `auto`."""
         return is_open(key, flatten(self.recipe))
 
     def is_decided(self, key: str) -> bool:
-        """Return whether no rule has to decide a key any more."""
+        """Return whether a key has a value already, so that no rule is needed."""
         return key in self.decisions or not self.is_open(key)
 
     def record(self, key: str, value: Any, reason: str = "") -> Any:
-        """Record and return what became of a key, by a rule if the recipe leaves it to `auto`, and why."""
+        """Record and return the value of a key with its reason; its kind is auto if the recipe leaves the key open."""
         self.decisions[key] = Decision(value, reason, "auto" if self.is_open(key) else "given")
         return value
 
     def refine(self, key: str, value: Any, reason: str) -> Any:
-        """Record a value that is known better now; who decided the key before, and why, stays."""
-        earlier = self.decisions.get(key)
-        if earlier is None:
+        """Replace a recorded value by a more exact one; its kind and reason stay."""
+        recorded = self.decisions.get(key)
+        if recorded is None:
             return self.record(key, value, reason)
-        self.decisions[key] = replace(earlier, value=value)
+        self.decisions[key] = replace(recorded, value=value)
         return value
 
     def note(self, text: str) -> None:
-        """Record something that the user should be told once."""
+        """Record a note that is shown to the user once."""
         self.notes.append(text)
 
     def all(self) -> dict[str, Setting]:
-        """Return every key of the recipe with its resolved value, and what else was found out."""
+        """Return every key of the recipe with its resolved value, and further recorded facts."""
         settings = {}
         for key, value in flatten(self.recipe).items():
             origin = origin_of(self.recipe, key)
@@ -104,10 +106,10 @@ class ResolvedSettings:
         return settings
 
     def deciding_results(self) -> dict[str, Any]:
-        """Return the values that decide what is learned, which must be the same when a run is resumed.
+        """Return the values that change what is learned, which must be the same when a run is resumed.
 
-        Without the duration, which may become longer, and without where the data set lies: its fingerprint counts.
-        Of the warmup the recipe's words count: its steps change with the duration.
+        Without the duration, which may become longer, and without the location of the data set: its fingerprint is
+        compared. The warmup is compared as the recipe has it: its steps change with the duration.
         """
         may_change = ("train.duration", "evaluate.every", "data.dataset", "data.config", "data.revision")
         values = {key: found.value for key, found in self.all().items() if found.tag == "result"}
@@ -126,10 +128,7 @@ def is_open(key: str, values: Mapping[str, Any]) -> bool:
 
 
 def write_settings(folder: Path, settings: ResolvedSettings) -> None:
-    """Write recipe.yaml, as the user wrote it, and resolved.yaml: every setting, where it came from, and its tag.
-
-    Raises OSError.
-    """
+    """Write recipe.yaml (see `recipe_text`) and resolved.yaml: every setting with origin and tag. Raises OSError."""
     write_atomically(folder / "recipe.yaml", recipe_text(settings.recipe))
     described = {key: _as_yaml(setting) for key, setting in settings.all().items()}
     write_atomically(folder / RESOLVED_FILE, to_yaml(described))
@@ -143,7 +142,7 @@ def _as_yaml(setting: Setting) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Setting]:
-    """Return what resolved.yaml says, also one of an older version; nothing if it can't be read."""
+    """Return the settings in resolved.yaml, also of older versions; an empty dict if it can't be read."""
     try:
         found = YAML(typ="safe", pure=True).load((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError):
@@ -161,16 +160,16 @@ def _read_setting(key: str, values: dict[str, Any]) -> Setting:
 
 
 def _read_old_setting(key: str, value: Any, origin: str, tag: str) -> Setting:
-    """Return a setting of a file without kinds, which only its words tell, and with the tags learnt and machine."""
-    given, _, reason = origin.partition(": ")
+    """Return a setting of an older file, which has no kinds (its texts tell them) and the tags learnt and machine."""
+    source, _, reason = origin.partition(": ")
     tag = _tag_by_old_name(key, tag)
-    if given not in GIVEN:
+    if source not in EXPLICIT:
         return Setting(value, origin, tag, "fact")
     kept = reason.endswith(KEPT)
     if reason.startswith(TUNED):
         kind = "tuned"
     else:
-        kind = "auto" if reason and given == "default" and reason != KEPT else given
+        kind = "auto" if reason and source == "default" and reason != KEPT else source
     return Setting(value, origin, tag, kind, kept)
 
 

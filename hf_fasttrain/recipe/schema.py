@@ -1,8 +1,8 @@
-"""The recipe: everything that can be asked of a training run, as checked, frozen models.
+"""The recipe's schema: every key with type, default, limits and description, as frozen pydantic models.
 
-Every field has a tag: *result* (it decides what is learned), *speed* (only how fast, and with how much memory) or
-*output* (only what is measured, written down and shown). `hf-fasttrain check` and editors show the field's
-description. Reading files and overrides is `recipe_file`'s work.
+Every field has a tag: *result* (changes what is learned), *speed* (only speed and memory) or *output* (only what is
+measured, written and shown). `hf-fasttrain check` and editors show the description. Files and overrides are read in
+load.py.
 """
 
 from __future__ import annotations
@@ -69,17 +69,17 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def result(default: Any, description: str, **limits: Any) -> Any:
-    """Return a field that decides what is learned."""
+    """Return a field that changes what is learned."""
     return _field("result", default, description, limits)
 
 
 def speed(default: Any, description: str, **limits: Any) -> Any:
-    """Return a field that decides only how fast the same is learned, up to rounding, and with how much memory."""
+    """Return a field that changes only speed and memory; results are the same up to rounding."""
     return _field("speed", default, description, limits)
 
 
 def output(default: Any, description: str, **limits: Any) -> Any:
-    """Return a field that decides only what is measured, written down and shown."""
+    """Return a field that changes only what is measured, written and shown."""
     return _field("output", default, description, limits)
 
 
@@ -88,7 +88,7 @@ def _field(tag: str, default: Any, description: str, limits: dict[str, Any]) -> 
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys refused, types taken at their word, unchangeable."""
+    """A section of the recipe: unknown keys are refused, types are strict, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -101,13 +101,13 @@ class ModelSection(Section):
     )
     head: Literal["auto", "keep", "new"] = result(
         "auto",
-        "the head of pretrained weights; auto: kept if it has the same class names, else new; new: begins at zero",
+        "the head of pretrained weights; auto: kept if it has the same class names, else new; new: starts at zero",
     )
     drop_path: float = result(0.0, "stochastic depth rate", ge=0.0, lt=1.0)
     small_image_stem: bool = result(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
-    freeze_backbone: bool = result(False, "train the head alone")
+    freeze_backbone: bool = result(False, "train only the head")
     gradient_checkpointing: bool = speed(False, "compute activations twice to save memory")
-    trust_remote_code: bool = result(False, "run the Python code that a transformers model on the Hub brings along")
+    trust_remote_code: bool = result(False, "run the Python code that comes with a transformers model on the Hub")
     args: dict[str, Any] = result({}, "passed on to the model's constructor")
 
 
@@ -115,7 +115,7 @@ class DataSection(Section):
     dataset: str = result(..., "digits, an image folder, parquet/arrow files or a folder of them, or a Hub name")
     config: str | None = result(None, "configuration of a Hub data set")
     revision: str | None = result(None, "git revision of a Hub data set")
-    train_split: str = result("auto", "split to train on; auto: train, or the only split there is")
+    train_split: str = result("auto", "split to train on; auto: train, or the only split")
     eval_split: str = result("auto", "auto: validation, val, valid or dev; never test; else a held-out part of train")
     eval_fraction: float = result(0.1, "held-out part of train if there is no validation split", gt=0.0, lt=1.0)
     test_split: str | None = result(None, "evaluated once, at the end")
@@ -135,19 +135,19 @@ class DataSection(Section):
         "evaluation: image_size / short side before the centre crop; auto: the pretrained configuration's",
     )
     short_side: int | None = result(
-        None, "training: images with a longer short side are brought to this before any crop; null: none are", ge=8
+        None, "training: larger images are resized to this short side before any crop; null: not resized", ge=8
     )
     stored_quality: int | None = result(
         None,
-        "training: JPEG quality (4:2:0) that images have after short_side; null: not stored as JPEGs",
+        "training: images are stored as JPEGs (4:2:0) of this quality after short_side; null: not stored as JPEGs",
         ge=1,
         le=100,
     )
     reduced_decode: bool = result(
-        False, "JPEGs at least twice as large as short_side are decoded at 1/2, 1/4 or 1/8: faster"
+        False, "decode JPEGs at least twice as large as short_side at 1/2, 1/4 or 1/8 of their size: faster"
     )
     cache: Literal["auto", "none", "memory", "disk", "device"] = speed(
-        "auto", "where decoded pixels are kept after the first epoch; auto: as data size, free memory and disk allow"
+        "auto", "where decoded pixels are kept after the first epoch; auto: by data size, free memory and free disk"
     )
     cache_dir: str | None = speed(None, "folder for cache=disk; null: $HF_FASTTRAIN_CACHE or ~/.cache/hf_fasttrain")
     cache_gb: Auto | Annotated[float, Field(gt=0.0)] = speed(
@@ -157,10 +157,11 @@ class DataSection(Section):
         0.01, "bad images are replaced by others; above this share of a split the run stops", ge=0.0, le=1.0
     )
     decoder: Literal["simplejpeg", "pillow"] = speed(
-        "simplejpeg", "of JPEGs; both give the same pixels, libjpeg-turbo by simplejpeg in three quarters of the time"
+        "simplejpeg",
+        "JPEG decoder; both give the same pixels, simplejpeg (libjpeg-turbo) in three quarters of the time",
     )
     workers: Auto | Annotated[int, Field(ge=0)] = speed("auto", "loader processes for each training process")
-    pin_memory: Auto | bool = speed("auto", "page-locked buffers for copies to a GPU; auto: where there is one")
+    pin_memory: Auto | bool = speed("auto", "page-locked buffers for copies to a GPU; auto: if there is a GPU")
 
 
 class RandAugment(Section):
@@ -179,7 +180,7 @@ class ColorJitter(Section):
     brightness: float = result(0.0, "factor from 1 - x to 1 + x", ge=0.0)
     contrast: float = result(0.0, "factor from 1 - x to 1 + x", ge=0.0)
     saturation: float = result(0.0, "factor from 1 - x to 1 + x", ge=0.0)
-    hue: float = result(0.0, "turn from -x to x, of the whole colour circle", ge=0.0, le=0.5)
+    hue: float = result(0.0, "hue shift from -x to x, as a share of the colour circle", ge=0.0, le=0.5)
 
 
 class Progressive(Section):
@@ -206,14 +207,16 @@ class AugmentSection(Section):
     mixup: float = result(0.0, "alpha of mixup's Beta distribution; 0: off", ge=0.0)
     cutmix: float = result(0.0, "alpha of cutmix's Beta distribution; 0: off", ge=0.0)
     label_smoothing: float = result(0.0, "share of each target spread over all classes", ge=0.0, lt=1.0)
-    erase: Probability = result(0.0, "probability that a random box of an image is filled")
-    erase_fill: Literal["black", "mean", "noise"] = result("black", "with what; mean: data.mean")
+    erase: Probability = result(0.0, "probability that a random box of an image is erased")
+    erase_fill: Literal["black", "mean", "noise"] = result(
+        "black", "what erased boxes are filled with; mean: data.mean"
+    )
 
 
 class TrainSection(Section):
     duration: DurationField = result(..., "'90 epochs' or '5000 steps'")
     batch_size: int = result(..., "images per optimizer step, all processes together", ge=1)
-    drop_last: bool = result(False, "leave out an epoch's short last step")
+    drop_last: bool = result(False, "skip the last step of an epoch if it is short")
     class_weights: Literal["balanced"] | list[float] | None = result(
         None,
         "weight of each class in the loss, scaled to mean 1 over the training set; balanced: 1 / frequency",
@@ -238,14 +241,14 @@ class AccelerateSection(Section):
     compile: Auto | bool = speed("auto", "torch.compile the model; auto: a stored tuning, else false")
     matmul_precision: Auto | Literal["highest", "high", "medium"] = speed(
         "auto",
-        "of fp32 matrix products: highest: fp32, high: TF32 where the GPU has it, medium: bf16 where the CPU has it; "
-        "auto: a stored tuning, else high",
+        "precision of fp32 matrix products: highest: fp32, high: TF32 where the GPU has it, medium: bf16 where the "
+        "CPU has it; auto: a stored tuning, else high",
     )
     conv_precision: Auto | Literal["highest", "high", "medium"] = speed(
-        "auto", "of fp32 convolutions, as matmul_precision; auto: a stored tuning, else high"
+        "auto", "precision of fp32 convolutions, as matmul_precision; auto: a stored tuning, else high"
     )
     deterministic: bool = speed(
-        False, "the same bits in each run on a GPU: slower, without cudnn.benchmark; a CPU gives them anyway"
+        False, "bitwise reproducible runs on a GPU: slower, without cudnn.benchmark; on a CPU they always are"
     )
     cpu_threads: Auto | Annotated[int, Field(ge=1)] = speed(
         "auto",
@@ -257,21 +260,21 @@ class OptimizerSection(Section):
     name: str = result("adamw", "any optimizer of timm: adamw, sgd (Nesterov), momentum, lamb, lion, ...")
     lr: float = result(1e-3, "the schedule's highest learning rate", gt=0.0)
     weight_decay: float = result(0.05, "not applied to norms, biases and position embeddings", ge=0.0)
-    momentum: float = result(0.9, "of SGD-like optimizers", ge=0.0, lt=1.0)
+    momentum: float = result(0.9, "momentum of SGD-like optimizers", ge=0.0, lt=1.0)
     clip_norm: float | None = result(None, "largest norm of all gradients together", gt=0.0)
-    backbone_lr_scale: float = result(1.0, "lr of everything but the head, as a share of lr", gt=0.0)
-    layer_decay: float | None = result(None, "lr of each layer as a share of the next one's", gt=0.0, le=1.0)
+    backbone_lr_scale: float = result(1.0, "learning rate of everything but the head, as a share of lr", gt=0.0)
+    layer_decay: float | None = result(None, "learning rate of each layer as a share of the next one's", gt=0.0, le=1.0)
     args: dict[str, Any] = result({}, "passed on to the optimizer's constructor, like betas or eps")
 
 
 class ScheduleSection(Section):
-    name: Literal["cosine", "onecycle", "exponential", "step", "constant"] = result("cosine", "course of the lr")
+    name: Literal["cosine", "onecycle", "exponential", "step", "constant"] = result("cosine", "learning rate schedule")
     warmup: WarmupField = result(
         "auto", "rise to lr: 5% of the training, 500 steps, 1 epoch or 0: none; auto: onecycle 30%, else none"
     )
     min_lr_ratio: float = result(0.0, "cosine: last lr / lr", ge=0.0, lt=1.0)
     gamma: float = result(0.1, "step, exponential: factor per `every`", gt=0.0, le=1.0)
-    every: DurationField = result(Duration(30, "epochs"), "step, exponential: after which lr is multiplied by gamma")
+    every: DurationField = result(Duration(30, "epochs"), "step, exponential: how often lr is multiplied by gamma")
 
 
 class EmaSection(Section):
@@ -281,7 +284,9 @@ class EmaSection(Section):
 
 class EarlyStoppingSection(Section):
     metric: str = result("accuracy", "watched metric of the evaluation")
-    mode: Literal["auto", "max", "min"] = result("auto", "whether more or less of it is better; auto: by its name")
+    mode: Literal["auto", "max", "min"] = result(
+        "auto", "whether higher or lower is better; auto: by the metric's name"
+    )
     patience: DurationField = result(Duration(5, "epochs"), "training without a better value before it stops")
 
 
@@ -295,7 +300,9 @@ class EvaluateSection(Section):
 
 class BestSection(Section):
     metric: str = output("accuracy", "watched metric of the evaluation")
-    mode: Literal["auto", "max", "min"] = output("auto", "whether more or less of it is better; auto: by its name")
+    mode: Literal["auto", "max", "min"] = output(
+        "auto", "whether higher or lower is better; auto: by the metric's name"
+    )
 
 
 class CheckpointSection(Section):
@@ -303,33 +310,37 @@ class CheckpointSection(Section):
     keep: int = output(2, "newest checkpoints kept, beside the best", ge=1)
     best: BestSection = output(BestSection(), "{metric: accuracy, mode: auto}")
     final: Literal["auto", "best", "last"] = output(
-        "auto", "weights that the run ends with, in model/; auto: best with early_stopping, else last"
+        "auto", "weights saved in model/ at the end; auto: best with early_stopping, else last"
     )
 
 
 class LogSection(Section):
     every: int = output(10, "steps between two lines of metrics.jsonl", ge=1)
     report: bool = output(True, "write report.html, its pictures and predictions.safetensors at the end")
-    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = output([], "fed through Accelerate")
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = output(
+        [], "experiment trackers, used through Accelerate"
+    )
     project: str = output("hf_fasttrain", "project name for the trackers")
 
 
 class HubSection(Section):
-    repo: str = output(..., "OWNER/NAME on the Hub, made if there is none")
+    repo: str = output(..., "OWNER/NAME on the Hub, created if it does not exist")
     every: Literal["best", "end"] | DurationField = output(
         "end", "best: each best evaluation's weights; end: the finished run; or how often, such as '5 epochs'"
     )
-    private: bool | None = output(None, "of a new repository; null: as its owner's settings say")
-    license: str | None = output(None, "of the model, for its card: a name that the Hub knows, such as apache-2.0")
+    private: bool | None = output(None, "whether a new repository is private; null: as its owner's settings say")
+    license: str | None = output(
+        None, "licence of the model, for its card: a name that the Hub knows, such as apache-2.0"
+    )
     wait: ClockField = output(
-        Duration(10, "minutes"), "at the end, how long an upload is waited for; it is stopped then"
+        Duration(10, "minutes"), "how long to wait at the end for an upload, before it is stopped"
     )
 
 
 class Recipe(Section):
-    """A whole training run. `load_recipe` makes one from a file; `source` remembers where each value came from."""
+    """A complete recipe. `load_recipe` reads it from a file; `source` records where each value came from."""
 
-    seed: int = result(0, "of order, augmentation, mixing, initial weights and dropout", ge=0, lt=2**63)
+    seed: int = result(0, "seed of order, augmentation, mixing, initial weights and dropout", ge=0, lt=2**63)
     output_dir: str | None = output(None, "run folder; null: runs/<recipe name>")
     model: ModelSection
     data: DataSection
@@ -349,15 +360,15 @@ class Recipe(Section):
 
     @property
     def source(self) -> RecipeSource:
-        """Where the values came from; for a recipe made in Python, from there."""
+        """The recipe's source; an empty one for a recipe built in Python."""
         return self._source or RecipeSource(name="recipe", text="", origins={})
 
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """Where a recipe came from."""
+    """The source of a recipe: name, text, and where each value came from."""
 
     name: str  # the file's stem
-    text: str  # the file as the user wrote it
+    text: str  # of the file as the user wrote it
     origins: dict[str, str]  # dotted key -> "recipe" | "override"; absent: default
     overrides: tuple[str, ...] = ()

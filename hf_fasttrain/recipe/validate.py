@@ -1,4 +1,4 @@
-"""A recipe's tree of values to a checked `Recipe`, and every mistake in it as a sentence."""
+"""Validation: a recipe's tree of values to a checked `Recipe`, and every mistake in it as a sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_fasttrain.utils.errors import nearest, shortened, shown
 Tree = dict[str, Any]
 KeyPath = tuple[str, ...]
 
-# Other tools' names for what a recipe calls otherwise, where spelling alone does not lead there.
+# Other tools' names of settings, where the spelling alone does not lead to ours.
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
     "max_lr": "optimizer.lr",
@@ -36,8 +36,8 @@ OTHER_NAMES = {
     "num_classes": "data.label_column",
 }
 NULLABLE = {"ema", "early_stopping", "hub", "output_dir"}
-# Stand in for required values that are missing or wrong, so that conflicts elsewhere are still found.
-STAND_INS: dict[str, dict[str, Any]] = {
+# Replace required values that are missing or wrong, so that conflicts elsewhere are still found.
+PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "model": {"name": "?"},
     "data": {"dataset": "?"},
     "train": {"duration": "1000000 epochs", "batch_size": 10**9},
@@ -48,7 +48,7 @@ def check_tree(tree: Tree) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
     """Return the recipe of a tree, None if there are mistakes, and all mistakes as (key, what is wrong)."""
     mistakes: list[tuple[KeyPath, str]] = []
     recipe: Recipe | None = None
-    # A section whose every key is commented out reads as null; where that has no meaning of its own, it is empty.
+    # A section with every key commented out is null in YAML; unless null has a meaning there, it counts as empty.
     tree = {key: value for key, value in tree.items() if value is not None or key in NULLABLE}
     try:
         recipe = Recipe.model_validate(tree)
@@ -62,9 +62,9 @@ def check_tree(tree: Tree) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
 
 def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
     pruned = _without(tree, keys)
-    for section, values in STAND_INS.items():
-        given = pruned.get(section)
-        pruned[section] = {**values, **(given if isinstance(given, dict) else {})}
+    for section, values in PLACEHOLDERS.items():
+        written = pruned.get(section)
+        pruned[section] = {**values, **(written if isinstance(written, dict) else {})}
     try:
         return Recipe.model_validate(pruned)
     except ValidationError:
@@ -72,8 +72,8 @@ def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
 
 
 def _explain(error: ValidationError) -> list[tuple[KeyPath, str]]:
-    allowed: dict[KeyPath, list[str]] = {}
-    got: dict[KeyPath, Any] = {}
+    texts: dict[KeyPath, list[str]] = {}
+    inputs: dict[KeyPath, Any] = {}
     for item in error.errors(include_url=False):
         key = _field_path(item["loc"])
         if item["type"] == "extra_forbidden":
@@ -82,21 +82,21 @@ def _explain(error: ValidationError) -> list[tuple[KeyPath, str]]:
             text = f"is missing; it is {_description(key)}"
         else:
             text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            got[key] = item["input"] if key not in got else got[key]
-        allowed.setdefault(key, []).append(text)
-    return [(key, _sentence(key, texts, got)) for key, texts in allowed.items()]
+            inputs.setdefault(key, item["input"])
+        texts.setdefault(key, []).append(text)
+    return [(key, _sentence(key, parts, inputs)) for key, parts in texts.items()]
 
 
-def _sentence(key: KeyPath, texts: list[str], got: dict[KeyPath, Any]) -> str:
-    if key not in got:
+def _sentence(key: KeyPath, texts: list[str], inputs: dict[KeyPath, Any]) -> str:
+    if key not in inputs:
         return "; ".join(texts)
     about = f" ({description})" if (description := _description(key)) else ""
     choices = " or ".join(dict.fromkeys(text.removeprefix("must be ") for text in texts))
-    return f"is {shown(got[key])}; must be {choices}{about}"
+    return f"is {shown(inputs[key])}; must be {choices}{about}"
 
 
 def _field_path(loc: tuple[int | str, ...]) -> KeyPath:
-    """Return the recipe's keys at the start of a pydantic location, which goes on with union members."""
+    """Return the recipe's keys at the start of a pydantic location, which continues with union members."""
     path: list[str] = []
     model: type[BaseModel] | None = Recipe
     for part in loc:

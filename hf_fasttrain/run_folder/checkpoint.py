@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are either whole or not there; safetensors and JSON, no pickle."""
+"""Checkpoints: folders that are either complete or absent; safetensors and JSON, no pickle."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hf_fasttrain.utils.tensor_tree import pack, unpack
 MARKER = "COMPLETE"
 PREFIX = "step_"
 STATE_FILE = "state.json"
-FORMAT = 1  # raised when `State` or the layout changes: others' checkpoints are refused, not misread
-MAY_CHANGE = ("class_names", "early_stopping")  # not what a step learns: how long is trained, what is only recorded
+FORMAT = 1  # increased when `State` or the layout changes: checkpoints of other versions are refused, not misread
+MAY_CHANGE = ("class_names", "early_stopping")  # they do not change what a step learns
 TRAINING = "training"  # the tensors of `Checkpoint.training`
 
 SAFETENSORS_TYPES = {
@@ -39,13 +39,13 @@ class Checkpoint:
     """What a checkpoint folder holds."""
 
     path: Path
-    state: dict[str, Any]  # step, updates, best, learnt, recipe, ... : plain JSON
+    state: dict[str, Any]  # step, updates, best, learnt, recipe, ...: plain JSON
     weights: dict[str, dict[str, Tensor]]  # "model", "ema"; on the CPU
-    training: dict[str, Any]  # "optimizer", "scaler", and what each process has of its "own"
+    training: dict[str, Any]  # "optimizer", "scaler", and the "own" state of each process
 
 
 class Snapshot:
-    """What a checkpoint is to hold, the tensors at first those of the training itself.
+    """The content of a checkpoint to be written; its tensors are the live ones until `to_host` copies them.
 
     Raises RunError for a value that can't be saved.
     """
@@ -61,21 +61,21 @@ class Snapshot:
         packed = pack(training, tensors)
         self.step, self.state = step, {**state, "step": step, TRAINING: packed}
         self.tensors: dict[str, Mapping[str, Tensor]] = {**weights, TRAINING: tensors}
-        unknown = {str(tensor.dtype) for tensor in self._every() if tensor.dtype not in SAFETENSORS_TYPES}
+        unknown = {str(tensor.dtype) for tensor in self._all_tensors() if tensor.dtype not in SAFETENSORS_TYPES}
         if unknown:
             raise RunError(f"can't save tensors of type {', '.join(sorted(unknown))}: safetensors does not have it")
 
-    def _every(self) -> Iterator[Tensor]:
+    def _all_tensors(self) -> Iterator[Tensor]:
         for named in self.tensors.values():
             yield from named.values()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._every())
+        """Size of all tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self._all_tensors())
 
     def to_host(self, *, copy: bool = True) -> Snapshot:
-        """Bring the tensors to the host, contiguous, and return this; a `copy` stays as it is when training goes on."""
+        """Move the tensors to the host, contiguous, and return self; a `copy` is not changed by further training."""
         for file, named in self.tensors.items():
             self.tensors[file] = {
                 name: tensor.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
@@ -84,13 +84,13 @@ class Snapshot:
         return self
 
     def is_finite(self) -> bool:
-        """Return whether every weight is a number."""
+        """Return whether every weight is finite."""
         weights = (tensor for file, named in self.tensors.items() if file != TRAINING for tensor in named.values())
         return all(_is_finite(tensor) for tensor in weights if tensor.is_floating_point() and tensor.numel())
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are numbers, in one thread: this runs beside training."""
+    """Return whether all values are finite, using one thread: this runs beside training."""
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
     values = tensor.numpy()
@@ -101,24 +101,24 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step belongs."""
+    """Return the folder of the checkpoint of a step."""
     return folder / f"{PREFIX}{step:08d}"
 
 
 def checkpoint_step(path: Path) -> int:
-    """Return the step of a checkpoint by its folder's name."""
+    """Return the step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix(PREFIX))
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint beside its place, synced, and rename it there; the marker of completeness comes last.
+    """Write a checkpoint under a temporary name, sync and rename it, then write its marker of completeness.
 
-    Its tensors are on the host. The marker lists size and xxh3-128 of every file. Raises OSError; what was there before
-    is still there then.
+    Its tensors are on the host. The marker lists size and xxh3-128 of every file. Raises OSError; an older checkpoint
+    of the same step is then still there.
     """
-    final = checkpoint_path(folder, snapshot.step)
+    path = checkpoint_path(folder, snapshot.step)
     files: dict[str, dict[str, Any]] = {}
-    with new_folder(final, last=lambda: write_json(final / MARKER, {"format": FORMAT, "files": files})) as partial:
+    with new_folder(path, last=lambda: write_json(path / MARKER, {"format": FORMAT, "files": files})) as partial:
         for name, tensors in snapshot.tensors.items():
             with NewFile(partial / f"{name}.safetensors") as file:
                 write_safetensors(file, tensors)
@@ -126,17 +126,17 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         with NewFile(partial / STATE_FILE) as file:
             file.write(json.dumps(snapshot.state).encode())
         files[STATE_FILE] = {"bytes": file.num_bytes, "xxh3": file.digest}
-    return final
+    return path
 
 
 def write_safetensors(file: NewFile, tensors: Mapping[str, Tensor]) -> None:
     """Write contiguous CPU tensors in the safetensors format.
 
-    The library's own writer takes a path or returns the bytes of a copy; this one hashes while it writes, and every
-    write can fail in a test. The library reads what it writes.
+    The library's own writer takes a path or returns a copy as bytes; this one hashes while it writes, and tests can
+    make every write fail. The library reads the result.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each at a multiple of its size
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each aligned to its element size
     end = 0
     for name in order:
         tensor = tensors[name]
@@ -152,17 +152,17 @@ def write_safetensors(file: NewFile, tensors: Mapping[str, Tensor]) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int, best_step: int | None, step: int) -> None:
-    """Remove what is not needed when training is at `step`: all checkpoints but the newest `keep` and the best.
+    """Remove all checkpoints up to `step` but the newest `keep` and the best one.
 
-    Checkpoints of later steps are damaged ones, which a resume has passed over: they count for nothing, and stay.
+    Checkpoints of later steps are corrupt ones that a resume has skipped: they are not counted, and stay.
     """
-    now = checkpoint_path(folder, step)
-    for path in [path for path in complete_checkpoints(folder) if path <= now][:-keep]:
+    newest = checkpoint_path(folder, step)
+    for path in [path for path in complete_checkpoints(folder) if path <= newest][:-keep]:
         if best_step is None or path != checkpoint_path(folder, best_step):
             os.unlink(path / MARKER)
             shutil.rmtree(path, ignore_errors=True)
-    half = [path for path in folder.glob(f"{PREFIX}*") if not (path / MARKER).exists()]
-    for path in [*half, *folder.glob(f".{PREFIX}*")]:  # left by a process that was killed
+    incomplete = [path for path in folder.glob(f"{PREFIX}*") if not (path / MARKER).exists()]
+    for path in [*incomplete, *folder.glob(f".{PREFIX}*")]:  # left by a killed process
         shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
 
@@ -175,33 +175,33 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"{PREFIX}*/{MARKER}"))
 
 
-def newest_checkpoint(folder: Path, passed_over: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest complete checkpoint of a folder that can be read, None if there is no complete one.
 
-    `passed_over` is told of newer ones that are half-written or damaged. RunError if none of them can be read.
+    `note` is called for each newer one that is incomplete or corrupt. Raises RunError if none can be read.
     """
     restore_replaced(folder)
     found = sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
-    damaged = []
+    corrupt = []
     for path in found:
         if not (path / MARKER).exists():
-            passed_over(f"checkpoint {path} is half-written: passed over")
+            note(f"checkpoint {path} is incomplete: skipped")
             continue
         try:
             return load_checkpoint(path)
         except RunError as error:
-            damaged.append(str(error))
-            passed_over(f"{error}: passed over")
-    if damaged:
+            corrupt.append(str(error))
+            note(f"{error}: skipped")
+    if corrupt:
         raise RunError(
-            "can't resume, no checkpoint can be read:\n  " + "\n  ".join(damaged) + "\nrepair the disk or put back a "
-            f"copy of one; to begin anew, choose another output_dir or move {folder} away"
+            "can't resume, no checkpoint can be read:\n  " + "\n  ".join(corrupt) + "\nrepair the disk or restore a "
+            f"copy of one; to start from scratch, choose another output_dir or move {folder} away"
         )
     return None
 
 
 def restore_replaced(folder: Path) -> None:
-    """Put a checkpoint back into its place that was about to be replaced when its process was killed."""
+    """Restore checkpoints that were being replaced when the process was killed."""
     for old in folder.glob(f".{PREFIX}*.old"):
         path = folder / old.name[1:].removesuffix(".old")
         if not (path / MARKER).exists():
@@ -210,64 +210,64 @@ def restore_replaced(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Return a checkpoint's contents on the CPU; RunError if a byte of it is not as it was written."""
+    """Return a checkpoint's contents on the CPU. Raises RunError if a single byte has changed since it was written."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        listed = _verified(path)
+        listed = _verify(path)
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         names = [name for name in listed if name.endswith(".safetensors")]
         tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
         training = unpack(state[TRAINING], tensors.pop(TRAINING))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise RunError(f"checkpoint {path} is damaged ({reason(error)})") from None
+        raise RunError(f"checkpoint {path} is corrupt ({reason(error)})") from None
     return Checkpoint(path, {key: state[key] for key in state if key != TRAINING}, tensors, training)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's plain values without its tensors; an empty dict if files of it are damaged or missing.
+    """Return a checkpoint's plain values without its tensors; an empty dict if files are corrupt or missing.
 
-    Of the tensors' files only the sizes are looked at.
+    Of the tensors' files only the sizes are checked.
     """
     try:
-        _verified(path, only=STATE_FILE)
+        _verify(path, only=STATE_FILE)
         return dict(json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _verified(path: Path, *, only: str | None = None) -> list[str]:
-    """Return the names of a checkpoint's files; ValueError if one of them is not as it was written.
+def _verify(path: Path, *, only: str | None = None) -> list[str]:
+    """Return the names of a checkpoint's files. Raises ValueError if one has changed since it was written.
 
-    `only` is the file whose bytes are looked at, if not all are.
+    `only` names the one file whose bytes are checked, by default all; sizes are checked for every file.
     """
     marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
     listed = marker["files"]
     if marker["format"] != FORMAT:
-        raise ValueError(f"format {marker['format']}, which another version of hf_fasttrain has written")
-    for name, told in listed.items():
+        raise ValueError(f"format {marker['format']} of another version of hf_fasttrain")
+    for name, entry in listed.items():
         if Path(name).name != name:
             raise ValueError(f"{name!r} is outside of its folder")
         size = (path / name).stat().st_size
-        if size != told["bytes"]:
-            raise ValueError(f"{name} has {size:,} of {told['bytes']:,} bytes")
-        if only in (None, name) and digest_of(path / name) != told["xxh3"]:
+        if size != entry["bytes"]:
+            raise ValueError(f"{name} has {size:,} of {entry['bytes']:,} bytes")
+        if only in (None, name) and digest_of(path / name) != entry["xxh3"]:
             raise ValueError(f"{name} has changed since it was written")
     return list(listed)
 
 
-def require_same(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    """Raise RunError if a setting that decides what is learnt differs from the checkpoint's."""
-    if saved.get("schedule.warmup") in ("0 epochs", "0 steps"):  # older runs': the schedule's own rise
+def require_same_settings(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Raise RunError if a setting that changes what is learned differs from the checkpoint's."""
+    if saved.get("schedule.warmup") in ("0 epochs", "0 steps"):  # written by older versions for the schedule's default
         saved = {**saved, "schedule.warmup": "auto"}
-    if "model.head" in asked:
+    if "model.head" in current:
         saved = {"model.head": "auto", **saved}  # older runs have none
-    keys = [key for key in sorted(saved.keys() | asked.keys()) if key.split(".")[0] not in MAY_CHANGE]
-    changed = [key for key in keys if saved.get(key) != asked.get(key)]
+    keys = [key for key in sorted(saved.keys() | current.keys()) if key.split(".")[0] not in MAY_CHANGE]
+    changed = [key for key in keys if saved.get(key) != current.get(key)]
     if changed:
-        listed = "\n".join(f"  {key}: {saved.get(key)!r} in the run, {asked.get(key)!r} asked for" for key in changed)
+        listed = "\n".join(f"  {key}: {saved.get(key)!r} in the run, {current.get(key)!r} now" for key in changed)
         raise RunError(
-            f"can't resume {path}: these settings decide what is learnt and have changed:\n{listed}\n"
-            f"Put them back, or begin a new run from these weights: another output_dir and model.pretrained={path}"
+            f"can't resume {path}: these settings change what is learned, and differ:\n{listed}\n"
+            f"Restore them, or start a new run from these weights: another output_dir and model.pretrained={path}"
         )

@@ -1,4 +1,4 @@
-"""A finished run as its folder has it."""
+"""Reading the folder of a finished run."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ SPEC_FILE, RECIPE_FILE, METRICS_FILE, RESOLVED_FILE = (
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run folder holds, as written there."""
+    """The content of a finished run's folder."""
 
     folder: Path
     spec: dict[str, Any]
     result: dict[str, Any]
     recipe: dict[str, Any]  # empty for a run without a recipe
     recipe_text: str
-    local: list[str] | None = None  # settings that were paths of the machine that trained; None: not recorded
+    local: list[str] | None = None  # keys of settings that were paths where the run was trained; None: not recorded
 
     def setting(self, key: str) -> Any:
-        """Return a recipe's value by its dotted key, None if it is not stated."""
+        """Return a value of the recipe file by its dotted key, None if it is not set there."""
         value: Any = self.recipe
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
     def is_local(self, key: str) -> bool:
-        """Return whether a setting was a path where the run was trained; judged from here if that is not recorded."""
+        """Return whether a setting was a local path where the run was trained (if recorded, else here)."""
         if self.local is not None:
             return key in self.local
         value = self.setting(key)
@@ -49,13 +49,13 @@ class FinishedRun:
 
 
 def read_run(run: Path) -> FinishedRun:
-    """Return what a run folder holds; RunError if the run is not finished."""
+    """Return the content of a run folder. Raises RunError if the run is not finished."""
     restore_folder(run / "model")
     missing = [name for name in (f"model/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
     if missing:
         raise RunError(
-            f"{run}: is no finished run, it has no {' and no '.join(missing)}; give the run folder of a training that "
-            f"has ended, or end it first: {how_to_resume()}"
+            f"{run}: is not a finished run, it has no {' and no '.join(missing)}; give the run folder of a finished "
+            f"training, or finish it first: {how_to_resume()}"
         )
     path = run / "model" / SPEC_FILE
     try:
@@ -66,16 +66,16 @@ def read_run(run: Path) -> FinishedRun:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         recipe = YAML(typ="safe", pure=True).load(text) or {}
         path = run / RESOLVED_FILE
-        facts = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        settings = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, YAMLError) as error:
-        raise RunError(f"{path}: can't be read ({first_lines(error)}); put it right or train again") from None
-    local = (facts.get("local") or {}).get("value") if isinstance(facts, dict) else None
+        raise RunError(f"{path}: can't be read ({first_lines(error)}); fix it or train again") from None
+    local = (settings.get("local") or {}).get("value") if isinstance(settings, dict) else None
     return FinishedRun(run, spec, result, recipe, text, local)
 
 
-NO_METRIC = {"kind", "step", "epoch", "split", "train_seconds", "seconds"}
+NOT_METRICS = {"kind", "step", "epoch", "split", "train_seconds", "seconds"}
 
 
 def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics in an evaluation's line of metrics.jsonl."""
-    return {name: value for name, value in line.items() if name not in NO_METRIC}
+    return {name: value for name, value in line.items() if name not in NOT_METRICS}

@@ -1,4 +1,4 @@
-"""Pictures that a run keeps for its report: training images as the model saw them, and its worst mistakes."""
+"""Pictures stored for a run's report: training images as the model saw them, and its worst mistakes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ THUMBNAIL_PX = 160  # longer side
 
 @dataclass(frozen=True)
 class Picture:
-    """One image and what is to be said of it. `file` lies beside gallery.json."""
+    """One image and its caption. `file` is in the folder of gallery.json."""
 
     file: str
-    name: str  # of the image: class/file, or its row
+    name: str  # class/file of the image, or its row
     truth: dict[str, float]  # class -> share of the target; 1 unless mixed or smoothed
     predicted: dict[str, float | None] = field(default_factory=dict)  # class -> softmax; None if multi-label
     loss: float | None = None
@@ -36,12 +36,12 @@ class Gallery:
     training: list[Picture] = field(default_factory=list)
     training_step: int = 0  # counted from 1
     mistakes: list[Picture] = field(default_factory=list)
-    mistakes_step: int = 0  # after which the model made them
+    mistakes_step: int = 0  # the model's step when it made them
     mistakes_split: str = ""
 
     @classmethod
     def load(cls, run: Path) -> Gallery:
-        """Return the gallery of a run folder, an empty one if it has none."""
+        """Return the gallery of a run folder; an empty one if there is none."""
         values: dict[str, Any] = read_json(run / GALLERY_FOLDER / GALLERY_FILE)
         for name in ("training", "mistakes"):
             values[name] = [Picture(**item) for item in values.get(name, [])]
@@ -57,7 +57,7 @@ class Gallery:
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
-    """Return a JPEG of pixels (H, W, 3) uint8: small images enlarged without smoothing, large ones made smaller."""
+    """Return a JPEG of pixels (H, W, 3) uint8: small images are enlarged without smoothing, large ones reduced."""
     image = Image.fromarray(pixels)
     longer = max(image.size)
     if longer > THUMBNAIL_PX:

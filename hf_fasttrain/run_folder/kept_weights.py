@@ -1,6 +1,6 @@
-"""Which weights of a finished run are meant: those in RUN/model, or those of a checkpoint that is kept.
+"""Weights of a finished run by name (best, last, step_N): those in RUN/model, or those of a checkpoint.
 
-Importing this brings no torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,60 +20,58 @@ RESULT_FILE = "result.json"
 
 
 def step_in_model(result: Mapping[str, Any]) -> int | None:
-    """Return after which step the model had the weights that lie in RUN/model, as result.json tells."""
+    """Return the step of the weights in RUN/model according to result.json, None if it does not say."""
     model = result.get("model")
     step = model.get("step") if isinstance(model, dict) else result.get("weights_of_step", result.get("steps"))
     return step if isinstance(step, int) else None
 
 
-def step_of(run: str, result: Mapping[str, Any], weights: str) -> int | None:
-    """Return the step of the weights that best, last or step_N means in a `run`. Raises RunError."""
+def resolve_step(run: str, result: Mapping[str, Any], weights: str) -> int | None:
+    """Return the step that best, last or step_N stands for in a `run`, None if it is unknown. Raises RunError."""
     if weights == "last":
         step = result.get("steps")
         return step if isinstance(step, int) else None
     if weights == "best":
         step = (result.get("best") or {}).get("step")
         if not isinstance(step, int):
-            raise RunError(f"{run}: it has no best evaluation (result.json); leave weights=best out")
+            raise RunError(f"{run}: it has no best evaluation (result.json); omit weights=best")
         return step
-    found = re.fullmatch(r"step_(\d+)", weights)
-    if not found:
+    match = re.fullmatch(r"step_(\d+)", weights)
+    if not match:
         raise RunError(f"weights={weights}: allowed are last, best and step_N")
-    return int(found[1])
+    return int(match[1])
 
 
-def checkpoint_with(run: Path, weights: str | None, place: str = "") -> Path | None:
-    """Return the checkpoint that holds a run's `weights`: best, last or step_N; None if RUN/model has them.
+def find_checkpoint(run: Path, weights: str | None, name: str = "") -> Path | None:
+    """Return the checkpoint that holds a run's `weights` (best, last or step_N), None if they are in RUN/model.
 
-    By default those in RUN/model are meant. `place` is what the user calls the run. Raises RunError for weights that
-    are nowhere.
+    `weights` None stands for those in RUN/model. `name` is what messages call the run, by default its folder. Raises
+    RunError if the weights were not kept.
     """
     if weights is None:
         return None
     from hf_fasttrain.run_folder.checkpoint import checkpoint_path, checkpoint_step, complete_checkpoints
 
-    result, name = read_json(run / RESULT_FILE), place or str(run)
+    result, name = read_json(run / RESULT_FILE), name or str(run)
     if not (run / RESULT_FILE).is_file():
-        raise RunError(
-            f"{name}: has no {RESULT_FILE} that tells which weights are {weights}; give the run folder itself"
-        )
-    step, there = step_of(name, result, weights), complete_checkpoints(run / "checkpoints")
-    kept = step is not None and checkpoint_path(run / "checkpoints", step) in there
+        raise RunError(f"{name}: has no {RESULT_FILE}, which says which weights are {weights}; give the run folder")
+    step, checkpoints = resolve_step(name, result, weights), complete_checkpoints(run / "checkpoints")
+    kept = step is not None and checkpoint_path(run / "checkpoints", step) in checkpoints
     if step is not None and step == step_in_model(result) and not (kept and weights.startswith("step_")):
         return None
     if step is None or not kept:
-        names = ", ".join(f"step_{checkpoint_step(path)}" for path in there) or "none"
-        raise RunError(f"{name}: no checkpoint of step {step} (weights={weights}); there are: {names}")
+        names = ", ".join(f"step_{checkpoint_step(path)}" for path in checkpoints) or "none"
+        raise RunError(f"{name}: no checkpoint of step {step} (weights={weights}); available: {names}")
     return checkpoint_path(run / "checkpoints", step)
 
 
-def load_weights_of(model: nn.Module, checkpoint: Path) -> None:
-    """Load a checkpoint's weights, of the moving average where it has one. Raises RunError."""
+def load_checkpoint_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into a model, those of the moving average if it has one. Raises RunError."""
     from hf_fasttrain.run_folder.checkpoint import load_checkpoint
 
-    kinds = load_checkpoint(checkpoint).weights
+    weights = load_checkpoint(checkpoint).weights
     try:
-        model.load_state_dict(kinds.get("ema") or kinds["model"])
+        model.load_state_dict(weights.get("ema") or weights["model"])
     except RuntimeError as error:
         raise RunError(f"{checkpoint}: weights of another model: {first_lines(error)}") from None
     model.eval()

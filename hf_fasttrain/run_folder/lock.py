@@ -1,4 +1,4 @@
-"""One process at a time trains in a run folder; the kernel lets go of it when the process dies, however it dies."""
+"""The lock of a run folder: one process at a time trains in it. The kernel releases it if the process dies."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from pathlib import Path
 from hf_fasttrain.utils.errors import RunError
 
 LOCK_FILE = ".lock"
-_held: dict[Path, tuple[int, bool]] = {}  # folder -> descriptor of its lock, and whether there are locks, here
+_locks: dict[Path, tuple[int, bool]] = {}  # folder -> descriptor of its lock file, and whether it is really locked
 
 
-def hold(folder: Path) -> bool:
-    """Hold a folder for this process until `release` or its death; nothing happens if it holds it already.
+def acquire(folder: Path) -> bool:
+    """Lock a folder for this process until `release` or its death; does nothing if it is locked already.
 
-    Returns False where the file system has no locks. Raises RunError if another process holds the folder, OSError if
-    it can't be written. A POSIX record lock: forked loader processes do not inherit it, so that a killed run can be
+    Returns False if the file system has no locks. Raises RunError if another process has the lock, OSError if the file
+    can't be written. It is a POSIX record lock: forked loader processes do not inherit it, so that a killed run can be
     resumed at once.
     """
     import fcntl
 
-    place = folder.resolve()
-    if place in _held:
-        return _held[place][1]
+    path = folder.resolve()
+    if path in _locks:
+        return _locks[path][1]
     locked = True
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = _owner(descriptor)
+            owner_text = _describe_owner(descriptor)
             os.close(descriptor)
             raise RunError(
-                f"{folder.parent}: another process is training or writing results in it{owner}; wait for its end, "
+                f"{folder.parent}: another process is training or writing results in it{owner_text}; wait for its end, "
                 "stop it, or choose another output_dir"
             ) from None
         locked = False
-    with suppress(OSError):  # a full disk does not matter: the lock is held, its text is for the message alone
+    with suppress(OSError):  # a full disk does not matter: the text is only for the message of others
         os.ftruncate(descriptor, 0)
-        told = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.write(descriptor, json.dumps(told).encode())
-    _held[place] = descriptor, locked
+        owner = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.write(descriptor, json.dumps(owner).encode())
+    _locks[path] = descriptor, locked
     return locked
 
 
 def release(folder: Path) -> None:
-    """Let go of a folder."""
-    descriptor, _ = _held.pop(folder.resolve(), (None, False))
+    """Unlock a folder."""
+    descriptor, _ = _locks.pop(folder.resolve(), (None, False))
     if descriptor is not None:
         os.close(descriptor)
 
 
-def _owner(descriptor: int) -> str:
+def _describe_owner(descriptor: int) -> str:
     try:
-        told = json.loads(os.read(descriptor, 1000))
-        return f" (process {told['process']} on {told['host']}, since {told['since']})"
+        owner = json.loads(os.read(descriptor, 1000))
+        return f" (process {owner['process']} on {owner['host']}, since {owner['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -1,4 +1,4 @@
-"""What a model said of every image of a split: kept in the run folder, for reports and for people."""
+"""A model's predictions for every image of a split, stored in the run folder for reports and for your analysis."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Predictions:
     distance between a class's sigmoid and its label, `losses` the mean binary cross-entropy.
     """
 
-    step: int  # after which the model was asked
+    step: int  # of the model
     split: str
-    rows: Tensor  # (N,) int64: which image of the split; -1 where only the user's loader knows
+    rows: Tensor  # (N,) int64: row of the image in the split; -1 with a user's loader
     labels: Tensor
     predicted: Tensor
     confidence: Tensor
     losses: Tensor
-    worst_class: Tensor  # (N,) int64: the predicted one; multi-label: the one that `confidence` is of
+    worst_class: Tensor  # (N,) int64: the predicted class; multi-label: the class that `confidence` is of
 
     @property
     def is_multi_label(self) -> bool:
@@ -46,44 +46,44 @@ class Predictions:
         return wrong.any(1) if self.is_multi_label else wrong
 
     def worst(self, number: int) -> list[int]:
-        """Return the places (0 to N - 1) of the wrongly predicted images with the highest losses."""
+        """Return the indices (0 to N - 1) of the wrongly predicted images with the highest losses."""
         wrong = self.is_wrong.nonzero().flatten()
         order = self.losses[wrong].argsort(descending=True, stable=True)
-        return [int(place) for place in wrong[order[:number]]]
+        return [int(index) for index in wrong[order[:number]]]
 
     def save(self, path: Path) -> None:
-        """Write them as one safetensors file, whole or not at all. Raises OSError."""
+        """Write one safetensors file atomically. Raises OSError."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # each its own memory
-        about = {"step": str(self.step), "split": self.split, "columns": json.dumps(_TENSORS)}
-        write_atomically(path, save(tensors, metadata=about))
+        tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # unshared memory
+        metadata = {"step": str(self.step), "split": self.split, "columns": json.dumps(_TENSORS)}
+        write_atomically(path, save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
-        """Return what `save` wrote; RunError if it can't be read."""
+        """Return the predictions that `save` wrote. Raises RunError if the file can't be read."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
-                return cls(int(about["step"]), about["split"], **tensors)
+                return cls(int(metadata["step"]), metadata["split"], **tensors)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise RunError(
-                f"{path}: can't be read as predictions ({str(error).splitlines()[0]}); remove it, or make it anew by "
-                "evaluating again"
+                f"{path}: can't be read as predictions ({str(error).splitlines()[0]}); remove it, or write it again by "
+                "evaluating"
             ) from None
 
 
 class Collector:
-    """Takes a pass's logits batch by batch, on the device."""
+    """Collects the predictions of an evaluation batch by batch, on the device."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, ...]] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Keep what a batch of `logits` (B, K) says of `labels` (B,) or multi-hot (B, K). No sync with the device."""
+        """Add a batch of `logits` (B, K) and `labels`, (B,) or multi-hot (B, K). No sync with the device."""
         logits = logits.float()
         if labels.ndim == 1:
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -96,6 +96,6 @@ class Collector:
         self._parts.append((true, logits >= 0, confidence, losses, worst))
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Return the tensors of `Predictions` but for the rows, of this process, on the CPU; nothing is kept."""
+        """Return this process's tensors of `Predictions` but for the rows, on the CPU, and reset the collector."""
         parts, self._parts = self._parts, []
         return tuple(torch.cat(column).cpu() for column in zip(*parts, strict=True))

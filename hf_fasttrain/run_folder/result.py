@@ -1,4 +1,4 @@
-"""What is watched while training, and how a run ended."""
+"""The watched metric of a training, and the result of a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from hf_fasttrain.utils.errors import RunError
 
 BUILT_IN_METRICS = ("loss", "accuracy", "top5_accuracy", "f1_macro")
-# The direction of metrics whose names are definitions: ours and those of the evaluate library.
+# Directions of well-known metrics: ours and those of the evaluate library.
 DIRECTIONS = {
     "loss": "min", "brier_score": "min", "mae": "min", "mape": "min", "mase": "min", "mse": "min", "smape": "min",
     "accuracy": "max", "top5_accuracy": "max", "f1_macro": "max", "f1": "max", "precision": "max", "recall": "max",
     "roc_auc": "max", "matthews_correlation": "max", "cohen_kappa": "max", "exact_match": "max", "mean_iou": "max",
 }  # fmt: skip
-# Words in other names that tell; of an "error_score", the error counts.
+# Words in other names that give the direction; in "error_score", error decides.
 LESS_IS_BETTER = {
     "loss", "error", "err", "mse", "rmse", "mae", "mape", "nll", "ece", "entropy", "crossentropy", "perplexity",
     "brier", "distance", "divergence", "cost", "deviation", "hamming",
@@ -28,7 +28,7 @@ MORE_IS_BETTER = {
 
 
 def metric_direction(metric: str) -> str | None:
-    """Return whether more ("max") or less ("min") of a metric is better, as its name says; None if it does not."""
+    """Return whether a higher ("max") or lower ("min") value is better, by the metric's name; None if it is unclear."""
     name = metric_name(metric).lower()
     words = set(re.split(r"[^a-z0-9]+", name))
     if name in DIRECTIONS:
@@ -39,7 +39,7 @@ def metric_direction(metric: str) -> str | None:
 def resolve_mode(metric: str, mode: str) -> str:
     """Return max or min for a watched metric's mode, which may be auto.
 
-    Raises ValueError where nothing says which one auto means, and for a mode that would choose the worst.
+    Raises ValueError if the name does not say what auto means, and for a mode that would choose the worst value.
     """
     direction = metric_direction(metric)
     known = DIRECTIONS.get(metric_name(metric).lower())
@@ -47,20 +47,20 @@ def resolve_mode(metric: str, mode: str) -> str:
         raise ValueError(f"is '{mode}'; must be auto, max or min")
     if mode == "auto" and direction is None:
         raise ValueError(
-            f"is auto, but the name '{metric}' does not say whether more or less of it is better; set it to max or min"
+            f"is auto, but the name '{metric}' does not say whether higher or lower is better; set it to max or min"
         )
     if known is not None and mode not in ("auto", known):
-        least = "less" if known == "min" else "more"
-        raise ValueError(f"is {mode}, but {least} {metric} is better; set it to {known} or leave it out")
+        better = "lower" if known == "min" else "higher"
+        raise ValueError(f"is {mode}, but {better} {metric} is better; set it to {known} or omit it")
     return str(direction if mode == "auto" else mode)
 
 
 @dataclass(frozen=True)
 class Watch:
-    """A metric of the evaluation, whether more or less of it is better, and early stopping's patience in steps.
+    """A metric of the evaluation, whether higher or lower is better, and early stopping's patience in steps.
 
-    `mode` is max, min or auto: what the metric's name says. Raises RunError for a mode that contradicts the metric,
-    and for auto if the name does not say it.
+    `mode` is max, min or auto (by the metric's name). Raises RunError for a mode that contradicts the metric, and for
+    auto if the name does not say it.
     """
 
     metric: str = "accuracy"
@@ -74,7 +74,7 @@ class Watch:
             raise RunError(f"Watch('{self.metric}'): mode {error}") from None
 
     def is_better(self, value: float, than: float | None) -> bool:
-        """Return whether `value` is better than an earlier one; nan never is."""
+        """Return whether `value` is better than an earlier one (`than`); NaN never is."""
         if than is None:
             return not math.isnan(value)
         return value > than if self.mode == "max" else value < than
@@ -82,7 +82,7 @@ class Watch:
 
 @dataclass
 class Result:
-    """How a run ended; result.json holds the same."""
+    """The result of a run, as in result.json."""
 
     metrics: dict[str, float]  # of the weights in RUN/model, on the evaluation split
     test_metrics: dict[str, float] | None  # of the weights in RUN/model
@@ -92,14 +92,14 @@ class Result:
     steps: int
     skipped_steps: int  # fp16 overflows
     micro_batch_size: int  # images per process and forward, at the end
-    out_of_memory: list[dict[str, Any]]  # steps at which it was made smaller: step, before, after
+    out_of_memory: list[dict[str, Any]]  # steps at which the micro-batch was reduced: step, before, after
     resumed_at: list[int]  # steps after which the run was resumed
-    not_written: list[str]  # results that the disk did not take, with the reason; empty if all is well
+    not_written: list[str]  # files that could not be written, with the reason; normally empty
     images: int
     train_seconds: float  # of training steps, without evaluation and saving
     images_per_second: float
     data_wait_fraction: float  # share of train_seconds lost by waiting for data
-    bad_images: int  # replaced by others; bad_images.jsonl lists them
+    bad_images: int  # replaced by other images; listed in bad_images.jsonl
     peak_memory_bytes: int
     stopped_early: bool
     early_stopping: dict[str, Any] | None  # how it stopped: metric, mode, best value and its step, patience, ...
@@ -109,5 +109,5 @@ class Result:
 
 
 def metric_name(metric: str) -> str:
-    """Return the name that results have for a metric: of a Hub name or path, its last part."""
+    """Return a metric's name in results: the last part of a Hub name or path."""
     return metric.rstrip("/").split("/")[-1].removesuffix(".py")

@@ -1,4 +1,4 @@
-"""Text and settings without paths of this machine."""
+"""Removes paths of this machine from texts and settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-CLASS_KEYS = {"class_names", "label_names", "id2label", "label2id"}  # may look like paths, and must stay as they are
+CLASS_KEYS = {"class_names", "label_names", "id2label", "label2id"}  # may look like paths, and must not change
 _PATH_END = r"[^\s'\"`,;:=()\[\]{}<>|]+"
 # /x, ~/x, ./x, ../x, file:///x and C:\x, but not a/b, images/s and https://x
 _PATH_IN_TEXT = re.compile(
@@ -24,7 +24,7 @@ _PREFIX = re.compile(r"(?:transformers|local-dir):")
 
 
 def is_local_path(value: str) -> bool:
-    """Return whether a setting means a file or folder of this machine: by its looks, or because it is there."""
+    """Return whether a setting is a path of this machine: by its form, or because it exists."""
     if value.startswith((".", "/", "~", "file://")) or re.match(r"[A-Za-z]:[\\/](?!/)", value):
         return True
     return ("/" in value or os.sep in value) and os.path.exists(value)
@@ -35,10 +35,10 @@ def _last_component(path: str) -> str:
 
 
 class Scrubber:
-    """Cuts local paths to their last component, also where those among `known` strings are mentioned in texts."""
+    """Cuts local paths to their last component; those among the `known` strings also inside longer texts."""
 
     def __init__(self, known: list[str], local: Collection[str] = ()) -> None:
-        """`local` are settings that were paths where they were used, though they may not look it here."""
+        """`local` are settings that were paths where the run was trained, though they may not look like paths here."""
         self._local = {_PREFIX.sub("", text, count=1) for text in local}
         bare = {_PREFIX.sub("", text, count=1) for text in known}
         local = {text.rstrip("/") for text in bare if is_local_path(text) and "/" in text.strip("/.~")}
@@ -71,18 +71,18 @@ class Scrubber:
         return tree
 
     def json(self, content: bytes) -> bytes:
-        """Return a JSON text without local paths: the same bytes if it has none."""
+        """Return a JSON text without local paths; the same bytes if there are none."""
         try:
             tree = json.loads(content)
         except ValueError:  # a line cut short when the run was killed
             return self.text(content.decode(errors="replace")).encode()
         clean = self.tree(tree)
-        if clean == tree or json.dumps(clean) == json.dumps(tree):  # nan is not equal to itself
+        if clean == tree or json.dumps(clean) == json.dumps(tree):  # NaN is not equal to itself
             return content
         return (json.dumps(clean, indent=2 if content.count(b"\n") > 1 else None) + "\n").encode()
 
     def yaml(self, text: str, tree: dict[str, Any]) -> str:
-        """Return a YAML text without local paths, with its comments unless cutting would change other values."""
+        """Return a YAML text without local paths; comments stay unless cutting would change other values."""
         clean, wanted = self.text(text), self.tree(tree)
         yaml = YAML(typ="safe", pure=True)
         try:
@@ -96,7 +96,7 @@ class Scrubber:
 
 
 def strings(tree: Any) -> Iterator[str]:
-    """Yield every text in a tree of settings, but for class names."""
+    """Yield every string in a tree of settings, except class names."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, dict):

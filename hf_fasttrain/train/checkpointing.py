@@ -20,7 +20,7 @@ from hf_fasttrain.run_folder.checkpoint import (
     restore_replaced,
     save_checkpoint,
 )
-from hf_fasttrain.run_folder.lock import hold, release
+from hf_fasttrain.run_folder.lock import acquire, release
 from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE, Predictions
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.log import RunLog
@@ -42,7 +42,7 @@ def lock_run(run: Path) -> bool:
     def lock() -> bool:
         try:
             (run / FOLDER).mkdir(parents=True, exist_ok=True)
-            return hold(run / FOLDER)
+            return acquire(run / FOLDER)
         except OSError as error:
             raise not_writable(run, error) from None
 
@@ -229,7 +229,7 @@ class Checkpoints:
                     raise RunError(f"checkpoint {path} is gone")
                 return load_checkpoint(path)
             except RunError as error:
-                self.log.note(f"the best evaluation's weights can't be had: {error}; the run ends with the last ones")
+                self.log.note(f"the best evaluation's weights can't be read: {error}; the run ends with the last ones")
                 return None
 
         return self._on_every_process(look, "can't load the best evaluation's weights")

@@ -24,7 +24,7 @@ from hf_fasttrain.data.loading.user_loader import OwnEvalLoader, OwnLoader
 from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, Deaths
 from hf_fasttrain.data.pixels.images import BadImages
 from hf_fasttrain.models.weights import save_weights
-from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path, complete_checkpoints, require_same
+from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path, complete_checkpoints, require_same_settings
 from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.run_folder.result import Result, Watch
 from hf_fasttrain.train.callbacks import CallbackError, Callbacks, StepReport
@@ -635,7 +635,7 @@ class Trainer:
     def _restore(self, checkpoints: Checkpoints) -> None:
         checkpoint = checkpoints.newest()
         if checkpoint is not None:
-            require_same(checkpoint.state["learnt"], self.learnt, checkpoint.path)
+            require_same_settings(checkpoint.state["learnt"], self.learnt, checkpoint.path)
             state = State(**checkpoint.state["state"])
             if state.step > self.num_steps:
                 raise RunError(

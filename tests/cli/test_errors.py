@@ -61,14 +61,14 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["hub={repo: me/x, license: My Own}"],
         "hub.license is 'My Own'; write it as the Hub does",
     ),
-    "a token in a comment": (RECIPE + "\n# hf_" + 34 * "x", [], "small.yaml, line .*: holds a Hub token; take it out"),
+    "a token in a comment": (RECIPE + "\n# hf_" + 34 * "x", [], "small.yaml, line .*: contains a Hub token; remove it"),
     "hub without patience": (RECIPE, ["hub={repo: me/x, wait: 0 minutes}"], "hub.wait is 0 minutes; give more than 0"),
     "hub's patience": (RECIPE, ["hub={repo: me/x, wait: 2 epochs}"], "hub.wait is '2 epochs'; must be a number of min"),
     "not built: fp8": (RECIPE, ["accelerate.mixed_precision=fp8"], "must be 'no', 'fp16', 'bf16' or 'auto'"),
     "said twice": (
         RECIPE,
         ["accelerate.gradient_accumulation_steps=2", "accelerate.micro_batch_size=4"],
-        "say the same thing twice",
+        "set the same thing; leave one of them out",
     ),
     "odd micro-batch": (RECIPE, ["accelerate.micro_batch_size=3"], "must be a multiple of 2"),
     "more pieces than images": (
@@ -106,7 +106,7 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     "device and noise": (
         RECIPE,
         ["data.cache=device", "augment.crop=padded", "augment.erase=0.5", "augment.erase_fill=noise"],
-        "augment.erase_fill noise is not made on the device",
+        "augment.erase_fill noise is not available on the device",
     ),
     "unknown cache": (RECIPE, ["data.cache=ram"], "data.cache is 'ram'; must be 'auto', 'none', 'memory', 'disk' or"),
     "quality above 100": (
@@ -146,17 +146,17 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     "the largest loss as the best": (
         RECIPE,
         ["checkpoint.best={metric: loss, mode: max}"],
-        "checkpoint.best.mode is max, but less loss is better; set it to min or leave it out",
+        "checkpoint.best.mode is max, but lower loss is better; set it to min or omit it",
     ),
     "stopping at the least accuracy": (
         RECIPE,
         ["early_stopping={metric: accuracy, mode: min}"],
-        "early_stopping.mode is min, but more accuracy is better; set it to max or leave it out",
+        "early_stopping.mode is min, but higher accuracy is better; set it to max or omit it",
     ),
     "a metric without a known direction": (
         RECIPE,
         ["evaluate.metrics=[me/sharpness]", "checkpoint.best.metric=sharpness"],
-        "checkpoint.best.mode is auto, but the name 'sharpness' does not say whether more or less of it is better",
+        "checkpoint.best.mode is auto, but the name 'sharpness' does not say whether higher or lower is better",
     ),
 }
 
@@ -394,7 +394,7 @@ def test_launch_configurations_that_are_not_built(
         (["quickstat.yaml"], "quickstat.yaml: no such recipe file; .* Did you mean 'quickstart'"),
         (["."], "is a folder; give a recipe file"),
         (["evaluate", "nowhere"], "nowhere: no such folder"),
-        (["x" * 3000 + ".yaml"], "is no recipe file's name"),
+        (["x" * 3000 + ".yaml"], "is not the name of a recipe file"),
         (["recipes", "copy", "vit", "/nowhere/x.yaml"], "/nowhere/x.yaml: can't be written"),
         (["predict", "nowhere", "x.jpg"], "nowhere: no such folder; give a run folder"),
         (["recipes", "copy", "vitt"], "no shipped recipe 'vitt'.* Did you mean 'vit'"),

@@ -356,14 +356,14 @@ def test_a_recipe_stays_yaml_of_the_same_types() -> None:
 @pytest.mark.parametrize("name", ["result.json", "model/hf_fasttrain.json"])
 def test_an_unfinished_run_is_refused(hub: Hub, copied: Path, name: str) -> None:
     (copied / name).unlink()
-    with pytest.raises(RunError, match=rf"copied: is no finished run, it has no {name}; give .*resume=True"):
+    with pytest.raises(RunError, match=rf"copied: is not a finished run, it has no {name}; give .*resume=True"):
         push_run(copied, "me/flowers")
     assert hub.created == []
 
 
 def test_a_broken_result_is_named(copied: Path) -> None:
     (copied / "result.json").write_text("{")
-    with pytest.raises(RunError, match=r"result\.json: can't be read .*put it right or train again"):
+    with pytest.raises(RunError, match=r"result\.json: can't be read .*fix it or train again"):
         push_run(copied, "me/flowers")
 
 

@@ -386,7 +386,7 @@ def test_the_best_evaluation_s_weights_are_not_the_last_ones(hub: Hub, run: Path
     assert "weights of the best evaluation, after step 1 of 2" in files["README.md"].decode()
     assert not (run / ".hub").exists()
     shutil.rmtree(checkpoint)
-    with pytest.raises(RunError, match=r"no checkpoint of step 1 \(weights=best\); there are: none"):
+    with pytest.raises(RunError, match=r"no checkpoint of step 1 \(weights=best\); available: none"):
         push_run(run, "me/digits", weights="best")
     with pytest.raises(RunError, match="weights=newest: allowed are last, best and step_N"):
         push_run(run, "me/digits", weights="newest")

@@ -126,7 +126,7 @@ def test_names_of_tensors_do_not_collide() -> None:
 
 
 def test_damaged_checkpoints_of_later_steps_do_not_displace_good_ones(tmp_path: Path) -> None:
-    """A resume has passed over step 200: what is saved after it must not be pruned in its favour."""
+    """A resume has skipped step 200: what is saved after it must not be pruned in its favour."""
     for step in (100, 200):
         save_checkpoint(tmp_path, snapshot(step))
     (tmp_path / "step_00000200" / "model.safetensors").write_bytes(b"damaged")
@@ -307,7 +307,7 @@ def test_names_of_a_marker_stay_in_their_folder(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("secret")
     marker = (path / "COMPLETE").read_text().replace("model.safetensors", "../elsewhere")
     (path / "COMPLETE").write_text(marker)
-    with pytest.raises(RunError, match=r"is damaged \('../elsewhere' is outside of its folder\)"):
+    with pytest.raises(RunError, match=r"is corrupt \('../elsewhere' is outside of its folder\)"):
         load_checkpoint(path)
 
 

@@ -109,11 +109,11 @@ def test_a_training_of_which_nothing_is_saved_is_not_promised_back(tmp_path: Pat
     assert said.splitlines()[1:] == [
         f"  {tmp_path / 'model'}: No space left on device",
         "nothing else is on disk either",
-        "no checkpoint is on disk: after making room, --resume trains anew",
+        "no checkpoint is on disk: after freeing space, --resume trains from scratch",
     ]
     (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000003" / "COMPLETE").touch()
-    assert "--resume trains on from step 3 and writes what is missing" in describe_missing(
+    assert "--resume continues from step 3 and writes what is missing" in describe_missing(
         tmp_path, [], 5, 5, report=True
     )
 
@@ -154,11 +154,11 @@ def test_the_folder_is_held_until_the_last_file_is_written(
     from hf_fasttrain.run_folder import lock
 
     held = []
-    monkeypatch.setattr(Publish, "publish", lambda *_: held.append(len(lock._held)))
+    monkeypatch.setattr(Publish, "publish", lambda *_: held.append(len(lock._locks)))
     reset_accelerate()
-    before = len(lock._held)
+    before = len(lock._locks)
     Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={tmp_path / 'run'}"]).fit()
-    assert (held, len(lock._held)) == ([before + 1], before)
+    assert (held, len(lock._locks)) == ([before + 1], before)
 
 
 def test_a_push_that_is_owed_is_known(run: Path) -> None:

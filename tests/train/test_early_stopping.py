@@ -17,7 +17,7 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.report.sections import page_of_run
 from hf_fasttrain.report.words import early_stop
-from hf_fasttrain.run_folder.checkpoint import require_same
+from hf_fasttrain.run_folder.checkpoint import require_same_settings
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.early_stopping import go_on
 from hf_fasttrain.train.log import RunLog
@@ -220,10 +220,10 @@ def test_the_command_line_says_it_in_its_closing_lines_and_goes_on_when_told_to(
 
 def test_checkpoints_of_older_versions_let_early_stopping_change(tmp_path: Path) -> None:
     saved = {"seed": 0, "early_stopping.metric": "accuracy", "early_stopping.patience": "2 steps"}
-    require_same(saved, {"seed": 0}, tmp_path)
-    require_same({"seed": 0, "early_stopping": None}, {"seed": 0}, tmp_path)
-    with pytest.raises(RunError, match=r"seed: 0 in the run, 1 asked for"):
-        require_same(saved, {"seed": 1}, tmp_path)
+    require_same_settings(saved, {"seed": 0}, tmp_path)
+    require_same_settings({"seed": 0, "early_stopping": None}, {"seed": 0}, tmp_path)
+    with pytest.raises(RunError, match=r"seed: 0 in the run, 1 now"):
+        require_same_settings(saved, {"seed": 1}, tmp_path)
 
 
 def test_the_report_says_it_whatever_result_json_holds(tmp_path: Path) -> None:

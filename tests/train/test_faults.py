@@ -384,7 +384,7 @@ def test_a_token_is_refused_in_a_recipe_and_shown_nowhere(
         main([str(write_recipe()), f"model.args={{token: {TOKEN}}}", f"output_dir={tmp_path / 'run'}"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert "model holds a Hub token; take it out and log in by `hf auth login`" in message
+    assert "model contains a Hub token; remove it, and log in with `hf auth login`" in message
     with pytest.raises(SystemExit):
         main([f"data.dataset={TOKEN}"])
     assert TOKEN not in message + capsys.readouterr().err

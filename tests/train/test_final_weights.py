@@ -137,7 +137,7 @@ def test_nothing_is_saved_with_the_best_weights_as_if_they_were_the_last(run: Pa
     assert same(checkpoint(run, 4), before)
 
 
-@pytest.mark.parametrize("fault", ["gone", "damaged"])
+@pytest.mark.parametrize("fault", ["gone", "corrupt"])
 def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
     run: Path, write_recipe: Callable[..., Path], fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +151,7 @@ def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
     assert result.model == {"weights": "last", "step": 4, "ema": False}
     assert result.metrics == result.last["metrics"]
     assert same(weights(run), checkpoint(run, 4))
-    said = f"the best evaluation's weights can't be had: checkpoint {path} is {fault}"
+    said = f"the best evaluation's weights can't be read: checkpoint {path} is {fault}"
     assert said in capsys.readouterr().out
     assert any(said in note for note in result.notes)
     assert (
@@ -217,11 +217,11 @@ def test_commands_take_the_weights_asked_for(run: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_nowhere_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"run: no checkpoint of step 2 \(weights=step_2\); there are: step_1, step_3"):
+    with pytest.raises(RunError, match=r"run: no checkpoint of step 2 \(weights=step_2\); available: step_1, step_3"):
         predict_images(run, [str(run)], weights="step_2")
     with pytest.raises(RunError, match="weights=newest: allowed are last, best and step_N"):
         evaluate_run(run, weights="newest")
-    with pytest.raises(RunError, match=r"model: has no result\.json that tells which weights are last; give the run"):
+    with pytest.raises(RunError, match=r"model: has no result\.json, which says which weights are last; give the run"):
         predict_images(run / "model", [str(run)], weights="last")
 
 

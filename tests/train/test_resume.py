@@ -126,7 +126,7 @@ def test_what_decides_the_outcome_is_refused_with_both_values(
 ) -> None:
     make(write_recipe(), tmp_path / "run").fit()
     key = changed.split("=")[0]
-    with pytest.raises(RunError, match=rf"(?s)  {key}.*: .* in the run, .* asked for.*begin a new run from these weig"):
+    with pytest.raises(RunError, match=rf"(?s)  {key}.*: .* in the run, .* now.*start a new run from these weig"):
         make(write_recipe(), tmp_path / "run", changed, resume=True)
 
 

@@ -31,7 +31,7 @@ def held() -> list[Any]:
     """Return what a running trainer holds of this process, in values that can be compared."""
     threads = [thread.name for thread in threading.enumerate() if thread.name in ("checkpoint", "hub")]
     children = [child.pid for child in psutil.Process().children()]
-    return [dict(lock._held), [signal.getsignal(number) for number in SIGNALS], threads, children]
+    return [dict(lock._locks), [signal.getsignal(number) for number in SIGNALS], threads, children]
 
 
 def test_a_loop_of_ones_own_trains_as_fit_does(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

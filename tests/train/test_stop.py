@@ -309,7 +309,7 @@ def test_fit_again_goes_on_with_the_next_batch_of_an_own_loader() -> None:
 class Two:
     """Two processes of which one always asks for nothing."""
 
-    several, is_main, number, index = True, True, 2, 0
+    is_distributed, is_main, number, index = True, True, 2, 0
 
     def __init__(self) -> None:
         self.exchanges = 0

@@ -98,7 +98,7 @@ def test_resume_without_checkpoint_starts_afresh_and_says_so(
 
 def test_resume_refuses_what_changes_the_outcome(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make(write_recipe, tmp_path / "run").fit()
-    with pytest.raises(RunError, match=r"optimizer.lr: 0.001 in the run, 0.5 asked for"):
+    with pytest.raises(RunError, match=r"optimizer.lr: 0.001 in the run, 0.5 now"):
         make(write_recipe, tmp_path / "run", "optimizer.lr=0.5", resume=True)
     longer = make(write_recipe, tmp_path / "run", "train.duration=3 steps", "data.workers=1", resume=True)
     assert longer.fit().steps == 3
@@ -132,8 +132,8 @@ def test_half_written_and_damaged_checkpoints_are_named_and_passed_over(
     (second / "training.safetensors").write_bytes(damaged)
     assert make(write_recipe, tmp_path / "run", "train.duration=3 steps", resume=True).state.step == 1
     printed = capsys.readouterr().out
-    assert f"checkpoint {third} is half-written: passed over" in printed
-    assert f"checkpoint {second} is damaged (training.safetensors has changed since it was written)" in printed
+    assert f"checkpoint {third} is incomplete: skipped" in printed
+    assert f"checkpoint {second} is corrupt (training.safetensors has changed since it was written)" in printed
     (first / "model.safetensors").write_bytes(b"no")
     with pytest.raises(RunError, match=r"(?s)no checkpoint can be read:.*model.safetensors has 2 of .* bytes"):
         make(write_recipe, tmp_path / "run", "train.duration=3 steps", resume=True)
@@ -276,7 +276,7 @@ def test_what_is_better_follows_from_the_metric(metric: str, mode: str) -> None:
 
 
 def test_a_mode_that_would_choose_the_worst_is_refused() -> None:
-    with pytest.raises(RunError, match=r"Watch\('loss'\): mode is max, but less loss is better"):
+    with pytest.raises(RunError, match=r"Watch\('loss'\): mode is max, but lower loss is better"):
         Watch("loss", "max")
     with pytest.raises(RunError, match="mode is auto, but the name 'sharpness' does not say"):
         Watch("sharpness")
@@ -289,7 +289,7 @@ def test_the_resolved_mode_is_recorded(write_recipe: Callable[..., Path], tmp_pa
     make(write_recipe, tmp_path / "run", "checkpoint.best.metric=loss", "early_stopping={metric: loss}")
     resolved = YAML(typ="safe").load((tmp_path / "run" / "resolved.yaml").read_text())
     for key in ("checkpoint.best.mode", "early_stopping.mode"):
-        assert (resolved[key]["value"], resolved[key]["origin"]) == ("min", "default: less loss is better")
+        assert (resolved[key]["value"], resolved[key]["origin"]) == ("min", "default: lower loss is better")
 
 
 def test_notes_are_said_once_and_kept(
@@ -349,7 +349,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(write_recipe: Callable[..., P
     run = tmp_path / "run"
     make(write_recipe, run).fit()
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    with pytest.raises(RunError, match="these settings decide what is learnt and have changed"):
+    with pytest.raises(RunError, match="these settings change what is learned, and differ"):
         make(write_recipe, run, "train.batch_size=8", resume=True)
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
