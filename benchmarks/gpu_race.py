@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from hf_fasttrain import Trainer
-from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain import Callback, Trainer
 from hf_fasttrain.utils.environment import peak_memory_bytes
 
 GOAL = 0.92  # of the test images
@@ -30,37 +26,24 @@ CIFAR10_OVERRIDES = (
 )
 
 
-class RaceOver(Exception):
-    """The goal is reached, or the time is up."""
+class Race(Callback):
+    """Notes each evaluation's accuracy and the seconds of training that it took, and whether that is the goal."""
+
+    def __init__(self, goal: float, evaluations: list[dict[str, Any]]) -> None:
+        self.goal, self.evaluations = goal, evaluations
+        self.reached: dict[str, Any] | None = None  # the evaluation that reached the goal
+
+    def after_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Note an evaluation; the clock has stood still meanwhile."""
+        seconds = trainer.throughput.train_seconds
+        seen = {"step": trainer.state.step, "train_seconds": seconds, "accuracy": metrics["accuracy"]}
+        self.evaluations.append(seen)
+        if metrics["accuracy"] >= self.goal and self.reached is None:
+            self.reached = seen
 
 
 class RaceTrainer(Trainer):
-    """Trains until `goal` is reached or the time is up, and keeps nothing; its clock stands while it evaluates."""
-
-    goal = GOAL
-    deadline = float("inf")  # of time.monotonic
-    evaluations: list[dict[str, Any]]
-    reached: dict[str, Any] | None = None  # the evaluation that reached the goal
-    is_late = False
-
-    def train_step(self, step: Step) -> Tensor:
-        """Make a step, unless the time is up."""
-        if time.monotonic() > self.deadline:
-            self.is_late = True
-            raise RaceOver
-        return super().train_step(step)
-
-    def evaluate(self, loader: Any = None) -> dict[str, float]:
-        """Note the accuracy and the seconds of training that it took; the race is over when it is the goal."""
-        metrics = super().evaluate(loader)
-        if not metrics:  # a signal has broken it off
-            return metrics
-        seen = {"step": self.state.step, "train_seconds": self.pace.train_seconds, "accuracy": metrics["accuracy"]}
-        self.evaluations.append(seen)
-        if metrics["accuracy"] >= self.goal:
-            self.reached = seen
-            raise RaceOver
-        return metrics
+    """A trainer that keeps nothing."""
 
     def save(self) -> None:
         """Save nothing."""
@@ -74,24 +57,35 @@ def race(folder: Path | str, overrides: list[str], goal: float, most_seconds: fl
     deadline = time.monotonic() + most_seconds  # building counts
     row |= {"goal": goal, "seconds_to_goal": None, "evaluations": [], "most_seconds": most_seconds}
     row["overrides"] = [*CIFAR10_OVERRIDES, *overrides]
+    runner = Race(goal, row["evaluations"])
     with tempfile.TemporaryDirectory() as place:
-        asked = [f"data.dataset={folder}", *row["overrides"], f"output_dir={place}/run"]
-        trainer = RaceTrainer.from_recipe(CIFAR10_RECIPE, asked)
-        assert isinstance(trainer, RaceTrainer)
-        trainer.goal, trainer.deadline, trainer.evaluations = goal, deadline, row["evaluations"]
+        settings = [f"data.dataset={folder}", *row["overrides"], f"output_dir={place}/run"]
+        trainer = RaceTrainer.from_recipe(CIFAR10_RECIPE, settings, callbacks=[runner])
         try:
-            with suppress(RaceOver):
-                trainer.fit()
+            is_late = run_until(trainer, runner, deadline)
         finally:  # whatever ends it
-            row |= facts_of(trainer)
-    if trainer.reached is None:
-        row["status"] = f"{goal:.0%} not reached: {'the time was up' if trainer.is_late else 'trained to the end'}"
+            row |= facts_of(trainer, runner)
+    if runner.reached is None:
+        row["status"] = f"{goal:.0%} not reached: {'the time was up' if is_late else 'trained to the end'}"
 
 
-def facts_of(trainer: RaceTrainer) -> dict[str, Any]:
+def run_until(trainer: Trainer, runner: Race, deadline: float) -> bool:
+    """Train until the goal is reached or the end; return whether the time was up before, of time.monotonic."""
+    if time.monotonic() > deadline:
+        return True
+    with trainer.running():
+        for step in trainer.iterate():
+            if runner.reached is not None or step.step == trainer.num_steps:
+                return False
+            if time.monotonic() > deadline:
+                return True
+    return False
+
+
+def facts_of(trainer: Trainer, runner: Race) -> dict[str, Any]:
     """Return how far the race has come."""
-    pace, seconds = trainer.pace, max(trainer.pace.train_seconds, 1e-9)
-    reached, last = trainer.reached, trainer.evaluations[-1] if trainer.evaluations else None
+    pace, seconds = trainer.throughput, max(trainer.throughput.train_seconds, 1e-9)
+    reached, last = runner.reached, runner.evaluations[-1] if runner.evaluations else None
     return {
         "seconds_to_goal": reached["train_seconds"] if reached else None,
         "accuracy": last["accuracy"] if last else None,

@@ -6,7 +6,7 @@ fresh   an empty run folder; the first step is step 0
 resume  a run folder with a checkpoint of step 10,000 of 20,000 in the first epoch; the first step is step 10,000
 
 The clock begins when everything is imported and the data set is there, before `Trainer.from_recipe`, and ends with the
-first `train_step`. Each start is a process of its own, in a run folder of its own; the two take turns. `built` is the
+first step. Each start is a process of its own, in a run folder of its own; the two take turns. `built` is the
 part until `from_recipe` returns: model, labels and order read, and the checkpoint put back.
 
 The data set is one Arrow chunk of 1,000 noisy PNGs, repeated 1,280 times without copying it; the model is timm's
@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,6 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
     """Build a trainer and train until the arm has what it wants; print the figures as JSON."""
     import datasets
     import timm
-    import torch
 
     import hf_fasttrain.from_recipe.parts  # all that from_recipe would import on the clock
     from hf_fasttrain import Trainer
@@ -106,32 +104,18 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
     recipe = run.with_suffix(".yaml")
     recipe.write_text(recipe_text(run, workers), encoding="utf-8")
 
-    class Enough(Exception):
-        """Ends a run that has trained as many steps as it should."""
-
-    class Watched(Trainer):
-        """A trainer that keeps its steps' numbers and the time of the first, and stops after some."""
-
-        steps: list[int]
-        first: float
-
-        def train_step(self, step: Any) -> torch.Tensor:
-            loss = super().train_step(step)
-            loss.item()  # waits for the device
-            if not self.steps:
-                self.first = time.perf_counter()
-            self.steps.append(step.index)
-            if len(self.steps) == (3 if arm == "prepare" else 1):
-                raise Enough
-            return loss
-
     began = time.perf_counter()
-    trainer = Watched.from_recipe(recipe, overrides, dataset=dataset, resume=arm == "resume")
-    assert isinstance(trainer, Watched)
+    trainer = Trainer.from_recipe(recipe, overrides, dataset=dataset, resume=arm == "resume")
     built = time.perf_counter()
-    trainer.steps = []
-    with suppress(Enough):
-        trainer.fit()
+    steps: list[int] = []
+    with trainer.running():
+        for step in trainer.iterate():
+            step.loss.item()  # waits for the device
+            if not steps:
+                first = time.perf_counter()
+            steps.append(step.step - 1)
+            if len(steps) == (3 if arm == "prepare" else 1):
+                break
     if arm == "prepare":
         trainer.state.step = trainer.state.updates = MIDDLE
         trainer.save()
@@ -139,9 +123,9 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
         if not trainer.checkpoints.wait():
             raise SystemExit(f"no checkpoint: {trainer.checkpoints.failed}")
     expected = MIDDLE if arm == "resume" else 0
-    if trainer.steps[0] != expected:
-        raise SystemExit(f"{arm}: the first step was {trainer.steps[0]}, expected {expected}")
-    print(json.dumps({"seconds": trainer.first - began, "built": built - began}), flush=True)
+    if steps[0] != expected:
+        raise SystemExit(f"{arm}: the first step was {steps[0]}, expected {expected}")
+    print(json.dumps({"seconds": first - began, "built": built - began}), flush=True)
 
 
 # --- all of them, in turn ------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ from hf_fasttrain import Trainer
 import hf_fasttrain.train.throughput as clock
 
 class Race(Trainer):
-    def _train(self): ...
+    def _log_training(self): ...
     def _should_stop(self): ...
     def helper(self): ...
 
@@ -104,7 +104,7 @@ def start():
     class Quiet(Log):
         def _whisper(self): ...
 
-    class Clock(clock.Pace):
+    class Clock(clock.Throughput):
         def _lost(self): ...
         def _mark(self): ...
 
@@ -230,18 +230,19 @@ def test_a_race_that_a_signal_stops_while_evaluating_has_no_evaluation() -> None
     def look() -> list[Any]:
         model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
         batch = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
-        trainer = imported("gpu_race").RaceTrainer(
+        gpu_race, seen = imported("gpu_race"), []
+        trainer = gpu_race.RaceTrainer(
             model,
             [batch],
             torch.optim.SGD(model.parameters(), 0.1),
             eval_loader=Interrupting(),
             num_classes=2,
             log=RunLog(None, show=False),
+            callbacks=[runner := gpu_race.Race(0.0, seen)],
         )
-        trainer.goal, trainer.evaluations = 0.0, []
         with pytest.raises(Stopped):
-            trainer.fit()
-        return list(trainer.evaluations)
+            gpu_race.run_until(trainer, runner, float("inf"))
+        return seen
 
     assert in_child(look) == []
 

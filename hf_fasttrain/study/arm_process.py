@@ -260,7 +260,7 @@ def _answer_all(connection: Connection, trial: Trial) -> None:
 
 
 def _take_turns(connection: Connection, trial: Trial, what: str, value: Any) -> None:
-    """Run `fit` from its first step on, by turns."""
+    """Train from the first step on, by turns."""
     asked: list[Message] = [(what, value)]
 
     def next_turn(report: Report | None) -> Turn:

@@ -1,12 +1,13 @@
 """Seconds of a training by phase, and worker-seconds of its loader by stage, for a training that is looked into.
 
-Nothing of it is there in an ordinary training: what is timed is put around the training's own parts.
+An ordinary training has no timer, and its loader's stages are not timed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,24 +44,21 @@ class Stopwatch:
         self._seconds, self._events = dict.fromkeys(PHASES, 0.0), []
         self._before = self.table.clone()
 
-    def timed(self, phase: str, work: Callable[..., Any]) -> Any:
-        """Return `work` with its seconds added to a phase; its other attributes are as they were."""
-        return _Timed(self, phase, work)
-
-    def add(self, phase: str, call: Callable[[], Any]) -> Any:
-        """Call something and add its seconds to a phase."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of what stands in this context to a phase."""
         if self.device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
-            value = call()
+            yield
             after.record()
-            self._events.append((phase, before, after))
-            return value
+            self._events.append((name, before, after))
+            return
         began = time.perf_counter()
         try:
-            return call()
+            yield
         finally:
-            self._seconds[phase] += time.perf_counter() - began
+            self._seconds[name] += time.perf_counter() - began
 
     def phases(self) -> dict[str, float]:
         """Return the seconds of each phase but waiting and other; on a GPU its work must be done."""
@@ -83,30 +81,10 @@ class Stopwatch:
         return int(self._totals()[_IMAGES])
 
 
-class _Timed:
-    """A callable whose seconds are counted."""
-
-    def __init__(self, watch: Stopwatch, phase: str, work: Callable[..., Any]) -> None:
-        self.__dict__.update(_watch=watch, _phase=phase, _work=work)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._watch.add(self._phase, lambda: self._work(*args, **kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._work, name, value)
-
-
 def watch_compute(trainer: Trainer, watch: Stopwatch) -> None:
     """Time the phases of a trainer's steps."""
-    gradients, loader = trainer.gradients, trainer.train_loader
-    gradients.model = watch.timed("forward", gradients.model)
-    gradients.loss = watch.timed("forward", gradients.loss)
-    gradients._backward = watch.timed("backward", gradients._backward)  # type: ignore[method-assign]
-    loader._prepare = watch.timed("copy", loader._prepare)
-    trainer.update = watch.timed("optimizer", trainer.update)
+    trainer.step.time_by(watch.phase)
+    trainer.train_loader.timer = watch.phase
 
 
 def watch_loader(feed: Feed, watch: Stopwatch) -> None:

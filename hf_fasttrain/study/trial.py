@@ -1,4 +1,4 @@
-"""A recipe's own training, run for a few steps at a time: what is measured is `Trainer.fit`, not a copy of it."""
+"""A recipe's own training, run for a few steps at a time: measured is the trainer's own loop, not a copy of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.device_cache import DeviceFeed
-from hf_fasttrain.data.loading.loader import Step, TrainLoader
+from hf_fasttrain.data.loading.loader import MicroBatches, Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import num_slots
 from hf_fasttrain.data.loading.sampler import Order, StepPlan
 from hf_fasttrain.data.pixels.decode import is_jpeg
@@ -26,19 +26,15 @@ from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study.messages import NO_END, Asked, Ready, Report, Turn, Wishes
 from hf_fasttrain.study.stopwatch import Stopwatch, watch_compute, watch_loader
+from hf_fasttrain.train.callbacks import StepReport
 from hf_fasttrain.train.schedule import constant
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.environment import peak_memory_bytes
-from hf_fasttrain.utils.errors import NotEnoughMemory
 from hf_fasttrain.utils.private_apis import dropout_class, set_first_loss_scale
 
 SAMPLE_IMAGES = 256  # of a pass, where images are kept after the first one
 TIMED_STEPS = 4  # of a first pass, at least
 GUARD_SCALE = 2.0**10  # fp16's, for a first gradient
-
-
-class Enough(BaseException):
-    """Ends the loop from inside: not an Exception, so that nothing on the way takes it for a fault."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +51,20 @@ class Passes(Order):
         return replace(plan, step=step, epoch=passes, micro_batches=keys)
 
 
-class MeasuredTrainer(Trainer):
-    """A Trainer that asks before it begins, and after a turn, how much it should do next."""
+class _WritesGradient(Trainer):
+    """Writes the gradients that its first update is given to a file, (P,) float32."""
 
-    next_turn: Callable[[Report | None], Turn | None]
-    trial: Trial
+    gradient_to: Path | None = None
 
     def train_step(self, step: Step) -> Tensor:
-        """Make a step of the training, between two looks at the clock."""
-        if self.trial.turn is None:
-            self.trial.begin(self.next_turn(None))
-        loss = super().train_step(step)
-        self.trial.count(step, loss)
+        """Make a step; see `Trainer`."""
+        loss = self.step.gradients(step)
+        if self.gradient_to is not None:
+            flat = [p.grad.detach().float().flatten().cpu() for p in self.step.parameters if p.grad is not None]
+            np.save(self.gradient_to, torch.cat(flat).numpy())
+            self.gradient_to = None
+        self.step.update()
         return loss
-
-    def _make_smaller(self, step: Step, what: str, agreed: bool) -> Step:
-        raise NotEnoughMemory(
-            f"out of memory with micro-batches of {self.train_loader.micro_batch_size} images ({what})"
-        )
 
 
 class Trial:
@@ -81,10 +73,11 @@ class Trial:
     def __init__(self, asked: Asked, wishes: Wishes = Wishes()) -> None:  # noqa: B008 - frozen
         recipe = without_growth(asked.load())
         parts = build_parts(recipe, presets=None if wishes.stored_tuning else Presets())
-        trainer = assemble(parts, None, MeasuredTrainer)
-        assert isinstance(trainer, MeasuredTrainer)
-        self.trainer, trainer.trial = trainer, self
+        kind = Trainer if wishes.gradient_to is None else _WritesGradient
+        self.trainer = assemble(parts, None, kind, callbacks=[self])
+        self.trainer.retry.is_on = False  # micro-batches that do not fit are an answer
         self.turn: Turn | None = None
+        self._has_begun = False  # whether the clock of the turn runs
         self._profiler: torch.profiler.profile | None = None
         self._trace = ""
         self.device, self.loader = self.trainer.device, self.trainer.train_loader
@@ -100,7 +93,7 @@ class Trial:
             num_images=parts.order.num_images,
             period=self._loop(parts.order, keeps),
             keeps_pixels=keeps,
-            has_batch_norm=bool(self.trainer.norms),
+            has_batch_norm=bool(self.trainer.step.norms),
             is_jpeg=_has_jpegs(parts.source.train),
             micro_batch_size=parts.order.micro_batch_size,
         )
@@ -147,8 +140,10 @@ class Trial:
             self.stopwatch = Stopwatch(self.device)
             watch_compute(trainer, self.stopwatch)
             watch_loader(self.loader.feed, self.stopwatch)
-        if wishes.gradient_to is not None:
-            _write_first_gradient(trainer, wishes.gradient_to)
+        if isinstance(trainer, _WritesGradient):
+            trainer.gradient_to = Path(str(wishes.gradient_to))
+            if trainer.accelerator.scaler is not None:
+                set_first_loss_scale(trainer.accelerator.scaler, GUARD_SCALE)  # its usual one may overflow
 
     def trace_next(self, path: str) -> None:
         """Let torch's profiler look at the next turn, and write its trace."""
@@ -158,19 +153,29 @@ class Trial:
 
     def run(self, next_turn: Callable[[Report | None], Turn | None]) -> None:
         """Train in turns until `next_turn`, which is given the last turn's report, returns None."""
-        self.trainer.next_turn = next_turn
-        try:
-            self.trainer.fit()
-        except Enough:
-            pass
-        finally:
-            self.turn = None
+        self.turn, self._has_begun = next_turn(None), False
+        if self.turn is None:
+            return
+        with self.trainer.running():
+            for step in self.trainer.iterate():
+                self.count(step)
+                if self._is_over():
+                    report = self._report()
+                    with self.trainer.throughput.stopped():
+                        turn = next_turn(report)
+                        if turn is None:
+                            break
+                        self.begin(turn)
+        self.turn = None
 
-    def begin(self, turn: Turn | None) -> None:
+    def before_step(self, trainer: Trainer, step: int) -> None:
+        """Start the clock of the first turn: what comes before is no part of a step."""
+        if self.turn is not None and not self._has_begun:
+            self.begin(self.turn)
+
+    def begin(self, turn: Turn) -> None:
         """Start the clock of a turn."""
-        if turn is None:
-            raise Enough
-        self.turn, self._images, self._losses = turn, 0, list[Tensor]()
+        self.turn, self._images, self._losses, self._has_begun = turn, 0, list[Tensor](), True
         self._fill_seconds: float | None = None
         if self.stopwatch is not None:
             self.stopwatch.reset()
@@ -189,26 +194,27 @@ class Trial:
         event.record()
         return event
 
-    def count(self, step: Step, loss: Tensor) -> None:
-        """Count a step, and end the turn if it is over."""
+    def count(self, step: StepReport) -> None:
+        """Count a step; after the first one of a turn that wants it, use up what is loaded ahead."""
         assert self.turn is not None
-        self._count(step)
-        self._losses.append(loss)
+        self._count(step.num_images)
+        self._losses.append(step.loss)
         if self.turn.drain and len(self._steps) == 1:
             self._drain()
             self._last = self._mark()
+
+    def _is_over(self) -> bool:
+        """Return whether the turn is over."""
+        assert self.turn is not None
         done = len(self._losses)
         if done < self.turn.min_steps:
-            return
-        if done >= self.turn.max_steps or time.perf_counter() - self._began >= self.turn.seconds:
-            report = self._report()
-            with self.trainer.pace.stopped():
-                self.begin(self.trainer.next_turn(report))
+            return False
+        return done >= self.turn.max_steps or time.perf_counter() - self._began >= self.turn.seconds
 
-    def _count(self, step: Step) -> None:
+    def _count(self, num_images: int) -> None:
         before, self._last = self._last, self._mark()
         self._steps.append((before, self._last))
-        self._images += step.num_images
+        self._images += num_images
 
     def _report(self) -> Report:
         if self.device.type == "cuda":
@@ -244,18 +250,18 @@ class Trial:
 
         While the first step was built they have filled their queue, which would hide how fast they are.
         """
-        steps = self.trainer._steps._steps
+        skip = self.trainer.upcoming.skip
         if self.ready.keeps_pixels and self.ready.period > 1:
             images, began = 0, time.perf_counter()
             for number in range(1, self.ready.period):
                 if number == self._steps_ahead:  # those before were made while the first step was built
                     images, began = 0, time.perf_counter()
-                images += _use_up(next(steps))
+                images += skip(1)
             self._fill_seconds = (time.perf_counter() - began) / images
         workers = self.loader.feed.workers
         for _ in range(num_slots(workers, self.loader.order.micro_batch_size) if workers else 0):
             before = time.perf_counter()
-            _use_up(next(steps))
+            skip(1)
             if time.perf_counter() - before > 0.01:  # it had to be waited for
                 break
 
@@ -269,11 +275,12 @@ class Trial:
         self.begin(turn)
         steps = self.loader.steps(0, NO_END)
         for number, step in enumerate(steps, start=1 - first):
-            _use_up(step)
+            for _ in step.micro_batches:
+                pass
             if number <= 0:
                 self.begin(turn)
                 continue
-            self._count(step)
+            self._count(step.num_images)
             if number >= turn.min_steps and time.perf_counter() - self._began >= turn.seconds:
                 break
         steps.close()
@@ -301,13 +308,6 @@ class Trial:
         return reports[-1]
 
 
-def _use_up(step: Step) -> int:
-    """Fetch a step's batches; return how many images it has."""
-    for _ in step.micro_batches:
-        pass
-    return step.num_images
-
-
 @dataclass(frozen=True)
 class _Repeated:
     """A loader whose every step has the same images, which are on the device already."""
@@ -330,7 +330,7 @@ class _Repeated:
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         for index in range(start, stop):
-            yield replace(self.step, index=index, micro_batches=iter(self.batches))
+            yield replace(self.step, index=index, micro_batches=MicroBatches(iter(self.batches), self.batches.__iter__))
 
 
 def without_growth(recipe: Recipe) -> Recipe:
@@ -344,24 +344,6 @@ def _without_dropout(model: nn.Module) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "drop_prob", None), float):  # drop-path of timm and transformers
             setattr(module, "drop_prob", 0.0)  # noqa: B010 - no attribute that nn.Module declares
-
-
-def _write_first_gradient(trainer: Trainer, path: str) -> None:
-    """Let the first update write the gradients that it is given to a file, (P,) float32."""
-    update, parameters = trainer.update, trainer.parameters
-    if trainer.accelerator.scaler is not None:
-        set_first_loss_scale(
-            trainer.accelerator.scaler, GUARD_SCALE
-        )  # at its usual one the first gradients may overflow
-
-    def first(number: int, step: int) -> None:
-        trainer.update = update
-        flat = [p.grad.detach().float().flatten().cpu() for p in parameters if p.grad is not None]
-        np.save(Path(path), torch.cat(flat).numpy())
-        update(number, step)
-
-    first.grad_norm, first.skipped, first.undo = None, False, update.undo  # type: ignore[attr-defined]
-    trainer.update = first  # type: ignore[assignment]
 
 
 def _has_jpegs(split: Split) -> bool:

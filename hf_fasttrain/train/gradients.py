@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import compress
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.data.loading.loader import Step, Timer, no_timer
 from hf_fasttrain.models.model import batch_norms, set_train_mode
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.loss import Loss, loss_of_uniform_logits
@@ -24,6 +24,7 @@ from hf_fasttrain.utils.private_apis import replace_prepared
 
 MOST_WEIGHTS = 100  # that are kept: batches of a user's own loader may have any sizes
 _NOTHING = nullcontext()
+StepLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, images, targets -> mean over the images, 0-d
 
 
 class Gradients:
@@ -37,6 +38,8 @@ class Gradients:
     ) -> None:
         self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
         self.uniform_loss: Tensor | None = None  # of the first images, were all classes equally likely
+        self.step_loss: StepLoss = self._loss_of_logits
+        self.timer: Timer = no_timer
         self._is_first = True
         self._weights: dict[tuple[Any, ...], Tensor] = {}  # of micro-batches, as `_weight_like` has made them
         self.raw_model, self.norms = raw_model, batch_norms(raw_model)
@@ -50,7 +53,8 @@ class Gradients:
         To be called by all processes before the first step, which is left as it is.
         """
         trainable = {name: p for name, p in self.raw_model.named_parameters() if p.requires_grad}
-        use = find_use(self.raw_model, self.loss, trainable, step.peek(), self.processes) if trainable else None
+        first = step.micro_batches.peek() if trainable else None
+        use = find_use(self.raw_model, self.loss, trainable, first, self.processes) if trainable else None
         for name in use.never if use else ():
             trainable[name].requires_grad_(False)
         present = [parameter for parameter in trainable.values() if parameter.requires_grad]
@@ -120,8 +124,10 @@ class Gradients:
             weight = num_images / step.num_images
             last = exchange and number == step.num_micro_batches
             with self.accelerator.no_sync(self.model) if several and not last else _NOTHING:
-                loss = self._loss(self.model(images), targets)
-                self._backward(loss, weight)
+                with self.timer("forward"):
+                    loss = self.step_loss(self.model, images, targets)
+                with self.timer("backward"):
+                    self._backward(loss, weight)
             if alone:
                 self.set_train_mode()
             if total is not None:
@@ -130,7 +136,8 @@ class Gradients:
                 total = loss.detach() if weight == 1 else loss.detach() * weight
         return total
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss_of_logits(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        logits = model(images)
         if self._is_first:
             self._is_first = False
             self.uniform_loss = loss_of_uniform_logits(self.loss, logits, targets)

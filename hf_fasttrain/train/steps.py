@@ -30,10 +30,21 @@ class Steps:
 
         A traceback, which notebooks keep, may hold the step and the loop: nothing is left to their deletion.
         """
-        for holder in (getattr(self._present, "micro_batches", None), self._steps):
-            if isinstance(holder, Generator):
-                holder.close()
+        if self._present is not None:
+            self._present.micro_batches.close()
+        if isinstance(self._steps, Generator):
+            self._steps.close()
         self._present, self._steps = None, iter(())
+
+    def skip(self, number: int) -> int:
+        """Use up so many steps' batches without training on them; return how many images they have."""
+        images = 0
+        for _ in range(number):
+            step = next(self._steps)
+            for _ in step.micro_batches:
+                pass
+            images += step.num_images
+        return images
 
     def retry(self, index: int, micro_batch_size: int) -> Step:
         """Return a step once more, the same images in smaller micro-batches, and go on from there."""

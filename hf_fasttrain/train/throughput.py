@@ -26,7 +26,7 @@ class NotFinite:
         return f"the loss is {self.loss}"
 
 
-class Pace:
+class Throughput:
     """Counts steps, images, losses and seconds; the clock runs while training and stands while evaluating or saving.
 
     `waited` returns the loader's seconds of waiting so far. The device is waited for only when the clock is stopped

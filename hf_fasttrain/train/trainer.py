@@ -6,7 +6,6 @@ import math
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
 from hf_fasttrain.data.loading.user_loader import OwnEvalLoader, OwnLoader
@@ -34,30 +32,26 @@ from hf_fasttrain.train.early_stopping import EarlyStop, early_stop, go_on, how_
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.evaluation import Evaluator, average_batch_norm
 from hf_fasttrain.train.final_weights import FinalModel, load_final, resolve_final, with_metric
-from hf_fasttrain.train.gradients import Gradients
 from hf_fasttrain.train.log import METRICS_FILE, RunLog, last_steps
 from hf_fasttrain.train.loss import Loss, first_loss_note
-from hf_fasttrain.train.optim import follow_parameters, names_left_out, require_own_parameters, set_lr
-from hf_fasttrain.train.out_of_memory import Memory, free_cached_memory
+from hf_fasttrain.train.optim import set_lr
+from hf_fasttrain.train.retry import Retry
 from hf_fasttrain.train.schedule import Schedule, constant
 from hf_fasttrain.train.state import State, Stateful
-from hf_fasttrain.train.steps import Steps, remember_cut, remembered_cut, smaller
+from hf_fasttrain.train.step import TrainStep
+from hf_fasttrain.train.steps import Steps
 from hf_fasttrain.train.stop import StopRequests, StopSignals, only_one, signal_name, stopped
-from hf_fasttrain.train.throughput import Pace
-from hf_fasttrain.train.update import Update
+from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions, peak_memory_bytes, set_current_device
 from hf_fasttrain.utils.errors import (
-    NotEnoughMemory,
     PeerGone,
     RunError,
     RunFailure,
-    StepOutOfMemory,
-    first_line,
     how_to_resume,
     shortened,
 )
-from hf_fasttrain.utils.library_errors import is_out_of_memory, is_peer_gone
+from hf_fasttrain.utils.library_errors import is_peer_gone
 from hf_fasttrain.utils.signals import SIGNALS, interruptible
 
 if TYPE_CHECKING:
@@ -120,37 +114,18 @@ class Trainer:
     ) -> None:
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=accumulation_steps)
         self.device = set_current_device(self.accelerator)
-        before = dict(model.named_parameters())
-        self.raw_model = model.to(self.device)
-        with warnings.catch_warnings():  # of an argument that accelerate always passes on
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            prepared = self.accelerator.prepare_model(model)
-        if self.accelerator.num_processes == 1 and isinstance(prepared, DistributedDataParallel):
-            prepared = prepared.module  # nobody to exchange with, and after a failed backward it takes no other
-        follow_parameters(optimizer, before, self.raw_model)
-        require_own_parameters(optimizer, self.raw_model)
-        self.optimizer = optimizer if self.accelerator.scaler is None else self.accelerator.prepare(optimizer)
-        if self.accelerator.mixed_precision != "no" and not self.accelerator.native_amp:
-            raise RunError(
-                f"{self.accelerator.mixed_precision} has no effect on {self.device}; use mixed_precision no or bf16"
-            )
-        self.processes = Processes(self.accelerator)
-        if isinstance(ema, Ema):
-            ema.attach(self.raw_model)  # where it lies now
-            self.processes.broadcast_from_main(ema.module.state_dict().values())  # as DDP does with the model's weights
-        self.gradients = Gradients(self.accelerator, prepared, self.raw_model, loss, self.processes)
-        self.norms, self.parameters = self.gradients.norms, self.gradients.parameters
-        self.memory = Memory(self.raw_model, self.parameters, self.norms, self.processes)
-        self.update = Update(
-            self.accelerator, self.optimizer, self.parameters, self.memory, clip_norm=clip_norm, ema=ema
-        )
-        self.ema, self.seed = ema, seed
+        self.processes, self.state = Processes(self.accelerator), State()
+        self.step = TrainStep(
+            self.accelerator, model, optimizer, loss, self.processes, self.state,
+            seed=seed, clip_norm=clip_norm, ema=ema,
+        )  # fmt: skip
+        self.raw_model, self.optimizer, self.ema = self.step.raw_model, self.step.optimizer, ema
         self.lr = lr if lr is not None else float(optimizer.param_groups[0]["lr"])
         for group in optimizer.param_groups:  # the groups' own rates keep their ratios
             group.setdefault("lr_scale", float(group["lr"]) / self.lr)
         self.schedule = schedule
 
-        join_single = bool(self.norms)
+        join_single = bool(self.step.norms)
         self.train_loader = OwnLoader.wrap(
             train_loader,
             self.device,
@@ -182,9 +157,9 @@ class Trainer:
         self.publish: Publish | None = None  # the built-in callback: report, then push
         self.callbacks = Callbacks(callbacks)
         self.log = log or RunLog(self.output_dir, main=self.processes.is_main)
-        if isinstance(ema, Ema) and (slow := ema.slow_note(self.num_steps)):
+        if ema is not None and (slow := ema.slow_note(self.num_steps)):
             self.log.note(slow)
-        self.pace = Pace(self.device, lambda: self.train_loader.wait_seconds)
+        self.throughput = Throughput(self.device, lambda: self.train_loader.wait_seconds)
         self.deaths = Deaths(lambda text: self.log.alert(f"after step {self.state.step:,} {text}"))
         for loader in (train_loader, eval_loader, test_loader):
             if isinstance(loader, TrainLoader | EvalLoader):
@@ -196,13 +171,19 @@ class Trainer:
         on_disk = (lambda: 0) if self.checkpoints is None else self.checkpoints.newest_written
         self.requests = StopRequests(self.processes, self.signals, minutes, on_disk)
         scaler = self.accelerator.scaler
-        self.stateful = Stateful(self.processes, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
-        self.state = State()
-        self._wished = f"{self.train_loader.wish}, {self.processes.number} processes"
+        self.stateful = Stateful(self.processes, self.raw_model, ema, self.step.optimizer, scaler, self.train_loader)
+        self.retry = Retry(
+            self.step,
+            self.train_loader,
+            lambda: (self.eval_loader, self.test_loader),
+            self.state,
+            self.log,
+            self.output_dir,
+        )
         self._saved_at = self._collected_at = -1
         self._told_saved = 0  # step of the newest checkpoint that callbacks know
         self._is_running, self._held = False, ExitStack()
-        self._has_logged = self._is_settled = False
+        self._has_logged = False
         self._final: FinalModel | None = None  # what the model holds since the run has ended
         self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
         self._test_metrics: dict[str, float] | None = None
@@ -277,14 +258,16 @@ class Trainer:
 
     def _make_steps(self) -> Iterator[StepReport]:
         self._catch_up()
-        for step in self._steps if not self.is_finished else ():
+        for step in self.upcoming if not self.is_finished else ():
+            if not self.step.is_settled:
+                step = self.retry.settle(step, self.upcoming)
             self.state.lr = self.lr * self.schedule(self.state.updates)
-            set_lr(self.optimizer, self.state.lr)
+            set_lr(self.step.optimizer, self.state.lr)
             self.callbacks.call("before_step", self, self.state.step + 1)
-            loss = self._make(step)
-            self.pace.add(loss, step.num_images, self.update.grad_norm, skipped=self.update.skipped)
+            loss = self.retry(step, self.upcoming, self.train_step)
+            self.throughput.add(loss, step.num_images, self.step.grad_norm, skipped=self.step.skipped)
             self.state.step += 1
-            report = StepReport(self.state.step, loss, step.num_images, self.state.lr, self.update.grad_norm)
+            report = StepReport(self.state.step, loss, step.num_images, self.state.lr, self.step.grad_norm)
             self.log.at_step(self.state.step)
             request = self.requests.at_step(self.state.step)
             stop = request.stop
@@ -326,17 +309,17 @@ class Trainer:
     def _begin(self, held: ExitStack) -> None:
         """Take hold of all that `running` holds, but for the run folder."""
         self.state.num_steps = self.num_steps
-        self._steps = Steps(self.train_loader, self.state.step, self.num_steps)
+        self.upcoming = Steps(self.train_loader, self.state.step, self.num_steps)
         held.callback(self._close_loaders)
-        self._set_train_mode()
+        self.step.accumulation.set_train_mode()
         self.deaths.number = 0
         bars = self.log.progress(self.num_steps, self.state.step, self.train_loader.steps_per_epoch)
-        for each in (self.signals, CHILD_SIGNAL.noted(), bars, self.pace.running()):
+        for each in (self.signals, CHILD_SIGNAL.noted(), bars, self.throughput.running()):
             held.enter_context(each)
         self._is_running = True
 
     def _close_loaders(self) -> None:
-        for loader in (self._steps, self.eval_loader, self.test_loader):
+        for loader in (self.upcoming, self.eval_loader, self.test_loader):
             if hasattr(loader, "close"):
                 loader.close()
 
@@ -380,112 +363,20 @@ class Trainer:
         if stop:
             self._stop(stop)
 
-    def _make(self, step: Step) -> Tensor:
-        """Make a step; where memory runs out, once more with the same images in smaller micro-batches."""
-        while True:
-            self.memory.keep()
-            try:
-                if not self._is_settled:
-                    self._settle_parameters(step)
-                loss = self.train_step(step)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                what, agreed = first_line(error), isinstance(error, StepOutOfMemory)
-            else:
-                self.memory.fits(step)
-                return loss
-            step = self._make_smaller(step, what, agreed)  # outside of the handler, which holds what failed
-
-    def _settle_parameters(self, step: Step) -> None:
-        """Find out, before the first step, which parameters are trained, and say which are not."""
-        for note in self.gradients.leave_out_unused(step):  # memory may be too short for the step's images
-            self.log.note(note)
-        self._is_settled = True
-        left = names_left_out(self.optimizer, self.raw_model)
-        if left:
-            self.update.leave_out([self.raw_model.get_parameter(name) for name in left])
-            self.log.note(
-                f"the optimizer has not been given {len(left):,} of the model's {len(self.parameters):,} trainable "
-                f"parameters ({shortened(left, 3)}): they stay as they are"
-            )
-
-    def _make_smaller(self, step: Step, what: str, agreed: bool) -> Step:
-        """Undo a step that memory was too short for, and return it cut smaller; `agreed` by all processes."""
-        before = self.train_loader.micro_batch_size
-        if agreed:
-            before = self.processes.largest(before)[0]
-        if self._released_images(agreed):
-            self._undo()
-            return self._steps.retry(step.index, before)
-        size = smaller(before, with_batch_norm=bool(self.norms))
-        if size is None:
-            least = "two images, which batch norm needs, do" if self.norms else "a single image does"
-            raise RunError(f"out of memory: {least} not fit ({what}); lower data.image_size or take a smaller model")
-        if self.processes.is_main or not agreed:
-            remember_cut(self.output_dir, self._wished, size)
-        if self.memory.failed_in() == "update" or (self.processes.is_distributed and not agreed):
-            raise NotEnoughMemory(
-                f"out of memory at step {step.index + 1} with micro-batches of {before} images, when gradients were "
-                f"being exchanged or applied ({what}); nothing of it is saved: {how_to_resume()} continues "
-                f"from the newest checkpoint with micro-batches of {size}"
-            )
-        self._undo()
-        self.state.out_of_memory.append({"step": step.index + 1, "before": before, "after": size})
-        self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step.index + 1} on")
-        return self._steps.retry(step.index, size)
-
-    def _undo(self) -> None:
-        """Go back to before a step that failed."""
-        self.update.undo()
-        self._set_train_mode()
-        self._steps.close()
-        free_cached_memory(self.device)
-
-    def _released_images(self, agreed: bool) -> bool:
-        """Give up evaluation images that are kept on the device, and return whether there were any.
-
-        Not after a failed update, which can't be undone, and among several processes only where all of them are asked.
-        """
-        undoable = self.memory.failed_in() != "update"
-        if not undoable or (self.processes.is_distributed and not agreed):
-            return False
-        loaders = (self.eval_loader, self.test_loader)
-        freed = sum(loader.release_memory() for loader in loaders if isinstance(loader, EvalLoader))
-        freed = self.processes.largest(freed)[0]
-        if freed:
-            self.log.note(
-                f"out of memory: {freed / 1e9:.2f} GB of evaluation images are no longer kept on {self.device}, and "
-                "the step is made again"
-            )
-        return bool(freed)
-
     def train_step(self, step: Step) -> Tensor:
         """Make one optimizer step and return this process's part of the mean loss over the step's images.
 
         The loss is 0-d, on the device, and its parts add up over processes. Nothing waits for the device but
         fp16, for its scale.
         """
-        self._seed_step(step.index)
-        loss = self.gradients.add_up(step, agree=self.memory.is_uncertain(step))
-        self.update(self.state.updates, step.index)
-        self.state.updates += not self.update.skipped
+        loss = self.step.gradients(step)
+        self.step.update()
         return loss
-
-    def _seed_step(self, step: int) -> None:
-        """Make dropout and drop-path masks a function of (seed, step, process): no random state needs saving."""
-        key = ((self.seed * 1_000_003 + step) * 65_537 + self.processes.index) % 2**63
-        torch.default_generator.manual_seed(key)
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index].manual_seed(key)
-
-    def _set_train_mode(self) -> None:
-        self.gradients.set_train_mode()
 
     @property
     def model(self) -> nn.Module:
         """The model that gives the logits of training: what the accelerator has made of `raw_model`."""
-        return self.gradients.model
+        return self.step.model
 
     def _due(self, *every: int) -> bool:
         return self.state.step == self.num_steps or any(self.state.step % number == 0 for number in every)
@@ -524,14 +415,14 @@ class Trainer:
             self._average_batch_norm()
         self.trained_model.eval()
         metrics = self.evaluator(self.trained_model, chosen, self.requests.pending)
-        self._set_train_mode()
+        self.step.accumulation.set_train_mode()
         return metrics
 
     def _evaluate_and_compare(self) -> int:
         """Evaluate, unless that was done after this step; return the signal that broke it off, or 0."""
         if self.eval_loader is None or self.state.evaluated_at == self.state.step:
             return 0
-        with self.pace.stopped():
+        with self.throughput.stopped():
             metrics = self._evaluate_and_log(self.eval_loader)
         if not metrics:
             return self.requests.now()
@@ -561,7 +452,7 @@ class Trainer:
         if metrics:
             name, seconds = getattr(loader, "name", "evaluation split"), time.perf_counter() - began
             self._evaluation_seconds = seconds
-            self.log.eval_line(self.state.step, self._epoch, name, metrics, seconds, self.pace.train_seconds)
+            self.log.eval_line(self.state.step, self._epoch, name, metrics, seconds, self.throughput.train_seconds)
         return metrics
 
     def _improves(self, watch: Watch, record: dict[str, Any] | None) -> bool:
@@ -598,8 +489,8 @@ class Trainer:
         self._tell_saved()  # of the one before, which may be removed now
         self._saved_at = self.state.step
         self.requests.saved()
-        with self.pace.stopped():
-            self._copy_pace()
+        with self.throughput.stopped():
+            self._copy_throughput()
             about = {
                 "state": asdict(self.state),
                 "learnt": self.learnt,
@@ -643,7 +534,8 @@ class Trainer:
                     "are done already; give a longer one"
                 )
             self.stateful.restore(checkpoint)
-            self.state, self._final = state, None
+            self.state.__dict__.update(vars(state))  # in place: others hold it
+            self._final = None
             self.state.best, note = with_metric(state.best, self.best)
             if note:
                 self.log.note(note)
@@ -652,16 +544,13 @@ class Trainer:
         else:
             self.log.say(f"nothing to resume in {self.output_dir}: training starts afresh")
             self.log.forget_after(0)
-        size = remembered_cut(self.output_dir, self._wished)
-        if size is not None:
-            self.train_loader.cut_to(size)
-            self.log.note(f"memory ran out earlier in this run: micro-batches of {size} images")
+        self.retry.restore()
 
     def _go_on(self, name: str, processes: int) -> None:
         """Set clocks and records to the state that was restored, and say what is different now."""
         state = self.state
-        self.pace.images, self.pace.train_seconds = state.images, state.train_seconds
-        self.pace.wait_seconds = state.wait_seconds
+        self.throughput.images, self.throughput.train_seconds = state.images, state.train_seconds
+        self.throughput.wait_seconds = state.wait_seconds
         self._saved_at = self._told_saved = state.step
         self.log.forget_after(state.step)
         if self.log.main and self.log.folder is not None:
@@ -713,8 +602,8 @@ class Trainer:
         return self.processes.add_up(part)
 
     def _log_training(self) -> None:
-        first = None if self._has_logged else self.pace.first_loss(self._add_up)
-        values = self.pace.lap(self._add_up)
+        first = None if self._has_logged else self.throughput.first_loss(self._add_up)
+        values = self.throughput.lap(self._add_up)
         if not math.isfinite(values["loss"]):
             raise self._not_finite()
         if first is not None:
@@ -728,14 +617,14 @@ class Trainer:
 
     def _compare_with_uniform(self, first: float) -> None:
         """Say so if a run begins far above the loss of a model that finds all classes equally likely."""
-        self._has_logged, uniform = True, self.gradients.uniform_loss
+        self._has_logged, uniform = True, self.step.accumulation.uniform_loss
         note = first_loss_note(first, float(uniform)) if uniform is not None else None
         if note and not self.state.resumed_at:
             self.log.note(note)
 
     def _not_finite(self) -> RunError:
         """Return the error that names the step where the loss or a gradient was no number, its lr and its images."""
-        found = self.pace.first_not_finite(self._add_up)
+        found = self.throughput.first_not_finite(self._add_up)
         ago = found.steps_ago if found else 0
         step = self.state.step - ago
         lr = self.lr * self.schedule(max(0, self.state.updates - 1 - ago))
@@ -819,13 +708,13 @@ class Trainer:
         if self.evaluator is None:
             return 0
         if self.eval_loader is not None:
-            with self.pace.stopped():
+            with self.throughput.stopped():
                 metrics = self._ask_model(self._final)
             if not metrics:
                 return self.requests.now()
             self._final.metrics = self._final.metrics or metrics
         if self.test_loader is not None:
-            with self.pace.stopped():
+            with self.throughput.stopped():
                 self._test_metrics = self._evaluate_and_log(self.test_loader)
             return 0 if self._test_metrics else self.requests.now()
         return 0
@@ -874,13 +763,13 @@ class Trainer:
         self.log.say(message)
         raise stopped(stop, message, self.state.step, self._result(), saved=saved)
 
-    def _copy_pace(self) -> None:
-        self.state.images, self.state.train_seconds = self.pace.images, self.pace.train_seconds
-        self.state.wait_seconds = self.pace.wait_seconds
+    def _copy_throughput(self) -> None:
+        self.state.images, self.state.train_seconds = self.throughput.images, self.throughput.train_seconds
+        self.state.wait_seconds = self.throughput.wait_seconds
 
     def _result(self) -> Result:
-        self._copy_pace()
-        state, seconds = self.state, max(self.pace.train_seconds, 1e-9)
+        self._copy_throughput()
+        state, seconds = self.state, max(self.throughput.train_seconds, 1e-9)
         final = self._final or FinalModel("last", state.step, state.metrics)
         return Result(
             metrics=final.metrics or {},

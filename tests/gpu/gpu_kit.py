@@ -216,8 +216,8 @@ def scaled_trainer(device: torch.device, scale: float, backoff: float, **options
         next(model.parameters()).register_hook(overflow)
         scaler = torch.amp.GradScaler("cpu")
         trainer.accelerator.scaler = scaler
-        wrapped = AcceleratedOptimizer(trainer.optimizer, device_placement=False, scaler=scaler)
-        trainer.optimizer = trainer.update.optimizer = wrapped
+        wrapped = AcceleratedOptimizer(trainer.step.optimizer, device_placement=False, scaler=scaler)
+        trainer.step.applying.optimizer = wrapped
     scaler = trainer.accelerator.scaler
     scaler._init_scale = scale
     scaler.set_backoff_factor(backoff)

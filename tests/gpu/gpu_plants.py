@@ -164,9 +164,9 @@ def stale_average(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T11", "the average stays on the CPU", "'cpu'|same device", on_cpu=False)
 def average_stays(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.train import trainer
+    from hf_fasttrain.train.ema import Ema
 
-    patch.setattr(trainer, "Ema", type("Other", (), {}))  # so that the Trainer does not move it
+    patch.setattr(Ema, "attach", lambda self, model: None)
 
 
 @plant("T12", "normalised images are contiguous", "not channels_last")
@@ -205,16 +205,16 @@ def contiguous_weights(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T20", "steps are not seeded", "other masks")
 def not_seeded(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import Trainer
+    from hf_fasttrain.train.step import TrainStep
 
-    patch.setattr(Trainer, "_seed_step", lambda self, step: None)
+    patch.setattr(TrainStep, "seed_masks", lambda self, step: None)
 
 
 @plant("T20", "the GPU's generator is not seeded", "other masks", on_cpu=False)
 def not_seeded_on_gpu(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import Trainer
+    from hf_fasttrain.train.step import TrainStep
 
-    patch.setattr(Trainer, "_seed_step", lambda self, step: torch.default_generator.manual_seed(step))
+    patch.setattr(TrainStep, "seed_masks", lambda self, step: torch.default_generator.manual_seed(step))
 
 
 @plant("T20", "the device has no index", "assert None == 0", on_cpu=False)
@@ -349,39 +349,39 @@ def images_lost(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T7", "batch norm's statistics are not put back", "other weights")
 def statistics_stay(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import Trainer
+    from hf_fasttrain.train.retry import Retry
 
-    real = Trainer._make_smaller
+    real = Retry._make_smaller
 
-    def make_smaller(self: Trainer, *args: Any) -> Any:
-        for norm in self.norms:  # as a forward that got as far would have
+    def make_smaller(self: Retry, *args: Any) -> Any:
+        for norm in self.step.norms:  # as a forward that got as far would have
             norm.running_var.add_(1.0)  # type: ignore[operator]
-        for live, kept in self.memory._buffers:
+        for live, kept in self.step.memory._buffers:
             for tensor, copy in zip(live, kept, strict=True):
                 copy.copy_(tensor)
         return real(self, *args)
 
-    patch.setattr(Trainer, "_make_smaller", make_smaller)
+    patch.setattr(Retry, "_make_smaller", make_smaller)
 
 
 @plant("T7", "what failed is kept", "memory is not given back")
 def failed_is_kept(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain import Trainer
+    from hf_fasttrain.train.retry import Retry
 
-    real, kept = Trainer._make_smaller, []
+    real, kept = Retry._make_smaller, []
 
-    def make_smaller(self: Trainer, *args: Any) -> Any:
-        kept.append(torch.empty(1 << 20, device=self.device))
+    def make_smaller(self: Retry, *args: Any) -> Any:
+        kept.append(torch.empty(1 << 20, device=self.step.device))
         return real(self, *args)
 
-    patch.setattr(Trainer, "_make_smaller", make_smaller)
+    patch.setattr(Retry, "_make_smaller", make_smaller)
 
 
 @plant("T7", "the batch is not halved but quartered", "'after': 16")
 def quartered(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.train import trainer
+    from hf_fasttrain.train import retry
 
-    patch.setattr(trainer, "smaller", lambda size, with_batch_norm: size // 4)
+    patch.setattr(retry, "smaller", lambda size, with_batch_norm: size // 4)
 
 
 @plant("T8", "half of the optimizer's state stays", "KeyError|other weights|exp_avg")

@@ -54,7 +54,7 @@ def test_t06_no_memory_in_the_very_first_forward(device: torch.device) -> None:
             calls.append(len(args[0]))
             torch.empty(2**50, dtype=torch.uint8, device=device)
 
-    trainer.gradients.leave_out_unused = lambda step: []  # type: ignore[method-assign]  # it makes a forward of its own
+    trainer.step.accumulation.leave_out_unused = lambda step: []  # type: ignore[method-assign]  # it makes a forward of its own
     trainer.raw_model.register_forward_pre_hook(look)
     result = trainer.fit()
     assert result.out_of_memory == [{"step": 1, "before": 16, "after": 8}]
@@ -119,7 +119,7 @@ def test_t08_a_first_update_without_memory_is_made_again(device: torch.device) -
         )
         options: dict[str, Any] = {"kind": Lifted, "name": "AdamW", "accumulation_steps": pieces}
         trainer = own_trainer(device, model, batches, duration="2 steps", **options)
-        step, calls = trainer.optimizer.step, list[int]()
+        step, calls = trainer.step.optimizer.step, list[int]()
 
         def fails() -> None:
             calls.append(1)
@@ -131,7 +131,7 @@ def test_t08_a_first_update_without_memory_is_made_again(device: torch.device) -
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             step()
 
-        trainer.optimizer.step = fails  # type: ignore[method-assign]
+        trainer.step.optimizer.step = fails  # type: ignore[method-assign]
         return trainer.fit(), weights_of(model)
 
     result, short = trained(1, short=True)

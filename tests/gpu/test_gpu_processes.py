@@ -224,7 +224,7 @@ def fit_own_loader(device: str) -> int:
     batches = [(images.pin_memory() if device == "cuda" else images, labels) for images, labels in wide_batches(4, 8)]
     trainer = own_trainer(torch.device(device), model, batches, duration="4 steps")
     steps = trainer.train_loader.steps(0, 4)
-    trainer.gradients.set_train_mode()
+    trainer.step.accumulation.set_train_mode()
     trainer.train_step(next(steps))
     made = 1
     with nothing_waits(trainer.device):

@@ -46,7 +46,7 @@ class Remembers(Trainer):
     """Keeps copies of everything that is saved, made when saving begins."""
 
     def save(self) -> None:
-        live = {"weights": self.stateful.weights(), "optimizer": self.optimizer.state_dict()}
+        live = {"weights": self.stateful.weights(), "optimizer": self.step.optimizer.state_dict()}
         self.__dict__.setdefault("copies", {})[self.state.step] = {
             place: tensor.detach().to("cpu", copy=True) for place, tensor in tensors_in(live)
         }

@@ -109,11 +109,11 @@ def gradients(run: Path, pieces: int, precision: str) -> Tensor:
     """Return the first step's gradients, made of so many micro-batches."""
     options = ["model.name=test_vit", f"accelerate.mixed_precision={precision}", "augment.mixup=0.5"]
     trainer = make(run.with_name(f"{pieces}-{precision}"), *options, f"accelerate.gradient_accumulation_steps={pieces}")
-    trainer.gradients.set_train_mode()
+    trainer.step.accumulation.set_train_mode()
     (step,) = trainer.train_loader.steps(0, 1)
     assert step.num_micro_batches == pieces
-    trainer.gradients.add_up(step)
-    return torch.cat([p.grad.double().flatten().cpu() for p in trainer.parameters if p.grad is not None])
+    trainer.step.accumulation.add_up(step)
+    return torch.cat([p.grad.double().flatten().cpu() for p in trainer.step.parameters if p.grad is not None])
 
 
 def test_t05_gradients_of_micro_batches_in_fp32(device: torch.device, run: Path) -> None:

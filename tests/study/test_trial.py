@@ -122,7 +122,7 @@ def test_out_of_memory_ends_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
-    monkeypatch.setattr(trial.trainer.gradients, "loss", short)
+    monkeypatch.setattr(trial.trainer.step.accumulation, "loss", short)
     with pytest.raises(RunError, match="out of memory with micro-batches of 16 images"):
         reports_of(trial, [Turn()])
 
@@ -141,7 +141,7 @@ def test_the_first_gradient_is_written(tmp_path: Path) -> None:
     trial = Trial(asked(), Wishes(gradient_to=str(path), full_lr=True, without_dropout=True))
     (report,) = reports_of(trial, [Turn(min_steps=3, max_steps=3)])
     gradient = np.load(path)
-    assert gradient.shape == (sum(p.numel() for p in trial.trainer.parameters),)
+    assert gradient.shape == (sum(p.numel() for p in trial.trainer.step.parameters),)
     assert np.isfinite(gradient).all()
     assert np.linalg.norm(gradient) > 0
     assert len(report.losses) == 3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +14,12 @@ from helpers.processes import run_processes
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
-from hf_fasttrain.data.loading.loader import TrainLoader
+from hf_fasttrain.data.loading.loader import Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import Feed, Made
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order, micro_batch_size_for
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import ClassificationLoss
+from hf_fasttrain.train.steps import Steps
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.errors import RunError
 
@@ -209,7 +213,7 @@ def norms_after_a_step_without_images() -> tuple[Tensor, Tensor]:
     feed = Feed(Images(2, "hard"), accelerator.device, workers=0, pin_memory=False)
     loader = TrainLoader(feed, order, NormalizeAs(torch.float32), None, lambda _: SIZE)
     trainer = Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
-    trainer._set_train_mode()
+    trainer.step.accumulation.set_train_mode()
     trainer.train_step(next(loader.steps(0, 1)))
     return model[1].running_mean.clone(), model[0].weight.detach().clone()
 
@@ -259,4 +263,117 @@ def test_a_loss_that_is_no_single_number_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, data, optimizer, loss=nn.CrossEntropyLoss(reduction="none"), log=RunLog(show=False))
     with pytest.raises(RunError, match=r"shape \(8,\); give Trainer a loss that returns the mean over the images"):
+        trainer.fit()
+
+
+class Twice(Trainer):
+    """Goes through each step's micro-batches twice."""
+
+    same = 0
+
+    def train_step(self, step: Step) -> Tensor:
+        found = []
+        for _ in range(2):
+            self.step.optimizer.zero_grad()
+            loss = self.step.gradients(step)
+            found.append([loss.detach(), *(p.grad.clone() for p in self.step.parameters)])
+        assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+        self.same += 1
+        self.step.update()
+        return loss
+
+
+def two_passes(accumulation: int, case: str, own: bool) -> dict[str, Tensor]:
+    """Train with two passes a step over a TrainLoader, or over a loader of one's own; return the weights."""
+    accelerator = Accelerator(cpu=True)
+    processes, index = accelerator.num_processes, accelerator.process_index
+    images, normalize = Images(NUM_IMAGES, case), NormalizeAs(torch.float32)
+    size = micro_batch_size_for(BATCH, processes, accumulation)
+    order = Order(NUM_IMAGES, BATCH, size, num_processes=processes, process_index=index)
+    feed = Feed(images, accelerator.device, workers=0, pin_memory=False)
+    model = nn.Sequential(make_model(torch.float32), nn.Dropout(0.5))
+    mixing = Mixing(0.8, 1.0, NUM_CLASSES) if case == "mixed" else None
+    loader: Any = TrainLoader(feed, order, normalize, mixing, lambda _: SIZE)
+    if own:
+        loader = [(normalize(images.pixels)[index::processes], images.labels[index::processes])] * 3
+    trainer = Twice(
+        model,
+        loader,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        accelerator=accelerator,
+        accumulation_steps=accumulation,
+        duration="3 steps",
+        loss=make_loss(case),
+        log=RunLog(show=False),
+    )
+    trainer.fit()
+    assert trainer.same == 3
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("case", "own"), [("hard", True), ("mixed", False)])
+def test_a_steps_micro_batches_can_be_gone_through_again(case: str, own: bool) -> None:
+    """The same gradients bit by bit in the second pass, dropout's masks and mixing included."""
+    for accumulation in (1, 3):
+        two_passes(accumulation, case, own)
+        run_processes(two_passes, accumulation, case, own)
+
+
+def test_the_halves_of_a_step_are_its_whole() -> None:
+    class Halves(Trainer):
+        def train_step(self, step: Step) -> Tensor:
+            loss = self.step.gradients(step)
+            self.step.update()
+            return loss
+
+    def trained(kind: type[Trainer]) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.Dropout(0.5))
+        data = [(torch.randn(8, 3, 2, 2), torch.randint(3, (8,))) for _ in range(3)]
+        kind(model, data, torch.optim.AdamW(model.parameters(), lr=0.1), log=RunLog(show=False)).fit()
+        return model[1].weight.detach()
+
+    assert torch.equal(trained(Halves), trained(Trainer))
+
+
+def test_a_timer_is_told_of_each_phase() -> None:
+    seen: list[str] = []
+    accelerator = Accelerator(cpu=True)
+    feed = Feed(Images(8, "hard"), accelerator.device, workers=0, pin_memory=False)
+    loader = TrainLoader(feed, Order(8, 8, 4), NormalizeAs(torch.float32), None, lambda _: SIZE)
+    model = make_model(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, loader, optimizer, accelerator=accelerator, log=RunLog(show=False))
+
+    def timer(phase: str) -> Any:
+        seen.append(phase)
+        return nullcontext()
+
+    trainer.step.time_by(timer)
+    loader.timer = timer
+    trainer.fit()
+    one = ["wait", "copy", "forward", "backward"]
+    assert seen == [*one, *one, "optimizer"]
+
+
+def test_steps_can_be_skipped() -> None:
+    accelerator = Accelerator(cpu=True)
+    feed = Feed(Images(40, "hard"), accelerator.device, workers=0, pin_memory=False)
+    loader = TrainLoader(feed, Order(40, 8, 4), NormalizeAs(torch.float32), None, lambda _: SIZE)
+    steps = Steps(loader, 0, 5)
+    assert steps.skip(2) == 16
+    assert [step.index for step in steps] == [2, 3, 4]
+
+
+def test_without_retry_memory_that_runs_out_ends_training() -> None:
+    def short(logits: Tensor, targets: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    data = [(torch.randn(8, 3, 2, 2), torch.randint(3, (8,)))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, data, optimizer, loss=short, log=RunLog(show=False))
+    trainer.step.is_settled = True
+    trainer.retry.is_on = False
+    with pytest.raises(RunError, match=r"out of memory with micro-batches of 8 images \(CUDA out of memory"):
         trainer.fit()

@@ -132,7 +132,7 @@ def test_fp16_that_overflows_for_ever_is_one_message() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     trainer.accelerator.scaler = scaler
     wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
-    trainer.optimizer = trainer.update.optimizer = wrapped
+    trainer.step.applying.optimizer = wrapped
     with pytest.raises(RunError, match=r"fp16 overflows at step 13 even with a loss scale of 0\.00195"):
         trainer.fit()
 

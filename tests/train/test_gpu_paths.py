@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.data.loading.batch import Mixing, Normalize, augment_on_device
 from hf_fasttrain.data.loading.device_cache import DeviceFeed
-from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.data.loading.loader import MicroBatches, Step
 from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches, _pinned, batches_ahead, num_slots
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.loading.user_loader import OwnLoader
@@ -44,7 +44,7 @@ from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.metrics import Metrics
-from hf_fasttrain.train.throughput import Pace
+from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.library_errors import is_out_of_memory
@@ -71,9 +71,7 @@ def half_trainer(**options: Any) -> tuple[Trainer, torch.optim.Optimizer]:
     trainer = Trainer(model, data, optimizer, log=RunLog(show=False))
     scaler = torch.amp.GradScaler("cpu", **{"init_scale": 2.0**10, **options})
     trainer.accelerator.scaler = scaler
-    trainer.optimizer = trainer.update.optimizer = AcceleratedOptimizer(
-        optimizer, device_placement=False, scaler=scaler
-    )
+    trainer.step.applying.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
     return trainer, optimizer
 
 
@@ -87,7 +85,7 @@ def test_memory_may_run_out_before_fp16_has_scaled_anything() -> None:
             if fails and len(calls) == 1:
                 raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-        trainer._is_settled = True  # else the search for unused parameters makes the first forward
+        trainer.step.is_settled = True  # else the search for unused parameters makes the first forward
         trainer.raw_model.register_forward_pre_hook(look)
         assert bool(trainer.fit().out_of_memory) == fails
         return next(trainer.raw_model.parameters()).detach()
@@ -131,7 +129,7 @@ def test_a_failed_device_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
-    with pytest.raises(ValueError, match="the first error"), Pace(CUDA, lambda: 0.0).running():
+    with pytest.raises(ValueError, match="the first error"), Throughput(CUDA, lambda: 0.0).running():
         raise ValueError("the first error")
 
 
@@ -168,8 +166,8 @@ def test_dropout_is_seeded_on_the_gpu_that_trains(monkeypatch: pytest.MonkeyPatc
     trainer, _ = half_trainer()
     generators = [torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)]
     monkeypatch.setattr(torch.cuda, "default_generators", generators)
-    trainer.device = torch.device("cuda:1")
-    trainer._seed_step(3)
+    trainer.step.device = torch.device("cuda:1")
+    trainer.step.seed_masks(3)
     assert [generator.initial_seed() == 5 for generator in generators] == [True, False]
 
 
@@ -415,13 +413,13 @@ def waits_on_a_fake_gpu() -> dict[str, list[str]]:
             log=RunLog(None, show=False),
             report=False,
         )
-        trainer._seed_step = lambda step: None  # type: ignore[method-assign]
+        trainer.step.seed_masks = lambda step: None  # type: ignore[method-assign]
 
         def backward(loss: Tensor, weight: float) -> None:  # gradients as the engine, which needs a device, leaves them
-            for parameter in trainer.parameters:
+            for parameter in trainer.step.parameters:
                 parameter.grad = torch.zeros_like(parameter)
 
-        trainer.gradients._backward = backward  # type: ignore[method-assign]
+        trainer.step.accumulation._backward = backward  # type: ignore[method-assign]
         normalize, mix = Normalize([0.5] * 3, [0.3] * 3, CUDA, channels_last=True), Mixing(0.2, 1.0, 10)
         pixels = torch.zeros((8, 32, 32, 3), dtype=torch.uint8, device=CUDA)
         labels = torch.zeros(8, dtype=torch.int64, device=CUDA)
@@ -431,11 +429,11 @@ def waits_on_a_fake_gpu() -> dict[str, list[str]]:
                 yield mix(normalize(pixels), labels, step)
 
         def make_step(index: int) -> None:
-            trainer.memory.keep()
-            loss = trainer.train_step(Step(index, 16, 2, batches(index), (3, 32, 32)))
-            trainer.pace.add(loss, 16, trainer.update.grad_norm, skipped=trainer.update.skipped)
+            trainer.step.memory.keep()
+            loss = trainer.train_step(Step(index, 16, 2, MicroBatches(batches(index), list), (3, 32, 32)))
+            trainer.throughput.add(loss, 16, trainer.step.grad_norm, skipped=trainer.step.skipped)
 
-        trainer.gradients.set_train_mode()
+        trainer.step.accumulation.set_train_mode()
         for index in range(3):  # in the first one the weights are kept on the host
             watched(f"step {index}", lambda index=index: make_step(index))
         transform, key = TrainTransform(32, crop="padded", erase_prob=1.0), MicroBatchKey(0, np.arange(8))

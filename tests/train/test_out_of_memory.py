@@ -180,7 +180,7 @@ def test_own_loaders_batches_are_cut_too() -> None:
 def test_an_update_that_began_is_not_made_again(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """The optimizer's step has changed weights before memory ran out: nothing of it may be saved."""
     trainer = make(write_recipe(), tmp_path / "run", *EXACT, "optimizer.name=adamw")
-    step, calls = trainer.optimizer.step, []
+    step, calls = trainer.step.optimizer.step, []
 
     def fails() -> None:
         calls.append(1)
@@ -188,7 +188,7 @@ def test_an_update_that_began_is_not_made_again(write_recipe: Callable[..., Path
         if len(calls) == 4:
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-    trainer.optimizer.step = fails
+    trainer.step.optimizer.step = fails
     with pytest.raises(NotEnoughMemory, match=r"at step 4 .* resume=True .* continues .*micro-batches of 8") as caught:
         trainer.fit()
     assert caught.value.status == 75
@@ -200,7 +200,7 @@ def test_an_update_that_began_is_not_made_again(write_recipe: Callable[..., Path
 def test_a_first_update_is_made_again(changed: bool, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Where the optimizer's state is made, whether or not weights have changed before memory ran out."""
     trainer = make(write_recipe(), tmp_path / "run", *EXACT)
-    step, calls = trainer.optimizer.step, []
+    step, calls = trainer.step.optimizer.step, []
 
     def fails() -> None:
         calls.append(1)
@@ -210,7 +210,7 @@ def test_a_first_update_is_made_again(changed: bool, write_recipe: Callable[...,
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
         step()
 
-    trainer.optimizer.step = fails
+    trainer.step.optimizer.step = fails
     assert trainer.fit().out_of_memory == [{"step": 1, "before": 16, "after": 8}]
     make(write_recipe(), tmp_path / "enough", *EXACT).fit()
     require_close(tmp_path / "run", tmp_path / "enough")
@@ -220,16 +220,16 @@ def test_a_first_update_that_left_half_a_state_is_made_again(write_recipe: Calla
     """Adam makes its two averages one after the other; memory may run out between them."""
     options = [*EXACT, "optimizer.name=adamw", "optimizer.lr=1e-3"]
     trainer = make(write_recipe(), tmp_path / "run", *options)
-    step, calls = trainer.optimizer.step, []
+    step, calls = trainer.step.optimizer.step, []
 
     def fails() -> None:
         calls.append(1)
         if len(calls) == 1:
-            trainer.optimizer.state[trainer.parameters[0]] = {"step": torch.zeros(())}
+            trainer.step.optimizer.state[trainer.step.parameters[0]] = {"step": torch.zeros(())}
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
         step()
 
-    trainer.optimizer.step = fails
+    trainer.step.optimizer.step = fails
     assert trainer.fit().out_of_memory == [{"step": 1, "before": 16, "after": 8}]
 
 
@@ -246,7 +246,7 @@ def test_gradients_that_fp16_had_unscaled_are_scaled_anew(clip_norm: float | Non
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         trainer.accelerator.scaler = scaler
         wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
-        trainer.optimizer = trainer.update.optimizer = wrapped
+        trainer.step.applying.optimizer = wrapped
         calls = []
 
         def fails(*_: Any) -> None:

@@ -238,9 +238,11 @@ def test_frozen_batch_norm_keeps_its_statistics_and_the_backbone_its_weights(
 def test_clipping_bounds_the_gradients(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     options = ["optimizer.name=sgd", "optimizer.clip_norm=1e-9", "ema=null", "optimizer.weight_decay=0"]
     trainer = make(write_recipe, tmp_path / "run", *options, "optimizer.lr=1")
-    before = [p.detach().clone() for p in trainer.parameters]
+    before = [p.detach().clone() for p in trainer.step.parameters]
     trainer.fit()
-    moved = sum(float((a.detach() - b).norm() ** 2) for a, b in zip(trainer.parameters, before, strict=True)) ** 0.5
+    moved = (
+        sum(float((a.detach() - b).norm() ** 2) for a, b in zip(trainer.step.parameters, before, strict=True)) ** 0.5
+    )
     assert 0 < moved < 1e-7
 
 
@@ -439,7 +441,7 @@ def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
     trainer.accelerator.scaler = scaler
     wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
-    trainer.optimizer = trainer.update.optimizer = wrapped
+    trainer.step.applying.optimizer = wrapped
     before = model[1].weight.detach().clone()
     result = trainer.fit()
     assert 1 <= result.skipped_steps < 12

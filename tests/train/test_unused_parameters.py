@@ -282,7 +282,7 @@ def test_the_first_step_sees_the_images_and_random_numbers_that_it_would_have_se
     """Bitwise: a model with dropout and batch norm, looked at or not."""
 
     def skip(trainer: Watched) -> None:
-        trainer._is_settled = True
+        trainer.step.is_settled = True
 
     looked, _ = train(Restless(), before=lambda _: (random.seed(1), np.random.seed(1)))
     plain, _ = train(Restless(), before=lambda trainer: (random.seed(1), np.random.seed(1), skip(trainer)))

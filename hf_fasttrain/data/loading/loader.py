@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import functools
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +15,14 @@ from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.prefetch import Batch, Feed
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order, process_share
 
+Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> what stands around its work
+_NOTHING = nullcontext()
+
+
+def no_timer(phase: str) -> AbstractContextManager[Any]:
+    """Time nothing."""
+    return _NOTHING
+
 
 @dataclass
 class Step:
@@ -20,15 +31,41 @@ class Step:
     index: int  # counted from 0 over the whole training
     num_images: int  # of all processes together
     num_micro_batches: int  # of this process; 0 if the step has too few images for it
-    micro_batches: Iterator[Batch]  # images (B, 3, H, W), targets
+    micro_batches: MicroBatches  # images (B, 3, H, W), targets
     image_shape: tuple[int, ...]  # of one image
+
+
+class MicroBatches:
+    """The micro-batches of a step, which can be gone through again: each `iter` begins anew.
+
+    The first pass takes what was made ahead. Nothing is kept for a second one, since accumulation is there to save
+    memory: `make` makes the same micro-batches once more.
+    """
+
+    def __init__(self, ahead: Iterator[Batch], make: Callable[[], Iterator[Batch]]) -> None:
+        self._pass, self._make, self._has_begun = ahead, make, False
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._has_begun:
+            self._pass = self._make()
+        self._has_begun = True
+        return self._pass
+
+    def __next__(self) -> Batch:
+        self._has_begun = True
+        return next(self._pass)
 
     def peek(self) -> Batch | None:
         """Return the first micro-batch, which stays the one that comes next; None if there is none."""
-        first = next(self.micro_batches, None)
+        first = next(self._pass, None)
         if first is not None:
-            self.micro_batches = _put_in_front([first], self.micro_batches)
+            self._pass = _put_in_front([first], self._pass)
         return first
+
+    def close(self) -> None:
+        """Let go of what was made ahead."""
+        if isinstance(self._pass, Generator):
+            self._pass.close()
 
 
 def _put_in_front(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
@@ -52,6 +89,7 @@ class TrainLoader:
         self.steps_per_epoch = order.steps_per_epoch
         self.micro_batch_size = order.micro_batch_size  # 1: pairs are made together, and used one by one
         self.wish = f"micro_batch_size {order.micro_batch_size}"
+        self.timer: Timer = no_timer  # of the phases wait and copy
 
     def cut_to(self, micro_batch_size: int) -> None:
         """Make micro-batches of this size (even, or 1) from the next `steps` or `again` on."""
@@ -90,11 +128,23 @@ class TrainLoader:
             plan = self.order.plan(index)
             sizes, size = [len(key.indices) for key in plan.micro_batches], self.size_at(plan.epoch)
             number = sum(sizes) if self.micro_batch_size == 1 else len(sizes)
-            yield Step(index, plan.num_images, number, self._micro_batches(batches, sizes, index), (3, size, size))
+            make = functools.partial(self._make_again, self.order, sizes, index)
+            micro_batches = MicroBatches(self._micro_batches(batches, sizes, index), make)
+            yield Step(index, plan.num_images, number, micro_batches, (3, size, size))
+
+    def _make_again(self, order: Order, sizes: list[int], step: int) -> Iterator[Batch]:
+        """Yield a step's micro-batches, made in this process: the workers are ahead."""
+        feed = copy.copy(self.feed)
+        feed.workers, feed.report = 0, None
+        return self._micro_batches(iter(feed.open(_Keys(order, step, step + 1), max(sizes, default=0))), sizes, step)
 
     def _micro_batches(self, batches: Iterator[Batch], sizes: list[int], step: int) -> Iterator[Batch]:
         for size in sizes:
-            images, targets = self._prepare(next(batches), step)
+            with self.timer("wait"):
+                batch = next(batches)
+            with self.timer("copy"):
+                images, targets = self._prepare(batch, step)
+            del batch  # its memory may be used for the next one
             if self.micro_batch_size > 1:
                 yield images, targets
             else:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_fasttrain.data.loading.loader import EvalLoader, Step
+from hf_fasttrain.data.loading.loader import EvalLoader, MicroBatches, Step
 from hf_fasttrain.data.loading.prefetch import Batch
 from hf_fasttrain.data.loading.sampler import cut_micro_batches
 from hf_fasttrain.data.loading.worker_deaths import batches_of_user
@@ -138,10 +138,14 @@ class OwnLoader:
         size = self._cut or 2 * max(1, -(-pairs // self.accumulation_steps))
         self.micro_batch_size = max(self.micro_batch_size, size) if self._cut is None else size
         if number and self.accumulation_steps == 1 and self._cut is None:
-            return Step(index, total, 1, iter(((images, targets),)), shape)
+            whole = ((images, targets),)
+            return Step(index, total, 1, MicroBatches(iter(whole), whole.__iter__), shape)
         sizes = _sizes(number, size, self.join_single)
-        batches = zip(images.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True)
-        return Step(index, total, len(sizes), batches, shape)
+
+        def cut() -> Iterator[Batch]:
+            return zip(images.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True)
+
+        return Step(index, total, len(sizes), MicroBatches(cut(), cut), shape)
 
 
 @functools.lru_cache(maxsize=100)  # cutting anew takes 4 us of a step
