@@ -126,7 +126,7 @@ def evaluate_run(
         autocast=accelerator.autocast,
     )
     size = decide_evaluation_batch(settings, _trained_micro_batch(opened, recipe), memory)
-    loader = loaders.evaluating(measured.split, size)
+    loader = loaders.eval_loader(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     metrics = evaluator(model, loader)
     for failure in evaluator.external.take_failures():

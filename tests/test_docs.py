@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.cli import main
-from hf_fasttrain.cli.app import app, with_verb
+from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.recipe.load import load_recipe, output_dir
 from hf_fasttrain.study import doctor, tune
 from hf_fasttrain.study.messages import Turn
@@ -120,7 +120,7 @@ class Workspace:
             command, processes = command.removeprefix("torchrun --nproc_per_node 2 "), 2
         launcher = next((start for start in LAUNCHERS if command.startswith(start)), None)
         assert launcher, f"neither run nor listed in NOT_RUN: {command}"
-        arguments = small(with_verb(shlex.split(command.removeprefix(launcher))))
+        arguments = small(with_command(shlex.split(command.removeprefix(launcher))))
         self._prepare(command, arguments)
         self.capture.readouterr()
         if processes > 1 or "--onnx" in arguments:  # after torch's ONNX export no fork could train
@@ -276,7 +276,7 @@ def test_what_is_not_run_is_in_a_page() -> None:
 def options_of(arguments: Sequence[str]) -> set[str]:
     """Return the options of a command."""
     command: Any = typer.main.get_command(app)
-    for name in with_verb(list(arguments)):
+    for name in with_command(list(arguments)):
         command = getattr(command, "commands", {}).get(name, command)
     return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 

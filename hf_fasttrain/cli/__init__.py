@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from hf_fasttrain.before_torch import limit_spinning
-from hf_fasttrain.cli.app import app, with_verb
+from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.cli.terminal import is_main
 from hf_fasttrain.utils.errors import RunError, UserError, on_command_line, without_secrets
 
@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     limit_spinning()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with on_command_line(), _out_of_memory_told():
-            app(with_verb(arguments), prog_name="hf-fasttrain", standalone_mode=True)
+        with on_command_line(), _out_of_memory_as_error():
+            app(with_command(arguments), prog_name="hf-fasttrain", standalone_mode=True)
     except UserError as error:
         if is_main() or not error.on_every_process:
             print(f"error: {without_secrets(str(error))}", file=sys.stderr)
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _out_of_memory_told() -> Iterator[None]:
+def _out_of_memory_as_error() -> Iterator[None]:
     """Make one message of memory that ran out, whatever was being done."""
     try:
         yield

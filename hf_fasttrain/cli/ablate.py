@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.cli.terminal import command_line, ended_by_ctrl_c, say_on_stderr, wide_console
+from hf_fasttrain.cli.terminal import command_line, exit_on_ctrl_c, print_note, wide_console
 from hf_fasttrain.utils.errors import Stopped, UserError
 
 TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Techniques, by their names.")]
@@ -40,12 +40,12 @@ def ablate(
     whole = True
     if ablation is None:
         study.require_new(folder)
-        with ended_by_ctrl_c():  # before there is anything to keep
-            ablation, whole = study.ablate(loaded, plan, command=command_line(), tell=say_on_stderr)
+        with exit_on_ctrl_c():  # before there is anything to keep
+            ablation, whole = study.ablate(loaded, plan, command=command_line(), tell=print_note)
         write_ablation(ablation, folder)
     if full and whole:
-        with ended_by_ctrl_c():
-            ablation, whole = train_all(ablation, recipe, folder, seeds, say_on_stderr)
+        with exit_on_ctrl_c():
+            ablation, whole = train_all(ablation, recipe, folder, seeds, print_note)
             write_ablation(ablation, folder)
     print_ablation(console, ablation)
     console.print(f"{folder}: ablation.json, .md, .png, .svg, .html", markup=False)

@@ -56,7 +56,7 @@ for name, group in GROUPS.items():
     app.add_typer(group, name=name)
 
 
-def with_verb(arguments: list[str]) -> list[str]:
+def with_command(arguments: list[str]) -> list[str]:
     """Put `train` before a recipe that stands where a verb could."""
     verbs = {command.__name__ for command in COMMANDS} | set(GROUPS)
     if not arguments or arguments[0] in verbs or arguments[0] in ("--help", "-h", "--version"):

@@ -32,12 +32,12 @@ def check(
     from hf_fasttrain.cli.check_images import check_images
     from hf_fasttrain.cli.memory_table import memory_table
     from hf_fasttrain.from_recipe.parts import build_parts
-    from hf_fasttrain.from_recipe.trainer import build_unwritten
+    from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.folder import run_files_in
 
     parts = build_parts(loaded)
-    build_unwritten(parts, keep_pixels=False)
+    build_trainer_without_folder(parts, keep_pixels=False)
     console = wide_console()
     title = f"{recipe}: every value, where it came from, and what it decides"
     rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.settings.all().items()]

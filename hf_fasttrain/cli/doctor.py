@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.cli.terminal import ended_by_ctrl_c, say_on_stderr, wide_console
+from hf_fasttrain.cli.terminal import exit_on_ctrl_c, print_note, wide_console
 
 
 def doctor(
@@ -29,8 +29,8 @@ def doctor(
     from hf_fasttrain.study.doctor import print_diagnosis
     from hf_fasttrain.study.techniques import hardware
 
-    with ended_by_ctrl_c():
-        diagnosis = examine(loaded, hardware(), seconds=seconds, tell=say_on_stderr, trace=trace)
+    with exit_on_ctrl_c():
+        diagnosis = examine(loaded, hardware(), seconds=seconds, tell=print_note, trace=trace)
     if as_json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:

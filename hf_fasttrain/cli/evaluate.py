@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, PushedRunArgument, WeightsOption
-from hf_fasttrain.cli.terminal import is_main, say_on_stderr, wide_console
+from hf_fasttrain.cli.terminal import is_main, print_note, wide_console
 
 
 def evaluate(
@@ -24,7 +24,7 @@ def evaluate(
 
     from hf_fasttrain.inference import evaluate_run
 
-    measured = evaluate_run(run, overrides or [], split=split, weights=weights, note=say_on_stderr)
+    measured = evaluate_run(run, overrides or [], split=split, weights=weights, note=print_note)
     if not is_main():
         return
     if as_json:

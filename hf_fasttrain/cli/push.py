@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import RunArgument, WeightsOption
-from hf_fasttrain.cli.terminal import say_on_stderr
+from hf_fasttrain.cli.terminal import print_note
 from hf_fasttrain.utils.errors import UserError
 
 
@@ -29,4 +29,4 @@ def push(
         private = asked.get("private") if private is None else private
         license = license or asked.get("license")
         weights = weights or ("best" if asked.get("every") == "best" else None)
-    print(push_run(run, name, private=private, license=license, weights=weights, tell=say_on_stderr))
+    print(push_run(run, name, private=private, license=license, weights=weights, tell=print_note))

@@ -21,14 +21,14 @@ def is_main() -> bool:
     return launched_rank() == 0
 
 
-def say_on_stderr(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a note beside a command's own output, which other programs may read."""
     if is_main():
         print(f"note: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def ended_by_ctrl_c() -> Iterator[None]:
+def exit_on_ctrl_c() -> Iterator[None]:
     """End with its status on Ctrl-C; SIGTERM is taken for it, so that arms and their files are cleaned up."""
     from hf_fasttrain.utils.signals import signal_handler
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.cli.terminal import command_line, ended_by_ctrl_c, say_on_stderr, wide_console
+from hf_fasttrain.cli.terminal import command_line, exit_on_ctrl_c, print_note, wide_console
 from hf_fasttrain.utils.errors import Stopped
 
 
@@ -31,10 +31,10 @@ def tune(
 
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)
-    with ended_by_ctrl_c():  # before there is anything to keep
-        found = search(loaded, seconds, hardware(), tell=say_on_stderr)
+    with exit_on_ctrl_c():  # before there is anything to keep
+        found = search(loaded, seconds, hardware(), tell=print_note)
     for trouble in write_tuned(loaded, found, path, command=command_line(), store=store):
-        say_on_stderr(trouble)
+        print_note(trouble)
     print_found(wide_console(), found, path)
     if not found.whole:
         sys.exit(Stopped.CTRL_C)

@@ -1,6 +1,6 @@
-"""What a launcher and a recipe say of this process: the Accelerator, its threads, and torch's process-wide switches.
+"""The Accelerator of a run, from launcher and recipe: precision, threads, and torch's process-wide switches.
 
-This file alone reads the launchers' environment and sets those switches.
+Only this file reads the launchers' environment and sets those switches.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.private_apis import raise_recompile_limit, reset_precision
 
-# What accelerate launch and torchrun export in any case, and nobody else does.
+# Variables that accelerate launch and torchrun always export, and nothing else does.
 LAUNCHER_MARKS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
-# What other ways of distributing a model announce themselves by.
-NOT_BUILT = {
+# Variables of other ways to distribute a model, which are not supported.
+NOT_SUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-# What torchrun and accelerate export, then what mpirun does, as far as accelerate knows it.
+# Variables of torchrun and accelerate first, then those of mpirun that accelerate knows.
 LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator:
-    """Return the Accelerator of a recipe whose `auto` of machine settings is resolved.
+    """Return the Accelerator of a recipe whose machine settings are resolved (no `auto`).
 
-    Raises RunError for a launch configuration that is not built (DeepSpeed, FSDP, fp8) and for a precision that the
+    Raises RunError for a launch configuration that is not supported (DeepSpeed, FSDP) and for a precision that the
     device does not have.
     """
-    for variable, name in NOT_BUILT.items():
+    for variable, name in NOT_SUPPORTED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise RunError(f"the launch configuration asks for {name}, which is not built; use accelerate_configs/")
+            raise RunError(f"the launch configuration asks for {name}, which is not supported; use accelerate_configs/")
     _require_trackers(recipe)
     settings.launched = was_launched()
     _set_threads(recipe)
@@ -63,7 +63,7 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
             gradient_accumulation_steps=1 if steps == "auto" else steps,
             log_with=list(recipe.log.trackers) or None,
             project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),
-            # Our own running statistics are averaged before evaluation and saving instead of rank 0's overwriting all.
+            # Running statistics are averaged before evaluation and saving, instead of rank 0's replacing all others.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     set_current_device(accelerator)
@@ -75,7 +75,7 @@ def _set_threads(recipe: Recipe) -> None:
     if uses_gpu():
         return
     torch.set_num_threads(int(recipe.accelerate.cpu_threads))
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that several processes meet over gloo
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that processes communicate over gloo
 
 
 def _require_trackers(recipe: Recipe) -> None:
@@ -83,7 +83,7 @@ def _require_trackers(recipe: Recipe) -> None:
     missing = sorted(set(recipe.log.trackers) - installed)
     if missing:
         raise RunError(
-            f"log.trackers: {', '.join(missing)} not installed; pip install 'hf_fasttrain[trackers]' or leave it out"
+            f"log.trackers: {', '.join(missing)} not installed; pip install 'hf_fasttrain[trackers]' or remove it"
         )
 
 
@@ -97,10 +97,10 @@ def _precision(recipe: Recipe) -> str:
 
 
 def _note_overruled(recipe: Recipe, precision: str, settings: ResolvedSettings) -> None:
-    """Say what the launcher states that is not done."""
+    """Add a note for each setting of the launcher that the recipe overrules."""
     stated, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
     if stated not in (None, precision):
-        why = {"fp16": ", which needs a GPU", "fp8": ", which is not built"}.get(str(stated), "")
+        why = {"fp16": ", which needs a GPU", "fp8": ", which is not supported"}.get(str(stated), "")
         why = why if settings.is_open("accelerate.mixed_precision") else ""
         settings.note(f"the launch configuration says mixed precision {stated}{why}; the recipe's {precision} is used")
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -113,20 +113,20 @@ def _note_overruled(recipe: Recipe, precision: str, settings: ResolvedSettings) 
 
 @contextmanager
 def _overruled_environment() -> Iterator[None]:
-    """Keep from an Accelerator that is made within what would overrule the recipe, and put it back.
+    """Hide environment variables that would overrule the recipe while an Accelerator is created.
 
-    With OMP_NUM_THREADS unset, accelerate sets the threads of a process among several to all physical cores of its
-    share of the machine, those that it may not use included.
+    Without OMP_NUM_THREADS, accelerate sets the threads of a distributed process to its share of all physical cores,
+    including those that it may not use.
     """
     overruling = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
-    before = {name: os.environ.get(name) for name in (*overruling, THREADS_VARIABLE)}
+    previous = {name: os.environ.get(name) for name in (*overruling, THREADS_VARIABLE)}
     for name in overruling:
         os.environ.pop(name, None)
     os.environ[THREADS_VARIABLE] = str(torch.get_num_threads())
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -137,36 +137,36 @@ def _overruled_environment() -> Iterator[None]:
 
 
 def was_launched() -> bool:
-    """Return whether accelerate launch or torchrun started this process, as their variables tell."""
+    """Return whether accelerate launch or torchrun started this process, by their environment variables."""
     return any(mark in os.environ for mark in ("ACCELERATE_MIXED_PRECISION", *LAUNCHER_MARKS))
 
 
 def launcher_precision() -> str | None:
-    """Return the mixed precision that the launcher asks for, None if it says nothing: "no" is exported always."""
-    stated = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    return None if stated == "no" else stated
+    """Return the launcher's mixed precision, None for "no", which it exports by default."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return None if precision == "no" else precision
 
 
 def uses_gpu() -> bool:
-    """Return whether training runs on a GPU: there is one, and the launcher does not say to use the CPU."""
+    """Return whether training runs on a GPU: one is available, and the launcher does not ask for the CPU."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
 
 
 def local_processes() -> int:
-    """Return how many training processes this machine has."""
+    """Return the number of training processes on this machine."""
     return max(1, get_int_from_env(LOCAL_PROCESSES, 1))
 
 
 def num_processes() -> int:
-    """Return how many training processes there are, on all machines."""
+    """Return the number of training processes on all machines together."""
     return max(1, get_int_from_env(PROCESSES, 1))
 
 
 def user_threads() -> int | None:
-    """Return what the user's OMP_NUM_THREADS asks for, None if nothing does.
+    """Return the number of threads in the user's OMP_NUM_THREADS, None if the user has not set it.
 
-    One that a launcher exports is not the user's: torchrun exports 1, `accelerate launch` 1 or the host's physical
-    cores. It is if the launcher was started with the variable, or was told with how many threads to start processes.
+    A value that a launcher chose is not the user's: torchrun exports 1, `accelerate launch` 1 or the host's physical
+    cores. It is the user's if the launcher was started with the variable or with --num_cpu_threads_per_process.
     """
     value = _number(os.environ.get(THREADS_VARIABLE))
     if value is None or not was_launched():
@@ -180,13 +180,13 @@ def user_threads() -> int | None:
 
 
 def _number(text: str | None) -> int | None:
-    """Return the threads that a value of OMP_NUM_THREADS asks for, at its outermost level; None if it is none."""
+    """Return the outermost number of threads in a value of OMP_NUM_THREADS; None if it is not valid."""
     first = (text or "").split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else None
 
 
 def _launcher() -> psutil.Process | None:
-    """Return the nearest process above this one that no launcher started, None if it can't be looked at."""
+    """Return the closest parent process that no launcher started, None if it can't be inspected."""
     with suppress(psutil.Error, OSError):
         for process in psutil.Process().parents():
             if not any(mark in process.environ() for mark in LAUNCHER_MARKS):
@@ -195,7 +195,7 @@ def _launcher() -> psutil.Process | None:
 
 
 def _launchers_choices() -> set[int]:
-    """Return the numbers of threads that launchers choose by themselves."""
+    """Return the numbers of threads that launchers choose by default."""
     physical = psutil.cpu_count(logical=False) or 1
     return {1, physical // local_processes()}
 
@@ -204,9 +204,9 @@ def _launchers_choices() -> set[int]:
 
 
 def set_fp32_precision(matmul: str, conv: str) -> None:
-    """Set what fp32 matrix products and convolutions may be rounded to: highest: fp32, high: TF32, medium: bf16.
+    """Set the precision of fp32 matrix products and convolutions: highest: fp32, high: TF32, medium: bf16.
 
-    TF32 is a GPU's, bf16 a CPU's (oneDNN); where the hardware has it not, nothing changes.
+    TF32 is for GPUs, bf16 for CPUs (oneDNN); without hardware support nothing changes.
     """
     torch.set_float32_matmul_precision(matmul)
     torch.backends.cudnn.allow_tf32 = conv != "highest"  # of conv alone, reading cuDNN's flags would raise afterwards
@@ -215,29 +215,30 @@ def set_fp32_precision(matmul: str, conv: str) -> None:
         onednn.fp32_precision = "bf16" if conv == "medium" else "ieee"
 
 
-def set_deterministic(wanted: bool, device: torch.device) -> None:
-    """Make operations give the same bits each time, or let cuDNN choose the fastest algorithms by trying them.
+def set_deterministic(enabled: bool, device: torch.device) -> None:
+    """Use deterministic algorithms, or else let cuDNN benchmark its algorithms and choose the fastest.
 
-    What has no deterministic form warns once. Has to be called before CUDA is used, as cuBLAS then reads its variable.
+    Operations without a deterministic implementation warn once. Call it before CUDA is used: cuBLAS reads its
+    environment variable only then.
     """
-    if wanted:
+    if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if wanted or torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.backends.cudnn.deterministic = wanted
+    if enabled or torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.backends.cudnn.deterministic = enabled
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not wanted
+        torch.backends.cudnn.benchmark = not enabled
 
 
 def use_cudnn_benchmark(device: torch.device) -> None:
-    """Let cuDNN try its algorithms on a GPU, unless the same bits were asked for."""
+    """Let cuDNN benchmark its algorithms on a GPU, unless deterministic algorithms are on."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
 
 
 def allow_compiling(shapes: int) -> None:
-    """Let the compiler make code for so many shapes: one more than its limit would be run uncompiled to the end.
+    """Raise the compiler's limit to `shapes` batch shapes: those beyond its limit would run uncompiled to the end.
 
-    Twice, for the model and its moving average, and some for batches that are cut when memory runs out.
+    Twice as many, for the model and its moving average, and some for batches that are split when memory runs out.
     """
     raise_recompile_limit(2 * shapes + 8)

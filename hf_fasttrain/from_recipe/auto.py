@@ -1,7 +1,7 @@
-"""Every rule of `auto`, in one table: RULES has for each key of a recipe the function that decides it.
+"""All rules of `auto`, in one table: RULES maps each key of a recipe to the function that decides it.
 
-A rule takes plain values and returns what it decides, and why in words. `decide` calls it once in a start, unless the
-recipe gives the key, or the launcher, a stored tuning or the run's first start has decided it; and records the outcome.
+A rule takes plain values and returns its decision with the reason. `decide` calls it once per start, unless the recipe
+sets the key, or the launcher, a stored tuning or the run's first start has decided it, and records the outcome.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_processes, user_threads, uses_gpu
 from hf_fasttrain.from_recipe.tunings import Presets, machine_here, stored_tuning
 from hf_fasttrain.models.head import keeps_head
-from hf_fasttrain.models.memory_forecast import equal_pieces
+from hf_fasttrain.models.memory_forecast import equal_micro_batch_size
 from hf_fasttrain.recipe.load import flatten, plain, with_values
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open
 from hf_fasttrain.recipe.schema import Recipe
@@ -26,12 +26,12 @@ from hf_fasttrain.train.schedule import resolve_warmup
 from hf_fasttrain.utils.environment import num_cores
 from hf_fasttrain.utils.format import format_bytes
 
-MACHINE = "machine"  # recorded, so that a resumed run knows whether it began here
-LEAST_EVALUATED = 32  # images at once
+MACHINE = "machine"  # recorded, so that a resumed run knows whether it was started on this machine
+MIN_EVAL_BATCH = 32  # images
 
 
 class Choice(NamedTuple):
-    """What a rule decides, and why."""
+    """A rule's decision and its reason."""
 
     value: Any
     reason: str
@@ -41,17 +41,17 @@ class Choice(NamedTuple):
 
 
 def split(*, name: str, images: int) -> Choice:
-    """Return the split that `data.source` found by its name."""
+    """Return the split that `data/source` found by its name."""
     return Choice(name, f"{images:,} images")
 
 
 def column(*, name: str) -> Choice:
-    """Return the column that `data.columns` found by type and name."""
+    """Return the column that `data/source/columns.py` found by type and name."""
     return Choice(name, "found")
 
 
 def preprocessing(*, value: Any) -> Choice:
-    """Return what the model was trained with before."""
+    """Return the preprocessing that the pretrained model was trained with."""
     return Choice(value, "the model's configuration")
 
 
@@ -64,9 +64,10 @@ def cache(
     on_disk: int = 0,
     fits_device: bool = False,
 ) -> Choice:
-    """Return where a split's pixels are kept that is gone through `passes` times; all others but the last in bytes.
+    """Return where the decoded pixels of a split that is read `passes` times are cached.
 
-    `needed` for all of its pixels, `memory` and `disk`: to spare, `on_disk`: those that an earlier run has kept there.
+    In bytes: `needed` for all its pixels, `memory` and `disk`: available for the cache, `on_disk`: cached there by an
+    earlier run. `fits_device`: whether the pixels fit into a GPU's memory.
     """
     if passes <= 1:
         return Choice("none", "each image is needed once")
@@ -82,19 +83,19 @@ def cache(
 
 
 def cache_gb(*, free: int, needed_elsewhere: int = 0) -> Choice:
-    """Return how many bytes of the free memory or disk pixels may take."""
+    """Return how many bytes of free memory or disk the cache may take."""
     return Choice((free - needed_elsewhere) // 2, "half of what is free")
 
 
 def workers(*, gpu: bool, cores: int, processes: int) -> Choice:
-    """Return the loader processes of a training process, of which this machine has `processes`."""
+    """Return the number of loader processes for each of the `processes` training processes of this machine."""
     if not gpu:
         return Choice(1, "one on a CPU")
     return Choice(max(1, min(16, cores // processes)), "the cores of each training process, at most 16")
 
 
 def pin_memory(*, gpu: bool) -> Choice:
-    """Return whether copies to the device come from page-locked memory."""
+    """Return whether batches are in page-locked memory."""
     return Choice(gpu, "a GPU" if gpu else "there is no GPU")
 
 
@@ -102,14 +103,14 @@ def pin_memory(*, gpu: bool) -> Choice:
 
 
 def mixed_precision(*, gpu: bool, has_bf16: bool) -> Choice:
-    """Return no, bf16 or fp16; `has_bf16`: whether the GPU has it in hardware."""
+    """Return no, bf16 or fp16; `has_bf16`: whether the GPU supports bf16 in hardware."""
     if not gpu:
         return Choice("no", "on a CPU bf16 is slower for many models; try bf16")
     return Choice("bf16", "the GPU has it") if has_bf16 else Choice("fp16", "the GPU has no bf16")
 
 
 def channels_last() -> Choice:
-    """Return whether images lie as NHWC."""
+    """Return whether images have the memory layout NHWC."""
     return Choice(True, "seldom slower")
 
 
@@ -119,54 +120,54 @@ def compiled() -> Choice:
 
 
 def fp32_precision() -> Choice:
-    """Return what fp32 products and convolutions may be rounded to."""
+    """Return the precision of fp32 matrix products and convolutions."""
     return Choice("high", "TF32 where the GPU has it")
 
 
 def cpu_threads(*, user_threads: int | None, cores: int, processes: int) -> Choice:
-    """Return the threads of a process that trains on a CPU, of which this machine has `processes`."""
+    """Return the number of threads of each of the `processes` that train on this machine's CPU."""
     if user_threads:
         return Choice(user_threads, "OMP_NUM_THREADS of the user")
     return Choice(max(1, cores // processes), f"{cores} cores / {processes} processes")
 
 
 def micro_batch_size(*, whole: int, share: int, largest: int, limit: str = "") -> Choice:
-    """Return the images of a forward: `whole`, unless a process's `share` of a step is above `largest`, by `limit`."""
+    """Return the micro-batch: `whole`, or less if a process's `share` of a step exceeds `largest`; `limit` says why."""
     if share <= largest:
         return Choice(whole, "images per process and forward")
-    why = f"the fewest equal pieces of {share} images of at most {largest}: {limit}"
-    return Choice(equal_pieces(share, largest), why)
+    why = f"the fewest equal parts of {share} images of at most {largest}: {limit}"
+    return Choice(equal_micro_batch_size(share, largest), why)
 
 
 def accumulation_steps(*, share: int, micro_batch_size: int) -> Choice:
-    """Return the micro-batches of a process's share of a step."""
+    """Return the number of micro-batches in a process's share of a step."""
     return Choice(math.ceil(share / micro_batch_size), f"{share} images per process in micro-batches")
 
 
-# --- course of a training --------------------------------------------------------------------------------------
+# --- the training ----------------------------------------------------------------------------------------------
 
 
 def warmup(*, schedule: str, num_steps: int, steps_per_epoch: int) -> Choice:
-    """Return the steps of the rise that belongs to a schedule."""
-    found = resolve_warmup("auto", schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    return Choice(f"{found.steps} steps", found.reason)
+    """Return a schedule's default warmup in steps."""
+    resolved = resolve_warmup("auto", schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    return Choice(f"{resolved.steps} steps", resolved.reason)
 
 
 def evaluation_batch_size(*, micro_batch_size: int, bytes_per_image: int = 0, room: int | None = None) -> Choice:
-    """Return the images of a forward without backward, in training as in `evaluate` and `predict`.
+    """Return the batch size of evaluation, during training as well as in `evaluate` and `predict`.
 
-    `micro_batch_size`: of the training, 0 if there was none; `room`: bytes that evaluation may take, None if that is
-    not known, as on a GPU.
+    `micro_batch_size`: of the training, 0 if unknown; `room`: bytes that evaluation may take, None if unknown, as on a
+    GPU.
     """
-    usual = max(LEAST_EVALUATED, micro_batch_size)
+    usual = max(MIN_EVAL_BATCH, micro_batch_size)
     most = usual if room is None else max(1, room // max(1, bytes_per_image))
     if most < usual:
-        return Choice(most, "half of the free memory is enough for so many")
-    return Choice(usual, f"accelerate.micro_batch_size, at least {LEAST_EVALUATED}")
+        return Choice(most, "as many as fit into half of the free memory")
+    return Choice(usual, f"accelerate.micro_batch_size, at least {MIN_EVAL_BATCH}")
 
 
 def mode(*, watch: Watch) -> Choice:
-    """Return max or min for a watched metric, as its name says."""
+    """Return max or min for a watched metric, by its name."""
     return Choice(watch.mode, f"{'lower' if watch.mode == 'min' else 'higher'} {watch.metric} is better")
 
 
@@ -204,25 +205,25 @@ RULES: dict[str, Callable[..., Choice]] = {
     "checkpoint.best.mode": mode,
     "checkpoint.final": final,
 }
-# Decided where they are used, as they are for who has no recipe; recorded as the recipe gives them.
-ELSEWHERE: dict[str, Callable[..., Any]] = {"model.head": keeps_head, "evaluate.metrics": resolve_metrics}
+# Decided where they are used, as without a recipe; recorded with the recipe's value.
+DECIDED_ELSEWHERE: dict[str, Callable[..., Any]] = {"model.head": keeps_head, "evaluate.metrics": resolve_metrics}
 
 
-def decide(settings: ResolvedSettings, key: str, **known: Any) -> Any:
-    """Return what a key is in this run, and record it: as decided before, as the recipe gives it, else by its rule."""
+def decide(settings: ResolvedSettings, key: str, **inputs: Any) -> Any:
+    """Return and record a key's value in this run: as already decided, as set in the recipe, or else by its rule."""
     if key in settings.decisions:
         return settings.decisions[key].value
     if not settings.is_open(key):
         return flatten(settings.recipe)[key]
-    choice = RULES[key](**known)
+    choice = RULES[key](**inputs)
     return settings.record(key, choice.value, choice.reason)
 
 
-# --- what is decided before anything is built ------------------------------------------------------------------
+# --- decided before anything is built --------------------------------------------------------------------------
 
 
 def resolve_machine(recipe: Recipe, settings: ResolvedSettings, presets: Presets | None = None) -> Recipe:
-    """Return the recipe with `auto` replaced where launcher, tuning, processor or GPU decide it; nothing is measured.
+    """Return the recipe with every `auto` replaced that launcher, tuning or hardware decide; nothing is measured.
 
     `presets` go before the rules; by default those of the stored tuning. Values in the recipe stay as they are.
     """
@@ -238,13 +239,13 @@ def resolve_machine(recipe: Recipe, settings: ResolvedSettings, presets: Presets
     for name in ("channels_last", "compile", "matmul_precision", "conv_precision"):
         decide(settings, f"accelerate.{name}")
     if not gpu:
-        known = {"user_threads": user_threads(), "cores": num_cores(), "processes": local_processes()}
-        decide(settings, "accelerate.cpu_threads", **known)
+        inputs = {"user_threads": user_threads(), "cores": num_cores(), "processes": local_processes()}
+        decide(settings, "accelerate.cpu_threads", **inputs)
     return with_values(recipe, {key: d.value for key, d in settings.decisions.items() if is_open(key, values)})
 
 
 def _launcher_decisions(values: dict[str, Any]) -> dict[str, Decision]:
-    """Return the launcher's precision where the recipe leaves it open and the device has it."""
+    """Return the launcher's precision if the recipe leaves it open and the device supports it."""
     key, precision = "accelerate.mixed_precision", launcher_precision()
     usable = precision == "bf16" or (precision == "fp16" and uses_gpu())
     decision = Decision(precision, "of the launch configuration", "launcher")

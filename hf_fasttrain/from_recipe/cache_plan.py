@@ -1,4 +1,4 @@
-"""Where a split's decoded pixels are kept between epochs, and how many of them: none, memory, disk or device."""
+"""Plans of the pixel cache: where a split's decoded pixels are kept (none, memory, disk, device), and how many."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from hf_fasttrain.utils.environment import free_memory_bytes
 from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.format import format_bytes
 
-SAMPLED = 64  # images whose headers are looked at to know how much memory all of them need
-DEVICE_SHARE = 0.03  # of a GPU's free memory that `auto` gives to images
+SAMPLE_SIZE = 64  # images whose headers are read to estimate the memory of all
+DEVICE_SHARE = 0.03  # of a GPU's free memory that `auto` uses for images
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where a split's pixels are kept, and how many bytes of them."""
+    """Where a split's pixels are cached, and how many bytes of them."""
 
     mode: str  # none, memory, disk or device
     budget: int = 0
     why: str = ""
-    need: int = 0  # bytes for all of them, as far as a sample tells
+    need: int = 0  # bytes for all of them, estimated from a sample
 
 
 class CachePlanner:
-    """Decides where pixels are kept; the main process of each machine decides for all of its processes."""
+    """Decides where pixels are cached; the main process of each machine decides for all of its processes."""
 
     def __init__(
         self, recipe: Recipe, settings: ResolvedSettings, accelerator: Accelerator, needed_memory: int = 0
@@ -69,15 +69,15 @@ class CachePlanner:
         key: str,
         rows: int | None = None,
     ) -> CachePlan:
-        """Return where the pixels of a split that is gone through `passes` times are kept; recorded as `key`.
+        """Return where the pixels of a split that is read `passes` times are cached; recorded as `key`.
 
-        `rows`: how many of its images a process reads, by default all.
+        `rows`: the number of images that a process reads, by default all.
         """
         plan = CachePlan("none")
         if self.processes.is_local_main:
             plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
         plan = self.processes.from_local_main(plan)
-        why = f"asked for: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
+        why = f"set by the user: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
         self.settings.refine(key, plan.mode, why)
         if self.data.cache == "auto" and plan.mode != "none":
             where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
@@ -123,7 +123,7 @@ class CachePlanner:
         return CachePlan("device", need, f"{format_bytes(need)} of pixels", need)
 
     def _fits_device(self, preparation: Preparation, need: int, batchable: bool, share: float) -> bool:
-        """Return whether a process's share of the decoded pixels takes little of a GPU's free memory."""
+        """Return whether a process's share of the decoded pixels takes only a small part of a GPU's free memory."""
         device = self.accelerator.device
         if not batchable or device.type != "cuda":
             return False
@@ -131,7 +131,7 @@ class CachePlanner:
         return decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
     def _room(self, mode: str) -> int:
-        """Return the bytes that may be used: as the recipe says, else half of what is free."""
+        """Return the bytes that are left for the cache: of data.cache_gb, or of half the free memory or disk."""
         if not {"memory": IN_MEMORY, "disk": ON_DISK}[mode]:
             return 0
         if self.data.cache_gb != "auto":
@@ -144,11 +144,11 @@ class CachePlanner:
 
     @property
     def memory_bytes(self) -> int:
-        """The most that pixels kept in memory will take of it, for all splits planned so far."""
+        """The most memory that cached pixels will take, for all splits planned so far."""
         return self._taken["memory"]
 
     def open(self, split: Split, preparation: Preparation, plan: CachePlan) -> PixelCache | None:
-        """Return the cache of a plan; on disk the one that earlier runs and other recipes have filled."""
+        """Return the cache of a plan, None without one; on disk it is shared with earlier runs and other recipes."""
         if plan.mode not in ("memory", "disk"):
             return None
         num_rows = len(split.images)
@@ -161,11 +161,11 @@ class CachePlanner:
         return cache or PixelCache(index, pixels, num_rows, plan.budget)
 
     def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
-        """Return everything that decides a split's pixels; what two splits of a data set share is kept once."""
+        """Return everything that determines a split's pixels; images that two splits share are cached once."""
         return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
 
     def _on_disk(self, split: Split, preparation: Preparation) -> int:
-        """Return how many bytes of the split's pixels are on disk already."""
+        """Return how many bytes of the split's pixels are already cached on disk."""
         try:
             return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
         except OSError:
@@ -173,8 +173,8 @@ class CachePlanner:
 
 
 def estimated_bytes(split: Split, preparation: Preparation) -> int:
-    """Return how many bytes the pixels of all images of a split need, by the headers of a sample."""
-    sampled = np.linspace(0, len(split) - 1, min(len(split), SAMPLED), dtype=np.int64)
+    """Return the estimated bytes of the pixels of all images of a split, from the headers of a sample."""
+    sampled = np.linspace(0, len(split) - 1, min(len(split), SAMPLE_SIZE), dtype=np.int64)
     sizes: list[int] = []
     for record in split.records(sampled):
         try:
@@ -183,7 +183,7 @@ def estimated_bytes(split: Split, preparation: Preparation) -> int:
             continue
         sizes.append(width * height * 3)
     if preparation.stored_quality is not None:
-        sizes = _stored_sizes(split, preparation, sampled[:: SAMPLED // 8])
+        sizes = _stored_sizes(split, preparation, sampled[:: SAMPLE_SIZE // 8])
     return int(np.mean(sizes) * len(split)) if sizes else 0
 
 
@@ -198,21 +198,21 @@ def _stored_sizes(split: Split, preparation: Preparation, sampled: Sequence[int]
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Return where data.cache=disk keeps pixels."""
+    """Return the folder of data.cache=disk."""
     return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_cache_dir()
 
 
 def can_write(folder: Path) -> bool:
-    """Return whether a folder can be made, or written to."""
-    nearest = existing_part(folder)
+    """Return whether a folder can be created or written to."""
+    nearest = nearest_existing(folder)
     return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk that a folder is on, or will be on."""
-    return shutil.disk_usage(existing_part(folder)).free
+    """Return the free bytes of the disk that holds a folder, or will hold it."""
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
-def existing_part(folder: Path) -> Path:
-    """Return the folder, or the nearest above it that exists."""
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or its closest parent that exists."""
     return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))

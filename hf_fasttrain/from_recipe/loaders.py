@@ -1,4 +1,4 @@
-"""A recipe's loaders: what is done to images once, what in every epoch, and who reads them."""
+"""A recipe's loaders: preparation (once), augmentation (every epoch), cache and loader processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def eval_transform(pre: Preprocessing) -> EvalTransform:
 
 
 def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
-    """Return what happens to training images once, before the random part."""
+    """Return the deterministic preparation of training images, done once before augmentation."""
     data, center = recipe.data, None
     if recipe.augment.crop == "padded":
         center = EvalTransform(pre.image_size, pre.interpolation, 1.0)
@@ -62,7 +62,7 @@ def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
 
 
 def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) -> TrainTransform:
-    """Return what happens to training images in every epoch anew."""
+    """Return the augmentation of training images, different in every epoch."""
     augment = recipe.augment
     mean = tuple(round(255 * value) for value in pre.mean)
     fills: dict[str, Any] = {"black": (0, 0, 0), "mean": mean, "noise": None}
@@ -89,7 +89,7 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
 
 
 def train_mixing(recipe: Recipe, num_classes: int) -> Mixing | None:
-    """Return what mixes the images of a step, None if nothing does."""
+    """Return mixup and cutmix of a recipe, None if both are off."""
     augment = recipe.augment
     if not augment.mixup and not augment.cutmix:
         return None
@@ -97,10 +97,10 @@ def train_mixing(recipe: Recipe, num_classes: int) -> Mixing | None:
 
 
 class Loaders:
-    """Makes the loaders of a run; bad images are told to `bad_images`.
+    """Builds the loaders of a run; bad images are reported to `bad_images`.
 
-    Without `keep_pixels` no cache is made or opened, though it is decided where it would be. `needed_memory`: bytes
-    that this machine's training processes will take yet, which pixels are not kept in.
+    Without `keep_pixels` no cache is created or opened, but its plan is still recorded. `needed_memory`: bytes that
+    this machine's training processes will still allocate, which the cache must leave free.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Loaders:
         self.planner = CachePlanner(recipe, settings, accelerator, needed_memory)
         self.keep_pixels = keep_pixels
 
-    def training(self, split: Split, order: Order, num_steps: int, num_classes: int) -> TrainLoader:
+    def train_loader(self, split: Split, order: Order, num_steps: int, num_classes: int) -> TrainLoader:
         """Return the loader of the training images."""
         augment = self.recipe.augment
         transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
@@ -131,8 +131,8 @@ class Loaders:
         batchable = augment.crop != "random_resized" and not transform.operations and not noisy
         if self.recipe.data.cache == "device" and not batchable:
             raise DataError(
-                "data.cache=device: only crop, flip and erasing are made on the device; take the other operations "
-                "of augment out, or use data.cache=memory"
+                "data.cache=device: only crop, flip and erasing run on the device; remove the other operations "
+                "of augment, or use data.cache=memory"
             )
         passes = num_steps / order.steps_per_epoch
         plan = self.planner.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
@@ -140,11 +140,11 @@ class Loaders:
         mixing = train_mixing(self.recipe, num_classes)
         return TrainLoader(feed, order, self.normalize, mixing, transform.size_at)
 
-    def evaluating(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
+    def eval_loader(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
         """Return the loader of a split that is evaluated `passes` times."""
         preparation = Preparation(center=eval_transform(self.pre), pillow=self.recipe.data.decoder == "pillow")
-        known = Processes(self.accelerator)
-        processes, index = known.number, known.index
+        group = Processes(self.accelerator)
+        processes, index = group.number, group.index
         rows = process_share(len(split), processes, index)
         plan = self.planner.plan(
             split, preparation, passes=passes, batchable=True, key="cache of evaluation images", rows=len(rows)

@@ -1,4 +1,4 @@
-"""How many images fit into memory at once: the micro-batch of a recipe, and the batch of an evaluation."""
+"""Batch sizes that fit into memory: the micro-batch of a recipe, and the batch of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from hf_fasttrain.data.loading.sampler import Order, micro_batch_size_for, proce
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, micro_batch_size
 from hf_fasttrain.from_recipe.loaders import resolve_loading
-from hf_fasttrain.models.memory_forecast import Autocast, Forecast, evaluation_bytes, measure_activations, most_images
+from hf_fasttrain.models.memory_forecast import (
+    Autocast,
+    Forecast,
+    evaluation_bytes,
+    images_that_fill_cpu,
+    measure_activations,
+)
 from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
@@ -30,10 +36,10 @@ KEY = "accelerate.micro_batch_size"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """How many images a process has in a forward, and what that takes of its memory."""
+    """The number of images in a forward pass of a process, and the memory forecast."""
 
     size: int
-    forecast: Forecast | None = None  # on a GPU it is made when somebody asks
+    forecast: Forecast | None = None  # on a GPU it is made only when needed
 
 
 def resolve_micro_batch(
@@ -46,44 +52,45 @@ def resolve_micro_batch(
 ) -> MicroBatch:
     """Return the micro-batch of a recipe for a training split of `num_images`, recorded with its reason."""
     accelerate, processes = recipe.accelerate, accelerator.num_processes
-    pieces = 1 if accelerate.gradient_accumulation_steps == "auto" else accelerate.gradient_accumulation_steps
-    whole = accelerate.micro_batch_size or micro_batch_size_for(recipe.train.batch_size, processes, pieces)
+    accumulation = 1 if accelerate.gradient_accumulation_steps == "auto" else accelerate.gradient_accumulation_steps
+    whole = accelerate.micro_batch_size or micro_batch_size_for(recipe.train.batch_size, processes, accumulation)
     share = len(process_share(min(recipe.train.batch_size, num_images), processes, processes - 1))
     if accelerator.device.type != "cpu":
         return MicroBatch(_decide(settings, whole, share, largest=share))
     forecast = forecast_memory(recipe, num_classes, model, accelerator, settings)
     free = free_memory_bytes() // local_processes()
-    fits = max(2, 2 * (min(forecast.largest(free // 2), most_images(recipe.data.image_size)) // 2))
-    largest = min(Processes(accelerator).gather([fits]))  # they cut steps alike
+    fits = max(2, 2 * (min(forecast.largest(free // 2), images_that_fill_cpu(recipe.data.image_size)) // 2))
+    largest = min(Processes(accelerator).gather([fits]))  # all processes split steps alike
     enough = f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
     limit = f"64 x (224 / image size)^2 images fill a CPU, and {enough}"
     settings.record("largest_micro_batch", largest, limit)
     size = _decide(settings, whole, share, largest, limit)
     if size != whole and any(map(uses_batch_statistics, batch_norms(model))):
         settings.note(
-            f"{KEY}=auto: a step's {share} images are made in micro-batches of {size}, which fit this machine's "
-            f"memory and cores; batch norm takes its statistics over {size} images. {KEY}=N sets another size"
+            f"{KEY}=auto: a step's {share} images are split into micro-batches of {size}, which fit this "
+            f"machine's memory and cores; batch norm computes its statistics over {size} images. {KEY}=N sets "
+            "another size"
         )
     at_once = min(size, share)
-    settings.record("memory_forecast_bytes", forecast.peak(at_once), "the most that a training process will have")
+    settings.record("memory_forecast_bytes", forecast.peak(at_once), "the peak of a training process")
     if forecast.needed(at_once) > free:
         settings.note(
             f"{KEY}={size}: training will take about {format_bytes(forecast.needed(at_once))} more memory, and "
             f"{format_bytes(free)} are free for each process here; lower {KEY}, data.image_size or the size of the "
-            "model. A step that memory is too short for is made again in smaller pieces"
+            "model. A step that runs out of memory is retried with smaller micro-batches"
         )
     return MicroBatch(size, forecast)
 
 
 def _decide(settings: ResolvedSettings, whole: int, share: int, largest: int, limit: str = "") -> int:
-    """Return the micro-batch: as decided before, by the rule, or `whole`, which the recipe then gives."""
+    """Return the micro-batch: as already decided, by the rule, or `whole` if the recipe sets it."""
     if settings.is_open(KEY):
         return int(decide(settings, KEY, whole=whole, share=share, largest=largest, limit=limit))
     return int(settings.record(KEY, whole, micro_batch_size(whole=whole, share=share, largest=share).reason))
 
 
 def images_at_once(order: Order) -> int:
-    """Return how many images a process has in a forward at most."""
+    """Return the largest number of images in a forward pass of a process."""
     images = min(order.batch_size, order.num_images)
     return min(order.micro_batch_size, len(process_share(images, order.num_processes, order.num_processes - 1)))
 
@@ -91,7 +98,7 @@ def images_at_once(order: Order) -> int:
 def forecast_memory(
     recipe: Recipe, num_classes: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
 ) -> Forecast:
-    """Return what training will take of this process's memory, of a GPU's where it trains on one."""
+    """Return a forecast of the memory of a training process: of its GPU if it uses one, else of the host."""
     device, size, optimizer = accelerator.device, recipe.data.image_size, recipe.optimizer
     activations = measure_activations(
         model,
@@ -101,12 +108,12 @@ def forecast_memory(
         autocast=accelerator.autocast,
         channels_last=recipe.accelerate.channels_last is True,
     )
-    free_cached_memory(device)  # what the heap has and nobody uses would count as taken, and be taken again
+    free_cached_memory(device)  # unused heap memory would be counted twice: as resident, and when it is used
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     workers, _ = resolve_loading(settings, device)
-    waiting = num_slots(workers, 1)  # batches of uint8 pixels, as many as with small batches
+    waiting = num_slots(workers, 1)  # batches of uint8 pixels in flight, as many as with small batches
     pixels = 3 * size * size
     mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)
     return Forecast(
@@ -131,9 +138,9 @@ def evaluation_memory(
     autocast: Autocast = nullcontext,
     state: int = 0,
 ) -> dict[str, int]:
-    """Return `bytes_per_image` of an evaluation, in the model and on its way there, and `room` for them, on a CPU.
+    """Return `bytes_per_image` of an evaluation (model and loader) and `room`, the bytes that it may take, on a CPU.
 
-    `state` are the bytes that a training takes yet. Of a GPU's memory nothing is known: an empty dict.
+    `state`: bytes that training will still allocate. On a GPU nothing is estimated: returns an empty dict.
     """
     if device.type != "cpu":
         return {}
@@ -148,7 +155,7 @@ def evaluation_memory(
 def decide_evaluation_batch(
     settings: ResolvedSettings, micro_batch_size: int, memory: Callable[[], dict[str, int]]
 ) -> int:
-    """Return how many images evaluation takes at once, in training and in `evaluate`; asks for `memory` if needed."""
+    """Return the batch size of evaluation, in training and in `evaluate`; calls `memory` only if a rule decides."""
     key = "evaluate.batch_size"
     measured = {} if settings.is_decided(key) else memory()
     return int(decide(settings, key, micro_batch_size=micro_batch_size, **measured))

@@ -1,4 +1,4 @@
-"""A recipe's model: built, with its weights, as it is trained on this device."""
+"""A recipe's model: built, with weights, and prepared for training on a device."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from hf_fasttrain.utils.errors import RunError
 def model_from(
     recipe: Recipe, source: Source, device: torch.device, settings: ResolvedSettings
 ) -> tuple[nn.Module, ModelSpec]:
-    """Return the model of a recipe for the classes of its data, on a device, and what describes it.
+    """Return a recipe's model for the classes of its data, on a device, and its spec.
 
-    Raises ModelError for weights that don't fit and for a model that gives no logits.
+    Raises ModelError for weights that don't fit and for a model that does not return logits.
     """
     spec = _spec(recipe, source)
     torch.manual_seed(recipe.seed)
@@ -55,15 +55,15 @@ def _spec(recipe: Recipe, source: Source) -> ModelSpec:
 
 
 def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings) -> Preprocessing:
-    found = model_preprocessing(model, spec)
+    pretrained = model_preprocessing(model, spec)
     values: dict[str, Any] = {}
     for name in ("mean", "std", "interpolation", "crop_pct"):
-        key, trained_with = f"data.{name}", getattr(found, name)
+        key, trained_with = f"data.{name}", getattr(pretrained, name)
         value = decide(settings, key, value=list(trained_with) if isinstance(trained_with, tuple) else trained_with)
         if isinstance(value, list) and not settings.is_open(key):  # one number stands for all channels
             value = settings.record(key, value * (3 // len(value)))
         values[name] = tuple(value) if isinstance(value, list) else value
-    return replace(found, **values)
+    return replace(pretrained, **values)
 
 
 def _prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The parts of a recipe: model, data and numbers; each `auto` is decided here and recorded with its reason."""
+"""The parts of a training, built from a recipe: accelerator, data, model, order; every `auto` is resolved here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_parts(
     dataset: Any = None,
     presets: Presets | None = None,
 ) -> Parts:
-    """Return the model, data and numbers of a recipe; nothing is written.
+    """Return the parts of a recipe's training; nothing is written.
 
     `presets` go before the rules of `auto`; by default those of a stored tuning of this machine and model.
     """
@@ -59,25 +59,25 @@ def build_parts(
 
 
 def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
-    """Return how many shapes of batches a training and its evaluations have at most."""
+    """Return the largest number of batch shapes of a training and its evaluations."""
     assert spec.preprocessing is not None
     transform = train_transform(recipe, spec.preprocessing, order.steps_per_epoch)
     epochs = 1 if transform.growth is None else transform.growth.until + 1
     sizes = {transform.size_at(epoch) for epoch in range(epochs)}
     steps = {0, order.steps_per_epoch - 1}
     numbers = {len(key.indices) for step in steps for key in order.plan(step).micro_batches}
-    return len(sizes) * len(numbers) + 2  # evaluation's whole batches, and its last one
+    return len(sizes) * len(numbers) + 2  # evaluation: full batches and the last one
 
 
 def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:
-    """Raise RunError for steps with too few images for their processes and pieces, or that drop_last leaves out."""
+    """Raise RunError if a step has too few images for all processes and micro-batches, or drop_last drops all steps."""
     train, accumulation = recipe.train, recipe.accelerate.gradient_accumulation_steps
-    pieces = 1 if accumulation == "auto" else accumulation
+    micro_batches = 1 if accumulation == "auto" else accumulation
     pairs = (train.batch_size + 1) // 2
-    if pairs < processes * pieces and (processes > 1 or pieces > 1):
+    if pairs < processes * micro_batches and (processes > 1 or micro_batches > 1):
         raise RunError(
-            f"train.batch_size={train.batch_size} is too small for {processes} processes x {pieces} accumulation "
-            f"steps of at least 2 images; raise it to {2 * processes * pieces} or use fewer"
+            f"train.batch_size={train.batch_size} is too small for {processes} processes x {micro_batches} "
+            f"accumulation steps of at least 2 images; raise it to {2 * processes * micro_batches} or use fewer"
         )
     if train.drop_last and num_images < train.batch_size:
         raise RunError(
@@ -89,7 +89,7 @@ def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> N
 def _resolve_order(
     recipe: Recipe, num_images: int, size: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
 ) -> Order:
-    """Return the order of training in micro-batches of `size`, and record what follows from it."""
+    """Return the sampling order with micro-batches of `size`, and record the settings that follow from it."""
     train, processes = recipe.train, accelerator.num_processes
     largest = len(process_share(train.batch_size, processes, processes - 1))
     steps, why = accumulation_steps(share=largest, micro_batch_size=size)
@@ -118,7 +118,7 @@ def _resolve_order(
 
 
 def _require_equal_counts(order: Order) -> None:
-    """Synchronised batch norm meets in every forward: all processes must make equally many."""
+    """Raise RunError unless all processes have equally many forward passes: synchronised batch norm needs that."""
     for step in {0, order.steps_per_epoch - 1}:
         plans = [replace(order, process_index=i).plan(step) for i in range(order.num_processes)]
         counts = {len(plan.micro_batches) for plan in plans}
@@ -131,7 +131,7 @@ def _require_equal_counts(order: Order) -> None:
 
 @dataclass
 class Parts:
-    """Everything that a recipe stands for, built but not yet trained."""
+    """Everything that a recipe's training needs, built but not trained."""
 
     recipe: Recipe
     settings: ResolvedSettings
@@ -140,5 +140,5 @@ class Parts:
     spec: ModelSpec
     model: nn.Module
     order: Order
-    forecast: Forecast | None = None  # of this process's memory; on a GPU there is none until somebody asks
-    kept_pixels: int = 0  # bytes of them in memory, known once there are loaders
+    forecast: Forecast | None = None  # of this process's memory; None on a GPU
+    kept_pixels: int = 0  # bytes cached in memory; known once the loaders are built

@@ -26,7 +26,7 @@ from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.utils.errors import UserError
 
 NUM_TRAINING, NUM_MISTAKES = 16, 24  # pictures in a report
-LEAST_SHARE = 0.01  # of a class in a target, to be named
+MIN_SHARE = 0.01  # of a class in a mixed target, to be listed
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ReportPictures:
     order: Order
     pre: Preprocessing
 
-    def write(self, run: Path, say: Callable[[str], None], num_steps: int, predictions: Predictions | None) -> None:
-        """Write the gallery of a run that ended after `num_steps`; `say` is told of images that can't be read any more.
+    def write(self, run: Path, log: Callable[[str], None], num_steps: int, predictions: Predictions | None) -> None:
+        """Write the gallery of a run that ended after `num_steps`; images that can't be read any more are logged.
 
         Raises OSError.
         """
@@ -49,19 +49,19 @@ class ReportPictures:
             step, training = self.training(num_steps, pixels)
             gallery = replace(gallery, training=training, training_step=step)
         except UserError as error:
-            say(f"note: the report has no training images: {error}")
+            log(f"note: the report has no training images: {error}")
         try:
             if predictions is not None:
                 mistakes, step = self.mistakes(predictions, pixels), predictions.step
                 gallery = replace(gallery, mistakes=mistakes, mistakes_step=step, mistakes_split=predictions.split)
         except UserError as error:
-            say(f"note: the report does not show the worst mistakes: {error}")
+            log(f"note: the report does not show the worst mistakes: {error}")
         gallery.save(run, pixels)
 
     def training(self, num_steps: int, pixels: dict[str, np.ndarray]) -> tuple[int, list[Picture]]:
-        """Return a step, counted from 1, and its first images as they went into the model: cropped, mixed, erased.
+        """Return a step (counted from 1) and its first images as the model saw them: cropped, mixed, erased.
 
-        It is the first step of the last of `num_steps`' epochs. Their pixels are put into `pixels` by file name.
+        It is the first step of the last epoch. The images are added to `pixels` by file name.
         """
         order = replace(self.order, num_processes=1, process_index=0, micro_batch_size=NUM_TRAINING)
         index = (num_steps - 1) // order.steps_per_epoch * order.steps_per_epoch
@@ -75,7 +75,7 @@ class ReportPictures:
         return index + 1, pictures[:NUM_TRAINING]
 
     def _loader(self, order: Order) -> TrainLoader:
-        """Return the training images in this process, without cache or workers; the same pixels as in training."""
+        """Return a loader of the training images without cache and workers; its pixels are those of training."""
         transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
         images = Images(self.source.train, train_preparation(self.recipe, self.pre))
         cpu = torch.device("cpu")
@@ -94,9 +94,7 @@ class ReportPictures:
         names = self.source.class_names
         if target.ndim == 0:
             return {names[int(target)]: 1.0}
-        return {
-            names[i]: round(float(target[i]), 4) for i in target.argsort(descending=True) if target[i] > LEAST_SHARE
-        }
+        return {names[i]: round(float(target[i]), 4) for i in target.argsort(descending=True) if target[i] > MIN_SHARE}
 
     def mistakes(self, predictions: Predictions, pixels: dict[str, np.ndarray]) -> list[Picture]:
         """Return the wrongly predicted images with the highest losses, as the model saw them."""
@@ -111,14 +109,17 @@ class ReportPictures:
             used = np.array([row])
             for _, image in images.pixels(np.array([row]), used, []):
                 pixels[file] = image
-            truth = dict.fromkeys(self._named(predictions.labels[index]), 1.0)
-            name, loss = self._name(split, int(used[0])), float(predictions.losses[index])  # a bad image's stand-in
+            truth = dict.fromkeys(self._class_names(predictions.labels[index]), 1.0)
+            name, loss = (
+                self._name(split, int(used[0])),
+                float(predictions.losses[index]),
+            )  # of the substitute if the image is bad
             pictures.append(Picture(file, name, truth, self._scores(predictions, index), loss))
         return pictures
 
     def _scores(self, predictions: Predictions, index: int) -> dict[str, float | None]:
-        """Return what was predicted, with its score; of a multi-label image, that of the class that is farthest off."""
-        named, confidence = self._named(predictions.predicted[index]), float(predictions.confidence[index])
+        """Return the predicted classes with scores; multi-label: only the score of the worst class is known."""
+        named, confidence = self._class_names(predictions.predicted[index]), float(predictions.confidence[index])
         if not predictions.is_multi_label:
             return dict.fromkeys(named, confidence)
         scores: dict[str, float | None] = dict.fromkeys(named)
@@ -129,9 +130,9 @@ class ReportPictures:
             scores[f"{worst} missed:"] = 1 - confidence
         return scores
 
-    def _named(self, answer: Tensor) -> list[str]:
+    def _class_names(self, classes: Tensor) -> list[str]:
         names = self.source.class_names
-        return [names[int(answer)]] if answer.ndim == 0 else [names[int(i)] for i in answer.nonzero().flatten()]
+        return [names[int(classes)]] if classes.ndim == 0 else [names[int(i)] for i in classes.nonzero().flatten()]
 
     @staticmethod
     def _name(split: Split, index: int) -> str:

@@ -1,4 +1,4 @@
-"""What `auto` decided when a run began, read back where the run is resumed: the same rounding, the same split."""
+"""The decisions of `auto` at a run's first start, kept when the run is resumed: same rounding, same micro-batches."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from hf_fasttrain.recipe.resolved import RESOLVED_FILE, Decision, ResolvedSettin
 from hf_fasttrain.recipe.schema import Recipe
 
 MICRO, THREADS, EVAL_BATCH = "accelerate.micro_batch_size", "accelerate.cpu_threads", "evaluate.batch_size"
-SHARED_KEYS = (MICRO, EVAL_BATCH, THREADS)  # what depends on the number of processes
+SHARED_KEYS = (MICRO, EVAL_BATCH, THREADS)  # these depend on the number of processes
 KEPT_KEYS = (*COMPUTE_KEYS, *SHARED_KEYS)
 
 
 @dataclass(frozen=True)
 class FirstStart:
-    """What the machine settings of a run were when it began, why, and on which machine."""
+    """The machine settings at a run's first start with their reasons, and the machine."""
 
     decisions: dict[str, Decision]
-    machine: dict[str, Any] | None  # None: of a version that did not write it down
-    given: frozenset[str] = frozenset()  # keys that the recipe gave
+    machine: dict[str, Any] | None  # None: written by a version that did not record it
+    explicit: frozenset[str] = frozenset()  # keys that the recipe set
 
-    def kept(self, recipe: Recipe) -> Presets | None:
-        """Return the values that hold on, without those that the user gives now; None on another machine.
+    def presets(self, recipe: Recipe) -> Presets | None:
+        """Return the decisions that a resumed run keeps, without keys that the user sets now; None on another machine.
 
-        Where the run did not write its machine down, they are those of a stored tuning.
+        If the run did not record its machine, only those of a stored tuning are kept.
         """
         if self._is_elsewhere():
             return None
@@ -38,31 +38,33 @@ class FirstStart:
         if not is_open(MICRO, flatten(recipe)) or MICRO not in keys:
             keys.discard(EVAL_BATCH)  # it follows from the micro-batch
         if THREADS in keys - self._tuned() and user_threads():
-            keys.discard(THREADS)  # a stored tuning goes before OMP_NUM_THREADS, a rule does not
+            keys.discard(THREADS)  # a stored tuning has priority over OMP_NUM_THREADS, a rule has not
         return Presets({key: self.decisions[key].keep() for key in sorted(keys)})
 
     def note_changes(self, settings: ResolvedSettings) -> None:
-        """Say what is no longer as it was when the run began, though the recipe does not give it."""
+        """Note which settings differ from the first start although the recipe does not set them."""
         if self.machine is None:
             return
         values, now = flatten(settings.recipe), settings.all()
-        left = {key: d.value for key, d in self.decisions.items() if is_open(key, values)}
-        still = [
-            f"{key}={plain(value)}" for key, value in left.items() if key in self.given and now[key].value == value
+        open_keys = {key: d.value for key, d in self.decisions.items() if is_open(key, values)}
+        kept = [
+            f"{key}={plain(value)}"
+            for key, value in open_keys.items()
+            if key in self.explicit and now[key].value == value
         ]
-        if still:
-            settings.note(f"kept as this run began, though the recipe no longer gives it: {', '.join(still)}")
+        if kept:
+            settings.note(f"kept as this run began, though the recipe no longer sets it: {', '.join(kept)}")
         changed = [
             f"{key}={plain(now[key].value)} ({plain(value)} before)"
-            for key, value in left.items()
+            for key, value in open_keys.items()
             if now[key].value != value
         ]
         here = machine_here()
         differs = [f"{name} {self.machine.get(name)}, now {here[name]}" for name in here if self._differs(name)]
         if differs:
-            anew = "what `auto` decides is" if self._is_elsewhere() else "micro-batch and threads are"
+            subject = "`auto` is" if self._is_elsewhere() else "micro-batch and threads are"
             outcome = ", ".join(changed) or "all as it was"
-            settings.note(f"this run began elsewhere ({'; '.join(differs)}): {anew} decided anew: {outcome}")
+            settings.note(f"this run began elsewhere ({'; '.join(differs)}): {subject} decided again: {outcome}")
         elif changed:
             settings.note(f"not as this run began, since the launcher or OMP_NUM_THREADS says so: {', '.join(changed)}")
 
@@ -77,13 +79,13 @@ class FirstStart:
 
 
 def read_first_start(folder: Path) -> FirstStart | None:
-    """Return what a run's resolved.yaml says of how it began, None if there is none."""
+    """Return a run's first start from its resolved.yaml, None if there is no such file."""
     if not (folder / RESOLVED_FILE).exists():
         return None
     found = read_settings(folder)
     decided = {key: s for key, s in found.items() if key in KEPT_KEYS or s.kind == "tuned"}
     decided = {key: setting for key, setting in sorted(decided.items()) if setting.value not in (None, "auto")}
     machine = found[MACHINE].value if MACHINE in found else None
-    given = frozenset(key for key, setting in decided.items() if setting.kind in ("recipe", "override"))
+    explicit = frozenset(key for key, setting in decided.items() if setting.kind in ("recipe", "override"))
     decisions = {key: setting.decision for key, setting in decided.items()}
-    return FirstStart(decisions, machine if isinstance(machine, dict) else None, given)
+    return FirstStart(decisions, machine if isinstance(machine, dict) else None, explicit)

@@ -1,4 +1,4 @@
-"""A recipe's data: opened, its splits told apart, and what was found recorded."""
+"""A recipe's data: opened and checked, with its splits, columns and classes recorded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_fasttrain.utils.errors import DataError
 
 
 def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Source:
-    """Return the data of a recipe, or `dataset` read as the recipe says, and record its splits, columns and classes.
+    """Return the data of a recipe, or `dataset` read with its settings, and record splits, columns and classes.
 
-    Raises DataError, also for a split that has two uses.
+    Raises DataError, also for a split with two uses.
     """
     source = open_source(recipe, dataset)
     _require_unused_splits(source)
     if dataset is not None:
-        settings.record("data.dataset", "handed over in Python")
+        settings.record("data.dataset", "passed as a Python object")
     for key, part in (("data.train_split", source.train), ("data.eval_split", source.evaluation)):
         settings.record(key, *split(name=part.name, images=len(part)))
     for key, name in (("data.image_column", source.columns.image), ("data.label_column", source.columns.label)):
@@ -37,7 +37,7 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
 
 
 def _require_unused_splits(source: Source) -> None:
-    """A test split that was trained on, or chose the best checkpoint, would measure nothing."""
+    """Raise DataError for a split with two uses: a test split must not be trained on or choose the best checkpoint."""
     used = [source.train.name] if source.held_out else [source.train.name, source.evaluation.name]
     if source.test is not None and source.test.name in used:
         raise DataError(f"data.test_split: '{source.test.name}' is trained or evaluated on already; choose another")
@@ -48,9 +48,9 @@ def _require_unused_splits(source: Source) -> None:
 def open_source(
     recipe: Recipe, dataset: Any = None, *, test_split: str | None = None, test_key: str = "data.test_split"
 ) -> Source:
-    """Return the recipe's data set, or `dataset` read as the recipe says; `test_split` replaces the recipe's.
+    """Return the recipe's data set, or `dataset` read with its settings; `test_split` replaces the recipe's.
 
-    `test_key` is what messages call it.
+    `test_key` names its setting in messages.
     """
     data = recipe.data
     return load_source(
@@ -70,7 +70,7 @@ def open_source(
 
 
 def local_settings(recipe: Recipe, dataset: Any) -> list[str]:
-    """Return the keys of paths and objects of this machine: they mean nothing elsewhere, and are nobody's business."""
+    """Return the keys whose values are paths or objects of this machine: meaningless elsewhere, and private."""
     model, data = recipe.model, recipe.data
     name = model.name.removeprefix("transformers:")
     paths = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}

@@ -1,4 +1,4 @@
-"""A recipe becomes a Trainer: its run folder is opened, its parts are put together."""
+"""Builds a Trainer from a recipe: parts, loaders, optimizer, schedule, loss, run folder."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ from hf_fasttrain.from_recipe.resume import read_first_start
 from hf_fasttrain.hub.background import HubWish, Pusher
 from hf_fasttrain.hub.push import require_login
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
-from hf_fasttrain.models.model import (
-    head_names,
-)
+from hf_fasttrain.models.model import head_names
 from hf_fasttrain.models.saved import save_description, save_model
 from hf_fasttrain.recipe.load import load_recipe, output_dir, recipe_text
 from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
@@ -61,13 +59,13 @@ def build_trainer(
     callbacks: Sequence[Any] = (),
     trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
-    """Return the trainer of a recipe, its run folder opened and everything checked; UserErrors otherwise."""
+    """Return the trainer of a recipe, with its run folder created and everything checked. Raises UserError."""
     loaded = load_recipe(recipe, overrides)
     folder = Path(output_dir(loaded))
     if loaded.hub is not None and launched_rank() == 0:
-        require_login(loaded.hub.repo)  # before anything is trained that could not be pushed
+        require_login(loaded.hub.repo)  # before training something that could not be pushed
     first_start = read_first_start(folder) if resume else None
-    parts = build_parts(loaded, dataset=dataset, presets=first_start.kept(loaded) if first_start else None)
+    parts = build_parts(loaded, dataset=dataset, presets=first_start.presets(loaded) if first_start else None)
     open_run_folder(folder, parts.accelerator, resume=resume)
     saved = saved_state(folder) if resume else None
     trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
@@ -81,8 +79,8 @@ def build_trainer(
     return trainer
 
 
-def build_unwritten(parts: Parts, *, keep_pixels: bool = True) -> Trainer:
-    """Return a trainer without a run folder; to see whether everything can be built, without `keep_pixels`."""
+def build_trainer_without_folder(parts: Parts, *, keep_pixels: bool = True) -> Trainer:
+    """Return a trainer that writes no run folder; without `keep_pixels` nothing at all, to check a recipe."""
     return assemble(parts, None, Trainer, keep_pixels=keep_pixels)
 
 
@@ -95,9 +93,9 @@ def assemble(
     saved: dict[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Trainer:
-    """Return the trainer of the parts; without a folder it writes nothing but, with `keep_pixels`, its cache.
+    """Return the trainer of the parts; without a folder it writes nothing but the pixel cache (with `keep_pixels`).
 
-    `saved` are the plain values of the checkpoint that will be resumed: trackers go on in their old runs.
+    `saved` are the plain values of the checkpoint to resume from: trackers continue their old runs.
     """
     recipe, settings, accelerator, source = parts.recipe, parts.settings, parts.accelerator, parts.source
     num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
@@ -108,12 +106,12 @@ def assemble(
     data_set = settings.record("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
     best, stopping = _watches(parts)
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
-    make = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
-    eval_batch = _eval_batch_size(parts, make.workers)
+    loaders = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
+    eval_batch = _eval_batch_size(parts, loaders.workers)
     evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.order.steps_per_epoch))
     trainer = trainer_class(
         model=parts.model,
-        train_loader=make.training(source.train, parts.order, num_steps, spec.num_classes),
+        train_loader=loaders.train_loader(source.train, parts.order, num_steps, spec.num_classes),
         optimizer=_optimizer(parts),
         duration=recipe.train.duration,
         accelerator=accelerator,
@@ -122,8 +120,8 @@ def assemble(
         schedule=_schedule(parts, num_steps),
         clip_norm=recipe.optimizer.clip_norm,
         ema=_moving_average(parts),
-        eval_loader=make.evaluating(source.evaluation, eval_batch, passes=evaluations),
-        test_loader=make.evaluating(source.test, eval_batch) if source.test else None,
+        eval_loader=loaders.eval_loader(source.evaluation, eval_batch, passes=evaluations),
+        test_loader=loaders.eval_loader(source.test, eval_batch) if source.test else None,
         evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
         evaluate_every=recipe.evaluate.every,
         best=best,
@@ -145,19 +143,19 @@ def assemble(
     )
     if folder and (publish := _publish(parts, folder, log)):
         trainer.publish_by(publish)
-    parts.kept_pixels = make.planner.memory_bytes
-    trainer.reserved_memory = parts.kept_pixels + make.workers * WORKER_BYTES * local_processes()
+    parts.kept_pixels = loaders.planner.memory_bytes
+    trainer.reserved_memory = parts.kept_pixels + loaders.workers * WORKER_BYTES * local_processes()
     return trainer
 
 
 def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
-    """Make the run folder, and hold it for this run.
+    """Create the run folder and lock it.
 
-    Raises RunError if it holds a run already and `resume` is not asked for, if another run is training in it, or if it
-    can't be written to.
+    Raises RunError if it holds a run and `resume` is False, if another process is training in it, or if it can't be
+    written to.
     """
     require_free(folder, resume=resume)
-    Processes(accelerator).wait()  # nobody writes before everybody has looked
+    Processes(accelerator).wait()  # no process writes before all have checked
     lock_run(folder)
 
 
@@ -169,31 +167,31 @@ def _describe_run(folder: Path, settings: ResolvedSettings) -> None:
 
 
 def _moving_average(parts: Parts) -> Ema | None:
-    """Return the moving average that the recipe asks for, compiled if the model is: it is what is evaluated."""
+    """Return the recipe's moving average, None without one; compiled like the model, since it is evaluated."""
     section = parts.recipe.ema
     if section is None:
         return None
     ema = Ema(parts.model, section.decay, warmup=section.warmup)
     if parts.recipe.accelerate.compile is True:
-        ema.module.compile(dynamic=False)  # a copy of a compiled model is not
+        ema.module.compile(dynamic=False)  # a copy of a compiled model is not compiled
     return ema
 
 
 def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
-    """Return what chooses the best evaluation, and what stops training early if the recipe asks for that."""
+    """Return the watched metrics of the best checkpoint and of early stopping (None if the recipe has none)."""
     best, stopping = parts.recipe.checkpoint.best, parts.recipe.early_stopping
     watches = [("checkpoint.best.mode", best.mode, Watch(best.metric, best.mode))]
     if stopping:
         patience = stopping.patience.to_steps(parts.order.steps_per_epoch)
         watches.append(("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience)))
-    for key, given, watch in watches:
-        if given == "auto":
+    for key, mode, watch in watches:
+        if mode == "auto":
             decide(parts.settings, key, watch=watch)
     return watches[0][2], watches[1][2] if stopping else None
 
 
 def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
-    """Return what makes a report of the run and pushes it, as far as the recipe asks for it."""
+    """Return the callback that writes the report and pushes the run, None if the recipe has neither."""
     recipe, spec = parts.recipe, parts.spec
     show, pusher = None, None
     if recipe.log.report:
@@ -213,16 +211,16 @@ def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
 
 
 def _push_options(hub: HubSection, steps_per_epoch: int, *, on_cpu: bool) -> HubWish:
-    """Return a recipe's push with its duration in steps and its waiting in seconds.
+    """Return a recipe's push options, with durations in steps and seconds.
 
-    Where training needs the processor's cores itself, uploads have a tenth of the time.
+    If training itself needs the CPU's cores, uploads run for at most a tenth of the time.
     """
     every = hub.every.to_steps(steps_per_epoch) if isinstance(hub.every, Duration) else hub.every
     return HubWish(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count, rest=9.0 if on_cpu else 0.0)
 
 
 def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = True) -> Loaders:
-    """Return what makes the loaders of the parts."""
+    """Return the builder of the parts' loaders."""
     pre = parts.spec.preprocessing
     assert pre is not None
     needed = parts.forecast.needed(parts.order.micro_batch_size) if parts.forecast else 0
@@ -234,7 +232,7 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
 
 
 def _bytes_of_slots(parts: Parts) -> int:
-    """Return the shared memory of the loaders' batches on the host that is not in the forecast."""
+    """Return the shared memory of the loaders' batches on the host that the forecast does not include."""
     workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
     sizes = [_planned_eval_batch(parts)]
     if parts.forecast is None:
@@ -244,17 +242,17 @@ def _bytes_of_slots(parts: Parts) -> int:
 
 
 def build_train_loader(parts: Parts) -> TrainLoader:
-    """Return the training images of the parts alone, as `Trainer.fit` gets them; to measure or to look at them."""
+    """Return only the training loader, as `Trainer.fit` uses it, to measure or inspect it."""
     bad_images = BadImages(None, parts.recipe.data.max_bad_fraction, parts.settings.note)
     num_steps = parts.recipe.train.duration.to_steps(parts.order.steps_per_epoch)
     loaders = build_loaders(parts, bad_images)
-    return loaders.training(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
+    return loaders.train_loader(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
 
 
 def _planned_eval_batch(parts: Parts) -> int:
-    """Return how many images evaluation takes at once if memory is enough."""
-    given = parts.recipe.evaluate.batch_size
-    return evaluation_batch_size(micro_batch_size=parts.order.micro_batch_size).value if given == "auto" else given
+    """Return the batch size of evaluation if memory suffices."""
+    size = parts.recipe.evaluate.batch_size
+    return evaluation_batch_size(micro_batch_size=parts.order.micro_batch_size).value if size == "auto" else size
 
 
 def _eval_batch_size(parts: Parts, workers: int) -> int:
@@ -318,12 +316,14 @@ def _loss(parts: Parts) -> ClassificationLoss:
 
 
 def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Tracking | None:
-    """Start the trackers asked for, and return what feeds them."""
+    """Start the recipe's trackers and return them, None if there are none."""
     log, accelerator = parts.recipe.log, parts.accelerator
     if not log.trackers:
         return None
     config = {
-        k: str(f.value) for k, f in parts.settings.all().items() if isinstance(f.value, str | int | float | bool | list)
+        key: str(setting.value)
+        for key, setting in parts.settings.all().items()
+        if isinstance(setting.value, str | int | float | bool | list)
     }
     ids = {name: run for name, run in saved.get("trackers", {}).items() if name in log.trackers}
     sent = last_steps(folder) if saved else {}

@@ -1,4 +1,4 @@
-"""What `hf-fasttrain tune` found out, kept for `auto`: machine settings by machine, versions, model and step."""
+"""Stored tunings: the results of `hf-fasttrain tune`, used by `auto` on the same machine, versions, model and data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 from hf_fasttrain.utils.files import read_json, write_json
 
-# Settings that hold for any number of processes, and those that were measured for one process and its data.
+# Settings that are valid for any number of processes.
 COMPUTE_KEYS = (
     "accelerate.mixed_precision",
     "accelerate.channels_last",
@@ -26,35 +26,36 @@ COMPUTE_KEYS = (
     "accelerate.matmul_precision",
     "accelerate.conv_precision",
 )
-ALONE_KEYS = ("accelerate.micro_batch_size", "accelerate.cpu_threads")
+# Settings that were measured with one process and its data.
+SINGLE_PROCESS_KEYS = ("accelerate.micro_batch_size", "accelerate.cpu_threads")
 LONG_KEYS = (
     "accelerate.compile",
     "data.cache",
-)  # what costs time first, and pays in a training as long as the tuned one
+)  # these cost time at first, and pay off in a training as long as the tuned one
 LOADER_KEYS = ("data.workers", "data.cache", "data.pin_memory")
-TUNED_KEYS = (*COMPUTE_KEYS, *ALONE_KEYS, *LOADER_KEYS)
-VERSIONS = ("python", "hf_fasttrain", "torch", "torchvision", "timm", "transformers")  # those that decide speed
+TUNED_KEYS = (*COMPUTE_KEYS, *SINGLE_PROCESS_KEYS, *LOADER_KEYS)
+VERSIONS = ("python", "hf_fasttrain", "torch", "torchvision", "timm", "transformers")  # packages that affect speed
 
 
 @dataclass(frozen=True)
 class Presets:
-    """What is decided for keys that a recipe leaves to `auto`, before any rule: by a tuning, or a run's first start."""
+    """Decisions that have priority over the rules of `auto`: of a stored tuning, or of a run's first start."""
 
     decisions: dict[str, Decision] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured, and for what: a tuning is used where `machine`, `versions` and `model` are the same."""
+    """A measured tuning; it is used if `machine`, `versions`, `model` and `data` are the same."""
 
     machine: dict[str, Any]  # processor, cores, device
     versions: dict[str, str]
     model: dict[str, Any]  # the recipe's model section, image size and images per step
-    data: dict[str, Any]  # the data set and what is done to its images: the loader's settings depend on it
+    data: dict[str, Any]  # the data set and its preprocessing: the loader's settings depend on them
     values: dict[str, Any]  # dotted machine key -> value
     date: str
     images_per_second: float
-    duration: str  # of the training that it was forecast for
+    duration: str  # of the training that the tuning was optimised for
 
 
 def tunings_dir() -> Path:
@@ -63,7 +64,7 @@ def tunings_dir() -> Path:
 
 
 def store_tuning(tuning: Tuning) -> Path:
-    """Write a tuning over an earlier one of the same machine, versions, model and data; OSError if it can't be."""
+    """Write a tuning, replacing one of the same machine, versions, model and data. Raises OSError."""
     path = _path(tuning.machine, tuning.versions, tuning.model, tuning.data)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(tuning))
@@ -74,10 +75,10 @@ def find_tuning(
     machine: dict[str, Any], versions: dict[str, str], model: dict[str, Any], data: dict[str, Any]
 ) -> Tuning | None:
     """Return the stored tuning of the same machine, versions, model and data, None if there is none."""
-    found = read_json(_path(machine, versions, model, data))
+    values = read_json(_path(machine, versions, model, data))
     try:
-        tuning = Tuning(**found)
-    except TypeError:  # none, or of another version
+        tuning = Tuning(**values)
+    except TypeError:  # missing, or of another version
         return None
     return tuning if isinstance(tuning.values, dict) else None
 
@@ -91,14 +92,14 @@ def _path(*parts: dict[str, Any]) -> Path:
 
 
 def stored_tuning(recipe: Recipe) -> Presets:
-    """Return what a stored tuning decides for a recipe here and now; nothing if there is none."""
-    tuning = find_tuning(*circumstances(recipe))
+    """Return the stored tuning's decisions for a recipe on this machine; empty presets if there is none."""
+    tuning = find_tuning(*tuning_key(recipe))
     if tuning is None:
         return Presets()
-    one = num_processes() == 1
+    is_alone = num_processes() == 1
     tuned, duration = Duration.parse(tuning.duration), recipe.train.duration
     as_long = duration.unit == tuned.unit and duration.count >= tuned.count
-    unusable = {*(() if one else (*ALONE_KEYS, *LOADER_KEYS)), *(() if as_long else LONG_KEYS)}
+    unusable = {*(() if is_alone else (*SINGLE_PROCESS_KEYS, *LOADER_KEYS)), *(() if as_long else LONG_KEYS)}
     values = {key: value for key, value in tuning.values.items() if key not in unusable}
     return Presets({key: Decision(value, f"{TUNED} {tuning.date}", "tuned") for key, value in values.items()})
 
@@ -112,8 +113,8 @@ def machine_here() -> dict[str, Any]:
     }
 
 
-def circumstances(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, Any]]:
-    """Return machine, versions, model and data, by which tunings are found again."""
+def tuning_key(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, Any]]:
+    """Return machine, versions, model and data, by which a tuning is stored and found."""
     machine = {key: value for key, value in machine_here().items() if key != "processes"}
     versions = {name: version for name, version in describe_versions().items() if name in VERSIONS}
     model = recipe.model.model_dump(mode="json", exclude={"pretrained", "drop_path", "trust_remote_code"})

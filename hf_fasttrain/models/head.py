@@ -1,4 +1,4 @@
-"""The classification head: found in a model, kept where its classes are the data set's, else begun at zero."""
+"""The classification head: found in a model, kept if its classes are those of the data set, else zero-initialised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HeadChoice = Literal["auto", "keep", "new"]
 
 
 def timm_head_names(model: nn.Module) -> list[str]:
-    """Return the prefixes of the head's parameters as timm's configuration lists them, else found by shape."""
+    """Return the prefixes of the head's parameters from timm's configuration, or else by shape."""
     config: Any = getattr(model, "default_cfg", None) or {}
     listed = config.get("classifier")
     names = [listed] if isinstance(listed, str) else list(listed or ())
@@ -29,8 +29,8 @@ def timm_head_names(model: nn.Module) -> list[str]:
 def transformers_head_names(model: nn.Module) -> list[str]:
     """Return the prefixes of the head's parameters in a classifier of transformers.
 
-    Its classes call the head classifier, head, fc, dist_head and more. It is what stands beside the base model and
-    gives one number for each class.
+    Heads are called classifier, head, fc, dist_head and more. The head is a module beside the base model with one
+    output for each class.
     """
     if isinstance(inner := getattr(model, "timm_model", None), nn.Module):
         return [f"timm_model.{name}" for name in timm_head_names(inner)]
@@ -38,13 +38,13 @@ def transformers_head_names(model: nn.Module) -> list[str]:
     base = getattr(model, "base_model", model)
     beside = [(name, child) for name, child in model.named_children() if child is not base]
     found = [name for name, child in beside if _output_layer(child, num_classes) is not None]
-    if base is model:  # its blocks stand beside each other, the head last
+    if base is model:  # no base model: the head is the last module
         found = found[-1:]
     return found or _last_layer_of(model, num_classes)
 
 
 def output_layers(model: nn.Module, head_names: Iterable[str], num_classes: int) -> list[str]:
-    """Return the names of the layers that give the logits: the last one with `num_classes` outputs of each head."""
+    """Return the names of the layers that compute the logits: the last one with `num_classes` outputs of each head."""
     modules = dict(model.named_modules())
     found = {name: _output_layer(modules[name], num_classes) for name in head_names if name in modules}
     return [".".join(filter(None, (name, inner))) for name, inner in found.items() if inner is not None]
@@ -65,12 +65,12 @@ def _output_layer(module: nn.Module, num_classes: int) -> str | None:
     return found
 
 
-# --- keeping or beginning anew -----------------------------------------------------------------------------
+# --- keep or replace -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from: how messages call it, its class names and its model's name, None if it has none."""
+    """The origin of weights: its name in messages, its class names and its architecture, None if unknown."""
 
     name: str
     class_names: Sequence[str] | None = None
@@ -79,11 +79,11 @@ class Source:
 
 @torch.no_grad()
 def zero_output_layers(model: nn.Module, layers: Iterable[str]) -> None:
-    """Set output layers to zero, so that all classes are equally likely at first.
+    """Initialise output layers with zeros, so that all classes are equally likely at first.
 
-    The first loss is that of uniform logits whatever the features' size, the number of classes and the loss, and needs
-    no random numbers. The first step moves the head alone, towards the classes' mean features; a random head would
-    send noise through the pretrained weights until then.
+    The first loss is that of uniform logits, for any feature size, number of classes and loss, without random numbers.
+    The first step changes only the head, towards the classes' mean features; a random head would backpropagate noise
+    into the pretrained weights at first.
     """
     for name in layers:
         for parameter in model.get_submodule(name).parameters(recurse=False):
@@ -91,9 +91,9 @@ def zero_output_layers(model: nn.Module, layers: Iterable[str]) -> None:
 
 
 def class_order(theirs: Sequence[str] | None, ours: Sequence[str]) -> list[int] | None:
-    """Return for each of our classes its row in the weights' head; None unless both have the same names.
+    """Return for each of our classes its row in the weights' head; None unless both have the same class names.
 
-    Names that mean the same are the same: Rose and rose, 7 and 07.
+    Spellings are matched: Rose and rose, 7 and 07.
     """
     if theirs is None or len(theirs) != len(ours):
         return None
@@ -103,41 +103,41 @@ def class_order(theirs: Sequence[str] | None, ours: Sequence[str]) -> list[int] 
     return [matched.numbers[name] for name in ours]
 
 
-def keeps_head(wish: HeadChoice, source: Source, class_names: Sequence[str], *, fits: bool, found: str) -> bool:
-    """Return whether a head of weights is kept; ModelError if model.head=keep asks for what can't be.
+def keeps_head(choice: HeadChoice, source: Source, class_names: Sequence[str], *, fits: bool, found: str) -> bool:
+    """Return whether the head of weights is kept. Raises ModelError if model.head=keep is impossible.
 
-    `fits` is whether the shapes agree, `found` what the weights have in the head's place.
+    `fits`: whether the shapes agree; `found`: the head in the weights, as text for the message.
     """
-    if wish == "keep" and not fits:
+    if choice == "keep" and not fits:
         raise ModelError(
             f"model.head=keep: {source.name} has {found}, the data set has {len(class_names)} classes; set model.head "
-            "to auto or new, or take weights of these classes"
+            "to auto or new, or give weights for these classes"
         )
-    return wish == "keep" or (wish == "auto" and fits and class_order(source.class_names, class_names) is not None)
+    return choice == "keep" or (choice == "auto" and fits and class_order(source.class_names, class_names) is not None)
 
 
 @torch.no_grad()
 def reorder_classes(weights: dict[str, Tensor], names: Iterable[str], order: Sequence[int] | None) -> None:
-    """Bring the rows of a head's tensors into another order of the classes, if there is one."""
+    """Reorder the rows of a head's tensors in place; None: they stay."""
     for name in names if order is not None else ():
         assert order is not None
         weights[name] = weights[name][list(order)]
 
 
 def kept_note(source: Source, class_names: Sequence[str]) -> str:
-    """Return what to say of a head that is kept."""
+    """Return the note on a head that is kept."""
     order = class_order(source.class_names, class_names)
     if order is not None:
         renamed = match_names(class_names, source.class_names or ()).describe()
         written = f", written differently ({renamed})" if renamed else ""
-        moved = "" if order == sorted(order) else ", in another order: its rows are moved"
+        moved = "" if order == sorted(order) else ", in another order: its rows are reordered"
         return f"model.head: kept, because {source.name} has the same class names{written}{moved}"
     why = _why_not_same(source, class_names)
     return f"model.head=keep: kept, though {why}; output 0 now means '{class_names[0]}', and so on"
 
 
 def new_note(
-    wish: HeadChoice,
+    choice: HeadChoice,
     source: Source,
     class_names: Sequence[str],
     new: Sequence[str],
@@ -146,17 +146,17 @@ def new_note(
     fits: bool,
     found: str,
 ) -> str:
-    """Return what to say of a head that begins at zero; `new` names those of a model's tensors that were not loaded.
+    """Return the note on a new head; `new` names the model's tensors that were not loaded.
 
-    `fits` is whether the head that was `found` in the weights could have been kept.
+    `fits`: whether the head that was `found` in the weights could have been kept.
     """
-    unnamed = source.class_names is None
+    is_unnamed = source.class_names is None
     why = f"because {_why_not_same(source, class_names)}"
-    if wish == "new":
-        why = "as model.head=new asks for"
-    elif unnamed and not fits:
+    if choice == "new":
+        why = "since model.head=new"
+    elif is_unnamed and not fits:
         why = f"because {source.name} has {found}, the data set has {len(class_names):,} classes"
-    hint = "; model.head=keep takes it over as it is" if wish == "auto" and unnamed and fits else ""
+    hint = "; model.head=keep keeps it as it is" if choice == "auto" and is_unnamed and fits else ""
     return f"model.head: new, all zeros, {why}: {share_of(new, tensors)} not loaded{hint}"
 
 
@@ -171,7 +171,7 @@ def _why_not_same(source: Source, class_names: Sequence[str]) -> str:
 
 
 def share_of(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
-    """Return how many of a model's tensors are listed, their share of its numbers, and their names, as text."""
+    """Return the number of listed tensors, their share of the model's weights, and their names, as text."""
     share = sum(tensors[name].numel() for name in names) / max(1, sum(tensor.numel() for tensor in tensors.values()))
     percent = f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
     return f"{len(names)} of {len(tensors)} tensors ({percent} of the weights: {shortened(names, 4)})"

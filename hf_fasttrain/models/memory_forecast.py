@@ -1,4 +1,4 @@
-"""How much memory training will take: forecast from forwards of two and three images, before anything is trained."""
+"""Forecast of the memory of a training, measured by forward passes of two and three images before it starts."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fasttrain.models.model import batch_norms, set_train_mode
-from hf_fasttrain.models.side_effects import random_states_kept, unchanged
+from hf_fasttrain.models.side_effects import preserved_state, seeded_random_states
 
 # An operation's inputs and outputs count twice: backward has their gradients, oneDNN and the heap copies of them.
 # With this the forecast came within 15 % of the peaks of ten models (benchmarks/memory_forecast.py).
 WORKSPACES = 2
-IMAGES_AT_224 = 64  # images of 224 px that fill a CPU: larger micro-batches are no faster
-WORKER_BYTES = 150 << 20  # of its own that a loader process takes, beside what it shares with training
+IMAGES_AT_224 = 64  # images of 224 px: larger micro-batches are not faster on a CPU
+WORKER_BYTES = 150 << 20  # private memory of a loader process
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward and backward need beside parameters and buffers."""
+    """Bytes that a forward and backward pass needs in addition to parameters and buffers."""
 
     fixed: int  # kept for backward whatever the number of images, such as autocast's copies of weights
     per_image: int  # kept for backward
     workspace_per_image: int  # while the largest operation runs
 
     def of(self, images: int) -> int:
-        """Return the bytes that a forward and backward of so many images take at once."""
+        """Return the bytes of a forward and backward pass with a number of images."""
         return self.fixed + images * (self.per_image + self.workspace_per_image)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training process will have in memory at most, beside what it has already; all in bytes."""
+    """Forecast of a training process's memory, in bytes."""
 
-    resident: int  # what the process has now: libraries, data, weights and buffers
-    weights: int  # and buffers; in `resident`, unless they are on a GPU
+    resident: int  # used already: libraries, data, weights and buffers
+    weights: int  # and buffers; part of `resident`, unless they are on a GPU
     gradients: int
     optimizer: int
     average: int  # the moving average
@@ -50,29 +50,29 @@ class Forecast:
     workers: int  # loader processes of this process
     device: str = "cpu"
 
-    def to_come(self, images: int) -> int:
-        """Return what this process takes yet, with micro-batches of so many images."""
+    def additional(self, images: int) -> int:
+        """Return the bytes that this process will still allocate, with micro-batches of `images`."""
         state = self.gradients + self.optimizer + self.average
         return state + self.activations.of(images) + images * self.batch_per_image
 
     def needed(self, images: int) -> int:
-        """Return what this process and its loader processes take yet."""
-        return self.to_come(images) + self.workers * WORKER_BYTES
+        """Return the bytes that this process and its loader processes will still allocate."""
+        return self.additional(images) + self.workers * WORKER_BYTES
 
     def peak(self, images: int) -> int:
-        """Return the most that this process will have."""
-        return self.resident + self.to_come(images)
+        """Return the peak memory of this process."""
+        return self.resident + self.additional(images)
 
     def largest(self, budget: int) -> int:
-        """Return the largest number of images for which `budget` is enough, 0 if it is not even for one."""
+        """Return the largest number of images that fit into `budget`, 0 if not even one does."""
         per_image = self.needed(1) - self.needed(0)
         return max(0, (budget - self.needed(0)) // max(1, per_image))
 
     def rows(self, images: int) -> list[tuple[str, int]]:
-        """Return the parts of the peak with micro-batches of so many images: what, bytes."""
+        """Return (description, bytes) of each part of the peak with micro-batches of `images`."""
         on_host = self.device == "cpu"
         return [
-            ("libraries, data and what else is there now", self.resident - (self.weights if on_host else 0)),
+            ("libraries, data and other memory in use now", self.resident - (self.weights if on_host else 0)),
             ("weights and buffers", self.weights),
             ("gradients", self.gradients),
             ("state of the optimizer", self.optimizer),
@@ -98,58 +98,60 @@ def measure_activations(
     autocast: Autocast,
     channels_last: bool = False,
 ) -> Activations:
-    """Return what the model keeps for backward, by forwards of two and of three noise images in training mode.
+    """Return the model's activation memory, from forward passes of two and three noise images in training mode.
 
-    The difference of the two is an image's part; what is left over does not grow. Modes, buffers, attributes and random
-    states are put back, nothing is compiled, and no gradient is computed.
+    Their difference is the part of one image; the rest is constant. Modes, buffers, attributes and random states are
+    restored, nothing is compiled, and no gradient is computed.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    found = []
-    with random_states_kept(device, seed=0), unchanged(model):
+    meters = []
+    with seeded_random_states(device, seed=0), preserved_state(model):
         set_train_mode(model, batch_norms(model))
         for number in (2, 3):
             images = torch.randn(number, 3, image_size, image_size, device=device).contiguous(memory_format=layout)
             targets = torch.full((number, num_classes), 1 / num_classes, device=device)
-            with _Tally(model) as tally:
+            with _ActivationMeter(model) as meter:
                 with autocast():
                     logits = model.forward(images)
                 loss = F.cross_entropy(logits.float(), targets)
-            found.append(tally)
+            meters.append(meter)
             del logits, loss
-    two, three = (tally.kept_bytes for tally in found)
+    two, three = (meter.kept_bytes for meter in meters)
     per_image = max(0, three - two)
-    workspace = WORKSPACES * max(found[0].largest, found[0].segment) // 2
+    workspace = WORKSPACES * max(meters[0].largest, meters[0].segment) // 2
     return Activations(max(0, two - 2 * per_image), per_image, workspace)
 
 
 def evaluation_bytes(model: nn.Module, image_size: int, device: torch.device, autocast: Autocast = nullcontext) -> int:
-    """Return the bytes that an image takes in a forward without backward: the largest operation's workspace.
+    """Return the bytes per image of a forward pass without backward: the workspace of the largest operation.
 
-    Modes, buffers and attributes of the model are put back, and nothing is compiled.
+    Modes, buffers and attributes of the model are restored, and nothing is compiled.
     """
-    tally = _Tally(model)
-    with unchanged(model), torch.inference_mode(), autocast(), tally:
+    meter = _ActivationMeter(model)
+    with preserved_state(model), torch.inference_mode(), autocast(), meter:
         model.eval()
         model.forward(torch.zeros(1, 3, image_size, image_size, device=device))
-    return WORKSPACES * tally.largest
+    return WORKSPACES * meter.largest
 
 
-class _Tally:
-    """Adds up the storages that autograd keeps in a forward, each once, and notes the largest operation's tensors."""
+class _ActivationMeter:
+    """Adds up the storages that autograd saves in a forward pass, each once, and records the largest operation."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.largest = 0  # bytes of inputs and outputs of a module without children
-        self.segment = 0  # bytes computed at a stretch without anything being kept, as checkpointed layers do
-        self._at_a_stretch = 0
+        self.segment = 0  # bytes computed in a row with nothing saved, as checkpointed layers do
+        self._unsaved = 0
         self._kept: dict[int, int] = {}
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+        self._model_storages = {
+            tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]
+        }
 
     @property
     def kept_bytes(self) -> int:
         return sum(self._kept.values())
 
-    def __enter__(self) -> _Tally:
+    def __enter__(self) -> _ActivationMeter:
         leaves = [module for module in self.model.modules() if next(module.children(), None) is None]
         self._hooks = [leaf.register_forward_hook(self._look, with_kwargs=True) for leaf in leaves]
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
@@ -163,18 +165,18 @@ class _Tally:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._at_a_stretch = 0
-        if storage.data_ptr() not in self._own:
+        self._unsaved = 0
+        if storage.data_ptr() not in self._model_storages:
             self._kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself it would hold the graph that holds it
+        return tensor.detach()  # without detach it would keep the graph alive that keeps it alive
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         outputs = _tensors([output])
         sizes = _nbytes(outputs)
         self.largest = max(self.largest, _nbytes(_tensors([args, kwargs])) + sizes)
         if any(tensor.requires_grad for tensor in outputs):
-            self._at_a_stretch += sizes
-            self.segment = max(self.segment, self._at_a_stretch)
+            self._unsaved += sizes
+            self.segment = max(self.segment, self._unsaved)
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
@@ -196,16 +198,16 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
 # --- the rule ----------------------------------------------------------------------------------------------
 
 
-def most_images(image_size: int) -> int:
-    """Return the even number of images that fill a CPU: 64 of 224 px, as many pixels of another size."""
+def images_that_fill_cpu(image_size: int) -> int:
+    """Return the even number of images that fill a CPU: 64 of 224 px, or as many pixels of another size."""
     return max(2, 2 * round(IMAGES_AT_224 * (224 / image_size) ** 2 / 2))
 
 
-def equal_pieces(images: int, largest: int) -> int:
-    """Return the even size of the fewest equal pieces of a step's images that hold at most `largest` each.
+def equal_micro_batch_size(images: int, largest: int) -> int:
+    """Return the even size of the fewest equal micro-batches of a step's images with at most `largest` images each.
 
-    Mixing pairs neighbours, so that pieces are even; the last one may have an image less, and where no number of
-    equal pieces below twice the fewest is to be had (of 254 images, 127 pairs), it is shorter.
+    Mixing pairs neighbours, so sizes are even; the last micro-batch may have one image less, and is shorter if no
+    number of equal ones below twice the fewest exists (254 images are 127 pairs, a prime).
     """
     pairs = (images + 1) // 2
     fewest = -(-pairs // max(1, largest // 2))

@@ -1,4 +1,4 @@
-"""Image classifiers of timm and transformers: built, started from weights, prepared for training."""
+"""Image classifiers of timm and transformers: built, loaded with weights, prepared for training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.models.head import HeadChoice, Source, output_layers, timm_head_names, transformers_head_names
-from hf_fasttrain.models.pretrained import Head, Note, settle_published_head, start_from
+from hf_fasttrain.models.pretrained import Head, Note, adapt_published_head, load_pretrained
 from hf_fasttrain.models.transformers_model import (
     TransformersClassifier,
     build_classifier,
@@ -50,7 +50,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that is needed to build the same model again."""
+    """Everything that is needed to build the model again."""
 
     name: str
     class_names: list[str]
@@ -73,7 +73,7 @@ class ModelSpec:
         return self.name.startswith("transformers:")
 
 
-# What would load weights, or run code, from elsewhere than the recipe says; a recipe may be somebody else's.
+# Arguments that would load weights or run code from elsewhere; a recipe may be somebody else's.
 NOT_IN_ARGS = {
     "adapter_kwargs", "allow_all_kernels", "cache_dir", "checkpoint_path", "code_revision", "config", "device_map",
     "ignore_mismatched_sizes", "local_files_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
@@ -83,13 +83,13 @@ NOT_IN_ARGS = {
 
 
 def _require_plain_args(spec: ModelSpec) -> None:
-    """Raise ModelError for arguments that are not the architecture's."""
+    """Raise ModelError for arguments that do not belong to the architecture."""
     wrong = sorted(set(spec.args) & NOT_IN_ARGS)
-    if "/" in str(spec.args.get("attn_implementation", "")):  # a kernel of the Hub
+    if "/" in str(spec.args.get("attn_implementation", "")):  # a kernel from the Hub
         wrong.append("attn_implementation")
     if wrong:
         raise ModelError(
-            f"model.args: {', '.join(wrong)} would load something else than the recipe says; leave it out "
+            f"model.args: {', '.join(wrong)} would load something else than the recipe says; remove it "
             "(weights: model.pretrained; a model's own code: model.trust_remote_code)"
         )
 
@@ -99,9 +99,9 @@ def build_model(
 ) -> nn.Module:
     """Return the model, in fp32 on the CPU, with a head for the spec's classes.
 
-    `pretrained` is False, True for the weights published with the name, or a local folder or file of weights. Their
-    head is kept where it is for the same class names (`head` auto), always (keep) or never (new); else it begins at
-    zero, which `note` is told. Position embeddings are resized. Any other misfit is a ModelError.
+    `pretrained` is False, True for the published weights of the name, or a local folder or file of weights. Their head
+    is kept if it has the same class names (`head` auto), always (keep) or never (new); otherwise the head is
+    zero-initialised, with a `note`. Position embeddings are resized. Any other misfit raises ModelError.
     """
     _require_plain_args(spec)
     if spec.is_transformers:
@@ -112,16 +112,16 @@ def build_model(
     target = Head(head_names(model), _output_layers(model, spec), spec.class_names, head)
     if isinstance(pretrained, str):
         weights, source, _ = _read(pretrained)
-        start_from(model, weights, source, target, note)
+        load_pretrained(model, weights, source, target, note)
     elif pretrained:
-        settle_published_head(model, _published(model), target, note, loaded=_has_published_head(model, spec))
+        adapt_published_head(model, _published(model), target, note, loaded=_has_published_head(model, spec))
     return model
 
 
-def _read(place: str) -> tuple[dict[str, Tensor], Source, Path]:
-    """Return the weights at a place, what they are, and the folder that they lie in."""
-    path = weights_file(place)
-    source = Source(place, class_names_of(place, path), architecture_of(place, path))
+def _read(location: str) -> tuple[dict[str, Tensor], Source, Path]:
+    """Return the weights of a path or Hub URL, their source, and their folder."""
+    path = weights_file(location)
+    source = Source(location, class_names_of(location, path), architecture_of(location, path))
     return read_weights(path), source, path.parent
 
 
@@ -133,7 +133,7 @@ def _output_layers(model: nn.Module, spec: ModelSpec) -> list[str]:
 
 
 def timm_name(name: str) -> str:
-    """Return what `timm.create_model` calls a recipe's model: a name, ``hf-hub:...`` or ``local-dir:...``."""
+    """Return the name of a recipe's model for `timm.create_model`: plain, ``hf-hub:...`` or ``local-dir:...``."""
     import timm
 
     if name.startswith("hf-hub:"):
@@ -152,7 +152,7 @@ def timm_name(name: str) -> str:
     known = [*timm.list_models(), *timm.list_models(pretrained=True)]
     if "/" in name:
         raise ModelError(
-            f"model.name: '{name}' is no timm model; write timm/{name.split('/')[-1]} for timm's on the Hub, "
+            f"model.name: '{name}' is not a timm model; write timm/{name.split('/')[-1]} for timm's on the Hub, "
             f"or transformers:{name} for one of transformers"
         )
     raise ModelError(f"model.name: timm {timm.__version__} has no model '{name}'.{nearest(name, known)}")
@@ -181,19 +181,19 @@ def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 
 def _published(model: nn.Module) -> Source:
-    """Return what timm has loaded into a model."""
+    """Return the source of the weights that timm has loaded into a model."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return Source("the published model", names_in(config))
 
 
 def _has_published_head(model: nn.Module, spec: ModelSpec) -> bool:
-    """Return whether timm has loaded the head too, which it does for the same number of classes."""
+    """Return whether timm has loaded the head too: it does so for the same number of classes."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return bool(config.get("num_classes") == spec.num_classes)
 
 
 def _has_fixed_input_size(name: str) -> bool:
-    """Return whether the model must be told its image size (a ViT), which convolutional ones need not."""
+    """Return whether the model is built for one image size, like a ViT and unlike a convolutional network."""
     import timm
 
     try:
@@ -238,10 +238,10 @@ def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoic
     if isinstance(pretrained, str):
         weights, source, folder = _read(pretrained)
         weights = current_names(spec, inner, without_wrapper(weights, inner), folder)
-        start_from(inner, weights, source, target, note)
+        load_pretrained(inner, weights, source, target, note)
     else:
         weights, source, lacking = published_weights(spec)
-        start_from(inner, weights, source, target, note, drawn=lacking)
+        load_pretrained(inner, weights, source, target, note, absent=lacking)
     return classifier
 
 
@@ -256,7 +256,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Let the head alone require gradients."""
+    """Freeze everything but the head."""
     head = head_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_within(name, head))
@@ -265,7 +265,7 @@ def freeze_backbone(model: nn.Module) -> None:
 
 
 def use_gradient_checkpointing(model: nn.Module) -> None:
-    """Let the model keep fewer activations and compute them again in the backward pass."""
+    """Recompute activations in the backward pass instead of keeping all of them."""
     try:
         if isinstance(model, TransformersClassifier):
             model.model.gradient_checkpointing_enable()  # type: ignore[operator]
@@ -288,9 +288,10 @@ def require_logits(model: nn.Module, spec: ModelSpec) -> None:
             f"{str(error).splitlines()[0]}; change data.image_size or model.args"
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (1, spec.num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
-            f"model {spec.name} with model.args={spec.args} gives {got} instead of (1, {spec.num_classes}) logits"
+            f"model {spec.name} with model.args={spec.args} returns {returned} instead of "
+            f"(1, {spec.num_classes}) logits"
         )
 
 
@@ -300,12 +301,12 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
-    """Return whether a batch norm trains on its batches' statistics: one whose weights are frozen keeps its own."""
+    """Return whether a batch norm uses batch statistics in training; with frozen weights it uses its running ones."""
     return norm.weight is None or bool(norm.weight.requires_grad)
 
 
 def set_train_mode(model: nn.Module, norms: Sequence[nn.Module]) -> None:
-    """Put a model in training mode, but for those of its batch norms that keep their statistics."""
+    """Set training mode, except for batch norms with frozen weights."""
     model.train()
     for norm in norms:
         if not uses_batch_statistics(norm):
@@ -313,9 +314,9 @@ def set_train_mode(model: nn.Module, norms: Sequence[nn.Module]) -> None:
 
 
 def model_preprocessing(model: nn.Module, spec: ModelSpec) -> Preprocessing:
-    """Return the preprocessing that the model was made for, at the spec's image size.
+    """Return the model's preprocessing, at the spec's image size.
 
-    timm: the pretrained configuration; transformers: the image processor beside the model, else ImageNet's.
+    timm: from the pretrained configuration; transformers: from the model's image processor, else ImageNet's.
     """
     if isinstance(model, TransformersClassifier):
         return _processor_preprocessing(spec)

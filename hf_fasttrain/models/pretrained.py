@@ -1,4 +1,4 @@
-"""Weights that training starts from, fitted to the model: the body as it is, the head by its class names."""
+"""Pretrained weights: loaded into a model for other classes or another image size, with a note on what is new."""
 
 from __future__ import annotations
 
@@ -24,101 +24,101 @@ from hf_fasttrain.models.weights import convert, is_within, load_fitting
 from hf_fasttrain.utils.errors import ModelError
 
 Note = Callable[[str], None]
-MOST_PREFIX_TOKENS = 8  # class, distillation and register tokens in a table of positions
+MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens in a position embedding
 
 
 @dataclass(frozen=True)
 class Head:
-    """A model's head: prefixes of its parameters, its output layers, the classes they are for, and what is wished."""
+    """A model's head: prefixes of its parameters, its output layers, its classes, and the recipe's model.head."""
 
     names: Sequence[str]
     layers: Sequence[str]
     class_names: Sequence[str]
-    wish: HeadChoice = "auto"
+    choice: HeadChoice = "auto"
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of the output layers' tensors, whose first dimension is the classes."""
+        """Return the names of the output layers' tensors; their first dimension is the classes."""
         return [name for name in tensors if is_within(name, self.layers)]
 
 
-def start_from(
+def load_pretrained(
     model: nn.Module,
     weights: dict[str, Tensor],
     source: Source,
     head: Head,
     note: Note,
     *,
-    drawn: Sequence[str] = (),
+    absent: Sequence[str] = (),
 ) -> None:
-    """Load weights of the same architecture, perhaps for other classes or another image size, into a model.
+    """Load weights of the same architecture, possibly for other classes or another image size, into a model.
 
-    `drawn` are tensors that the weights never had. What is not loaded is said to `note`. ModelError for weights of
-    another model, and for a head that is to be kept and can't be.
+    `absent` names tensors that the weights lack. `note` gets a message on everything that is not loaded. Raises
+    ModelError for weights of another model, and for a head that can't be kept with model.head=keep.
     """
     _require_output_layers(model, head)
     weights = convert(weights, model)
     own = model.state_dict()
-    for said in resize_positions(weights, own):
-        note(f"model.pretrained: {said}")
+    for message in resize_positions(weights, own):
+        note(f"model.pretrained: {message}")
     outputs = head.outputs(own)
     fits = all(name in weights and weights[name].shape == own[name].shape for name in outputs)
     found = _head_in(weights, outputs)
-    kept = keeps_head(head.wish, source, head.class_names, fits=fits, found=found)
+    kept = keeps_head(head.choice, source, head.class_names, fits=fits, found=found)
     if kept:
         reorder_classes(weights, outputs, class_order(source.class_names, head.class_names))
     new = _drop(weights, own, head, () if kept else head.layers)
-    _require_most(own, [name for name in drawn if name not in new], source)
-    load_fitting(model, weights, source.name, may_lack=[*new, *drawn], architecture=source.architecture)
+    _require_most(own, [name for name in absent if name not in new], source)
+    load_fitting(model, weights, source.name, may_lack=[*new, *absent], architecture=source.architecture)
     if kept:
-        _say_kept(model, source, head, new, note)
+        _note_kept(model, source, head, new, note)
     else:
         zero_output_layers(model, head.layers)
-        note(new_note(head.wish, source, head.class_names, new, model.state_dict(), fits=fits, found=found))
-    others = [name for name in drawn if name not in new]
+        note(new_note(head.choice, source, head.class_names, new, model.state_dict(), fits=fits, found=found))
+    others = [name for name in absent if name not in new]
     if others:
-        note(f"model.pretrained: {share_of(others, own)} are not in {source.name} and begin at random")
+        note(f"model.pretrained: {share_of(others, own)} are not in {source.name} and start at random")
 
 
-def settle_published_head(model: nn.Module, source: Source, head: Head, note: Note, *, loaded: bool) -> None:
-    """Keep a head that timm has `loaded` with its published weights, or begin it at zero, whoever drew it."""
+def adapt_published_head(model: nn.Module, source: Source, head: Head, note: Note, *, loaded: bool) -> None:
+    """Keep the head that timm has `loaded` with the published weights, or replace it by zeros."""
     _require_output_layers(model, head)
     own = model.state_dict()
     outputs = head.outputs(own)
     found = "a head of another number of classes, or none"
-    kept = keeps_head(head.wish, source, head.class_names, fits=loaded, found=found)
+    kept = keeps_head(head.choice, source, head.class_names, fits=loaded, found=found)
     if kept:
         weights = {name: own[name].clone() for name in outputs}
         reorder_classes(weights, outputs, class_order(source.class_names, head.class_names))
         model.load_state_dict(weights, strict=False)
     if kept:
-        _say_kept(model, source, head, [], note)
+        _note_kept(model, source, head, [], note)
     else:
         zero_output_layers(model, head.layers)
-        note(new_note(head.wish, source, head.class_names, outputs, own, fits=loaded, found=found))
+        note(new_note(head.choice, source, head.class_names, outputs, own, fits=loaded, found=found))
 
 
-def _say_kept(model: nn.Module, source: Source, head: Head, new: Sequence[str], note: Note) -> None:
+def _note_kept(model: nn.Module, source: Source, head: Head, new: Sequence[str], note: Note) -> None:
     note(kept_note(source, head.class_names))
     if new:
-        note(f"model.head: {share_of(new, model.state_dict())} are not in {source.name} and begin at random")
+        note(f"model.head: {share_of(new, model.state_dict())} are not in {source.name} and start at random")
 
 
 def _require_output_layers(model: nn.Module, head: Head) -> None:
-    if not head.layers and head.wish != "keep":
+    if not head.layers and head.choice != "keep":
         raise ModelError(
-            f"model.pretrained: in {type(model).__name__} no layer with {len(head.class_names)} outputs was found, the "
-            "head; with model.head=keep all weights are loaded as they are"
+            f"model.pretrained: in {type(model).__name__} no layer with {len(head.class_names)} outputs was found as "
+            "the head; with model.head=keep all weights are loaded as they are"
         )
 
 
 def _head_in(weights: Mapping[str, Tensor], outputs: Sequence[str]) -> str:
-    """Return what the weights have in the head's place, as text."""
+    """Return a description of the weights' head."""
     rows = [len(weights[name]) for name in outputs if name in weights and weights[name].ndim]
     return f"a head for {rows[0]:,} classes" if rows else "no head"
 
 
 def _drop(weights: dict[str, Tensor], own: Mapping[str, Tensor], head: Head, layers: Sequence[str]) -> list[str]:
-    """Remove the tensors of `layers`, and of the head what does not fit; return what the model keeps of its own."""
+    """Remove the tensors of `layers` and misfits of the head from `weights`; return the names that are not loaded."""
     for name in list(weights):
         misfit = name not in own or own[name].shape != weights[name].shape
         if is_within(name, layers) or (misfit and is_within(name, head.names)):
@@ -126,17 +126,17 @@ def _drop(weights: dict[str, Tensor], own: Mapping[str, Tensor], head: Head, lay
     return [name for name in own if name not in weights and is_within(name, [*head.names, *layers])]
 
 
-def _require_most(own: Mapping[str, Tensor], drawn: Sequence[str], source: Source) -> None:
-    if sum(own[name].numel() for name in drawn if name in own) > sum(t.numel() for t in own.values()) / 2:
-        raise ModelError(f"{source.name}: weights of another model: {share_of(drawn, own)} are not in them")
+def _require_most(own: Mapping[str, Tensor], absent: Sequence[str], source: Source) -> None:
+    if sum(own[name].numel() for name in absent if name in own) > sum(t.numel() for t in own.values()) / 2:
+        raise ModelError(f"{source.name}: weights of another model: {share_of(absent, own)} are not in them")
 
 
 # --- positions ---------------------------------------------------------------------------------------------
 
 
 def resize_positions(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Resize tables of absolute positions on square grids to the model's; return a sentence for each."""
-    said = []
+    """Resize absolute position embeddings on square grids to the model's size; return a message for each."""
+    messages = []
     for name, tensor in own.items():
         theirs = weights.get(name)
         if theirs is None or theirs.shape == tensor.shape or not _holds_positions(name):
@@ -144,8 +144,8 @@ def resize_positions(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> l
         resized = _resized(theirs, tensor)
         if resized is not None:
             weights[name] = resized
-            said.append(f"{name} is resized from {theirs.shape[-2]:,} to {tensor.shape[-2]:,} positions")
-    return said
+            messages.append(f"{name} is resized from {theirs.shape[-2]:,} to {tensor.shape[-2]:,} positions")
+    return messages
 
 
 def _holds_positions(name: str) -> bool:
@@ -153,12 +153,12 @@ def _holds_positions(name: str) -> bool:
 
 
 def _resized(theirs: Tensor, ours: Tensor) -> Tensor | None:
-    """Return a table (1, N, D) or (N, D) as one of `ours`' shape, None if these are no square grids."""
+    """Return an embedding (1, N, D) or (N, D) resized to the shape of `ours`, None if they are not square grids."""
     from timm.layers import resample_abs_pos_embed
 
     if theirs.ndim not in (2, 3) or theirs.ndim != ours.ndim or theirs.shape[-1] != ours.shape[-1]:
         return None
-    for prefix in range(MOST_PREFIX_TOKENS):
+    for prefix in range(MAX_PREFIX_TOKENS):
         before, after = theirs.shape[-2] - prefix, ours.shape[-2] - prefix
         if min(before, after) >= 1 and math.isqrt(before) ** 2 == before and math.isqrt(after) ** 2 == after:
             table = theirs.reshape(1, *theirs.shape[-2:]).float()

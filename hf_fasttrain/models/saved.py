@@ -1,4 +1,4 @@
-"""The model folder of a run: weights, classes and preprocessing, written and read."""
+"""The model folder of a run: weights, classes and preprocessing, saved and loaded."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SPEC_FILE = "hf_fasttrain.json"
 
 
 def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
-    """Write a folder that `load_model` and, where they can build the model, others open.
+    """Write a folder with weights in fp32, classes and preprocessing, which `load_model` and other tools load.
 
     timm models: `timm.create_model("local-dir:...", pretrained=True)` and transformers' pipeline; transformers models:
-    `from_pretrained` and the pipeline. Weights in fp32, classes and the preprocessing of evaluation are in it.
+    `from_pretrained` and the pipeline; provided that the tool can build the model.
     """
     if isinstance(model, TransformersClassifier):
         with _without_progress_bars():
@@ -42,22 +42,22 @@ def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Let transformers write without bars of its own."""
+    """Disable transformers' progress bars."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
 
 
 def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
-    """Write what `save_model` writes, but for the weights.
+    """Write everything that `save_model` writes except the weights.
 
-    A model that timm can't build, with the small-image stem, gets no config.json: timm would build another one of it.
+    A model with the small-image stem gets no config.json: timm would build a different model from it.
     """
     pre = spec.preprocessing or model_preprocessing(model, spec)
     if isinstance(model, TransformersClassifier):
@@ -134,7 +134,7 @@ def _architecture(model: nn.Module, spec: ModelSpec) -> str:
 
 
 def _model_args(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
-    """Return what the architecture was built with: the recipe's arguments, and those beside a model of the Hub."""
+    """Return the architecture's arguments: the recipe's, and those of a Hub model's configuration."""
     built: dict[str, Any] = dict(getattr(model, "_model_args", None) or {})
     for name in ("num_classes", *(["drop_path_rate"] if spec.drop_path else [])):
         built.pop(name, None)  # TimmWrapper gives the number itself
@@ -142,7 +142,7 @@ def _model_args(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _self_contained(model: nn.Module, spec: ModelSpec) -> ModelSpec:
-    """Return the spec by which the folder is loaded anywhere: without the folder or Hub model that was built upon."""
+    """Return a spec that loads the folder anywhere, without the folder or Hub model that training started from."""
     import timm
 
     if spec.is_transformers or ("/" not in spec.name and not Path(spec.name).is_dir()):
@@ -150,7 +150,7 @@ def _self_contained(model: nn.Module, spec: ModelSpec) -> ModelSpec:
     architecture, args = _architecture(model, spec), _model_args(model, spec)
     if getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
         args.pop("img_size", None)  # `build_model` gives the image size itself
-    if spec.name.removeprefix("hf-hub:").startswith("timm/"):  # the same name without the Hub
+    if spec.name.removeprefix("hf-hub:").startswith("timm/"):  # the same model by its timm name
         tagged = f"{architecture}.{_pretrained_cfg(model).get('tag')}"
         architecture = tagged if timm.is_model_pretrained(tagged) else architecture
     return replace(spec, name=architecture, args=args)
@@ -169,8 +169,8 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
         spec = ModelSpec(**values, preprocessing=pre)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"{path}: can't be read as a model's description ({error}); take the hf_fasttrain that wrote it, or a "
-            "whole copy of the folder"
+            f"{path}: can't be read as a model's description ({error}); use the version of hf_fasttrain that wrote "
+            "it, or copy the folder again"
         ) from None
     if spec.is_transformers:
         model: nn.Module = open_classifier(replace(spec, name=f"transformers:{folder}"))

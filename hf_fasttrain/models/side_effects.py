@@ -1,4 +1,4 @@
-"""Forwards that leave no trace: random states, buffers, attributes and modes are as they were before them."""
+"""Forward passes without side effects: random states, buffers, attributes and modes are restored."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hf_fasttrain.utils.private_apis import buffer_registry
 
 
 def random_states(device: torch.device) -> tuple[Any, ...]:
-    """Return the random states that a forward may draw from, comparable."""
+    """Return the random states that a forward pass may use, as comparable values."""
     numpy: Any = np.random.get_state()
     on_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     return torch.get_rng_state().numpy().tobytes(), on_device, random.getstate(), numpy[1].tobytes(), numpy[2:]
 
 
 @contextmanager
-def random_states_kept(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the random states, and put back the present ones afterwards."""
+def seeded_random_states(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed all random states within the block, and restore the current ones afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
@@ -39,8 +39,8 @@ def random_states_kept(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(module: Any) -> Iterator[None]:
-    """Put back the buffers and attributes of a module and those within it; what is no module is left alone."""
+def preserved_state(module: Any) -> Iterator[None]:
+    """Restore buffers and attributes of a module and its submodules afterwards; other objects are not touched."""
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
     attributes = [(vars(each), dict(vars(each))) for each in modules]
     registries = [(registry, dict(registry)) for registry in map(buffer_registry, modules)]

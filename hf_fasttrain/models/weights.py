@@ -1,4 +1,4 @@
-"""Weights on disk: .safetensors files, the one form that is safe to load."""
+"""Weights on disk: .safetensors files, the only format that is safe to load."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from hf_fasttrain.utils.private_apis import timm_weights_filter
 from hf_fasttrain.utils.remote import download_file, is_hub_url
 
 
-def weights_file(place: str) -> Path:
-    """Return the .safetensors file of a place: a file, a model folder, a run, a checkpoint or a folder of them, or hf://."""
-    if is_hub_url(place):
-        return download_file(place, "model.safetensors")
-    path = Path(place).expanduser()
+def weights_file(location: str) -> Path:
+    """Return the .safetensors file of a location: a file, model folder, run, checkpoints, or hf:// URL."""
+    if is_hub_url(location):
+        return download_file(location, "model.safetensors")
+    path = Path(location).expanduser()
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
         found += sorted(path.glob("step_*/model.safetensors"))[-1:]  # the newest of a run's checkpoints
         if not found:
-            raise ModelError(f"model.pretrained: no model.safetensors in folder {place}")
+            raise ModelError(f"model.pretrained: no model.safetensors in folder {location}")
         return found[0]
     if not path.exists():
         raise ModelError(
-            f"model.pretrained: no file or folder {place}; allowed are true, false, local weights and hf://OWNER/NAME"
+            f"model.pretrained: no file or folder {location}; allowed are true, false, local weights and hf://OWNER/NAME"
         )
     if path.suffix != ".safetensors":
-        raise ModelError(f"model.pretrained: {place} is not a .safetensors file, the one form that is safe to load")
+        raise ModelError(
+            f"model.pretrained: {location} is not a .safetensors file, the only format that is safe to load"
+        )
     return path
 
 
@@ -49,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load the .safetensors file of a finished run into its model, all of it."""
+    """Load the .safetensors file of a finished run into its model, strictly."""
     load_fitting(model, convert(read_weights(path), model), str(path))
 
 
@@ -61,13 +63,15 @@ def load_fitting(
     *,
     architecture: str | None = None,
 ) -> None:
-    """Load tensors into a model; ModelError unless each has its place and only `may_lack` are missing.
+    """Load tensors into a model. Raises ModelError for unknown or misshapen ones, and if others than `may_lack` miss.
 
-    `architecture` is the weights' own, as far as it is known, for the message.
+    `architecture` is that of the weights, if known, for the message.
     """
     own = model.state_dict()
-    there = {_memory(own[name]) for name in own if name in weights}  # by one of its names, a tensor is
-    missing = [name for name in own if name not in weights and name not in may_lack and _memory(own[name]) not in there]
+    loaded = {_memory(own[name]) for name in own if name in weights}  # a shared tensor counts by any of its names
+    missing = [
+        name for name in own if name not in weights and name not in may_lack and _memory(own[name]) not in loaded
+    ]
     unknown = [name for name in weights if name not in own]
     misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     if missing or unknown or misshapen:
@@ -75,27 +79,27 @@ def load_fitting(
         found = ", ".join(
             f"{len(names)} tensors {kind} ({shortened(names, 3)})" for kind, names in kinds.items() if names
         )
-        own_name = f" (these are of {architecture})" if architecture else ""
+        hint = f" (these are of {architecture})" if architecture else ""
         raise ModelError(
-            f"{origin}: weights of another model: {found}; give weights of the same model.name and model.args{own_name}"
+            f"{origin}: weights of another model: {found}; give weights of the same model.name and model.args{hint}"
         )
     model.load_state_dict(weights, strict=False)
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
-    """Return where a tensor's numbers lie, the same for all names of a shared one."""
+    """Return what identifies a tensor's memory: the same for all names of a shared tensor."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
 
 
 def without_wrapper(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights by a model's own names where a checkpoint has those of our wrapper around it."""
+    """Return weights under the model's names if they have those of our wrapper (`model.`)."""
     if not weights.keys() & model.state_dict().keys() and all(name.startswith("model.") for name in weights):
         return {name.removeprefix("model."): value for name, value in weights.items()}
     return weights
 
 
 def convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights by a timm model's own names and sizes: old names, position embeddings of another image size."""
+    """Return weights with a timm model's names and sizes: converts old names, resizes position embeddings."""
     weights = without_wrapper(weights, model)
     convert = timm_weights_filter(model)
     if convert is None or len(inspect.signature(convert).parameters) < 2:
@@ -103,42 +107,42 @@ def convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     try:
         return dict(convert(dict(weights), model))
     except (KeyError, AttributeError, RuntimeError, ValueError):
-        return dict(weights)  # not this model's; `load_fitting` says how
+        return dict(weights)  # weights of another model: `load_fitting` reports the misfits
 
 
 # --- classes -----------------------------------------------------------------------------------------------
 
 
-def class_names_of(place: str, path: Path) -> list[str] | None:
-    """Return the class names of weights, from what stands beside them; None if nothing says them.
+def class_names_of(location: str, path: Path) -> list[str] | None:
+    """Return the class names of weights from the files next to them, None if there are none.
 
-    `place` is where the recipe says they are, `path` their file: in a model folder, a run, a checkpoint, or alone.
+    `location` is the recipe's value, `path` the weights' file: in a model folder, a run, a checkpoint, or alone.
     """
-    descriptions = map(read_json, _beside(place, path))
+    descriptions = map(read_json, _descriptions(location, path))
     return next(filter(None, map(names_in, descriptions)), None)
 
 
-def architecture_of(place: str, path: Path) -> str | None:
-    """Return the name of the model that weights are of, from what stands beside them; None if nothing says it."""
-    for description in map(read_json, _beside(place, path)):
+def architecture_of(location: str, path: Path) -> str | None:
+    """Return the name of the weights' model from the files next to them, None if there is none."""
+    for description in map(read_json, _descriptions(location, path)):
         for key in ("name", "architecture", "model_type"):
             if isinstance(found := description.get(key), str):
                 return found
     return None
 
 
-def _beside(place: str, path: Path) -> Iterator[Path]:
+def _descriptions(location: str, path: Path) -> Iterator[Path]:
     names = ("hf_fasttrain.json", "config.json")
-    if is_hub_url(place):
+    if is_hub_url(location):
         for name in names:
             with suppress(RunError):
-                yield download_file(place, name)
+                yield download_file(location, name)
         return
     yield from (path.parent / name for name in (*names, "state.json"))
 
 
 def names_in(description: Mapping[str, Any]) -> list[str] | None:
-    """Return the class names in the description of a model: ours, timm's, transformers' or a checkpoint's."""
+    """Return the class names in a model's description: of this package, timm, transformers or a checkpoint."""
     for values in (description, description.get("pretrained_cfg"), description.get("learnt")):
         for key in ("class_names", "label_names", "id2label"):
             found = _names(values.get(key)) if isinstance(values, Mapping) else None
@@ -148,7 +152,7 @@ def names_in(description: Mapping[str, Any]) -> list[str] | None:
 
 
 def _names(value: object) -> list[str] | None:
-    """Return names listed or numbered; None for LABEL_0, LABEL_1, ..., which transformers makes up."""
+    """Return class names from a list or a numbered dict; None for transformers' default LABEL_0, LABEL_1, ..."""
     if isinstance(value, Mapping):
         try:
             value = [name for _, name in sorted((int(number), name) for number, name in value.items())]
@@ -161,15 +165,15 @@ def _names(value: object) -> list[str] | None:
 
 
 def is_within(name: str, prefixes: Sequence[str]) -> bool:
-    """Return whether a parameter belongs to one of the modules named."""
+    """Return whether a parameter belongs to a module in `prefixes`."""
     return any(name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write a model's weights as `model.safetensors`, a tensor that has several names under each of them.
+    """Write a model's weights as `model.safetensors`, a shared tensor under each of its names.
 
-    timm loads a model folder strictly, and would miss a name. The safetensors library refuses such tensors, and gives
-    its files to their owner alone.
+    timm loads a model folder strictly and needs all names. The safetensors library refuses shared tensors, and writes
+    files with mode 0600.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
@@ -178,7 +182,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def without_sharing(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state dict with a copy for every further name of a tensor, which safetensors asks for."""
+    """Return a model's state dict with shared tensors copied, as safetensors requires."""
     seen: set[int] = set()
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from hf_fasttrain.from_recipe.accelerator import num_processes
-from hf_fasttrain.from_recipe.cache_plan import cache_folder, can_write, existing_part
+from hf_fasttrain.from_recipe.cache_plan import cache_folder, can_write, nearest_existing
 from hf_fasttrain.study.bench import Arm, ArmFailed
 from hf_fasttrain.study.messages import Asked, Ready, Report, Turn, Wishes
 from hf_fasttrain.study.trial import Trial
@@ -76,7 +76,7 @@ def _where_caches_are(asked: Asked) -> Path | None:
         wished = cache_folder(asked.load())
     except UserError:  # arms will say so
         return None
-    return existing_part(wished) if can_write(wished) else None
+    return nearest_existing(wished) if can_write(wished) else None
 
 
 class ArmProcess:

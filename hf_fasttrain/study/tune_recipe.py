@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_fasttrain.from_recipe.tunings import Tuning, circumstances, store_tuning
+from hf_fasttrain.from_recipe.tunings import Tuning, store_tuning, tuning_key
 from hf_fasttrain.recipe.load import to_yaml
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
@@ -125,7 +125,7 @@ def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store
         raise RunError(f"{path}: can't be written: {reason(error)}; give another --output") from None
     if not store:
         return []
-    machine, versions, model, data = circumstances(recipe)
+    machine, versions, model, data = tuning_key(recipe)
     best_rate = found.best.measurement.images_per_second.median
     date = datetime.now(UTC).date().isoformat()
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.prefetch import Batch
-from hf_fasttrain.models.side_effects import random_states, random_states_kept, unchanged
+from hf_fasttrain.models.side_effects import preserved_state, random_states, seeded_random_states
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.loss import Loss
 from hf_fasttrain.train.out_of_memory import free_cached_memory
@@ -97,7 +97,7 @@ def _attempt(model: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], b
 
     device = parameters[0].device
     try:
-        with random_states_kept(device, seed), unchanged(model), unchanged(loss), _eager():
+        with seeded_random_states(device, seed), preserved_state(model), preserved_state(loss), _eager():
             return _Try(_get_gradient(total, parameters), is_random)
     except Exception as error:  # noqa: BLE001 - whatever noise and two images may bring about in a user's model
         short = is_out_of_memory(error)

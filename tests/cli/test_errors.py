@@ -199,7 +199,7 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "no such model folder": (["model.name=./nowhere"], "no folder ./nowhere"),
     "model folder without config": (["model.name=TMP"], "has no config.json"),
     "wrong model argument": (["model.args={depthh: 3}"], "does not take .*depthh"),
-    "no such transformers model": (["model.name=transformers:nobody/nothing"], "can't be had from the Hub"),
+    "no such transformers model": (["model.name=transformers:nobody/nothing"], "could not be downloaded from the Hub"),
     "stem of a ViT": (["model.name=test_vit", "model.small_image_stem=true"], "has no 7x7 stem to replace"),
     "no such weights": (["model.pretrained=TMP/no.safetensors"], "no file or folder .*no.safetensors"),
     "pickled weights": (["model.pretrained=FOLDER/train/red/0.jpg"], "is not a .safetensors file"),
@@ -384,7 +384,7 @@ def test_launch_configurations_that_are_not_built(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(variable, "true")
-    assert_says(fails([str(write_recipe())], capsys), "asks for .*, which is not built")
+    assert_says(fails([str(write_recipe())], capsys), "asks for .*, which is not supported")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 from hf_fasttrain import Recipe, Trainer, load_recipe
 from hf_fasttrain.data.pixels.images import BadImages
 from hf_fasttrain.from_recipe import memory
-from hf_fasttrain.from_recipe.auto import ELSEWHERE, RULES, decide
+from hf_fasttrain.from_recipe.auto import DECIDED_ELSEWHERE, RULES, decide
 from hf_fasttrain.from_recipe.loaders import Loaders
 from hf_fasttrain.from_recipe.parts import build_parts
-from hf_fasttrain.from_recipe.trainer import build_loaders, build_unwritten
+from hf_fasttrain.from_recipe.trainer import build_loaders, build_trainer_without_folder
 from hf_fasttrain.inference import evaluate_run
 from hf_fasttrain.recipe.load import flatten
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, Setting, read_settings
@@ -31,7 +31,7 @@ def settings() -> ResolvedSettings:
 
 def test_every_key_that_may_be_auto_has_its_rule_in_the_table(settings: ResolvedSettings) -> None:
     keys = {key for key in flatten(settings.recipe) if settings.is_open(key)}
-    assert keys == {*RULES, *ELSEWHERE}
+    assert keys == {*RULES, *DECIDED_ELSEWHERE}
     assert "accelerate.micro_batch_size" in keys
 
 
@@ -54,13 +54,13 @@ def test_what_is_given_or_decided_before_goes_before_the_rule(settings: Resolved
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that is going to have the batch sizes of evaluations."""
     sizes: list[int] = []
-    real = Loaders.evaluating
+    real = Loaders.eval_loader
 
-    def evaluating(self: Loaders, split: Any, batch_size: int, **options: Any) -> Any:
+    def eval_loader(self: Loaders, split: Any, batch_size: int, **options: Any) -> Any:
         sizes.append(batch_size)
         return real(self, split, batch_size, **options)
 
-    monkeypatch.setattr(Loaders, "evaluating", evaluating)
+    monkeypatch.setattr(Loaders, "eval_loader", eval_loader)
     return sizes
 
 
@@ -82,7 +82,7 @@ def test_training_and_evaluate_have_one_rule_of_the_batch_that_is_evaluated(
         40 * memory.evaluation_memory(parts.model, parts.spec.image_size, parts.accelerator.device)["bytes_per_image"]
     )
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * (room + state))
-    build_unwritten(parts, keep_pixels=False)
+    build_trainer_without_folder(parts, keep_pixels=False)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * room)
     evaluate_run(run)
     assert sizes[2] == sizes[3] == 40

@@ -17,7 +17,7 @@ from hf_fasttrain.from_recipe.accelerator import set_fp32_precision
 from hf_fasttrain.from_recipe.auto import resolve_machine
 from hf_fasttrain.from_recipe.parts import build_parts
 from hf_fasttrain.from_recipe.resume import read_first_start
-from hf_fasttrain.from_recipe.tunings import Tuning, circumstances, find_tuning, store_tuning
+from hf_fasttrain.from_recipe.tunings import Tuning, find_tuning, store_tuning, tuning_key
 from hf_fasttrain.recipe.load import flatten, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
@@ -45,7 +45,7 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
 
 
 def store(recipe: Path, **changes: Any) -> None:
-    store_tuning(Tuning(*circumstances(load_recipe(recipe)), {**VALUES, **changes}, "2026-01-02", 100.0, "2 epochs"))
+    store_tuning(Tuning(*tuning_key(load_recipe(recipe)), {**VALUES, **changes}, "2026-01-02", 100.0, "2 epochs"))
 
 
 def resolved(recipe: Path, *overrides: str) -> tuple[Recipe, ResolvedSettings]:
@@ -120,7 +120,7 @@ def test_what_pays_late_is_for_trainings_as_long(recipe: Path, duration: str, ke
 
 
 def test_a_tuning_is_for_its_machine_and_versions(recipe: Path) -> None:
-    machine, versions, model, data = circumstances(load_recipe(recipe))
+    machine, versions, model, data = tuning_key(load_recipe(recipe))
     store_tuning(Tuning({**machine, "cores": 999}, versions, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
     store_tuning(Tuning(machine, {**versions, "torch": "1.0"}, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
     assert by_rule(resolved(recipe)[1])
@@ -148,7 +148,7 @@ def test_a_damaged_tuning_is_none(recipe: Path, damage: str, tmp_path: Path) -> 
     store(recipe)
     (path,) = (tmp_path / "tunings").iterdir()
     path.write_text(damage)
-    assert find_tuning(*circumstances(load_recipe(recipe))) is None
+    assert find_tuning(*tuning_key(load_recipe(recipe))) is None
     assert by_rule(resolved(recipe)[1])
 
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.from_recipe import auto, resume, tunings
-from hf_fasttrain.from_recipe.tunings import Tuning, circumstances, machine_here, store_tuning
+from hf_fasttrain.from_recipe.tunings import Tuning, machine_here, store_tuning, tuning_key
 from hf_fasttrain.recipe.resolved import read_settings
 
 # What the rules say of a machine with two cores, and what a tuning says otherwise.
@@ -66,7 +66,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def store(tmp_path: Path) -> None:
     """Let a tuning say otherwise from now on."""
     (recipe,) = tmp_path.glob("*.yaml")
-    store_tuning(Tuning(*circumstances(load_recipe(recipe)), TUNED, "2026-01-02", 100.0, "2 epochs"))
+    store_tuning(Tuning(*tuning_key(load_recipe(recipe)), TUNED, "2026-01-02", 100.0, "2 epochs"))
 
 
 def test_a_resumed_run_keeps_what_rules_decided_whatever_they_say_now(
@@ -96,7 +96,7 @@ def test_what_the_user_gives_on_resume_is_as_given(
     found, notes = start("accelerate.cpu_threads=2")  # what was given before stays, and is said
     assert found == {**RULED, **changed, "accelerate.cpu_threads": 2}
     kept_values = "accelerate.micro_batch_size=4, accelerate.mixed_precision=bf16"
-    assert f"kept as this run began, though the recipe no longer gives it: {kept_values}" in notes
+    assert f"kept as this run began, though the recipe no longer sets it: {kept_values}" in notes
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found, _ = start("accelerate.gradient_accumulation_steps=2", "accelerate.mixed_precision=no")
     assert found == {**RULED, "accelerate.micro_batch_size": 8, "accelerate.cpu_threads": 1}
@@ -114,7 +114,7 @@ def test_another_machine_decides_anew_and_says_what_became_of_it(
     assert found == {**RULED, **TUNED}
     (note,) = (text for text in notes if "began" in text)
     assert note.startswith(f"this run began elsewhere (processor {here['processor']}, now another; cores")
-    assert "what `auto` decides is decided anew: accelerate.channels_last=false (true before)" in note
+    assert "`auto` is decided again: accelerate.channels_last=false (true before)" in note
     assert not any("began elsewhere" in text for text in start()[1])  # it goes on here now
 
 
@@ -130,7 +130,7 @@ def test_other_processes_share_a_step_and_the_cores_anew(
     found, notes = start()
     assert found == {**RULED, "accelerate.mixed_precision": "bf16"}
     assert (
-        "this run began elsewhere (processes 2, now 1): micro-batch and threads are decided anew: "
+        "this run began elsewhere (processes 2, now 1): micro-batch and threads are decided again: "
         "accelerate.micro_batch_size=16 (8 before)"
     ) in notes
 
@@ -170,7 +170,7 @@ def test_the_launchers_precision_goes_before_a_tuning_and_after_the_recipe(
     assert start()[0]["accelerate.mixed_precision"] == "bf16"
 
 
-@pytest.mark.parametrize(("stated", "why"), [("fp16", "which needs a GPU"), ("fp8", "which is not built")])
+@pytest.mark.parametrize(("stated", "why"), [("fp16", "which needs a GPU"), ("fp8", "which is not supported")])
 def test_a_launchers_precision_that_can_not_be_had_is_said(
     stated: str,
     why: str,

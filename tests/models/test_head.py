@@ -159,7 +159,7 @@ def test_a_head_is_kept_for_the_same_class_names_in_any_order(tmp_path: Path, hu
         assert said[0].startswith("model.head: kept, because")
         turned = build_model(spec(name, FIVE[::-1]), pretrained, note=said.append)
         assert torch.equal(head_of(turned, 5), weight.flip(0))
-        assert "its rows are moved" in said[1]
+        assert "its rows are reordered" in said[1]
     theirs = load_file(Path(hub_models[0].removeprefix("transformers:")) / "model.safetensors")["classifier.weight"]
     kept = head_of(build_model(spec(hub_models[0], SEVEN[::-1]), True), 7)
     assert torch.equal(kept, theirs.flip(0))
@@ -205,7 +205,7 @@ def test_keep_and_new_say_what_auto_would_guess(tmp_path: Path) -> None:
         assert said[-1].startswith("model.head=keep: kept, though")
         assert "output 0 now means '1'" in said[-1]
         assert not head_of(build_model(spec(name, FIVE), pretrained, head="new", note=said.append), 5).any()
-        assert "as model.head=new asks for" in said[-1]
+        assert "since model.head=new" in said[-1]
         with pytest.raises(
             ModelError, match=r"model.head=keep: .* has a head .* classes.*, the data set has 3 classes"
         ):

@@ -23,14 +23,14 @@ from hf_fasttrain.from_recipe import memory
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
-from hf_fasttrain.from_recipe.trainer import build_unwritten
+from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
 from hf_fasttrain.models.memory_forecast import (
     Activations,
     Forecast,
-    equal_pieces,
+    equal_micro_batch_size,
     evaluation_bytes,
+    images_that_fill_cpu,
     measure_activations,
-    most_images,
 )
 from hf_fasttrain.models.model import freeze_backbone
 from hf_fasttrain.recipe.schema import Recipe
@@ -175,7 +175,7 @@ def peak_and_forecast() -> tuple[int, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     assert len(kept)
-    return peak - forecast.resident, forecast.to_come(8)
+    return peak - forecast.resident, forecast.additional(8)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
@@ -194,11 +194,11 @@ def test_a_process_takes_what_was_forecast() -> None:
      (2, 2, 2), (1, 2, 2), (10, 100, 10), (96, 34, 32)],
 )  # fmt: skip
 def test_the_fewest_equal_even_pieces(images: int, largest: int, size: int) -> None:
-    assert equal_pieces(images, largest) == size
+    assert equal_micro_batch_size(images, largest) == size
 
 
 def test_as_many_pixels_whatever_the_image_size() -> None:
-    assert [most_images(size) for size in (224, 112, 448, 1024, 4096, 32)] == [64, 256, 16, 4, 2, 3136]
+    assert [images_that_fill_cpu(size) for size in (224, 112, 448, 1024, 4096, 32)] == [64, 256, 16, 4, 2, 3136]
 
 
 @pytest.fixture
@@ -228,16 +228,16 @@ def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_wit
     assert least(parts, 64) <= free // 2 < least(parts, 128)
     assert parts.accelerator.gradient_accumulation_steps == 4
     fact = parts.settings.all()["accelerate.micro_batch_size"]
-    assert "the fewest equal pieces of 256 images of at most" in fact.origin
+    assert "the fewest equal parts of 256 images of at most" in fact.origin
     assert "half of the " in fact.origin
     (note,) = [note for note in parts.settings.notes if "micro_batch" in note]
-    assert note.startswith("accelerate.micro_batch_size=auto: a step's 256 images are made in micro-batches of 64")
-    assert "batch norm takes its statistics over 64 images" in note
+    assert note.startswith("accelerate.micro_batch_size=auto: a step's 256 images are split into micro-batches of 64")
+    assert "batch norm computes its statistics over 64 images" in note
     assert parts.settings.all()["memory_forecast_bytes"].value == parts.forecast.peak(64)  # type: ignore[union-attr]
 
 
 def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "most_images", lambda size: 66)
+    monkeypatch.setattr(memory, "images_that_fill_cpu", lambda size: 66)
     parts = parts_with(1000 * GB, "model.name=test_vit")
     assert parts.order.micro_batch_size == 64
     assert not [
@@ -265,14 +265,14 @@ def alone(model: nn.Module, micro_batch_size: int) -> int:
 
 def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_with(1000 * GB, "model.name=test_vit", "train.batch_size=8")
-    build_unwritten(parts, keep_pixels=False)
+    build_trainer_without_folder(parts, keep_pixels=False)
     assert parts.settings.all()["evaluate.batch_size"].value == 32
     per_image = evaluation_bytes(parts.model, 32, CPU)
     state = least(parts, 0) - parts.forecast.activations.fixed  # type: ignore[union-attr]
     parts = parts_with(2 * (state + 10 * per_image), "model.name=test_vit", "train.batch_size=8")
-    build_unwritten(parts, keep_pixels=False)
+    build_trainer_without_folder(parts, keep_pixels=False)
     assert 2 <= parts.settings.all()["evaluate.batch_size"].value <= 10
-    assert "half of the free memory is enough" in parts.settings.all()["evaluate.batch_size"].origin
+    assert "as many as fit into half of the free memory" in parts.settings.all()["evaluate.batch_size"].origin
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 20 * per_image)
     assert 1 <= alone(parts.model, 64) <= 10
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: GB)

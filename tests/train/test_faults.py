@@ -407,7 +407,7 @@ def test_code_beside_a_model_is_not_run_unless_the_recipe_says_so(
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps({"model_type": "own-kind", "auto_map": auto}))
     (folder / "own.py").write_text(f"open({str(witness)!r}, 'w').close()\nraise ImportError('seen')\n")
-    with pytest.raises(ModelError, match=r"brings Python code of its own, which is not run unless the recipe says"):
+    with pytest.raises(ModelError, match=r"needs its own Python code, which is not run unless the recipe sets"):
         make(write_recipe(), tmp_path / "run", f"model.name=transformers:{folder}")
     assert not witness.exists()
     with pytest.raises(ImportError, match="seen"):

@@ -227,7 +227,7 @@ def test_shapes_are_counted_as_training_makes_them(write_recipe: Callable[..., P
     parts = build_parts(load_recipe(write_recipe(), options))
     loaders = build_loaders(parts, BadImages(None, 0.5, lambda text: None), keep_pixels=False)
     num_steps = 6 * parts.order.steps_per_epoch
-    loader = loaders.training(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
+    loader = loaders.train_loader(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
     found = set()
     for index in range(num_steps):
         plan = parts.order.plan(index)

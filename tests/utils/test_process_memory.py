@@ -95,7 +95,7 @@ def test_out_of_memory_elsewhere_is_one_message(
     assert exit_status(["train", str(write_recipe()), f"output_dir={tmp_path / 'run'}"]) == 75
     said = "error: out of memory after step 2 (std::bad_alloc); the same command with --resume"
     assert said in capsys.readouterr().err
-    monkeypatch.setattr(cli, "with_verb", lambda arguments: (_ for _ in ()).throw(MemoryError("image x")))
+    monkeypatch.setattr(cli, "with_command", lambda arguments: (_ for _ in ()).throw(MemoryError("image x")))
     assert exit_status(["predict", "x", "y"]) == 2
     assert capsys.readouterr().err.startswith("error: out of memory: image x; end other programs")
 

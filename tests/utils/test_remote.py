@@ -140,9 +140,7 @@ def test_what_would_load_something_else_is_no_argument_of_a_model(
     write_recipe: Callable[..., Path], tmp_path: Path, line: str, name: str
 ) -> None:
     reset_accelerate()
-    with pytest.raises(
-        ModelError, match=r"model.args: .* would load something else than the recipe says; leave it out"
-    ):
+    with pytest.raises(ModelError, match=r"model.args: .* would load something else than the recipe says; remove it"):
         build_trainer(
             write_recipe(RECIPE), [f"output_dir={tmp_path / 'r'}", f"model.args={line}", f"model.name={name}"]
         )

@@ -377,7 +377,7 @@ def test_wrong_places_and_settings_are_refused(image_folder: Path, tmp_path: Pat
         Trainer.from_recipe(
             recipe, ["data.cache=disk", f"data.cache_dir={tmp_path / 'file'}", f"output_dir={tmp_path}/a"]
         )
-    with pytest.raises(DataError, match=r"data.cache=device: only crop, flip and erasing are made on the device"):
+    with pytest.raises(DataError, match=r"data.cache=device: only crop, flip and erasing run on the device"):
         Trainer.from_recipe(recipe, ["data.cache=device", "augment.trivialaugment=true", f"output_dir={tmp_path}/b"])
 
 
