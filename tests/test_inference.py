@@ -129,14 +129,14 @@ def test_a_test_split_is_mentioned_and_measured_on_request(run: Path, tmp_path: 
         assert (measured["split"], measured["num_images"], notes) == ("test", 10, [])
     draw(other / "validation", classes)
     assert evaluate(run, f"data.dataset={other}")[0]["split"] == "validation"
-    with pytest.raises(DataError, match=r"--split: 'tset' is no split of .* Did you mean 'test'"):
+    with pytest.raises(DataError, match=r"--split: 'tset' is not a split of .* Did you mean 'test'"):
         evaluate(run, f"data.dataset={other}", split="tset")
     with pytest.raises(RunError, match=r"--split test and override 'data.eval_split=train' say the same thing twice"):
         evaluate(run, "data.eval_split=train", split="test")
 
 
 def test_a_wrong_split_of_the_runs_own_data_is_named_by_the_option(run: Path) -> None:
-    with pytest.raises(DataError, match=r"--split: 'tset' is no split of .*; it has train, validation"):
+    with pytest.raises(DataError, match=r"--split: 'tset' is not a split of .*; it has train, validation"):
         evaluate(run, split="tset")
 
 
@@ -153,7 +153,7 @@ def test_settings_of_the_runs_own_data_do_not_hold_for_other_data(run: Path, tmp
     recipe.write_text(recipe.read_text().replace("workers: 0", own))
     other = draw(tmp_path / "other", {"blue": 1, "green": 1, "red": 1})
     assert evaluate(run, f"data.dataset={other}")[0]["num_images"] == 3
-    with pytest.raises(DataError, match=r"data.label_column: 'class' is no column"):
+    with pytest.raises(DataError, match=r"data.label_column: 'class' is not a column"):
         evaluate(run, f"data.dataset={other}", "data.label_column=class")
 
     with pytest.raises(
@@ -193,7 +193,7 @@ def test_several_splits_of_other_names_need_a_name(tmp_path: Path, write_recipe:
     images = [Image.new("RGB", (4, 4))] * 2
     part = datasets.Dataset.from_dict({"image": images, "label": ["a", "b"]})
     datasets.DatasetDict({"first": part, "second": part}).save_to_disk(str(tmp_path / "data"))
-    with pytest.raises(DataError, match="has several splits; name one of first, second by --split"):
+    with pytest.raises(DataError, match="has several splits; choose one of first, second by --split"):
         load_measured(str(tmp_path / "data"), multi_label=False)
 
 

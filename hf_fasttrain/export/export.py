@@ -78,7 +78,7 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
         raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
     notes = exported.notes
     if had_onnx and not onnx:
-        notes = [*notes, f"{ONNX_FILE} of an earlier export is gone; --onnx writes it anew"]
+        notes = [*notes, f"{ONNX_FILE} of an earlier export was removed; --onnx writes it again"]
     return replace(exported, folder=folder, notes=notes)
 
 
@@ -91,21 +91,21 @@ def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     folder = own if output is None else Path(output).expanduser().absolute()
     if weights is not None and folder.resolve() == own.resolve():
         raise RunError(
-            f"{own} holds the weights that result.json tells of; give another folder for weights={weights} "
+            f"{own} holds the weights that result.json describes; give another folder for weights={weights} "
             "(--output FOLDER)"
         )
     if not folder.exists():
         return folder
     if folder.resolve() == Path.cwd().resolve():
-        raise RunError(f"{folder}: is the present folder, which would be replaced; give a folder in it")
+        raise RunError(f"{folder}: is the current directory and would be overwritten; give a subfolder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not folder.is_dir() or (names and SPEC_FILE not in names):
-        raise RunError(f"{folder} exists and is no model folder of hf_fasttrain; give another output")
+        raise RunError(f"{folder} exists and is not a model folder of hf_fasttrain; give another output")
     own_code = ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None  # beside a model with code
     kept = [name for name in names if not WRITTEN.fullmatch(name) and Path(name).suffix != own_code]
     if kept:
         raise RunError(
-            f"{folder} would be replaced, and holds files that are not export's ({', '.join(kept)}); move them, "
+            f"{folder} would be overwritten, but holds files that export did not write ({', '.join(kept)}); move them, "
             "or give another output"
         )
     return folder
@@ -168,7 +168,7 @@ def _problem(
             apart = difference(logits_of(folder, photos), expected)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError) as error:
         return f"can't open it ({first_lines(error)})"
-    return None if apart <= TOLERANCE * scale_of(expected) else f"gives other logits, {apart:.2g} apart"
+    return None if apart <= TOLERANCE * scale_of(expected) else f"gives different logits (by up to {apart:.2g})"
 
 
 def timm_logits(folder: Path, photos: list[Image.Image]) -> Tensor:

@@ -34,7 +34,7 @@ class HubWish:
     license: str | None = None
     wait_seconds: float = 600.0  # for what is under way at the end
     stalled_seconds: float = 60.0  # without a byte, after which a connection is given up
-    rest: float = 0.0  # so many times as long as a push took, no other one begins while training goes on
+    rest: float = 0.0  # so many times as long as a push took, no other one begins while training continues
 
     def command(self, run: Path) -> str:
         """Return the command that pushes the run by hand."""
@@ -69,7 +69,7 @@ class Pusher:
         self._thread: threading.Thread | None = None
         self._ending = self._closed = False
         self._rests_until = 0.0
-        self._told: set[str] = set()
+        self._said: set[str] = set()
         shutil.rmtree(run / STAGING, ignore_errors=True)
 
     # --- while training ------------------------------------------------------------------------------------
@@ -100,11 +100,11 @@ class Pusher:
 
     def not_staged(self, error: BaseException) -> None:
         """Say once why nothing could be made ready."""
-        self._tell_once(f"hub: nothing can be made ready for {self.wish.repo}: {reason(error)}; training goes on")
+        self._say_once(f"hub: could not prepare an upload to {self.wish.repo}: {reason(error)}; training continues")
 
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
             self.say(text)
 
     def _work(self) -> None:
@@ -135,12 +135,14 @@ class Pusher:
         with self._lock:
             if self._ending:
                 return pause
-            self._tell_once(f"hub: {answer['error']}; training goes on" + ", tried again" * bool(answer.get("passes")))
+            self._say_once(
+                f"hub: {answer['error']}; training continues" + ", retried later" * bool(answer.get("passes"))
+            )
             if not answer.get("passes") or self._waiting is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 return PAUSES[0]
-            asked = max(pause, float(answer.get("retry_after", 0.0)))
-            self._lock.wait_for(lambda: self._ending or self._waiting is not None, timeout=asked)
+            delay = max(pause, float(answer.get("retry_after", 0.0)))
+            self._lock.wait_for(lambda: self._ending or self._waiting is not None, timeout=delay)
             if self._waiting is None:
                 self._waiting = (folder, step)
         return min(PAUSES[1], 2 * pause)
@@ -150,7 +152,7 @@ class Pusher:
     ) -> dict[str, Any]:
         """Push a run folder by a process of its own and return its answer: address, or error and passes."""
         command = self.wish.command(self.run)
-        asked = {
+        request = {
             "run": str(run), "home": str(self.run), "repo": self.wish.repo, "private": self.wish.private,
             "license": self.wish.license, "weights": weights, "message": message, "command": command,
             "patience": PATIENCE_SECONDS if patience is None else patience, "stalled": self.wish.stalled_seconds,
@@ -168,11 +170,11 @@ class Pusher:
                     text=True,
                     start_new_session=True,  # Ctrl-C is for training
                 )
-            out, trouble = self._process.communicate(json.dumps(asked))
+            out, trouble = self._process.communicate(json.dumps(request))
             return dict(json.loads(out))
         except (OSError, ValueError):
             last = (trouble.strip().splitlines() or ["its process was ended"])[-1]
-            return {"error": f"push to {self.wish.repo}: the upload broke off ({last}); then {command}", "passes": True}
+            return {"error": f"push to {self.wish.repo}: the upload failed ({last}); then {command}", "passes": True}
 
     def _note(self, address: str, step: int, *, finished: bool = False) -> None:
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -187,7 +189,7 @@ class Pusher:
         With `every` best, the best evaluation's weights go. Waits `wait_seconds` at most, less on Ctrl-C.
         """
         until, command = time.monotonic() + self.wish.wait_seconds, self.wish.command(self.run)
-        self.say(f"pushing to {self.wish.repo}: {self.wish.wait_seconds / 60:g} minutes at most, Ctrl-C leaves it off")
+        self.say(f"pushing to {self.wish.repo}: {self.wish.wait_seconds / 60:g} minutes at most, Ctrl-C skips it")
         with self._lock:
             self._ending = True  # the run itself comes now, instead of what is waiting
             self._lock.notify_all()
@@ -200,7 +202,7 @@ class Pusher:
         try:
             thread.join(self.wish.wait_seconds)
         except KeyboardInterrupt:
-            outcome = {"error": f"push to {self.wish.repo}: left off by a signal; then {command}"}
+            outcome = {"error": f"push to {self.wish.repo}: interrupted by a signal; then {command}"}
         outcome = dict(outcome)  # what closing makes of it does not count
         self.close()
         if "address" in outcome:

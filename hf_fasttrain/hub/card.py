@@ -47,7 +47,7 @@ def model_card(
         eval_results=_eval_results(run) or None,
     )
     name = Scrubber([]).value(str(run.spec["name"])).removeprefix("transformers:")
-    classes, multi = run.spec["class_names"], ", any number of them true of an image" if run.spec["multi_label"] else ""
+    classes, multi = run.spec["class_names"], ", any number of them per image" if run.spec["multi_label"] else ""
     body = [
         f"# {repo.split('/')[-1]}",
         f"`{name}` for {run.spec['image_size']} px images and {len(classes)} classes{multi}: {shortened(classes, 20)}.",
@@ -75,8 +75,8 @@ def _library(spec: dict[str, Any], files: Mapping[str, bytes | Path]) -> str:
 
 def _base_model(run: FinishedRun) -> str | None:
     """Return the Hub name of the weights that training began with, None if they have none."""
-    asked = run.recipe.get("model") or {}
-    pretrained, name = asked.get("pretrained"), str(asked.get("name", run.spec["name"]))
+    model = run.recipe.get("model") or {}
+    pretrained, name = model.get("pretrained"), str(model.get("name", run.spec["name"]))
     if is_hub_url(pretrained):
         return parse_hub_url(str(pretrained))[0]
     if pretrained is not True or run.is_local("model.name"):
@@ -93,7 +93,7 @@ def _dataset(run: FinishedRun) -> str:
     return str(run.setting("data.dataset") or "")
 
 
-def _is_own(run: FinishedRun) -> bool:
+def _is_private_data(run: FinishedRun) -> bool:
     """Return whether the data set is the own one of who trained, or unknown."""
     dataset = _dataset(run)
     return dataset != "digits" and (not dataset or run.is_local("data.dataset"))
@@ -102,16 +102,19 @@ def _is_own(run: FinishedRun) -> bool:
 def _hub_dataset(run: FinishedRun) -> str | None:
     """Return the data set's name on the Hub, None if it is not from there."""
     dataset = _dataset(run)
-    return dataset if dataset != "digits" and not _is_own(run) and re.fullmatch(r"[\w./-]+", dataset) else None
+    return dataset if dataset != "digits" and not _is_private_data(run) and re.fullmatch(r"[\w./-]+", dataset) else None
 
 
 def _eval_results(run: FinishedRun) -> list[Any]:
     """Return the model-index entries of evaluation and test split."""
     from huggingface_hub import EvalResult
 
-    data, dataset, own = run.recipe.get("data") or {}, _dataset(run), _is_own(run)
-    asked = run.setting("data.eval_split")
-    splits = {"metrics": asked if asked not in (None, "auto") else None, "test_metrics": data.get("test_split")}
+    data, dataset, own = run.recipe.get("data") or {}, _dataset(run), _is_private_data(run)
+    eval_split = run.setting("data.eval_split")
+    splits = {
+        "metrics": eval_split if eval_split not in (None, "auto") else None,
+        "test_metrics": data.get("test_split"),
+    }
     return [
         EvalResult(
             task_type="image-classification",
@@ -143,14 +146,14 @@ def _figures(result: dict[str, Any]) -> str:
 
 def _state(result: dict[str, Any]) -> str:
     """Return which of a run's weights these are, if not the last ones of a finished one."""
-    of, steps, asked = step_in_model(result), result.get("steps"), result.get("num_steps")
-    if of is not None and asked is not None:
-        return f"Training is under way: these are the weights after step {of:,} of {asked:,}."
-    if of is None or of == steps:
+    step, steps, num_steps = step_in_model(result), result.get("steps"), result.get("num_steps")
+    if step is not None and num_steps is not None:
+        return f"Training is still running: these are the weights after step {step:,} of {num_steps:,}."
+    if step is None or step == steps:
         return ""
-    best = " of the best evaluation," if (result.get("best") or {}).get("step") == of else ""
-    flatters = " It was chosen by the figures of the evaluation split below, which flatters them." if best else ""
-    return f"These are the weights{best} after step {of:,} of {steps:,}.{flatters}"
+    best = " of the best evaluation," if (result.get("best") or {}).get("step") == step else ""
+    bias = " The checkpoint was selected on the evaluation split, so its metrics below are optimistic." if best else ""
+    return f"These are the weights{best} after step {step:,} of {steps:,}.{bias}"
 
 
 def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:
@@ -178,11 +181,11 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
     text = files.get(RECIPE_FILE)
     if not recipe or not isinstance(text, bytes):
         return f"{title}\n\n{facts}"
-    override = " data.dataset=FOLDER" if _is_own(run) else ""
+    override = " data.dataset=FOLDER" if _is_private_data(run) else ""
     elsewhere = " hub=null" if run.recipe.get("hub") else ""  # the author's own repository
     command = f"accelerate launch -m hf_fasttrain {{}}{override}"
     return (
-        f"{title}\n\n{facts} The same again, from a clone of this repository or without one:\n\n"
+        f"{title}\n\n{facts} To reproduce it, from a clone of this repository or without one:\n\n"
         f"```bash\n{command.format(RECIPE_FILE)}{elsewhere}\n{command.format(f'hf://{repo}')}\n```\n\n"
         f"The recipe:\n\n```yaml\n{text.decode().strip()}\n```"
     )

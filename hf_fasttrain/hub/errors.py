@@ -35,10 +35,10 @@ def explain(error: BaseException, repo: str, endpoint: str) -> Failure:
         why = f"{endpoint} can't be reached ({first_lines(error)}); check the network and HF_ENDPOINT"
         return Failure(why, passes=True)
     if is_card_refused(error):
-        why = f"the Hub does not take the card ({first_lines(error)}); mend license, data set or model names"
+        why = f"the Hub rejects the model card ({first_lines(error)}); correct its license, dataset or model names"
         return Failure(why, passes=False)
     passes = isinstance(error, ConnectionError | TimeoutError | RuntimeError)  # RuntimeError: the xet transport's
-    why = f"the upload to {endpoint} broke off ({first_lines(error)}); check the token and the network"
+    why = f"the upload to {endpoint} failed ({first_lines(error)}); check the token and the network"
     return Failure(why, passes=passes)
 
 
@@ -47,18 +47,18 @@ def _refused(status: int, error: BaseException, repo: str, endpoint: str, wait: 
         why = f"{endpoint} does not accept the token (401); log in with `hf auth login` or set HF_TOKEN"
         return Failure(why, passes=False)
     if status in (403, 404):
-        told = getattr(error, "server_message", None)  # such as a quota that is used up
-        told = f": {told}" if told else ""
+        detail = getattr(error, "server_message", None)  # such as a quota that is used up
+        detail = f": {detail}" if detail else ""
         why = (
-            f"the token may not write there ({status}{told}); log in with `hf auth login` with a token "
+            f"the token has no write access ({status}{detail}); log in with `hf auth login` with a token "
             f"that has write access to {repo.split('/')[0]}, or give another OWNER/NAME"
         )
         return Failure(why, passes=False)
     if status >= 500 or status in PASSING:
         return Failure(
-            f"{endpoint} can't answer now ({status}); the run is whole on disk, wait a little", True, retry_after=wait
+            f"{endpoint} is unavailable ({status}); the run is complete on disk, try later", True, retry_after=wait
         )
-    return Failure(f"{endpoint} refused it ({first_lines(error)}); put that right", passes=False)
+    return Failure(f"{endpoint} refused it ({first_lines(error)}); correct that", passes=False)
 
 
 def _retry_after(response: object) -> float:

@@ -53,8 +53,9 @@ def push_run(
     """Upload a finished run to the Hub repository OWNER/NAME, made if there is none, and return its address.
 
     One commit holds the model folder, recipe.yaml, result.json, metrics.jsonl, pictures and a model card, with local
-    paths cut to their last component. Large files are sent first, and not again when they are there. What passes (429,
-    5xx, a broken connection, `stalled` seconds without a byte) is tried again for `patience` seconds, and `tell` told.
+    paths cut to their last component. Large files are sent first, and not again when they are there. Transient errors
+    (429, 5xx, a broken connection, `stalled` seconds without a byte) are retried for `patience` seconds, and reported
+    by `tell`.
 
     `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `home` is the run folder that
     `run` was staged from. Raises RunError if the run is not finished or the Hub can't be written to, with the `command`
@@ -64,9 +65,9 @@ def push_run(
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
     finished = read_run(folder)
-    asked = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
-    asked += ["--weights", weights] if weights is not None else []
-    command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *asked])
+    options = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
+    options += ["--weights", weights] if weights is not None else []
+    command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *options])
     upload = Upload(repo, private, message, command, stalled)
     upload.require_possible()
     with staged(folder, weights) as chosen:
@@ -148,18 +149,17 @@ class Upload:
         self.stalled = stalled
 
     def require_possible(self) -> None:
-        """Raise RunError for a name that is none, and if nobody is logged in."""
+        """Raise RunError for an invalid name, and if nobody is logged in."""
         from huggingface_hub import get_token
 
         if not is_repo_name(self.repo):
             raise RunError(
-                f"'{self.repo}' is no name for a Hub repository; write OWNER/NAME in letters, digits, '-', '_' and '.' "
-                "(no '--' or '..', at most 96), such as me/flowers"
+                f"'{self.repo}' is not a valid Hub repository name; write OWNER/NAME in letters, digits, '-', '_' "
+                "and '.' (no '--' or '..', at most 96), such as me/flowers"
             )
         if get_token() is None:
             raise RunError(
-                f"push to {self.repo}: there is no token; log in with `hf auth login` or set HF_TOKEN, "
-                f"then {self.command}"
+                f"push to {self.repo}: no token found; log in with `hf auth login` or set HF_TOKEN, then {self.command}"
             )
 
     def __call__(self, files: dict[str, bytes | Path], patience: float, tell: Callable[[str], None]) -> str:
@@ -179,7 +179,7 @@ class Upload:
             pause = max(pause, failure.retry_after)
             if not failure.passes or time.monotonic() + pause > until:
                 raise NotPushed(f"push to {self.repo}: {self._clean(failure.why)}; then {self.command}", failure)
-            tell(f"push to {self.repo}: {self._clean(failure.why)}; again in {pause:.0f} s")
+            tell(f"push to {self.repo}: {self._clean(failure.why)}; retrying in {pause:.0f} s")
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, 2 * pause)
 
@@ -189,7 +189,7 @@ class Upload:
         address = api.create_repo(self.repo, private=self.private, exist_ok=True)
         if self.private and not api.repo_info(self.repo).private:
             raise RunError(
-                f"push to {self.repo}: it is there already and public, and --private only makes a new repository "
+                f"push to {self.repo}: the repository exists and is public, and --private only makes a new one "
                 "private; make it private in its settings, give another name or leave --private out"
             )
         add = [CommitOperationAdd(name, content) for name, content in files.items()]

@@ -46,7 +46,7 @@ def stage(
 
 @contextmanager
 def staged(run: Path, weights: str | None) -> Iterator[Path]:
-    """Give a run folder whose model has the weights asked for: a staged one, or the run itself if RUN/model has them.
+    """Yield a run folder whose model has the requested weights: a staged one, or the run itself if RUN/model has them.
 
     `weights`: best, last or step_N; None: those in RUN/model. Raises RunError if they are not there any more.
     """
@@ -58,11 +58,11 @@ def staged(run: Path, weights: str | None) -> Iterator[Path]:
     try:
         (run / STAGING).mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING))
-        told = result_of(run, checkpoint, str(weights))
-        stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), told)
+        result = result_of(run, checkpoint, str(weights))
+        stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), result)
     except OSError as error:
         _remove(folder)
-        raise RunError(f"{run}: the weights={weights} can't be made ready: {reason(error)}") from None
+        raise RunError(f"{run}: weights={weights} could not be prepared: {reason(error)}") from None
     try:
         yield folder
     finally:

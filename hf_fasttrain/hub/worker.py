@@ -30,11 +30,11 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
-    asked = json.load(sys.stdin)
-    set_client_factory(partial(_client, float(asked.get("stalled", STALLED_SECONDS))))
+    request = json.load(sys.stdin)
+    set_client_factory(partial(_client, float(request.get("stalled", STALLED_SECONDS))))
     answer: dict[str, Any]
     try:
-        answer = {"address": push_run(Path(asked.pop("run")), asked.pop("repo"), **asked)}
+        answer = {"address": push_run(Path(request.pop("run")), request.pop("repo"), **request)}
     except UserError as error:
         passes = isinstance(error, NotPushed) and error.failure.passes
         wait = error.failure.retry_after if isinstance(error, NotPushed) else 0.0

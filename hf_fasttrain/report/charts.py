@@ -103,15 +103,15 @@ def _layout(record: Record | None, y: str = "", form: str = "", **axis: Any) -> 
     return layout
 
 
-def honest(points: Points, log_every: Any = None) -> str:
+def resolution_note(points: Points, log_every: Any = None) -> str:
     """Return what a point of a curve stands for."""
     line = "steps" if log_every == 1 else "lines of the log"
-    said = ""
+    caption = ""
     if points.has_band:
-        said = f" Each point is the mean of {points.each:,} {line}; the band is its least and most."
+        caption = f" Each point is the mean of {points.each:,} {line}; the band spans minimum to maximum."
     if points.missing and points.missing < len(points.x) * points.each:
-        said += f" {format_count(points.missing, 'line')} without a number left out."
-    return said
+        caption += f" {format_count(points.missing, 'line')} with NaN or inf left out."
+    return caption
 
 
 def _has(record: Record, name: str) -> bool:
@@ -132,34 +132,34 @@ def curve_charts(record: Record) -> list[Chart]:
 
 def _loss_chart(record: Record) -> Chart | None:
     data: list[Trace] = []
-    told: list[str] = []
+    captions: list[str] = []
     note = ""
     if _has(record, "loss"):
         points = _points(record, "loss")
         data += _line(record, points, "training", 0, ".4f", width=1.6)
         known = points.mean[np.isfinite(points.mean)]
-        told.append(f"Training loss went from {known[0]:.3f} to {known[-1]:.3f}.")
-        note = honest(points, record.value("log.every"))
+        captions.append(f"Training loss went from {known[0]:.3f} to {known[-1]:.3f}.")
+        note = resolution_note(points, record.value("log.every"))
     for place, split in enumerate(record.splits):
         x, y = record.course("loss", split)
         if len(x):
             data.append(_markers(record, x, y, split, place + 1, symbol=("circle", "diamond", "square")[place % 3]))
-            told.append(f"On {split} it was {_last_and_best(x, y, int(y.argmin()), '.3f')}.")
+            captions.append(f"On {split} it was {_last_and_best(x, y, int(y.argmin()), '.3f')}.")
     if not data:
         return None
-    return Chart("loss", "Loss", " ".join(told) + note, {"data": data, "layout": _layout(record)})
+    return Chart("loss", "Loss", " ".join(captions) + note, {"data": data, "layout": _layout(record)})
 
 
 def _last_and_best(x: np.ndarray, y: np.ndarray, best: int | None, form: str) -> str:
     if len(x) == 1 or best is None:
-        return f"{y[-1]:{form}}" + " in the end" * (len(x) > 1)
+        return f"{y[-1]:{form}}" + " at the end" * (len(x) > 1)
     if y[best] == y[-1]:
-        return f"{y[-1]:{form}} in the end, its best"
-    return f"{y[-1]:{form}} in the end and {y[best]:{form}} at best (step {x[best]:,.0f})"
+        return f"{y[-1]:{form}} at the end, its best"
+    return f"{y[-1]:{form}} at the end and {y[best]:{form}} best (step {x[best]:,.0f})"
 
 
 def _metric_chart(record: Record) -> Chart | None:
-    data, told, lowest, highest = [], [], 0.0, 1.0
+    data, captions, lowest, highest = [], [], 0.0, 1.0
     for place, split in enumerate(record.splits):
         for number, name in enumerate(record.metric_names):
             x, y = record.course(name, split)
@@ -171,12 +171,12 @@ def _metric_chart(record: Record) -> Chart | None:
             lowest, highest = min(lowest, y.min()), max(highest, y.max())
             form = ".2%" if "accuracy" in name else ".4f"
             best = int(y.argmax()) if name in MORE_IS_BETTER else None  # of others it is not known
-            told.append(f"{title[0].upper()}{title[1:]}: {_last_and_best(x, y, best, form)}.")
+            captions.append(f"{title[0].upper()}{title[1:]}: {_last_and_best(x, y, best, form)}.")
     if not data:
         return None
     axis: Trace = {"range": [0, 1.02], "tickformat": ".0%"} if (lowest, highest) == (0.0, 1.0) else {}
     layout = _layout(record, **axis)
-    return Chart("metrics", f"Metrics on {record.splits[0]}", " ".join(told), {"data": data, "layout": layout})
+    return Chart("metrics", f"Metrics on {record.splits[0]}", " ".join(captions), {"data": data, "layout": layout})
 
 
 def _train_chart(record: Record, column: str, title: str, colour: int, form: str) -> Chart | None:
@@ -184,10 +184,12 @@ def _train_chart(record: Record, column: str, title: str, colour: int, form: str
         return None
     points = _points(record, column)
     low, high = np.nanmin(points.low), np.nanmax(points.high)
-    told = f"Between {format_number(low, 3)} and {format_number(high, 3)}." + honest(points, record.value("log.every"))
+    caption = f"Between {format_number(low, 3)} and {format_number(high, 3)}." + resolution_note(
+        points, record.value("log.every")
+    )
     layout = _layout(record, rangemode="tozero", exponentformat="power") | {"showlegend": False}
     data = _line(record, points, title, colour, form)
-    return Chart(column.replace("_", "-"), title, told, {"data": data, "layout": layout})
+    return Chart(column.replace("_", "-"), title, caption, {"data": data, "layout": layout})
 
 
 def pace_charts(record: Record) -> list[Chart]:
@@ -215,10 +217,10 @@ def _step_time_chart(record: Record) -> Chart | None:
         }
         for name, y, colour in parts
     ]  # fmt: skip
-    said = f"{format_percent(share)} of the time of training steps went by waiting for data."
+    caption = f"{format_percent(share)} of the training time was spent waiting for data."
     if whole.has_band:
-        said += f" Each point is the mean of {whole.each:,} lines of the log."
-    return Chart("pace", "Time per step (ms)", said, {"data": data, "layout": _layout(record, rangemode="tozero")})
+        caption += f" Each point is the mean of {whole.each:,} lines of the log."
+    return Chart("pace", "Time per step (ms)", caption, {"data": data, "layout": _layout(record, rangemode="tozero")})
 
 
 def compared_charts(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
@@ -239,7 +241,7 @@ def _style(place: int) -> tuple[int, str]:
 
 
 def _compared(records: Sequence[Record], names: Sequence[str], column: str, title: str, form: str) -> Chart | None:
-    data, told, said = [], [], ""
+    data, captions, caption = [], [], ""
     for place, (record, name) in enumerate(zip(records, names, strict=True)):
         if not _has(record, column):
             continue
@@ -247,39 +249,41 @@ def _compared(records: Sequence[Record], names: Sequence[str], column: str, titl
         data += _line(record, points, name, colour, form, dash=dash)
         known = points.mean[np.isfinite(points.mean)]
         last = format_percent(known[-1]) if form.endswith("%") else format_number(float(known[-1]))
-        told.append(f"{name}: {last} in the end")
-        said = honest(points) or said
+        captions.append(f"{name}: {last} at the end")
+        caption = resolution_note(points) or caption
     if not data:
         return None
     axis = {"tickformat": ".0%"} if form.endswith("%") else {}
     layout = _layout(None, rangemode="tozero", **axis)
-    return Chart(column.replace("_", "-"), title, "; ".join(told) + "." + said, {"data": data, "layout": layout})
+    return Chart(column.replace("_", "-"), title, "; ".join(captions) + "." + caption, {"data": data, "layout": layout})
 
 
 def _compared_metric(records: Sequence[Record], names: Sequence[str], metric: str) -> Chart | None:
-    data, told = [], []
+    data, captions = [], []
     for place, (record, name) in enumerate(zip(records, names, strict=True)):
         x, y = record.course(metric, record.splits[0]) if record.splits else (np.empty(0), np.empty(0))
         if len(x):
             colour, dash = _style(place)
             data.append(_markers(record, x, y, name, colour, dash=dash))
-            told.append(f"{name}: {words.metric(metric, y[-1])} in the end")
+            captions.append(f"{name}: {words.metric(metric, y[-1])} at the end")
     if not data:
         return None
     title = f"Evaluation: {words.metric_title(metric)}"
-    return Chart(f"eval-{metric}", title, "; ".join(told) + ".", {"data": data, "layout": _layout(None)})
+    return Chart(f"eval-{metric}", title, "; ".join(captions) + ".", {"data": data, "layout": _layout(None)})
 
 
 def confusion_chart(confusion: Confusion, class_names: Sequence[str]) -> Chart:
-    """Return the confusion matrix; the page draws from `meta` as much of it as can be told apart."""
+    """Return the confusion matrix; the page draws from `meta` as much of it as can be captions apart."""
     size, total, right = len(confusion.classes), confusion.counts.sum(), np.trace(confusion.counts)
     small = np.minimum(confusion.counts, 255).astype(np.uint8)
     large = {int(place): int(confusion.counts.ravel()[place]) for place in np.flatnonzero(confusion.counts > 254)}
-    told = f"{right:,} of {total:,} images are on the diagonal, which is right ({format_percent(confusion.accuracy)})."
+    caption = (
+        f"{right:,} of {total:,} images are classified correctly ({format_percent(confusion.accuracy)}): the diagonal."
+    )
     if confusion.left_out:
-        told = (
-            f"{format_percent(confusion.accuracy)} of all images are right. Shown are only the {size:,} classes "
-            f"that are mistaken most; {confusion.left_out:,} are left out."
+        caption = (
+            f"{format_percent(confusion.accuracy)} of all images are classified correctly. Only the {size:,} most "
+            f"confused classes are shown; {confusion.left_out:,} are left out."
         )
     meta = {
         "matrix": {
@@ -291,4 +295,4 @@ def confusion_chart(confusion: Confusion, class_names: Sequence[str]) -> Chart:
             "annotated": MOST_ANNOTATED,
         }
     }
-    return Chart("confusion", "Confusion matrix", told, {"data": [], "layout": {"meta": meta}})
+    return Chart("confusion", "Confusion matrix", caption, {"data": [], "layout": {"meta": meta}})

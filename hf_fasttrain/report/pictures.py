@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-LARGEST_PICTURE = 250  # classes, or blocks of them, that can be told apart in a picture
+LARGEST_PICTURE = 250  # classes, or blocks of them, that can be labels apart in a picture
 
 
 def draw_curves(record: Record, path: Path) -> None:
@@ -62,7 +62,7 @@ def _curve(record: Record, axes: Axes, column: str, label: str, colour: str) -> 
     axes.plot(points.x, points.mean, color=colour, linewidth=1.4, label=label, marker="." if few else "")
 
 
-def _courses(record: Record, axes: Axes, metrics: list[str], first_colour: int) -> None:
+def _metric_curves(record: Record, axes: Axes, metrics: list[str], first_colour: int) -> None:
     for place, split in enumerate(record.splits):
         for number, name in enumerate(metrics):
             x, y = record.course(name, split)
@@ -77,12 +77,12 @@ def _courses(record: Record, axes: Axes, metrics: list[str], first_colour: int) 
 def _loss(record: Record, axes: Axes) -> None:
     axes.set_title("Loss", fontsize=10)
     _curve(record, axes, "loss", "training", COLOURS[0])
-    _courses(record, axes, ["loss"], 1)
+    _metric_curves(record, axes, ["loss"], 1)
 
 
 def _metrics(record: Record, axes: Axes) -> None:
     axes.set_title("Metrics", fontsize=10)
-    _courses(record, axes, record.metric_names, 1)
+    _metric_curves(record, axes, record.metric_names, 1)
 
 
 def _learning_rate(record: Record, axes: Axes) -> None:
@@ -125,14 +125,14 @@ def draw_confusion(record: Record, path: Path) -> None:
     axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
     bar = figure.colorbar(picture, ax=axes, shrink=0.6, location="bottom", aspect=40, pad=0.02)
     marks = np.array([0.01, 0.1, 0.3, 1.0])
-    told = [f"{mark:.0%}" for mark in marks]
-    bar.set_ticks([*-log_like(marks[::-1]), 0, *log_like(marks)], labels=[*told[::-1], "0", *told])
+    labels = [f"{mark:.0%}" for mark in marks]
+    bar.set_ticks([*-log_like(marks[::-1]), 0, *log_like(marks)], labels=[*labels[::-1], "0", *labels])
     bar.set_label("wrong   ←   share of the class's images   →   right", fontsize=9)
     if size <= MOST_ANNOTATED:
         _annotate(axes, confusion, [record.class_names[place] for place in confusion.classes])
     else:
         axes.set(xticks=[], yticks=[])
-    axes.set_xlabel("predicted" if size <= MOST_ANNOTATED else "predicted; confused classes stand together")
+    axes.set_xlabel("predicted" if size <= MOST_ANNOTATED else "predicted; grouped by confusion")
     axes.set_ylabel("truth")
     title = f"{record.model_name} on {found.split}, {format_count(size, 'class', 'classes')}"
     axes.set_title(_literal(title), fontsize=10)

@@ -152,7 +152,7 @@ def read_record(run: Path) -> Record:
         raise RunError(f"{run}: no such folder; give the run folder of a training, its output_dir")
     if not any((run / name).is_file() for name in (METRICS_FILE, RESULT_FILE, RECIPE_FILE)):
         raise RunError(
-            f"{run}: is no run folder, it has no {METRICS_FILE}, no {RESULT_FILE} and no {RECIPE_FILE}; give the "
+            f"{run}: is not a run folder: it has no {METRICS_FILE}, no {RESULT_FILE} and no {RECIPE_FILE}; give the "
             "output_dir of a training"
         )
     problems: list[str] = []

@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         return write_page(runs, output)
     except OSError as error:
         path = _place(runs, output)
-        raise RunError(f"{path}: the report can't be written: {reason(error)}; choose another place for it") from None
+        raise RunError(f"{path}: the report could not be written: {reason(error)}; choose another output") from None
 
 
 def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
@@ -66,7 +66,7 @@ def _place(runs: Sequence[Path], output: Path | None) -> Path:
 
 def _require_different(runs: Sequence[Path]) -> None:
     if not runs:
-        raise RunError("report: no run folder is given; give one, or several to compare")
+        raise RunError("report: no run folder given; give one, or several to compare")
     seen = set()
     for run in runs:
         real = os.path.realpath(run)
@@ -81,7 +81,7 @@ def _require_free(path: Path) -> None:
         with path.open(encoding="utf-8", errors="replace") as file:
             if MADE_BY_US in file.read(2000):
                 return
-        raise RunError(f"{path}: is no report, and would be replaced by one; move it or choose another place")
+        raise RunError(f"{path}: is not a report and would be overwritten; move it or choose another output")
 
 
 def to_html(page: Page, mark: str = "") -> str:

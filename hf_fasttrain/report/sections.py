@@ -56,10 +56,10 @@ def page_of_run(record: Record) -> Page:
         *_class_sections(record),
         _mistakes(record),
         _training(record),
-        Section("recipe", "Recipe", tables=_there(tables.recipe_table(record))),
+        Section("recipe", "Recipe", tables=_present(tables.recipe_table(record))),
         Section("environment", "Environment", tables=tables.environment_tables(record)),
-        Section("resumes", "Resume history", tables=_there(tables.resume_table(record))),
-        Section("bad-images", "Bad images", tables=_there(tables.bad_images_table(record))),
+        Section("resumes", "Resume history", tables=_present(tables.resume_table(record))),
+        Section("bad-images", "Bad images", tables=_present(tables.bad_images_table(record))),
     ]
     empty = {"resumes": "The run was never resumed."}
     if record.result.get("bad_images") == 0 and record.resolved:
@@ -69,12 +69,12 @@ def page_of_run(record: Record) -> Page:
         subtitle=_subtitle(record),
         tiles=_tiles(record),
         warnings=_warnings(record),
-        notes=[*_on_the_best(record), *(str(note) for note in record.result.get("notes") or [])],
+        notes=[*_selection_bias(record), *(str(note) for note in record.result.get("notes") or [])],
         sections=_filled(sections, empty if record.is_finished else {}),
     )
 
 
-def _there(table: Table | None) -> list[Table]:
+def _present(table: Table | None) -> list[Table]:
     return [] if table is None else [table]
 
 
@@ -112,7 +112,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         remark = record.splits[0] if record.splits else ""
         last = (result.get("last") or {}).get("metrics") or {}
         if record.has_best_weights and best.get("step") != result.get("steps") and is_finite(last.get(main)):
-            remark = f"at best (step {format_number(best.get('step'), 9)}), {words.metric(main, last[main])} at last"
+            remark = f"best (step {format_number(best.get('step'), 9)}), {words.metric(main, last[main])} at the end"
         elif best.get("metric") == main and is_finite(best.get("value")) and best["value"] != metrics[main]:
             remark = f"best {words.metric(main, best['value'])} at step {format_number(best.get('step'), 9)}"
         tiles.append((words.metric_title(main), words.metric(main, metrics[main]), remark))
@@ -123,7 +123,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         tiles.append(("loss", words.metric("loss", metrics["loss"]), record.splits[0] if record.splits else ""))
     figures = [
         ("images/s", format_rate(_or_last(record, "images_per_second")), "training steps"),
-        ("waiting", format_percent(_or_last(record, "data_wait_fraction")), "of the time, for data"),
+        ("waiting", format_percent(_or_last(record, "data_wait_fraction")), "of training time, for data"),
         ("training time", format_duration(result.get("train_seconds")), "without evaluation"),
         ("peak memory", format_bytes(_or_last(record, "peak_memory_bytes")), "per process"),
     ]
@@ -141,18 +141,20 @@ def _or_last(record: Record, name: str) -> float | None:
 
 def _warnings(record: Record) -> list[str]:
     result = record.result
-    told = [] if record.is_finished else [f"This run has not ended: what is known up to step {record.last_step:,}."]
+    warnings = (
+        [] if record.is_finished else [f"This run has not finished; this is its state up to step {record.last_step:,}."]
+    )
     early = words.early_stop(result.get("early_stopping"))
-    told += [f"Training stopped early: {early}."] if early and record.is_finished else []
-    told += [f"Not on disk: {lost}" for lost in result.get("not_written") or []]
-    told += [
-        f"Out of memory at step {event.get('step')}: from {event.get('before')} to {event.get('after')} images at once."
+    warnings += [f"Training stopped early: {early}."] if early and record.is_finished else []
+    warnings += [f"Not on disk: {lost}" for lost in result.get("not_written") or []]
+    warnings += [
+        f"Out of memory at step {event.get('step')}: micro-batch {event.get('before')} -> {event.get('after')}."
         for event in result.get("out_of_memory") or []
     ]
-    return told + record.problems
+    return warnings + record.problems
 
 
-def _on_the_best(record: Record) -> list[str]:
+def _selection_bias(record: Record) -> list[str]:
     """Return a warning where the figures are those of the best of several evaluations."""
     if not record.has_best_weights or not record.evaluations:
         return []
@@ -162,8 +164,8 @@ def _on_the_best(record: Record) -> list[str]:
         return []
     return [
         f"The model has the weights of step {format_number(best.get('step'), 9)}, the best of {number:,} evaluations "
-        f"by {best.get('metric')}: as the best of {number:,}, its figures on {split} flatter it. A test split "
-        "(data.test_split), which chooses nothing, does not."
+        f"by {best.get('metric')}. Its metrics on {split} are therefore optimistic; those of a test split "
+        "(data.test_split), which is not used for selection, are not."
     ]
 
 
@@ -171,21 +173,21 @@ def _class_sections(record: Record) -> list[Section]:
     found, names = record.predictions, record.class_names
     if found is None or not len(found.labels):
         return [] if not record.is_finished else [
-            Section("classes", "Classes", "The run folder has no predictions: nothing is known of single classes.")
+            Section("classes", "Classes", "The run folder has no predictions, so there are no metrics per class.")
         ]  # fmt: skip
     figures = class_figures(found, len(names))
-    said = f"{format_count(len(found.labels), 'image')} of {found.split}, asked after step {found.step:,}."
+    text = f"{format_count(len(found.labels), 'image')} of {found.split}, predicted after step {found.step:,}."
     if found.is_multi_label:
-        said += " An image may have several classes, so that there is no confusion matrix."
-        return [Section("classes", "Classes", said, tables=[tables.class_table(figures, names, found.split)])]
+        text += " Images can have several classes, so there is no confusion matrix."
+        return [Section("classes", "Classes", text, tables=[tables.class_table(figures, names, found.split)])]
     confusion = confusion_of(found, len(names))
     return [
-        Section("classes", "Classes", said, tables=[tables.class_table(figures, names, found.split)]),
+        Section("classes", "Classes", text, tables=[tables.class_table(figures, names, found.split)]),
         Section(
             "confusion", "Confusion",
-            "Rows are the truth, columns what the model said; each row's colours are shares of its class. Blue is "
-            "right, orange is wrong, on a scale that shows even rare mistakes.",
-            charts=[confusion_chart(confusion, names)], tables=_there(tables.confused_table(confusion, names)),
+            "Rows are the true classes, columns the predicted ones; colours are shares of the row. Blue is correct, "
+            "orange is wrong, on a scale that keeps rare mistakes visible.",
+            charts=[confusion_chart(confusion, names)], tables=_present(tables.confused_table(confusion, names)),
         ),
     ]  # fmt: skip
 
@@ -193,15 +195,15 @@ def _class_sections(record: Record) -> list[Section]:
 def _mistakes(record: Record) -> Section:
     gallery, pictures = record.gallery, tables.mistake_pictures(record)
     where = f" of {gallery.mistakes_split}" if gallery.mistakes_split else ""
-    said = f"Wrongly predicted images{where} with the highest losses, after step {gallery.mistakes_step:,}."
-    return Section("mistakes", "Worst mistakes", said if pictures else "", pictures=pictures)
+    text = f"Misclassified images{where} with the highest loss, after step {gallery.mistakes_step:,}."
+    return Section("mistakes", "Worst mistakes", text if pictures else "", pictures=pictures)
 
 
 def _training(record: Record) -> Section:
     pictures = tables.training_pictures(record)
     step = f"step {record.gallery.training_step:,}"
-    said = f"As the model sees them in {step}: cropped, augmented and mixed, with their targets." if pictures else ""
-    return Section("training-images", "Training images", said, pictures=pictures)
+    text = f"As the model sees them in {step}: cropped, augmented and mixed, with their targets." if pictures else ""
+    return Section("training-images", "Training images", text, pictures=pictures)
 
 
 def page_of_runs(records: Sequence[Record]) -> Page:
@@ -213,9 +215,11 @@ def page_of_runs(records: Sequence[Record]) -> Page:
         Section("curves", "Curves", charts=compared_charts(records, names), controls="axis"),
         Section("recipe", "Recipe differences", "" if differing.rows else "The recipes are the same.",
                 tables=[differing] if differing.rows else []),
-        Section("environment", "Environment", tables=_there(tables.environment_differences(records, names))),
+        Section("environment", "Environment", tables=_present(tables.environment_differences(records, names))),
     ]  # fmt: skip
-    warnings = [f"{name}: {told}" for name, record in zip(names, records, strict=True) for told in _warnings(record)]
+    warnings = [
+        f"{name}: {warnings}" for name, record in zip(names, records, strict=True) for warnings in _warnings(record)
+    ]
     empty = {"environment": "Machines and versions are the same."}
     return Page(f"{len(records)} runs compared", ", ".join(names), warnings=warnings, sections=_filled(sections, empty))
 

@@ -56,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture with what is said below it."""
+    """A picture with what is predicted below it."""
 
     source: str  # a data: URL
     alt: str
@@ -95,8 +95,7 @@ def class_table(figures: ClassFigures, names: Sequence[str], split: str) -> Tabl
         for place in order
     ]  # fmt: skip
     titles = ("support", "precision", "recall", "F1", "right", "predicted")
-    caption = f"Every class on {split}: of its images (support), how many were found (recall), and how much of what "
-    caption += "was said to be of the class is (precision)"
+    caption = f"Precision, recall and F1 per class on {split}; support is the number of images of the class"
     columns = [Column("class"), *(Column(title, True) for title in titles)]
     return Table("classes-table", caption, columns, rows, sorted_by=1, filter="Find a class")
 
@@ -107,11 +106,11 @@ def confused_table(confusion: Confusion, names: Sequence[str]) -> Table | None:
     if not pairs:
         return None
     rows = [
-        [Cell(names[truth]), Cell(names[said]), whole(images), Cell(format_percent(part), part, part)]
-        for truth, said, images, part in pairs
+        [Cell(names[truth]), Cell(names[predicted]), whole(images), Cell(format_percent(part), part, part)]
+        for truth, predicted, images, part in pairs
     ]
     columns = [Column("truth"), Column("predicted"), Column("images", True), Column("of the class", True)]
-    return Table("confused-table", "The pairs that are mistaken most often", columns, rows, sorted_by=2)
+    return Table("confused-table", "The most frequently confused pairs of classes", columns, rows, sorted_by=2)
 
 
 def recipe_table(record: Record) -> Table | None:
@@ -122,7 +121,7 @@ def recipe_table(record: Record) -> Table | None:
         texts(key, words.setting(fact["value"]), fact["origin"], fact["tag"]) for key, fact in record.resolved.items()
     ]
     columns = [Column("key"), Column("value"), Column("where it came from"), Column("tag")]
-    caption = "Every setting, resolved. Learnt: decides what the model becomes; machine: how fast"
+    caption = "Every setting, resolved. Learnt: affects the trained model; machine: only the speed"
     return Table("recipe-table", caption, columns, rows, filter="Find a setting")
 
 
@@ -140,7 +139,7 @@ def environment_tables(record: Record) -> list[Table]:
     if result.get("versions"):
         tables.append(pairs_table("versions-table", "Versions", result["versions"].items()))
     best = result.get("best") or {}
-    told = {
+    values = {
         "steps": f"{result['steps']:,}" if is_finite(result.get("steps")) else None,
         "images": f"{result['images']:,}" if is_finite(result.get("images")) else None,
         "training time": format_duration(result.get("train_seconds")),
@@ -153,8 +152,8 @@ def environment_tables(record: Record) -> list[Table]:
         if {"metric", "value", "step"} <= best.keys() and is_finite(best["step"])
         else None,
     }
-    known = [(name, value) for name, value in told.items() if value not in (None, NOTHING)]
-    return [*tables, pairs_table("end-table", "How it went", known)] if known else tables
+    known = [(name, value) for name, value in values.items() if value not in (None, NOTHING)]
+    return [*tables, pairs_table("end-table", "Summary", known)] if known else tables
 
 
 def resume_table(record: Record) -> Table | None:
@@ -179,7 +178,7 @@ def bad_images_table(record: Record) -> Table | None:
         return None
     keys = ("split", "index", "path", "error", "substitute")
     rows = [[_whole_or_text(line.get(key)) for key in keys] for line in bad]
-    caption = f"{format_count(len(bad), 'image')} that could not be decoded, and the ones that stood in"
+    caption = f"{format_count(len(bad), 'image')} that could not be decoded, and their replacements"
     if len(bad) > MOST_BAD_IMAGES:
         caption += f"; the first {MOST_BAD_IMAGES}, bad_images.jsonl has all"
     columns = [Column("split"), Column("row", True), Column("file"), Column("error"), Column("replaced by row", True)]
@@ -199,7 +198,7 @@ def results_table(records: Sequence[Record], names: Sequence[str]) -> Table:
         figures = ("images_per_second", "data_wait_fraction", "train_seconds", "peak_memory_bytes")
         forms: tuple[Callable[[Any], str], ...] = (format_rate, format_percent, format_duration, format_bytes)
         shown += [(form(result.get(key)), result.get(key)) for form, key in zip(forms, figures, strict=True)]
-        shown.append((f"{record.last_step:,}" + ("" if record.is_finished else " (not ended)"), record.last_step))
+        shown.append((f"{record.last_step:,}" + ("" if record.is_finished else " (unfinished)"), record.last_step))
         cells = [Cell(NOTHING if v is None else t, float(v) if is_finite(v) else None) for t, v in shown]
         where = ", ".join(str(machine[key]) for key in ("device", "processor") if machine.get(key)) or NOTHING
         rows.append([Cell(name), *cells, Cell(where)])
@@ -207,7 +206,7 @@ def results_table(records: Sequence[Record], names: Sequence[str]) -> Table:
     for row, split in zip(rows, splits, strict=True):
         row.insert(1, Cell(split))
     columns = [Column("run"), Column("evaluated on"), *(Column(title, True) for title in titles), Column("machine")]
-    return Table("results-table", "How the runs ended: the last evaluation and the pace", columns, rows)
+    return Table("results-table", "Final results: last evaluation and throughput", columns, rows)
 
 
 def differences_table(records: Sequence[Record], names: Sequence[str]) -> Table:
@@ -220,7 +219,7 @@ def differences_table(records: Sequence[Record], names: Sequence[str]) -> Table:
             tag = next(record.resolved[key]["tag"] for record in records if key in record.resolved)
             rows.append(texts(key, tag, *shown))
     columns = [Column("key"), Column("tag"), *map(Column, names)]
-    return Table("differences-table", "Settings that differ. Learnt ones change what the model becomes", columns, rows)
+    return Table("differences-table", "Settings that differ. Learnt ones affect the trained model", columns, rows)
 
 
 def environment_differences(records: Sequence[Record], names: Sequence[str]) -> Table | None:
@@ -272,12 +271,12 @@ def mistake_pictures(record: Record) -> list[Shown]:
         if source is None:
             continue
         truth = _shares(picture.truth)
-        said = ", ".join(
+        predicted = ", ".join(
             name if part is None else f"{name} {format_percent(part)}" for name, part in picture.predicted.items()
         )
-        said = said or "no class"
-        lines = [("truth", truth), ("predicted", said)]
+        predicted = predicted or "no class"
+        lines = [("truth", truth), ("predicted", predicted)]
         if is_finite(picture.loss):
             lines.append(("loss", f"{picture.loss:.2f}"))
-        shown.append(Shown(source, f"{picture.name}: is {truth}, predicted {said}", lines, picture.name))
+        shown.append(Shown(source, f"{picture.name}: is {truth}, predicted {predicted}", lines, picture.name))
     return shown

@@ -20,16 +20,16 @@ def metric_title(name: str) -> str:
     return {"f1_macro": "macro F1", "top5_accuracy": "top-5 accuracy"}.get(name, name.replace("_", " "))
 
 
-def early_stop(told: Any) -> str | None:
-    """Return how early stopping ended a run, of result.json's `early_stopping`; None if it tells nothing."""
+def early_stop(stop: Any) -> str | None:
+    """Return how early stopping ended a run, of result.json's `early_stopping`; None if there is nothing to say."""
     numbers = ("value", "step", "waited", "patience", "stopped_at", "num_steps")
-    if not isinstance(told, dict) or not all(is_finite(told.get(name)) for name in numbers):
+    if not isinstance(stop, dict) or not all(is_finite(stop.get(name)) for name in numbers):
         return None
-    watched, better = str(told.get("metric")), "below" if told.get("mode") == "min" else "above"
+    watched, better = str(stop.get("metric")), "below" if stop.get("mode") == "min" else "above"
     return (
-        f"after step {told['stopped_at']:,} of {told['num_steps']:,}, since {metric_title(watched)} had not been "
-        f"{better} {metric(watched, told['value'])} (step {told['step']:,}) for "
-        f"{format_count(told['waited'], 'step')}; early_stopping.patience was {told['patience']:,}"
+        f"after step {stop['stopped_at']:,} of {stop['num_steps']:,}, since {metric_title(watched)} had not been "
+        f"{better} {metric(watched, stop['value'])} (step {stop['step']:,}) for "
+        f"{format_count(stop['waited'], 'step')}; early_stopping.patience was {stop['patience']:,}"
     )
 
 

@@ -120,7 +120,7 @@ def plan_arms(start: Start, plan: Plan, found: Hardware) -> list[Planned]:
     try:
         running = start(Arm("as the recipe says"), Wishes(), None)
     except ArmFailed as failed:
-        raise RunError(f"this recipe can't be measured here: {failed}") from None
+        raise RunError(f"this recipe could not be measured here: {failed}") from None
     running.close()
     return planned(chosen(techniques(running.ready, found), plan.only, plan.without))
 

@@ -158,7 +158,7 @@ class ArmProcess:
         said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         last = f": {without_secrets(said[-1].strip())}" if said else ""
         if code == -signal.SIGKILL:
-            return ArmFailed("its process was killed, perhaps for want of memory", out_of_memory=True)
+            return ArmFailed("its process was killed, possibly out of memory", out_of_memory=True)
         return ArmFailed(f"its process ended ({f'signal {-code}' if code < 0 else f'status {code}'}){last}")
 
     def _signal(self, number: int) -> None:

@@ -63,12 +63,12 @@ class Doctor:
     def examine(self, trace: Path | None = None) -> Diagnosis:
         """Look into the training, take it apart, and try what might help; RunError if it can't run here."""
         try:
-            self.tell("looking into the training")
+            self.tell("profiling the training")
             watched, ready = self._watch(trace)
-            self.tell("loader alone, computing alone")
+            self.tell("measuring the loader and the model separately")
             loader, compute = self._halves()
         except ArmFailed as failed:
-            raise RunError(f"this recipe can't be examined here: {failed}") from None
+            raise RunError(f"this recipe could not be profiled here: {failed}") from None
         waiting = min(1.0, watched.wait_seconds / watched.seconds)
         baseline, tried, notes = self._try(self._ideas(ready, waiting))
         step_seconds, phases = split_step(watched)
@@ -149,7 +149,7 @@ class Doctor:
         with Bench(self.start, wishes=AS_TRAINED, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
             began = self.clock()
             if not bench.warm_up(baseline):
-                raise RunError(f"this recipe can't be examined here: {baseline.failed}")
+                raise RunError(f"this recipe could not be profiled here: {baseline.failed}")
             cost = self.clock() - began  # of starting one, and its turns later
             for change, note in ideas:
                 if len(tried) >= 2 and self.clock() + cost * 1.5 * (len(tried) + 1) > self.until:
@@ -167,7 +167,7 @@ class Doctor:
                     if not measurement.failed:
                         _turn(bench, measurement, number)
         if not baseline.is_measured:
-            raise RunError(f"this recipe can't be examined here: {baseline.failed}")
+            raise RunError(f"this recipe could not be profiled here: {baseline.failed}")
         return baseline, tried, notes
 
 
@@ -184,7 +184,7 @@ def doctor(recipe: Recipe, found: Hardware, *, seconds: float, tell: Tell, trace
     """Return where the time of a recipe's training goes here; RunError if it can't run."""
     require_one_process()
     if trace is not None and not trace.absolute().parent.is_dir():
-        raise RunError(f"--trace {trace}: {trace.absolute().parent} is no folder; give another file")
+        raise RunError(f"--trace {trace}: {trace.absolute().parent} is not a folder; give another file")
     if trace is not None and not os.access(trace.absolute().parent, os.W_OK):
         raise RunError(f"--trace {trace}: can't be written; give another file")
     with Starter(ask(recipe), on_gpu=found.gpu) as start:
@@ -202,7 +202,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     step.add_row("together", f"{1000 * diagnosis.step_seconds:.1f}", "")
     console.print(step)
     loader = Table(title=f"the loader's work, {diagnosis.workers} workers", title_justify="left")
-    for name in ("stage", "ms of a worker for an image", "share"):
+    for name in ("stage", "ms of a worker per image", "share"):
         loader.add_column(name, justify="left" if name == "stage" else "right")
     total = max(sum(diagnosis.stages.values()), 1e-12)
     for stage in STAGES:
@@ -222,8 +222,8 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     said = [
         *(f"note: {note}" for note in diagnosis.ready.notes if not note.startswith("data.cache_dir")),  # ours
         diagnosis.verdict,
-        f"As it is: {format_images_rate(found.median)} ({format_rate(found.low)} - {format_rate(found.high)}); an "
-        f"epoch takes {format_duration(diagnosis.epoch_seconds)}{' once images are kept' if kept else ''}, the whole "
+        f"As configured: {format_images_rate(found.median)} ({format_rate(found.low)} - {format_rate(found.high)}); an "
+        f"epoch takes {format_duration(diagnosis.epoch_seconds)}{' once images are cached' if kept else ''}, the whole "
         f"training {format_duration(diagnosis.total_seconds)}, without evaluation. Memory: {memory}.",
     ]
     for advice in diagnosis.advice:

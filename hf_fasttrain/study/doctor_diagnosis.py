@@ -93,20 +93,20 @@ class Diagnosis:
             stage = self.largest_stage
             share = self.stages[stage] / max(sum(self.stages.values()), 1e-12)
             text = (
-                f"The model takes {compute} images/s, the loader gives {loader} {on}: "
+                f"The model processes {compute} images/s, the loader delivers {loader} {on}: "
                 f"{format_percent(self.wait_fraction, 0)} waiting, most of the loader's time for {STAGE_NAMES[stage]} "
-                f"({1000 * self.stages[stage]:.2f} ms an image, {format_percent(share, 0)})"
+                f"({1000 * self.stages[stage]:.2f} ms per image, {format_percent(share, 0)})"
             )
         else:
             phase = self.largest_phase
             text = (
-                f"The model is the limit: it takes {compute} images/s, the loader could give {loader} {on}; "
-                f"{format_percent(self.wait_fraction, 0)} waiting, most of a step for {PHASE_NAMES[phase]} "
+                f"The model is the bottleneck: it processes {compute} images/s, the loader could deliver {loader} "
+                f"{on}; {format_percent(self.wait_fraction, 0)} waiting, most of a step for {PHASE_NAMES[phase]} "
                 f"({1000 * self.phases[phase]:.1f} of {1000 * self.step_seconds:.1f} ms)"
             )
             together = self.images_per_second.median
             if self.workers and together < SHARING * min(self.compute_alone, self.loader_alone):
-                text += f"; together they come to {format_rate(together)} only: they share the processor's cores"
+                text += f"; together they reach only {format_rate(together)}: they share the processor's cores"
         if self.advice:
             return f"{text}; `{self.advice[0].text}` gives {format_rate(self.advice[0].images_per_second)} here."
         return f"{text}; none of {len(self.tried)} overrides that were tried is faster."

@@ -65,7 +65,7 @@ NAMES = (
     "decoder",
     "cache",
 )
-NO_GPU = "there is no GPU"
+NO_GPU = "no GPU"
 
 
 def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
@@ -95,12 +95,12 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
         ),
         Technique(
             "ga_pieces",
-            f"GA: steps of {micro} in pieces of {half}",
+            f"GA: steps of {micro} in micro-batches of {half}",
             {**in_pieces, "accelerate.micro_batch_size": half},
             whole,
-            "" if half < micro else f"steps of {micro} images can't be cut",
+            "" if half < micro else f"steps of {micro} images can't be split",
             in_everything=False,
-            note="the same step in smaller pieces, which saves memory",
+            note="the same step in smaller micro-batches, which saves memory",
         ),
         Technique(
             "amp_bf16",
@@ -153,7 +153,7 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
             f"cache: {kept}",
             {"data.cache": kept},
             {"data.cache": "none"},
-            "" if asked.steps > asked.steps_per_epoch else "each image is needed once",
+            "" if asked.steps > asked.steps_per_epoch else "each image is read once",
         ),
     ]
 
@@ -167,7 +167,7 @@ def chosen(all_of_them: Sequence[Technique], only: Iterable[str], without: Itera
     only, without = list(only), list(without)
     for name in [*only, *without]:
         if name not in NAMES:
-            raise RunError(f"no technique '{name}'; there are {', '.join(NAMES)}.{nearest(name, NAMES)}")
+            raise RunError(f"unknown technique '{name}'; available: {', '.join(NAMES)}.{nearest(name, NAMES)}")
     found = [t for t in all_of_them if (not only or t.name in only) and t.name not in without]
     if not found:
         raise RunError("no technique is left to compare; name fewer in --without")

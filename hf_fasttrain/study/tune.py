@@ -159,7 +159,7 @@ class Tuner:
     def _not_measured(self, own: Measurement) -> RunError:
         """Return the error of a recipe whose own settings can't be measured: by their fault, or for want of time."""
         if own.failed and "not done" not in own.failed:
-            return RunError(f"this recipe can't be measured here: {own.failed}")
+            return RunError(f"this recipe could not be measured here: {own.failed}")
         return RunError(
             f"--budget {self.budget:.0f}s: the recipe's own first steps took {format_duration(self.elapsed)}; give "
             f"at least {math.ceil(8 * self.elapsed / 60)}m"
@@ -173,7 +173,7 @@ class Tuner:
                 self._turns([candidate])
             if candidate.measurement.is_measured:
                 return candidate
-        raise RunError(f"this recipe can't be measured here: {self.tried[0].measurement.failed}")
+        raise RunError(f"this recipe could not be measured here: {self.tried[0].measurement.failed}")
 
     def _search(self) -> None:
         others = space.precisions(self.best.config, self.hardware)
@@ -308,7 +308,7 @@ class Tuner:
                 self._fp32 = self._course({**plain, **eager}, images)
             return compare(self._course({**config, **eager}, images), self._fp32)
         except ArmFailed as failed:
-            self.tell(f"{name} is not used, since it can't be compared with fp32: {failed}")
+            self.tell(f"{name} is not used: it could not be compared with fp32: {failed}")
             self.skipped.append(f"precision {name}: not compared with fp32")
             return None
 

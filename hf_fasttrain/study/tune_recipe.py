@@ -98,7 +98,7 @@ def summary(found: Found) -> list[str]:
         f"{format_duration(found.best.forecast())}"
     ]
     if found.baseline is None:
-        lines.append("The recipe's own settings do not fit into memory.")
+        lines.append("The recipe's own settings do not fit in memory.")
     else:
         own = found.baseline.measurement.images_per_second.median
         lines.append(
@@ -111,7 +111,7 @@ def summary(found: Found) -> list[str]:
     elif found.baseline is found.best:
         lines.append("Nothing that was tried is faster.")
     if not found.whole:
-        lines.append("Ended by Ctrl-C: the best so far.")
+        lines.append("Interrupted by Ctrl-C: this is the best so far.")
     if found.skipped:
         lines.append(f"Not tried: {'; '.join(dict.fromkeys(found.skipped))}")
     return lines
@@ -140,7 +140,7 @@ def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store
 def print_found(console: Console, found: Found, path: Path) -> None:
     """Print what was tried, the fastest forecast first, and what came of it."""
     measured = [candidate for candidate in found.tried if candidate.measurement.is_measured]
-    shown = Table(title="what was tried", title_justify="left")
+    shown = Table(title="settings tried", title_justify="left")
     for name in ("settings", "images/s", "whole training", "turns", ""):
         shown.add_column(name, justify="left" if name in ("settings", "") else "right", overflow="fold")
     for candidate in [*sorted(measured, key=Candidate.forecast), *(c for c in found.tried if c not in measured)]:

@@ -134,7 +134,7 @@ class RunLog:
 
     def hurry(self, cause: str) -> None:
         """Say that a signal was heard; called from another thread while a step is running."""
-        again = "; Ctrl-C again leaves at once" if cause == "Ctrl-C" else ""
+        again = "; Ctrl-C again exits at once" if cause == "Ctrl-C" else ""
         with suppress(OSError):
             self.console.show_cursor(True)  # a second Ctrl-C leaves no time for that
         self.say(f"{cause}: finishing the step, then saving{again}")
@@ -226,7 +226,7 @@ class RunLog:
             try:
                 self.track(numbers, values["step"])
             except Exception as error:  # noqa: BLE001 - others' code, and training does not depend on it
-                self.note(f"log.trackers: figures from step {values['step']} on are missing there: {reason(error)}")
+                self.note(f"log.trackers: values from step {values['step']} on are missing there: {reason(error)}")
 
     def forget_after(self, step: int) -> None:
         """Drop what metrics.jsonl says of steps after `step`: a resumed run writes them anew."""

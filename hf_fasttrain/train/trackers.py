@@ -53,7 +53,7 @@ class Tracking:
                         tracker.store_init_configuration(config)
             except Exception as error:  # noqa: BLE001 - others' code: login, network, versions
                 raise RunError(
-                    f"log.trackers can't be started: {reason(error)}; log in, mend the connection or leave it out"
+                    f"log.trackers can't be started: {reason(error)}; log in, fix the connection or leave it out"
                 ) from None
 
         on_main(start)

@@ -287,13 +287,13 @@ def test_what_others_would_misread_is_not_handed_over(
     exported = export_run(tmp_path / "hf")
     assert exported.forms == ["hf_fasttrain"]
     assert len(exported.notes) == 1
-    assert exported.notes[0].startswith("transformers gives other logits, ")
+    assert exported.notes[0].startswith("transformers gives different logits (by")
     write_run(tmp_path / "timm", ModelSpec("test_resnet", CLASSES, 48, preprocessing=CENTER))
     monkeypatch.setattr(export, "timm_logits", lambda folder, photos: torch.zeros(1, 2))
     monkeypatch.setattr(export, "transformers_logits", lambda folder, photos: torch.load("no such file"))
     exported = export_run(tmp_path / "timm")
     assert exported.forms == ["hf_fasttrain"]
-    assert exported.notes[0] == "timm gives other logits, inf apart; hf_fasttrain opens it"
+    assert exported.notes[0] == "timm gives different logits (by up to inf); hf_fasttrain opens it"
     assert exported.notes[1].startswith("transformers can't open it ([Errno 2] No such file")
     assert not (tmp_path / "timm" / "model" / "config.json").exists()
     assert load_model(tmp_path / "timm" / "model")[1].name == "test_resnet"
@@ -379,7 +379,7 @@ def test_mistakes(kept: Path, tmp_path: Path) -> None:
     refused(r"is not a finished run, it has no model/hf_fasttrain\.json", tmp_path)
     refused(r"no checkpoint of step 3 \(weights=step_3\); available: step_2, step_4$", weights="step_3")
     refused(r"weights=newest: allowed are last, best and step_N", weights="newest")
-    refused(r"model holds the weights that result\.json tells of; give another folder", output=None, weights="best")
+    refused(r"model holds the weights that result\.json describes; give another folder", output=None, weights="best")
     marker = kept / "checkpoints" / "step_00000002" / "model.safetensors"
     marker.write_bytes(marker.read_bytes()[:-1] + b"?")
     refused(r"step_00000002 is corrupt", weights="best")
@@ -394,23 +394,23 @@ def test_mistakes(kept: Path, tmp_path: Path) -> None:
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    refused(r"mine exists and is no model folder of hf_fasttrain", output=tmp_path / "mine")
-    refused(r"thesis\.txt exists and is no model folder", output=tmp_path / "mine" / "thesis.txt")
+    refused(r"mine exists and is not a model folder of hf_fasttrain", output=tmp_path / "mine")
+    refused(r"thesis\.txt exists and is not a model folder", output=tmp_path / "mine" / "thesis.txt")
     refused(r"below: can't be written: Not a directory", output=tmp_path / "mine" / "thesis.txt" / "below")
     (kept / "model" / "notes.md").write_text("mine")
-    refused(r"holds files that are not export's \(notes\.md\); move them, or give another output", output=None)
+    refused(r"holds files that export did not write \(notes\.md\); move them, or give another output", output=None)
     assert (kept / "model" / "notes.md").exists()
 
 
 @needs_onnx
 def test_an_earlier_onnx_file_that_is_not_written_anew_is_named(kept: Path) -> None:
     (kept / "model" / "model.onnx").write_bytes(b"an earlier one")
-    assert "model.onnx of an earlier export is gone; --onnx writes it anew" in export_run(kept).notes
+    assert "model.onnx of an earlier export was removed; --onnx writes it again" in export_run(kept).notes
 
 
 def test_a_folder_of_a_repository_is_not_replaced(kept: Path) -> None:
     (kept / "model" / ".git").mkdir()
-    with pytest.raises(RunError, match=r"holds files that are not export's \(\.git\); move them"):
+    with pytest.raises(RunError, match=r"holds files that export did not write \(\.git\); move them"):
         export_run(kept)
     assert (kept / "model" / ".git").is_dir()
 
@@ -429,9 +429,9 @@ def test_the_present_folder_is_a_place_like_others(kept: Path, tmp_path: Path, m
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(RunError, match="here: is the present folder, which would be replaced; give a folder in it"):
+    with pytest.raises(RunError, match="here: is the current directory and would be overwritten; give a subfolder"):
         export_run(kept, Path("."))
-    with pytest.raises(RunError, match="the report can't be written: Is a directory"):
+    with pytest.raises(RunError, match="the report could not be written: Is a directory"):
         write_report([kept], Path("."))
 
 

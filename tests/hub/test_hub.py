@@ -106,7 +106,9 @@ def test_a_token_in_a_comment_is_blotted_out(hub: Hub, copied: Path) -> None:
 
 
 def test_a_licence_that_the_hub_does_not_know(hub: Hub, run: Path) -> None:
-    with pytest.raises(RunError, match=r"the Hub does not take the card \(.*\); mend license, data set or model names"):
+    with pytest.raises(
+        RunError, match=r"the Hub rejects the model card \(.*\); correct its license, dataset or model names"
+    ):
         push_run(run, "me/flowers", license="nobody-knows")
     with pytest.raises(RunError, match="--license is 'My Own'; write it as the Hub does"):
         push_run(run, "me/flowers", license="My Own")
@@ -134,7 +136,7 @@ def test_private_goes_with_the_request(hub: Hub, run: Path) -> None:
     assert hub.repos["me/secret"].private
     push_run(run, "me/open")
     assert "visibility" not in hub.created[1]  # what the owner's settings say
-    with pytest.raises(RunError, match=r"me/open: it is there already and public.*leave --private out"):
+    with pytest.raises(RunError, match=r"me/open: the repository exists and is public.*leave --private out"):
         push_run(run, "me/open", private=True)
     assert len(hub.repos["me/open"].commits) == 1
 
@@ -369,14 +371,14 @@ def test_a_broken_result_is_named(copied: Path) -> None:
 
 @pytest.mark.parametrize("repo", ["flowers", "me/my flowers", "me/a--b", "datasets/me/flowers", ""])
 def test_a_bad_name_is_refused(hub: Hub, run: Path, repo: str) -> None:
-    with pytest.raises(RunError, match=rf"'{repo}' is no name for a Hub repository; write OWNER/NAME"):
+    with pytest.raises(RunError, match=rf"'{repo}' is not a valid Hub repository name; write OWNER/NAME"):
         push_run(run, repo)
     assert hub.created == []
 
 
 def test_without_a_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(RunError, match="me/flowers: there is no token; log in with `hf auth login` or set HF_TOKEN"):
+    with pytest.raises(RunError, match="me/flowers: no token found; log in with `hf auth login` or set HF_TOKEN"):
         push_run(run, "me/flowers")
 
 
@@ -390,13 +392,13 @@ def test_with_a_wrong_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("where", "status", "message"),
     [
-        ("create", 403, r"the token may not write there \(403.*\); .* write access to me, or give another OWNER/NAME"),
-        ("preupload", 403, r"the token may not write there \(403.*\)"),
-        ("commit", 404, r"the token may not write there \(404.*\)"),
-        ("create", 500, r"can't answer now \(500\); the run is whole on disk, wait a little; then hf-fasttrain push"),
-        ("commit", 503, r"can't answer now \(503\)"),
-        ("storage", 403, r"the token may not write there \(403.*\)"),
-        ("commit", 400, r"refused it \(.*refused by the test.*\); put that right"),
+        ("create", 403, r"the token has no write access \(403.*\); .* write access to me, or give another OWNER/NAME"),
+        ("preupload", 403, r"the token has no write access \(403.*\)"),
+        ("commit", 404, r"the token has no write access \(404.*\)"),
+        ("create", 500, r"is unavailable \(500\); the run is complete on disk, try later; then hf-fasttrain push"),
+        ("commit", 503, r"is unavailable \(503\)"),
+        ("storage", 403, r"the token has no write access \(403.*\)"),
+        ("commit", 400, r"refused it \(.*refused by the test.*\); correct that"),
     ],
 )
 def test_what_the_hub_refuses(hub: Hub, run: Path, where: str, status: int, message: str) -> None:

@@ -107,7 +107,7 @@ def test_steps_are_pushed_as_they_are_saved(hub: Hub, write_recipe: Callable[...
     repo = hub.repos["me/digits"]
     assert [commit["summary"] for commit in repo.commits] == ["Step 2", "Push a run of hf_fasttrain"]
     first = next(iter(repo.versions.values()))
-    assert "Training is under way: these are the weights after step 2 of 4." in first["README.md"].decode()
+    assert "Training is still running: these are the weights after step 2 of 4." in first["README.md"].decode()
     assert json.loads(first["result.json"])["steps"] == 2
     assert first["model.safetensors"] != repo.files["model.safetensors"]
     (tmp_path / "early" / "model").mkdir(parents=True)
@@ -181,7 +181,7 @@ def test_without_a_token_nothing_is_trained(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no"))
-    with pytest.raises(RunError, match=r"there is no token; log in .*, then the same command again, or leave hub out"):
+    with pytest.raises(RunError, match=r"no token found; log in .*, then the same command again, or leave hub out"):
         build_trainer(write_recipe(RECIPE), [f"output_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
 
@@ -216,8 +216,8 @@ def test_what_passes_is_tried_again(hub: Hub, run: Path, name: str, monkeypatch:
 
 
 LASTING = {
-    "403": (Fault("/api", 403, times=999), r"the token may not write there \(403.*\)"),
-    "500s without end": (Fault("/api/repos/create", 500, times=999), r"can't answer now \(500\); the run is whole"),
+    "403": (Fault("/api", 403, times=999), r"the token has no write access \(403.*\)"),
+    "500s without end": (Fault("/api/repos/create", 500, times=999), r"is unavailable \(500\); the run is complete"),
     "a server that hangs": (Fault("POST /api", times=999, kind="hang"), r"not done after 0.05 minutes \(hub.wait\)"),
 }
 
@@ -228,7 +228,7 @@ def test_what_lasts_is_said_and_a_later_push_finishes(hub: Hub, run: Path, name:
     hub.faults, said = [fault], Said()
     pusher_of(run, said, private=True, wait_seconds=3.0).finished(2)
     announced, text = said
-    assert announced == "pushing to me/digits: 0.05 minutes at most, Ctrl-C leaves it off"
+    assert announced == "pushing to me/digits: 0.05 minutes at most, Ctrl-C skips it"
     assert text.startswith("trained to the end, but not pushed: push to me/digits: ")
     assert re.search(message, text), text
     command = f"hf-fasttrain push {run} me/digits --private"
@@ -329,7 +329,7 @@ def test_a_push_that_failed_is_tried_again_while_training(hub: Hub, run: Path, m
     assert len(hub.repos["me/digits"].commits) == 1
     assert len(said) == 1
     assert said[0].startswith("hub: push to me/digits: ")
-    assert said[0].endswith("; training goes on, tried again")
+    assert said[0].endswith("; training continues, retried later")
 
 
 def test_a_full_disk_stops_nothing(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ def test_a_full_disk_stops_nothing(hub: Hub, run: Path, monkeypatch: pytest.Monk
     pusher.describe = full
     for step in (1, 2):
         pusher.saved(checkpoint, step, best=True)
-    assert said == ["hub: nothing can be made ready for me/digits: No space left on device; training goes on"]
+    assert said == ["hub: could not prepare an upload to me/digits: No space left on device; training continues"]
 
 
 def test_ctrl_c_ends_the_waiting(hub: Hub, run: Path) -> None:
@@ -352,7 +352,7 @@ def test_ctrl_c_ends_the_waiting(hub: Hub, run: Path) -> None:
     threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
     pusher.finished(2)
     command = f"hf-fasttrain push {run} me/digits"
-    assert said[1] == f"trained to the end, but not pushed: push to me/digits: left off by a signal; then {command}"
+    assert said[1] == f"trained to the end, but not pushed: push to me/digits: interrupted by a signal; then {command}"
     assert pusher._process.poll() is not None
 
 
@@ -368,7 +368,7 @@ def test_an_uploader_that_dies_is_named(run: Path, hub: Hub, monkeypatch: pytest
     )
     said = Said()
     pusher_of(run, said).finished(2)
-    assert "the upload broke off (gone); then hf-fasttrain push" in said[1]
+    assert "the upload failed (gone); then hf-fasttrain push" in said[1]
 
 
 # --- what goes on and what does not ------------------------------------------------------------------------------
@@ -426,7 +426,7 @@ def test_an_error_in_making_ready_is_said_and_training_goes_on(run: Path) -> Non
     pusher = pusher_of(run, said)
     pusher.describe = lambda folder: {}["a key"]
     Publish(run, RunLog(run), pusher=pusher).saved(make_checkpoint(run, 1), 1, best=True)
-    assert said == ["hub: nothing can be made ready for me/digits: 'a key'; training goes on"]
+    assert said == ["hub: could not prepare an upload to me/digits: 'a key'; training continues"]
 
 
 def test_nothing_is_made_ready_after_the_end(run: Path) -> None:
@@ -478,7 +478,7 @@ def test_sigterm_while_a_push_is_waited_for_leaves_it_off(hub: Hub, run: Path) -
     threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     with interruptible():
         pusher.finished(2)
-    assert "left off by a signal; then hf-fasttrain push" in said[1]
+    assert "interrupted by a signal; then hf-fasttrain push" in said[1]
 
 
 def test_trainers_push_as_the_command_does(hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path) -> None:

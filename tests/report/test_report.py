@@ -188,9 +188,8 @@ def test_a_matrix_too_large_keeps_the_classes_mistaken_most() -> None:
     assert confusion.classes.tolist() == [2, 3]
     assert confusion.counts.tolist() == [[0, 1], [1, 1]]
     words = confusion_chart(confusion, ["a", "b", "c", "d"]).words
-    assert (
-        words == "60.0% of all images are right. Shown are only the 2 classes that are mistaken most; 2 are left out."
-    )
+    shown = "Only the 2 most confused classes are shown; 2 are left out."
+    assert words == f"60.0% of all images are classified correctly. {shown}"
 
 
 def test_images_taken_for_a_class_that_is_not_shown_count() -> None:
@@ -285,7 +284,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> No
     for name in ("predictions.safetensors", "resolved.yaml", "result.json", "hf_fasttrain.json", "gallery.json"):
         assert f"{name} can't be read" in said or f"{name}: can't be read" in said
     page = write_report([run]).read_text()
-    assert "has not ended: what is known up to step 90" in page
+    assert "has not finished; this is its state up to step 90" in page
     assert "gallery.json can&#39;t be read" in page
 
 
@@ -298,7 +297,7 @@ def test_a_run_of_which_little_is_there(tmp_path: Path, kept: str) -> None:
     run.mkdir()
     shutil.copy(whole / kept, run / kept)
     page = write_report([run]).read_text()
-    assert ("has not ended" in page) == (kept != "result.json")
+    assert ("has not finished" in page) == (kept != "result.json")
     assert write_report([run, whole], tmp_path / "both.html").exists()
 
 
@@ -401,7 +400,7 @@ def test_multi_label_data_has_tables_and_no_matrix(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 4)
     multi_label_predictions().save(run / "predictions.safetensors")
     page = write_report([run]).read_text()
-    assert "so that there is no confusion matrix" in page
+    assert "so there is no confusion matrix" in page
     assert 'id="classes-table"' in page
     assert 'id="chart-confusion"' not in page
     assert not (run / "report/confusion.png").exists()
@@ -422,9 +421,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run, empty = make_run(tmp_path / "run"), tmp_path / "empty"
     empty.mkdir()
     refused = [
-        ([], "no run folder is given"),
+        ([], "no run folder given"),
         ([tmp_path / "gone"], "gone: no such folder; give the run folder"),
-        ([empty], "empty: is no run folder, it has no metrics.jsonl, no result.json and no recipe.yaml"),
+        ([empty], "empty: is not a run folder: it has no metrics.jsonl, no result.json and no recipe.yaml"),
         ([run, Path("run/../run")], "is given twice; give different run folders"),
     ]
     for runs, message in refused:
@@ -437,12 +436,14 @@ def test_what_is_no_report_is_not_replaced(tmp_path: Path) -> None:
 
     run, mine = make_run(tmp_path / "run"), tmp_path / "mine.html"
     mine.write_text("<html>mine</html>")
-    with pytest.raises(RunError, match=r"mine\.html: is no report, and would be replaced by one; move it"):
+    with pytest.raises(RunError, match=r"mine\.html: is not a report and would be overwritten; move it"):
         write_report([run], mine)
     assert mine.read_text() == "<html>mine</html>"
-    with pytest.raises(RunError, match="the report can't be written: No such file or directory; choose another place"):
+    with pytest.raises(
+        RunError, match="the report could not be written: No such file or directory; choose another output"
+    ):
         write_report([run], tmp_path / "no/such/folder.html")
-    with pytest.raises(RunError, match="the report can't be written: Is a directory"):
+    with pytest.raises(RunError, match="the report could not be written: Is a directory"):
         write_report([run], run)
 
 
@@ -481,7 +482,7 @@ def test_figures_are_plotlys(tmp_path: Path) -> None:
         Figure(json.loads(re.sub(r"theme:\w+", "#123456", text)))
         assert len(chart.words) > 10
     loss = charts[0]
-    assert "Each point is the mean of 3 steps; the band is its least and most." in loss.words
+    assert "Each point is the mean of 3 steps; the band spans minimum to maximum." in loss.words
 
 
 def contrast(first: str, second: str) -> float:
@@ -527,7 +528,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_million_steps_and_a_thousand_classes_fit_in_10_mb(large: Path) -> None:
     assert large.stat().st_size < 10_000_000
-    assert "Each point is the mean of 500 steps; the band is its least and most." in large.read_text()
+    assert "Each point is the mean of 500 steps; the band spans minimum to maximum." in large.read_text()
 
 
 # What a browser makes of it.

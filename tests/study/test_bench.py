@@ -77,13 +77,13 @@ def test_an_arm_that_fails_is_a_row_and_the_others_go_on() -> None:
         return 0.01
 
     fakes, said = Fakes(speed), []
-    arms = [Arm("fine"), Arm("broken", ("broken=1",)), Arm("senseless", (), "there is no GPU")]
+    arms = [Arm("fine"), Arm("broken", ("broken=1",)), Arm("senseless", (), "no GPU")]
     with Bench(fakes, clock=fakes.clock) as bench:
         fine, broken, senseless = measure(arms, bench, rounds=2, turn=TURN, tell=said.append)
     assert fine.is_measured
     assert not broken.is_measured
     assert broken.failed == "out of memory: 3 GiB"
-    assert senseless.failed == "there is no GPU"
+    assert senseless.failed == "no GPU"
     assert "senseless" not in [arm.name for arm in fakes.started]
     assert "broken: out of memory: 3 GiB" in said
 
@@ -94,7 +94,7 @@ def test_an_arm_may_fail_in_a_later_round() -> None:
     def before(arm: Arm) -> None:
         turns.append(arm.name)
         if arm.name == "b" and turns.count("b") == 3:
-            raise ArmFailed("its process was killed, perhaps for want of memory", out_of_memory=True)
+            raise ArmFailed("its process was killed, possibly out of memory", out_of_memory=True)
 
     fakes.before_turn = before
     with Bench(fakes, clock=fakes.clock) as bench:

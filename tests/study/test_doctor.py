@@ -158,22 +158,23 @@ def diagnosis(**changes: Any) -> Diagnosis:
 
 def test_a_loader_that_is_too_slow_gets_its_sentence() -> None:
     assert diagnosis().verdict == (
-        "The model takes 1,900 images/s, the loader gives 700 on 2 workers: 63% waiting, most of the loader's time for "
-        "decoding (2.00 ms an image, 71%); `data.cache=memory` gives 5,187 here."
+        "The model processes 1,900 images/s, the loader delivers 700 on 2 workers: 63% waiting, most of the loader's "
+        "time for decoding (2.00 ms per image, 71%); `data.cache=memory` gives 5,187 here."
     )
 
 
 def test_a_model_that_is_the_limit_gets_its_sentence() -> None:
     found = diagnosis(wait_fraction=0.01, compute_alone=710.0, loader_alone=4000.0, advice=())
     assert found.verdict == (
-        "The model is the limit: it takes 710 images/s, the loader could give 4,000 on 2 workers; 1% waiting, most of "
+        "The model is the bottleneck: it processes 710 images/s, the loader could deliver 4,000 on 2 workers; "
+        "1% waiting, most of "
         "a step for the backward pass (9.0 of 45.0 ms); none of 2 overrides that were tried is faster."
     )
 
 
 def test_halves_that_slow_each_other_down_are_told_apart() -> None:
     found = diagnosis(wait_fraction=0.0, compute_alone=1500.0, loader_alone=1200.0, advice=())
-    assert "; together they come to 698 only: they share the processor's cores; none of 2 overrides" in found.verdict
+    assert "; together they reach only 698: they share the processor's cores; none of 2 overrides" in found.verdict
 
 
 def test_forecasts_follow_from_the_pace() -> None:
@@ -242,13 +243,13 @@ def test_a_recipe_that_cant_run_here_is_one_message(forked_arms: None) -> None:
     asked = Asked(TEXT, "small.yaml", "small", ("model.name=no_such_model",))
     with (
         Starter(asked, on_gpu=False) as start,
-        pytest.raises(RunError, match=r"can't be examined here: .*"),
+        pytest.raises(RunError, match=r"could not be profiled here: .*"),
     ):
         Doctor(start, CPU, 2, seconds=1.0, tell=lambda text: None).examine()
 
 
 def test_a_trace_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match=r"--trace .*: .* is no folder; give another file"):
+    with pytest.raises(RunError, match=r"--trace .*: .* is not a folder; give another file"):
         doctor(None, CPU, seconds=1, tell=print, trace=tmp_path / "missing" / "t.json")  # type: ignore[arg-type]
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(RunError, match=r"--trace .*: can't be written; give another file"):

@@ -199,7 +199,7 @@ def test_what_is_wrong_in_an_arm_is_one_line(starter: Starter) -> None:
 def test_an_arm_that_dies_is_told_apart(starter: Starter) -> None:
     arm = starter(Arm("a"), Wishes())
     os.kill(arm._process.pid, signal.SIGKILL)
-    with pytest.raises(ArmFailed, match="killed, perhaps for want of memory"):
+    with pytest.raises(ArmFailed, match="killed, possibly out of memory"):
         arm.turn(Turn())
     arm.close()
 

@@ -185,7 +185,7 @@ def test_a_recipe_that_cant_run_here_is_one_message() -> None:
     def speed(settings: dict[str, str]) -> float:
         raise ArmFailed("data.dataset: no such folder")
 
-    with pytest.raises(RunError, match=r"can't be measured here: data\.dataset: no such folder"):
+    with pytest.raises(RunError, match=r"could not be measured here: data\.dataset: no such folder"):
         search(Fakes(speed))
 
 
@@ -219,7 +219,7 @@ def test_nothing_fits() -> None:
         raise ArmFailed("out of memory with micro-batches of 32 images", out_of_memory=True)
 
     fakes.before_turn = before
-    with pytest.raises(RunError, match="can't be measured here: out of memory"):
+    with pytest.raises(RunError, match="could not be measured here: out of memory"):
         search(fakes)
 
 

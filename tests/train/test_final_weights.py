@@ -212,7 +212,7 @@ def test_commands_take_the_weights_asked_for(run: Path, tmp_path: Path) -> None:
     export_run(run, tmp_path / "last", weights="last")
     assert same(load_file(tmp_path / "last" / "model.safetensors"), checkpoint(run, 4))
     export_run(run, weights="best")  # those that RUN/model has
-    with pytest.raises(RunError, match=r"model holds the weights that result\.json tells of; give another folder"):
+    with pytest.raises(RunError, match=r"model holds the weights that result\.json describes; give another folder"):
         export_run(run, weights="last")
 
 
@@ -242,9 +242,9 @@ def test_the_closing_lines_say_which_weights_lie_in_the_model_folder(
     assert f"hf-fasttrain export {run} --weights last --output FOLDER" in said
 
 
-def test_the_report_says_that_a_best_of_several_flatters(run: Path) -> None:
+def test_the_report_says_that_a_best_of_several_is_optimistic(run: Path) -> None:
     page = page_of_run(read_record(run))
-    (note,) = [note for note in page.notes if "flatter" in note]
-    assert "the best of 4 evaluations by loss: as the best of 4, its figures on held-out" in note
+    (note,) = [note for note in page.notes if "optimistic" in note]
+    assert "the best of 4 evaluations by loss. Its metrics on held-out" in note
     (tile,) = [remark for name, _, remark in page.tiles if name == "accuracy"]
-    assert tile.startswith("at best (step 1), ")
+    assert tile.startswith("best (step 1), ")

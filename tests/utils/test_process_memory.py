@@ -190,7 +190,7 @@ def test_a_batch_is_made_a_second_time_and_then_given_up_in_one_message(
     assert trainer.bad_images is not None
     assert trainer.bad_images.count == 0
     fails(3, tmp_path, monkeypatch)
-    with pytest.raises(NotEnoughMemory, match=r"out of memory twice while a batch was made: image .*\.jpg: no memory"):
+    with pytest.raises(NotEnoughMemory, match=r"out of memory twice while loading a batch: image .*\.jpg: no memory"):
         trained(write_recipe(), tmp_path / "twice", image_folder, workers)
     assert not (tmp_path / "twice" / "bad_images.jsonl").exists()
 

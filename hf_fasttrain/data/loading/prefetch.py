@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import math
 import mmap
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.loading.worker_deaths import Deaths
 from hf_fasttrain.data.loading.workers import Workers
@@ -149,8 +148,8 @@ class _BatchDataset:
             made = self._try(asked)
         if isinstance(made, str):
             made = NotEnoughMemory(
-                f"out of memory twice while a batch was made: {made}; lower data.workers or data.cache_gb, or take the "
-                f"image out if it is too large; {how_to_resume()} continues from the newest checkpoint"
+                f"out of memory twice while loading a batch: {made}; lower data.workers or data.cache_gb, or remove "
+                f"the image if it is too large; {how_to_resume()} continues from the newest checkpoint"
             )
         return made
 
@@ -375,47 +374,3 @@ class Restartable:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.start()
-
-
-class BackgroundIterator:
-    """Goes through `items` in a thread, `depth` ahead of its reader, and hands on what `work` makes of each.
-
-    The copy to the device has begun before the reader asks for it, even where the reader waits for the device in
-    every step, as fp16's scale makes it do. What fails in the thread is raised by the reader.
-    """
-
-    def __init__(self, items: Iterator[Any], work: Callable[[Any], Any], depth: int = 2) -> None:
-        self._queue: queue.Queue[tuple[Any, BaseException | None] | None] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(items, work), name="batches ahead", daemon=True)
-        self._thread.start()
-
-    def _run(self, items: Iterator[Any], work: Callable[[Any], Any]) -> None:
-        try:
-            for item in items:
-                if not self._put((work(item), None)):
-                    return
-            self._put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again by the reader
-            self._put((None, error))
-
-    def _put(self, thing: tuple[Any, BaseException | None] | None) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(thing, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def __iter__(self) -> Iterator[Any]:
-        while (got := self._queue.get()) is not None:
-            made, error = got
-            if error is not None:
-                raise error
-            yield made
-
-    def stop(self) -> None:
-        """End the thread; what it has ahead is dropped."""
-        self._stopped.set()
-        self._thread.join(timeout=10)

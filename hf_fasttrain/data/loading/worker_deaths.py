@@ -15,14 +15,14 @@ from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_chi
 from hf_fasttrain.utils.signals import signal_handler
 
 MOST_DEATHS = 1  # that a run outlives
-CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; take them out"
+CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; remove them"
 HOW = {  # signal -> what it tells, what to do
     "SIGKILL": (
-        "killed by SIGKILL, as the kernel does where memory runs out",
+        "killed by SIGKILL, as the kernel does when memory runs out",
         "lower data.workers or data.cache_gb",
     ),
     "SIGBUS": (
-        "a bus error, as where shared memory or a disk is full",
+        "a bus error, as when shared memory or a disk is full",
         "give /dev/shm more room (docker run --shm-size) or set data.cache=none",
     ),
     "SIGSEGV": ("it crashed with a segmentation fault", CRASHED),
@@ -33,7 +33,7 @@ HOW = {  # signal -> what it tells, what to do
 def describe_death(exit_code: int | None) -> tuple[str, str]:
     """Return how a process ended, by its exit code (negative: a signal's number), and what to do about it."""
     if exit_code is None or exit_code >= 0:
-        return f"it ended with status {exit_code}", "data.workers=0 shows why"
+        return f"it exited with status {exit_code}", "data.workers=0 shows why"
     try:
         name = signal.Signals(-exit_code).name
     except ValueError:
@@ -58,8 +58,8 @@ class Deaths:
         if self.number > MOST_DEATHS:
             raise LoaderDied(f"a second loader process died ({how}): {remedy}")
         self.tell(
-            f"a loader process died ({how}); another one makes its images, and nothing is lost. A second death ends "
-            f"this: {remedy}"
+            f"a loader process died ({how}); another one takes over, and nothing is lost. A second death stops "
+            f"the run: {remedy}"
         )
 
 
@@ -136,5 +136,5 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
             continue
         batches = None  # ends the other processes: a traceback would keep them
         raise LoaderDied(  # outside of the handler, which holds torch's traceback
-            f"a loader process of {name} died, perhaps for want of memory ({reason.strip()}): lower its num_workers"
+            f"a loader process of {name} died, possibly out of memory ({reason.strip()}): lower its num_workers"
         )

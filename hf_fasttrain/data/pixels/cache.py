@@ -135,7 +135,7 @@ class PixelCache:
         for item, piece in zip(kept, data, strict=True):
             height, width = item.pixels.shape[:2]
             if len(piece) > room:
-                self.trouble = f"its {format_bytes(self.budget)} are full (data.cache_gb, hf-fasttrain cache clean)"
+                self.trouble = f"its {format_bytes(self.budget)} are used up (data.cache_gb, hf-fasttrain cache clean)"
                 return
             if height > 0xFFFF or width > 0xFFFF:
                 continue
@@ -306,7 +306,7 @@ class CacheEntry:
     def dataset(self) -> str:
         """Data set and split, as far as known."""
         if not self.about:
-            return "half-made"
+            return "incomplete"
         return f"{self.about.get('dataset')} ({self.about.get('split')}, {self.about.get('num_rows', 0):,} images)"
 
     @property
@@ -354,7 +354,7 @@ def chosen_caches(folder: Path, names: Sequence[str], everything: bool, unused_d
     """Return the caches to delete; DataError if none is named, or a name is not there."""
     entries = list_caches(folder)
     if not names and not everything and unused_days is None:
-        raise DataError("nothing chosen: give names as `hf-fasttrain cache` lists them, --unused-days or --all")
+        raise DataError("no cache selected: give names as `hf-fasttrain cache` lists them, --unused-days or --all")
     known = [entry.path.name for entry in entries]
     for name in names:
         if name not in known:
@@ -369,4 +369,4 @@ def remove_cache(entry: CacheEntry) -> None:
     try:
         shutil.rmtree(entry.path)
     except OSError as error:
-        raise DataError(f"{entry.path}: can't be deleted: {error.strerror}; delete it by hand") from None
+        raise DataError(f"{entry.path}: can't be deleted: {error.strerror}; delete it manually") from None

@@ -72,7 +72,7 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
     """
     data, path = _parts(record)
     if data is None and path is None:
-        raise ImageError("image is missing (null); take it out")
+        raise ImageError("image is missing (null); remove it")
     try:
         if data is None:
             data = Path(path).read_bytes()
@@ -82,7 +82,7 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
         if is_decoder_out_of_memory(error):
             raise MemoryError(f"image {name}: no memory to decode it") from None
         reason = _reason(error)
-        raise ImageError(f"image {name}: can't be decoded: {reason}; repair it or take it out", reason) from None
+        raise ImageError(f"image {name}: can't be decoded: {reason}; repair it or remove it", reason) from None
 
 
 def _parts(record: Any) -> tuple[Encoded | None, Any]:

@@ -166,7 +166,7 @@ class BadImages:
         more = f"\n  ... and {number - len(bad[:10])} more" if number > len(bad[:10]) else ""
         error = DataError(
             f"data.max_bad_fraction={self.max_fraction}: {number} of {num_images:,} images of split '{split}' "
-            f"can't be decoded; `hf-fasttrain check RECIPE --images` finds them all; repair them, take them out or "
+            f"can't be decoded; `hf-fasttrain check RECIPE --images` finds them all; repair them, remove them or "
             f"raise data.max_bad_fraction:\n{first}{more}"
         )
         error.on_every_process = False

@@ -38,12 +38,12 @@ def _find(features: Mapping[str, Any], wish: str, kind: str, candidates: Sequenc
     if wish != "auto":
         if wish not in features:
             hint = nearest(wish, features)
-            raise DataError(f"data.{kind}_column: '{wish}' is no column of {where}; it has {listed}.{hint}")
+            raise DataError(f"data.{kind}_column: '{wish}' is not a column of {where}; it has {listed}.{hint}")
         return wish
     if len(candidates) == 1:
         return candidates[0]
     problem = f"several columns may be the {kind}s: {', '.join(candidates)}" if candidates else f"no {kind} column"
-    raise DataError(f"{where}: {problem}; name it by data.{kind}_column. Its columns are {listed}")
+    raise DataError(f"{where}: {problem}; set data.{kind}_column. Its columns are {listed}")
 
 
 def _type_name(feature: Any) -> str:

@@ -87,7 +87,7 @@ def load_source(
     or labels are not what is asked for.
     """
     splits = open_splits(dataset, config=config, revision=revision)
-    where = dataset if isinstance(dataset, str) else "the data set handed over"
+    where = dataset if isinstance(dataset, str) else "the data set passed in"
     train_name = _choose_train(splits, train_split, where)
     eval_name = _choose_eval(splits, eval_split, train_name, where)
     columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
@@ -153,15 +153,15 @@ def _handed_over(dataset: Any) -> dict[str, Any]:
     for split in splits.values():
         if not isinstance(split, datasets.Dataset):
             raise DataError(
-                f"the data set handed over holds a {type(split).__name__}; allowed are datasets.Dataset and "
-                "DatasetDict (streaming data sets are not built)"
+                f"the data set passed in holds a {type(split).__name__}; allowed are datasets.Dataset and "
+                "DatasetDict (streaming data sets are not supported)"
             )
     return splits
 
 
 def _siblings(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"; {path.parent} is not there either"
+        return f"; {path.parent} does not exist either"
     return f" in {path.parent}.{nearest(path.name, [p.name for p in path.parent.iterdir()])}"
 
 
@@ -226,7 +226,7 @@ def _open_hub(name: str, config: str | None, revision: str | None) -> dict[str, 
         return dict(datasets.load_dataset(name, config, revision=revision))
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"data.dataset: '{name}' is no file or folder here, and can't be had from the Hub: "
+            f"data.dataset: '{name}' is not a local file or folder, and could not be downloaded from the Hub: "
             f"{str(error).splitlines()[0]} Give a path (./{name}), digits, or check name, data.config and network"
         ) from None
 
@@ -262,7 +262,7 @@ def _scan_classes(root: Path, empty_classes: bool) -> Any:
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
     if not classes:
         raise DataError(
-            f"{root}: no class folders in it; an image folder is [train/]<class>/<image>, "
+            f"{root}: contains no class folders; an image folder is [train/]<class>/<image>, "
             "a data set on disk has .parquet or .arrow files"
         )
     files: list[str] = []
@@ -272,7 +272,7 @@ def _scan_classes(root: Path, empty_classes: bool) -> Any:
         if not found and not empty_classes:
             raise DataError(
                 f"{root / name}: class folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-                "fill it or take it away"
+                "add images or remove it"
             )
         files += found
         labels += [label] * len(found)
@@ -302,7 +302,9 @@ def digits_dataset() -> Any:
 
 def require_split(splits: Mapping[str, Any], name: str, key: str, where: Any) -> str:
     if name not in splits:
-        raise DataError(f"{key}: '{name}' is no split of {where}; it has {shortened(splits)}.{nearest(name, splits)}")
+        raise DataError(
+            f"{key}: '{name}' is not a split of {where}; it has {shortened(splits)}.{nearest(name, splits)}"
+        )
     return name
 
 
@@ -314,7 +316,7 @@ def _choose_train(splits: Mapping[str, Any], wish: str, where: Any) -> str:
             return name
     if len(splits) == 1:
         return next(iter(splits))
-    raise DataError(f"data.train_split: {where} has no split 'train'; name one of {shortened(splits)}")
+    raise DataError(f"data.train_split: {where} has no split 'train'; choose one of {shortened(splits)}")
 
 
 def _choose_eval(splits: Mapping[str, Any], wish: str, train: str, where: Any) -> str | None:

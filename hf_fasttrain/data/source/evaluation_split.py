@@ -74,7 +74,7 @@ def _choose(splits: Mapping[str, Any], wish: str | None, preferred: str, where: 
         return next(iter(splits))
     found = next((name for name in (*EVAL_NAMES, *TRAIN_NAMES) if name in splits), None)
     if found is None:
-        raise DataError(f"{where} has several splits; name one of {shortened(splits)} by --split")
+        raise DataError(f"{where} has several splits; choose one of {shortened(splits)} by --split")
     return found
 
 

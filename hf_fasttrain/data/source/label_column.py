@@ -67,8 +67,8 @@ class LabelColumn:
         row = self.row_without_one
         if row is not None:
             raise DataError(
-                f"{self.place}: row {row} has {self.count_in(row)} labels, where one for each image is needed; take "
-                "such rows out, or train on the lists with data.multi_label=true"
+                f"{self.place}: row {row} has {self.count_in(row)} labels, where one for each image is needed; remove "
+                "such rows, or train on the lists with data.multi_label=true"
             )
 
 
@@ -107,7 +107,7 @@ def _require_none_missing(array: Any, place: str, lengths: np.ndarray | None) ->
 
 
 def _missing(row: int, place: str) -> DataError:
-    return DataError(f"{place}: row {row} has no label; take such rows out")
+    return DataError(f"{place}: row {row} has no label; remove such rows")
 
 
 def _distinct(array: Any, place: str) -> tuple[list[Any], np.ndarray]:
@@ -141,7 +141,7 @@ def _checked(read: LabelColumn) -> LabelColumn:
         raise _no_class(values, read.place)
     for index, value in enumerate(values if read.names is not None else ()):
         if not 0 <= value < len(read.names or ()):
-            unlabelled = ", which stands for no label; take such rows out" if value == -1 else ""
+            unlabelled = ", which means unlabelled; remove such rows" if value == -1 else ""
             raise DataError(
                 f"{read.place}: row {read.row_of(index)} has label {value!r}{unlabelled}; allowed are 0 to "
                 f"{len(read.names or ()) - 1} ({shortened(read.names or (), 6)})"

@@ -124,8 +124,8 @@ def _notes_on_names(train: LabelColumn, names: Sequence[str]) -> list[str]:
         negative = min(train.values, default=0) < 0
         notes.append(
             f"integer labels with gaps: {shortened(names, 6)} are {len(names)} classes by these names; numbers that no "
-            f"image has are no classes ({train.place})"
-            + ("; take rows with a negative label out if it stands for no class" if negative else "")
+            f"image has are not classes ({train.place})"
+            + ("; remove rows with a negative label if it means unlabelled" if negative else "")
         )
     pairs = [f"{first!r} and {second!r}" for first, second in names_alike(names)]
     if pairs:
@@ -153,7 +153,7 @@ def _lookup(read: LabelColumn, train: LabelColumn, names: list[str], train_name:
     if matched.unknown:
         label = matched.unknown[0]
         raise DataError(
-            f"{read.place}: row {read.row_of(texts.index(label))} has label {label!r}, which is no class of split "
+            f"{read.place}: row {read.row_of(texts.index(label))} has label {label!r}, which is not a class of split "
             f"'{train_name}', or could be several; its labels are {shortened(texts, 6)}, the classes "
             f"{shortened(names, 6)}. Give every split the same labels"
         )

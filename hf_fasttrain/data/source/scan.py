@@ -119,7 +119,7 @@ def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan | RunError:
         try:
             return _scan_loud_rows(split, rows)
         except MemoryError as error:
-            return RunError(f"out of memory: {error or 'MemoryError'}; lower data.workers, or take the image out")
+            return RunError(f"out of memory: {error or 'MemoryError'}; lower data.workers, or remove the image")
 
 
 def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:
@@ -293,15 +293,15 @@ def describe_scan(scan: SplitScan, balance: ClassBalance, duplicates: Duplicates
     return {
         "images": f"{scan.num_images:,}",
         "corrupt": f"{len(scan.bad):,}",
-        "copies of others in the split": f"{duplicates.within[scan.name]:,}",
-        "width: least, median, most": _spread(scan.widths[scan.good]),
-        "height: least, median, most": _spread(scan.heights[scan.good]),
-        f"short side under {image_size}, enlarged": f"{scan.num_smaller(image_size):,}",
+        "duplicates within the split": f"{duplicates.within[scan.name]:,}",
+        "width: min, median, max": _spread(scan.widths[scan.good]),
+        "height: min, median, max": _spread(scan.heights[scan.good]),
+        f"short side below {image_size} px, upscaled": f"{scan.num_smaller(image_size):,}",
         "formats": _listed(scan.formats.most_common()),
         "unusual": _listed(scan.unusual.most_common()),
         "encoded: mean, total": _amounts(scan.encoded_bytes[scan.good]),
         "decoded (RGB): mean, total": _amounts(scan.decoded_bytes[scan.good]),
-        "images per class: least, median, most": _spread(balance.counts),
+        "images per class: min, median, max": _spread(balance.counts),
         "rarest classes": _listed(balance.rarest()),
         "classes without images": f"{len(balance.missing):,}",
     }

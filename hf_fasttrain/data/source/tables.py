@@ -59,7 +59,7 @@ def _require_same_classes(split: str, files: Sequence[Path], features: Sequence[
         for column in first.keys() & names.keys():
             if names[column] != first[column]:
                 raise DataError(
-                    f"split '{split}', column '{column}': {files[0].name} counts its classes as "
+                    f"split '{split}', column '{column}': {files[0].name} numbers its classes as "
                     f"{shortened(first[column], 6)}, {file.name} as {shortened(names[column], 6)}; give all files of a "
                     "split the same class names"
                 )

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from hf_fasttrain import Trainer
+from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
-from hf_fasttrain.data.loading.prefetch import BackgroundIterator, Feed, ImageBatches
+from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order
 from hf_fasttrain.data.loading.user_loader import OwnLoader
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.loading import workers as workers_module
+from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
-from hf_fasttrain.data.loading.prefetch import BackgroundIterator, Feed, ImageBatches
+from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
 from hf_fasttrain.data.loading.sampler import Order
 from hf_fasttrain.data.loading.worker_deaths import Deaths, describe_death
 from hf_fasttrain.data.loading.workers import Workers
@@ -41,7 +42,7 @@ from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.errors import LoaderDied, RunError, RunFailure, Stopped
 
 CPU = torch.device("cpu")
-KILLED = "killed by SIGKILL, as the kernel does where memory runs out"
+KILLED = "killed by SIGKILL, as the kernel does when memory runs out"
 
 
 def double(request: Any) -> Any:
@@ -80,8 +81,8 @@ def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int
     assert list(Workers(work, number, 4, Deaths(told.append)).answers(range(21))) == [2 * n for n in range(21)]
     (text,) = told
     assert text == (
-        f"a loader process died ({KILLED}); another one makes its images, and nothing is lost. A second death ends "
-        "this: lower data.workers or data.cache_gb"
+        f"a loader process died ({KILLED}); another one takes over, and nothing is lost. A second death stops "
+        "the run: lower data.workers or data.cache_gb"
     )
 
 
@@ -117,7 +118,7 @@ def test_a_process_killed_in_the_middle_of_an_answer_is_noticed_at_once(tmp_path
     ("number", "how", "remedy"),
     [
         (signal.SIGKILL, KILLED, "lower data.workers or data.cache_gb"),
-        (signal.SIGBUS, "a bus error, as where shared memory or a disk is full", "give /dev/shm more room"),
+        (signal.SIGBUS, "a bus error, as when shared memory or a disk is full", "give /dev/shm more room"),
         (
             signal.SIGSEGV,
             "it crashed with a segmentation fault",
@@ -132,7 +133,7 @@ def test_a_second_death_is_one_message_that_says_how_and_what_to_do(number: int,
 
 
 def test_other_ends_are_described_too() -> None:
-    assert describe_death(3) == ("it ended with status 3", "data.workers=0 shows why")
+    assert describe_death(3) == ("it exited with status 3", "data.workers=0 shows why")
     assert describe_death(-signal.SIGUSR2) == ("killed by SIGUSR2", "lower data.workers")
     assert describe_death(-250)[0] == "killed by signal 250"
 
@@ -257,7 +258,7 @@ def test_training_after_a_death_is_that_without_to_the_bit(
     assert torch.equal(killed.raw_model[1].weight, plain.raw_model[1].weight)  # type: ignore[index]
     assert (got.metrics, got.best, got.images) == (expected.metrics, expected.best, expected.images)
     (note,) = got.notes
-    assert re.match(rf"after step [0-5] a loader process died \({KILLED}\); another one makes its images", note)
+    assert re.match(rf"after step [0-5] a loader process died \({KILLED}\); another one takes over", note)
 
 
 def test_a_second_death_ends_the_run_by_what_it_has_saved(digits: Source, tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_the_command_line_ends_a_second_death_with_one_message(
     recipe = write_recipe(RECIPE.replace("workers: 0", "workers: 1"))
     assert exit_status([str(recipe), f"output_dir={tmp_path / 'run'}"]) == 1
     printed = capsys.readouterr()
-    assert printed.out.count("note: after step 0 a loader process died (a bus error, as where shared memory or") == 1
+    assert printed.out.count("note: after step 0 a loader process died (a bus error, as when shared memory or") == 1
     (line,) = printed.err.splitlines()
     assert line.startswith("error: a second loader process died (a bus error, ")
     assert line.endswith(
@@ -407,7 +408,7 @@ def build_own_trainer(kind: type[Trainer], **options: Any) -> Trainer:
 def test_a_death_in_a_loader_of_ones_own_is_told_between_two_steps(own_trainer: Callable[..., Trainer]) -> None:
     before = signal.getsignal(signal.SIGCHLD)
     trainer = own_trainer(KillingInUpdate)
-    with pytest.raises(LoaderDied, match=r"a loader process of train_loader died, perhaps for want of memory \(DataLo"):
+    with pytest.raises(LoaderDied, match=r"a loader process of train_loader died, possibly out of memory \(DataLo"):
         trainer.fit()
     assert (trainer.state.step, trainer.state.updates) == (2, 2)
     assert signal.getsignal(signal.SIGCHLD) == before

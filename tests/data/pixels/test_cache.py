@@ -366,7 +366,7 @@ def test_a_cache_that_is_too_small_is_said(image_folder: Path, tmp_path: Path, w
     trainer = train(recipe, tmp_path / "run", "data.cache=memory", "data.cache_gb=0.00002")
     assert any("data.cache=memory: split 'train' needs" in note for note in trainer.log.notes)
     assert any(
-        "20.0 kB are full (data.cache_gb, hf-fasttrain cache clean); images" in note for note in trainer.log.notes
+        "20.0 kB are used up (data.cache_gb, hf-fasttrain cache clean); images" in note for note in trainer.log.notes
     )
 
 
@@ -445,7 +445,7 @@ def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFix
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()[:3]] == [names[1], names[0], ".hf_fasttrain-new-left"]
     assert "flowers (train, 20 images): short side 100" in listed
-    assert "half-made" in listed
+    assert "incomplete" in listed
     for arguments, message in (
         (["clean", "--dir", str(where)], "nothing chosen: give names"),
         (["clean", "--dir", str(where), "nosuch"], "no cache 'nosuch' in"),

@@ -160,7 +160,7 @@ def test_a_jpeg_with_parts_missing_is_damaged(kind: str, decoder: str) -> None:
         data = SOUND[name]
         if name == "several pages":
             data = data[: data.index(END) + 2]
-        with pytest.raises(DataError, match=r"can't be decoded: .*[Pp]remature end.*; repair it or take it out"):
+        with pytest.raises(DataError, match=r"can't be decoded: .*[Pp]remature end.*; repair it or remove it"):
             read_pixels(KINDS[kind](data), **DECODERS[decoder])
 
 

@@ -98,7 +98,7 @@ def test_first_frame_of_an_animation() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(Image.fromarray(COLOUR))["bytes"][:60]])
 def test_what_is_no_image_is_a_clear_error(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"bytes: can't be decoded: .*; repair it or take it out"):
+    with pytest.raises(DataError, match=r"bytes: can't be decoded: .*; repair it or remove it"):
         read_pixels({"bytes": data, "path": None})
 
 
@@ -187,7 +187,7 @@ def test_reduced_decoding_keeps_both_sides_long_enough() -> None:
 
 
 def test_a_missing_image_says_so() -> None:
-    with pytest.raises(DataError, match=r"image is missing \(null\); take it out"):
+    with pytest.raises(DataError, match=r"image is missing \(null\); remove it"):
         read_pixels({"bytes": None, "path": None})
     with pytest.raises(DataError, match=r"image nowhere.jpg: can't be decoded: .*No such file"):
         read_pixels("nowhere.jpg")

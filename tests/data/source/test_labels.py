@@ -140,7 +140,7 @@ def test_a_number_missing_among_those_from_zero_on_is_a_class_without_images(tmp
 
 
 def test_a_negative_label_may_stand_for_no_class() -> None:
-    assert "take rows with a negative label out if it stands for no class" in read([-1, 0, 1]).notes[0]
+    assert "remove rows with a negative label if it means unlabelled" in read([-1, 0, 1]).notes[0]
 
 
 def test_classes_that_may_mean_the_same_are_said() -> None:
@@ -172,7 +172,7 @@ def test_integers_from_zero_on_and_flags_need_no_note() -> None:
     ],
 )
 def test_missing_labels_are_named_with_their_row(values: list[Any], row: int) -> None:
-    with pytest.raises(DataError, match=rf"split 'train', column 'label': row {row} has no label; take such rows out"):
+    with pytest.raises(DataError, match=rf"split 'train', column 'label': row {row} has no label; remove such rows"):
         read(values)
 
 
@@ -183,7 +183,7 @@ def test_labels_that_are_no_classes_are_refused(values: list[Any]) -> None:
 
 
 def test_unlabelled_images_of_a_class_label_are_named() -> None:
-    with pytest.raises(DataError, match="row 1 has label -1, which stands for no label; take such rows out; allowed"):
+    with pytest.raises(DataError, match="row 1 has label -1, which means unlabelled; remove such rows; allowed"):
         read([0, -1], feature=datasets.ClassLabel(names=["a", "b"]))
 
 
@@ -309,7 +309,7 @@ def test_files_of_another_split_change_neither_texts_nor_class_names(tmp_path: P
     source = load_source(str(tmp_path / "turned"))
     assert (source.class_names, source.evaluation.labels.tolist()) == (["cat", "dog"], [1, 0])
     write_parquet(tmp_path / "turned" / "train-1.parquet", [0, 1], datasets.ClassLabel(names=["dog", "cat"]))
-    with pytest.raises(DataError, match=r"train-1.parquet counts its classes as dog, cat, train.parquet as cat, dog"):
+    with pytest.raises(DataError, match=r"train-1.parquet numbers its classes as dog, cat, train.parquet as cat, dog"):
         load_source(str(tmp_path / "turned"))
 
 

@@ -73,7 +73,7 @@ def test_lists_and_values_of_several_types_in_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("suffix", "missing"), [("csv", ""), ("jsonl", None), ("parquet", None)])
 def test_a_missing_label_is_named_with_its_row(suffix: str, missing: Any, tmp_path: Path) -> None:
     write(tmp_path, [3, 4, missing, 3], suffix)
-    with pytest.raises(DataError, match="column 'label': row 2 has no label; take such rows out"):
+    with pytest.raises(DataError, match="column 'label': row 2 has no label; remove such rows"):
         load_source(str(tmp_path))
 
 

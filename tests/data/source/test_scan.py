@@ -142,7 +142,7 @@ def test_no_images() -> None:
     broken = split_of([b"", b""])
     found = scan(broken)
     lines = describe_scan(found, class_balance(broken, ["a"]), find_duplicates([found]), 32)
-    assert (lines["corrupt"], lines["width: least, median, most"], lines["formats"]) == ("2", "none", "none")
+    assert (lines["corrupt"], lines["width: min, median, max"], lines["formats"]) == ("2", "none", "none")
 
 
 # --- sizes and forms ---------------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ def test_sizes_and_bytes() -> None:
     assert found.num_smaller(32) == 2
     assert found.decoded_bytes.tolist() == [3840, 6000, 4650, 0]
     lines = describe_scan(found, class_balance(split, ["a"]), find_duplicates([found]), 32)
-    assert lines["width: least, median, most"] == "31, 40, 100"
-    assert lines["height: least, median, most"] == "20, 32, 50"
-    assert lines["short side under 32, enlarged"] == "2"
+    assert lines["width: min, median, max"] == "31, 40, 100"
+    assert lines["height: min, median, max"] == "20, 32, 50"
+    assert lines["short side below 32 px, upscaled"] == "2"
     assert lines["decoded (RGB): mean, total"] == "4.83 kB, 14.5 kB"
     assert lines["encoded: mean, total"].endswith(f", {format_bytes(sum(map(len, images)))}")
 
@@ -287,8 +287,8 @@ def test_a_clean_folder(check: Callable[..., tuple[int, str, str]]) -> None:
     status, printed, errors = check("--images")
     assert (status, errors) == (0, "")
     assert row_of(printed, "corrupt") == ["corrupt", "0", "0"]
-    assert row_of(printed, "short side under 32") == ["short side under 32, enlarged", "24", "12"]
-    assert row_of(printed, "height: least")[1:] == ["20, 23.5, 27", "20, 21.5, 23"]
+    assert row_of(printed, "short side below 32") == ["short side below 32 px, upscaled", "24", "12"]
+    assert row_of(printed, "height: min")[1:] == ["20, 23.5, 27", "20, 21.5, 23"]
     assert row_of(printed, "images per class")[1:] == ["8, 8, 8", "4, 4, 4"]
     assert row_of(printed, "formats")[1:] == ["JPEG 24", "JPEG 12"]
     assert "is right: 2 steps per epoch" in printed
@@ -334,7 +334,7 @@ def test_leaks_and_missing_classes_are_said(check: Callable[..., tuple[int, str,
     pairs = [line.strip() for line in printed.splitlines() if " = " in line]
     assert len(pairs) == 10
     assert pairs[0] == f"{validation}/blue/0.jpg = {train}/blue/0.jpg"
-    assert row_of(printed, "copies of others")[1:] == ["0", "3"]
+    assert row_of(printed, "duplicates within")[1:] == ["0", "3"]
     assert row_of(printed, "rarest")[1:] == ["blue 8, green 8, red 8", "red 4, blue 8"]
     assert row_of(printed, "classes without")[1:] == ["0", "1"]
 
