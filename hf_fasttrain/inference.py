@@ -1,4 +1,4 @@
-"""A finished run put to use: evaluated on a split, asked about images."""
+"""Inference with a finished run: evaluation on a split, predictions for image files."""
 
 from __future__ import annotations
 
@@ -39,35 +39,35 @@ EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
 NOT_OF_OTHER_DATA = ("train_split", "test_split", "eval_fraction", "multi_label")
 
 
-def open_run(place: str | Path) -> Path:
-    """Return the folder of a run: a local one, or hf://OWNER/NAME[@REVISION] brought here.
+def open_run(run: str | Path) -> Path:
+    """Return a run's local folder; hf://OWNER/NAME[@REVISION] is downloaded.
 
-    Raises RunError for a pushed model that runs Python code of its own.
+    Raises RunError for a pushed model that needs its own Python code.
     """
-    if not is_hub_url(str(place)):
-        return Path(place).expanduser()
-    folder = download_run(str(place))
+    if not is_hub_url(str(run)):
+        return Path(run).expanduser()
+    folder = download_run(str(run))
     if not (folder / SPEC_FILE).is_file():
         raise RunError(
-            f"{place}: has no model of hf_fasttrain's in it ({SPEC_FILE}); give a repository that it pushed to"
+            f"{run}: contains no model of hf_fasttrain ({SPEC_FILE}); give a repository that hf_fasttrain pushed"
         )
     if read_json(folder / SPEC_FILE).get("trust_remote_code"):
         raise RunError(
-            f"{place}: its model runs Python code that it brings along; `hf download` it to a folder, read that code, "
-            "then give the folder"
+            f"{run}: its model needs its own Python code; `hf download` it to a folder, read that code, then give the "
+            "folder"
         )
     return folder
 
 
 def model_folder(run: Path, *, pushed: bool = False) -> Path:
-    """Return the model folder of a run folder, or the folder itself if it is one, as a `pushed` run's always is."""
+    """Return the model folder of a run folder, or the folder itself if it is one; a `pushed` run is always one."""
     restore_folder(run / "model")
     for folder in (run,) if pushed else (run / "model", run):
         if (folder / SPEC_FILE).exists():
             return folder
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give a run folder")
-    raise RunError(f"{run}: no model in it; give a run folder whose training has ended")
+    raise RunError(f"{run}: contains no model; give the folder of a finished run")
 
 
 def evaluate_run(
@@ -78,41 +78,42 @@ def evaluate_run(
     weights: str | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return the metrics of a run's model by name, with `dataset`, `split`, `num_images`, `weights` and their `step`.
+    """Evaluate a run's model; return its metrics by name with `dataset`, `split`, `num_images`, `weights` and `step`.
 
-    `bad_images`, if there are any, is how many of them were counted by another image in their place.
-
-    `run` is a folder or hf://OWNER/NAME. Measured are its evaluation split or another `split` of its data set.
-    `overrides` change the run's recipe: data.dataset=FOLDER measures other images, all of its validation split, or of
-    the folder where it has no splits. Their classes are matched to the model's by name; the model must know all of
-    them. `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `note` is told what
-    should be said: bad images, which others stand in for, and classes without images.
+    `run` is a folder or hf://OWNER/NAME. By default its evaluation split is measured, or another `split` of its data
+    set. `overrides` change the run's recipe: data.dataset=FOLDER measures other images, those of its validation split,
+    or all of them if it has no splits. Classes are matched to the model's by name; the model must know all of them.
+    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `note` is called with
+    messages, such as on bad images and on classes without images. If bad images were replaced by others, the result has
+    their number as `bad_images`.
     """
     opened = open_run(run)
     folder = model_folder(opened, pushed=is_hub_url(str(run)))
     if not (opened / "recipe.yaml").exists():
-        raise RunError(f"{run}: no recipe.yaml in it; evaluate needs a run folder")
+        raise RunError(f"{run}: contains no recipe.yaml; evaluate needs a run folder")
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
             raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
         if split is not None and override.startswith("data.eval_split"):
-            raise RunError(f"--split {split} and override '{override}' say the same thing twice; leave one out")
+            raise RunError(f"--split {split} and override '{override}' set the same thing; leave one out")
     checkpoint = find_checkpoint(opened, weights, str(run))
-    place = str(run) if is_hub_url(str(run)) else opened / "recipe.yaml"
-    asked = load_recipe(place, overrides)
-    own_data = _same_data(asked, load_recipe(place, [text for text in overrides if not text.startswith("data.")]))
-    settings = ResolvedSettings(asked)
-    recipe = resolve_machine(asked, settings, Presets())
+    source = str(run) if is_hub_url(str(run)) else opened / "recipe.yaml"
+    loaded = load_recipe(source, overrides)
+    is_same_data = _is_same_data(
+        loaded, load_recipe(source, [text for text in overrides if not text.startswith("data.")])
+    )
+    settings = ResolvedSettings(loaded)
+    recipe = resolve_machine(loaded, settings, Presets())
     accelerator = build_accelerator(recipe, settings)
     model, spec = _load(folder, checkpoint)
     model = on_device(model, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
-    measured = _measured_split(recipe, spec, split, own_data=own_data)
+    measured = _measured_split(recipe, spec, split, is_same_data=is_same_data)
     for text in measured.notes:
         note(text)
-    if not own_data and _was_trained_on(recipe, measured.split, opened):
+    if not is_same_data and _was_trained_on(recipe, measured.split, opened):
         note(
             f"{recipe.data.dataset}, split '{measured.split.name}': these are the images that the run was trained on; "
-            "to measure those that were held out, leave data.dataset out or give the recipe's"
+            "to measure the held-out ones, omit data.dataset or give the recipe's"
         )
     pre = _preprocessing(spec)
     bad_images = BadImages(None, recipe.data.max_bad_fraction, note)
@@ -131,58 +132,62 @@ def evaluate_run(
     metrics = evaluator(model, loader)
     for failure in evaluator.external.take_failures():
         note(failure)
-    about = {"dataset": recipe.data.dataset, "split": measured.split.name, "num_images": len(measured.split)}
-    about |= _which_weights(opened, weights, checkpoint)
+    context: dict[str, Any] = {
+        "dataset": recipe.data.dataset,
+        "split": measured.split.name,
+        "num_images": len(measured.split),
+    }
+    context |= _weights_used(opened, weights, checkpoint)
     replaced = {"bad_images": bad_images.count} if bad_images.count else {}
-    return {**metrics, **about, **replaced}
+    return {**metrics, **context, **replaced}
 
 
 def _trained_micro_batch(run: Path, recipe: Recipe) -> int:
-    """Return how many images the run's training had in a forward, 0 if nothing says it."""
-    given = recipe.accelerate.micro_batch_size
-    trained = read_settings(run).get("accelerate.micro_batch_size")
-    value = given if given or trained is None else trained.value
+    """Return the micro-batch of the run's training, 0 if it is unknown."""
+    current = recipe.accelerate.micro_batch_size
+    recorded = read_settings(run).get("accelerate.micro_batch_size")
+    value = current if current or recorded is None else recorded.value
     return value if isinstance(value, int) else 0
 
 
-def _which_weights(run: Path, asked: str | None, checkpoint: Path | None) -> dict[str, Any]:
-    """Return what is known of the weights that were measured: which ones they are, and after which step."""
+def _weights_used(run: Path, weights: str | None, checkpoint: Path | None) -> dict[str, Any]:
+    """Return name and step of the weights that were measured, as far as they are known."""
     if checkpoint is not None:
-        return {"weights": asked, "step": checkpoint_step(checkpoint)}
+        return {"weights": weights, "step": checkpoint_step(checkpoint)}
     result = read_json(run / RESULT_FILE)
     model = result.get("model")
     found = {"weights": model.get("weights") if isinstance(model, dict) else None, "step": step_in_model(result)}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _same_data(recipe: Recipe, trained: Recipe) -> bool:
-    """Return whether two recipes have the same data set, however its path is written."""
+def _is_same_data(recipe: Recipe, trained: Recipe) -> bool:
+    """Return whether two recipes have the same data set, even if its path is written differently."""
     ours, theirs = recipe.data, trained.data
     paths = [Path(data.dataset).expanduser().resolve() for data in (ours, theirs)]
-    same_place = ours.dataset == theirs.dataset or paths[0] == paths[1]
-    return same_place and (ours.config, ours.revision) == (theirs.config, theirs.revision)
+    same_source = ours.dataset == theirs.dataset or paths[0] == paths[1]
+    return same_source and (ours.config, ours.revision) == (theirs.config, theirs.revision)
 
 
 def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
-    """Return whether a training split is the run's own, which has moved."""
+    """Return whether a split is the run's own training split at another path."""
     saved = read_settings(run).get("data.fingerprint")
     if saved is None or split.name not in TRAIN_NAMES:
         return False
     try:
         return fingerprint(open_source(recipe)) == saved.value
-    except UserError:  # the recipe's splits or columns are not there
+    except UserError:  # without the recipe's splits or columns
         return False
 
 
-def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, own_data: bool) -> Measured:
-    """Return the split to measure in the model's numbering: as in training, or of other data whole."""
-    found = _own_split(recipe, spec, split) if own_data else _other_split(recipe, spec, split)
+def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, is_same_data: bool) -> Measured:
+    """Return the split to measure, with labels in the model's numbering: as in training, or other data as a whole."""
+    found = _run_split(recipe, spec, split) if is_same_data else _other_split(recipe, spec, split)
     return with_model_classes(found, spec.class_names, recipe.data.dataset)
 
 
-def _own_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
-    asked = with_values(recipe, {"data.multi_label": spec.multi_label})
-    source = open_source(asked, test_split=split, test_key="--split")
+def _run_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
+    labelled = with_values(recipe, {"data.multi_label": spec.multi_label})
+    source = open_source(labelled, test_split=split, test_key="--split")
     chosen = source.test if split and source.test else source.evaluation
     used = {chosen.name, source.train.name}
     notes = note_on_test_split(source.split_names, used, recipe.data.dataset, "--split {} measures it")
@@ -190,7 +195,7 @@ def _own_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
 
 
 def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
-    """Return a split of data that the recipe was not written for: its split and columns count where they are there."""
+    """Return a split of other data; the recipe's split and columns are used if they exist there."""
     data = recipe.data
 
     def overridden(key: str) -> bool:
@@ -198,7 +203,9 @@ def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured
 
     for key in NOT_OF_OTHER_DATA:
         if overridden(key):
-            raise RunError(f"override data.{key} has no effect on other data, which are measured whole; use --split")
+            raise RunError(
+                f"override data.{key} has no effect on other data, which are measured as a whole; use --split"
+            )
     same_name = not overridden("dataset")
     split = data.eval_split if overridden("eval_split") else split
     return load_measured(
@@ -222,19 +229,19 @@ def _load(folder: Path, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
     return model, spec
 
 
-def choose_device(wish: str) -> torch.device:
-    """Return the device that auto, cpu, cuda or cuda:N stands for. Raises RunError for one that is not there."""
+def choose_device(name: str) -> torch.device:
+    """Return the device of auto, cpu, cuda or cuda:N. Raises RunError if it does not exist."""
     number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cpu", *(["cuda"] if number else []), *(f"cuda:{index}" for index in range(number))]
-    if wish == "auto":
+    available = ["cpu", *(["cuda"] if number else []), *(f"cuda:{index}" for index in range(number))]
+    if name == "auto":
         return torch.device(*(("cuda", torch.cuda.current_device()) if number else ("cpu",)))
-    if wish not in there:
-        raise RunError(f"device '{wish}': there is no such device here; allowed are auto, {', '.join(there)}")
-    return torch.device(wish)
+    if name not in available:
+        raise RunError(f"device '{name}': there is no such device here; allowed are auto, {', '.join(available)}")
+    return torch.device(name)
 
 
 def on_device(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """Return a model on a device, in the memory layout that its images will have."""
+    """Move a model to a device, in the memory layout of its images."""
     use_cudnn_benchmark(device)
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if channels_last else model
@@ -251,35 +258,35 @@ def predict_images(
     top: int = 5,
     weights: str | None = None,
     device: str = "auto",
-    bad: Callable[[str], None] | None = None,
+    on_bad_image: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
     `device`: auto (a GPU if there is one), cpu, cuda or cuda:1.
     `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. Folders stand for all image
-    files below them. Images that can't be decoded are left out, and `bad` is told why; without it, and for a path that
-    is not there, DataError.
+    files below them. Images that can't be decoded are skipped, and `on_bad_image` is called with the reason. Raises
+    DataError without it, and for a path that does not exist.
     """
     opened = open_run(run)
     folder = model_folder(opened, pushed=is_hub_url(str(run)))
     checkpoint = find_checkpoint(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image)]
-    place = choose_device(device)
+    torch_device = choose_device(device)
     model, spec = _load(folder, checkpoint)
-    model = on_device(model, place, channels_last=True)
+    model = on_device(model, torch_device, channels_last=True)
     pre = _preprocessing(spec)
     transform = eval_transform(pre)
-    normalize = Normalize(pre.mean, pre.std, place, channels_last=True)
+    normalize = Normalize(pre.mean, pre.std, torch_device, channels_last=True)
     rows: list[dict[str, Any]] = []
-    size = evaluation_batch_size(micro_batch_size=0, **evaluation_memory(model, spec.image_size, place)).value
+    size = evaluation_batch_size(micro_batch_size=0, **evaluation_memory(model, spec.image_size, torch_device)).value
     for start in range(0, len(files), size):
         batch = files[start : start + size]
-        readable = [(file, pixels) for file in batch if (pixels := _pixels_of(file, bad)) is not None]
+        readable = [(file, pixels) for file in batch if (pixels := _pixels_of(file, on_bad_image)) is not None]
         if not readable:
             continue
         pixels = np.stack([transform(pixels) for _, pixels in readable])
         with torch.inference_mode():
-            logits = model(normalize(torch.from_numpy(pixels).to(place))).cpu()
+            logits = model(normalize(torch.from_numpy(pixels).to(torch_device))).cpu()
         scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)
         best = scores.topk(min(top, spec.num_classes), dim=1)
         for (file, _), values, classes in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
@@ -288,14 +295,14 @@ def predict_images(
     return rows
 
 
-def _pixels_of(file: Path, bad: Callable[[str], None] | None) -> Pixels | None:
-    """Return an image's pixels; None if it can't be decoded and `bad` has been told so."""
+def _pixels_of(file: Path, on_bad_image: Callable[[str], None] | None) -> Pixels | None:
+    """Return an image's pixels; None if it can't be decoded and `on_bad_image` was called."""
     try:
         return read_pixels(str(file))
     except DataError as error:
-        if bad is None:
+        if on_bad_image is None:
             raise
-        bad(str(error))
+        on_bad_image(str(error))
         return None
 
 

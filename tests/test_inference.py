@@ -131,7 +131,7 @@ def test_a_test_split_is_mentioned_and_measured_on_request(run: Path, tmp_path: 
     assert evaluate(run, f"data.dataset={other}")[0]["split"] == "validation"
     with pytest.raises(DataError, match=r"--split: 'tset' is not a split of .* Did you mean 'test'"):
         evaluate(run, f"data.dataset={other}", split="tset")
-    with pytest.raises(RunError, match=r"--split test and override 'data.eval_split=train' say the same thing twice"):
+    with pytest.raises(RunError, match=r"--split test and override 'data.eval_split=train' set the same thing"):
         evaluate(run, "data.eval_split=train", split="test")
 
 
@@ -171,7 +171,7 @@ def test_images_that_the_run_was_trained_on_are_noted_where_they_have_moved(
     trained.rename(image_folder / "elsewhere")
     measured, notes = evaluate(tmp_path / "run", f"data.dataset={image_folder / 'elsewhere'}")
     assert (measured["split"], measured["num_images"], len(notes)) == ("train", 24, 1)
-    assert "these are the images that the run was trained on; to measure those that were held out, leave" in notes[0]
+    assert "these are the images that the run was trained on; to measure the held-out ones, omit" in notes[0]
     (image_folder / "elsewhere" / "red" / "0.jpg").unlink()
     assert evaluate(tmp_path / "run", f"data.dataset={image_folder / 'elsewhere'}")[1] == []
 

@@ -1,4 +1,4 @@
-"""The command line: argv to calls, errors to exit status. Nothing heavy is imported before a recipe has been read."""
+"""The command line: argv to function calls, errors to exit statuses. Heavy imports happen after a recipe is read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_fasttrain.utils.errors import RunError, UserError, on_command_line, with
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit status 0; 2 for a user's mistake; 74 if a result could not be written; 75 for a run that was stopped by a
-    signal and is saved, or whose loader processes died after it had saved something, else 1; 130 for Ctrl-C.
+    Exit status: 0 for success; 2 for a user's mistake; 74 if a result could not be written; 75 for a run that was
+    stopped by a signal and is saved, or whose loader processes died after a checkpoint; 130 for Ctrl-C; else 1.
     """
     limit_spinning()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -31,13 +31,13 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _out_of_memory_as_error() -> Iterator[None]:
-    """Make one message of memory that ran out, whatever was being done."""
+    """Turn a MemoryError of any command into a message."""
     try:
         yield
     except MemoryError as error:
         what = next(iter(str(error).splitlines()), "")
-        short = RunError(
+        out_of_memory = RunError(
             f"out of memory{f': {what}' if what else ''}; end other programs, or use a smaller model or image"
         )
-        short.on_every_process = False
-        raise short from None
+        out_of_memory.on_every_process = False
+        raise out_of_memory from None

@@ -1,4 +1,4 @@
-"""`hf-fasttrain ablate`."""
+"""The command `ablate`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
 from hf_fasttrain.cli.terminal import command_line, exit_on_ctrl_c, print_note, wide_console
 from hf_fasttrain.utils.errors import Stopped, UserError
 
-TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Techniques, by their names.")]
+TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Names of techniques.")]
 
 
 def ablate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each arm; from 6 on, intervals of 95 % or more.")] = 6,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Least length of a turn.")] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each arm; 6 or more give 95 % intervals.")] = 6,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Minimum length of a measurement.")] = 2.0,
     only: TechniqueNames = None,
     without: TechniqueNames = None,
-    full: Annotated[bool, typer.Option("--full", help="Then train every arm to the end.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="With --full: trainings of each arm.")] = 3,
+    full: Annotated[bool, typer.Option("--full", help="Afterwards train every arm to the end.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="With --full: training runs of each arm.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder to write; by default a new one in ablations/.")] = None,
 ) -> None:
-    """Measure what each technique (accumulation, mixed precision, pinned memory, ...) is worth here."""
+    """Measure the gain of each technique (accumulation, mixed precision, pinned memory, ...) on this machine."""
     from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -40,7 +40,7 @@ def ablate(
     whole = True
     if ablation is None:
         study.require_new(folder)
-        with exit_on_ctrl_c():  # before there is anything to keep
+        with exit_on_ctrl_c():  # nothing to keep so far
             ablation, whole = study.ablate(loaded, plan, command=command_line(), tell=print_note)
         write_ablation(ablation, folder)
     if full and whole:
@@ -52,7 +52,7 @@ def ablate(
     if not whole:
         sys.exit(Stopped.CTRL_C)
     if full and not any(row.full for row in ablation.rows):
-        raise UserError(f"no training came to its end; {folder}/runs/*.log say why")
+        raise UserError(f"no training finished; see {folder}/runs/*.log")
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The commands, in the order that `--help` lists them, and the verb that may be left out."""
+"""The commands, in the order of `--help`; `train` is the default."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ for name, group in GROUPS.items():
 
 
 def with_command(arguments: list[str]) -> list[str]:
-    """Put `train` before a recipe that stands where a verb could."""
-    verbs = {command.__name__ for command in COMMANDS} | set(GROUPS)
-    if not arguments or arguments[0] in verbs or arguments[0] in ("--help", "-h", "--version"):
+    """Insert the default command `train` if the arguments start with a recipe. Raises UserError for unknown words."""
+    commands = {command.__name__ for command in COMMANDS} | set(GROUPS)
+    if not arguments or arguments[0] in commands or arguments[0] in ("--help", "-h", "--version"):
         return ["--help"] if arguments[:1] == ["-h"] else arguments
     first = next((argument for argument in arguments if not argument.startswith("-")), "")
     known = first.endswith((".yaml", ".yml")) or first.startswith("hf://") or first in shipped_recipes()
     if first and not known and not Path(first).exists():
-        hint = nearest(first, [*verbs, *shipped_recipes()])
+        hint = nearest(first, [*commands, *shipped_recipes()])
         raise UserError(
-            f"'{first}' is no recipe and no command.{hint} Commands: {', '.join(sorted(verbs))}; "
+            f"'{first}' is neither a recipe nor a command.{hint} Commands: {', '.join(sorted(commands))}; "
             f"recipes: a .yaml file, hf://OWNER/NAME, or one of {', '.join(shipped_recipes())}"
         )
     return ["train", *arguments]

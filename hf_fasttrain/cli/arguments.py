@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, the name of 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.batch_size=64")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 WeightsOption = Annotated[
-    str | None, typer.Option(help="last, best or step_N of a checkpoint that is kept; by default those in RUN/model.")
+    str | None, typer.Option(help="Weights: last, best or step_N of a kept checkpoint; by default those in RUN/model.")
 ]
 PushedRunArgument = Annotated[str, typer.Argument(help="A run folder, or hf://OWNER/NAME.")]

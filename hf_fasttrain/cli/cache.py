@@ -1,4 +1,4 @@
-"""`hf-fasttrain cache`: list the decoded pixels kept on disk, delete them."""
+"""The command `cache`: list or delete the decoded pixels kept on disk."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import typer
 
 from hf_fasttrain.utils.format import format_bytes
 
-CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir names one.")]
+CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir is set.")]
 
 
 def list_caches(context: typer.Context, folder: CacheFolder = None) -> None:
-    """List the decoded pixels kept on disk, the last used first."""
+    """List the decoded pixels kept on disk, the most recently used first."""
     if context.invoked_subcommand is not None:
         context.obj = folder
         return
     from hf_fasttrain.data.pixels import cache
 
-    where = folder or cache.default_cache_dir()
-    entries = cache.list_caches(where)
+    cache_dir = folder or cache.default_cache_dir()
+    entries = cache.list_caches(cache_dir)
     for entry in entries:
         size = f"{format_bytes(entry.num_bytes):>8}"
         print(f"{entry.path.name}  {size}  last used {entry.last_used_text}  {entry.dataset}: {entry.settings}")
-    print(f"{format_bytes(sum(entry.num_bytes for entry in entries))} in {where}")
+    print(f"{format_bytes(sum(entry.num_bytes for entry in entries))} in {cache_dir}")
 
 
 def clean_caches(
     context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(help="Names as listed; needed unless --all is given.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,
-    unused_days: Annotated[float | None, typer.Option(min=0, help="Those not used for so many days.")] = None,
+    unused_days: Annotated[float | None, typer.Option(min=0, help="Delete those not used for this many days.")] = None,
     folder: CacheFolder = None,
 ) -> None:
     """Delete decoded pixels kept on disk."""

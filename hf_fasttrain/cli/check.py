@@ -1,4 +1,4 @@
-"""`hf-fasttrain check`: every value of a recipe with its origin, memory, and the images if wished."""
+"""The command `check`: every value of a recipe with its origin, a memory forecast, and optionally all images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def check(
         typer.Option("--images", help="Decode every image first: corrupt files, class balance, duplicates, sizes."),
     ] = False,
     list_file: Annotated[
-        Path | None, typer.Option("--list", help="With --images: file to write all corrupt images to, as JSON lines.")
+        Path | None, typer.Option("--list", help="With --images: write all corrupt images to this file, as JSON lines.")
     ] = None,
 ) -> None:
-    """Resolve and validate everything, print each value with its origin, train nothing."""
+    """Resolve and validate everything and print each value with its origin, without training."""
     from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -40,21 +40,21 @@ def check(
     build_trainer_without_folder(parts, keep_pixels=False)
     console = wide_console()
     title = f"{recipe}: every value, where it came from, and what it decides"
-    rows = [(key, json.dumps(fact.value), fact.origin, fact.tag) for key, fact in parts.settings.all().items()]
+    settings = parts.settings.all()
+    rows = [(key, json.dumps(setting.value), setting.origin, setting.tag) for key, setting in settings.items()]
     print_table(console, title, ("key", "value", "origin", "tag"), rows)
     print_table(console, *memory_table(parts))
-    held = run_files_in(Path(output_dir(loaded)))
-    if held:
-        parts.settings.note(f"output_dir {output_dir(loaded)} holds a run already; training would be refused")
+    if run_files_in(Path(output_dir(loaded))):
+        parts.settings.note(f"output_dir {output_dir(loaded)} contains a run already; training would be refused")
     for note in [*parts.settings.notes, *parts.settings.weight_notes]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if images:
         check_images(console, loaded, parts.source, list_file)
-    console.print(f"{recipe} is right: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
+    console.print(f"{recipe} is valid: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
 
 
 def _require_list_file(path: Path | None, *, images: bool) -> None:
-    """Say what is wrong with --list before every image has been decoded."""
+    """Raise UserError if --list can't be written, before all images are decoded."""
     if path is None:
         return
     if not images:
@@ -62,4 +62,4 @@ def _require_list_file(path: Path | None, *, images: bool) -> None:
     if path.exists():
         raise UserError(f"{path} exists already; give another file to write")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: can't be written: {path.parent} is no folder")
+        raise UserError(f"{path}: can't be written: {path.parent} is not a folder")

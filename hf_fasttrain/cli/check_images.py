@@ -1,4 +1,4 @@
-"""What `hf-fasttrain check RECIPE --images` prints."""
+"""The report of `check --images`: corrupt images, class balance, duplicates, sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hf_fasttrain.utils.errors import UserError
 
 
 def check_images(console: Console, recipe: Recipe, source: Source, list_file: Path | None) -> None:
-    """Decode all images, print what was found, and refuse more corrupt ones than training would."""
+    """Decode all images and print the report. Raises UserError if training would stop for too many corrupt images."""
     splits = [split for split in (source.train, source.evaluation, source.test) if split is not None]
     scans = _scan(splits, recipe.data.workers)
     balances = [class_balance(split, source.class_names) for split in splits]
@@ -42,21 +42,21 @@ def check_images(console: Console, recipe: Recipe, source: Source, list_file: Pa
     if broken:
         found = "; ".join(f"split '{s.name}': {len(s.bad):,} of {s.num_images:,} images are corrupt" for s in broken)
         raise UserError(
-            f"{found}; training would stop, since data.max_bad_fraction is {limit}. Repair them or take them out "
+            f"{found}; training would stop, since data.max_bad_fraction is {limit}. Repair or remove them "
             "(--list FILE writes them all), or raise data.max_bad_fraction"
         )
 
 
 def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
-    """Scan all splits in worker processes, with a progress bar if somebody sees it."""
+    """Scan all splits in worker processes, with a progress bar on a terminal."""
     number = num_cores() if workers == "auto" else int(workers)
     console = Console(stderr=True)
     columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, splits)))
-        moved: Callable[[int], None] = partial(progress.advance, task)
-        tell: Callable[[str], None] = lambda text: _say(console, f"note: {text}")  # noqa: E731
-        return [scan_split(split, workers=number, progress=moved, tell=tell) for split in splits]
+        advance: Callable[[int], None] = partial(progress.advance, task)
+        note: Callable[[str], None] = lambda text: _print_line(console, f"note: {text}")  # noqa: E731
+        return [scan_split(split, workers=number, progress=advance, tell=note) for split in splits]
 
 
 def _print_scan(
@@ -70,7 +70,7 @@ def _print_scan(
 
 
 def _print_bad(console: Console, bad: list[BadImage], list_file: Path | None) -> None:
-    """Print the first corrupt images, and write all of them to the file asked for."""
+    """Print the first corrupt images, and write all of them to `list_file` if it is given."""
     if bad:
         title = f"corrupt images: {len(bad):,}" + (", the first 20" if len(bad) > 20 else "")
         rows = [(image.split, str(image.row), image.path or "", image.error) for image in bad[:20]]
@@ -81,7 +81,7 @@ def _print_bad(console: Console, bad: list[BadImage], list_file: Path | None) ->
         list_file.write_text("".join(json.dumps(vars(image)) + "\n" for image in bad), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{list_file}: can't be written: {error.strerror}; give another file to write") from None
-    _say(console, f"{list_file}: all corrupt images, {len(bad):,}")
+    _print_line(console, f"{list_file}: all corrupt images, {len(bad):,}")
 
 
 def _print_overlaps(console: Console, splits: list[Split], duplicates: Duplicates) -> None:
@@ -89,11 +89,11 @@ def _print_overlaps(console: Console, splits: list[Split], duplicates: Duplicate
         if not len(overlap.pairs):
             continue
         found = f"{len(overlap.pairs):,} of {len(other):,} images of split '{overlap.other}'"
-        _say(console, f"warning: {found} are in split '{overlap.train}' too: its accuracy will be overstated")
+        _print_line(console, f"warning: {found} are in split '{overlap.train}' too: its accuracy will be overstated")
         trained, first = overlap.pairs[:10].T
         for name, twin in zip(image_names(other, first), image_names(splits[0], trained), strict=True):
-            _say(console, f"  {name} = {twin}")
+            _print_line(console, f"  {name} = {twin}")
 
 
-def _say(console: Console, line: str) -> None:
+def _print_line(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)

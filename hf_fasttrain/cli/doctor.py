@@ -1,4 +1,4 @@
-"""`hf-fasttrain doctor`."""
+"""The command `doctor`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hf_fasttrain.cli.terminal import exit_on_ctrl_c, print_note, wide_console
 def doctor(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=1.0, help="About how long it may take.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Approximate time that it may take.")] = 30.0,
     trace: Annotated[
-        Path | None, typer.Option(help="File for torch's profiler trace of some steps (Chrome's).")
+        Path | None, typer.Option(help="File for a trace of some steps by torch's profiler (Chrome's format).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say where a training's time goes here, and which overrides would help, each measured."""
+    """Show where the time of a training goes on this machine, and which overrides would help, each measured."""
     from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])

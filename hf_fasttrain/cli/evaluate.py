@@ -1,4 +1,4 @@
-"""`hf-fasttrain evaluate`."""
+"""The command `evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hf-fasttrain export`."""
+"""The command `export`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_fasttrain.cli.arguments import RunArgument, WeightsOption
 
 def export(
     run: RunArgument,
-    output: Annotated[Path | None, typer.Option(help="Folder to write; by default the run's own model folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; by default the run's model folder.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, checked in onnxruntime.")] = False,
     weights: WeightsOption = None,
 ) -> None:

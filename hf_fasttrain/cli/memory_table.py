@@ -1,4 +1,4 @@
-"""What `hf-fasttrain check RECIPE` says about memory."""
+"""The memory forecast that `check` prints."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ Table = tuple[str, tuple[str, str], list[tuple[str, str]]]
 
 
 def memory_table(parts: Parts) -> Table:
-    """Return title, header and rows of the memory that each training process will take."""
+    """Return title, header and rows of the memory forecast of a training process."""
     forecast = parts.forecast
     if forecast is None:
         forecast = forecast_memory(parts.recipe, parts.spec.num_classes, parts.model, parts.accelerator, parts.settings)
     images = images_at_once(parts.order)
     rows = [(what, format_bytes(number)) for what, number in forecast.rows(images)]
-    rows.append(("in all", format_bytes(forecast.peak(images))))
-    rows += _beside(parts, forecast)
-    return f"memory of a training process ({forecast.device})", ("for what", "bytes"), rows
+    rows.append(("total", format_bytes(forecast.peak(images))))
+    rows += _other_memory(parts, forecast)
+    return f"memory of a training process ({forecast.device})", ("part", "bytes"), rows
 
 
-def _beside(parts: Parts, forecast: Forecast) -> list[tuple[str, str]]:
+def _other_memory(parts: Parts, forecast: Forecast) -> list[tuple[str, str]]:
     rows = []
     if forecast.workers:
-        rows.append((f"beside it: {forecast.workers} loader processes", format_bytes(forecast.workers * WORKER_BYTES)))
+        rows.append(
+            (f"in addition: {forecast.workers} loader processes", format_bytes(forecast.workers * WORKER_BYTES))
+        )
     if parts.kept_pixels:
-        rows.append(("beside it: kept pixels (data.cache)", format_bytes(parts.kept_pixels)))
+        rows.append(("in addition: cached pixels (data.cache)", format_bytes(parts.kept_pixels)))
     rows.append(("free now for each process", format_bytes(free_memory_bytes() // local_processes())))
     return rows

@@ -1,4 +1,4 @@
-"""`hf-fasttrain predict`."""
+"""The command `predict`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hf_fasttrain.utils.errors import DataError
 
 def predict(
     run: PushedRunArgument,
-    images: Annotated[list[str], typer.Argument(help="Image files and folders of them.")],
+    images: Annotated[list[str], typer.Argument(help="Image files or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     weights: WeightsOption = None,
     device: Annotated[str, typer.Option(help="auto: a GPU if there is one; cpu, cuda, cuda:1.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Name the most likely classes of image files and folders."""
+    """Print the most likely classes of image files."""
     from rich.table import Table
     from rich.text import Text
 
     from hf_fasttrain.inference import predict_images
 
     bad: list[str] = []
-    predictions = predict_images(run, images, top=top, weights=weights, device=device, bad=bad.append)
+    predictions = predict_images(run, images, top=top, weights=weights, device=device, on_bad_image=bad.append)
     if as_json:
         print(json.dumps(predictions, indent=2))
     elif predictions:
@@ -37,4 +37,4 @@ def predict(
                 table.add_row(*map(Text, ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")))
         wide_console().print(table)
     if bad:
-        raise DataError("\n  ".join([f"{len(bad)} of {len(bad) + len(predictions)} images left out:", *bad]))
+        raise DataError("\n  ".join([f"{len(bad)} of {len(bad) + len(predictions)} images skipped:", *bad]))

@@ -1,4 +1,4 @@
-"""`hf-fasttrain push`."""
+"""The command `push`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ def push(
     run: RunArgument,
     repo: Annotated[str | None, typer.Argument(help="OWNER/NAME on the Hub; by default the recipe's hub.repo.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="Make a new repository private.")] = None,
-    license: Annotated[str | None, typer.Option(help="Of the model, for its card: apache-2.0, mit, ...")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="License of the model, for its card: apache-2.0, mit, ...")
+    ] = None,
     weights: WeightsOption = None,
 ) -> None:
     """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
     from hf_fasttrain.hub.push import asked_hub, push_run
 
-    asked = asked_hub(run)
-    name = repo or asked.get("repo")
+    hub = asked_hub(run)
+    name = repo or hub.get("repo")
     if not name:
-        raise UserError(f"{run}: its recipe has no hub.repo; say where to: hf-fasttrain push {run} OWNER/NAME")
-    if name == asked.get("repo"):
-        private = asked.get("private") if private is None else private
-        license = license or asked.get("license")
-        weights = weights or ("best" if asked.get("every") == "best" else None)
+        raise UserError(f"{run}: its recipe has no hub.repo; give the repository: hf-fasttrain push {run} OWNER/NAME")
+    if name == hub.get("repo"):
+        private = hub.get("private") if private is None else private
+        license = license or hub.get("license")
+        weights = weights or ("best" if hub.get("every") == "best" else None)
     print(push_run(run, name, private=private, license=license, weights=weights, tell=print_note))

@@ -1,4 +1,4 @@
-"""`hf-fasttrain recipes`: list the shipped recipes, copy one."""
+"""The command `recipes`: list the shipped recipes, copy one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def copy_recipe(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
     target: Annotated[Path | None, typer.Argument(help="File to write; by default NAME.yaml here.")] = None,
 ) -> None:
-    """Copy a shipped recipe, to be changed."""
+    """Copy a shipped recipe to a file of your own."""
     shipped = shipped_recipes()
     if name not in shipped:
-        raise UserError(f"no shipped recipe '{name}'; there are {', '.join(shipped)}.{nearest(name, shipped)}")
+        raise UserError(f"no shipped recipe '{name}'; available are {', '.join(shipped)}.{nearest(name, shipped)}")
     path = target or Path(f"{Path(name).name}.yaml")
     if path.exists():
         raise UserError(f"{path} exists already; give another file to write")

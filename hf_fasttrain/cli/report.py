@@ -1,4 +1,4 @@
-"""`hf-fasttrain report`."""
+"""The command `report`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are laid over each other.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared in one report.")],
     output: Annotated[
         Path | None, typer.Option(help="File to write; by default RUN/report.html, for several report.html.")
     ] = None,
 ) -> None:
-    """Write a page about one run or several that opens offline: curves, classes, mistakes, settings."""
+    """Write an offline HTML report of one or several runs: curves, classes, mistakes, settings."""
     from hf_fasttrain.report.report import write_report
 
     print(write_report(runs, output))

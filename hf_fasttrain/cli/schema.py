@@ -1,4 +1,4 @@
-"""`hf-fasttrain schema`."""
+"""The command `schema`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: notes, tables, Ctrl-C, and which process speaks."""
+"""Shared by the commands: notes, tables, Ctrl-C, and which process prints."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def is_main() -> bool:
-    """Return whether this is the process that speaks, of several that a launcher has started."""
+    """Return whether this is the main process, which alone prints, of those that a launcher started."""
     return launched_rank() == 0
 
 
 def print_note(text: str) -> None:
-    """Print a note beside a command's own output, which other programs may read."""
+    """Print a note to stderr; other programs may read a command's stdout."""
     if is_main():
         print(f"note: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def exit_on_ctrl_c() -> Iterator[None]:
-    """End with its status on Ctrl-C; SIGTERM is taken for it, so that arms and their files are cleaned up."""
+    """Exit with status 130 on Ctrl-C; SIGTERM is handled alike, so that child processes and files are cleaned up."""
     from hf_fasttrain.utils.signals import signal_handler
 
     try:
@@ -40,14 +40,14 @@ def exit_on_ctrl_c() -> Iterator[None]:
 
 
 def wide_console() -> Console:
-    """Return a console whose tables are not folded where there is no terminal."""
+    """Return a console that is 160 columns wide if stdout is not a terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def print_table(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; long texts are folded, not cut."""
+    """Print a table; long texts are wrapped, not cut."""
     from rich.table import Table
     from rich.text import Text
 
@@ -60,5 +60,5 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Itera
 
 
 def command_line() -> str:
-    """Return the command as it was typed, without tokens."""
+    """Return the command line as typed, without tokens."""
     return without_secrets(shlex.join(["hf-fasttrain", *sys.argv[1:]]))

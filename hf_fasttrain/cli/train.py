@@ -1,4 +1,4 @@
-"""`hf-fasttrain train`: what it says before and after a training, and its exit status."""
+"""The command `train`: its messages before and after a training, and its exit status."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's newest checkpoint.")] = False,
 ) -> None:
     """Train, evaluate and save the recipe's classifier (the default command)."""
     from hf_fasttrain.recipe.load import load_recipe
@@ -41,9 +41,9 @@ def train(
     if resume and trainer.is_finished:
         missing = missing_results(folder, trainer.state.step, trainer.final_step, report=trainer.report)
         if not missing:
-            _say_finished(trainer, folder)
+            _print_finished(trainer, folder)
             return
-        trainer.log.say(f"{folder}: trained to the end; now making what is missing: {', '.join(missing)}")
+        trainer.log.say(f"{folder}: trained to the end; now writing what is missing: {', '.join(missing)}")
     else:
         started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
         trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
@@ -59,11 +59,11 @@ def train(
         steps = trainer.state.step, trainer.final_step
         trainer.log.say(describe_missing(folder, result.not_written, *steps, report=trainer.report))
         sys.exit(Stopped.NOT_WRITTEN)
-    _say_what_next(trainer.log.say, folder, loaded, result)
+    _print_summary(trainer.log.say, folder, loaded, result)
 
 
-def _say_finished(trainer: Trainer, folder: Path) -> None:
-    """Say that there is nothing to train or to write, and how a push that is owed is made."""
+def _print_finished(trainer: Trainer, folder: Path) -> None:
+    """Print that the run is finished, and the command of a push that is still missing."""
     from hf_fasttrain.run_folder.missing import is_pushed
     from hf_fasttrain.train.early_stopping import how_to_go_on
 
@@ -76,9 +76,9 @@ def _say_finished(trainer: Trainer, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _memory_limit(trainer: Trainer) -> Iterator[None]:
-    """Let training on a CPU take what is free now and no more: what does not fit fails here instead of being killed.
+    """Limit training on a CPU to the memory that is free now: too large an allocation fails instead of a kill.
 
-    Out of memory where no step can be made again, as in a checkpoint's copy, is one message.
+    Raises NotEnoughMemory if memory runs out where no step can be retried, as in a checkpoint's copy.
     """
     from hf_fasttrain.from_recipe.accelerator import local_processes
     from hf_fasttrain.utils.environment import free_memory_bytes
@@ -104,11 +104,11 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
 def _end_trackers(trainer: Trainer) -> None:
     try:
         trainer.accelerator.end_training()
-    except Exception as error:  # noqa: BLE001 - others' code; the run itself has ended well
+    except Exception as error:  # noqa: BLE001 - a tracker's error; the run itself is complete
         trainer.log.say(f"note: a tracker could not be ended: {error}")
 
 
-def _say_what_next(say: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
+def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
     from hf_fasttrain.train.early_stopping import EarlyStop, how_to_go_on
     from hf_fasttrain.train.final_weights import which_weights
     from hf_fasttrain.utils.format import format_duration, format_images_rate, format_percent
@@ -117,21 +117,22 @@ def _say_what_next(say: Callable[[str], None], folder: Path, recipe: Recipe, res
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     page = folder / "report.html"
-    own = [text for text in recipe.source.overrides if text.startswith("model.")]
+    model_overrides = [text for text in recipe.source.overrides if text.startswith("model.")]
+    name_and_model = shlex.join([recipe.source.name, *model_overrides])
     report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
-    say(
+    log(
         f"done: {result.steps:,} steps, {result.images:,} images in {format_duration(result.train_seconds)} "
         f"({format_images_rate(result.images_per_second)}, "
         f"{format_percent(result.data_wait_fraction, 0)} waiting for data)\n"
         f"      {score}\n"
         f"{early}"
         f"  {folder}/model          the classifier: {which_weights(folder, result)}\n"
-        f"  {folder}/result.json    figures; metrics.jsonl: their course; resolved.yaml: every setting\n"
+        f"  {folder}/result.json    final metrics; metrics.jsonl: their history; resolved.yaml: every setting\n"
         f"{report}"
-        f"  {folder}/checkpoints    to go on from: the same command with --resume and a longer train.duration\n"
+        f"  {folder}/checkpoints    to continue from: the same command with --resume and a longer train.duration\n"
         f"try next:\n"
         f"  hf-fasttrain predict {folder} IMAGE...\n"
         f"  hf-fasttrain evaluate {folder}\n"
         f"  hf-fasttrain export {folder} --onnx\n"
-        f"  hf-fasttrain train {shlex.join([recipe.source.name, *own])} data.dataset=FOLDER output_dir=runs/mine"
+        f"  hf-fasttrain train {name_and_model} data.dataset=FOLDER output_dir=runs/mine"
     )

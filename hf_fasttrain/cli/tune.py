@@ -1,4 +1,4 @@
-"""`hf-fasttrain tune`."""
+"""The command `tune`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_fasttrain.utils.errors import Stopped
 def tune(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    budget: Annotated[str, typer.Option(help="How long it may take: 3m, 90s, 1h.")] = "3m",
+    budget: Annotated[str, typer.Option(help="Time that it may take: 3m, 90s, 1h.")] = "3m",
     output: Annotated[Path | None, typer.Option(help="Recipe to write; by default the name with .tuned.yaml.")] = None,
-    store: Annotated[bool, typer.Option(help="Keep it for `auto` values on this machine.")] = True,
+    store: Annotated[bool, typer.Option(help="Store the result for `auto` on this machine.")] = True,
 ) -> None:
-    """Find the fastest machine settings for a recipe here, and write them down as a recipe."""
+    """Find the fastest settings for a recipe on this machine, and write them as a recipe."""
     from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -31,10 +31,10 @@ def tune(
 
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)
-    with exit_on_ctrl_c():  # before there is anything to keep
+    with exit_on_ctrl_c():  # nothing to keep so far
         found = search(loaded, seconds, hardware(), tell=print_note)
-    for trouble in write_tuned(loaded, found, path, command=command_line(), store=store):
-        print_note(trouble)
+    for problem in write_tuned(loaded, found, path, command=command_line(), store=store):
+        print_note(problem)
     print_found(wide_console(), found, path)
     if not found.whole:
         sys.exit(Stopped.CTRL_C)

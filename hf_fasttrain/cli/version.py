@@ -1,4 +1,4 @@
-"""`hf-fasttrain --version`."""
+"""The option --version."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import typer
 from hf_fasttrain import __version__
 
 
-def print_version(wanted: bool) -> None:
-    """Print the version and end."""
-    if wanted:
+def print_version(is_set: bool) -> None:
+    """Print the version and exit."""
+    if is_set:
         print(f"hf_fasttrain {__version__}")
         raise typer.Exit
 
@@ -21,4 +21,4 @@ def common_options(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Accept the options before a command."""

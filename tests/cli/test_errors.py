@@ -390,7 +390,7 @@ def test_launch_configurations_that_are_not_built(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["chek"], "'chek' is no recipe and no command. Did you mean 'check'"),
+        (["chek"], "'chek' is neither a recipe nor a command. Did you mean 'check'"),
         (["quickstat.yaml"], "quickstat.yaml: no such recipe file; .* Did you mean 'quickstart'"),
         (["."], "is a folder; give a recipe file"),
         (["evaluate", "nowhere"], "nowhere: no such folder"),

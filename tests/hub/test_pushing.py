@@ -498,7 +498,7 @@ def test_the_command_takes_over_what_the_recipe_says(
     asked: list[object] = []
     monkeypatch.setattr("hf_fasttrain.hub.push.push_run", lambda *args, **options: asked.append((args, options)))
     assert exit_status(["push", str(run)]) == 2
-    assert "its recipe has no hub.repo; say where to: hf-fasttrain push" in capsys.readouterr().err
+    assert "its recipe has no hub.repo; give the repository: hf-fasttrain push" in capsys.readouterr().err
     (run / "recipe.yaml").write_text(text + "hub: {repo: me/x, every: best, private: true, license: mit}\n")
     assert exit_status(["push", str(run)]) == 0
     (args, options) = asked[0]

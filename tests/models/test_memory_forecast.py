@@ -297,7 +297,7 @@ def test_check_prints_the_forecast(write_recipe: Callable[..., Path], capsys: py
     assert exit_status(["check", str(write_recipe()), "ema={decay: 0.9}"]) == 0
     printed = capsys.readouterr().out
     for part in ("memory of a training process", "weights and buffers", "gradients", "state of the optimizer",
-                 "moving average", "activations kept for backward, 16", "in all", "free now"):  # fmt: skip
+                 "moving average", "activations kept for backward, 16", "total", "free now"):  # fmt: skip
         assert part in printed
 
 

@@ -83,7 +83,7 @@ def test_resume_makes_what_is_missing(run: Path, resume: Callable[[], str], name
     path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     said = resume()
-    assert f"trained to the end; now making what is missing: {name}" in said
+    assert f"trained to the end; now writing what is missing: {name}" in said
     assert all((run / name).exists() for name in OWED)
     assert {path: path.read_bytes() for path in (run / "model").iterdir()} == was
     assert "nothing to do" in resume()
@@ -144,7 +144,7 @@ def test_a_full_disk_ends_with_74_whatever_was_lost(
 def test_a_report_of_an_earlier_end_is_made_anew(run: Path, resume: Callable[[], str]) -> None:
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps({**result, "notes": ["another end"]}))
-    assert "making what is missing: report.html" in resume()
+    assert "writing what is missing: report.html" in resume()
 
 
 def test_the_folder_is_held_until_the_last_file_is_written(

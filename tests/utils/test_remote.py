@@ -119,7 +119,7 @@ def test_a_pushed_model_with_code_is_not_opened(hub: Hub, pushed: Path) -> None:
     repo = hub.repos["me/digits"]
     files = repo.versions[repo.sha]
     files["hf_fasttrain.json"] = files["hf_fasttrain.json"].replace(b'code": false', b'code": true')
-    with pytest.raises(RunError, match="its model runs Python code that it brings along; `hf download`"):
+    with pytest.raises(RunError, match="its model needs its own Python code; `hf download`"):
         predict_images("hf://me/digits", ["x.png"])
 
 
@@ -217,7 +217,7 @@ def test_a_repository_of_others_has_no_recipe(hub: Hub, pushed: Path) -> None:
     with pytest.raises(RunError, match=r"hf://me/digits: recipe.yaml was not found; the repository was not pushed by"):
         load_recipe("hf://me/digits")
     hub.repos["me/digits"].versions = {hub.repos["me/digits"].sha: {"README.md": b"nothing"}}
-    with pytest.raises(RunError, match=r"hf://me/digits: has no model of hf_fasttrain's in it \(hf_fast"):
+    with pytest.raises(RunError, match=r"hf://me/digits: contains no model of hf_fasttrain \(hf_fast"):
         predict_images("hf://me/digits", ["x.png"])
 
 

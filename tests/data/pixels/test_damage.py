@@ -291,4 +291,4 @@ def test_check_training_and_predict_refuse_the_same_images(
     assert exit_status(["predict", str(tmp_path / "run"), str(red), "--json"]) == 2
     printed = capsys.readouterr()
     assert {Path(row["image"]) for row in json.loads(printed.out)} == {*red.iterdir()} - {*damaged}
-    assert f"2 of {len(list(red.iterdir()))} images left out:\n  image {red / 'damaged.jpg'}: can't be" in printed.err
+    assert f"2 of {len(list(red.iterdir()))} images skipped:\n  image {red / 'damaged.jpg'}: can't be" in printed.err

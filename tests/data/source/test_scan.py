@@ -291,7 +291,7 @@ def test_a_clean_folder(check: Callable[..., tuple[int, str, str]]) -> None:
     assert row_of(printed, "height: min")[1:] == ["20, 23.5, 27", "20, 21.5, 23"]
     assert row_of(printed, "images per class")[1:] == ["8, 8, 8", "4, 4, 4"]
     assert row_of(printed, "formats")[1:] == ["JPEG 24", "JPEG 12"]
-    assert "is right: 2 steps per epoch" in printed
+    assert "is valid: 2 steps per epoch" in printed
     assert "warning" not in printed
     assert "every image" not in check()[1]
 
@@ -307,7 +307,7 @@ def test_corrupt_images_are_listed_and_refused(
     assert status == 2
     assert errors.startswith("error: split 'train': 21 of 45 images are corrupt; training would stop, since ")
     assert "data.max_bad_fraction is 0.01" in errors
-    assert "is right" not in printed
+    assert "is valid" not in printed
     assert "corrupt images: 21, the first 20" in printed
     assert printed.count("0 bytes") == 20
     lines = [json.loads(line) for line in written.read_text().splitlines()]
@@ -344,7 +344,7 @@ def test_wrong_use_of_list(check: Callable[..., tuple[int, str, str]], tmp_path:
     cases = {
         ("--list", "x.jsonl"): "--list writes what --images finds; give both",
         ("--images", "--list", str(tmp_path / "there")): "exists already; give another file to write",
-        ("--images", "--list", str(tmp_path / "no" / "x.jsonl")): "no is no folder",
+        ("--images", "--list", str(tmp_path / "no" / "x.jsonl")): "no is not a folder",
     }
     for arguments, expected in cases.items():
         status, _, errors = check(*arguments)
