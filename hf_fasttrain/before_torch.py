@@ -1,7 +1,8 @@
-"""What has to be known before torch is loaded: how long waiting threads spin, and which process this is.
+"""What must be set or known before torch is imported: how long waiting threads spin, and the rank of this process.
 
-libgomp, which PyTorch's wheels for Linux bring along, reads its variables when it is loaded. A program that imports the
-package has its own environment: only our commands, benchmarks and tests call this, first of all.
+libgomp, which PyTorch's wheels for Linux contain, reads its environment variables when it is loaded. Only our commands,
+benchmarks and tests call `limit_spinning`, as the first thing: a program that imports the package sets its own
+environment.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Any of them says that the user has decided.
+# If any of them is set, the user has decided.
 USER_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # libgomp's own count is 300,000 where there are no more threads than cores: beside one busy process training kept 0.2
 # to 0.3 of its speed. Sleeping at once cost 17 to 45 % where nothing ran beside it. 1,000 cost 3 to 11 %, and was 1.2
@@ -19,12 +20,12 @@ SPIN_COUNT = 1000
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's threads sleep soon, unless the user has said how they wait or torch is loaded already."""
+    """Make waiting OpenMP threads sleep soon, unless the user has set how they wait or torch is already loaded."""
     if "torch" in sys.modules or any(name in os.environ for name in USER_VARIABLES):
         return
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def launched_rank() -> int:
-    """Return the number of this process among all that were launched."""
+    """Return the rank of this process among all that were launched."""
     return int(os.environ.get("RANK", 0))

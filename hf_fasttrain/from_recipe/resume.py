@@ -66,7 +66,7 @@ class FirstStart:
             outcome = ", ".join(changed) or "all as it was"
             settings.note(f"this run began elsewhere ({'; '.join(differs)}): {subject} decided again: {outcome}")
         elif changed:
-            settings.note(f"not as this run began, since the launcher or OMP_NUM_THREADS says so: {', '.join(changed)}")
+            settings.note(f"changed since this run began, by the launcher or OMP_NUM_THREADS: {', '.join(changed)}")
 
     def _tuned(self) -> set[str]:
         return {key for key, decision in self.decisions.items() if decision.kind == "tuned"}

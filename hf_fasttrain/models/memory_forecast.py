@@ -27,7 +27,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 class Activations:
     """Bytes that a forward and backward pass needs in addition to parameters and buffers."""
 
-    fixed: int  # kept for backward whatever the number of images, such as autocast's copies of weights
+    fixed: int  # kept for backward for any number of images, such as autocast's copies of weights
     per_image: int  # kept for backward
     workspace_per_image: int  # while the largest operation runs
 

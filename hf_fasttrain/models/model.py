@@ -45,7 +45,9 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
-    crop_mode: str = "center"  # center_floor as transformers crops; squash: resized to a square, whatever its shape
+    crop_mode: str = (
+        "center"  # center_floor as transformers crops; squash: resized to a square
+    )
 
 
 @dataclass(frozen=True)

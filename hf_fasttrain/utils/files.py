@@ -183,7 +183,7 @@ def sync_files(folder: Path) -> None:
 
 
 def new_file_mode(folder: Path) -> int:
-    """Return the mode that a new file in a folder gets from the umask or an ACL; only creating one tells it."""
+    """Return the mode that a new file in a folder gets from the umask or an ACL; found by creating one."""
     probe = folder / ".mode.partial"
     try:
         with NewFile(probe):

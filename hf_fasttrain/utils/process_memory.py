@@ -69,7 +69,7 @@ def lift_memory_limit() -> None:
 
 
 def _data_bytes() -> int | None:
-    """Return the bytes that RLIMIT_DATA counts for this process; None if the system does not tell."""
+    """Return the bytes that RLIMIT_DATA counts for this process; None if the system does not report it."""
     if sys.platform != "linux":
         return None
     try:

@@ -163,7 +163,7 @@ def test_the_launchers_precision_goes_before_a_tuning_and_after_the_recipe(
     found, notes = start()
     assert found["accelerate.mixed_precision"] == "bf16"
     assert (
-        "not as this run began, since the launcher or OMP_NUM_THREADS says so: "
+        "changed since this run began, by the launcher or OMP_NUM_THREADS: "
         "accelerate.mixed_precision=bf16 (no before)"
     ) in notes
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # exported always
