@@ -156,8 +156,8 @@ def _weights_used(run: Path, weights: str | None, checkpoint: Path | None) -> di
         return {"weights": weights, "step": checkpoint_step(checkpoint)}
     result = read_json(run / RESULT_FILE)
     model = result.get("model")
-    found = {"weights": model.get("weights") if isinstance(model, dict) else None, "step": step_in_model(result)}
-    return {name: value for name, value in found.items() if value is not None}
+    used = {"weights": model.get("weights") if isinstance(model, dict) else None, "step": step_in_model(result)}
+    return {name: value for name, value in used.items() if value is not None}
 
 
 def _is_same_data(recipe: Recipe, trained: Recipe) -> bool:
@@ -181,8 +181,8 @@ def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
 
 def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, is_same_data: bool) -> Measured:
     """Return the split to measure, with labels in the model's numbering: as in training, or other data as a whole."""
-    found = _run_split(recipe, spec, split) if is_same_data else _other_split(recipe, spec, split)
-    return with_model_classes(found, spec.class_names, recipe.data.dataset)
+    measured = _run_split(recipe, spec, split) if is_same_data else _other_split(recipe, spec, split)
+    return with_model_classes(measured, spec.class_names, recipe.data.dataset)
 
 
 def _run_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
@@ -312,7 +312,7 @@ def _image_files(image: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{image}: no such file or folder")
-    found = sorted(file for file in path.rglob("*") if is_image_file(file))
-    if not found:
+    files = sorted(file for file in path.rglob("*") if is_image_file(file))
+    if not files:
         raise DataError(f"{image}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    return files

@@ -40,9 +40,9 @@ def check_images(console: Console, recipe: Recipe, source: Source, list_file: Pa
     limit = recipe.data.max_bad_fraction
     broken = [scan for scan in scans if scan.bad_fraction > limit]
     if broken:
-        found = "; ".join(f"split '{s.name}': {len(s.bad):,} of {s.num_images:,} images are corrupt" for s in broken)
+        counts = "; ".join(f"split '{s.name}': {len(s.bad):,} of {s.num_images:,} images are corrupt" for s in broken)
         raise UserError(
-            f"{found}; training would stop, since data.max_bad_fraction is {limit}. Repair or remove them "
+            f"{counts}; training would stop, since data.max_bad_fraction is {limit}. Repair or remove them "
             "(--list FILE writes them all), or raise data.max_bad_fraction"
         )
 
@@ -88,8 +88,10 @@ def _print_overlaps(console: Console, splits: list[Split], duplicates: Duplicate
     for other, overlap in zip(splits[1:], duplicates.overlaps, strict=True):
         if not len(overlap.pairs):
             continue
-        found = f"{len(overlap.pairs):,} of {len(other):,} images of split '{overlap.other}'"
-        _print_line(console, f"warning: {found} are in split '{overlap.train}' too: its accuracy will be overstated")
+        overlapping = f"{len(overlap.pairs):,} of {len(other):,} images of split '{overlap.other}'"
+        _print_line(
+            console, f"warning: {overlapping} are in split '{overlap.train}' too: its accuracy will be overstated"
+        )
         trained, first = overlap.pairs[:10].T
         for name, twin in zip(image_names(other, first), image_names(splits[0], trained), strict=True):
             _print_line(console, f"  {name} = {twin}")

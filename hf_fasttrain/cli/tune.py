@@ -32,9 +32,9 @@ def tune(
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)
     with exit_on_ctrl_c():  # nothing to keep so far
-        found = search(loaded, seconds, hardware(), tell=print_note)
-    for problem in write_tuned(loaded, found, path, command=command_line(), store=store):
+        result = search(loaded, seconds, hardware(), tell=print_note)
+    for problem in write_tuned(loaded, result, path, command=command_line(), store=store):
         print_note(problem)
-    print_found(wide_console(), found, path)
-    if not found.whole:
+    print_found(wide_console(), result, path)
+    if not result.whole:
         sys.exit(Stopped.CTRL_C)

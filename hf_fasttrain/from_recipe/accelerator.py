@@ -98,11 +98,13 @@ def _precision(recipe: Recipe) -> str:
 
 def _note_overruled(recipe: Recipe, precision: str, settings: ResolvedSettings) -> None:
     """Add a note for each setting of the launcher that the recipe overrules."""
-    stated, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
-    if stated not in (None, precision):
-        why = {"fp16": ", which needs a GPU", "fp8": ", which is not supported"}.get(str(stated), "")
-        why = why if settings.is_open("accelerate.mixed_precision") else ""
-        settings.note(f"the launch configuration says mixed precision {stated}{why}; the recipe's {precision} is used")
+    launcher, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
+    if launcher not in (None, precision):
+        reason = {"fp16": ", which needs a GPU", "fp8": ", which is not supported"}.get(str(launcher), "")
+        reason = reason if settings.is_open("accelerate.mixed_precision") else ""
+        settings.note(
+            f"the launch configuration says mixed precision {launcher}{reason}; the recipe's {precision} is used"
+        )
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", "auto", str(steps)):
         settings.note(f"the launch configuration says {launched} accumulation steps; the recipe's {steps} is used")

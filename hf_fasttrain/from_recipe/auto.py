@@ -71,15 +71,15 @@ def cache(
     """
     if passes <= 1:
         return Choice("none", "each image is needed once")
-    why = f"{format_bytes(needed)} of pixels"
+    reason = f"{format_bytes(needed)} of pixels"
     if disk and 0.9 * needed < on_disk:
-        return Choice("disk", why)
+        return Choice("disk", reason)
     if fits_device:
-        return Choice("device", why)
+        return Choice("device", reason)
     for mode, room in (("memory", memory), ("disk", disk)):
         if needed <= room:
-            return Choice(mode, why)
-    return Choice("none", f"{why}, {format_bytes(memory)} of memory and {format_bytes(disk)} of disk to spare")
+            return Choice(mode, reason)
+    return Choice("none", f"{reason}, {format_bytes(memory)} of memory and {format_bytes(disk)} of disk to spare")
 
 
 def cache_gb(*, free: int, needed_elsewhere: int = 0) -> Choice:
@@ -135,8 +135,8 @@ def micro_batch_size(*, whole: int, share: int, largest: int, limit: str = "") -
     """Return the micro-batch: `whole`, or less if a process's `share` of a step exceeds `largest`; `limit` says why."""
     if share <= largest:
         return Choice(whole, "images per process and forward")
-    why = f"the fewest equal parts of {share} images of at most {largest}: {limit}"
-    return Choice(equal_micro_batch_size(share, largest), why)
+    reason = f"the fewest equal parts of {share} images of at most {largest}: {limit}"
+    return Choice(equal_micro_batch_size(share, largest), reason)
 
 
 def accumulation_steps(*, share: int, micro_batch_size: int) -> Choice:

@@ -44,7 +44,7 @@ class CachePlan:
 
     mode: str  # none, memory, disk or device
     budget: int = 0
-    why: str = ""
+    reason: str = ""
     need: int = 0  # bytes for all of them, estimated from a sample
 
 
@@ -77,12 +77,12 @@ class CachePlanner:
         if self.processes.is_local_main:
             plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
         plan = self.processes.from_local_main(plan)
-        why = f"set by the user: {plan.why}" if self.data.cache != "auto" and plan.why else plan.why
-        self.settings.refine(key, plan.mode, why)
+        reason = f"set by the user: {plan.reason}" if self.data.cache != "auto" and plan.reason else plan.reason
+        self.settings.refine(key, plan.mode, reason)
         if self.data.cache == "auto" and plan.mode != "none":
             where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
             self.settings.note(
-                f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.why}"
+                f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.reason}"
             )
         if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
             self.settings.note(
@@ -96,16 +96,16 @@ class CachePlanner:
         if mode == "none":
             return CachePlan("none")
         if mode == "auto" and passes <= 1:
-            return CachePlan("none", why=cache(passes=passes).reason)
+            return CachePlan("none", reason=cache(passes=passes).reason)
         need = estimated_bytes(split, preparation)
         room = {mode: self._room(mode) for mode in ("memory", "disk")}
         if mode == "auto":
             on_disk = self._on_disk(split, preparation)
             room["disk"] = room["disk"] + on_disk if can_write(self.folder) else 0
             fits = self._fits_device(preparation, need, batchable, share=rows / len(split))
-            mode, why = cache(passes=passes, needed=need, on_disk=on_disk, fits_device=fits, **room)
+            mode, reason = cache(passes=passes, needed=need, on_disk=on_disk, fits_device=fits, **room)
             if mode == "none":
-                return CachePlan("none", why=why, need=need)
+                return CachePlan("none", reason=reason, need=need)
         if mode == "device":
             return self._in_device(rows * self.recipe.data.image_size**2 * 3)
         budget = min(room[mode], int(1.1 * need) + (1 << 20))  # the rest is for other splits
@@ -154,8 +154,8 @@ class CachePlanner:
         num_rows = len(split.images)
         if plan.mode == "disk":
             content = self._content(split, preparation)
-            about = {"dataset": self.data.dataset, "split": split.name, **content}
-            return open_cache(self.folder / cache_key(content), num_rows, plan.budget, about)
+            metadata = {"dataset": self.data.dataset, "split": split.name, **content}
+            return open_cache(self.folder / cache_key(content), num_rows, plan.budget, metadata)
         cache = memory_cache(num_rows, plan.budget) if self.processes.is_local_main else None
         index, pixels = self.processes.from_local_main((cache.index_path, cache.pixels_path) if cache else None)
         return cache or PixelCache(index, pixels, num_rows, plan.budget)

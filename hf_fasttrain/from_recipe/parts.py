@@ -92,7 +92,7 @@ def _resolve_order(
     """Return the sampling order with micro-batches of `size`, and record the settings that follow from it."""
     train, processes = recipe.train, accelerator.num_processes
     largest = len(process_share(train.batch_size, processes, processes - 1))
-    steps, why = accumulation_steps(share=largest, micro_batch_size=size)
+    steps, reason = accumulation_steps(share=largest, micro_batch_size=size)
     if recipe.accelerate.micro_batch_size and size > largest + 1:
         settings.note(
             f"accelerate.micro_batch_size={size} has no effect: a process's share of a step is {largest} images"
@@ -109,7 +109,7 @@ def _resolve_order(
         repeats=recipe.augment.repeats,
     )
     accelerator.gradient_accumulation_steps = steps
-    settings.record("accelerate.gradient_accumulation_steps", steps, why)
+    settings.record("accelerate.gradient_accumulation_steps", steps, reason)
     settings.record("processes", processes, "of the launcher")
     settings.record("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
     if recipe.accelerate.sync_batch_norm:

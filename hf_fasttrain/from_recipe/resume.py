@@ -82,10 +82,10 @@ def read_first_start(folder: Path) -> FirstStart | None:
     """Return a run's first start from its resolved.yaml, None if there is no such file."""
     if not (folder / RESOLVED_FILE).exists():
         return None
-    found = read_settings(folder)
-    decided = {key: s for key, s in found.items() if key in KEPT_KEYS or s.kind == "tuned"}
+    settings = read_settings(folder)
+    decided = {key: s for key, s in settings.items() if key in KEPT_KEYS or s.kind == "tuned"}
     decided = {key: setting for key, setting in sorted(decided.items()) if setting.value not in (None, "auto")}
-    machine = found[MACHINE].value if MACHINE in found else None
+    machine = settings[MACHINE].value if MACHINE in settings else None
     explicit = frozenset(key for key, setting in decided.items() if setting.kind in ("recipe", "override"))
     decisions = {key: setting.decision for key, setting in decided.items()}
     return FirstStart(decisions, machine if isinstance(machine, dict) else None, explicit)

@@ -74,7 +74,7 @@ def local_settings(recipe: Recipe, dataset: Any) -> list[str]:
     model, data = recipe.model, recipe.data
     name = model.name.removeprefix("transformers:")
     paths = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}
-    found = [key for key, value in paths.items() if isinstance(value, str) and Path(value).expanduser().exists()]
+    keys = [key for key, value in paths.items() if isinstance(value, str) and Path(value).expanduser().exists()]
     if data.dataset == "digits":
-        found = [key for key in found if key != "data.dataset"]
-    return sorted({*found, *(["data.dataset"] if dataset is not None else [])})
+        keys = [key for key in keys if key != "data.dataset"]
+    return sorted({*keys, *(["data.dataset"] if dataset is not None else [])})

@@ -200,11 +200,11 @@ def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
         show = partial(pictures.write, folder, log.say)
     if recipe.hub and Processes(parts.accelerator).is_main:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
-        about = {"machine": describe_machine(device, processes), "versions": describe_versions()}
+        environment = {"machine": describe_machine(device, processes), "versions": describe_versions()}
         options = _push_options(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
         num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
         describe = partial(save_description, parts.model, spec)
-        pusher = Pusher(folder, options, describe, about, log.say, num_steps)
+        pusher = Pusher(folder, options, describe, environment, log.say, num_steps)
     if not show and not recipe.hub:
         return None
     return Publish(folder, log, report=recipe.log.report, show=show, pusher=pusher)

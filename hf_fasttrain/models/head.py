@@ -37,32 +37,32 @@ def transformers_head_names(model: nn.Module) -> list[str]:
     num_classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     base = getattr(model, "base_model", model)
     beside = [(name, child) for name, child in model.named_children() if child is not base]
-    found = [name for name, child in beside if _output_layer(child, num_classes) is not None]
+    heads = [name for name, child in beside if _output_layer(child, num_classes) is not None]
     if base is model:  # no base model: the head is the last module
-        found = found[-1:]
-    return found or _last_layer_of(model, num_classes)
+        heads = heads[-1:]
+    return heads or _last_layer_of(model, num_classes)
 
 
 def output_layers(model: nn.Module, head_names: Iterable[str], num_classes: int) -> list[str]:
     """Return the names of the layers that compute the logits: the last one with `num_classes` outputs of each head."""
     modules = dict(model.named_modules())
-    found = {name: _output_layer(modules[name], num_classes) for name in head_names if name in modules}
-    return [".".join(filter(None, (name, inner))) for name, inner in found.items() if inner is not None]
+    layers = {name: _output_layer(modules[name], num_classes) for name in head_names if name in modules}
+    return [".".join(filter(None, (name, inner))) for name, inner in layers.items() if inner is not None]
 
 
 def _last_layer_of(model: nn.Module, num_classes: int) -> list[str]:
-    found = _output_layer(model, num_classes)
-    return [found] if found else []
+    name = _output_layer(model, num_classes)
+    return [name] if name else []
 
 
 def _output_layer(module: nn.Module, num_classes: int) -> str | None:
     """Return the name of the last linear or convolutional layer with `num_classes` outputs, "" for `module`."""
-    found = None
+    last = None
     for name, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim in (2, 4) and len(weight) == num_classes:
-            found = name
-    return found
+            last = name
+    return last
 
 
 # --- keep or replace -------------------------------------------------------------------------------------
@@ -103,15 +103,15 @@ def class_order(theirs: Sequence[str] | None, ours: Sequence[str]) -> list[int] 
     return [matched.numbers[name] for name in ours]
 
 
-def keeps_head(choice: HeadChoice, source: Source, class_names: Sequence[str], *, fits: bool, found: str) -> bool:
+def keeps_head(choice: HeadChoice, source: Source, class_names: Sequence[str], *, fits: bool, head_text: str) -> bool:
     """Return whether the head of weights is kept. Raises ModelError if model.head=keep is impossible.
 
-    `fits`: whether the shapes agree; `found`: the head in the weights, as text for the message.
+    `fits`: whether the shapes agree; `head_text`: describes the head in the weights for the message.
     """
     if choice == "keep" and not fits:
         raise ModelError(
-            f"model.head=keep: {source.name} has {found}, the data set has {len(class_names)} classes; set model.head "
-            "to auto or new, or give weights for these classes"
+            f"model.head=keep: {source.name} has {head_text}, the data set has {len(class_names)} classes; set "
+            "model.head to auto or new, or give weights for these classes"
         )
     return choice == "keep" or (choice == "auto" and fits and class_order(source.class_names, class_names) is not None)
 
@@ -132,8 +132,8 @@ def kept_note(source: Source, class_names: Sequence[str]) -> str:
         written = f", written differently ({renamed})" if renamed else ""
         moved = "" if order == sorted(order) else ", in another order: its rows are reordered"
         return f"model.head: kept, because {source.name} has the same class names{written}{moved}"
-    why = _why_not_same(source, class_names)
-    return f"model.head=keep: kept, though {why}; output 0 now means '{class_names[0]}', and so on"
+    reason = _why_not_same(source, class_names)
+    return f"model.head=keep: kept, though {reason}; output 0 now means '{class_names[0]}', and so on"
 
 
 def new_note(
@@ -144,20 +144,20 @@ def new_note(
     tensors: Mapping[str, Tensor],
     *,
     fits: bool,
-    found: str,
+    head_text: str,
 ) -> str:
     """Return the note on a new head; `new` names the model's tensors that were not loaded.
 
-    `fits`: whether the head that was `found` in the weights could have been kept.
+    `fits`: whether the weights' head, described by `head_text`, could have been kept.
     """
     is_unnamed = source.class_names is None
-    why = f"because {_why_not_same(source, class_names)}"
+    reason = f"because {_why_not_same(source, class_names)}"
     if choice == "new":
-        why = "since model.head=new"
+        reason = "since model.head=new"
     elif is_unnamed and not fits:
-        why = f"because {source.name} has {found}, the data set has {len(class_names):,} classes"
+        reason = f"because {source.name} has {head_text}, the data set has {len(class_names):,} classes"
     hint = "; model.head=keep keeps it as it is" if choice == "auto" and is_unnamed and fits else ""
-    return f"model.head: new, all zeros, {why}: {share_of(new, tensors)} not loaded{hint}"
+    return f"model.head: new, all zeros, {reason}: {share_of(new, tensors)} not loaded{hint}"
 
 
 def _why_not_same(source: Source, class_names: Sequence[str]) -> str:

@@ -45,9 +45,7 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
-    crop_mode: str = (
-        "center"  # center_floor as transformers crops; squash: resized to a square
-    )
+    crop_mode: str = "center"  # center_floor as transformers crops; squash: resized to a square
 
 
 @dataclass(frozen=True)
@@ -363,9 +361,9 @@ def _processor_preprocessing(spec: ModelSpec) -> Preprocessing:
 
 def _processor_crop_pct(processor: Any) -> float:
     """Return crop size / resize size of a transformers image processor, 1 if it does not crop."""
-    stated = getattr(processor, "crop_pct", None)
-    if stated or not getattr(processor, "do_center_crop", False):
-        return float(stated or 1.0)
+    crop_pct = getattr(processor, "crop_pct", None)
+    if crop_pct or not getattr(processor, "do_center_crop", False):
+        return float(crop_pct or 1.0)
     crop, size = dict(getattr(processor, "crop_size", None) or {}), dict(getattr(processor, "size", None) or {})
     cut, resized = crop.get("height"), size.get("shortest_edge") or size.get("height")
     if not cut or not resized:

@@ -57,44 +57,44 @@ def load_pretrained(
     """
     _require_output_layers(model, head)
     weights = convert(weights, model)
-    own = model.state_dict()
-    for message in resize_positions(weights, own):
+    state = model.state_dict()
+    for message in resize_positions(weights, state):
         note(f"model.pretrained: {message}")
-    outputs = head.outputs(own)
-    fits = all(name in weights and weights[name].shape == own[name].shape for name in outputs)
-    found = _head_in(weights, outputs)
-    kept = keeps_head(head.choice, source, head.class_names, fits=fits, found=found)
+    outputs = head.outputs(state)
+    fits = all(name in weights and weights[name].shape == state[name].shape for name in outputs)
+    head_text = _head_in(weights, outputs)
+    kept = keeps_head(head.choice, source, head.class_names, fits=fits, head_text=head_text)
     if kept:
         reorder_classes(weights, outputs, class_order(source.class_names, head.class_names))
-    new = _drop(weights, own, head, () if kept else head.layers)
-    _require_most(own, [name for name in absent if name not in new], source)
+    new = _drop(weights, state, head, () if kept else head.layers)
+    _require_most(state, [name for name in absent if name not in new], source)
     load_fitting(model, weights, source.name, may_lack=[*new, *absent], architecture=source.architecture)
     if kept:
         _note_kept(model, source, head, new, note)
     else:
         zero_output_layers(model, head.layers)
-        note(new_note(head.choice, source, head.class_names, new, model.state_dict(), fits=fits, found=found))
+        note(new_note(head.choice, source, head.class_names, new, model.state_dict(), fits=fits, head_text=head_text))
     others = [name for name in absent if name not in new]
     if others:
-        note(f"model.pretrained: {share_of(others, own)} are not in {source.name} and start at random")
+        note(f"model.pretrained: {share_of(others, state)} are not in {source.name} and start at random")
 
 
 def adapt_published_head(model: nn.Module, source: Source, head: Head, note: Note, *, loaded: bool) -> None:
     """Keep the head that timm has `loaded` with the published weights, or replace it by zeros."""
     _require_output_layers(model, head)
-    own = model.state_dict()
-    outputs = head.outputs(own)
-    found = "a head of another number of classes, or none"
-    kept = keeps_head(head.choice, source, head.class_names, fits=loaded, found=found)
+    state = model.state_dict()
+    outputs = head.outputs(state)
+    head_text = "a head of another number of classes, or none"
+    kept = keeps_head(head.choice, source, head.class_names, fits=loaded, head_text=head_text)
     if kept:
-        weights = {name: own[name].clone() for name in outputs}
+        weights = {name: state[name].clone() for name in outputs}
         reorder_classes(weights, outputs, class_order(source.class_names, head.class_names))
         model.load_state_dict(weights, strict=False)
     if kept:
         _note_kept(model, source, head, [], note)
     else:
         zero_output_layers(model, head.layers)
-        note(new_note(head.choice, source, head.class_names, outputs, own, fits=loaded, found=found))
+        note(new_note(head.choice, source, head.class_names, outputs, state, fits=loaded, head_text=head_text))
 
 
 def _note_kept(model: nn.Module, source: Source, head: Head, new: Sequence[str], note: Note) -> None:
@@ -117,34 +117,34 @@ def _head_in(weights: Mapping[str, Tensor], outputs: Sequence[str]) -> str:
     return f"a head for {rows[0]:,} classes" if rows else "no head"
 
 
-def _drop(weights: dict[str, Tensor], own: Mapping[str, Tensor], head: Head, layers: Sequence[str]) -> list[str]:
+def _drop(weights: dict[str, Tensor], state: Mapping[str, Tensor], head: Head, layers: Sequence[str]) -> list[str]:
     """Remove the tensors of `layers` and misfits of the head from `weights`; return the names that are not loaded."""
     for name in list(weights):
-        misfit = name not in own or own[name].shape != weights[name].shape
+        misfit = name not in state or state[name].shape != weights[name].shape
         if is_within(name, layers) or (misfit and is_within(name, head.names)):
             del weights[name]
-    return [name for name in own if name not in weights and is_within(name, [*head.names, *layers])]
+    return [name for name in state if name not in weights and is_within(name, [*head.names, *layers])]
 
 
-def _require_most(own: Mapping[str, Tensor], absent: Sequence[str], source: Source) -> None:
-    if sum(own[name].numel() for name in absent if name in own) > sum(t.numel() for t in own.values()) / 2:
-        raise ModelError(f"{source.name}: weights of another model: {share_of(absent, own)} are not in them")
+def _require_most(state: Mapping[str, Tensor], absent: Sequence[str], source: Source) -> None:
+    if sum(state[name].numel() for name in absent if name in state) > sum(t.numel() for t in state.values()) / 2:
+        raise ModelError(f"{source.name}: weights of another model: {share_of(absent, state)} are not in them")
 
 
 # --- positions ---------------------------------------------------------------------------------------------
 
 
-def resize_positions(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+def resize_positions(weights: dict[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """Resize absolute position embeddings on square grids to the model's size; return a message for each."""
     messages = []
-    for name, tensor in own.items():
-        theirs = weights.get(name)
-        if theirs is None or theirs.shape == tensor.shape or not _holds_positions(name):
+    for name, tensor in state.items():
+        pretrained = weights.get(name)
+        if pretrained is None or pretrained.shape == tensor.shape or not _holds_positions(name):
             continue
-        resized = _resized(theirs, tensor)
+        resized = _resized(pretrained, tensor)
         if resized is not None:
             weights[name] = resized
-            messages.append(f"{name} is resized from {theirs.shape[-2]:,} to {tensor.shape[-2]:,} positions")
+            messages.append(f"{name} is resized from {pretrained.shape[-2]:,} to {tensor.shape[-2]:,} positions")
     return messages
 
 
@@ -152,17 +152,21 @@ def _holds_positions(name: str) -> bool:
     return any(part in name for part in ("position_embedding", "pos_embed"))
 
 
-def _resized(theirs: Tensor, ours: Tensor) -> Tensor | None:
-    """Return an embedding (1, N, D) or (N, D) resized to the shape of `ours`, None if they are not square grids."""
+def _resized(pretrained: Tensor, target: Tensor) -> Tensor | None:
+    """Return an embedding (1, N, D) or (N, D) resized to the shape of `target`, None if they are not square grids."""
     from timm.layers import resample_abs_pos_embed
 
-    if theirs.ndim not in (2, 3) or theirs.ndim != ours.ndim or theirs.shape[-1] != ours.shape[-1]:
+    if pretrained.ndim not in (2, 3) or pretrained.ndim != target.ndim or pretrained.shape[-1] != target.shape[-1]:
         return None
     for prefix in range(MAX_PREFIX_TOKENS):
-        before, after = theirs.shape[-2] - prefix, ours.shape[-2] - prefix
-        if min(before, after) >= 1 and math.isqrt(before) ** 2 == before and math.isqrt(after) ** 2 == after:
-            table = theirs.reshape(1, *theirs.shape[-2:]).float()
+        source_size, target_size = pretrained.shape[-2] - prefix, target.shape[-2] - prefix
+        if min(source_size, target_size) >= 1 and _is_square(source_size) and _is_square(target_size):
+            table = pretrained.reshape(1, *pretrained.shape[-2:]).float()
             with torch.no_grad():
-                resized = resample_abs_pos_embed(table, [math.isqrt(after)] * 2, num_prefix_tokens=prefix)
-            return resized.reshape(ours.shape)
+                resized = resample_abs_pos_embed(table, [math.isqrt(target_size)] * 2, num_prefix_tokens=prefix)
+            return resized.reshape(target.shape)
     return None
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number

@@ -23,11 +23,11 @@ def weights_file(location: str) -> Path:
         return download_file(location, "model.safetensors")
     path = Path(location).expanduser()
     if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
-        found += sorted(path.glob("step_*/model.safetensors"))[-1:]  # the newest of a run's checkpoints
-        if not found:
+        files = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
+        files += sorted(path.glob("step_*/model.safetensors"))[-1:]  # the newest of a run's checkpoints
+        if not files:
             raise ModelError(f"model.pretrained: no model.safetensors in folder {location}")
-        return found[0]
+        return files[0]
     if not path.exists():
         raise ModelError(
             f"model.pretrained: no file or folder {location}; allowed are true, false, local weights and hf://OWNER/NAME"
@@ -67,21 +67,21 @@ def load_fitting(
 
     `architecture` is that of the weights, if known, for the message.
     """
-    own = model.state_dict()
-    loaded = {_memory(own[name]) for name in own if name in weights}  # a shared tensor counts by any of its names
+    state = model.state_dict()
+    loaded = {_memory(state[name]) for name in state if name in weights}  # a shared tensor counts by any of its names
     missing = [
-        name for name in own if name not in weights and name not in may_lack and _memory(own[name]) not in loaded
+        name for name in state if name not in weights and name not in may_lack and _memory(state[name]) not in loaded
     ]
-    unknown = [name for name in weights if name not in own]
-    misshapen = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    unknown = [name for name in weights if name not in state]
+    misshapen = [name for name in weights if name in state and weights[name].shape != state[name].shape]
     if missing or unknown or misshapen:
         kinds = {"missing": missing, "unknown": unknown, "of other shape": misshapen}
-        found = ", ".join(
+        misfits = ", ".join(
             f"{len(names)} tensors {kind} ({shortened(names, 3)})" for kind, names in kinds.items() if names
         )
         hint = f" (these are of {architecture})" if architecture else ""
         raise ModelError(
-            f"{origin}: weights of another model: {found}; give weights of the same model.name and model.args{hint}"
+            f"{origin}: weights of another model: {misfits}; give weights of the same model.name and model.args{hint}"
         )
     model.load_state_dict(weights, strict=False)
 
@@ -126,8 +126,8 @@ def architecture_of(location: str, path: Path) -> str | None:
     """Return the name of the weights' model from the files next to them, None if there is none."""
     for description in map(read_json, _descriptions(location, path)):
         for key in ("name", "architecture", "model_type"):
-            if isinstance(found := description.get(key), str):
-                return found
+            if isinstance(name := description.get(key), str):
+                return name
     return None
 
 
@@ -145,9 +145,9 @@ def names_in(description: Mapping[str, Any]) -> list[str] | None:
     """Return the class names in a model's description: of this package, timm, transformers or a checkpoint."""
     for values in (description, description.get("pretrained_cfg"), description.get("learnt")):
         for key in ("class_names", "label_names", "id2label"):
-            found = _names(values.get(key)) if isinstance(values, Mapping) else None
-            if found:
-                return found
+            names = _names(values.get(key)) if isinstance(values, Mapping) else None
+            if names:
+                return names
     return None
 
 

@@ -112,7 +112,7 @@ class ResolvedSettings:
         compared. The warmup is compared as the recipe has it: its steps change with the duration.
         """
         may_change = ("train.duration", "evaluate.every", "data.dataset", "data.config", "data.revision")
-        values = {key: found.value for key, found in self.all().items() if found.tag == "result"}
+        values = {key: setting.value for key, setting in self.all().items() if setting.tag == "result"}
         values = {key: value for key, value in values.items() if key not in may_change}
         return {**values, "schedule.warmup": flatten(self.recipe)["schedule.warmup"]}
 
@@ -144,12 +144,12 @@ def _as_yaml(setting: Setting) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Setting]:
     """Return the settings in resolved.yaml, also of older versions; an empty dict if it can't be read."""
     try:
-        found = YAML(typ="safe", pure=True).load((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
+        tree = YAML(typ="safe", pure=True).load((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(tree, dict):
         return {}
-    return {str(key): _read_setting(str(key), values) for key, values in found.items() if isinstance(values, dict)}
+    return {str(key): _read_setting(str(key), values) for key, values in tree.items() if isinstance(values, dict)}
 
 
 def _read_setting(key: str, values: dict[str, Any]) -> Setting:

@@ -30,8 +30,8 @@ def require_free(folder: Path, *, resume: bool) -> None:
 
 def run_files_in(folder: Path) -> list[str]:
     """Return the names of files and folders of a run that are in a folder."""
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    return [*found, *(["checkpoints"] if complete_checkpoints(folder / "checkpoints") else [])]
+    files = [name for name in RUN_FILES if (folder / name).exists()]
+    return [*files, *(["checkpoints"] if complete_checkpoints(folder / "checkpoints") else [])]
 
 
 def saved_state(folder: Path) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class Scrubber:
     def text(self, text: str) -> str:
         """Return a text in which each local path is cut to its last component."""
         if self._known is not None:
-            text = self._known.sub(lambda found: _last_component(found.group()), text)
-        return _PATH_IN_TEXT.sub(lambda found: _last_component(found.group()), text)
+            text = self._known.sub(lambda match: _last_component(match.group()), text)
+        return _PATH_IN_TEXT.sub(lambda match: _last_component(match.group()), text)
 
     def tree(self, tree: Any) -> Any:
         """Return a JSON or YAML tree without local paths; class names stay."""

@@ -73,16 +73,18 @@ def _download_error(url: str, what: str, error: BaseException) -> RunError:
     )
 
     if isinstance(error, LocalEntryNotFoundError):
-        why = "the Hub can't be reached and there is no local copy; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        reason = (
+            "the Hub can't be reached and there is no local copy; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        )
     elif isinstance(error, EntryNotFoundError):
-        why = f"{what} was not found; the repository was not pushed by hf_fasttrain, or the push did not finish"
+        reason = f"{what} was not found; the repository was not pushed by hf_fasttrain, or the push did not finish"
     elif isinstance(error, RevisionNotFoundError):
-        why = "has no such revision; omit @REVISION for the newest"
+        reason = "has no such revision; omit @REVISION for the newest"
     elif isinstance(error, GatedRepoError):
-        why = "is gated; request access on its page, then log in with `hf auth login`"
+        reason = "is gated; request access on its page, then log in with `hf auth login`"
     elif isinstance(error, RepositoryNotFoundError):
-        why = "was not found, or is private; check the name, and log in with `hf auth login` if it is private"
+        reason = "was not found, or is private; check the name, and log in with `hf auth login` if it is private"
     else:
         lines = str(error).splitlines() or [type(error).__name__]
-        why = f"{what} could not be downloaded: {lines[0]}; check the network and try again"
-    return RunError(f"{url}: {why}")
+        reason = f"{what} could not be downloaded: {lines[0]}; check the network and try again"
+    return RunError(f"{url}: {reason}")

@@ -163,8 +163,7 @@ def test_the_launchers_precision_goes_before_a_tuning_and_after_the_recipe(
     found, notes = start()
     assert found["accelerate.mixed_precision"] == "bf16"
     assert (
-        "changed since this run began, by the launcher or OMP_NUM_THREADS: "
-        "accelerate.mixed_precision=bf16 (no before)"
+        "changed since this run began, by the launcher or OMP_NUM_THREADS: accelerate.mixed_precision=bf16 (no before)"
     ) in notes
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # exported always
     assert start()[0]["accelerate.mixed_precision"] == "bf16"
