@@ -131,7 +131,7 @@ def assemble(
         checkpoint_every=recipe.checkpoint.every,
         keep_checkpoints=recipe.checkpoint.keep,
         export=lambda model, path: save_model(model, spec, path),
-        learnt={**settings.deciding_results(), "data set": data_set, "class_names": spec.class_names},
+        learnt={**settings.result_settings(), "data set": data_set, "class_names": spec.class_names},
         recipe_text=recipe_text(recipe),
         launched=settings.launched,
         bad_images=bad_images,

@@ -61,9 +61,7 @@ class ResolvedSettings:
     recipe: Recipe
     decisions: dict[str, Decision] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    weight_notes: list[str] = field(
-        default_factory=list
-    )  # on the pretrained weights; not shown if a checkpoint replaces them
+    weight_notes: list[str] = field(default_factory=list)  # on the pretrained weights; not shown on resume
     launched: bool = False  # started by accelerate launch or torchrun
 
     def is_open(self, key: str) -> bool:
@@ -105,7 +103,7 @@ class ResolvedSettings:
                 settings[key] = Setting(decision.value, decision.reason, "fact", "fact")
         return settings
 
-    def deciding_results(self) -> dict[str, Any]:
+    def result_settings(self) -> dict[str, Any]:
         """Return the values that change what is learned, which must be the same when a run is resumed.
 
         Without the duration, which may become longer, and without the location of the data set: its fingerprint is
