@@ -110,10 +110,8 @@ class ReportPictures:
             for _, image in images.pixels(np.array([row]), used, []):
                 pixels[file] = image
             truth = dict.fromkeys(self._class_names(predictions.labels[index]), 1.0)
-            name, loss = (
-                self._name(split, int(used[0])),
-                float(predictions.losses[index]),
-            )  # of the substitute if the image is bad
+            name = self._name(split, int(used[0]))  # of the substitute if the image is bad
+            loss = float(predictions.losses[index])
             pictures.append(Picture(file, name, truth, self._scores(predictions, index), loss))
         return pictures
 

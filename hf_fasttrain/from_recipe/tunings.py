@@ -28,10 +28,8 @@ COMPUTE_KEYS = (
 )
 # Settings that were measured with one process and its data.
 SINGLE_PROCESS_KEYS = ("accelerate.micro_batch_size", "accelerate.cpu_threads")
-LONG_KEYS = (
-    "accelerate.compile",
-    "data.cache",
-)  # these cost time at first, and pay off in a training as long as the tuned one
+# Settings that cost time at first, and pay off in a training as long as the tuned one.
+LONG_KEYS = ("accelerate.compile", "data.cache")
 LOADER_KEYS = ("data.workers", "data.cache", "data.pin_memory")
 TUNED_KEYS = (*COMPUTE_KEYS, *SINGLE_PROCESS_KEYS, *LOADER_KEYS)
 VERSIONS = ("python", "hf_fasttrain", "torch", "torchvision", "timm", "transformers")  # packages that affect speed
