@@ -157,7 +157,7 @@ def test_settings_of_the_runs_own_data_do_not_hold_for_other_data(run: Path, tmp
         evaluate(run, f"data.dataset={other}", "data.label_column=class")
 
     with pytest.raises(
-        RunError, match=r"override data.eval_fraction has no effect on other data, which are measured wh"
+        RunError, match=r"override data.eval_fraction has no effect on other data, which are measured as a wh"
     ):
         evaluate(run, f"data.dataset={other}", "data.eval_fraction=0.5")
 
