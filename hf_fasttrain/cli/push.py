@@ -21,9 +21,9 @@ def push(
     weights: WeightsOption = None,
 ) -> None:
     """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
-    from hf_fasttrain.hub.push import asked_hub, push_run
+    from hf_fasttrain.hub.push import hub_section, push_run
 
-    hub = asked_hub(run)
+    hub = hub_section(run)
     name = repo or hub.get("repo")
     if not name:
         raise UserError(f"{run}: its recipe has no hub.repo; give the repository: hf-fasttrain push {run} OWNER/NAME")

@@ -70,8 +70,8 @@ def _print_finished(trainer: Trainer, folder: Path) -> None:
     steps, pusher = trainer.state.step, getattr(trainer.publish, "pusher", None)
     early = f"\n{trainer.early_stop}; {how_to_go_on()}" if trainer.early_stop else ""
     trainer.log.say(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
-    if pusher is not None and not is_pushed(folder, pusher.wish.repo, steps):
-        trainer.log.say(f"not pushed to {pusher.wish.repo} yet: {pusher.wish.command(folder)}")
+    if pusher is not None and not is_pushed(folder, pusher.options.repo, steps):
+        trainer.log.say(f"not pushed to {pusher.options.repo} yet: {pusher.options.command(folder)}")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
 from hf_fasttrain.from_recipe.resume import read_first_start
-from hf_fasttrain.hub.background import HubWish, Pusher
+from hf_fasttrain.hub.background import Pusher, PushOptions
 from hf_fasttrain.hub.push import require_login
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
 from hf_fasttrain.models.model import head_names
@@ -210,13 +210,13 @@ def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
     return Publish(folder, log, report=recipe.log.report, show=show, pusher=pusher)
 
 
-def _push_options(hub: HubSection, steps_per_epoch: int, *, on_cpu: bool) -> HubWish:
+def _push_options(hub: HubSection, steps_per_epoch: int, *, on_cpu: bool) -> PushOptions:
     """Return a recipe's push options, with durations in steps and seconds.
 
     If training itself needs the CPU's cores, uploads run for at most a tenth of the time.
     """
     every = hub.every.to_steps(steps_per_epoch) if isinstance(hub.every, Duration) else hub.every
-    return HubWish(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count, rest=9.0 if on_cpu else 0.0)
+    return PushOptions(hub.repo, every, hub.private, hub.license, 60 * hub.wait.count, rest=9.0 if on_cpu else 0.0)
 
 
 def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = True) -> Loaders:

@@ -25,16 +25,16 @@ PAUSES = (60.0, 600.0)  # seconds before a push that failed is tried again, at f
 
 
 @dataclass(frozen=True)
-class HubWish:
-    """What to push where, and when: after each best evaluation, every so many steps, or at the end alone."""
+class PushOptions:
+    """Where to push and when: after each best evaluation, every N steps, or only at the end."""
 
     repo: str
     every: int | str = "end"  # steps, "best" or "end"
     private: bool | None = None
     license: str | None = None
-    wait_seconds: float = 600.0  # for what is under way at the end
-    stalled_seconds: float = 60.0  # without a byte, after which a connection is given up
-    rest: float = 0.0  # so many times as long as a push took, no other one begins while training continues
+    wait_seconds: float = 600.0  # for an upload that is running at the end
+    stalled_seconds: float = 60.0  # without a byte until a connection is closed
+    rest: float = 0.0  # pause after a push during training, as a multiple of its duration
 
     def command(self, run: Path) -> str:
         """Return the command that pushes the run by hand."""
@@ -53,16 +53,16 @@ class Pusher:
     def __init__(
         self,
         run: Path,
-        wish: HubWish,
+        options: PushOptions,
         describe: Callable[[Path], None],
         about: Mapping[str, Any],
         say: Callable[[str], None],
         num_steps: int | None = None,
     ) -> None:
         self.num_steps = num_steps
-        self.run, self.wish, self.describe, self.about, self.say = run, wish, describe, about, say
+        self.run, self.options, self.describe, self.about, self.say = run, options, describe, about, say
         pushed = read_json(run / STATE_FILE)
-        self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == wish.repo else 0
+        self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == options.repo else 0
         self._lock = threading.Condition()
         self._waiting: tuple[Path, int] | None = None  # a staged run and its step
         self._process: subprocess.Popen[str] | None = None
@@ -94,13 +94,13 @@ class Pusher:
             self._lock.notify_all()
 
     def _is_due(self, step: int, *, best: bool) -> bool:
-        if self.wish.every == "best":
+        if self.options.every == "best":
             return best and step > self._pushed_step
-        return isinstance(self.wish.every, int) and step - self._pushed_step >= self.wish.every
+        return isinstance(self.options.every, int) and step - self._pushed_step >= self.options.every
 
     def not_staged(self, error: BaseException) -> None:
         """Say once why nothing could be made ready."""
-        self._say_once(f"hub: could not prepare an upload to {self.wish.repo}: {reason(error)}; training continues")
+        self._say_once(f"hub: could not prepare an upload to {self.options.repo}: {reason(error)}; training continues")
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -121,7 +121,7 @@ class Pusher:
                 self._waiting = None
             began = time.monotonic()
             answer = self._push(folder, f"Step {step}")
-            self._rests_until = time.monotonic() + self.wish.rest * (time.monotonic() - began)
+            self._rests_until = time.monotonic() + self.options.rest * (time.monotonic() - began)
             if "address" in answer:
                 self._note(answer["address"], step)
                 pause = PAUSES[0]
@@ -151,11 +151,11 @@ class Pusher:
         self, run: Path, message: str, *, patience: float | None = None, weights: str | None = None
     ) -> dict[str, Any]:
         """Push a run folder by a process of its own and return its answer: address, or error and passes."""
-        command = self.wish.command(self.run)
+        command = self.options.command(self.run)
         request = {
-            "run": str(run), "home": str(self.run), "repo": self.wish.repo, "private": self.wish.private,
-            "license": self.wish.license, "weights": weights, "message": message, "command": command,
-            "patience": PATIENCE_SECONDS if patience is None else patience, "stalled": self.wish.stalled_seconds,
+            "run": str(run), "home": str(self.run), "repo": self.options.repo, "private": self.options.private,
+            "license": self.options.license, "weights": weights, "message": message, "command": command,
+            "patience": PATIENCE_SECONDS if patience is None else patience, "stalled": self.options.stalled_seconds,
         }  # fmt: skip
         trouble = ""
         try:
@@ -174,11 +174,11 @@ class Pusher:
             return dict(json.loads(out))
         except (OSError, ValueError):
             last = (trouble.strip().splitlines() or ["its process was ended"])[-1]
-            return {"error": f"push to {self.wish.repo}: the upload failed ({last}); then {command}", "passes": True}
+            return {"error": f"push to {self.options.repo}: the upload failed ({last}); then {command}", "passes": True}
 
     def _note(self, address: str, step: int, *, finished: bool = False) -> None:
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        values = {"repo": self.wish.repo, "address": address, "step": step, "date": date, "finished": finished}
+        values = {"repo": self.options.repo, "address": address, "step": step, "date": date, "finished": finished}
         try_to_write(lambda: write_json(self.run / STATE_FILE, values), lambda error: None)
 
     # --- at the end ----------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ class Pusher:
 
         With `every` best, the best evaluation's weights go. Waits `wait_seconds` at most, less on Ctrl-C.
         """
-        until, command = time.monotonic() + self.wish.wait_seconds, self.wish.command(self.run)
-        self.say(f"pushing to {self.wish.repo}: {self.wish.wait_seconds / 60:g} minutes at most, Ctrl-C skips it")
+        until, command = time.monotonic() + self.options.wait_seconds, self.options.command(self.run)
+        self.say(f"pushing to {self.options.repo}: {self.options.wait_seconds / 60:g} minutes at most, Ctrl-C skips it")
         with self._lock:
             self._ending = True  # the run itself comes now, instead of what is waiting
             self._lock.notify_all()
@@ -200,16 +200,16 @@ class Pusher:
         )
         thread.start()
         try:
-            thread.join(self.wish.wait_seconds)
+            thread.join(self.options.wait_seconds)
         except KeyboardInterrupt:
-            outcome = {"error": f"push to {self.wish.repo}: interrupted by a signal; then {command}"}
+            outcome = {"error": f"push to {self.options.repo}: interrupted by a signal; then {command}"}
         outcome = dict(outcome)  # what closing makes of it does not count
         self.close()
         if "address" in outcome:
             self._note(outcome["address"], step, finished=True)
             self.say(f"pushed to {outcome['address']}")
             return
-        late = f"push to {self.wish.repo}: not done after {self.wish.wait_seconds / 60:g} minutes (hub.wait)"
+        late = f"push to {self.options.repo}: not done after {self.options.wait_seconds / 60:g} minutes (hub.wait)"
         why = str(outcome.get("error") or late)
         self.say(f"trained to the end, but not pushed: {why}" + f"; then {command}" * (command not in why))
 
@@ -217,11 +217,11 @@ class Pusher:
         if under_way is not None:  # its large files are not sent twice
             under_way.join()
         patience = max(0.0, min(PATIENCE_SECONDS, until - time.monotonic() - TO_SAY_SECONDS))
-        weights = "best" if self.wish.every == "best" else None
+        weights = "best" if self.options.every == "best" else None
         try:
             return self._push(self.run, "Push a run of hf_fasttrain", patience=patience, weights=weights)
         except Exception as error:  # noqa: BLE001 - said, instead of taken for a slow Hub
-            return {"error": f"push to {self.wish.repo}: {reason(error)}"}
+            return {"error": f"push to {self.options.repo}: {reason(error)}"}
 
     def close(self) -> None:
         """End what is under way: a later push sends only what is missing."""

@@ -79,7 +79,7 @@ def push_run(
         return upload(files, patience, tell)
 
 
-def asked_hub(run: Path) -> dict[str, Any]:
+def hub_section(run: Path) -> dict[str, Any]:
     """Return the `hub` section of a run's recipe, an empty dict without one."""
     hub = read_run(Path(run)).recipe.get("hub")
     return dict(hub) if isinstance(hub, dict) else {}

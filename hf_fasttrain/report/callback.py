@@ -60,7 +60,7 @@ class Publish(Callback):
             return
         lost = [name for name in ("model", "result.json") if self._is_lost(name)]
         if lost:
-            command = self.pusher.wish.command(self.run)
+            command = self.pusher.options.command(self.run)
             self.log.say(f"not pushed: {' and '.join(lost)} could not be written; when they are: {command}")
             return
         self.pusher.finished(step)

@@ -25,7 +25,7 @@ from helpers.written_run import write_run
 from safetensors.torch import load_file
 
 from hf_fasttrain.from_recipe.trainer import build_trainer
-from hf_fasttrain.hub.background import HubWish, Pusher
+from hf_fasttrain.hub.background import Pusher, PushOptions
 from hf_fasttrain.hub.push import push_run
 from hf_fasttrain.models.saved import load_model
 from hf_fasttrain.utils.errors import RunError, Stopped
@@ -54,9 +54,9 @@ class Said(list[str]):
         self.append(text)
 
 
-def pusher_of(run: Path, said: Said, **wish: object) -> Pusher:
+def pusher_of(run: Path, said: Said, **options: object) -> Pusher:
     about = {"machine": {"device": "cpu"}, "versions": {}}
-    return Pusher(run, HubWish("me/digits", **{"every": 1, **wish}), lambda folder: None, about, said)
+    return Pusher(run, PushOptions("me/digits", **{"every": 1, **options}), lambda folder: None, about, said)
 
 
 def weights_of(run: Path) -> bytes:
@@ -269,8 +269,8 @@ def make_checkpoint(run: Path, step: int) -> Path:
     return save_checkpoint(run / "checkpoints", Snapshot(step, {"state": state}, {"model": weights}, {}))
 
 
-def described_pusher(run: Path, said: Said, **wish: object) -> Pusher:
-    pusher = pusher_of(run, said, **wish)
+def described_pusher(run: Path, said: Said, **options: object) -> Pusher:
+    pusher = pusher_of(run, said, **options)
     texts = {path.name: path.read_bytes() for path in (run / "model").glob("*.json")}
     pusher.describe = lambda folder: [(folder / name).write_bytes(text) for name, text in texts.items()]
     return pusher
