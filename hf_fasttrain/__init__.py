@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hf_fasttrain.recipe.load import load_recipe
     from hf_fasttrain.recipe.schema import Recipe
     from hf_fasttrain.run_folder.result import Result, Watch
-    from hf_fasttrain.train.callbacks import Callback, CallbackError
+    from hf_fasttrain.train.callbacks import Callback, CallbackError, StepReport
     from hf_fasttrain.train.ema import Ema
     from hf_fasttrain.train.evaluation import Evaluator
     from hf_fasttrain.train.schedule import build_schedule
@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "Result",
     "RunError",
+    "StepReport",
     "Stopped",
     "Trainer",
     "UserError",
@@ -44,6 +45,7 @@ _HOMES = {
     "Recipe": "recipe.schema",
     "Result": "run_folder.result",
     "RunError": "utils.errors",
+    "StepReport": "train.callbacks",
     "Stopped": "utils.errors",
     "Trainer": "train.trainer",
     "UserError": "utils.errors",

@@ -116,31 +116,36 @@ def assemble(
         duration=recipe.train.duration,
         accelerator=accelerator,
         loss=_loss(parts),
-        lr=recipe.optimizer.lr,
         schedule=_schedule(parts, num_steps),
         clip_norm=recipe.optimizer.clip_norm,
         ema=_moving_average(parts),
         eval_loader=loaders.eval_loader(source.evaluation, eval_batch, passes=evaluations),
-        test_loader=loaders.eval_loader(source.test, eval_batch) if source.test else None,
         evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
         evaluate_every=recipe.evaluate.every,
         best=best,
         early_stopping=stopping,
-        final=decide(parts.settings, "checkpoint.final", early_stopping=stopping),
         output_dir=folder,
         checkpoint_every=recipe.checkpoint.every,
-        keep_checkpoints=recipe.checkpoint.keep,
-        export=lambda model, path: save_model(model, spec, path),
-        learnt={**settings.result_settings(), "data set": data_set, "class_names": spec.class_names},
-        recipe_text=recipe_text(recipe),
-        launched=settings.launched,
-        bad_images=bad_images,
         report=recipe.log.report,
         callbacks=callbacks,
         log=log,
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
+    trainer.lr, trainer.recipe_text, trainer.bad_images = recipe.optimizer.lr, recipe_text(recipe), bad_images
+    trainer.final = decide(parts.settings, "checkpoint.final", early_stopping=stopping)
+    trainer.export = lambda model, path: save_model(model, spec, path)
+    trainer.resume_settings = {
+        **settings.result_settings(),
+        "data set": data_set,
+        "class_names": spec.class_names,
+    }
+    if source.test is not None:
+        trainer.evaluation.test_loader = loaders.eval_loader(source.test, eval_batch)
+    if trainer.checkpoints is not None:
+        trainer.checkpoints.keep = recipe.checkpoint.keep
+    if settings.launched:
+        trainer.stop.signals.heed_launcher()
     if folder and (publish := _publish(parts, folder, log)):
         trainer.publish_by(publish)
     parts.kept_pixels = loaders.planner.memory_bytes

@@ -48,7 +48,7 @@ class Publish(Callback):
         if not trainer.processes.is_main:
             return
         try:
-            self.publish(trainer.state.step, trainer.predictions)
+            self.publish(trainer.state.step, trainer.evaluation.predictions)
         except KeyboardInterrupt:
             self.log.say(f"trained to the end; the rest was left off: hf-fasttrain report {self.run}, or push")
 

@@ -72,10 +72,12 @@ class Checkpoints:
         run: Path,
         processes: Processes,
         log: RunLog,
-        keep: int,
+        keep: int = 2,
     ) -> None:
         # Called beside training with each checkpoint that is complete, before it may be removed; it raises nothing.
         self.saved: Callable[[Path, int, bool], None] | None = None  # its folder, its step, whether it is the best
+        self.saved_at = -1  # step whose checkpoint is written, or being written
+        self.announced = 0  # step of the newest checkpoint that callbacks were told of
         self._written = 0  # step of the newest checkpoint that this process has written
         self.run, self.folder = run, run / FOLDER
         self.processes, self.log, self.keep = processes, log, keep
@@ -87,6 +89,7 @@ class Checkpoints:
 
     def save(self, snapshot: Snapshot, best_step: int | None) -> None:
         """Copy the state of a step and begin to write it; the one before is waited for."""
+        self.saved_at = snapshot.step
         self.wait()
         if not self.processes.is_main:
             return

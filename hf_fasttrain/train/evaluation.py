@@ -1,18 +1,24 @@
-"""One pass of a model over a split, counted exactly over any number of processes."""
+"""One pass of a model over a split, exact over any number of processes; and the evaluations of a run."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_fasttrain.models.model import batch_norms
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
+from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.train.early_stopping import record_of
+from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.metrics import ExternalMetrics, Metrics
 from hf_fasttrain.train.out_of_memory import free_cached_memory
+from hf_fasttrain.train.state import State
+from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 
@@ -109,27 +115,104 @@ class Evaluator:
         return Processes(self.accelerator)
 
 
-def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> running mean or variance of a model's batch norms, by all names; each process has its own."""
-    norms = {id(norm) for norm in batch_norms(model)}
-    return {
-        f"{prefix}.{name}".lstrip("."): buffer
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if id(module) in norms
-        for name in ("running_mean", "running_var")
-        if isinstance(buffer := getattr(module, name), Tensor)
-    }
+Evaluate = Callable[[Any], dict[str, float]]  # loader -> metrics of the present model; empty if broken off
 
 
-def averaged_statistics(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
-    """Return the means of all processes' running statistics, the model's own left as they are; nothing if alone."""
-    if not processes.is_distributed:
-        return {}
-    return {name: processes.mean(own) for name, own in running_statistics(model).items()}
+class Evaluation:
+    """The evaluations of a run: what they measure, which is the best, and when early stopping ends training."""
 
+    def __init__(
+        self,
+        evaluator: Evaluator | None,
+        eval_loader: Any,
+        *,
+        state: State,
+        log: RunLog,
+        throughput: Throughput,
+        steps_per_epoch: int,
+        best: Watch,
+        early_stopping: Watch | None,
+        keeps_predictions: bool,
+    ) -> None:
+        if evaluator is None and eval_loader is not None:
+            raise RunError("nothing to evaluate with: give Trainer num_classes or an evaluator beside the eval_loader")
+        self.evaluator, self.eval_loader = evaluator, eval_loader
+        self.state, self.log, self.throughput, self.steps_per_epoch = state, log, throughput, steps_per_epoch
+        self.best, self.early_stopping, self.keeps_predictions = best, early_stopping, keeps_predictions
+        self.test_loader: Any = None  # measured once, with the weights that the run ends with
+        self.test_metrics: dict[str, float] | None = None
+        self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
+        self.seconds = 0.0  # of the last one
+        self._collected_at = -1  # step whose predictions the evaluator has
 
-def average_batch_norm(model: nn.Module, processes: Processes) -> None:
-    """Give every process the mean of all processes' running statistics."""
-    own = running_statistics(model)
-    for name, mean in averaged_statistics(model, processes).items():
-        own[name].copy_(mean)
+    @property
+    def loaders(self) -> tuple[Any, Any]:
+        """The loaders of evaluation and test split, or None."""
+        return self.eval_loader, self.test_loader
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to measure that was not measured after this step."""
+        return self.eval_loader is not None and self.state.evaluated_at != self.state.step
+
+    def measure(self, evaluate: Evaluate, loader: Any, *, is_last: bool) -> dict[str, float]:
+        """Measure the present model on a loader, and log that; the training clock stands still meanwhile.
+
+        Of what may be the run's last evaluation, predictions are kept. An empty dict if a signal has broken it off.
+        """
+        assert self.evaluator is not None
+        last = is_last or self.early_stopping is not None  # as far as can be told
+        self.evaluator.collects = self.keeps_predictions and last and loader is self.eval_loader
+        name = getattr(loader, "name", "evaluation split")
+        with self.throughput.stopped():
+            began, most = time.perf_counter(), self.evaluator.most
+            with self.log.doing(f"evaluating: {name}"):
+                metrics = evaluate(loader)
+            if self.evaluator.most != most:
+                self.log.note(f"out of memory while evaluating: batches of {self.evaluator.most} images from now on")
+            for failure in self.evaluator.external.take_failures():
+                self.log.note(failure)
+            if metrics:
+                self.seconds, epoch = time.perf_counter() - began, self.state.step / self.steps_per_epoch
+                self.log.eval_line(self.state.step, epoch, name, metrics, self.seconds, self.throughput.train_seconds)
+        return metrics
+
+    def compare(self, metrics: dict[str, float]) -> bool:
+        """Take note of an evaluation after the present step, and return whether it is the best so far."""
+        state = self.state
+        state.metrics, state.evaluated_at = metrics, state.step
+        if self.evaluator is not None and self.evaluator.collects:
+            self._collected_at = state.step
+        if self.early_stopping and self._improves(self.early_stopping, state.watched):
+            state.watched = record_of(self.early_stopping, state)
+        if not self._improves(self.best, state.best):
+            return False
+        value = metrics[self.best.metric]
+        state.best = {"metric": self.best.metric, "value": value, "step": state.step, "metrics": metrics}
+        return True
+
+    def _improves(self, watch: Watch, record: dict[str, Any] | None) -> bool:
+        if watch.metric not in self.state.metrics:
+            if self.evaluator is not None and watch.metric in self.evaluator.external.modules:
+                self.log.note(f"'{watch.metric}' is watched; evaluations without it are not compared with the best")
+                return False
+            known = ", ".join(self.state.metrics)
+            raise RunError(f"'{watch.metric}' is watched, but the evaluation measures only {known}; watch one of them")
+        return watch.is_better(self.state.metrics[watch.metric], record["value"] if record else None)
+
+    def final_metrics(self, evaluate: Evaluate, step: int, known: dict[str, float] | None) -> dict[str, float]:
+        """Return the metrics of the weights that a run ends with, those after `step`, and keep their predictions.
+
+        They are measured unless both are `known` already. An empty dict if a signal has broken that off.
+        """
+        assert self.evaluator is not None
+        metrics = known or {}
+        self.evaluator.collects = self.keeps_predictions
+        if not metrics or (self.keeps_predictions and self._collected_at != step):
+            metrics = evaluate(self.eval_loader)
+        self.evaluator.collects = False
+        if metrics and self.keeps_predictions:
+            name, rows = getattr(self.eval_loader, "name", "evaluation split"), getattr(self.eval_loader, "rows", None)
+            self.predictions = self.evaluator.predictions(step, name, rows)
+            self._collected_at = -1  # they are not kept twice
+        return metrics

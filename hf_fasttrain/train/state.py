@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.run_folder.checkpoint import Checkpoint
+from hf_fasttrain.train.batch_norm import averaged_statistics, running_statistics
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
-from hf_fasttrain.train.evaluation import averaged_statistics, running_statistics
 from hf_fasttrain.train.optim import restore_optimizer
 from hf_fasttrain.utils.environment import one_thread
 from hf_fasttrain.utils.errors import RunError

@@ -30,15 +30,19 @@ class StopSignals:
 
     `hurry` is called, in a thread of its own, with the name of the signal. That thread hears signals even while the
     main one is in a long operation, where Python's handlers do not run. A launcher that dies (`accelerate launch`
-    passes no SIGTERM on) counts as a signal. Outside of Python's main thread no signals can be caught.
+    passes no SIGTERM on) counts as a signal, if it is heeded. Outside of Python's main thread no signals can be caught.
     """
 
-    def __init__(self, hurry: Callable[[str], None] = lambda name: None, *, launched: bool = False) -> None:
+    def __init__(self, hurry: Callable[[str], None] = lambda name: None) -> None:
         self._hurry, self._received = hurry, 0
-        self._parent = os.getppid() if launched else None
+        self._parent: int | None = None
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._wakeup = -1
+
+    def heed_launcher(self) -> None:
+        """Let the end of the launcher, this process's parent, count as a signal."""
+        self._parent = os.getppid()
 
     @property
     def received(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_fasttrain.train.state import State
+
 
 @dataclass(frozen=True)
 class NotFinite:
@@ -106,6 +108,14 @@ class Throughput:
             if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
                 return NotFinite(self._steps - at, loss, norm)
         return None
+
+    def save(self, state: State) -> None:
+        """Write what was counted in the whole run into a state."""
+        state.images, state.train_seconds, state.wait_seconds = self.images, self.train_seconds, self.wait_seconds
+
+    def restore(self, state: State) -> None:
+        """Go on counting from a state."""
+        self.images, self.train_seconds, self.wait_seconds = state.images, state.train_seconds, state.wait_seconds
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -435,9 +435,9 @@ def too_small(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T21", "the peak is that of another device", "the peak is another|peak_memory_bytes", on_cpu=False)
 def other_peak(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.train import trainer
+    from hf_fasttrain.train import ending
 
-    patch.setattr(trainer, "peak_memory_bytes", lambda device: 0)
+    patch.setattr(ending, "peak_memory_bytes", lambda device: 0)
 
 
 @plant("T21", "images are kept on the device whatever they need", "assert 'device' == 'memory'|the share is not heeded")

@@ -151,13 +151,13 @@ def test_t09_evaluation_goes_on_in_smaller_batches(device: torch.device) -> None
     trainer = own_trainer(device, model, batches, **options)
     expected: dict[str, float] = {}
     whole = peak_of(device, lambda: expected.update(trainer.evaluate()))
-    assert trainer.evaluator is not None
-    assert trainer.evaluator.most is None
+    assert trainer.evaluation.evaluator is not None
+    assert trainer.evaluation.evaluator.most is None
     allow(device, int(0.75 * whole))
     if device.type == "cpu":
         fail_above(model, 32)
     metrics = trainer.evaluate()
-    assert trainer.evaluator.most == 32
+    assert trainer.evaluation.evaluator.most == 32
     assert metrics == pytest.approx(expected, rel=1e-5)
 
 

@@ -158,7 +158,7 @@ def test_a_run_that_is_stopped_leaves_no_upload(hub: Hub, write_recipe: Callable
         if step.index == 3:
             while trainer.publish.pusher._process is None:
                 time.sleep(0.01)
-            trainer.signals._received = 15
+            trainer.stop.signals._received = 15
         return real(step)
 
     trainer.train_step = stop_at_four

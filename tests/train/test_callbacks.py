@@ -64,7 +64,7 @@ class Watching2(Watching):
 
 def calls(folder: Path) -> list[tuple[Any, ...]]:
     CALLED.clear()
-    options = {"checkpoint_every": "2 steps", "evaluate_every": "3 steps", "lr": 0.5}
+    options = {"checkpoint_every": "2 steps", "evaluate_every": "3 steps"}
     small_trainer(folder, steps=3, callbacks=[Watching(), Watching2()], **options).fit()
     return list(CALLED)
 
@@ -75,10 +75,10 @@ def test_callbacks_are_called_on_every_process_in_their_order(tmp_path: Path) ->
     assert [name for name, *_ in alone[:4]] == ["a", "b", "a", "b"]
     assert [call[1:] for call in alone if call[0] == "a"] == [call[1:] for call in alone if call[0] == "b"]
     mine = [call[1:] for call in alone if call[0] == "a" and call[1] != "after_save"]
-    steps = [(("before_step", n), ("after_step", n, 8, 0.5)) for n in (1, 2, 3)]
+    steps = [(("before_step", n), ("after_step", n, 8, 0.1)) for n in (1, 2, 3)]
     assert mine == [*sum(steps, ()), ("after_evaluation", 3), ("finished", 3), ("close",)]
     assert first == second
-    images = [(*call[:3], 16, 0.5) if call[1] == "after_step" else call for call in alone if call[1] != "after_save"]
+    images = [(*call[:3], 16, 0.1) if call[1] == "after_step" else call for call in alone if call[1] != "after_save"]
     assert [call for call in first if call[1] != "after_save"] == images
     for found in (alone, first):  # when they are on disk, which may be a step later
         assert [call[2] for call in found if call[:2] == ("a", "after_save")] == ["step_00000002", "step_00000003"]

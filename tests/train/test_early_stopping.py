@@ -80,11 +80,11 @@ def run(
         evaluate_every="1 step",
         checkpoint_every="1 step",
         early_stopping=watch,
-        final="last",
         output_dir=folder,
         report=False,
         log=RunLog(folder, show=show),
     )
+    trainer.final = "last"
     if resume:
         trainer.restore()
     trainer.fit()

@@ -130,7 +130,7 @@ def test_nothing_is_saved_with_the_best_weights_as_if_they_were_the_last(run: Pa
     before = checkpoint(run, 4)
     trainer = make(write_recipe(), run, BEST, resume=True)
     trainer.fit()
-    trainer._saved_at = -1
+    trainer.checkpoints.saved_at = -1
     trainer.save()
     assert trainer.checkpoints is not None
     trainer.checkpoints.wait()

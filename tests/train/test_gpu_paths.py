@@ -347,7 +347,7 @@ def test_evaluation_images_on_the_device_make_room_for_a_step(
     before = trainer.train_loader.micro_batch_size
 
     def look(module: nn.Module, args: Any) -> None:
-        if module.training and trainer.state.step == 2 and trainer.eval_loader.feed._pixels is not None:
+        if module.training and trainer.state.step == 2 and trainer.evaluation.eval_loader.feed._pixels is not None:
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
     trainer.raw_model.register_forward_pre_hook(look)

@@ -184,7 +184,7 @@ def loop_and_tell(pipe: int) -> None:
         with trainer.running():
             for step in trainer.iterate():
                 os.write(pipe, b"%d\n" % step.step)
-                while step.step == 3 and not trainer.signals.received:
+                while step.step == 3 and not trainer.stop.signals.received:
                     time.sleep(0.01)
     except KeyboardInterrupt as error:
         os.write(pipe, f"{type(error).__name__}: {error}\n".encode())

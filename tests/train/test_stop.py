@@ -248,7 +248,7 @@ def test_a_launcher_that_dies_counts_as_a_signal(write_recipe: Callable[..., Pat
     def train() -> None:
         overrides = [*SMALL, *RARELY, "train.duration=500 steps", f"output_dir={tmp_path / 'run'}"]
         trainer = Trainer.from_recipe(write_recipe(), overrides)
-        trainer.signals._parent = os.getppid()
+        trainer.stop.signals.heed_launcher()
         (tmp_path / "ready").touch()
         trainer.fit()
 
@@ -273,9 +273,11 @@ def test_a_launcher_that_dies_counts_as_a_signal(write_recipe: Callable[..., Pat
 
 
 def test_launched_processes_know_their_parent() -> None:
-    assert StopSignals(launched=True)._parent == os.getppid()
-    assert StopSignals(launched=True).received == 0
-    assert StopSignals()._parent is None
+    signals = StopSignals()
+    assert signals._parent is None
+    signals.heed_launcher()
+    assert signals._parent == os.getppid()
+    assert signals.received == 0
 
 
 def test_fit_again_goes_on_with_the_next_batch_of_an_own_loader() -> None:

@@ -159,7 +159,7 @@ def test_a_test_split_is_evaluated_once_at_the_end_and_never_watched(
         "data.eval_fraction=0.2",
     ]
     trainer = make(write_recipe, tmp_path / "run", *options)
-    assert "held-out" in trainer.eval_loader.name
+    assert "held-out" in trainer.evaluation.eval_loader.name
     result = trainer.fit()
     assert result.test_metrics is not None
     splits = [line["split"] for line in lines(tmp_path / "run") if line["kind"] == "evaluation"]

@@ -23,6 +23,7 @@ from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels import decode
 from hf_fasttrain.data.pixels.decode import read_pixels
 from hf_fasttrain.data.source import scan
+from hf_fasttrain.train.progress import Progress
 from hf_fasttrain.utils.errors import DataError, NotEnoughMemory
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.process_memory import limited_memory
@@ -91,7 +92,7 @@ def test_out_of_memory_elsewhere_is_one_message(
     tmp_path: Path,
 ) -> None:
     error = RuntimeError("std::bad_alloc")
-    monkeypatch.setattr(Trainer, "_log_training", lambda self: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(Progress, "log_training", lambda self: (_ for _ in ()).throw(error))
     assert exit_status(["train", str(write_recipe()), f"output_dir={tmp_path / 'run'}"]) == 75
     said = "error: out of memory after step 2 (std::bad_alloc); the same command with --resume"
     assert said in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""How a run ends: its last checkpoint, the weights it ends with, what is written and told, or Stopped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NoReturn
+
+from hf_fasttrain.run_folder.result import Result
+from hf_fasttrain.train.callbacks import CallbackError
+from hf_fasttrain.train.final_weights import FinalModel, load_final
+from hf_fasttrain.train.stop import signal_name, stopped
+from hf_fasttrain.utils.environment import describe_machine, describe_versions, peak_memory_bytes
+from hf_fasttrain.utils.errors import how_to_resume
+from hf_fasttrain.utils.signals import interruptible
+
+if TYPE_CHECKING:
+    from hf_fasttrain.train.trainer import Trainer
+
+
+def save_last(trainer: Trainer) -> None:
+    """Save the present step and wait until that is on disk; twice, if it must."""
+    trainer.save()
+    if trainer.checkpoints is None:
+        return
+    if trainer.processes.any_process(not trainer.checkpoints.wait()):
+        trainer.checkpoints.saved_at = -1
+        trainer.save()  # once more: what filled the disk may be gone
+    trainer.announce_saved()
+
+
+def stop_run(trainer: Trainer, number: int) -> NoReturn:
+    """Save the present step, and raise Stopped for a signal."""
+    trainer.stateful.require_finite(trainer.state.step)
+    save_last(trainer)
+    raise_stopped(trainer, number)
+
+
+def raise_stopped(trainer: Trainer, number: int) -> NoReturn:
+    """Raise Stopped for a signal, the state being saved."""
+    checkpoints, step = trainer.checkpoints, trainer.state.step
+    saved = checkpoints is None or not trainer.processes.any_process(not checkpoints.wait())
+    message = f"stopped by {signal_name(number)} after step {step} of {trainer.num_steps}"
+    if checkpoints is None:
+        message += "; nothing is saved without an output_dir"
+    elif saved:
+        message += f"; it is saved: {how_to_resume()} continues"
+    else:
+        message += f"; its state could not be saved: {checkpoints.failed}"
+    trainer.log.say(message)
+    raise stopped(number, message, step, result_of(trainer), saved=saved)
+
+
+def measure_final(trainer: Trainer) -> int:
+    """Load and measure the weights that the run ends with; return the signal that broke it off, or 0."""
+    evaluation = trainer.evaluation
+    final = load_final(trainer.final, trainer.state, trainer.checkpoints, trainer.stateful, trainer.log)
+    trainer.final_model = final
+    if evaluation.eval_loader is not None:
+        with trainer.throughput.stopped():
+            metrics = evaluation.final_metrics(trainer.evaluate, final.step, final.metrics)
+        if not metrics:
+            return trainer.stop.now()
+        final.metrics = final.metrics or metrics
+    if evaluation.test_loader is not None:
+        evaluation.test_metrics = evaluation.measure(trainer.evaluate, evaluation.test_loader, is_last=True)
+        return 0 if evaluation.test_metrics else trainer.stop.now()
+    return 0
+
+
+def write_results(trainer: Trainer) -> Result:
+    """Write model, predictions and result.json, as far as there is a run folder; return the result."""
+    bad = trainer.bad_images
+    if bad is not None and bad.count:
+        trainer.log.note(f"{bad.count} bad images were replaced by others; {bad.where}")
+    if trainer.checkpoints is not None and trainer.processes.is_main:
+        trainer.checkpoints.write_results(
+            lambda folder: trainer.export(trainer.trained_model, folder),
+            trainer.evaluation.predictions,
+            lambda: asdict(result_of(trainer)),
+        )
+    result = result_of(trainer)
+    trainer.processes.wait()
+    return result
+
+
+def tell_finished(trainer: Trainer, result: Result) -> None:
+    """Tell the callbacks, and write down what they could not write; Ctrl-C and SIGTERM leave them off."""
+    failed: list[CallbackError] = []
+    try:
+        with interruptible():
+            failed = trainer.callbacks.call_all("finished", trainer, result)
+    except KeyboardInterrupt:
+        trainer.log.say("trained to the end; the callbacks that were left are not called")
+    lost = trainer.log.lost
+    if trainer.checkpoints is not None and trainer.processes.is_main and lost != result.not_written:
+        result.not_written = list(lost)
+        trainer.checkpoints.write_result(asdict(result))
+    for error in failed:
+        trainer.log.alert(f"the run is finished, but {error}")
+    if failed:
+        raise failed[0]
+
+
+def result_of(trainer: Trainer) -> Result:
+    """Return how a run has ended, or how far it has come."""
+    trainer.throughput.save(trainer.state)
+    state, seconds = trainer.state, max(trainer.throughput.train_seconds, 1e-9)
+    final = trainer.final_model or FinalModel("last", state.step, state.metrics)
+    return Result(
+        metrics=final.metrics or {},
+        test_metrics=trainer.evaluation.test_metrics,
+        model={"weights": final.weights, "step": final.step, "ema": trainer.ema is not None},
+        best=state.best,
+        last={"step": state.step, "metrics": state.metrics},
+        steps=state.step,
+        skipped_steps=state.step - state.updates,
+        micro_batch_size=trainer.train_loader.micro_batch_size,
+        out_of_memory=state.out_of_memory,
+        resumed_at=state.resumed_at,
+        not_written=list(trainer.log.lost),
+        images=state.images,
+        train_seconds=state.train_seconds,
+        images_per_second=state.images / seconds,
+        data_wait_fraction=min(1.0, state.wait_seconds / seconds),
+        bad_images=trainer.bad_images.count if trainer.bad_images else 0,
+        peak_memory_bytes=peak_memory_bytes(trainer.device),
+        stopped_early=state.step < trainer.num_steps,
+        early_stopping=trainer.early_stop.as_json() if trainer.early_stop else None,
+        machine=describe_machine(trainer.device, trainer.processes.number),
+        versions=describe_versions(),
+        notes=trainer.log.notes,
+    )

@@ -1,0 +1,81 @@
+"""How a trainer goes back to the newest checkpoint of its run folder, and what it says of that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_fasttrain.run_folder.checkpoint import Checkpoint, require_same_settings
+from hf_fasttrain.train.checkpointing import lock_run, unlock_run
+from hf_fasttrain.train.early_stopping import go_on
+from hf_fasttrain.train.final_weights import with_metric
+from hf_fasttrain.train.log import METRICS_FILE, last_steps
+from hf_fasttrain.train.state import State
+from hf_fasttrain.utils.errors import RunError
+
+if TYPE_CHECKING:
+    from hf_fasttrain.train.trainer import Trainer
+
+
+def restore(trainer: Trainer) -> None:
+    """Restore a trainer; see `Trainer.restore`. The run folder stays locked for the training that follows."""
+    if trainer.checkpoints is None:
+        raise RunError("nothing to resume: the trainer has no output_dir")
+    lock_run(trainer.checkpoints.run)
+    try:
+        checkpoint = trainer.checkpoints.newest()
+        if checkpoint is None:
+            trainer.log.say(f"nothing to resume in {trainer.output_dir}: training starts afresh")
+            trainer.log.forget_after(0)
+        else:
+            _take_over(trainer, checkpoint)
+        trainer.retry.restore()
+    except RunError:
+        unlock_run(trainer.checkpoints.run)
+        raise
+
+
+def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    require_same_settings(checkpoint.state["learnt"], trainer.resume_settings, checkpoint.path)
+    state = State(**checkpoint.state["state"])
+    if state.step > trainer.num_steps:
+        raise RunError(
+            f"can't resume {checkpoint.path}: train.duration is {trainer.num_steps:,} steps, and {state.step:,} "
+            "are done already; give a longer one"
+        )
+    trainer.stateful.restore(checkpoint)
+    vars(trainer.state).update(vars(state))  # in place: others hold it
+    trainer.final_model = None
+    trainer.state.best, note = with_metric(state.best, trainer.evaluation.best)
+    if note:
+        trainer.log.note(note)
+    trainer.throughput.restore(state)
+    assert trainer.checkpoints is not None
+    trainer.checkpoints.saved_at = trainer.checkpoints.announced = state.step
+    _note_differences(trainer, checkpoint)
+    if not trainer.is_finished:
+        trainer.state.resumed_at.append(state.step)
+        trainer.log.resume_line(state.step, checkpoint.path.name, trainer.processes.number)
+    trainer.callbacks.load_state_dict(checkpoint.state.get("callbacks", {}), trainer.log.note)
+
+
+def _note_differences(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Say where the run goes on, and what is different now."""
+    state, log, processes = trainer.state, trainer.log, checkpoint.state["processes"]
+    log.forget_after(state.step)
+    if log.main and log.folder is not None:
+        last = last_steps(log.folder)["train"]  # each checkpoint has its line
+        if last < state.step:
+            log.note(
+                f"{METRICS_FILE} has no figures of steps {last + 1:,} to {state.step:,}: they did not reach the disk"
+            )
+    then = f" of {processes} processes" if processes != trainer.processes.number else ""
+    log.say(f"resumed from {checkpoint.path}{then}: step {state.step} of {trainer.num_steps}")
+    if state.num_steps != trainer.num_steps:
+        lr = trainer.lr * trainer.schedule(state.updates)
+        log.note(
+            f"train.duration is {trainer.num_steps:,} steps now, it was {state.num_steps:,}: after step "
+            f"{state.step:,} lr follows the new schedule, {lr:.3g} after {state.lr:.3g}"
+        )
+    going_on = go_on(trainer.evaluation.early_stopping, state, trainer.num_steps)
+    if going_on:
+        log.note(going_on)

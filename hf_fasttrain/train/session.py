@@ -1,0 +1,130 @@
+"""What a trainer holds while it runs: the run folder, signals, the clock, loader processes; and how all of it ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
+from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, Deaths
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
+from hf_fasttrain.train.checkpointing import lock_run, unlock_run
+from hf_fasttrain.train.steps import Steps
+from hf_fasttrain.train.stop import only_one
+from hf_fasttrain.utils.errors import PeerGone, RunError, RunFailure
+from hf_fasttrain.utils.library_errors import is_peer_gone
+from hf_fasttrain.utils.signals import SIGNALS
+
+if TYPE_CHECKING:
+    from hf_fasttrain.train.trainer import Trainer
+
+
+class Session:
+    """One `Trainer.running` after the other; no two at once in a process."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.is_open = False  # whether steps can be made
+        self.deaths = Deaths(lambda text: trainer.log.alert(f"after step {trainer.state.step:,} {text}"))
+        self._held = ExitStack()
+
+    def require_open(self, method: str) -> None:
+        """Raise RunError outside of `running`, and after `finish`."""
+        if not self.is_open:
+            raise RunError(f"{method} outside of running(): use it as `with trainer.running(): ...`, or call fit()")
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold everything; see `Trainer.running`."""
+        signals, late = self.trainer.stop.signals, 0
+        with only_one(self.trainer.output_dir), self._run_folder():
+            began_at = self.trainer.state.step
+            try:
+                with ExitStack() as self._held:
+                    self._begin(self._held)
+                    yield
+                    late = signals.received if self.is_open else 0
+            except BaseException as error:
+                self._failed(error)
+                failure = self._failure(error, began_at)
+                if failure is not None:
+                    raise failure from None
+                raise
+            finally:
+                self.is_open = False
+                self._close()
+        if late in SIGNALS:
+            signal.raise_signal(late)  # that came after the last step: nobody has heeded it
+
+    def release(self) -> None:
+        """Let go of everything but the run folder: no step comes any more."""
+        self._held.close()
+        self.is_open = False
+
+    @contextmanager
+    def _run_folder(self) -> Iterator[None]:
+        """Keep other runs out of the run folder."""
+        checkpoints, log = self.trainer.checkpoints, self.trainer.log
+        if checkpoints is None:
+            yield
+            return
+        if self.trainer.state.step == 0 and complete_checkpoints(checkpoints.folder):
+            raise RunError(f"{checkpoints.run}: holds checkpoints; call restore(), or give another output_dir")
+        self.trainer.processes.wait()  # nobody writes before everybody has looked
+        if not lock_run(checkpoints.run):
+            log.note(f"{checkpoints.run}: its file system has no locks; nothing keeps a second run out of it")
+        try:
+            yield
+        finally:
+            unlock_run(checkpoints.run)
+
+    def _begin(self, held: ExitStack) -> None:
+        trainer = self.trainer
+        trainer.state.num_steps = trainer.num_steps
+        trainer.upcoming = Steps(trainer.train_loader, trainer.state.step, trainer.num_steps)
+        held.callback(self._close_loaders)
+        for loader in (trainer.train_loader, *trainer.evaluation.loaders):
+            if isinstance(loader, TrainLoader | EvalLoader):
+                loader.feed.deaths = self.deaths
+        self.deaths.number = 0
+        trainer.step.accumulation.set_train_mode()
+        bars = trainer.log.progress(trainer.num_steps, trainer.state.step, trainer.train_loader.steps_per_epoch)
+        for each in (trainer.stop.signals, CHILD_SIGNAL.noted(), bars, trainer.throughput.running()):
+            held.enter_context(each)
+        self.is_open = True
+
+    def _close_loaders(self) -> None:
+        for loader in (self.trainer.upcoming, *self.trainer.evaluation.loaders):
+            if hasattr(loader, "close"):
+                loader.close()
+
+    def _failed(self, error: BaseException) -> None:
+        """Tell the callbacks that an exception has ended training, once nothing is being written."""
+        if self.trainer.checkpoints is not None:
+            self.trainer.checkpoints.stand_by()
+        if self.is_open:
+            for failed in self.trainer.callbacks.call_all("failed", self.trainer, error):
+                self.trainer.log.alert(str(failed))
+
+    def _failure(self, error: BaseException, began_at: int) -> RunFailure | None:
+        """Return the message for an error that comes of a process that is gone, with what is saved; else None."""
+        if self.trainer.processes.is_distributed and is_peer_gone(error):
+            error = PeerGone("another training process has ended; if it could, it has said why")
+        if not isinstance(error, RunFailure):
+            return None
+        checkpoints = self.trainer.checkpoints
+        return error if checkpoints is None else checkpoints.what_remains(error, began_at)
+
+    def _close(self) -> None:
+        """Close the callbacks, and wait for what is being written."""
+        is_failing = sys.exception() is not None
+        failed = self.trainer.callbacks.call_all("close")
+        if self.trainer.checkpoints is not None:
+            self.trainer.checkpoints.wait()
+        if failed and not is_failing:
+            raise failed[0]
+        for error in failed:
+            self.trainer.log.alert(str(error))
