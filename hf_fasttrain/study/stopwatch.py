@@ -121,13 +121,13 @@ class _TimedBatches(ImageBatches):
         super().__init__(images, transform)  # type: ignore[arg-type]
         self.row = row
 
-    def make(self, key: MicroBatchKey, room: torch.Tensor | None = None) -> Made:
+    def make(self, key: MicroBatchKey, buffer: torch.Tensor | None = None) -> Made:
         """Return the batch of a key; see `ImageBatches.make`."""
         began = time.perf_counter()
-        made = super().make(key, room)
+        batch = super().make(key, buffer)
         self.row.add(_BUSY, time.perf_counter() - began)
         self.row.add(_IMAGES, len(key.indices))
-        return made
+        return batch
 
 
 @dataclass

@@ -118,8 +118,8 @@ class Trial:
         self.loader.order = passes
         if isinstance(self.loader.feed, DeviceFeed):  # which fetches until all images are there: those of the passes
             keys = (key for step in range(passes.period) for key in passes.plan(step).micro_batches)
-            self.loader.feed.there[:] = True
-            self.loader.feed.there[np.unique(np.concatenate([key.indices for key in keys]))] = False
+            self.loader.feed.is_loaded[:] = True
+            self.loader.feed.is_loaded[np.unique(np.concatenate([key.indices for key in keys]))] = False
         return passes.period
 
     @property

@@ -228,7 +228,7 @@ def test_a_cache_on_the_device_is_filled_by_the_passes_alone() -> None:
     """Most of the images are in no pass; fetching must end all the same."""
     trial = Trial(asked("data.cache=device", "data.workers=0", "augment={crop: padded}", "train.duration=3 epochs"))
     first, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
-    assert trial.loader.feed.there.all()
+    assert trial.loader.feed.is_loaded.all()
     assert (first.images, later.images) == (48, 32)
 
 

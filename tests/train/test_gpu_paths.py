@@ -331,7 +331,7 @@ def test_images_take_the_devices_memory_when_they_are_read_and_give_it_back() ->
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
     require_same()
-    assert feed.there.all()
+    assert feed.is_loaded.all()
     require_same()
     assert feed.release_memory() == 30 * 16 * 16 * 3
     assert feed.release_memory() == 0

@@ -1,4 +1,4 @@
-"""A thread that goes through an iterator ahead of its reader."""
+"""A thread that reads an iterator ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class BackgroundIterator:
-    """Goes through `items` in a thread, `depth` ahead of its reader, and hands on what `work` makes of each.
+    """Iterates over `work(item)` for `items`, computed in a thread, `depth` results ahead of the consumer.
 
-    The copy to the device has begun before the reader asks for it, even where the reader waits for the device in
-    every step, as fp16's scale makes it do. What fails in the thread is raised by the reader.
+    So the copy to the device starts before the consumer needs the batch, even if the consumer waits for the device in
+    every step, as it does with fp16's loss scale. An exception in the thread is raised in the consumer.
     """
 
     def __init__(self, items: Iterator[Any], work: Callable[[Any], Any], depth: int = 2) -> None:
@@ -27,26 +27,27 @@ class BackgroundIterator:
                 if not self._put((work(item), None)):
                     return
             self._put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again by the reader
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             self._put((None, error))
 
-    def _put(self, thing: tuple[Any, BaseException | None] | None) -> bool:
+    def _put(self, result: tuple[Any, BaseException | None] | None) -> bool:
+        """Return whether the result was queued; False once the iterator is stopped."""
         while not self._stopped.is_set():
             try:
-                self._queue.put(thing, timeout=0.1)
+                self._queue.put(result, timeout=0.1)
             except queue.Full:
                 continue
             return True
         return False
 
     def __iter__(self) -> Iterator[Any]:
-        while (got := self._queue.get()) is not None:
-            made, error = got
+        while (entry := self._queue.get()) is not None:
+            result, error = entry
             if error is not None:
                 raise error
-            yield made
+            yield result
 
     def stop(self) -> None:
-        """End the thread; what it has ahead is dropped."""
+        """Stop the thread and drop the results that were not consumed."""
         self._stopped.set()
         self._thread.join(timeout=10)

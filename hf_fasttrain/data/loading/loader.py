@@ -1,4 +1,4 @@
-"""Loaders of our own data sets: training images step by step, evaluation images each once."""
+"""Loaders of the built-in data pipeline: training images step by step, each evaluation image once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.prefetch import Batch, Feed
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order, process_share
 
-Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> what stands around its work
+Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> context in which its work runs
 _NOTHING = nullcontext()
 
 
@@ -26,55 +26,55 @@ def no_timer(phase: str) -> AbstractContextManager[Any]:
 
 @dataclass
 class Step:
-    """One optimizer step as the trainer sees it: this process's micro-batches, on the device."""
+    """The data of one optimizer step: this process's micro-batches, on the device."""
 
-    index: int  # counted from 0 over the whole training
-    num_images: int  # of all processes together
+    index: int  # from 0, over the whole training
+    num_images: int  # over all processes
     num_micro_batches: int  # of this process; 0 if the step has too few images for it
     micro_batches: MicroBatches  # images (B, 3, H, W), targets
     image_shape: tuple[int, ...]  # of one image
 
 
 class MicroBatches:
-    """The micro-batches of a step, which can be gone through again: each `iter` begins anew.
+    """The micro-batches of a step; each `iter` starts from the first one again.
 
-    The first pass takes what was made ahead. Nothing is kept for a second one, since accumulation is there to save
-    memory: `make` makes the same micro-batches once more.
+    The first pass consumes the prefetched batches. They are not stored for a second pass, because gradient
+    accumulation exists to save memory: `make` builds the same micro-batches once more.
     """
 
     def __init__(self, ahead: Iterator[Batch], make: Callable[[], Iterator[Batch]]) -> None:
-        self._pass, self._make, self._has_begun = ahead, make, False
+        self._pass, self._make, self._is_started = ahead, make, False
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._has_begun:
+        if self._is_started:
             self._pass = self._make()
-        self._has_begun = True
+        self._is_started = True
         return self._pass
 
     def __next__(self) -> Batch:
-        self._has_begun = True
+        self._is_started = True
         return next(self._pass)
 
     def peek(self) -> Batch | None:
-        """Return the first micro-batch, which stays the one that comes next; None if there is none."""
+        """Return the next micro-batch without consuming it; None if there is none."""
         first = next(self._pass, None)
         if first is not None:
-            self._pass = _put_in_front([first], self._pass)
+            self._pass = _prepend([first], self._pass)
         return first
 
     def close(self) -> None:
-        """Let go of what was made ahead."""
+        """Release the prefetched batches."""
         if isinstance(self._pass, Generator):
             self._pass.close()
 
 
-def _put_in_front(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first.pop()  # and don't hold it
+def _prepend(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield first.pop()  # without holding a reference
     yield from rest
 
 
 class TrainLoader:
-    """The training images in their order, step by step, from any step on."""
+    """The training images of any range of steps, step by step."""
 
     def __init__(
         self,
@@ -87,21 +87,21 @@ class TrainLoader:
         self.feed, self.order, self.normalize, self.mixing = feed, order, normalize, mixing
         self.size_at = size_at  # epoch -> image size
         self.steps_per_epoch = order.steps_per_epoch
-        self.micro_batch_size = order.micro_batch_size  # 1: pairs are made together, and used one by one
+        self.micro_batch_size = order.micro_batch_size  # 1: images are loaded in pairs and used one by one
         self.wish = f"micro_batch_size {order.micro_batch_size}"
         self.timer: Timer = no_timer  # of the phases wait and copy
 
     def cut_to(self, micro_batch_size: int) -> None:
-        """Make micro-batches of this size (even, or 1) from the next `steps` or `again` on."""
+        """Set the micro-batch size (even, or 1); takes effect at the next `steps` or `again`."""
         self.micro_batch_size = micro_batch_size
         self.order = replace(self.order, micro_batch_size=max(2, micro_batch_size))
 
     def again(self, index: int, stop: int) -> Iterator[Step]:
-        """Yield a step anew, and those after it: the same images, in micro-batches of the present size."""
+        """Yield a step once more and those after it: the same images, in micro-batches of the current size."""
         return self.steps(index, stop)
 
     def image_indices(self, step: int) -> np.ndarray:
-        """Return which images of the split a step has on all processes, in their order."""
+        """Return the indices of a step's images in the split, over all processes and in order."""
         (whole,) = (
             replace(self.order, num_processes=1, process_index=0, micro_batch_size=2 * self.order.batch_size)
             .plan(step)
@@ -111,29 +111,29 @@ class TrainLoader:
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds spent waiting for batches so far."""
+        """Seconds spent waiting for batches since the loader was built."""
         return self.feed.wait_seconds
 
     def state_dict(self) -> None:
-        """Return nothing: the position is the step, and no random state matters."""
+        """Return None: the step is the whole state; no random state is involved."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Do nothing: `steps` starts anywhere."""
+        """Do nothing: `steps` can start at any step."""
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
-        """Yield the steps from `start` to before `stop`; nothing of what comes before `start` is read."""
+        """Yield the steps from `start` to before `stop`; images before `start` are not read."""
         largest = min(self.order.micro_batch_size + 1, self.order.batch_size)  # a single last image may join
         batches = iter(self.feed.open(_Keys(self.order, start, stop), largest))
         for index in range(start, stop):
             plan = self.order.plan(index)
             sizes, size = [len(key.indices) for key in plan.micro_batches], self.size_at(plan.epoch)
             number = sum(sizes) if self.micro_batch_size == 1 else len(sizes)
-            make = functools.partial(self._make_again, self.order, sizes, index)
+            make = functools.partial(self._reload, self.order, sizes, index)
             micro_batches = MicroBatches(self._micro_batches(batches, sizes, index), make)
             yield Step(index, plan.num_images, number, micro_batches, (3, size, size))
 
-    def _make_again(self, order: Order, sizes: list[int], step: int) -> Iterator[Batch]:
-        """Yield a step's micro-batches, made in this process: the workers are ahead."""
+    def _reload(self, order: Order, sizes: list[int], step: int) -> Iterator[Batch]:
+        """Yield a step's micro-batches, loaded in this process: the workers are busy with later steps."""
         feed = copy.copy(self.feed)
         feed.workers, feed.report = 0, None
         return self._micro_batches(iter(feed.open(_Keys(order, step, step + 1), max(sizes, default=0))), sizes, step)
@@ -144,7 +144,7 @@ class TrainLoader:
                 batch = next(batches)
             with self.timer("copy"):
                 images, targets = self._prepare(batch, step)
-            del batch  # its memory may be used for the next one
+            del batch  # so that its memory can be reused for the next one
             if self.micro_batch_size > 1:
                 yield images, targets
             else:
@@ -157,7 +157,7 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class _Keys:
-    """The keys of the micro-batches of some steps, in order; can be gone through more than once."""
+    """The keys of the micro-batches of a range of steps, in order; can be iterated more than once."""
 
     order: Order
     start: int
@@ -183,11 +183,11 @@ class EvalLoader:
     ) -> None:
         self.name = name
         share = process_share(num_images, num_processes, process_index)
-        pieces = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
-        keys = [MicroBatchKey(0, np.arange(piece.start, piece.stop)) for piece in pieces]
-        self.rows = share  # which images of the split this process has, in their order
+        batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+        keys = [MicroBatchKey(0, np.arange(batch.start, batch.stop)) for batch in batches]
+        self.rows = share  # indices of this process's images in the split, in order
         self.num_images, self.normalize, self.feed = num_images, normalize, feed
-        self.release_memory = getattr(feed, "release_memory", lambda: 0)  # bytes of a GPU that its images are kept in
+        self.release_memory = getattr(feed, "release_memory", lambda: 0)  # returns the bytes freed on the GPU
         self._batches = feed.open(keys, batch_size, persistent=True)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -195,6 +195,6 @@ class EvalLoader:
             yield self.normalize(pixels), labels
 
     def close(self) -> None:
-        """End the loader's workers until it is gone through again."""
+        """Stop the workers; they start again at the next iteration."""
         if hasattr(self._batches, "close"):
             self._batches.close()

@@ -1,4 +1,4 @@
-"""Keys to batches of uint8 pixels on the device: made by worker processes, pinned, copied ahead of their use."""
+"""Batches of uint8 pixels on the device: loaded by worker processes, pinned, copied ahead of their use."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, firs
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 
 Batch = tuple[Tensor, Tensor]
-BATCHES_AHEAD = 4  # batches that each worker may be ahead
-MOST_IMAGES_AHEAD = 4096  # images that all workers together may be ahead: 0.6 GB at 224 px
+BATCHES_AHEAD = 4  # batches that each worker may prefetch
+MOST_IMAGES_AHEAD = 4096  # images that all workers together may prefetch: 0.6 GB at 224 px
 
 
 class Made(NamedTuple):
-    """What was made of a key."""
+    """The batch of a key, on the host or the device."""
 
     pixels: Tensor  # (B, S, S, 3) uint8
     labels: Tensor
@@ -39,9 +39,9 @@ class Made(NamedTuple):
 
 
 class ImageBatches:
-    """Makes the uint8 pixels (B, S, S, 3) and labels of a key; used by the loader's workers.
+    """Builds the uint8 pixels (B, S, S, 3) and labels of a key; used by the loader's workers.
 
-    Without a transform the prepared pixels are the batch; all are of one size then.
+    Without a transform the batch holds the prepared pixels, which must all have the same size.
     """
 
     def __init__(self, images: Images, transform: TrainTransform | None = None) -> None:
@@ -49,45 +49,45 @@ class ImageBatches:
 
     @property
     def num_images(self) -> int:
-        """Images of the split."""
+        """Number of images in the split."""
         return len(self.images.split)
 
-    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> Made:
-        """Return the batch of a key, its pixels in `room` (bytes) if they fit."""
+    def make(self, key: MicroBatchKey, buffer: Tensor | None = None) -> Made:
+        """Return the batch of a key; its pixels are written to `buffer` (bytes) if they fit."""
         events: list[Event] = []
         used = np.empty_like(key.indices)
         images = self.images.pixels(key.indices, used, events)
         if self.transform is not None:
             size = self.transform.size_at(key.epoch)
-            batch = _pixels(room, len(key.indices), size, size)
+            batch = _pixels(buffer, len(key.indices), size, size)
             self.transform.write(images, key, batch.numpy())
         else:
-            place, first = next(images)
-            batch = _pixels(room, len(key.indices), *first.shape[:2])
-            for row, pixels in chain([(place, first)], images):
+            position, first = next(images)
+            batch = _pixels(buffer, len(key.indices), *first.shape[:2])
+            for row, pixels in chain([(position, first)], images):
                 batch.numpy()[row] = pixels
         return Made(batch, torch.from_numpy(self.images.split.labels[used]), tuple(events))
 
     def most_bytes(self, num_images: int) -> int:
-        """Return how many bytes the pixels of so many images need at most; 0 if that is not known."""
+        """Return the largest number of bytes that the pixels of `num_images` images can need; 0 if unknown."""
         if self.transform is not None:
             return num_images * self.transform.image_size**2 * 3
         center = self.images.preparation.center
         return num_images * center.image_size**2 * 3 if center else 0
 
 
-def _pixels(room: Tensor | None, number: int, height: int, width: int) -> Tensor:
+def _pixels(buffer: Tensor | None, number: int, height: int, width: int) -> Tensor:
     shape = (number, height, width, 3)
-    if room is None or len(room) < math.prod(shape):
+    if buffer is None or len(buffer) < math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
-    return room[: math.prod(shape)].view(shape)
+    return buffer[: math.prod(shape)].view(shape)
 
 
 class _Slots:
-    """Memory that the workers write batches into and that is used again and again.
+    """A ring of shared memory that the workers write batches into.
 
-    Memory that is new for each batch costs more than moving the pixels: its pages are fresh in both processes. Workers
-    that are forked inherit these slots, so that they need no room in /dev/shm, of which containers have little.
+    Fresh memory for each batch costs more than moving the pixels: its pages are new in both processes. Forked workers
+    inherit these slots, so they need no space in /dev/shm, which is small in containers.
     """
 
     def __init__(self, number: int, slot_bytes: int) -> None:
@@ -100,14 +100,14 @@ class _Slots:
 
 
 class _BatchRequest(NamedTuple):
-    """A key on its way to a worker, and the slot that its pixels go to."""
+    """A key that is sent to a worker, and the slot for its pixels."""
 
     key: MicroBatchKey
     slot: int | None
 
 
 class _SentBatch(NamedTuple):
-    """A batch on its way back from a worker; its pixels are in the slot, unless there is none or it is too small."""
+    """A batch that a worker sends back; `pixels` is None if they are in the slot, which may be missing or too small."""
 
     slot: int | None
     shape: tuple[int, ...]
@@ -117,7 +117,7 @@ class _SentBatch(NamedTuple):
 
 
 class _SlotSampler:
-    """Gives each key a free slot."""
+    """Assigns a free slot to each key."""
 
     def __init__(self, keys: Iterable[MicroBatchKey], slots: _Slots | None) -> None:
         self.keys, self.slots = keys, slots
@@ -132,31 +132,31 @@ class _SlotSampler:
 
 
 class _BatchDataset:
-    """Makes the batch of each key that is asked for; in a worker with its slots, without workers in this process."""
+    """Builds the batch of each request: in a worker, into its slot, or in this process if there are no workers."""
 
     def __init__(self, images: ImageBatches, memory: Tensor | None) -> None:
         self.images, self.memory = images, memory
 
-    def here(self, asked: _BatchRequest) -> Made | UserError:
-        """Return a batch to the same process; what is wrong with its images is raised by the reader.
+    def load(self, request: _BatchRequest) -> Made | UserError:
+        """Return the batch, or the error in its images, which the consumer raises.
 
-        Where memory runs out it is made a second time: what others had then, they may have given back.
+        Retried once when memory runs out: other processes may have released theirs in the meantime.
         """
-        made = self._try(asked)
-        if isinstance(made, str):
-            gc.collect()  # outside of the handler, which held what it failed on
-            made = self._try(asked)
-        if isinstance(made, str):
-            made = NotEnoughMemory(
-                f"out of memory twice while loading a batch: {made}; lower data.workers or data.cache_gb, or remove "
+        result = self._try(request)
+        if isinstance(result, str):
+            gc.collect()  # outside of the handler, whose traceback keeps the failed batch alive
+            result = self._try(request)
+        if isinstance(result, str):
+            result = NotEnoughMemory(
+                f"out of memory twice while loading a batch: {result}; lower data.workers or data.cache_gb, or remove "
                 f"the image if it is too large; {how_to_resume()} continues from the newest checkpoint"
             )
-        return made
+        return result
 
-    def _try(self, asked: _BatchRequest) -> Made | UserError | str:
-        """Return a batch, what is wrong with its images, or what there was no memory for."""
+    def _try(self, request: _BatchRequest) -> Made | UserError | str:
+        """Return the batch, the error in its images, or the text of an out-of-memory error."""
         try:
-            return self.images.make(asked.key, self._room(asked))
+            return self.images.make(request.key, self._buffer(request))
         except UserError as error:
             error.on_every_process = False
             return error
@@ -165,22 +165,23 @@ class _BatchDataset:
                 raise
             return first_line(error)
 
-    def __call__(self, asked: _BatchRequest) -> _SentBatch | UserError:
-        made, room = self.here(asked), self._room(asked)
-        if isinstance(made, UserError):
-            return made
-        inside = room is not None and made.pixels.data_ptr() == room.data_ptr()
-        shape, labels = tuple(made.pixels.shape), made.labels.numpy()
-        return _SentBatch(asked.slot, shape, labels, made.events, None if inside else made.pixels.numpy())
+    def __call__(self, request: _BatchRequest) -> _SentBatch | UserError:
+        batch, buffer = self.load(request), self._buffer(request)
+        if isinstance(batch, UserError):
+            return batch
+        in_slot = buffer is not None and batch.pixels.data_ptr() == buffer.data_ptr()
+        shape, labels = tuple(batch.pixels.shape), batch.labels.numpy()
+        return _SentBatch(request.slot, shape, labels, batch.events, None if in_slot else batch.pixels.numpy())
 
-    def _room(self, asked: _BatchRequest) -> Tensor | None:
-        return None if asked.slot is None or self.memory is None else self.memory[asked.slot]
+    def _buffer(self, request: _BatchRequest) -> Tensor | None:
+        return None if request.slot is None or self.memory is None else self.memory[request.slot]
 
 
 class Feed:
-    """Turns keys into batches on the device, and counts the seconds that are lost by waiting for them.
+    """Loads the batches of keys ahead, copies them to the device, and counts the seconds spent waiting for them.
 
-    `report` is told of bad images and notes, with the number of images in the split; `deaths` of workers that die.
+    `report` is called with each bad image or note and the number of images in the split; `deaths` counts the workers
+    that die.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class Feed:
         self.images, self.device, self.workers, self.pin_memory = images, device, workers, pin_memory
         self.report = report
         self.deaths = Deaths(self._note)
-        self._waited = 0.0
+        self._wait_seconds = 0.0
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def _note(self, text: str) -> None:
@@ -204,31 +205,31 @@ class Feed:
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds lost by waiting for data so far: on a GPU, those in which it had nothing else to do.
+        """Seconds lost waiting for data: on a GPU, the seconds in which it was idle.
 
-        On a GPU the time between two events on its own stream is counted, when they have passed: no sync.
+        On a GPU this is the time between two events on its stream, read once they have completed: no sync.
         """
         self._count_stalls()
-        return self._waited
+        return self._wait_seconds
 
     def _count_stalls(self) -> None:
         while self._stalls and self._stalls[0][1].query():
             before, after = self._stalls.popleft()
-            self._waited += before.elapsed_time(after) / 1000
+            self._wait_seconds += before.elapsed_time(after) / 1000
 
     def open(self, keys: Iterable[MicroBatchKey], largest: int, *, persistent: bool = False) -> Iterable[Batch]:
-        """Return the batches of keys, (pixels, labels) on the device, to be used one at a time.
+        """Return an iterable over the batches of keys, (pixels, labels) on the device; use one at a time.
 
-        `largest` is the number of images in the largest one. With `persistent` the workers are kept for the next
-        time that the batches are gone through. Nothing is drawn from torch's global generator.
+        `largest` is the number of images in the largest batch. With `persistent` the workers stay alive for the next
+        iteration. torch's global random generator is not used.
         """
         return _PrefetchedBatches(self, keys, largest, persistent)
 
     def read(self, sent: Iterator[Made | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
-        """Yield what the workers send, on the device."""
+        """Yield the batches that the workers send, on the device."""
         if self.device.type != "cuda":
             yield from self._on_host(sent, slots)
-        elif not self.workers:  # in this thread: operations draw from torch's generator, which training uses too
+        elif not self.workers:  # in this thread: augmentation draws from torch's generator, which training uses too
             yield from self._on_device(self._copy_to_device(batch, slots) for batch in sent)
         else:
             ahead = BackgroundIterator(sent, lambda batch: self._copy_to_device(batch, slots))
@@ -241,7 +242,7 @@ class Feed:
         while True:
             start = time.perf_counter()
             batch = next(sent, None)
-            self._waited += time.perf_counter() - start
+            self._wait_seconds += time.perf_counter() - start
             if batch is None:
                 return
             yield self._checked(_received(batch, slots))
@@ -250,56 +251,56 @@ class Feed:
     def _copy_to_device(
         self, batch: Made | _SentBatch | UserError, slots: _Slots | None
     ) -> tuple[Made | UserError, torch.cuda.Event | None]:
-        """Start copying on a stream of its own; called by the thread that is ahead."""
-        made = _received(batch, slots)
-        if isinstance(made, UserError):
-            return made, None
-        tensors = (made.pixels, made.labels)
-        with torch.cuda.device(self.device):  # each thread has a present device of its own, at first GPU 0
+        """Start copying on a separate stream; called by the background thread."""
+        host = _received(batch, slots)
+        if isinstance(host, UserError):
+            return host, None
+        tensors = (host.pixels, host.labels)
+        with torch.cuda.device(self.device):  # the current device is per thread, initially GPU 0
             if self.pin_memory:
-                tensors = _pinned(made.pixels), _pinned(made.labels)
-            stream = self._copies
+                tensors = _pinned(host.pixels), _pinned(host.labels)
+            stream = self._copy_stream
             with torch.cuda.stream(stream):
                 pixels, labels = (tensor.to(self.device, non_blocking=self.pin_memory) for tensor in tensors)
             done = stream.record_event()
-        _release(batch, slots)  # its pixels are in pinned memory, or copied already
-        return Made(pixels, labels, made.events), done
+        _release(batch, slots)  # its pixels are in pinned memory or already copied
+        return Made(pixels, labels, host.events), done
 
     @cached_property
-    def _copies(self) -> torch.cuda.Stream:
+    def _copy_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
 
     def _on_device(self, ahead: Iterable[tuple[Made | UserError, torch.cuda.Event | None]]) -> Iterator[Batch]:
         batches = iter(ahead)
         while True:
-            present = torch.cuda.current_stream(self.device)
+            stream = torch.cuda.current_stream(self.device)
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record(present)
-            found = next(batches, None)
-            if found is None:
+            before.record(stream)
+            copied = next(batches, None)
+            if copied is None:
                 return
-            made, done = found
-            pixels, labels = self._checked(made)
+            batch, done = copied
+            pixels, labels = self._checked(batch)
             assert done is not None
-            present.wait_event(done)
-            after.record(present)
+            stream.wait_event(done)
+            after.record(stream)
             self._stalls.append((before, after))
             self._count_stalls()
             for tensor in (pixels, labels):
-                tensor.record_stream(present)  # its memory is not reused before the present stream is past it
+                tensor.record_stream(stream)  # its memory is not reused before this stream has finished with it
             yield pixels, labels
 
-    def _checked(self, made: Made | UserError) -> Batch:
-        if isinstance(made, UserError):
-            raise made
-        for event in made.events:
+    def _checked(self, batch: Made | UserError) -> Batch:
+        if isinstance(batch, UserError):
+            raise batch
+        for event in batch.events:
             if self.report is not None:
                 self.report(event, self.images.num_images)
-        return made.pixels, made.labels
+        return batch.pixels, batch.labels
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Return a copy in pinned memory. RunError where the host has none: smaller batches on the GPU would not help."""
+    """Return a copy in pinned memory; RunError if that fails, since smaller batches on the GPU would not help."""
     try:
         return tensor.pin_memory()
     except RuntimeError as error:
@@ -321,53 +322,53 @@ def _received(batch: Made | _SentBatch | UserError, slots: _Slots | None) -> Mad
 
 
 def _release(batch: Made | _SentBatch | UserError, slots: _Slots | None) -> None:
-    """Let the slot of a batch be used again."""
+    """Mark the slot of a batch as free."""
     if slots is not None and isinstance(batch, _SentBatch) and batch.slot is not None:
         slots.free.append(batch.slot)
 
 
 class _PrefetchedBatches:
-    """The batches of some keys; workers and slots are made when they are first gone through."""
+    """An iterable over the batches of keys; workers and slots are created at the first iteration."""
 
     def __init__(self, feed: Feed, keys: Iterable[MicroBatchKey], largest: int, persistent: bool) -> None:
         self.feed, self.keys, self.largest, self.persistent = feed, keys, largest, persistent
-        self._kept: tuple[Workers, _Slots | None] | None = None
+        self._persistent: tuple[Workers, _Slots | None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.feed.workers:
-            return self.feed.read(map(_BatchDataset(self.feed.images, None).here, _SlotSampler(self.keys, None)), None)
-        workers, slots = self._kept or self._build()
+            return self.feed.read(map(_BatchDataset(self.feed.images, None).load, _SlotSampler(self.keys, None)), None)
+        workers, slots = self._persistent or self._build()
         if self.persistent:
-            self._kept = workers, slots
+            self._persistent = workers, slots
         workers.deaths = self.feed.deaths
         return self.feed.read(workers.answers(_SlotSampler(self.keys, slots), keep=self.persistent), slots)
 
     def close(self) -> None:
-        """End the workers that are kept."""
-        if self._kept is not None:
-            self._kept[0].close()
-        self._kept = None
+        """Stop the persistent workers."""
+        if self._persistent is not None:
+            self._persistent[0].close()
+        self._persistent = None
 
     def _build(self) -> tuple[Workers, _Slots | None]:
         number, images, slots = self.feed.workers, self.feed.images, None
         if images.most_bytes(self.largest):
             slots = _Slots(num_slots(number, self.largest), images.most_bytes(self.largest))
-        making = _BatchDataset(images, slots.memory if slots else None)
-        return Workers(making, number, batches_ahead(number, self.largest), self.feed.deaths), slots
+        dataset = _BatchDataset(images, slots.memory if slots else None)
+        return Workers(dataset, number, batches_ahead(number, self.largest), self.feed.deaths), slots
 
 
 def batches_ahead(workers: int, images: int) -> int:
-    """Return how many batches of so many images each worker may be ahead."""
+    """Return how many batches of `images` images each worker may prefetch."""
     return max(1, min(BATCHES_AHEAD, MOST_IMAGES_AHEAD // max(1, workers * images)))
 
 
 def num_slots(workers: int, images: int) -> int:
-    """Return how many batches of so many images have a place in shared memory, 1 without workers."""
+    """Return how many batches of `images` images fit into the shared memory; 1 without workers."""
     return workers * batches_ahead(workers, images) + 2 if workers else 1
 
 
 class Restartable:
-    """An iterable that starts anew each time."""
+    """An iterable that calls `start` for each iteration."""
 
     def __init__(self, start: Callable[[], Iterator[Batch]]) -> None:
         self.start = start

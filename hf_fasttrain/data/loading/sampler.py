@@ -1,7 +1,7 @@
-"""Which image when, and who gets it: a function of (seed, epoch, step, process, micro-batch), no state.
+"""Which images each process trains on in each step: a pure function of (seed, epoch, step, process, micro-batch).
 
-A step's global order is cut to processes and micro-batches at even positions only, so that mixup and cutmix can
-pair positions 2i and 2i+1 whatever the cut. Shares of processes differ by at most one pair.
+A step is split over processes and micro-batches at even positions only, so that mixup and cutmix can always pair
+positions 2i and 2i+1. Shares of processes differ by at most one pair.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from functools import lru_cache
 
 import numpy as np
 
-ORDER_STREAM = 1  # keeps the random numbers of order, mixing and the steps of augmentation apart
+ORDER_STREAM = 1  # separate random streams for order, mixing and each stage of augmentation
 MIX_STREAM = 3
 CROP_STREAM, FLIP_STREAM, ERASE_STREAM, OPERATION_STREAM, NOISE_STREAM = 4, 5, 6, 7, 8
 
 
 def keyed_rng(seed: int, stream: int, *key: int) -> np.random.Generator:
-    """Return the random numbers that belong to a key of up to three numbers; nothing else influences them."""
-    counter = [0, *key, *[0] * (3 - len(key))]  # the generator itself counts in the first word
+    """Return a random generator that depends on (seed, stream) and a key of up to three numbers only."""
+    counter = [0, *key, *[0] * (3 - len(key))]  # the first word is the generator's own counter
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=counter))
 
 
@@ -27,7 +27,7 @@ def keyed_uniforms(
 ) -> np.ndarray:
     """Return `count` uniform numbers in [0, 1) for each image of a batch, (B, count) float64.
 
-    A row depends on its own (seed, stream, epoch, index, repeat) alone, whatever else is in the batch. SplitMix64
+    A row depends on its (seed, stream, epoch, index, repeat) only, not on the rest of the batch. SplitMix64
     (Steele, Lea and Flood, 2014) started at a hash of the key, for the whole batch at once: 0.1 us for a number,
     where a generator object for each image would cost 15 us.
     """
@@ -45,7 +45,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mixed(z: np.ndarray | np.uint64) -> np.ndarray:
-    """Return SplitMix64's output function of 64-bit words; overflow is meant."""
+    """Return SplitMix64's output function of 64-bit words; overflow is intended."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(z ^ (z >> np.uint64(31)))
@@ -53,20 +53,20 @@ def _mixed(z: np.ndarray | np.uint64) -> np.ndarray:
 
 @dataclass(frozen=True)
 class MicroBatchKey:
-    """What a loader worker needs to make one micro-batch."""
+    """What a loader worker needs to build one micro-batch."""
 
     epoch: int
     indices: np.ndarray  # (B,) int64, rows of the split
-    repeats: np.ndarray | int = 0  # (B,) which augmentation of the image; 0 unless an image is repeated
+    repeats: np.ndarray | int = 0  # (B,) number of the image's repetition; 0 without repeated augmentation
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step as one process sees it."""
+    """The micro-batches of one process in one optimizer step."""
 
     step: int
     epoch: int
-    num_images: int  # of all processes together
+    num_images: int  # over all processes
     micro_batches: tuple[MicroBatchKey, ...]  # this process's; empty if the step has too few images
 
 
@@ -79,35 +79,35 @@ def process_share(num_images: int, num_processes: int, process_index: int) -> ra
 
 
 def cut_micro_batches(share: range, micro_batch_size: int, *, join_single: bool = False) -> list[range]:
-    """Return a share cut into pieces of `micro_batch_size` (even) positions, the last one shorter.
+    """Split a share into micro-batches of `micro_batch_size` (even) positions; the last one may be shorter.
 
-    With `join_single`, a last piece of one image joins its neighbour: batch norm can't normalise one value.
+    With `join_single`, a last micro-batch of one image joins its neighbour: batch norm can't normalise one value.
     """
-    pieces = [share[i : i + micro_batch_size] for i in range(0, len(share), micro_batch_size)]
-    if join_single and len(pieces) > 1 and len(pieces[-1]) == 1:
-        last = pieces.pop()
-        pieces[-1] = range(pieces[-1].start, last.stop)
-    return pieces
+    parts = [share[i : i + micro_batch_size] for i in range(0, len(share), micro_batch_size)]
+    if join_single and len(parts) > 1 and len(parts[-1]) == 1:
+        last = parts.pop()
+        parts[-1] = range(parts[-1].start, last.stop)
+    return parts
 
 
-def micro_batch_size_for(batch_size: int, num_processes: int, num_pieces: int) -> int:
-    """Return the even micro-batch size that cuts the largest share of a full step into `num_pieces` or fewer."""
+def micro_batch_size_for(batch_size: int, num_processes: int, num_micro_batches: int) -> int:
+    """Return the even micro-batch size that splits the largest share of a full step into at most so many."""
     largest_share = process_share(batch_size, num_processes, num_processes - 1)
     pairs = (len(largest_share) + 1) // 2
-    return 2 * max(1, -(-pairs // num_pieces))
+    return 2 * max(1, -(-pairs // num_micro_batches))
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of training: every image once an epoch, shuffled by (seed, epoch).
+    """Samples every image once per epoch, shuffled by (seed, epoch).
 
-    With `repeats` above 1 (repeated augmentation, arXiv 1901.09335) each image of a step appears that often in it,
-    differently augmented; an epoch has as many images and steps as without, of 1 / repeats as many files. The
-    repeats of an image stand far apart, so that mixup and cutmix pair different images.
+    With `repeats` above 1 (repeated augmentation, arXiv 1901.09335) each image appears `repeats` times in its step,
+    with different augmentations. An epoch keeps its number of images and steps, but reads 1 / repeats of the files.
+    The repeats of an image are far apart, so that mixup and cutmix pair different images.
     """
 
     num_images: int
-    batch_size: int  # images per step, all processes together
+    batch_size: int  # images per step, over all processes
     micro_batch_size: int  # even; images per process and forward
     seed: int = 0
     drop_last: bool = False
@@ -123,7 +123,7 @@ class Order:
         return full if self.drop_last or not rest else full + 1
 
     def plan(self, step: int) -> StepPlan:
-        """Return what happens in a step, counted from 0 over the whole training."""
+        """Return the plan of a step, counted from 0 over the whole training."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         num_images = min(self.batch_size, self.num_images - step_in_epoch * self.batch_size)
         different = -(-num_images // self.repeats)
@@ -132,9 +132,9 @@ class Order:
         positions = np.arange(num_images)
         indices, repeats = images[positions % different], positions // different
         share = process_share(len(indices), self.num_processes, self.process_index)
-        pieces = cut_micro_batches(share, self.micro_batch_size, join_single=self.join_single)
-        parts = (slice(piece.start, piece.stop) for piece in pieces)
-        keys = tuple(MicroBatchKey(epoch, indices[part], repeats[part]) for part in parts)
+        parts = cut_micro_batches(share, self.micro_batch_size, join_single=self.join_single)
+        slices = (slice(part.start, part.stop) for part in parts)
+        keys = tuple(MicroBatchKey(epoch, indices[part], repeats[part]) for part in slices)
         return StepPlan(step, epoch, len(indices), keys)
 
 

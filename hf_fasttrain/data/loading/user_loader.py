@@ -1,4 +1,4 @@
-"""The user's own loaders: training step by step with accumulation, and evaluation, with batches on the device."""
+"""Adapters for loaders that the user passes in: training with gradient accumulation, and evaluation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hf_fasttrain.utils.errors import DataError, RunError
 
 
 class OwnLoader:
-    """Steps from the user's own loader: each of its batches is this process's share of one step.
+    """Steps from a loader that the user passes in: each of its batches is this process's share of one step.
 
-    A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``. Every process's loader must give
-    equally many batches; they may differ in size, and be empty. Resuming in the middle asks the loader for
-    ``load_state_dict`` (as torchdata's StatefulDataLoader has it).
+    A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``. The loaders of all processes must
+    yield the same number of batches, which may differ in size or be empty. Resuming within an epoch needs a loader
+    with ``load_state_dict``, such as torchdata's StatefulDataLoader.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class OwnLoader:
         self.loader, self.device, self.accumulation_steps = loader, device, accumulation_steps
         self.join_single, self.total = join_single, total
         self.wait_seconds = 0.0
-        self.micro_batch_size = 0  # of the largest batch so far
+        self.micro_batch_size = 0  # the largest so far
         self.wish = f"accumulation_steps {accumulation_steps}"
         self._cut: int | None = None
         self._batches: Iterator[Any] = iter(())
-        self._present: Batch | None = None
-        self._at = 0  # the step whose batch comes next
+        self._current: Batch | None = None
+        self._next_step = 0  # the step of the next batch
         try:
             self.steps_per_epoch = len(loader)
         except TypeError:
@@ -62,25 +62,25 @@ class OwnLoader:
         join_single: bool,
         total: Callable[[int], int] | None,
     ) -> Any:
-        """Return a loader with `steps`: the given one if it has them, else an OwnLoader around it.
+        """Return the loader itself if it has `steps`, else an OwnLoader around it.
 
-        `total` adds up a number over processes without waiting for the device; None where there is one process.
+        `total` sums a number over all processes without waiting for the device; None with one process.
         """
         if hasattr(loader, "steps"):
             return loader
         return cls(loader, device, accumulation_steps=accumulation_steps, join_single=join_single, total=total)
 
     def state_dict(self) -> Any:
-        """Return the loader's own position and the random states that it may draw from, None if it knows no position.
+        """Return the loader's state and the Python and numpy random states, None if the loader has no state_dict.
 
-        torch's generator is not among them: every step seeds it.
+        torch's generator is not included: every step seeds it.
         """
         if not hasattr(self.loader, "state_dict"):
             return None
         return {"loader": self.loader.state_dict(), "python": random.getstate(), "numpy": np.random.get_state()}
 
     def load_state_dict(self, state: Any) -> None:
-        """Go to a position that `state_dict` gave; RunError if the loader can't."""
+        """Restore what `state_dict` returned; RunError if the loader has no load_state_dict."""
         if state is None or not hasattr(self.loader, "load_state_dict"):
             raise RunError(
                 "can't resume: train_loader has no state_dict and load_state_dict, so its position is not known; "
@@ -91,39 +91,39 @@ class OwnLoader:
         np.random.set_state(state["numpy"])
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
-        """Yield the steps from `start` to before `stop`, going through the loader once an epoch."""
-        if start != self._at:
+        """Yield the steps from `start` to before `stop`, iterating over the loader once per epoch."""
+        if start != self._next_step:
             self._batches = iter(())
         return self._steps(start, stop)
 
     def again(self, index: int, stop: int) -> Iterator[Step]:
-        """Yield the present step anew, and those after it: the same batch, in micro-batches of the present size."""
-        assert self._present is not None
-        yield self._step(index, *self._present)
+        """Yield the current step once more and those after it: the same batch, in micro-batches of the current size."""
+        assert self._current is not None
+        yield self._step(index, *self._current)
         yield from self._steps(index + 1, stop)
 
     def cut_to(self, micro_batch_size: int) -> None:
-        """Make micro-batches of at most this size from now on."""
+        """Limit the size of micro-batches from now on."""
         self.micro_batch_size = self._cut = micro_batch_size
 
     def image_indices(self, step: int) -> None:
-        """Return nothing: the loader alone knows its images."""
+        """Return None: which images a step has is known to the loader only."""
 
     def _steps(self, start: int, stop: int) -> Iterator[Step]:
         for index in range(start, stop):
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             batch = next(self._batches, None)
             if batch is None:
-                batch = self._first_of(index // self.steps_per_epoch)
-            if batch is None:  # a loader restored at the end of an epoch has nothing left of it
-                batch = self._first_of(index // self.steps_per_epoch)
+                batch = self._start_epoch(index // self.steps_per_epoch)
+            if batch is None:  # a loader restored at the end of an epoch yields nothing
+                batch = self._start_epoch(index // self.steps_per_epoch)
             if batch is None:
                 raise DataError(f"train_loader gave no batch for step {index}")
-            self._present, self._at = to_device(batch, self.device), index + 1
-            self.wait_seconds += time.perf_counter() - began
-            yield self._step(index, *self._present)
+            self._current, self._next_step = to_device(batch, self.device), index + 1
+            self.wait_seconds += time.perf_counter() - start_time
+            yield self._step(index, *self._current)
 
-    def _first_of(self, epoch: int) -> Any:
+    def _start_epoch(self, epoch: int) -> Any:
         sampler = getattr(self.loader, "sampler", None)
         if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
@@ -148,13 +148,13 @@ class OwnLoader:
         return Step(index, total, len(sizes), MicroBatches(cut(), cut), shape)
 
 
-@functools.lru_cache(maxsize=100)  # cutting anew takes 4 us of a step
+@functools.lru_cache(maxsize=100)  # computing them takes 4 us of a step
 def _sizes(number: int, size: int, join_single: bool) -> tuple[int, ...]:
-    return tuple(len(piece) for piece in cut_micro_batches(range(number), size, join_single=join_single))
+    return tuple(len(part) for part in cut_micro_batches(range(number), size, join_single=join_single))
 
 
 class OwnEvalLoader:
-    """The user's own evaluation loader, with its batches moved to the device."""
+    """An evaluation loader that the user passes in, with its batches moved to the device."""
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self.loader, self.device = loader, device
@@ -162,7 +162,7 @@ class OwnEvalLoader:
 
     @classmethod
     def wrap(cls, loader: Any, device: torch.device) -> Any:
-        """Return a loader whose batches are on the device; None stays None."""
+        """Return a loader that yields batches on the device; None for None."""
         return loader if loader is None or isinstance(loader, EvalLoader | OwnEvalLoader) else cls(loader, device)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -171,7 +171,7 @@ class OwnEvalLoader:
 
 
 def to_device(batch: Any, device: torch.device) -> Batch:
-    """Return (images, targets) on the device, of such a pair or of a mapping with pixel_values and labels."""
+    """Move a pair (images, targets), or a mapping with pixel_values and labels, to the device; return the pair."""
     images, targets = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch
     if images.device == device:
         return images, targets

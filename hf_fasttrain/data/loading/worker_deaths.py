@@ -14,9 +14,9 @@ from hf_fasttrain.utils.library_errors import is_dead_worker
 from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
 from hf_fasttrain.utils.signals import signal_handler
 
-MOST_DEATHS = 1  # that a run outlives
+MOST_DEATHS = 1  # that a run survives
 CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; remove them"
-HOW = {  # signal -> what it tells, what to do
+HOW = {  # signal -> description, remedy
     "SIGKILL": (
         "killed by SIGKILL, as the kernel does when memory runs out",
         "lower data.workers or data.cache_gb",
@@ -42,9 +42,9 @@ def describe_death(exit_code: int | None) -> tuple[str, str]:
 
 
 class Deaths:
-    """Counts the loader processes that have died since a run was started: it outlives one.
+    """Counts the loader processes that have died since a run was started: it survives one.
 
-    `tell` is given a sentence about the first.
+    `tell` is called with a message about the first.
     """
 
     def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
@@ -63,54 +63,54 @@ class Deaths:
         )
 
 
-# --- the user's own loaders --------------------------------------------------------------------------------
+# --- loaders of the user --------------------------------------------------------------------------------
 
 
 class _ChildSignal:
-    """What has become of SIGCHLD, by which a process hears that one of its children has ended.
+    """Delays torch's reaction to SIGCHLD, which tells a process that one of its children has ended.
 
-    torch's handler for it raises wherever the main thread is when a DataLoader's process has died: in the middle of
-    an update, or of a save. While training the signal is only noted, and torch is asked at the next wait for a batch.
+    torch's handler raises wherever the main thread is when a process of a DataLoader dies, such as in the middle of an
+    update or a save. While training, the signal is only recorded: torch checks its workers at the next wait for data.
     """
 
     def __init__(self) -> None:
-        self._waiting = self._noted = False
-        self._users: Any = None  # handler of the user's, which has nothing to do with loaders
+        self._waiting = self._pending = False
+        self._user_handler: Any = None  # the user's handler, which is unrelated to loaders
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Let torch's handler raise in waits for batches only."""
+        """Restrict torch's handler to waits for batches."""
         if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.getsignal(signal.SIGCHLD)
-        self._users = before if callable(before) and not is_torch_child_handler(before) else None
+        self._user_handler = before if callable(before) and not is_torch_child_handler(before) else None
         try:
             with no_torch_child_handler(), signal_handler(signal.SIGCHLD, self._note):
                 yield
         finally:
-            self._noted, self._users = False, None
+            self._pending, self._user_handler = False, None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Mark a wait for a batch, which a death must end: nothing else would, where half of a batch has arrived."""
+        """Mark a wait for a batch, which a death must end: nothing else would if half of a batch has arrived."""
         self._waiting = True
         try:
-            self._ask_torch()
+            self._check_workers()
             yield
         finally:
             self._waiting = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
-        if self._users is not None:
-            self._users(number, frame)
+        self._pending = True
+        if self._user_handler is not None:
+            self._user_handler(number, frame)
         if self._waiting:
-            self._ask_torch()
+            self._check_workers()
 
-    def _ask_torch(self) -> None:
-        if self._noted:
-            self._noted = False
+    def _check_workers(self) -> None:
+        if self._pending:
+            self._pending = False
             raise_for_dead_workers()
 
 
@@ -118,7 +118,7 @@ CHILD_SIGNAL = _ChildSignal()
 
 
 def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
-    """Yield the batches of a user's own loader; LoaderDied if one of its processes has died."""
+    """Yield the batches of a user's loader; LoaderDied if one of its processes has died."""
     batches: Iterator[Any] | None = None
     while True:
         try:
@@ -134,7 +134,7 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
         else:
             yield batch
             continue
-        batches = None  # ends the other processes: a traceback would keep them
+        batches = None  # stops the other processes, which a traceback would keep alive
         raise LoaderDied(  # outside of the handler, which holds torch's traceback
             f"a loader process of {name} died, possibly out of memory ({reason.strip()}): lower its num_workers"
         )
