@@ -1,4 +1,4 @@
-"""Crop, flip, colour operations and erasing of a batch, image by image. Randomness comes from each image's key."""
+"""Random crop, flip, colour operations and erasing of a batch. Each image's randomness is a function of its key."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ BOX_TRIES = 10
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize so that the short side is image_size / crop_pct, then cut the centre: exactly Pillow's resize.
+    """Resize so that the short side is image_size / crop_pct, then crop the centre, with exactly Pillow's resize.
 
-    `crop_mode` squash resizes to a square instead, whatever the image's shape (as timm and ViT's processor do). Where
-    an odd number of pixels is cut off, center rounds half to even, as torchvision and timm do, and center_floor
+    `crop_mode` squash resizes any image to a square instead (as timm and ViT's processor do). If an odd
+    number of pixels is cropped, center rounds half to even, as torchvision and timm do, and center_floor
     rounds down, as transformers' image processors do.
     """
 
@@ -58,7 +58,7 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class Growth:
-    """Progressive resizing (fastai; EfficientNetV2, arXiv 2104.00298): small images first, whole ones from `until` on.
+    """Progressive resizing (fastai; EfficientNetV2, arXiv 2104.00298): small images first, full size from `until` on.
 
     The size grows linearly with the epoch from `start_size`, in multiples of `multiple` pixels.
     """
@@ -68,7 +68,7 @@ class Growth:
     multiple: int = 32
 
     def size(self, epoch: int, full: int) -> int:
-        """Return the image size of an epoch, of which `full` is the last one's."""
+        """Return the image size of an epoch, at most `full`."""
         if epoch >= self.until:
             return full
         size = self.start_size + (full - self.start_size) * epoch / self.until
@@ -80,7 +80,7 @@ class TrainTransform:
     """Random crop, operations, flip and erasing; the same pixels for the same (seed, epoch, index, repeat).
 
     `crop` is ``random_resized`` (Inception's; scale and ratio as in torchvision), ``padded`` (shifted by up to
-    `crop_padding` pixels over black; wants images of the right size) or ``none`` (wants them too).
+    `crop_padding` pixels over black) or ``none``; the last two need images of size `image_size`.
     """
 
     image_size: int
@@ -110,7 +110,7 @@ class TrainTransform:
     def write(self, images: Iterable[tuple[int, Pixels]], key: MicroBatchKey, out: np.ndarray) -> None:
         """Write the batch of a key to `out` (B, S, S, 3).
 
-        `images` are (row of the batch, pixels) in any order, each read before the next is asked for.
+        `images` are (row of the batch, pixels) in any order, each is used before the next is requested.
         """
         crops, seeds = self._crop_draws(key), self._operation_seeds(key)
         for row, pixels in images:
@@ -118,13 +118,13 @@ class TrainTransform:
             if self.operations:
                 out[row] = self.operations(out[row], int(seeds[row]))
         mirrored = np.flatnonzero(self.flips(key))
-        if len(mirrored):  # by torch: numpy needs ten times as long to turn pixels of three bytes
+        if len(mirrored):  # by torch: numpy takes ten times as long to flip pixels of three bytes
             out[mirrored] = torch.from_numpy(out[mirrored]).flip(2).numpy()
         for row, box in self.erased(key, out.shape[1]):
             left, top, right, bottom = box
             out[row, top:bottom, left:right] = self._fill(key, row, box)
 
-    # --- what is drawn: functions of the key, for a whole batch --------------------------------------------
+    # --- random numbers: functions of the key, for a whole batch --------------------------------------------
 
     def _draw(self, stream: int, key: MicroBatchKey, count: int) -> np.ndarray:
         return keyed_uniforms(self.seed, stream, key.epoch, key.indices, key.repeats, count)
@@ -135,7 +135,7 @@ class TrainTransform:
         return self.shifts(key)
 
     def shifts(self, key: MicroBatchKey) -> np.ndarray:
-        """Return how far each image is moved to the left and upwards, (B, 2) in -crop_padding to crop_padding."""
+        """Return how far each image is shifted to the left and upwards, (B, 2) in -crop_padding to crop_padding."""
         if self.crop != "padded":
             return np.zeros((len(key.indices), 2), np.int64)
         draws = self._draw(CROP_STREAM, key, 2)
@@ -148,7 +148,7 @@ class TrainTransform:
         return self._draw(FLIP_STREAM, key, 1)[:, 0] < 0.5
 
     def erased(self, key: MicroBatchKey, size: int) -> list[tuple[int, Box]]:
-        """Return row and box of the images that lose one, 2 to 33 % of the area (arXiv 1708.04896)."""
+        """Return (row, box) of the images with an erased box, 2 to 33 % of the area (arXiv 1708.04896)."""
         if not self.erase_prob:
             return []
         draws = self._draw(ERASE_STREAM, key, 1 + 4 * BOX_TRIES)
@@ -160,7 +160,7 @@ class TrainTransform:
             return np.zeros(0)
         return (self._draw(OPERATION_STREAM, key, 1)[:, 0] * 2**53).astype(np.int64)
 
-    # --- what is done --------------------------------------------------------------------------------------
+    # --- pixels --------------------------------------------------------------------------------------
 
     def _crop(self, pixels: Pixels, draws: np.ndarray, out: np.ndarray) -> None:
         size = len(out)

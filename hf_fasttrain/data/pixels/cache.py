@@ -1,9 +1,9 @@
-"""Pixels kept once decoded: one file of pixels and one index, filled and read by any number of processes.
+"""The cache of decoded pixels: one file of pixels and one index, filled and read by any number of processes.
 
-A row's entry in the index is written after its pixels and carries a checksum over pixels, place, row and the stamp
-of the image it was made from. An entry whose checksum is wrong counts as missing, whatever the reason: a process
-killed half-way, a full disk, a power cut, a changed file. So nothing needs to be repaired, and no lock is held
-while pixels are written; only the reservation of space in the file is.
+The index entry of a row is written after its pixels. It has a checksum over the pixels, their offset, the row and the
+stamp of the source image. An entry with a wrong checksum counts as missing, be it from a process killed half-way, a
+full disk, a power cut or a changed file. So nothing ever needs repair, and no lock is held while pixels are written;
+only reserving space in the file is locked.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ MAGIC = b"hfftpix1"
 HEADER_BYTES = 64  # magic, number of rows, end of the pixels
 ABOUT_FILE, INDEX_FILE, PIXELS_FILE = "about.json", "index", "pixels"
 ENTRY = np.dtype(
-    [("place", "<u8"), ("check", "<u8"), ("length", "<u4"), ("height", "<u2"), ("width", "<u2"), ("form", "<u8")]
+    [("offset", "<u8"), ("check", "<u8"), ("length", "<u4"), ("height", "<u2"), ("width", "<u2"), ("form", "<u8")]
 )
 RAW, JPEG = 1, 2
-ON_DISK = fcntl is not None and hasattr(os, "pread")  # what this operating system offers
+ON_DISK = fcntl is not None and hasattr(os, "pread")  # supported by this operating system
 IN_MEMORY = ON_DISK and hasattr(os, "memfd_create")
 Stamp = tuple[int, int, int]
-UNFINISHED = ".hf_fasttrain-new-"  # how the name of a folder begins in which a cache is being made
+UNFINISHED = ".hf_fasttrain-new-"  # prefix of the folder of a cache that is being created
 
 
 @dataclass
 class Kept:
-    """Pixels on their way into the cache."""
+    """Pixels to be written to the cache."""
 
     row: int
     stamp: Stamp
     pixels: Pixels
-    stored: bytes | None = None  # as a JPEG, where that is what is kept
+    jpeg: bytes | None = None  # the encoded form, if the cache stores JPEGs
 
 
 class PixelCache:
-    """The kept pixels of a data set's rows; opened by `open_cache`.
+    """The cached pixels of a data set's rows; opened by `open_cache` or `memory_cache`.
 
-    `read` gives what is there, `add` keeps more of it until `budget` bytes are used. After the first failure to
-    write `trouble` says why and nothing more is added.
+    `read` yields what is cached, `add` caches more until `budget` bytes are used. After the first failed write,
+    `trouble` has the reason and nothing more is added.
     """
 
     def __init__(self, index: str, pixels: str, num_rows: int, budget: int) -> None:
         self.index_path, self.pixels_path, self.num_rows, self.budget = index, pixels, num_rows, budget
         self.trouble: str | None = None
-        self.held: _Held | None = None  # a cache in memory lives as long as this
+        self.memory_files: _OpenFiles | None = None  # keeps a cache in memory alive
         self._files: tuple[int, int] | None = None
-        self._held_open: _Held | None = None
+        self._open_files: _OpenFiles | None = None
         self._owner = 0
         self._index = np.zeros(0, ENTRY)
         self._trusted = np.zeros(0, np.uint64)
@@ -78,7 +78,7 @@ class PixelCache:
         return {**closed.__dict__, "trouble": self.trouble}
 
     def _open(self) -> tuple[int, int]:
-        """Return the descriptors of index and pixels, opened by this very process: record locks are a process's."""
+        """Return the file descriptors of index and pixels, opened by this process: record locks belong to a process."""
         if self._files is None or self._owner != os.getpid():
             entries = np.memmap(self.index_path, ENTRY, "r", offset=HEADER_BYTES, shape=(self.num_rows,))
             flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
@@ -88,66 +88,68 @@ class PixelCache:
             except OSError:
                 os.close(index_file)
                 raise
-            self._owner, self._held_open = os.getpid(), _Held(*self._files)
+            self._owner, self._open_files = os.getpid(), _OpenFiles(*self._files)
             self._index = entries.view(np.ndarray)
-            self._trusted = np.zeros(self.num_rows, np.uint64)  # checksums that this process has seen to be right
+            self._trusted = np.zeros(self.num_rows, np.uint64)  # (N,) checksums that this process has verified
         return self._files
 
     def read(self, rows: np.ndarray, stamp_of: Callable[[int], Stamp]) -> Iterator[Pixels | None]:
-        """Yield the pixels (H, W, 3) of each row, None for what is not kept; `stamp_of` returns a row's stamp."""
+        """Yield the pixels (H, W, 3) of each row, None if not cached; `stamp_of` returns the stamp of a row."""
         try:
             pixels_file = self._open()[1]
-        except (OSError, ValueError) as error:  # it was deleted or cut before this process came to it
+        except (OSError, ValueError) as error:  # deleted or truncated before this process opened it
             self._files, self.trouble = None, f"can't be opened: {error}"
             yield from [None] * len(rows)
             return
         entries = self._index[rows]
         trusted = (entries["check"] == self._trusted[rows]).tolist()
         columns = (entries[name].tolist() for name in ENTRY.names or ())
-        for row, known, place, check, length, height, width, form in zip(rows.tolist(), trusted, *columns, strict=True):
+        for row, known, offset, check, length, height, width, form in zip(
+            rows.tolist(), trusted, *columns, strict=True
+        ):
             if not length:
                 yield None
                 continue
-            data = _pread(pixels_file, length, place)
+            data = _pread(pixels_file, length, offset)
             if len(data) != length:
                 yield None
                 continue
             if not known:
-                if check != checksum(data, row, place, form, height, width, stamp_of(row)):
+                if check != checksum(data, row, offset, form, height, width, stamp_of(row)):
                     yield None
                     continue
                 self._trusted[row] = check
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3) if form == RAW else decode(data)
 
-    def add(self, kept: Sequence[Kept]) -> None:
-        """Keep the pixels, as far as the budget goes."""
-        if self.trouble is not None or not kept:
+    def add(self, items: Sequence[Kept]) -> None:
+        """Write pixels to the cache until the budget is used up."""
+        if self.trouble is not None or not items:
             return
         try:
-            self._add(kept)
+            self._add(items)
         except OSError as error:
             self.trouble = f"can't write to it: {error.strerror}"
 
-    def _add(self, kept: Sequence[Kept]) -> None:
+    def _add(self, items: Sequence[Kept]) -> None:
         index_file, pixels_file = self._open()
-        data = [item.pixels.tobytes() if item.stored is None else item.stored for item in kept]
-        place, room = self._reserve(index_file, sum(map(len, data)))
-        for item, piece in zip(kept, data, strict=True):
+        data = [item.pixels.tobytes() if item.jpeg is None else item.jpeg for item in items]
+        offset, room = self._reserve(index_file, sum(map(len, data)))
+        for item, content in zip(items, data, strict=True):
             height, width = item.pixels.shape[:2]
-            if len(piece) > room:
+            if len(content) > room:
                 self.trouble = f"its {format_bytes(self.budget)} are used up (data.cache_gb, hf-fasttrain cache clean)"
                 return
             if height > 0xFFFF or width > 0xFFFF:
                 continue
-            _write(pixels_file, piece, place)
-            form = RAW if item.stored is None else JPEG
-            check = checksum(piece, item.row, place, form, height, width, item.stamp)
-            entry = np.array([(place, check, len(piece), height, width, form)], ENTRY)
+            _write(pixels_file, content, offset)
+            form = RAW if item.jpeg is None else JPEG
+            check = checksum(content, item.row, offset, form, height, width, item.stamp)
+            entry = np.array([(offset, check, len(content), height, width, form)], ENTRY)
             _write(index_file, entry.tobytes(), HEADER_BYTES + item.row * ENTRY.itemsize)
-            place, room = place + len(piece), room - len(piece)
+            offset, room = offset + len(content), room - len(content)
 
     def _reserve(self, index_file: int, size: int) -> tuple[int, int]:
-        """Return where `size` bytes may be written, and how many of them really."""
+        """Reserve up to `size` bytes; return their offset and how many the budget allows."""
         with _locked(index_file):
             end = int.from_bytes(os.pread(index_file, 8, 16), "little")
             room = min(size, max(0, self.budget - end))
@@ -155,30 +157,30 @@ class PixelCache:
         return end, room
 
     def used_bytes(self) -> int:
-        """Return how many bytes of pixels have been kept, or given up."""
+        """Return how many bytes of the pixel file have been reserved."""
         return int.from_bytes(os.pread(self._open()[0], 8, 16), "little")
 
 
-def checksum(data: bytes, row: int, place: int, form: int, height: int, width: int, stamp: Stamp) -> int:
-    """Return 64 bits over the pixels and everything that they belong to."""
-    seed = xxhash.xxh3_64_intdigest(np.array([row, place, form, height, width, *stamp], np.int64).tobytes())
+def checksum(data: bytes, row: int, offset: int, form: int, height: int, width: int, stamp: Stamp) -> int:
+    """Return a 64-bit checksum over pixels and the fields of their index entry."""
+    seed = xxhash.xxh3_64_intdigest(np.array([row, offset, form, height, width, *stamp], np.int64).tobytes())
     return xxhash.xxh3_64_intdigest(data, seed)
 
 
-def _pread(file: int, length: int, place: int) -> bytes:
-    """Return what is at a place, less if there is less; nothing for a place that can't be."""
+def _pread(file: int, length: int, offset: int) -> bytes:
+    """Return up to `length` bytes at an offset; none for an invalid one."""
     try:
-        return os.pread(file, length, place)
+        return os.pread(file, length, offset)
     except (OSError, OverflowError):
         return b""
 
 
-def _write(file: int, data: bytes, place: int) -> None:
-    """Write everything; a full disk may take a part of it without an error."""
+def _write(file: int, data: bytes, offset: int) -> None:
+    """Write all bytes at an offset; on a full disk, pwrite may write a part of them without an error."""
     view = memoryview(data)
     while len(view):
-        done = os.pwrite(file, view, place)
-        view, place = view[done:], place + done
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done
 
 
 @contextmanager
@@ -191,21 +193,21 @@ def _locked(file: int) -> Any:
 
 
 def cache_key(content: dict[str, Any]) -> str:
-    """Return a short name for everything that decides the kept pixels."""
+    """Return a short hash of everything that determines the cached pixels."""
     text = json.dumps({**content, "format": FORMAT}, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
 def open_cache(folder: Path, num_rows: int, budget: int, about: dict[str, Any]) -> PixelCache:
-    """Return the cache in `folder`, made if it is not there; several processes may do so at once.
+    """Open the cache in `folder`, or create it; several processes may do so at once.
 
-    What is there and not understood is replaced. Raises DataError if the folder can't be written to.
+    An invalid cache is replaced. Raises DataError if the folder can't be written to.
     """
     if not ON_DISK:
         raise DataError("data.cache=disk needs Linux or macOS; use none")
     try:
-        if not _is_right(folder / INDEX_FILE, num_rows) or not (folder / PIXELS_FILE).exists():
-            _make(folder, num_rows, about)
+        if not _is_valid(folder / INDEX_FILE, num_rows) or not (folder / PIXELS_FILE).exists():
+            _create(folder, num_rows, about)
         with suppress(FileNotFoundError):
             os.utime(folder / ABOUT_FILE)  # last use
     except OSError as error:
@@ -215,7 +217,7 @@ def open_cache(folder: Path, num_rows: int, budget: int, about: dict[str, Any]) 
     return PixelCache(str(folder / INDEX_FILE), str(folder / PIXELS_FILE), num_rows, budget)
 
 
-def _is_right(index: Path, num_rows: int) -> bool:
+def _is_valid(index: Path, num_rows: int) -> bool:
     try:
         with index.open("rb") as file:
             head = file.read(HEADER_BYTES)
@@ -231,16 +233,16 @@ def _index_bytes(num_rows: int) -> int:
 
 def _fill_header(file: int, num_rows: int) -> None:
     _write(file, MAGIC + num_rows.to_bytes(8, "little"), 0)
-    # Zeros that are really there: reading a memory-mapped hole of a disk that has filled up would kill the process.
+    # Write real zeros: reading a hole of a memory-mapped file would kill the process once the disk is full.
     blank = bytes(1 << 20)
-    for place in range(24, _index_bytes(num_rows), len(blank)):
-        _write(file, blank[: _index_bytes(num_rows) - place], place)
+    for offset in range(24, _index_bytes(num_rows), len(blank)):
+        _write(file, blank[: _index_bytes(num_rows) - offset], offset)
 
 
-def _make(folder: Path, num_rows: int, about: dict[str, Any]) -> None:
-    """Make an empty cache beside its place and rename it there; whoever comes second uses the first one's."""
+def _create(folder: Path, num_rows: int, about: dict[str, Any]) -> None:
+    """Create an empty cache under another name, then rename it; a process that comes second uses the first one's."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f"{UNFINISHED}{uuid.uuid4().hex}"  # not by mkdtemp: others may read a shared cache
+    partial = folder.parent / f"{UNFINISHED}{uuid.uuid4().hex}"  # not mkdtemp: other users may read a shared cache
     partial.mkdir()
     try:
         file = os.open(partial / INDEX_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -251,19 +253,19 @@ def _make(folder: Path, num_rows: int, about: dict[str, Any]) -> None:
         (partial / PIXELS_FILE).touch()
         facts = {**about, "format": FORMAT, "num_rows": num_rows, "made": time.strftime("%Y-%m-%d %H:%M:%S")}
         (partial / ABOUT_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        if folder.exists() and not _is_right(folder / INDEX_FILE, num_rows):
+        if folder.exists() and not _is_valid(folder / INDEX_FILE, num_rows):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(FileExistsError, NotADirectoryError):
             partial.rename(folder)
     except OSError as error:
-        if not _is_right(folder / INDEX_FILE, num_rows):
+        if not _is_valid(folder / INDEX_FILE, num_rows):
             raise error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def memory_cache(num_rows: int, budget: int) -> PixelCache:
-    """Return a cache in memory that any process of this user may open by its path; it ends with this process.
+    """Return a cache in memory that all processes of this user can open by path; it is freed with this process.
 
     Linux only (memfd): unlike /dev/shm it has no size limit of its own in containers, and a killed process leaves
     nothing behind. Raises DataError elsewhere.
@@ -274,12 +276,12 @@ def memory_cache(num_rows: int, budget: int) -> PixelCache:
     _fill_header(index, num_rows)
     folder = f"/proc/{os.getpid()}/fd"
     cache = PixelCache(f"{folder}/{index}", f"{folder}/{pixels}", num_rows, budget)
-    cache.held = _Held(index, pixels)
+    cache.memory_files = _OpenFiles(index, pixels)
     return cache
 
 
-class _Held:
-    """Keeps file descriptors open as long as it lives, and closes them in the process that opened them."""
+class _OpenFiles:
+    """Owns file descriptors: closes them when it is deleted, in the process that opened them only."""
 
     def __init__(self, *files: int) -> None:
         self.files, self.owner = files, os.getpid()
@@ -290,7 +292,7 @@ class _Held:
                 os.close(file)
 
 
-# --- what is on disk -------------------------------------------------------------------------------------------
+# --- caches on disk -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -304,14 +306,14 @@ class CacheEntry:
 
     @property
     def dataset(self) -> str:
-        """Data set and split, as far as known."""
+        """Data set and split, or "incomplete"."""
         if not self.about:
             return "incomplete"
         return f"{self.about.get('dataset')} ({self.about.get('split')}, {self.about.get('num_rows', 0):,} images)"
 
     @property
     def settings(self) -> str:
-        """What was done to the images, in a few words."""
+        """How the images were prepared, in a few words."""
         center = self.about.get("center") or {}
         cut = f"{center.get('crop_mode')} cut to {center.get('image_size')} px" if center else None
         short = self.about.get("short_side")
@@ -321,12 +323,12 @@ class CacheEntry:
 
     @property
     def last_used_text(self) -> str:
-        """When it was used last."""
+        """When it was last used."""
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.last_used))
 
 
 def default_cache_dir() -> Path:
-    """Return where kept pixels are by default: $HF_FASTTRAIN_CACHE, else in the user's cache folder."""
+    """Return the default folder of caches: $HF_FASTTRAIN_CACHE, else in the user's cache folder."""
     named = os.environ.get("HF_FASTTRAIN_CACHE")
     if named:
         return Path(named)
@@ -335,7 +337,7 @@ def default_cache_dir() -> Path:
 
 
 def list_caches(folder: Path) -> list[CacheEntry]:
-    """Return the caches in a folder, the last used first; half-made ones and those of other versions too."""
+    """Return the caches in a folder, last used first; includes unfinished ones and those of other versions."""
     entries = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         about: dict[str, Any] = {}
@@ -351,7 +353,7 @@ def list_caches(folder: Path) -> list[CacheEntry]:
 
 
 def chosen_caches(folder: Path, names: Sequence[str], everything: bool, unused_days: float | None) -> list[CacheEntry]:
-    """Return the caches to delete; DataError if none is named, or a name is not there."""
+    """Return the caches to delete; DataError if none is selected or a name is unknown."""
     entries = list_caches(folder)
     if not names and not everything and unused_days is None:
         raise DataError("no cache selected: give names as `hf-fasttrain cache` lists them, --unused-days or --all")
@@ -365,7 +367,7 @@ def chosen_caches(folder: Path, names: Sequence[str], everything: bool, unused_d
 
 
 def remove_cache(entry: CacheEntry) -> None:
-    """Delete a cache; a run that has it open goes on with what it has open. DataError if it can't be deleted."""
+    """Delete a cache; a run that has it open can still use it. DataError if it can't be deleted."""
     try:
         shutil.rmtree(entry.path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Damage that Pillow reads over: checksums that it skips, JPEGs in TIFFs, and leniency that a library switched on."""
+"""Damage that Pillow ignores: checksums that it skips, JPEGs in TIFFs, and LOAD_TRUNCATED_IMAGES set by a library."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_fasttrain.data.pixels.jpeg import Encoded, UnsupportedJpeg, verify_jpeg
 
 _INFLATED_AT_ONCE = 1 << 20  # bytes
 _COMPRESSION, _JPEG_TABLES = 259, 347  # TIFF's tags
-_PLACES = ((273, 279), (324, 325))  # offsets and lengths: of strips, of tiles
+_DATA_TAGS = ((273, 279), (324, 325))  # offsets and lengths: of strips, of tiles
 _JPEG, _DEFLATE = 7, (8, 32946)
 
 
 class _StrictMode:
-    """Counts who decodes, so that the last one restores what it was before."""
+    """Counts the decoding threads, so that the last one restores Pillow's setting."""
 
     def __init__(self) -> None:
         self.lock, self.number, self.lenient = threading.Lock(), 0, False
@@ -43,7 +43,7 @@ _strict_mode = _StrictMode()
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Have Pillow refuse what is cut off, even if a library has set ImageFile.LOAD_TRUNCATED_IMAGES."""
+    """Make Pillow reject truncated images, even if a library has set ImageFile.LOAD_TRUNCATED_IMAGES."""
     if not ImageFile.LOAD_TRUNCATED_IMAGES and not _strict_mode.number:
         yield
         return
@@ -55,7 +55,7 @@ def strict_pillow() -> Iterator[None]:
 
 
 def verify(image: Any, data: Encoded) -> None:
-    """Raise ValueError or zlib.error if an image that Pillow has loaded from `data` is damaged all the same."""
+    """Raise ValueError or zlib.error if an image that Pillow could load from `data` is damaged."""
     if image.format == "PNG":
         _verify_png(data)
     elif image.format == "TIFF":
@@ -63,21 +63,21 @@ def verify(image: Any, data: Encoded) -> None:
 
 
 def _verify_png(data: Encoded) -> None:
-    """Check the image data's checksums, which Pillow does not look at; zlib's own it often does not come to."""
-    view, place = memoryview(data), 8
-    while place + 12 <= len(view):
-        end = place + 8 + int.from_bytes(view[place : place + 4], "big")
-        kind = view[place + 4 : place + 8]
+    """Verify the checksums of the image data, which Pillow skips; it often does not reach zlib's either."""
+    view, offset = memoryview(data), 8
+    while offset + 12 <= len(view):
+        end = offset + 8 + int.from_bytes(view[offset : offset + 4], "big")
+        kind = view[offset + 4 : offset + 8]
         if kind == b"IEND":
             return
-        if kind == b"IDAT" and zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+        if kind == b"IDAT" and zlib.crc32(view[offset + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise ValueError("broken PNG file (bad checksum of its image data)")
-        place = end + 4
+        offset = end + 4
 
 
 def _verify_tiff(image: Any, data: Encoded) -> None:
     compression = image.tag_v2.get(_COMPRESSION)
-    for offsets, lengths in _PLACES:
+    for offsets, lengths in _DATA_TAGS:
         for start, length in zip(image.tag_v2.get(offsets, ()), image.tag_v2.get(lengths, ()), strict=False):
             if compression == _JPEG:
                 _verify_tiff_jpeg(data[start : start + length], image.tag_v2.get(_JPEG_TABLES, b""))
@@ -87,7 +87,7 @@ def _verify_tiff(image: Any, data: Encoded) -> None:
 
 def _verify_tiff_jpeg(part: Encoded, tables: bytes) -> None:
     """Check one of the JPEGs that a TIFF is made of; `tables`, a JPEG without an image, are common to all."""
-    with suppress(UnsupportedJpeg):  # libtiff has read it
+    with suppress(UnsupportedJpeg):  # libtiff could read it
         verify_jpeg(tables[:-2] + bytes(part[2:]) if tables else part)
 
 

@@ -1,7 +1,7 @@
-"""Encoded bytes to 8-bit RGB pixels, by the fastest decoder that gives right ones.
+"""Decodes image files to 8-bit RGB pixels, with the fastest decoder that gives correct ones.
 
-JPEGs go through libjpeg-turbo (simplejpeg), which gives exactly Pillow's pixels in three quarters of its time and
-tells of damage that Pillow reads over; everything else through Pillow.
+JPEGs are decoded by libjpeg-turbo (simplejpeg), which gives exactly Pillow's pixels in three quarters of its time and
+reports damage that Pillow ignores; everything else by Pillow.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DECODING_ERRORS = (
     SyntaxError,
     Image.DecompressionBombError,
     ValueError,
-    # What Pillow's readers let through of damaged files:
+    # Raised by Pillow's readers for damaged files:
     struct.error,
     zlib.error,
     ArithmeticError,
@@ -49,7 +49,6 @@ DECODING_ERRORS = (
     RuntimeError,
     TypeError,
 )
-# How Pillow, libjpeg-turbo, C++ and the system say it where they don't raise MemoryError.
 _ORIENTATION = 0x0112  # EXIF
 _TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,9 +65,9 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
     """Return the RGB pixels of an undecoded HF record ``{"bytes", "path"}``, of encoded bytes, or of a path.
 
     Grayscale, palette, CMYK and 16-bit images are converted, alpha is dropped as transformers and timm do, the
-    EXIF rotation is applied, and of an animation the first frame is taken. With `at_least`, JPEGs are decoded at
+    EXIF rotation is applied, and an animation's first frame is used. With `at_least`, JPEGs are decoded at
     1/2, 1/4 or 1/8 of their size if both sides stay that long; with `pillow` Pillow decodes them. Raises ImageError if
-    there is no right image in it, and MemoryError, which says nothing about the image, if memory was too short.
+    the image is missing or damaged, and MemoryError, which says nothing about the image, if memory ran out.
     """
     data, path = _parts(record)
     if data is None and path is None:
@@ -98,7 +97,7 @@ def _reason(error: Exception) -> str:
 
 
 def decode(data: Encoded, *, at_least: int | None = None, pillow: bool = False) -> Pixels:
-    """Return the RGB pixels (H, W, 3) of an encoded image; raises one of DECODING_ERRORS, for a damaged one too."""
+    """Return the RGB pixels (H, W, 3) of an encoded image; raises one of DECODING_ERRORS if it is damaged."""
     if not len(data):
         raise ValueError("0 bytes")
     if data[:3] != JPEG_START:
@@ -120,15 +119,15 @@ def decode(data: Encoded, *, at_least: int | None = None, pillow: bool = False) 
 def _decode_by_pillow(data: Encoded) -> Pixels:
     with strict_pillow():
         image: Image.Image = Image.open(io.BytesIO(data))
-        image.load()  # exif_transpose would, but its errors are not the image's
+        image.load()  # here, so that errors of the image are not taken for errors of its EXIF data
         verify(image, data)
-        with suppress(*DECODING_ERRORS):  # if only its EXIF data are damaged, the image itself is not
+        with suppress(*DECODING_ERRORS):  # damaged EXIF data do not make the image bad
             image = ImageOps.exif_transpose(image)
         return np.array(to_rgb(image))
 
 
 def _rotate(pixels: Pixels, data: Encoded) -> Pixels:
-    """Return the pixels of a JPEG as its EXIF or XMP data ask for."""
+    """Return the pixels of a JPEG rotated as its EXIF or XMP data say."""
     try:
         turn = _TURNS.get(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1))
     except DECODING_ERRORS:
@@ -137,7 +136,7 @@ def _rotate(pixels: Pixels, data: Encoded) -> Pixels:
 
 
 def is_jpeg(record: Any) -> bool:
-    """Return whether a record begins as a JPEG does; not if it can't be read."""
+    """Return whether a record starts with a JPEG header; False if it can't be read."""
     data, path = _parts(record)
     if data is None and path is not None:
         try:

@@ -1,4 +1,4 @@
-"""The images of a split as prepared pixels, from the cache or made anew, and what stands in for bad ones."""
+"""The prepared pixels of a split's images, cached or decoded, and the substitutes of bad images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hf_fasttrain.utils.files import append_line, read_lines, reason
 
 BAD_IMAGES_FILE = "bad_images.jsonl"
 SUBSTITUTES_TRIED = 100
-KEPT_AT_ONCE = 8 << 20  # bytes of pixels that a worker collects before it writes them to the cache
+CACHE_WRITE_BYTES = 8 << 20  # pixels that a worker collects before it writes them to the cache
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that can't be decoded, and the one of the same split that stands in for it."""
+    """An image that can't be decoded, and its substitute from the same split."""
 
     split: str
     index: int  # in the split
@@ -32,57 +32,57 @@ class BadImage:
     substitute: int  # index in the split
 
 
-Event = BadImage | str  # a note is said once
+Event = BadImage | str  # a str is a note, which is shown once
 
 
 class Images:
-    """Prepared pixels of a split's images. A bad one is replaced by the next good one of the split, label included."""
+    """The prepared pixels of a split. A bad image is replaced by the next good one of the split, label included."""
 
     def __init__(self, split: Split, preparation: Preparation, cache: PixelCache | None = None) -> None:
         self.split, self.preparation, self.cache = split, preparation, cache
         self._substitutes: dict[int, int] = {}
-        self._has_told = False  # of the cache's trouble
+        self._has_reported = False  # the cache's trouble
 
     def pixels(self, indices: np.ndarray, used: np.ndarray, events: list[Event]) -> Iterator[tuple[int, Pixels]]:
-        """Yield (place in the batch, pixels (H, W, 3)) of all images; each is to be read before the next.
+        """Yield (position in the batch, pixels (H, W, 3)) of all images; use each before the next is requested.
 
-        `used` (B,) is set to the indices whose pixels they are, which differ from `indices` for bad images; what
-        there is to tell is appended to `events`. An image that is there more than once is decoded once.
+        `used` (B,) is set to the indices whose pixels they are, which differ from `indices` for bad images. Bad images
+        and notes are appended to `events`. An image that occurs more than once is decoded once.
         """
-        different: np.ndarray = np.unique(indices)
-        if len(different) < len(indices):
-            once = np.empty_like(different)
-            for place, one in self.pixels(different, once, events):
-                for other in np.flatnonzero(indices == different[place]).tolist():
-                    used[other] = once[place]
-                    yield other, one
+        unique: np.ndarray = np.unique(indices)
+        if len(unique) < len(indices):
+            unique_used = np.empty_like(unique)
+            for number, pixels in self.pixels(unique, unique_used, events):
+                for position in np.flatnonzero(indices == unique[number]).tolist():
+                    used[position] = unique_used[number]
+                    yield position, pixels
             return
         used[...] = indices
         rows = self.split.rows_of(indices)
-        found: Iterator[Pixels | None] = iter([None] * len(rows))
+        cached: Iterator[Pixels | None] = iter([None] * len(rows))
         if self.cache is not None:
-            found = self.cache.read(rows, self.split.images.stamp)
-        kept: list[Kept] = []
-        for place, pixels in enumerate(found):
-            if pixels is None:
-                made, used[place] = self._make(int(indices[place]), kept, events)
-                yield place, made
+            cached = self.cache.read(rows, self.split.images.stamp)
+        to_cache: list[Kept] = []
+        for position, cached_pixels in enumerate(cached):
+            if cached_pixels is None:
+                decoded, used[position] = self._decode(int(indices[position]), to_cache, events)
+                yield position, decoded
             else:
-                yield place, pixels
-        self._keep(kept)
-        if self.cache is not None and self.cache.trouble and not self._has_told:
-            self._has_told = True
+                yield position, cached_pixels
+        self._write_to_cache(to_cache)
+        if self.cache is not None and self.cache.trouble and not self._has_reported:
+            self._has_reported = True
             events.append(
                 f"data.cache of split '{self.split.name}': {self.cache.trouble}; images that are not in it are "
                 "decoded every time"
             )
 
-    def _make(self, index: int, kept: list[Kept], events: list[Event]) -> tuple[Pixels, int]:
-        """Return pixels made anew, and the index whose they are."""
+    def _decode(self, index: int, to_cache: list[Kept], events: list[Event]) -> tuple[Pixels, int]:
+        """Return the pixels of an image, or of its substitute, and their index."""
         if index in self._substitutes:
             return self._prepare(self._substitutes[index], None), self._substitutes[index]
         try:
-            return self._prepare(index, kept), index
+            return self._prepare(index, to_cache), index
         except DataError as error:
             reason = str(error)
         for other in self._candidates(index):
@@ -99,50 +99,50 @@ class Images:
         )
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """Yield the images that may stand in for a bad one: its neighbours, then others ever farther away."""
+        """Yield the possible substitutes of a bad image: its neighbours, then images farther and farther away."""
         number = len(self.split)
         steps = (step if step <= 16 else (step - 14) ** 3 for step in range(1, SUBSTITUTES_TRIED + 1))
         yield from dict.fromkeys((index + step) % number for step in steps if (index + step) % number != index)
 
-    def _prepare(self, index: int, kept: list[Kept] | None) -> Pixels:
+    def _prepare(self, index: int, to_cache: list[Kept] | None) -> Pixels:
         row = int(self.split.rows_of(np.array([index]))[0])
-        keeping = self.cache is not None and self.cache.trouble is None and kept is not None
-        stamp = self.split.images.stamp(row) if keeping else (0, 0, 0)  # before the image is read
-        pixels, stored = self.preparation.encoded(self.split.images[row])
-        if keeping and kept is not None:
-            kept.append(Kept(row, stamp, pixels, stored))
-            if sum(item.pixels.nbytes for item in kept) > KEPT_AT_ONCE:
-                self._keep(kept)
+        writes = self.cache is not None and self.cache.trouble is None and to_cache is not None
+        stamp = self.split.images.stamp(row) if writes else (0, 0, 0)  # before the image is read
+        pixels, jpeg = self.preparation.encoded(self.split.images[row])
+        if writes and to_cache is not None:
+            to_cache.append(Kept(row, stamp, pixels, jpeg))
+            if sum(item.pixels.nbytes for item in to_cache) > CACHE_WRITE_BYTES:
+                self._write_to_cache(to_cache)
         return pixels
 
-    def _keep(self, kept: list[Kept]) -> None:
+    def _write_to_cache(self, items: list[Kept]) -> None:
         if self.cache is not None:
-            self.cache.add(kept)
-        kept.clear()
+            self.cache.add(items)
+        items.clear()
 
 
 class BadImages:
-    """The bad images that a run has met, as listed in bad_images.jsonl; stops the run when they are too many.
+    """The bad images of a run, as listed in bad_images.jsonl; stops the run if there are too many.
 
-    Every process adds its own lines; `count` counts an image once.
+    Every process appends its own lines; `count` counts each image once.
     """
 
     def __init__(self, folder: Path | None, max_fraction: float, note: Callable[[str], None]) -> None:
         self.path = folder / BAD_IMAGES_FILE if folder is not None else None
         self.max_fraction, self.note = max_fraction, note
-        self._met: dict[tuple[str, int], BadImage] = {}
+        self._bad: dict[tuple[str, int], BadImage] = {}
 
     def report(self, event: Event, num_images: int) -> None:
-        """Take note of what a loader tells of a split of `num_images`; DataError if too many of them are bad."""
+        """Record an event of a split with `num_images` images; DataError if too many of them are bad."""
         if isinstance(event, str):
             self.note(event)
             return
         key = (event.split, event.index)
-        if key in self._met:
+        if key in self._bad:
             return
-        if not self._met:
-            self.note(f"bad images are replaced by others: {_place(event)}; {self.where}")
-        self._met[key] = event
+        if not self._bad:
+            self.note(f"bad images are replaced by others: {_describe(event)}; {self.where}")
+        self._bad[key] = event
         self._write(event)
         self._require_few(event.split, num_images)
 
@@ -158,11 +158,11 @@ class BadImages:
         return set() if self.path is None else {(line["split"], line["index"]) for line in read_lines(self.path)}
 
     def _require_few(self, split: str, num_images: int) -> None:
-        bad = [event for event in self._met.values() if event.split == split]
-        number = sum(key[0] == split for key in self._listed() | set(self._met))
+        bad = [event for event in self._bad.values() if event.split == split]
+        number = sum(key[0] == split for key in self._listed() | set(self._bad))
         if number <= self.max_fraction * num_images:
             return
-        first = "\n".join(f"  {_place(event)}" for event in bad[:10])
+        first = "\n".join(f"  {_describe(event)}" for event in bad[:10])
         more = f"\n  ... and {number - len(bad[:10])} more" if number > len(bad[:10]) else ""
         error = DataError(
             f"data.max_bad_fraction={self.max_fraction}: {number} of {num_images:,} images of split '{split}' "
@@ -174,14 +174,14 @@ class BadImages:
 
     @property
     def where(self) -> str:
-        """Where they are listed."""
+        """Where bad images are listed, for messages."""
         return f"{self.path} lists them" if self.path else "`hf-fasttrain check RECIPE --images` lists them"
 
     @property
     def count(self) -> int:
-        """How many bad images all processes have met, in this run and the ones it goes on from."""
-        return len(self._listed() | set(self._met))
+        """Number of bad images on all processes, including runs that this one has resumed."""
+        return len(self._listed() | set(self._bad))
 
 
-def _place(event: BadImage) -> str:
+def _describe(event: BadImage) -> str:
     return f"split '{event.split}', row {event.index}: {event.error}"

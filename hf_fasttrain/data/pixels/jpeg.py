@@ -1,7 +1,7 @@
-"""JPEGs to pixels by libjpeg-turbo (simplejpeg), and which of its warnings mean that a JPEG is damaged.
+"""Decodes JPEGs by libjpeg-turbo (simplejpeg), and decides which of its warnings mean that a JPEG is damaged.
 
-libjpeg goes on after most faults: it fills up with grey what is missing and only warns. It tells its first warning
-alone, so what comes behind a harmless one is looked for in other ways.
+libjpeg continues after most faults: it fills what is missing with grey and only warns. It reports its first warning
+only, so damage after a harmless warning has to be detected in other ways.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ _RESTARTS = range(0xD0, 0xD8)
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _ARITHMETIC = range(0xC9, 0xCC)
 _MARKER = re.compile(rb"\xff+[^\x00\xff]")
-_ADOBE_TRANSFORMS = {3: (1, 0), 4: (2, 0)}  # by number of channels; first what libjpeg takes an unknown one for
-_PROBE = b"\xfe" * 16  # libjpeg reads zeros where bytes are missing; these are ones
+_ADOBE_TRANSFORMS = {
+    3: (1, 0),
+    4: (2, 0),
+}  # by number of channels; libjpeg reads an unknown one as the first
+_PROBE = b"\xfe" * 16  # libjpeg reads missing bytes as zeros; these are ones
 
 
 class UnsupportedJpeg(Exception):
-    """A JPEG that simplejpeg can't read, of a kind that Pillow may."""
+    """A JPEG of a kind that simplejpeg can't read; Pillow may."""
 
 
 class Segment(NamedTuple):
-    """A stretch of a JPEG: data[start:end], of which data[payload:end] is what the marker introduces."""
+    """A segment data[start:end] of a JPEG; data[payload:end] is the content after the marker."""
 
-    marker: int  # 0 for bytes that belong to no marker
+    marker: int  # 0 for bytes outside of any marker's segment
     start: int
     payload: int
     end: int
@@ -78,7 +81,7 @@ def _decode_rgb(data: Encoded, at_least: int, strict: bool) -> Pixels:
 
 
 def _decode_preview(data: Encoded, strict: bool) -> Pixels:
-    """Return a grey image of an eighth of the size: all that can warn is read for it, and little else done."""
+    """Return a grey image of an eighth of the size: the cheapest way to read everything that can cause a warning."""
     height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=strict)
     _require_no_bomb(height, width)
     return simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, strict=strict)
@@ -104,33 +107,33 @@ def _decode_strictly(data: Encoded, decode: Decode) -> Pixels:
         return _decode_strictly(normalized, decode)
     if kind == "harmless" or _has_restarts(data):
         decode_complete(data, lambda data: _decode_rgb(data, 0, False))
-    return decode(data, False)  # the end of the image is the last thing to warn of
+    return decode(data, False)  # the last possible warning is about the end of the image
 
 
 def _has_restarts(data: Encoded) -> bool:
     return any(segment.marker == _RESTART_INTERVAL for segment in _segments(data))
 
 
-# --- what may come behind a first warning ------------------------------------------------------------------
+# --- damage after the first warning ------------------------------------------------------------------
 
 
 def decode_complete(data: Encoded, decode: Callable[[Encoded], Pixels]) -> Pixels:
-    """Return what a lenient `decode` makes of a JPEG; raises ValueError if image data are missing in it.
+    """Return the pixels of a JPEG from a lenient `decode`; raises ValueError if image data are missing.
 
-    They are if other pixels come out once more bytes stand before the markers: a complete image does not read them.
-    Bad codes in the middle are not found in this way.
+    Detected by inserting bytes before the markers: a complete image never reads them, so its pixels do not change.
+    Does not detect bad codes in the middle.
     """
     pixels = decode(data)
     segments = list(_all_segments(data))
     if any(segment.marker in _ARITHMETIC for segment in segments):
-        return pixels  # such an image may leave out zeros at its end
+        return pixels  # arithmetic coding may omit zeros at the end
     _require_restarts_in_order(segments)
-    pieces, place = [], 0
+    parts, offset = [], 0
     for before, segment in pairwise(segments):
         if before.marker == _START_OF_SCAN or before.marker in _RESTARTS:
-            pieces += [data[place : segment.start], _PROBE]
-            place = segment.start
-    if not np.array_equal(pixels, decode(b"".join([*pieces, data[place:]]))):
+            parts += [data[offset : segment.start], _PROBE]
+            offset = segment.start
+    if not np.array_equal(pixels, decode(b"".join([*parts, data[offset:]]))):
         raise ValueError("Corrupt JPEG data: premature end of data segment")
     return pixels
 
@@ -151,37 +154,37 @@ def _require_restarts_in_order(segments: list[Segment]) -> None:
 
 
 def inspect_header(data: Encoded) -> tuple[bool, bool]:
-    """Return whether EXIF or XMP data stand before the image itself, and whether bytes that belong to no marker do.
+    """Return whether the header has EXIF or XMP data, and whether it has bytes outside of any segment.
 
-    A microsecond or two, whatever the size: it goes no farther than the first such bytes.
+    Takes a microsecond or two for any size: it stops at the first bytes outside of a segment.
     """
-    place, end, has_exif = 2, len(data), False
-    while place + 4 <= end:
-        marker = data[place + 1]
-        if data[place] != 0xFF or marker == _JUNK:
+    offset, end, has_exif = 2, len(data), False
+    while offset + 4 <= end:
+        marker = data[offset + 1]
+        if data[offset] != 0xFF or marker == _JUNK:
             return has_exif, True
         if marker == _START_OF_SCAN:
             break
         if marker == 0xFF:  # padding
-            place += 1
+            offset += 1
         elif marker in _WITHOUT_LENGTH:
-            place += 2
+            offset += 2
         else:
             has_exif = has_exif or marker == _APP1
-            place += 2 + (data[place + 2] << 8 | data[place + 3])
+            offset += 2 + (data[offset + 2] << 8 | data[offset + 3])
     return has_exif, False
 
 
 def normalize_header(data: Encoded) -> Encoded:
-    """Return a JPEG of the same pixels without what libjpeg warns of before the image itself; `data` if there is none.
+    """Return a JPEG with the same pixels and a header that causes no warnings; `data` itself if nothing changes.
 
-    That is bytes that belong to no marker, at which Pillow gives up, and unknown versions of JFIF and of Adobe's
+    Removes bytes outside of any segment, which Pillow rejects, and replaces unknown versions of JFIF and of Adobe's
     color transform.
     """
     segments = list(_segments(data))
     channels = next((data[s.payload + 5] for s in segments if s.marker in _FRAMES and s.payload + 5 < s.end), 0)
-    pieces = [_normalize(s.marker, data[s.start : s.payload], data[s.payload : s.end], channels) for s in segments]
-    header, end = b"".join(pieces), segments[-1].end if segments else 2
+    parts = [_normalize(s.marker, data[s.start : s.payload], data[s.payload : s.end], channels) for s in segments]
+    header, end = b"".join(parts), segments[-1].end if segments else 2
     return data if header == data[2:end] else bytes(data[:2]) + header + bytes(data[end:])
 
 
@@ -199,7 +202,7 @@ def _normalize(marker: int, head: Encoded, payload: Encoded, channels: int) -> b
 
 
 def _segments(data: Encoded) -> Iterator[Segment]:
-    """Yield what stands before the image itself, up to the start of its first scan."""
+    """Yield the segments of the header, up to the start of the first scan."""
     for segment in _all_segments(data):
         yield segment
         if segment.marker == _START_OF_SCAN:
@@ -207,19 +210,19 @@ def _segments(data: Encoded) -> Iterator[Segment]:
 
 
 def _all_segments(data: Encoded) -> Iterator[Segment]:
-    """Yield all up to the end of the image; entropy-coded data follow the scans' and restarts' segments unseen."""
-    place, in_scan = 2, False
-    while found := _MARKER.search(data, place):
+    """Yield all segments up to the end of the image, without the entropy-coded data after scans and restarts."""
+    offset, in_scan = 2, False
+    while found := _MARKER.search(data, offset):
         start, payload, marker = found.start(), found.end(), data[found.end() - 1]
-        if start > place and not in_scan:
-            yield Segment(_JUNK, place, place, start)
-        place = payload
+        if start > offset and not in_scan:
+            yield Segment(_JUNK, offset, offset, start)
+        offset = payload
         if marker not in _WITHOUT_LENGTH and marker != _END:
             if payload + 2 > len(data):
                 return
-            place = payload + max(2, data[payload] << 8 | data[payload + 1])
+            offset = payload + max(2, data[payload] << 8 | data[payload + 1])
             payload += 2
         in_scan = marker == _START_OF_SCAN or (in_scan and marker in _RESTARTS)
-        yield Segment(marker, start, payload, min(place, len(data)))
+        yield Segment(marker, start, payload, min(offset, len(data)))
         if marker == _END:
             return

@@ -1,4 +1,4 @@
-"""Colour and shape operations on one image, drawn from its own seed."""
+"""Random colour and shape operations on one image, determined by a seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Operation = Callable[[Any], Any]  # PIL image -> PIL image
 
 @dataclass(frozen=True)
 class Operations:
-    """What is done to the pixels of an image beside crop, flip and erasing; in this order, each if asked.
+    """The augmentations of an image beside crop, flip and erasing; those that are set, in this order.
 
     `randaugment` {num_ops, magnitude} (arXiv 1909.13719), `trivialaugment` (arXiv 2103.10158) and `augmix`
     {severity, mixture_width, chain_depth, alpha} (arXiv 1912.02781) are torchvision's. `three_augment` (DeiT III,
@@ -57,7 +57,7 @@ class Operations:
         return bool(self._steps)
 
     def __call__(self, pixels: Pixels, seed: int) -> Pixels:
-        """Return the pixels (H, W, 3) after the operations that `seed` draws; torch's generator stays as it is."""
+        """Return the pixels (H, W, 3) after the operations that `seed` draws; torch's generator is restored."""
         state = torch.default_generator.get_state()
         torch.default_generator.manual_seed(seed)
         try:

@@ -1,4 +1,4 @@
-"""What happens to an image once, whatever the epoch: the pixels that may be kept."""
+"""The part of the pipeline that does not depend on the epoch, so that its pixels can be cached."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.data.pixels.decode import Pixels, decode, encode_jpeg, read_pixels
 from hf_fasttrain.data.pixels.resize import resize_short_side, size_with_short_side
 
-PIXELS_VERSION = 2  # raised whenever the same image and settings give other pixels, or none
-PIXEL_MAKERS = ("pillow", "simplejpeg", "torch")  # another version of these may too
+PIXELS_VERSION = 2  # raised whenever the same image and settings give different pixels
+PIXEL_MAKERS = ("pillow", "simplejpeg", "torch")  # another version of these may give different pixels too
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Decode, bring the short side to `short_side`, cut the centre as `center` does, store as a JPEG; each if asked.
+    """Decodes an image; optionally shrinks its short side, crops the centre and compresses it as a JPEG.
 
-    What comes out depends on the image and these settings only, so it is the same whether it is kept or made anew.
+    The result depends on the image and these settings only, so it is the same whether it comes from the cache or not.
     """
 
     short_side: int | None = None
@@ -29,7 +29,7 @@ class Preparation:
     pillow: bool = False  # decode JPEGs by Pillow: the same pixels
 
     def encoded(self, record: Any) -> tuple[Pixels, bytes | None]:
-        """Return the pixels (H, W, 3) of a record and, with `stored_quality`, the JPEG that they were stored as.
+        """Return the pixels (H, W, 3) of a record and, with `stored_quality`, the JPEG that they were decoded from.
 
         Raises DataError for an image that can't be decoded.
         """
@@ -48,7 +48,7 @@ class Preparation:
         return self.encoded(record)[0]
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) that an image of this size will have."""
+        """Return the (width, height) of the prepared pixels of an image of this size."""
         if self.center is not None:
             return self.center.image_size, self.center.image_size
         if self.short_side is not None and min(width, height) > self.short_side:
@@ -56,7 +56,7 @@ class Preparation:
         return width, height
 
     def key(self) -> dict[str, Any]:
-        """Return everything that decides the pixels."""
+        """Return everything that determines the pixels, for the cache key."""
         versions = {package: importlib.metadata.version(package) for package in PIXEL_MAKERS}
         settings = {name: value for name, value in asdict(self).items() if name != "pillow"}
         return {**settings, "pixels_version": PIXELS_VERSION, "versions": versions}

@@ -1,4 +1,4 @@
-"""Pixels brought to another size by antialiased filters."""
+"""Antialiased resizing of pixels."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 def resize(
     pixels: Pixels, size: tuple[int, int], interpolation: str, box: Box | None = None, out: np.ndarray | None = None
 ) -> Pixels:
-    """Return `pixels`, or the part of them in `box`, at `size` (width, height); written to `out` if given.
+    """Return `pixels`, or the part of them in `box`, at `size` (width, height), written to `out` if given.
 
-    Bilinear is within 1 of 255 levels of Pillow's filter (2 for one value in 100,000). Bicubic too, where Pillow
-    also filters rows before columns (before version 13 always): overshoots are clipped in between.
+    Bilinear is within 1 of 255 levels of Pillow's filter (2 for one value in 100,000). So is bicubic if Pillow also
+    filters rows before columns (always before version 13): overshoots are clipped in between.
     """
     left, top, right, bottom = box or (0, 0, pixels.shape[1], pixels.shape[0])
     part = pixels[top:bottom, left:right]
     width, height = size
-    made = np.empty((height, width, 3), np.uint8) if out is None else out
+    resized = np.empty((height, width, 3), np.uint8) if out is None else out
     if part.shape[:2] == (height, width):
-        made[...] = part
+        resized[...] = part
     elif interpolation in _TORCH_FILTERS:
         part = np.ascontiguousarray(part)
         if not part.flags.writeable:  # read-only memory from the cache; torch would warn, though it only reads
             part = part.copy()
         source = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
-        target = torch.from_numpy(made)[None].permute(0, 3, 1, 2)
+        target = torch.from_numpy(resized)[None].permute(0, 3, 1, 2)
         _TORCH_FILTERS[interpolation](source, [height, width], False, None, None, out=target)
     else:
-        made[...] = np.asarray(Image.fromarray(part).resize(size, FILTERS[interpolation]))
-    return made
+        resized[...] = np.asarray(Image.fromarray(part).resize(size, FILTERS[interpolation]))
+    return resized
 
 
 def resize_short_side(pixels: Pixels, short: int, interpolation: str) -> Pixels:
-    """Return pixels whose short side is at most `short` pixels long, the shape kept; smaller ones as they are."""
+    """Return pixels whose short side is at most `short` pixels long; the aspect ratio is kept."""
     height, width = pixels.shape[:2]
     if min(height, width) <= short:
         return pixels
@@ -50,5 +50,5 @@ def resize_short_side(pixels: Pixels, short: int, interpolation: str) -> Pixels:
 
 
 def size_with_short_side(width: int, height: int, short: int) -> tuple[int, int]:
-    """Return (width, height) with the short side brought to `short`; the long side is truncated, as torchvision's."""
+    """Return (width, height) with a short side of `short`; the long side is truncated, as in torchvision."""
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)

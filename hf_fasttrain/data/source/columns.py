@@ -1,4 +1,4 @@
-"""Which columns of an HF dataset hold images and labels."""
+"""Finds the image and label columns of an HF dataset."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ class Columns:
     label: str
 
 
-def find_columns(dataset: Any, image_wish: str, label_wish: str, *, where: str) -> Columns:
-    """Return the image and label columns: those wished for, else the only candidates by type and name.
+def find_columns(dataset: Any, image_column: str, label_column: str, *, where: str) -> Columns:
+    """Return the image and label columns: the given names, or for "auto" the only candidate by type and name.
 
     Raises DataError, which lists the columns, if there are none or several.
     """
     features = dataset.features
-    image = _find(features, image_wish, "image", _image_candidates(features), where)
-    label = _find(features, label_wish, "label", _label_candidates(features, image), where)
+    image = _find(features, image_column, "image", _image_candidates(features), where)
+    label = _find(features, label_column, "label", _label_candidates(features, image), where)
     if image == label:
         raise DataError(f"{where}: column '{image}' can't be both images and labels; name data.label_column")
     return Columns(image, label)
 
 
-def _find(features: Mapping[str, Any], wish: str, kind: str, candidates: Sequence[str], where: str) -> str:
+def _find(features: Mapping[str, Any], column: str, kind: str, candidates: Sequence[str], where: str) -> str:
     listed = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
-    if wish != "auto":
-        if wish not in features:
-            hint = nearest(wish, features)
-            raise DataError(f"data.{kind}_column: '{wish}' is not a column of {where}; it has {listed}.{hint}")
-        return wish
+    if column != "auto":
+        if column not in features:
+            hint = nearest(column, features)
+            raise DataError(f"data.{kind}_column: '{column}' is not a column of {where}; it has {listed}.{hint}")
+        return column
     if len(candidates) == 1:
         return candidates[0]
     problem = f"several columns may be the {kind}s: {', '.join(candidates)}" if candidates else f"no {kind} column"

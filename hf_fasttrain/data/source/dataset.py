@@ -1,4 +1,4 @@
-"""A name, folder or file to HF datasets with known image and label columns and class names."""
+"""Opens a data set by name, folder or file, and finds its splits, columns and labels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Split:
         return len(self.labels)
 
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
-        """Return the data set's rows of images of the split."""
+        """Return the rows in the data set of images of the split."""
         return np.asarray(indices) if self.rows is None else self.rows[indices]
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[Record]:
@@ -53,7 +53,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set ready for training: its splits and what its labels mean."""
+    """A data set ready for training: its splits, columns and class names."""
 
     train: Split
     evaluation: Split
@@ -61,9 +61,9 @@ class Source:
     class_names: list[str]
     multi_label: bool
     columns: Columns
-    held_out: bool  # whether `evaluation` was cut from the train split
+    held_out: bool  # whether `evaluation` was held out from the train split
     split_names: list[str] = field(default_factory=list)  # all that the data set has
-    notes: list[str] = field(default_factory=list)  # what should be said about it before it is used
+    notes: list[str] = field(default_factory=list)  # for the user, before training
 
 
 def load_source(
@@ -81,10 +81,10 @@ def load_source(
     eval_fraction: float = 0.1,
     seed: int = 0,
 ) -> Source:
-    """Return the splits of a data set given by name or path, or handed over as `Dataset` or `DatasetDict`.
+    """Return the splits of a data set given by name or path, or passed as a `Dataset` or `DatasetDict`.
 
-    `test_key` is what messages call `test_split`. Raises DataError if the data set is not there, or its splits, columns
-    or labels are not what is asked for.
+    `test_key` is the name of `test_split` in messages. Raises DataError if the data set does not exist, or lacks the
+    requested splits, columns or labels.
     """
     splits = open_splits(dataset, config=config, revision=revision)
     where = dataset if isinstance(dataset, str) else "the data set passed in"
@@ -98,13 +98,13 @@ def load_source(
         require_columns(splits[name], columns, where=str(where), split=name, train=train_name)
     opened = {name: splits[name] for name in splits if name in wanted}
     read = read_labels(opened, columns.label, where=str(where), train=train_name, multi_label=multi_label)
-    made = {name: Split(name, image_records(splits[name], columns.image), read.labels[name]) for name in wanted}
-    train = made[train_name]
+    by_name = {name: Split(name, image_records(splits[name], columns.image), read.labels[name]) for name in wanted}
+    train = by_name[train_name]
     if eval_name is None:
         train, evaluation = hold_out(train, eval_fraction, seed)
     else:
-        evaluation = made[eval_name]
-    test = made[test_split] if test_split else None
+        evaluation = by_name[eval_name]
+    test = by_name[test_split] if test_split else None
     for split in (train, evaluation, test):
         if split is not None and not len(split):
             raise DataError(f"{where}: split '{split.name}' has no images")
@@ -115,7 +115,7 @@ def load_source(
 
 
 def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> list[str]:
-    """Return a note for each split that has no image of some class."""
+    """Return a note for each split in which a class has no images."""
     missing = {split.name: names_without_images(split.labels, class_names) for split in splits}
     return [f"split '{name}' has no image of {shortened(names)}" for name, names in missing.items() if names]
 
@@ -128,10 +128,10 @@ def open_splits(
 ) -> dict[str, Any]:
     """Return split name -> HF dataset, of a `Dataset`, a `DatasetDict`, a path, ``digits`` or a Hub name.
 
-    A class folder without images is a DataError, but with `empty_classes`.
+    A class folder without images is a DataError, unless `empty_classes`.
     """
     if not isinstance(dataset, str | os.PathLike):
-        return _handed_over(dataset)
+        return _splits_of_object(dataset)
     if str(dataset) == "digits":
         return {"train": digits_dataset()}
     path = Path(dataset).expanduser()
@@ -146,7 +146,7 @@ def open_splits(
     return _open_hub(str(dataset), config, revision)
 
 
-def _handed_over(dataset: Any) -> dict[str, Any]:
+def _splits_of_object(dataset: Any) -> dict[str, Any]:
     import datasets
 
     splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
@@ -184,7 +184,7 @@ def _open_folder(path: Path, empty_classes: bool) -> dict[str, Any]:
 
 
 def _files_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
-    """Sort files like ``train-00000-of-00001.parquet`` or ``test/0.parquet`` by the split that their name says."""
+    """Sort files like ``train-00000-of-00001.parquet`` or ``test/0.parquet`` by the split in their name."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = "-".join(file.relative_to(root).with_suffix("").parts).lower().replace("_", "-").split("-")
@@ -204,7 +204,7 @@ def _open_files(files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
 
 
 def _load(kind: str, where: str, **options: Any) -> dict[str, Any]:
-    """Return the splits that `load_dataset` makes of local files; its log is silenced, its error becomes ours."""
+    """Return the splits of local files by `load_dataset`, with its log silenced and its errors raised as DataError."""
     import datasets
 
     verbosity = datasets.logging.get_verbosity()
@@ -236,7 +236,7 @@ def scan_image_folder(root: Path, *, empty_classes: bool = False) -> dict[str, A
 
     Reads names only: 100,000 files need 0.2 s, where `load_dataset("imagefolder")` needs 47 s and gives the same.
     """
-    root = Path(os.path.abspath(root))  # the paths are a part of what kept pixels are known by
+    root = Path(os.path.abspath(root))  # the paths are part of the cache key of the pixels
     folders = {entry.name: Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
     split_folders = {name: path for name, path in folders.items() if name.lower() in SPLIT_FOLDERS}
     with_classes = {name: path for name, path in split_folders.items() if _has_class_folders(path)}
@@ -246,7 +246,7 @@ def scan_image_folder(root: Path, *, empty_classes: bool = False) -> dict[str, A
 
 
 def is_image_file(entry: os.DirEntry[str] | Path) -> bool:
-    """Return whether a directory entry is an image by its name."""
+    """Return whether a directory entry has the name of an image."""
     suffix = os.path.splitext(entry.name)[1].lower()
     return suffix in IMAGE_SUFFIXES and not is_hidden(entry.name) and entry.is_file()
 
@@ -308,25 +308,25 @@ def require_split(splits: Mapping[str, Any], name: str, key: str, where: Any) ->
     return name
 
 
-def _choose_train(splits: Mapping[str, Any], wish: str, where: Any) -> str:
-    if wish != "auto":
-        return require_split(splits, wish, "data.train_split", where)
-    for name in TRAIN_NAMES:
-        if name in splits:
-            return name
+def _choose_train(splits: Mapping[str, Any], name: str, where: Any) -> str:
+    if name != "auto":
+        return require_split(splits, name, "data.train_split", where)
+    for candidate in TRAIN_NAMES:
+        if candidate in splits:
+            return candidate
     if len(splits) == 1:
         return next(iter(splits))
     raise DataError(f"data.train_split: {where} has no split 'train'; choose one of {shortened(splits)}")
 
 
-def _choose_eval(splits: Mapping[str, Any], wish: str, train: str, where: Any) -> str | None:
-    if wish != "auto":
-        return require_split(splits, wish, "data.eval_split", where)
-    return next((name for name in EVAL_NAMES if name in splits and name != train), None)
+def _choose_eval(splits: Mapping[str, Any], name: str, train: str, where: Any) -> str | None:
+    if name != "auto":
+        return require_split(splits, name, "data.eval_split", where)
+    return next((known for known in EVAL_NAMES if known in splits and known != train), None)
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Return a split without, and only, a seeded part of `fraction`, each class in the same proportion.
+    """Split off a random `fraction` of the images, stratified by class; return (rest, held-out part).
 
     Multi-label images are drawn regardless of their labels.
     """
@@ -335,25 +335,25 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
         groups = [np.flatnonzero(split.labels == label) for label in np.unique(split.labels)]
     else:
         groups = [np.arange(len(split))]
-    # The running count is rounded, not each class's share: many small classes still give the fraction in total.
-    taken: list[np.ndarray] = []
+    # Round the running count, not each class's share: with many small classes the total is still right.
+    drawn: list[np.ndarray] = []
     seen = chosen = 0
     for group in groups:
         seen += len(group)
         number = min(round(seen * fraction) - chosen, len(group) - 1)
-        taken.append(rng.permutation(group)[: max(0, number)])
-        chosen += len(taken[-1])
-    held = np.sort(np.concatenate(taken))
-    if not len(held):
+        drawn.append(rng.permutation(group)[: max(0, number)])
+        chosen += len(drawn[-1])
+    held_rows = np.sort(np.concatenate(drawn))
+    if not len(held_rows):
         raise DataError(
             f"data.eval_fraction={fraction} of {len(split)} images holds out none; raise it or name data.eval_split"
         )
-    kept = np.setdiff1d(np.arange(len(split)), held)
+    rest = np.setdiff1d(np.arange(len(split)), held_rows)
 
     def part(name: str, rows: np.ndarray) -> Split:
         return Split(name, split.images, split.labels[rows], split.rows_of(rows))
 
-    return part(split.name, kept), part(f"held-out {fraction:.0%} of {split.name}", held)
+    return part(split.name, rest), part(f"held-out {fraction:.0%} of {split.name}", held_rows)
 
 
 def image_records(dataset: Any, column: str) -> Records:
@@ -366,6 +366,6 @@ def image_records(dataset: Any, column: str) -> Records:
 
 
 def note_on_test_split(splits: Iterable[str], used: Iterable[str], where: str, key: str) -> list[str]:
-    """Return a note for each test split that is there and not used; `key` says how to use it, {} is its name."""
+    """Return a note for each test split that is not used; `key` says how to use it, with {} for its name."""
     unused = [name for name in TEST_NAMES if name in set(splits) - set(used)]
     return [f"{where} has a split '{name}' too, which is not used; {key.format(name)}" for name in unused]
