@@ -1,4 +1,4 @@
-"""Labels matched to class names by what they mean: "007" and 7, 1.0 and 1, True and "true" are the same class."""
+"""Matches labels to class names by meaning: "007" and 7, 1.0 and 1, True and "true" are the same class."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _NUMBER = re.compile(r"[+-]?\d{1,25}(\.\d{1,25})?(e[+-]?\d{1,2})?", re.ASCII)
 
 @dataclass(frozen=True)
 class NameMatch:
-    """Which class each label is."""
+    """The class of each label."""
 
     numbers: dict[str, int]  # label -> index of its class
-    unknown: list[str]  # labels that are no class, or that could be several
-    renamed: dict[str, str]  # label -> name of its class, where they are written differently
+    unknown: list[str]  # labels that match no class, or several
+    renamed: dict[str, str]  # label -> name of its class, if they are spelled differently
 
     def describe(self) -> str:
-        """Return what is written differently, in words."""
+        """Return the different spellings as text."""
         return shortened((f"{label!r} is {name!r}" for label, name in self.renamed.items()), 6)
 
 
 def match_names(labels: Iterable[str], class_names: Sequence[str]) -> NameMatch:
     """Return which of `class_names` each label is: the same text, else the only one with the same meaning.
 
-    Two labels that would be the same class are both unknown, but for one with exactly the name of the class.
+    If two labels match the same class, both are unknown, except one that is exactly the name of the class.
     """
     found = list(dict.fromkeys(labels))
     exact = {name: number for number, name in enumerate(class_names)}
@@ -59,7 +59,7 @@ def _unique(names: Sequence[str], key: Callable[[str], str]) -> dict[str, int]:
 
 
 def _meaning(name: str) -> str:
-    """Return a text that is the same for names that differ in form only: spaces, case, accents' encoding, digits."""
+    """Normalise a name: equal for names that differ only in spaces, case, encoding of accents or form of numbers."""
     text = unicodedata.normalize("NFC", name.strip()).casefold()
     if not _NUMBER.fullmatch(text):
         return text
@@ -69,20 +69,20 @@ def _meaning(name: str) -> str:
 
 
 def _meaning_of_flag(name: str) -> str:
-    """Return the same with true and false as the numbers 1 and 0."""
+    """Normalise a name as `_meaning` does, with true and false as 1 and 0."""
     text = _meaning(name)
     return {"true": "1", "false": "0"}.get(text, text)
 
 
 def names_alike(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return pairs of names that differ in form only, such as cat and Cat, 7 and 007."""
+    """Return pairs of names that differ in form only, such as cat and Cat, or 7 and 007."""
     first: dict[str, str] = {}
     found = [(first.setdefault(_meaning(name), name), name) for name in names]
     return [pair for pair in found if pair[0] != pair[1]]
 
 
 def names_without_images(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Return the classes that no image has; `labels` are (N,) numbers, or (N, K) of 0 and 1."""
+    """Return the classes without images; `labels` are (N,) numbers, or (N, K) of 0 and 1."""
     if labels.ndim == 1:
         counts = np.bincount(labels, minlength=len(class_names))
     else:

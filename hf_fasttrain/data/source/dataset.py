@@ -37,7 +37,7 @@ class Split:
     name: str
     images: Records  # of the whole data set that the split is a part of
     labels: np.ndarray  # (N,) int64, or (N, K) float32 of 0 and 1 for multi-label
-    rows: np.ndarray | None = None  # (N,) which of the images belong to the split; None: all
+    rows: np.ndarray | None = None  # (N,) rows of `images` that belong to the split; None: all
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,4 +1,4 @@
-"""The split that a trained model is measured on, its labels in the model's numbering."""
+"""Loads a split to evaluate a trained model on, with labels numbered as the model's classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_fasttrain.utils.errors import DataError, shortened
 
 @dataclass(frozen=True)
 class Measured:
-    """A split to measure, and what should be said about it."""
+    """A split to evaluate, and notes for the user."""
 
     split: Split
     class_names: list[str]  # of the split's labels
@@ -44,17 +44,18 @@ def load_measured(
     label_column: str = "auto",
     required_columns: Collection[str] = (),
 ) -> Measured:
-    """Return one split of a data set that nothing was trained on, whole.
+    """Return one split of a data set, without holding anything out.
 
-    `split` if it is given, else `preferred_split` if it is there, else the validation split, the only one, or train.
-    Column names that are neither there nor in `required_columns` count as auto. Class folders may be empty. Raises
-    DataError as `load_source` does.
+    It is `split` if given, else `preferred_split` if it exists, else the validation split, the only one, or train.
+    Column names that the split lacks count as auto, unless they are in `required_columns`. Class folders may be empty.
+    Raises DataError as `load_source` does.
     """
     splits = open_splits(dataset, config=config, revision=revision, empty_classes=True)
     name = _choose(splits, split, preferred_split, dataset)
     features, where = splits[name].features, f"{dataset}, split '{name}'"
-    wishes = [wish if wish in {*features, *required_columns} else "auto" for wish in (image_column, label_column)]
-    columns = find_columns(splits[name], *wishes, where=where)
+    known = {*features, *required_columns}
+    names = [column if column in known else "auto" for column in (image_column, label_column)]
+    columns = find_columns(splits[name], *names, where=where)
     read = read_labels(
         {name: splits[name]}, columns.label, where=str(dataset), train=name, multi_label=multi_label, trains=False
     )
@@ -65,21 +66,21 @@ def load_measured(
     return Measured(Split(name, images, read.labels[name]), read.class_names, [*read.notes, *notes])
 
 
-def _choose(splits: Mapping[str, Any], wish: str | None, preferred: str, where: Any) -> str:
-    if wish is not None:
-        return require_split(splits, wish, "--split", where)
+def _choose(splits: Mapping[str, Any], name: str | None, preferred: str, where: Any) -> str:
+    if name is not None:
+        return require_split(splits, name, "--split", where)
     if preferred in splits:
         return preferred
     if len(splits) == 1:
         return next(iter(splits))
-    found = next((name for name in (*EVAL_NAMES, *TRAIN_NAMES) if name in splits), None)
-    if found is None:
+    default = next((known for known in (*EVAL_NAMES, *TRAIN_NAMES) if known in splits), None)
+    if default is None:
         raise DataError(f"{where} has several splits; choose one of {shortened(splits)} by --split")
-    return found
+    return default
 
 
 def with_model_classes(measured: Measured, model_classes: Sequence[str], where: str) -> Measured:
-    """Return the split with labels that are numbers of the model's classes, matched by name.
+    """Return the split with its labels renumbered to the model's classes, matched by name.
 
     Raises DataError if images have a class that the model does not know; classes without images are noted.
     """
@@ -93,14 +94,14 @@ def with_model_classes(measured: Measured, model_classes: Sequence[str], where: 
             f"{shortened(matched.unknown, 6)} can't be matched; evaluate on data with the same classes"
         )
     numbers = {number: matched.numbers[name] for number, name in enumerate(names) if name in matched.numbers}
-    moved = renumbered(labels, numbers, len(model_classes))
+    numbered = renumbered(labels, numbers, len(model_classes))
     notes = list(measured.notes)
     if matched.renamed:
         notes.append(f"{where}: classes are matched to the model's: {matched.describe()}")
-    missing = names_without_images(moved, model_classes)
+    missing = names_without_images(numbered, model_classes)
     if missing:
-        notes.append(_note_on_missing(missing, len(model_classes), f"{where}, split '{measured.split.name}'", moved))
-    return Measured(replace(measured.split, labels=moved), list(model_classes), notes)
+        notes.append(_note_on_missing(missing, len(model_classes), f"{where}, split '{measured.split.name}'", numbered))
+    return Measured(replace(measured.split, labels=numbered), list(model_classes), notes)
 
 
 def _note_on_missing(missing: list[str], num_classes: int, where: str, labels: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""What tells a data set from another: its labels in their order, and the bytes of a sample of its images."""
+"""A fingerprint of a data set: its labels in order, and the bytes of a sample of its images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SAMPLED = 16  # images of each split whose bytes are read
 
 
 def fingerprint(source: Source) -> str:
-    """Return a short text that is the same for the same data, wherever it lies: sizes and a hash.
+    """Return a short text that identifies the data independently of its location: sizes and a hash.
 
-    Counted are the class names and, of the training and the evaluation split, every label, which rows of the data set
-    belong to it, and the encoded bytes of SAMPLED images spread over it. An exchanged image may go unseen.
+    Hashed are the class names and, for the training and the evaluation split, all labels, the rows of the data set
+    that belong to it, and the encoded bytes of SAMPLED images spread over it. A replaced image may go unnoticed.
     """
     hashed = xxhash.xxh3_64()
     hashed.update("\0".join(source.class_names).encode())
@@ -39,4 +39,4 @@ def _add(hashed: xxhash.xxh3_64, split: Split) -> None:
             try:
                 hashed.update(Path(record["path"]).read_bytes())
             except OSError:
-                hashed.update(b"unreadable")  # a bad image, which another will stand in for
+                hashed.update(b"unreadable")  # a bad image, which gets a substitute in training

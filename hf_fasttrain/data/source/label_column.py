@@ -1,4 +1,4 @@
-"""A label column by its distinct values, with the first row that is wrong named."""
+"""Reads a label column as distinct values and codes; errors name the first bad row."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hf_fasttrain.utils.errors import DataError, shortened, shown
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """The labels of a split: distinct values, and which of them each row has."""
+    """The labels of a split: distinct values, and a code into them for each row."""
 
-    place: str  # for messages
+    place: str  # data set, split and column, for messages
     values: list[Any]  # distinct: all int, all bool or all str
     codes: np.ndarray  # (M,) int64 into `values`: of the rows, or of the entries of all rows' lists
     lengths: np.ndarray | None  # (N,) entries of each row's list; None: no lists
-    names: list[str] | None  # of a ClassLabel, whose values are numbers into it
+    names: list[str] | None  # of a ClassLabel, whose values are indices into it
 
     def __len__(self) -> int:
         return len(self.codes) if self.lengths is None else len(self.lengths)
@@ -76,8 +76,8 @@ def read_column(dataset: Any, column: str, place: str) -> LabelColumn:
     """Return the label column of an HF dataset.
 
     Raises DataError with the row for labels that are missing or out of a ClassLabel's range, and for labels that
-    are neither integers, texts nor flags. Floats that are whole numbers are integers: a column with missing values
-    becomes one of floats in pandas.
+    are neither integers, strings nor booleans. Whole floats count as integers, because pandas turns an integer column
+    with missing values into floats.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -130,7 +130,7 @@ def _no_class(values: Sequence[Any], place: str) -> DataError:
 
 
 def _checked(read: LabelColumn) -> LabelColumn:
-    """Return the column with whole floats as integers. Raises DataError for values that are no classes."""
+    """Return the column with whole floats as integers. Raises DataError for values that can't be classes."""
     values = read.values
     for index, value in enumerate(values):
         if value != value or (isinstance(value, str) and not value.strip()):  # nan, and empty cells
@@ -153,9 +153,9 @@ def _checked(read: LabelColumn) -> LabelColumn:
 
 
 def are_vectors(columns: Sequence[LabelColumn]) -> bool:
-    """Return whether lists are 0/1 vectors: all of one length from 2 on, with no values but 0 and 1.
+    """Return whether lists are 0/1 vectors: all of one length of at least 2, and only values 0 and 1.
 
-    As lists of classes they would name one twice, or give every image both of two classes.
+    As lists of classes they would name a class twice, or give both of two classes to every image.
     """
     lists = [read for read in columns if read.is_list]
     lengths = {int(length) for read in lists if read.lengths is not None for length in np.unique(read.lengths)}
@@ -164,7 +164,7 @@ def are_vectors(columns: Sequence[LabelColumn]) -> bool:
 
 
 def vector_classes(read: LabelColumn) -> LabelColumn:
-    """Return a column of 0/1 vectors as lists of class numbers, with a class for each place."""
+    """Return a column of 0/1 vectors as lists of class numbers, with a class for each position."""
     assert read.lengths is not None
     width = int(read.lengths[0]) if len(read) else 0
     hot = np.array([bool(value) for value in read.values], dtype=bool)[read.codes].reshape(len(read), width)

@@ -1,4 +1,4 @@
-"""Label columns to class numbers: integers, texts, flags, class labels, lists of them and one-hot vectors."""
+"""Converts label columns to class numbers: integers, strings, booleans, ClassLabels, lists and one-hot vectors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Labels:
     labels: dict[str, np.ndarray]  # split -> (N,) int64, or (N, K) float32 of 0 and 1
     class_names: list[str]
     multi_label: bool
-    notes: list[str] = field(default_factory=list)  # what was decided that a user might not expect
+    notes: list[str] = field(default_factory=list)  # decisions that may surprise the user
 
 
 def read_labels(
@@ -32,12 +32,12 @@ def read_labels(
     multi_label: bool | None = None,
     trains: bool = True,
 ) -> Labels:
-    """Return the labels of all splits, numbered alike, with class names from the split `train`.
+    """Return the labels of all splits in one numbering, with class names from the split `train`.
 
-    Lists with exactly one class in every row of every split, 0/1 vectors among them, are one class for each image,
-    other lists are multi-label; `multi_label` decides it otherwise. Labels of other splits are matched to the
-    classes by meaning. Raises DataError for labels that are missing, out of range or of no class of `train`, and,
-    if the data `trains` a model, for fewer than two classes.
+    If every list or 0/1 vector of every split has exactly one class, the data is single-label, otherwise multi-label;
+    `multi_label` overrides this. Labels of other splits are matched to the classes of `train` by meaning. Raises
+    DataError for labels that are missing, out of range or not a class of `train`, and, if the data `trains` a model,
+    for fewer than two classes.
     """
     places = {name: f"{where}, split '{name}', column '{column}'" for name in splits}
     columns = {name: read_column(dataset, column, places[name]) for name, dataset in splits.items()}
@@ -60,32 +60,32 @@ def read_labels(
 
 
 def _resolve_multi_label(
-    columns: Mapping[str, LabelColumn], train: str, wish: bool | None, *, vectors: bool, notes: list[str]
+    columns: Mapping[str, LabelColumn], train: str, multi_label: bool | None, *, vectors: bool, notes: list[str]
 ) -> bool:
-    """Return whether an image may have several classes, and note what was decided for lists."""
-    own = columns[train]
+    """Return whether an image may have several classes; add a note if this was inferred from lists."""
+    train_labels = columns[train]
     one_each = all(read.has_one_each for read in columns.values())
-    several = own.is_list and not one_each if wish is None else wish
+    several = train_labels.is_list and not one_each if multi_label is None else multi_label
     if not several:
         for read in columns.values():
             read.require_one_each()
     kind = "0/1 vectors" if vectors else "lists"
-    if wish is None and own.is_list and one_each:
+    if multi_label is None and train_labels.is_list and one_each:
         notes.append(
-            f"{own.place}: {kind} with exactly one class in every row: each image has one class; "
+            f"{train_labels.place}: {kind} with exactly one class in every row: each image has one class; "
             "data.multi_label=true trains them as multi-label"
         )
-    elif wish is None and vectors:
+    elif multi_label is None and vectors:
         read, row = next((read, row) for read in columns.values() if (row := read.row_without_one) is not None)
         notes.append(f"{read.place}: 0/1 vectors with {read.count_in(row)} classes in row {row}: read as multi-label")
     return several
 
 
 def _class_names(train: LabelColumn) -> list[str]:
-    """Return the names of a ClassLabel, else the values in their order.
+    """Return the names of a ClassLabel, else the sorted values.
 
-    Integers that count from 0 on, half of them or more there, are numbers of classes: one in between that no image has
-    is a class without images. Others are names.
+    Integers from 0 with at most half of them missing are class numbers: a missing one is a class without images. Other
+    integers are class names.
     """
     if train.names is not None:
         return list(train.names)
@@ -100,7 +100,7 @@ def _are_integers(train: LabelColumn) -> bool:
 
 
 def _require_classes(train: LabelColumn, names: Sequence[str], where: str) -> None:
-    """Raise DataError for a training split from which no classifier can be learnt."""
+    """Raise DataError for a training split that no classifier can learn from."""
     if len(names) < 2:
         raise DataError(f"{where}: only one class ({shortened(names)}); a classifier needs at least two")
     integers = [value for value in train.values if train.names is None and not isinstance(value, str)]
@@ -109,7 +109,7 @@ def _require_classes(train: LabelColumn, names: Sequence[str], where: str) -> No
 
 
 def _require_differences(hot: np.ndarray, names: Sequence[str], place: str) -> None:
-    """Raise DataError if (N, K) labels give every class to every image, as misread vectors of two classes would."""
+    """Raise DataError if every image has every class, as with misread vectors of two classes; `hot` is (N, K)."""
     if len(hot) and hot.all():
         raise DataError(
             f"{place}: every image has every class ({shortened(names)}), so there is nothing to learn; give lists of "
@@ -118,7 +118,7 @@ def _require_differences(hot: np.ndarray, names: Sequence[str], place: str) -> N
 
 
 def _notes_on_names(train: LabelColumn, names: Sequence[str]) -> list[str]:
-    """Return what should be said about class names: integers that are not simply 0, 1, 2, ..., and names alike."""
+    """Return notes on class names: integers that are not just 0, 1, 2, ..., and names that differ in form only."""
     notes = []
     if _are_integers(train) and names != [str(number) for number in range(len(names))]:
         negative = min(train.values, default=0) < 0
@@ -136,7 +136,7 @@ def _notes_on_names(train: LabelColumn, names: Sequence[str]) -> list[str]:
 def _lookup(read: LabelColumn, train: LabelColumn, names: list[str], train_name: str, notes: list[str]) -> np.ndarray:
     """Return the class number of each distinct value of a column.
 
-    Raises DataError with the first row whose value is none of the classes.
+    Raises DataError with the first row whose value is not a class.
     """
     texts = read.texts
     matched = match_names(texts, names)
@@ -163,20 +163,20 @@ def _lookup(read: LabelColumn, train: LabelColumn, names: list[str], train_name:
 
 
 def _by_number(read: LabelColumn, train: LabelColumn, names: list[str]) -> list[int] | None:
-    """Return class numbers where one of two columns has names for its numbers and the other has integers alone."""
+    """Return class numbers if one of the columns has class names and the other only integers, else None."""
     named, plain = (train, read) if train.names is not None else (read, train)
     if named.names is None or plain.names is not None or not all(type(value) is int for value in plain.values):
         return None
     if named is train:
         numbers = [int(value) for value in read.values]
         return numbers if all(0 <= number < len(names) for number in numbers) else None
-    own = {name: number for number, name in enumerate(names)}
+    number_of = {name: number for number, name in enumerate(names)}
     texts = [str(value) for value in read.values]
-    return [own[text] for text in texts] if all(text in own for text in texts) else None
+    return [number_of[text] for text in texts] if all(text in number_of for text in texts) else None
 
 
 def _hot(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return (N, K) of 0 and 1. Raises DataError for a row that names a class twice."""
+    """Return multi-hot labels (N, K) float32. Raises DataError for a row that names a class twice."""
     hot = np.zeros((len(read), num_classes), dtype=np.float32)
     hot[read.rows, lookup[read.codes]] = 1.0
     if read.lengths is not None:
@@ -190,11 +190,11 @@ def _hot(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def renumbered(labels: np.ndarray, numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
-    """Return labels (N,) or (N, K) by other class numbers; `numbers` has those that occur."""
+    """Return labels (N,) or (N, K) with classes renumbered; `numbers` maps each class that occurs to its new number."""
     if labels.ndim == 1:
         lookup = np.full(max(numbers, default=0) + 1, -1)
         lookup[list(numbers)] = list(numbers.values())
         return lookup[labels].astype(np.int64)
-    moved = np.zeros((len(labels), num_classes), dtype=np.float32)
-    moved[:, list(numbers.values())] = labels[:, list(numbers)]
-    return moved
+    renumbered_hot = np.zeros((len(labels), num_classes), dtype=np.float32)
+    renumbered_hot[:, list(numbers.values())] = labels[:, list(numbers)]
+    return renumbered_hot

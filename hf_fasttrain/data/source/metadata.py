@@ -1,7 +1,7 @@
-"""Folders of images with metadata.csv, .jsonl or .parquet: what stands in a cell stays as it is.
+"""Folders of images with metadata.csv, .jsonl or .parquet: cells are read without conversions.
 
-`load_dataset("imagefolder")` reads CSV by pandas, which makes nothing of NA and 7 of 007, and JSON by Arrow, which
-makes dates of texts; it also drops images whose names hold the word test.
+`load_dataset("imagefolder")` reads CSV by pandas, which turns NA into a missing value and 007 into 7, and JSON by
+Arrow, which turns strings into dates; it also drops images whose names contain the word test.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Table = dict[str, list[Any]]  # column -> values, all equally many
 def read_metadata_folder(root: Path, split_of: Mapping[str, str]) -> dict[str, Any]:
     """Return split -> HF dataset of the images that the metadata files at and below a folder list.
 
-    Column `file_name` becomes `image`, and `x_file_name` the image column `x`. The split is what `split_of` says of the
-    first folder of an image's path below `root` (by its name in lower case), else train. Columns of a CSV whose cells
-    are all integers, as `str` writes them, are integers; other cells are texts, empty ones missing.
-    Raises DataError, with file and row, for what can't be read, and for paths that lead out of the file's folder.
+    Column `file_name` becomes `image`, and `x_file_name` the image column `x`. The split is
+    `split_of` of the first folder (in lower case) of an image's path below `root`, else train. Columns of a CSV whose
+    cells are all integers, written as `str` does, are integers; other cells are strings, empty ones are missing.
+    Raises DataError, with file and row, for files that can't be read and paths that lead out of the file's folder.
     """
     splits: dict[str, Table] = {}
     image_columns: dict[str, None] = {}
@@ -46,25 +46,25 @@ def _metadata_files(root: Path) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        here = [name for name in METADATA_FILES if name in names]
-        if len(here) > 1:
-            raise DataError(f"{folder}: has {' and '.join(here)}; keep one of them")
-        found += [Path(folder, name) for name in here]
+        present = [name for name in METADATA_FILES if name in names]
+        if len(present) > 1:
+            raise DataError(f"{folder}: has {' and '.join(present)}; keep one of them")
+        found += [Path(folder, name) for name in present]
     return found
 
 
 def _with_paths(table: Table, file: Path) -> tuple[Table, list[str]]:
-    """Return a table with absolute paths for file names, under the names of the image columns, which come second."""
-    folder, images, placed = os.path.abspath(file.parent), [], Table()
+    """Return the table with columns of file names replaced by image columns of absolute paths, and their names."""
+    folder, images, resolved = os.path.abspath(file.parent), [], Table()
     for name, values in table.items():
         if name == _FILE_COLUMN or name.endswith("_" + _FILE_COLUMN):
             images.append(name.removesuffix(_FILE_COLUMN).removesuffix("_") or "image")
-            placed[images[-1]] = [_path(value, folder, f"{file}: row {row}") for row, value in enumerate(values)]
+            resolved[images[-1]] = [_path(value, folder, f"{file}: row {row}") for row, value in enumerate(values)]
         else:
-            placed.setdefault(name, values)
+            resolved.setdefault(name, values)
     if not images:
         raise DataError(f"{file}: no column {_FILE_COLUMN}, which names the images; it has {shortened(table)}")
-    return placed, images
+    return resolved, images
 
 
 def _path(value: Any, folder: str, place: str) -> str:
@@ -80,14 +80,15 @@ def _by_split(table: Table, image: str, root: str, split_of: Mapping[str, str]) 
     splits = [split_of.get(first, "train") for first in firsts]
     return {
         split: {
-            name: [v for v, own in zip(values, splits, strict=True) if own == split] for name, values in table.items()
+            name: [v for v, split_of_row in zip(values, splits, strict=True) if split_of_row == split]
+            for name, values in table.items()
         }
         for split in dict.fromkeys(splits)
     }
 
 
 def _joined(first: Table, second: Table) -> Table:
-    """Return both tables' rows; what one lacks is missing there."""
+    """Return the rows of both tables; a column that one lacks is None in its rows."""
     counts = [len(next(iter(table.values()), [])) for table in (first, second)]
     names = dict.fromkeys([*first, *second])
     return {name: first.get(name, [None] * counts[0]) + second.get(name, [None] * counts[1]) for name in names}
@@ -104,7 +105,7 @@ def _dataset(table: Table, image_columns: Sequence[str]) -> Any:
 
 
 def _arrow(values: list[Any]) -> Any:
-    """Return an Arrow array; of values of several types, their texts."""
+    """Return an Arrow array; values of mixed types are converted to strings."""
     import pyarrow as pa
 
     try:
@@ -139,13 +140,13 @@ def _read_csv(file: Path) -> Table:
                     f"{file}, line {reader.line_num}: has {len(line)} cells, the header {len(header)}; quote cells "
                     "that hold commas"
                 )
-            for place, column in enumerate(columns if line else ()):
-                column.append((line[place] if place < len(line) else "") or None)
+            for index, column in enumerate(columns if line else ()):
+                column.append((line[index] if index < len(line) else "") or None)
     return {name: _integers_if_all_are(cells) for name, cells in zip(header, columns, strict=True)}
 
 
 def _integers_if_all_are(cells: list[str | None]) -> list[Any]:
-    """Return cells as integers if each is written as `str` writes one: 007 is a text."""
+    """Return cells as integers if each is written as `str` writes it: 007 stays a string."""
     if not all(cell is None or _INTEGER.fullmatch(cell) for cell in cells):
         return cells
     return [None if cell is None else int(cell) for cell in cells]

@@ -1,4 +1,4 @@
-"""Encoded images of an HF dataset by row: bytes straight from its memory map, or paths to files."""
+"""Random access to the encoded images of an HF dataset: bytes from its memory map, or paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Record = dict[str, Any]  # {"bytes": memoryview | None, "path": str | None}, as 
 
 
 class Records:
-    """The undecoded `image` column of an HF dataset. Nothing is copied, and nothing decoded.
+    """The undecoded `image` column of an HF dataset. Without copying or decoding.
 
     `dataset[rows]` makes Python objects of whole batches; reading Arrow's own buffers costs 2 us an image.
     """
@@ -45,11 +45,11 @@ class Records:
 
     @property
     def fingerprint(self) -> str:
-        """What changes when the data set does, as HF datasets reckons it; files behind paths are told by `stamp`."""
+        """HF datasets' fingerprint of the data set; it does not cover files behind paths, which `stamp` does."""
         return dataset_fingerprint(self.dataset)
 
     def stamp(self, row: int) -> tuple[int, int, int]:
-        """Return what changes when the image behind a row does: times and size of a file, or the number of bytes."""
+        """Return values that change with the image of a row: times and size of its file, or the number of bytes."""
         record = self[row]
         if record["bytes"] is not None:
             return 0, 0, len(record["bytes"])
@@ -61,7 +61,7 @@ class Records:
 
     def _open(self) -> None:
         column = self.dataset.data.column("image")
-        # A dataset that was filtered, shuffled or selected from points into its table by an index of its own.
+        # A dataset that was filtered, shuffled or selected from has an index into its table.
         indices = dataset_indices(self.dataset)
         self._indices = None if indices is None else indices.column(0).to_numpy()
         filled = [chunk for chunk in column.chunks if len(chunk)]
@@ -70,7 +70,7 @@ class Records:
 
 
 class _Chunk:
-    """One piece of the column: a struct of bytes and path."""
+    """A chunk of the column: structs of bytes and path."""
 
     def __init__(self, chunk: Any) -> None:
         self.images, self.paths = _Binary(chunk.field("bytes")), _Binary(chunk.field("path"))

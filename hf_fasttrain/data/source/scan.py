@@ -1,4 +1,4 @@
-"""Every image of a split decoded once: what is corrupt, twice there, unusual or too small, and how much it all is."""
+"""Scans a data set by decoding every image once: corrupt, duplicate, unusual and small images, sizes, class balance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_fasttrain.utils.errors import DataError, ImageError, LoaderDied, RunErro
 from hf_fasttrain.utils.format import format_bytes
 
 CHUNK = 64  # rows that a worker process decodes at a time
-CHUNKS_AHEAD = 2  # that each worker may be ahead
+CHUNKS_AHEAD = 2  # per worker
 _ORIENTATION = 0x0112  # EXIF
 
 
@@ -89,8 +89,8 @@ def scan_split(
 ) -> SplitScan:
     """Decode every image of a split in `workers` processes (0: in this one) and return what was found.
 
-    `progress` is told the number of images done, bit by bit. A bad image is found, not raised. `tell` is given a
-    sentence if a worker process dies; LoaderDied if a second one does.
+    `progress` is called with the number of images of each chunk that is done. Bad images are recorded, not raised.
+    `tell` is called with a message if a worker process dies; raises LoaderDied if a second one does.
     """
     chunks = [np.arange(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
     scan_rows, deaths = partial(_scan_rows, split), Deaths(tell)
@@ -103,7 +103,7 @@ def scan_split(
             parts.append(part)
             progress(part.num_images)
     except LoaderDied:
-        rows = chunks[len(parts)]  # answers come in order, and the one that is missing was waited for
+        rows = chunks[len(parts)]  # answers come in order: this is the chunk that was awaited
         how, remedy = describe_death(deaths.exit_code)
         raise LoaderDied(
             f"split '{split.name}': a process that decoded images died, and so did a second one ({how}), at rows "
@@ -113,9 +113,9 @@ def scan_split(
 
 
 def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan | RunError:
-    """Return what was found in rows; RunError, which a process can send, if memory was too short for it."""
+    """Return the scan of some rows, or RunError, which can be pickled, if memory ran out."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow thinks of an image that it does decode
+        warnings.simplefilter("ignore")  # Pillow's warnings about images that it can decode
         try:
             return _scan_loud_rows(split, rows)
         except MemoryError as error:
@@ -124,7 +124,7 @@ def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan | RunError:
 
 def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:
     scan = _empty(split.name, len(rows))
-    for place, (row, record) in enumerate(zip(rows, split.records(rows), strict=True)):
+    for index, (row, record) in enumerate(zip(rows, split.records(rows), strict=True)):
         try:
             data = _encoded_bytes(record)
             pixels = read_pixels({"bytes": data, "path": record["path"]})
@@ -132,9 +132,9 @@ def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:
             reason = error.reason if isinstance(error, ImageError) else str(error)
             scan.bad.append(BadImage(split.name, int(row), record["path"], reason))
             continue
-        scan.hashes[place] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
-        scan.heights[place], scan.widths[place] = pixels.shape[:2]
-        scan.encoded_bytes[place] = len(data)
+        scan.hashes[index] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
+        scan.heights[index], scan.widths[index] = pixels.shape[:2]
+        scan.encoded_bytes[index] = len(data)
         form, mode, unusual = _header(data)
         scan.formats[form] += 1
         scan.modes[mode] += 1
@@ -185,12 +185,12 @@ def _header(data: bytes) -> tuple[str, str, list[str]]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.format or "unknown", image.mode, _peculiarities(image, data)
-    except DECODING_ERRORS:  # its pixels could be had all the same
+    except DECODING_ERRORS:  # though its pixels could be decoded
         return "unknown", "unknown", []
 
 
 def _peculiarities(image: Any, data: bytes) -> list[str]:
-    tiles = " ".join(str(tile[3]) for tile in image.tile)  # 16-bit colour has Pillow's mode RGB, only its tiles tell
+    tiles = " ".join(str(tile[3]) for tile in image.tile)  # 16-bit colour has mode RGB; only its tiles show it
     found = {
         "CMYK": image.mode == "CMYK",
         "palette": image.mode in ("P", "PA"),
@@ -204,11 +204,11 @@ def _peculiarities(image: Any, data: bytes) -> list[str]:
 
 def _exif(image: Any, data: bytes) -> Any:
     if image.format == "PNG" and b"eXIf" not in data:
-        return Image.Image.getexif(image)  # a PNG's own getexif decodes all of it, to look behind the pixels
+        return Image.Image.getexif(image)  # the override for PNG decodes the whole image, to look behind the pixels
     return image.getexif()
 
 
-# --- what follows from it ----------------------------------------------------------------------------------
+# --- duplicates and balance ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Images that are there more than once, byte for byte; bad images are left out."""
+    """Images that occur more than once, byte for byte; bad images are ignored."""
 
     within: dict[str, int]  # split -> images that repeat an earlier one of the split
     overlaps: list[Overlap]  # one for each split but train, with pairs or without
@@ -232,18 +232,18 @@ def find_duplicates(scans: Sequence[SplitScan]) -> Duplicates:
     """Return the repeated images within each split, and between the first one (train) and each other."""
     rows = [scan.good for scan in scans]
     ids = _numbered([scan.hashes[good] for scan, good in zip(scans, rows, strict=True)])
-    within = {scan.name: len(own) - len(np.unique(own)) for scan, own in zip(scans, ids, strict=True)}
+    within = {scan.name: len(group) - len(np.unique(group)) for scan, group in zip(scans, ids, strict=True)}
     train, first = np.unique(ids[0], return_index=True)
     overlaps = []
-    for scan, own, good in list(zip(scans, ids, rows, strict=True))[1:]:
-        also = np.isin(own, train)
-        partners = rows[0][first[np.searchsorted(train, own[also])]]
+    for scan, group, good in list(zip(scans, ids, rows, strict=True))[1:]:
+        also = np.isin(group, train)
+        partners = rows[0][first[np.searchsorted(train, group[also])]]
         overlaps.append(Overlap(scans[0].name, scan.name, np.stack([partners, good[also]], axis=1)))
     return Duplicates(within, overlaps)
 
 
 def _numbered(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return a number for each hash, equal for equal ones, with the same grouping."""
+    """Return the hashes, in the same groups, as numbers that are equal for equal hashes."""
     joined = np.concatenate(hashes)
     order = np.lexsort(joined.T)
     ordered = joined[order]
@@ -254,7 +254,7 @@ def _numbered(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def image_names(split: Split, rows: np.ndarray) -> list[str]:
-    """Return what images of a split are called: their paths where they have some, else their rows."""
+    """Return names for images of a split: their paths if they have one, else their rows."""
     records = split.records(rows)
     return [record["path"] or f"{split.name} row {row}" for row, record in zip(rows, records, strict=True)]
 
@@ -269,11 +269,11 @@ class ClassBalance:
 
     @property
     def missing(self) -> list[str]:
-        """The classes that no image shows."""
+        """The classes without images."""
         return [self.class_names[number] for number in np.flatnonzero(self.counts == 0)]
 
     def rarest(self, number: int = 5) -> list[tuple[str, int]]:
-        """Return the classes with the fewest images, and how many; classes without any are left out."""
+        """Return the classes with the fewest images, and their numbers, ignoring classes without images."""
         order = np.argsort(self.counts, kind="stable")
         order = order[self.counts[order] > 0][:number]
         return [(self.class_names[label], int(self.counts[label])) for label in order]
@@ -289,7 +289,7 @@ def class_balance(split: Split, class_names: Sequence[str]) -> ClassBalance:
 
 
 def describe_scan(scan: SplitScan, balance: ClassBalance, duplicates: Duplicates, image_size: int) -> dict[str, str]:
-    """Return what there is to say about a split in words and numbers: what -> found."""
+    """Return the findings of a scan as text, by topic."""
     return {
         "images": f"{scan.num_images:,}",
         "corrupt": f"{len(scan.bad):,}",

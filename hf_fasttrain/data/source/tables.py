@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: whether those that are read together mean the same by their columns."""
+"""Parquet and Arrow files: which can be read together because their columns have the same types and class names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_fasttrain.utils.errors import DataError, shortened
 def groups_read_together(files: Mapping[str, Sequence[Path]]) -> list[list[str]]:
     """Return the splits in groups whose files have the same columns.
 
-    `load_dataset` gives all files the types and class names of the first one: 7 would be made of another split's 007,
-    and the cats of a split that counts dogs first would be dogs. Raises DataError if files of one split name their
+    `load_dataset` gives all files the types and class names of the first one: 007 of another split would become 7, and
+    cats would become dogs if another split numbers dogs first. Raises DataError if files of one split name their
     classes differently.
     """
     features = {split: [_features_of(file) for file in group] for split, group in files.items()}
@@ -39,7 +39,7 @@ def _features_of(file: Path) -> Any:
     try:
         schema = pq.read_schema(file) if file.suffix == ".parquet" else _arrow_schema(file)
         return datasets.Features.from_arrow_schema(schema)
-    except (OSError, ValueError, pa.ArrowException):  # reading all of it will say what is wrong
+    except (OSError, ValueError, pa.ArrowException):  # reading the whole file will raise the error
         return None
 
 

@@ -100,7 +100,7 @@ def test_the_budget_is_kept_and_said(make_cache: Callable[..., PixelCache]) -> N
     assert num_right(cache, 20) == 3
     assert cache.used_bytes() <= 3 * each + 5
     assert cache.trouble is not None
-    assert "are full" in cache.trouble
+    assert "are used up" in cache.trouble
 
 
 def test_a_changed_image_is_not_what_was_kept(make_cache: Callable[..., PixelCache]) -> None:
