@@ -130,7 +130,7 @@ def test_damage_is_noticed(damage: str, tmp_path: Path) -> None:
     elif damage == "entry":
         entries["height"], entries["width"] = entries["width"].copy(), entries["height"].copy()
     elif damage == "shifted":
-        entries["place"] += 3
+        entries["offset"] += 3
     elif damage == "swapped":
         entries = entries[::-1].copy()
     else:
@@ -447,7 +447,7 @@ def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFix
     assert "flowers (train, 20 images): short side 100" in listed
     assert "incomplete" in listed
     for arguments, message in (
-        (["clean", "--dir", str(where)], "nothing chosen: give names"),
+        (["clean", "--dir", str(where)], "no cache selected: give names"),
         (["clean", "--dir", str(where), "nosuch"], "no cache 'nosuch' in"),
     ):
         assert exit_status(["cache", *arguments]) == 2
