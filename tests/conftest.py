@@ -40,6 +40,20 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if collection_path == GPU_FOLDER else None
 
 
+COLLECTED = pytest.StashKey[set[Path]]()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Remember the files in which tests were found."""
+    item.config.stash.setdefault(COLLECTED, set()).add(item.path)
+
+
+@pytest.fixture
+def collected_files(request: pytest.FixtureRequest) -> set[Path]:
+    """Return the files in which this run has found tests, deselected ones included."""
+    return set(request.config.stash[COLLECTED])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out."""
     if not GPU_TESTS:

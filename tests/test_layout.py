@@ -137,13 +137,14 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
     assert names == set(tracked("hf_fasttrain")) | recipes
 
 
-def test_each_folder_of_tests_is_collected() -> None:
-    """Test functions by folder, as git has them and as pytest finds them."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout.splitlines()
-    collected = {line.partition(":")[0] for line in found if line.startswith("tests/")}
-    files = {name for name in tracked("tests") if Path(name).name.startswith("test_") and "/gpu/" not in name}
-    assert collected == files
+def test_each_folder_of_tests_is_collected(request: pytest.FixtureRequest, collected_files: set[Path]) -> None:
+    """In the folders that this run was given, every file of tests is found."""
+    given = [(request.config.invocation_params.dir / argument).resolve() for argument in request.config.args]
+    names = [name for name in tracked("tests") if Path(name).name.startswith("test_") and "/gpu/" not in name]
+    files = {ROOT / name for name in names}
+    wanted = {path for path in files if any(path.is_relative_to(folder) for folder in given)}
+    assert wanted == {path for path in collected_files if any(path.is_relative_to(folder) for folder in given)}
+    assert wanted
 
 
 def test_importing_is_without_side_effects() -> None:
