@@ -43,9 +43,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path, load_checkpoint
+from hf_fasttrain.train.checkpoint_state import TrainingObjects
 from hf_fasttrain.train.checkpointing import Checkpoints
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.train.state import Stateful
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 from hf_fasttrain.utils.files import sync_files, sync_folder
 
@@ -79,7 +79,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         bare = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.stateful = Stateful(Processes(self.accelerator), self.model, None, bare, None, NoLoader())
+        self.stateful = TrainingObjects(Processes(self.accelerator), self.model, None, bare, None, NoLoader())
         self.expected = [tensor.clone() for tensor in self.tensors()]
 
     def tensors(self) -> list[Tensor]:

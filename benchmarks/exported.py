@@ -32,7 +32,7 @@ from PIL import Image
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.pixels.decode import read_pixels
-from hf_fasttrain.data.source.dataset import is_image_file
+from hf_fasttrain.data.source.image_files import is_image_file
 from hf_fasttrain.export.export import export_run, prepared
 from hf_fasttrain.export.snippets import ONNX
 from hf_fasttrain.inference import predict_images

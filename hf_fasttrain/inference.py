@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from hf_fasttrain.data.loading.batch import Normalize
+from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.pixels.decode import Pixels, read_pixels
-from hf_fasttrain.data.pixels.images import BadImages
-from hf_fasttrain.data.source.dataset import IMAGE_SUFFIXES, TRAIN_NAMES, Split, is_image_file, note_on_test_split
+from hf_fasttrain.data.source.dataset import Split, note_on_test_split
 from hf_fasttrain.data.source.evaluation_split import Measured, load_measured, with_model_classes
 from hf_fasttrain.data.source.fingerprint import fingerprint
+from hf_fasttrain.data.source.image_files import IMAGE_SUFFIXES, TRAIN_NAMES, is_image_file
 from hf_fasttrain.from_recipe.accelerator import build_accelerator, use_cudnn_benchmark
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_transform

@@ -13,7 +13,8 @@ from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
 from hf_fasttrain.data.loading.sampler import Order, process_share
 from hf_fasttrain.data.pixels.augment import EvalTransform, Growth, TrainTransform
-from hf_fasttrain.data.pixels.images import BadImages, Images
+from hf_fasttrain.data.pixels.bad_images import BadImages
+from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.operations import Operations
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Split

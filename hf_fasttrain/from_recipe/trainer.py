@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from hf_fasttrain.before_torch import launched_rank
 from hf_fasttrain.data.loading.loader import TrainLoader
 from hf_fasttrain.data.loading.prefetch import num_slots
-from hf_fasttrain.data.pixels.images import BadImages
+from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, evaluation_batch_size

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_fasttrain.run_folder.result import Watch
-from hf_fasttrain.train.state import State
+from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.utils.errors import how_to_resume
 
 

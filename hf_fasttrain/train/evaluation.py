@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
 from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.early_stopping import record_of
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.metrics import ExternalMetrics, Metrics
 from hf_fasttrain.train.out_of_memory import free_cached_memory
-from hf_fasttrain.train.state import State
 from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.library_errors import is_out_of_memory

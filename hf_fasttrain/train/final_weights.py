@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.run_folder.result import Result, Watch
+from hf_fasttrain.train.checkpoint_state import State, TrainingObjects
 from hf_fasttrain.train.checkpointing import Checkpoints
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.train.state import State, Stateful
 from hf_fasttrain.utils.errors import RunError
 
 CHOICES = ("auto", "best", "last")
@@ -34,7 +34,7 @@ def resolve_final(asked: str, early_stopping: Watch | None) -> str:
 
 
 def load_final(
-    final: str, state: State, checkpoints: Checkpoints | None, stateful: Stateful, log: RunLog
+    final: str, state: State, checkpoints: Checkpoints | None, stateful: TrainingObjects, log: RunLog
 ) -> FinalModel:
     """Give the model the weights that the run ends with, and return which ones they are; called by all processes.
 

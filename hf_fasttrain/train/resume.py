@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_fasttrain.run_folder.checkpoint import Checkpoint, require_same_settings
+from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.checkpointing import lock_run, unlock_run
 from hf_fasttrain.train.early_stopping import go_on
 from hf_fasttrain.train.final_weights import with_metric
 from hf_fasttrain.train.log import METRICS_FILE, last_steps
-from hf_fasttrain.train.state import State
 from hf_fasttrain.utils.errors import RunError
 
 if TYPE_CHECKING:

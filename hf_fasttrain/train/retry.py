@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from hf_fasttrain.data.loading.loader import EvalLoader, Step
+from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.out_of_memory import free_cached_memory
-from hf_fasttrain.train.state import State
 from hf_fasttrain.train.step import TrainStep
 from hf_fasttrain.train.steps import Steps, remember_cut, remembered_cut, smaller
 from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, StepOutOfMemory, first_line, how_to_resume

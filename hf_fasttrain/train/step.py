@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.data.loading.loader import Step, Timer, no_timer
+from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.gradients import Gradients
 from hf_fasttrain.train.loss import Loss
 from hf_fasttrain.train.optim import follow_parameters, names_left_out, require_own_parameters
 from hf_fasttrain.train.out_of_memory import Memory
-from hf_fasttrain.train.state import State
 from hf_fasttrain.train.update import Update
 from hf_fasttrain.utils.errors import RunError, shortened
 

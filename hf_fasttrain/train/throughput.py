@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_fasttrain.train.state import State
+from hf_fasttrain.train.checkpoint_state import State
 
 
 @dataclass(frozen=True)

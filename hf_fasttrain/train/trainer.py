@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.loader import Step
 from hf_fasttrain.data.loading.user_loader import OwnEvalLoader, OwnLoader
-from hf_fasttrain.data.pixels.images import BadImages
+from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.models.weights import save_weights
 from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path
 from hf_fasttrain.run_folder.result import Result, Watch
 from hf_fasttrain.train.batch_norm import average_batch_norm
 from hf_fasttrain.train.callbacks import Callbacks, StepReport
+from hf_fasttrain.train.checkpoint_state import State, TrainingObjects
 from hf_fasttrain.train.checkpointing import Checkpoints
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.early_stopping import EarlyStop, early_stop, how_to_go_on, waited_steps
@@ -36,7 +37,6 @@ from hf_fasttrain.train.resume import restore
 from hf_fasttrain.train.retry import Retry
 from hf_fasttrain.train.schedule import Schedule, constant
 from hf_fasttrain.train.session import Session
-from hf_fasttrain.train.state import State, Stateful
 from hf_fasttrain.train.step import TrainStep
 from hf_fasttrain.train.steps import Steps
 from hf_fasttrain.train.stop import StopRequests, StopSignals
@@ -147,7 +147,7 @@ class Trainer:
         on_disk = self.checkpoints.newest_written if self.checkpoints else lambda: 0
         self.stop = StopRequests(self.processes, StopSignals(self.log.hurry), minutes, on_disk)
         scaler = self.accelerator.scaler
-        self.stateful = Stateful(self.processes, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
+        self.stateful = TrainingObjects(self.processes, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
         self.retry = Retry(
             self.step, self.train_loader, lambda: self.evaluation.loaders, self.state, self.log, self.output_dir
         )

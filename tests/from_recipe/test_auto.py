@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_fasttrain import Recipe, Trainer, load_recipe
-from hf_fasttrain.data.pixels.images import BadImages
+from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.from_recipe import memory
 from hf_fasttrain.from_recipe.auto import DECIDED_ELSEWHERE, RULES, decide
 from hf_fasttrain.from_recipe.loaders import Loaders

@@ -468,16 +468,16 @@ def rounded(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T10", "the optimizer's state is not restored", "other bits")
 def optimizer_anew(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.train import state
+    from hf_fasttrain.train import checkpoint_state
 
-    patch.setattr(state, "restore_optimizer", lambda optimizer, saved: None)
+    patch.setattr(checkpoint_state, "restore_optimizer", lambda optimizer, saved: None)
 
 
 @plant("T10", "the weights are not restored", "other weights")
 def weights_anew(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.train.state import Stateful
+    from hf_fasttrain.train.checkpoint_state import TrainingObjects
 
-    patch.setattr(Stateful, "restore_weights", lambda self, checkpoint: None)
+    patch.setattr(TrainingObjects, "restore_weights", lambda self, checkpoint: None)
 
 
 @plant("T13", "the compiler's limit of 8 shapes stays", "[Rr]ecompile")

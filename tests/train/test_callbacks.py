@@ -102,7 +102,7 @@ class Counting:
         self.steps = state["steps"]
 
 
-class Stateful(list[Any]):
+class TrainingObjects(list[Any]):
     """A loader that can be resumed."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Stateful(list[Any]):
 
 def counted(folder: Path, *callbacks: Any, resume: bool = False) -> Trainer:
     data = [(torch.randn(8, 3, 2, 2), torch.arange(8) % 3)] * 3
-    trainer = small_trainer(folder, callbacks=callbacks, checkpoint_every="6 steps", train_loader=Stateful(data))
+    trainer = small_trainer(folder, callbacks=callbacks, checkpoint_every="6 steps", train_loader=TrainingObjects(data))
     if resume:
         trainer.restore()
     return trainer

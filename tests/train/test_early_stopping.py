@@ -19,9 +19,9 @@ from hf_fasttrain.report.sections import page_of_run
 from hf_fasttrain.report.words import early_stop
 from hf_fasttrain.run_folder.checkpoint import require_same_settings
 from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.early_stopping import go_on
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.train.state import State
 from hf_fasttrain.utils.errors import RunError
 
 HOW = "to continue: {} and a longer early_stopping.patience, early_stopping=null or a longer train.duration"
@@ -30,7 +30,7 @@ ON_COMMAND_LINE = HOW.format("the same command with --resume")
 TWO = Watch("accuracy", patience=2)
 
 
-class Stateful:
+class TrainingObjects:
     """Six batches an epoch, and where in them training is."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ def run(
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     trainer = type("Course", (Scripted,), {"course": course})(
         model,
-        Stateful(),
+        TrainingObjects(),
         torch.optim.SGD(model.parameters(), lr=0.1),
         duration=f"{duration} steps",
         eval_loader=[],

@@ -28,7 +28,8 @@ from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches, _pinned, batc
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.loading.user_loader import OwnLoader
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
-from hf_fasttrain.data.pixels.images import BadImages, Images
+from hf_fasttrain.data.pixels.bad_images import BadImages
+from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import load_source
 from hf_fasttrain.from_recipe import accelerator, parts

@@ -21,7 +21,8 @@ from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.loading.worker_deaths import Deaths
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import TrainTransform
-from hf_fasttrain.data.pixels.images import Event, Images
+from hf_fasttrain.data.pixels.bad_images import Event
+from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, first_line, how_to_resume
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 

@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hf_fasttrain.data.pixels.damage import strict_pillow, verify
+from hf_fasttrain.data.pixels.integrity import strict_pillow, verify
 from hf_fasttrain.data.pixels.jpeg import (
     JPEG_START,
     Encoded,

@@ -10,15 +10,8 @@ import numpy as np
 
 from hf_fasttrain.data.source.classes import match_names, names_without_images
 from hf_fasttrain.data.source.columns import find_columns
-from hf_fasttrain.data.source.dataset import (
-    EVAL_NAMES,
-    TRAIN_NAMES,
-    Split,
-    image_records,
-    note_on_test_split,
-    open_splits,
-    require_split,
-)
+from hf_fasttrain.data.source.dataset import Split, image_records, note_on_test_split, open_splits, require_split
+from hf_fasttrain.data.source.image_files import EVAL_NAMES, TRAIN_NAMES
 from hf_fasttrain.data.source.labels import read_labels, renumbered
 from hf_fasttrain.utils.errors import DataError, shortened
 

@@ -17,7 +17,8 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
-from hf_fasttrain.data.pixels.images import BadImage, BadImages, Event, Images
+from hf_fasttrain.data.pixels.bad_images import BadImage, BadImages, Event
+from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Split, load_source
 from hf_fasttrain.data.source.records import Records

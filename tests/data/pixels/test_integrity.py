@@ -26,8 +26,8 @@ from helpers.damaged_images import (
 from helpers.runs import exit_status
 from PIL import Image, ImageFile
 
-from hf_fasttrain.data.pixels.damage import strict_pillow
 from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, decode, read_pixels
+from hf_fasttrain.data.pixels.integrity import strict_pillow
 from hf_fasttrain.data.pixels.jpeg import decode_complete, normalize_header
 from hf_fasttrain.data.pixels.prepare import PIXELS_VERSION, Preparation
 from hf_fasttrain.inference import predict_images

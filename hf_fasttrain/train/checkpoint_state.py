@@ -38,7 +38,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Stateful:
+class TrainingObjects:
     """The objects of a training that have a state."""
 
     processes: Processes

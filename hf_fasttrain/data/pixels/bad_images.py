@@ -1,0 +1,93 @@
+"""Images that could not be decoded in training: counted, reported with their place, and too many of them an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.files import append_line, read_lines, reason
+
+BAD_IMAGES_FILE = "bad_images.jsonl"
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that can't be decoded, and its substitute from the same split."""
+
+    split: str
+    index: int  # in the split
+    path: str | None
+    error: str
+    substitute: int  # index in the split
+
+
+Event = BadImage | str  # a str is a note, which is shown once
+
+
+class BadImages:
+    """The bad images of a run, as listed in bad_images.jsonl; stops the run if there are too many.
+
+    Every process appends its own lines; `count` counts each image once.
+    """
+
+    def __init__(self, folder: Path | None, max_fraction: float, note: Callable[[str], None]) -> None:
+        self.path = folder / BAD_IMAGES_FILE if folder is not None else None
+        self.max_fraction, self.note = max_fraction, note
+        self._bad: dict[tuple[str, int], BadImage] = {}
+
+    def report(self, event: Event, num_images: int) -> None:
+        """Record an event of a split with `num_images` images; DataError if too many of them are bad."""
+        if isinstance(event, str):
+            self.note(event)
+            return
+        key = (event.split, event.index)
+        if key in self._bad:
+            return
+        if not self._bad:
+            self.note(f"bad images are replaced by others: {_describe(event)}; {self.where}")
+        self._bad[key] = event
+        self._write(event)
+        self._require_few(event.split, num_images)
+
+    def _write(self, event: BadImage) -> None:
+        if self.path is None or (event.split, event.index) in self._listed():
+            return
+        try:
+            append_line(self.path, json.dumps(asdict(event)))
+        except OSError as error:
+            self.note(f"{self.path} can't be written ({reason(error)}): not all bad images are listed there")
+
+    def _listed(self) -> set[tuple[str, int]]:
+        return set() if self.path is None else {(line["split"], line["index"]) for line in read_lines(self.path)}
+
+    def _require_few(self, split: str, num_images: int) -> None:
+        bad = [event for event in self._bad.values() if event.split == split]
+        number = sum(key[0] == split for key in self._listed() | set(self._bad))
+        if number <= self.max_fraction * num_images:
+            return
+        first = "\n".join(f"  {_describe(event)}" for event in bad[:10])
+        more = f"\n  ... and {number - len(bad[:10])} more" if number > len(bad[:10]) else ""
+        error = DataError(
+            f"data.max_bad_fraction={self.max_fraction}: {number} of {num_images:,} images of split '{split}' "
+            f"can't be decoded; `hf-fasttrain check RECIPE --images` finds them all; repair them, remove them or "
+            f"raise data.max_bad_fraction:\n{first}{more}"
+        )
+        error.on_every_process = False
+        raise error
+
+    @property
+    def where(self) -> str:
+        """Where bad images are listed, for messages."""
+        return f"{self.path} lists them" if self.path else "`hf-fasttrain check RECIPE --images` lists them"
+
+    @property
+    def count(self) -> int:
+        """Number of bad images on all processes, including runs that this one has resumed."""
+        return len(self._listed() | set(self._bad))
+
+
+def _describe(event: BadImage) -> str:
+    return f"split '{event.split}', row {event.index}: {event.error}"
