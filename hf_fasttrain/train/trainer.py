@@ -151,7 +151,7 @@ class Trainer:
         self.retry = Retry(
             self.step, self.train_loader, lambda: self.evaluation.loaders, self.state, self.log, self.output_dir
         )
-        self.upcoming = Steps(self.train_loader, 0, 0)  # the steps of the present loop
+        self.upcoming: Steps  # the steps that are left, while it runs
         self.callbacks = Callbacks(callbacks)
         self.publish: Publish | None = None  # the built-in callback: report, then push
         self.session = Session(self)

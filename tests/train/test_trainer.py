@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -450,3 +451,21 @@ def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: 
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6 * trainer.state.updates)
     assert torch.isfinite(model[1].weight).all()
     assert not torch.equal(model[1].weight, before)
+
+
+def test_the_trainer_stays_on_one_page() -> None:
+    """Each parameter is one that somebody with a model and a loader would set; what does the work has its own file."""
+    assert len(inspect.signature(Trainer.__init__).parameters) - 1 <= 23
+    methods = [
+        name for name, value in vars(Trainer).items() if callable(value) or isinstance(value, property | classmethod)
+    ]
+    assert len(methods) <= 24
+
+
+def test_the_weights_that_a_run_ends_with_are_best_or_last() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    data = [(torch.randn(8, 3, 2, 2), torch.randint(3, (8,)))]
+    trainer = Trainer(model, data, torch.optim.SGD(model.parameters(), lr=0.1), log=RunLog(show=False))
+    trainer.final = "newest"
+    with pytest.raises(RunError, match="final is 'newest'; allowed are auto, best, last"):
+        trainer.fit()
