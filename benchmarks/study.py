@@ -35,9 +35,9 @@ from hf_fasttrain.study.bench import Arm, Bench, Measurement, collect
 from hf_fasttrain.study.doctor import doctor
 from hf_fasttrain.study.doctor_diagnosis import split_step
 from hf_fasttrain.study.intervals import estimate
-from hf_fasttrain.study.messages import Turn, Wishes, ask
+from hf_fasttrain.study.messages import ArmOptions, Turn, resolve_arm
 from hf_fasttrain.study.techniques import hardware
-from hf_fasttrain.study.tune import Found, parse_budget, tune
+from hf_fasttrain.study.tune import TuneResult, parse_budget, tune
 from hf_fasttrain.study.tune_guard import IMAGES, compare, course
 from hf_fasttrain.study.tune_recipe import summary
 from hf_fasttrain.study.tune_space import Config, overrides_of
@@ -55,7 +55,7 @@ def say(text: str) -> None:
 # --- tune beside an exhaustive grid ------------------------------------------------------------------------
 
 
-def grid_of(found: Found, *, compiled: bool) -> list[Config]:
+def grid_of(found: TuneResult, *, compiled: bool) -> list[Config]:
     """Return every combination of the settings that matter most."""
     base = found.tried[0].config
     precisions = [{key: config[key] for key in space.MATH_KEYS} for config in space.precisions(base, hardware())]
@@ -73,7 +73,7 @@ def grid_of(found: Found, *, compiled: bool) -> list[Config]:
     ]
 
 
-def judged(configs: list[Config], found: Found, start: Starter) -> dict[str, bool]:
+def judged(configs: list[Config], found: TuneResult, start: Starter) -> dict[str, bool]:
     """Return which precisions train as fp32 does; those that tune had no time for are compared here."""
     verdicts = {name: verdict.is_good for name, verdict in found.guards.items()}
     base = {**found.tried[0].config, "accelerate.micro_batch_size": None, "data.cache": "none"}
@@ -103,7 +103,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
     base = found.tried[0].config
     configs = grid_of(found, compiled=compiled)
     began = time.perf_counter()
-    with Starter(ask(recipe), on_gpu=hardware().gpu) as start:
+    with Starter(resolve_arm(recipe), on_gpu=hardware().gpu) as start:
         measured: list[tuple[Config, Measurement]] = []
         for config in configs:
             measurement = Measurement(Arm(space.difference(config, base), overrides_of(config)))
@@ -151,9 +151,9 @@ def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
 
 def compare_sums(recipe: Recipe, rounds: int = 7) -> None:
     """Compare the phases' sum of a training that is looked into with the step of one that is not, in turns."""
-    with Starter(ask(recipe), on_gpu=hardware().gpu) as start:
-        watched = start(Arm("watched"), Wishes(watched=True, stored_tuning=True))
-        plain = start(Arm("plain"), Wishes(stored_tuning=True))
+    with Starter(resolve_arm(recipe), on_gpu=hardware().gpu) as start:
+        watched = start(Arm("watched"), ArmOptions(watched=True, stored_tuning=True))
+        plain = start(Arm("plain"), ArmOptions(stored_tuning=True))
         ratios = []
         for arm in (watched, plain):
             arm.turn(Turn(min_steps=3, seconds=1.0, drain=True))

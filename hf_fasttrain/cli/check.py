@@ -50,7 +50,7 @@ def check(
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if images:
         check_images(console, loaded, parts.source, list_file)
-    console.print(f"{recipe} is valid: {parts.order.steps_per_epoch:,} steps per epoch", markup=False)
+    console.print(f"{recipe} is valid: {parts.sampling_plan.steps_per_epoch:,} steps per epoch", markup=False)
 
 
 def _require_list_file(path: Path | None, *, images: bool) -> None:

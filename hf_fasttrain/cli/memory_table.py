@@ -17,7 +17,7 @@ def memory_table(parts: Parts) -> Table:
     forecast = parts.forecast
     if forecast is None:
         forecast = forecast_memory(parts.recipe, parts.spec.num_classes, parts.model, parts.accelerator, parts.settings)
-    images = images_at_once(parts.order)
+    images = images_at_once(parts.sampling_plan)
     rows = [(what, format_bytes(number)) for what, number in forecast.rows(images)]
     rows.append(("total", format_bytes(forecast.peak(images))))
     rows += _other_memory(parts, forecast)

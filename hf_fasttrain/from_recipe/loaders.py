@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
-from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
-from hf_fasttrain.data.loading.sampler import Order, process_share
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
+from hf_fasttrain.data.loading.sampler import SamplingPlan, process_share
 from hf_fasttrain.data.pixels.augment import EvalTransform, Growth, TrainTransform
 from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.pixels.images import Images
@@ -123,10 +123,10 @@ class Loaders:
         self.planner = CachePlanner(recipe, settings, accelerator, needed_memory)
         self.keep_pixels = keep_pixels
 
-    def train_loader(self, split: Split, order: Order, num_steps: int, num_classes: int) -> TrainLoader:
+    def train_loader(self, split: Split, sampling_plan: SamplingPlan, num_steps: int, num_classes: int) -> TrainLoader:
         """Return the loader of the training images."""
         augment = self.recipe.augment
-        transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
+        transform = train_transform(self.recipe, self.pre, sampling_plan.steps_per_epoch)
         preparation = train_preparation(self.recipe, self.pre)
         noisy = bool(augment.erase) and transform.erase_fill is None
         batchable = augment.crop != "random_resized" and not transform.operations and not noisy
@@ -135,11 +135,11 @@ class Loaders:
                 "data.cache=device: only crop, flip and erasing run on the device; remove the other operations "
                 "of augment, or use data.cache=memory"
             )
-        passes = num_steps / order.steps_per_epoch
+        passes = num_steps / sampling_plan.steps_per_epoch
         plan = self.planner.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
-        feed = self._feed(split, preparation, plan, transform)
+        prefetcher = self._prefetcher(split, preparation, plan, transform)
         mixing = train_mixing(self.recipe, num_classes)
-        return TrainLoader(feed, order, self.normalize, mixing, transform.size_at)
+        return TrainLoader(prefetcher, sampling_plan, self.normalize, mixing, transform.size_at)
 
     def eval_loader(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
         """Return the loader of a split that is evaluated `passes` times."""
@@ -150,20 +150,20 @@ class Loaders:
         plan = self.planner.plan(
             split, preparation, passes=passes, batchable=True, key="cache of evaluation images", rows=len(rows)
         )
-        feed = self._feed(split, preparation, plan, None, rows)
-        return EvalLoader(feed, len(split), batch_size, self.normalize, processes, index, name=split.name)
+        prefetcher = self._prefetcher(split, preparation, plan, None, rows)
+        return EvalLoader(prefetcher, len(split), batch_size, self.normalize, processes, index, name=split.name)
 
-    def _feed(
+    def _prefetcher(
         self,
         split: Split,
         preparation: Preparation,
         plan: CachePlan,
         transform: TrainTransform | None,
         rows: range | None = None,
-    ) -> Feed:
+    ) -> Prefetcher:
         cache = self.planner.open(split, preparation, plan) if self.keep_pixels else None
         images = ImageBatches(Images(split, preparation, cache), transform)
         options: dict[str, Any] = {"workers": self.workers, "pin_memory": self.pinned, "report": self.bad_images.report}
         if plan.mode == "device":
-            return DeviceFeed(images, self.device, self.pre.image_size, rows=rows, **options)
-        return Feed(images, self.device, **options)
+            return DevicePrefetcher(images, self.device, self.pre.image_size, rows=rows, **options)
+        return Prefetcher(images, self.device, **options)

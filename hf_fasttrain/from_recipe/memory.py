@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_fasttrain.data.loading.prefetch import num_slots
-from hf_fasttrain.data.loading.sampler import Order, micro_batch_size_for, process_share
+from hf_fasttrain.data.loading.sampler import SamplingPlan, micro_batch_size_for, process_share
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, micro_batch_size
 from hf_fasttrain.from_recipe.loaders import resolve_loading
@@ -89,10 +89,13 @@ def _decide(settings: ResolvedSettings, whole: int, share: int, largest: int, li
     return int(settings.record(KEY, whole, micro_batch_size(whole=whole, share=share, largest=share).reason))
 
 
-def images_at_once(order: Order) -> int:
+def images_at_once(sampling_plan: SamplingPlan) -> int:
     """Return the largest number of images in a forward pass of a process."""
-    images = min(order.batch_size, order.num_images)
-    return min(order.micro_batch_size, len(process_share(images, order.num_processes, order.num_processes - 1)))
+    images = min(sampling_plan.batch_size, sampling_plan.num_images)
+    return min(
+        sampling_plan.micro_batch_size,
+        len(process_share(images, sampling_plan.num_processes, sampling_plan.num_processes - 1)),
+    )
 
 
 def forecast_memory(

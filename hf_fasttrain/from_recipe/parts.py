@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from hf_fasttrain.data.loading.sampler import Order, process_share
+from hf_fasttrain.data.loading.sampler import SamplingPlan, process_share
 from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.from_recipe.accelerator import allow_compiling, build_accelerator
 from hf_fasttrain.from_recipe.auto import accumulation_steps, resolve_machine
@@ -52,20 +52,20 @@ def build_parts(
     model, spec = model_from(resolved, source, accelerator.device, settings)
     _require_enough_images(resolved, len(source.train), accelerator.num_processes)
     micro = resolve_micro_batch(resolved, len(source.train), spec.num_classes, model, accelerator, settings)
-    order = _resolve_order(resolved, len(source.train), micro.size, model, accelerator, settings)
+    sampling_plan = _resolve_order(resolved, len(source.train), micro.size, model, accelerator, settings)
     if resolved.accelerate.compile is True:
-        allow_compiling(num_shapes(resolved, spec, order))
-    return Parts(resolved, settings, accelerator, source, spec, model, order, micro.forecast)
+        allow_compiling(num_shapes(resolved, spec, sampling_plan))
+    return Parts(resolved, settings, accelerator, source, spec, model, sampling_plan, micro.forecast)
 
 
-def num_shapes(recipe: Recipe, spec: ModelSpec, order: Order) -> int:
+def num_shapes(recipe: Recipe, spec: ModelSpec, sampling_plan: SamplingPlan) -> int:
     """Return the largest number of batch shapes of a training and its evaluations."""
     assert spec.preprocessing is not None
-    transform = train_transform(recipe, spec.preprocessing, order.steps_per_epoch)
+    transform = train_transform(recipe, spec.preprocessing, sampling_plan.steps_per_epoch)
     epochs = 1 if transform.growth is None else transform.growth.until + 1
     sizes = {transform.size_at(epoch) for epoch in range(epochs)}
-    steps = {0, order.steps_per_epoch - 1}
-    numbers = {len(key.indices) for step in steps for key in order.plan(step).micro_batches}
+    steps = {0, sampling_plan.steps_per_epoch - 1}
+    numbers = {len(key.indices) for step in steps for key in sampling_plan.plan(step).micro_batches}
     return len(sizes) * len(numbers) + 2  # evaluation: full batches and the last one
 
 
@@ -88,7 +88,7 @@ def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> N
 
 def _resolve_order(
     recipe: Recipe, num_images: int, size: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
-) -> Order:
+) -> SamplingPlan:
     """Return the sampling order with micro-batches of `size`, and record the settings that follow from it."""
     train, processes = recipe.train, accelerator.num_processes
     largest = len(process_share(train.batch_size, processes, processes - 1))
@@ -97,7 +97,7 @@ def _resolve_order(
         settings.note(
             f"accelerate.micro_batch_size={size} has no effect: a process's share of a step is {largest} images"
         )
-    order = Order(
+    sampling_plan = SamplingPlan(
         num_images=num_images,
         batch_size=train.batch_size,
         micro_batch_size=size,
@@ -111,16 +111,16 @@ def _resolve_order(
     accelerator.gradient_accumulation_steps = steps
     settings.record("accelerate.gradient_accumulation_steps", steps, reason)
     settings.record("processes", processes, "of the launcher")
-    settings.record("steps_per_epoch", order.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
+    settings.record("steps_per_epoch", sampling_plan.steps_per_epoch, f"{num_images:,} images / {train.batch_size}")
     if recipe.accelerate.sync_batch_norm:
-        _require_equal_counts(order)
-    return order
+        _require_equal_counts(sampling_plan)
+    return sampling_plan
 
 
-def _require_equal_counts(order: Order) -> None:
+def _require_equal_counts(sampling_plan: SamplingPlan) -> None:
     """Raise RunError unless all processes have equally many forward passes: synchronised batch norm needs that."""
-    for step in {0, order.steps_per_epoch - 1}:
-        plans = [replace(order, process_index=i).plan(step) for i in range(order.num_processes)]
+    for step in {0, sampling_plan.steps_per_epoch - 1}:
+        plans = [replace(sampling_plan, process_index=i).plan(step) for i in range(sampling_plan.num_processes)]
         counts = {len(plan.micro_batches) for plan in plans}
         if len(counts) > 1 or 0 in counts:
             raise RunError(
@@ -139,6 +139,6 @@ class Parts:
     source: Source
     spec: ModelSpec
     model: nn.Module
-    order: Order
+    sampling_plan: SamplingPlan
     forecast: Forecast | None = None  # of this process's memory; None on a GPU
     kept_pixels: int = 0  # bytes cached in memory; known once the loaders are built

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.loading.loader import TrainLoader
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
-from hf_fasttrain.data.loading.sampler import Order
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
+from hf_fasttrain.data.loading.sampler import SamplingPlan
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Source, Split
@@ -35,7 +35,7 @@ class ReportPictures:
 
     recipe: Recipe
     source: Source
-    order: Order
+    sampling_plan: SamplingPlan
     pre: Preprocessing
 
     def write(self, run: Path, log: Callable[[str], None], num_steps: int, predictions: Predictions | None) -> None:
@@ -63,26 +63,28 @@ class ReportPictures:
 
         It is the first step of the last epoch. The images are added to `pixels` by file name.
         """
-        order = replace(self.order, num_processes=1, process_index=0, micro_batch_size=NUM_TRAINING)
-        index = (num_steps - 1) // order.steps_per_epoch * order.steps_per_epoch
-        step = next(self._loader(order).steps(index, index + 1))
+        sampling_plan = replace(self.sampling_plan, num_processes=1, process_index=0, micro_batch_size=NUM_TRAINING)
+        index = (num_steps - 1) // sampling_plan.steps_per_epoch * sampling_plan.steps_per_epoch
+        step = next(self._loader(sampling_plan).steps(index, index + 1))
         images, targets = next(step.micro_batches)
-        names = [self._name(self.source.train, int(row)) for row in order.plan(index).micro_batches[0].indices]
+        names = [self._name(self.source.train, int(row)) for row in sampling_plan.plan(index).micro_batches[0].indices]
         pictures = []
         for number, (image, target, name) in enumerate(zip(self._pixels(images), targets, names, strict=False)):
             pixels[f"training_{number:02d}.jpg"] = image
             pictures.append(Picture(f"training_{number:02d}.jpg", name, self._shares(target)))
         return index + 1, pictures[:NUM_TRAINING]
 
-    def _loader(self, order: Order) -> TrainLoader:
+    def _loader(self, sampling_plan: SamplingPlan) -> TrainLoader:
         """Return a loader of the training images without cache and workers; its pixels are those of training."""
-        transform = train_transform(self.recipe, self.pre, order.steps_per_epoch)
+        transform = train_transform(self.recipe, self.pre, sampling_plan.steps_per_epoch)
         images = Images(self.source.train, train_preparation(self.recipe, self.pre))
         cpu = torch.device("cpu")
-        feed = Feed(ImageBatches(images, transform), cpu, workers=0, pin_memory=False, report=lambda *_: None)
+        prefetcher = Prefetcher(
+            ImageBatches(images, transform), cpu, workers=0, pin_memory=False, report=lambda *_: None
+        )
         normalize = Normalize(self.pre.mean, self.pre.std, cpu, channels_last=False)
         mixing = train_mixing(self.recipe, len(self.source.class_names))
-        return TrainLoader(feed, order, normalize, mixing, transform.size_at)
+        return TrainLoader(prefetcher, sampling_plan, normalize, mixing, transform.size_at)
 
     def _pixels(self, images: Tensor) -> np.ndarray:
         """Return normalised images (B, 3, H, W) as pixels (B, H, W, 3) uint8."""

@@ -44,7 +44,7 @@ from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.metrics import resolve_metrics
 from hf_fasttrain.train.optim import build_optimizer, build_param_groups
 from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
-from hf_fasttrain.train.trackers import Tracking
+from hf_fasttrain.train.trackers import Trackers
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
@@ -98,7 +98,7 @@ def assemble(
     `saved` are the plain values of the checkpoint to resume from: trackers continue their old runs.
     """
     recipe, settings, accelerator, source = parts.recipe, parts.settings, parts.accelerator, parts.source
-    num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+    num_steps = recipe.train.duration.to_steps(parts.sampling_plan.steps_per_epoch)
     spec = parts.spec
     track = _tracking(parts, folder, saved or {}) if folder else None
     log = RunLog(folder, main=Processes(accelerator).is_main, track=track)
@@ -108,10 +108,10 @@ def assemble(
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     loaders = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
     eval_batch = _eval_batch_size(parts, loaders.workers)
-    evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.order.steps_per_epoch))
+    evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.sampling_plan.steps_per_epoch))
     trainer = trainer_class(
         model=parts.model,
-        train_loader=loaders.train_loader(source.train, parts.order, num_steps, spec.num_classes),
+        train_loader=loaders.train_loader(source.train, parts.sampling_plan, num_steps, spec.num_classes),
         optimizer=_optimizer(parts),
         duration=recipe.train.duration,
         accelerator=accelerator,
@@ -187,7 +187,7 @@ def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
     best, stopping = parts.recipe.checkpoint.best, parts.recipe.early_stopping
     watches = [("checkpoint.best.mode", best.mode, Watch(best.metric, best.mode))]
     if stopping:
-        patience = stopping.patience.to_steps(parts.order.steps_per_epoch)
+        patience = stopping.patience.to_steps(parts.sampling_plan.steps_per_epoch)
         watches.append(("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience)))
     for key, mode, watch in watches:
         if mode == "auto":
@@ -201,13 +201,13 @@ def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
     show, pusher = None, None
     if recipe.log.report:
         assert spec.preprocessing is not None
-        pictures = ReportPictures(recipe, parts.source, parts.order, spec.preprocessing)
+        pictures = ReportPictures(recipe, parts.source, parts.sampling_plan, spec.preprocessing)
         show = partial(pictures.write, folder, log.say)
     if recipe.hub and Processes(parts.accelerator).is_main:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         environment = {"machine": describe_machine(device, processes), "versions": describe_versions()}
-        options = _push_options(recipe.hub, parts.order.steps_per_epoch, on_cpu=device.type == "cpu")
-        num_steps = recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+        options = _push_options(recipe.hub, parts.sampling_plan.steps_per_epoch, on_cpu=device.type == "cpu")
+        num_steps = recipe.train.duration.to_steps(parts.sampling_plan.steps_per_epoch)
         describe = partial(save_description, parts.model, spec)
         pusher = Pusher(folder, options, describe, environment, log.say, num_steps)
     if not show and not recipe.hub:
@@ -228,7 +228,7 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     """Return the builder of the parts' loaders."""
     pre = parts.spec.preprocessing
     assert pre is not None
-    needed = parts.forecast.needed(parts.order.micro_batch_size) if parts.forecast else 0
+    needed = parts.forecast.needed(parts.sampling_plan.micro_batch_size) if parts.forecast else 0
     needed += _bytes_of_slots(parts)
     needed *= local_processes()
     return Loaders(
@@ -241,7 +241,7 @@ def _bytes_of_slots(parts: Parts) -> int:
     workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
     sizes = [_planned_eval_batch(parts)]
     if parts.forecast is None:
-        sizes.append(parts.order.micro_batch_size)
+        sizes.append(parts.sampling_plan.micro_batch_size)
     batches = sum(num_slots(workers, images) * images for images in sizes) if workers else 0
     return batches * 3 * parts.spec.image_size**2
 
@@ -249,15 +249,17 @@ def _bytes_of_slots(parts: Parts) -> int:
 def build_train_loader(parts: Parts) -> TrainLoader:
     """Return only the training loader, as `Trainer.fit` uses it, to measure or inspect it."""
     bad_images = BadImages(None, parts.recipe.data.max_bad_fraction, parts.settings.note)
-    num_steps = parts.recipe.train.duration.to_steps(parts.order.steps_per_epoch)
+    num_steps = parts.recipe.train.duration.to_steps(parts.sampling_plan.steps_per_epoch)
     loaders = build_loaders(parts, bad_images)
-    return loaders.train_loader(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
+    return loaders.train_loader(parts.source.train, parts.sampling_plan, num_steps, parts.spec.num_classes)
 
 
 def _planned_eval_batch(parts: Parts) -> int:
     """Return the batch size of evaluation if memory suffices."""
     size = parts.recipe.evaluate.batch_size
-    return evaluation_batch_size(micro_batch_size=parts.order.micro_batch_size).value if size == "auto" else size
+    return (
+        evaluation_batch_size(micro_batch_size=parts.sampling_plan.micro_batch_size).value if size == "auto" else size
+    )
 
 
 def _eval_batch_size(parts: Parts, workers: int) -> int:
@@ -271,7 +273,7 @@ def _eval_batch_size(parts: Parts, workers: int) -> int:
         autocast=accelerator.autocast,
         state=forecast.gradients + forecast.optimizer + forecast.average if forecast else 0,
     )
-    return decide_evaluation_batch(parts.settings, parts.order.micro_batch_size, memory)
+    return decide_evaluation_batch(parts.settings, parts.sampling_plan.micro_batch_size, memory)
 
 
 def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
@@ -294,7 +296,7 @@ def _optimizer(parts: Parts) -> torch.optim.Optimizer:
 
 
 def _schedule(parts: Parts, num_steps: int) -> Schedule:
-    section, steps_per_epoch = parts.recipe.schedule, parts.order.steps_per_epoch
+    section, steps_per_epoch = parts.recipe.schedule, parts.sampling_plan.steps_per_epoch
     warmup = resolve_warmup(section.warmup, section.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     parts.settings.record("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
     if warmup.note:
@@ -320,7 +322,7 @@ def _loss(parts: Parts) -> ClassificationLoss:
     return loss.to(parts.accelerator.device)
 
 
-def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Tracking | None:
+def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Trackers | None:
     """Start the recipe's trackers and return them, None if there are none."""
     log, accelerator = parts.recipe.log, parts.accelerator
     if not log.trackers:
@@ -332,4 +334,4 @@ def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Tracking | N
     }
     ids = {name: run for name, run in saved.get("trackers", {}).items() if name in log.trackers}
     sent = last_steps(folder) if saved else {}
-    return Tracking(accelerator, log.project, config, ids=ids, step=saved.get("step", 0), sent=sent)
+    return Trackers(accelerator, log.project, config, ids=ids, step=saved.get("step", 0), sent=sent)

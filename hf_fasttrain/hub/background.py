@@ -38,9 +38,9 @@ class PushOptions:
 
     def command(self, run: Path) -> str:
         """Return the command that pushes the run by hand."""
-        options = [*(["--private"] if self.private else []), *(["--license", self.license] if self.license else [])]
-        options += ["--weights", "best"] if self.every == "best" else []
-        return shlex.join(["hf-fasttrain", "push", str(run), self.repo, *options])
+        arguments = [*(["--private"] if self.private else []), *(["--license", self.license] if self.license else [])]
+        arguments += ["--weights", "best"] if self.every == "best" else []
+        return shlex.join(["hf-fasttrain", "push", str(run), self.repo, *arguments])
 
 
 class Pusher:

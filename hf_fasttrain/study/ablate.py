@@ -16,7 +16,7 @@ from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import intervals
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell, collect
-from hf_fasttrain.study.messages import Turn, Wishes, ask
+from hf_fasttrain.study.messages import ArmOptions, Turn, resolve_arm
 from hf_fasttrain.study.techniques import Hardware, Planned, chosen, hardware, planned, techniques
 from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
 from hf_fasttrain.utils.errors import RunError
@@ -39,7 +39,7 @@ class Interval(Record):
     confidence: float  # probability that the interval holds the true median
 
 
-class Full(Record):
+class FullTraining(Record):
     """Trainings to the end, one for each seed: means and standard deviations."""
 
     seeds: int
@@ -71,7 +71,7 @@ class Row(Record):
     host_bytes: int | None = None  # of the training process and its loader processes
     seconds_per_image: list[float] = []  # of each round
     losses: list[float] = []  # of the first steps
-    full: Full | None = None
+    full: FullTraining | None = None
 
 
 class Ablation(Record):
@@ -108,7 +108,7 @@ def ablate(recipe: Recipe, plan: Plan, *, command: str, tell: Tell) -> tuple[Abl
     """
     require_one_process()
     found = hardware()
-    with Starter(ask(recipe), on_gpu=found.gpu) as start:
+    with Starter(resolve_arm(recipe), on_gpu=found.gpu) as start:
         arms = plan_arms(start, plan, found)
         with Bench(start, free_bytes=free_memory_bytes, warm_seconds=min(1.0, plan.turn_seconds)) as bench:
             measurements, whole = measure_arms(arms, bench, plan, tell)
@@ -118,7 +118,7 @@ def ablate(recipe: Recipe, plan: Plan, *, command: str, tell: Tell) -> tuple[Abl
 def plan_arms(start: Start, plan: Plan, found: Hardware) -> list[Planned]:
     """Return the arms of the recipe that `start` starts; RunError if it can't run here."""
     try:
-        running = start(Arm("as the recipe says"), Wishes(), None)
+        running = start(Arm("as the recipe says"), ArmOptions(), None)
     except ArmFailed as failed:
         raise RunError(f"this recipe could not be measured here: {failed}") from None
     running.close()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_fasttrain.study.ablate import Ablation, Full, Row
+from hf_fasttrain.study.ablate import Ablation, FullTraining, Row
 from hf_fasttrain.study.bench import Tell
 from hf_fasttrain.utils.files import read_json, read_lines
 
@@ -43,7 +43,7 @@ def train_all(
                     runs.setdefault(row.name, []).append(run)
     except KeyboardInterrupt:
         whole = False
-    results = {name: [Ended.read(run) for run in own] for name, own in runs.items()}
+    results = {name: [EndedTraining.read(run) for run in own] for name, own in runs.items()}
     base = results.get(ablation.rows[0].name, [])
     finals = [ended.course[-1][1] for ended in base if ended.course]
     target = min(finals) if finals else None
@@ -80,7 +80,7 @@ def _train(recipe_file: str, overrides: Sequence[str], log: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedTraining:
     """A training that came to its end."""
 
     train_seconds: float
@@ -88,7 +88,7 @@ class Ended:
     course: list[tuple[float, float]]  # seconds of training and accuracy of each evaluation of the evaluation split
 
     @classmethod
-    def read(cls, run: Path) -> Ended:
+    def read(cls, run: Path) -> EndedTraining:
         """Return a run folder's."""
         result = read_json(run / "result.json")
         lines = [line for line in read_lines(run / "metrics.jsonl") if line.get("kind") == "evaluation"]
@@ -105,7 +105,7 @@ class Ended:
         return next((seconds for seconds, reached in self.course if reached >= accuracy), None)
 
 
-def _with_full(row: Row, ended: list[Ended], base: list[Ended], target: float | None) -> Row:
+def _with_full(row: Row, ended: list[EndedTraining], base: list[EndedTraining], target: float | None) -> Row:
     if not ended:
         return row
     seconds = [each.train_seconds for each in ended]
@@ -113,7 +113,7 @@ def _with_full(row: Row, ended: list[Ended], base: list[Ended], target: float | 
     f1 = [each.metrics["f1_macro"] for each in ended if "f1_macro" in each.metrics]
     until = [each.seconds_to(target) for each in ended] if target is not None else []
     there = [value for value in until if value is not None]
-    full = Full(
+    full = FullTraining(
         seeds=len(ended),
         accuracy=statistics.mean(accuracies) if accuracies else None,
         accuracy_std=_spread(accuracies),

@@ -23,7 +23,7 @@ import psutil
 from hf_fasttrain.from_recipe.accelerator import num_processes
 from hf_fasttrain.from_recipe.cache_plan import cache_folder, can_write, nearest_existing
 from hf_fasttrain.study.bench import Arm, ArmFailed
-from hf_fasttrain.study.messages import Asked, Ready, Report, Turn, Wishes
+from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Ready, Report, Turn
 from hf_fasttrain.study.trial import Trial
 from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, first_line, without_secrets
 from hf_fasttrain.utils.library_errors import is_out_of_memory
@@ -48,7 +48,7 @@ def require_one_process() -> None:
 class Starter:
     """Starts a recipe's arms; a context, which removes what they wrote on leaving."""
 
-    def __init__(self, asked: Asked, *, on_gpu: bool) -> None:
+    def __init__(self, asked: ArmRequest, *, on_gpu: bool) -> None:
         self.asked = asked
         # A process that has looked for a GPU can't be forked and use it; one that has only imported can.
         method = "spawn" if on_gpu else CPU_METHOD
@@ -63,14 +63,14 @@ class Starter:
     def __exit__(self, *_: Any) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __call__(self, arm: Arm, wishes: Wishes, limit_seconds: float | None = None) -> ArmProcess:
+    def __call__(self, arm: Arm, options: ArmOptions, limit_seconds: float | None = None) -> ArmProcess:
         """Return an arm that is built and waits; ArmFailed if it can't be."""
         overrides = (*self.asked.overrides, f"data.cache_dir={self.folder / 'pixels'}", *arm.overrides)
-        asked = Asked(self.asked.text, self.asked.where, self.asked.name, overrides)
-        return ArmProcess(self._context, arm.name, asked, wishes, self.folder, limit_seconds)
+        asked = ArmRequest(self.asked.text, self.asked.where, self.asked.name, overrides)
+        return ArmProcess(self._context, arm.name, asked, options, self.folder, limit_seconds)
 
 
-def _where_caches_are(asked: Asked) -> Path | None:
+def _where_caches_are(asked: ArmRequest) -> Path | None:
     """Return a folder on the disk that data.cache=disk would use, None for the usual one for temporary files."""
     try:
         wished = cache_folder(asked.load())
@@ -86,8 +86,8 @@ class ArmProcess:
         self,
         context: Any,
         name: str,
-        asked: Asked,
-        wishes: Wishes,
+        asked: ArmRequest,
+        options: ArmOptions,
         folder: Path,
         limit_seconds: float | None = None,
     ) -> None:
@@ -99,7 +99,7 @@ class ArmProcess:
         compiled = folder / f"compiled-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
         loaders = multiprocessing.get_start_method()
-        arguments = (theirs, asked, wishes, log, environment, loaders)
+        arguments = (theirs, asked, options, log, environment, loaders)
         self._process = context.Process(target=_serve, args=arguments, daemon=False)
         try:
             with _without_ctrl_c(), _without_main(unless=context.get_start_method() == "fork"):
@@ -117,7 +117,7 @@ class ArmProcess:
         # Looked at from here while they stand still: loader processes would go on working meanwhile.
         return replace(report, host_bytes=host_bytes(self._process.pid))
 
-    def ask(self, what: str, turn: Turn, limit_seconds: float | None = None) -> Report:
+    def request(self, what: str, turn: Turn, limit_seconds: float | None = None) -> Report:
         """Run the loader or the computing alone; `what` is ``loader`` or ``compute``; not once turns have begun."""
         report: Report = self._ask((what, turn), limit_seconds)
         return report
@@ -222,7 +222,7 @@ def _without_main(*, unless: bool) -> Iterator[None]:
 
 
 def _serve(
-    connection: Connection, asked: Asked, wishes: Wishes, log: str, environment: dict[str, str], loaders: str
+    connection: Connection, asked: ArmRequest, options: ArmOptions, log: str, environment: dict[str, str], loaders: str
 ) -> None:
     """Build a trial and do what is asked of it, until nobody asks any more."""
     # When the fork server ends too, the kernel wakes arms that stand still (SIGCONT to orphaned groups), and they end.
@@ -235,7 +235,7 @@ def _serve(
     # Loader processes begin as in an ordinary training, not as this one did; they must be of its group.
     multiprocessing.set_start_method("spawn" if loaders == "forkserver" else loaders, force=True)
     try:
-        trial = Trial(asked, wishes)
+        trial = Trial(asked, options)
         connection.send(("ready", trial.ready))
         _answer_all(connection, trial)
     except (EOFError, BrokenPipeError):

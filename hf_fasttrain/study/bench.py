@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hf_fasttrain.study.intervals import Estimate, estimate, paired_ratio
-from hf_fasttrain.study.messages import Ready, Report, Turn, Wishes
+from hf_fasttrain.study.messages import ArmOptions, Ready, Report, Turn
 from hf_fasttrain.utils.signals import signal_handler
 
 Tell = Callable[[str], None]
@@ -57,7 +57,7 @@ class Running(Protocol):
         ...
 
 
-Start = Callable[[Arm, Wishes, float | None], Running]  # an arm, how it differs, seconds that it may take
+Start = Callable[[Arm, ArmOptions, float | None], Running]  # an arm, how it differs, seconds that it may take
 
 
 @dataclass
@@ -149,12 +149,12 @@ class Bench:
         self,
         start: Start,
         *,
-        wishes: Wishes = Wishes(),  # noqa: B008 - frozen
+        options: ArmOptions = ArmOptions(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[], int] | None = None,
         warm_seconds: float = 1.0,
     ) -> None:
-        self.start, self.wishes, self.clock = start, wishes, clock
+        self.start, self.options, self.clock = start, options, clock
         self.free_bytes, self.warm_seconds = free_bytes, warm_seconds
         self._running: dict[str, tuple[Running, Measurement]] = {}  # in the order of their last turns
 
@@ -207,7 +207,7 @@ class Bench:
 
     def _first_turn(self, measurement: Measurement, limit_seconds: float | None) -> None:
         name, before = measurement.arm.name, self.clock()
-        running = self.start(measurement.arm, self.wishes, limit_seconds)
+        running = self.start(measurement.arm, self.options, limit_seconds)
         self._running[name] = running, measurement
         measurement.ready = running.ready
         left = None if limit_seconds is None else max(0.1, limit_seconds - (self.clock() - before))

@@ -27,7 +27,7 @@ from hf_fasttrain.study.doctor_diagnosis import (
     split_loading,
     split_step,
 )
-from hf_fasttrain.study.messages import Ready, Report, Turn, Wishes, ask
+from hf_fasttrain.study.messages import ArmOptions, Ready, Report, Turn, resolve_arm
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware, settings
 from hf_fasttrain.study.tune_space import Config
@@ -40,7 +40,7 @@ HALF = Turn(min_steps=2, seconds=1.0)
 TRY = Turn(min_steps=2, seconds=0.7)  # the first step after standing still is a slower one
 LEAST_ROUNDS, MOST_ROUNDS = 4, 9
 TRACED_STEPS = 3
-AS_TRAINED = Wishes(stored_tuning=True)
+AS_TRAINED = ArmOptions(stored_tuning=True)
 ROUNDING = "changes rounding: `hf-fasttrain tune` compares it with fp32"
 
 
@@ -104,7 +104,7 @@ class Doctor:
     def _halves(self) -> tuple[Report, Report]:
         running = self.start(Arm("halves"), AS_TRAINED)
         try:
-            return running.ask("loader", HALF), running.ask("compute", HALF)
+            return running.request("loader", HALF), running.request("compute", HALF)
         finally:
             running.close()
 
@@ -146,7 +146,7 @@ class Doctor:
         notes: dict[str, str] = {}
         tried: list[Measurement] = []
         rng = random.Random(0)
-        with Bench(self.start, wishes=AS_TRAINED, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
+        with Bench(self.start, options=AS_TRAINED, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
             began = self.clock()
             if not bench.warm_up(baseline):
                 raise RunError(f"this recipe could not be profiled here: {baseline.failed}")
@@ -187,7 +187,7 @@ def doctor(recipe: Recipe, found: Hardware, *, seconds: float, tell: Tell, trace
         raise RunError(f"--trace {trace}: {trace.absolute().parent} is not a folder; give another file")
     if trace is not None and not os.access(trace.absolute().parent, os.W_OK):
         raise RunError(f"--trace {trace}: can't be written; give another file")
-    with Starter(ask(recipe), on_gpu=found.gpu) as start:
+    with Starter(resolve_arm(recipe), on_gpu=found.gpu) as start:
         return Doctor(start, found, num_cores(), seconds=seconds, tell=tell).examine(trace)
 
 

@@ -12,7 +12,7 @@ NO_END = 10**12  # steps
 
 
 @dataclass(frozen=True)
-class Asked:
+class ArmRequest:
     """A recipe's text and overrides, as another process can read them."""
 
     text: str
@@ -25,10 +25,10 @@ class Asked:
         return parse_recipe(self.text, self.overrides, where=self.where, name=self.name)
 
 
-def ask(recipe: Recipe) -> Asked:
+def resolve_arm(recipe: Recipe) -> ArmRequest:
     """Return a recipe as arms are given it."""
     source = recipe.source
-    return Asked(source.text, source.name, source.name, source.overrides)
+    return ArmRequest(source.text, source.name, source.name, source.overrides)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ArmOptions:
     """How a trial differs from the training itself."""
 
     full_lr: bool = False  # lr without its schedule

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches, Made
+from hf_fasttrain.data.loading.prefetch import ImageBatches, PixelBatch, Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.loading.workers import worker_index
 from hf_fasttrain.data.pixels.decode import Pixels
@@ -87,9 +87,9 @@ def watch_compute(trainer: Trainer, watch: Stopwatch) -> None:
     trainer.train_loader.timer = watch.phase
 
 
-def watch_loader(feed: Feed, watch: Stopwatch) -> None:
+def watch_loader(prefetcher: Prefetcher, watch: Stopwatch) -> None:
     """Time the stages of a feed's workers."""
-    feed.images = _TimedBatches(feed.images, watch.table)
+    prefetcher.images = _TimedBatches(prefetcher.images, watch.table)
 
 
 class _Row:
@@ -121,7 +121,7 @@ class _TimedBatches(ImageBatches):
         super().__init__(images, transform)  # type: ignore[arg-type]
         self.row = row
 
-    def make(self, key: MicroBatchKey, buffer: torch.Tensor | None = None) -> Made:
+    def make(self, key: MicroBatchKey, buffer: torch.Tensor | None = None) -> PixelBatch:
         """Return the batch of a key; see `ImageBatches.make`."""
         began = time.perf_counter()
         batch = super().make(key, buffer)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 from hf_fasttrain.data.loading.loader import MicroBatches, Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import num_slots
-from hf_fasttrain.data.loading.sampler import Order, StepPlan
+from hf_fasttrain.data.loading.sampler import SamplingPlan, StepPlan
 from hf_fasttrain.data.pixels.decode import is_jpeg
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.from_recipe.cache_plan import estimated_bytes
@@ -24,7 +24,7 @@ from hf_fasttrain.from_recipe.trainer import assemble
 from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.study.messages import NO_END, Asked, Ready, Report, Turn, Wishes
+from hf_fasttrain.study.messages import NO_END, ArmOptions, ArmRequest, Ready, Report, Turn
 from hf_fasttrain.study.stopwatch import Stopwatch, watch_compute, watch_loader
 from hf_fasttrain.train.callbacks import StepReport
 from hf_fasttrain.train.schedule import constant
@@ -38,7 +38,7 @@ GUARD_SCALE = 2.0**10  # fp16's, for a first gradient
 
 
 @dataclass(frozen=True)
-class Passes(Order):
+class Passes(SamplingPlan):
     """The first `period` steps of an order again and again: what is kept after a first pass is soon there."""
 
     period: int = 1
@@ -70,10 +70,10 @@ class _WritesGradient(Trainer):
 class Trial:
     """A training that is built and can be run in turns."""
 
-    def __init__(self, asked: Asked, wishes: Wishes = Wishes()) -> None:  # noqa: B008 - frozen
+    def __init__(self, asked: ArmRequest, options: ArmOptions = ArmOptions()) -> None:  # noqa: B008 - frozen
         recipe = without_growth(asked.load())
-        parts = build_parts(recipe, presets=None if wishes.stored_tuning else Presets())
-        kind = Trainer if wishes.gradient_to is None else _WritesGradient
+        parts = build_parts(recipe, presets=None if options.stored_tuning else Presets())
+        kind = Trainer if options.gradient_to is None else _WritesGradient
         self.trainer = assemble(parts, None, kind, callbacks=[self])
         self.trainer.retry.is_on = False  # micro-batches that do not fit are an answer
         self.turn: Turn | None = None
@@ -88,60 +88,63 @@ class Trial:
             settings={key: setting.value for key, setting in parts.settings.all().items()},
             notes=(*parts.settings.notes, *parts.settings.weight_notes),
             steps=self.trainer.num_steps,
-            steps_per_epoch=parts.order.steps_per_epoch,
-            short_last_step=not parts.order.drop_last and parts.order.num_images % parts.order.batch_size > 0,
-            num_images=parts.order.num_images,
-            period=self._loop(parts.order, keeps),
+            steps_per_epoch=parts.sampling_plan.steps_per_epoch,
+            short_last_step=not parts.sampling_plan.drop_last
+            and parts.sampling_plan.num_images % parts.sampling_plan.batch_size > 0,
+            num_images=parts.sampling_plan.num_images,
+            period=self._loop(parts.sampling_plan, keeps),
             keeps_pixels=keeps,
             has_batch_norm=bool(self.trainer.step.norms),
             is_jpeg=_has_jpegs(parts.source.train),
-            micro_batch_size=parts.order.micro_batch_size,
+            micro_batch_size=parts.sampling_plan.micro_batch_size,
         )
-        self._prepare(wishes)
+        self._prepare(options)
 
     def _has_room(self, parts: Parts) -> bool:
         """Return whether the pixels of all images may be kept: with some of them, a short pass would look too fast."""
-        cache = self.loader.feed.images.images.cache
-        need = estimated_bytes(parts.source.train, self.loader.feed.images.images.preparation)
+        cache = self.loader.prefetcher.images.images.cache
+        need = estimated_bytes(parts.source.train, self.loader.prefetcher.images.images.preparation)
         if cache is None or need <= cache.budget:
             return True
         parts.settings.note("not all pixels would be kept here: measured as if none were")
         return False
 
-    def _loop(self, order: Order, keeps: bool) -> int:
+    def _loop(self, sampling_plan: SamplingPlan, keeps: bool) -> int:
         """Go through whole steps only, and few of them where images are kept after the first pass."""
-        full, period = max(1, order.num_images // order.batch_size), 0
+        full, period = max(1, sampling_plan.num_images // sampling_plan.batch_size), 0
         if keeps:
-            period = max(self._steps_ahead + TIMED_STEPS, -(-SAMPLE_IMAGES // order.batch_size))
-        fields = {name: getattr(order, name) for name in Order.__dataclass_fields__}
+            period = max(self._steps_ahead + TIMED_STEPS, -(-SAMPLE_IMAGES // sampling_plan.batch_size))
+        fields = {name: getattr(sampling_plan, name) for name in SamplingPlan.__dataclass_fields__}
         passes = Passes(**fields, period=min(full, period) if keeps else full)
-        self.loader.order = passes
-        if isinstance(self.loader.feed, DeviceFeed):  # which fetches until all images are there: those of the passes
+        self.loader.sampling_plan = passes
+        if isinstance(
+            self.loader.prefetcher, DevicePrefetcher
+        ):  # which fetches until all images are there: those of the passes
             keys = (key for step in range(passes.period) for key in passes.plan(step).micro_batches)
-            self.loader.feed.is_loaded[:] = True
-            self.loader.feed.is_loaded[np.unique(np.concatenate([key.indices for key in keys]))] = False
+            self.loader.prefetcher.is_loaded[:] = True
+            self.loader.prefetcher.is_loaded[np.unique(np.concatenate([key.indices for key in keys]))] = False
         return passes.period
 
     @property
     def _steps_ahead(self) -> int:
         """Steps whose batches workers may have made before they are asked for."""
-        order, workers = self.loader.order, self.loader.feed.workers
-        ahead = num_slots(workers, order.micro_batch_size) if workers else 0
-        return -(-ahead * order.micro_batch_size // order.batch_size)
+        sampling_plan, workers = self.loader.sampling_plan, self.loader.prefetcher.workers
+        ahead = num_slots(workers, sampling_plan.micro_batch_size) if workers else 0
+        return -(-ahead * sampling_plan.micro_batch_size // sampling_plan.batch_size)
 
-    def _prepare(self, wishes: Wishes) -> None:
+    def _prepare(self, options: ArmOptions) -> None:
         trainer = self.trainer
         trainer.num_steps = trainer.evaluate_every = trainer.checkpoint_every = NO_END
         last, schedule = self.ready.steps - 1, trainer.schedule
-        trainer.schedule = constant if wishes.full_lr else lambda step: schedule(min(step, last))
-        if wishes.without_dropout:
+        trainer.schedule = constant if options.full_lr else lambda step: schedule(min(step, last))
+        if options.without_dropout:
             _without_dropout(trainer.raw_model)
-        if wishes.watched:
+        if options.watched:
             self.stopwatch = Stopwatch(self.device)
             watch_compute(trainer, self.stopwatch)
-            watch_loader(self.loader.feed, self.stopwatch)
+            watch_loader(self.loader.prefetcher, self.stopwatch)
         if isinstance(trainer, _WritesGradient):
-            trainer.gradient_to = Path(str(wishes.gradient_to))
+            trainer.gradient_to = Path(str(options.gradient_to))
             if trainer.accelerator.scaler is not None:
                 set_first_loss_scale(trainer.accelerator.scaler, GUARD_SCALE)  # its usual one may overflow
 
@@ -258,8 +261,8 @@ class Trial:
                     images, began = 0, time.perf_counter()
                 images += skip(1)
             self._fill_seconds = (time.perf_counter() - began) / images
-        workers = self.loader.feed.workers
-        for _ in range(num_slots(workers, self.loader.order.micro_batch_size) if workers else 0):
+        workers = self.loader.prefetcher.workers
+        for _ in range(num_slots(workers, self.loader.sampling_plan.micro_batch_size) if workers else 0):
             before = time.perf_counter()
             skip(1)
             if time.perf_counter() - before > 0.01:  # it had to be waited for
@@ -269,7 +272,7 @@ class Trial:
 
     def loader_alone(self, turn: Turn) -> Report:
         """Read the training's batches without training on them."""
-        first = self.loader.feed.workers + 1  # while these are waited for, workers start
+        first = self.loader.prefetcher.workers + 1  # while these are waited for, workers start
         if self.ready.keeps_pixels:
             first = max(first, self.ready.period)
         self.begin(turn)

@@ -15,9 +15,9 @@ from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell
 from hf_fasttrain.study.intervals import Estimate
-from hf_fasttrain.study.messages import Ready, Turn, ask
+from hf_fasttrain.study.messages import Ready, Turn, resolve_arm
 from hf_fasttrain.study.techniques import Hardware
-from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, Course, Verdict, compare, course
+from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, LossCurve, Verdict, compare, course
 from hf_fasttrain.study.tune_space import Config
 from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
@@ -46,7 +46,7 @@ class Candidate:
 
 
 @dataclass
-class Found:
+class TuneResult:
     """What a search has found."""
 
     best: Candidate
@@ -93,7 +93,7 @@ class Tuner:
         self.tried: list[Candidate] = []
         self.guards: dict[str, Verdict] = {}
         self.skipped: list[str] = []
-        self._fp32: Course | None = None
+        self._fp32: LossCurve | None = None
         self._round = 0
         self._rng = random.Random(0)
 
@@ -110,7 +110,7 @@ class Tuner:
 
     # --- the search ----------------------------------------------------------------------------------------
 
-    def run(self) -> Found:
+    def run(self) -> TuneResult:
         """Search until there is nothing left to try, or no time; Ctrl-C gives the best so far.
 
         Raises RunError if the recipe can't run here, or the budget does not do for its own settings.
@@ -125,7 +125,7 @@ class Tuner:
                 speed_up = self._final()
             except KeyboardInterrupt:
                 whole = False
-        return Found(
+        return TuneResult(
             self.best,
             self.baseline,
             self.ready,
@@ -312,7 +312,7 @@ class Tuner:
             self.skipped.append(f"precision {name}: not compared with fp32")
             return None
 
-    def _course(self, config: Config, images: int) -> Course:
+    def _course(self, config: Config, images: int) -> LossCurve:
         return course(self.start, space.overrides_of(config), images, max(1.0, self.left()))
 
     # --- compiling, and the end ----------------------------------------------------------------------------
@@ -367,8 +367,8 @@ class Tuner:
         return speed_up
 
 
-def tune(recipe: Recipe, budget: float, found: Hardware, *, tell: Tell) -> Found:
+def tune(recipe: Recipe, budget: float, found: Hardware, *, tell: Tell) -> TuneResult:
     """Return the fastest settings of a recipe that `budget` seconds were enough to find; see `Tuner.run`."""
     require_one_process()
-    with Starter(ask(recipe), on_gpu=found.gpu) as start:
+    with Starter(resolve_arm(recipe), on_gpu=found.gpu) as start:
         return Tuner(start, budget, found, num_cores(), tell=tell, free_bytes=free_memory_bytes).run()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_fasttrain.study.bench import Arm, Start
-from hf_fasttrain.study.messages import Turn, Wishes
+from hf_fasttrain.study.messages import ArmOptions, Turn
 from hf_fasttrain.utils.format import format_percent
 
 LEAST_COSINE = 0.99
@@ -20,7 +20,7 @@ IMAGES = 16  # of a step, or as many as the recipe's have
 
 
 @dataclass(frozen=True)
-class Course:
+class LossCurve:
     """How a training begins: its first gradient (P,), and the loss of each step."""
 
     gradient: np.ndarray
@@ -46,7 +46,7 @@ class Verdict:
         )
 
 
-def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds: float | None) -> Course:
+def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds: float | None) -> LossCurve:
     """Return how a recipe with these overrides begins to train, with steps of `images`; ArmFailed if it can't.
 
     At full lr without its schedule, and without dropout and drop-path, whose masks another precision draws otherwise.
@@ -59,16 +59,16 @@ def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds:
             "augment.repeats=1",
             "schedule.warmup=0",  # the schedule is not used, and its rise need not fit
         )
-        wishes = Wishes(full_lr=True, without_dropout=True, gradient_to=str(path))
-        running = start(Arm("guard", (*overrides, *smaller)), wishes, limit_seconds)
+        options = ArmOptions(full_lr=True, without_dropout=True, gradient_to=str(path))
+        running = start(Arm("guard", (*overrides, *smaller)), options, limit_seconds)
         try:
             report = running.turn(Turn(min_steps=NUM_STEPS, max_steps=NUM_STEPS), limit_seconds)
         finally:
             running.close()
-        return Course(np.load(path), report.losses)
+        return LossCurve(np.load(path), report.losses)
 
 
-def compare(other: Course, fp32: Course) -> Verdict:
+def compare(other: LossCurve, fp32: LossCurve) -> Verdict:
     """Return how a course differs from fp32's."""
     a, b = other.gradient.astype(np.float64), fp32.gradient.astype(np.float64)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))

@@ -14,7 +14,7 @@ from hf_fasttrain.from_recipe.tunings import Tuning, store_tuning, tuning_key
 from hf_fasttrain.recipe.load import to_yaml
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
-from hf_fasttrain.study.tune import Candidate, Found
+from hf_fasttrain.study.tune import Candidate, TuneResult
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 from hf_fasttrain.utils.errors import RunError, without_secrets
 from hf_fasttrain.utils.files import reason, write_atomically
@@ -36,7 +36,7 @@ def require_new_file(path: Path) -> None:
         raise RunError(f"{path}: can't be written: {path.absolute().parent} is no folder; give another --output")
 
 
-def tuned_text(recipe: Recipe, found: Found, *, command: str) -> str:
+def tuned_text(recipe: Recipe, found: TuneResult, *, command: str) -> str:
     """Return the recipe with the settings that were found; only machine keys differ from what was asked."""
     tree = recipe.model_dump(mode="json", exclude_unset=True)
     accelerate, data = tree.setdefault("accelerate", {}), tree.setdefault("data", {})
@@ -52,7 +52,7 @@ def tuned_text(recipe: Recipe, found: Found, *, command: str) -> str:
     return without_secrets("\n".join([*_header(recipe, found, command), body]))
 
 
-def _marks(found: Found) -> dict[str, str]:
+def _marks(found: TuneResult) -> dict[str, str]:
     """Return what is to be said beside keys that change rounding or statistics."""
     base = (found.baseline or found.tried[0]).config
     marks = {key: "changes rounding" for key in ROUNDING if found.best.config[key] != base[key]}
@@ -76,7 +76,7 @@ def _marked(text: str, marks: dict[str, str]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _header(recipe: Recipe, found: Found, command: str) -> list[str]:
+def _header(recipe: Recipe, found: TuneResult, command: str) -> list[str]:
     machine = describe_machine(torch.device(found.ready.device), 1)
     gpu = "" if machine["device"] == "cpu" else f", {machine['device']}"
     versions = describe_versions()
@@ -90,7 +90,7 @@ def _header(recipe: Recipe, found: Found, command: str) -> list[str]:
     return [" ".join(line.split("\n")) for line in lines]
 
 
-def summary(found: Found) -> list[str]:
+def summary(found: TuneResult) -> list[str]:
     """Return what was found, in a few sentences."""
     own_rate = found.best.measurement.images_per_second.median
     lines = [
@@ -117,7 +117,7 @@ def summary(found: Found) -> list[str]:
     return lines
 
 
-def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store: bool) -> list[str]:
+def write_tuned(recipe: Recipe, found: TuneResult, path: Path, *, command: str, store: bool) -> list[str]:
     """Write the recipe and store the tuning; return what could not be stored. RunError if the recipe can't be."""
     try:
         write_atomically(path, tuned_text(recipe, found, command=command))
@@ -137,7 +137,7 @@ def write_tuned(recipe: Recipe, found: Found, path: Path, *, command: str, store
     return []
 
 
-def print_found(console: Console, found: Found, path: Path) -> None:
+def print_found(console: Console, found: TuneResult, path: Path) -> None:
     """Print what was tried, the fastest forecast first, and what came of it."""
     measured = [candidate for candidate in found.tried if candidate.measurement.is_measured]
     shown = Table(title="settings tried", title_justify="left")

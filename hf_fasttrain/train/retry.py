@@ -39,7 +39,7 @@ class Retry:
     ) -> None:
         self.step, self.loader, self.loaders, self.state, self.log, self.run = step, loader, loaders, state, log, run
         self.processes = step.processes
-        self._first_size = f"{loader.wish}, {self.processes.number} processes"
+        self._first_size = f"{loader.size_setting}, {self.processes.number} processes"
 
     def __call__(self, step: Step, steps: Steps, make: Callable[[Step], Tensor]) -> Tensor:
         """Return what `make` gives for a step of `steps`; called again where memory runs out."""

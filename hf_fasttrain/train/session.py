@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
-from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, Deaths
+from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
 from hf_fasttrain.train.checkpointing import lock_run, unlock_run
 from hf_fasttrain.train.steps import Steps
@@ -28,7 +28,7 @@ class Session:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.is_open = False  # whether steps can be made
-        self.deaths = Deaths(lambda text: trainer.log.alert(f"after step {trainer.state.step:,} {text}"))
+        self.deaths = WorkerDeaths(lambda text: trainer.log.alert(f"after step {trainer.state.step:,} {text}"))
         self._held = ExitStack()
 
     def require_open(self, method: str) -> None:
@@ -88,7 +88,7 @@ class Session:
         held.callback(self._close_loaders)
         for loader in (trainer.train_loader, *trainer.evaluation.loaders):
             if isinstance(loader, TrainLoader | EvalLoader):
-                loader.feed.deaths = self.deaths
+                loader.prefetcher.deaths = self.deaths
         self.deaths.number = 0
         trainer.step.accumulation.set_train_mode()
         bars = trainer.log.progress(trainer.num_steps, trainer.state.step, trainer.train_loader.steps_per_epoch)

@@ -49,7 +49,7 @@ class Steps:
     def retry(self, index: int, micro_batch_size: int) -> Step:
         """Return a step once more, the same images in smaller micro-batches, and go on from there."""
         self.loader.cut_to(micro_batch_size)
-        self._steps = iter(self.loader.again(index, self.stop))
+        self._steps = iter(self.loader.retry(index, self.stop))
         self._present = next(self._steps)
         return self._present
 

@@ -22,7 +22,7 @@ READ_ID: dict[str, Callable[[Any], str]] = {
 KEEP_CONFIG = ("mlflow", "tensorboard")  # a second configuration is an error in one, another run in the other
 
 
-class Tracking:
+class Trackers:
     """Feeds the trackers of an Accelerator with (values, step). One that fails is left out from then on."""
 
     def __init__(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.loader import Step
-from hf_fasttrain.data.loading.user_loader import OwnEvalLoader, OwnLoader
+from hf_fasttrain.data.loading.user_loader import UserEvalLoader, UserLoader
 from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.models.weights import save_weights
 from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path
@@ -106,7 +106,7 @@ class Trainer:
         self.lr, self.schedule = float(optimizer.param_groups[0]["lr"]), schedule
         for group in optimizer.param_groups:  # the groups' own rates keep their ratios
             group.setdefault("lr_scale", float(group["lr"]) / self.lr)
-        self.train_loader = OwnLoader.wrap(
+        self.train_loader = UserLoader.wrap(
             train_loader,
             self.device,
             accumulation_steps,
@@ -134,7 +134,7 @@ class Trainer:
             evaluator = Evaluator(self.accelerator, num_classes)
         self.evaluation = Evaluation(
             evaluator,
-            OwnEvalLoader.wrap(eval_loader, self.device),
+            UserEvalLoader.wrap(eval_loader, self.device),
             state=self.state,
             log=self.log,
             throughput=self.throughput,
@@ -320,7 +320,7 @@ class Trainer:
         While training, an empty dict if a signal has broken it off.
         """
         evaluator = self.evaluation.evaluator
-        chosen = self.evaluation.eval_loader if loader is None else OwnEvalLoader.wrap(loader, self.device)
+        chosen = self.evaluation.eval_loader if loader is None else UserEvalLoader.wrap(loader, self.device)
         if chosen is None or evaluator is None:
             raise RunError("nothing to evaluate with; give Trainer an eval_loader, and num_classes or an evaluator")
         if not self._holds_earlier_weights:  # saved as means already

@@ -26,7 +26,7 @@ TRIES = 4  # where forward draws random numbers or misses a parameter: layers ma
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterUse:
     """Names of the parameters that got a gradient in no try, and in some tries but not in all."""
 
     never: list[str]
@@ -56,7 +56,7 @@ class _Try:
 
 def find_use(
     model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], batch: Batch | None, processes: Processes
-) -> Use | None:
+) -> ParameterUse | None:
     """Return which `parameters` get no gradient in training mode, None where that could not be found out.
 
     `batch` is a micro-batch of the step that comes, None for a process that has none: noise of its kind goes through
@@ -78,7 +78,7 @@ def find_use(
     if not used.any():
         return None
     names = np.array(list(parameters))
-    return Use(names[missed & ~used].tolist(), names[missed & used].tolist())
+    return ParameterUse(names[missed & ~used].tolist(), names[missed & used].tolist())
 
 
 def _attempt(model: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], batch: Batch, seed: int) -> _Try:

@@ -81,7 +81,7 @@ def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
     store(recipe)
     parts = build_parts(recipe)
     assert parts.accelerator.mixed_precision == "bf16"
-    assert parts.order.micro_batch_size == 8
+    assert parts.sampling_plan.micro_batch_size == 8
     assert torch.get_num_threads() == 1
     fact = parts.settings.all()["accelerate.micro_batch_size"]
     assert (fact.value, "tuned on 2026-01-02" in fact.origin) == (8, True)

@@ -43,7 +43,7 @@ def test_predictions_are_those_of_the_last_evaluation(write_recipe: Callable[...
     assert sorted(found.rows.tolist()) == list(range(len(found.rows)))
     assert accuracy_score(found.labels, found.predicted) == pytest.approx(result["accuracy"])
     assert found.losses.mean().item() == pytest.approx(result["loss"], rel=1e-5)
-    labels = trainer.evaluation.eval_loader.feed.images.images.split.labels
+    labels = trainer.evaluation.eval_loader.prefetcher.images.images.split.labels
     assert (labels[found.rows] == found.labels.numpy()).all()
 
 

@@ -83,15 +83,15 @@ def norm_is_read(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T1", "erasing's colour is brought to the GPU in each batch", "synchronizing", on_cpu=False)
 def colour_is_brought(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loading.device_cache import DeviceFeed
+    from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 
-    real = DeviceFeed._batch
+    real = DevicePrefetcher._batch
 
-    def batch(self: DeviceFeed, key: Any) -> Any:
+    def batch(self: DevicePrefetcher, key: Any) -> Any:
         torch.tensor((0, 0, 0), dtype=torch.uint8, device=self.device)
         return real(self, key)
 
-    patch.setattr(DeviceFeed, "_batch", batch)
+    patch.setattr(DevicePrefetcher, "_batch", batch)
 
 
 @plant("T4", "the second run has another lr", "< 0.001")
@@ -235,16 +235,16 @@ def no_index(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T1b", "a batch waits for the GPU", "the host has waited", on_cpu=False)
 def batch_waits(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loading.device_cache import DeviceFeed
+    from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 
-    real = DeviceFeed._batch
+    real = DevicePrefetcher._batch
 
-    def batch(self: DeviceFeed, key: Any) -> Any:
+    def batch(self: DevicePrefetcher, key: Any) -> Any:
         made = real(self, key)
         torch.cuda.synchronize()
         return made
 
-    patch.setattr(DeviceFeed, "_batch", batch)
+    patch.setattr(DevicePrefetcher, "_batch", batch)
 
 
 @plant("T2", "a slot is used again while its copy is on the way", "wrong bytes", on_gpu=False)
@@ -293,18 +293,18 @@ def not_shifted(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T15", "waiting is not counted", "assert 0.7 < ")
 def waiting_not_counted(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loading.prefetch import Feed
+    from hf_fasttrain.data.loading.prefetch import Prefetcher
 
-    patch.setattr(Feed, "wait_seconds", property(lambda self: 0.0))
+    patch.setattr(Prefetcher, "wait_seconds", property(lambda self: 0.0))
 
 
 @plant("T15", "all time is counted as waiting", "< 0.02|< 0.1|< 0.9")
 def all_is_waiting(patch: pytest.MonkeyPatch) -> None:
     import time
 
-    from hf_fasttrain.data.loading.prefetch import Feed
+    from hf_fasttrain.data.loading.prefetch import Prefetcher
 
-    patch.setattr(Feed, "wait_seconds", property(lambda self: time.perf_counter()))
+    patch.setattr(Prefetcher, "wait_seconds", property(lambda self: time.perf_counter()))
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -334,17 +334,17 @@ def skipped_not_seen(patch: pytest.MonkeyPatch) -> None:
 
 @plant("T6", "half of the images of a step that is made again are lost", "< 0.001")
 def images_lost(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loading.user_loader import OwnLoader
+    from hf_fasttrain.data.loading.user_loader import UserLoader
 
-    real = OwnLoader.again
+    real = UserLoader.retry
 
-    def again(self: OwnLoader, index: int, stop: int) -> Any:
-        assert self._present is not None
-        images, targets = self._present
-        self._present = images[: len(images) // 2], targets[: len(images) // 2]
+    def retry(self: UserLoader, index: int, stop: int) -> Any:
+        assert self._current is not None
+        images, targets = self._current
+        self._current = images[: len(images) // 2], targets[: len(images) // 2]
         return real(self, index, stop)
 
-    patch.setattr(OwnLoader, "again", again)
+    patch.setattr(UserLoader, "retry", retry)
 
 
 @plant("T7", "batch norm's statistics are not put back", "other weights")
@@ -613,12 +613,12 @@ def tells_nobody(patch: pytest.MonkeyPatch) -> None:
 
 @plant("M4", "the number of images is summed on the device", "synchronizing", on_cpu=False)
 def summed_on_device(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.data.loading.user_loader import OwnLoader
+    from hf_fasttrain.data.loading.user_loader import UserLoader
 
-    real = OwnLoader._step
+    real = UserLoader._step
 
-    def step(self: OwnLoader, index: int, images: Tensor, targets: Tensor) -> Any:
+    def step(self: UserLoader, index: int, images: Tensor, targets: Tensor) -> Any:
         int(torch.tensor(len(images), device=self.device).clone())
         return real(self, index, images, targets)
 
-    patch.setattr(OwnLoader, "_step", step)
+    patch.setattr(UserLoader, "_step", step)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from hf_fasttrain.data.loading import device_cache as device_module
 from hf_fasttrain.data.loading.batch import Normalize
-from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 from hf_fasttrain.data.loading.loader import TrainLoader
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches, Made, _pixels
-from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order
+from hf_fasttrain.data.loading.prefetch import ImageBatches, PixelBatch, Prefetcher, _pixels
+from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.prepare import Preparation
@@ -41,14 +41,14 @@ class Numbers(ImageBatches):
     def num_images(self) -> int:
         return BATCHES * NUMBER
 
-    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> Made:
+    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> PixelBatch:
         if self.seconds:
             time.sleep(self.seconds)
         batch = _pixels(room, len(key.indices), self.size, self.size)
         rows = torch.from_numpy(key.indices).view(-1, 1, 1, 1)
         places = torch.arange(self.size * self.size * 3).view(1, self.size, self.size, 3)
         batch.copy_((rows * 37 + places) % 233)
-        return Made(batch, torch.from_numpy(key.indices % 10), ())
+        return PixelBatch(batch, torch.from_numpy(key.indices % 10), ())
 
     def most_bytes(self, num_images: int) -> int:
         return num_images * self.size**2 * 3
@@ -75,15 +75,15 @@ def test_t02_batches_are_the_hosts(
 ) -> None:
     late = LateStreams(monkeypatch) if device.type == "cpu" else None
     images, wanted = Numbers(4 if late else 32), keys(50 if late else BATCHES)
-    feed = Feed(images, late.device if late else device, workers=workers, pin_memory=pinned)
+    prefetcher = Prefetcher(images, late.device if late else device, workers=workers, pin_memory=pinned)
     expected = [images.make(key) for key in wanted]
     on_device = [(made.pixels.to(device), made.labels.to(device)) for made in expected]
     wrong = torch.zeros(len(wanted), dtype=torch.bool, device=device)
     rng, unrecorded = random.Random(0), 0
-    for number, (pixels, labels) in enumerate(feed.open(wanted, NUMBER)):
+    for number, (pixels, labels) in enumerate(prefetcher.open(wanted, NUMBER)):
         if late is None:
             delay(torch.cuda.current_stream(), rng)
-            delay(feed._copies, rng)
+            delay(prefetcher._copy_stream, rng)
         else:
             time.sleep(0.003)  # time for workers to use a slot that was given back too early
             unrecorded += id(pixels) not in late.recorded
@@ -98,11 +98,11 @@ def test_t02_batches_are_the_hosts(
 # --- T3, T1b: kept on the device -----------------------------------------------------------------------------
 
 
-def device_feed(device: torch.device, transform: TrainTransform) -> tuple[DeviceFeed, ImageBatches]:
+def device_feed(device: torch.device, transform: TrainTransform) -> tuple[DevicePrefetcher, ImageBatches]:
     """Return a feed of the digits that keeps them on the device, and what it is to give."""
     source = load_source("digits", eval_fraction=0.05)
     images = ImageBatches(Images(source.train, Preparation(center=EvalTransform(32, crop_pct=1.0))), transform)
-    return DeviceFeed(images, device, 32, workers=0, pin_memory=device.type == "cuda"), images
+    return DevicePrefetcher(images, device, 32, workers=0, pin_memory=device.type == "cuda"), images
 
 
 CROP = TrainTransform(32, crop="padded", erase_prob=0.5, erase_fill=(10, 200, 30))
@@ -114,13 +114,13 @@ CROP = TrainTransform(32, crop="padded", erase_prob=0.5, erase_fill=(10, 200, 30
     ids=["crop, flip, erase", "flip", "crop"],
 )
 def test_t03_images_on_the_device_give_the_hosts_bytes(transform: TrainTransform, device: torch.device) -> None:
-    feed, images = device_feed(device, transform)
+    prefetcher, images = device_feed(device, transform)
     order = [np.random.default_rng(epoch).permutation(512) for epoch in range(3)]
     wanted = [MicroBatchKey(epoch, part) for epoch in range(3) for part in np.split(order[epoch], 8)]
-    for number, (key, (pixels, labels)) in enumerate(zip(wanted, feed.open(wanted, NUMBER), strict=True)):
+    for number, (key, (pixels, labels)) in enumerate(zip(wanted, prefetcher.open(wanted, NUMBER), strict=True)):
         if device.type == "cpu":  # where feeds write each image as the host does
             rows = torch.from_numpy(key.indices)
-            pixels = device_module.augment_on_device(feed.pixels, rows, transform, key)
+            pixels = device_module.augment_on_device(prefetcher.pixels, rows, transform, key)
         expected = images.make(key)
         wrong = int((pixels.cpu() != expected.pixels).sum())
         assert wrong == 0, f"{wrong:,} wrong bytes in batch {number}"
@@ -130,11 +130,11 @@ def test_t03_images_on_the_device_give_the_hosts_bytes(transform: TrainTransform
 def test_t01b_a_batch_does_not_wait_for_what_is_queued(
     device: torch.device, record_property: Callable[..., None]
 ) -> None:
-    feed, _ = device_feed(device, CROP)
+    prefetcher, _ = device_feed(device, CROP)
     wanted = keys(12)
-    for _ in feed.open(wanted, NUMBER):  # all of them are there after this
+    for _ in prefetcher.open(wanted, NUMBER):  # all of them are there after this
         pass
-    batches = iter(feed.open(wanted, NUMBER))
+    batches = iter(prefetcher.open(wanted, NUMBER))
     next(batches)
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # a second
@@ -183,9 +183,9 @@ def cycles_in_a_second() -> float:
 
 def waiting(device: torch.device, run: Path, feeding: float, working: float) -> float:
     """Return the share of time that a training loses by waiting for data once its workers have begun."""
-    feed = Feed(Numbers(8, feeding), device, workers=1, pin_memory=device.type == "cuda")
+    prefetcher = Prefetcher(Numbers(8, feeding), device, workers=1, pin_memory=device.type == "cuda")
     normalize = Normalize([0.5] * 3, [0.25] * 3, device, channels_last=True)
-    loader = TrainLoader(feed, Order(BATCHES * NUMBER, NUMBER, NUMBER), normalize, None, lambda epoch: 8)
+    loader = TrainLoader(prefetcher, SamplingPlan(BATCHES * NUMBER, NUMBER, NUMBER), normalize, None, lambda epoch: 8)
     model = Works(device, working)
     trainer = own_trainer(device, model, loader, duration="24 steps", output_dir=run, log_every=8)
     trainer.fit()

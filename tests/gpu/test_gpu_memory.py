@@ -186,8 +186,8 @@ def test_t21_images_are_kept_on_the_gpu_up_to_their_share(
         trainer = make(
             run.with_name(f"share-{share}"), "data.cache=auto", "augment.crop=padded", "train.duration=9 epochs"
         )
-        kept = type(trainer.train_loader.feed).__name__
-        return "device" if kept == "DeviceFeed" else "memory"
+        kept = type(trainer.train_loader.prefetcher).__name__
+        return "device" if kept == "DevicePrefetcher" else "memory"
 
     usual = cache_plan.DEVICE_SHARE
     assert 0.01 <= usual <= 0.1

@@ -24,7 +24,7 @@ from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkp
 from hf_fasttrain.study import arm_process
 from hf_fasttrain.study.arm_process import Starter
 from hf_fasttrain.study.bench import Arm
-from hf_fasttrain.study.messages import Asked, Report, Turn, Wishes
+from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn
 from hf_fasttrain.study.trial import Trial
 
 # --- T10 -------------------------------------------------------------------------------------------------------
@@ -150,15 +150,15 @@ accelerate: {mixed_precision: "no"}
 """
 
 
-def asked(device: torch.device, *overrides: str) -> Asked:
+def asked(device: torch.device, *overrides: str) -> ArmRequest:
     """Return the recipe of a study: ResNet-50 on a GPU."""
     large = ["model.name=resnet50", "data.image_size=224", "accelerate.mixed_precision=bf16", "train.batch_size=64"]
-    return Asked(STUDY, "study.yaml", "study", (*(large if device.type == "cuda" else []), *overrides))
+    return ArmRequest(STUDY, "study.yaml", "study", (*(large if device.type == "cuda" else []), *overrides))
 
 
 def test_t16_phases_add_up_to_the_step(device: torch.device, record_property: Callable[..., None]) -> None:
     reset_accelerate()
-    trial = Trial(asked(device), Wishes(watched=True))
+    trial = Trial(asked(device), ArmOptions(watched=True))
     turns, reports = iter([Turn(min_steps=3), Turn(min_steps=8), None]), list[Report]()
 
     def next_turn(report: Report | None) -> Turn | None:
@@ -182,7 +182,7 @@ def starter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
 
 
 def test_t17_an_arm_stands_still_and_goes_on(device: torch.device, starter: Starter) -> None:
-    arm = starter(Arm("one"), Wishes())
+    arm = starter(Arm("one"), ArmOptions())
     try:
         assert torch.device(arm.ready.device).type == device.type
         assert arm.turn(Turn(min_steps=2)).images > 0
@@ -200,7 +200,7 @@ def test_t17_an_arm_stands_still_and_goes_on(device: torch.device, starter: Star
 def test_t17_two_arms_leave_memory(
     device: torch.device, starter: Starter, record_property: Callable[..., None]
 ) -> None:
-    arms = [starter(Arm(name), Wishes()) for name in ("one", "two")]
+    arms = [starter(Arm(name), ArmOptions()) for name in ("one", "two")]
     try:
         reports = [arm.turn(Turn(min_steps=3)) for arm in arms]
         free, total = torch.cuda.mem_get_info(device)

@@ -215,4 +215,4 @@ def test_t20_dropout_repeats_after_resume(device: torch.device, run: Path) -> No
 def test_t20_the_device_has_an_index(device: torch.device, run: Path) -> None:
     trainer = make(run)
     assert trainer.device.index == (0 if device.type == "cuda" else None)
-    assert trainer.train_loader.feed.device == trainer.device
+    assert trainer.train_loader.prefetcher.device == trainer.device

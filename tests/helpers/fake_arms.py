@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.study.bench import Arm, ArmFailed
-from hf_fasttrain.study.messages import Ready, Report, Turn, Wishes
+from hf_fasttrain.study.messages import ArmOptions, Ready, Report, Turn
 
 FACTS: dict[str, Any] = {
     "train.batch_size": 32,
@@ -75,13 +75,13 @@ class Fakes:
     alive: int = 0
     before_turn: Callable[[Arm], None] = lambda arm: None
 
-    def __call__(self, arm: Arm, wishes: Wishes, limit_seconds: float | None = None) -> FakeArm:
+    def __call__(self, arm: Arm, options: ArmOptions, limit_seconds: float | None = None) -> FakeArm:
         self.started.append(arm)
         self.clock.now += self.start_seconds
         settings = dict(override.partition("=")[::2] for override in arm.overrides)
         self.speed(settings)  # may fail
         self.alive += 1
-        return FakeArm(self, arm, settings, wishes)
+        return FakeArm(self, arm, settings, options)
 
 
 @dataclass
@@ -91,7 +91,7 @@ class FakeArm:
     fakes: Fakes
     arm: Arm
     settings: dict[str, str]
-    wishes: Wishes
+    options: ArmOptions
     steps: int = 0
 
     @property
@@ -111,8 +111,8 @@ class FakeArm:
             self.fakes.clock.now += limit_seconds
             raise ArmFailed(f"not done after {limit_seconds:.0f} s, which is all the time it had")
         self.fakes.clock.now += sum(seconds)
-        if self.wishes.gradient_to is not None:
-            np.save(self.wishes.gradient_to, self.fakes.gradient(self.settings))
+        if self.options.gradient_to is not None:
+            np.save(self.options.gradient_to, self.fakes.gradient(self.settings))
         losses = (self.fakes.losses(self.settings),) * number
         return Report(sum(seconds), 32 * number, tuple(seconds), 0.0, losses, 10, 20)
 

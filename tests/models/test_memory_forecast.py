@@ -220,11 +220,11 @@ def least(parts: Parts, images: int) -> int:
 
 def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_with: Callable[..., Parts]) -> None:
     enough = parts_with(1000 * GB)
-    assert enough.order.micro_batch_size == 256
+    assert enough.sampling_plan.micro_batch_size == 256
     assert not [note for note in enough.settings.notes if "micro_batch" in note]
     free = 2 * least(enough, 70)
     parts = parts_with(free)
-    assert parts.order.micro_batch_size == 64
+    assert parts.sampling_plan.micro_batch_size == 64
     assert least(parts, 64) <= free // 2 < least(parts, 128)
     assert parts.accelerator.gradient_accumulation_steps == 4
     fact = parts.settings.all()["accelerate.micro_batch_size"]
@@ -239,18 +239,18 @@ def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_wit
 def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "images_that_fill_cpu", lambda size: 66)
     parts = parts_with(1000 * GB, "model.name=test_vit")
-    assert parts.order.micro_batch_size == 64
+    assert parts.sampling_plan.micro_batch_size == 64
     assert not [
         note for note in parts.settings.notes if "micro_batch" in note
     ]  # no batch norm: nothing is learnt by it
     whole = parts_with(1000 * GB, "model.name=test_vit", "data.eval_fraction=0.96")  # 71 images are less than a step
-    assert whole.order.micro_batch_size == 36
+    assert whole.sampling_plan.micro_batch_size == 36
 
 
 def test_a_wish_is_never_changed_but_told_if_memory_is_too_short(parts_with: Callable[..., Parts]) -> None:
     for wish, size in (("accelerate.micro_batch_size=128", 128), ("accelerate.gradient_accumulation_steps=1", 256)):
         parts = parts_with(1 << 20, wish)
-        assert parts.order.micro_batch_size == size
+        assert parts.sampling_plan.micro_batch_size == size
         (note,) = [note for note in parts.settings.notes if "micro_batch" in note]
         assert note.startswith(f"accelerate.micro_batch_size={size}: training will take about ")
         assert "1.05 MB are free" in note
@@ -283,7 +283,7 @@ def sizes(recipe: str) -> tuple[int, int]:
     rank = os.environ["RANK"]
     memory.free_memory_bytes = lambda: (1000 if rank == "0" else 1) * GB // 4
     parts = build_parts(load_recipe(recipe, ["train.batch_size=1024", "data.image_size=64"]))
-    return parts.order.micro_batch_size, local_processes()
+    return parts.sampling_plan.micro_batch_size, local_processes()
 
 
 def test_processes_share_the_memory_and_cut_alike(write_recipe: Callable[..., Path]) -> None:

@@ -97,7 +97,7 @@ def test_a_recipe_object_takes_overrides(write_recipe: Callable[..., Path], tmp_
     for recipe in (read, Recipe.model_validate(read.model_dump())):
         trainer = Trainer.from_recipe(recipe, ["train.duration=3 steps", f"output_dir={tmp_path / recipe.source.name}"])
         assert trainer.num_steps == 3
-        assert trainer.train_loader.order.batch_size == 4
+        assert trainer.train_loader.sampling_plan.batch_size == 4
     changed = load_recipe(read, ["optimizer={name: sgd}"])
     assert changed.source.overrides == ("train.batch_size=4", "optimizer={name: sgd}")
     assert (origin_of(changed, "optimizer.name"), origin_of(changed, "data.dataset")) == ("override", "recipe")

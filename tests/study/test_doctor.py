@@ -22,7 +22,7 @@ from hf_fasttrain.study.arm_process import Starter
 from hf_fasttrain.study.bench import Arm, Measurement
 from hf_fasttrain.study.doctor import Doctor, doctor, lines, print_diagnosis
 from hf_fasttrain.study.doctor_diagnosis import Diagnosis, best_advice, split_loading, split_step
-from hf_fasttrain.study.messages import Asked, Report, Turn, Wishes
+from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware
 from hf_fasttrain.study.trial import Trial
@@ -49,7 +49,7 @@ def slow(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def watch(*overrides: str, steps: int = 4) -> Report:
     """Return what a watched training's second turn reports."""
-    looked = Trial(Asked(TEXT, "small.yaml", "small", overrides), Wishes(watched=True))
+    looked = Trial(ArmRequest(TEXT, "small.yaml", "small", overrides), ArmOptions(watched=True))
     reports: list[Report] = []
 
     def next_turn(report: Report | None) -> Turn | None:
@@ -103,7 +103,9 @@ def test_phases_add_up_to_the_step() -> None:
 
 
 def test_kept_pixels_are_read_not_decoded() -> None:
-    looked = Trial(Asked(TEXT, "small.yaml", "small", ("data.cache=memory", "data.workers=0")), Wishes(watched=True))
+    looked = Trial(
+        ArmRequest(TEXT, "small.yaml", "small", ("data.cache=memory", "data.workers=0")), ArmOptions(watched=True)
+    )
     reports: list[Report] = []
 
     def next_turn(report: Report | None) -> Turn | None:
@@ -228,7 +230,7 @@ def test_a_slow_decoder_is_found_by_the_whole_examination(
     """In real processes, forked from this one so that they have the planted delay; keeping pixels is advised."""
     monkeypatch.setattr(prepare, "read_pixels", slow(prepare.read_pixels))
     monkeypatch.setattr(trial, "SAMPLE_IMAGES", 64)
-    asked = Asked(TEXT, "small.yaml", "small", ("train.batch_size=4", "model.name=test_vit"))
+    asked = ArmRequest(TEXT, "small.yaml", "small", ("train.batch_size=4", "model.name=test_vit"))
     with Starter(asked, on_gpu=False) as start:
         found = Doctor(start, CPU, 2, seconds=1.0, tell=lambda text: None).examine()
     assert found.is_waiting
@@ -240,7 +242,7 @@ def test_a_slow_decoder_is_found_by_the_whole_examination(
 
 
 def test_a_recipe_that_cant_run_here_is_one_message(forked_arms: None) -> None:
-    asked = Asked(TEXT, "small.yaml", "small", ("model.name=no_such_model",))
+    asked = ArmRequest(TEXT, "small.yaml", "small", ("model.name=no_such_model",))
     with (
         Starter(asked, on_gpu=False) as start,
         pytest.raises(RunError, match=r"could not be profiled here: .*"),

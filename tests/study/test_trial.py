@@ -19,10 +19,10 @@ import torch
 from helpers.runs import num_kept
 
 from hf_fasttrain import Trainer, load_recipe
-from hf_fasttrain.data.loading.sampler import Order
+from hf_fasttrain.data.loading.sampler import SamplingPlan
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed
-from hf_fasttrain.study.messages import Asked, Report, Turn, Wishes, ask
+from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn, resolve_arm
 from hf_fasttrain.study.trial import Passes, Trial
 from hf_fasttrain.utils.errors import RunError
 
@@ -35,8 +35,8 @@ schedule: {name: onecycle}
 """
 
 
-def asked(*overrides: str) -> Asked:
-    return Asked(TEXT, "small.yaml", "small", overrides)
+def asked(*overrides: str) -> ArmRequest:
+    return ArmRequest(TEXT, "small.yaml", "small", overrides)
 
 
 def reports_of(trial: Trial, turns: list[Turn]) -> list[Report]:
@@ -90,18 +90,18 @@ def test_a_pass_is_short_where_pixels_are_kept() -> None:
     assert first.fill_seconds > 0
     assert later.fill_seconds is None
     assert first.images == 48  # those that filled the cache were not trained on
-    assert num_kept(kept.loader.feed.images.images.cache) == 256
+    assert num_kept(kept.loader.prefetcher.images.images.cache) == 256
 
 
 def test_what_workers_made_ahead_is_used_up() -> None:
     trial = Trial(asked("data.workers=1"))
-    made = trial.loader.feed.images.make
+    made = trial.loader.prefetcher.images.make
 
     def slow(*args: Any) -> Any:
         time.sleep(0.05)
         return made(*args)
 
-    trial.loader.feed.images.make = slow
+    trial.loader.prefetcher.images.make = slow
     warm, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=6)])
     assert later.wait_seconds > 0.5 * later.seconds  # from the first step on
     assert warm.images == 48
@@ -109,7 +109,7 @@ def test_what_workers_made_ahead_is_used_up() -> None:
 
 def test_passes_are_the_first_steps_again_with_other_randomness() -> None:
     order = Passes(num_images=100, batch_size=10, micro_batch_size=10, period=3)
-    plain = Order(num_images=100, batch_size=10, micro_batch_size=10)
+    plain = SamplingPlan(num_images=100, batch_size=10, micro_batch_size=10)
     for step in range(6):
         (key,), (same,) = order.plan(step).micro_batches, plain.plan(step % 3).micro_batches
         assert np.array_equal(key.indices, same.indices)
@@ -138,7 +138,7 @@ def test_halves_are_measured_alone() -> None:
 
 def test_the_first_gradient_is_written(tmp_path: Path) -> None:
     path = tmp_path / "gradient.npy"
-    trial = Trial(asked(), Wishes(gradient_to=str(path), full_lr=True, without_dropout=True))
+    trial = Trial(asked(), ArmOptions(gradient_to=str(path), full_lr=True, without_dropout=True))
     (report,) = reports_of(trial, [Turn(min_steps=3, max_steps=3)])
     gradient = np.load(path)
     assert gradient.shape == (sum(p.numel() for p in trial.trainer.step.parameters),)
@@ -149,7 +149,7 @@ def test_the_first_gradient_is_written(tmp_path: Path) -> None:
 
 
 def test_dropout_is_taken_out_for_comparing() -> None:
-    trial = Trial(asked("model.name=test_vit", "model.drop_path=0.3"), Wishes(without_dropout=True))
+    trial = Trial(asked("model.name=test_vit", "model.drop_path=0.3"), ArmOptions(without_dropout=True))
     rates = [m.drop_prob for m in trial.trainer.raw_model.modules() if hasattr(m, "drop_prob")]
     assert rates
     assert not any(rates)
@@ -171,7 +171,7 @@ def states(pid: int) -> set[str]:
 
 
 def test_an_arm_and_its_loader_processes_stand_still_between_turns(starter: Starter) -> None:
-    arm = starter(Arm("a", ("data.workers=2",)), Wishes())
+    arm = starter(Arm("a", ("data.workers=2",)), ArmOptions())
     pid = arm._process.pid
     try:
         for _ in range(2):
@@ -193,11 +193,11 @@ def test_what_is_wrong_in_an_arm_is_one_line(starter: Starter) -> None:
         (("accelerate.mixed_precision=fp16",), "fp16 needs a GPU"),
     ):
         with pytest.raises(ArmFailed, match=text):
-            starter(Arm("wrong", overrides), Wishes())
+            starter(Arm("wrong", overrides), ArmOptions())
 
 
 def test_an_arm_that_dies_is_told_apart(starter: Starter) -> None:
-    arm = starter(Arm("a"), Wishes())
+    arm = starter(Arm("a"), ArmOptions())
     os.kill(arm._process.pid, signal.SIGKILL)
     with pytest.raises(ArmFailed, match="killed, possibly out of memory"):
         arm.turn(Turn())
@@ -205,7 +205,7 @@ def test_an_arm_that_dies_is_told_apart(starter: Starter) -> None:
 
 
 def test_a_turn_has_its_limit(starter: Starter) -> None:
-    arm = starter(Arm("a"), Wishes())
+    arm = starter(Arm("a"), ArmOptions())
     try:
         with pytest.raises(ArmFailed, match="not done after 0 s, which is all the time it had"):
             arm.turn(Turn(min_steps=10**6), limit_seconds=0.2)
@@ -215,7 +215,7 @@ def test_a_turn_has_its_limit(starter: Starter) -> None:
 
 
 def test_a_starter_removes_what_arms_wrote(starter: Starter) -> None:
-    arm = starter(Arm("a", ("data.cache=disk", "train.duration=2 epochs")), Wishes())
+    arm = starter(Arm("a", ("data.cache=disk", "train.duration=2 epochs")), ArmOptions())
     arm.turn(Turn(min_steps=20))
     arm.close()
     folder = starter.folder
@@ -228,7 +228,7 @@ def test_a_cache_on_the_device_is_filled_by_the_passes_alone() -> None:
     """Most of the images are in no pass; fetching must end all the same."""
     trial = Trial(asked("data.cache=device", "data.workers=0", "augment={crop: padded}", "train.duration=3 epochs"))
     first, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
-    assert trial.loader.feed.is_loaded.all()
+    assert trial.loader.prefetcher.is_loaded.all()
     assert (first.images, later.images) == (48, 32)
 
 
@@ -243,9 +243,9 @@ PARENT = """
 import sys, time
 from hf_fasttrain.study.bench import Arm
 from hf_fasttrain.study.arm_process import Starter
-from hf_fasttrain.study.messages import Asked, Turn, Wishes
-with Starter(Asked(sys.argv[1], "small.yaml", "small"), on_gpu=False) as start:
-    arms = [start(Arm(str(number), ("data.workers=1",)), Wishes()) for number in range(2)]
+from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Turn
+with Starter(ArmRequest(sys.argv[1], "small.yaml", "small"), on_gpu=False) as start:
+    arms = [start(Arm(str(number), ("data.workers=1",)), ArmOptions()) for number in range(2)]
     for arm in arms:
         arm.turn(Turn(min_steps=2))
     print(*(arm._process.pid for arm in arms), flush=True)
@@ -267,7 +267,7 @@ def test_arms_end_when_the_one_that_asked_is_killed() -> None:
 
 
 def test_a_trace_is_written(starter: Starter, tmp_path: Path) -> None:
-    arm = starter(Arm("a"), Wishes(watched=True))
+    arm = starter(Arm("a"), ArmOptions(watched=True))
     try:
         arm.turn(Turn())
         arm.trace(tmp_path / "trace.json", 1)
@@ -290,4 +290,4 @@ def test_studies_want_processes_that_can_be_stopped(monkeypatch: pytest.MonkeyPa
 
 def test_a_recipe_is_asked_with_its_overrides(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe(), ["train.batch_size=8"])
-    assert ask(recipe).load().train.batch_size == 8
+    assert resolve_arm(recipe).load().train.batch_size == 8

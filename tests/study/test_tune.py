@@ -17,8 +17,8 @@ from hf_fasttrain.recipe.load import flatten, tag_of
 from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.bench import Arm, ArmFailed
 from hf_fasttrain.study.techniques import Hardware
-from hf_fasttrain.study.tune import Candidate, Found, Tuner, parse_budget
-from hf_fasttrain.study.tune_guard import Course, compare
+from hf_fasttrain.study.tune import Candidate, Tuner, TuneResult, parse_budget
+from hf_fasttrain.study.tune_guard import LossCurve, compare
 from hf_fasttrain.study.tune_recipe import default_path, print_found, require_new_file, tuned_text, write_tuned
 from hf_fasttrain.utils.errors import RunError
 
@@ -40,7 +40,7 @@ def speed_of(**faster: float) -> Callable[[dict[str, str]], float]:
     return speed
 
 
-def search(fakes: Fakes, budget: float = 600.0, hardware: Hardware = CPU, said: list[str] | None = None) -> Found:
+def search(fakes: Fakes, budget: float = 600.0, hardware: Hardware = CPU, said: list[str] | None = None) -> TuneResult:
     tell = said.append if said is not None else lambda text: None
     return Tuner(fakes, budget, hardware, 2, tell=tell, clock=fakes.clock).run()
 
@@ -109,13 +109,13 @@ def test_a_precision_whose_loss_goes_elsewhere_is_refused() -> None:
 
 
 def test_the_guard_needs_numbers() -> None:
-    fine = Course(np.ones(4, np.float32), (2.0, 1.0))
+    fine = LossCurve(np.ones(4, np.float32), (2.0, 1.0))
     assert compare(fine, fine).is_good
-    assert not compare(Course(np.zeros(4, np.float32), (2.0, 1.0)), fine).is_good
-    assert not compare(Course(np.ones(4, np.float32), (2.0, float("nan"))), fine).is_good
-    tilted = Course(np.array([1, 1, 1, 1.3], np.float32), (2.0, 1.0))
+    assert not compare(LossCurve(np.zeros(4, np.float32), (2.0, 1.0)), fine).is_good
+    assert not compare(LossCurve(np.ones(4, np.float32), (2.0, float("nan"))), fine).is_good
+    tilted = LossCurve(np.array([1, 1, 1, 1.3], np.float32), (2.0, 1.0))
     assert compare(tilted, fine).cosine == pytest.approx(4.3 / (2 * np.sqrt(3 + 1.69)), abs=1e-6)
-    assert compare(Course(fine.gradient, (2.1, 1.0)), fine).loss_difference == pytest.approx(0.1 / 3)
+    assert compare(LossCurve(fine.gradient, (2.1, 1.0)), fine).loss_difference == pytest.approx(0.1 / 3)
 
 
 def test_a_precision_that_was_asked_for_needs_no_guard() -> None:
@@ -302,7 +302,7 @@ optimizer: {lr: 2e-3}
 """
 
 
-def found_with_bf16() -> Found:
+def found_with_bf16() -> TuneResult:
     return search(Fakes(speed_of(accelerate__mixed_precision__bf16=2.0, accelerate__micro_batch_size__16=1.5)))
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import Step, TrainLoader
-from hf_fasttrain.data.loading.prefetch import Feed, Made
-from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order, micro_batch_size_for
+from hf_fasttrain.data.loading.prefetch import PixelBatch, Prefetcher
+from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan, micro_batch_size_for
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import ClassificationLoss
 from hf_fasttrain.train.steps import Steps
@@ -40,8 +40,8 @@ class Images:
     def most_bytes(self, num_images: int) -> int:
         return 0
 
-    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> Made:
-        return Made(self.pixels[key.indices], self.labels[key.indices], ())
+    def make(self, key: MicroBatchKey, room: Tensor | None = None) -> PixelBatch:
+        return PixelBatch(self.pixels[key.indices], self.labels[key.indices], ())
 
 
 class NormalizeAs(Normalize):
@@ -80,7 +80,7 @@ def train(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Return the weights and the logged losses after training by Trainer on this process's share."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    order = Order(
+    order = SamplingPlan(
         num_images=num_images,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size_for(batch_size, accelerator.num_processes, accumulation),
@@ -88,7 +88,7 @@ def train(
         process_index=accelerator.process_index,
     )
     mixing = Mixing(0.8, 1.0, NUM_CLASSES) if case == "mixed" else None
-    feed = Feed(Images(num_images, case), accelerator.device, workers=0, pin_memory=False)
+    prefetcher = Prefetcher(Images(num_images, case), accelerator.device, workers=0, pin_memory=False)
     model = make_model(dtype)
     losses: list[float] = []
     log = RunLog(show=False)
@@ -100,7 +100,7 @@ def train(
     )
     Trainer(
         model,
-        TrainLoader(feed, order, NormalizeAs(dtype), mixing, lambda _: SIZE),
+        TrainLoader(prefetcher, order, NormalizeAs(dtype), mixing, lambda _: SIZE),
         chosen,
         duration=f"{num_steps} steps",
         accelerator=accelerator,
@@ -114,7 +114,7 @@ def train(
 def reference(case: str, *, num_steps: int = 5) -> tuple[dict[str, Tensor], list[float]]:
     """Return weights and losses of a loop in plain PyTorch: whole steps, the mean loss written out."""
     images, model = Images(NUM_IMAGES, case), make_model(torch.float32)
-    order = Order(num_images=NUM_IMAGES, batch_size=BATCH, micro_batch_size=1000)
+    order = SamplingPlan(num_images=NUM_IMAGES, batch_size=BATCH, micro_batch_size=1000)
     normalize, loss = NormalizeAs(torch.float32), make_loss(case)
     mixing = Mixing(0.8, 1.0, NUM_CLASSES)
     momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -209,9 +209,9 @@ def norms_after_a_step_without_images() -> tuple[Tensor, Tensor]:
     """Train a model with batch norm on one pair of images for two processes, and return its statistics here."""
     accelerator = Accelerator(cpu=True)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    order = Order(2, 2, 2, num_processes=accelerator.num_processes, process_index=accelerator.process_index)
-    feed = Feed(Images(2, "hard"), accelerator.device, workers=0, pin_memory=False)
-    loader = TrainLoader(feed, order, NormalizeAs(torch.float32), None, lambda _: SIZE)
+    order = SamplingPlan(2, 2, 2, num_processes=accelerator.num_processes, process_index=accelerator.process_index)
+    prefetcher = Prefetcher(Images(2, "hard"), accelerator.device, workers=0, pin_memory=False)
+    loader = TrainLoader(prefetcher, order, NormalizeAs(torch.float32), None, lambda _: SIZE)
     trainer = Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), accelerator=accelerator)
     trainer.step.accumulation.set_train_mode()
     trainer.train_step(next(loader.steps(0, 1)))
@@ -289,11 +289,11 @@ def two_passes(accumulation: int, case: str, own: bool) -> dict[str, Tensor]:
     processes, index = accelerator.num_processes, accelerator.process_index
     images, normalize = Images(NUM_IMAGES, case), NormalizeAs(torch.float32)
     size = micro_batch_size_for(BATCH, processes, accumulation)
-    order = Order(NUM_IMAGES, BATCH, size, num_processes=processes, process_index=index)
-    feed = Feed(images, accelerator.device, workers=0, pin_memory=False)
+    order = SamplingPlan(NUM_IMAGES, BATCH, size, num_processes=processes, process_index=index)
+    prefetcher = Prefetcher(images, accelerator.device, workers=0, pin_memory=False)
     model = nn.Sequential(make_model(torch.float32), nn.Dropout(0.5))
     mixing = Mixing(0.8, 1.0, NUM_CLASSES) if case == "mixed" else None
-    loader: Any = TrainLoader(feed, order, normalize, mixing, lambda _: SIZE)
+    loader: Any = TrainLoader(prefetcher, order, normalize, mixing, lambda _: SIZE)
     if own:
         loader = [(normalize(images.pixels)[index::processes], images.labels[index::processes])] * 3
     trainer = Twice(
@@ -339,8 +339,8 @@ def test_the_halves_of_a_step_are_its_whole() -> None:
 def test_a_timer_is_told_of_each_phase() -> None:
     seen: list[str] = []
     accelerator = Accelerator(cpu=True)
-    feed = Feed(Images(8, "hard"), accelerator.device, workers=0, pin_memory=False)
-    loader = TrainLoader(feed, Order(8, 8, 4), NormalizeAs(torch.float32), None, lambda _: SIZE)
+    prefetcher = Prefetcher(Images(8, "hard"), accelerator.device, workers=0, pin_memory=False)
+    loader = TrainLoader(prefetcher, SamplingPlan(8, 8, 4), NormalizeAs(torch.float32), None, lambda _: SIZE)
     model = make_model(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, loader, optimizer, accelerator=accelerator, log=RunLog(show=False))
@@ -358,8 +358,8 @@ def test_a_timer_is_told_of_each_phase() -> None:
 
 def test_steps_can_be_skipped() -> None:
     accelerator = Accelerator(cpu=True)
-    feed = Feed(Images(40, "hard"), accelerator.device, workers=0, pin_memory=False)
-    loader = TrainLoader(feed, Order(40, 8, 4), NormalizeAs(torch.float32), None, lambda _: SIZE)
+    prefetcher = Prefetcher(Images(40, "hard"), accelerator.device, workers=0, pin_memory=False)
+    loader = TrainLoader(prefetcher, SamplingPlan(40, 8, 4), NormalizeAs(torch.float32), None, lambda _: SIZE)
     steps = Steps(loader, 0, 5)
     assert steps.skip(2) == 16
     assert [step.index for step in steps] == [2, 3, 4]

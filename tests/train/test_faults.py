@@ -427,7 +427,7 @@ def test_yaml_makes_no_objects(write_recipe: Callable[..., Path], tmp_path: Path
 
 def test_images_of_a_step_do_not_depend_on_processes(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     trainer = make(write_recipe(), tmp_path / "run", "accelerate.micro_batch_size=4")
-    order = trainer.train_loader.order
+    order = trainer.train_loader.sampling_plan
     plan = order.plan(7)
     assert np.array_equal(
         trainer.train_loader.image_indices(7), np.concatenate([k.indices for k in plan.micro_batches])

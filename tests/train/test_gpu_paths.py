@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.data.loading.batch import Mixing, Normalize, augment_on_device
-from hf_fasttrain.data.loading.device_cache import DeviceFeed
+from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 from hf_fasttrain.data.loading.loader import MicroBatches, Step
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches, _pinned, batches_ahead, num_slots
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher, _pinned, batches_ahead, num_slots
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
-from hf_fasttrain.data.loading.user_loader import OwnLoader
+from hf_fasttrain.data.loading.user_loader import UserLoader
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.pixels.images import Images
@@ -227,14 +227,14 @@ def test_shapes_are_counted_as_training_makes_them(write_recipe: Callable[..., P
     options = [*GROWING, "train.duration=6 epochs", "train.batch_size=600", "accelerate.micro_batch_size=256"]
     parts = build_parts(load_recipe(write_recipe(), options))
     loaders = build_loaders(parts, BadImages(None, 0.5, lambda text: None), keep_pixels=False)
-    num_steps = 6 * parts.order.steps_per_epoch
-    loader = loaders.train_loader(parts.source.train, parts.order, num_steps, parts.spec.num_classes)
+    num_steps = 6 * parts.sampling_plan.steps_per_epoch
+    loader = loaders.train_loader(parts.source.train, parts.sampling_plan, num_steps, parts.spec.num_classes)
     found = set()
     for index in range(num_steps):
-        plan = parts.order.plan(index)
+        plan = parts.sampling_plan.plan(index)
         found |= {(len(key.indices), loader.size_at(plan.epoch)) for key in plan.micro_batches}
     assert len(found) > 8  # more than the compiler would take by itself
-    assert num_shapes(parts.recipe, parts.spec, parts.order) == len(found) + 2
+    assert num_shapes(parts.recipe, parts.spec, parts.sampling_plan) == len(found) + 2
 
 
 class Doubling(nn.Module):
@@ -281,7 +281,7 @@ def test_numbers_of_all_processes_are_added_up_on_the_host(write_recipe: Callabl
 
     def summed() -> tuple[int, bool]:
         trainer = make(recipe, tmp_path / "run")
-        loader = OwnLoader.wrap([1], CPU, 1, join_single=False, total=trainer.processes.sum)
+        loader = UserLoader.wrap([1], CPU, 1, join_single=False, total=trainer.processes.sum)
         trainer.processes.wait()
         return loader.total(trainer.processes.index + 3), on_main(lambda: trainer.processes.is_main)
 
@@ -309,7 +309,7 @@ def test_batches_on_the_host_are_limited_by_their_images(write_recipe: Callable[
     without = build_parts(load_recipe(write_recipe(), ["data.workers=0"]))
     parts.forecast = without.forecast = None  # as on a GPU
     needed = [build_loaders(p, BadImages(None, 0.5, print)).planner.needed_memory for p in (parts, without)]
-    size, micro = parts.spec.image_size, parts.order.micro_batch_size
+    size, micro = parts.spec.image_size, parts.sampling_plan.micro_batch_size
     assert needed == [3 * size**2 * (num_slots(2, micro) * micro + num_slots(2, max(32, micro)) * max(32, micro)), 0]
     given = build_parts(load_recipe(write_recipe(), ["data.workers=2", "evaluate.batch_size=200"]))
     given.forecast = None
@@ -320,24 +320,24 @@ def test_batches_on_the_host_are_limited_by_their_images(write_recipe: Callable[
 def test_images_take_the_devices_memory_when_they_are_read_and_give_it_back() -> None:
     split = load_source("digits", eval_fraction=0.02).train
     images = ImageBatches(Images(split, Preparation(center=EvalTransform(16)), None))
-    feed = DeviceFeed(images, CPU, 16, rows=range(10, 40), workers=0, pin_memory=False)
+    prefetcher = DevicePrefetcher(images, CPU, 16, rows=range(10, 40), workers=0, pin_memory=False)
     keys = [MicroBatchKey(0, np.arange(start, start + 10)) for start in (10, 20, 30)]
-    assert feed._pixels is None
-    plain = Feed(images, CPU, workers=0, pin_memory=False)
+    assert prefetcher._pixels is None
+    plain = Prefetcher(images, CPU, workers=0, pin_memory=False)
     expected = [(pixels.clone(), labels.clone()) for pixels, labels in plain.open(keys, 10)]
-    opened = feed.open(keys, 10, persistent=True)
+    opened = prefetcher.open(keys, 10, persistent=True)
 
     def require_same() -> None:
         for found, wanted in zip(opened, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
     require_same()
-    assert feed.is_loaded.all()
+    assert prefetcher.is_loaded.all()
     require_same()
-    assert feed.release_memory() == 30 * 16 * 16 * 3
-    assert feed.release_memory() == 0
+    assert prefetcher.release_memory() == 30 * 16 * 16 * 3
+    assert prefetcher.release_memory() == 0
     require_same()
-    assert feed._pixels is None
+    assert prefetcher._pixels is None
 
 
 def test_evaluation_images_on_the_device_make_room_for_a_step(
@@ -348,7 +348,11 @@ def test_evaluation_images_on_the_device_make_room_for_a_step(
     before = trainer.train_loader.micro_batch_size
 
     def look(module: nn.Module, args: Any) -> None:
-        if module.training and trainer.state.step == 2 and trainer.evaluation.eval_loader.feed._pixels is not None:
+        if (
+            module.training
+            and trainer.state.step == 2
+            and trainer.evaluation.eval_loader.prefetcher._pixels is not None
+        ):
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
     trainer.raw_model.register_forward_pre_hook(look)

@@ -21,7 +21,7 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.data.loading.loader import Step
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.train.unused_parameters import Use, find_use
+from hf_fasttrain.train.unused_parameters import ParameterUse, find_use
 from hf_fasttrain.utils.errors import RunError
 
 IMAGES = torch.randn(24, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -91,7 +91,7 @@ class Restless(Model):
         return super().forward(F.dropout(self.norm(images)))
 
 
-def use_of(model: nn.Module, loss: Any = F.cross_entropy, images: Tensor = IMAGES) -> Use | None:
+def use_of(model: nn.Module, loss: Any = F.cross_entropy, images: Tensor = IMAGES) -> ParameterUse | None:
     reset_accelerate()
     parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
     processes = Processes(Accelerator(cpu=True))
@@ -103,23 +103,23 @@ SPARE = ["spare.weight", "spare.bias"]
 
 @pytest.mark.parametrize("model", [Model, Checkpointed, Restless])
 def test_what_is_never_used_is_found(model: Callable[[], nn.Module]) -> None:
-    assert use_of(model()) == Use(SPARE, [])
-    assert use_of(model(), images=IMAGES[:1]) == Use(SPARE, [])
+    assert use_of(model()) == ParameterUse(SPARE, [])
+    assert use_of(model(), images=IMAGES[:1]) == ParameterUse(SPARE, [])
 
 
 def test_a_gradient_of_zeros_is_one() -> None:
-    assert use_of(DropsPaths()) == Use([], [])
+    assert use_of(DropsPaths()) == ParameterUse([], [])
 
 
 def test_what_is_skipped_at_random_is_used_sometimes() -> None:
-    assert use_of(SkipsAtRandom()) == Use([], SPARE)
+    assert use_of(SkipsAtRandom()) == ParameterUse([], SPARE)
 
 
 def test_an_output_that_the_loss_does_not_reach_is_not_used() -> None:
-    assert use_of(TwoOutputs(), lambda both, labels: F.cross_entropy(both[0], labels)) == Use(SPARE, [])
+    assert use_of(TwoOutputs(), lambda both, labels: F.cross_entropy(both[0], labels)) == ParameterUse(SPARE, [])
     assert use_of(TwoOutputs(), lambda both, labels: F.cross_entropy(sum(both)[:, :3], labels)) is None  # 3 + 4 classes
     both = lambda pair, labels: F.cross_entropy(pair[0], labels) + F.cross_entropy(pair[1], labels)  # noqa: E731
-    assert use_of(TwoOutputs(), both) == Use([], [])
+    assert use_of(TwoOutputs(), both) == ParameterUse([], [])
 
 
 def test_what_fails_or_cannot_be_told_is_left_to_the_step() -> None:
@@ -139,7 +139,7 @@ class Detached(nn.Module):
 def test_frozen_parameters_are_not_named() -> None:
     model = Model()
     model.spare.weight.requires_grad_(False)
-    assert use_of(model) == Use(["spare.bias"], [])
+    assert use_of(model) == ParameterUse(["spare.bias"], [])
 
 
 def test_images_of_whole_numbers_are_taken_as_they_are() -> None:
@@ -148,7 +148,7 @@ def test_images_of_whole_numbers_are_taken_as_they_are() -> None:
             assert images.dtype == torch.uint8
             return super().forward(images / 255)
 
-    assert use_of(Converts(), images=torch.randint(255, (8, 3, 4, 4), dtype=torch.uint8)) == Use(SPARE, [])
+    assert use_of(Converts(), images=torch.randint(255, (8, 3, 4, 4), dtype=torch.uint8)) == ParameterUse(SPARE, [])
 
 
 def random_states() -> list[Any]:
@@ -163,7 +163,7 @@ def test_looking_changes_nothing() -> None:
     np.random.seed(3)
     before = random_states()
     np.random.seed(3)
-    assert use_of(model) == Use(SPARE, [])
+    assert use_of(model) == ParameterUse(SPARE, [])
     assert random_states() == before
     assert model.calls == 0
     assert not hasattr(model, "cached")

@@ -18,7 +18,7 @@ from helpers.runs import exit_status, steps_of
 from PIL import Image
 
 from hf_fasttrain import Trainer, cli
-from hf_fasttrain.data.loading.worker_deaths import Deaths
+from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels import decode
 from hf_fasttrain.data.pixels.decode import read_pixels
@@ -40,7 +40,7 @@ def limit() -> int:
 
 def take_too_much() -> list[Any]:
     before, found = limit(), []
-    workers = Workers(lambda request: limit(), 1, 1, Deaths())
+    workers = Workers(lambda request: limit(), 1, 1, WorkerDeaths())
     with limited_memory(100 << 20):
         found.append(limit() < before or before == resource.RLIM_INFINITY)
         torch.ones(20 << 18)  # 20 MiB

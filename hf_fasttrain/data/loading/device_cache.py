@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_fasttrain.data.loading.batch import augment_on_device
-from hf_fasttrain.data.loading.prefetch import Batch, Feed, ImageBatches, Restartable
+from hf_fasttrain.data.loading.prefetch import Batch, ImageBatches, Prefetcher, Restartable
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 
 
-class DeviceFeed(Feed):
+class DevicePrefetcher(Prefetcher):
     """A prefetcher for small data sets: every image is copied to the device once and stays there as uint8 pixels.
 
     Workers load an image when it is first needed. Crop, flip and erasing run on the device for the whole batch, with
@@ -65,7 +65,7 @@ class DeviceFeed(Feed):
         return freed
 
     def open(self, keys: Iterable[MicroBatchKey], largest: int, *, persistent: bool = False) -> Iterable[Batch]:
-        """Return an iterable over the batches of keys, which can be iterated again; see `Feed.open`."""
+        """Return an iterable over the batches of keys, which can be iterated again; see `Prefetcher.open`."""
         return Restartable(lambda: self._batches(keys, largest))
 
     def _batches(self, keys: Iterable[MicroBatchKey], largest: int) -> Iterator[Batch]:

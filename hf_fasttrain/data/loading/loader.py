@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
-from hf_fasttrain.data.loading.prefetch import Batch, Feed
-from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order, process_share
+from hf_fasttrain.data.loading.prefetch import Batch, Prefetcher
+from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan, process_share
 
 Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> context in which its work runs
 _NOTHING = nullcontext()
@@ -78,32 +78,34 @@ class TrainLoader:
 
     def __init__(
         self,
-        feed: Feed,
-        order: Order,
+        prefetcher: Prefetcher,
+        sampling_plan: SamplingPlan,
         normalize: Normalize,
         mixing: Mixing | None,
         size_at: Callable[[int], int],
     ) -> None:
-        self.feed, self.order, self.normalize, self.mixing = feed, order, normalize, mixing
+        self.prefetcher, self.sampling_plan, self.normalize, self.mixing = prefetcher, sampling_plan, normalize, mixing
         self.size_at = size_at  # epoch -> image size
-        self.steps_per_epoch = order.steps_per_epoch
-        self.micro_batch_size = order.micro_batch_size  # 1: images are loaded in pairs and used one by one
-        self.wish = f"micro_batch_size {order.micro_batch_size}"
+        self.steps_per_epoch = sampling_plan.steps_per_epoch
+        self.micro_batch_size = sampling_plan.micro_batch_size  # 1: images are loaded in pairs and used one by one
+        self.size_setting = f"micro_batch_size {sampling_plan.micro_batch_size}"
         self.timer: Timer = no_timer  # of the phases wait and copy
 
     def cut_to(self, micro_batch_size: int) -> None:
-        """Set the micro-batch size (even, or 1); takes effect at the next `steps` or `again`."""
+        """Set the micro-batch size (even, or 1); takes effect at the next `steps` or `retry`."""
         self.micro_batch_size = micro_batch_size
-        self.order = replace(self.order, micro_batch_size=max(2, micro_batch_size))
+        self.sampling_plan = replace(self.sampling_plan, micro_batch_size=max(2, micro_batch_size))
 
-    def again(self, index: int, stop: int) -> Iterator[Step]:
+    def retry(self, index: int, stop: int) -> Iterator[Step]:
         """Yield a step once more and those after it: the same images, in micro-batches of the current size."""
         return self.steps(index, stop)
 
     def image_indices(self, step: int) -> np.ndarray:
         """Return the indices of a step's images in the split, over all processes and in order."""
         (whole,) = (
-            replace(self.order, num_processes=1, process_index=0, micro_batch_size=2 * self.order.batch_size)
+            replace(
+                self.sampling_plan, num_processes=1, process_index=0, micro_batch_size=2 * self.sampling_plan.batch_size
+            )
             .plan(step)
             .micro_batches
         )
@@ -112,7 +114,7 @@ class TrainLoader:
     @property
     def wait_seconds(self) -> float:
         """Seconds spent waiting for batches since the loader was built."""
-        return self.feed.wait_seconds
+        return self.prefetcher.wait_seconds
 
     def state_dict(self) -> None:
         """Return None: the step is the whole state; no random state is involved."""
@@ -122,21 +124,25 @@ class TrainLoader:
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Yield the steps from `start` to before `stop`; images before `start` are not read."""
-        largest = min(self.order.micro_batch_size + 1, self.order.batch_size)  # a single last image may join
-        batches = iter(self.feed.open(_Keys(self.order, start, stop), largest))
+        largest = min(
+            self.sampling_plan.micro_batch_size + 1, self.sampling_plan.batch_size
+        )  # a single last image may join
+        batches = iter(self.prefetcher.open(_Keys(self.sampling_plan, start, stop), largest))
         for index in range(start, stop):
-            plan = self.order.plan(index)
+            plan = self.sampling_plan.plan(index)
             sizes, size = [len(key.indices) for key in plan.micro_batches], self.size_at(plan.epoch)
             number = sum(sizes) if self.micro_batch_size == 1 else len(sizes)
-            make = functools.partial(self._reload, self.order, sizes, index)
+            make = functools.partial(self._reload, self.sampling_plan, sizes, index)
             micro_batches = MicroBatches(self._micro_batches(batches, sizes, index), make)
             yield Step(index, plan.num_images, number, micro_batches, (3, size, size))
 
-    def _reload(self, order: Order, sizes: list[int], step: int) -> Iterator[Batch]:
+    def _reload(self, sampling_plan: SamplingPlan, sizes: list[int], step: int) -> Iterator[Batch]:
         """Yield a step's micro-batches, loaded in this process: the workers are busy with later steps."""
-        feed = copy.copy(self.feed)
-        feed.workers, feed.report = 0, None
-        return self._micro_batches(iter(feed.open(_Keys(order, step, step + 1), max(sizes, default=0))), sizes, step)
+        prefetcher = copy.copy(self.prefetcher)
+        prefetcher.workers, prefetcher.report = 0, None
+        return self._micro_batches(
+            iter(prefetcher.open(_Keys(sampling_plan, step, step + 1), max(sizes, default=0))), sizes, step
+        )
 
     def _micro_batches(self, batches: Iterator[Batch], sizes: list[int], step: int) -> Iterator[Batch]:
         for size in sizes:
@@ -159,13 +165,13 @@ class TrainLoader:
 class _Keys:
     """The keys of the micro-batches of a range of steps, in order; can be iterated more than once."""
 
-    order: Order
+    sampling_plan: SamplingPlan
     start: int
     stop: int
 
     def __iter__(self) -> Iterator[MicroBatchKey]:
         for step in range(self.start, self.stop):
-            yield from self.order.plan(step).micro_batches
+            yield from self.sampling_plan.plan(step).micro_batches
 
 
 class EvalLoader:
@@ -173,7 +179,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        feed: Feed,
+        prefetcher: Prefetcher,
         num_images: int,
         batch_size: int,
         normalize: Normalize,
@@ -186,9 +192,9 @@ class EvalLoader:
         batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
         keys = [MicroBatchKey(0, np.arange(batch.start, batch.stop)) for batch in batches]
         self.rows = share  # indices of this process's images in the split, in order
-        self.num_images, self.normalize, self.feed = num_images, normalize, feed
-        self.release_memory = getattr(feed, "release_memory", lambda: 0)  # returns the bytes freed on the GPU
-        self._batches = feed.open(keys, batch_size, persistent=True)
+        self.num_images, self.normalize, self.prefetcher = num_images, normalize, prefetcher
+        self.release_memory = getattr(prefetcher, "release_memory", lambda: 0)  # returns the bytes freed on the GPU
+        self._batches = prefetcher.open(keys, batch_size, persistent=True)
 
     def __iter__(self) -> Iterator[Batch]:
         for pixels, labels in self._batches:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
-from hf_fasttrain.data.loading.worker_deaths import Deaths
+from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import TrainTransform
 from hf_fasttrain.data.pixels.bad_images import Event
@@ -31,7 +31,7 @@ BATCHES_AHEAD = 4  # batches that each worker may prefetch
 MOST_IMAGES_AHEAD = 4096  # images that all workers together may prefetch: 0.6 GB at 224 px
 
 
-class Made(NamedTuple):
+class PixelBatch(NamedTuple):
     """The batch of a key, on the host or the device."""
 
     pixels: Tensor  # (B, S, S, 3) uint8
@@ -53,7 +53,7 @@ class ImageBatches:
         """Number of images in the split."""
         return len(self.images.split)
 
-    def make(self, key: MicroBatchKey, buffer: Tensor | None = None) -> Made:
+    def make(self, key: MicroBatchKey, buffer: Tensor | None = None) -> PixelBatch:
         """Return the batch of a key; its pixels are written to `buffer` (bytes) if they fit."""
         events: list[Event] = []
         used = np.empty_like(key.indices)
@@ -67,7 +67,7 @@ class ImageBatches:
             batch = _pixels(buffer, len(key.indices), *first.shape[:2])
             for row, pixels in chain([(position, first)], images):
                 batch.numpy()[row] = pixels
-        return Made(batch, torch.from_numpy(self.images.split.labels[used]), tuple(events))
+        return PixelBatch(batch, torch.from_numpy(self.images.split.labels[used]), tuple(events))
 
     def most_bytes(self, num_images: int) -> int:
         """Return the largest number of bytes that the pixels of `num_images` images can need; 0 if unknown."""
@@ -138,7 +138,7 @@ class _BatchDataset:
     def __init__(self, images: ImageBatches, memory: Tensor | None) -> None:
         self.images, self.memory = images, memory
 
-    def load(self, request: _BatchRequest) -> Made | UserError:
+    def load(self, request: _BatchRequest) -> PixelBatch | UserError:
         """Return the batch, or the error in its images, which the consumer raises.
 
         Retried once when memory runs out: other processes may have released theirs in the meantime.
@@ -154,7 +154,7 @@ class _BatchDataset:
             )
         return result
 
-    def _try(self, request: _BatchRequest) -> Made | UserError | str:
+    def _try(self, request: _BatchRequest) -> PixelBatch | UserError | str:
         """Return the batch, the error in its images, or the text of an out-of-memory error."""
         try:
             return self.images.make(request.key, self._buffer(request))
@@ -178,7 +178,7 @@ class _BatchDataset:
         return None if request.slot is None or self.memory is None else self.memory[request.slot]
 
 
-class Feed:
+class Prefetcher:
     """Loads the batches of keys ahead, copies them to the device, and counts the seconds spent waiting for them.
 
     `report` is called with each bad image or note and the number of images in the split; `deaths` counts the workers
@@ -196,7 +196,7 @@ class Feed:
     ) -> None:
         self.images, self.device, self.workers, self.pin_memory = images, device, workers, pin_memory
         self.report = report
-        self.deaths = Deaths(self._note)
+        self.deaths = WorkerDeaths(self._note)
         self._wait_seconds = 0.0
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -226,7 +226,7 @@ class Feed:
         """
         return _PrefetchedBatches(self, keys, largest, persistent)
 
-    def read(self, sent: Iterator[Made | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
+    def read(self, sent: Iterator[PixelBatch | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
         """Yield the batches that the workers send, on the device."""
         if self.device.type != "cuda":
             yield from self._on_host(sent, slots)
@@ -239,7 +239,7 @@ class Feed:
             finally:
                 ahead.stop()
 
-    def _on_host(self, sent: Iterator[Made | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
+    def _on_host(self, sent: Iterator[PixelBatch | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
             batch = next(sent, None)
@@ -250,8 +250,8 @@ class Feed:
             _release(batch, slots)
 
     def _copy_to_device(
-        self, batch: Made | _SentBatch | UserError, slots: _Slots | None
-    ) -> tuple[Made | UserError, torch.cuda.Event | None]:
+        self, batch: PixelBatch | _SentBatch | UserError, slots: _Slots | None
+    ) -> tuple[PixelBatch | UserError, torch.cuda.Event | None]:
         """Start copying on a separate stream; called by the background thread."""
         host = _received(batch, slots)
         if isinstance(host, UserError):
@@ -265,13 +265,13 @@ class Feed:
                 pixels, labels = (tensor.to(self.device, non_blocking=self.pin_memory) for tensor in tensors)
             done = stream.record_event()
         _release(batch, slots)  # its pixels are in pinned memory or already copied
-        return Made(pixels, labels, host.events), done
+        return PixelBatch(pixels, labels, host.events), done
 
     @cached_property
     def _copy_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
 
-    def _on_device(self, ahead: Iterable[tuple[Made | UserError, torch.cuda.Event | None]]) -> Iterator[Batch]:
+    def _on_device(self, ahead: Iterable[tuple[PixelBatch | UserError, torch.cuda.Event | None]]) -> Iterator[Batch]:
         batches = iter(ahead)
         while True:
             stream = torch.cuda.current_stream(self.device)
@@ -291,7 +291,7 @@ class Feed:
                 tensor.record_stream(stream)  # its memory is not reused before this stream has finished with it
             yield pixels, labels
 
-    def _checked(self, batch: Made | UserError) -> Batch:
+    def _checked(self, batch: PixelBatch | UserError) -> Batch:
         if isinstance(batch, UserError):
             raise batch
         for event in batch.events:
@@ -311,18 +311,18 @@ def _pinned(tensor: Tensor) -> Tensor:
         ) from None
 
 
-def _received(batch: Made | _SentBatch | UserError, slots: _Slots | None) -> Made | UserError:
+def _received(batch: PixelBatch | _SentBatch | UserError, slots: _Slots | None) -> PixelBatch | UserError:
     if not isinstance(batch, _SentBatch):
         return batch
     if batch.pixels is not None:
-        return Made(torch.from_numpy(batch.pixels), torch.from_numpy(batch.labels), batch.events)
+        return PixelBatch(torch.from_numpy(batch.pixels), torch.from_numpy(batch.labels), batch.events)
     assert slots is not None
     assert batch.slot is not None
     pixels = slots.memory[batch.slot][: math.prod(batch.shape)].view(batch.shape)
-    return Made(pixels, torch.from_numpy(batch.labels), batch.events)
+    return PixelBatch(pixels, torch.from_numpy(batch.labels), batch.events)
 
 
-def _release(batch: Made | _SentBatch | UserError, slots: _Slots | None) -> None:
+def _release(batch: PixelBatch | _SentBatch | UserError, slots: _Slots | None) -> None:
     """Mark the slot of a batch as free."""
     if slots is not None and isinstance(batch, _SentBatch) and batch.slot is not None:
         slots.free.append(batch.slot)
@@ -331,18 +331,20 @@ def _release(batch: Made | _SentBatch | UserError, slots: _Slots | None) -> None
 class _PrefetchedBatches:
     """An iterable over the batches of keys; workers and slots are created at the first iteration."""
 
-    def __init__(self, feed: Feed, keys: Iterable[MicroBatchKey], largest: int, persistent: bool) -> None:
-        self.feed, self.keys, self.largest, self.persistent = feed, keys, largest, persistent
+    def __init__(self, prefetcher: Prefetcher, keys: Iterable[MicroBatchKey], largest: int, persistent: bool) -> None:
+        self.prefetcher, self.keys, self.largest, self.persistent = prefetcher, keys, largest, persistent
         self._persistent: tuple[Workers, _Slots | None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self.feed.workers:
-            return self.feed.read(map(_BatchDataset(self.feed.images, None).load, _SlotSampler(self.keys, None)), None)
+        if not self.prefetcher.workers:
+            return self.prefetcher.read(
+                map(_BatchDataset(self.prefetcher.images, None).load, _SlotSampler(self.keys, None)), None
+            )
         workers, slots = self._persistent or self._build()
         if self.persistent:
             self._persistent = workers, slots
-        workers.deaths = self.feed.deaths
-        return self.feed.read(workers.answers(_SlotSampler(self.keys, slots), keep=self.persistent), slots)
+        workers.deaths = self.prefetcher.deaths
+        return self.prefetcher.read(workers.answers(_SlotSampler(self.keys, slots), keep=self.persistent), slots)
 
     def close(self) -> None:
         """Stop the persistent workers."""
@@ -351,11 +353,11 @@ class _PrefetchedBatches:
         self._persistent = None
 
     def _build(self) -> tuple[Workers, _Slots | None]:
-        number, images, slots = self.feed.workers, self.feed.images, None
+        number, images, slots = self.prefetcher.workers, self.prefetcher.images, None
         if images.most_bytes(self.largest):
             slots = _Slots(num_slots(number, self.largest), images.most_bytes(self.largest))
         dataset = _BatchDataset(images, slots.memory if slots else None)
-        return Workers(dataset, number, batches_ahead(number, self.largest), self.feed.deaths), slots
+        return Workers(dataset, number, batches_ahead(number, self.largest), self.prefetcher.deaths), slots
 
 
 def batches_ahead(workers: int, images: int) -> int:

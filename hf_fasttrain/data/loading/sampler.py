@@ -98,7 +98,7 @@ def micro_batch_size_for(batch_size: int, num_processes: int, num_micro_batches:
 
 
 @dataclass(frozen=True)
-class Order:
+class SamplingPlan:
     """Samples every image once per epoch, shuffled by (seed, epoch).
 
     With `repeats` above 1 (repeated augmentation, arXiv 1901.09335) each image appears `repeats` times in its step,

@@ -19,7 +19,7 @@ from hf_fasttrain.data.loading.worker_deaths import batches_of_user
 from hf_fasttrain.utils.errors import DataError, RunError
 
 
-class OwnLoader:
+class UserLoader:
     """Steps from a loader that the user passes in: each of its batches is this process's share of one step.
 
     A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``. The loaders of all processes must
@@ -40,7 +40,7 @@ class OwnLoader:
         self.join_single, self.total = join_single, total
         self.wait_seconds = 0.0
         self.micro_batch_size = 0  # the largest so far
-        self.wish = f"accumulation_steps {accumulation_steps}"
+        self.size_setting = f"accumulation_steps {accumulation_steps}"
         self._cut: int | None = None
         self._batches: Iterator[Any] = iter(())
         self._current: Batch | None = None
@@ -62,7 +62,7 @@ class OwnLoader:
         join_single: bool,
         total: Callable[[int], int] | None,
     ) -> Any:
-        """Return the loader itself if it has `steps`, else an OwnLoader around it.
+        """Return the loader itself if it has `steps`, else a UserLoader around it.
 
         `total` sums a number over all processes without waiting for the device; None with one process.
         """
@@ -96,7 +96,7 @@ class OwnLoader:
             self._batches = iter(())
         return self._steps(start, stop)
 
-    def again(self, index: int, stop: int) -> Iterator[Step]:
+    def retry(self, index: int, stop: int) -> Iterator[Step]:
         """Yield the current step once more and those after it: the same batch, in micro-batches of the current size."""
         assert self._current is not None
         yield self._step(index, *self._current)
@@ -153,7 +153,7 @@ def _sizes(number: int, size: int, join_single: bool) -> tuple[int, ...]:
     return tuple(len(part) for part in cut_micro_batches(range(number), size, join_single=join_single))
 
 
-class OwnEvalLoader:
+class UserEvalLoader:
     """An evaluation loader that the user passes in, with its batches moved to the device."""
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
@@ -163,7 +163,7 @@ class OwnEvalLoader:
     @classmethod
     def wrap(cls, loader: Any, device: torch.device) -> Any:
         """Return a loader that yields batches on the device; None for None."""
-        return loader if loader is None or isinstance(loader, EvalLoader | OwnEvalLoader) else cls(loader, device)
+        return loader if loader is None or isinstance(loader, EvalLoader | UserEvalLoader) else cls(loader, device)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in batches_of_user(self.loader, self.name):

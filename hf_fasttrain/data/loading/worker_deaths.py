@@ -41,7 +41,7 @@ def describe_death(exit_code: int | None) -> tuple[str, str]:
     return HOW.get(name, (f"killed by {name}", "lower data.workers"))
 
 
-class Deaths:
+class WorkerDeaths:
     """Counts the loader processes that have died since a run was started: it survives one.
 
     `tell` is called with a message about the first.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.multiprocessing
 
-from hf_fasttrain.data.loading.worker_deaths import Deaths
+from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.process_memory import lift_memory_limit
@@ -45,7 +45,7 @@ class Workers:
     when there are too many. The processes start at `start`, or with the first requests.
     """
 
-    def __init__(self, work: Callable[[Any], Any], number: int, ahead: int, deaths: Deaths) -> None:
+    def __init__(self, work: Callable[[Any], Any], number: int, ahead: int, deaths: WorkerDeaths) -> None:
         self.work, self.number, self.ahead, self.deaths = work, number, ahead, deaths
         self._owner = os.getpid()
         self._workers: list[_Worker] = []

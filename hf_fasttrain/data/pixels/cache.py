@@ -47,7 +47,7 @@ UNFINISHED = ".hf_fasttrain-new-"  # prefix of the folder of a cache that is bei
 
 
 @dataclass
-class Kept:
+class StoredPixels:
     """Pixels to be written to the cache."""
 
     row: int
@@ -121,7 +121,7 @@ class PixelCache:
                 self._trusted[row] = check
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3) if form == RAW else decode(data)
 
-    def add(self, items: Sequence[Kept]) -> None:
+    def add(self, items: Sequence[StoredPixels]) -> None:
         """Write pixels to the cache until the budget is used up."""
         if self.trouble is not None or not items:
             return
@@ -130,7 +130,7 @@ class PixelCache:
         except OSError as error:
             self.trouble = f"can't write to it: {error.strerror}"
 
-    def _add(self, items: Sequence[Kept]) -> None:
+    def _add(self, items: Sequence[StoredPixels]) -> None:
         index_file, pixels_file = self._open()
         data = [item.pixels.tobytes() if item.jpeg is None else item.jpeg for item in items]
         offset, room = self._reserve(index_file, sum(map(len, data)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hf_fasttrain.data.pixels.bad_images import BadImage, Event
-from hf_fasttrain.data.pixels.cache import Kept, PixelCache
+from hf_fasttrain.data.pixels.cache import PixelCache, StoredPixels
 from hf_fasttrain.data.pixels.decode import Pixels
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Split
@@ -44,7 +44,7 @@ class Images:
         cached: Iterator[Pixels | None] = iter([None] * len(rows))
         if self.cache is not None:
             cached = self.cache.read(rows, self.split.images.stamp)
-        to_cache: list[Kept] = []
+        to_cache: list[StoredPixels] = []
         for position, cached_pixels in enumerate(cached):
             if cached_pixels is None:
                 decoded, used[position] = self._decode(int(indices[position]), to_cache, events)
@@ -59,7 +59,7 @@ class Images:
                 "decoded every time"
             )
 
-    def _decode(self, index: int, to_cache: list[Kept], events: list[Event]) -> tuple[Pixels, int]:
+    def _decode(self, index: int, to_cache: list[StoredPixels], events: list[Event]) -> tuple[Pixels, int]:
         """Return the pixels of an image, or of its substitute, and their index."""
         if index in self._substitutes:
             return self._prepare(self._substitutes[index], None), self._substitutes[index]
@@ -86,18 +86,18 @@ class Images:
         steps = (step if step <= 16 else (step - 14) ** 3 for step in range(1, SUBSTITUTES_TRIED + 1))
         yield from dict.fromkeys((index + step) % number for step in steps if (index + step) % number != index)
 
-    def _prepare(self, index: int, to_cache: list[Kept] | None) -> Pixels:
+    def _prepare(self, index: int, to_cache: list[StoredPixels] | None) -> Pixels:
         row = int(self.split.rows_of(np.array([index]))[0])
         writes = self.cache is not None and self.cache.trouble is None and to_cache is not None
         stamp = self.split.images.stamp(row) if writes else (0, 0, 0)  # before the image is read
         pixels, jpeg = self.preparation.encoded(self.split.images[row])
         if writes and to_cache is not None:
-            to_cache.append(Kept(row, stamp, pixels, jpeg))
+            to_cache.append(StoredPixels(row, stamp, pixels, jpeg))
             if sum(item.pixels.nbytes for item in to_cache) > CACHE_WRITE_BYTES:
                 self._write_to_cache(to_cache)
         return pixels
 
-    def _write_to_cache(self, items: list[Kept]) -> None:
+    def _write_to_cache(self, items: list[StoredPixels]) -> None:
         if self.cache is not None:
             self.cache.add(items)
         items.clear()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf_fasttrain.data.loading.worker_deaths import Deaths, describe_death
+from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths, describe_death
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, read_pixels
 from hf_fasttrain.data.source.dataset import Split
@@ -93,7 +93,7 @@ def scan_split(
     `tell` is called with a message if a worker process dies; raises LoaderDied if a second one does.
     """
     chunks = [np.arange(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
-    scan_rows, deaths = partial(_scan_rows, split), Deaths(tell)
+    scan_rows, deaths = partial(_scan_rows, split), WorkerDeaths(tell)
     pool = Workers(scan_rows, workers, CHUNKS_AHEAD, deaths)
     parts = []
     try:

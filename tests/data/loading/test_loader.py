@@ -16,9 +16,9 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
-from hf_fasttrain.data.loading.sampler import MicroBatchKey, Order
-from hf_fasttrain.data.loading.user_loader import OwnLoader
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
+from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan
+from hf_fasttrain.data.loading.user_loader import UserLoader
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.operations import Operations
@@ -42,9 +42,9 @@ def load_steps(source: Source, *, workers: int = 0, micro: int = 8, parts: int =
     steps: list[list] = [[] for _ in range(stop)]
     for part in range(parts):
         images = ImageBatches(Images(source.train, Preparation()), transform)
-        order = Order(len(source.train), 22, micro, num_processes=parts, process_index=part)
-        feed = Feed(images, CPU, workers=workers, pin_memory=False)
-        loader = TrainLoader(feed, order, NORMALIZE, Mixing(0.8, 1.0, 10), transform.size_at)
+        order = SamplingPlan(len(source.train), 22, micro, num_processes=parts, process_index=part)
+        prefetcher = Prefetcher(images, CPU, workers=workers, pin_memory=False)
+        loader = TrainLoader(prefetcher, order, NORMALIZE, Mixing(0.8, 1.0, 10), transform.size_at)
         for step in loader.steps(0, stop):
             steps[step.index] += list(step.micro_batches)
     return [tuple(torch.cat(tensors) for tensors in zip(*step, strict=True)) for step in steps]
@@ -74,9 +74,11 @@ def test_augmentation_changes_with_the_epoch_and_leaves_torch_generator_alone() 
 
 def test_steps_start_anywhere(digits: Source) -> None:
     transform = TrainTransform(32)
-    feed = Feed(ImageBatches(Images(digits.train, Preparation()), transform), CPU, workers=0, pin_memory=False)
-    order = Order(len(digits.train), 500, 500)
-    loader = TrainLoader(feed, order, NORMALIZE, None, transform.size_at)
+    prefetcher = Prefetcher(
+        ImageBatches(Images(digits.train, Preparation()), transform), CPU, workers=0, pin_memory=False
+    )
+    order = SamplingPlan(len(digits.train), 500, 500)
+    loader = TrainLoader(prefetcher, order, NORMALIZE, None, transform.size_at)
     all_steps = [next(step.micro_batches)[0] for step in loader.steps(0, 6)]
     (late,) = [next(step.micro_batches)[0] for step in loader.steps(5, 6)]
     assert torch.equal(all_steps[5], late)
@@ -124,8 +126,8 @@ def test_evaluation_sees_each_image_once(digits: Source, num_processes: int) -> 
     labels = []
     for index in range(num_processes):
         images = Images(digits.evaluation, Preparation(center=EvalTransform(32)))
-        feed = Feed(ImageBatches(images), CPU, workers=0, pin_memory=False)
-        loader = EvalLoader(feed, len(digits.evaluation), 8, NORMALIZE, num_processes, index)
+        prefetcher = Prefetcher(ImageBatches(images), CPU, workers=0, pin_memory=False)
+        loader = EvalLoader(prefetcher, len(digits.evaluation), 8, NORMALIZE, num_processes, index)
         labels += [label for _, batch in loader for label in batch.tolist()]
     assert labels == digits.evaluation.labels.tolist()
 
@@ -137,28 +139,28 @@ def test_waiting_for_slow_images_is_counted(digits: Source) -> None:
             return np.zeros((8, 8, 3), np.uint8), None
 
     transform = TrainTransform(8, crop="none")
-    feed = Feed(ImageBatches(Images(digits.train, Slow()), transform), CPU, workers=0, pin_memory=False)
-    loader = TrainLoader(feed, Order(len(digits.train), 4, 4), NORMALIZE, None, transform.size_at)
+    prefetcher = Prefetcher(ImageBatches(Images(digits.train, Slow()), transform), CPU, workers=0, pin_memory=False)
+    loader = TrainLoader(prefetcher, SamplingPlan(len(digits.train), 4, 4), NORMALIZE, None, transform.size_at)
     [list(step.micro_batches) for step in loader.steps(0, 3)]
     assert loader.wait_seconds >= 3 * 4 * 0.02
 
 
 def test_own_loader_goes_through_epochs_and_asks_for_a_position() -> None:
     data = [(torch.full((2, 3, 4, 4), float(i)), torch.tensor([0, 1])) for i in range(3)]
-    loader = OwnLoader(data, CPU)
+    loader = UserLoader(data, CPU)
     values = [next(step.micro_batches)[0][0, 0, 0, 0].item() for step in loader.steps(0, 7)]
     assert values == [0, 1, 2, 0, 1, 2, 0]
     with pytest.raises(RunError, match="train_loader has no state_dict and load_state_dict"):
         loader.load_state_dict(None)
     with pytest.raises(DataError, match="train_loader is empty"):
-        OwnLoader([], CPU)
+        UserLoader([], CPU)
     with pytest.raises(DataError, match="train_loader has no length"):
-        OwnLoader((x for x in data), CPU)
+        UserLoader((x for x in data), CPU)
 
 
 def test_own_loader_takes_mappings() -> None:
     batch = {"pixel_values": torch.zeros(4, 3, 4, 4), "labels": torch.arange(4)}
-    (step,) = OwnLoader([batch], CPU, accumulation_steps=2).steps(0, 1)
+    (step,) = UserLoader([batch], CPU, accumulation_steps=2).steps(0, 1)
     assert [targets.tolist() for _, targets in step.micro_batches] == [[0, 1], [2, 3]]
 
 
@@ -208,8 +210,8 @@ def test_batches_stay_right_when_workers_write_ahead(digits: Source) -> None:
     """Each batch is compared while the workers already fill the next ones."""
     images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(32))
     keys = [MicroBatchKey(0, np.arange(start, start + 8)) for start in range(0, 800, 8)]
-    feed = Feed(images, CPU, workers=2, pin_memory=False)
-    opened = feed.open(keys, 8, persistent=True)
+    prefetcher = Prefetcher(images, CPU, workers=2, pin_memory=False)
+    opened = prefetcher.open(keys, 8, persistent=True)
     for rounds in range(2):
         for number, ((pixels, labels), key) in enumerate(zip(opened, keys, strict=True)):
             made = images.make(key)
@@ -223,7 +225,7 @@ def test_batches_stay_right_when_workers_write_ahead(digits: Source) -> None:
 def test_a_batch_larger_than_expected_is_made_all_the_same(digits: Source) -> None:
     images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(16))
     key = MicroBatchKey(0, np.arange(20))
-    ((pixels, _),) = Feed(images, CPU, workers=1, pin_memory=False).open([key], 4)
+    ((pixels, _),) = Prefetcher(images, CPU, workers=1, pin_memory=False).open([key], 4)
     assert torch.equal(pixels, images.make(key).pixels)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_fasttrain.data.loading.sampler import (
     MicroBatchKey,
-    Order,
+    SamplingPlan,
     cut_micro_batches,
     keyed_rng,
     micro_batch_size_for,
@@ -48,9 +48,9 @@ def test_micro_batch_size(batch: int, processes: int, pieces: int, size: int) ->
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_an_epoch_holds_every_image_once_whatever_the_split(drop_last: bool) -> None:
-    whole = Order(100, 32, 32, seed=3, drop_last=drop_last)
+    whole = SamplingPlan(100, 32, 32, seed=3, drop_last=drop_last)
     assert whole.steps_per_epoch == (3 if drop_last else 4)
-    split = [Order(100, 32, 6, seed=3, drop_last=drop_last, num_processes=3, process_index=i) for i in range(3)]
+    split = [SamplingPlan(100, 32, 6, seed=3, drop_last=drop_last, num_processes=3, process_index=i) for i in range(3)]
     for epoch in range(2):
         seen = []
         for step in range(epoch * whole.steps_per_epoch, (epoch + 1) * whole.steps_per_epoch):
@@ -65,7 +65,7 @@ def test_an_epoch_holds_every_image_once_whatever_the_split(drop_last: bool) -> 
 
 def test_order_depends_on_seed_and_epoch() -> None:
     def first(seed: int, step: int) -> list[int]:
-        return Order(50, 50, 50, seed=seed).plan(step).micro_batches[0].indices.tolist()
+        return SamplingPlan(50, 50, 50, seed=seed).plan(step).micro_batches[0].indices.tolist()
 
     assert first(0, 0) != first(0, 1)
     assert first(0, 0) != first(1, 0)
@@ -81,8 +81,8 @@ def test_random_numbers_depend_on_every_part_of_their_key() -> None:
 
 @pytest.mark.parametrize(("batch", "repeats"), [(12, 3), (10, 3), (8, 2), (5, 5), (4, 1)])
 def test_repeated_images_stand_in_one_step_and_far_apart(batch: int, repeats: int) -> None:
-    order = Order(50, batch, 4, repeats=repeats)
-    plain = Order(50, batch, 4)
+    order = SamplingPlan(50, batch, 4, repeats=repeats)
+    plain = SamplingPlan(50, batch, 4)
     assert order.steps_per_epoch == plain.steps_per_epoch
     seen: list[int] = []
     for step in range(order.steps_per_epoch):
@@ -110,12 +110,12 @@ def rows_of(key: MicroBatchKey) -> list[tuple[int, int, int]]:
 def test_any_cut_gives_the_same_step(
     images: int, batch: int, half: int, processes: int, join: bool, repeats: int
 ) -> None:
-    whole = Order(images, batch, 2 * batch, repeats=repeats)
+    whole = SamplingPlan(images, batch, 2 * batch, repeats=repeats)
     for step in range(2 * whole.steps_per_epoch):
         expected = whole.plan(step).micro_batches[0]
         parts = []
         for index in range(processes):
-            cut = Order(
+            cut = SamplingPlan(
                 images, batch, 2 * half, join_single=join, num_processes=processes, process_index=index, repeats=repeats
             )
             plan = cut.plan(step)

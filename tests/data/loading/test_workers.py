@@ -29,9 +29,9 @@ from hf_fasttrain.data.loading import workers as workers_module
 from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
-from hf_fasttrain.data.loading.sampler import Order
-from hf_fasttrain.data.loading.worker_deaths import Deaths, describe_death
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
+from hf_fasttrain.data.loading.sampler import SamplingPlan
+from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths, describe_death
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import Images
@@ -78,7 +78,7 @@ def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int
         return 2 * request
 
     told: list[str] = []
-    assert list(Workers(work, number, 4, Deaths(told.append)).answers(range(21))) == [2 * n for n in range(21)]
+    assert list(Workers(work, number, 4, WorkerDeaths(told.append)).answers(range(21))) == [2 * n for n in range(21)]
     (text,) = told
     assert text == (
         f"a loader process died ({KILLED}); another one takes over, and nothing is lost. A second death stops "
@@ -87,7 +87,7 @@ def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int
 
 
 def test_a_process_killed_as_soon_as_it_is_there_is_replaced() -> None:
-    deaths = Deaths()
+    deaths = WorkerDeaths()
     pool = Workers(double, 2, 4, deaths)
     pool.start()
     os.kill(loaders()[0], signal.SIGKILL)
@@ -110,7 +110,7 @@ def test_a_process_killed_in_the_middle_of_an_answer_is_noticed_at_once(tmp_path
         return np.full(1000, request)
 
     began = time.monotonic()
-    assert [int(a[999]) for a in Workers(work, 2, 2, Deaths()).answers(range(8))] == list(range(8))
+    assert [int(a[999]) for a in Workers(work, 2, 2, WorkerDeaths()).answers(range(8))] == list(range(8))
     assert time.monotonic() - began < 4
 
 
@@ -128,7 +128,7 @@ def test_a_process_killed_in_the_middle_of_an_answer_is_noticed_at_once(tmp_path
 )
 def test_a_second_death_is_one_message_that_says_how_and_what_to_do(number: int, how: str, remedy: str) -> None:
     with pytest.raises(LoaderDied) as caught:
-        list(Workers(lambda request: die(number), 1, 2, Deaths()).answers(range(3)))
+        list(Workers(lambda request: die(number), 1, 2, WorkerDeaths()).answers(range(3)))
     assert str(caught.value).startswith(f"a second loader process died ({how}): {remedy}")
 
 
@@ -141,12 +141,12 @@ def test_other_ends_are_described_too() -> None:
 def test_large_requests_and_answers_do_not_wait_for_each_other() -> None:
     """More than a pipe takes, in both directions."""
     requests = [np.full(100_000, number) for number in range(12)]
-    answers = Workers(double, 2, 4, Deaths()).answers(requests)
+    answers = Workers(double, 2, 4, WorkerDeaths()).answers(requests)
     assert [int(answer[-1]) for answer in answers] == [2 * number for number in range(12)]
 
 
 def test_processes_end_at_once_though_nobody_has_read_their_answers() -> None:
-    pool = Workers(double, 2, 4, Deaths())
+    pool = Workers(double, 2, 4, WorkerDeaths())
     pool.answers([np.zeros(200_000)] * 8, keep=True)
     began = time.monotonic()
     pool.close()
@@ -159,7 +159,7 @@ def test_processes_end_at_once_though_nobody_has_read_their_answers() -> None:
 
 def test_what_fails_in_a_process_is_raised_with_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)a loader process failed:\nTraceback.*TypeError: unsupported operand"):
-        list(Workers(double, 1, 2, Deaths()).answers([1, {}]))
+        list(Workers(double, 1, 2, WorkerDeaths()).answers([1, {}]))
 
 
 def test_a_system_without_room_for_a_process_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_a_system_without_room_for_a_process_is_one_message(monkeypatch: pytest.
     with pytest.raises(
         RunError, match=r"loader process 1 of 2 could not be started: Resource temporarily unavailable; "
     ):
-        Workers(double, 2, 4, Deaths()).start()
+        Workers(double, 2, 4, WorkerDeaths()).start()
 
 
 def test_processes_end_when_their_training_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_processes_end_when_their_training_process_is_killed(monkeypatch: pytest
     reads, writes = os.pipe()
     child = os.fork()
     if not child:
-        pool = Workers(lambda request: time.sleep(60), 2, 4, Deaths())
+        pool = Workers(lambda request: time.sleep(60), 2, 4, WorkerDeaths())
         pool.answers(range(8))
         die()
     os.close(writes)
@@ -224,16 +224,18 @@ def make(
 ) -> Trainer:
     """Return a trainer of a linear model over two micro-batches a step, evaluated every second one."""
     transform = TrainTransform(16, crop="random_resized")
-    order = Order(len(source.train), 16, 8, num_processes=share[0], process_index=share[1])
+    order = SamplingPlan(len(source.train), 16, 8, num_processes=share[0], process_index=share[1])
     normalize = Normalize([0.5] * 3, [0.25] * 3, CPU, channels_last=True)
-    feed = Feed(ImageBatches(Images(source.train, Preparation()), transform), CPU, workers=workers, pin_memory=False)
+    prefetcher = Prefetcher(
+        ImageBatches(Images(source.train, Preparation()), transform), CPU, workers=workers, pin_memory=False
+    )
     prepared = Images(source.evaluation, Preparation(center=EvalTransform(16)))
-    evaluated = Feed(ImageBatches(prepared), CPU, workers=workers, pin_memory=False)
+    evaluated = Prefetcher(ImageBatches(prepared), CPU, workers=workers, pin_memory=False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10))
     return kind(
         model,
-        TrainLoader(feed, order, normalize, Mixing(0.8, 1.0, 10), transform.size_at),
+        TrainLoader(prefetcher, order, normalize, Mixing(0.8, 1.0, 10), transform.size_at),
         torch.optim.SGD(model.parameters(), lr=0.1),
         duration=f"{duration} steps",
         eval_loader=EvalLoader(evaluated, len(source.evaluation), 8, normalize, *share),
@@ -355,11 +357,11 @@ def test_a_death_is_noticed_by_a_thread_that_reads_ahead(tmp_path: Path) -> None
             die()
         return 2 * request
 
-    assert list(BackgroundIterator(Workers(work, 2, 4, Deaths()).answers(range(20)), str)) == [
+    assert list(BackgroundIterator(Workers(work, 2, 4, WorkerDeaths()).answers(range(20)), str)) == [
         str(2 * n) for n in range(20)
     ]
     with pytest.raises(LoaderDied):
-        list(BackgroundIterator(Workers(lambda request: die(), 2, 4, Deaths()).answers(range(20)), str))
+        list(BackgroundIterator(Workers(lambda request: die(), 2, 4, WorkerDeaths()).answers(range(20)), str))
 
 
 # --- the user's own loaders --------------------------------------------------------------------------------

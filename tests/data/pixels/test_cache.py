@@ -20,15 +20,15 @@ from helpers.runs import exit_status, num_kept
 from PIL import Image
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.data.loading.device_cache import DeviceFeed
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
+from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.cache import (
     ENTRY,
     HEADER_BYTES,
-    Kept,
     PixelCache,
+    StoredPixels,
     cache_key,
     list_caches,
     memory_cache,
@@ -51,7 +51,7 @@ def pixels_of(row: int, size: int = 12) -> np.ndarray:
 
 def fill(cache: PixelCache, rows: Any, size: int = 12) -> None:
     for row in rows:
-        cache.add([Kept(row, STAMP, pixels_of(row, size))])
+        cache.add([StoredPixels(row, STAMP, pixels_of(row, size))])
 
 
 def read(cache: PixelCache, num_rows: int, stamp: tuple[int, int, int] = STAMP) -> list[np.ndarray | None]:
@@ -108,7 +108,7 @@ def test_a_changed_image_is_not_what_was_kept(make_cache: Callable[..., PixelCac
     fill(cache, range(20))
     again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)
     assert read(again, 20, stamp=(0, 5, 8)) == [None] * 20
-    again.add([Kept(4, (0, 5, 8), pixels_of(5))])  # made anew
+    again.add([StoredPixels(4, (0, 5, 8), pixels_of(5))])  # made anew
     found = read(again, 20, stamp=(0, 5, 8))
     assert [row for row, pixels in enumerate(found) if pixels is not None] == [4]
     assert np.array_equal(found[4], pixels_of(5))
@@ -252,12 +252,12 @@ def batches(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return pixels and labels of two epochs over the first 60 images."""
     images = ImageBatches(Images(split, preparation, cache), transform)
-    feed: Feed = Feed(images, CPU, workers=workers, pin_memory=False)
+    prefetcher: Prefetcher = Prefetcher(images, CPU, workers=workers, pin_memory=False)
     if device:
-        feed = DeviceFeed(images, CPU, 16, workers=workers, pin_memory=False)
+        prefetcher = DevicePrefetcher(images, CPU, 16, workers=workers, pin_memory=False)
     order = [np.random.default_rng(epoch).permutation(60) for epoch in range(epochs)]
     keys = [MicroBatchKey(epoch, part) for epoch in range(epochs) for part in np.split(order[epoch], [16, 32, 48])]
-    return [(pixels.clone(), labels.clone()) for pixels, labels in feed.open(keys, 16)]
+    return [(pixels.clone(), labels.clone()) for pixels, labels in prefetcher.open(keys, 16)]
 
 
 def same(a: list[tuple[torch.Tensor, torch.Tensor]], b: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
@@ -302,12 +302,13 @@ def fill_from_process(folder: Path) -> bool:
     source = load_source("digits", eval_fraction=0.02)
     preparation = Preparation(center=EvalTransform(16))
     cache = open_cache(folder, len(source.train.images), 10**9, {})
-    feed = Feed(ImageBatches(Images(source.train, preparation, cache)), CPU, workers=2, pin_memory=False)
+    prefetcher = Prefetcher(ImageBatches(Images(source.train, preparation, cache)), CPU, workers=2, pin_memory=False)
     rank = int(os.environ["RANK"])
     keys = [MicroBatchKey(0, np.arange(start, start + 20)) for start in range(20 * rank, 400, 30)]  # they overlap
     plain = ImageBatches(Images(source.train, preparation))
     return all(
-        torch.equal(found[0], plain.make(key).pixels) for found, key in zip(feed.open(keys, 20), keys, strict=True)
+        torch.equal(found[0], plain.make(key).pixels)
+        for found, key in zip(prefetcher.open(keys, 20), keys, strict=True)
     )
 
 
@@ -393,7 +394,7 @@ def test_other_operating_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def train_one_of_two(recipe: Path, output: Path, kind: str) -> tuple[list[torch.Tensor], int]:
     trainer = Trainer.from_recipe(recipe, [f"output_dir={output}", f"data.cache={kind}"])
     trainer.fit()
-    cache = trainer.train_loader.feed.images.images.cache
+    cache = trainer.train_loader.prefetcher.images.images.cache
     kept = num_kept(cache) if cache else 0
     trainer.accelerator.wait_for_everyone()  # the cache in memory is the main process's, and goes with it
     return [p.detach().clone() for p in trainer.raw_model.parameters()], kept
@@ -407,10 +408,10 @@ def test_a_full_disk_of_other_things_does_not_hide_what_is_kept(
     monkeypatch.setattr("hf_fasttrain.from_recipe.cache_plan.free_disk_bytes", lambda folder: 0)
     monkeypatch.setattr("hf_fasttrain.from_recipe.cache_plan.free_memory_bytes", lambda: 0)
     trainer = train(recipe, tmp_path / "second")
-    assert trainer.train_loader.feed.images.images.cache.pixels_path.startswith(str(tmp_path / "kept"))
+    assert trainer.train_loader.prefetcher.images.images.cache.pixels_path.startswith(str(tmp_path / "kept"))
     assert any("data.cache=auto: decoded images of split 'train' are kept in " in note for note in trainer.log.notes)
     none = train(recipe, tmp_path / "third", "data.short_side=16")  # other pixels, for which there is no room
-    assert none.train_loader.feed.images.images.cache is None
+    assert none.train_loader.prefetcher.images.images.cache is None
 
 
 def test_check_makes_no_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
@@ -464,10 +465,10 @@ def test_memory_does_not_grow_over_twenty_epochs(digits: Source) -> None:
     transform = TrainTransform(64)
     cache = memory_cache(len(digits.train.images), 10**9)
     images = ImageBatches(Images(digits.train, Preparation(short_side=8), cache), transform)
-    feed = Feed(images, CPU, workers=2, pin_memory=False)
+    prefetcher = Prefetcher(images, CPU, workers=2, pin_memory=False)
     keys = [MicroBatchKey(e, np.arange(s, s + 64)) for e in range(22) for s in range(0, 1728, 64)]
     sizes = []
-    for number, _ in enumerate(feed.open(keys, 64)):
+    for number, _ in enumerate(prefetcher.open(keys, 64)):
         if number % 27 == 26:
             sizes.append(private_bytes())
     assert len(sizes) == 22

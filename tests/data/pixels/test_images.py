@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.data.loading.prefetch import Feed, ImageBatches
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.bad_images import BadImage, BadImages, Event
@@ -76,9 +76,9 @@ def test_the_substitute_does_not_depend_on_what_was_met_before() -> None:
 def test_labels_follow_the_substitutes_through_the_workers(workers: int, tmp_path: Path) -> None:
     bad = BadImages(tmp_path, 0.5, lambda text: None)
     images = ImageBatches(Images(split_of(BAD), Preparation(center=EvalTransform(8))))
-    feed = Feed(images, CPU, workers=workers, pin_memory=False, report=bad.report)
+    prefetcher = Prefetcher(images, CPU, workers=workers, pin_memory=False, report=bad.report)
     keys = [MicroBatchKey(epoch, np.arange(5) + start) for epoch in range(3) for start in (0, 5)]
-    for (pixels, labels), key in zip(feed.open(keys, 5), keys, strict=True):
+    for (pixels, labels), key in zip(prefetcher.open(keys, 5), keys, strict=True):
         expected = [STAND_INS.get(i, i) for i in key.indices.tolist()]
         assert labels.tolist() == pixels[:, 0, 0, 0].tolist() == expected
     assert bad.count == 4
