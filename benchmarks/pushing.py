@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from helpers.hub_server import TOKEN, Fault, Handler, running_hub
 
-from hf_fasttrain.hub.worker import give_way
+from hf_fasttrain.hub.worker import lower_priority
 
 SIDES = ("no Hub", "quick", "slow", "hangs")
 BLOCK = 1 << 16
@@ -62,7 +62,7 @@ class _SlowFile:
 
 def serve(pipe: Any, side: str, rate: float) -> None:
     """Run a Hub until told to stop, then tell how many commits it has; it gives way, as in life it runs elsewhere."""
-    give_way()
+    lower_priority()
     with running_hub() as hub:
         if side == "hangs":
             hub.faults = [Fault("PUT /storage", times=10**6, kind="hang")]

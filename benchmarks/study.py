@@ -38,7 +38,7 @@ from hf_fasttrain.study.intervals import estimate
 from hf_fasttrain.study.messages import ArmOptions, Turn, resolve_arm
 from hf_fasttrain.study.techniques import hardware
 from hf_fasttrain.study.tune import TuneResult, parse_budget, tune
-from hf_fasttrain.study.tune_guard import IMAGES, compare, course
+from hf_fasttrain.study.tune_guard import IMAGES, compare, loss_curve
 from hf_fasttrain.study.tune_recipe import summary
 from hf_fasttrain.study.tune_space import Config, overrides_of
 from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
@@ -82,8 +82,8 @@ def judged(configs: list[Config], found: TuneResult, start: Starter) -> dict[str
         name = space.precision_name(config, hardware().gpu)
         if name not in verdicts and not space.is_plain(config):
             plain, other = space.precisions(base, hardware())[0], {key: config[key] for key in space.MATH_KEYS}
-            fp32 = course(start, overrides_of(plain), images, None)
-            verdict = compare(course(start, overrides_of({**plain, **other}), images, None), fp32)
+            fp32 = loss_curve(start, overrides_of(plain), images, None)
+            verdict = compare(loss_curve(start, overrides_of({**plain, **other}), images, None), fp32)
             print(f"  {name}: {verdict}")
             verdicts[name] = verdict.is_good
         verdicts.setdefault(name, True)

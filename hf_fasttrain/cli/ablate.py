@@ -36,7 +36,7 @@ def ablate(
 
     folder, console = output or study.default_folder(loaded), wide_console()
     plan = study.Plan(rounds, seconds, _names(only), _names(without))
-    ablation = study.earlier(folder, loaded) if full else None
+    ablation = study.load_earlier(folder, loaded) if full else None
     whole = True
     if ablation is None:
         study.require_new(folder)

@@ -1,4 +1,4 @@
-"""A finished run's model written for other people's tools, and opened by them before it is handed over."""
+"""Exports a finished run's model for timm, transformers and onnxruntime, and verifies it by opening it with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
 
 CONFIG_FILE = "config.json"
-WRITTEN = re.compile(  # the names of all that `save_model` and this module write
+WRITTEN = re.compile(  # names of the files that `save_model` and this module write
     rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
@@ -41,11 +41,11 @@ WRITTEN = re.compile(  # the names of all that `save_model` and this module writ
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_run` has written."""
+    """The result of `export_run`."""
 
     folder: Path
-    forms: list[str]  # who opens it: timm, transformers, onnx, hf_fasttrain
-    notes: list[str]  # who does not, and why
+    forms: list[str]  # libraries that open it: timm, transformers, onnx, hf_fasttrain
+    notes: list[str]  # libraries that can't, and why
     onnx_difference: float | None  # of logits, between onnxruntime and torch
 
 
@@ -54,8 +54,8 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
 
     `weights`: last, best (of the best evaluation) or step_N, the moving average where the run has one; by default those
     in RUN/model. Others come from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its
-    users will, and must give the logits of evaluation to 1e-4 (of the largest one, where that is above 1); what can't
-    be opened by whom is in the notes. Raises RunError and leaves an earlier folder as it was.
+    users would, and must give the logits of evaluation to 1e-4 (relative to the largest one if that is above 1);
+    libraries that can't open it are in the notes. Raises RunError and keeps an earlier folder.
     """
     run = Path(run)
     if not run.is_dir():
@@ -65,14 +65,14 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
     folder = _target(run, output, None if checkpoint is None else str(weights))
     if onnx:
         require_onnx()
-    model, spec = _chosen(finished, checkpoint)
+    model, spec = _load(finished, checkpoint)
     spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
     had_onnx = (folder / ONNX_FILE).exists()
     try:
         with new_folder(folder) as partial:
             with quiet():
                 save_model(model, spec, partial)
-            exported = _completed(model, spec, partial, onnx=onnx)
+            exported = _verify(model, spec, partial, onnx=onnx)
             sync_files(partial)
     except OSError as error:
         raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
@@ -82,16 +82,16 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
     return replace(exported, folder=folder, notes=notes)
 
 
-# --- what and where ----------------------------------------------------------------------------------------
+# --- source and target ----------------------------------------------------------------------------------------
 
 
 def _target(run: Path, output: Path | None, weights: str | None) -> Path:
-    """Return the folder to write; RunError if it holds what is not ours, or other `weights` would become the run's."""
-    own = run / "model"
-    folder = own if output is None else Path(output).expanduser().absolute()
-    if weights is not None and folder.resolve() == own.resolve():
+    """Return the folder to write; RunError if it holds other files, or if `weights` would replace those of the run."""
+    model = run / "model"
+    folder = model if output is None else Path(output).expanduser().absolute()
+    if weights is not None and folder.resolve() == model.resolve():
         raise RunError(
-            f"{own} holds the weights that result.json describes; give another folder for weights={weights} "
+            f"{model} holds the weights that result.json describes; give another folder for weights={weights} "
             "(--output FOLDER)"
         )
     if not folder.exists():
@@ -101,17 +101,19 @@ def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not folder.is_dir() or (names and SPEC_FILE not in names):
         raise RunError(f"{folder} exists and is not a model folder of hf_fasttrain; give another output")
-    own_code = ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None  # beside a model with code
-    kept = [name for name in names if not WRITTEN.fullmatch(name) and Path(name).suffix != own_code]
-    if kept:
+    code_suffix = (
+        ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None
+    )  # of a model with remote code
+    others = [name for name in names if not WRITTEN.fullmatch(name) and Path(name).suffix != code_suffix]
+    if others:
         raise RunError(
-            f"{folder} would be overwritten, but holds files that export did not write ({', '.join(kept)}); move them, "
-            "or give another output"
+            f"{folder} would be overwritten, but holds files that export did not write ({', '.join(others)}); move "
+            "them, or give another output"
         )
     return folder
 
 
-def _chosen(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
+def _load(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
     """Return the run's model, with the weights of a checkpoint if there is one."""
     with quiet():
         model, spec = load_model(run.folder / "model")
@@ -120,26 +122,28 @@ def _chosen(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, Model
     return model, spec
 
 
-# --- opened by others --------------------------------------------------------------------------------------
+# --- verification --------------------------------------------------------------------------------------
 
 
-def _completed(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> Exported:
-    """Return who opens the folder; what others would misread is taken out, and ONNX put in."""
+def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> Exported:
+    """Return which libraries open the folder; removes a config that would be misread, and adds the ONNX file."""
     pre = spec.preprocessing
     assert pre is not None
     photos = sample_photos(pre)
     images = prepared(photos, pre)
     with torch.no_grad():
         expected = model(images)
-    forms, notes = _opened(spec, folder, photos, expected)
-    apart = None
+    forms, notes = _try_openers(spec, folder, photos, expected)
+    onnx_difference = None
     if onnx:
-        apart = write_onnx(model, spec, pre, images, folder / ONNX_FILE)
+        onnx_difference = write_onnx(model, spec, pre, images, folder / ONNX_FILE)
         forms.append("onnx")
-    return Exported(folder, [*forms, "hf_fasttrain"], notes, apart)
+    return Exported(folder, [*forms, "hf_fasttrain"], notes, onnx_difference)
 
 
-def _opened(spec: ModelSpec, folder: Path, photos: list[Image.Image], expected: Tensor) -> tuple[list[str], list[str]]:
+def _try_openers(
+    spec: ModelSpec, folder: Path, photos: list[Image.Image], expected: Tensor
+) -> tuple[list[str], list[str]]:
     config = read_json(folder / CONFIG_FILE)
     if not config:
         return [], ["timm and transformers can't build this model's small-image stem; hf_fasttrain and ONNX can"]
@@ -155,7 +159,7 @@ def _opened(spec: ModelSpec, folder: Path, photos: list[Image.Image], expected: 
             forms.append(name)
         else:
             notes.append(f"{name} {problem}; hf_fasttrain opens it")
-    if not forms and not spec.is_transformers:  # who opens it all the same would get another model
+    if not forms and not spec.is_transformers:  # opening it would give a different model
         (folder / CONFIG_FILE).unlink()
     return forms, notes
 
@@ -165,14 +169,14 @@ def _problem(
 ) -> str | None:
     try:
         with quiet(), torch.no_grad():
-            apart = difference(logits_of(folder, photos), expected)
+            gap = difference(logits_of(folder, photos), expected)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError) as error:
         return f"can't open it ({first_lines(error)})"
-    return None if apart <= TOLERANCE * scale_of(expected) else f"gives different logits (by up to {apart:.2g})"
+    return None if gap <= TOLERANCE * scale_of(expected) else f"gives different logits (by up to {gap:.2g})"
 
 
 def timm_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
-    """Return the logits (B, K) of photos as timm's users get them."""
+    """Return the logits (B, K) of photos as computed by timm."""
     import timm
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -181,7 +185,7 @@ def timm_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
 
 
 def transformers_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
-    """Return the logits (B, K) of photos as the users of transformers' pipeline get them."""
+    """Return the logits (B, K) of photos as computed by transformers' pipeline."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -192,7 +196,7 @@ def transformers_logits(folder: Path, photos: list[Image.Image]) -> Tensor:
 def sample_photos(pre: Preprocessing) -> list[Image.Image]:
     """Return three images of odd shapes that look like photos as far as resizing and cropping go.
 
-    Of the first two, 4 n + 3 pixels are cut off once they are resized: who rounds otherwise cuts others.
+    The first two lose 4 n + 3 pixels by cropping after the resize, so that a different rounding crops other pixels.
     """
     rng, short = np.random.default_rng(0), math.floor(pre.image_size / pre.crop_pct)
     long = short + 4 + (pre.image_size + 3 - short) % 4
@@ -202,7 +206,7 @@ def sample_photos(pre: Preprocessing) -> list[Image.Image]:
 
 
 def prepared(photos: list[Image.Image], pre: Preprocessing) -> Tensor:
-    """Return photos as evaluation gives them to the model, (B, 3, S, S)."""
+    """Return photos preprocessed as in evaluation, (B, 3, S, S)."""
     transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
     normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=False)
     return normalize(torch.from_numpy(np.stack([transform(np.asarray(photo)) for photo in photos])))

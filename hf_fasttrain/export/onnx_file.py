@@ -1,4 +1,4 @@
-"""A classifier as an ONNX file, checked in onnxruntime."""
+"""Exports a classifier as an ONNX file, and verifies it in onnxruntime."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ONNX_FILE = "model.onnx"
 OPSET = 20  # onnxruntime 1.17 and later
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_BYTES = 2**31 - 2**20  # of weights: protobuf's limit, and room for the graph
-TOLERANCE = 1e-4  # of logits, or of the largest one where that is above 1
+TOLERANCE = 1e-4  # of logits, relative to the largest one if that is above 1
 
 
-class Named(nn.Module):
-    """A model whose input is called `images`."""
+class _NamedInput(nn.Module):
+    """Names the input of a model `images`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -39,28 +39,28 @@ class Named(nn.Module):
 
 
 def require_onnx() -> None:
-    """Raise RunError unless what writes and checks an ONNX file is installed."""
+    """Raise RunError unless the packages for ONNX are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RunError(f"--onnx needs {', '.join(missing)}: pip install 'hf_fasttrain[onnx]'")
 
 
 def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Tensor, path: Path) -> float:
-    """Write a model as one ONNX file, and return how far onnxruntime's logits are from torch's at most.
+    """Write a model as one ONNX file, and return the largest difference of onnxruntime's logits from torch's.
 
     Input `images` (N, 3, S, S), normalised fp32 with any N; output `logits` (N, K). Its metadata hold class_names,
     preprocessing and multi_label as JSON. `images` (B, 3, S, S) are checked one by one and together. Raises RunError
-    if the model can't be exported, or other logits come back.
+    if the model can't be exported, or its logits differ.
     """
     import onnx
 
     if sum(tensor.nbytes for tensor in model.state_dict().values()) > LARGEST_BYTES:
         raise RunError(f"{spec.name}: its weights are above 2 GB, the most that one ONNX file holds; leave --onnx out")
     with quiet(), torch.no_grad():
-        named = Named(model).eval()
+        classifier = _NamedInput(model).eval()
         try:
             program = torch.onnx.export(
-                named,
+                classifier,
                 (images[:2].contiguous(),),
                 dynamo=True,
                 input_names=["images"],
@@ -72,7 +72,7 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
             )
             assert program is not None
             proto = program.model_proto
-            _forget_sources(proto)
+            _remove_sources(proto)
             onnx.helper.set_model_props(proto, metadata_of(spec, pre))
             onnx.save_model(proto, path)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
@@ -80,30 +80,30 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
                 f"{spec.name}: torch can't export this model to ONNX ({first_lines(error)}); leave --onnx out"
             ) from None
         try:
-            return _checked(path, named, images)
+            return _verify(path, classifier, images)
         except RunError:
             raise
-        except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no base of their own
+        except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no base class
             raise RunError(
                 f"{path.name}: onnxruntime can't run this model ({first_lines(error)}); leave --onnx out"
             ) from None
 
 
-def _forget_sources(proto: Any) -> None:
-    """Take out where in this machine's files each operation comes from: the file is for others."""
+def _remove_sources(proto: Any) -> None:
+    """Remove the stack traces of operations, which have paths of this machine."""
     for graph in (proto.graph, *proto.functions):
-        named = [graph, *graph.node, *graph.value_info]
-        named += [*graph.input, *graph.output, *graph.initializer] if graph is proto.graph else []
-        for part in named:
+        parts = [graph, *graph.node, *graph.value_info]
+        parts += [*graph.input, *graph.output, *graph.initializer] if graph is proto.graph else []
+        for part in parts:
             part.ClearField("metadata_props")
             part.ClearField("doc_string")
 
 
 def metadata_of(spec: ModelSpec, pre: Preprocessing) -> dict[str, str]:
-    """Return the metadata of an ONNX file: what its users need beside the model."""
+    """Return the metadata of an ONNX file: classes and preprocessing."""
     steps = {
         "image_size": pre.image_size,
-        "resize_px": math.floor(pre.image_size / pre.crop_pct),  # of the short side, or of both where squashed
+        "resize_px": math.floor(pre.image_size / pre.crop_pct),  # of the short side, or of both for squash
         "crop_mode": pre.crop_mode,
         "interpolation": pre.interpolation,  # Pillow's filter
         "mean": list(pre.mean),  # of pixels / 255
@@ -117,34 +117,34 @@ def metadata_of(spec: ModelSpec, pre: Preprocessing) -> dict[str, str]:
     }
 
 
-def _checked(path: Path, model: nn.Module, images: Tensor) -> float:
+def _verify(path: Path, model: nn.Module, images: Tensor) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    wanted, apart = model(images), []
+    expected, differences = model(images), []
     for number in (1, len(images)):
-        got = session.run(["logits"], {"images": images[:number].contiguous().numpy()})[0]
-        apart.append(difference(torch.from_numpy(got), wanted[:number]))
-        if not apart[-1] <= TOLERANCE * scale_of(wanted):  # nor if it is no number
+        logits = session.run(["logits"], {"images": images[:number].contiguous().numpy()})[0]
+        differences.append(difference(torch.from_numpy(logits), expected[:number]))
+        if not differences[-1] <= TOLERANCE * scale_of(expected):  # also true for NaN
             raise RunError(
-                f"{path.name}: onnxruntime's logits differ from torch's by {apart[-1]:.2g}; leave --onnx out"
+                f"{path.name}: onnxruntime's logits differ from torch's by {differences[-1]:.2g}; leave --onnx out"
             )
-    return max(apart)
+    return max(differences)
 
 
-def difference(got: Tensor, expected: Tensor) -> float:
-    """Return the largest difference of two (B, K) logits; infinite for another shape."""
-    return float((got - expected).abs().max()) if got.shape == expected.shape else math.inf
+def difference(logits: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two (B, K) logits; infinite if their shapes differ."""
+    return float((logits - expected).abs().max()) if logits.shape == expected.shape else math.inf
 
 
 def scale_of(logits: Tensor) -> float:
-    """Return what a tolerance of fp32 logits is multiplied by: the largest of them, if above 1."""
+    """Return the scale of the tolerance: the largest logit, at least 1."""
     return max(1.0, float(logits.abs().max()))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress and warnings of others' libraries from the terminal."""
+    """Silence progress bars and warnings of other libraries."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""A run pushed to the Hub while it trains: in a process of its own, which can neither slow nor stop training."""
+"""Pushes a run to the Hub while it trains, in a separate process that can neither slow down nor stop training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 from hf_fasttrain.hub.staging import STAGING, present_result, stage
 from hf_fasttrain.utils.files import read_json, reason, try_to_write, write_json
 
-STATE_FILE = "hub.json"  # what was pushed last
-PATIENCE_SECONDS = 300.0  # for what passes by itself, within one push
-TO_SAY_SECONDS = 10.0  # that are left of the waiting at the end, so that the reason is known
-PAUSES = (60.0, 600.0)  # seconds before a push that failed is tried again, at first and at most
+STATE_FILE = "hub.json"  # the last push
+PATIENCE_SECONDS = 300.0  # how long one push retries transient errors
+REPORT_SECONDS = 10.0  # reserved at the end of the wait, so that the error is known
+PAUSES = (60.0, 600.0)  # seconds before a failed push is retried: first, longest
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class PushOptions:
     rest: float = 0.0  # pause after a push during training, as a multiple of its duration
 
     def command(self, run: Path) -> str:
-        """Return the command that pushes the run by hand."""
+        """Return the command that pushes the run manually."""
         arguments = [*(["--private"] if self.private else []), *(["--license", self.license] if self.license else [])]
         arguments += ["--weights", "best"] if self.every == "best" else []
         return shlex.join(["hf-fasttrain", "push", str(run), self.repo, *arguments])
 
 
 class Pusher:
-    """Pushes checkpoints as they come, at most one at a time, the newest first; and at the end the run.
+    """Pushes checkpoints while training, one at a time, the newest first, and the run at its end.
 
-    `describe` writes a model folder but for its weights, `about` says what machine this is, `say` is told of what
-    failed and of how it ended. Nothing here raises what the Hub or the disk does.
+    `describe` writes a model folder without the weights, `about` describes the machine, `say` prints failures and the
+    outcome. Errors of the Hub and the disk are never raised.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Pusher:
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
         self._ending = self._closed = False
-        self._rests_until = 0.0
+        self._pause_until = 0.0
         self._said: set[str] = set()
         shutil.rmtree(run / STAGING, ignore_errors=True)
 
     # --- while training ------------------------------------------------------------------------------------
 
     def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
-        """Take note of a checkpoint that is whole on disk; called before it may be pruned."""
+        """Stage a checkpoint that is complete on disk, if it is due; called before it may be pruned."""
         if self._closed or step == self.num_steps or not self._is_due(step, best=best):
             return  # after the last step the run itself is pushed
         folder = self.run / STAGING / f"step_{step:08d}"
@@ -85,7 +85,7 @@ class Pusher:
             return
         self._pushed_step = step
         with self._lock:
-            if self._waiting is not None:  # a newer one takes its place
+            if self._waiting is not None:  # replaced by a newer one
                 shutil.rmtree(self._waiting[0], ignore_errors=True)
             self._waiting = (folder, step)
             if self._thread is None:
@@ -99,7 +99,7 @@ class Pusher:
         return isinstance(self.options.every, int) and step - self._pushed_step >= self.options.every
 
     def not_staged(self, error: BaseException) -> None:
-        """Say once why nothing could be made ready."""
+        """Report once why staging failed."""
         self._say_once(f"hub: could not prepare an upload to {self.options.repo}: {reason(error)}; training continues")
 
     def _say_once(self, text: str) -> None:
@@ -108,20 +108,20 @@ class Pusher:
             self.say(text)
 
     def _work(self) -> None:
-        """Push what is waiting until nothing is; in a thread that mostly waits for the other process."""
+        """Push until nothing is waiting; runs in a thread that mostly waits for the upload process."""
         pause = PAUSES[0]
         while True:
             with self._lock:
                 if self._waiting is not None:
-                    self._lock.wait_for(lambda: self._ending, timeout=max(0.0, self._rests_until - time.monotonic()))
+                    self._lock.wait_for(lambda: self._ending, timeout=max(0.0, self._pause_until - time.monotonic()))
                 if self._ending or self._waiting is None:
                     self._thread = None
                     return
                 folder, step = self._waiting
                 self._waiting = None
-            began = time.monotonic()
+            start_time = time.monotonic()
             answer = self._push(folder, f"Step {step}")
-            self._rests_until = time.monotonic() + self.options.rest * (time.monotonic() - began)
+            self._pause_until = time.monotonic() + self.options.rest * (time.monotonic() - start_time)
             if "address" in answer:
                 self._note(answer["address"], step)
                 pause = PAUSES[0]
@@ -131,7 +131,7 @@ class Pusher:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _failed(self, folder: Path, step: int, answer: Mapping[str, Any], pause: float) -> float:
-        """Keep what was not pushed for another try, if that may help and nothing newer is there; return the pause."""
+        """Queue a failed push again, if a retry may help and nothing newer is waiting; return the next pause."""
         with self._lock:
             if self._ending:
                 return pause
@@ -150,14 +150,14 @@ class Pusher:
     def _push(
         self, run: Path, message: str, *, patience: float | None = None, weights: str | None = None
     ) -> dict[str, Any]:
-        """Push a run folder by a process of its own and return its answer: address, or error and passes."""
+        """Push a run folder in a separate process and return its answer: address, or error and passes."""
         command = self.options.command(self.run)
         request = {
             "run": str(run), "home": str(self.run), "repo": self.options.repo, "private": self.options.private,
             "license": self.options.license, "weights": weights, "message": message, "command": command,
             "patience": PATIENCE_SECONDS if patience is None else patience, "stalled": self.options.stalled_seconds,
         }  # fmt: skip
-        trouble = ""
+        stderr = ""
         try:
             with self._lock:
                 if self._closed:
@@ -168,12 +168,12 @@ class Pusher:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
-                    start_new_session=True,  # Ctrl-C is for training
+                    start_new_session=True,  # Ctrl-C stops training only
                 )
-            out, trouble = self._process.communicate(json.dumps(request))
+            out, stderr = self._process.communicate(json.dumps(request))
             return dict(json.loads(out))
         except (OSError, ValueError):
-            last = (trouble.strip().splitlines() or ["its process was ended"])[-1]
+            last = (stderr.strip().splitlines() or ["its process was ended"])[-1]
             return {"error": f"push to {self.options.repo}: the upload failed ({last}); then {command}", "passes": True}
 
     def _note(self, address: str, step: int, *, finished: bool = False) -> None:
@@ -184,47 +184,48 @@ class Pusher:
     # --- at the end ----------------------------------------------------------------------------------------
 
     def finished(self, step: int) -> None:
-        """Push the finished run, whose files are whole on disk, and say how that ended.
+        """Push the finished run, whose files are complete on disk, and report the outcome.
 
-        With `every` best, the best evaluation's weights go. Waits `wait_seconds` at most, less on Ctrl-C.
+        With `every` "best", the weights of the best evaluation are pushed. Waits at most `wait_seconds`, or until
+        Ctrl-C.
         """
-        until, command = time.monotonic() + self.options.wait_seconds, self.options.command(self.run)
+        deadline, command = time.monotonic() + self.options.wait_seconds, self.options.command(self.run)
         self.say(f"pushing to {self.options.repo}: {self.options.wait_seconds / 60:g} minutes at most, Ctrl-C skips it")
         with self._lock:
-            self._ending = True  # the run itself comes now, instead of what is waiting
+            self._ending = True  # push the run itself, not the waiting checkpoint
             self._lock.notify_all()
-            under_way = self._thread
+            current = self._thread
         outcome: dict[str, Any] = {}
         thread = threading.Thread(
-            target=lambda: outcome.update(self._push_all(under_way, until)), name="hub", daemon=True
+            target=lambda: outcome.update(self._push_run(current, deadline)), name="hub", daemon=True
         )
         thread.start()
         try:
             thread.join(self.options.wait_seconds)
         except KeyboardInterrupt:
             outcome = {"error": f"push to {self.options.repo}: interrupted by a signal; then {command}"}
-        outcome = dict(outcome)  # what closing makes of it does not count
+        outcome = dict(outcome)  # a copy, since closing makes the push fail
         self.close()
         if "address" in outcome:
             self._note(outcome["address"], step, finished=True)
             self.say(f"pushed to {outcome['address']}")
             return
-        late = f"push to {self.options.repo}: not done after {self.options.wait_seconds / 60:g} minutes (hub.wait)"
-        why = str(outcome.get("error") or late)
+        timeout = f"push to {self.options.repo}: not done after {self.options.wait_seconds / 60:g} minutes (hub.wait)"
+        why = str(outcome.get("error") or timeout)
         self.say(f"trained to the end, but not pushed: {why}" + f"; then {command}" * (command not in why))
 
-    def _push_all(self, under_way: threading.Thread | None, until: float) -> dict[str, Any]:
-        if under_way is not None:  # its large files are not sent twice
-            under_way.join()
-        patience = max(0.0, min(PATIENCE_SECONDS, until - time.monotonic() - TO_SAY_SECONDS))
+    def _push_run(self, current: threading.Thread | None, deadline: float) -> dict[str, Any]:
+        if current is not None:  # so that its large files are not sent twice
+            current.join()
+        patience = max(0.0, min(PATIENCE_SECONDS, deadline - time.monotonic() - REPORT_SECONDS))
         weights = "best" if self.options.every == "best" else None
         try:
             return self._push(self.run, "Push a run of hf_fasttrain", patience=patience, weights=weights)
-        except Exception as error:  # noqa: BLE001 - said, instead of taken for a slow Hub
+        except Exception as error:  # noqa: BLE001 - reported, instead of waiting until the deadline
             return {"error": f"push to {self.options.repo}: {reason(error)}"}
 
     def close(self) -> None:
-        """End what is under way: a later push sends only what is missing."""
+        """Stop the current push; a later one sends only what is missing."""
         with self._lock:
             self._ending = self._closed = True
             self._lock.notify_all()

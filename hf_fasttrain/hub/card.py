@@ -28,10 +28,10 @@ def model_card(
     files: Mapping[str, bytes | Path],
     license: str | None = None,
 ) -> str:
-    """Return README.md: what the model is, its figures, how to use it, how it was trained and what that cost.
+    """Return README.md: the model, its metrics, how to use it, how it was trained and what that cost.
 
-    `recipe` is the recipe without local paths, `files` what is pushed beside the card; a license stands in it only if
-    given.
+    `recipe` is the recipe without local paths, `files` are pushed beside the card; the card has no license unless one
+    is given.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -63,7 +63,7 @@ def model_card(
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a name is OWNER/NAME on the Hub rather than a folder here."""
+    """Return whether a name is OWNER/NAME on the Hub and not a local path."""
     return is_repo_name(name) and not is_local_path(name)
 
 
@@ -74,7 +74,7 @@ def _library(spec: dict[str, Any], files: Mapping[str, bytes | Path]) -> str:
 
 
 def _base_model(run: FinishedRun) -> str | None:
-    """Return the Hub name of the weights that training began with, None if they have none."""
+    """Return the Hub name of the pretrained weights, None if they have none."""
     model = run.recipe.get("model") or {}
     pretrained, name = model.get("pretrained"), str(model.get("name", run.spec["name"]))
     if is_hub_url(pretrained):
@@ -94,13 +94,13 @@ def _dataset(run: FinishedRun) -> str:
 
 
 def _is_private_data(run: FinishedRun) -> bool:
-    """Return whether the data set is the own one of who trained, or unknown."""
+    """Return whether the data set is local or unknown."""
     dataset = _dataset(run)
     return dataset != "digits" and (not dataset or run.is_local("data.dataset"))
 
 
 def _hub_dataset(run: FinishedRun) -> str | None:
-    """Return the data set's name on the Hub, None if it is not from there."""
+    """Return the data set's name on the Hub, None if it is not from the Hub."""
     dataset = _dataset(run)
     return dataset if dataset != "digits" and not _is_private_data(run) and re.fullmatch(r"[\w./-]+", dataset) else None
 
@@ -109,7 +109,7 @@ def _eval_results(run: FinishedRun) -> list[Any]:
     """Return the model-index entries of evaluation and test split."""
     from huggingface_hub import EvalResult
 
-    data, dataset, own = run.recipe.get("data") or {}, _dataset(run), _is_private_data(run)
+    data, dataset, is_private = run.recipe.get("data") or {}, _dataset(run), _is_private_data(run)
     eval_split = run.setting("data.eval_split")
     splits = {
         "metrics": eval_split if eval_split not in (None, "auto") else None,
@@ -118,11 +118,11 @@ def _eval_results(run: FinishedRun) -> list[Any]:
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type="imagefolder" if own else dataset,
-            dataset_name=("own images" if own else dataset) + (", test split" if key == "test_metrics" else ""),
-            dataset_config=None if own else data.get("config"),
+            dataset_type="imagefolder" if is_private else dataset,
+            dataset_name=("own images" if is_private else dataset) + (", test split" if key == "test_metrics" else ""),
+            dataset_config=None if is_private else data.get("config"),
             dataset_split=split,
-            dataset_revision=None if own else data.get("revision"),
+            dataset_revision=None if is_private else data.get("revision"),
             metric_type=CARD_METRICS[name],
             metric_name=name,
             metric_value=value,
@@ -145,7 +145,7 @@ def _figures(result: dict[str, Any]) -> str:
 
 
 def _state(result: dict[str, Any]) -> str:
-    """Return which of a run's weights these are, if not the last ones of a finished one."""
+    """Return which weights these are, unless they are the last ones of a finished run."""
     step, steps, num_steps = step_in_model(result), result.get("steps"), result.get("num_steps")
     if step is not None and num_steps is not None:
         return f"Training is still running: these are the weights after step {step:,} of {num_steps:,}."
@@ -157,18 +157,18 @@ def _state(result: dict[str, Any]) -> str:
 
 
 def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:
-    """Return the programs that open the model and name an image's classes, for each tool that can."""
-    place, transformers = f"hf-hub:{repo}", spec["name"].startswith("transformers:")
+    """Return a program that classifies an image for each library that can open the model."""
+    url, transformers = f"hf-hub:{repo}", spec["name"].startswith("transformers:")
     parts = {}
     if "config.json" in files and not transformers:
-        parts["timm"] = timm_snippet(place, multi_label=spec["multi_label"])
-    if b'"auto_map"' not in _content(files.get("config.json", b'"auto_map"')):  # a model with code of its own
+        parts["timm"] = timm_snippet(url, multi_label=spec["multi_label"])
+    if b'"auto_map"' not in _content(files.get("config.json", b'"auto_map"')):  # a model with remote code
         parts["transformers"] = transformers_snippet(repo)
     if "model.onnx" in files:
         parts["onnxruntime, without torch"] = onnx_snippet(repo)
     shown = [f"With {tool} (`python classify.py IMAGE`):\n\n```python\n{code}```" for tool, code in parts.items()]
-    own = f"hf-fasttrain predict hf://{repo} IMAGE..."
-    return "\n\n".join(["## How to use it", *shown, f"With hf_fasttrain:\n\n```bash\n{own}\n```"])
+    command = f"hf-fasttrain predict hf://{repo} IMAGE..."
+    return "\n\n".join(["## How to use it", *shown, f"With hf_fasttrain:\n\n```bash\n{command}\n```"])
 
 
 def _content(file: bytes | Path) -> bytes:
@@ -192,7 +192,7 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
 
 
 def _cost(result: dict[str, Any]) -> str:
-    """Return the table of what training took."""
+    """Return the table of hardware, time and memory."""
     machine = result.get("machine") or {}
     gpu = "" if machine.get("device") in (None, "cpu") else f"{machine.get('num_processes', 1)} x {machine['device']}, "
     seconds, memory = result.get("train_seconds"), result.get("peak_memory_bytes")

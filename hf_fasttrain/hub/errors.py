@@ -1,4 +1,4 @@
-"""Why the Hub did not take something, what to do about it, and whether it passes by itself."""
+"""Explains errors of the Hub: the reason, the remedy, and whether a retry may help."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from hf_fasttrain.utils.errors import first_lines
 from hf_fasttrain.utils.library_errors import is_card_refused
 
-PASSING = (408, 409, 412, 423, 425, 429)  # 409 and 412: another commit was made at the same time
+TRANSIENT = (408, 409, 412, 423, 425, 429)  # 409 and 412: another commit was made at the same time
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong, as the middle of a sentence that ends with what to do next."""
+    """The reason of a failed push and its remedy, as the middle of a sentence."""
 
     why: str
-    passes: bool  # whether trying again may help
-    retry_after: float = 0.0  # seconds that the Hub asks to wait
+    passes: bool  # whether a retry may help
+    retry_after: float = 0.0  # seconds to wait, as requested by the Hub
 
 
 def explain(error: BaseException, repo: str, endpoint: str) -> Failure:
-    """Return what went wrong and what to do about it, by the status that the Hub answered with."""
+    """Return the reason and the remedy of an error, by the Hub's HTTP status."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # raised around a file's upload
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # wraps the error of a file's upload
         error = error.__cause__
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
@@ -54,7 +54,7 @@ def _refused(status: int, error: BaseException, repo: str, endpoint: str, wait: 
             f"that has write access to {repo.split('/')[0]}, or give another OWNER/NAME"
         )
         return Failure(why, passes=False)
-    if status >= 500 or status in PASSING:
+    if status >= 500 or status in TRANSIENT:
         return Failure(
             f"{endpoint} is unavailable ({status}); the run is complete on disk, try later", True, retry_after=wait
         )

@@ -1,4 +1,4 @@
-"""The pictures of a run that go with its card."""
+"""The pictures of a model card."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PICTURES = {  # name -> what it shows
 
 
 def pictures_of(run: Path) -> dict[str, bytes | Path]:
-    """Return name -> content of a run's pictures: those beside its report if they are as new as its figures, else new.
+    """Return name -> content of a run's pictures: those of its report if they are up to date, else new ones.
 
-    A picture that there is nothing for is left out.
+    Pictures without data are omitted.
     """
     from hf_fasttrain.run_folder.gallery import (
-        GALLERY_FOLDER,  # brings numpy, which a push beside training can do without
+        GALLERY_FOLDER,  # imports numpy, which a push while training does not need
     )
 
     figures = [run / name for name in ("metrics.jsonl", "predictions.safetensors") if (run / name).is_file()]
@@ -34,7 +34,7 @@ def _drawn(run: Path) -> dict[str, bytes | Path]:
     from hf_fasttrain.report.pictures import DRAWINGS
     from hf_fasttrain.report.record import read_record
 
-    record = read_record(run)  # what can't be drawn is left out: a push is not for its pictures
+    record = read_record(run)  # a picture that can't be drawn is omitted: it must not prevent the push
     with tempfile.TemporaryDirectory() as folder:
         drawn = {name: Path(folder) / name for name in DRAWINGS}
         for name, draw in DRAWINGS.items():

@@ -1,4 +1,4 @@
-"""A finished run on the Hub: the model folder, recipe and figures, and a card, in one commit, without local paths."""
+"""Pushes a finished run to the Hub: model, recipe, metrics and card in one commit, without local paths."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from hf_fasttrain.utils.errors import RunError, without_secrets
 from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 
-# What a push may leave in a repository, and a later one without it takes away: others' files stay.
+# Files that a push writes, and that a later push deletes if it does not have them. Other files are kept.
 OWN_FILES = {
     "README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE, SPEC_FILE, "config.json", "preprocessor_config.json",
     "model.safetensors", "model.onnx", *PICTURES,
 }  # fmt: skip
-STALLED_SECONDS = 60.0  # without a byte, after which a connection is given up
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds between two tries
+STALLED_SECONDS = 60.0  # without a byte until a connection is given up
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds between two attempts
 
 
 def push_run(
@@ -50,10 +50,10 @@ def push_run(
     stalled: float = STALLED_SECONDS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """Upload a finished run to the Hub repository OWNER/NAME, made if there is none, and return its address.
+    """Upload a finished run to the Hub repository OWNER/NAME, which is created if needed, and return its URL.
 
     One commit holds the model folder, recipe.yaml, result.json, metrics.jsonl, pictures and a model card, with local
-    paths cut to their last component. Large files are sent first, and not again when they are there. Transient errors
+    paths cut to their last component. Large files are sent first, and skipped if the Hub has them. Transient errors
     (429, 5xx, a broken connection, `stalled` seconds without a byte) are retried for `patience` seconds, and reported
     by `tell`.
 
@@ -86,23 +86,23 @@ def hub_section(run: Path) -> dict[str, Any]:
 
 
 def require_login(repo: str) -> None:
-    """Raise RunError unless somebody is logged in who could push to a repository; nothing is asked of the Hub."""
+    """Raise RunError unless a Hub token is found; the Hub itself is not contacted."""
     from huggingface_hub import constants
 
-    again = "the same command again, or leave hub out"
+    remedy = "the same command again, or leave hub out"
     if constants.HF_HUB_OFFLINE:
-        raise RunError(f"push to {repo}: HF_HUB_OFFLINE is set; unset it, then {again}")
-    Upload(repo, None, "", again, STALLED_SECONDS).require_possible()
+        raise RunError(f"push to {repo}: HF_HUB_OFFLINE is set; unset it, then {remedy}")
+    Upload(repo, None, "", remedy, STALLED_SECONDS).require_possible()
 
 
 def files_to_push(
-    run: FinishedRun, repo: str, license: str | None = None, places: Sequence[str] = ()
+    run: FinishedRun, repo: str, license: str | None = None, private_paths: Sequence[str] = ()
 ) -> dict[str, bytes | Path]:
-    """Return path in the repository -> content; a Path where the bytes go as they are.
+    """Return path in the repository -> content; a Path for a file that is uploaded unchanged.
 
-    `places` are folders whose names have no place in it, beside the run's own.
+    `private_paths` are folders whose paths are removed from the texts, beside those of the run.
     """
-    known = [path for place in (str(run.folder), *places) for path in (place, str(Path(place).resolve()))]
+    known = [path for folder in (str(run.folder), *private_paths) for path in (folder, str(Path(folder).resolve()))]
     local = [str(value) for key in run.local or () if (value := run.setting(key)) is not None]
     scrub = Scrubber([*strings(run.recipe), *strings(run.spec), *known], local)
     model = run.folder / "model"
@@ -118,7 +118,7 @@ def files_to_push(
     if (run.folder / METRICS_FILE).is_file():
         lines = (run.folder / METRICS_FILE).read_bytes().splitlines(keepends=True)
         files[METRICS_FILE] = b"".join(scrub.json(line) for line in lines)
-    if "num_steps" not in run.result:  # drawing takes a training's cores, and has time until it is finished
+    if "num_steps" not in run.result:  # not while training: drawing would take its cores
         files |= pictures_of(run.folder)
     files["README.md"] = model_card(run, scrub.tree(run.recipe), repo, files, license).encode()
     texts = {name: content for name, content in files.items() if isinstance(content, bytes) and name not in PICTURES}
@@ -128,7 +128,7 @@ def files_to_push(
 def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> bytes | Path:
     """Return the pushed spec; a timm model built from a local folder is named by its architecture.
 
-    The folder's last component would be no model's name, and `load_model` could not build it elsewhere.
+    The folder's last component is not a model name, so `load_model` could not build it elsewhere.
     """
     name, config = str(run.spec["name"]), run.folder / "model" / "config.json"
     if scrub.value(name) == name or name.startswith("transformers:") or not config.is_file():
@@ -139,9 +139,9 @@ def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> b
 
 
 class Upload:
-    """One push to a repository: as often as it takes, at most one commit.
+    """One push to a repository: at most one commit, with retries.
 
-    The token is huggingface_hub's business; it is looked up anew and kept nowhere.
+    The token is left to huggingface_hub, which looks it up each time; it is not stored here.
     """
 
     def __init__(self, repo: str, private: bool | None, message: str, command: str, stalled: float) -> None:
@@ -149,7 +149,7 @@ class Upload:
         self.stalled = stalled
 
     def require_possible(self) -> None:
-        """Raise RunError for an invalid name, and if nobody is logged in."""
+        """Raise RunError for an invalid repository name or a missing token."""
         from huggingface_hub import get_token
 
         if not is_repo_name(self.repo):
@@ -163,21 +163,21 @@ class Upload:
             )
 
     def __call__(self, files: dict[str, bytes | Path], patience: float, tell: Callable[[str], None]) -> str:
-        """Upload the files and return the repository's address; RunError if it can't be done in time."""
+        """Upload the files and return the repository's URL; RunError if that fails or takes too long."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError
 
-        api, until, pause = HfApi(), time.monotonic() + patience, FIRST_PAUSE
+        api, deadline, pause = HfApi(), time.monotonic() + patience, FIRST_PAUSE
         while True:
             try:
-                with _giving_up_after(self.stalled):
+                with _timeout(self.stalled):
                     return self._once(api, files)
             except RunError:
                 raise
             except (HTTPError, OSError, RuntimeError, ValueError) as error:
                 failure = explain(error, self.repo, api.endpoint)
             pause = max(pause, failure.retry_after)
-            if not failure.passes or time.monotonic() + pause > until:
+            if not failure.passes or time.monotonic() + pause > deadline:
                 raise NotPushed(f"push to {self.repo}: {self._clean(failure.why)}; then {self.command}", failure)
             tell(f"push to {self.repo}: {self._clean(failure.why)}; retrying in {pause:.0f} s")
             time.sleep(pause)
@@ -193,9 +193,9 @@ class Upload:
                 "private; make it private in its settings, give another name or leave --private out"
             )
         add = [CommitOperationAdd(name, content) for name, content in files.items()]
-        there = set(api.list_repo_files(self.repo)) & OWN_FILES
-        gone = [CommitOperationDelete(name) for name in sorted(there - set(files))]
-        api.create_commit(self.repo, [*add, *gone], commit_message=self.message)
+        existing = set(api.list_repo_files(self.repo)) & OWN_FILES
+        delete = [CommitOperationDelete(name) for name in sorted(existing - set(files))]
+        api.create_commit(self.repo, [*add, *delete], commit_message=self.message)
         return str(address)
 
     @staticmethod
@@ -207,7 +207,7 @@ class Upload:
 
 
 class NotPushed(RunError):
-    """The Hub did not take it; `failure` says whether trying again may help."""
+    """The Hub refused the push; `failure` says whether a retry may help."""
 
     def __init__(self, text: str, failure: Failure) -> None:
         super().__init__(text)
@@ -215,8 +215,8 @@ class NotPushed(RunError):
 
 
 @contextmanager
-def _giving_up_after(seconds: float) -> Iterator[None]:
-    """Let the client's connections time out when nothing moves for so long; by default they wait for ever."""
+def _timeout(seconds: float) -> Iterator[None]:
+    """Set the timeout of the client's connections; by default they wait forever."""
     from huggingface_hub import get_session
 
     session = get_session()

@@ -1,4 +1,4 @@
-"""A checkpoint made to look like a finished run, so that it can be pushed while training goes on."""
+"""Stages a checkpoint as a run folder, so that it can be pushed while training continues."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hf_fasttrain.run_folder.kept_weights import find_checkpoint
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import read_json, read_lines, reason, write_json
 
-STAGING = ".hub"  # in the run folder: what is waiting to be pushed
+STAGING = ".hub"  # in the run folder, for staged runs
 COPIED = (RECIPE_FILE, RESOLVED_FILE, METRICS_FILE)
-COUNTED = ("images", "train_seconds", "wait_seconds", "best")  # of a checkpoint's state
+COPIED_STATE = ("images", "train_seconds", "wait_seconds", "best")  # of a checkpoint's state
 
 
 def stage(
@@ -30,7 +30,7 @@ def stage(
 ) -> None:
     """Fill `folder` as a run folder whose model has the weights of a checkpoint, and whose result is `result`.
 
-    `describe` writes a model folder but for its weights. Weights are linked where the file system can, so that the
+    `describe` writes a model folder without its weights. Weights are hard-linked if the file system can, so that the
     checkpoint may be pruned meanwhile. Raises OSError.
     """
     model = folder / "model"
@@ -48,7 +48,7 @@ def stage(
 def staged(run: Path, weights: str | None) -> Iterator[Path]:
     """Yield a run folder whose model has the requested weights: a staged one, or the run itself if RUN/model has them.
 
-    `weights`: best, last or step_N; None: those in RUN/model. Raises RunError if they are not there any more.
+    `weights`: best, last or step_N; None: those in RUN/model. Raises RunError if they no longer exist.
     """
     checkpoint = find_checkpoint(run, weights)
     if checkpoint is None:
@@ -70,7 +70,7 @@ def staged(run: Path, weights: str | None) -> Iterator[Path]:
 
 
 def _remove(folder: Path | None) -> None:
-    """Remove a staged run, and what held it if nothing else is in it."""
+    """Remove a staged run, and its parent folder if that is empty."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
@@ -92,16 +92,16 @@ def result_of(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
 
 
 def present_result(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a result would say of a checkpoint's weights while training goes on.
+    """Return the result.json of a checkpoint while training continues.
 
-    `about` is what it says of the machine; `num_steps` marks it as of a run that has not ended.
+    `about` describes the machine; `num_steps` marks the run as unfinished.
     """
     state = _state_of(checkpoint)
     step, metrics = _step_and_metrics(run, state)
     seconds = max(float(state.get("train_seconds", 0.0)), 1e-9)
     return {
         **about,
-        **{key: state.get(key) for key in COUNTED},
+        **{key: state.get(key) for key in COPIED_STATE},
         "metrics": metrics,
         "steps": step,
         "num_steps": state.get("num_steps"),
@@ -130,7 +130,7 @@ def _is_of(line: Mapping[str, Any], step: int) -> bool:
 
 
 def link_weights(source: Path, target: Path) -> None:
-    """Bring a checkpoint's weights to a model folder: the same file, unless its tensors have a wrapper's names."""
+    """Link a checkpoint's weights into a model folder; rewrite the file if its tensors have a wrapper's prefix."""
     if _is_wrapped(source):
         _unwrap(source, target)
         return
@@ -147,7 +147,7 @@ def _is_wrapped(path: Path) -> bool:
 
 
 def _unwrap(source: Path, target: Path) -> None:
-    """Write the same tensors under the names that they have without `TransformersClassifier` around them."""
+    """Write the tensors under their names without the prefix of `TransformersClassifier`."""
     with source.open("rb") as old, target.open("wb") as new:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         text = json.dumps({name.removeprefix("model."): value for name, value in header.items()}).encode()

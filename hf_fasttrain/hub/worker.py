@@ -1,7 +1,7 @@
-"""A push in a process of its own, beside training: `python -m hf_fasttrain.hub.worker`.
+"""The upload process beside training: `python -m hf_fasttrain.hub.worker`.
 
 It reads what to push from its standard input, as JSON (the arguments of `push_run`), and answers on its standard
-output, as JSON: {"address"} or {"error", "passes", "retry_after"}. The token comes from huggingface_hub's own places.
+output, as JSON: {"address"} or {"error", "passes", "retry_after"}. huggingface_hub finds the token.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hf_fasttrain.utils.private_apis import hub_client_factory
 
 
 def main() -> None:
-    """Push what standard input says."""
+    """Read a request from standard input, push, and write the answer to standard output."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    give_way()
+    lower_priority()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
@@ -42,8 +42,8 @@ def main() -> None:
     json.dump(answer, sys.stdout)
 
 
-def give_way() -> None:
-    """Let training have the cores first: run only where one is idle, if the system can, else niced."""
+def lower_priority() -> None:
+    """Lower the priority: run on idle cores only, if the system supports that, else niced."""
     os.nice(19)
     if hasattr(os, "SCHED_IDLE"):
         with suppress(OSError):
@@ -51,14 +51,14 @@ def give_way() -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this process when the training is gone: a resumed one pushes what is newer."""
+    """Exit when the training process is gone: a resumed run pushes newer checkpoints."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _client(stalled: float) -> Any:
-    """Return huggingface_hub's own client, but for its patience with a connection on which nothing moves."""
+    """Return huggingface_hub's client with a timeout for stalled connections."""
     client = hub_client_factory()()
     client.timeout = stalled
     return client

@@ -1,4 +1,4 @@
-"""The built-in callback: a finished run's report, then its push; whatever goes wrong, the run itself has ended well."""
+"""The built-in callback: writes the report of a finished run, then pushes it. Its failures do not fail the run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Publish(Callback):
-    """Writes the report of a run and pushes it to the Hub, on the main process. What fails is said; it raises nothing.
+    """Writes the report of a run and pushes it to the Hub, on the main process. Failures are logged, not raised.
 
-    `show` writes pictures for the report, of a run of so many steps. Without `report` there is none.
+    `show(step, predictions)` writes pictures for the report. No report is written if `report` is False.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class Publish(Callback):
         self.run, self.log, self.report, self.show, self.pusher = run, log, report, show, pusher
 
     def saved(self, checkpoint: Path, step: int, best: bool) -> None:
-        """Push a checkpoint, if its turn has come; called beside training, before it may be removed."""
+        """Push a checkpoint if it is due; called by the thread that writes checkpoints, before it may be pruned."""
         if self.pusher is None:
             return
         try:
             self.pusher.saved(checkpoint, step, best=best)
-        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+        except Exception as error:  # noqa: BLE001 - no error may stop training
             self.pusher.not_staged(error)
 
     def finished(self, trainer: Trainer, result: Result) -> None:
-        """Write the report, then push the run; Ctrl-C leaves that off."""
+        """Write the report, then push the run; Ctrl-C skips the rest."""
         if not trainer.processes.is_main:
             return
         try:
@@ -53,7 +53,7 @@ class Publish(Callback):
             self.log.say(f"trained to the end; the rest was left off: hf-fasttrain report {self.run}, or push")
 
     def publish(self, step: int, predictions: Predictions | None) -> None:
-        """Write the report of a run that ended after so many steps, then push it."""
+        """Write the report of a run that ended after `step` steps, then push it."""
         if self.report:
             self._write_report(step, predictions)
         if self.pusher is None:
@@ -81,6 +81,6 @@ class Publish(Callback):
         return any(lost.startswith(f"{self.run / name}:") for lost in self.log.lost)
 
     def close(self) -> None:
-        """End uploads that are under way."""
+        """Stop the current upload."""
         if self.pusher is not None:
             self.pusher.close()

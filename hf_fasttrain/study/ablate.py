@@ -1,4 +1,4 @@
-"""What each technique is worth here: alone, and as the one thing taken out of everything."""
+"""Measures the speed-up of each technique on this machine: alone, and as the only one missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_fasttrain.study import intervals
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell, collect
 from hf_fasttrain.study.messages import ArmOptions, Turn, resolve_arm
-from hf_fasttrain.study.techniques import Hardware, Planned, chosen, hardware, planned, techniques
+from hf_fasttrain.study.techniques import Hardware, PlannedArm, build_arms, hardware, select_techniques, techniques
 from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
 from hf_fasttrain.utils.errors import RunError
 
@@ -48,9 +48,9 @@ class FullTraining(Record):
     f1_macro: float | None
     train_seconds: float
     train_seconds_std: float
-    seconds_to_target: float | None  # mean training time until the target accuracy, of the seeds that came there
+    seconds_to_target: float | None  # mean training time until the target accuracy, of the seeds that reached it
     seeds_at_target: int
-    speed_up: float | None  # baseline's mean train_seconds / this one's
+    speed_up: float | None  # mean train_seconds of the baseline / of this arm
 
 
 class Row(Record):
@@ -61,13 +61,13 @@ class Row(Record):
     technique: str | None
     overrides: list[str]
     status: Literal["measured", "failed", "n/a"]
-    reason: str = ""  # why there is no figure
+    reason: str = ""  # why it was not measured
     note: str = ""
     images_per_second: Interval | None = None
     speed_up: Interval | None = None  # over the baseline, of the same rounds
     wait_fraction: float | None = None
-    first_step_seconds: float | None = None  # beyond an ordinary step: compilation
-    device_bytes: int | None = None  # most allocated on the GPU
+    first_step_seconds: float | None = None  # beyond an ordinary step's: compilation
+    device_bytes: int | None = None  # peak allocated on the GPU
     host_bytes: int | None = None  # of the training process and its loader processes
     seconds_per_image: list[float] = []  # of each round
     losses: list[float] = []  # of the first steps
@@ -86,14 +86,14 @@ class Ablation(Record):
     versions: dict[str, str]
     rounds: int
     turn_seconds: float
-    target_accuracy: float | None = None  # of the baseline's least successful seed, on the evaluation split
+    target_accuracy: float | None = None  # of the baseline's worst seed, on the evaluation split
     notes: list[str]
     rows: list[Row]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How an ablation is made."""
+    """The settings of an ablation."""
 
     rounds: int = 6
     turn_seconds: float = 2.0
@@ -102,31 +102,31 @@ class Plan:
 
 
 def ablate(recipe: Recipe, plan: Plan, *, command: str, tell: Tell) -> tuple[Ablation, bool]:
-    """Return the ablation of a recipe, and whether it is whole: Ctrl-C ends it with what has been measured.
+    """Return the ablation of a recipe, and whether it is complete: Ctrl-C stops it and keeps what was measured.
 
     Raises RunError for a recipe that can't run here.
     """
     require_one_process()
-    found = hardware()
-    with Starter(resolve_arm(recipe), on_gpu=found.gpu) as start:
-        arms = plan_arms(start, plan, found)
+    machine = hardware()
+    with Starter(resolve_arm(recipe), on_gpu=machine.gpu) as start:
+        arms = plan_arms(start, plan, machine)
         with Bench(start, free_bytes=free_memory_bytes, warm_seconds=min(1.0, plan.turn_seconds)) as bench:
             measurements, whole = measure_arms(arms, bench, plan, tell)
     return describe(recipe, arms, measurements, plan, command=command, whole=whole), whole
 
 
-def plan_arms(start: Start, plan: Plan, found: Hardware) -> list[Planned]:
-    """Return the arms of the recipe that `start` starts; RunError if it can't run here."""
+def plan_arms(start: Start, plan: Plan, machine: Hardware) -> list[PlannedArm]:
+    """Return the arms of the recipe that `start` runs; RunError if it can't run here."""
     try:
         running = start(Arm("as the recipe says"), ArmOptions(), None)
     except ArmFailed as failed:
         raise RunError(f"this recipe could not be measured here: {failed}") from None
     running.close()
-    return planned(chosen(techniques(running.ready, found), plan.only, plan.without))
+    return build_arms(select_techniques(techniques(running.ready, machine), plan.only, plan.without))
 
 
-def measure_arms(arms: Sequence[Planned], bench: Bench, plan: Plan, tell: Tell) -> tuple[list[Measurement], bool]:
-    """Return the measurements, and whether no Ctrl-C came."""
+def measure_arms(arms: Sequence[PlannedArm], bench: Bench, plan: Plan, tell: Tell) -> tuple[list[Measurement], bool]:
+    """Return the measurements, and whether they are complete (no Ctrl-C)."""
     measurements = [Measurement(each.arm, failed=each.arm.not_applicable) for each in arms]
     try:
         turn = Turn(min_steps=2, seconds=plan.turn_seconds)
@@ -138,14 +138,14 @@ def measure_arms(arms: Sequence[Planned], bench: Bench, plan: Plan, tell: Tell) 
 
 def describe(
     recipe: Recipe,
-    arms: Sequence[Planned],
+    arms: Sequence[PlannedArm],
     measurements: Sequence[Measurement],
     plan: Plan,
     *,
     command: str,
     whole: bool,
 ) -> Ablation:
-    """Return what was measured, in numbers."""
+    """Return the ablation as a record."""
     baseline = measurements[0]
     ready = next((m.ready for m in measurements if m.ready), None)
     device = torch.device(ready.device if ready else "cpu")
@@ -158,8 +158,8 @@ def describe(
         notes.append("Measured at the full image size, without augment.progressive.")
     if not whole:
         notes.append("Stopped by Ctrl-C, before every round was made.")
-    told = [note for measurement in measurements if measurement.ready for note in measurement.ready.notes]
-    notes += sorted({note for note in told if note.startswith("not all pixels")})
+    arm_notes = [note for measurement in measurements if measurement.ready for note in measurement.ready.notes]
+    notes += sorted({note for note in arm_notes if note.startswith("not all pixels")})
     rounds = max((len(m.rounds) for m in measurements), default=0)
     rows = [_row(each, m, baseline, gpu=device.type == "cuda") for each, m in zip(arms, measurements, strict=True)]
     return Ablation(
@@ -176,7 +176,7 @@ def describe(
     )
 
 
-def _row(planned: Planned, measurement: Measurement, baseline: Measurement, *, gpu: bool) -> Row:
+def _row(planned: PlannedArm, measurement: Measurement, baseline: Measurement, *, gpu: bool) -> Row:
     technique, applicable = planned.technique, not planned.arm.not_applicable
     row = Row(
         name=planned.arm.name,
@@ -189,11 +189,11 @@ def _row(planned: Planned, measurement: Measurement, baseline: Measurement, *, g
     )
     if not measurement.is_measured:
         return row
-    together = bool(set(measurement.rounds) & set(baseline.rounds))
+    is_paired = bool(set(measurement.rounds) & set(baseline.rounds))
     return row.model_copy(
         update={
             "images_per_second": _interval(measurement.images_per_second),
-            "speed_up": _interval(measurement.speed_up(baseline)) if together else None,
+            "speed_up": _interval(measurement.speed_up(baseline)) if is_paired else None,
             "wait_fraction": measurement.wait_fraction,
             "first_step_seconds": measurement.compile_seconds,
             "device_bytes": measurement.device_bytes if gpu else None,
@@ -204,28 +204,28 @@ def _row(planned: Planned, measurement: Measurement, baseline: Measurement, *, g
     )
 
 
-def _interval(found: intervals.Estimate) -> Interval:
-    return Interval(**vars(found))
+def _interval(estimate: intervals.Estimate) -> Interval:
+    return Interval(**vars(estimate))
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """Return where an ablation is written if nobody says where: a folder of its own each time."""
+    """Return the default output folder: a new one for each ablation."""
     return Path("ablations") / f"{recipe.source.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def earlier(folder: Path, recipe: Recipe) -> Ablation | None:
-    """Return the ablation of the same recipe and overrides in a folder, whose trainings may go on, None if none."""
+def load_earlier(folder: Path, recipe: Recipe) -> Ablation | None:
+    """Return the ablation of the same recipe and overrides in a folder, to be continued; None if there is none."""
     path = folder / "ablation.json"
     if not path.exists():
         return None
-    found = load_ablation(path)
-    if (found.recipe, found.overrides) != (recipe.source.name, list(recipe.source.overrides)):
+    ablation = load_ablation(path)
+    if (ablation.recipe, ablation.overrides) != (recipe.source.name, list(recipe.source.overrides)):
         raise RunError(f"{folder}: holds an ablation of another recipe or with other overrides; give another --output")
-    return found
+    return ablation
 
 
 def require_new(folder: Path) -> None:
-    """Raise RunError if the folder holds an ablation, or can't be made."""
+    """Raise RunError if the folder holds an ablation or can't be created."""
     if (folder / "ablation.json").exists():
         raise RunError(f"{folder}: holds an ablation already; give another --output")
     try:
@@ -235,8 +235,8 @@ def require_new(folder: Path) -> None:
 
 
 def load_ablation(path: Path) -> Ablation:
-    """Return the ablation in a file; RunError if it is none."""
+    """Load an ablation from ablation.json; RunError if the file is invalid."""
     try:
         return Ablation.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: is no ablation: {str(error).splitlines()[0]}") from None
+        raise RunError(f"{path}: is not an ablation: {str(error).splitlines()[0]}") from None

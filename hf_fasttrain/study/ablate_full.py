@@ -1,4 +1,4 @@
-"""An ablation's arms trained to the end: accuracy, F1, training time, time to an accuracy, over several seeds."""
+"""`ablate --full`: trains every arm to the end with several seeds; accuracy, F1, training time, time to accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_fasttrain.study.bench import Tell
 from hf_fasttrain.utils.files import read_json, read_lines
 
 UNPUBLISHED = ("log.report=false", "hub=null")  # of the arms
-Train = Callable[[Sequence[str], Path], str]  # overrides and log file to what went wrong, or nothing
+Train = Callable[[Sequence[str], Path], str]  # (overrides, log file) -> error message, or an empty one
 
 
 def train_all(
@@ -24,11 +24,11 @@ def train_all(
 ) -> tuple[Ablation, bool]:
     """Train every arm to the end, once for each seed, and return the ablation with accuracy and time.
 
-    Trainings that an earlier call has finished in `folder` are read, not made again. Ctrl-C ends it with what is there.
+    Trainings that an earlier call has finished in `folder` are not repeated. Ctrl-C keeps the finished trainings.
     """
     train = train or (lambda overrides, log: _train(recipe_file, overrides, log))
     runs: dict[str, list[Path]] = {}
-    whole = True
+    is_complete = True
     try:
         for seed in range(seeds):
             for number, row in enumerate(ablation.rows):
@@ -36,23 +36,23 @@ def train_all(
                     continue
                 tell(f"training {row.name}, seed {seed + 1} of {seeds}")
                 run = folder / "runs" / f"{number:02d}-seed{seed}"
-                wrong = _train_once(train, [*ablation.overrides, *row.overrides, f"seed={seed}"], run)
-                if wrong:
-                    tell(f"{row.name}: {wrong}")
+                error = _train_once(train, [*ablation.overrides, *row.overrides, f"seed={seed}"], run)
+                if error:
+                    tell(f"{row.name}: {error}")
                 else:
                     runs.setdefault(row.name, []).append(run)
     except KeyboardInterrupt:
-        whole = False
-    results = {name: [EndedTraining.read(run) for run in own] for name, own in runs.items()}
+        is_complete = False
+    results = {name: [EndedTraining.read(run) for run in folders] for name, folders in runs.items()}
     base = results.get(ablation.rows[0].name, [])
-    finals = [ended.course[-1][1] for ended in base if ended.course]
+    finals = [ended.accuracy_curve[-1][1] for ended in base if ended.accuracy_curve]
     target = min(finals) if finals else None
     rows = [_with_full(row, results.get(row.name, []), base, target) for row in ablation.rows]
-    return ablation.model_copy(update={"rows": rows, "target_accuracy": target}), whole
+    return ablation.model_copy(update={"rows": rows, "target_accuracy": target}), is_complete
 
 
 def _train_once(train: Train, overrides: Sequence[str], run: Path) -> str:
-    """Train in a run folder, or go on there; return what went wrong, or nothing."""
+    """Train in a run folder, or resume there; return an error message, or an empty one."""
     if (run / "result.json").exists():
         return ""
     resume = ["--resume"] if run.exists() else []
@@ -60,10 +60,10 @@ def _train_once(train: Train, overrides: Sequence[str], run: Path) -> str:
 
 
 def _train(recipe_file: str, overrides: Sequence[str], log: Path) -> str:
-    """Run the training program; Ctrl-C, and SIGTERM, are passed on to it, and its saving is waited for."""
+    """Run the training program; on Ctrl-C or SIGTERM, stop it by SIGTERM and wait until it has saved."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides, *UNPUBLISHED]
-    # As the arms were measured: without what `tune` has stored.
+    # Without stored tunings, as the arms were measured.
     environment = {**os.environ, "HF_FASTTRAIN_TUNINGS": str(log.parent / "no-tunings")}
     with log.open("ab") as file:
         training = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
@@ -81,28 +81,30 @@ def _train(recipe_file: str, overrides: Sequence[str], log: Path) -> str:
 
 @dataclass(frozen=True)
 class EndedTraining:
-    """A training that came to its end."""
+    """The figures of a finished training."""
 
     train_seconds: float
-    metrics: dict[str, float]  # of the test split where there is one, else of the last evaluation
-    course: list[tuple[float, float]]  # seconds of training and accuracy of each evaluation of the evaluation split
+    metrics: dict[str, float]  # of the test split if there is one, else of the last evaluation
+    accuracy_curve: list[tuple[float, float]]  # (training seconds, accuracy) of each evaluation
 
     @classmethod
     def read(cls, run: Path) -> EndedTraining:
-        """Return a run folder's."""
+        """Read a run folder."""
         result = read_json(run / "result.json")
         lines = [line for line in read_lines(run / "metrics.jsonl") if line.get("kind") == "evaluation"]
         split = lines[0].get("split") if lines else None
-        course = [
+        accuracy_curve = [
             (line["train_seconds"], line["accuracy"])
             for line in lines
             if line.get("split") == split and "accuracy" in line
         ]
-        return cls(float(result["train_seconds"]), result.get("test_metrics") or result.get("metrics") or {}, course)
+        return cls(
+            float(result["train_seconds"]), result.get("test_metrics") or result.get("metrics") or {}, accuracy_curve
+        )
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """Return the seconds of training at the first evaluation that came to an accuracy."""
-        return next((seconds for seconds, reached in self.course if reached >= accuracy), None)
+        """Return the training seconds until the first evaluation that reached an accuracy; None if none did."""
+        return next((seconds for seconds, reached in self.accuracy_curve if reached >= accuracy), None)
 
 
 def _with_full(row: Row, ended: list[EndedTraining], base: list[EndedTraining], target: float | None) -> Row:
@@ -111,8 +113,8 @@ def _with_full(row: Row, ended: list[EndedTraining], base: list[EndedTraining], 
     seconds = [each.train_seconds for each in ended]
     accuracies = [each.metrics["accuracy"] for each in ended if "accuracy" in each.metrics]
     f1 = [each.metrics["f1_macro"] for each in ended if "f1_macro" in each.metrics]
-    until = [each.seconds_to(target) for each in ended] if target is not None else []
-    there = [value for value in until if value is not None]
+    times = [each.seconds_to(target) for each in ended] if target is not None else []
+    reached = [value for value in times if value is not None]
     full = FullTraining(
         seeds=len(ended),
         accuracy=statistics.mean(accuracies) if accuracies else None,
@@ -120,13 +122,13 @@ def _with_full(row: Row, ended: list[EndedTraining], base: list[EndedTraining], 
         f1_macro=statistics.mean(f1) if f1 else None,
         train_seconds=statistics.mean(seconds),
         train_seconds_std=_spread(seconds) or 0.0,
-        seconds_to_target=statistics.mean(there) if there else None,
-        seeds_at_target=len(there),
+        seconds_to_target=statistics.mean(reached) if reached else None,
+        seeds_at_target=len(reached),
         speed_up=statistics.mean(each.train_seconds for each in base) / statistics.mean(seconds) if base else None,
     )
     return row.model_copy(update={"full": full})
 
 
 def _spread(values: Sequence[float]) -> float | None:
-    """Return the standard deviation, None where there are no two values."""
+    """Return the standard deviation, None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None

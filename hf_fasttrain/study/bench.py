@@ -1,12 +1,12 @@
-"""The measuring instrument: arms of an experiment, each a training in a process of its own, run in turns.
+"""The benchmark of a study: arms of an experiment, each a training in its own process, run in turns.
 
-Every round gives each arm one turn, in an order of its own: a machine that becomes slower harms all alike. What a turn
-gives is the seconds of an image; rounds are compared in pairs.
+In every round each arm has one turn, in random order, so that a machine that slows down affects all alike. A turn
+measures seconds per image; arms are compared in pairs of the same round.
 
-Two processes that do the same differ by some 2 % as long as they live, by where their memory happens to lie. `collect`
-therefore gives each turn a process of its own, and its intervals hold; `tune` and `doctor`, which have less time, keep
-arms alive. An arm that waits for its next turn stands still, loader processes included (SIGSTOP), so that it loads
-nothing ahead and disturbs nobody.
+Two identical processes differ by some 2 % for their whole lives, depending on where their memory lies. So `collect`
+uses a new process for each turn, and its intervals hold; `tune` and `doctor`, which have less time, keep arms alive.
+Between turns an arm is suspended (SIGSTOP) with its loader processes, so that it prefetches nothing and disturbs no
+other arm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Tell = Callable[[str], None]
 
 
 class ArmFailed(Exception):
-    """An arm can't be measured; its text says why, and `out_of_memory` whether it may have lacked memory."""
+    """An arm can't be measured; `out_of_memory` says whether lack of memory may be the reason."""
 
     def __init__(self, text: str, *, out_of_memory: bool = False) -> None:
         super().__init__(text)
@@ -36,91 +36,91 @@ class ArmFailed(Exception):
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of an experiment: a name, and what it sets in the recipe."""
+    """A variant of an experiment: a name, and overrides of the recipe."""
 
     name: str
     overrides: tuple[str, ...] = ()
-    not_applicable: str = ""  # why it can't make a difference here
+    not_applicable: str = ""  # why it makes no difference here
 
 
 class Running(Protocol):
-    """A training that waits for its next turn."""
+    """A training that can run turns."""
 
     ready: Ready
 
     def turn(self, turn: Turn, limit_seconds: float | None = None) -> Report:
-        """Run a turn; ArmFailed if it can't, or is not over within the limit."""
+        """Run a turn; ArmFailed if it fails or exceeds the limit."""
         ...
 
     def close(self) -> None:
-        """End it."""
+        """End the training."""
         ...
 
 
-Start = Callable[[Arm, ArmOptions, float | None], Running]  # an arm, how it differs, seconds that it may take
+Start = Callable[[Arm, ArmOptions, float | None], Running]  # (arm, options, time limit in seconds)
 
 
 @dataclass
 class Measurement:
-    """What is known of an arm after its turns."""
+    """The measurements of an arm."""
 
     arm: Arm
     ready: Ready | None = None
     failed: str = ""
-    compile_seconds: float = 0.0  # of the first step, beyond an ordinary one's
-    start_seconds: float = 0.0  # until it could begin
-    first_pass_seconds: float | None = None  # of an image, from the loader, before its pixels are kept
-    rounds: dict[int, float] = field(default_factory=dict)  # round -> seconds of an image
-    waits: list[float] = field(default_factory=list)  # share of each turn lost by waiting for data
-    losses: list[float] = field(default_factory=list)  # of the first steps, one by one, until it is started anew
+    compile_seconds: float = 0.0  # of the first step, beyond an ordinary step's
+    start_seconds: float = 0.0  # including its first steps
+    first_pass_seconds: float | None = None  # per image, of the loader while it fills the cache
+    rounds: dict[int, float] = field(default_factory=dict)  # round -> seconds per image
+    waits: list[float] = field(default_factory=list)  # share of each turn spent waiting for data
+    losses: list[float] = field(default_factory=list)  # of the first steps, until the arm is restarted
     device_bytes: int = 0
     host_bytes: int = 0
-    lives: int = 0  # how often it was started
+    num_starts: int = 0
 
     @property
     def is_measured(self) -> bool:
-        """Whether there is a figure."""
+        """Whether it has measured rounds and did not fail."""
         return bool(self.rounds) and not self.failed
 
     @property
     def images_per_second(self) -> Estimate:
-        """Images a second, with the interval of its median over rounds."""
+        """Median images per second over rounds, with its interval."""
         return estimate([1 / seconds for seconds in self.rounds.values()])
 
     @property
     def seconds_per_image(self) -> float:
-        """Median seconds of an image."""
+        """Median seconds per image."""
         return statistics.median(self.rounds.values())
 
     @property
     def wait_fraction(self) -> float:
-        """Median share of time lost by waiting for data."""
+        """Median share of time spent waiting for data."""
         return statistics.median(self.waits) if self.waits else 0.0
 
     def speed_up(self, baseline: Measurement) -> Estimate:
-        """How many times as fast as the baseline, from the rounds that both have."""
+        """Return the speed-up over the baseline, from the rounds that both have."""
         both = [number for number in self.rounds if number in baseline.rounds]
         return paired_ratio([baseline.rounds[n] for n in both], [self.rounds[n] for n in both])
 
     def add(self, number: int, report: Report) -> None:
-        """Add a round's turn."""
+        """Add the turn of round `number`."""
         self.rounds[number] = report.seconds / max(1, report.images)
         self.waits.append(min(1.0, report.wait_seconds / max(report.seconds, 1e-9)))
-        if self.lives == 1:
+        if self.num_starts == 1:
             self.losses += report.losses
-        self._remember(report)
+        self._add_memory(report)
 
     def warm(self, report: Report) -> None:
-        """Add a turn that is not measured: the first."""
+        """Add the first turn, which is not measured."""
         first, *others = report.step_seconds
         if others:
             self.compile_seconds = max(0.0, first - statistics.median(others))
         self.first_pass_seconds = report.fill_seconds
         self.losses += report.losses
-        self._remember(report)
+        self._add_memory(report)
 
     def forecast(self, seconds_per_image: float) -> float:
-        """Return the seconds of the recipe's whole training at a pace, compiling and the first pass included.
+        """Return the seconds of the recipe's whole training at a speed, compiling and the first pass included.
 
         Without evaluation and saving, as `train_seconds` of result.json.
         """
@@ -129,20 +129,20 @@ class Measurement:
         images = ready.steps / ready.steps_per_epoch * ready.num_images
         first = min(images, ready.num_images) if ready.keeps_pixels else 0.0
         filling = first * max(self.first_pass_seconds or 0.0, seconds_per_image)
-        shapes = 1 + ready.short_last_step  # each is compiled
+        shapes = 1 + ready.short_last_step  # each is compiled separately
         compiling = self.compile_seconds * shapes if ready.settings["accelerate.compile"] else 0.0
         return filling + (images - first) * seconds_per_image + compiling
 
-    def _remember(self, report: Report) -> None:
+    def _add_memory(self, report: Report) -> None:
         self.device_bytes = max(self.device_bytes, report.device_bytes)
         self.host_bytes = max(self.host_bytes, report.host_bytes)
 
 
 class Bench:
-    """Holds the running arms of an experiment; leaves no process behind.
+    """Runs the arms of an experiment; a context manager that ends their processes.
 
-    `free_bytes` tells how much memory is left. Where it does not do for one arm more, those that waited longest are
-    ended, and begin anew when it is their turn.
+    `free_bytes` returns the available memory. If it is too little for another arm, the least recently used ones are
+    ended, and restarted when it is their turn.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Bench:
     ) -> None:
         self.start, self.options, self.clock = start, options, clock
         self.free_bytes, self.warm_seconds = free_bytes, warm_seconds
-        self._running: dict[str, tuple[Running, Measurement]] = {}  # in the order of their last turns
+        self._running: dict[str, tuple[Running, Measurement]] = {}  # least recently used first
 
     def __enter__(self) -> Bench:
         return self
@@ -165,7 +165,7 @@ class Bench:
         self.close()
 
     def close(self) -> None:
-        """End all arms; Ctrl-C must wait for it, or processes that stand still would be left."""
+        """End all arms; ignores Ctrl-C meanwhile, which would leave suspended processes behind."""
         with signal_handler(signal.SIGINT, signal.SIG_IGN):
             for name in list(self._running):
                 self.end(name)
@@ -177,29 +177,29 @@ class Bench:
             running[0].close()
 
     def warm_up(self, measurement: Measurement, limit_seconds: float | None = None) -> bool:
-        """Start an arm and make its first steps; return whether it can be measured."""
-        began = self.clock()
+        """Start an arm and run its first steps; return whether it can be measured."""
+        start_time = self.clock()
         try:
             self._start(measurement, limit_seconds)
         except ArmFailed as failed:
-            measurement.failed, measurement.start_seconds = str(failed), self.clock() - began
+            measurement.failed, measurement.start_seconds = str(failed), self.clock() - start_time
             self.end(measurement.arm.name)
         return not measurement.failed
 
     def _start(self, measurement: Measurement, limit_seconds: float | None) -> None:
         self._make_room(measurement)
-        began = self.clock()
+        start_time = self.clock()
         try:
             self._first_turn(measurement, limit_seconds)
         except ArmFailed as failed:
             self.end(measurement.arm.name)
-            if not self._alone_may_do(failed):
+            if not self._freed_memory(failed):
                 raise
             self._first_turn(measurement, limit_seconds)
-        measurement.start_seconds = self.clock() - began
+        measurement.start_seconds = self.clock() - start_time
 
-    def _alone_may_do(self, failed: ArmFailed) -> bool:
-        """End the others if they may have taken the memory that an arm lacked; return whether there were any."""
+    def _freed_memory(self, failed: ArmFailed) -> bool:
+        """If an arm ran out of memory, end all others; return whether there were any, so that it can be retried."""
         if not self._running or not failed.out_of_memory:
             return False
         self.close()
@@ -210,14 +210,14 @@ class Bench:
         running = self.start(measurement.arm, self.options, limit_seconds)
         self._running[name] = running, measurement
         measurement.ready = running.ready
-        left = None if limit_seconds is None else max(0.1, limit_seconds - (self.clock() - before))
-        report = running.turn(Turn(min_steps=3, seconds=self.warm_seconds, drain=True), left)
-        measurement.lives += 1
+        remaining = None if limit_seconds is None else max(0.1, limit_seconds - (self.clock() - before))
+        report = running.turn(Turn(min_steps=3, seconds=self.warm_seconds, drain=True), remaining)
+        measurement.num_starts += 1
         if not measurement.rounds:
             measurement.warm(report)
 
     def _make_room(self, measurement: Measurement) -> None:
-        """End the arms that waited longest until there is memory for one more."""
+        """End the least recently used arms until there is memory for one more."""
         if self.free_bytes is None:
             return
         sizes = [m.host_bytes for _, m in self._running.values() if m.host_bytes]
@@ -226,12 +226,12 @@ class Bench:
             self.end(next(iter(self._running)))
 
     def turn(self, measurement: Measurement, number: int, turn: Turn, limit_seconds: float | None = None) -> Report:
-        """Give an arm a turn and add what it gives as round `number`; ArmFailed, and kept in mind, if it can't."""
+        """Run a turn of an arm and add it as round `number`; raises, and records, ArmFailed if it fails."""
         try:
             report = self._turn(measurement, turn, limit_seconds)
         except ArmFailed as failed:
             self.end(measurement.arm.name)
-            if not self._alone_may_do(failed):
+            if not self._freed_memory(failed):
                 measurement.failed = str(failed)
                 raise
             report = self._turn(measurement, turn, limit_seconds)
@@ -249,9 +249,9 @@ class Bench:
 def measure(
     arms: Sequence[Arm], bench: Bench, *, rounds: int, turn: Turn, tell: Tell, seed: int = 0
 ) -> list[Measurement]:
-    """Return the measurements of arms after `rounds` rounds; one that fails, or is not applicable, says so.
+    """Return the measurements of arms after `rounds` rounds; `failed` has the reason for those without.
 
-    Ctrl-C is the caller's to meet: `bench` must be closed.
+    Ctrl-C is left to the caller, who must close `bench`.
     """
     measurements = [Measurement(arm, failed=arm.not_applicable) for arm in arms]
     collect(measurements, bench, rounds=rounds, turn=turn, tell=tell, seed=seed)
@@ -261,12 +261,12 @@ def measure(
 def collect(
     measurements: Sequence[Measurement], bench: Bench, *, rounds: int, turn: Turn, tell: Tell, seed: int = 0
 ) -> None:
-    """Fill the measurements round by round, each turn in a process of its own."""
+    """Fill the measurements round by round, with a new process for each turn."""
     rng = random.Random(seed)
     for number in range(rounds):
-        going = [measurement for measurement in measurements if not measurement.failed]
-        rng.shuffle(going)
-        for measurement in going:
+        active = [measurement for measurement in measurements if not measurement.failed]
+        rng.shuffle(active)
+        for measurement in active:
             tell(f"round {number + 1} of {rounds}: {measurement.arm.name}")
             try:
                 bench.turn(measurement, number, turn)

@@ -1,4 +1,4 @@
-"""Where a training's time goes, and what would help, in half a minute (a minute where steps take seconds)."""
+"""Profiles a training and suggests faster settings, in half a minute (a minute if steps take seconds)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from hf_fasttrain.utils.format import format_bytes, format_duration, format_imag
 
 LOOK = Turn(min_steps=3, seconds=2.0)
 HALF = Turn(min_steps=2, seconds=1.0)
-TRY = Turn(min_steps=2, seconds=0.7)  # the first step after standing still is a slower one
+TRY = Turn(min_steps=2, seconds=0.7)  # the first step after a suspension is slower
 LEAST_ROUNDS, MOST_ROUNDS = 4, 9
 TRACED_STEPS = 3
 AS_TRAINED = ArmOptions(stored_tuning=True)
@@ -45,7 +45,7 @@ ROUNDING = "changes rounding: `hf-fasttrain tune` compares it with fp32"
 
 
 class Doctor:
-    """An examination within about `seconds`."""
+    """Profiles a training within about `seconds`."""
 
     def __init__(
         self,
@@ -61,24 +61,24 @@ class Doctor:
         self.clock, self.until = clock, clock() + seconds
 
     def examine(self, trace: Path | None = None) -> Diagnosis:
-        """Look into the training, take it apart, and try what might help; RunError if it can't run here."""
+        """Profile the training, measure its parts alone, and try faster settings; RunError if it can't run here."""
         try:
             self.tell("profiling the training")
-            watched, ready = self._watch(trace)
+            profile, ready = self._profile(trace)
             self.tell("measuring the loader and the model separately")
             loader, compute = self._halves()
         except ArmFailed as failed:
             raise RunError(f"this recipe could not be profiled here: {failed}") from None
-        waiting = min(1.0, watched.wait_seconds / watched.seconds)
+        waiting = min(1.0, profile.wait_seconds / profile.seconds)
         baseline, tried, notes = self._try(self._ideas(ready, waiting))
-        step_seconds, phases = split_step(watched)
+        step_seconds, phases = split_step(profile)
         return Diagnosis(
             ready=ready,
             images_per_second=baseline.images_per_second,
             step_seconds=step_seconds,
-            images_per_step=watched.images / len(watched.step_seconds),
+            images_per_step=profile.images / len(profile.step_seconds),
             phases=phases,
-            stages=split_loading(watched),
+            stages=split_loading(profile),
             loader_alone=_rate(loader),
             compute_alone=_rate(compute),
             wait_fraction=waiting,
@@ -89,7 +89,7 @@ class Doctor:
             advice=tuple(best_advice(baseline, tried, notes)),
         )
 
-    def _watch(self, trace: Path | None) -> tuple[Report, Ready]:
+    def _profile(self, trace: Path | None) -> tuple[Report, Ready]:
         running = self.start(Arm("watched"), replace(AS_TRAINED, watched=True))
         try:
             running.turn(Turn(min_steps=3, seconds=1.0, drain=True))
@@ -111,46 +111,46 @@ class Doctor:
     # --- what might help -----------------------------------------------------------------------------------
 
     def _ideas(self, ready: Ready, waiting: float) -> list[tuple[dict[str, Any], str]]:
-        """Return changes that might help, the likeliest first, and what is to be said of them."""
-        own = space.first_config(ready)
-        loading = self._loading_ideas(own, ready)
-        computing = self._computing_ideas(own, ready)
+        """Return (overrides, note) of changes that might help, the likeliest first."""
+        config = space.first_config(ready)
+        loading = self._loading_ideas(config, ready)
+        computing = self._computing_ideas(config, ready)
         return [*loading, *computing] if waiting >= MUCH_WAITING else [*computing, *loading]
 
-    def _loading_ideas(self, own: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
+    def _loading_ideas(self, config: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
         ideas: list[tuple[dict[str, Any], str]] = []
-        if own["data.cache"] == "none" and ready.steps > ready.steps_per_epoch:
+        if config["data.cache"] == "none" and ready.steps > ready.steps_per_epoch:
             ideas.append(({"data.cache": "memory"}, "from the second epoch on"))
-        workers = int(own["data.workers"])
+        workers = int(config["data.workers"])
         if workers < 2 * self.cores:
             ideas.append(({"data.workers": max(1, 2 * workers)}, ""))
         if ready.settings["data.decoder"] == "pillow" and ready.is_jpeg:
             ideas.append(({"data.decoder": "simplejpeg"}, ""))
-        if self.hardware.gpu and not own["data.pin_memory"]:
+        if self.hardware.gpu and not config["data.pin_memory"]:
             ideas.append(({"data.pin_memory": True}, ""))
         return ideas
 
-    def _computing_ideas(self, own: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
+    def _computing_ideas(self, config: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
         ideas: list[tuple[dict[str, Any], str]] = []
-        if own["accelerate.mixed_precision"] == "no":
+        if config["accelerate.mixed_precision"] == "no":
             ideas.append(({"accelerate.mixed_precision": "bf16" if self.hardware.bf16 else "fp16"}, ROUNDING))
-        ideas.append(({"accelerate.channels_last": not own["accelerate.channels_last"]}, ""))
-        if own["accelerate.micro_batch_size"] is not None and space.whole_fits(ready):
+        ideas.append(({"accelerate.channels_last": not config["accelerate.channels_last"]}, ""))
+        if config["accelerate.micro_batch_size"] is not None and space.whole_fits(ready):
             whole = {"accelerate.gradient_accumulation_steps": 1, "accelerate.micro_batch_size": None}
             ideas.append((whole, "changes batch-norm statistics" if ready.has_batch_norm else ""))
         return ideas
 
     def _try(self, ideas: list[tuple[dict[str, Any], str]]) -> tuple[Measurement, list[Measurement], dict[str, str]]:
-        """Measure ideas beside the training as it is, as many as there is time for, at least two."""
+        """Measure the training as it is and as many ideas as time allows, at least two."""
         baseline = Measurement(Arm("as it is"))
         notes: dict[str, str] = {}
         tried: list[Measurement] = []
         rng = random.Random(0)
         with Bench(self.start, options=AS_TRAINED, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
-            began = self.clock()
+            start_time = self.clock()
             if not bench.warm_up(baseline):
                 raise RunError(f"this recipe could not be profiled here: {baseline.failed}")
-            cost = self.clock() - began  # of starting one, and its turns later
+            cost = self.clock() - start_time  # of starting an arm and its later turns
             for change, note in ideas:
                 if len(tried) >= 2 and self.clock() + cost * 1.5 * (len(tried) + 1) > self.until:
                     break
@@ -172,7 +172,7 @@ class Doctor:
 
 
 def _turn(bench: Bench, measurement: Measurement, number: int) -> None:
-    with contextlib.suppress(ArmFailed):  # the measurement keeps it in mind
+    with contextlib.suppress(ArmFailed):  # recorded in the measurement
         bench.turn(measurement, number, TRY)
 
 
@@ -180,15 +180,15 @@ def _rate(report: Report) -> float:
     return report.images / report.seconds
 
 
-def doctor(recipe: Recipe, found: Hardware, *, seconds: float, tell: Tell, trace: Path | None = None) -> Diagnosis:
-    """Return where the time of a recipe's training goes here; RunError if it can't run."""
+def doctor(recipe: Recipe, machine: Hardware, *, seconds: float, tell: Tell, trace: Path | None = None) -> Diagnosis:
+    """Profile a recipe's training on this machine; RunError if it can't run."""
     require_one_process()
     if trace is not None and not trace.absolute().parent.is_dir():
         raise RunError(f"--trace {trace}: {trace.absolute().parent} is not a folder; give another file")
     if trace is not None and not os.access(trace.absolute().parent, os.W_OK):
         raise RunError(f"--trace {trace}: can't be written; give another file")
-    with Starter(resolve_arm(recipe), on_gpu=found.gpu) as start:
-        return Doctor(start, found, num_cores(), seconds=seconds, tell=tell).examine(trace)
+    with Starter(resolve_arm(recipe), on_gpu=machine.gpu) as start:
+        return Doctor(start, machine, num_cores(), seconds=seconds, tell=tell).examine(trace)
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
@@ -215,26 +215,27 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
 
 def lines(diagnosis: Diagnosis) -> list[str]:
     """Return verdict, forecast, memory and advice as sentences."""
-    found, kept = diagnosis.images_per_second, diagnosis.ready.keeps_pixels
+    rate, cached = diagnosis.images_per_second, diagnosis.ready.keeps_pixels
     memory = f"{format_bytes(diagnosis.host_bytes)} of the host"
     if diagnosis.device_bytes:
         memory = f"{format_bytes(diagnosis.device_bytes)} of the GPU, {memory}"
-    said = [
-        *(f"note: {note}" for note in diagnosis.ready.notes if not note.startswith("data.cache_dir")),  # ours
+    sentences = [
+        # The study itself sets data.cache_dir.
+        *(f"note: {note}" for note in diagnosis.ready.notes if not note.startswith("data.cache_dir")),
         diagnosis.verdict,
-        f"As configured: {format_images_rate(found.median)} ({format_rate(found.low)} - {format_rate(found.high)}); an "
-        f"epoch takes {format_duration(diagnosis.epoch_seconds)}{' once images are cached' if kept else ''}, the whole "
-        f"training {format_duration(diagnosis.total_seconds)}, without evaluation. Memory: {memory}.",
+        f"As configured: {format_images_rate(rate.median)} ({format_rate(rate.low)} - {format_rate(rate.high)}); an "
+        f"epoch takes {format_duration(diagnosis.epoch_seconds)}{' once images are cached' if cached else ''}, the "
+        f"whole training {format_duration(diagnosis.total_seconds)}, without evaluation. Memory: {memory}.",
     ]
     for advice in diagnosis.advice:
         note = f" ({advice.note})" if advice.note else ""
         seconds = diagnosis.ready.num_images / advice.images_per_second
-        said.append(
+        sentences.append(
             f"Measured: {advice.text}{note}: {format_images_rate(advice.images_per_second)}, {advice.speed_up} times "
             f"as fast, an epoch takes {format_duration(seconds)}."
         )
     for measurement in diagnosis.tried:
         if all(measurement.arm.overrides != advice.overrides for advice in diagnosis.advice):
             outcome = measurement.failed or format_images_rate(measurement.images_per_second.median)
-            said.append(f"Tried without gain: {measurement.arm.name}: {outcome}")
-    return said
+            sentences.append(f"Tried without gain: {measurement.arm.name}: {outcome}")
+    return sentences

@@ -1,4 +1,4 @@
-"""The arithmetic of `doctor`: what was measured of a training, to a sentence, a forecast and advice."""
+"""Computes verdict, forecast and advice of `doctor` from measurements."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hf_fasttrain.study.messages import Ready, Report
 from hf_fasttrain.study.stopwatch import PHASES
 from hf_fasttrain.utils.format import format_percent, format_rate
 
-MUCH_WAITING = 0.1  # share of the time from which on the loader is called the limit
-SHARING = 0.85  # of what the slower half reaches alone: below it, the halves slow each other down
-WORTH_SAYING = 1.03  # speed-up from which on an override is advised
+MUCH_WAITING = 0.1  # share of time from which the loader is called the bottleneck
+SHARING = 0.85  # of the speed of the slower half alone: below it, the halves slow each other down
+WORTH_SAYING = 1.03  # least speed-up of an override that is advised
 STAGE_NAMES = {"read": "reading", "decode": "decoding", "augment": "augmenting", "collate": "collating"}
 PHASE_NAMES = {
     "wait": "waiting for images",
@@ -27,7 +27,7 @@ PHASE_NAMES = {
 
 @dataclass(frozen=True)
 class Advice:
-    """An override, and what it gave when it was measured."""
+    """Overrides and their measured speed."""
 
     overrides: tuple[str, ...]
     images_per_second: float
@@ -42,11 +42,11 @@ class Advice:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where a training's time goes."""
+    """The profile of a training."""
 
     ready: Ready
     images_per_second: Estimate  # of the training as it is
-    step_seconds: float  # of the training that was looked into
+    step_seconds: float  # of the profiled training
     images_per_step: float
     phases: dict[str, float]  # seconds of a step, by phase; they add up to step_seconds
     stages: dict[str, float]  # worker-seconds of an image, by loader stage
@@ -66,7 +66,7 @@ class Diagnosis:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the loader is the limit."""
+        """Whether the loader is the bottleneck."""
         return self.wait_fraction >= MUCH_WAITING
 
     @property
@@ -76,17 +76,17 @@ class Diagnosis:
 
     @property
     def largest_phase(self) -> str:
-        """The phase of a step that takes most of it, waiting left aside."""
+        """The phase of a step that takes most of it, except waiting."""
         return max((phase for phase in PHASES if phase != "wait"), key=lambda phase: self.phases[phase])
 
     @property
     def epoch_seconds(self) -> float:
-        """Forecast of an epoch's training, once images are kept if they are."""
+        """Forecast of an epoch's training, after the first one if images are cached."""
         return self.ready.num_images / self.images_per_second.median
 
     @property
     def verdict(self) -> str:
-        """The sentence with the arithmetic."""
+        """The verdict as a sentence."""
         on = f"on {self.workers} {'worker' if self.workers == 1 else 'workers'}" if self.workers else "without workers"
         compute, loader = format_rate(self.compute_alone), format_rate(self.loader_alone)
         if self.is_waiting:
@@ -140,14 +140,14 @@ class Diagnosis:
 
 
 def _tried(measurement: Measurement) -> dict[str, Any]:
-    found: dict[str, Any] = {"overrides": list(measurement.arm.overrides), "failed": measurement.failed}
+    results: dict[str, Any] = {"overrides": list(measurement.arm.overrides), "failed": measurement.failed}
     if measurement.is_measured:
-        found["images_per_second"] = vars(measurement.images_per_second)
-    return found
+        results["images_per_second"] = vars(measurement.images_per_second)
+    return results
 
 
 def split_step(report: Report) -> tuple[float, dict[str, float]]:
-    """Return the seconds of a step of a watched turn, and of each of its phases, which add up to it."""
+    """Return the seconds of a step of a profiled turn, and of each of its phases, which add up to it."""
     number = max(1, len(report.step_seconds))
     phases = {"wait": report.wait_seconds, **report.phases}
     phases["other"] = max(0.0, report.seconds - sum(phases.values()))
@@ -155,20 +155,20 @@ def split_step(report: Report) -> tuple[float, dict[str, float]]:
 
 
 def split_loading(report: Report) -> dict[str, float]:
-    """Return the worker-seconds of an image by stage, of a watched turn."""
+    """Return the worker-seconds of an image by stage, of a profiled turn."""
     number = max(1, report.stage_images)
     return {stage: seconds / number for stage, seconds in report.stages.items()}
 
 
 def best_advice(baseline: Measurement, tried: list[Measurement], notes: dict[str, str], most: int = 2) -> list[Advice]:
-    """Return the overrides that help most; none whose gain may be noise."""
-    found = []
+    """Return the overrides that help most; without those whose gain may be noise."""
+    results = []
     for measurement in tried:
         if not measurement.is_measured:
             continue
         speed_up = measurement.speed_up(baseline)
         if speed_up.median >= WORTH_SAYING and speed_up.low > 1:
             name = measurement.arm.name
-            own = measurement.images_per_second.median
-            found.append(Advice(measurement.arm.overrides, own, speed_up, notes.get(name, "")))
-    return sorted(found, key=lambda advice: -advice.speed_up.median)[:most]
+            rate = measurement.images_per_second.median
+            results.append(Advice(measurement.arm.overrides, rate, speed_up, notes.get(name, "")))
+    return sorted(results, key=lambda advice: -advice.speed_up.median)[:most]

@@ -1,4 +1,4 @@
-"""Medians with intervals that assume nothing about how a shared machine's noise is distributed."""
+"""Medians with distribution-free intervals: the noise of a shared machine is not normal."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """Return the median of independent values and its interval between two of them.
+    """Return the median of independent values, with an interval between two of them.
 
     The true median lies between the k-th smallest and the k-th largest of n values with probability
     1 - 2 P(Binomial(n, 1/2) < k) (the sign test's interval; Conover, Practical Nonparametric Statistics, 3.2). The
-    largest k that keeps `confidence` is taken; with 5 values or fewer even the whole range has less, and says so.
+    largest k that keeps `confidence` is used; for 5 values or fewer it is the whole range, with a lower confidence.
     """
     ordered, n = sorted(values), len(values)
     if not n:
@@ -47,5 +47,5 @@ def coverage(n: int, k: int) -> float:
 
 
 def paired_ratio(of: Sequence[float], to: Sequence[float]) -> Estimate:
-    """Return the median of `of[i] / to[i]`: of values from the same rounds, so that a drift of both cancels."""
+    """Return the median of `of[i] / to[i]`: pairs are of the same round, so that drift cancels."""
     return estimate([a / b for a, b in zip(of, to, strict=True)])

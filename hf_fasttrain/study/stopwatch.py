@@ -1,6 +1,6 @@
-"""Seconds of a training by phase, and worker-seconds of its loader by stage, for a training that is looked into.
+"""Profiles a training: seconds by phase of a step, and worker-seconds by stage of the loader.
 
-An ordinary training has no timer, and its loader's stages are not timed.
+Ordinary training has no timers.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _BUSY, _IMAGES = len(STAGES), len(STAGES) + 1  # columns beside the stages
 
 
 class Stopwatch:
-    """Adds up the seconds of phases in this process, by events on a GPU, and of stages in the loader's processes."""
+    """Sums up the seconds of phases in this process (by CUDA events on a GPU) and of stages in loader processes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        # A row for each worker, so that none waits for another.
+        # A row for each worker, so that they need no lock.
         self.table = torch.zeros((MOST_WORKERS, len(STAGES) + 2), dtype=torch.float64).share_memory_()
         self._before = self.table.clone()
 
     def reset(self) -> None:
-        """Begin anew; workers go on counting."""
+        """Start from zero, while workers continue to count."""
         self._seconds, self._events = dict.fromkeys(PHASES, 0.0), []
         self._before = self.table.clone()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds of what stands in this context to a phase."""
+        """Add the seconds spent in this context to a phase."""
         if self.device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
@@ -54,14 +54,14 @@ class Stopwatch:
             after.record()
             self._events.append((name, before, after))
             return
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] += time.perf_counter() - began
+            self._seconds[name] += time.perf_counter() - start_time
 
     def phases(self) -> dict[str, float]:
-        """Return the seconds of each phase but waiting and other; on a GPU its work must be done."""
+        """Return the seconds of each phase except wait and other; a GPU must be synchronised first."""
         for phase, before, after in self._events:
             self._seconds[phase] += before.elapsed_time(after) / 1000
         self._events = []
@@ -71,13 +71,13 @@ class Stopwatch:
         return (self.table - self._before).sum(0).numpy()
 
     def stages(self) -> dict[str, float]:
-        """Return the worker-seconds of each stage; collate is what the others leave of a batch's time."""
+        """Return the worker-seconds of each stage; collate is the rest of a batch's time."""
         totals = self._totals()
         seconds = dict(zip(STAGES, totals.tolist(), strict=False))
         return {**seconds, "collate": max(0.0, float(totals[_BUSY] - totals[: len(STAGES) - 1].sum()))}
 
     def stage_images(self) -> int:
-        """Return how many images were made."""
+        """Return how many images were loaded."""
         return int(self._totals()[_IMAGES])
 
 
@@ -88,12 +88,12 @@ def watch_compute(trainer: Trainer, watch: Stopwatch) -> None:
 
 
 def watch_loader(prefetcher: Prefetcher, watch: Stopwatch) -> None:
-    """Time the stages of a feed's workers."""
+    """Time the stages of a prefetcher's workers."""
     prefetcher.images = _TimedBatches(prefetcher.images, watch.table)
 
 
 class _Row:
-    """The row of the table that is this worker's."""
+    """This worker's row of the table."""
 
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
@@ -109,56 +109,56 @@ class _Row:
 
 
 class _TimedBatches(ImageBatches):
-    """Batches whose stages are timed; reading, decoding, cropping are those of the batches they stand for."""
+    """Wraps `ImageBatches` and times its stages."""
 
     def __init__(self, batches: ImageBatches, table: torch.Tensor) -> None:
         row = _Row(table)
-        own = batches.images
-        images = Images(own.split, _TimedPreparation(own.preparation, row), own.cache)  # type: ignore[arg-type]
-        if own.cache is not None:
-            images.cache = _TimedCache(own.cache, row)  # type: ignore[assignment]
+        source = batches.images
+        images = Images(source.split, _TimedPreparation(source.preparation, row), source.cache)  # type: ignore[arg-type]
+        if source.cache is not None:
+            images.cache = _TimedCache(source.cache, row)  # type: ignore[assignment]
         transform = _TimedTransform(batches.transform, row) if batches.transform is not None else None
         super().__init__(images, transform)  # type: ignore[arg-type]
         self.row = row
 
     def make(self, key: MicroBatchKey, buffer: torch.Tensor | None = None) -> PixelBatch:
         """Return the batch of a key; see `ImageBatches.make`."""
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         batch = super().make(key, buffer)
-        self.row.add(_BUSY, time.perf_counter() - began)
+        self.row.add(_BUSY, time.perf_counter() - start_time)
         self.row.add(_IMAGES, len(key.indices))
         return batch
 
 
 @dataclass
 class _Wrapper:
-    """Stands for an object and times some of its work."""
+    """Delegates to an object and times some of its methods."""
 
-    own: Any
+    wrapped: Any
     row: _Row
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("own", "row"):
+        if name.startswith("__") or name in ("wrapped", "row"):
             raise AttributeError(name)
-        return getattr(self.own, name)
+        return getattr(self.wrapped, name)
 
 
 class _TimedPreparation(_Wrapper):
-    """Reading of files and decoding. Files are read here, as `read_pixels` would.
+    """Times reading and decoding; reads files here instead of in `read_pixels`.
 
-    Bytes in an Arrow file's memory map have no reading of their own: the kernel reads them while they are decoded.
+    Bytes in an Arrow file's memory map have no separate read: the kernel reads them during decoding.
     """
 
     def encoded(self, record: Any) -> tuple[Pixels, bytes | None]:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         if isinstance(record, dict) and record.get("path") is not None:
             data = record.get("bytes")
             record = _read(record) if data is None else record
         read = time.perf_counter()
         try:
-            encoded: tuple[Pixels, bytes | None] = self.own.encoded(record)
+            encoded: tuple[Pixels, bytes | None] = self.wrapped.encoded(record)
         finally:
-            self.row.add(STAGES.index("read"), read - began)
+            self.row.add(STAGES.index("read"), read - start_time)
             self.row.add(STAGES.index("decode"), time.perf_counter() - read)
         return encoded
 
@@ -167,42 +167,42 @@ def _read(record: dict[str, Any]) -> dict[str, Any]:
     try:
         return {**record, "bytes": Path(record["path"]).read_bytes()}
     except OSError:
-        return record  # `read_pixels` will say what is wrong
+        return record  # `read_pixels` will raise the error
 
 
 class _TimedCache(_Wrapper):
-    """Pixels read from where they are kept, and written there."""
+    """Times reading from the cache."""
 
     def read(self, rows: np.ndarray, stamp_of: Any) -> Iterator[Pixels | None]:
-        found = self.own.read(rows, stamp_of)
+        cached = self.wrapped.read(rows, stamp_of)
         while True:
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             try:
-                pixels = next(found)
+                pixels = next(cached)
             except StopIteration:
                 return
             finally:
-                self.row.add(STAGES.index("read"), time.perf_counter() - began)
+                self.row.add(STAGES.index("read"), time.perf_counter() - start_time)
             yield pixels
 
 
 class _TimedTransform(_Wrapper):
-    """Crops, operations, flips and erasing: the time of `write` but for what it waits for its images."""
+    """Times crops, operations, flips and erasing: `write` without the time that it waits for images."""
 
     def write(self, images: Iterator[tuple[int, Pixels]], key: MicroBatchKey, out: np.ndarray) -> None:
-        elsewhere = 0.0
+        waiting = 0.0
 
-        def watched() -> Iterator[tuple[int, Pixels]]:
-            nonlocal elsewhere
+        def timed() -> Iterator[tuple[int, Pixels]]:
+            nonlocal waiting
             source = iter(images)
             while True:
-                began = time.perf_counter()
+                start_time = time.perf_counter()
                 item = next(source, None)
-                elsewhere += time.perf_counter() - began
+                waiting += time.perf_counter() - start_time
                 if item is None:
                     return
                 yield item
 
-        began = time.perf_counter()
-        self.own.write(watched(), key, out)
-        self.row.add(STAGES.index("augment"), time.perf_counter() - began - elsewhere)
+        start_time = time.perf_counter()
+        self.wrapped.write(timed(), key, out)
+        self.row.add(STAGES.index("augment"), time.perf_counter() - start_time - waiting)

@@ -1,4 +1,4 @@
-"""What an ablation compares: a plain baseline, and techniques that are said to make training fast."""
+"""The arms of an ablation: a plain baseline, and techniques that should make training faster."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hf_fasttrain.utils.errors import RunError, nearest
 
 
 class Hardware(NamedTuple):
-    """What of the machine decides which techniques make sense."""
+    """Properties of the machine that techniques depend on."""
 
     gpu: bool
-    bf16: bool  # autocast to it is possible
-    compiler: bool  # torch.compile finds what it needs
+    bf16: bool  # whether autocast supports it
+    compiler: bool  # whether torch.compile finds a C++ compiler
 
 
 def hardware() -> Hardware:
-    """Return what of this machine decides which techniques make sense."""
+    """Return the properties of this machine."""
     gpu = uses_gpu()
     compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
     return Hardware(gpu, not gpu or torch.cuda.is_bf16_supported(including_emulation=False), compiler)
@@ -33,19 +33,19 @@ def hardware() -> Hardware:
 
 @dataclass(frozen=True)
 class Technique:
-    """One of the things that are switched on and off."""
+    """A technique that is switched on and off by overrides."""
 
     name: str
     label: str
     on: dict[str, Any]  # dotted key -> value; the baseline has `off`
     off: dict[str, Any]
     not_applicable: str = ""
-    in_everything: bool = True  # not so for a second form of something that is in it already
+    in_everything: bool = True  # False for a second form of a technique that is in it already
     note: str = ""
 
 
-class Planned(NamedTuple):
-    """An arm of an ablation and its place in the table."""
+class PlannedArm(NamedTuple):
+    """An arm of an ablation, and its kind of row in the table."""
 
     arm: Arm
     kind: str  # baseline, again, alone, everything or removed
@@ -68,11 +68,11 @@ NAMES = (
 NO_GPU = "no GPU"
 
 
-def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
-    """Return the techniques for a recipe, of which `asked` says what its settings became."""
-    settings = asked.settings
+def techniques(ready: Ready, hardware: Hardware) -> list[Technique]:
+    """Return the techniques for a recipe; `ready` has its resolved settings."""
+    settings = ready.settings
     steps = int(settings["accelerate.gradient_accumulation_steps"])
-    micro, pieces = asked.micro_batch_size, max(2, steps)
+    micro, pieces = ready.micro_batch_size, max(2, steps)
     whole = {
         "train.batch_size": micro,
         "accelerate.gradient_accumulation_steps": 1,
@@ -81,7 +81,7 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
     in_pieces = {"accelerate.gradient_accumulation_steps": "auto"}
     half = 2 * max(1, micro // 4)
     workers = max(1, int(settings["data.workers"]))
-    kept = settings["data.cache"] if settings["data.cache"] in ("disk", "device") else "memory"
+    cache_mode = settings["data.cache"] if settings["data.cache"] in ("disk", "device") else "memory"
     math = "high" if hardware.gpu else "medium"
     fp32 = {"accelerate.matmul_precision": "highest", "accelerate.conv_precision": "highest"}
     return [
@@ -90,7 +90,7 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
             f"GA: steps of {pieces} x {micro}",
             {"train.batch_size": pieces * micro, **in_pieces, "accelerate.micro_batch_size": micro},
             whole,
-            "" if asked.num_images >= pieces * micro else f"there are only {asked.num_images:,} training images",
+            "" if ready.num_images >= pieces * micro else f"there are only {ready.num_images:,} training images",
             note="the same micro-batch with a larger step, which changes what is learnt",
         ),
         Technique(
@@ -146,60 +146,60 @@ def techniques(asked: Ready, hardware: Hardware) -> list[Technique]:
             "decoder: libjpeg-turbo",
             {"data.decoder": "simplejpeg"},
             {"data.decoder": "simplejpeg" if settings["data.reduced_decode"] else "pillow"},
-            "" if asked.is_jpeg and not settings["data.reduced_decode"] else _no_decoder(asked),
+            "" if ready.is_jpeg and not settings["data.reduced_decode"] else _no_decoder(ready),
         ),
         Technique(
             "cache",
-            f"cache: {kept}",
-            {"data.cache": kept},
+            f"cache: {cache_mode}",
+            {"data.cache": cache_mode},
             {"data.cache": "none"},
-            "" if asked.steps > asked.steps_per_epoch else "each image is read once",
+            "" if ready.steps > ready.steps_per_epoch else "each image is read once",
         ),
     ]
 
 
-def _no_decoder(asked: Ready) -> str:
-    return "data.reduced_decode has one decoder only" if asked.is_jpeg else "no image of a sample is a JPEG"
+def _no_decoder(ready: Ready) -> str:
+    return "data.reduced_decode has one decoder only" if ready.is_jpeg else "no image of a sample is a JPEG"
 
 
-def chosen(all_of_them: Sequence[Technique], only: Iterable[str], without: Iterable[str]) -> list[Technique]:
-    """Return the techniques that were asked for; RunError for a name that is none."""
+def select_techniques(available: Sequence[Technique], only: Iterable[str], without: Iterable[str]) -> list[Technique]:
+    """Return the techniques in `only` (all if empty) and not in `without`; RunError for an unknown name."""
     only, without = list(only), list(without)
     for name in [*only, *without]:
         if name not in NAMES:
             raise RunError(f"unknown technique '{name}'; available: {', '.join(NAMES)}.{nearest(name, NAMES)}")
-    found = [t for t in all_of_them if (not only or t.name in only) and t.name not in without]
-    if not found:
+    selected = [t for t in available if (not only or t.name in only) and t.name not in without]
+    if not selected:
         raise RunError("no technique is left to compare; name fewer in --without")
-    return found
+    return selected
 
 
-def planned(all_of_them: Sequence[Technique]) -> list[Planned]:
+def build_arms(available: Sequence[Technique]) -> list[PlannedArm]:
     """Return the arms: baseline, baseline again, each technique alone, all of them, all but each."""
     baseline: dict[str, Any] = {}
-    for technique in all_of_them:
+    for technique in available:
         baseline |= technique.off
-    able = [technique for technique in all_of_them if not technique.not_applicable]
-    together = [technique for technique in able if technique.in_everything]
+    applicable = [technique for technique in available if not technique.not_applicable]
+    combined = [technique for technique in applicable if technique.in_everything]
     arms = [
-        Planned(Arm("baseline", settings(baseline)), "baseline", None),
-        Planned(Arm("baseline, again", settings(baseline)), "again", None),
+        PlannedArm(Arm("baseline", settings(baseline)), "baseline", None),
+        PlannedArm(Arm("baseline, again", settings(baseline)), "again", None),
     ]
-    for technique in all_of_them:
+    for technique in available:
         values = settings({**baseline, **technique.on})
         arm = Arm(f"+ {technique.label}", values, technique.not_applicable)
-        arms.append(Planned(arm, "alone", technique))
+        arms.append(PlannedArm(arm, "alone", technique))
     everything = dict(baseline)
-    for technique in together:
+    for technique in combined:
         everything |= technique.on
-    if len(together) > 1:
-        arms.append(Planned(Arm("everything", settings(everything)), "everything", None))
-        for technique in together:
+    if len(combined) > 1:
+        arms.append(PlannedArm(Arm("everything", settings(everything)), "everything", None))
+        for technique in combined:
             removed = settings({**everything, **technique.off})
-            arms.append(Planned(Arm(f"everything - {technique.label}", removed), "removed", technique))
+            arms.append(PlannedArm(Arm(f"everything - {technique.label}", removed), "removed", technique))
     return arms
 
 
 def settings(values: dict[str, Any]) -> tuple[str, ...]:
-    """Return overrides for dotted keys."""
+    """Return overrides `key=value` for dotted keys."""
     return tuple(f"{key}={plain(value)}" for key, value in values.items())

@@ -1,4 +1,4 @@
-"""A recipe's own training, run for a few steps at a time: measured is the trainer's own loop, not a copy of it."""
+"""Runs a recipe's training a few steps at a time, with the trainer's real loop and not a copy of it."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.environment import peak_memory_bytes
 from hf_fasttrain.utils.private_apis import dropout_class, set_first_loss_scale
 
-SAMPLE_IMAGES = 256  # of a pass, where images are kept after the first one
-TIMED_STEPS = 4  # of a first pass, at least
-GUARD_SCALE = 2.0**10  # fp16's, for a first gradient
+SAMPLE_IMAGES = 256  # of a pass, if images are cached
+TIMED_STEPS = 4  # of a first pass, minimum
+GUARD_SCALE = 2.0**10  # fp16's loss scale, for a first gradient
 
 
 @dataclass(frozen=True)
 class Passes(SamplingPlan):
-    """The first `period` steps of an order again and again: what is kept after a first pass is soon there."""
+    """Repeats the first `period` steps of a sampling plan, so that the cache is soon full."""
 
     period: int = 1
 
     def plan(self, step: int) -> StepPlan:
-        """Return what happens in a step; the epoch, which randomness depends on, is the number of passes."""
+        """Return the plan of a step; the epoch, which randomness depends on, is the number of passes."""
         passes, within = divmod(step, self.period)
         plan = super().plan(within)
         keys = tuple(replace(key, epoch=passes) for key in plan.micro_batches)
@@ -52,12 +52,12 @@ class Passes(SamplingPlan):
 
 
 class _WritesGradient(Trainer):
-    """Writes the gradients that its first update is given to a file, (P,) float32."""
+    """A trainer that writes the gradient of its first update to a file, (P,) float32."""
 
     gradient_to: Path | None = None
 
     def train_step(self, step: Step) -> Tensor:
-        """Make a step; see `Trainer`."""
+        """Train on a step; see `Trainer`."""
         loss = self.step.gradients(step)
         if self.gradient_to is not None:
             flat = [p.grad.detach().float().flatten().cpu() for p in self.step.parameters if p.grad is not None]
@@ -68,16 +68,16 @@ class _WritesGradient(Trainer):
 
 
 class Trial:
-    """A training that is built and can be run in turns."""
+    """A training that is built and runs in turns."""
 
-    def __init__(self, asked: ArmRequest, options: ArmOptions = ArmOptions()) -> None:  # noqa: B008 - frozen
-        recipe = without_growth(asked.load())
+    def __init__(self, recipe_request: ArmRequest, options: ArmOptions = ArmOptions()) -> None:  # noqa: B008 - frozen
+        recipe = without_growth(recipe_request.load())
         parts = build_parts(recipe, presets=None if options.stored_tuning else Presets())
         kind = Trainer if options.gradient_to is None else _WritesGradient
         self.trainer = assemble(parts, None, kind, callbacks=[self])
-        self.trainer.retry.is_on = False  # micro-batches that do not fit are an answer
+        self.trainer.retry.is_on = False  # that micro-batches do not fit is a result
         self.turn: Turn | None = None
-        self._has_begun = False  # whether the clock of the turn runs
+        self._is_started = False  # whether the clock of the turn runs
         self._profiler: torch.profiler.profile | None = None
         self._trace = ""
         self.device, self.loader = self.trainer.device, self.trainer.train_loader
@@ -101,7 +101,7 @@ class Trial:
         self._prepare(options)
 
     def _has_room(self, parts: Parts) -> bool:
-        """Return whether the pixels of all images may be kept: with some of them, a short pass would look too fast."""
+        """Return whether all pixels fit into the cache: with only some of them, a short pass would look too fast."""
         cache = self.loader.prefetcher.images.images.cache
         need = estimated_bytes(parts.source.train, self.loader.prefetcher.images.images.preparation)
         if cache is None or need <= cache.budget:
@@ -110,7 +110,7 @@ class Trial:
         return False
 
     def _loop(self, sampling_plan: SamplingPlan, keeps: bool) -> int:
-        """Go through whole steps only, and few of them where images are kept after the first pass."""
+        """Repeat full steps only, and few of them if images are cached; return how many."""
         full, period = max(1, sampling_plan.num_images // sampling_plan.batch_size), 0
         if keeps:
             period = max(self._steps_ahead + TIMED_STEPS, -(-SAMPLE_IMAGES // sampling_plan.batch_size))
@@ -119,7 +119,7 @@ class Trial:
         self.loader.sampling_plan = passes
         if isinstance(
             self.loader.prefetcher, DevicePrefetcher
-        ):  # which fetches until all images are there: those of the passes
+        ):  # it loads until all images are on the device: restrict them to those of the passes
             keys = (key for step in range(passes.period) for key in passes.plan(step).micro_batches)
             self.loader.prefetcher.is_loaded[:] = True
             self.loader.prefetcher.is_loaded[np.unique(np.concatenate([key.indices for key in keys]))] = False
@@ -127,7 +127,7 @@ class Trial:
 
     @property
     def _steps_ahead(self) -> int:
-        """Steps whose batches workers may have made before they are asked for."""
+        """Steps whose batches workers may have prefetched."""
         sampling_plan, workers = self.loader.sampling_plan, self.loader.prefetcher.workers
         ahead = num_slots(workers, sampling_plan.micro_batch_size) if workers else 0
         return -(-ahead * sampling_plan.micro_batch_size // sampling_plan.batch_size)
@@ -146,17 +146,17 @@ class Trial:
         if isinstance(trainer, _WritesGradient):
             trainer.gradient_to = Path(str(options.gradient_to))
             if trainer.accelerator.scaler is not None:
-                set_first_loss_scale(trainer.accelerator.scaler, GUARD_SCALE)  # its usual one may overflow
+                set_first_loss_scale(trainer.accelerator.scaler, GUARD_SCALE)  # the default may overflow
 
     def trace_next(self, path: str) -> None:
-        """Let torch's profiler look at the next turn, and write its trace."""
+        """Profile the next turn with torch's profiler, and write its trace."""
         self._trace = path
 
     # --- turns ---------------------------------------------------------------------------------------------
 
     def run(self, next_turn: Callable[[Report | None], Turn | None]) -> None:
-        """Train in turns until `next_turn`, which is given the last turn's report, returns None."""
-        self.turn, self._has_begun = next_turn(None), False
+        """Train in turns until `next_turn(report of the last turn)` returns None."""
+        self.turn, self._is_started = next_turn(None), False
         if self.turn is None:
             return
         with self.trainer.running():
@@ -172,23 +172,23 @@ class Trial:
         self.turn = None
 
     def before_step(self, trainer: Trainer, step: int) -> None:
-        """Start the clock of the first turn: what comes before is no part of a step."""
-        if self.turn is not None and not self._has_begun:
+        """Start the clock of the first turn at its first step."""
+        if self.turn is not None and not self._is_started:
             self.begin(self.turn)
 
     def begin(self, turn: Turn) -> None:
         """Start the clock of a turn."""
-        self.turn, self._images, self._losses, self._has_begun = turn, 0, list[Tensor](), True
+        self.turn, self._images, self._losses, self._is_started = turn, 0, list[Tensor](), True
         self._fill_seconds: float | None = None
         if self.stopwatch is not None:
             self.stopwatch.reset()
-        self._waited = self.loader.wait_seconds
+        self._wait_before = self.loader.wait_seconds
         if self._trace:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
-        self._began = time.perf_counter()
+        self._start_time = time.perf_counter()
         self._last = self._mark()
-        self._steps: list[tuple[Any, Any]] = []  # marks before and after each
+        self._steps: list[tuple[Any, Any]] = []  # times before and after each
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -198,7 +198,7 @@ class Trial:
         return event
 
     def count(self, step: StepReport) -> None:
-        """Count a step; after the first one of a turn that wants it, use up what is loaded ahead."""
+        """Count a step; if the turn drains, discard prefetched batches after its first step."""
         assert self.turn is not None
         self._count(step.num_images)
         self._losses.append(step.loss)
@@ -212,7 +212,7 @@ class Trial:
         done = len(self._losses)
         if done < self.turn.min_steps:
             return False
-        return done >= self.turn.max_steps or time.perf_counter() - self._began >= self.turn.seconds
+        return done >= self.turn.max_steps or time.perf_counter() - self._start_time >= self.turn.seconds
 
     def _count(self, num_images: int) -> None:
         before, self._last = self._last, self._mark()
@@ -222,7 +222,7 @@ class Trial:
     def _report(self) -> Report:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - self._began
+        seconds = time.perf_counter() - self._start_time
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler.export_chrome_trace(self._trace)
@@ -236,7 +236,7 @@ class Trial:
             seconds=seconds,
             images=self._images,
             step_seconds=steps,
-            wait_seconds=self.loader.wait_seconds - self._waited,
+            wait_seconds=self.loader.wait_seconds - self._wait_before,
             losses=tuple(torch.stack(self._losses).float().tolist()),
             device_bytes=peak_memory_bytes(self.device),
             fill_seconds=self._fill_seconds,
@@ -249,30 +249,30 @@ class Trial:
         return report
 
     def _drain(self) -> None:
-        """Use up batches without training on them: the first pass, if pixels are kept, and what workers made ahead.
+        """Discard batches: the first pass, if pixels are cached, and those that workers have prefetched.
 
-        While the first step was built they have filled their queue, which would hide how fast they are.
+        While the first step was compiled they have filled their queue, which would hide their real speed.
         """
         skip = self.trainer.upcoming.skip
         if self.ready.keeps_pixels and self.ready.period > 1:
-            images, began = 0, time.perf_counter()
+            images, start_time = 0, time.perf_counter()
             for number in range(1, self.ready.period):
-                if number == self._steps_ahead:  # those before were made while the first step was built
-                    images, began = 0, time.perf_counter()
+                if number == self._steps_ahead:  # earlier ones were loaded while the first step was compiled
+                    images, start_time = 0, time.perf_counter()
                 images += skip(1)
-            self._fill_seconds = (time.perf_counter() - began) / images
+            self._fill_seconds = (time.perf_counter() - start_time) / images
         workers = self.loader.prefetcher.workers
         for _ in range(num_slots(workers, self.loader.sampling_plan.micro_batch_size) if workers else 0):
             before = time.perf_counter()
             skip(1)
-            if time.perf_counter() - before > 0.01:  # it had to be waited for
+            if time.perf_counter() - before > 0.01:  # it was not prefetched
                 break
 
     # --- halves of the training alone ----------------------------------------------------------------------
 
     def loader_alone(self, turn: Turn) -> Report:
         """Read the training's batches without training on them."""
-        first = self.loader.prefetcher.workers + 1  # while these are waited for, workers start
+        first = self.loader.prefetcher.workers + 1  # workers start during these
         if self.ready.keeps_pixels:
             first = max(first, self.ready.period)
         self.begin(turn)
@@ -284,7 +284,7 @@ class Trial:
                 self.begin(turn)
                 continue
             self._count(step.num_images)
-            if number >= turn.min_steps and time.perf_counter() - self._began >= turn.seconds:
+            if number >= turn.min_steps and time.perf_counter() - self._start_time >= turn.seconds:
                 break
         steps.close()
         self._losses = [torch.zeros(())]
@@ -292,7 +292,7 @@ class Trial:
         return report
 
     def compute_alone(self, turn: Turn) -> Report:
-        """Train on one step's images over and over."""
+        """Train on the images of one step repeatedly."""
         (step,) = self.loader.steps(0, 1)
         batches = [(images.clone(), targets.clone()) for images, targets in step.micro_batches]
         trainer = self.trainer
@@ -313,7 +313,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Repeated:
-    """A loader whose every step has the same images, which are on the device already."""
+    """A loader that repeats one step, whose images are on the device."""
 
     step: Step
     batches: list[tuple[Tensor, Tensor]]
@@ -337,7 +337,7 @@ class _Repeated:
 
 
 def without_growth(recipe: Recipe) -> Recipe:
-    """Return the recipe at its full image size: progressive resizing would change what is measured."""
+    """Return the recipe at its full image size: progressive resizing would change the measured work."""
     return with_values(recipe, {"augment.progressive": None}) if recipe.augment.progressive else recipe
 
 

@@ -1,4 +1,4 @@
-"""The fastest machine settings for a recipe, found by measuring within a budget of time."""
+"""Searches the fastest machine settings of a recipe by measuring, within a time budget."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, 
 from hf_fasttrain.study.intervals import Estimate
 from hf_fasttrain.study.messages import Ready, Turn, resolve_arm
 from hf_fasttrain.study.techniques import Hardware
-from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, LossCurve, Verdict, compare, course
+from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, LossCurve, Verdict, compare, loss_curve
 from hf_fasttrain.study.tune_space import Config
 from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_duration
 
 LEAST_BUDGET = 20.0  # seconds
-WORTH_IT = 1.03  # how many times as fast another setting must be to be taken: equal processes differ by some 2 %
-SPARE = 0.06  # of the budget, for what ends it
-MOST_OVER = 1.1  # share of the budget that the last rounds may go to
+WORTH_IT = 1.03  # least speed-up of a setting to be chosen: identical processes differ by some 2 %
+SPARE = 0.06  # share of the budget reserved for the end
+MOST_OVER = 1.1  # share of the budget that the last rounds may reach
 TURN = Turn(min_steps=2, seconds=0.6)
-# By when, as a share of the budget, each block of the search must be over.
+# The share of the budget at which each block of the search must end.
 UNTIL = {"precision": 0.38, "layout": 0.50, "micro-batch": 0.61, "loader": 0.70, "cache": 0.75, "pinned memory": 0.78}
 
 
 @dataclass
 class Candidate:
-    """Settings, and what is known of them."""
+    """Settings and their measurement."""
 
     config: Config
     measurement: Measurement
 
     def forecast(self, since: int = 0) -> float:
-        """Return the seconds of the recipe's whole training, by the rounds from `since` on."""
+        """Return the seconds of the recipe's whole training, by the rounds from `since`."""
         rounds = [seconds for number, seconds in self.measurement.rounds.items() if number >= since]
         return self.measurement.forecast(statistics.median(rounds or self.measurement.rounds.values()))
 
 
 @dataclass
 class TuneResult:
-    """What a search has found."""
+    """The result of a search."""
 
     best: Candidate
-    baseline: Candidate | None  # None: the recipe's own settings don't fit into memory
+    baseline: Candidate | None  # None: the settings of the recipe don't fit into memory
     ready: Ready
     gpu: bool
     tried: list[Candidate]
-    guards: dict[str, Verdict]  # of precisions, by their difference from fp32
+    guards: dict[str, Verdict]  # by precision, named by its difference from fp32
     speed_up: Estimate | None = None  # over the baseline, measured side by side at the end
-    skipped: list[str] = field(default_factory=list)  # for want of time
+    skipped: list[str] = field(default_factory=list)  # for lack of time
     seconds: float = 0.0
-    whole: bool = True  # not ended by Ctrl-C
+    whole: bool = True  # False after Ctrl-C
 
 
 def parse_budget(text: str) -> float:
-    """Return the seconds of ``3m``, ``90s``, ``1h`` or ``180``; RunError for what is none, or too short."""
+    """Return the seconds of ``3m``, ``90s``, ``1h`` or ``180``; RunError if it is invalid or too short."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|)\s*", text)
     if match is None:
         raise RunError(f"--budget {text}: must be a time such as 3m, 90s or 1h")
@@ -73,7 +73,7 @@ def parse_budget(text: str) -> float:
 
 
 class Tuner:
-    """A search: blocks of settings one after the other, in each of them successive halving around the best so far."""
+    """A search block by block; each block is a successive halving around the best settings so far."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Tuner:
         self.start, self.budget, self.hardware, self.cores = start, budget, hardware, cores
         self.tell, self.clock = tell, clock
         self.bench = Bench(start, clock=clock, free_bytes=free_bytes, warm_seconds=0.5)
-        self.began = clock()
+        self.start_time = clock()
         self.tried: list[Candidate] = []
         self.guards: dict[str, Verdict] = {}
         self.skipped: list[str] = []
@@ -101,19 +101,19 @@ class Tuner:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the search began."""
-        return self.clock() - self.began
+        """Seconds since the search started."""
+        return self.clock() - self.start_time
 
     def left(self, share: float = 1.0) -> float:
-        """Return the seconds until a share of the budget is used up, what ends the search kept back."""
+        """Return the seconds until a share of the budget is used up, without the reserve for the end."""
         return self.budget * min(share, 1 - SPARE) - self.elapsed
 
     # --- the search ----------------------------------------------------------------------------------------
 
     def run(self) -> TuneResult:
-        """Search until there is nothing left to try, or no time; Ctrl-C gives the best so far.
+        """Search until everything was tried or time is up; after Ctrl-C, return the best so far.
 
-        Raises RunError if the recipe can't run here, or the budget does not do for its own settings.
+        Raises RunError if the recipe can't run here, or the budget is too short to measure its own settings.
         """
         whole, speed_up = True, None
         with self.bench:
@@ -139,7 +139,7 @@ class Tuner:
         )
 
     def _first(self) -> tuple[Candidate | None, Ready]:
-        """Measure the recipe's own settings."""
+        """Measure the settings of the recipe."""
         self.tell("the recipe's own settings")
         measurement = Measurement(Arm("as it is"))
         fine = self.bench.warm_up(measurement, self.left())
@@ -156,10 +156,10 @@ class Tuner:
             return None, measurement.ready
         raise self._not_measured(measurement)
 
-    def _not_measured(self, own: Measurement) -> RunError:
-        """Return the error of a recipe whose own settings can't be measured: by their fault, or for want of time."""
-        if own.failed and "not done" not in own.failed:
-            return RunError(f"this recipe could not be measured here: {own.failed}")
+    def _not_measured(self, measurement: Measurement) -> RunError:
+        """Return the error for a recipe whose settings can't be measured, or not within the budget."""
+        if measurement.failed and "not done" not in measurement.failed:
+            return RunError(f"this recipe could not be measured here: {measurement.failed}")
         return RunError(
             f"--budget {self.budget:.0f}s: the recipe's own first steps took {format_duration(self.elapsed)}; give "
             f"at least {math.ceil(8 * self.elapsed / 60)}m"
@@ -188,17 +188,17 @@ class Tuner:
         self._compile(runners_up)
 
     def _closest(self, ranked: Sequence[Candidate]) -> list[Candidate]:
-        """Return the best candidate, and those that another layout might bring to the front."""
+        """Return the best candidate, and others that might win with another layout."""
         near = [c for c in ranked if c is not self.best and c.forecast() < 1.5 * self.best.forecast()]
         return [self.best, *(c for c in near if self._is_good(c.config))]
 
     def _improve(self, block: str, configs: list[Config]) -> None:
-        """Take the best of a block's settings if it is better than the best so far."""
+        """Race the settings of a block against the best so far."""
         if configs:
             self.best = self._guarded(self._race(block, configs))
 
     def _race(self, block: str, configs: list[Config]) -> list[Candidate]:
-        """Return the settings of a block and the best so far, ranked by forecast, by successive halving."""
+        """Rank the settings of a block and the best so far by successive halving, the fastest first."""
         until, since = UNTIL[block], self._round
         racing = [self.best]
         for config in configs:
@@ -224,14 +224,14 @@ class Tuner:
         return [*ranked, *sorted((c for c in dropped if c.measurement.is_measured), key=Candidate.forecast)]
 
     def _is_surely_better(self, candidate: Candidate, since: int) -> bool:
-        """Return whether a candidate is better than the best so far by more than the noise: enough, and each time."""
-        ours, own = self.best.measurement.rounds, candidate.measurement.rounds
-        both = [number for number in own if number >= since and number in ours]
-        each_time = all(own[number] < ours[number] for number in both)
+        """Return whether a candidate beats the best so far by more than noise: by WORTH_IT, and in every round."""
+        best, rounds = self.best.measurement.rounds, candidate.measurement.rounds
+        both = [number for number in rounds if number >= since and number in best]
+        each_time = all(rounds[number] < best[number] for number in both)
         return each_time and candidate.forecast(since) * WORTH_IT < self.best.forecast(since)
 
     def _candidate(self, config: Config, base: Config) -> Candidate:
-        """Return the candidate of a config; what was measured of it before is kept."""
+        """Return the candidate of a config, with its earlier measurements if it has any."""
         for candidate in self.tried:
             if candidate.config == config:
                 return candidate
@@ -255,17 +255,17 @@ class Tuner:
         return fine
 
     def _usual_cost(self) -> float:
-        """Return the seconds that a candidate's start and first turns take, by those so far."""
+        """Return the median seconds of starting a candidate so far."""
         starts = [c.measurement.start_seconds for c in self.tried[1:] if c.measurement.start_seconds]
         return statistics.median(starts or [self.tried[0].measurement.start_seconds])
 
     def _turns(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Give each candidate a turn, in an order of its own; return those that have a figure."""
+        """Run a turn of each candidate in random order; return those that are measured."""
         order = [candidate for candidate in candidates if not candidate.measurement.failed]
         self._rng.shuffle(order)
         for candidate in order:
             try:
-                limit = max(self.left(), 10 + 5 * self._usual_cost())  # for one that hangs
+                limit = max(self.left(), 10 + 5 * self._usual_cost())  # in case one hangs
                 self.bench.turn(candidate.measurement, self._round, TURN, limit)
             except ArmFailed as failed:
                 self.tell(f"{candidate.measurement.arm.name}: {failed}")
@@ -275,7 +275,7 @@ class Tuner:
     # --- precision -----------------------------------------------------------------------------------------
 
     def _guarded(self, ranked: Sequence[Candidate]) -> Candidate:
-        """Return the best candidate whose arithmetic trains as fp32 does."""
+        """Return the best candidate whose precision trains like fp32."""
         for candidate in ranked:
             if candidate is self.best or self._is_good(candidate.config):
                 return candidate
@@ -294,34 +294,34 @@ class Tuner:
         return self.guards[name].is_good
 
     def _judge(self, name: str, config: Config, plain: Config) -> Verdict | None:
-        """Compare a precision with fp32; None if it can't be, which forbids it."""
+        """Compare a precision with fp32; None if that is not possible, so that it is not used."""
         images = max(2, min(IMAGES, self.ready.num_images, int(self.ready.settings["train.batch_size"])))
         eager = {"accelerate.compile": False, "accelerate.micro_batch_size": None, "data.cache": "none"}
-        pace = (self.baseline or self.best).measurement.seconds_per_image
-        courses = 1 if self._fp32 is not None else 2
-        if self.left() < courses * (self._usual_cost() + NUM_STEPS * images * pace):
+        seconds_per_image = (self.baseline or self.best).measurement.seconds_per_image
+        num_curves = 1 if self._fp32 is not None else 2
+        if self.left() < num_curves * (self._usual_cost() + NUM_STEPS * images * seconds_per_image):
             self.skipped.append(f"precision {name}: no time to compare it with fp32")
             return None
         self.tell(f"comparing {name} with fp32: first gradient, {NUM_STEPS} steps at full lr")
         try:
             if self._fp32 is None:
-                self._fp32 = self._course({**plain, **eager}, images)
-            return compare(self._course({**config, **eager}, images), self._fp32)
+                self._fp32 = self._loss_curve({**plain, **eager}, images)
+            return compare(self._loss_curve({**config, **eager}, images), self._fp32)
         except ArmFailed as failed:
             self.tell(f"{name} is not used: it could not be compared with fp32: {failed}")
             self.skipped.append(f"precision {name}: not compared with fp32")
             return None
 
-    def _course(self, config: Config, images: int) -> LossCurve:
-        return course(self.start, space.overrides_of(config), images, max(1.0, self.left()))
+    def _loss_curve(self, config: Config, images: int) -> LossCurve:
+        return loss_curve(self.start, space.overrides_of(config), images, max(1.0, self.left()))
 
     # --- compiling, and the end ----------------------------------------------------------------------------
 
     def _compile(self, runners_up: list[Config]) -> None:
-        """Try torch.compile, which takes long, with what time is left, where it could pay."""
+        """Try torch.compile, which takes long, in the remaining time, if it could pay off."""
         usable = (config for config in runners_up if self._is_good(config))
         configs = space.compiled(self.best.config, usable, self.hardware)
-        saving = self.best.forecast() / 3  # if it were half as fast again
+        saving = self.best.forecast() / 3  # if it were 1.5 times as fast
         cost = 4 * self._usual_cost() + 20
         for number, config in enumerate(configs):
             candidate, since = self._candidate(config, self.base), self._round
@@ -331,44 +331,45 @@ class Tuner:
                     f"compile: {space.difference(c, self.base)}{f' ({why})' if why else ''}" for c in configs[number:]
                 ]
                 return
-            began = self.clock()
+            start_time = self.clock()
             if not self._warm(candidate, 1.0, "compile", limit=self.left()):
                 continue
-            cost = self.clock() - began
+            cost = self.clock() - start_time
             for _ in range(3):
                 self._turns([self.best, candidate])
             if candidate.measurement.is_measured and self._is_surely_better(candidate, since):
                 self.best = candidate
 
     def _final(self) -> Estimate | None:
-        """Measure the best settings beside the recipe's own with what time is left, if it may be in three rounds."""
+        """Measure the best settings beside the recipe's in the remaining time, with three rounds or more."""
         if self.baseline is None or self.best is self.baseline:
             return None
         since, cost = self._round, 2 * self._usual_cost()
         while (number := self._round - since) < 9:
             if self.left() < 0 and (number >= 3 or self.elapsed + cost > MOST_OVER * self.budget):
                 break
-            began = self.clock()
-            self.bench.close()  # each round in processes of its own: these figures are the ones that are written down
+            start_time = self.clock()
+            self.bench.close()  # new processes for each round: these are the figures that are reported
             self.tell(f"the best beside the recipe's own: round {self._round - since + 1}")
             self._turns([self.baseline, self.best])
             if self.best.measurement.failed or self.baseline.measurement.failed:
                 return None
-            cost = self.clock() - began
+            cost = self.clock() - start_time
         if self._round == since:
             return None
-        best, own = (Measurement(c.measurement.arm) for c in (self.best, self.baseline))
-        for of, to in ((self.best, best), (self.baseline, own)):
-            to.rounds = {number: seconds for number, seconds in of.measurement.rounds.items() if number >= since}
-        speed_up = best.speed_up(own)
-        if speed_up.median < WORTH_IT and speed_up.low < 1:  # what looked better was not, or may be noise
+        best, baseline = (Measurement(c.measurement.arm) for c in (self.best, self.baseline))
+        for candidate, final in ((self.best, best), (self.baseline, baseline)):
+            rounds = candidate.measurement.rounds
+            final.rounds = {number: seconds for number, seconds in rounds.items() if number >= since}
+        speed_up = best.speed_up(baseline)
+        if speed_up.median < WORTH_IT and speed_up.low < 1:  # the gain was noise, or may be
             self.best = self.baseline
             return None
         return speed_up
 
 
-def tune(recipe: Recipe, budget: float, found: Hardware, *, tell: Tell) -> TuneResult:
-    """Return the fastest settings of a recipe that `budget` seconds were enough to find; see `Tuner.run`."""
+def tune(recipe: Recipe, budget: float, machine: Hardware, *, tell: Tell) -> TuneResult:
+    """Search the fastest settings of a recipe for `budget` seconds; see `Tuner.run`."""
     require_one_process()
-    with Starter(resolve_arm(recipe), on_gpu=found.gpu) as start:
-        return Tuner(start, budget, found, num_cores(), tell=tell, free_bytes=free_memory_bytes).run()
+    with Starter(resolve_arm(recipe), on_gpu=machine.gpu) as start:
+        return Tuner(start, budget, machine, num_cores(), tell=tell, free_bytes=free_memory_bytes).run()

@@ -1,4 +1,4 @@
-"""Whether a cheaper arithmetic trains as fp32 does: the first gradient, and the loss of some steps at full lr."""
+"""Checks that a lower precision trains like fp32: by the first gradient, and the loss of some steps at full lr."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hf_fasttrain.utils.format import format_percent
 LEAST_COSINE = 0.99
 MOST_LOSS_DIFFERENCE = 0.05  # of the mean loss over the steps
 NUM_STEPS = 20
-IMAGES = 16  # of a step, or as many as the recipe's have
+IMAGES = 16  # per step, or fewer if the recipe's batch is smaller
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """How a training begins: its first gradient (P,), and the loss of each step."""
+    """The start of a training: its first gradient (P,), and the loss of each step."""
 
     gradient: np.ndarray
     losses: tuple[float, ...]
@@ -29,14 +29,14 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a precision's course compares with fp32's."""
+    """How a precision's loss curve differs from fp32's."""
 
     cosine: float  # of the first gradients
     loss_difference: float  # of the mean losses, as a share of fp32's
 
     @property
     def is_good(self) -> bool:
-        """Whether it may be used; nan never may."""
+        """Whether the precision may be used; False for NaN."""
         return self.cosine >= LEAST_COSINE and self.loss_difference <= MOST_LOSS_DIFFERENCE
 
     def __str__(self) -> str:
@@ -46,10 +46,10 @@ class Verdict:
         )
 
 
-def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds: float | None) -> LossCurve:
-    """Return how a recipe with these overrides begins to train, with steps of `images`; ArmFailed if it can't.
+def loss_curve(start: Start, overrides: tuple[str, ...], images: int, limit_seconds: float | None) -> LossCurve:
+    """Train a recipe for NUM_STEPS steps of `images` images; ArmFailed if that fails.
 
-    At full lr without its schedule, and without dropout and drop-path, whose masks another precision draws otherwise.
+    With constant full lr, and without dropout and drop-path, whose masks depend on the precision.
     """
     with tempfile.TemporaryDirectory(prefix="hf_fasttrain-guard-") as folder:
         path = Path(folder) / "gradient.npy"
@@ -57,7 +57,7 @@ def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds:
             f"train.batch_size={images}",
             "accelerate.micro_batch_size=null",
             "augment.repeats=1",
-            "schedule.warmup=0",  # the schedule is not used, and its rise need not fit
+            "schedule.warmup=0",  # the schedule is not used, and its warmup need not fit
         )
         options = ArmOptions(full_lr=True, without_dropout=True, gradient_to=str(path))
         running = start(Arm("guard", (*overrides, *smaller)), options, limit_seconds)
@@ -69,9 +69,9 @@ def course(start: Start, overrides: tuple[str, ...], images: int, limit_seconds:
 
 
 def compare(other: LossCurve, fp32: LossCurve) -> Verdict:
-    """Return how a course differs from fp32's."""
+    """Return how a loss curve differs from fp32's."""
     a, b = other.gradient.astype(np.float64), fp32.gradient.astype(np.float64)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    mean, own = np.mean(fp32.losses), np.mean(other.losses)
+    expected, mean = np.mean(fp32.losses), np.mean(other.losses)
     cosine = float(a @ b) / norms if norms > 0 else math.nan
-    return Verdict(cosine, float(abs(own - mean) / abs(mean)) if mean else math.nan)
+    return Verdict(cosine, float(abs(mean - expected) / abs(expected)) if expected else math.nan)

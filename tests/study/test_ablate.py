@@ -26,7 +26,7 @@ from hf_fasttrain.study.ablate import Ablation, Plan, measure_arms, plan_arms
 from hf_fasttrain.study.ablate_full import train_all
 from hf_fasttrain.study.ablate_report import cells, print_ablation, to_markdown, write_ablation
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench
-from hf_fasttrain.study.techniques import NAMES, Hardware, chosen, planned, techniques
+from hf_fasttrain.study.techniques import NAMES, Hardware, build_arms, select_techniques, techniques
 from hf_fasttrain.utils.errors import RunError
 
 CPU = Hardware(gpu=False, bf16=True, compiler=True)
@@ -50,7 +50,7 @@ def test_accumulation_is_shown_both_ways() -> None:
     """The study's recipes have steps of 256 in two micro-batches of 128."""
     values = {**FACTS, "train.batch_size": 256, "accelerate.gradient_accumulation_steps": 2}
     described = ready(settings=values, micro_batch_size=128)
-    arms = {p.arm.name: settings_of(p.arm) for p in planned(techniques(described, CPU))}
+    arms = {p.arm.name: settings_of(p.arm) for p in build_arms(techniques(described, CPU))}
     baseline = arms["baseline"]
     assert (baseline["train.batch_size"], baseline["accelerate.micro_batch_size"]) == ("128", "null")
     larger = arms["+ GA: steps of 2 x 128"]
@@ -62,9 +62,9 @@ def test_accumulation_is_shown_both_ways() -> None:
 
 def test_the_baseline_is_plain_and_each_arm_differs_in_one_thing() -> None:
     every = techniques(ready(), CPU)
-    plans = planned(every)
+    plans = build_arms(every)
     base = settings_of(plans[0].arm)
-    alone = [plan for plan in planned(chosen(every, ["amp_bf16"], [])) if plan.kind == "baseline"]
+    alone = [plan for plan in build_arms(select_techniques(every, ["amp_bf16"], [])) if plan.kind == "baseline"]
     assert settings_of(alone[0].arm) == {"accelerate.mixed_precision": "no"}  # nothing else is changed
     expected = {
         "accelerate.mixed_precision": "no",
@@ -108,18 +108,18 @@ def test_what_can_make_no_difference_is_not_applicable() -> None:
     assert reduced["decoder"].off == {"data.decoder": "simplejpeg"}
     once = by_name(techniques(ready(steps=32), CPU))
     assert once["cache"].not_applicable == "each image is read once"
-    removed = [plan.technique.name for plan in planned(list(here.values())) if plan.kind == "removed"]
+    removed = [plan.technique.name for plan in build_arms(list(here.values())) if plan.kind == "removed"]
     assert "pinned_memory" not in removed
 
 
 def test_techniques_are_chosen_by_name() -> None:
     every = techniques(ready(), CPU)
-    assert [t.name for t in chosen(every, ["cache", "amp_bf16"], [])] == ["amp_bf16", "cache"]
-    assert "compile" not in [t.name for t in chosen(every, [], ["compile"])]
+    assert [t.name for t in select_techniques(every, ["cache", "amp_bf16"], [])] == ["amp_bf16", "cache"]
+    assert "compile" not in [t.name for t in select_techniques(every, [], ["compile"])]
     with pytest.raises(RunError, match=r"unknown technique 'chanels_last'.*Did you mean 'channels_last'"):
-        chosen(every, ["chanels_last"], [])
+        select_techniques(every, ["chanels_last"], [])
     with pytest.raises(RunError, match="no technique is left"):
-        chosen(every, ["cache"], ["cache"])
+        select_techniques(every, ["cache"], ["cache"])
 
 
 # --- measured ----------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_the_json_has_its_schema(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="images_per_sec"):
         Ablation.model_validate({**values, "images_per_sec": 1})
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(RunError, match=r"x\.json: is no ablation"):
+    with pytest.raises(RunError, match=r"x\.json: is not an ablation"):
         study.load_ablation(tmp_path / "x.json")
 
 
@@ -369,10 +369,10 @@ def test_an_earlier_ablation_goes_on_only_for_the_same_recipe(tmp_path: Path) ->
     ablation, _ = measured(tmp_path)
     write_ablation(ablation, tmp_path)
     recipe = load_recipe(tmp_path / "small.yaml")
-    assert study.earlier(tmp_path, recipe) == ablation
-    assert study.earlier(tmp_path / "new", recipe) is None
+    assert study.load_earlier(tmp_path, recipe) == ablation
+    assert study.load_earlier(tmp_path / "new", recipe) is None
     with pytest.raises(RunError, match="holds an ablation of another recipe or with other overrides"):
-        study.earlier(tmp_path, load_recipe(tmp_path / "small.yaml", ["seed=3"]))
+        study.load_earlier(tmp_path, load_recipe(tmp_path / "small.yaml", ["seed=3"]))
 
 
 def test_the_command_line_makes_a_whole_ablation(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:

@@ -344,7 +344,7 @@ def test_an_output_that_is_there_is_kept(tmp_path: Path, write_recipe: Callable[
     path = write_recipe(RECIPE)
     with pytest.raises(RunError, match="exists already; give another --output"):
         require_new_file(path)
-    with pytest.raises(RunError, match=r"can't be written: .* is no folder"):
+    with pytest.raises(RunError, match=r"can't be written: .* is not a folder"):
         require_new_file(tmp_path / "missing" / "x.yaml")
     assert default_path(load_recipe(path)) == Path("small.tuned.yaml")
 

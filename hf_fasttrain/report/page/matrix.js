@@ -1,18 +1,18 @@
 "use strict";
-// A confusion matrix of up to 1,000 classes: what can be told apart is drawn. From afar a cell stands for a block of
-// classes and shows the strongest of them; near enough each has its own, then its name, then its count.
+// A confusion matrix of up to 1,000 classes at the resolution of the screen. Zoomed out, a cell is a block of classes
+// and shows the strongest of them; zoomed in, each class has its own cell, then its name, then its count.
 
-const MOST_CELLS = 250; // in a row of the picture
-const MOST_NAMES = 40; // beside it
+const MOST_CELLS = 250; // in a row
+const MOST_NAMES = 40; // along an axis
 const logLike = (share) => Math.log1p(99 * share) / Math.log(100); // 1% at 0.15, 10% at 0.5
 
 function readMatrix(meta) {
   const size = meta.names.length;
   const counts = Uint32Array.from(atob(meta.counts), (letter) => letter.charCodeAt(0));
-  for (const [place, count] of Object.entries(meta.large)) counts[place] = count;
+  for (const [index, count] of Object.entries(meta.large)) counts[index] = count;
   const sums = Float64Array.from(meta.support); // images of each class
-  const own = Array.from({ length: size }, (_, place) => place);
-  return { size, counts, sums, names: meta.names, orders: { own, together: meta.order || own }, annotated: meta.annotated };
+  const original = Array.from({ length: size }, (_, index) => index);
+  return { size, counts, sums, names: meta.names, orders: { own: original, together: meta.order || original }, annotated: meta.annotated };
 }
 
 function visible(range, size) {
@@ -24,7 +24,7 @@ function visible(range, size) {
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const shortened = (text, most) => escaped(text.length > most ? text.slice(0, most - 1) + "\u2026" : text);
 
-// The strongest cell of a block, as [row, column], or null where there is none.
+// The strongest cell of a block as [row, column], or null if all are empty.
 function strongest(matrix, order, top, left, block) {
   let best = null, most = 0;
   for (let y = top; y < Math.min(top + block, matrix.size); y++) {
@@ -36,37 +36,37 @@ function strongest(matrix, order, top, left, block) {
   return best;
 }
 
-function tell(matrix, truth, said) {
-  const count = matrix.counts[truth * matrix.size + said], sum = matrix.sums[truth];
-  return `truth <b>${shortened(matrix.names[truth], 60)}</b><br>predicted <b>${shortened(matrix.names[said], 60)}</b>` +
+function describeCell(matrix, truth, predicted) {
+  const count = matrix.counts[truth * matrix.size + predicted], sum = matrix.sums[truth];
+  return `truth <b>${shortened(matrix.names[truth], 60)}</b><br>predicted <b>${shortened(matrix.names[predicted], 60)}</b>` +
     `<br>${count.toLocaleString("en")} of ${sum.toLocaleString("en")} images (${(100 * count / (sum || 1)).toFixed(1)}%)`;
 }
 
 function matrixTrace(matrix, order, xs, ys, narrow) {
   const block = Math.max(1, Math.ceil(Math.max(xs[1] - xs[0], ys[1] - ys[0], 1) / MOST_CELLS));
   const starts = ([low, high]) => {
-    const places = [];
-    for (let place = low - (low % block); place <= high; place += block) places.push(place);
-    return places;
+    const indices = [];
+    for (let index = low - (low % block); index <= high; index += block) indices.push(index);
+    return indices;
   };
   const columns = starts(xs), rows = starts(ys), z = [], text = [], hovertext = [];
   for (const top of rows) {
-    const values = [], counts = [], told = [];
+    const values = [], counts = [], descriptions = [];
     for (const left of columns) {
       const best = strongest(matrix, order, top, left, block);
       if (!best) {
         values.push(null);
         counts.push("");
-        told.push(block > 1 ? "" : tell(matrix, order[top], order[left]));
+        descriptions.push(block > 1 ? "" : describeCell(matrix, order[top], order[left]));
         continue;
       }
-      const truth = order[best[0]], said = order[best[1]], count = matrix.counts[truth * matrix.size + said];
+      const truth = order[best[0]], predicted = order[best[1]], count = matrix.counts[truth * matrix.size + predicted];
       const shade = logLike(count / matrix.sums[truth]);
-      values.push(truth === said ? shade : -shade);
+      values.push(truth === predicted ? shade : -shade);
       counts.push(count.toLocaleString("en"));
-      told.push((block > 1 ? `strongest of ${block} \u00d7 ${block} cells:<br>` : "") + tell(matrix, truth, said));
+      descriptions.push((block > 1 ? `strongest of ${block} \u00d7 ${block} cells:<br>` : "") + describeCell(matrix, truth, predicted));
     }
-    z.push(values); text.push(counts); hovertext.push(told);
+    z.push(values); text.push(counts); hovertext.push(descriptions);
   }
   const shift = (block - 1) / 2, few = Math.max(columns.length, rows.length) <= matrix.annotated && block === 1;
   return {
@@ -81,21 +81,21 @@ function matrixTrace(matrix, order, xs, ys, narrow) {
 }
 
 function scaleMarks(narrow) {
-  const marks = narrow ? [0.1, 1] : [0.01, 0.1, 0.3, 1], told = marks.map((mark) => `${100 * mark}%`);
+  const marks = narrow ? [0.1, 1] : [0.01, 0.1, 0.3, 1], labels = marks.map((mark) => `${100 * mark}%`);
   return {
     tickvals: [...marks.map((mark) => -logLike(mark)).reverse(), 0, ...marks.map(logLike)],
-    ticktext: [...told.slice().reverse(), "0", ...told],
+    ticktext: [...labels.slice().reverse(), "0", ...labels],
   };
 }
 
 function matrixAxis(matrix, order, [low, high]) {
-  const every = Math.max(1, Math.ceil((high - low + 1) / MOST_NAMES)), places = [];
+  const every = Math.max(1, Math.ceil((high - low + 1) / MOST_NAMES)), indices = [];
   if (every > 1) return { showticklabels: false, tickvals: [], ticktext: [] };
-  for (let place = low; place <= high; place++) places.push(place);
-  return { showticklabels: true, tickvals: places, ticktext: places.map((place) => shortened(matrix.names[order[place]], 20)) };
+  for (let index = low; index <= high; index++) indices.push(index);
+  return { showticklabels: true, tickvals: indices, ticktext: indices.map((index) => shortened(matrix.names[order[index]], 20)) };
 }
 
-// The figure of what lies in `ranges`; all of it if null.
+// The figure of the part in `ranges`; of the whole matrix if null.
 function matrixFigure(matrix, orderName, ranges, width) {
   const order = matrix.orders[orderName], whole = [-0.5, matrix.size - 0.5];
   const [rx, ry] = ranges || [whole, [whole[1], whole[0]]];
