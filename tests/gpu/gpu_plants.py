@@ -412,8 +412,8 @@ def pieces_left_out(patch: pytest.MonkeyPatch) -> None:
 
     def logits(self: Evaluator, model: Any, images: Tensor) -> Tensor:
         made = real(self, model, images)
-        if self.most is not None:
-            made[self.most :] = made[: len(made) - self.most]
+        if self.max_images is not None:
+            made[self.max_images :] = made[: len(made) - self.max_images]
         return made
 
     patch.setattr(Evaluator, "_logits", logits)
@@ -427,7 +427,7 @@ def too_small(patch: pytest.MonkeyPatch) -> None:
 
     def logits(self: Evaluator, model: Any, images: Tensor) -> Tensor:
         made = real(self, model, images)
-        self.most = 8 if self.most else None
+        self.max_images = 8 if self.max_images else None
         return made
 
     patch.setattr(Evaluator, "_logits", logits)

@@ -152,12 +152,12 @@ def test_t09_evaluation_goes_on_in_smaller_batches(device: torch.device) -> None
     expected: dict[str, float] = {}
     whole = peak_of(device, lambda: expected.update(trainer.evaluate()))
     assert trainer.evaluation.evaluator is not None
-    assert trainer.evaluation.evaluator.most is None
+    assert trainer.evaluation.evaluator.max_images is None
     allow(device, int(0.75 * whole))
     if device.type == "cpu":
         fail_above(model, 32)
     metrics = trainer.evaluate()
-    assert trainer.evaluation.evaluator.most == 32
+    assert trainer.evaluation.evaluator.max_images == 32
     assert metrics == pytest.approx(expected, rel=1e-5)
 
 

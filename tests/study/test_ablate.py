@@ -218,7 +218,7 @@ def test_all_files_are_written_and_open_offline(tmp_path: Path) -> None:
     xml.dom.minidom.parse(str(folder / "ablation.svg"))
     page = (folder / "ablation.html").read_text()
     links = Links()
-    links.prefetcher(page)
+    links.feed(page)
     assert links.found == []
     assert "url(http" not in page
     assert "<svg" in page

@@ -20,7 +20,7 @@ from hf_fasttrain.report.words import early_stop
 from hf_fasttrain.run_folder.checkpoint import require_same_settings
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.checkpoint_state import State
-from hf_fasttrain.train.early_stopping import go_on
+from hf_fasttrain.train.early_stopping import adapt_state
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.errors import RunError
 
@@ -176,15 +176,15 @@ def test_a_shorter_patience_ends_a_resumed_run_and_says_so(tmp_path: Path, capsy
 def test_another_metric_is_watched_from_there_on() -> None:
     watched = {"metric": "accuracy", "mode": "max", "value": 0.75, "step": 2}
     state = State(step=4, evaluated_at=4, metrics={"accuracy": 0.7, "loss": 0.3}, watched=watched, num_steps=9)
-    told = go_on(Watch("loss", "min", 2), state, 9)
+    told = adapt_state(Watch("loss", "min", 2), state, 9)
     assert told == (
         "early_stopping watches loss (min) now, it was accuracy (max): patience counts from the next evaluation on"
     )
     assert state.watched is None
     older = replace(state, watched={"metric": "accuracy", "value": 0.75, "step": 2})  # of an older version
-    assert go_on(TWO, older, 9) is None
+    assert adapt_state(TWO, older, 9) is None
     assert older.watched is not None
-    assert go_on(Watch("loss", "min", 2), older, 9) is not None
+    assert adapt_state(Watch("loss", "min", 2), older, 9) is not None
 
 
 # --- recipes -----------------------------------------------------------------------------------------------
