@@ -50,7 +50,7 @@ def terminal(arguments: list[str]) -> None:
         shown = False
         while not shown:
             if select.select([master], [], [], 0.2)[0]:
-                stream.prefetcher(os.read(master, 65536))
+                stream.feed(os.read(master, 65536))
             lines = [line for line in screen.display if line.strip()]
             shown = len(lines) > 3 and " 5" in lines[-3] and "epoch 2/" in lines[-3] and "images/s" in lines[-1]
         os.kill(child, 9)
