@@ -65,10 +65,10 @@ def train(
 def _print_finished(trainer: Trainer, folder: Path) -> None:
     """Print that the run is finished, and the command of a push that is still missing."""
     from hf_fasttrain.run_folder.missing import is_pushed
-    from hf_fasttrain.train.early_stopping import how_to_go_on
+    from hf_fasttrain.train.early_stopping import how_to_continue
 
     steps, pusher = trainer.state.step, getattr(trainer.publish, "pusher", None)
-    early = f"\n{trainer.early_stop}; {how_to_go_on()}" if trainer.early_stop else ""
+    early = f"\n{trainer.early_stop}; {how_to_continue()}" if trainer.early_stop else ""
     trainer.log.say(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
     if pusher is not None and not is_pushed(folder, pusher.options.repo, steps):
         trainer.log.say(f"not pushed to {pusher.options.repo} yet: {pusher.options.command(folder)}")
@@ -109,11 +109,11 @@ def _end_trackers(trainer: Trainer) -> None:
 
 
 def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
-    from hf_fasttrain.train.early_stopping import EarlyStop, how_to_go_on
+    from hf_fasttrain.train.early_stopping import EarlyStop, how_to_continue
     from hf_fasttrain.train.final_weights import which_weights
     from hf_fasttrain.utils.format import format_duration, format_images_rate, format_percent
 
-    early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_go_on()}\n" if result.early_stopping else ""
+    early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_continue()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     page = folder / "report.html"

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, which each process has of its own: read, and averaged over the processes."""
+"""Running statistics of batch norms, which differ between processes: read, and averaged over the processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_fasttrain.train.distributed import Processes
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> running mean or variance of a model's batch norms, by all names; each process has its own."""
+    """Return name -> running mean or variance of this process; shared modules under all names."""
     norms = {id(norm) for norm in batch_norms(model)}
     return {
         f"{prefix}.{name}".lstrip("."): buffer
@@ -21,14 +21,14 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def averaged_statistics(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
-    """Return the means of all processes' running statistics, the model's own left as they are; nothing if alone."""
+    """Return the running statistics averaged over processes, without changing the model; empty with one process."""
     if not processes.is_distributed:
         return {}
-    return {name: processes.mean(own) for name, own in running_statistics(model).items()}
+    return {name: processes.mean(value) for name, value in running_statistics(model).items()}
 
 
 def average_batch_norm(model: nn.Module, processes: Processes) -> None:
-    """Give every process the mean of all processes' running statistics."""
-    own = running_statistics(model)
+    """Replace the running statistics on every process by their mean over the processes."""
+    statistics = running_statistics(model)
     for name, mean in averaged_statistics(model, processes).items():
-        own[name].copy_(mean)
+        statistics[name].copy_(mean)

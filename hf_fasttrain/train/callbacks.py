@@ -1,4 +1,4 @@
-"""Callbacks: what others do while a run trains. Called on every process, in the order given."""
+"""Callbacks, which are called on every process in the order in which they were passed."""
 
 from __future__ import annotations
 
@@ -17,86 +17,86 @@ if TYPE_CHECKING:
 
 
 class StepReport(NamedTuple):
-    """A step that has been made."""
+    """The outcome of an optimizer step."""
 
-    step: int  # its number, counted from 1
-    loss: Tensor  # this process's part of the mean loss, 0-d, on the device: the parts add up over processes
-    num_images: int  # of all processes together
+    step: int  # counted from 1
+    loss: Tensor  # this process's part of the mean loss, 0-d, on the device; the sum over processes is the loss
+    num_images: int  # over all processes
     lr: float
-    grad_norm: Tensor | None  # 0-d, on the device; None where fp16 has scaled it
+    grad_norm: Tensor | None  # 0-d, on the device; None if fp16 has scaled it
 
 
 class Callback:
-    """What may be called while a run trains; every method is optional, and so is this base class.
+    """The methods of a callback; all are optional, and so is this base class.
 
     All processes call the same methods at the same steps. Tensors are on the device: reading one makes training wait
-    for it. An exception stops training, as a CallbackError that names the callback; where the run is over already
-    (`finished`, `close`), it is finished first, and the others are called all the same.
+    for the device. An exception stops training with a CallbackError that names the callback; in `finished` and `close`
+    the run is finished and the other callbacks are called first.
     """
 
     def before_step(self, trainer: Trainer, step: int) -> None:
-        """Before a step is made; `step` is its number, counted from 1."""
+        """Before a step; `step` is counted from 1."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """After a step, before what is due after it: the evaluation and the checkpoint."""
+        """After a step, before an evaluation or a checkpoint that is due after it."""
 
     def after_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After an evaluation of the evaluation split while training."""
+        """After the evaluation split was evaluated while training."""
 
     def after_save(self, trainer: Trainer, path: Path) -> None:
-        """When a checkpoint is complete on disk; it stays there at least until the next one."""
+        """When a checkpoint is complete on disk; it is kept at least until the next one."""
 
     def finished(self, trainer: Trainer, result: Result) -> None:
         """When model, result.json and predictions are on disk."""
 
     def failed(self, trainer: Trainer, error: BaseException) -> None:
-        """When an exception has ended training; Stopped, which a signal raises, is one."""
+        """When an exception has ended training, including Stopped, which a signal raises."""
 
     def close(self) -> None:
-        """When `running` is left, however it is."""
+        """When `running` is left, with or without an exception."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what checkpoints should keep, in plain values: str, int, float, bool, None, lists, dicts of them."""
+        """Return the state to be saved, of plain values: str, int, float, bool, None, lists, dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned when the checkpoint was saved."""
+        """Restore a state that `state_dict` returned."""
 
 
 METHODS = tuple(name for name in vars(Callback) if not name.startswith("_"))
 
 
 class CallbackError(RunError):
-    """A callback has raised an exception, which is the `__cause__`."""
+    """A callback raised an exception, which is the `__cause__`."""
 
     on_every_process = False
     status = 1
 
 
 class Callbacks:
-    """The callbacks of a run. Raises RunError for an object that has none of the methods of `Callback`."""
+    """The callbacks of a run. Raises RunError for an object without any method of `Callback`."""
 
     def __init__(self, callbacks: Sequence[Any] = ()) -> None:
-        self.given = list(callbacks)
-        for number, callback in enumerate(self.given):
+        self.callbacks = list(callbacks)
+        for number, callback in enumerate(self.callbacks):
             if not any(_has(callback, name) for name in METHODS):
                 raise RunError(
                     f"callbacks[{number}] is {type(callback).__name__}, which has none of the methods of a callback: "
                     f"{', '.join(METHODS)}"
                 )
-        self._find()
+        self._index()
 
-    def _find(self) -> None:
-        self._having = {name: [each for each in self.given if _has(each, name)] for name in METHODS}
+    def _index(self) -> None:
+        self._by_method = {name: [each for each in self.callbacks if _has(each, name)] for name in METHODS}
 
     def put_first(self, callback: Callback) -> None:
-        """Let a callback be called before all others."""
-        self.given.insert(0, callback)
-        self._find()
+        """Add a callback that is called before all others."""
+        self.callbacks.insert(0, callback)
+        self._index()
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Call a method of each callback that has it; CallbackError at the first that fails."""
-        for callback in self._having[method]:
+        """Call a method of each callback that has it; CallbackError at the first failure."""
+        for callback in self._by_method[method]:
             try:
                 getattr(callback, method)(*arguments)
             except Stopped:
@@ -107,17 +107,17 @@ class Callbacks:
     def call_all(self, method: str, *arguments: Any) -> list[CallbackError]:
         """Call a method of each callback that has it, and return the errors of those that failed."""
         errors = []
-        for callback in self._having[method]:
+        for callback in self._by_method[method]:
             try:
                 getattr(callback, method)(*arguments)
-            except Exception as error:  # noqa: BLE001 - others' code; the rest is called all the same
+            except Exception as error:  # noqa: BLE001 - user code; the other callbacks must still be called
                 failed = _failed(callback, method, error)
                 failed.__cause__ = error
                 errors.append(failed)
         return errors
 
     def state_dict(self) -> dict[str, Any]:
-        """Return name -> state of the callbacks that have one; CallbackError for one that is not of plain values."""
+        """Return name -> state of the callbacks that have one; CallbackError for a state that is not plain values."""
         return {name: self._state_of(callback) for name, callback in self._named("state_dict").items()}
 
     def _state_of(self, callback: Any) -> Any:
@@ -127,10 +127,10 @@ class Callbacks:
                 raise TypeError("it is not of plain values: str, int, float, bool, None, lists, dicts with str as keys")
         except Exception as error:
             raise _failed(callback, "state_dict", error) from error
-        return copy.deepcopy(state)  # it is written beside training
+        return copy.deepcopy(state)  # it is written by a thread while training continues
 
     def load_state_dict(self, states: Mapping[str, Any], note: Callable[[str], None]) -> None:
-        """Give each callback its saved state; `note` is told of callbacks and states that have no counterpart."""
+        """Restore the saved states; `note` is called for callbacks without a state, and states without a callback."""
         named = self._named("load_state_dict")
         for name, callback in named.items():
             if name not in states:
@@ -145,9 +145,9 @@ class Callbacks:
                 note(f"callback {name}: the checkpoint has a state of it, but it is not among the trainer's callbacks")
 
     def _named(self, method: str) -> dict[str, Any]:
-        """Return the callbacks that have a method by class name; a second one of a class is NAME 2."""
+        """Return the callbacks that have a method, by class name; a second one of a class is NAME 2."""
         named: dict[str, Any] = {}
-        for callback in self._having[method]:
+        for callback in self._by_method[method]:
             name, number = type(callback).__qualname__, 1
             while name in named:
                 number += 1
@@ -158,8 +158,8 @@ class Callbacks:
 
 def _has(callback: Any, method: str) -> bool:
     """Return whether a callback has a method that is not the base class's empty one."""
-    found = getattr(callback, method, None)
-    return callable(found) and getattr(found, "__func__", found) is not vars(Callback)[method]
+    attribute = getattr(callback, method, None)
+    return callable(attribute) and getattr(attribute, "__func__", attribute) is not vars(Callback)[method]
 
 
 def _failed(callback: Any, method: str, error: Exception) -> CallbackError:
@@ -169,7 +169,7 @@ def _failed(callback: Any, method: str, error: Exception) -> CallbackError:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether JSON gives a value back as it is."""
+    """Return whether a value survives a round trip through JSON."""
     if isinstance(value, dict):
         return all(type(key) is str and _is_plain(each) for key, each in value.items())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""When and where a run's checkpoints are written: copied in a moment, written by a thread beside training."""
+"""The checkpoints of a run: copied to the host at once, written by a thread while training continues."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ FOLDER = "checkpoints"
 
 
 def lock_run(run: Path) -> bool:
-    """Make a run folder and keep other runs out of it until `unlock_run`; nothing happens if it is held already.
+    """Create a run folder and lock it until `unlock_run`; does nothing if this process has locked it already.
 
-    Called by all processes. Returns False where the file system has no locks. Raises RunError if another run is in it,
-    or it can't be written.
+    Called by all processes. Returns False if the file system has no locks. Raises RunError if another run has locked
+    it, or it can't be written.
     """
 
     def lock() -> bool:
@@ -50,21 +50,21 @@ def lock_run(run: Path) -> bool:
 
 
 def not_writable(run: Path, error: OSError) -> RunError:
-    """Return the message for a run folder that can't be made or written to."""
+    """Return the message for a run folder that can't be created or written to."""
     return RunError(f"output_dir {run}: can't be written: {reason(error)}; choose another output_dir")
 
 
 def unlock_run(run: Path) -> None:
-    """Let other runs into a run folder."""
+    """Unlock a run folder."""
     release(run / FOLDER)
 
 
 class Checkpoints:
-    """The checkpoints of a run folder: the newest `keep` and the best. The main process writes, all read.
+    """The checkpoints of a run folder: the newest `keep` and the best. The main process writes, all processes read.
 
-    Training stands still while the state is copied to the host; a thread writes the copy. Where the copy would take
-    more than half of the free memory, training waits for the writing instead. Weights that are no numbers are not
-    written.
+    Training waits while the state is copied to the host; a thread writes the copy. If the copy would take more than
+    half of the free memory, training waits until the checkpoint is written instead. Weights with NaN or inf are not
+    saved.
     """
 
     def __init__(
@@ -74,33 +74,33 @@ class Checkpoints:
         log: RunLog,
         keep: int = 2,
     ) -> None:
-        # Called beside training with each checkpoint that is complete, before it may be removed; it raises nothing.
-        self.saved: Callable[[Path, int, bool], None] | None = None  # its folder, its step, whether it is the best
-        self.saved_at = -1  # step whose checkpoint is written, or being written
-        self.announced = 0  # step of the newest checkpoint that callbacks were told of
+        # Called by the writing thread for each complete checkpoint, before it may be pruned; must not raise.
+        self.saved: Callable[[Path, int, bool], None] | None = None  # (path, step, whether it is the best)
+        self.saved_at = -1  # step of the last checkpoint, written or being written
+        self.announced = 0  # step of the newest checkpoint that was announced to callbacks
         self._written = 0  # step of the newest checkpoint that this process has written
         self.run, self.folder = run, run / FOLDER
         self.processes, self.log, self.keep = processes, log, keep
-        self.failed: str | None = None  # why the newest save was not written
-        self._full = False  # whether that was for want of room
-        self._best: int | None = None  # step of the best checkpoint that is on disk
+        self.failed: str | None = None  # error of the last save
+        self._full = False  # whether the reason was a full disk
+        self._best: int | None = None  # step of the best checkpoint on disk
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot, best_step: int | None) -> None:
-        """Copy the state of a step and begin to write it; the one before is waited for."""
+        """Copy the state of a step and start to write it, after the previous checkpoint is written."""
         self.saved_at = snapshot.step
         self.wait()
         if not self.processes.is_main:
             return
-        relax_memory_limit()  # the steps may have taken all that they could get
+        relax_memory_limit()  # steps may have used all memory up to the limit
         copy = snapshot.num_bytes < free_memory_bytes() // 2
         with one_thread():
             snapshot.to_host(copy=copy)
         thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="checkpoint")
         try:
             thread.start()
-        except RuntimeError:  # the system has none to give
+        except RuntimeError:  # the system refuses
             self._write(snapshot, best_step)
         else:
             self._thread = thread
@@ -108,7 +108,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> bool:
-        """Wait until nothing is being written, and return whether the newest checkpoint is on disk."""
+        """Wait until the last checkpoint is written; return whether that succeeded."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -121,27 +121,27 @@ class Checkpoints:
         """Return the step of the newest checkpoint that this process has written, 0 if there is none."""
         return self._written
 
-    def stand_by(self) -> None:
-        """Wait until nothing is being written, whatever came of it."""
+    def wait_for_thread(self) -> None:
+        """Wait until nothing is being written, without raising its error."""
         if self._thread is not None:
             self._thread.join()
 
-    def what_remains(self, error: RunFailure, began_at: int) -> RunFailure:
-        """Return the error with what is saved, and the status by it: whether a run that began at a step got on."""
-        there = complete_checkpoints(self.folder)
-        if not there:
+    def with_saved_step(self, error: RunFailure, start_step: int) -> RunFailure:
+        """Return the error with the last saved step; its status is RESUMABLE if that is after `start_step`."""
+        complete = complete_checkpoints(self.folder)
+        if not complete:
             return type(error)(f"{error}; nothing was saved yet")
-        newest = checkpoint_step(there[-1])
-        told = type(error)(f"{error}; {how_to_resume()} continues from step {newest:,}")
-        if newest > began_at:
-            told.status = Stopped.RESUMABLE
-        return told
+        newest = checkpoint_step(complete[-1])
+        failure = type(error)(f"{error}; {how_to_resume()} continues from step {newest:,}")
+        if newest > start_step:
+            failure.status = Stopped.RESUMABLE
+        return failure
 
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
-            if not snapshot.is_finite():  # the next steps' losses will not be either, and stop the run
+            if not snapshot.is_finite():  # the loss of the next steps will not be finite either, and will stop the run
                 self.failed = "its weights are no finite numbers"
-            elif not self._try(snapshot) and self._made_room(best_step, snapshot.step):
+            elif not self._try(snapshot) and self._free_space(best_step, snapshot.step):
                 self._try(snapshot)
             if self.failed is None:
                 self._written = snapshot.step
@@ -150,9 +150,9 @@ class Checkpoints:
                 self._prune(self.keep, best_step, snapshot.step)
             else:
                 newest = complete_checkpoints(self.folder)
-                have = f"the newest is {newest[-1]}" if newest else "there is none yet"
-                self.log.say(f"checkpoint of step {snapshot.step} not written: {self.failed}; {have}")
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that trains
+                remaining = f"the newest is {newest[-1]}" if newest else "there is none yet"
+                self.log.say(f"checkpoint of step {snapshot.step} not written: {self.failed}; {remaining}")
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
 
     def _try(self, snapshot: Snapshot) -> bool:
@@ -166,14 +166,14 @@ class Checkpoints:
             self.failed = None
         return self.failed is None
 
-    def _made_room(self, best_step: int | None, step: int) -> bool:
-        """Where the disk is full, remove all checkpoints but the newest and the best."""
+    def _free_space(self, best_step: int | None, step: int) -> bool:
+        """If the disk is full, remove all checkpoints but the newest and the best; return whether any were."""
         if not self._full or len(complete_checkpoints(self.folder)) < 2:
             return False
         return self._prune(1, best_step, step)
 
     def _prune(self, keep: int, best_step: int | None, step: int) -> bool:
-        """Remove old checkpoints; the best one on disk stays until a better one is there."""
+        """Remove old checkpoints; the best one is kept until a better one is written."""
         if best_step is not None and checkpoint_path(self.folder, best_step) in complete_checkpoints(self.folder):
             self._best = best_step
         return try_to_write(lambda: prune_checkpoints(self.folder, keep, self._best, step), lambda error: None)
@@ -184,9 +184,9 @@ class Checkpoints:
         predictions: Predictions | None,
         result: Callable[[], dict[str, Any]],
     ) -> None:
-        """Write RUN/model, predictions and result.json, on the main process; what the disk does not take is named.
+        """Write RUN/model, predictions and result.json, on the main process; failures are logged in `log.lost`.
 
-        `result` is asked last, when it is known what is missing.
+        `result` is called last, when all failures are known.
         """
         run, log = self.run, self.log
         if not self.wait():
@@ -210,7 +210,7 @@ class Checkpoints:
         try_to_write(lambda: write_json(path, result), lambda error: self.log.not_written(str(path), error))
 
     def can_load(self, step: int) -> bool:
-        """Return whether a step's checkpoint is on disk and undamaged; it is read for that."""
+        """Return whether a step's checkpoint is on disk and undamaged, by reading it."""
         path = checkpoint_path(self.folder, step)
         try:
             return path in complete_checkpoints(self.folder) and bool(load_checkpoint(path))
@@ -218,7 +218,7 @@ class Checkpoints:
             return False
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest complete checkpoint, the same on every process; damaged ones are named and passed over."""
+        """Return the newest complete checkpoint, the same on every process; damaged ones are reported and skipped."""
         return self._on_every_process(lambda: newest_checkpoint(self.folder, self.log.say), "can't resume")
 
     def best(self, step: int) -> Checkpoint | None:
@@ -238,20 +238,22 @@ class Checkpoints:
         return self._on_every_process(look, "can't load the best evaluation's weights")
 
     def _on_every_process(self, look: Callable[[], Checkpoint | None], failed: str) -> Checkpoint | None:
-        """Return on every process the checkpoint that the main one finds by `look`."""
-        found: Checkpoint | None = None
+        """Return the checkpoint that `look` finds on the main process, on every process."""
+        checkpoint: Checkpoint | None = None
 
-        def name_of_found() -> str | None:
-            nonlocal found
-            found = look()
-            return found.path.name if found else None
+        def look_on_main() -> str | None:
+            nonlocal checkpoint
+            checkpoint = look()
+            return checkpoint.path.name if checkpoint else None
 
-        name = on_main(name_of_found)
-        if name is None or found is not None:
-            return found
+        name = on_main(look_on_main)
+        if name is None or checkpoint is not None:
+            return checkpoint
         try:
             return load_checkpoint(self.folder / name)
         except RunError as error:
-            alone = RunError(f"{failed}: {error} for process {self.processes.index}; share the disk of {self.run}")
-            alone.on_every_process = False
-            raise alone from None
+            local_error = RunError(
+                f"{failed}: {error} for process {self.processes.index}; share the disk of {self.run}"
+            )
+            local_error.on_every_process = False
+            raise local_error from None

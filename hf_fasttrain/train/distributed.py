@@ -1,4 +1,4 @@
-"""What several training processes tell each other beside gradients: small numbers, and a main process's mistakes."""
+"""Communication between training processes beside gradients: small numbers, objects, and errors of the main process."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from hf_fasttrain.utils.errors import UserError
 
 Value = TypeVar("Value")
 HOST_TIMEOUT = timedelta(hours=2)
-_host_groups: dict[Any, Any] = {}  # process group -> that of the same processes over gloo
-atexit.register(_host_groups.clear)  # one that is left until the interpreter is gone may abort the process
+_host_groups: dict[Any, Any] = {}  # process group -> group of the same processes over gloo
+atexit.register(_host_groups.clear)  # a group that outlives the interpreter may abort the process
 
 
 def host_group() -> Any:
-    """Return the group in which all processes meet over gloo on the host; all of them call it first at the same place.
+    """Return the gloo group of all processes, on the host; all processes must make the first call at the same point.
 
-    Whoever waits in it for the main process, which may be writing or uploading, waits for HOST_TIMEOUT where there is
-    NCCL too, whose own limit is ten minutes; gloo's is half an hour.
+    Beside NCCL, whose default timeout is ten minutes, it has HOST_TIMEOUT, since processes wait in it for the main one,
+    which may be writing or uploading; the default of gloo is half an hour.
     """
-    whole = dist.group.WORLD
+    world = dist.group.WORLD
     if dist.get_backend() == "gloo":
-        return whole
-    if whole not in _host_groups:
-        _host_groups.clear()  # those of process groups that are gone
-        _host_groups[whole] = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-    return _host_groups[whole]
+        return world
+    if world not in _host_groups:
+        _host_groups.clear()  # drop groups of destroyed process groups
+        _host_groups[world] = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    return _host_groups[world]
 
 
 class Processes:
-    """The processes of a run. They meet over gloo on the host, so that no device is waited for; alone, nobody is."""
+    """The processes of a run. They communicate over gloo on the host, without waiting for a device."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.number, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main, self.is_distributed = accelerator.is_main_process, accelerator.num_processes > 1
-        self.is_local_main = accelerator.is_local_main_process  # of those on this machine
+        self.is_local_main = accelerator.is_local_main_process  # main process of this machine
         if self.is_distributed:
-            host_group()  # made by all processes at this place
+            host_group()  # created by all processes here
 
     def largest(self, *numbers: int) -> list[int]:
-        """Return the largest of all processes' numbers, one by one."""
+        """Return the elementwise maximum over processes."""
         return self._reduced(dist.ReduceOp.MAX, numbers)
 
     def sum(self, number: int) -> int:
-        """Return the sum of all processes' numbers."""
+        """Return the sum over processes."""
         return self._reduced(dist.ReduceOp.SUM, (number,))[0]
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes (a barrier)."""
         if self.is_distributed:
             dist.barrier(group=host_group())
 
@@ -72,7 +72,7 @@ class Processes:
         return bool(self.largest(int(flag))[0])
 
     def gather(self, values: list[Value]) -> list[Value]:
-        """Return the values of all processes, in their order."""
+        """Return the values of all processes, ordered by process."""
         gathered: list[Value] = gather_object(values) if self.is_distributed else values
         return gathered
 
@@ -83,24 +83,24 @@ class Processes:
         )
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Return the sum of all processes' tensors, which lie on the training device."""
+        """Return the sum over processes of a tensor on the training device."""
         return self._accelerator.reduce(tensor, reduction="sum") if self.is_distributed else tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of all processes' tensors, which lie on the training device."""
+        """Return the mean over processes of a tensor on the training device."""
         return self._accelerator.reduce(tensor, reduction="mean") if self.is_distributed else tensor
 
     @torch.no_grad()
     def broadcast_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the main process's values of tensors that lie on the training device."""
+        """Copy the main process's values into tensors on the training device, on every process."""
         for tensor in tensors if self.is_distributed else ():
-            whole = tensor.detach().contiguous()
-            dist.broadcast(whole, 0)
-            tensor.copy_(whole)
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, 0)
+            tensor.copy_(values)
 
 
 def on_main(work: Callable[[], Value]) -> Value:
-    """Return what `work` gives on the main process; a UserError there is raised on every process."""
+    """Run `work` on the main process and return its result on all; a UserError is raised on every process."""
     from accelerate.state import PartialState
 
     state = PartialState()

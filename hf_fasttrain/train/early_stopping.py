@@ -1,4 +1,4 @@
-"""Early stopping: when it ends a run, what is said of it, and how a run goes on that it has ended."""
+"""Early stopping: when it ends a run, its messages, and how a stopped run is continued."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.utils.errors import how_to_resume
 
 
-def how_to_go_on() -> str:
-    """Return how a run that early stopping has ended can go on."""
+def how_to_continue() -> str:
+    """Return how to continue a run that early stopping has ended."""
     return (
         f"to continue: {how_to_resume()} and a longer early_stopping.patience, early_stopping=null or a longer "
         "train.duration"
@@ -20,19 +20,19 @@ def how_to_go_on() -> str:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """How early stopping has ended a run; result.json holds the same."""
+    """How early stopping ended a run; also in result.json."""
 
     metric: str
     mode: str
-    value: float  # the best one
-    step: int  # after which that was measured
+    value: float  # the best value
+    step: int  # of the best value
     patience: int  # in steps
     waited: int  # steps without a better value
     stopped_at: int
-    num_steps: int  # of the whole duration
+    num_steps: int  # of the whole training
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return a dict of plain values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -45,14 +45,14 @@ class EarlyStop:
 
 
 def record_of(watch: Watch, state: State) -> dict[str, Any]:
-    """Return the last evaluation's value of what is watched, and its step."""
+    """Return the watched metric's last value and its step."""
     return {"metric": watch.metric, "mode": watch.mode, "value": state.metrics[watch.metric], "step": state.step}
 
 
 def waited_steps(watch: Watch | None, state: State) -> int | None:
     """Return the steps without a better value if they have reached the patience, else None.
 
-    An evaluation in which the watched metric could not be computed stops nothing.
+    Never stops after an evaluation in which the watched metric could not be computed.
     """
     if watch is None or watch.patience is None or state.watched is None or watch.metric not in state.metrics:
         return None
@@ -61,7 +61,7 @@ def waited_steps(watch: Watch | None, state: State) -> int | None:
 
 
 def early_stop(watch: Watch | None, state: State, num_steps: int) -> EarlyStop | None:
-    """Return how early stopping has ended a run of `num_steps`; None if it has not, or not before their end."""
+    """Return how early stopping ended a run of `num_steps` steps early; None if it did not."""
     waited = waited_steps(watch, state)
     if watch is None or watch.patience is None or state.watched is None or waited is None or state.step >= num_steps:
         return None
@@ -69,21 +69,21 @@ def early_stop(watch: Watch | None, state: State, num_steps: int) -> EarlyStop |
     return EarlyStop(watch.metric, watch.mode, value, step, watch.patience, waited, state.step, num_steps)
 
 
-def go_on(watch: Watch | None, state: State, num_steps: int) -> str | None:
-    """Let a restored state follow the present settings, and return what is to be said of that.
+def adapt_state(watch: Watch | None, state: State, num_steps: int) -> str | None:
+    """Adapt a restored state to changed settings; return a note on it, or None.
 
-    Where another metric is watched than before, its best value is looked for from here on. Where the patience was
-    exhausted and the duration is longer now, patience counts from here on: a run that is asked to go on does so.
+    If another metric is watched now, its best value is searched from here on. If the patience was exhausted and the
+    duration is longer now, patience counts from here on, so that the run continues.
     """
     if watch is None:
-        state.watched = None  # evaluations from now on will not be compared with it
+        state.watched = None  # later evaluations are not compared with it
         return None
     before = state.watched
     if before is not None and (before["metric"], before.get("mode", watch.mode)) != (watch.metric, watch.mode):
         state.watched = None
-        was = f"{before['metric']} ({before['mode']})" if "mode" in before else before["metric"]
+        old = f"{before['metric']} ({before['mode']})" if "mode" in before else before["metric"]
         return (
-            f"early_stopping watches {watch.metric} ({watch.mode}) now, it was {was}: patience counts from the next "
+            f"early_stopping watches {watch.metric} ({watch.mode}) now, it was {old}: patience counts from the next "
             "evaluation on"
         )
     if waited_steps(watch, state) is None or num_steps <= state.num_steps:

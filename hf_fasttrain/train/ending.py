@@ -1,4 +1,4 @@
-"""How a run ends: its last checkpoint, the weights it ends with, what is written and told, or Stopped."""
+"""The end of a run: last checkpoint, final weights and metrics, results on disk, callbacks; or Stopped."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 def save_last(trainer: Trainer) -> None:
-    """Save the present step and wait until that is on disk; twice, if it must."""
+    """Save the current step and wait until it is on disk; retried once."""
     trainer.save()
     if trainer.checkpoints is None:
         return
     if trainer.processes.any_process(not trainer.checkpoints.wait()):
         trainer.checkpoints.saved_at = -1
-        trainer.save()  # once more: what filled the disk may be gone
+        trainer.save()  # retry: there may be space on the disk now
     trainer.announce_saved()
 
 
 def stop_run(trainer: Trainer, number: int) -> NoReturn:
-    """Save the present step, and raise Stopped for a signal."""
+    """Save the current step, and raise Stopped for a signal."""
     trainer.stateful.require_finite(trainer.state.step)
     save_last(trainer)
     raise_stopped(trainer, number)
 
 
 def raise_stopped(trainer: Trainer, number: int) -> NoReturn:
-    """Raise Stopped for a signal, the state being saved."""
+    """Raise Stopped for a signal, after the state was saved."""
     checkpoints, step = trainer.checkpoints, trainer.state.step
     saved = checkpoints is None or not trainer.processes.any_process(not checkpoints.wait())
     message = f"stopped by {signal_name(number)} after step {step} of {trainer.num_steps}"
@@ -50,8 +50,8 @@ def raise_stopped(trainer: Trainer, number: int) -> NoReturn:
     raise stopped(number, message, step, result_of(trainer), saved=saved)
 
 
-def measure_final(trainer: Trainer) -> int:
-    """Load and measure the weights that the run ends with; return the signal that broke it off, or 0."""
+def evaluate_final(trainer: Trainer) -> int:
+    """Load and evaluate the final weights; return the signal that interrupted this, or 0."""
     evaluation = trainer.evaluation
     final = load_final(trainer.final, trainer.state, trainer.checkpoints, trainer.stateful, trainer.log)
     trainer.final_model = final
@@ -68,7 +68,7 @@ def measure_final(trainer: Trainer) -> int:
 
 
 def write_results(trainer: Trainer) -> Result:
-    """Write model, predictions and result.json, as far as there is a run folder; return the result."""
+    """Write model, predictions and result.json, if there is a run folder; return the result."""
     bad = trainer.bad_images
     if bad is not None and bad.count:
         trainer.log.note(f"{bad.count} bad images were replaced by others; {bad.where}")
@@ -83,8 +83,8 @@ def write_results(trainer: Trainer) -> Result:
     return result
 
 
-def tell_finished(trainer: Trainer, result: Result) -> None:
-    """Tell the callbacks, and write down what they could not write; Ctrl-C and SIGTERM leave them off."""
+def call_finished(trainer: Trainer, result: Result) -> None:
+    """Call `finished` of the callbacks, and record what they could not write; Ctrl-C and SIGTERM skip the rest."""
     failed: list[CallbackError] = []
     try:
         with interruptible():
@@ -102,7 +102,7 @@ def tell_finished(trainer: Trainer, result: Result) -> None:
 
 
 def result_of(trainer: Trainer) -> Result:
-    """Return how a run has ended, or how far it has come."""
+    """Return the result of a run, so far if it has not ended."""
     trainer.throughput.save(trainer.state)
     state, seconds = trainer.state, max(trainer.throughput.train_seconds, 1e-9)
     final = trainer.final_model or FinalModel("last", state.step, state.metrics)

@@ -1,4 +1,4 @@
-"""One pass of a model over a split, exact over any number of processes; and the evaluations of a run."""
+"""Evaluates a model on a split, exactly for any number of processes; and manages the evaluations of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_fasttrain.utils.library_errors import is_out_of_memory
 
 
 class Evaluator:
-    """Measures metrics of a model; made once, used for every evaluation of a run."""
+    """Computes the metrics of a model; used for all evaluations of a run."""
 
     def __init__(
         self,
@@ -38,88 +38,94 @@ class Evaluator:
         self.accelerator, self.num_classes, self.multi_label = accelerator, num_classes, multi_label
         self.metrics = None if metrics is None else list(metrics)
         self.external = ExternalMetrics(external)
-        self.external.try_out(num_classes, multi_label=multi_label)  # before anything is trained
-        self.most: int | None = None  # images for which memory is enough, where it ran out
-        self.collects = False  # whether a pass's predictions are kept for `predictions`
-        self._collected: tuple[Tensor, ...] | None = None  # of the last whole pass, on the CPU
+        self.external.try_out(num_classes, multi_label=multi_label)  # fail before training
+        self.max_images: int | None = None  # per forward, after memory ran out
+        self.collects = False  # whether to store predictions for `predictions`
+        self._collected: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
 
     @torch.no_grad()
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
         loader: Iterable[tuple[Tensor, Tensor]],
-        leave: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Return metric name -> value over all processes' batches of `images` and `labels`.
 
-        `model` maps images to logits and is in evaluation mode. No process waits for another before the end, so
-        their shares may differ in size or be empty. An empty dict comes back if `leave` told any process to break off.
-        A batch that memory is too short for is made in smaller pieces, and so are all after it.
+        `model` maps images to logits and is in evaluation mode. Processes wait for each other at the end only, so
+        their shares may differ in size or be empty. Returns an empty dict if `should_stop` was true on any process.
+        A batch that does not fit into memory is split, and so are all later ones.
         """
         counts = Metrics(self.num_classes, self.accelerator.device, multi_label=self.multi_label)
-        left = torch.zeros((), device=self.accelerator.device)
+        interrupted = torch.zeros((), device=self.accelerator.device)
         collector = Collector() if self.collects else None
         for images, labels in loader:
-            if leave():
-                left += 1
+            if should_stop():
+                interrupted += 1
                 break
             logits = self._logits(model, images)
             counts.update(logits, labels)
             self.external.update(logits, labels)
             if collector is not None:
                 collector.add(logits, labels)
-        if self.processes.add_up(left):
+        if self.processes.add_up(interrupted):
             self.external.clear()
             return {}
-        measured = counts.compute(self.processes.add_up)  # waits for the device
+        values = counts.compute(self.processes.add_up)  # waits for the device
         self._collected = collector.columns() if collector is not None else None
-        wanted = {name: measured[name] for name in self.metrics or measured}
-        return {**wanted, **self.external.compute(self.processes.gather)}
+        built_in = {name: values[name] for name in self.metrics or values}
+        return {**built_in, **self.external.compute(self.processes.gather)}
 
     def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
-        """Return what the last pass said of each image, of all processes; None if it was not kept.
+        """Return the predictions of the last pass, of all processes; None if they were not stored.
 
-        `rows`: which images of the split this process's share has, in its order. Called by all processes.
+        `rows`: indices of this process's images in the split. Called by all processes.
         """
-        own, self._collected = self._collected, None
-        parts = [part for part in self.processes.gather([own]) if part is not None and len(part)]
+        local, self._collected = self._collected, None
+        parts = [part for part in self.processes.gather([local]) if part is not None and len(part)]
         if not parts:
             return None
-        number = len(own[0]) if own else 0
-        known = rows if rows is not None and len(rows) == number else None
-        every = [part for part in self.processes.gather([None if known is None else list(known)]) if part is not None]
+        number = len(local[0]) if local else 0
+        local_rows = rows if rows is not None and len(rows) == number else None
+        every = [
+            part
+            for part in self.processes.gather([None if local_rows is None else list(local_rows)])
+            if part is not None
+        ]
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         number = len(columns[0])
-        places = torch.tensor([row for part in every for row in part] or [-1] * number)
-        return Predictions(step, split, places if len(places) == number else torch.full((number,), -1), *columns)
+        indices = torch.tensor([row for part in every for row in part] or [-1] * number)
+        return Predictions(step, split, indices if len(indices) == number else torch.full((number,), -1), *columns)
 
     def _logits(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         while True:
             try:
                 with self.accelerator.autocast():
-                    return torch.cat([model(piece) for piece in images.split(self.most or max(1, len(images)))])
+                    return torch.cat([model(part) for part in images.split(self.max_images or max(1, len(images)))])
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            size = min(self.most or len(images), len(images))  # outside of the handler, which holds what it failed on
+            size = min(self.max_images or len(images), len(images))  # outside of the handler, which keeps tensors alive
             free_cached_memory(self.accelerator.device)
             if size == 1:
-                alone = RunError("out of memory: a single image does not fit in evaluation; lower data.image_size")
-                alone.on_every_process = False
-                raise alone
-            self.most = size // 2
+                local_error = RunError(
+                    "out of memory: a single image does not fit in evaluation; lower data.image_size"
+                )
+                local_error.on_every_process = False
+                raise local_error
+            self.max_images = size // 2
 
     @property
     def processes(self) -> Processes:
-        """The processes that share the images; looked up where all of them are."""
+        """The processes that share the images."""
         return Processes(self.accelerator)
 
 
-Evaluate = Callable[[Any], dict[str, float]]  # loader -> metrics of the present model; empty if broken off
+Evaluate = Callable[[Any], dict[str, float]]  # loader -> metrics of the current model; empty if interrupted
 
 
 class Evaluation:
-    """The evaluations of a run: what they measure, which is the best, and when early stopping ends training."""
+    """The evaluations of a run: metrics, the best one, and early stopping."""
 
     def __init__(
         self,
@@ -139,10 +145,10 @@ class Evaluation:
         self.evaluator, self.eval_loader = evaluator, eval_loader
         self.state, self.log, self.throughput, self.steps_per_epoch = state, log, throughput, steps_per_epoch
         self.best, self.early_stopping, self.keeps_predictions = best, early_stopping, keeps_predictions
-        self.test_loader: Any = None  # measured once, with the weights that the run ends with
+        self.test_loader: Any = None  # evaluated once, with the final weights
         self.test_metrics: dict[str, float] | None = None
         self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
-        self.seconds = 0.0  # of the last one
+        self.seconds = 0.0  # of the last evaluation
         self._collected_at = -1  # step whose predictions the evaluator has
 
     @property
@@ -152,33 +158,35 @@ class Evaluation:
 
     @property
     def is_due(self) -> bool:
-        """Whether there is something to measure that was not measured after this step."""
+        """Whether there is an evaluation split that was not evaluated after this step."""
         return self.eval_loader is not None and self.state.evaluated_at != self.state.step
 
     def measure(self, evaluate: Evaluate, loader: Any, *, is_last: bool) -> dict[str, float]:
-        """Measure the present model on a loader, and log that; the training clock stands still meanwhile.
+        """Evaluate the current model on a loader and log it, while the training clock is stopped.
 
-        Of what may be the run's last evaluation, predictions are kept. An empty dict if a signal has broken it off.
+        Stores predictions if this may be the last evaluation. Returns an empty dict if interrupted by a signal.
         """
         assert self.evaluator is not None
-        last = is_last or self.early_stopping is not None  # as far as can be told
+        last = is_last or self.early_stopping is not None  # or may be
         self.evaluator.collects = self.keeps_predictions and last and loader is self.eval_loader
         name = getattr(loader, "name", "evaluation split")
         with self.throughput.stopped():
-            began, most = time.perf_counter(), self.evaluator.most
+            start_time, max_images = time.perf_counter(), self.evaluator.max_images
             with self.log.doing(f"evaluating: {name}"):
                 metrics = evaluate(loader)
-            if self.evaluator.most != most:
-                self.log.note(f"out of memory while evaluating: batches of {self.evaluator.most} images from now on")
+            if self.evaluator.max_images != max_images:
+                self.log.note(
+                    f"out of memory while evaluating: batches of {self.evaluator.max_images} images from now on"
+                )
             for failure in self.evaluator.external.take_failures():
                 self.log.note(failure)
             if metrics:
-                self.seconds, epoch = time.perf_counter() - began, self.state.step / self.steps_per_epoch
+                self.seconds, epoch = time.perf_counter() - start_time, self.state.step / self.steps_per_epoch
                 self.log.eval_line(self.state.step, epoch, name, metrics, self.seconds, self.throughput.train_seconds)
         return metrics
 
     def compare(self, metrics: dict[str, float]) -> bool:
-        """Take note of an evaluation after the present step, and return whether it is the best so far."""
+        """Record an evaluation after the current step, and return whether it is the best so far."""
         state = self.state
         state.metrics, state.evaluated_at = metrics, state.step
         if self.evaluator is not None and self.evaluator.collects:
@@ -201,9 +209,9 @@ class Evaluation:
         return watch.is_better(self.state.metrics[watch.metric], record["value"] if record else None)
 
     def final_metrics(self, evaluate: Evaluate, step: int, known: dict[str, float] | None) -> dict[str, float]:
-        """Return the metrics of the weights that a run ends with, those after `step`, and keep their predictions.
+        """Return the metrics of the final weights, those after `step`, and store their predictions.
 
-        They are measured unless both are `known` already. An empty dict if a signal has broken that off.
+        They are computed unless both are known already. Returns an empty dict if interrupted by a signal.
         """
         assert self.evaluator is not None
         metrics = known or {}
@@ -214,5 +222,5 @@ class Evaluation:
         if metrics and self.keeps_predictions:
             name, rows = getattr(self.eval_loader, "name", "evaluation split"), getattr(self.eval_loader, "rows", None)
             self.predictions = self.evaluator.predictions(step, name, rows)
-            self._collected_at = -1  # they are not kept twice
+            self._collected_at = -1  # they are not stored twice
         return metrics

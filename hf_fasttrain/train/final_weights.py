@@ -1,4 +1,4 @@
-"""Which weights a run ends with: the last ones, or those of its best evaluation, brought back from their checkpoint."""
+"""The final weights of a run: the last ones, or those of the best evaluation, loaded from their checkpoint."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ CHOICES = ("auto", "best", "last")
 
 @dataclass
 class FinalModel:
-    """What RUN/model holds."""
+    """The weights in RUN/model."""
 
     weights: str  # best or last
-    step: int  # after which the model had them
-    metrics: dict[str, float] | None  # of the evaluation split; None: not known any more
+    step: int  # after which the weights were saved
+    metrics: dict[str, float] | None  # of the evaluation split; None: unknown
 
 
-def resolve_final(asked: str, early_stopping: Watch | None) -> str:
-    """Return best or last for the weights asked for; auto is best with early stopping. Raises RunError."""
-    if asked not in CHOICES:
-        raise RunError(f"final is '{asked}'; allowed are {', '.join(CHOICES)}")
-    if asked == "auto":
+def resolve_final(choice: str, early_stopping: Watch | None) -> str:
+    """Resolve auto, best or last; auto is best with early stopping. Raises RunError for another choice."""
+    if choice not in CHOICES:
+        raise RunError(f"final is '{choice}'; allowed are {', '.join(CHOICES)}")
+    if choice == "auto":
         return "last" if early_stopping is None else "best"
-    return asked
+    return choice
 
 
 def load_final(
     final: str, state: State, checkpoints: Checkpoints | None, stateful: TrainingObjects, log: RunLog
 ) -> FinalModel:
-    """Give the model the weights that the run ends with, and return which ones they are; called by all processes.
+    """Load the final weights into the model, and return which ones they are; called by all processes.
 
-    Where the best evaluation's are gone or damaged, a note says so and the last ones stay. What was trained last is in
-    the newest checkpoint: a resumed run goes on from there.
+    If the best checkpoint is gone or damaged, the last weights are kept, with a note. The last weights are in the
+    newest checkpoint, from which a resumed run continues.
     """
     last = FinalModel("last", state.step, state.metrics)
     if final == "last" or state.best is None:
@@ -63,18 +63,18 @@ def with_metric(best: dict[str, Any] | None, watch: Watch) -> tuple[dict[str, An
     if best is None or best["metric"] == watch.metric:
         return best, None
     value = best.get("metrics", {}).get(watch.metric)
-    told = f"best evaluation: {watch.metric} decides now, {best['metric']} did before"
+    note = f"best evaluation: {watch.metric} decides now, {best['metric']} did before"
     if value is None:
-        return None, f"{told}; the evaluations so far are not compared"
+        return None, f"{note}; the evaluations so far are not compared"
     return {
         **best,
         "metric": watch.metric,
         "value": value,
-    }, f"{told}; of the evaluations so far, step {best['step']:,}'s counts"
+    }, f"{note}; of the evaluations so far, step {best['step']:,}'s counts"
 
 
 def which_weights(run: Path, result: Result) -> str:
-    """Return which weights lie in RUN/model and, if the best and the last ones differ, how to have the others."""
+    """Describe the weights in RUN/model and, if the best and the last ones differ, how to export the others."""
     best, last, step = result.best, result.last["step"], result.model["step"]
     of = "moving average of the weights" if result.model.get("ema") else "weights"
     if best is None:

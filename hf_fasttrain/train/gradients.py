@@ -1,4 +1,4 @@
-"""The gradients of a step: those of the mean loss over its images, whatever the micro-batches and processes."""
+"""The gradients of a step: of the mean loss over its images, for any micro-batches and number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_fasttrain.utils.errors import RunError, StepOutOfMemory, first_line, sho
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import replace_prepared
 
-MOST_WEIGHTS = 100  # that are kept: batches of a user's own loader may have any sizes
+MOST_WEIGHTS = 100  # cached: batches of a user's loader may have any sizes
 _NOTHING = nullcontext()
 StepLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, images, targets -> mean over the images, 0-d
 
@@ -30,14 +30,14 @@ StepLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, images, targe
 class Gradients:
     """Adds up gradients over a step's micro-batches and the processes.
 
-    `model` is what `accelerator` made of `raw_model`; `loss` maps (logits, targets) to the mean over their images.
+    `model` is `raw_model` wrapped by `accelerator`; `loss` maps (logits, targets) to the mean over their images.
     """
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, raw_model: nn.Module, loss: Loss, processes: Processes
     ) -> None:
         self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
-        self.uniform_loss: Tensor | None = None  # of the first images, were all classes equally likely
+        self.uniform_loss: Tensor | None = None  # of the first images, if all classes were equally likely
         self.step_loss: StepLoss = self._loss_of_logits
         self.timer: Timer = no_timer
         self._is_first = True
@@ -48,9 +48,9 @@ class Gradients:
             model.broadcast_buffers = False  # and processes may make unequally many forwards
 
     def leave_out_unused(self, step: Step) -> list[str]:
-        """Freeze the parameters that forward does not use; return what there is to say of that.
+        """Freeze the parameters that forward does not use; return notes on them.
 
-        To be called by all processes before the first step, which is left as it is.
+        Called by all processes before the first step, which is not consumed.
         """
         trainable = {name: p for name, p in self.raw_model.named_parameters() if p.requires_grad}
         first = step.micro_batches.peek() if trainable else None
@@ -61,7 +61,7 @@ class Gradients:
         skips = bool(use and use.sometimes) and self.processes.is_distributed
         if present and (skips or self._searches or {*map(id, present)} != {*map(id, self.parameters)}):
             self._wrap_again(search=skips)
-        self.parameters[:] = present  # in place: others hold this list
+        self.parameters[:] = present  # in place: other objects share this list
         notes = [use.never_note(len(trainable))] if use and use.never else []
         return [*notes, use.sometimes_note()] if use and skips else notes
 
@@ -71,7 +71,7 @@ class Gradients:
         return isinstance(self.model, DistributedDataParallel) and self.model.find_unused_parameters
 
     def _wrap_again(self, *, search: bool = False) -> None:
-        """Let DDP exchange the gradients of the parameters that are trainable now; `search` for them in each step."""
+        """Wrap the model in DDP again for the current trainable parameters; with `search`, DDP searches unused ones."""
         old, handler = self.model, self.accelerator.ddp_handler
         if not isinstance(old, DistributedDataParallel):
             return
@@ -90,17 +90,17 @@ class Gradients:
         """Add up the step's gradients, and return this process's part of its mean loss, 0-d.
 
         Several processes exchange gradients in their last backward. With `agree` they first find out whether memory
-        was enough on all of them: StepOutOfMemory comes up everywhere if not, and nothing has been exchanged.
+        was enough on all of them: if not, StepOutOfMemory is raised on all of them, and nothing was exchanged.
         """
         if not agree:
-            total = self._own_part(step, exchange=True)
+            total = self._local_gradients(step, exchange=True)
             if total is None:
                 total = self._join_without_images(step.image_shape)
             self._require_exchanged(step)
             return total
         short, total = None, None
         try:
-            total = self._own_part(step, exchange=False)
+            total = self._local_gradients(step, exchange=False)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -112,7 +112,7 @@ class Gradients:
         self._exchange()
         return torch.zeros((), device=self.accelerator.device) if total is None else total
 
-    def _own_part(self, step: Step, *, exchange: bool) -> Tensor | None:
+    def _local_gradients(self, step: Step, *, exchange: bool) -> Tensor | None:
         """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
         total: Tensor | None = None
         several = self.processes.is_distributed
@@ -144,7 +144,7 @@ class Gradients:
         return self.loss(logits, targets)
 
     def _backward(self, loss: Tensor, weight: float = 1.0) -> None:
-        """Add the gradients of `weight` times a loss; what DDP and Accelerator divide by is taken back.
+        """Add the gradients of `weight` times a loss; undoes the divisions by DDP and Accelerator.
 
         The backward begins with the weight, which is what the backward of a product would pass on: a product for each
         micro-batch, on the graph, would take longer.
@@ -182,7 +182,7 @@ class Gradients:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Give every process the mean of all processes' gradients, as DDP does: divided first, then added up."""
+        """Give every process the mean of all processes' gradients, as DDP does: divided first, then summed."""
         present = self.processes.largest(*(parameter.grad is not None for parameter in self.parameters))
         for parameter in compress(self.parameters, present):
             if parameter.grad is None:
@@ -192,7 +192,7 @@ class Gradients:
             parameter.grad.copy_(mean)
 
     def _require_exchanged(self, step: Step) -> None:
-        """Raise RunError if DDP has waited in vain for a gradient, and so left others unsynchronised."""
+        """Raise RunError if a gradient is missing, so that DDP has left others unsynchronised."""
         model = self.model
         if not isinstance(model, DistributedDataParallel) or model.static_graph or self._searches:
             return

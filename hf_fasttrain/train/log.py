@@ -1,4 +1,4 @@
-"""What a run says and writes down: progress, metrics.jsonl, trackers, notes. Only the main process speaks."""
+"""The log of a run: terminal, metrics.jsonl, trackers, notes. Only the main process writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_fasttrain.utils.files import append_line, read_lines, reason, try_to_wri
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent
 
 METRICS_FILE = "metrics.jsonl"
-PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> first part of its figures' names in trackers
+PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> prefix of its metrics in trackers
 Track = Callable[[dict[str, float], int], None]
 
 
@@ -50,7 +50,7 @@ class _Display(Progress):
         yield Text(self.facts, overflow="ellipsis", no_wrap=True)
 
     def move(self, step: int, *, always: bool = False) -> None:
-        """Show that `step` steps are made; ten times a second at most."""
+        """Show that `step` steps are done; at most ten times a second."""
         now = time.monotonic()
         if not always and now - self._moved < 0.1:
             return
@@ -69,7 +69,7 @@ class _Display(Progress):
         self.update(self._run, completed=step, left=self._left(self.num_steps - step, self._more_seconds))
 
     def pace(self, seconds_per_step: float, more_seconds: float, facts: str) -> None:
-        """Show figures, and reckon what is left by this pace; of the run `more_seconds` of evaluations too."""
+        """Show figures, and estimate the time left at this speed, plus `more_seconds` of evaluations."""
         self._seconds_per_step, self._more_seconds, self.facts = seconds_per_step, more_seconds, facts
 
     def _left(self, steps: int, more_seconds: float = 0.0) -> str:
@@ -77,7 +77,7 @@ class _Display(Progress):
 
 
 class _Console(Console):
-    """A console whose reader may go away: rich would end the process."""
+    """A console that survives a broken pipe: rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -86,8 +86,8 @@ class _Console(Console):
 class RunLog:
     """Writes to the terminal and, with a folder, to metrics.jsonl; silent where `main` is False.
 
-    `track` is given (values, step) for trackers such as TensorBoard. What can't be written is said once, kept in
-    `lost`, and stops nothing.
+    `track` is given (values, step) for trackers such as TensorBoard. A write error is reported once, kept in
+    `lost`, and does not stop training.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class RunLog:
         self._said = 0.0
 
     def note(self, text: str) -> None:
-        """Say something once, and keep it for result.json."""
+        """Print a note once, and keep it for result.json."""
         text = without_secrets(text)
         if text not in self.notes:
             self.notes.append(text)
             self.say(f"note: {text}")
 
     def alert(self, text: str) -> None:
-        """Say something that only this process may know of, on standard error where it is not the main one."""
+        """Print a note that only this process may have; on standard error if it is not the main one."""
         if self.main:
             self.note(text)
         elif self._show:
@@ -122,21 +122,21 @@ class RunLog:
                 Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {text}", markup=False)
 
     def say(self, text: str) -> None:
-        """Print a line; a terminal that is gone stops nothing."""
+        """Print a line; ignores a closed terminal."""
         with suppress(OSError):
             self.console.print(without_secrets(text), markup=False)
 
     def not_written(self, what: str, error: BaseException) -> None:
-        """Keep in mind that a result is not on disk, and say so once."""
+        """Record that a result could not be written, and report it once."""
         if not any(lost.startswith(f"{what}:") for lost in self.lost):
             self.lost.append(f"{what}: {reason(error)}")
             self.say(f"not written: {self.lost[-1]}")
 
     def hurry(self, cause: str) -> None:
-        """Say that a signal was heard; called from another thread while a step is running."""
+        """Report a signal; called from another thread while a step is running."""
         again = "; Ctrl-C again exits at once" if cause == "Ctrl-C" else ""
         with suppress(OSError):
-            self.console.show_cursor(True)  # a second Ctrl-C leaves no time for that
+            self.console.show_cursor(True)  # before a second Ctrl-C, which ends the process at once
         self.say(f"{cause}: finishing the step, then saving{again}")
 
     @contextmanager
@@ -162,7 +162,7 @@ class RunLog:
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Say below the bars what is done instead of training."""
+        """Show below the bars what is done instead of training."""
         if self._display is None:
             yield
             return
@@ -201,12 +201,12 @@ class RunLog:
         self.say(f"evaluation after epoch {epoch:.2f} ({split}): {shown}  ({format_duration(seconds)})")
 
     def tracker_ids(self) -> dict[str, str]:
-        """Return the ids by which trackers go on with a run."""
+        """Return the ids with which trackers resume a run."""
         ids: Callable[[], dict[str, str]] = getattr(self.track, "ids", dict)
         return ids()
 
     def resume_line(self, step: int, checkpoint: str, num_processes: int) -> None:
-        """Record that a run goes on from a checkpoint."""
+        """Record that a run was resumed from a checkpoint."""
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._write(
             {"kind": "resume", "step": step, "checkpoint": checkpoint, "processes": num_processes, "date": date}
@@ -229,7 +229,7 @@ class RunLog:
                 self.note(f"log.trackers: values from step {values['step']} on are missing there: {reason(error)}")
 
     def forget_after(self, step: int) -> None:
-        """Drop what metrics.jsonl says of steps after `step`: a resumed run writes them anew."""
+        """Drop the lines of metrics.jsonl after `step`: a resumed run writes them again."""
         if not self.main or self.folder is None or not (path := self.folder / METRICS_FILE).exists():
             return
         kept = [line for line in read_lines(path) if line.get("step", 0) <= step]

@@ -45,13 +45,13 @@ KNOWN_LOSSES = (ClassificationLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
 
 @torch.no_grad()
 def loss_of_uniform_logits(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor | None:
-    """Return the loss that a model would have which finds all classes equally likely; None for others' losses."""
+    """Return the loss of a model that finds all classes equally likely; None for a custom loss."""
     known = isinstance(loss, KNOWN_LOSSES) or loss in (F.cross_entropy, F.binary_cross_entropy_with_logits)
     return loss(torch.zeros_like(logits), targets) if known else None
 
 
 def first_loss_note(first: float, uniform: float) -> str | None:
-    """Return what to say of a training that begins far above the loss of uniform logits, None for any other."""
+    """Return a note if the first loss is far above that of uniform logits, else None."""
     if not first > LARGE_FIRST_LOSS * uniform > 0:
         return None
     return (
@@ -62,24 +62,24 @@ def first_loss_note(first: float, uniform: float) -> str | None:
     )
 
 
-def resolve_class_weights(wish: str | list[float] | None, label_counts: np.ndarray) -> Tensor | None:
+def resolve_class_weights(weighting: str | list[float] | None, label_counts: np.ndarray) -> Tensor | None:
     """Return (K,) weights whose mean over the training set's labels is 1, or None.
 
     `label_counts` (K,) is how often each class occurs; ``balanced`` weighs by 1 / frequency. A class that never
     occurs keeps weight 1. Multi-label: the weights multiply the positive labels.
     """
-    if wish is None:
+    if weighting is None:
         return None
     counts = label_counts.astype(np.float64)
-    if isinstance(wish, str):
+    if isinstance(weighting, str):
         raw = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
     else:
-        if len(wish) != len(counts) or min(wish) < 0 or not any(wish):
+        if len(weighting) != len(counts) or min(weighting) < 0 or not any(weighting):
             raise DataError(
-                f"train.class_weights has {len(wish)} numbers; the data set has {len(counts)} classes: "
+                f"train.class_weights has {len(weighting)} numbers; the data set has {len(counts)} classes: "
                 "give one number of at least 0 for each"
             )
-        raw = np.asarray(wish, np.float64)
+        raw = np.asarray(weighting, np.float64)
     weights = raw * counts.sum() / max((raw * counts).sum(), 1e-12)
     weights[counts == 0] = 1.0
     return torch.tensor(weights, dtype=torch.float32)

@@ -76,7 +76,7 @@ class Metrics:
 class ExternalMetrics:
     """Metrics of the `evaluate` library, by Hub name or local path, computed from all predictions together.
 
-    A metric that raises is left out of that pass; `take_failures` says why.
+    A metric that raises is omitted from that pass; `take_failures` returns the errors.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ class ExternalMetrics:
         self.predictions: list[Any] = []
         self.references: list[Any] = []
         self._failures: dict[str, str] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def try_out(self, num_classes: int, *, multi_label: bool) -> None:
         """Compute every metric of a few made-up images. Raises RecipeError for one that raises or gives no number."""
@@ -109,13 +109,13 @@ class ExternalMetrics:
         self.references += labels.to(predicted.dtype).cpu().tolist()
 
     def clear(self) -> None:
-        """Forget what was kept so far."""
+        """Clear the stored predictions."""
         self.predictions, self.references = [], []
 
     def compute(self, gather: Callable[[list[Any]], list[Any]] = lambda rows: rows) -> dict[str, float]:
         """Return each module's first number under the module's name; `gather` joins lists of all processes.
 
-        What raised on any process is left out on all.
+        A module that raises on any process is omitted on all.
         """
         if not self.modules:
             return {}
@@ -133,9 +133,9 @@ class ExternalMetrics:
         return {name: value for name, value in results.items() if name not in self._failures}
 
     def take_failures(self) -> list[str]:
-        """Return a sentence for each metric that the last pass left out, unless it was returned before."""
-        new = {name: error for name, error in self._failures.items() if name not in self._told}
-        self._told |= new.keys()
+        """Return a sentence for each metric that the last pass left out, once."""
+        new = {name: error for name, error in self._failures.items() if name not in self._reported}
+        self._reported |= new.keys()
         return [f"metric '{name}' could not be computed and is left out: {error}" for name, error in new.items()]
 
 
@@ -148,7 +148,7 @@ def _trial(num_classes: int, *, multi_label: bool) -> tuple[Tensor, Tensor]:
 
 
 def _only_number(values: Any) -> float:
-    """Return the first value of a module's answer as a number. Raises TypeError if it is none."""
+    """Return the first value of a module's answer as a number. Raises TypeError if there is none."""
     value = next(iter(values.values()), None) if isinstance(values, dict) else values
     try:
         return float(value)  # type: ignore[arg-type]
@@ -162,15 +162,15 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def resolve_metrics(wish: str | Sequence[str], *, multi_label: bool) -> tuple[list[str], list[str]]:
-    """Return the built-in and the external metric names of a wish; ``auto`` is every built-in one."""
+def resolve_metrics(names: str | Sequence[str], *, multi_label: bool) -> tuple[list[str], list[str]]:
+    """Return the names of built-in and of external metrics; ``auto`` means all built-in ones."""
     builtin = MULTI_LABEL if multi_label else SINGLE_LABEL
-    if isinstance(wish, str):
+    if isinstance(names, str):
         return list(builtin), []
-    if multi_label and "top5_accuracy" in wish:
+    if multi_label and "top5_accuracy" in names:
         raise RecipeError("evaluate.metrics: top5_accuracy has no meaning for multi-label data; leave it out")
-    own = [name for name in dict.fromkeys(["loss", *wish]) if name in builtin]
-    return own, [name for name in wish if name not in builtin]
+    chosen = [name for name in dict.fromkeys(["loss", *names]) if name in builtin]
+    return chosen, [name for name in names if name not in builtin]
 
 
 def _load_evaluate(name: str) -> Any:

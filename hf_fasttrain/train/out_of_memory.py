@@ -1,4 +1,4 @@
-"""Running out of device memory: what is put back before a step is made again."""
+"""Running out of memory: restores the state before a step is retried."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 def free_cached_memory(device: torch.device) -> None:
-    """Give back what failed forwards and backwards have left."""
+    """Free the memory that failed forwards and backwards have left."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    with suppress(AttributeError, OSError):  # glibc alone keeps a heap that it has to be asked for
+    with suppress(AttributeError, OSError):  # only glibc keeps freed heap memory
         ctypes.CDLL(None).malloc_trim(0)
     relax_memory_limit()
 
 
 class Memory:
-    """What is known about whether steps fit into memory, and what is needed to make one again that did not.
+    """Whether steps fit into memory, and the backup that is needed to retry one that did not.
 
     Forwards change a model's buffers (batch-norm statistics and counts); parameters and optimizer change in the update
     alone. Random states need no copy: every step seeds them. The copy of the buffers is a fused operation for each
@@ -64,21 +64,21 @@ class Memory:
         return self.processes.is_distributed and step.image_shape[-1] > self._fits_px and not self._meets_in_forward
 
     def fits(self, step: Step) -> None:
-        """Take note that a step has been made on all processes."""
+        """Record that a step fits on all processes."""
         self._fits_px = max(self._fits_px, step.image_shape[-1])
 
     def keep(self) -> None:
-        """Remember the buffers before a step."""
+        """Back up the buffers before a step."""
         if self._buffers:
             with torch.no_grad():
-                for live, kept in self._buffers:
-                    foreach_copy(kept, live)
+                for live, backup in self._buffers:
+                    foreach_copy(backup, live)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to the buffers before the step, and to the weights if its update was the first."""
-        for live, kept in self._buffers:
-            foreach_copy(live, kept)
+        """Restore the buffers before the step, and the weights if its update was the first."""
+        for live, backup in self._buffers:
+            foreach_copy(live, backup)
         for parameter, weight in zip(self.parameters, self._weights or (), strict=False):
             parameter.copy_(weight)
         self._weights, self._failed_in = None, "gradients"
@@ -99,7 +99,7 @@ class Memory:
         self._failed_in = "update"  # what comes after it can't be undone either
 
     def updated(self, *, applied: bool) -> None:
-        """Take note that an update is complete; `applied`: the optimizer has not skipped it, and has made its state."""
+        """Record that an update is complete; `applied`: the optimizer has not skipped it, and has made its state."""
         self._has_updated, self._failed_in = self._has_updated or applied, "gradients"
 
     def failed_in(self) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hf_fasttrain.run_folder.checkpoint import Checkpoint, require_same_settings
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.checkpointing import lock_run, unlock_run
-from hf_fasttrain.train.early_stopping import go_on
+from hf_fasttrain.train.early_stopping import adapt_state
 from hf_fasttrain.train.final_weights import with_metric
 from hf_fasttrain.train.log import METRICS_FILE, last_steps
 from hf_fasttrain.utils.errors import RunError
@@ -76,6 +76,6 @@ def _note_differences(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"train.duration is {trainer.num_steps:,} steps now, it was {state.num_steps:,}: after step "
             f"{state.step:,} lr follows the new schedule, {lr:.3g} after {state.lr:.3g}"
         )
-    going_on = go_on(trainer.evaluation.early_stopping, state, trainer.num_steps)
+    going_on = adapt_state(trainer.evaluation.early_stopping, state, trainer.num_steps)
     if going_on:
         log.note(going_on)

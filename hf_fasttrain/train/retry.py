@@ -1,4 +1,4 @@
-"""Steps that memory was too short for, made once more: the same images in smaller micro-batches."""
+"""Retries steps that ran out of memory: the same images in smaller micro-batches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hf_fasttrain.train.steps import Steps, remember_cut, remembered_cut, smalle
 from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, StepOutOfMemory, first_line, how_to_resume
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 
-Made = TypeVar("Made")
+Outcome = TypeVar("Outcome")
 
 
 class Retry:
-    """Makes steps; where memory runs out, evaluation images on the device are given up, then micro-batches halved.
+    """Runs steps; when memory runs out, drops cached evaluation images from the device, then halves micro-batches.
 
-    `loaders` gives those of the evaluation. With `is_on` False a step that memory is too short for ends training.
+    `loaders` returns the evaluation loaders. With `is_on` False, running out of memory ends training.
     """
 
     is_on = True
@@ -42,19 +42,19 @@ class Retry:
         self._first_size = f"{loader.size_setting}, {self.processes.number} processes"
 
     def __call__(self, step: Step, steps: Steps, make: Callable[[Step], Tensor]) -> Tensor:
-        """Return what `make` gives for a step of `steps`; called again where memory runs out."""
-        step, loss = self._made(step, steps, make)
+        """Return `make(step)`; called again with a smaller step when memory runs out."""
+        step, loss = self._run(step, steps, make)
         self.step.memory.fits(step)
         return loss
 
     def settle(self, step: Step, steps: Steps) -> Step:
-        """Find out which parameters are trained, and say which are not; return the first step, which may be smaller."""
-        step, notes = self._made(step, steps, self.step.settle)
+        """Freeze unused parameters, with a note; return the first step, which may have become smaller."""
+        step, notes = self._run(step, steps, self.step.settle)
         for note in notes:
             self.log.note(note)
         return step
 
-    def _made(self, step: Step, steps: Steps, make: Callable[[Step], Made]) -> tuple[Step, Made]:
+    def _run(self, step: Step, steps: Steps, make: Callable[[Step], Outcome]) -> tuple[Step, Outcome]:
         while True:
             self.step.memory.keep()
             try:
@@ -63,24 +63,24 @@ class Retry:
                 if not is_out_of_memory(error):
                     raise
                 what, agreed = first_line(error), isinstance(error, StepOutOfMemory)
-            step = self._make_smaller(step, steps, what, agreed)  # outside of the handler, which holds what failed
+            step = self._make_smaller(step, steps, what, agreed)  # outside of the handler, which keeps tensors alive
 
     def restore(self) -> None:
-        """Begin with the micro-batches that an earlier part of the run found to fit."""
+        """Start with the micro-batch size that was found before the run was resumed."""
         size = remembered_cut(self.run, self._first_size)
         if size is not None:
             self.loader.cut_to(size)
             self.log.note(f"memory ran out earlier in this run: micro-batches of {size} images")
 
     def _make_smaller(self, step: Step, steps: Steps, what: str, agreed: bool) -> Step:
-        """Undo a step that memory was too short for, and return it cut smaller; `agreed` by all processes."""
+        """Undo a step that ran out of memory, and return it in smaller micro-batches; `agreed` by all processes."""
         before = self.loader.micro_batch_size
         if not self.is_on:
             raise NotEnoughMemory(f"out of memory with micro-batches of {before} images ({what})")
         if agreed:
             before = self.processes.largest(before)[0]
         if self._released_images(agreed):
-            return self._again(step, steps, before)
+            return self._redo(step, steps, before)
         size = smaller(before, with_batch_norm=bool(self.step.norms))
         if size is None:
             least = "two images, which batch norm needs, do" if self.step.norms else "a single image does"
@@ -95,19 +95,19 @@ class Retry:
             )
         self.state.out_of_memory.append({"step": step.index + 1, "before": before, "after": size})
         self.log.note(f"out of memory with micro-batches of {before} images: {size} from step {step.index + 1} on")
-        return self._again(step, steps, size)
+        return self._redo(step, steps, size)
 
-    def _again(self, step: Step, steps: Steps, micro_batch_size: int) -> Step:
-        """Go back to before a step, and return it in such micro-batches."""
+    def _redo(self, step: Step, steps: Steps, micro_batch_size: int) -> Step:
+        """Undo a step, and return it in micro-batches of `micro_batch_size`."""
         self.step.undo()
         steps.close()
         free_cached_memory(self.step.device)
         return steps.retry(step.index, micro_batch_size)
 
     def _released_images(self, agreed: bool) -> bool:
-        """Give up evaluation images that are kept on the device, and return whether there were any.
+        """Drop evaluation images that are cached on the device, and return whether there were any.
 
-        Not after a failed update, which can't be undone, and among several processes only where all of them agree.
+        Not after a failed update, which can't be undone, and with several processes only if all of them agree.
         """
         undoable = self.step.memory.failed_in() != "update"
         if not undoable or (self.processes.is_distributed and not agreed):

@@ -19,7 +19,7 @@ def constant(step: int) -> float:
 
 @dataclass(frozen=True)
 class Warmup:
-    """A linear rise over `warmup_steps`, then `after` (which is given the step counted from the start)."""
+    """A linear rise over `warmup_steps`, then `after` (called with the step counted from the start)."""
 
     warmup_steps: int
     after: Schedule
@@ -89,35 +89,35 @@ def _cosine_between(start: float, end: float, share: float) -> float:
 
 @dataclass(frozen=True)
 class WarmupSteps:
-    """The length of a schedule's rise, why it is that long, and what the user should be told about it."""
+    """The length of a warmup, the reason for it, and a note for the user."""
 
     steps: int
     reason: str
     note: str | None = None
 
 
-def own_warmup_steps(name: str, num_steps: int) -> int:
-    """Return the rise that belongs to a schedule: 30 % for onecycle (as torch's pct_start), none for the others."""
+def default_warmup_steps(name: str, num_steps: int) -> int:
+    """Return the default warmup of a schedule: 30 % for onecycle (as torch's pct_start), none for others."""
     return round(0.3 * num_steps) if name == "onecycle" else 0
 
 
 def resolve_warmup(
-    asked: Literal["auto"] | Duration, name: str, *, num_steps: int, steps_per_epoch: int
+    warmup: Literal["auto"] | Duration, name: str, *, num_steps: int, steps_per_epoch: int
 ) -> WarmupSteps:
-    """Return the steps of a schedule's rise; one that leaves nothing of the training is cut to 10 % of it."""
-    if asked == "auto":
+    """Return the warmup steps of a schedule; a warmup as long as the training is cut to 10 % of it."""
+    if warmup == "auto":
         reason = "30% of the training" if name == "onecycle" else f"{name} has none of its own"
-        return WarmupSteps(own_warmup_steps(name, num_steps), reason)
-    steps = asked.to_steps(steps_per_epoch, num_steps)
+        return WarmupSteps(default_warmup_steps(name, num_steps), reason)
+    steps = warmup.to_steps(steps_per_epoch, num_steps)
     if steps < num_steps:
-        return WarmupSteps(steps, f"{asked} of {num_steps:,} steps" if asked.unit == "percent" else "")
+        return WarmupSteps(steps, f"{warmup} of {num_steps:,} steps" if warmup.unit == "percent" else "")
     cut = num_steps // 10
-    told = f"10% of it, {cut:,} step{'s' * (cut != 1)}" if cut else "none, as 10% of it is less than a step"
+    shortened = f"10% of it, {cut:,} step{'s' * (cut != 1)}" if cut else "none, as 10% of it is less than a step"
     return WarmupSteps(
         cut,
-        f"{asked} does not fit into {num_steps:,} steps, cut to {'10%' if cut else 'none'}",
-        f"schedule.warmup={asked} is {steps:,} step{'s' * (steps != 1)}, as long as the whole training of "
-        f"{num_steps:,} or longer: cut to {told}; to choose another: schedule.warmup=5%, or 0",
+        f"{warmup} does not fit into {num_steps:,} steps, cut to {'10%' if cut else 'none'}",
+        f"schedule.warmup={warmup} is {steps:,} step{'s' * (steps != 1)}, as long as the whole training of "
+        f"{num_steps:,} or longer: cut to {shortened}; to choose another: schedule.warmup=5%, or 0",
     )
 
 
@@ -132,10 +132,10 @@ def build_schedule(
 ) -> Schedule:
     """Return the schedule of a name: cosine, onecycle, exponential, step or constant.
 
-    `warmup_steps`: of the rise to lr, 0 for none; None: the schedule's own.
+    `warmup_steps`: 0 for none; None for the default of the schedule.
     """
     if warmup_steps is None:
-        warmup_steps = own_warmup_steps(name, num_steps)
+        warmup_steps = default_warmup_steps(name, num_steps)
     if name == "onecycle":
         return OneCycle(num_steps, warmup_steps)
     after: dict[str, Schedule] = {

@@ -1,4 +1,4 @@
-"""What a trainer holds while it runs: the run folder, signals, the clock, loader processes; and how all of it ends."""
+"""The resources of a running trainer: run folder lock, signal handlers, clock, loader processes; and their cleanup."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Session:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.is_open = False  # whether steps can be made
+        self.is_open = False  # whether steps can be run
         self.deaths = WorkerDeaths(lambda text: trainer.log.alert(f"after step {trainer.state.step:,} {text}"))
-        self._held = ExitStack()
+        self._resources = ExitStack()
 
     def require_open(self, method: str) -> None:
         """Raise RunError outside of `running`, and after `finish`."""
@@ -38,18 +38,18 @@ class Session:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold everything; see `Trainer.running`."""
+        """Acquire all resources; see `Trainer.running`."""
         signals, late = self.trainer.stop.signals, 0
         with only_one(self.trainer.output_dir), self._run_folder():
-            began_at = self.trainer.state.step
+            start_step = self.trainer.state.step
             try:
-                with ExitStack() as self._held:
-                    self._begin(self._held)
+                with ExitStack() as self._resources:
+                    self._open(self._resources)
                     yield
                     late = signals.received if self.is_open else 0
             except BaseException as error:
                 self._failed(error)
-                failure = self._failure(error, began_at)
+                failure = self._failure(error, start_step)
                 if failure is not None:
                     raise failure from None
                 raise
@@ -57,23 +57,23 @@ class Session:
                 self.is_open = False
                 self._close()
         if late in SIGNALS:
-            signal.raise_signal(late)  # that came after the last step: nobody has heeded it
+            signal.raise_signal(late)  # a signal after the last step, which was not handled
 
     def release(self) -> None:
-        """Let go of everything but the run folder: no step comes any more."""
-        self._held.close()
+        """Release all resources but the run folder, after the last step."""
+        self._resources.close()
         self.is_open = False
 
     @contextmanager
     def _run_folder(self) -> Iterator[None]:
-        """Keep other runs out of the run folder."""
+        """Lock the run folder."""
         checkpoints, log = self.trainer.checkpoints, self.trainer.log
         if checkpoints is None:
             yield
             return
         if self.trainer.state.step == 0 and complete_checkpoints(checkpoints.folder):
             raise RunError(f"{checkpoints.run}: holds checkpoints; call restore(), or give another output_dir")
-        self.trainer.processes.wait()  # nobody writes before everybody has looked
+        self.trainer.processes.wait()  # no process writes before all have checked
         if not lock_run(checkpoints.run):
             log.note(f"{checkpoints.run}: its file system has no locks; nothing keeps a second run out of it")
         try:
@@ -81,11 +81,11 @@ class Session:
         finally:
             unlock_run(checkpoints.run)
 
-    def _begin(self, held: ExitStack) -> None:
+    def _open(self, resources: ExitStack) -> None:
         trainer = self.trainer
         trainer.state.num_steps = trainer.num_steps
         trainer.upcoming = Steps(trainer.train_loader, trainer.state.step, trainer.num_steps)
-        held.callback(self._close_loaders)
+        resources.callback(self._close_loaders)
         for loader in (trainer.train_loader, *trainer.evaluation.loaders):
             if isinstance(loader, TrainLoader | EvalLoader):
                 loader.prefetcher.deaths = self.deaths
@@ -93,7 +93,7 @@ class Session:
         trainer.step.accumulation.set_train_mode()
         bars = trainer.log.progress(trainer.num_steps, trainer.state.step, trainer.train_loader.steps_per_epoch)
         for each in (trainer.stop.signals, CHILD_SIGNAL.noted(), bars, trainer.throughput.running()):
-            held.enter_context(each)
+            resources.enter_context(each)
         self.is_open = True
 
     def _close_loaders(self) -> None:
@@ -102,21 +102,21 @@ class Session:
                 loader.close()
 
     def _failed(self, error: BaseException) -> None:
-        """Tell the callbacks that an exception has ended training, once nothing is being written."""
+        """Call `failed` of the callbacks, once nothing is being written."""
         if self.trainer.checkpoints is not None:
-            self.trainer.checkpoints.stand_by()
+            self.trainer.checkpoints.wait_for_thread()
         if self.is_open:
             for failed in self.trainer.callbacks.call_all("failed", self.trainer, error):
                 self.trainer.log.alert(str(failed))
 
-    def _failure(self, error: BaseException, began_at: int) -> RunFailure | None:
-        """Return the message for an error that comes of a process that is gone, with what is saved; else None."""
+    def _failure(self, error: BaseException, start_step: int) -> RunFailure | None:
+        """Return the failure with the last saved step if a process has died; None for other errors."""
         if self.trainer.processes.is_distributed and is_peer_gone(error):
             error = PeerGone("another training process has ended; if it could, it has said why")
         if not isinstance(error, RunFailure):
             return None
         checkpoints = self.trainer.checkpoints
-        return error if checkpoints is None else checkpoints.what_remains(error, began_at)
+        return error if checkpoints is None else checkpoints.with_saved_step(error, start_step)
 
     def _close(self) -> None:
         """Close the callbacks, and wait for what is being written."""

@@ -16,7 +16,7 @@ from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.gradients import Gradients
 from hf_fasttrain.train.loss import Loss
-from hf_fasttrain.train.optim import follow_parameters, names_left_out, require_own_parameters
+from hf_fasttrain.train.optim import follow_parameters, names_not_optimized, require_parameters_of
 from hf_fasttrain.train.out_of_memory import Memory
 from hf_fasttrain.train.update import Update
 from hf_fasttrain.utils.errors import RunError, shortened
@@ -47,7 +47,7 @@ class TrainStep:
         self.raw_model = model.to(self.device)
         wrapped = _wrapped(accelerator, model)
         follow_parameters(optimizer, before, self.raw_model)
-        require_own_parameters(optimizer, self.raw_model)
+        require_parameters_of(optimizer, self.raw_model)
         optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
         if ema is not None:
             ema.attach(self.raw_model)  # where it lies now
@@ -61,12 +61,12 @@ class TrainStep:
         self.time_by(no_timer)
 
     def time_by(self, timer: Timer) -> None:
-        """Let a timer time the phases of steps from now on."""
+        """Time the phases of steps from now on."""
         self._timer = self.accumulation.timer = timer
 
     @property
     def model(self) -> nn.Module:
-        """The model that gives the logits of training: what the accelerator has made of `raw_model`."""
+        """The model that gives the logits of training: `raw_model` wrapped by the accelerator."""
         return self.accumulation.model
 
     @property
@@ -108,26 +108,26 @@ class TrainStep:
             torch.cuda.default_generators[self.device.index].manual_seed(key)
 
     def settle(self, step: Step) -> list[str]:
-        """Find out, before the first step, which parameters are trained; return what there is to say of the others."""
+        """Find out, before the first step, which parameters are trained; return notes on the others."""
         notes = self.accumulation.leave_out_unused(step)  # memory may be too short for the step's images
         self.is_settled = True
-        left = names_left_out(self.optimizer, self.raw_model)
-        if left:
-            self.applying.leave_out([self.raw_model.get_parameter(name) for name in left])
+        missing = names_not_optimized(self.optimizer, self.raw_model)
+        if missing:
+            self.applying.ignore([self.raw_model.get_parameter(name) for name in missing])
             notes.append(
-                f"the optimizer has not been given {len(left):,} of the model's {len(self.parameters):,} trainable "
-                f"parameters ({shortened(left, 3)}): they stay as they are"
+                f"the optimizer has not been given {len(missing):,} of the model's {len(self.parameters):,} trainable "
+                f"parameters ({shortened(missing, 3)}): they stay as they are"
             )
         return notes
 
     def undo(self) -> None:
-        """Go back to before a step that failed."""
+        """Undo a failed step."""
         self.applying.undo()
         self.accumulation.set_train_mode()
 
 
 def _wrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Return what the accelerator makes of a model. Raises RunError for a precision that the device does not have."""
+    """Return the model wrapped by the accelerator. Raises RunError for a precision that the device does not have."""
     with warnings.catch_warnings():  # of an argument that accelerate always passes on
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         prepared = accelerator.prepare_model(model)

@@ -1,4 +1,4 @@
-"""The steps of a training one after the other; the present one can be had again in smaller micro-batches."""
+"""Iterates over the steps of a training; the current step can be retried in smaller micro-batches."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class Steps:
     def __init__(self, loader: Any, start: int, stop: int) -> None:
         self.loader, self.stop = loader, stop
         self._steps: Iterator[Step] = iter(loader.steps(start, stop))
-        self._present: Step | None = None
+        self._current: Step | None = None
 
     def __iter__(self) -> Iterator[Step]:
         while (step := next(self._steps, None)) is not None:
-            self._present = step
+            self._current = step
             yield step
 
     def close(self) -> None:
-        """Let go of the present step and of what is loaded ahead, and end the loader's workers.
+        """Release the current step and prefetched batches, and stop the loader's workers.
 
-        A traceback, which notebooks keep, may hold the step and the loop: nothing is left to their deletion.
+        Explicitly, because a traceback, which notebooks keep, may keep the step and the loop alive.
         """
-        if self._present is not None:
-            self._present.micro_batches.close()
+        if self._current is not None:
+            self._current.micro_batches.close()
         if isinstance(self._steps, Generator):
             self._steps.close()
-        self._present, self._steps = None, iter(())
+        self._current, self._steps = None, iter(())
 
     def skip(self, number: int) -> int:
-        """Use up so many steps' batches without training on them; return how many images they have."""
+        """Discard the batches of `number` steps; return how many images they have."""
         images = 0
         for _ in range(number):
             step = next(self._steps)
@@ -47,15 +47,15 @@ class Steps:
         return images
 
     def retry(self, index: int, micro_batch_size: int) -> Step:
-        """Return a step once more, the same images in smaller micro-batches, and go on from there."""
+        """Return a step once more, the same images in smaller micro-batches, and continue from there."""
         self.loader.cut_to(micro_batch_size)
         self._steps = iter(self.loader.retry(index, self.stop))
-        self._present = next(self._steps)
-        return self._present
+        self._current = next(self._steps)
+        return self._current
 
 
 def smaller(micro_batch_size: int, *, with_batch_norm: bool) -> int | None:
-    """Return the next smaller micro-batch: even, since mixup pairs neighbours, or at last 1; None if there is none.
+    """Return the next smaller micro-batch: even, since mixup pairs neighbours, or finally 1; None if there is none.
 
     Batch norm needs two images.
     """
@@ -64,15 +64,15 @@ def smaller(micro_batch_size: int, *, with_batch_norm: bool) -> int | None:
     return 1 if micro_batch_size == 2 and not with_batch_norm else None
 
 
-def remember_cut(run: Path | None, wish: str, micro_batch_size: int) -> None:
-    """Write down for `--resume` which micro-batch fits where `wish` (as the loader has it) did not."""
+def remember_cut(run: Path | None, size_setting: str, micro_batch_size: int) -> None:
+    """Store for `--resume` the micro-batch size that fits, where the loader's `size_setting` did not."""
     if run is not None:
-        record = {"wished": wish, "micro_batch_size": micro_batch_size}
+        record = {"wished": size_setting, "micro_batch_size": micro_batch_size}
         try_to_write(lambda: write_json(run / CUT_FILE, record), lambda error: None)
 
 
-def remembered_cut(run: Path | None, wish: str) -> int | None:
-    """Return the micro-batch that an earlier part of the run found to fit, None if it had no need to look."""
+def remembered_cut(run: Path | None, size_setting: str) -> int | None:
+    """Return the micro-batch size that `remember_cut` stored for the same setting, None if there is none."""
     record = read_json(run / CUT_FILE) if run is not None else {}
     size = record.get("micro_batch_size")
-    return size if record.get("wished") == wish and isinstance(size, int) and size > 0 else None
+    return size if record.get("wished") == size_setting and isinstance(size, int) and size > 0 else None

@@ -1,4 +1,4 @@
-"""Why training stops or saves between its steps: signals, a launcher that died, minutes on the clock."""
+"""Requests to stop or to save between steps: signals, a dead launcher, minutes on the clock."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
 from hf_fasttrain.utils.signals import SIGNALS
 
-LAUNCHER_GONE = 1000  # stands where a signal's number could
-MOST_STEPS = 10  # between a signal and what comes of it, with several processes
+LAUNCHER_GONE = 1000  # used in place of a signal number
+MOST_STEPS = 10  # between a signal and the reaction, with several processes
 END = b"\0"
 TWICE_SECONDS = 0.2  # nobody presses Ctrl-C twice as fast; a child being forked may echo the first one
-SECONDS_BETWEEN = 1.0  # that these steps should take at most
+SECONDS_BETWEEN = 1.0  # that these steps may take
 
 
 class StopSignals:
@@ -41,7 +41,7 @@ class StopSignals:
         self._wakeup = -1
 
     def heed_launcher(self) -> None:
-        """Let the end of the launcher, this process's parent, count as a signal."""
+        """Treat the end of the launcher, this process's parent, as a signal."""
         self._parent = os.getppid()
 
     @property
@@ -81,7 +81,7 @@ class StopSignals:
 
     def _listen(self, pipe: int) -> None:
         first: float | None = None  # when Ctrl-C was heard
-        told = False
+        is_reported = False
         while (heard := os.read(pipe, 1)) != END:
             number = heard[0]
             if number not in SIGNALS:
@@ -92,8 +92,8 @@ class StopSignals:
             if number == signal.SIGINT and first is None:
                 first = now
             self._received = self._received or number
-            if not told:
-                told = True
+            if not is_reported:
+                is_reported = True
                 self._hurry(signal_name(number))
         os.close(pipe)
 
@@ -115,7 +115,7 @@ def only_one(output_dir: Path | None) -> Iterator[None]:
 
 
 def signal_name(number: int) -> str:
-    """Return what a stop is called in messages."""
+    """Return the name of a stop for messages."""
     if number == LAUNCHER_GONE:
         return "the end of the launcher"
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -132,7 +132,7 @@ def stopped(number: int, message: str, step: int, result: Result, *, saved: bool
 
 @dataclass(frozen=True)
 class StopRequest:
-    """What is requested at a step's end, the same on every process."""
+    """The request after a step, the same on every process."""
 
     stop: int = 0  # number of the signal
     save: bool = False
@@ -165,7 +165,7 @@ class StopRequests:
         self._between = 1
 
     def saved(self) -> None:
-        """Start the clock of `minutes` anew."""
+        """Restart the clock of `minutes`."""
         self._saved = time.monotonic()
 
     def pending(self) -> bool:
@@ -189,7 +189,7 @@ class StopRequests:
         return StopRequest(stop, bool(save), on_disk)
 
     def now(self) -> int:
-        """Return the signal that any process has received so far; called by all processes at one place."""
+        """Return the signal that any process has received so far; called by all processes at the same point."""
         return self.processes.largest(self.signals.received)[0]
 
     def _is_due(self) -> bool:

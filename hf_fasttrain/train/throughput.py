@@ -1,4 +1,4 @@
-"""How fast training goes, its loss and gradient norm, measured without making the host wait for the device."""
+"""Speed, loss and gradient norm of training, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hf_fasttrain.train.checkpoint_state import State
 
 @dataclass(frozen=True)
 class NotFinite:
-    """The first step of a lap whose loss, or whose gradients' norm, is no finite number."""
+    """The first step of a lap whose loss or gradient norm is NaN or inf."""
 
-    steps_ago: int  # 0: the last one
+    steps_ago: int  # 0: the last step
     loss: float
     grad_norm: float | None
 
@@ -29,7 +29,7 @@ class NotFinite:
 
 
 class Throughput:
-    """Counts steps, images, losses and seconds; the clock runs while training and stands while evaluating or saving.
+    """Counts steps, images, losses and seconds; the clock stops while evaluating or saving.
 
     `waited` returns the loader's seconds of waiting so far. The device is waited for only when the clock is stopped
     and in `lap`.
@@ -53,7 +53,7 @@ class Throughput:
     def add(self, loss: Tensor, num_images: int, grad_norm: Tensor | None = None, *, skipped: bool = False) -> None:
         """Count a step: this process's part of its mean loss (0-d), its images on all processes, its gradients' norm.
 
-        Loss and norm of a step that fp16 skipped may be no numbers, and are left out.
+        Loss and norm of a step that fp16 skipped may be NaN or inf, and are ignored.
         """
         self.images += num_images
         self._steps, self._seen = self._steps + 1, self._seen + num_images
@@ -72,7 +72,7 @@ class Throughput:
     def lap(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return what happened since the last lap; `add_up` sums a tensor over processes.
 
-        A loss that is no finite number, on any process, stays for `first_not_finite` to look at.
+        If the loss is NaN or inf on any process, the lap is kept for `first_not_finite`.
         """
         loss, norm = self._totals(add_up)
         self._mark()
@@ -101,7 +101,7 @@ class Throughput:
         return loss if all(map(math.isfinite, norms)) else math.nan, norms[-1]
 
     def first_not_finite(self, add_up: Callable[[Tensor], Tensor]) -> NotFinite | None:
-        """Return where the present lap went wrong; called by all processes, and only when it has."""
+        """Return the first step of the lap with NaN or inf; called by all processes."""
         losses = add_up(torch.stack(self._losses).float()).tolist()
         norms = torch.stack(self._norms).tolist() if self._norms else [None] * len(losses)
         for at, loss, norm in zip(self._at, losses, norms, strict=True):
@@ -110,11 +110,11 @@ class Throughput:
         return None
 
     def save(self, state: State) -> None:
-        """Write what was counted in the whole run into a state."""
+        """Write the totals of the run into a state."""
         state.images, state.train_seconds, state.wait_seconds = self.images, self.train_seconds, self.wait_seconds
 
     def restore(self, state: State) -> None:
-        """Go on counting from a state."""
+        """Continue counting from a state."""
         self.images, self.train_seconds, self.wait_seconds = state.images, state.train_seconds, state.wait_seconds
 
     @contextmanager
@@ -124,13 +124,13 @@ class Throughput:
         try:
             yield
         except BaseException:
-            self._since = None  # nothing is asked of a device that may have failed: its answer would hide the error
+            self._since = None  # don't synchronise a device that may have failed: that would hide the error
             raise
         self._stop()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Let the clock stand, if it runs."""
+        """Stop the clock, if it runs."""
         if self._since is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Trackers (TensorBoard, Weights & Biases, ...) through Accelerate; a resumed run goes on in its old tracker runs."""
+"""Trackers (TensorBoard, Weights & Biases, ...) through Accelerate; a resumed run continues its tracker runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.private_apis import trackio_last_step
 
-# What a tracker calls the id of its run, and how to read it.
+# The parameter for the id of a tracker's run, and how to read it.
 ID_KEYS = {"wandb": "id", "mlflow": "run_id", "trackio": "name"}
 READ_ID: dict[str, Callable[[Any], str]] = {
     "wandb": lambda run: run.id,
@@ -23,7 +23,7 @@ KEEP_CONFIG = ("mlflow", "tensorboard")  # a second configuration is an error in
 
 
 class Trackers:
-    """Feeds the trackers of an Accelerator with (values, step). One that fails is left out from then on."""
+    """Sends (values, step) to the trackers of an Accelerator. One that fails is removed."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Trackers:
         step: int,
         sent: Mapping[str, int] | None = None,
     ) -> None:
-        """Start the trackers; `ids` are those of the tracker runs to go on with, from `step` on.
+        """Start the trackers; `ids` are the tracker runs to continue from `step`.
 
         `sent`: the last step that was logged before the run was resumed, by the first part of the values' names
         ("train", "eval"). Steps until there are not sent again to trackers that would show them twice.
@@ -59,10 +59,10 @@ class Trackers:
         on_main(start)
         self.trackers = list(accelerator.trackers)
         self._ids = {t.name: str(READ_ID[t.name](t.tracker)) for t in self.trackers if t.name in READ_ID}
-        self._sent = {t.name: _held(t, sent or {}) for t in self.trackers if t.name in ids}
+        self._sent = {t.name: _logged_steps(t, sent or {}) for t in self.trackers if t.name in ids}
 
     def __call__(self, values: dict[str, float], step: int) -> None:
-        """Send values to all trackers; raises RunError for those that fail, which get no more."""
+        """Send values to all trackers; raises RunError for those that fail, which are removed."""
         failed = []
         kind = next(iter(values), "").split("/")[0]
         for tracker in list(self.trackers):
@@ -77,12 +77,12 @@ class Trackers:
             raise RunError("; ".join(failed))
 
     def ids(self) -> dict[str, str]:
-        """Return tracker name -> id of its run, of those that go on by an id; also of those that have failed."""
+        """Return tracker name -> id of its run, of those that can be resumed by an id, including failed ones."""
         return dict(self._ids)
 
 
-def _held(tracker: Any, sent: Mapping[str, int]) -> dict[str, int]:
-    """Return the last steps that a tracker run holds and would hold twice if they were sent again.
+def _logged_steps(tracker: Any, sent: Mapping[str, int]) -> dict[str, int]:
+    """Return the last steps that a tracker run has and would duplicate if they were sent again.
 
     TensorBoard purges and Weights & Biases ignores what it has; MLflow writes at once, trackio twice a second.
     """

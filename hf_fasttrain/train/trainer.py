@@ -24,9 +24,9 @@ from hf_fasttrain.train.callbacks import Callbacks, StepReport
 from hf_fasttrain.train.checkpoint_state import State, TrainingObjects
 from hf_fasttrain.train.checkpointing import Checkpoints
 from hf_fasttrain.train.distributed import Processes, on_main
-from hf_fasttrain.train.early_stopping import EarlyStop, early_stop, how_to_go_on, waited_steps
+from hf_fasttrain.train.early_stopping import EarlyStop, early_stop, how_to_continue, waited_steps
 from hf_fasttrain.train.ema import Ema
-from hf_fasttrain.train.ending import measure_final, raise_stopped, save_last, stop_run, tell_finished, write_results
+from hf_fasttrain.train.ending import call_finished, evaluate_final, raise_stopped, save_last, stop_run, write_results
 from hf_fasttrain.train.evaluation import Evaluation, Evaluator
 from hf_fasttrain.train.final_weights import FinalModel, resolve_final
 from hf_fasttrain.train.log import RunLog
@@ -257,16 +257,16 @@ class Trainer:
         """
         self.session.require_open("finish()")
         if self.early_stop:
-            self.log.say(f"{self.early_stop}; {how_to_go_on()}" if self.output_dir else str(self.early_stop))
+            self.log.say(f"{self.early_stop}; {how_to_continue()}" if self.output_dir else str(self.early_stop))
         self.stateful.require_finite(self.state.step)
         stop = self._evaluate()
         save_last(self)
-        stop = stop or self.stop.now() or measure_final(self)
+        stop = stop or self.stop.now() or evaluate_final(self)
         if stop:
             raise_stopped(self, stop)
         result = write_results(self)
         self.session.release()
-        tell_finished(self, result)
+        call_finished(self, result)
         return result
 
     def publish_by(self, publish: Publish) -> None:

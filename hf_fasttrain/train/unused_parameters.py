@@ -1,4 +1,4 @@
-"""Parameters that a model's forward does not use, found before the first step by forwards and backwards of two images.
+"""Finds the parameters that forward does not use, before the first step, by forwards and backwards of two images.
 
 DistributedDataParallel waits for the gradient of each parameter: one that never comes leaves gradients unsynchronised.
 """
@@ -33,14 +33,14 @@ class ParameterUse:
     sometimes: list[str]
 
     def never_note(self, number: int) -> str:
-        """Return what to say of the parameters that were never used; the model has `number` trainable ones."""
+        """Return a note on the parameters that are never used; the model has `number` trainable ones."""
         return (
             f"forward does not use {len(self.never):,} of the model's {number:,} trainable parameters "
             f"({shortened(self.never, 3)}): frozen, they stay as they are"
         )
 
     def sometimes_note(self) -> str:
-        """Return what to say of the parameters that were not always used."""
+        """Return a note on the parameters that are not always used."""
         return (
             f"forward does not always use {shortened(self.sometimes, 3)}: the processes search for unused parameters "
             "in each step, which takes time"
@@ -57,7 +57,7 @@ class _Try:
 def find_use(
     model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], batch: Batch | None, processes: Processes
 ) -> ParameterUse | None:
-    """Return which `parameters` get no gradient in training mode, None where that could not be found out.
+    """Return which `parameters` get no gradient in training mode, None if that could not be determined.
 
     `batch` is a micro-batch of the step that comes, None for a process that has none: noise of its kind goes through
     `model`, and its targets are used if the loss is needed. Called by all processes, which agree on the answer. A
@@ -65,10 +65,10 @@ def find_use(
     """
     used, missed = np.zeros(len(parameters), bool), np.zeros(len(parameters), bool)
     for seed in range(TRIES):
-        made = _Try([]) if batch is None else _attempt(model, loss, list(parameters.values()), batch, seed)
-        gets = made.used or [False] * len(parameters)
-        lacks = [not got for got in made.used] or [False] * len(parameters)
-        failed, is_random, *flags = processes.largest(made.failed, made.is_random, *gets, *lacks)
+        attempt = _Try([]) if batch is None else _attempt(model, loss, list(parameters.values()), batch, seed)
+        gets = attempt.used or [False] * len(parameters)
+        lacks = [not is_used for is_used in attempt.used] or [False] * len(parameters)
+        failed, is_random, *flags = processes.largest(attempt.failed, attempt.is_random, *gets, *lacks)
         if failed:
             return None
         used |= np.array(flags[: len(parameters)], bool)
@@ -107,20 +107,20 @@ def _attempt(model: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], b
 
 
 def _get_gradient(total: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> list[bool]:
-    """Return which parameters get a gradient of `total()`; their own gradients stay as they were.
+    """Return which parameters get a gradient of `total()`; their `grad` is restored.
 
     By a whole backward: `torch.autograd.grad` does not see into gradient checkpointing of the older kind.
     """
     if any(map(has_gradient_hooks, parameters)):
         raise RuntimeError("hooks on gradients may train")
-    kept = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
         total().backward()
         return [parameter.grad is not None for parameter in parameters]
     finally:
-        for parameter, gradient in zip(parameters, kept, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 
 

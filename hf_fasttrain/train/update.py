@@ -18,7 +18,7 @@ LEAST_SCALE = 2.0**-8  # fp16's loss scale; below it, forwards themselves overfl
 
 
 class Update:
-    """Makes updates with an optimizer, Accelerate's where fp16 scales the loss. Only fp16 waits for the device."""
+    """Applies updates with an optimizer, Accelerate's if fp16 scales the loss. Only fp16 waits for the device."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Update:
     ) -> None:
         self.accelerator, self.optimizer, self.parameters, self.memory = accelerator, optimizer, parameters, memory
         self.clip_norm, self.ema = clip_norm, ema
-        self._left_out: Sequence[nn.Parameter] = ()
+        self._ignored: Sequence[nn.Parameter] = ()
         self.grad_norm: Tensor | None = None  # of the last update, on the device; None where fp16 has scaled it
         self.skipped = False  # whether fp16's last gradients overflowed
         self._scale: float | None = None  # fp16's loss scale after the last update
@@ -51,19 +51,19 @@ class Update:
         self.memory.updated(applied=not self.skipped)
         self._zero_grad()
 
-    def leave_out(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Neither count nor keep the gradients of parameters that the optimizer does not have."""
-        left = {id(parameter) for parameter in parameters}
-        self._left_out = parameters
-        self.parameters = [parameter for parameter in self.parameters if id(parameter) not in left]
+    def ignore(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Ignore and drop the gradients of parameters that the optimizer does not have."""
+        ignored = {id(parameter) for parameter in parameters}
+        self._ignored = parameters
+        self.parameters = [parameter for parameter in self.parameters if id(parameter) not in ignored]
 
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self._left_out:
+        for parameter in self._ignored:
             parameter.grad = None
 
     def _clip(self) -> Tensor | None:
-        """Clip the gradients if asked, and return their norm."""
+        """Clip the gradients if `clip_norm` is set, and return their norm."""
         scaled = self.accelerator.scaler is not None
         if self.clip_norm is not None:
             clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
@@ -86,10 +86,10 @@ class Update:
         return before is not None and self._scale < before
 
     def undo(self) -> None:
-        """Forget the gradients of a step that failed, and what its update did if that was the first one."""
+        """Undo a failed step: drop its gradients, and revert its update if that was the first one."""
         self._zero_grad()
         if self.memory.failed_in() == "first update":
-            self.optimizer.state.clear()  # half of it may be made
+            self.optimizer.state.clear()  # it may be incomplete
         scaler = self.accelerator.scaler
         if scaler is not None and has_loss_scale(scaler):  # before the first loss there is nothing to undo
             scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone

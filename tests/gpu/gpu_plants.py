@@ -569,9 +569,9 @@ def kernels_not_seen(patch: pytest.MonkeyPatch) -> None:
 def _no_exchange(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.train.gradients import Gradients
 
-    real, own = Gradients._exchanging, Gradients._own_part
+    real, own = Gradients._exchanging, Gradients._local_gradients
     patch.setattr(Gradients, "_exchanging", lambda self, *, now: real(self, now=False))
-    patch.setattr(Gradients, "_own_part", lambda self, step, *, exchange: own(self, step, exchange=False))
+    patch.setattr(Gradients, "_local_gradients", lambda self, step, *, exchange: own(self, step, exchange=False))
     patch.setattr(Gradients, "_exchange", lambda self: None)
 
 

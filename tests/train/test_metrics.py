@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from helpers.processes import run_processes
 from torch import Tensor, nn
 
+from hf_fasttrain.train.batch_norm import average_batch_norm
 from hf_fasttrain.train.distributed import Processes
-from hf_fasttrain.train.evaluation import Evaluator, average_batch_norm
+from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.metrics import ExternalMetrics, Metrics, resolve_metrics
 from hf_fasttrain.utils.errors import RecipeError
 
