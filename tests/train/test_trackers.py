@@ -169,5 +169,5 @@ def test_a_tracker_that_cannot_start_is_an_error_that_says_what_to_do(
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(TensorBoardTracker, "start", start)
-    with pytest.raises(RunError, match=r"log.trackers can't be started: no route to host; log in, mend"):
+    with pytest.raises(RunError, match=r"log.trackers can't be started: no route to host; log in, fix"):
         make(write_recipe, tmp_path / "run", "tensorboard")
