@@ -34,6 +34,23 @@ def restore(trainer: Trainer) -> None:
         raise
 
 
+def continue_after_finish(trainer: Trainer) -> None:
+    """Give the model its last weights where `finish` has loaded the best evaluation's, and let it be saved again.
+
+    Raises RunError if the last weights are not on disk.
+    """
+    final, trainer.final_model = trainer.final_model, None
+    if final is None or final.step == trainer.state.step:
+        return
+    checkpoint = trainer.checkpoints.newest() if trainer.checkpoints is not None else None
+    if checkpoint is None or checkpoint.state["state"]["step"] != trainer.state.step:
+        raise RunError(
+            f"can't continue: the model has the weights of step {final.step:,}, and those of step "
+            f"{trainer.state.step:,} are not on disk; call restore(), or set final='last' before finish()"
+        )
+    trainer.stateful.restore_weights(checkpoint)
+
+
 def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
     require_same_settings(checkpoint.state["learnt"], trainer.resume_settings, checkpoint.path)
     state = State(**checkpoint.state["state"])

@@ -71,7 +71,8 @@ class Session:
         if checkpoints is None:
             yield
             return
-        if self.trainer.state.step == 0 and complete_checkpoints(checkpoints.folder):
+        is_new = self.trainer.state.step == 0 and checkpoints.saved_at != 0
+        if is_new and complete_checkpoints(checkpoints.folder):
             raise RunError(f"{checkpoints.run}: holds checkpoints; call restore(), or give another output_dir")
         self.trainer.processes.wait()  # no process writes before all have checked
         if not lock_run(checkpoints.run):

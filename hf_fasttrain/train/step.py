@@ -57,6 +57,7 @@ class TrainStep:
         self.memory = Memory(self.raw_model, self.parameters, self.norms, processes)
         self.applying = Update(accelerator, optimizer, self.parameters, self.memory, clip_norm=clip_norm, ema=ema)
         self.is_settled = False  # whether it is known which parameters are trained
+        self._has_gradients = False
         self._index = 0  # of the step whose gradients are there
         self.time_by(no_timer)
 
@@ -90,7 +91,9 @@ class TrainStep:
         The same gradients however often it is called: dropout and drop-path masks are a function of (seed, step,
         process), so that no random state needs saving.
         """
-        self._index = step.index
+        if self._has_gradients:  # of an earlier pass, or of a step that an exception has ended
+            self.applying.zero_grad()
+        self._has_gradients, self._index = True, step.index
         self.seed_masks(step.index)
         return self.accumulation.add_up(step, agree=self.memory.is_uncertain(step))
 
@@ -98,6 +101,7 @@ class TrainStep:
         """Clip the gradients, step the optimizer and move the average; count the update unless fp16 skips it."""
         with self._timer("optimizer"):
             self.applying(self.state.updates, self._index)
+        self._has_gradients = False
         self.state.updates += not self.applying.skipped
 
     def seed_masks(self, index: int) -> None:
@@ -123,6 +127,7 @@ class TrainStep:
     def undo(self) -> None:
         """Undo a failed step."""
         self.applying.undo()
+        self._has_gradients = False
         self.accumulation.set_train_mode()
 
 

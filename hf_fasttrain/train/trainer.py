@@ -33,7 +33,7 @@ from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import Loss
 from hf_fasttrain.train.optim import set_lr
 from hf_fasttrain.train.progress import Progress
-from hf_fasttrain.train.resume import restore
+from hf_fasttrain.train.resume import continue_after_finish, restore
 from hf_fasttrain.train.retry import Retry
 from hf_fasttrain.train.schedule import Schedule, constant
 from hf_fasttrain.train.session import Session
@@ -215,9 +215,9 @@ class Trainer:
         return self._make_steps()
 
     def _make_steps(self) -> Iterator[StepReport]:
-        if (
-            self.state.step and self._due(self.evaluate_every) and not self.is_finished
-        ):  # and was not done before a stop
+        if not self.is_finished:
+            continue_after_finish(self)
+        if self.state.step and self._due(self.evaluate_every) and not self.is_finished:  # not done before a stop
             stop = self._evaluate()
             self.save()
             if stop:
@@ -390,7 +390,12 @@ class Trainer:
             self.callbacks.call("after_save", self, checkpoint_path(checkpoints.folder, on_disk))
 
     def restore(self) -> None:
-        """Go back to the newest complete checkpoint; say so and start afresh if there is none."""
+        """Go back to the newest complete checkpoint; say so and start afresh if there is none.
+
+        Not within `running`. A loader of your own needs `state_dict` and `load_state_dict`, as StatefulDataLoader has.
+        """
+        if self.session.is_open:
+            raise RunError("restore() within running(): call it before, the steps of this loop are loaded already")
         restore(self)
 
     def push_to_hub(

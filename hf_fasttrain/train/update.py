@@ -49,7 +49,7 @@ class Update:
         if self.ema is not None and not self.skipped:
             self.ema.update(number)
         self.memory.updated(applied=not self.skipped)
-        self._zero_grad()
+        self.zero_grad()
 
     def ignore(self, parameters: Sequence[nn.Parameter]) -> None:
         """Ignore and drop the gradients of parameters that the optimizer does not have."""
@@ -57,7 +57,8 @@ class Update:
         self._ignored = parameters
         self.parameters = [parameter for parameter in self.parameters if id(parameter) not in ignored]
 
-    def _zero_grad(self) -> None:
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self._ignored:
             parameter.grad = None
@@ -87,7 +88,7 @@ class Update:
 
     def undo(self) -> None:
         """Undo a failed step: drop its gradients, and revert its update if that was the first one."""
-        self._zero_grad()
+        self.zero_grad()
         if self.memory.failed_in() == "first update":
             self.optimizer.state.clear()  # it may be incomplete
         scaler = self.accelerator.scaler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -21,6 +22,8 @@ from nbclient import NotebookClient
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.run_folder import lock
+from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.callbacks import CallbackError
 from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
 
 SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "train.duration=4 steps", "evaluate.every=4 steps"]
@@ -242,3 +245,78 @@ def test_ctrl_c_in_a_notebook_is_a_keyboard_interrupt_and_the_next_cell_trains()
     ]
     assert not [output for cell in (outputs[0], outputs[2]) for output in cell if output["output_type"] == "error"]
     assert "steps: 6" in "".join(output.get("text", "") for output in outputs[2])
+
+
+def test_after_a_finish_with_the_best_weights_training_continues_from_the_last_and_is_saved(
+    tmp_path: Path, rising_loss: None
+) -> None:
+    whole = small_trainer(tmp_path / "whole", evaluate_every="1 step")
+    whole.final = "last"
+    whole.fit()
+    every: dict[str, Any] = {"evaluate_every": "1 step", "checkpoint_every": "1 step"}
+    trainer = small_trainer(tmp_path / "run", best=Watch("loss"), **every)
+    trainer.final = "best"
+    with trainer.running():
+        for step in trainer.iterate():
+            if step.step == 4:
+                break
+        assert trainer.finish().model["step"] == 1
+    trainer.final = "last"
+    assert trainer.fit().model["step"] == 6
+    assert steps_of(tmp_path / "run") == [1, 5, 6]
+    for ours, theirs in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("at", ["loss", "callback"])
+def test_a_step_that_failed_leaves_nothing_for_the_next_training(tmp_path: Path, at: str) -> None:
+    whole, calls = small_trainer(), itertools.count(1)
+    whole.fit()
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 8 and at == "loss":  # the second micro-batch of a step, after two of the search
+            raise ZeroDivisionError
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    class Fails:
+        def before_step(self, trainer: Trainer, step: int) -> None:
+            if at == "callback" and step == 3 and next(calls) < 100:
+                next(itertools.islice(calls, 100, None))
+                raise ZeroDivisionError
+
+    accumulation: dict[str, Any] = {"accumulation_steps": 4} if at == "loss" else {}
+    trainer = small_trainer(loss=loss, callbacks=[Fails()], **accumulation)
+    with pytest.raises((ZeroDivisionError, CallbackError)):
+        trainer.fit()
+    trainer.fit()
+    for ours, theirs in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_second_pass_begins_with_no_gradients(tmp_path: Path) -> None:
+    class TwoPasses(Trainer):
+        def train_step(self, step: Any) -> torch.Tensor:
+            self.step.gradients(step)
+            loss = self.step.gradients(step)
+            self.step.update()
+            return loss
+
+    one, two = small_trainer(), small_trainer(kind=TwoPasses)
+    one.fit()
+    two.fit()
+    for ours, theirs in zip(two.model.parameters(), one.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_restoring_within_a_loop_is_refused(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path / "run")
+    with trainer.running(), pytest.raises(RunError, match=r"restore\(\) within running\(\): call it before"):
+        trainer.restore()
+
+
+def test_a_run_that_was_saved_before_its_first_step_trains(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path / "run")
+    trainer.save()
+    assert trainer.checkpoints is not None
+    trainer.checkpoints.wait()
+    assert trainer.fit().steps == 6
