@@ -93,7 +93,7 @@ class UserLoader:
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Yield the steps from `start` to before `stop`, iterating over the loader once per epoch."""
         if start == self._next_step - 1 and self._current is not None:
-            return self.again(start, stop)  # an exception has ended the loop before this batch was trained on
+            return self.retry(start, stop)  # an exception has ended the loop before this batch was trained on
         if start != self._next_step:
             self._batches = iter(())
         return self._steps(start, stop)
