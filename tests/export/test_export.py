@@ -455,7 +455,7 @@ def test_mistakes_about_onnx(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             patched.setattr(onnx_file, "LARGEST_BYTES", 1000)
             refused(r"its weights are above 2 GB, the most that one ONNX file holds; leave --onnx out")
         with monkeypatch.context() as patched:
-            patched.setattr(onnx_file, "_checked", lambda *_: 1 / 0)
+            patched.setattr(onnx_file, "_verify", lambda *_: 1 / 0)
             in_child(lambda: refused(r"model\.onnx: onnxruntime can't run this model \(division by zero\)"))
         monkeypatch.setattr(torch.onnx, "export", fails)
         refused(r"torch can't export this model to ONNX \(no such operator.*\); leave --onnx out")

@@ -569,9 +569,11 @@ def kernels_not_seen(patch: pytest.MonkeyPatch) -> None:
 def _no_exchange(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.train.gradients import Gradients
 
-    real, own = Gradients._exchanging, Gradients._local_gradients
-    patch.setattr(Gradients, "_exchanging", lambda self, *, now: real(self, now=False))
-    patch.setattr(Gradients, "_local_gradients", lambda self, step, *, exchange: own(self, step, exchange=False))
+    local_gradients = Gradients._local_gradients
+    patch.setattr(Gradients, "_exchange", lambda self: None)
+    patch.setattr(
+        Gradients, "_local_gradients", lambda self, step, *, exchange: local_gradients(self, step, exchange=False)
+    )
     patch.setattr(Gradients, "_exchange", lambda self: None)
 
 
@@ -589,9 +591,10 @@ def unused_not_looked_for(patch: pytest.MonkeyPatch) -> None:
 @plant("T18", "a resumed run begins anew", "assert \\(0, ")
 def begins_anew(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain import Trainer
+    from hf_fasttrain.train import session
 
-    patch.setattr(Trainer, "_restore", lambda self, checkpoints: None)
-    patch.setattr(Trainer, "_require_free_folder", lambda self: None)
+    patch.setattr(Trainer, "restore", lambda self: None)
+    patch.setattr(session, "complete_checkpoints", lambda folder: [])
 
 
 @plant("M2", "processes don't agree on their memory", "processes ended|assert|left alone")
@@ -603,12 +606,12 @@ def no_agreement(patch: pytest.MonkeyPatch) -> None:
 
 @plant("M3", "a process tells nobody of its signal", "they go on|processes ended")
 def tells_nobody(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.train.stop import Requests
+    from hf_fasttrain.train.stop import StopRequests
 
     nothing = type("Nothing", (), {"stop": 0, "save": False, "__bool__": lambda self: False})()
-    patch.setattr(Requests, "at_step", lambda self, step: nothing)
-    patch.setattr(Requests, "now", lambda self: 0)
-    patch.setattr(Requests, "pending", lambda self: False)
+    patch.setattr(StopRequests, "at_step", lambda self, step: nothing)
+    patch.setattr(StopRequests, "now", lambda self: 0)
+    patch.setattr(StopRequests, "pending", lambda self: False)
 
 
 @plant("M4", "the number of images is summed on the device", "synchronizing", on_cpu=False)

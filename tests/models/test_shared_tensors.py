@@ -18,8 +18,8 @@ from hf_fasttrain.data.pixels.cache import open_cache
 from hf_fasttrain.models.model import ModelSpec, build_model
 from hf_fasttrain.models.saved import load_model, save_model
 from hf_fasttrain.models.weights import load_weights, save_weights
+from hf_fasttrain.train.batch_norm import running_statistics
 from hf_fasttrain.train.ema import Ema
-from hf_fasttrain.train.evaluation import running_statistics
 from hf_fasttrain.utils.errors import ModelError
 from hf_fasttrain.utils.files import sync_files
 
