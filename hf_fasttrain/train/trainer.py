@@ -390,10 +390,7 @@ class Trainer:
             self.callbacks.call("after_save", self, checkpoint_path(checkpoints.folder, on_disk))
 
     def restore(self) -> None:
-        """Go back to the newest complete checkpoint; say so and start afresh if there is none.
-
-        Not within `running`. A loader of your own needs `state_dict` and `load_state_dict`, as StatefulDataLoader has.
-        """
+        """Go back to the newest complete checkpoint, before `running`; say so and start afresh if there is none."""
         if self.session.is_open:
             raise RunError("restore() within running(): call it before, the steps of this loop are loaded already")
         restore(self)

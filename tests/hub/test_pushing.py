@@ -297,7 +297,7 @@ def test_pushes_rest_while_training_needs_the_cores(hub: Hub, run: Path) -> None
     pusher = described_pusher(run, Said(), rest=1000.0)
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
     join(pusher)
-    assert pusher._rests_until > time.monotonic() + 100
+    assert pusher._pause_until > time.monotonic() + 100
     pusher.saved(make_checkpoint(run, 2), 2, best=True)
     time.sleep(0.2)
     assert len(hub.repos["me/digits"].commits) == 1
