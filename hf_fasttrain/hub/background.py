@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.hub.staging import STAGING, present_result, stage
+from hf_fasttrain.run_folder.missing import PUSHED_FILE
 from hf_fasttrain.utils.files import read_json, reason, try_to_write, write_json
 
-STATE_FILE = "hub.json"  # the last push
 PATIENCE_SECONDS = 300.0  # how long one push retries transient errors
 REPORT_SECONDS = 10.0  # reserved at the end of the wait, so that the error is known
 PAUSES = (60.0, 600.0)  # seconds before a failed push is retried: first, longest
@@ -61,7 +61,7 @@ class Pusher:
     ) -> None:
         self.num_steps = num_steps
         self.run, self.options, self.describe, self.about, self.say = run, options, describe, about, say
-        pushed = read_json(run / STATE_FILE)
+        pushed = read_json(run / PUSHED_FILE)
         self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == options.repo else 0
         self._lock = threading.Condition()
         self._waiting: tuple[Path, int] | None = None  # a staged run and its step
@@ -179,7 +179,7 @@ class Pusher:
     def _note(self, address: str, step: int, *, finished: bool = False) -> None:
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         values = {"repo": self.options.repo, "address": address, "step": step, "date": date, "finished": finished}
-        try_to_write(lambda: write_json(self.run / STATE_FILE, values), lambda error: None)
+        try_to_write(lambda: write_json(self.run / PUSHED_FILE, values), lambda error: None)
 
     # --- at the end ----------------------------------------------------------------------------------------
 

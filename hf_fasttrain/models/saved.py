@@ -21,9 +21,8 @@ from hf_fasttrain.models.model import (
 )
 from hf_fasttrain.models.transformers_model import TransformersClassifier, open_classifier
 from hf_fasttrain.models.weights import load_weights, save_weights, without_sharing
+from hf_fasttrain.run_folder.finished import SPEC_FILE
 from hf_fasttrain.utils.errors import ModelError
-
-SPEC_FILE = "hf_fasttrain.json"
 
 
 def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:

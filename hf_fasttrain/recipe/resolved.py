@@ -13,9 +13,9 @@ from ruamel.yaml.error import YAMLError
 from hf_fasttrain.recipe.load import flatten, origin_of, recipe_text, tag_of, to_yaml
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys
+from hf_fasttrain.run_folder.finished import RESOLVED_FILE
 from hf_fasttrain.utils.files import write_atomically
 
-RESOLVED_FILE = "resolved.yaml"
 KEPT = "as this run began"  # suffix of the reason if a resumed run keeps a value; in the files of older runs too
 TUNED = "tuned on"  # prefix of the reason of a value from a stored tuning; in the files of older runs too
 EXPLICIT = ("default", "recipe", "override")  # kinds of settings that no rule decided

@@ -14,6 +14,7 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from hf_fasttrain.data.pixels.bad_images import BAD_IMAGES_FILE
 from hf_fasttrain.run_folder.finished import (
     METRICS_FILE,
     RECIPE_FILE,
@@ -29,7 +30,6 @@ from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import read_json, read_lines
 from hf_fasttrain.utils.format import is_finite
 
-BAD_IMAGES_FILE = "bad_images.jsonl"
 TRAIN_FIGURES = (
     "step", "epoch", "loss", "grad_norm", "lr", "images_per_second", "data_wait_fraction", "seconds_per_step",
     "peak_memory_bytes",
