@@ -26,12 +26,13 @@ from hf_fasttrain.from_recipe.source_from import open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
-from hf_fasttrain.models.saved import SPEC_FILE, load_model
+from hf_fasttrain.models.saved import load_model
 from hf_fasttrain.recipe.load import load_recipe, origin_of, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.checkpoint import checkpoint_step
-from hf_fasttrain.run_folder.kept_weights import RESULT_FILE, find_checkpoint, load_checkpoint_weights, step_in_model
+from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESULT_FILE, SPEC_FILE
+from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
 from hf_fasttrain.utils.errors import DataError, RunError, UserError
 from hf_fasttrain.utils.files import read_json, restore_folder
 from hf_fasttrain.utils.remote import download_run, is_hub_url
@@ -62,8 +63,8 @@ def open_run(run: str | Path) -> Path:
 
 def model_folder(run: Path, *, pushed: bool = False) -> Path:
     """Return the model folder of a run folder, or the folder itself if it is one; a `pushed` run is always one."""
-    restore_folder(run / "model")
-    for folder in (run,) if pushed else (run / "model", run):
+    restore_folder(run / MODEL_FOLDER)
+    for folder in (run,) if pushed else (run / MODEL_FOLDER, run):
         if (folder / SPEC_FILE).exists():
             return folder
     if not run.is_dir():
@@ -90,7 +91,7 @@ def evaluate_run(
     """
     opened = open_run(run)
     folder = model_folder(opened, pushed=is_hub_url(str(run)))
-    if not (opened / "recipe.yaml").exists():
+    if not (opened / RECIPE_FILE).exists():
         raise RunError(f"{run}: contains no recipe.yaml; evaluate needs a run folder")
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
@@ -98,7 +99,7 @@ def evaluate_run(
         if split is not None and override.startswith("data.eval_split"):
             raise RunError(f"--split {split} and override '{override}' set the same thing; leave one out")
     checkpoint = find_checkpoint(opened, weights, str(run))
-    source = str(run) if is_hub_url(str(run)) else opened / "recipe.yaml"
+    source = str(run) if is_hub_url(str(run)) else opened / RECIPE_FILE
     loaded = load_recipe(source, overrides)
     is_same_data = _is_same_data(
         loaded, load_recipe(source, [text for text in overrides if not text.startswith("data.")])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
+from hf_fasttrain.run_folder.file_names import REPORT_FILE
 from hf_fasttrain.utils.errors import NotEnoughMemory, Stopped
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, res
     early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_continue()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    page = folder / "report.html"
+    page = folder / REPORT_FILE
     model_overrides = [text for text in recipe.source.overrides if text.startswith("model.")]
     name_and_model = shlex.join([recipe.source.name, *model_overrides])
     report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""

@@ -16,23 +16,15 @@ from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.pixels.augment import EvalTransform
-from hf_fasttrain.export.onnx_file import (
-    ONNX_FILE,
-    TOLERANCE,
-    difference,
-    quiet,
-    require_onnx,
-    scale_of,
-    write_onnx,
-)
+from hf_fasttrain.export.onnx_file import TOLERANCE, difference, quiet, require_onnx, scale_of, write_onnx
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
-from hf_fasttrain.models.saved import SPEC_FILE, load_model, save_model
+from hf_fasttrain.models.saved import load_model, save_model
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, SPEC_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
 
-CONFIG_FILE = "config.json"
 WRITTEN = re.compile(  # names of the files that `save_model` and this module write
     rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
@@ -87,7 +79,7 @@ def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, wei
 
 def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     """Return the folder to write; RunError if it holds other files, or if `weights` would replace those of the run."""
-    model = run / "model"
+    model = run / MODEL_FOLDER
     folder = model if output is None else Path(output).expanduser().absolute()
     if weights is not None and folder.resolve() == model.resolve():
         raise RunError(
@@ -116,7 +108,7 @@ def _target(run: Path, output: Path | None, weights: str | None) -> Path:
 def _load(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSpec]:
     """Return the run's model, with the weights of a checkpoint if there is one."""
     with quiet():
-        model, spec = load_model(run.folder / "model")
+        model, spec = load_model(run.folder / MODEL_FOLDER)
     if checkpoint is not None:
         load_checkpoint_weights(model, checkpoint)
     return model, spec

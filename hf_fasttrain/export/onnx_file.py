@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.utils.errors import RunError, first_lines
 
-ONNX_FILE = "model.onnx"
 OPSET = 20  # onnxruntime 1.17 and later
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_BYTES = 2**31 - 2**20  # of weights: protobuf's limit, and room for the graph

@@ -19,6 +19,7 @@ from accelerate.utils.environment import get_int_from_env
 from hf_fasttrain.recipe.load import output_dir
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.run_folder.file_names import TRACKERS_FOLDER
 from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.private_apis import raise_recompile_limit, reset_precision
@@ -62,7 +63,7 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
             mixed_precision=precision,
             gradient_accumulation_steps=1 if steps == "auto" else steps,
             log_with=list(recipe.log.trackers) or None,
-            project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),
+            project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, TRACKERS_FOLDER)),
             # Running statistics are averaged before evaluation and saving, instead of rank 0's replacing all others.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )

@@ -10,8 +10,9 @@ from hf_fasttrain.from_recipe.accelerator import user_threads
 from hf_fasttrain.from_recipe.auto import MACHINE
 from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Presets, machine_here
 from hf_fasttrain.recipe.load import flatten, plain
-from hf_fasttrain.recipe.resolved import RESOLVED_FILE, Decision, ResolvedSettings, is_open, read_settings
+from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open, read_settings
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.run_folder.file_names import RESOLVED_FILE
 
 MICRO, THREADS, EVAL_BATCH = "accelerate.micro_batch_size", "accelerate.cpu_threads", "evaluate.batch_size"
 SHARED_KEYS = (MICRO, EVAL_BATCH, THREADS)  # these depend on the number of processes

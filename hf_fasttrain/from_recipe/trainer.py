@@ -33,7 +33,8 @@ from hf_fasttrain.recipe.load import load_recipe, output_dir, recipe_text
 from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
 from hf_fasttrain.recipe.schema import HubSection, Recipe
 from hf_fasttrain.report.callback import Publish
-from hf_fasttrain.run_folder.folder import FILES_WHILE_TRAINING, require_free, saved_state
+from hf_fasttrain.run_folder.file_names import FILES_WHILE_TRAINING
+from hf_fasttrain.run_folder.folder import require_free, saved_state
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.checkpointing import lock_run, not_writable
 from hf_fasttrain.train.distributed import Processes, on_main

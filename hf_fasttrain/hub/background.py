@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.hub.staging import STAGING, present_result, stage
-from hf_fasttrain.run_folder.missing import PUSHED_FILE
+from hf_fasttrain.hub.staging import present_result, stage
+from hf_fasttrain.run_folder.file_names import PUSHED_FILE, STAGING_FOLDER
 from hf_fasttrain.utils.files import read_json, reason, try_to_write, write_json
 
 PATIENCE_SECONDS = 300.0  # how long one push retries transient errors
@@ -70,7 +70,7 @@ class Pusher:
         self._ending = self._closed = False
         self._pause_until = 0.0
         self._said: set[str] = set()
-        shutil.rmtree(run / STAGING, ignore_errors=True)
+        shutil.rmtree(run / STAGING_FOLDER, ignore_errors=True)
 
     # --- while training ------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Pusher:
         """Stage a checkpoint that is complete on disk, if it is due; called before it may be pruned."""
         if self._closed or step == self.num_steps or not self._is_due(step, best=best):
             return  # after the last step the run itself is pushed
-        folder = self.run / STAGING / f"step_{step:08d}"
+        folder = self.run / STAGING_FOLDER / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         result = present_result(self.run, checkpoint, self.about)
         if not try_to_write(lambda: stage(self.run, checkpoint, folder, self.describe, result), self.not_staged):
@@ -235,4 +235,4 @@ class Pusher:
                 process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-        shutil.rmtree(self.run / STAGING, ignore_errors=True)
+        shutil.rmtree(self.run / STAGING_FOLDER, ignore_errors=True)

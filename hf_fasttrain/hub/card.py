@@ -10,7 +10,8 @@ from typing import Any
 
 from hf_fasttrain.export.snippets import onnx_snippet, timm_snippet, transformers_snippet
 from hf_fasttrain.hub.pictures import PICTURES
-from hf_fasttrain.run_folder.finished import RECIPE_FILE, FinishedRun
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, RECIPE_FILE
+from hf_fasttrain.run_folder.finished import FinishedRun
 from hf_fasttrain.run_folder.kept_weights import step_in_model
 from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
 from hf_fasttrain.utils.errors import shortened
@@ -70,7 +71,7 @@ def is_hub_name(name: str) -> bool:
 def _library(spec: dict[str, Any], files: Mapping[str, bytes | Path]) -> str:
     if spec["name"].startswith("transformers:"):
         return "transformers"
-    return "timm" if "config.json" in files else "hf_fasttrain"  # timm can't build a changed stem
+    return "timm" if CONFIG_FILE in files else "hf_fasttrain"  # timm can't build a changed stem
 
 
 def _base_model(run: FinishedRun) -> str | None:
@@ -84,7 +85,7 @@ def _base_model(run: FinishedRun) -> str | None:
     name = name.removeprefix("transformers:").removeprefix("hf-hub:")
     if is_hub_name(name):
         return name
-    config = read_json(run.folder / "model" / "config.json")
+    config = read_json(run.folder / MODEL_FOLDER / CONFIG_FILE)
     tag = (config.get("pretrained_cfg") or {}).get("tag")
     return f"timm/{config['architecture']}.{tag}" if tag and not is_local_path(name) else None
 
@@ -160,11 +161,11 @@ def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -
     """Return a program that classifies an image for each library that can open the model."""
     url, transformers = f"hf-hub:{repo}", spec["name"].startswith("transformers:")
     parts = {}
-    if "config.json" in files and not transformers:
+    if CONFIG_FILE in files and not transformers:
         parts["timm"] = timm_snippet(url, multi_label=spec["multi_label"])
-    if b'"auto_map"' not in _content(files.get("config.json", b'"auto_map"')):  # a model with remote code
+    if b'"auto_map"' not in _content(files.get(CONFIG_FILE, b'"auto_map"')):  # a model with remote code
         parts["transformers"] = transformers_snippet(repo)
-    if "model.onnx" in files:
+    if ONNX_FILE in files:
         parts["onnxruntime, without torch"] = onnx_snippet(repo)
     shown = [f"With {tool} (`python classify.py IMAGE`):\n\n```python\n{code}```" for tool, code in parts.items()]
     command = f"hf-fasttrain predict hf://{repo} IMAGE..."

@@ -6,9 +6,17 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from hf_fasttrain.run_folder.file_names import (
+    CONFUSION_PICTURE,
+    CURVES_PICTURE,
+    GALLERY_FOLDER,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+)
+
 PICTURES = {  # name -> what it shows
-    "curves.png": "loss, accuracy and learning rate over training",
-    "confusion.png": "which classes were taken for which",
+    CURVES_PICTURE: "loss, accuracy and learning rate over training",
+    CONFUSION_PICTURE: "which classes were taken for which",
 }
 
 
@@ -17,11 +25,8 @@ def pictures_of(run: Path) -> dict[str, bytes | Path]:
 
     Pictures without data are omitted.
     """
-    from hf_fasttrain.run_folder.gallery import (
-        GALLERY_FOLDER,  # imports numpy, which a push while training does not need
-    )
 
-    figures = [run / name for name in ("metrics.jsonl", "predictions.safetensors") if (run / name).is_file()]
+    figures = [run / name for name in (METRICS_FILE, PREDICTIONS_FILE) if (run / name).is_file()]
     if not figures:
         return {}
     newest = max(path.stat().st_mtime_ns for path in figures)

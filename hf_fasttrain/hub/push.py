@@ -14,14 +14,17 @@ from hf_fasttrain.hub.card import model_card
 from hf_fasttrain.hub.errors import Failure, explain
 from hf_fasttrain.hub.pictures import PICTURES, pictures_of
 from hf_fasttrain.hub.staging import staged
-from hf_fasttrain.run_folder.finished import (
+from hf_fasttrain.run_folder.file_names import (
+    CONFIG_FILE,
     METRICS_FILE,
+    MODEL_FOLDER,
+    ONNX_FILE,
     RECIPE_FILE,
     RESULT_FILE,
     SPEC_FILE,
-    FinishedRun,
-    read_run,
+    WEIGHTS_FILE,
 )
+from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.scrub import Scrubber, strings
 from hf_fasttrain.utils.errors import RunError, without_secrets
 from hf_fasttrain.utils.files import reason
@@ -29,8 +32,8 @@ from hf_fasttrain.utils.remote import is_license, is_repo_name
 
 # Files that a push writes, and that a later push deletes if it does not have them. Other files are kept.
 OWN_FILES = {
-    "README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE, SPEC_FILE, "config.json", "preprocessor_config.json",
-    "model.safetensors", "model.onnx", *PICTURES,
+    "README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE, SPEC_FILE, CONFIG_FILE, "preprocessor_config.json",
+    WEIGHTS_FILE, ONNX_FILE, *PICTURES,
 }  # fmt: skip
 STALLED_SECONDS = 60.0  # without a byte until a connection is given up
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds between two attempts
@@ -105,7 +108,7 @@ def files_to_push(
     known = [path for folder in (str(run.folder), *private_paths) for path in (folder, str(Path(folder).resolve()))]
     local = [str(value) for key in run.local or () if (value := run.setting(key)) is not None]
     scrub = Scrubber([*strings(run.recipe), *strings(run.spec), *known], local)
-    model = run.folder / "model"
+    model = run.folder / MODEL_FOLDER
     paths = [path for path in sorted(model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     files: dict[str, bytes | Path] = {path.relative_to(model).as_posix(): path for path in paths}
     for name, path in files.items():
@@ -130,7 +133,7 @@ def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> b
 
     The folder's last component is not a model name, so `load_model` could not build it elsewhere.
     """
-    name, config = str(run.spec["name"]), run.folder / "model" / "config.json"
+    name, config = str(run.spec["name"]), run.folder / MODEL_FOLDER / CONFIG_FILE
     if scrub.value(name) == name or name.startswith("transformers:") or not config.is_file():
         return pushed
     architecture = json.loads(config.read_text(encoding="utf-8")).get("architecture")

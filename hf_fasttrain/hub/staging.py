@@ -11,12 +11,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.run_folder.finished import METRICS_FILE, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE, metrics_of
+from hf_fasttrain.run_folder.file_names import (
+    EMA_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESOLVED_FILE,
+    RESULT_FILE,
+    STAGING_FOLDER,
+    WEIGHTS_FILE,
+)
+from hf_fasttrain.run_folder.finished import metrics_of
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import read_json, read_lines, reason, write_json
 
-STAGING = ".hub"  # in the run folder, for staged runs
 COPIED = (RECIPE_FILE, RESOLVED_FILE, METRICS_FILE)
 COPIED_STATE = ("images", "train_seconds", "wait_seconds", "best")  # of a checkpoint's state
 
@@ -33,11 +42,11 @@ def stage(
     `describe` writes a model folder without its weights. Weights are hard-linked if the file system can, so that the
     checkpoint may be pruned meanwhile. Raises OSError.
     """
-    model = folder / "model"
+    model = folder / MODEL_FOLDER
     model.mkdir(parents=True)
     describe(model)
-    weights = checkpoint / "ema.safetensors"
-    link_weights(weights if weights.exists() else checkpoint / "model.safetensors", model / "model.safetensors")
+    weights = checkpoint / EMA_FILE
+    link_weights(weights if weights.exists() else checkpoint / WEIGHTS_FILE, model / WEIGHTS_FILE)
     for name in COPIED:
         if (run / name).exists():
             shutil.copyfile(run / name, folder / name)
@@ -56,10 +65,10 @@ def staged(run: Path, weights: str | None) -> Iterator[Path]:
         return
     folder: Path | None = None
     try:
-        (run / STAGING).mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING))
+        (run / STAGING_FOLDER).mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING_FOLDER))
         result = result_of(run, checkpoint, str(weights))
-        stage(run, checkpoint, folder, lambda model: _copy_description(run / "model", model), result)
+        stage(run, checkpoint, folder, lambda model: _copy_description(run / MODEL_FOLDER, model), result)
     except OSError as error:
         _remove(folder)
         raise RunError(f"{run}: weights={weights} could not be prepared: {reason(error)}") from None

@@ -30,6 +30,7 @@ from hf_fasttrain.models.weights import (
     weights_file,
     without_wrapper,
 )
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE
 from hf_fasttrain.utils.errors import ModelError, nearest
 from hf_fasttrain.utils.private_apis import batch_norm_class
 
@@ -142,7 +143,7 @@ def timm_name(name: str) -> str:
         return f"hf-hub:{name}"
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / CONFIG_FILE).exists():
             raise ModelError(f"model.name: folder {name} has no config.json; give a folder that timm saved")
         return f"local-dir:{path}"
     if timm.is_model(name):
@@ -200,7 +201,7 @@ def _has_fixed_input_size(name: str) -> bool:
         if name.startswith("hf-hub:"):
             _, name, _ = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
         elif name.startswith("local-dir:"):
-            config = Path(name.removeprefix("local-dir:")) / "config.json"
+            config = Path(name.removeprefix("local-dir:")) / CONFIG_FILE
             name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(download_error(name, error)) from None

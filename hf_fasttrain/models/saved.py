@@ -21,7 +21,7 @@ from hf_fasttrain.models.model import (
 )
 from hf_fasttrain.models.transformers_model import TransformersClassifier, open_classifier
 from hf_fasttrain.models.weights import load_weights, save_weights, without_sharing
-from hf_fasttrain.run_folder.finished import SPEC_FILE
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE, SPEC_FILE, WEIGHTS_FILE
 from hf_fasttrain.utils.errors import ModelError
 
 
@@ -67,7 +67,7 @@ def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
         image_processor(pre).save_pretrained(folder)
     elif not spec.small_image_stem:
         config = timm_config(model, spec)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     values = asdict(_self_contained(model, replace(spec, preprocessing=pre)))
     (folder / SPEC_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -175,5 +175,5 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
         model: nn.Module = open_classifier(replace(spec, name=f"transformers:{folder}"))
     else:
         model = build_model(spec)
-        load_weights(model, folder / "model.safetensors")
+        load_weights(model, folder / WEIGHTS_FILE)
     return model.eval(), spec

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_fasttrain.models.head import Source, transformers_head_names
 from hf_fasttrain.models.weights import is_within, names_in
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE
 from hf_fasttrain.utils.errors import ModelError, shortened
 from hf_fasttrain.utils.library_errors import is_remote_code_refused
 
@@ -79,7 +80,7 @@ def current_names(
 
     if weights.keys() <= classifier.state_dict().keys():
         return weights
-    origin = str(folder) if (folder / "config.json").exists() else _source_name(spec)
+    origin = str(folder) if (folder / CONFIG_FILE).exists() else _source_name(spec)
     with _errors_of(spec), _quiet():
         config = AutoConfig.from_pretrained(origin, trust_remote_code=spec.trust_remote_code)
         renamed, info = type(classifier).from_pretrained(  # type: ignore[attr-defined]

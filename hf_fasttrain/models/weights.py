@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_fasttrain.run_folder.checkpoint import write_safetensors
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, SPEC_FILE, STATE_FILE, WEIGHTS_FILE
 from hf_fasttrain.utils.errors import ModelError, RunError, shortened
 from hf_fasttrain.utils.files import NewFile, read_json
 from hf_fasttrain.utils.private_apis import timm_weights_filter
@@ -20,10 +21,10 @@ from hf_fasttrain.utils.remote import download_file, is_hub_url
 def weights_file(location: str) -> Path:
     """Return the .safetensors file of a location: a file, model folder, run, checkpoints, or hf:// URL."""
     if is_hub_url(location):
-        return download_file(location, "model.safetensors")
+        return download_file(location, WEIGHTS_FILE)
     path = Path(location).expanduser()
     if path.is_dir():
-        files = [path / name for name in ("model.safetensors", "model/model.safetensors") if (path / name).exists()]
+        files = [path / name for name in (WEIGHTS_FILE, f"{MODEL_FOLDER}/{WEIGHTS_FILE}") if (path / name).exists()]
         files += sorted(path.glob("step_*/model.safetensors"))[-1:]  # the newest of a run's checkpoints
         if not files:
             raise ModelError(f"model.pretrained: no model.safetensors in folder {location}")
@@ -132,13 +133,13 @@ def architecture_of(location: str, path: Path) -> str | None:
 
 
 def _descriptions(location: str, path: Path) -> Iterator[Path]:
-    names = ("hf_fasttrain.json", "config.json")
+    names = (SPEC_FILE, CONFIG_FILE)
     if is_hub_url(location):
         for name in names:
             with suppress(RunError):
                 yield download_file(location, name)
         return
-    yield from (path.parent / name for name in (*names, "state.json"))
+    yield from (path.parent / name for name in (*names, STATE_FILE))
 
 
 def names_in(description: Mapping[str, Any]) -> list[str] | None:
@@ -177,7 +178,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    with NewFile(folder / "model.safetensors") as file:
+    with NewFile(folder / WEIGHTS_FILE) as file:
         write_safetensors(file, weights)
 
 

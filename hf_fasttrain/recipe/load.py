@@ -17,6 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 from hf_fasttrain.recipe.find import find_recipe
 from hf_fasttrain.recipe.schema import Recipe, RecipeSource
 from hf_fasttrain.recipe.validate import KeyPath, Tree, check_tree, model_at
+from hf_fasttrain.run_folder.file_names import RECIPE_FILE
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
 from hf_fasttrain.utils.errors import SECRET, RecipeError, shown
 from hf_fasttrain.utils.remote import download_file, is_hub_url, parse_hub_url
@@ -60,7 +61,7 @@ def _load_pushed(url: str, overrides: Sequence[str]) -> Recipe:
     Somebody else may have written it: settings that run code from the Hub are accepted only as overrides.
     """
     where, name = f"{url}, recipe.yaml", parse_hub_url(url)[0].split("/")[-1]
-    text = download_file(url, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    text = download_file(url, RECIPE_FILE).read_text(encoding="utf-8", errors="replace")
     recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_INHERITED)
     metrics = recipe.evaluate.metrics
     runs_code = {

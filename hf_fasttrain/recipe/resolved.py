@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 from hf_fasttrain.recipe.load import flatten, origin_of, recipe_text, tag_of, to_yaml
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys
-from hf_fasttrain.run_folder.finished import RESOLVED_FILE
+from hf_fasttrain.run_folder.file_names import RECIPE_FILE, RESOLVED_FILE
 from hf_fasttrain.utils.files import write_atomically
 
 KEPT = "as this run began"  # suffix of the reason if a resumed run keeps a value; in the files of older runs too
@@ -127,7 +127,7 @@ def is_open(key: str, values: Mapping[str, Any]) -> bool:
 
 def write_settings(folder: Path, settings: ResolvedSettings) -> None:
     """Write recipe.yaml (see `recipe_text`) and resolved.yaml: every setting with origin and tag. Raises OSError."""
-    write_atomically(folder / "recipe.yaml", recipe_text(settings.recipe))
+    write_atomically(folder / RECIPE_FILE, recipe_text(settings.recipe))
     described = {key: _as_yaml(setting) for key, setting in settings.all().items()}
     write_atomically(folder / RESOLVED_FILE, to_yaml(described))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, REPORT_FILE, RESULT_FILE
 from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.train.callbacks import Callback
 from hf_fasttrain.train.log import RunLog
@@ -58,7 +59,7 @@ class Publish(Callback):
             self._write_report(step, predictions)
         if self.pusher is None:
             return
-        lost = [name for name in ("model", "result.json") if self._is_lost(name)]
+        lost = [name for name in (MODEL_FOLDER, RESULT_FILE) if self._is_lost(name)]
         if lost:
             command = self.pusher.options.command(self.run)
             self.log.say(f"not pushed: {' and '.join(lost)} could not be written; when they are: {command}")
@@ -73,7 +74,7 @@ class Publish(Callback):
 
             write_page([self.run])
         except OSError as error:
-            self.log.not_written(str(self.run / "report.html"), error)
+            self.log.not_written(str(self.run / REPORT_FILE), error)
         except Exception as error:  # noqa: BLE001 - others' drawing code
             self.log.say(f"note: no report: {reason(error)}; `hf-fasttrain report {self.run}` writes it later")
 

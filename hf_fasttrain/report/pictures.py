@@ -14,6 +14,7 @@ from hf_fasttrain.report.charts import MOST_ANNOTATED
 from hf_fasttrain.report.classes import Confusion, confused_together, confusion_of
 from hf_fasttrain.report.points import points_of
 from hf_fasttrain.report.record import Record
+from hf_fasttrain.run_folder.file_names import CONFUSION_PICTURE, CURVES_PICTURE
 from hf_fasttrain.utils.files import write_atomically
 from hf_fasttrain.utils.format import format_count
 
@@ -177,4 +178,4 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, drawn.getvalue())
 
 
-DRAWINGS = {"curves.png": draw_curves, "confusion.png": draw_confusion}  # file -> what draws it
+DRAWINGS = {CURVES_PICTURE: draw_curves, CONFUSION_PICTURE: draw_confusion}  # file -> what draws it

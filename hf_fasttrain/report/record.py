@@ -14,17 +14,19 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.data.pixels.bad_images import BAD_IMAGES_FILE
-from hf_fasttrain.run_folder.finished import (
+from hf_fasttrain.run_folder.file_names import (
+    BAD_IMAGES_FILE,
     METRICS_FILE,
+    MODEL_FOLDER,
+    PREDICTIONS_FILE,
     RECIPE_FILE,
     RESOLVED_FILE,
     RESULT_FILE,
     SPEC_FILE,
-    metrics_of,
 )
+from hf_fasttrain.run_folder.finished import metrics_of
 from hf_fasttrain.run_folder.gallery import Gallery
-from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE, Predictions
+from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.run_folder.scrub import Scrubber
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import read_json, read_lines
@@ -165,7 +167,7 @@ def read_record(run: Path) -> Record:
         resumes=of_kind["resume"],
         result=_read_object(run / RESULT_FILE, problems),
         resolved=_read_resolved(run / RESOLVED_FILE, problems),
-        spec=_read_object(run / "model" / SPEC_FILE, problems),
+        spec=_read_object(run / MODEL_FOLDER / SPEC_FILE, problems),
         predictions=_read_predictions(run / PREDICTIONS_FILE, problems),
         gallery=_read_gallery(run, problems),
         bad_images=_read_bad_images(run / BAD_IMAGES_FILE, problems),

@@ -15,8 +15,8 @@ from markupsafe import Markup
 from hf_fasttrain.report.pictures import DRAWINGS
 from hf_fasttrain.report.record import read_record
 from hf_fasttrain.report.sections import Page, page_of_run, page_of_runs
-from hf_fasttrain.run_folder.gallery import GALLERY_FOLDER
-from hf_fasttrain.run_folder.missing import REPORT_FILE, result_mark
+from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER, REPORT_FILE
+from hf_fasttrain.run_folder.missing import result_mark
 from hf_fasttrain.utils.errors import RunError, without_secrets
 from hf_fasttrain.utils.files import reason, write_atomically
 

@@ -11,7 +11,8 @@ from typing import Any
 from hf_fasttrain.report import words
 from hf_fasttrain.report.classes import ClassFigures, Confusion, most_confused
 from hf_fasttrain.report.record import Record
-from hf_fasttrain.run_folder.gallery import GALLERY_FOLDER, Picture
+from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER
+from hf_fasttrain.run_folder.gallery import Picture
 from hf_fasttrain.utils.format import (
     NOTHING,
     format_bytes,

@@ -12,14 +12,10 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.run_folder.kept_weights import RESULT_FILE
+from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE, SPEC_FILE
 from hf_fasttrain.run_folder.scrub import is_local_path
 from hf_fasttrain.utils.errors import RunError, first_lines, how_to_resume
 from hf_fasttrain.utils.files import restore_folder
-
-SPEC_FILE, RECIPE_FILE, METRICS_FILE, RESOLVED_FILE = (
-    "hf_fasttrain.json", "recipe.yaml", "metrics.jsonl", "resolved.yaml",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,14 +46,14 @@ class FinishedRun:
 
 def read_run(run: Path) -> FinishedRun:
     """Return the content of a run folder. Raises RunError if the run is not finished."""
-    restore_folder(run / "model")
-    missing = [name for name in (f"model/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
+    restore_folder(run / MODEL_FOLDER)
+    missing = [name for name in (f"{MODEL_FOLDER}/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
     if missing:
         raise RunError(
             f"{run}: is not a finished run, it has no {' and no '.join(missing)}; give the run folder of a finished "
             f"training, or finish it first: {how_to_resume()}"
         )
-    path = run / "model" / SPEC_FILE
+    path = run / MODEL_FOLDER / SPEC_FILE
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         path = run / RESULT_FILE

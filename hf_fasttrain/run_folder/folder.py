@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, read_state
+from hf_fasttrain.run_folder.file_names import CHECKPOINTS_FOLDER, RUN_FILES
 from hf_fasttrain.utils.errors import RunError, resume_option
-
-FILES_WHILE_TRAINING = ("recipe.yaml", "resolved.yaml", "metrics.jsonl")
-RUN_FILES = (*FILES_WHILE_TRAINING, "result.json")
 
 
 def require_free(folder: Path, *, resume: bool) -> None:
@@ -31,10 +29,10 @@ def require_free(folder: Path, *, resume: bool) -> None:
 def run_files_in(folder: Path) -> list[str]:
     """Return the names of files and folders of a run that are in a folder."""
     files = [name for name in RUN_FILES if (folder / name).exists()]
-    return [*files, *(["checkpoints"] if complete_checkpoints(folder / "checkpoints") else [])]
+    return [*files, *([CHECKPOINTS_FOLDER] if complete_checkpoints(folder / CHECKPOINTS_FOLDER) else [])]
 
 
 def saved_state(folder: Path) -> dict[str, Any]:
     """Return the plain values of the newest intact checkpoint, an empty dict if there is none."""
-    states = map(read_state, reversed(complete_checkpoints(folder / "checkpoints")))
+    states = map(read_state, reversed(complete_checkpoints(folder / CHECKPOINTS_FOLDER)))
     return next(filter(None, states), {})

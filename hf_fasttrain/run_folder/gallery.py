@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hf_fasttrain.run_folder.file_names import GALLERY_FILE, GALLERY_FOLDER
 from hf_fasttrain.utils.files import new_folder, read_json, sync_files, write_json
 
-GALLERY_FOLDER = "report"
-GALLERY_FILE = "gallery.json"
 THUMBNAIL_PX = 160  # longer side
 
 

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fasttrain.run_folder.file_names import CHECKPOINTS_FOLDER, RESULT_FILE
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
-
-RESULT_FILE = "result.json"
 
 
 def step_in_model(result: Mapping[str, Any]) -> int | None:
@@ -55,14 +54,14 @@ def find_checkpoint(run: Path, weights: str | None, name: str = "") -> Path | No
     result, name = read_json(run / RESULT_FILE), name or str(run)
     if not (run / RESULT_FILE).is_file():
         raise RunError(f"{name}: has no {RESULT_FILE}, which says which weights are {weights}; give the run folder")
-    step, checkpoints = resolve_step(name, result, weights), complete_checkpoints(run / "checkpoints")
-    kept = step is not None and checkpoint_path(run / "checkpoints", step) in checkpoints
+    step, checkpoints = resolve_step(name, result, weights), complete_checkpoints(run / CHECKPOINTS_FOLDER)
+    kept = step is not None and checkpoint_path(run / CHECKPOINTS_FOLDER, step) in checkpoints
     if step is not None and step == step_in_model(result) and not (kept and weights.startswith("step_")):
         return None
     if step is None or not kept:
         names = ", ".join(f"step_{checkpoint_step(path)}" for path in checkpoints) or "none"
         raise RunError(f"{name}: no checkpoint of step {step} (weights={weights}); available: {names}")
-    return checkpoint_path(run / "checkpoints", step)
+    return checkpoint_path(run / CHECKPOINTS_FOLDER, step)
 
 
 def load_checkpoint_weights(model: nn.Module, checkpoint: Path) -> None:

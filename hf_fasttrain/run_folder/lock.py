@@ -10,9 +10,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from hf_fasttrain.run_folder.file_names import LOCK_FILE
 from hf_fasttrain.utils.errors import RunError
 
-LOCK_FILE = ".lock"
 _locks: dict[Path, tuple[int, bool]] = {}  # folder -> descriptor of its lock file, and whether it is really locked
 
 

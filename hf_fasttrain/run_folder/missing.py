@@ -7,13 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.run_folder.finished import RESULT_FILE, SPEC_FILE
+from hf_fasttrain.run_folder.file_names import (
+    CHECKPOINTS_FOLDER,
+    MODEL_FOLDER,
+    PREDICTIONS_FILE,
+    PUSHED_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+)
 from hf_fasttrain.run_folder.kept_weights import step_in_model
-from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE
 from hf_fasttrain.utils.files import digest_of, read_json, restore_folder
 
-REPORT_FILE = "report.html"
-PUSHED_FILE = "hub.json"  # the last push
 RESULT_MARK = '<meta name="hf_fasttrain-result" content="{}">'  # names the result.json that a report was made from
 
 
@@ -30,9 +35,9 @@ def missing_results(run: Path, steps: int, model_step: int, *, report: bool) -> 
     report. Results that result.json lists as not written are missing too.
     """
     result = read_json(run / RESULT_FILE)
-    restore_folder(run / "model")
+    restore_folder(run / MODEL_FOLDER)
     is_there = {
-        "model": _is_model(run / "model") and step_in_model(result) in (None, model_step),
+        MODEL_FOLDER: _is_model(run / MODEL_FOLDER) and step_in_model(result) in (None, model_step),
         RESULT_FILE: result.get("steps") == steps,
         PREDICTIONS_FILE: not report or _is_of_step(run / PREDICTIONS_FILE, model_step),
         REPORT_FILE: not report or _is_report_of(run / REPORT_FILE, result, result_mark(run)),
@@ -49,9 +54,9 @@ def describe_missing(run: Path, not_written: list[str], steps: int, model_step: 
     from hf_fasttrain.run_folder.checkpoint import checkpoint_step, complete_checkpoints
 
     missing = {*missing_results(run, steps, model_step, report=report), *_names(not_written)}
-    expected = ("model", RESULT_FILE, *((PREDICTIONS_FILE, REPORT_FILE) if report else ()))
+    expected = (MODEL_FOLDER, RESULT_FILE, *((PREDICTIONS_FILE, REPORT_FILE) if report else ()))
     written = [name for name in expected if name not in missing]
-    saved = [checkpoint_step(path) for path in complete_checkpoints(run / "checkpoints")]
+    saved = [checkpoint_step(path) for path in complete_checkpoints(run / CHECKPOINTS_FOLDER)]
     resume = "free space on that disk, then the same command with --resume"
     if not saved:
         trains = "would train" if written else "trains"

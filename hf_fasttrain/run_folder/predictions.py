@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import write_atomically
 
-PREDICTIONS_FILE = "predictions.safetensors"
 _TENSORS = ("rows", "labels", "predicted", "confidence", "losses", "worst_class")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_fasttrain.run_folder.file_names import METRICS_FILE, RESULT_FILE
 from hf_fasttrain.study.ablate import Ablation, FullTraining, Row
 from hf_fasttrain.study.bench import Tell
 from hf_fasttrain.utils.files import read_json, read_lines
@@ -53,7 +54,7 @@ def train_all(
 
 def _train_once(train: Train, overrides: Sequence[str], run: Path) -> str:
     """Train in a run folder, or resume there; return an error message, or an empty one."""
-    if (run / "result.json").exists():
+    if (run / RESULT_FILE).exists():
         return ""
     resume = ["--resume"] if run.exists() else []
     return train([*overrides, f"output_dir={run}", *resume], run.with_suffix(".log"))
@@ -90,8 +91,8 @@ class EndedTraining:
     @classmethod
     def read(cls, run: Path) -> EndedTraining:
         """Read a run folder."""
-        result = read_json(run / "result.json")
-        lines = [line for line in read_lines(run / "metrics.jsonl") if line.get("kind") == "evaluation"]
+        result = read_json(run / RESULT_FILE)
+        lines = [line for line in read_lines(run / METRICS_FILE) if line.get("kind") == "evaluation"]
         split = lines[0].get("split") if lines else None
         accuracy_curve = [
             (line["train_seconds"], line["accuracy"])

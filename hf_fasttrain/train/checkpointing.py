@@ -20,8 +20,9 @@ from hf_fasttrain.run_folder.checkpoint import (
     restore_replaced,
     save_checkpoint,
 )
+from hf_fasttrain.run_folder.file_names import PREDICTIONS_FILE
 from hf_fasttrain.run_folder.lock import acquire, release
-from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE, Predictions
+from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.environment import free_memory_bytes, one_thread

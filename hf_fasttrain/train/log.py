@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from hf_fasttrain.run_folder.finished import METRICS_FILE
+from hf_fasttrain.run_folder.file_names import METRICS_FILE
 from hf_fasttrain.utils.errors import without_secrets
 from hf_fasttrain.utils.files import append_line, read_lines, reason, try_to_write, write_atomically
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent

@@ -8,7 +8,7 @@ from pathlib import Path
 from hf_fasttrain.utils.errors import RunError
 
 PREFIX = "hf://"
-MODEL_FILES = ["*.json", "*.safetensors", "recipe.yaml"]  # no code, no pictures, no ONNX
+MODEL_FILES = ["*.json", "*.safetensors", "*.yaml"]  # no code, no pictures, no ONNX
 NESTED_FILES = ["*/*"]  # pushed runs have no folders
 _PART = r"[A-Za-z0-9][\w.-]*"
 

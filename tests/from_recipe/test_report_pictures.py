@@ -15,8 +15,9 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 
 from hf_fasttrain.from_recipe.trainer import build_trainer
+from hf_fasttrain.run_folder.file_names import PREDICTIONS_FILE
 from hf_fasttrain.run_folder.gallery import Gallery, Picture, thumbnail
-from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE, Collector, Predictions
+from hf_fasttrain.run_folder.predictions import Collector, Predictions
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.errors import RunError
 

@@ -15,7 +15,7 @@ from helpers.processes import reset_accelerate
 from helpers.runs import RECIPE, exit_status
 
 from hf_fasttrain.inference import model_folder
-from hf_fasttrain.models.saved import SPEC_FILE
+from hf_fasttrain.run_folder.file_names import SPEC_FILE
 from hf_fasttrain.run_folder.missing import describe_missing, is_pushed
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils import files

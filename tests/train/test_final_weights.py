@@ -19,7 +19,8 @@ from hf_fasttrain.export.export import export_run
 from hf_fasttrain.inference import evaluate_run, predict_images
 from hf_fasttrain.report.record import read_record
 from hf_fasttrain.report.sections import page_of_run
-from hf_fasttrain.run_folder.predictions import PREDICTIONS_FILE, Predictions
+from hf_fasttrain.run_folder.file_names import PREDICTIONS_FILE
+from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.errors import RunError
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hf_fasttrain.run_folder.file_names import BAD_IMAGES_FILE
 from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.files import append_line, read_lines, reason
-
-BAD_IMAGES_FILE = "bad_images.jsonl"
 
 
 @dataclass(frozen=True)
