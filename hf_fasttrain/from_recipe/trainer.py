@@ -29,7 +29,7 @@ from hf_fasttrain.hub.push import require_login
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
 from hf_fasttrain.models.model import head_names
 from hf_fasttrain.models.saved import save_description, save_model
-from hf_fasttrain.recipe.load import load_recipe, output_dir, recipe_text
+from hf_fasttrain.recipe.load import default_values, load_recipe, output_dir, recipe_text
 from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
 from hf_fasttrain.recipe.schema import HubSection, Recipe
 from hf_fasttrain.report.callback import Publish
@@ -145,6 +145,7 @@ def assemble(
         trainer.evaluation.test_loader = loaders.eval_loader(source.test, eval_batch)
     if trainer.checkpoints is not None:
         trainer.checkpoints.keep = recipe.checkpoint.keep
+        trainer.checkpoints.default_settings = default_values()
     if settings.launched:
         trainer.stop.signals.heed_launcher()
     if folder and (publish := _publish(parts, folder, log)):
@@ -302,13 +303,27 @@ def _schedule(parts: Parts, num_steps: int) -> Schedule:
     parts.settings.record("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
     if warmup.note:
         parts.settings.note(warmup.note)
+    milestones = [milestone.to_steps(steps_per_epoch) for milestone in section.milestones]
+    if section.name == "multistep" and max(milestones) >= num_steps:
+        parts.settings.note(
+            f"schedule.milestones: {section.milestones[milestones.index(max(milestones))]} is not before the end, "
+            f"{num_steps:,} steps: lr is not multiplied there"
+        )
+    if section.start_ratio is not None and not warmup.steps and section.name != "onecycle":
+        parts.settings.note("schedule.start_ratio has no effect without schedule.warmup")
     return build_schedule(
         section.name,
         num_steps=num_steps,
         warmup_steps=warmup.steps,
+        start_ratio=section.start_ratio,
         min_lr_ratio=section.min_lr_ratio,
         gamma=section.gamma,
         every_steps=section.every.to_steps(steps_per_epoch),
+        milestones=milestones,
+        power=section.power,
+        cycles=section.cycles,
+        div=section.div,
+        final_div=section.final_div,
     )
 
 

@@ -120,6 +120,10 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
     for key, value in every.items():
         if value.count == 0:
             yield key, "is 0; give at least 1 step"
+    if recipe.schedule.name == "multistep" and not recipe.schedule.milestones:
+        yield "schedule.milestones", "is empty; multistep needs them, such as [30 epochs, 60 epochs]"
+    if any(milestone.count == 0 for milestone in recipe.schedule.milestones):
+        yield "schedule.milestones", "contains 0; lower optimizer.lr instead"
 
 
 def _secrets(recipe: Recipe) -> Iterator[Mistake]:
@@ -173,9 +177,15 @@ def without_effect(recipe: Recipe) -> list[str]:
     """Return a note for each setting of the user that has no effect in this recipe."""
     schedule, crop = recipe.schedule.name, recipe.augment.crop
     used = {
-        "schedule.gamma": schedule in ("step", "exponential"),
+        "schedule.gamma": schedule in ("step", "exponential", "multistep"),
         "schedule.every": schedule in ("step", "exponential"),
-        "schedule.min_lr_ratio": schedule == "cosine",
+        "schedule.milestones": schedule == "multistep",
+        "schedule.min_lr_ratio": schedule in ("cosine", "linear", "polynomial"),
+        "schedule.power": schedule == "polynomial",
+        "schedule.cycles": schedule == "cosine",
+        "schedule.div": schedule == "onecycle",
+        "schedule.final_div": schedule == "onecycle",
+        "schedule.start_ratio": schedule != "onecycle",
         "augment.crop_padding": crop == "padded",
         "augment.crop_scale": crop == "random_resized",
         "augment.crop_ratio": crop == "random_resized",

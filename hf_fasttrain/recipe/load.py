@@ -214,6 +214,13 @@ def flatten(section: BaseModel, above: str = "") -> dict[str, Any]:
     return values
 
 
+def default_values() -> dict[str, Any]:
+    """Return {dotted key: value} of the `result` keys that have a default; a section that is off is null."""
+    required = {"model": {"name": "?"}, "data": {"dataset": "?"}, "train": {"duration": "1 step", "batch_size": 2}}
+    values, given = flatten(Recipe.model_validate(required)), set(_leaves(required))
+    return {key: value for key, value in values.items() if key not in given and tag_of(key) == "result"}
+
+
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Return a copy of the recipe with new values for some dotted keys; their recorded origins stay."""
     updates: dict[str, Any] = {}

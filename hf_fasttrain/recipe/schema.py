@@ -268,13 +268,26 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    name: Literal["cosine", "onecycle", "exponential", "step", "constant"] = result("cosine", "learning rate schedule")
+    name: Literal["cosine", "linear", "polynomial", "onecycle", "exponential", "step", "multistep", "constant"] = (
+        result("cosine", "learning rate schedule")
+    )
     warmup: WarmupField = result(
         "auto", "rise to lr: 5% of the training, 500 steps, 1 epoch or 0: none; auto: onecycle 30%, else none"
     )
-    min_lr_ratio: float = result(0.0, "cosine: last lr / lr", ge=0.0, lt=1.0)
-    gamma: float = result(0.1, "step, exponential: factor per `every`", gt=0.0, le=1.0)
+    start_ratio: float | None = result(
+        None,
+        "first lr of the warmup / lr; null: 1 / its steps, linear and polynomial: 0, as in transformers",
+        ge=0.0,
+        le=1.0,
+    )
+    min_lr_ratio: float = result(0.0, "cosine, linear, polynomial: last lr / lr", ge=0.0, lt=1.0)
+    gamma: float = result(0.1, "step, exponential: factor per `every`; multistep: at each milestone", gt=0.0, le=1.0)
     every: DurationField = result(Duration(30, "epochs"), "step, exponential: how often lr is multiplied by gamma")
+    milestones: list[DurationField] = result([], "multistep: when lr is multiplied by gamma: [30 epochs, 60 epochs]")
+    power: float = result(1.0, "polynomial: power of the share of the training that is left", gt=0.0)
+    cycles: int = result(1, "cosine: how often lr falls; it starts again in between (warm restarts)", ge=1)
+    div: float = result(25.0, "onecycle: lr / first lr", ge=1.0)
+    final_div: float = result(1e4, "onecycle: first lr / last lr", ge=1.0)
 
 
 class EmaSection(Section):

@@ -77,6 +77,7 @@ class Checkpoints:
     ) -> None:
         # Called by the writing thread for each complete checkpoint, before it may be pruned; must not raise.
         self.saved: Callable[[Path, int, bool], None] | None = None  # (path, step, whether it is the best)
+        self.default_settings: dict[str, Any] = {}  # what a checkpoint was made with that is older than a setting
         self.saved_at = -1  # step of the last checkpoint, written or being written
         self.announced = 0  # step of the newest checkpoint that was announced to callbacks
         self._written = 0  # step of the newest checkpoint that this process has written

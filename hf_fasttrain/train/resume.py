@@ -52,7 +52,10 @@ def continue_after_finish(trainer: Trainer) -> None:
 
 
 def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    require_same_settings(checkpoint.state["learnt"], trainer.resume_settings, checkpoint.path)
+    assert trainer.checkpoints is not None
+    current, defaults = trainer.resume_settings, trainer.checkpoints.default_settings
+    saved = {**{key: defaults[key] for key in current.keys() & defaults}, **checkpoint.state["learnt"]}
+    require_same_settings(saved, current, checkpoint.path)
     state = State(**checkpoint.state["state"])
     if state.step > trainer.num_steps:
         raise RunError(
@@ -66,7 +69,6 @@ def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if note:
         trainer.log.note(note)
     trainer.throughput.restore(state)
-    assert trainer.checkpoints is not None
     trainer.checkpoints.saved_at = trainer.checkpoints.announced = state.step
     _note_differences(trainer, checkpoint)
     if not trainer.is_finished:

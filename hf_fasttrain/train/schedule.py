@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,42 +20,71 @@ def constant(step: int) -> float:
 
 @dataclass(frozen=True)
 class Warmup:
-    """A linear rise over `warmup_steps`, then `after` (called with the step counted from the start)."""
+    """A linear rise over `warmup_steps`, then `after` (called with the step counted from the start).
+
+    It begins at `start_ratio` and reaches 1 at step `warmup_steps`, as timm's warm-up and torch's LinearLR. Without one
+    it begins at 1 / `warmup_steps` and reaches 1 a step earlier.
+    """
 
     warmup_steps: int
     after: Schedule
+    start_ratio: float | None = None
 
     def __call__(self, step: int) -> float:
-        if step < self.warmup_steps:
+        if step >= self.warmup_steps:
+            return self.after(step)
+        if self.start_ratio is None:
             return (step + 1) / self.warmup_steps
-        return self.after(step)
+        return self.start_ratio + (1 - self.start_ratio) * (step / self.warmup_steps)
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from 1 at `start_step` to `min_ratio` at the end (Loshchilov and Hutter, arXiv 1608.03983)."""
+    """Half a cosine from 1 at `start_step` to `min_ratio` at the end (Loshchilov and Hutter, arXiv 1608.03983).
+
+    With `cycles` above 1 it falls so often, each time equally long and from 1: warm restarts.
+    """
 
     num_steps: int
     start_step: int = 0
     min_ratio: float = 0.0
+    cycles: int = 1
 
     def __call__(self, step: int) -> float:
-        done = (step - self.start_step) / max(1, self.num_steps - self.start_step)
-        return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        after, length = step - self.start_step, max(1, self.num_steps - self.start_step)
+        # whole numbers up to the division: no rounding moves a restart
+        done = after * self.cycles % length / length if after < length else 1.0
+        return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """From 1 at `start_step` to `min_ratio` at the end, by the `power` of the share that is left; power 1: a line."""
+
+    num_steps: int
+    start_step: int = 0
+    min_ratio: float = 0.0
+    power: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        left = max(0, self.num_steps - step) / max(1, self.num_steps - self.start_step)
+        return self.min_ratio + (1 - self.min_ratio) * min(left, 1.0) ** self.power
 
 
 @dataclass(frozen=True)
 class OneCycle:
-    """Cosine rise from 1/25 to 1, cosine fall to 1/250,000: the lr of torch's OneCycleLR (arXiv 1708.07120).
+    """Cosine rise from 1 / `div` to 1, cosine fall to 1 / `div` / `final_div`: torch's OneCycleLR (arXiv 1708.07120).
 
     With `rise_steps` 0 it begins at 1.
     """
 
     num_steps: int
     rise_steps: int
+    div: float = 25.0
+    final_div: float = 1e4
 
     def __call__(self, step: int) -> float:
-        low, lowest = 1 / 25, 1 / 25 / 1e4
+        low, lowest = 1 / self.div, 1 / self.div / self.final_div
         peak = max(1, self.rise_steps) - 1  # torch's OneCycleLR has its peak one step before rise_steps
         if step < peak:
             return _cosine_between(low, 1.0, step / peak)
@@ -81,6 +111,17 @@ class Staircase:
 
     def __call__(self, step: int) -> float:
         return self.gamma ** (step // self.every_steps)
+
+
+@dataclass(frozen=True)
+class MultiStep:
+    """gamma to the power of how many `milestones` (steps, ascending) are reached: torch's MultiStepLR."""
+
+    gamma: float
+    milestones: Sequence[int]
+
+    def __call__(self, step: int) -> float:
+        return self.gamma ** bisect_right(self.milestones, step)
 
 
 def _cosine_between(start: float, end: float, share: float) -> float:
@@ -126,22 +167,34 @@ def build_schedule(
     *,
     num_steps: int,
     warmup_steps: int | None = None,
+    start_ratio: float | None = None,
     min_lr_ratio: float = 0.0,
     gamma: float = 0.1,
     every_steps: int = 1,
+    milestones: Sequence[int] = (),
+    power: float = 1.0,
+    cycles: int = 1,
+    div: float = 25.0,
+    final_div: float = 1e4,
 ) -> Schedule:
-    """Return the schedule of a name: cosine, onecycle, exponential, step or constant.
+    """Return the schedule of a name: cosine, linear, polynomial, onecycle, exponential, step, multistep or constant.
 
-    `warmup_steps`: 0 for none; None for the default of the schedule.
+    `warmup_steps`: 0 for none; None for the default of the schedule. `start_ratio`: where the warm-up begins, by
+    default 1 / warmup_steps, and 0 for linear and polynomial, as in transformers. `milestones`: steps, for multistep.
     """
     if warmup_steps is None:
         warmup_steps = default_warmup_steps(name, num_steps)
     if name == "onecycle":
-        return OneCycle(num_steps, warmup_steps)
+        return OneCycle(num_steps, warmup_steps, div, final_div)
     after: dict[str, Schedule] = {
-        "cosine": Cosine(num_steps, warmup_steps, min_lr_ratio),
+        "cosine": Cosine(num_steps, warmup_steps, min_lr_ratio, cycles),
+        "linear": Polynomial(num_steps, warmup_steps, min_lr_ratio),
+        "polynomial": Polynomial(num_steps, warmup_steps, min_lr_ratio, power),
         "exponential": Exponential(gamma, every_steps),
         "step": Staircase(gamma, every_steps),
+        "multistep": MultiStep(gamma, sorted(milestones)),
         "constant": constant,
     }
-    return Warmup(warmup_steps, after[name]) if warmup_steps else after[name]
+    if start_ratio is None and name in ("linear", "polynomial"):
+        start_ratio = 0.0
+    return Warmup(warmup_steps, after[name], start_ratio) if warmup_steps else after[name]

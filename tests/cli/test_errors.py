@@ -137,6 +137,9 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     ),
     "warmup of the whole training": (RECIPE, ["schedule.warmup=100%"], "schedule.warmup.*must be below 100%"),
     "warmup without a unit": (RECIPE, ["schedule.warmup=3"], "schedule.warmup.*must be auto, 0, a share .*'5%'"),
+    "no milestones": (RECIPE, ["schedule.name=multistep"], "schedule.milestones is empty; multistep needs them"),
+    "a milestone at 0": (RECIPE, ["schedule.milestones=[0 steps]"], "schedule.milestones contains 0"),
+    "a milestone without a unit": (RECIPE, ["schedule.milestones=[3]"], "schedule.milestones is .*a number and a unit"),
     "never evaluated": (RECIPE, ["evaluate.every=0 steps"], "evaluate.every is 0"),
     "watched but not measured": (
         RECIPE,

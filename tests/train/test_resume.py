@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.loading.loader import Step
-from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
+from hf_fasttrain.run_folder.checkpoint import Snapshot, complete_checkpoints, load_checkpoint, save_checkpoint
 from hf_fasttrain.utils.errors import ModelError, RunError
 
 import_everything()
@@ -119,6 +119,7 @@ def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
         "optimizer.lr=1",
         "ema={decay: 0.5}",
         "data.eval_fraction=0.1",
+        "schedule.start_ratio=0.5",
     ],
 )
 def test_what_decides_the_outcome_is_refused_with_both_values(
@@ -128,6 +129,20 @@ def test_what_decides_the_outcome_is_refused_with_both_values(
     key = changed.split("=")[0]
     with pytest.raises(RunError, match=rf"(?s)  {key}.*: .* in the run, .* now.*start a new run from these weig"):
         make(write_recipe(), tmp_path / "run", changed, resume=True)
+
+
+def test_a_run_from_before_a_key_was_added_had_its_default(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    make(write_recipe(), tmp_path / "run").fit()
+    (newest,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoint = load_checkpoint(newest)
+    settings = {k: v for k, v in checkpoint.state["learnt"].items() if k != "schedule.power"}
+    assert len(settings) == len(checkpoint.state["learnt"]) - 1
+    about = {**checkpoint.state, "learnt": settings}
+    save_checkpoint(newest.parent, Snapshot(2, about, checkpoint.weights, checkpoint.training))
+    longer = "train.duration=3 steps"
+    with pytest.raises(RunError, match=r"  schedule\.power: 1\.0 in the run, 2\.0 now"):
+        make(write_recipe(), tmp_path / "run", longer, "schedule.power=2", resume=True)
+    assert make(write_recipe(), tmp_path / "run", longer, resume=True).fit().resumed_at == [2]
 
 
 @pytest.mark.parametrize(
