@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.errors import DataError, RunError
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, K), targets -> mean over the B images, 0-d
+
+
+def logits_of(output: Any, remedy: str = "give Trainer predict=, a function (model, images) -> logits") -> Tensor:
+    """Return a model's logits (B, K): its output, or that output's `logits`, as an attribute or in a mapping.
+
+    Raises RunError, which ends with `remedy`, for anything else.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise RunError(f"the model gives {_described(output)}, where logits are needed, one tensor (B, K): {remedy}")
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {len(output)} ({', '.join(type(each).__name__ for each in output)})"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(repr, output))}"
+    return f"an output of type {type(output).__name__}"
 
 
 class ClassificationLoss(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from hf_fasttrain.train.batch_norm import average_batch_norm
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.evaluation import Evaluator
+from hf_fasttrain.train.loss import logits_of
 from hf_fasttrain.train.metrics import ExternalMetrics, Metrics, resolve_metrics
-from hf_fasttrain.utils.errors import RecipeError
+from hf_fasttrain.utils.errors import RecipeError, RunError
 
 CPU = torch.device("cpu")
 # What evaluate's own f1 module does, with the average fixed.
@@ -124,3 +127,17 @@ def averaged_norm() -> Tensor:
 def test_batch_norm_statistics_are_averaged_over_processes() -> None:
     for mean in run_processes(averaged_norm):
         assert mean.tolist() == [0.5, 0.5]
+
+
+def test_logits_are_found_in_a_models_output() -> None:
+    logits = torch.randn(2, 3)
+    for output in (logits, SimpleNamespace(logits=logits, loss=None), {"logits": logits}, OrderedDict(logits=logits)):
+        assert logits_of(output) is logits
+    for wrong, described in (
+        ((logits, logits), r"a tuple of 2 \(Tensor, Tensor\)"),
+        ({"out": logits, "aux": logits}, "a dict of 'out', 'aux'"),
+        (SimpleNamespace(logits=None), "an output of type SimpleNamespace"),
+        (None, "an output of type NoneType"),
+    ):
+        with pytest.raises(RunError, match=f"the model gives {described}, where logits are needed.*predict="):
+            logits_of(wrong)
