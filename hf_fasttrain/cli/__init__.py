@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.cli.app import app, with_command
@@ -20,13 +21,24 @@ def main(argv: list[str] | None = None) -> None:
     """
     limit_spinning()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    status: Any = 0
     try:
         with on_command_line(), _out_of_memory_as_error():
             app(with_command(arguments), prog_name="hf-fasttrain", standalone_mode=True)
+    except SystemExit as ended:
+        status = ended.code
     except UserError as error:
         if is_main() or not error.on_every_process:
             print(f"error: {without_secrets(str(error))}", file=sys.stderr)
-        sys.exit(error.status)
+        status = error.status
+    _leave_processes()  # here, since an exception's frames hold the trainer
+    sys.exit(status)
+
+
+def _leave_processes() -> None:
+    """Destroy the process group, if there is one."""
+    if (distributed := sys.modules.get("hf_fasttrain.train.distributed")) is not None:
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

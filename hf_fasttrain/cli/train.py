@@ -103,10 +103,13 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
 
 
 def _end_trackers(trainer: Trainer) -> None:
-    try:
-        trainer.accelerator.end_training()
-    except Exception as error:  # noqa: BLE001 - a tracker's error; the run itself is complete
-        trainer.log.say(f"note: a tracker could not be ended: {error}")
+    """End the trackers; the other processes wait for the main one, which has also written the report and uploaded."""
+    for tracker in trainer.accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # noqa: BLE001 - a tracker's error; the run itself is complete
+            trainer.log.say(f"note: a tracker could not be ended: {error}")
+    trainer.processes.wait_for_main()
 
 
 def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import gc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_fasttrain.utils.errors import UserError
+from hf_fasttrain.utils.signals import ignored_signals
 
 Value = TypeVar("Value")
 HOST_TIMEOUT = timedelta(hours=2)
@@ -60,6 +63,14 @@ class Processes:
         if self.is_distributed:
             dist.barrier(group=host_group())
 
+    def wait_for_main(self) -> None:
+        """Wait for all processes, at the end of a finished run; signals are left to the main process.
+
+        Where another process has gone already, there is nothing to wait for.
+        """
+        with ignored_signals() if not self.is_main else nullcontext(), suppress(RuntimeError):
+            self.wait()
+
     def _reduced(self, operation: Any, numbers: Sequence[int]) -> list[int]:
         if not self.is_distributed:
             return list(numbers)
@@ -97,6 +108,19 @@ class Processes:
             values = tensor.detach().contiguous()
             dist.broadcast(values, 0)
             tensor.copy_(values)
+
+
+def destroy_process_group() -> None:
+    """Destroy the process group and end its threads; call it last, when nothing refers to the trainer any more.
+
+    A thread of a gloo group that drops a tensor while the interpreter is shutting down aborts the process. The group's
+    destructor waits for its threads, but it runs only when nothing refers to the group, DistributedDataParallel
+    included.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a trainer is freed by the garbage collector only: its parts refer to each other
+        _host_groups.clear()
+        dist.destroy_process_group()
 
 
 def on_main(work: Callable[[], Value]) -> Value:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -30,6 +30,15 @@ def interruptible() -> Iterator[None]:
     """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, unless it is ignored."""
     ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     with nullcontext() if ignored else signal_handler(signal.SIGTERM, signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Ignore the signals that stop a process within the block."""
+    with ExitStack() as handlers:
+        for number in SIGNALS:
+            handlers.enter_context(signal_handler(number, signal.SIG_IGN))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -62,6 +63,7 @@ def _fork(function: Callable[..., Any], args: Any, rank: int, world: int, port: 
     child = os.fork()
     if child:
         return child
+    gc.freeze()  # collecting what was inherited would copy all of it
     join_processes(rank, world, port)
     try:
         reset_accelerate()
