@@ -12,7 +12,7 @@ from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan, process_share
-from hf_fasttrain.data.pixels.augment import EvalTransform, Growth, TrainTransform
+from hf_fasttrain.data.pixels.augment import EvalTransform, Growth, NormalFill, TrainTransform
 from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.operations import Operations
@@ -67,12 +67,17 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
     augment = recipe.augment
     mean = tuple(round(255 * value) for value in pre.mean)
     fills: dict[str, Any] = {"black": (0, 0, 0), "mean": mean, "noise": None}
+    fills |= {fill: NormalFill(pre.mean, pre.std, per_pixel=fill == "pixel") for fill in ("pixel", "color")}
     growth = None
     if augment.progressive:
         until = -(-augment.progressive.until.to_steps(steps_per_epoch) // steps_per_epoch)
         growth = Growth(augment.progressive.start_size, max(1, until), augment.progressive.multiple)
     policies = (augment.randaugment, augment.augmix, augment.color_jitter)
     randaugment, augmix, color_jitter = (policy.model_dump() if policy else None for policy in policies)
+    auto: dict[str, Any] | None = None
+    if augment.auto:
+        auto = {"policy": augment.auto, "image_size": pre.image_size}
+        auto |= {"mean": pre.mean, "interpolation": pre.interpolation}
     return TrainTransform(
         image_size=pre.image_size,
         seed=recipe.seed,
@@ -82,19 +87,28 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
         crop_ratio=augment.crop_ratio,
         crop_padding=augment.crop_padding,
         flip=augment.flip,
+        vflip=augment.vflip,
         erase_prob=augment.erase,
         erase_fill=fills[augment.erase_fill],
-        operations=Operations(randaugment, augment.trivialaugment, augmix, augment.three_augment, color_jitter),
+        operations=Operations(auto, randaugment, augment.trivialaugment, augmix, augment.three_augment, color_jitter),
         growth=growth,
     )
 
 
-def train_mixing(recipe: Recipe, num_classes: int) -> Mixing | None:
+def train_mixing(recipe: Recipe, num_classes: int, steps_per_epoch: int) -> Mixing | None:
     """Return mixup and cutmix of a recipe, None if both are off."""
     augment = recipe.augment
     if not augment.mixup and not augment.cutmix:
         return None
-    return Mixing(augment.mixup, augment.cutmix, num_classes, recipe.seed)
+    return Mixing(
+        augment.mixup,
+        augment.cutmix,
+        num_classes,
+        recipe.seed,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        until=augment.mixup_until.to_steps(steps_per_epoch) if augment.mixup_until else None,
+    )
 
 
 class Loaders:
@@ -128,7 +142,7 @@ class Loaders:
         augment = self.recipe.augment
         transform = train_transform(self.recipe, self.pre, sampling_plan.steps_per_epoch)
         preparation = train_preparation(self.recipe, self.pre)
-        noisy = bool(augment.erase) and transform.erase_fill is None
+        noisy = bool(augment.erase) and not isinstance(transform.erase_fill, tuple)
         batchable = augment.crop != "random_resized" and not transform.operations and not noisy
         if self.recipe.data.cache == "device" and not batchable:
             raise DataError(
@@ -138,7 +152,7 @@ class Loaders:
         passes = num_steps / sampling_plan.steps_per_epoch
         plan = self.planner.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
         prefetcher = self._prefetcher(split, preparation, plan, transform)
-        mixing = train_mixing(self.recipe, num_classes)
+        mixing = train_mixing(self.recipe, num_classes, sampling_plan.steps_per_epoch)
         return TrainLoader(prefetcher, sampling_plan, self.normalize, mixing, transform.size_at)
 
     def eval_loader(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:

@@ -83,7 +83,7 @@ class ReportPictures:
             ImageBatches(images, transform), cpu, workers=0, pin_memory=False, report=lambda *_: None
         )
         normalize = Normalize(self.pre.mean, self.pre.std, cpu, channels_last=False)
-        mixing = train_mixing(self.recipe, len(self.source.class_names))
+        mixing = train_mixing(self.recipe, len(self.source.class_names), sampling_plan.steps_per_epoch)
         return TrainLoader(prefetcher, sampling_plan, normalize, mixing, transform.size_at)
 
     def _pixels(self, images: Tensor) -> np.ndarray:

@@ -119,4 +119,4 @@ def tuning_key(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str
     model |= {"image_size": recipe.data.image_size, "batch_size": recipe.train.batch_size}
     shaping = ("dataset", "config", "train_split", "short_side", "stored_quality", "reduced_decode", "decoder")
     data = {key: getattr(recipe.data, key) for key in shaping}
-    return machine, versions, model, {**data, "augment": recipe.augment.model_dump(mode="json")}
+    return machine, versions, model, {**data, "augment": recipe.augment.model_dump(mode="json", exclude_defaults=True)}

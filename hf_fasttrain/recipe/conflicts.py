@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from hf_fasttrain.recipe.schema import Recipe
@@ -59,15 +60,16 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
             "device needs augment.crop=padded or center: only these give the same pixels on a device; "
             "use memory, or another crop",
         )
-    if data.cache == "device" and recipe.augment.erase > 0 and recipe.augment.erase_fill == "noise":
-        yield "augment.erase_fill", "noise is not available on the device; use black or mean, or data.cache=memory"
+    fill = recipe.augment.erase_fill
+    if data.cache == "device" and recipe.augment.erase > 0 and fill not in ("black", "mean"):
+        yield "augment.erase_fill", f"{fill} is not available on the device; use black or mean, or data.cache=memory"
     if data.std != "auto" and any(value <= 0 for value in data.std):
         yield "data.std", "must be above 0"
 
 
 def _augment(recipe: Recipe) -> Iterator[Mistake]:
     augment = recipe.augment
-    policies = {"randaugment": augment.randaugment, "trivialaugment": augment.trivialaugment, "augmix": augment.augmix}
+    policies = {name: getattr(augment, name) for name in ("auto", "randaugment", "trivialaugment", "augmix")}
     first, *others = [*(name for name, value in policies.items() if value), ""]
     for name in others[:-1]:
         yield f"augment.{name}", f"and augment.{first} exclude each other; leave one of them out"
@@ -173,9 +175,18 @@ def _pushed_more_rarely(recipe: Recipe) -> Iterator[str]:
         yield f"hub.every={pushed}: only checkpoints are pushed, and they are saved only every {saved}"
 
 
+def _capped_magnitude(recipe: Recipe) -> Iterator[str]:
+    """Yield a note if timm caps the magnitude of a policy at 10, as it does unless told another maximum."""
+    policy = (recipe.augment.auto or "").split("-")
+    magnitude = max((int(part[1:]) for part in policy if re.match(r"m\d", part)), default=0)
+    if policy[0] == "rand" and magnitude > 10 and not any(part.startswith("mmax") for part in policy):
+        yield f"augment.auto: timm caps m{magnitude} at 10; -mmax{magnitude} in it raises the cap"
+
+
 def without_effect(recipe: Recipe) -> list[str]:
     """Return a note for each setting of the user that has no effect in this recipe."""
     schedule, crop = recipe.schedule.name, recipe.augment.crop
+    mixup, cutmix = recipe.augment.mixup > 0, recipe.augment.cutmix > 0
     used = {
         "schedule.gamma": schedule in ("step", "exponential", "multistep"),
         "schedule.every": schedule in ("step", "exponential"),
@@ -190,6 +201,9 @@ def without_effect(recipe: Recipe) -> list[str]:
         "augment.crop_scale": crop == "random_resized",
         "augment.crop_ratio": crop == "random_resized",
         "augment.erase_fill": recipe.augment.erase > 0,
+        "augment.mixup_prob": mixup or cutmix,
+        "augment.mixup_until": mixup or cutmix,
+        "augment.mixup_switch_prob": mixup and cutmix,
         "model.head": bool(recipe.model.pretrained),
         "data.cache_dir": recipe.data.cache in ("disk", "auto"),
         "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
@@ -200,7 +214,9 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
     partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
-    return [*_pushed_more_rarely(recipe)] + [
+    partners |= dict.fromkeys(("augment.mixup_prob", "augment.mixup_until"), "augment.mixup=0 and augment.cutmix=0")
+    partners["augment.mixup_switch_prob"] = "augment.mixup=0 or augment.cutmix=0"
+    return [*_pushed_more_rarely(recipe), *_capped_magnitude(recipe)] + [
         f"{key} has no effect with {partners.get(key) or rivals[key.split('.')[0]]}"
         for key, is_used in used.items()
         if not is_used and key in origins

@@ -10,81 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PrivateAttr,
-    WithJsonSchema,
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from hf_fasttrain.recipe.fields import (
+    Auto,
+    ClockField,
+    DurationField,
+    IntervalField,
+    PolicyField,
+    Probability,
+    WarmupField,
+    output,
+    result,
+    speed,
 )
-
-from hf_fasttrain.utils.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, PERCENT_PATTERN, Duration
-
-DurationField = Annotated[
-    Duration,
-    BeforeValidator(Duration.parse),
-    PlainSerializer(str),
-    WithJsonSchema({"type": "string", "pattern": PATTERN, "examples": ["90 epochs", "5000 steps"]}),
-]
-IntervalField = Annotated[
-    Duration,
-    BeforeValidator(lambda text: Duration.parse(text, minutes=True)),
-    PlainSerializer(str),
-    WithJsonSchema({"type": "string", "pattern": CLOCK_PATTERN, "examples": ["1 epoch", "500 steps", "10 minutes"]}),
-]
-ClockField = Annotated[
-    Duration,
-    BeforeValidator(lambda text: Duration.parse_minutes(text)),
-    PlainSerializer(str),
-    WithJsonSchema({"type": "string", "pattern": MINUTES_PATTERN, "examples": ["10 minutes"]}),
-]
-Auto = Literal["auto"]
-
-
-def _parse_warmup(text: object) -> object:
-    try:
-        return text if text == "auto" else Duration.parse_part(text)
-    except ValueError as error:
-        raise ValueError(str(error).replace("must be 0,", "must be auto, 0,")) from None
-
-
-WarmupField = Annotated[
-    Literal["auto"] | Duration,
-    BeforeValidator(_parse_warmup),
-    PlainSerializer(lambda value: "0" if isinstance(value, Duration) and not value.count else str(value)),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"const": "auto"},
-                {"const": 0},
-                {"type": "string", "pattern": f"{PATTERN}|{PERCENT_PATTERN}|^0$"},
-            ],
-            "examples": ["auto", "5%", "1 epoch", "500 steps", 0],
-        }
-    ),
-]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def result(default: Any, description: str, **limits: Any) -> Any:
-    """Return a field that changes what is learned."""
-    return _field("result", default, description, limits)
-
-
-def speed(default: Any, description: str, **limits: Any) -> Any:
-    """Return a field that changes only speed and memory; results are the same up to rounding."""
-    return _field("speed", default, description, limits)
-
-
-def output(default: Any, description: str, **limits: Any) -> Any:
-    """Return a field that changes only what is measured, written and shown."""
-    return _field("output", default, description, limits)
-
-
-def _field(tag: str, default: Any, description: str, limits: dict[str, Any]) -> Any:
-    return Field(default, description=description, json_schema_extra={"tag": tag}, **limits)
+from hf_fasttrain.utils.duration import Duration
 
 
 class Section(BaseModel):
@@ -196,7 +136,9 @@ class AugmentSection(Section):
     crop_scale: list[float] = result([0.08, 1.0], "random_resized: share of the image's area, least and most")
     crop_ratio: list[float] = result([0.75, 1.3333333333333333], "random_resized: width / height, least and most")
     crop_padding: int = result(4, "padded: black pixels at each side", ge=0)
-    flip: bool = result(True, "mirror left-right half of the time")
+    flip: bool | Probability = result(True, "mirror left-right: true: half of the time; or with this probability")
+    vflip: Probability = result(0.0, "probability that an image is mirrored top-bottom")
+    auto: PolicyField | None = result(None, "a policy of timm (--aa), by timm's parser: rand-m9-mstd0.5-inc1")
     randaugment: RandAugment | None = result(None, "{num_ops: 2, magnitude: 9}")
     trivialaugment: bool = result(False, "one random operation of random strength for each image")
     augmix: AugMix | None = result(None, "chains of operations mixed with the image: {severity: 3}")
@@ -206,10 +148,17 @@ class AugmentSection(Section):
     progressive: Progressive | None = result(None, "image size by epoch: {start_size: 128, until: 10 epochs}")
     mixup: float = result(0.0, "alpha of mixup's Beta distribution; 0: off", ge=0.0)
     cutmix: float = result(0.0, "alpha of cutmix's Beta distribution; 0: off", ge=0.0)
+    mixup_prob: Probability = result(1.0, "probability that a step's images are mixed, by mixup or cutmix")
+    mixup_switch_prob: Probability = result(0.5, "with both mixup and cutmix: probability of cutmix")
+    mixup_until: DurationField | None = result(
+        None, "when mixup and cutmix end (timm's --mixup-off-epoch), such as '80 epochs'; null: never"
+    )
     label_smoothing: float = result(0.0, "share of each target spread over all classes", ge=0.0, lt=1.0)
     erase: Probability = result(0.0, "probability that a random box of an image is erased")
-    erase_fill: Literal["black", "mean", "noise"] = result(
-        "black", "what erased boxes are filled with; mean: data.mean"
+    erase_fill: Literal["black", "mean", "noise", "pixel", "color"] = result(
+        "black",
+        "what erased boxes are filled with; mean: data.mean; noise: uniform; pixel: normal noise of data.mean and "
+        "data.std, color: one such colour for a box (timm's --remode pixel and rand)",
     )
 
 

@@ -34,6 +34,16 @@ OTHER_NAMES = {
     "report_to": "log.trackers",
     "img_size": "data.image_size",
     "num_classes": "data.label_column",
+    "aa": "augment.auto",
+    "auto_augment": "augment.auto",
+    "hflip": "augment.flip",
+    "reprob": "augment.erase",
+    "remode": "augment.erase_fill",
+    "smoothing": "augment.label_smoothing",
+    "mixup_off_epoch": "augment.mixup_until",
+    "sched": "schedule.name",
+    "warmup_lr": "schedule.start_ratio",
+    "decay_milestones": "schedule.milestones",
 }
 NULLABLE = {"ema", "early_stopping", "hub", "output_dir"}
 # Replace required values that are missing or wrong, so that conflicts elsewhere are still found.

@@ -257,6 +257,10 @@ def _verify(path: Path, *, only: str | None = None) -> list[str]:
     return list(listed)
 
 
+def _is_same(a: Any, b: Any) -> bool:
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # augment.flip: true is half of the time, not 1
+
+
 def require_same_settings(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
     """Raise RunError if a setting that changes what is learned differs from the checkpoint's."""
     if saved.get("schedule.warmup") in ("0 epochs", "0 steps"):  # written by older versions for the schedule's default
@@ -264,7 +268,7 @@ def require_same_settings(saved: dict[str, Any], current: dict[str, Any], path: 
     if "model.head" in current:
         saved = {"model.head": "auto", **saved}  # older runs have none
     keys = [key for key in sorted(saved.keys() | current.keys()) if key.split(".")[0] not in MAY_CHANGE]
-    changed = [key for key in keys if saved.get(key) != current.get(key)]
+    changed = [key for key in keys if not _is_same(saved.get(key), current.get(key))]
     if changed:
         listed = "\n".join(f"  {key}: {saved.get(key)!r} in the run, {current.get(key)!r} now" for key in changed)
         raise RunError(

@@ -81,6 +81,23 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["augment.trivialaugment=true", "augment.randaugment={}"],
         "trivialaugment and augment.randaugment exclude",
     ),
+    "a policy and another": (
+        RECIPE,
+        ["augment.auto=v0", "augment.randaugment={}"],
+        "augment.randaugment and augment.auto exclude each other",
+    ),
+    "no policy": (
+        RECIPE,
+        ["augment.auto=rand-x3"],
+        "augment.auto is 'rand-x3'; must be a policy of timm, such as rand",
+    ),
+    "device and normal noise": (
+        RECIPE,
+        ["data.cache=device", "augment.crop=padded", "augment.erase=0.5", "augment.erase_fill=pixel"],
+        "augment.erase_fill pixel is not available on the device",
+    ),
+    "flip above 1": (RECIPE, ["augment.flip=1.5"], "augment.flip is 1.5; must be .*less than or equal to 1"),
+    "timm's name": (RECIPE + "\naa: v0", [], "aa is not a key .*Did you mean 'augment.auto'"),
     "augmix and another": (
         RECIPE,
         ["augment.augmix={}", "augment.trivialaugment=true"],

@@ -120,6 +120,8 @@ def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
         "ema={decay: 0.5}",
         "data.eval_fraction=0.1",
         "schedule.start_ratio=0.5",
+        "augment.flip=1",
+        "augment.auto=rand-m9",
     ],
 )
 def test_what_decides_the_outcome_is_refused_with_both_values(

@@ -72,6 +72,8 @@ def augment_on_device(
     shifts, mirrored = to_device(transform.shifts(key)), to_device(transform.flips(key))
     across = torch.where(mirrored[:, None], grid.flip(0), grid) + shifts[:, :1]  # (B, S): column of the source
     down = grid + shifts[:, 1:]
+    if transform.vflip:
+        down = torch.where(to_device(transform.vflips(key))[:, None], grid.flip(0), grid) + shifts[:, 1:]
     inside = ((across >= 0) & (across < size))[:, None, :] & ((down >= 0) & (down < size))[:, :, None]
     source = (rows[:, None, None] * size + down.clamp(0, size - 1)[:, :, None]) * size
     source = source + across.clamp(0, size - 1)[:, None, :]
@@ -102,18 +104,26 @@ class Mixing:
     """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899), drawn once for a step from (seed, step).
 
     Partners are positions 2i and 2i+1 of the step, which are always in the same micro-batch; an odd last image stays
-    unmixed. If both alphas are above 0, each step picks one of the two at random.
+    unmixed. If both alphas are above 0, each step picks cutmix with `switch_prob`. A step is mixed at all with `prob`,
+    and before step `until` only.
     """
 
     mixup: float
     cutmix: float
     num_classes: int
     seed: int = 0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    until: int | None = None  # None: in every step
 
-    def draw(self, step: int, image_size: int) -> Mix:
-        """Return the mix of a step with square images, drawn on the CPU."""
+    def draw(self, step: int, image_size: int) -> Mix | None:
+        """Return the mix of a step with square images, drawn on the CPU; None if it is not mixed."""
+        if self.until is not None and step >= self.until:
+            return None
         rng = keyed_rng(self.seed, MIX_STREAM, step)
-        cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
+        if self.prob < 1 and rng.random() >= self.prob:
+            return None
+        cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < self.switch_prob)
         alpha = self.cutmix if cut else self.mixup
         lam = float(rng.beta(alpha, alpha))
         if not cut:
@@ -128,6 +138,8 @@ class Mixing:
         """Return mixed `images` (B, 3, H, W) and soft `targets` (B, K), of `labels` (B,) or multi-hot (B, K)."""
         mix = self.draw(step, images.shape[-1])
         targets = F.one_hot(labels, self.num_classes).to(torch.float32) if labels.ndim == 1 else labels
+        if mix is None:
+            return images, targets
         partner = torch.arange(len(images), device=images.device).bitwise_xor_(1).clamp_(max=len(images) - 1)
         targets = mix.lam * targets + (1 - mix.lam) * targets[partner]
         if mix.box is None:

@@ -30,7 +30,7 @@ class DevicePrefetcher(Prefetcher):
         super().__init__(ImageBatches(images.images), device, **options)
         self.transform, self.size = transform, size
         self.fill: Tensor | None = None  # colour of random erasing
-        if transform is not None and transform.erase_fill is not None:
+        if transform is not None and isinstance(transform.erase_fill, tuple):
             self.fill = torch.tensor(transform.erase_fill, dtype=torch.uint8, device=device)
         self.rows = range(len(split)) if rows is None else rows
         self.is_loaded = np.ones(len(split), bool)  # (N,); rows that are never read count as loaded

@@ -16,6 +16,7 @@ from hf_fasttrain.data.loading.sampler import (
     FLIP_STREAM,
     NOISE_STREAM,
     OPERATION_STREAM,
+    VFLIP_STREAM,
     MicroBatchKey,
     keyed_rng,
     keyed_uniforms,
@@ -76,6 +77,25 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class NormalFill:
+    """Normal noise in erased boxes, of a mean and std (of 0-1 pixels): one colour per pixel, or one per box.
+
+    Those of data.mean and data.std are timm's modes pixel and rand, which draw after the normalisation; here the noise
+    is rounded and cut to 0 and 255, as pixels are.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    per_pixel: bool = True
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+        """Return pixels (height, width, 3) uint8, or (1, 1, 3) for one colour."""
+        noise = rng.standard_normal((height, width, 3) if self.per_pixel else (1, 1, 3), np.float32)
+        levels = 255 * (noise * np.array(self.std, np.float32) + np.array(self.mean, np.float32))
+        return levels.round().clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
 class TrainTransform:
     """Random crop, operations, flip and erasing; the same pixels for the same (seed, epoch, index, repeat).
 
@@ -90,9 +110,10 @@ class TrainTransform:
     crop_scale: Sequence[float] = (0.08, 1.0)
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
     crop_padding: int = 4
-    flip: bool = True
+    flip: bool | float = True  # the probability; True: one half
+    vflip: float = 0.0
     erase_prob: float = 0.0
-    erase_fill: tuple[int, int, int] | None = (0, 0, 0)  # None: noise
+    erase_fill: tuple[int, int, int] | NormalFill | None = (0, 0, 0)  # None: uniform noise
     operations: Operations = field(default_factory=Operations)
     growth: Growth | None = None
 
@@ -120,6 +141,9 @@ class TrainTransform:
         mirrored = np.flatnonzero(self.flips(key))
         if len(mirrored):  # by torch: numpy takes ten times as long to flip pixels of three bytes
             out[mirrored] = torch.from_numpy(out[mirrored]).flip(2).numpy()
+        upside_down = np.flatnonzero(self.vflips(key))
+        if len(upside_down):
+            out[upside_down] = out[upside_down, ::-1]
         for row, box in self.erased(key, out.shape[1]):
             left, top, right, bottom = box
             out[row, top:bottom, left:right] = self._fill(key, row, box)
@@ -142,10 +166,17 @@ class TrainTransform:
         return (draws * (2 * self.crop_padding + 1)).astype(np.int64) - self.crop_padding
 
     def flips(self, key: MicroBatchKey) -> np.ndarray:
-        """Return which images are mirrored, (B,) bool."""
-        if not self.flip:
+        """Return which images are mirrored left-right, (B,) bool."""
+        return self._chosen(FLIP_STREAM, key, 0.5 if self.flip is True else float(self.flip))
+
+    def vflips(self, key: MicroBatchKey) -> np.ndarray:
+        """Return which images are mirrored top-bottom, (B,) bool."""
+        return self._chosen(VFLIP_STREAM, key, self.vflip)
+
+    def _chosen(self, stream: int, key: MicroBatchKey, probability: float) -> np.ndarray:
+        if not probability:
             return np.zeros(len(key.indices), bool)
-        return self._draw(FLIP_STREAM, key, 1)[:, 0] < 0.5
+        return self._draw(stream, key, 1)[:, 0] < probability
 
     def erased(self, key: MicroBatchKey, size: int) -> list[tuple[int, Box]]:
         """Return (row, box) of the images with an erased box, 2 to 33 % of the area (arXiv 1708.04896)."""
@@ -179,11 +210,14 @@ class TrainTransform:
         ]
 
     def _fill(self, key: MicroBatchKey, row: int, box: Box) -> np.ndarray:
-        if self.erase_fill is not None:
+        if isinstance(self.erase_fill, tuple):
             return np.array(self.erase_fill, np.uint8)
         repeat = int(np.broadcast_to(key.repeats, key.indices.shape)[row])
         rng = keyed_rng(self.seed, NOISE_STREAM, key.epoch, int(key.indices[row]), repeat)
-        return rng.integers(0, 256, (box[3] - box[1], box[2] - box[0], 3), dtype=np.uint8)
+        height, width = box[3] - box[1], box[2] - box[0]
+        if self.erase_fill is not None:
+            return self.erase_fill.draw(rng, height, width)
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def random_box(size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], draws: np.ndarray) -> Box:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from hf_fasttrain.data.pixels.decode import Pixels
+from hf_fasttrain.data.pixels.resize import FILTERS
+from hf_fasttrain.utils.errors import RecipeError
 
 Operation = Callable[[Any], Any]  # PIL image -> PIL image
 
@@ -22,9 +26,10 @@ class Operations:
     `randaugment` {num_ops, magnitude} (arXiv 1909.13719), `trivialaugment` (arXiv 2103.10158) and `augmix`
     {severity, mixture_width, chain_depth, alpha} (arXiv 1912.02781) are torchvision's. `three_augment` (DeiT III,
     arXiv 2204.07118) is one of greyscale, solarise and blur. `color_jitter` {brightness, contrast, saturation, hue}
-    is torchvision's, in random order.
+    is torchvision's, in random order. `auto` {policy, image_size, mean, interpolation} is timm's: see `timm_policy`.
     """
 
+    auto: dict[str, Any] | None = None
     randaugment: dict[str, int] | None = None
     trivialaugment: bool = False
     augmix: dict[str, Any] | None = None
@@ -36,11 +41,11 @@ class Operations:
         object.__setattr__(self, "_steps", tuple(self._build()))
 
     def _build(self) -> list[Operation]:
+        steps: list[Operation] = [timm_policy(**self.auto)] if self.auto else []
         if not (self.randaugment or self.trivialaugment or self.augmix or self.color_jitter or self.three_augment):
-            return []
+            return steps
         from torchvision.transforms import v2  # slow to import
 
-        steps: list[Operation] = []
         if self.randaugment:
             steps.append(v2.RandAugment(**self.randaugment))
         if self.trivialaugment:
@@ -57,16 +62,64 @@ class Operations:
         return bool(self._steps)
 
     def __call__(self, pixels: Pixels, seed: int) -> Pixels:
-        """Return the pixels (H, W, 3) after the operations that `seed` draws; torch's generator is restored."""
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        """Return the pixels (H, W, 3) after the operations that `seed` draws; no generator's state is changed."""
+        with _seeded_torch(seed), seeded_globals(seed) if self.auto else _NOTHING:
             image: Any = Image.fromarray(pixels)
             for step in self._steps:
                 image = step(image)
-        finally:
-            torch.default_generator.set_state(state)
         return np.asarray(image)
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _seeded_torch(seed: int) -> Iterator[None]:
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed the generators of Python's `random` and of numpy, from which timm draws, and restore them afterwards."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def timm_policy(policy: str, image_size: int, mean: Sequence[float], interpolation: str) -> Operation:
+    """Return timm's augmentation of a policy such as rand-m9-mstd0.5-inc1, made as timm's own transforms make it.
+
+    `mean` (of 0-1 pixels) is the colour beside a shifted or rotated image. Raises RecipeError for a policy that timm
+    does not accept.
+    """
+    from timm.data import auto_augment
+
+    color = tuple(min(255, round(255 * value)) for value in mean)
+    options: dict[str, Any] = {"translate_const": int(image_size * 0.45), "img_mean": color}
+    if interpolation in ("nearest", "bilinear", "bicubic"):  # Pillow can't rotate by others: timm's default then
+        options["interpolation"] = FILTERS[interpolation]
+    make: Callable[..., Operation] = auto_augment.auto_augment_transform
+    if policy.startswith("rand"):
+        make = auto_augment.rand_augment_transform
+    elif policy.startswith("augmix"):
+        make, options["translate_pct"] = auto_augment.augment_and_mix_transform, 0.3
+    try:
+        with seeded_globals(0):
+            made = make(policy, options)
+            made(Image.new("RGB", (8, 8)))  # more operations than there are, say, fail only when they are drawn
+    except (AssertionError, ValueError, TypeError) as error:
+        raise RecipeError(f"augment.auto={policy}: timm does not accept it: {error}") from None
+    return made
 
 
 def three_augment(image: Image.Image) -> Image.Image:

@@ -121,6 +121,22 @@ def test_mixing_pairs_neighbours_and_targets_say_how_much(mixup: float, cutmix: 
     assert mixing.draw(3, 16) != mixing.draw(4, 16)
 
 
+def test_steps_are_mixed_with_their_probability_until_a_step() -> None:
+    always = Mixing(0.8, 1.0, 5, seed=3)
+    assert [always.draw(step, 16) for step in range(50)] == [
+        Mixing(0.8, 1.0, 5, seed=3, until=50).draw(step, 16) for step in range(50)
+    ]
+    draws = [Mixing(0.8, 1.0, 5, prob=0.7, switch_prob=0.2, until=2000).draw(step, 16) for step in range(2500)]
+    mixed = [mix for mix in draws if mix is not None]
+    assert draws[2000:] == [None] * 500
+    assert len(mixed) / 2000 == pytest.approx(0.7, abs=0.04)
+    assert sum(mix.box is not None for mix in mixed) / len(mixed) == pytest.approx(0.2, abs=0.04)
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([3, 1, 0, 2])
+    same, targets = Mixing(0.8, 1.0, 5, until=1)(images, labels, step=1)
+    assert torch.equal(same, images)
+    assert torch.equal(targets, torch.nn.functional.one_hot(labels, 5).float())
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_evaluation_sees_each_image_once(digits: Source, num_processes: int) -> None:
     labels = []
@@ -235,12 +251,17 @@ data: {dataset: FOLDER, image_size: 48, short_side: 18, stored_quality: 90}
 augment:
   three_augment: true
   color_jitter: {brightness: 0.3, contrast: 0.3, saturation: 0.3, hue: 0.1}
-  augmix: {severity: 2}
+  auto: rand-m9-mstd0.5-inc1
+  flip: 0.3
+  vflip: 0.5
   erase: 0.3
-  erase_fill: noise
+  erase_fill: pixel
   repeats: 3
   mixup: 0.2
   cutmix: 1.0
+  mixup_prob: 0.8
+  mixup_switch_prob: 0.3
+  mixup_until: 7 steps
   progressive: {start_size: 32, until: 2 epochs, multiple: 8}
 train: {duration: 8 steps, batch_size: 8}
 evaluate: {every: 8 steps}

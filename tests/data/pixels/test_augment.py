@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import ks_2samp
 
 from hf_fasttrain.data.loading.batch import augment_on_device
 from hf_fasttrain.data.loading.sampler import CROP_STREAM, MicroBatchKey, keyed_uniforms
-from hf_fasttrain.data.pixels.augment import BOX_TRIES, Growth, TrainTransform, random_box
+from hf_fasttrain.data.pixels.augment import BOX_TRIES, Growth, NormalFill, TrainTransform, random_box
 from hf_fasttrain.data.pixels.operations import Operations
+from hf_fasttrain.utils.errors import RecipeError
 
 MASK = 2**64 - 1
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
@@ -110,7 +113,18 @@ def test_padded_crop_and_flip_are_the_plain_thing() -> None:
         left, top = shifts[row] + 3
         plain = padded[row, top : top + 16, left : left + 16]
         assert np.array_equal(image, plain[:, ::-1] if flips[row] else plain)
+    upside_down = TrainTransform(16, crop="padded", crop_padding=3, vflip=0.5)
+    chosen = upside_down.vflips(key)
+    assert 0 < chosen.sum() < 12
+    for row, image in enumerate(written(upside_down, key)):
+        plain = written(transform, key)[row]
+        assert np.array_equal(image, plain[::-1] if chosen[row] else plain)
     many = MicroBatchKey(0, np.arange(4000))
+    for probability in (0.1, 0.9):
+        some = TrainTransform(16, flip=probability, vflip=probability)
+        assert abs(some.flips(many).mean() - probability) < 0.03
+        assert abs(some.vflips(many).mean() - probability) < 0.03
+        assert abs((some.flips(many) & some.vflips(many)).mean() - probability**2) < 0.03  # independent
     assert set(np.unique(transform.shifts(many))) == set(range(-3, 4))
     assert abs(transform.flips(many).mean() - 0.5) < 0.03
 
@@ -119,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": {"crop": "padded"},
     "wide padding, no flip": {"crop": "padded", "crop_padding": 9, "flip": False},
     "no crop": {"crop": "none"},
+    "flipped both ways": {"crop": "padded", "flip": 0.8, "vflip": 0.6},
     "erased": {"crop": "padded", "erase_prob": 0.7, "erase_fill": (1, 2, 3)},
 }
 
@@ -160,6 +175,60 @@ def test_operations_follow_their_seed_and_leave_torch_generator_alone(name: str)
     assert torch.equal(state, torch.get_rng_state())
     assert operations
     assert not Operations()
+
+
+POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m6-n3-p0.7-tweights", "original-mstd0.5", "v0r", "3a", "augmix-m5-w4-d2"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_of_timm_gives_timms_pixels_and_leaves_all_generators_alone(policy: str) -> None:
+    from timm.data.transforms_factory import transforms_imagenet_train
+
+    mean = (0.485, 0.456, 0.406)
+    (timms,) = transforms_imagenet_train(
+        16, auto_augment=policy, color_jitter=None, interpolation="bicubic", mean=mean, separate=True
+    )[1].transforms
+    auto = {"policy": policy, "image_size": 16, "mean": mean, "interpolation": "bicubic"}
+    operations = Operations(auto=auto)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    found = [operations(IMAGES[0], seed) for seed in range(2**33, 2**33 + 20)]
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    for seed, pixels in zip(range(20), found, strict=True):
+        random.seed(2**33 + seed)
+        np.random.seed(seed)
+        assert np.array_equal(pixels, np.asarray(timms(Image.fromarray(IMAGES[0]))))
+    random.setstate(before[0])
+    assert len({pixels.tobytes() for pixels in found}) > 2
+
+
+def test_a_policy_that_timm_can_not_draw_is_refused_before_training() -> None:
+    with pytest.raises(RecipeError, match=r"augment\.auto=rand-n99-tweights: timm does not accept it: Cannot take"):
+        Operations(auto={"policy": "rand-n99-tweights", "image_size": 16, "mean": (0, 0, 0), "interpolation": "box"})
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand"])
+def test_normal_noise_is_that_of_timm_within_the_range_of_pixels(mode: str) -> None:
+    from timm.data.random_erasing import RandomErasing
+
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
+    torch.manual_seed(0)
+    random.seed(0)
+    timms = RandomErasing(1.0, mode=mode, device="cpu")(torch.full((400, 3, 16, 16), torch.nan))
+    theirs = [image[:, ~image[0].isnan()].T for image in timms]  # (N, 3) of each box
+    fill = NormalFill(mean, std, per_pixel=mode == "pixel")
+    transform = TrainTransform(16, crop="none", flip=False, erase_prob=1.0, erase_fill=fill)
+    ours = []
+    for epoch in range(34):
+        key = MicroBatchKey(epoch, np.arange(12))
+        batch = written(transform, key)
+        for row, (left, top, right, bottom) in transform.erased(key, 16):
+            ours.append(batch[row, top:bottom, left:right].reshape(-1, 3))
+    if mode == "rand":
+        assert all((box == box[0]).all() for box in ours)
+        ours, theirs = [box[:1] for box in ours], [box[:1] for box in theirs]
+    levels = (255 * (torch.cat(theirs) * torch.tensor(std) + torch.tensor(mean))).round().clamp(0, 255)
+    for channel in range(3):
+        assert ks_2samp(np.concatenate(ours)[:, channel], levels[:, channel]).pvalue > 1e-3
 
 
 def test_erasing_fills_a_box_of_two_to_a_third_of_the_area() -> None:
