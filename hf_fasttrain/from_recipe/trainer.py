@@ -332,8 +332,14 @@ def _loss(parts: Parts) -> ClassificationLoss:
     multi_label = parts.source.multi_label
     counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(parts.source.class_names))
     weights = resolve_class_weights(recipe.train.class_weights, counts)
+    bce = recipe.train.bce
     loss = ClassificationLoss(
-        multi_label=multi_label, label_smoothing=recipe.augment.label_smoothing, class_weights=weights
+        multi_label=multi_label,
+        label_smoothing=recipe.augment.label_smoothing,
+        class_weights=weights,
+        binary=bce is not None,
+        target_threshold=bce.target_threshold if bce else None,
+        sum_classes=bce is not None and bce.sum,
     )
     return loss.to(parts.accelerator.device)
 

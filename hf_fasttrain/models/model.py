@@ -278,15 +278,18 @@ def use_gradient_checkpointing(model: nn.Module) -> None:
         ) from None
 
 
-def require_logits(model: nn.Module, spec: ModelSpec) -> None:
-    """Raise ModelError unless the model maps an image of the spec's size to one logit for each class."""
+def require_logits(model: nn.Module, spec: ModelSpec, key: str = "data.image_size") -> None:
+    """Raise ModelError unless the model maps an image of the spec's size to one logit for each class.
+
+    `key` is the setting that the size comes from.
+    """
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         raise ModelError(
             f"model {spec.name} can't take {spec.image_size} px colour images with model.args={spec.args}: "
-            f"{str(error).splitlines()[0]}; change data.image_size or model.args"
+            f"{str(error).splitlines()[0]}; change {key} or model.args"
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (1, spec.num_classes):
         returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

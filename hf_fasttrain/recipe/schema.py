@@ -162,6 +162,13 @@ class AugmentSection(Section):
     )
 
 
+class BinaryCrossEntropy(Section):
+    target_threshold: Probability | None = result(
+        None, "targets above it count as 1, others as 0, after mixup, cutmix and label smoothing; null: as they are"
+    )
+    sum: bool = result(False, "sum over the classes instead of their mean")
+
+
 class TrainSection(Section):
     duration: DurationField = result(..., "'90 epochs' or '5000 steps'")
     batch_size: int = result(..., "images per optimizer step, all processes together", ge=1)
@@ -169,6 +176,10 @@ class TrainSection(Section):
     class_weights: Literal["balanced"] | list[float] | None = result(
         None,
         "weight of each class in the loss, scaled to mean 1 over the training set; balanced: 1 / frequency",
+    )
+    bce: BinaryCrossEntropy | None = result(
+        None,
+        "binary cross-entropy over the classes (timm's --bce-loss), which several labels always have: {sum: false}",
     )
 
 

@@ -37,8 +37,9 @@ def _described(output: Any) -> str:
 
 
 class ClassificationLoss(nn.Module):
-    """Mean over the images of cross-entropy, or of binary cross-entropy averaged over classes (multi-label).
+    """Mean over the images of cross-entropy, or of binary cross-entropy averaged over classes (multi-label, `binary`).
 
+    Binary cross-entropy may be summed over the classes, and its targets set to 1 above `target_threshold`, else to 0.
     `targets` are (B,) int64 labels or (B, K) probabilities. Class weights (K,) multiply, and the sum is divided by
     the number of images, not by the weights' sum: only so is the loss of a step the mean of its micro-batches'.
     """
@@ -46,19 +47,39 @@ class ClassificationLoss(nn.Module):
     class_weights: Tensor | None
 
     def __init__(
-        self, *, multi_label: bool = False, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+        self,
+        *,
+        multi_label: bool = False,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        binary: bool = False,
+        target_threshold: float | None = None,
+        sum_classes: bool = False,
     ) -> None:
         super().__init__()
-        self.multi_label, self.label_smoothing = multi_label, label_smoothing
+        self.multi_label, self.label_smoothing, self.binary = multi_label, label_smoothing, binary or multi_label
+        self.target_threshold, self.sum_classes = target_threshold, sum_classes
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = self.class_weights
-        if self.multi_label:
-            targets = targets.to(logits.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        if self.binary:
+            targets = self._binary_targets(logits, targets)
+            if self.sum_classes:
+                total = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="sum")
+                return total / len(logits)
             return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
         total = F.cross_entropy(logits, targets, weight=weights, label_smoothing=self.label_smoothing, reduction="sum")
         return total / len(logits)
+
+    def _binary_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return targets (B, K) of the logits' type, smoothed and set to 0 and 1 as the settings say."""
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, logits.shape[1])
+        floor = self.label_smoothing / (2 if self.multi_label else logits.shape[1])
+        exact = logits.dtype if self.target_threshold is None else torch.float32  # bf16 could round past the threshold
+        targets = targets.to(exact) * (1 - self.label_smoothing) + floor
+        return targets if self.target_threshold is None else (targets > self.target_threshold).to(logits.dtype)
 
 
 LARGE_FIRST_LOSS = 3.0  # times that of uniform logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +184,27 @@ def test_weighted_loss_divides_by_images_not_by_weights() -> None:
     loss = ClassificationLoss(class_weights=weights)
     plain = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights[labels]).mean()
     torch.testing.assert_close(loss(logits, labels), plain)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("sum_classes", [False, True])
+def test_binary_cross_entropy_is_timms(threshold: float | None, sum_classes: bool) -> None:
+    from timm.data.mixup import mixup_target
+    from timm.loss import BinaryCrossEntropy
+
+    torch.manual_seed(0)
+    logits, labels, weights = torch.randn(6, 3), torch.tensor([0, 1, 1, 2, 0, 0]), torch.tensor([0.2, 3.0, 1.0])
+    options: dict[str, Any] = {"target_threshold": threshold, "sum_classes": sum_classes}
+    timms = BinaryCrossEntropy(smoothing=0.1, pos_weight=weights, **options)
+    ours = ClassificationLoss(label_smoothing=0.1, class_weights=weights, binary=True, **options)
+    torch.testing.assert_close(ours(logits, labels), timms(logits, labels))
+    mixed = torch.nn.functional.one_hot(labels, 3).float()
+    mixed = 0.3 * mixed + 0.7 * mixed.flip(0)
+    torch.testing.assert_close(ours(logits, mixed), timms(logits, mixup_target(labels, 3, 0.3, 0.1)))
+    several = (torch.rand(6, 3) < 0.5).float()
+    ours = ClassificationLoss(label_smoothing=0.1, multi_label=True, **options)
+    timms = BinaryCrossEntropy(smoothing=0.0, **options)
+    torch.testing.assert_close(ours(logits, several), timms(logits, 0.9 * several + 0.05))
 
 
 def test_splits_columns_and_classes(image_folder: Path, tmp_path: Path) -> None:

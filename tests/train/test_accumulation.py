@@ -24,7 +24,7 @@ from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.errors import RunError
 
 NUM_CLASSES, SIZE, BATCH, NUM_IMAGES = 5, 8, 37, 37 * 3 + 11  # the last step of an epoch is short
-CASES = ("hard", "mixed", "multi_label", "weighted")
+CASES = ("hard", "mixed", "multi_label", "weighted", "bce")
 
 
 class Images:
@@ -57,6 +57,8 @@ class NormalizeAs(Normalize):
 
 def make_loss(case: str) -> ClassificationLoss:
     weights = torch.tensor([0.5, 2.0, 1.0, 0.8, 1.3]) if case == "weighted" else None
+    if case == "bce":
+        return ClassificationLoss(label_smoothing=0.1, binary=True, target_threshold=0.3, sum_classes=True)
     return ClassificationLoss(
         multi_label=case == "multi_label", label_smoothing=0.0 if case == "multi_label" else 0.1, class_weights=weights
     )
@@ -87,7 +89,7 @@ def train(
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    mixing = Mixing(0.8, 1.0, NUM_CLASSES) if case == "mixed" else None
+    mixing = Mixing(0.8, 1.0, NUM_CLASSES) if case in ("mixed", "bce") else None
     prefetcher = Prefetcher(Images(num_images, case), accelerator.device, workers=0, pin_memory=False)
     model = make_model(dtype)
     losses: list[float] = []
@@ -123,11 +125,14 @@ def reference(case: str, *, num_steps: int = 5) -> tuple[dict[str, Tensor], list
         (key,) = order.plan(step).micro_batches
         x, y, _ = images.make(key)
         x = normalize(x)
-        if case == "mixed":
+        if case in ("mixed", "bce"):
             x, y = mixing(x, y, step)
         logits = model(x)
         if case == "multi_label":
             per_image = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1)
+        elif case == "bce":
+            hard = (y * 0.9 + 0.1 / NUM_CLASSES > 0.3).float()
+            per_image = F.binary_cross_entropy_with_logits(logits, hard, reduction="none").sum(1)
         else:
             targets = F.one_hot(y, NUM_CLASSES).float() if y.ndim == 1 else y
             targets = targets * 0.9 + 0.1 / NUM_CLASSES
