@@ -107,7 +107,8 @@ class CachePlanner:
             if mode == "none":
                 return CachePlan("none", reason=reason, need=need)
         if mode == "device":
-            return self._in_device(rows * self.recipe.data.image_size**2 * 3)
+            assert preparation.center is not None
+            return self._in_device(rows * preparation.center.image_size**2 * 3)
         budget = min(room[mode], int(1.1 * need) + (1 << 20))  # the rest is for other splits
         self._taken[mode] += budget
         return CachePlan(mode, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[mode])} to spare", need)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,9 +50,9 @@ def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
     """Return the deterministic preparation of training images, done once before augmentation."""
     data, center = recipe.data, None
     if recipe.augment.crop == "padded":
-        center = EvalTransform(pre.image_size, pre.interpolation, 1.0)
+        center = EvalTransform(data.size_in_training, pre.interpolation, 1.0)
     elif recipe.augment.crop == "center":
-        center = eval_transform(pre)
+        center = replace(eval_transform(pre), image_size=data.size_in_training)
     return Preparation(
         data.short_side,
         pre.interpolation,
@@ -64,7 +65,7 @@ def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
 
 def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) -> TrainTransform:
     """Return the augmentation of training images, different in every epoch."""
-    augment = recipe.augment
+    augment, size = recipe.augment, recipe.data.size_in_training
     mean = tuple(round(255 * value) for value in pre.mean)
     fills: dict[str, Any] = {"black": (0, 0, 0), "mean": mean, "noise": None}
     fills |= {fill: NormalFill(pre.mean, pre.std, per_pixel=fill == "pixel") for fill in ("pixel", "color")}
@@ -76,10 +77,10 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
     randaugment, augmix, color_jitter = (policy.model_dump() if policy else None for policy in policies)
     auto: dict[str, Any] | None = None
     if augment.auto:
-        auto = {"policy": augment.auto, "image_size": pre.image_size}
+        auto = {"policy": augment.auto, "image_size": size}
         auto |= {"mean": pre.mean, "interpolation": pre.interpolation}
     return TrainTransform(
-        image_size=pre.image_size,
+        image_size=size,
         seed=recipe.seed,
         interpolation=pre.interpolation,
         crop="none" if augment.crop == "center" else augment.crop,
@@ -179,5 +180,6 @@ class Loaders:
         images = ImageBatches(Images(split, preparation, cache), transform)
         options: dict[str, Any] = {"workers": self.workers, "pin_memory": self.pinned, "report": self.bad_images.report}
         if plan.mode == "device":
-            return DevicePrefetcher(images, self.device, self.pre.image_size, rows=rows, **options)
+            size = self.pre.image_size if transform is None else transform.image_size
+            return DevicePrefetcher(images, self.device, size, rows=rows, **options)
         return Prefetcher(images, self.device, **options)

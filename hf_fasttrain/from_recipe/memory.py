@@ -59,7 +59,7 @@ def resolve_micro_batch(
         return MicroBatch(_decide(settings, whole, share, largest=share))
     forecast = forecast_memory(recipe, num_classes, model, accelerator, settings)
     free = free_memory_bytes() // local_processes()
-    fits = max(2, 2 * (min(forecast.largest(free // 2), images_that_fill_cpu(recipe.data.image_size)) // 2))
+    fits = max(2, 2 * (min(forecast.largest(free // 2), images_that_fill_cpu(recipe.data.size_in_training)) // 2))
     largest = min(Processes(accelerator).gather([fits]))  # all processes split steps alike
     enough = f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
     limit = f"64 x (224 / image size)^2 images fill a CPU, and {enough}"
@@ -102,7 +102,7 @@ def forecast_memory(
     recipe: Recipe, num_classes: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
 ) -> Forecast:
     """Return a forecast of the memory of a training process: of its GPU if it uses one, else of the host."""
-    device, size, optimizer = accelerator.device, recipe.data.image_size, recipe.optimizer
+    device, size, optimizer = accelerator.device, recipe.data.size_in_training, recipe.optimizer
     activations = measure_activations(
         model,
         size,

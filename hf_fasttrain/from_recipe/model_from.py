@@ -35,8 +35,11 @@ def model_from(
     torch.manual_seed(recipe.seed)
     model = build_model(spec, recipe.model.pretrained, head=recipe.model.head, note=settings.weight_notes.append)
     require_logits(model, spec)
+    if recipe.data.train_size:
+        require_logits(model, replace(spec, image_size=recipe.data.train_size), key="data.train_size")
     if recipe.augment.progressive:
-        require_logits(model, replace(spec, image_size=recipe.augment.progressive.start_size))
+        start_size = recipe.augment.progressive.start_size
+        require_logits(model, replace(spec, image_size=start_size), key="augment.progressive.start_size")
     spec = replace(spec, preprocessing=_preprocessing(model, spec, settings))
     return _prepare(model, recipe, device), spec
 

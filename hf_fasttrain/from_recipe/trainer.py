@@ -241,11 +241,10 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
 def _bytes_of_slots(parts: Parts) -> int:
     """Return the shared memory of the loaders' batches on the host that the forecast does not include."""
     workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
-    sizes = [_planned_eval_batch(parts)]
+    batches = [(_planned_eval_batch(parts), parts.spec.image_size)]
     if parts.forecast is None:
-        sizes.append(parts.sampling_plan.micro_batch_size)
-    batches = sum(num_slots(workers, images) * images for images in sizes) if workers else 0
-    return batches * 3 * parts.spec.image_size**2
+        batches.append((parts.sampling_plan.micro_batch_size, parts.recipe.data.size_in_training))
+    return sum(num_slots(workers, images) * images * 3 * size**2 for images, size in batches) if workers else 0
 
 
 def build_train_loader(parts: Parts) -> TrainLoader:

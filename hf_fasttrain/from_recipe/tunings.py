@@ -116,7 +116,7 @@ def tuning_key(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str
     machine = {key: value for key, value in machine_here().items() if key != "processes"}
     versions = {name: version for name, version in describe_versions().items() if name in VERSIONS}
     model = recipe.model.model_dump(mode="json", exclude={"pretrained", "drop_path", "trust_remote_code"})
-    model |= {"image_size": recipe.data.image_size, "batch_size": recipe.train.batch_size}
+    model |= {"image_size": recipe.data.size_in_training, "batch_size": recipe.train.batch_size}
     shaping = ("dataset", "config", "train_split", "short_side", "stored_quality", "reduced_decode", "decoder")
     data = {key: getattr(recipe.data, key) for key in shaping}
     return machine, versions, model, {**data, "augment": recipe.augment.model_dump(mode="json", exclude_defaults=True)}

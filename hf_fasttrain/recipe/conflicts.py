@@ -76,8 +76,9 @@ def _augment(recipe: Recipe) -> Iterator[Mistake]:
     progressive = augment.progressive
     if progressive and augment.crop != "random_resized":
         yield "augment.progressive", f"needs augment.crop=random_resized; it is {augment.crop}"
-    if progressive and progressive.start_size >= recipe.data.image_size:
-        yield "augment.progressive.start_size", f"is not below data.image_size={recipe.data.image_size}"
+    if progressive and progressive.start_size >= recipe.data.size_in_training:
+        full = "train_size" if recipe.data.train_size else "image_size"
+        yield "augment.progressive.start_size", f"is not below data.{full}={recipe.data.size_in_training}"
     if augment.repeats > recipe.train.batch_size:
         yield "augment.repeats", f"is {augment.repeats}, but train.batch_size is only {recipe.train.batch_size}"
     for key, least in (("crop_scale", 0.0), ("crop_ratio", 0.0)):

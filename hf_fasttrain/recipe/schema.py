@@ -65,6 +65,9 @@ class DataSection(Section):
         None, "whether an image may have several classes; null: if labels are lists, and not all with exactly one class"
     )
     image_size: int = result(224, "height and width in pixels; the model's input too", ge=8, le=4096)
+    train_size: int | None = result(
+        None, "height and width in training, in pixels; null: image_size, which evaluations always have", ge=8, le=4096
+    )
     mean: Auto | list[float] = result("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
     std: Auto | list[float] = result("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
     interpolation: Auto | Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] = result(
@@ -103,6 +106,11 @@ class DataSection(Section):
     workers: Auto | Annotated[int, Field(ge=0)] = speed("auto", "loader processes for each training process")
     pin_memory: Auto | bool = speed("auto", "page-locked buffers for copies to a GPU; auto: if there is a GPU")
 
+    @property
+    def size_in_training(self) -> int:
+        """Height and width of training images, in pixels."""
+        return self.train_size or self.image_size
+
 
 class RandAugment(Section):
     num_ops: int = result(2, "operations for each image", ge=1)
@@ -125,7 +133,7 @@ class ColorJitter(Section):
 
 class Progressive(Section):
     start_size: int = result(..., "image size in the first epoch, in pixels", ge=8)
-    until: DurationField = result(..., "when data.image_size is reached, such as '10 epochs'")
+    until: DurationField = result(..., "when the full size is reached, such as '10 epochs'")
     multiple: int = result(32, "sizes in between are multiples of this", ge=1)
 
 

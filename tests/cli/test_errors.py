@@ -113,6 +113,11 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["augment.progressive={start_size: 32, until: 1 step}"],
         "augment.progressive.start_size is not below data.image_size=32",
     ),
+    "progressive from the full size of training": (
+        RECIPE,
+        ["data.train_size=24", "augment.progressive={start_size: 24, until: 1 step}"],
+        "augment.progressive.start_size is not below data.train_size=24",
+    ),
     "more repeats than images": (
         RECIPE,
         ["augment.repeats=17"],
@@ -262,6 +267,10 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "output_dir holds a run": (["output_dir=TMP/held"], "holds a run already .recipe.yaml.; add --resume"),
     "test split trained on": (["data.test_split=train"], "data.test_split: 'train' is trained or evaluated on already"),
     "evaluation split trained on": (["data.eval_split=train"], "data.eval_split: 'train' is trained on already"),
+    "model of one size": (
+        ["model.name=test_vit", "model.args={dynamic_img_size: false}", "data.train_size=48"],
+        "can't take 48 px .*; change data.train_size or model.args",
+    ),
     "model that takes no colour": (["model.args={in_chans: 1}"], "can't take 32 px colour images"),
     "model without logits": (["model.args={features_only: true}"], "instead of .1, 10. logits"),
     "wrong layer name": (["model.args={act_layer: nope}"], "does not take .*nope"),

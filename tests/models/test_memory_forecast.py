@@ -236,6 +236,13 @@ def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_wit
     assert parts.settings.all()["memory_forecast_bytes"].value == parts.forecast.peak(64)  # type: ignore[union-attr]
 
 
+def test_training_takes_the_memory_of_its_own_image_size(parts_with: Callable[..., Parts]) -> None:
+    both = [parts_with(1000 * GB, "data.image_size=64", "data.train_size=32"), parts_with(1000 * GB)]
+    for name in ("activations", "batch_per_image"):
+        smaller, plain = (getattr(parts.forecast, name) for parts in both)
+        assert smaller == plain
+
+
 def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "images_that_fill_cpu", lambda size: 66)
     parts = parts_with(1000 * GB, "model.name=test_vit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,6 +120,34 @@ def test_mixing_pairs_neighbours_and_targets_say_how_much(mixup: float, cutmix: 
             assert mixed[i].mean().item() == pytest.approx(share * i + (1 - share) * (i ^ 1), abs=1e-5)
     assert mixing.draw(3, 16) == mixing.draw(3, 16)
     assert mixing.draw(3, 16) != mixing.draw(4, 16)
+
+
+@pytest.mark.parametrize(
+    ("crop", "cache", "sizes"),
+    [("random_resized", "memory", [16, 24]), ("padded", "device", [24, 24]), ("center", "device", [24, 24])],
+)
+def test_training_and_evaluation_may_have_different_sizes(
+    crop: str, cache: str, sizes: list[int], image_folder: Path, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    recipe = write_recipe(
+        f"model: {{name: test_resnet}}\ndata: {{dataset: {image_folder}, image_size: 32, train_size: 24, workers: 0}}\n"
+        f"augment: {{crop: {crop}, vflip: 0.5}}\ntrain: {{duration: 5 steps, batch_size: 8}}\nlog: {{report: false}}\n"
+    )
+    if crop == "random_resized":
+        recipe.write_text(recipe.read_text().replace("vflip", "progressive: {start_size: 16, until: 1 epoch}, vflip"))
+    weights = []
+    for kept in ("none", cache):
+        trainer = Trainer.from_recipe(recipe, [f"data.cache={kept}", f"output_dir={tmp_path / kept}"])
+        if kept == "none":
+            shapes = [step.image_shape for step in trainer.train_loader.steps(0, 6)]
+            assert shapes == [(3, size, size) for size in sizes for _ in range(3)]
+            assert next(iter(trainer.evaluation.eval_loader))[0].shape[1:] == (3, 32, 32)
+        trainer.fit()
+        weights.append(torch.cat([p.flatten() for p in trainer.raw_model.parameters()]))
+    assert torch.equal(*weights)
+    assert (
+        json.loads((tmp_path / "none" / "model" / "config.json").read_text())["pretrained_cfg"]["input_size"][1] == 32
+    )
 
 
 def test_steps_are_mixed_with_their_probability_until_a_step() -> None:
