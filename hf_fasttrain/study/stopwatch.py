@@ -89,7 +89,7 @@ def watch_compute(trainer: Trainer, watch: Stopwatch) -> None:
 
 def watch_loader(prefetcher: Prefetcher, watch: Stopwatch) -> None:
     """Time the stages of a prefetcher's workers."""
-    prefetcher.images = _TimedBatches(prefetcher.images, watch.table)
+    prefetcher.wrap_images(lambda images: _TimedBatches(images, watch.table))
 
 
 class _Row:

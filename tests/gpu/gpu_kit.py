@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers.processes import reset_accelerate
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,13 +46,6 @@ def forget_settings() -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def reset_accelerate() -> None:
-    """Forget accelerate's state of this process; its precision is one for all."""
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
 
 
 def make(run: Path, *overrides: str, resume: bool = False, kind: type[Trainer] = Trainer) -> Trainer:

@@ -6,12 +6,8 @@ Nothing here may touch CUDA before it forks. Without GPUs all of them meet over 
 from __future__ import annotations
 
 import os
-import pickle
 import signal
-import socket
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from gpu_kit import distance, flat, make, nothing_waits, own_trainer, reset_accelerate, weights_of, wide_batches
+from gpu_kit import distance, flat, make, nothing_waits, own_trainer, weights_of, wide_batches
+from helpers.processes import end_child, free_port, results_of_children
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
@@ -37,9 +34,7 @@ def in_processes(
 ) -> list[Any]:
     """Return what `work(*args)` gives in each of `number` processes, on a GPU of their own or, over `gloo`, on one."""
     assert not torch.cuda.is_initialized()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(number):
@@ -49,10 +44,7 @@ def in_processes(
             children.append(child)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert statuses == [0] * number, f"processes ended with {statuses}"
-        outcomes = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(number)]
-    for ok, value in outcomes:
-        assert ok, f"{value.strip().splitlines()[-1]}\n{value}"
-    return [value for _, value in outcomes]
+        return results_of_children(Path(folder), number)
 
 
 def _be_rank(
@@ -65,16 +57,13 @@ def _be_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    try:
-        reset_accelerate()
+
+    def join_and_work() -> Any:
         if one_gpu:
             dist.init_process_group("gloo")
-        outcome: tuple[bool, Any] = (True, work(*args))
-    except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
-        outcome = (False, traceback.format_exc())
-    (folder / str(rank)).write_bytes(pickle.dumps(outcome))
-    sys.stdout.flush()
-    os._exit(0)
+        return work(*args)
+
+    end_child(join_and_work, folder / str(rank))
 
 
 def fit(run: Path, *overrides: str, steps: int = 4) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ import timm
 import timm.optim  # raises the compiler's limit
 import torch
 import torch._dynamo
-from gpu_kit import distance, flat, make, own_trainer, reset_accelerate
+from gpu_kit import distance, flat, make, own_trainer
+from helpers.processes import reset_accelerate
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

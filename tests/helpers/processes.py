@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -35,10 +35,27 @@ def run_processes(function: Callable[..., Any], *args: Any, num_processes: int =
         children = [_fork(function, args, rank, num_processes, port, Path(folder)) for rank in range(num_processes)]
         for child in children:
             os.waitpid(child, 0)
-        results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(num_processes)]
-    for ok, value in results:
-        assert ok, value
-    return [value for _, value in results]
+        return results_of_children(Path(folder), num_processes)
+
+
+def results_of_children(folder: Path, number: int) -> list[Any]:
+    """Return what the children that ended in `end_child` have returned; a child's exception is an AssertionError."""
+    outcomes = [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(number)]
+    for ok, value in outcomes:
+        assert ok, f"{value.strip().splitlines()[-1]}\n{value}"
+    return [value for _, value in outcomes]
+
+
+def end_child(work: Callable[[], Any], file: Path) -> NoReturn:
+    """Write what `work()` returns or raises to a file, and end this forked process."""
+    try:
+        reset_accelerate()
+        outcome: tuple[bool, Any] = (True, work())
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
+        outcome = (False, traceback.format_exc())
+    file.write_bytes(pickle.dumps(outcome))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def in_child(function: Callable[[], Any]) -> Any:
@@ -65,11 +82,4 @@ def _fork(function: Callable[..., Any], args: Any, rank: int, world: int, port: 
         return child
     gc.freeze()  # collecting what was inherited would copy all of it
     join_processes(rank, world, port)
-    try:
-        reset_accelerate()
-        outcome: tuple[bool, Any] = (True, function(*args))
-    except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
-        outcome = (False, traceback.format_exc())
-    (folder / str(rank)).write_bytes(pickle.dumps(outcome))
-    sys.stdout.flush()
-    os._exit(0)
+    end_child(lambda: function(*args), folder / str(rank))
