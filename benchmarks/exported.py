@@ -1,4 +1,4 @@
-"""Exported models opened by timm, transformers and onnxruntime, against this package on the same photos.
+"""ExportResult models opened by timm, transformers and onnxruntime, against this package on the same photos.
 
     python benchmarks/exported.py DIR [--run RUN]... [--model NAME]... [--photos 50] [--size 224] [--steps 30]
 
@@ -33,7 +33,7 @@ from PIL import Image
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.pixels.decode import read_pixels
 from hf_fasttrain.data.source.image_files import is_image_file
-from hf_fasttrain.export.export import export_run, prepared
+from hf_fasttrain.export.export import export_run, preprocess
 from hf_fasttrain.export.snippets import ONNX
 from hf_fasttrain.inference import predict_images
 from hf_fasttrain.models.model import head_names
@@ -96,7 +96,7 @@ def own(folder: Path, photos: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     assert spec.preprocessing is not None
     with torch.inference_mode():
         logits = torch.cat(
-            [model(prepared([Image.fromarray(read_pixels(photo))], spec.preprocessing)) for photo in photos]
+            [model(preprocess([Image.fromarray(read_pixels(photo))], spec.preprocessing)) for photo in photos]
         )
     scores = []
     for row in predict_images(folder, photos, top=spec.num_classes):

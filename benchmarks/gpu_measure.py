@@ -89,7 +89,7 @@ def warm(bench: Bench, setting: Setting, build: Callable[[Bench, Setting], MakeS
     seen.warmup_seconds = time.perf_counter() - began
     bench.forget_most()
     seen.step_seconds = run_steps(bench, step, bench.log_every) / bench.log_every
-    most = bench.most_bytes()
+    most = bench.max_bytes()
     seen.peak_memory_bytes = None if most is None else most - before
     return step, seen
 

@@ -61,12 +61,12 @@ class Bench:
         """Return the device memory that tensors have now; 0 without a GPU."""
         return torch.cuda.memory_allocated() if self.cuda else 0
 
-    def most_bytes(self) -> int | None:
+    def max_bytes(self) -> int | None:
         """Return the most device memory that tensors have had since `forget_most`, None without a GPU."""
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
     def forget_most(self) -> None:
-        """Let `most_bytes` begin anew."""
+        """Let `max_bytes` begin anew."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
 
@@ -243,7 +243,7 @@ class TimedBatches:
         bench.forget_most()  # only now: trying out kernels needs more than training does
         fit.step_seconds = yield from self._timed(bench.log_every)
         fit.step_seconds /= bench.log_every
-        most = bench.most_bytes()
+        most = bench.max_bytes()
         fit.peak_memory_bytes = None if most is None else most - self.used_before
         for window in range(self.windows):
             self.others(window, "before")

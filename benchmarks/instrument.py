@@ -18,7 +18,7 @@ import sys
 from hf_fasttrain import load_recipe
 from hf_fasttrain.study.arm_process import Starter
 from hf_fasttrain.study.bench import Arm, Bench, measure
-from hf_fasttrain.study.messages import Turn, resolve_arm
+from hf_fasttrain.study.messages import Turn, to_arm_request
 from hf_fasttrain.study.techniques import hardware
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     asked = parser.parse_args()
     recipe = load_recipe(asked.recipe, asked.overrides)
     arms = [Arm(f"arm {number + 1}") for number in range(asked.arms)]
-    with Starter(resolve_arm(recipe), on_gpu=hardware().gpu) as start, Bench(start) as bench:
+    with Starter(to_arm_request(recipe), on_gpu=hardware().gpu) as start, Bench(start) as bench:
         turn = Turn(min_steps=3, seconds=asked.seconds)
         found = measure(arms, bench, rounds=asked.rounds, turn=turn, tell=lambda text: print(text, file=sys.stderr))
     for measurement in found:

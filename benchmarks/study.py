@@ -35,7 +35,7 @@ from hf_fasttrain.study.bench import Arm, Bench, Measurement, collect
 from hf_fasttrain.study.doctor import doctor
 from hf_fasttrain.study.doctor_diagnosis import split_step
 from hf_fasttrain.study.intervals import estimate
-from hf_fasttrain.study.messages import ArmOptions, Turn, resolve_arm
+from hf_fasttrain.study.messages import ArmOptions, Turn, to_arm_request
 from hf_fasttrain.study.techniques import hardware
 from hf_fasttrain.study.tune import TuneResult, parse_budget, tune
 from hf_fasttrain.study.tune_guard import IMAGES, compare, loss_curve
@@ -103,7 +103,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
     base = found.tried[0].config
     configs = grid_of(found, compiled=compiled)
     began = time.perf_counter()
-    with Starter(resolve_arm(recipe), on_gpu=hardware().gpu) as start:
+    with Starter(to_arm_request(recipe), on_gpu=hardware().gpu) as start:
         measured: list[tuple[Config, Measurement]] = []
         for config in configs:
             measurement = Measurement(Arm(space.difference(config, base), overrides_of(config)))
@@ -151,17 +151,17 @@ def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
 
 def compare_sums(recipe: Recipe, rounds: int = 7) -> None:
     """Compare the phases' sum of a training that is looked into with the step of one that is not, in turns."""
-    with Starter(resolve_arm(recipe), on_gpu=hardware().gpu) as start:
-        watched = start(Arm("watched"), ArmOptions(watched=True, stored_tuning=True))
+    with Starter(to_arm_request(recipe), on_gpu=hardware().gpu) as start:
+        profiled = start(Arm("profiled"), ArmOptions(profiled=True, stored_tuning=True))
         plain = start(Arm("plain"), ArmOptions(stored_tuning=True))
         ratios = []
-        for arm in (watched, plain):
+        for arm in (profiled, plain):
             arm.turn(Turn(min_steps=3, seconds=1.0, drain=True))
         for _ in range(rounds):
-            phases = split_step(watched.turn(QUICK))[1]
+            phases = split_step(profiled.turn(QUICK))[1]
             report = plain.turn(QUICK)
             ratios.append(sum(phases.values()) / (report.seconds / len(report.step_seconds)))
-        watched.close()
+        profiled.close()
         plain.close()
     found = estimate(ratios)
     verdict = "ok" if abs(found.median - 1) <= 0.05 else "MISSED"

@@ -72,7 +72,7 @@ def serve() -> None:
 def train(cell: Cell, seconds: float) -> Row:
     """Return images/s of a training alone and beside a busy process, and the cores that other programs took."""
     from hf_fasttrain import load_recipe
-    from hf_fasttrain.study.messages import Report, Turn, resolve_arm
+    from hf_fasttrain.study.messages import Report, Turn, to_arm_request
     from hf_fasttrain.study.trial import Trial
 
     row: Row = {}
@@ -95,7 +95,7 @@ def train(cell: Cell, seconds: float) -> Row:
             others.watch()
             return turn
 
-        Trial(resolve_arm(load_recipe("quickstart", overrides(cell)))).run(next_turn)
+        Trial(to_arm_request(load_recipe("quickstart", overrides(cell)))).run(next_turn)
     return row
 
 

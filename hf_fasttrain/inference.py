@@ -15,7 +15,7 @@ from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.pixels.decode import Pixels, read_pixels
 from hf_fasttrain.data.source.dataset import Split, note_on_test_split
-from hf_fasttrain.data.source.evaluation_split import Measured, load_measured, with_model_classes
+from hf_fasttrain.data.source.evaluation_split import EvaluationSplit, load_evaluation_split, with_model_classes
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.data.source.image_files import IMAGE_SUFFIXES, TRAIN_NAMES, is_image_file
 from hf_fasttrain.from_recipe.accelerator import build_accelerator, use_cudnn_benchmark
@@ -181,22 +181,22 @@ def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
         return False
 
 
-def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, is_same_data: bool) -> Measured:
+def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, is_same_data: bool) -> EvaluationSplit:
     """Return the split to measure, with labels in the model's numbering: as in training, or other data as a whole."""
     measured = _run_split(recipe, spec, split) if is_same_data else _other_split(recipe, spec, split)
     return with_model_classes(measured, spec.class_names, recipe.data.dataset)
 
 
-def _run_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
+def _run_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> EvaluationSplit:
     labelled = with_values(recipe, {"data.multi_label": spec.multi_label})
     source = open_source(labelled, test_split=split, test_key="--split")
     chosen = source.test if split and source.test else source.evaluation
     used = {chosen.name, source.train.name}
     notes = note_on_test_split(source.split_names, used, recipe.data.dataset, "--split {} measures it")
-    return Measured(chosen, source.class_names, notes)
+    return EvaluationSplit(chosen, source.class_names, notes)
 
 
-def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured:
+def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> EvaluationSplit:
     """Return a split of other data; the recipe's split and columns are used if they exist there."""
     data = recipe.data
 
@@ -210,7 +210,7 @@ def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Measured
             )
     same_name = not overridden("dataset")
     split = data.eval_split if overridden("eval_split") else split
-    return load_measured(
+    return load_evaluation_split(
         data.dataset,
         multi_label=spec.multi_label,
         config=data.config if same_name or overridden("config") else None,

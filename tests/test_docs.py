@@ -206,10 +206,10 @@ def workspace(
 def shorten_studies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let studies take short turns, and end their searches as soon as they have begun."""
     turn = Turn(2, 0.1)
-    for module, names in ((doctor, ("LOOK", "HALF", "TRY")), (tune, ("TURN",))):
+    for module, names in ((doctor, ("PROFILE_TURN", "PART_TURN", "TRIAL_TURN")), (tune, ("TURN",))):
         for name in names:
             monkeypatch.setattr(module, name, turn)
-    monkeypatch.setattr(doctor, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(doctor, "MIN_ROUNDS", 1)
     monkeypatch.setattr(tune, "UNTIL", dict.fromkeys(tune.UNTIL, 0.0))
 
 

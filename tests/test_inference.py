@@ -13,7 +13,7 @@ import pytest
 from helpers.runs import exit_status
 from PIL import Image
 
-from hf_fasttrain.data.source.evaluation_split import load_measured, with_model_classes
+from hf_fasttrain.data.source.evaluation_split import load_evaluation_split, with_model_classes
 from hf_fasttrain.inference import evaluate_run, predict_images
 from hf_fasttrain.models.model import ModelSpec, build_model
 from hf_fasttrain.models.saved import save_model
@@ -100,7 +100,7 @@ def test_a_folder_without_some_classes_is_measured_with_a_note(run: Path, tmp_pa
 
 def test_classes_are_matched_by_name_and_not_by_number(run: Path, tmp_path: Path) -> None:
     other = draw(tmp_path / "other", {"Red": 4, "green": 3})
-    measured = load_measured(str(other), multi_label=False)
+    measured = load_evaluation_split(str(other), multi_label=False)
     assert measured.class_names == ["Red", "green"]
     moved = with_model_classes(measured, CLASSES, "other")
     assert moved.split.labels.tolist() == [2] * 4 + [1] * 3
@@ -194,7 +194,7 @@ def test_several_splits_of_other_names_need_a_name(tmp_path: Path, write_recipe:
     part = datasets.Dataset.from_dict({"image": images, "label": ["a", "b"]})
     datasets.DatasetDict({"first": part, "second": part}).save_to_disk(str(tmp_path / "data"))
     with pytest.raises(DataError, match="has several splits; choose one of first, second by --split"):
-        load_measured(str(tmp_path / "data"), multi_label=False)
+        load_evaluation_split(str(tmp_path / "data"), multi_label=False)
 
 
 def test_images_that_others_stand_in_for_are_counted(run: Path, tmp_path: Path) -> None:

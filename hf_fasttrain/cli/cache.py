@@ -35,10 +35,10 @@ def clean_caches(
     folder: CacheFolder = None,
 ) -> None:
     """Delete decoded pixels kept on disk."""
-    from hf_fasttrain.data.pixels.cache import chosen_caches, default_cache_dir, remove_cache
+    from hf_fasttrain.data.pixels.cache import default_cache_dir, remove_cache, select_caches
 
     freed = 0
-    for entry in chosen_caches(folder or context.obj or default_cache_dir(), names or [], everything, unused_days):
+    for entry in select_caches(folder or context.obj or default_cache_dir(), names or [], everything, unused_days):
         remove_cache(entry)
         freed += entry.num_bytes
         print(f"deleted {entry.path.name}: {entry.dataset}, {format_bytes(entry.num_bytes)}")

@@ -27,7 +27,7 @@ def tune(
     from hf_fasttrain.study.techniques import hardware
     from hf_fasttrain.study.tune import parse_budget
     from hf_fasttrain.study.tune import tune as search
-    from hf_fasttrain.study.tune_recipe import default_path, print_found, require_new_file, write_tuned
+    from hf_fasttrain.study.tune_recipe import default_path, print_tuning, require_new_file, write_tuned
 
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)
@@ -35,6 +35,6 @@ def tune(
         result = search(loaded, seconds, hardware(), tell=print_note)
     for problem in write_tuned(loaded, result, path, command=command_line(), store=store):
         print_note(problem)
-    print_found(wide_console(), result, path)
+    print_tuning(wide_console(), result, path)
     if not result.whole:
         sys.exit(Stopped.CTRL_C)

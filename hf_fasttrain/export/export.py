@@ -25,14 +25,14 @@ from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoin
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
 
-WRITTEN = re.compile(  # names of the files that `save_model` and this module write
+EXPORTED_FILES = re.compile(  # names of the files that `save_model` and this module write
     rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """The result of `export_run`."""
 
     folder: Path
@@ -41,7 +41,9 @@ class Exported:
     onnx_difference: float | None  # of logits, between onnxruntime and torch
 
 
-def export_run(run: Path, output: Path | None = None, *, onnx: bool = False, weights: str | None = None) -> Exported:
+def export_run(
+    run: Path, output: Path | None = None, *, onnx: bool = False, weights: str | None = None
+) -> ExportResult:
     """Write a finished run's model folder for timm, transformers and, with `onnx`, onnxruntime.
 
     `weights`: last, best (of the best evaluation) or step_N, the moving average where the run has one; by default those
@@ -96,7 +98,7 @@ def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     code_suffix = (
         ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None
     )  # of a model with remote code
-    others = [name for name in names if not WRITTEN.fullmatch(name) and Path(name).suffix != code_suffix]
+    others = [name for name in names if not EXPORTED_FILES.fullmatch(name) and Path(name).suffix != code_suffix]
     if others:
         raise RunError(
             f"{folder} would be overwritten, but holds files that export did not write ({', '.join(others)}); move "
@@ -117,12 +119,12 @@ def _load(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSp
 # --- verification --------------------------------------------------------------------------------------
 
 
-def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> Exported:
+def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> ExportResult:
     """Return which libraries open the folder; removes a config that would be misread, and adds the ONNX file."""
     pre = spec.preprocessing
     assert pre is not None
     photos = sample_photos(pre)
-    images = prepared(photos, pre)
+    images = preprocess(photos, pre)
     with torch.no_grad():
         expected = model(images)
     forms, notes = _try_openers(spec, folder, photos, expected)
@@ -130,7 +132,7 @@ def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> E
     if onnx:
         onnx_difference = write_onnx(model, spec, pre, images, folder / ONNX_FILE)
         forms.append("onnx")
-    return Exported(folder, [*forms, "hf_fasttrain"], notes, onnx_difference)
+    return ExportResult(folder, [*forms, "hf_fasttrain"], notes, onnx_difference)
 
 
 def _try_openers(
@@ -197,7 +199,7 @@ def sample_photos(pre: Preprocessing) -> list[Image.Image]:
     return [image.resize(shape, Image.Resampling.BICUBIC) for image, shape in zip(coarse, shapes, strict=True)]
 
 
-def prepared(photos: list[Image.Image], pre: Preprocessing) -> Tensor:
+def preprocess(photos: list[Image.Image], pre: Preprocessing) -> Tensor:
     """Return photos preprocessed as in evaluation, (B, 3, S, S)."""
     transform = EvalTransform(pre.image_size, pre.interpolation, pre.crop_pct, pre.crop_mode)
     normalize = Normalize(pre.mean, pre.std, torch.device("cpu"), channels_last=False)

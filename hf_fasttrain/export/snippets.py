@@ -14,7 +14,7 @@ import timm
 import torch
 from PIL import Image, ImageOps
 
-model = timm.create_model({place}, pretrained=True).eval()
+model = timm.create_model({location}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 class_names = model.pretrained_cfg["label_names"]
 
@@ -31,7 +31,7 @@ import sys
 
 from transformers import pipeline
 
-classify = pipeline("image-classification", model={place})
+classify = pipeline("image-classification", model={location})
 for found in classify(sys.argv[1], top_k=5):
     print(f"{{found['score']:.5f}}  {{found['label']}}")
 """
@@ -73,22 +73,22 @@ for number in np.argsort(-scores)[:5]:
 """
 
 
-def timm_snippet(place: str, *, multi_label: bool = False) -> str:
-    """Return a program that opens the model in timm; `place` is ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
-    return TIMM.format(place=_quoted(place), scores="sigmoid()" if multi_label else "softmax(1)")
+def timm_snippet(location: str, *, multi_label: bool = False) -> str:
+    """Return a program that opens the model in timm; `location` is ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
+    return TIMM.format(location=_quoted(location), scores="sigmoid()" if multi_label else "softmax(1)")
 
 
-def transformers_snippet(place: str) -> str:
-    """Return a program that opens the model in transformers; `place` is OWNER/NAME on the Hub or a folder."""
-    return TRANSFORMERS.format(place=_quoted(place))
+def transformers_snippet(location: str) -> str:
+    """Return a program that opens the model in transformers; `location` is OWNER/NAME on the Hub or a folder."""
+    return TRANSFORMERS.format(location=_quoted(location))
 
 
-def onnx_snippet(place: str = "model.onnx") -> str:
-    """Return a program that needs Pillow, numpy and onnxruntime; `place` is an .onnx file, or OWNER/NAME on the Hub."""
-    if place.endswith(".onnx"):
-        return ONNX.format(imports="", file=_quoted(place))
+def onnx_snippet(location: str = "model.onnx") -> str:
+    """Return a program that needs Pillow, numpy and onnxruntime; `location` is a file or OWNER/NAME on the Hub."""
+    if location.endswith(".onnx"):
+        return ONNX.format(imports="", file=_quoted(location))
     imports = "from huggingface_hub import hf_hub_download\n"
-    return ONNX.format(imports=imports, file=f'hf_hub_download({_quoted(place)}, "model.onnx")')
+    return ONNX.format(imports=imports, file=f'hf_hub_download({_quoted(location)}, "model.onnx")')
 
 
 def _quoted(text: str) -> str:

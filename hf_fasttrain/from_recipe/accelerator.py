@@ -179,7 +179,7 @@ def user_threads() -> int | None:
         if launcher is not None:
             passed = any(word.startswith("--num_cpu_threads_per_process") for word in launcher.cmdline())
             return value if passed or _number(launcher.environ().get(THREADS_VARIABLE)) else None
-    return None if value in _launchers_choices() else value
+    return None if value in _launcher_defaults() else value
 
 
 def _number(text: str | None) -> int | None:
@@ -197,7 +197,7 @@ def _launcher() -> psutil.Process | None:
     return None
 
 
-def _launchers_choices() -> set[int]:
+def _launcher_defaults() -> set[int]:
     """Return the numbers of threads that launchers choose by default."""
     physical = psutil.cpu_count(logical=False) or 1
     return {1, physical // local_processes()}

@@ -52,7 +52,7 @@ def build_parts(
     model, spec = model_from(resolved, source, accelerator.device, settings)
     _require_enough_images(resolved, len(source.train), accelerator.num_processes)
     micro = resolve_micro_batch(resolved, len(source.train), spec.num_classes, model, accelerator, settings)
-    sampling_plan = _resolve_order(resolved, len(source.train), micro.size, model, accelerator, settings)
+    sampling_plan = _resolve_sampling(resolved, len(source.train), micro.size, model, accelerator, settings)
     if resolved.accelerate.compile is True:
         allow_compiling(num_shapes(resolved, spec, sampling_plan))
     return Parts(resolved, settings, accelerator, source, spec, model, sampling_plan, micro.forecast)
@@ -86,7 +86,7 @@ def _require_enough_images(recipe: Recipe, num_images: int, processes: int) -> N
         )
 
 
-def _resolve_order(
+def _resolve_sampling(
     recipe: Recipe, num_images: int, size: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
 ) -> SamplingPlan:
     """Return the sampling order with micro-batches of `size`, and record the settings that follow from it."""

@@ -231,14 +231,14 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     pre = parts.spec.preprocessing
     assert pre is not None
     needed = parts.forecast.needed(parts.sampling_plan.micro_batch_size) if parts.forecast else 0
-    needed += _bytes_of_slots(parts)
+    needed += _slot_bytes(parts)
     needed *= local_processes()
     return Loaders(
         parts.recipe, parts.settings, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels, needed_memory=needed
     )
 
 
-def _bytes_of_slots(parts: Parts) -> int:
+def _slot_bytes(parts: Parts) -> int:
     """Return the shared memory of the loaders' batches on the host that the forecast does not include."""
     workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
     batches = [(_planned_eval_batch(parts), parts.spec.image_size)]

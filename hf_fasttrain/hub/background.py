@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.hub.staging import present_result, stage
+from hf_fasttrain.hub.staging import result_while_training, stage
 from hf_fasttrain.run_folder.file_names import PUSHED_FILE, STAGING_FOLDER
 from hf_fasttrain.utils.files import read_json, reason, try_to_write, write_json
 
@@ -80,7 +80,7 @@ class Pusher:
             return  # after the last step the run itself is pushed
         folder = self.run / STAGING_FOLDER / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
-        result = present_result(self.run, checkpoint, self.about)
+        result = result_while_training(self.run, checkpoint, self.about)
         if not try_to_write(lambda: stage(self.run, checkpoint, folder, self.describe, result), self.not_staged):
             return
         self._pushed_step = step

@@ -31,7 +31,7 @@ from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 
 # Files that a push writes, and that a later push deletes if it does not have them. Other files are kept.
-OWN_FILES = {
+PUSHED_FILES = {
     "README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE, SPEC_FILE, CONFIG_FILE, "preprocessor_config.json",
     WEIGHTS_FILE, ONNX_FILE, *PICTURES,
 }  # fmt: skip
@@ -196,7 +196,7 @@ class Upload:
                 "private; make it private in its settings, give another name or leave --private out"
             )
         add = [CommitOperationAdd(name, content) for name, content in files.items()]
-        existing = set(api.list_repo_files(self.repo)) & OWN_FILES
+        existing = set(api.list_repo_files(self.repo)) & PUSHED_FILES
         delete = [CommitOperationDelete(name) for name in sorted(existing - set(files))]
         api.create_commit(self.repo, [*add, *delete], commit_message=self.message)
         return str(address)

@@ -67,7 +67,7 @@ def staged(run: Path, weights: str | None) -> Iterator[Path]:
     try:
         (run / STAGING_FOLDER).mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING_FOLDER))
-        result = result_of(run, checkpoint, str(weights))
+        result = result_with_weights(run, checkpoint, str(weights))
         stage(run, checkpoint, folder, lambda model: _copy_description(run / MODEL_FOLDER, model), result)
     except OSError as error:
         _remove(folder)
@@ -92,7 +92,7 @@ def _copy_description(model: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def result_of(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
+def result_with_weights(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
     """Return a finished run's result as if the weights of a checkpoint were in RUN/model."""
     step, metrics = _step_and_metrics(run, _state_of(checkpoint))
     result = read_json(run / RESULT_FILE)
@@ -100,7 +100,7 @@ def result_of(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
     return {**result, "metrics": metrics, "test_metrics": None, "model": model}
 
 
-def present_result(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+def result_while_training(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the result.json of a checkpoint while training continues.
 
     `about` describes the machine; `num_steps` marks the run as unfinished.
@@ -131,10 +131,12 @@ def _step_and_metrics(run: Path, state: Mapping[str, Any]) -> tuple[int, dict[st
     step = int(state.get("step", 0))
     if state.get("evaluated_at") == step:
         return step, dict(state.get("metrics", {}))
-    return step, next((metrics_of(line) for line in read_lines(run / METRICS_FILE) if _is_of(line, step)), {})
+    return step, next(
+        (metrics_of(line) for line in read_lines(run / METRICS_FILE) if _is_evaluation_after(line, step)), {}
+    )
 
 
-def _is_of(line: Mapping[str, Any], step: int) -> bool:
+def _is_evaluation_after(line: Mapping[str, Any], step: int) -> bool:
     return line.get("kind") == "evaluation" and line.get("step") == step
 
 

@@ -69,7 +69,7 @@ def _output_layer(module: nn.Module, num_classes: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """The origin of weights: its name in messages, its class names and its architecture, None if unknown."""
 
     name: str
@@ -103,7 +103,9 @@ def class_order(theirs: Sequence[str] | None, ours: Sequence[str]) -> list[int] 
     return [matched.numbers[name] for name in ours]
 
 
-def keeps_head(choice: HeadChoice, source: Source, class_names: Sequence[str], *, fits: bool, head_text: str) -> bool:
+def keeps_head(
+    choice: HeadChoice, source: WeightsSource, class_names: Sequence[str], *, fits: bool, head_text: str
+) -> bool:
     """Return whether the head of weights is kept. Raises ModelError if model.head=keep is impossible.
 
     `fits`: whether the shapes agree; `head_text`: describes the head in the weights for the message.
@@ -124,7 +126,7 @@ def reorder_classes(weights: dict[str, Tensor], names: Iterable[str], order: Seq
         weights[name] = weights[name][list(order)]
 
 
-def kept_note(source: Source, class_names: Sequence[str]) -> str:
+def kept_note(source: WeightsSource, class_names: Sequence[str]) -> str:
     """Return the note on a head that is kept."""
     order = class_order(source.class_names, class_names)
     if order is not None:
@@ -138,7 +140,7 @@ def kept_note(source: Source, class_names: Sequence[str]) -> str:
 
 def new_note(
     choice: HeadChoice,
-    source: Source,
+    source: WeightsSource,
     class_names: Sequence[str],
     new: Sequence[str],
     tensors: Mapping[str, Tensor],
@@ -160,7 +162,7 @@ def new_note(
     return f"model.head: new, all zeros, {reason}: {share_of(new, tensors)} not loaded{hint}"
 
 
-def _why_not_same(source: Source, class_names: Sequence[str]) -> str:
+def _why_not_same(source: WeightsSource, class_names: Sequence[str]) -> str:
     theirs = source.class_names
     if theirs is None:
         return f"{source.name} does not say which classes its head is for"

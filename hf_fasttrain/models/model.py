@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fasttrain.models.head import HeadChoice, Source, output_layers, timm_head_names, transformers_head_names
+from hf_fasttrain.models.head import HeadChoice, WeightsSource, output_layers, timm_head_names, transformers_head_names
 from hf_fasttrain.models.pretrained import Head, Note, adapt_published_head, load_pretrained
 from hf_fasttrain.models.transformers_model import (
     TransformersClassifier,
@@ -119,10 +119,10 @@ def build_model(
     return model
 
 
-def _read(location: str) -> tuple[dict[str, Tensor], Source, Path]:
+def _read(location: str) -> tuple[dict[str, Tensor], WeightsSource, Path]:
     """Return the weights of a path or Hub URL, their source, and their folder."""
     path = weights_file(location)
-    source = Source(location, class_names_of(location, path), architecture_of(location, path))
+    source = WeightsSource(location, class_names_of(location, path), architecture_of(location, path))
     return read_weights(path), source, path.parent
 
 
@@ -181,10 +181,10 @@ def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
         raise
 
 
-def _published(model: nn.Module) -> Source:
+def _published(model: nn.Module) -> WeightsSource:
     """Return the source of the weights that timm has loaded into a model."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    return Source("the published model", names_in(config))
+    return WeightsSource("the published model", names_in(config))
 
 
 def _has_published_head(model: nn.Module, spec: ModelSpec) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_fasttrain.models.head import (
     HeadChoice,
-    Source,
+    WeightsSource,
     class_order,
     keeps_head,
     kept_note,
@@ -44,7 +44,7 @@ class Head:
 def load_pretrained(
     model: nn.Module,
     weights: dict[str, Tensor],
-    source: Source,
+    source: WeightsSource,
     head: Head,
     note: Note,
     *,
@@ -79,7 +79,7 @@ def load_pretrained(
         note(f"model.pretrained: {share_of(others, state)} are not in {source.name} and start at random")
 
 
-def adapt_published_head(model: nn.Module, source: Source, head: Head, note: Note, *, loaded: bool) -> None:
+def adapt_published_head(model: nn.Module, source: WeightsSource, head: Head, note: Note, *, loaded: bool) -> None:
     """Keep the head that timm has `loaded` with the published weights, or replace it by zeros."""
     _require_output_layers(model, head)
     state = model.state_dict()
@@ -97,7 +97,7 @@ def adapt_published_head(model: nn.Module, source: Source, head: Head, note: Not
         note(new_note(head.choice, source, head.class_names, outputs, state, fits=loaded, head_text=head_text))
 
 
-def _note_kept(model: nn.Module, source: Source, head: Head, new: Sequence[str], note: Note) -> None:
+def _note_kept(model: nn.Module, source: WeightsSource, head: Head, new: Sequence[str], note: Note) -> None:
     note(kept_note(source, head.class_names))
     if new:
         note(f"model.head: {share_of(new, model.state_dict())} are not in {source.name} and start at random")
@@ -126,7 +126,7 @@ def _drop(weights: dict[str, Tensor], state: Mapping[str, Tensor], head: Head, l
     return [name for name in state if name not in weights and is_within(name, [*head.names, *layers])]
 
 
-def _require_most(state: Mapping[str, Tensor], absent: Sequence[str], source: Source) -> None:
+def _require_most(state: Mapping[str, Tensor], absent: Sequence[str], source: WeightsSource) -> None:
     if sum(state[name].numel() for name in absent if name in state) > sum(t.numel() for t in state.values()) / 2:
         raise ModelError(f"{source.name}: weights of another model: {share_of(absent, state)} are not in them")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_fasttrain.models.head import Source, transformers_head_names
+from hf_fasttrain.models.head import WeightsSource, transformers_head_names
 from hf_fasttrain.models.weights import is_within, names_in
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE
 from hf_fasttrain.utils.errors import ModelError, shortened
@@ -58,14 +58,14 @@ def open_classifier(spec: ModelSpec) -> TransformersClassifier:
     return TransformersClassifier(model)
 
 
-def published_weights(spec: ModelSpec) -> tuple[dict[str, Tensor], Source, list[str]]:
+def published_weights(spec: ModelSpec) -> tuple[dict[str, Tensor], WeightsSource, list[str]]:
     """Return a classifier's published weights with their class names, and the names of tensors that they lack."""
     model, info = _open(spec)
     lacking = [str(name) for name in info["missing_keys"]]
     head = transformers_head_names(model)
     weights = {name: value for name, value in model.state_dict().items() if name not in lacking}
     named = None if any(is_within(name, head) for name in lacking) else names_in(model.config.to_dict())
-    return weights, Source(_source_name(spec), named), lacking
+    return weights, WeightsSource(_source_name(spec), named), lacking
 
 
 def current_names(

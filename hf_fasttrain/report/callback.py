@@ -51,7 +51,7 @@ class Publish(Callback):
         try:
             self.publish(trainer.state.step, trainer.evaluation.predictions)
         except KeyboardInterrupt:
-            self.log.say(f"trained to the end; the rest was left off: hf-fasttrain report {self.run}, or push")
+            self.log.say(f"training is finished; Ctrl-C skipped the rest: hf-fasttrain report {self.run}, or push")
 
     def publish(self, step: int, predictions: Predictions | None) -> None:
         """Write the report of a run that ended after `step` steps, then push it."""
@@ -75,7 +75,7 @@ class Publish(Callback):
             write_page([self.run])
         except OSError as error:
             self.log.not_written(str(self.run / REPORT_FILE), error)
-        except Exception as error:  # noqa: BLE001 - others' drawing code
+        except Exception as error:  # noqa: BLE001 - errors of drawing libraries
             self.log.say(f"note: no report: {reason(error)}; `hf-fasttrain report {self.run}` writes it later")
 
     def _is_lost(self, name: str) -> bool:

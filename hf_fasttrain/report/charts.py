@@ -1,4 +1,8 @@
-"""The report's charts as plotly figures: plain dicts, in which ``theme:NAME`` stands for a colour of the page."""
+"""The charts of the report: add one to `curve_charts` or `throughput_charts`.
+
+A chart is a plotly figure as a plain dict, in which ``theme:NAME`` stands for a colour of the page (page/charts.js).
+pictures.py draws the same curves as PNG, for the model card.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +14,37 @@ from typing import Any
 
 import numpy as np
 
-from hf_fasttrain.report import words
-from hf_fasttrain.report.classes import Confusion, confused_together
-from hf_fasttrain.report.points import Points, points_of
+from hf_fasttrain.report.classes import Confusion, cluster_classes
+from hf_fasttrain.report.format import format_metric, metric_title
+from hf_fasttrain.report.points import Points, downsample
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.utils.format import format_count, format_number, format_percent
 
 Trace = dict[str, Any]
 DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "diamond", "square")
 NUM_COLOURS = 7
 MORE_IS_BETTER = ("accuracy", "top5_accuracy", "f1_macro")
-MOST_ANNOTATED = 30  # classes whose counts are written into the matrix
+MAX_ANNOTATED = 30  # classes whose counts are written into the matrix
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure, and what it shows in words for those who can't see it."""
+    """A figure, and a caption that says what it shows, for screen readers too."""
 
     id: str
     title: str
-    words: str
+    caption: str
     figure: dict[str, Any]
 
     @property
     def label(self) -> str:
         """The chart's accessible name."""
-        return f"Chart: {self.title}. {self.words}"
+        return f"Chart: {self.title}. {self.caption}"
 
 
-def plain(text: object) -> str:
-    """Return a text for plotly, which reads some HTML in what it is given."""
+def escaped(text: object) -> str:
+    """Escape a text for plotly, which interprets some HTML."""
     return html.escape(str(text), quote=False)
 
 
@@ -47,13 +52,13 @@ def _numbers(values: np.ndarray, digits: int = 6) -> list[float | None]:
     return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist()]
 
 
-def _line(record: Record, points: Points, name: str, colour: int, form: str, **line: Any) -> list[Trace]:
+def _curve_traces(record: Record, points: Points, name: str, colour: int, form: str, **line: Any) -> list[Trace]:
     """Return the traces of a curve: its band if it has one, and its means."""
     x, scale = _numbers(points.x, 9), {"epochs_per_step": record.epochs_per_step}
     mean: Trace = {
-        "type": "scatter", "mode": _mode(points), "name": plain(name), "x": x, "y": _numbers(points.mean),
+        "type": "scatter", "mode": _mode(points), "name": escaped(name), "x": x, "y": _numbers(points.mean),
         "meta": scale,
-        "line": {"color": f"theme:c{colour}", "width": 2, **line}, "legendgroup": plain(name),
+        "line": {"color": f"theme:c{colour}", "width": 2, **line}, "legendgroup": escaped(name),
         "hovertemplate": f"%{{y:{form}}}",
     }  # fmt: skip
     if not points.has_band:
@@ -62,22 +67,22 @@ def _line(record: Record, points: Points, name: str, colour: int, form: str, **l
     mean["customdata"] = list(zip(low, high, strict=True))
     mean["hovertemplate"] += f" (%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}})"
     edge: Trace = {"type": "scatter", "mode": "lines", "x": x, "meta": scale, "line": {"width": 0}, "hoverinfo": "skip"}
-    edge |= {"showlegend": False, "legendgroup": plain(name), "connectgaps": False}
+    edge |= {"showlegend": False, "legendgroup": escaped(name), "connectgaps": False}
     fill = {"fill": "tonexty", "fillcolor": f"theme:band{colour}"}
-    return [edge | {"y": low, "name": "least"}, edge | {"y": high, "name": "most"} | fill, mean]
+    return [edge | {"y": low, "name": "minimum"}, edge | {"y": high, "name": "maximum"} | fill, mean]
 
 
 def _mode(points: Points) -> str:
-    """Return how a curve is drawn: a few points would be no line."""
+    """Return how a curve is drawn: a few points are not visible as a line."""
     return "lines" if np.isfinite(points.mean).sum() > 3 else "lines+markers"
 
 
-def _markers(record: Record, x: np.ndarray, y: np.ndarray, name: str, colour: int, **more: Any) -> Trace:
-    """Return the trace of a metric's course over evaluations."""
+def _evaluation_trace(record: Record, x: np.ndarray, y: np.ndarray, name: str, colour: int, **more: Any) -> Trace:
+    """Return the trace of a metric over the evaluations."""
     few = len(x) <= 60
-    points = points_of(x, y)
+    points = downsample(x, y)
     return {
-        "type": "scatter", "mode": "lines+markers" if few else "lines", "name": plain(name),
+        "type": "scatter", "mode": "lines+markers" if few else "lines", "name": escaped(name),
         "x": _numbers(points.x, 9), "y": _numbers(points.mean), "meta": {"epochs_per_step": record.epochs_per_step},
         "line": {"color": f"theme:c{colour}", "width": 2, "dash": more.pop("dash", "solid")},
         "marker": {"size": 7, "symbol": more.pop("symbol", "circle")}, "hovertemplate": "%{y:.4f}", **more,
@@ -85,7 +90,7 @@ def _markers(record: Record, x: np.ndarray, y: np.ndarray, name: str, colour: in
 
 
 def _layout(record: Record | None, y: str = "", form: str = "", **axis: Any) -> dict[str, Any]:
-    """Return the layout of a chart over steps; of a single run it marks where it was resumed."""
+    """Return the layout of a chart over steps; for a single run it marks the steps after which it was resumed."""
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": "step", "standoff": 6}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": y}, "tickformat": form, **axis},
@@ -108,8 +113,8 @@ def resolution_note(points: Points, log_every: Any = None) -> str:
     line = "steps" if log_every == 1 else "lines of the log"
     caption = ""
     if points.has_band:
-        caption = f" Each point is the mean of {points.each:,} {line}; the band spans minimum to maximum."
-    if points.missing and points.missing < len(points.x) * points.each:
+        caption = f" Each point is the mean of {points.lines_per_point:,} {line}; the band spans minimum to maximum."
+    if points.missing and points.missing < len(points.x) * points.lines_per_point:
         caption += f" {format_count(points.missing, 'line')} with NaN or inf left out."
     return caption
 
@@ -119,7 +124,7 @@ def _has(record: Record, name: str) -> bool:
 
 
 def _points(record: Record, name: str) -> Points:
-    return points_of(record.train["step"], record.train[name])
+    return downsample(record.train["step"], record.train[name])
 
 
 def curve_charts(record: Record) -> list[Chart]:
@@ -136,14 +141,14 @@ def _loss_chart(record: Record) -> Chart | None:
     note = ""
     if _has(record, "loss"):
         points = _points(record, "loss")
-        data += _line(record, points, "training", 0, ".4f", width=1.6)
+        data += _curve_traces(record, points, "training", 0, ".4f", width=1.6)
         known = points.mean[np.isfinite(points.mean)]
         captions.append(f"Training loss went from {known[0]:.3f} to {known[-1]:.3f}.")
         note = resolution_note(points, record.value("log.every"))
-    for place, split in enumerate(record.splits):
-        x, y = record.course("loss", split)
+    for index, split in enumerate(record.splits):
+        x, y = record.metric_curve("loss", split)
         if len(x):
-            data.append(_markers(record, x, y, split, place + 1, symbol=("circle", "diamond", "square")[place % 3]))
+            data.append(_evaluation_trace(record, x, y, split, index + 1, symbol=SYMBOLS[index % 3]))
             captions.append(f"On {split} it was {_last_and_best(x, y, int(y.argmin()), '.3f')}.")
     if not data:
         return None
@@ -160,17 +165,19 @@ def _last_and_best(x: np.ndarray, y: np.ndarray, best: int | None, form: str) ->
 
 def _metric_chart(record: Record) -> Chart | None:
     data, captions, lowest, highest = [], [], 0.0, 1.0
-    for place, split in enumerate(record.splits):
+    for index, split in enumerate(record.splits):
         for number, name in enumerate(record.metric_names):
-            x, y = record.course(name, split)
+            x, y = record.metric_curve(name, split)
             if not len(x):
                 continue
-            title = words.metric_title(name) + (f", {split}" if place else "")
-            colour, symbol = (number + 1) % NUM_COLOURS, ("circle", "diamond", "square")[place % 3]
-            data.append(_markers(record, x, y, title, colour, symbol=symbol, dash=DASHES[number % len(DASHES)]))
+            title = metric_title(name) + (f", {split}" if index else "")
+            colour, symbol = (number + 1) % NUM_COLOURS, SYMBOLS[index % 3]
+            data.append(
+                _evaluation_trace(record, x, y, title, colour, symbol=symbol, dash=DASHES[number % len(DASHES)])
+            )
             lowest, highest = min(lowest, y.min()), max(highest, y.max())
             form = ".2%" if "accuracy" in name else ".4f"
-            best = int(y.argmax()) if name in MORE_IS_BETTER else None  # of others it is not known
+            best = int(y.argmax()) if name in MORE_IS_BETTER else None  # for other metrics the direction is not known
             captions.append(f"{title[0].upper()}{title[1:]}: {_last_and_best(x, y, best, form)}.")
     if not data:
         return None
@@ -188,11 +195,11 @@ def _train_chart(record: Record, column: str, title: str, colour: int, form: str
         points, record.value("log.every")
     )
     layout = _layout(record, rangemode="tozero", exponentformat="power") | {"showlegend": False}
-    data = _line(record, points, title, colour, form)
+    data = _curve_traces(record, points, title, colour, form)
     return Chart(column.replace("_", "-"), title, caption, {"data": data, "layout": layout})
 
 
-def pace_charts(record: Record) -> list[Chart]:
+def throughput_charts(record: Record) -> list[Chart]:
     """Return a run's throughput: time per step as computing and waiting, images per second, memory."""
     charts = [_step_time_chart(record), _train_chart(record, "images_per_second", "Images per second", 2, ",.0f")]
     return [chart for chart in charts if chart is not None]
@@ -203,9 +210,9 @@ def _step_time_chart(record: Record) -> Chart | None:
         return None
     train = record.train
     waits = train["seconds_per_step"] * train["data_wait_fraction"]
-    waiting, whole = (points_of(train["step"], 1000 * part) for part in (waits, train["seconds_per_step"]))
+    waiting, whole = (downsample(train["step"], 1000 * part) for part in (waits, train["seconds_per_step"]))
     rate = _numbers(_points(record, "images_per_second").mean, 4)
-    steps = np.diff(train["step"], prepend=0)  # that each line is of
+    steps = np.diff(train["step"], prepend=0)  # that each line covers
     share = np.nansum(waits * steps) / max(1e-12, np.nansum(train["seconds_per_step"] * steps))
     parts = (("computing", whole.mean - waiting.mean, 0), ("waiting for data", waiting.mean, 1))
     data = [
@@ -219,34 +226,38 @@ def _step_time_chart(record: Record) -> Chart | None:
     ]  # fmt: skip
     caption = f"{format_percent(share)} of the training time was spent waiting for data."
     if whole.has_band:
-        caption += f" Each point is the mean of {whole.each:,} lines of the log."
-    return Chart("pace", "Time per step (ms)", caption, {"data": data, "layout": _layout(record, rangemode="tozero")})
+        caption += f" Each point is the mean of {whole.lines_per_point:,} lines of the log."
+    return Chart(
+        "step-time", "Time per step (ms)", caption, {"data": data, "layout": _layout(record, rangemode="tozero")}
+    )
 
 
-def compared_charts(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
-    """Return the curves of several runs laid over each other; a run has the same colour and dashes everywhere."""
+def comparison_charts(records: Sequence[Record], names: Sequence[str]) -> list[Chart]:
+    """Return the curves of several runs in common charts; a run has the same colour and dashes in each."""
     figures: list[tuple[str, str, str]] = [
         ("loss", "Training loss", ".4f"), ("lr", "Learning rate", ".3~g"),
         ("images_per_second", "Images per second", ",.0f"), ("data_wait_fraction", "Waiting for data", ".1%"),
     ]  # fmt: skip
     metrics = dict.fromkeys(name for record in records for name in ("loss", *record.metric_names))
-    charts = [_compared(records, names, *figures[0])]
-    charts += [_compared_metric(records, names, metric) for metric in metrics]
-    charts += [_compared(records, names, *figure) for figure in figures[1:]]
+    charts = [_compare_curves(records, names, *figures[0])]
+    charts += [_compare_metric(records, names, metric) for metric in metrics]
+    charts += [_compare_curves(records, names, *figure) for figure in figures[1:]]
     return [chart for chart in charts if chart is not None]
 
 
-def _style(place: int) -> tuple[int, str]:
-    return place % NUM_COLOURS, DASHES[place % len(DASHES)]
+def _style(index: int) -> tuple[int, str]:
+    return index % NUM_COLOURS, DASHES[index % len(DASHES)]
 
 
-def _compared(records: Sequence[Record], names: Sequence[str], column: str, title: str, form: str) -> Chart | None:
+def _compare_curves(
+    records: Sequence[Record], names: Sequence[str], column: str, title: str, form: str
+) -> Chart | None:
     data, captions, caption = [], [], ""
-    for place, (record, name) in enumerate(zip(records, names, strict=True)):
+    for index, (record, name) in enumerate(zip(records, names, strict=True)):
         if not _has(record, column):
             continue
-        points, (colour, dash) = _points(record, column), _style(place)
-        data += _line(record, points, name, colour, form, dash=dash)
+        points, (colour, dash) = _points(record, column), _style(index)
+        data += _curve_traces(record, points, name, colour, form, dash=dash)
         known = points.mean[np.isfinite(points.mean)]
         last = format_percent(known[-1]) if form.endswith("%") else format_number(float(known[-1]))
         captions.append(f"{name}: {last} at the end")
@@ -258,41 +269,40 @@ def _compared(records: Sequence[Record], names: Sequence[str], column: str, titl
     return Chart(column.replace("_", "-"), title, "; ".join(captions) + "." + caption, {"data": data, "layout": layout})
 
 
-def _compared_metric(records: Sequence[Record], names: Sequence[str], metric: str) -> Chart | None:
+def _compare_metric(records: Sequence[Record], names: Sequence[str], metric: str) -> Chart | None:
     data, captions = [], []
-    for place, (record, name) in enumerate(zip(records, names, strict=True)):
-        x, y = record.course(metric, record.splits[0]) if record.splits else (np.empty(0), np.empty(0))
+    for index, (record, name) in enumerate(zip(records, names, strict=True)):
+        x, y = record.metric_curve(metric, record.splits[0]) if record.splits else (np.empty(0), np.empty(0))
         if len(x):
-            colour, dash = _style(place)
-            data.append(_markers(record, x, y, name, colour, dash=dash))
-            captions.append(f"{name}: {words.metric(metric, y[-1])} at the end")
+            colour, dash = _style(index)
+            data.append(_evaluation_trace(record, x, y, name, colour, dash=dash))
+            captions.append(f"{name}: {format_metric(metric, y[-1])} at the end")
     if not data:
         return None
-    title = f"Evaluation: {words.metric_title(metric)}"
+    title = f"Evaluation: {metric_title(metric)}"
     return Chart(f"eval-{metric}", title, "; ".join(captions) + ".", {"data": data, "layout": _layout(None)})
 
 
 def confusion_chart(confusion: Confusion, class_names: Sequence[str]) -> Chart:
-    """Return the confusion matrix; the page draws from `meta` as much of it as can be captions apart."""
-    size, total, right = len(confusion.classes), confusion.counts.sum(), np.trace(confusion.counts)
+    """Return the confusion matrix; matrix.js draws from `meta` as many cells as the screen can show."""
+    size, total, correct = len(confusion.classes), confusion.counts.sum(), np.trace(confusion.counts)
     small = np.minimum(confusion.counts, 255).astype(np.uint8)
-    large = {int(place): int(confusion.counts.ravel()[place]) for place in np.flatnonzero(confusion.counts > 254)}
-    caption = (
-        f"{right:,} of {total:,} images are classified correctly ({format_percent(confusion.accuracy)}): the diagonal."
-    )
+    large = {int(index): int(confusion.counts.ravel()[index]) for index in np.flatnonzero(confusion.counts > 254)}
+    accuracy = format_percent(confusion.accuracy)
+    caption = f"{correct:,} of {total:,} images are classified correctly ({accuracy}): the diagonal."
     if confusion.left_out:
         caption = (
-            f"{format_percent(confusion.accuracy)} of all images are classified correctly. Only the {size:,} most "
+            f"{accuracy} of all images are classified correctly. Only the {size:,} most "
             f"confused classes are shown; {confusion.left_out:,} are left out."
         )
     meta = {
         "matrix": {
-            "names": [class_names[place] for place in confusion.classes],
-            "counts": base64.b64encode(small.tobytes()).decode(),  # 1 byte a cell; what does not fit is in `large`
+            "names": [class_names[number] for number in confusion.classes],
+            "counts": base64.b64encode(small.tobytes()).decode(),  # 1 byte per cell; larger counts are in `large`
             "large": large,
             "support": confusion.support.tolist(),
-            "order": [int(place) for place in confused_together(confusion)] if size > MOST_ANNOTATED else None,
-            "annotated": MOST_ANNOTATED,
+            "order": [int(index) for index in cluster_classes(confusion)] if size > MAX_ANNOTATED else None,
+            "annotated": MAX_ANNOTATED,
         }
     }
     return Chart("confusion", "Confusion matrix", caption, {"data": [], "layout": {"meta": meta}})

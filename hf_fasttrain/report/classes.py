@@ -1,4 +1,4 @@
-"""What predictions say of each class, and of each pair of classes."""
+"""Precision, recall and F1 of each class, and the confusion matrix, from a run's predictions."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import numpy as np
 
 from hf_fasttrain.run_folder.predictions import Predictions
 
-LARGEST_MATRIX = 1000  # classes
+MAX_MATRIX_CLASSES = 1000  # classes
 
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Precision, recall and F1 as scikit-learn has them (0 where they are not defined). Arrays (K,)."""
+    """Precision, recall and F1 as scikit-learn computes them (0 where they are undefined). Arrays (K,)."""
 
-    support: np.ndarray  # images that are of the class
-    predicted: np.ndarray  # images that are said to be
-    right: np.ndarray
+    support: np.ndarray  # images of the class
+    predicted: np.ndarray  # images that are predicted as the class
+    correct: np.ndarray
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
 
 
 def class_figures(predictions: Predictions, num_classes: int) -> ClassFigures:
-    """Return each class's figures."""
+    """Return the metrics of each class."""
     labels, predicted = predictions.labels.numpy(), predictions.predicted.numpy()
     if predictions.is_multi_label:
-        support, said, right = labels.sum(0), predicted.sum(0), (labels & predicted).sum(0)
+        support, num_predicted, correct = labels.sum(0), predicted.sum(0), (labels & predicted).sum(0)
     else:
-        support, said = (np.bincount(which, minlength=num_classes) for which in (labels, predicted))
-        right = np.bincount(labels[labels == predicted], minlength=num_classes)
+        support, num_predicted = (np.bincount(which, minlength=num_classes) for which in (labels, predicted))
+        correct = np.bincount(labels[labels == predicted], minlength=num_classes)
     return ClassFigures(
         support=support,
-        predicted=said,
-        right=right,
-        precision=_share(right, said),
-        recall=_share(right, support),
-        f1=_share(2 * right, support + said),
+        predicted=num_predicted,
+        correct=correct,
+        precision=_share(correct, num_predicted),
+        recall=_share(correct, support),
+        f1=_share(2 * correct, support + num_predicted),
     )
 
 
@@ -47,12 +47,12 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often images of one class are taken for another: `counts` (K, K), truth by prediction."""
+    """The confusion matrix: `counts` (K, K), truth by prediction."""
 
     counts: np.ndarray
-    classes: np.ndarray  # (K,) which classes these are
-    left_out: int  # classes that are not shown
-    support: np.ndarray  # (K,) images of each class, those that are taken for a class that is not shown too
+    classes: np.ndarray  # (K,) their numbers
+    left_out: int  # number of classes that are not shown
+    support: np.ndarray  # (K,) images of each class, also those predicted as a class that is not shown
     accuracy: float  # of all images
 
     @property
@@ -61,17 +61,17 @@ class Confusion:
         return _share(self.counts, self.support[:, None])
 
 
-def confusion_of(predictions: Predictions, num_classes: int, largest: int = LARGEST_MATRIX) -> Confusion:
-    """Return the confusion matrix of single-label predictions; of more than `largest` classes, those mistaken most."""
+def confusion_matrix(predictions: Predictions, num_classes: int, largest: int = MAX_MATRIX_CLASSES) -> Confusion:
+    """Return the confusion matrix of single-label predictions; of more than `largest` classes, the most confused."""
     labels, predicted = predictions.labels.numpy(), predictions.predicted.numpy()
     classes = np.arange(num_classes)
     if num_classes > largest:
         wrong = labels != predicted
         times = sum(np.bincount(which[wrong], minlength=num_classes) for which in (labels, predicted))
         classes = np.sort(np.argsort(-times, kind="stable")[:largest])
-    place = np.full(num_classes, -1)
-    place[classes] = np.arange(len(classes))
-    rows, columns = place[labels], place[predicted]
+    position = np.full(num_classes, -1)
+    position[classes] = np.arange(len(classes))
+    rows, columns = position[labels], position[predicted]
     shown = (rows >= 0) & (columns >= 0)
     size = len(classes)
     counts = np.bincount(rows[shown] * size + columns[shown], minlength=size * size).reshape(size, size)
@@ -79,18 +79,18 @@ def confusion_of(predictions: Predictions, num_classes: int, largest: int = LARG
     return Confusion(counts, classes, num_classes - size, support, float((labels == predicted).mean()))
 
 
-def confused_together(confusion: Confusion) -> np.ndarray:
-    """Return an order of the matrix's places in which classes that are taken for each other stand together."""
+def cluster_classes(confusion: Confusion) -> np.ndarray:
+    """Return an order (K,) of the matrix's rows in which classes that are confused with each other are neighbours."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
     size = len(confusion.classes)
     if size < 3:
         return np.arange(size)
-    alike = confusion.shares + confusion.shares.T
-    distance = 1 - np.minimum(alike, 1)
+    similarity = confusion.shares + confusion.shares.T
+    distance = 1 - np.minimum(similarity, 1)
     np.fill_diagonal(distance, 0)
-    # The best order of the leaves takes 3 s with 300 classes and grows with their third power.
+    # The optimal order of the leaves takes 3 s for 300 classes, and grows with their third power.
     tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=size <= 200)
     return np.asarray(leaves_list(tree))
 
@@ -101,6 +101,6 @@ def most_confused(confusion: Confusion, number: int = 50) -> list[tuple[int, int
     np.fill_diagonal(wrong, 0)
     shares = confusion.shares
     order = np.lexsort((-shares.ravel(), -wrong.ravel()))[:number]
-    places = [divmod(int(place), len(wrong)) for place in order if wrong.ravel()[place]]
-    names = confusion.classes
-    return [(int(names[r]), int(names[c]), int(wrong[r, c]), float(shares[r, c])) for r, c in places]
+    cells = [divmod(int(index), len(wrong)) for index in order if wrong.ravel()[index]]
+    classes = confusion.classes
+    return [(int(classes[r]), int(classes[c]), int(wrong[r, c]), float(shares[r, c])) for r, c in cells]

@@ -1,4 +1,4 @@
-"""A run's curves and its confusion matrix as PNG, for its card."""
+"""A run's curves and its confusion matrix as PNG, for its model card; the report's own charts: charts.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_fasttrain.report import words
-from hf_fasttrain.report.charts import MOST_ANNOTATED
-from hf_fasttrain.report.classes import Confusion, confused_together, confusion_of
-from hf_fasttrain.report.points import points_of
+from hf_fasttrain.report.charts import MAX_ANNOTATED
+from hf_fasttrain.report.classes import Confusion, cluster_classes, confusion_matrix
+from hf_fasttrain.report.format import metric_title
+from hf_fasttrain.report.points import downsample
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.run_folder.file_names import CONFUSION_PICTURE, CURVES_PICTURE
 from hf_fasttrain.utils.files import write_atomically
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-LARGEST_PICTURE = 250  # classes, or blocks of them, that can be labels apart in a picture
+MAX_PICTURE_CELLS = 250  # rows of the picture; more classes are drawn as blocks
 
 
 def draw_curves(record: Record, path: Path) -> None:
-    """Write loss, metrics, learning rate and time per step as a PNG; nothing where nothing is known. Raises OSError."""
+    """Write loss, metrics, learning rate and time per step as a PNG; no file without data. Raises OSError."""
     from matplotlib.figure import Figure
 
     if not record.evaluations and not len(record.train.get("step", ())):
@@ -50,27 +50,27 @@ def draw_curves(record: Record, path: Path) -> None:
 
 
 def _literal(text: str) -> str:
-    return text.replace("$", r"\$")  # what stands between two of them is mathematics to matplotlib
+    return text.replace("$", r"\$")  # matplotlib would typeset text between two of them as mathematics
 
 
 def _curve(record: Record, axes: Axes, column: str, label: str, colour: str) -> None:
     if not len(record.train.get(column, ())) or not np.isfinite(record.train[column]).any():
         return
-    points = points_of(record.train["step"], record.train[column])
+    points = downsample(record.train["step"], record.train[column])
     if points.has_band:
         axes.fill_between(points.x, points.low, points.high, color=colour, alpha=0.2, linewidth=0)
-    few = np.isfinite(points.mean).sum() <= 3  # which would be no line
+    few = np.isfinite(points.mean).sum() <= 3  # not visible as a line
     axes.plot(points.x, points.mean, color=colour, linewidth=1.4, label=label, marker="." if few else "")
 
 
 def _metric_curves(record: Record, axes: Axes, metrics: list[str], first_colour: int) -> None:
-    for place, split in enumerate(record.splits):
+    for index, split in enumerate(record.splits):
         for number, name in enumerate(metrics):
-            x, y = record.course(name, split)
-            title = split if name == "loss" else words.metric_title(name) + (f", {split}" if place else "")
-            style: dict[str, Any] = {"marker": "oDs"[place % 3] if len(x) <= 60 else "", "markersize": 4}
-            style["linestyle"] = ("-", "--", ":")[place % 3]
-            colour = COLOURS[(first_colour + number + (place if len(metrics) == 1 else 0)) % len(COLOURS)]
+            x, y = record.metric_curve(name, split)
+            title = split if name == "loss" else metric_title(name) + (f", {split}" if index else "")
+            style: dict[str, Any] = {"marker": "oDs"[index % 3] if len(x) <= 60 else "", "markersize": 4}
+            style["linestyle"] = ("-", "--", ":")[index % 3]
+            colour = COLOURS[(first_colour + number + (index if len(metrics) == 1 else 0)) % len(COLOURS)]
             if len(x):
                 axes.plot(x, y, color=colour, linewidth=1.4, label=_literal(title), **style)
 
@@ -96,25 +96,25 @@ def _step_time(record: Record, axes: Axes) -> None:
     train = record.train
     if not len(train.get("step", ())) or not np.isfinite(train["seconds_per_step"]).any():
         return
-    whole = points_of(train["step"], 1000 * train["seconds_per_step"])
+    whole = downsample(train["step"], 1000 * train["seconds_per_step"])
     waiting = np.nan_to_num(
-        points_of(train["step"], 1000 * train["seconds_per_step"] * train["data_wait_fraction"]).mean
+        downsample(train["step"], 1000 * train["seconds_per_step"] * train["data_wait_fraction"]).mean
     )
     parts = (np.nan_to_num(whole.mean) - waiting, waiting)
     axes.stackplot(whole.x, *parts, labels=("computing", "waiting for data"), colors=COLOURS[:2], alpha=0.75)
 
 
 def draw_confusion(record: Record, path: Path) -> None:
-    """Write the confusion matrix of a single-label run as a PNG; nothing where there is none. Raises OSError."""
+    """Write the confusion matrix of a single-label run as a PNG; no file without one. Raises OSError."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    found = record.predictions
-    if found is None or found.is_multi_label or not len(found.labels):
+    predictions = record.predictions
+    if predictions is None or predictions.is_multi_label or not len(predictions.labels):
         return
-    confusion = confusion_of(found, len(record.class_names))
+    confusion = confusion_matrix(predictions, len(record.class_names))
     size = len(confusion.classes)
-    order = np.arange(size) if size <= MOST_ANNOTATED else confused_together(confusion)
+    order = np.arange(size) if size <= MAX_ANNOTATED else cluster_classes(confusion)
     figure = Figure(figsize=(8, 8), layout="constrained")
     axes = figure.subplots()
     colours = LinearSegmentedColormap.from_list(
@@ -129,27 +129,27 @@ def draw_confusion(record: Record, path: Path) -> None:
     labels = [f"{mark:.0%}" for mark in marks]
     bar.set_ticks([*-log_like(marks[::-1]), 0, *log_like(marks)], labels=[*labels[::-1], "0", *labels])
     bar.set_label("wrong   ←   share of the class's images   →   right", fontsize=9)
-    if size <= MOST_ANNOTATED:
-        _annotate(axes, confusion, [record.class_names[place] for place in confusion.classes])
+    if size <= MAX_ANNOTATED:
+        _annotate(axes, confusion, [record.class_names[number] for number in confusion.classes])
     else:
         axes.set(xticks=[], yticks=[])
-    axes.set_xlabel("predicted" if size <= MOST_ANNOTATED else "predicted; grouped by confusion")
+    axes.set_xlabel("predicted" if size <= MAX_ANNOTATED else "predicted; grouped by confusion")
     axes.set_ylabel("truth")
-    title = f"{record.model_name} on {found.split}, {format_count(size, 'class', 'classes')}"
+    title = f"{record.model_name} on {predictions.split}, {format_count(size, 'class', 'classes')}"
     axes.set_title(_literal(title), fontsize=10)
     _save(figure, path)
 
 
 def log_like(shares: np.ndarray) -> np.ndarray:
-    """Return shares from 0 to 1 on a scale from 0 to 1 that shows small ones: 1% at 0.15, 10% at 0.5."""
+    """Map shares from 0 to 1 to a scale that makes small ones visible: 1% at 0.15, 10% at 0.5."""
     return np.log1p(99 * shares) / np.log(100)
 
 
 def _signed(confusion: Confusion, order: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the matrix on the log-like scale, mistakes negative; of large ones each block's strongest cell."""
+    """Return the matrix on the log-like scale, mistakes negative, and the classes per cell (it shows the largest)."""
     shares = log_like(confusion.shares[np.ix_(order, order)])
     signed = np.where(np.eye(len(shares), dtype=bool), shares, -shares)
-    block = -(-len(signed) // LARGEST_PICTURE)
+    block = -(-len(signed) // MAX_PICTURE_CELLS)
     pad = -len(signed) % block
     signed = np.pad(signed, (0, pad))
     number = len(signed) // block
@@ -178,4 +178,4 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, drawn.getvalue())
 
 
-DRAWINGS = {CURVES_PICTURE: draw_curves, CONFUSION_PICTURE: draw_confusion}  # file -> what draws it
+DRAWINGS = {CURVES_PICTURE: draw_curves, CONFUSION_PICTURE: draw_confusion}  # file -> function that draws it

@@ -1,4 +1,4 @@
-"""A run folder as its report reads it: finished or not, whole or not."""
+"""The content of a run folder as its report reads it: also of an unfinished run, or one with damaged files."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.run_folder.scrub import Scrubber
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import read_json, read_lines
-from hf_fasttrain.utils.format import is_finite
+from hf_fasttrain.utils.format import format_count, is_finite
 
 TRAIN_FIGURES = (
     "step", "epoch", "loss", "grad_norm", "lr", "images_per_second", "data_wait_fraction", "seconds_per_step",
     "peak_memory_bytes",
 )  # fmt: skip
-OLD_NAMES = {"peak_memory_bytes": "memory_bytes"}  # what a figure was called before
-Train = dict[str, np.ndarray]
+OLD_NAMES = {"peak_memory_bytes": "memory_bytes"}  # in files of older versions
+OLD_TAGS = {"learnt": "result", "machine": "speed"}  # in files of older versions
+TrainFigures = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run folder tells. Everything may be missing: then it is empty or None."""
+    """The content of a run folder. Everything may be missing: it is empty or None then."""
 
     folder: Path
-    train: Train = field(default_factory=dict)  # figure -> (N,) float64 by step, nan where a line has none
-    evaluations: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl, in their order
+    train: TrainFigures = field(default_factory=dict)  # figure -> (N,) float64 by step, nan if missing
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl, in order
     resumes: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)  # key -> value, origin, tag
@@ -54,7 +55,7 @@ class Record:
     predictions: Predictions | None = None
     gallery: Gallery = field(default_factory=Gallery)
     bad_images: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)  # what could not be read
+    problems: list[str] = field(default_factory=list)  # files that could not be read, and why
 
     @property
     def name(self) -> str:
@@ -63,12 +64,12 @@ class Record:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training has come to its end, and no resumed one has gone on after it."""
+        """Whether training has finished, and was not continued afterwards."""
         return bool(self.result) and int(self.result.get("steps") or 0) >= self.last_step
 
     @property
     def has_best_weights(self) -> bool:
-        """Whether RUN/model has the weights of the best evaluation because it was the best: the metrics are its own."""
+        """Whether RUN/model has the weights of the best evaluation, whose metrics are shown."""
         model, best = self.result.get("model"), self.result.get("best")
         chosen = isinstance(model, dict) and model.get("weights") == "best"
         return self.is_finished and chosen and isinstance(best, dict)
@@ -81,25 +82,25 @@ class Record:
 
     @property
     def dataset(self) -> str:
-        """The data set's name; of a folder, its last part."""
+        """The data set's name; for a folder, its last component."""
         name = str(self.value("data.dataset") or "own data").rstrip("/")
-        own = "data.dataset" in (self.value("local") or ())
-        return name.rsplit("/", 1)[-1] if own else Scrubber([]).value(name)
+        is_local = "data.dataset" in (self.value("local") or ())
+        return name.rsplit("/", 1)[-1] if is_local else Scrubber([]).value(name)
 
     def value(self, key: str) -> Any:
-        """Return the resolved value of a recipe's key, None if it is not known."""
+        """Return the resolved value of a recipe's key, None if it is unknown."""
         return self.resolved.get(key, {}).get("value")
 
     @property
     def last_step(self) -> int:
-        """The last step that is known of."""
+        """The last step in any file."""
         steps = [int(line["step"]) for line in self.evaluations]
         steps += [int(self.train["step"][-1])] if len(self.train.get("step", ())) else []
         return max(steps, default=int(self.result.get("steps") or 0))
 
     @cached_property
     def epochs_per_step(self) -> float | None:
-        """What a step counts in epochs, None if no line says so."""
+        """Epochs per step, None if unknown."""
         found = [(line.get("epoch"), line["step"]) for line in self.evaluations]
         if len(self.train.get("step", ())):
             found.append((float(self.train["epoch"][-1]), float(self.train["step"][-1])))
@@ -113,18 +114,18 @@ class Record:
 
     @property
     def metric_names(self) -> list[str]:
-        """The metrics of the evaluations, but for the loss."""
+        """The metrics of the evaluations, without the loss."""
         found = {name: None for line in self.evaluations for name in metrics_of(line)}
         return [name for name in found if name != "loss" and any(is_finite(e.get(name)) for e in self.evaluations)]
 
-    def course(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the steps and a metric's values on a split, where it is a number."""
+    def metric_curve(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps and the values of a metric on a split, finite ones only."""
         lines = [e for e in self.evaluations if e["split"] == split and is_finite(e.get(metric))]
         return np.array([e["step"] for e in lines], float), np.array([e[metric] for e in lines], float)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of the model on the main split; of a run that has not ended, those of the last evaluation."""
+        """The metrics of the model on the main split; of an unfinished run, those of the last evaluation."""
         if self.is_finished and self.result.get("metrics"):
             return dict(self.result["metrics"])
         lines = [line for line in self.evaluations if line["split"] == self.splits[0]]
@@ -132,7 +133,7 @@ class Record:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The classes' names, each different from all others; ``class 0`` and so on where they have none."""
+        """The names of the classes, made unique; ``class 0`` and so on if they have none."""
         names = [str(name) for name in self.spec.get("class_names") or self.gallery.class_names]
         found = self.predictions
         if found is not None:
@@ -149,7 +150,7 @@ def _num_classes(predictions: Predictions) -> int:
 
 
 def read_record(run: Path) -> Record:
-    """Return what a run folder tells; RunError if there is none, or if it is no run's."""
+    """Return the content of a run folder. Raises RunError if it does not exist or is not a run folder."""
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give the run folder of a training, its output_dir")
     if not any((run / name).is_file() for name in (METRICS_FILE, RESULT_FILE, RECIPE_FILE)):
@@ -159,12 +160,12 @@ def read_record(run: Path) -> Record:
         )
     problems: list[str] = []
     train, others = _read_metrics(run / METRICS_FILE, problems)
-    of_kind = {kind: [line for line in others if line["kind"] == kind] for kind in ("evaluation", "resume")}
+    by_kind = {kind: [line for line in others if line["kind"] == kind] for kind in ("evaluation", "resume")}
     return Record(
         folder=run,
         train=train,
-        evaluations=of_kind["evaluation"],
-        resumes=of_kind["resume"],
+        evaluations=by_kind["evaluation"],
+        resumes=by_kind["resume"],
         result=_read_object(run / RESULT_FILE, problems),
         resolved=_read_resolved(run / RESOLVED_FILE, problems),
         spec=_read_object(run / MODEL_FOLDER / SPEC_FILE, problems),
@@ -175,7 +176,7 @@ def read_record(run: Path) -> Record:
     )
 
 
-def _read_metrics(path: Path, problems: list[str]) -> tuple[Train, list[dict[str, Any]]]:
+def _read_metrics(path: Path, problems: list[str]) -> tuple[TrainFigures, list[dict[str, Any]]]:
     """Return the training figures and all other lines. A million lines take 7 seconds and 150 MB on 2 cores."""
     rows, others, bad = array("d"), [], 0
     try:
@@ -197,13 +198,12 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[Train, list[dict[str
         if path.exists():
             problems.append(f"{path.name} can't be read: {error.strerror}")
     if bad:
-        said = "line that can't be read is" if bad == 1 else "lines that can't be read are"
-        problems.append(f"{path.name}: {bad:,} {said} left out")
+        problems.append(f"{path.name}: {format_count(bad, 'unreadable line')} skipped")
     table = np.array(rows, dtype=np.float64).reshape(-1, len(TRAIN_FIGURES))
-    if len(table) and not (np.diff(table[:, 0]) > 0).all():  # the last line that tells of a step is right
+    if len(table) and not (np.diff(table[:, 0]) > 0).all():  # after a resume, the last line of a step counts
         _, last = np.unique(table[::-1, 0], return_index=True)
         table = table[::-1][last]
-    return {name: table[:, place] for place, name in enumerate(TRAIN_FIGURES)}, others
+    return {name: table[:, column] for column, name in enumerate(TRAIN_FIGURES)}, others
 
 
 def _row(line: dict[str, Any]) -> array[float]:
@@ -227,8 +227,12 @@ def _read_resolved(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]
     try:
         found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
         return {
-            str(key): {"value": fact["value"], "origin": fact["origin"], "tag": fact["tag"]}
-            for key, fact in found.items()
+            str(key): {
+                "value": entry["value"],
+                "origin": entry["origin"],
+                "tag": OLD_TAGS.get(entry["tag"], entry["tag"]),
+            }
+            for key, entry in found.items()
         }
     except (OSError, ValueError, YAMLError, AttributeError, KeyError, TypeError) as error:
         problems.append(f"{path.name} can't be read: {first_lines(error)}")

@@ -1,4 +1,7 @@
-"""One HTML file that shows how a run went, or how several differ; it asks the network for nothing."""
+"""Writes the report: one HTML file about a run, or a comparison of several; it loads nothing from the network.
+
+Its sections: sections.py; charts: charts.py; tables: tables.py; scripts and style: page/.
+"""
 
 from __future__ import annotations
 
@@ -21,33 +24,33 @@ from hf_fasttrain.utils.errors import RunError, without_secrets
 from hf_fasttrain.utils.files import reason, write_atomically
 
 TEMPLATE, STYLE, SCRIPTS = "page.html.jinja", "style.css", ("matrix.js", "charts.js", "tables.js")
-MADE_BY_US = '<meta name="generator" content="hf_fasttrain report">'
+GENERATOR_TAG = '<meta name="generator" content="hf_fasttrain report">'
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """Write the report of a run, or of several beside each other, and return its path.
 
-    A run's report is RUN/report.html, with its pictures as PNG in RUN/report; that of several is report.html here.
-    With `output`, the page is written there and no pictures are. Raises RunError for what is no run, for a run given
-    twice, and where the page can't be written or would replace a file that is no report.
+    The report of one run is RUN/report.html, with its pictures as PNG in RUN/report; of several it is report.html in
+    the current directory. With `output`, only the page is written, to that file. Raises RunError for a folder that is
+    not a run, for a run given twice, and if the page can't be written or would replace a file that is not a report.
     """
     try:
         return write_page(runs, output)
     except OSError as error:
-        path = _place(runs, output)
+        path = _output_path(runs, output)
         raise RunError(f"{path}: the report could not be written: {reason(error)}; choose another output") from None
 
 
 def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Do what `write_report` does; OSError where the page can't be written.
+    """Do what `write_report` does; raises OSError if the page can't be written.
 
-    The page comes last: where it is, the pictures are.
+    The page is written last: if it exists, so do the pictures.
     """
     _require_different(runs)
     marks = [result_mark(run) for run in runs]
     records = [read_record(run) for run in runs]
-    path = _place(runs, output)
-    _require_free(path)
+    path = _output_path(runs, output)
+    _require_replaceable(path)
     if output is None and len(records) == 1:
         folder = runs[0] / GALLERY_FOLDER
         folder.mkdir(exist_ok=True)
@@ -58,7 +61,7 @@ def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
     return path
 
 
-def _place(runs: Sequence[Path], output: Path | None) -> Path:
+def _output_path(runs: Sequence[Path], output: Path | None) -> Path:
     if output is not None:
         return output.absolute()
     return runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE)
@@ -75,17 +78,17 @@ def _require_different(runs: Sequence[Path]) -> None:
         seen.add(real)
 
 
-def _require_free(path: Path) -> None:
-    """Raise RunError if the path holds something that is no report."""
+def _require_replaceable(path: Path) -> None:
+    """Raise RunError if the path is a file that is not a report."""
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
-            if MADE_BY_US in file.read(2000):
+            if GENERATOR_TAG in file.read(2000):
                 return
         raise RunError(f"{path}: is not a report and would be overwritten; move it or choose another output")
 
 
 def to_html(page: Page, mark: str = "") -> str:
-    """Return the page as one file with everything in it; `mark` stands in its head."""
+    """Return the page as one self-contained HTML text; `mark` is added to its head."""
     from plotly.offline import get_plotlyjs
 
     folder = files("hf_fasttrain.report") / "page"
@@ -94,18 +97,18 @@ def to_html(page: Page, mark: str = "") -> str:
     charts = {chart.id: chart.figure for section in page.sections for chart in section.charts}
     rendered = template.from_string(parts[TEMPLATE]).render(
         page=page,
-        generator=Markup(MADE_BY_US + mark),
+        generator=Markup(GENERATOR_TAG + mark),
         style=Markup(parts[STYLE]),
         scripts=[Markup(parts[name]) for name in SCRIPTS],
         figures=_in_script(charts),
         plotly=Markup("PLOTLY"),
     )
-    # Put in last: nobody has to look through 5 MB for secrets or escapes.
+    # Inserted last, so that its 5 MB are not searched for secrets and not escaped.
     before, after = without_secrets(rendered).split("<script>PLOTLY</script>", 1)
     return f"{before}<script>{get_plotlyjs()}</script>{after}"
 
 
 def _in_script(value: Any) -> Markup:
-    """Return JSON that can stand in a script element, whatever its texts hold."""
+    """Return JSON that is safe inside a script element, whatever its strings contain."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

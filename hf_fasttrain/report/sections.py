@@ -1,4 +1,4 @@
-"""What a report says of a run, or of several, section by section."""
+"""The sections of a report, of one run or of several."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_fasttrain.report import tables, words
-from hf_fasttrain.report.charts import Chart, compared_charts, confusion_chart, curve_charts, pace_charts
-from hf_fasttrain.report.classes import class_figures, confusion_of
+from hf_fasttrain.report import tables
+from hf_fasttrain.report.charts import Chart, comparison_charts, confusion_chart, curve_charts, throughput_charts
+from hf_fasttrain.report.classes import class_figures, confusion_matrix
+from hf_fasttrain.report.format import describe_early_stop, format_metric, metric_title
 from hf_fasttrain.report.record import Record
-from hf_fasttrain.report.tables import Shown, Table
+from hf_fasttrain.report.tables import ImageCard, Table
 from hf_fasttrain.utils.format import (
     NOTHING,
     format_bytes,
@@ -25,24 +26,24 @@ from hf_fasttrain.utils.format import (
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; what is empty is left out."""
+    """A section of the page; empty parts are left out."""
 
     id: str
     title: str
     text: str = ""
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
-    pictures: Sequence[Shown] = ()
+    pictures: Sequence[ImageCard] = ()
     controls: str = ""  # "axis": steps or epochs
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the page says."""
+    """The content of the page."""
 
     title: str
     subtitle: str
-    tiles: Sequence[tuple[str, str, str]] = ()  # name, figure, remark
+    tiles: Sequence[tuple[str, str, str]] = ()  # name, value, remark
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     sections: Sequence[Section] = field(default_factory=list)
@@ -52,14 +53,14 @@ def page_of_run(record: Record) -> Page:
     """Return a run's page."""
     sections = [
         Section("curves", "Curves", charts=curve_charts(record), controls="axis"),
-        Section("throughput", "Throughput", charts=pace_charts(record), controls="axis"),
+        Section("throughput", "Throughput", charts=throughput_charts(record), controls="axis"),
         *_class_sections(record),
         _mistakes(record),
         _training(record),
-        Section("recipe", "Recipe", tables=_present(tables.recipe_table(record))),
+        Section("recipe", "Recipe", tables=_optional(tables.recipe_table(record))),
         Section("environment", "Environment", tables=tables.environment_tables(record)),
-        Section("resumes", "Resume history", tables=_present(tables.resume_table(record))),
-        Section("bad-images", "Bad images", tables=_present(tables.bad_images_table(record))),
+        Section("resumes", "Resume history", tables=_optional(tables.resume_table(record))),
+        Section("bad-images", "Bad images", tables=_optional(tables.bad_images_table(record))),
     ]
     empty = {"resumes": "The run was never resumed."}
     if record.result.get("bad_images") == 0 and record.resolved:
@@ -70,16 +71,16 @@ def page_of_run(record: Record) -> Page:
         tiles=_tiles(record),
         warnings=_warnings(record),
         notes=[*_selection_bias(record), *(str(note) for note in record.result.get("notes") or [])],
-        sections=_filled(sections, empty if record.is_finished else {}),
+        sections=_with_content(sections, empty if record.is_finished else {}),
     )
 
 
-def _present(table: Table | None) -> list[Table]:
+def _optional(table: Table | None) -> list[Table]:
     return [] if table is None else [table]
 
 
-def _filled(sections: Sequence[Section], empty: dict[str, str]) -> list[Section]:
-    """Return the sections that hold something, or for which there is a word on why they don't."""
+def _with_content(sections: Sequence[Section], empty: dict[str, str]) -> list[Section]:
+    """Return the sections with content; an empty one gets its text of `empty`, or is left out."""
     shown = []
     for section in sections:
         if section.charts or section.tables or section.pictures or section.text:
@@ -112,26 +113,26 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         remark = record.splits[0] if record.splits else ""
         last = (result.get("last") or {}).get("metrics") or {}
         if record.has_best_weights and best.get("step") != result.get("steps") and is_finite(last.get(main)):
-            remark = f"best (step {format_number(best.get('step'), 9)}), {words.metric(main, last[main])} at the end"
+            remark = f"best (step {format_number(best.get('step'), 9)}), {format_metric(main, last[main])} at the end"
         elif best.get("metric") == main and is_finite(best.get("value")) and best["value"] != metrics[main]:
-            remark = f"best {words.metric(main, best['value'])} at step {format_number(best.get('step'), 9)}"
-        tiles.append((words.metric_title(main), words.metric(main, metrics[main]), remark))
+            remark = f"best {format_metric(main, best['value'])} at step {format_number(best.get('step'), 9)}"
+        tiles.append((metric_title(main), format_metric(main, metrics[main]), remark))
         test = result.get("test_metrics") or {}
         if main in test:
-            tiles.append((f"{words.metric_title(main)}, test", words.metric(main, test[main]), "evaluated once"))
+            tiles.append((f"{metric_title(main)}, test", format_metric(main, test[main]), "evaluated once"))
     if "loss" in metrics:
-        tiles.append(("loss", words.metric("loss", metrics["loss"]), record.splits[0] if record.splits else ""))
+        tiles.append(("loss", format_metric("loss", metrics["loss"]), record.splits[0] if record.splits else ""))
     figures = [
-        ("images/s", format_rate(_or_last(record, "images_per_second")), "training steps"),
-        ("waiting", format_percent(_or_last(record, "data_wait_fraction")), "of training time, for data"),
+        ("images/s", format_rate(_final_or_last(record, "images_per_second")), "training steps"),
+        ("waiting", format_percent(_final_or_last(record, "data_wait_fraction")), "of training time, for data"),
         ("training time", format_duration(result.get("train_seconds")), "without evaluation"),
-        ("peak memory", format_bytes(_or_last(record, "peak_memory_bytes")), "per process"),
+        ("peak memory", format_bytes(_final_or_last(record, "peak_memory_bytes")), "per process"),
     ]
     return tiles + [figure for figure in figures if figure[1] != NOTHING]
 
 
-def _or_last(record: Record, name: str) -> float | None:
-    """Return a figure of the whole run, or of its last line while it has not ended."""
+def _final_or_last(record: Record, name: str) -> float | None:
+    """Return a figure of the whole run, or of its last log line if it is unfinished."""
     if is_finite(record.result.get(name)):
         return float(record.result[name])
     column = record.train.get(name)
@@ -144,7 +145,7 @@ def _warnings(record: Record) -> list[str]:
     warnings = (
         [] if record.is_finished else [f"This run has not finished; this is its state up to step {record.last_step:,}."]
     )
-    early = words.early_stop(result.get("early_stopping"))
+    early = describe_early_stop(result.get("early_stopping"))
     warnings += [f"Training stopped early: {early}."] if early and record.is_finished else []
     warnings += [f"Not on disk: {lost}" for lost in result.get("not_written") or []]
     warnings += [
@@ -155,7 +156,7 @@ def _warnings(record: Record) -> list[str]:
 
 
 def _selection_bias(record: Record) -> list[str]:
-    """Return a warning where the figures are those of the best of several evaluations."""
+    """Return a warning if the metrics are those of the best of several evaluations."""
     if not record.has_best_weights or not record.evaluations:
         return []
     best, split = record.result["best"], record.splits[0]
@@ -170,24 +171,25 @@ def _selection_bias(record: Record) -> list[str]:
 
 
 def _class_sections(record: Record) -> list[Section]:
-    found, names = record.predictions, record.class_names
-    if found is None or not len(found.labels):
+    predictions, names = record.predictions, record.class_names
+    if predictions is None or not len(predictions.labels):
         return [] if not record.is_finished else [
             Section("classes", "Classes", "The run folder has no predictions, so there are no metrics per class.")
         ]  # fmt: skip
-    figures = class_figures(found, len(names))
-    text = f"{format_count(len(found.labels), 'image')} of {found.split}, predicted after step {found.step:,}."
-    if found.is_multi_label:
+    figures = class_figures(predictions, len(names))
+    images, split = format_count(len(predictions.labels), "image"), predictions.split
+    text = f"{images} of {split}, predicted after step {predictions.step:,}."
+    if predictions.is_multi_label:
         text += " Images can have several classes, so there is no confusion matrix."
-        return [Section("classes", "Classes", text, tables=[tables.class_table(figures, names, found.split)])]
-    confusion = confusion_of(found, len(names))
+        return [Section("classes", "Classes", text, tables=[tables.class_table(figures, names, split)])]
+    confusion = confusion_matrix(predictions, len(names))
     return [
-        Section("classes", "Classes", text, tables=[tables.class_table(figures, names, found.split)]),
+        Section("classes", "Classes", text, tables=[tables.class_table(figures, names, split)]),
         Section(
             "confusion", "Confusion",
             "Rows are the true classes, columns the predicted ones; colours are shares of the row. Blue is correct, "
             "orange is wrong, on a scale that keeps rare mistakes visible.",
-            charts=[confusion_chart(confusion, names)], tables=_present(tables.confused_table(confusion, names)),
+            charts=[confusion_chart(confusion, names)], tables=_optional(tables.confused_table(confusion, names)),
         ),
     ]  # fmt: skip
 
@@ -207,25 +209,27 @@ def _training(record: Record) -> Section:
 
 
 def page_of_runs(records: Sequence[Record]) -> Page:
-    """Return the page of several runs beside each other."""
+    """Return the page that compares several runs."""
     names = run_names([record.folder for record in records])
     differing = tables.differences_table(records, names)
     sections = [
         Section("results", "Results", tables=[tables.results_table(records, names)]),
-        Section("curves", "Curves", charts=compared_charts(records, names), controls="axis"),
+        Section("curves", "Curves", charts=comparison_charts(records, names), controls="axis"),
         Section("recipe", "Recipe differences", "" if differing.rows else "The recipes are the same.",
                 tables=[differing] if differing.rows else []),
-        Section("environment", "Environment", tables=_present(tables.environment_differences(records, names))),
+        Section("environment", "Environment", tables=_optional(tables.environment_differences(records, names))),
     ]  # fmt: skip
     warnings = [
         f"{name}: {warnings}" for name, record in zip(names, records, strict=True) for warnings in _warnings(record)
     ]
     empty = {"environment": "Machines and versions are the same."}
-    return Page(f"{len(records)} runs compared", ", ".join(names), warnings=warnings, sections=_filled(sections, empty))
+    return Page(
+        f"{len(records)} runs compared", ", ".join(names), warnings=warnings, sections=_with_content(sections, empty)
+    )
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the folders' paths that tell them apart."""
+    """Return the shortest ends of the folders' paths that are different."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

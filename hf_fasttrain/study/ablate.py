@@ -16,7 +16,7 @@ from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import intervals
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell, collect
-from hf_fasttrain.study.messages import ArmOptions, Turn, resolve_arm
+from hf_fasttrain.study.messages import ArmOptions, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware, PlannedArm, build_arms, hardware, select_techniques, techniques
 from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
 from hf_fasttrain.utils.errors import RunError
@@ -108,7 +108,7 @@ def ablate(recipe: Recipe, plan: Plan, *, command: str, tell: Tell) -> tuple[Abl
     """
     require_one_process()
     machine = hardware()
-    with Starter(resolve_arm(recipe), on_gpu=machine.gpu) as start:
+    with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
         arms = plan_arms(start, plan, machine)
         with Bench(start, free_bytes=free_memory_bytes, warm_seconds=min(1.0, plan.turn_seconds)) as bench:
             measurements, whole = measure_arms(arms, bench, plan, tell)

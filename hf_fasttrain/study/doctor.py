@@ -19,7 +19,7 @@ from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Tell
 from hf_fasttrain.study.doctor_diagnosis import (
-    MUCH_WAITING,
+    LOADER_BOUND,
     PHASE_NAMES,
     STAGE_NAMES,
     Diagnosis,
@@ -27,7 +27,7 @@ from hf_fasttrain.study.doctor_diagnosis import (
     split_loading,
     split_step,
 )
-from hf_fasttrain.study.messages import ArmOptions, Ready, Report, Turn, resolve_arm
+from hf_fasttrain.study.messages import ArmOptions, Ready, Report, Turn, to_arm_request
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware, settings
 from hf_fasttrain.study.tune_space import Config
@@ -35,10 +35,10 @@ from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent, format_rate
 
-LOOK = Turn(min_steps=3, seconds=2.0)
-HALF = Turn(min_steps=2, seconds=1.0)
-TRY = Turn(min_steps=2, seconds=0.7)  # the first step after a suspension is slower
-LEAST_ROUNDS, MOST_ROUNDS = 4, 9
+PROFILE_TURN = Turn(min_steps=3, seconds=2.0)
+PART_TURN = Turn(min_steps=2, seconds=1.0)
+TRIAL_TURN = Turn(min_steps=2, seconds=0.7)  # the first step after a suspension is slower
+MIN_ROUNDS, MAX_ROUNDS = 4, 9
 TRACED_STEPS = 3
 AS_TRAINED = ArmOptions(stored_tuning=True)
 ROUNDING = "changes rounding: `hf-fasttrain tune` compares it with fp32"
@@ -90,10 +90,10 @@ class Doctor:
         )
 
     def _profile(self, trace: Path | None) -> tuple[Report, Ready]:
-        running = self.start(Arm("watched"), replace(AS_TRAINED, watched=True))
+        running = self.start(Arm("profiled"), replace(AS_TRAINED, profiled=True))
         try:
             running.turn(Turn(min_steps=3, seconds=1.0, drain=True))
-            report = running.turn(LOOK)
+            report = running.turn(PROFILE_TURN)
             if trace is not None:
                 self.tell(f"a trace of {TRACED_STEPS} steps")
                 running.trace(trace.absolute(), TRACED_STEPS)
@@ -104,7 +104,7 @@ class Doctor:
     def _halves(self) -> tuple[Report, Report]:
         running = self.start(Arm("halves"), AS_TRAINED)
         try:
-            return running.request("loader", HALF), running.request("compute", HALF)
+            return running.request("loader", PART_TURN), running.request("compute", PART_TURN)
         finally:
             running.close()
 
@@ -115,7 +115,7 @@ class Doctor:
         config = space.first_config(ready)
         loading = self._loading_ideas(config, ready)
         computing = self._computing_ideas(config, ready)
-        return [*loading, *computing] if waiting >= MUCH_WAITING else [*computing, *loading]
+        return [*loading, *computing] if waiting >= LOADER_BOUND else [*computing, *loading]
 
     def _loading_ideas(self, config: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
         ideas: list[tuple[dict[str, Any], str]] = []
@@ -160,8 +160,8 @@ class Doctor:
                 bench.warm_up(measurement)
                 tried.append(measurement)
                 notes[arm.name] = note
-            for number in range(MOST_ROUNDS):
-                if number >= LEAST_ROUNDS and self.clock() > self.until:
+            for number in range(MAX_ROUNDS):
+                if number >= MIN_ROUNDS and self.clock() > self.until:
                     break
                 for measurement in rng.sample([baseline, *tried], 1 + len(tried)):
                     if not measurement.failed:
@@ -173,7 +173,7 @@ class Doctor:
 
 def _turn(bench: Bench, measurement: Measurement, number: int) -> None:
     with contextlib.suppress(ArmFailed):  # recorded in the measurement
-        bench.turn(measurement, number, TRY)
+        bench.turn(measurement, number, TRIAL_TURN)
 
 
 def _rate(report: Report) -> float:
@@ -187,7 +187,7 @@ def doctor(recipe: Recipe, machine: Hardware, *, seconds: float, tell: Tell, tra
         raise RunError(f"--trace {trace}: {trace.absolute().parent} is not a folder; give another file")
     if trace is not None and not os.access(trace.absolute().parent, os.W_OK):
         raise RunError(f"--trace {trace}: can't be written; give another file")
-    with Starter(resolve_arm(recipe), on_gpu=machine.gpu) as start:
+    with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
         return Doctor(start, machine, num_cores(), seconds=seconds, tell=tell).examine(trace)
 
 

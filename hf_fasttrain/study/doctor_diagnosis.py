@@ -11,9 +11,9 @@ from hf_fasttrain.study.messages import Ready, Report
 from hf_fasttrain.study.stopwatch import PHASES
 from hf_fasttrain.utils.format import format_percent, format_rate
 
-MUCH_WAITING = 0.1  # share of time from which the loader is called the bottleneck
-SHARING = 0.85  # of the speed of the slower half alone: below it, the halves slow each other down
-WORTH_SAYING = 1.03  # least speed-up of an override that is advised
+LOADER_BOUND = 0.1  # share of time from which the loader is called the bottleneck
+CONTENTION = 0.85  # of the speed of the slower half alone: below it, the halves slow each other down
+MIN_SPEED_UP = 1.03  # least speed-up of an override that is advised
 STAGE_NAMES = {"read": "reading", "decode": "decoding", "augment": "augmenting", "collate": "collating"}
 PHASE_NAMES = {
     "wait": "waiting for images",
@@ -67,7 +67,7 @@ class Diagnosis:
     @property
     def is_waiting(self) -> bool:
         """Whether the loader is the bottleneck."""
-        return self.wait_fraction >= MUCH_WAITING
+        return self.wait_fraction >= LOADER_BOUND
 
     @property
     def largest_stage(self) -> str:
@@ -105,7 +105,7 @@ class Diagnosis:
                 f"({1000 * self.phases[phase]:.1f} of {1000 * self.step_seconds:.1f} ms)"
             )
             together = self.images_per_second.median
-            if self.workers and together < SHARING * min(self.compute_alone, self.loader_alone):
+            if self.workers and together < CONTENTION * min(self.compute_alone, self.loader_alone):
                 text += f"; together they reach only {format_rate(together)}: they share the processor's cores"
         if self.advice:
             return f"{text}; `{self.advice[0].text}` gives {format_rate(self.advice[0].images_per_second)} here."
@@ -167,7 +167,7 @@ def best_advice(baseline: Measurement, tried: list[Measurement], notes: dict[str
         if not measurement.is_measured:
             continue
         speed_up = measurement.speed_up(baseline)
-        if speed_up.median >= WORTH_SAYING and speed_up.low > 1:
+        if speed_up.median >= MIN_SPEED_UP and speed_up.low > 1:
             name = measurement.arm.name
             rate = measurement.images_per_second.median
             results.append(Advice(measurement.arm.overrides, rate, speed_up, notes.get(name, "")))

@@ -25,7 +25,7 @@ class ArmRequest:
         return parse_recipe(self.text, self.overrides, where=self.where, name=self.name)
 
 
-def resolve_arm(recipe: Recipe) -> ArmRequest:
+def to_arm_request(recipe: Recipe) -> ArmRequest:
     """Return a recipe in the form in which it is sent to arms."""
     source = recipe.source
     return ArmRequest(source.text, source.name, source.name, source.overrides)
@@ -84,6 +84,6 @@ class ArmOptions:
 
     full_lr: bool = False  # constant lr, without the schedule
     without_dropout: bool = False
-    watched: bool = False  # phases and loader stages are timed
+    profiled: bool = False  # phases and loader stages are timed
     gradient_to: str | None = None  # file for the first step's gradient
     stored_tuning: bool = False  # resolve `auto` by a stored tuning, as training does; else by the fixed rules

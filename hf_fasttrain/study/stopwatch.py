@@ -24,7 +24,7 @@ from hf_fasttrain.train.trainer import Trainer
 
 PHASES = ("wait", "copy", "forward", "backward", "optimizer", "other")  # of a step; they add up to it
 STAGES = ("read", "decode", "augment", "collate")  # of a loader's worker
-MOST_WORKERS = 256
+MAX_WORKERS = 256
 _BUSY, _IMAGES = len(STAGES), len(STAGES) + 1  # columns beside the stages
 
 
@@ -36,7 +36,7 @@ class Stopwatch:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         # A row for each worker, so that they need no lock.
-        self.table = torch.zeros((MOST_WORKERS, len(STAGES) + 2), dtype=torch.float64).share_memory_()
+        self.table = torch.zeros((MAX_WORKERS, len(STAGES) + 2), dtype=torch.float64).share_memory_()
         self._before = self.table.clone()
 
     def reset(self) -> None:
@@ -104,7 +104,7 @@ class _Row:
 
     def add(self, column: int, amount: float) -> None:
         if self._row is None:
-            self._row = self.table[(worker_index() or 0) % MOST_WORKERS].numpy()
+            self._row = self.table[(worker_index() or 0) % MAX_WORKERS].numpy()
         self._row[column] += amount
 
 

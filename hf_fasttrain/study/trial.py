@@ -51,7 +51,7 @@ class Passes(SamplingPlan):
         return replace(plan, step=step, epoch=passes, micro_batches=keys)
 
 
-class _WritesGradient(Trainer):
+class _GradientWriter(Trainer):
     """A trainer that writes the gradient of its first update to a file, (P,) float32."""
 
     gradient_to: Path | None = None
@@ -73,7 +73,7 @@ class Trial:
     def __init__(self, recipe_request: ArmRequest, options: ArmOptions = ArmOptions()) -> None:  # noqa: B008 - frozen
         recipe = without_growth(recipe_request.load())
         parts = build_parts(recipe, presets=None if options.stored_tuning else Presets())
-        kind = Trainer if options.gradient_to is None else _WritesGradient
+        kind = Trainer if options.gradient_to is None else _GradientWriter
         self.trainer = assemble(parts, None, kind, callbacks=[self])
         self.trainer.retry.is_on = False  # that micro-batches do not fit is a result
         self.turn: Turn | None = None
@@ -139,11 +139,11 @@ class Trial:
         trainer.schedule = constant if options.full_lr else lambda step: schedule(min(step, last))
         if options.without_dropout:
             _without_dropout(trainer.raw_model)
-        if options.watched:
+        if options.profiled:
             self.stopwatch = Stopwatch(self.device)
             watch_compute(trainer, self.stopwatch)
             watch_loader(self.loader.prefetcher, self.stopwatch)
-        if isinstance(trainer, _WritesGradient):
+        if isinstance(trainer, _GradientWriter):
             trainer.gradient_to = Path(str(options.gradient_to))
             if trainer.accelerator.scaler is not None:
                 set_first_loss_scale(trainer.accelerator.scaler, GUARD_SCALE)  # the default may overflow

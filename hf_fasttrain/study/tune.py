@@ -15,7 +15,7 @@ from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell
 from hf_fasttrain.study.intervals import Estimate
-from hf_fasttrain.study.messages import Ready, Turn, resolve_arm
+from hf_fasttrain.study.messages import Ready, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware
 from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, LossCurve, Verdict, compare, loss_curve
 from hf_fasttrain.study.tune_space import Config
@@ -23,10 +23,10 @@ from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_duration
 
-LEAST_BUDGET = 20.0  # seconds
-WORTH_IT = 1.03  # least speed-up of a setting to be chosen: identical processes differ by some 2 %
+MIN_BUDGET = 20.0  # seconds
+MIN_SPEED_UP = 1.03  # least speed-up of a setting to be chosen: identical processes differ by some 2 %
 SPARE = 0.06  # share of the budget reserved for the end
-MOST_OVER = 1.1  # share of the budget that the last rounds may reach
+MAX_OVERRUN = 1.1  # share of the budget that the last rounds may reach
 TURN = Turn(min_steps=2, seconds=0.6)
 # The share of the budget at which each block of the search must end.
 UNTIL = {"precision": 0.38, "layout": 0.50, "micro-batch": 0.61, "loader": 0.70, "cache": 0.75, "pinned memory": 0.78}
@@ -67,8 +67,8 @@ def parse_budget(text: str) -> float:
     if match is None:
         raise RunError(f"--budget {text}: must be a time such as 3m, 90s or 1h")
     seconds = float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
-    if seconds < LEAST_BUDGET:
-        raise RunError(f"--budget {text}: too short to measure anything; give at least {LEAST_BUDGET:.0f}s")
+    if seconds < MIN_BUDGET:
+        raise RunError(f"--budget {text}: too short to measure anything; give at least {MIN_BUDGET:.0f}s")
     return seconds
 
 
@@ -224,11 +224,11 @@ class Tuner:
         return [*ranked, *sorted((c for c in dropped if c.measurement.is_measured), key=Candidate.forecast)]
 
     def _is_surely_better(self, candidate: Candidate, since: int) -> bool:
-        """Return whether a candidate beats the best so far by more than noise: by WORTH_IT, and in every round."""
+        """Return whether a candidate beats the best so far by more than noise: by MIN_SPEED_UP, and in every round."""
         best, rounds = self.best.measurement.rounds, candidate.measurement.rounds
         both = [number for number in rounds if number >= since and number in best]
         each_time = all(rounds[number] < best[number] for number in both)
-        return each_time and candidate.forecast(since) * WORTH_IT < self.best.forecast(since)
+        return each_time and candidate.forecast(since) * MIN_SPEED_UP < self.best.forecast(since)
 
     def _candidate(self, config: Config, base: Config) -> Candidate:
         """Return the candidate of a config, with its earlier measurements if it has any."""
@@ -346,7 +346,7 @@ class Tuner:
             return None
         since, cost = self._round, 2 * self._usual_cost()
         while (number := self._round - since) < 9:
-            if self.left() < 0 and (number >= 3 or self.elapsed + cost > MOST_OVER * self.budget):
+            if self.left() < 0 and (number >= 3 or self.elapsed + cost > MAX_OVERRUN * self.budget):
                 break
             start_time = self.clock()
             self.bench.close()  # new processes for each round: these are the figures that are reported
@@ -362,7 +362,7 @@ class Tuner:
             rounds = candidate.measurement.rounds
             final.rounds = {number: seconds for number, seconds in rounds.items() if number >= since}
         speed_up = best.speed_up(baseline)
-        if speed_up.median < WORTH_IT and speed_up.low < 1:  # the gain was noise, or may be
+        if speed_up.median < MIN_SPEED_UP and speed_up.low < 1:  # the gain was noise, or may be
             self.best = self.baseline
             return None
         return speed_up
@@ -371,5 +371,5 @@ class Tuner:
 def tune(recipe: Recipe, budget: float, machine: Hardware, *, tell: Tell) -> TuneResult:
     """Search the fastest settings of a recipe for `budget` seconds; see `Tuner.run`."""
     require_one_process()
-    with Starter(resolve_arm(recipe), on_gpu=machine.gpu) as start:
+    with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
         return Tuner(start, budget, machine, num_cores(), tell=tell, free_bytes=free_memory_bytes).run()

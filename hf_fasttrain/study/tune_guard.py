@@ -13,8 +13,8 @@ from hf_fasttrain.study.bench import Arm, Start
 from hf_fasttrain.study.messages import ArmOptions, Turn
 from hf_fasttrain.utils.format import format_percent
 
-LEAST_COSINE = 0.99
-MOST_LOSS_DIFFERENCE = 0.05  # of the mean loss over the steps
+MIN_COSINE = 0.99
+MAX_LOSS_DIFFERENCE = 0.05  # of the mean loss over the steps
 NUM_STEPS = 20
 IMAGES = 16  # per step, or fewer if the recipe's batch is smaller
 
@@ -37,12 +37,12 @@ class Verdict:
     @property
     def is_good(self) -> bool:
         """Whether the precision may be used; False for NaN."""
-        return self.cosine >= LEAST_COSINE and self.loss_difference <= MOST_LOSS_DIFFERENCE
+        return self.cosine >= MIN_COSINE and self.loss_difference <= MAX_LOSS_DIFFERENCE
 
     def __str__(self) -> str:
         return (
-            f"gradient cosine {self.cosine:.4f} (at least {LEAST_COSINE}), loss over {NUM_STEPS} steps at full lr "
-            f"{format_percent(self.loss_difference)} from fp32's (at most {format_percent(MOST_LOSS_DIFFERENCE, 0)})"
+            f"gradient cosine {self.cosine:.4f} (at least {MIN_COSINE}), loss over {NUM_STEPS} steps at full lr "
+            f"{format_percent(self.loss_difference)} from fp32's (at most {format_percent(MAX_LOSS_DIFFERENCE, 0)})"
         )
 
 

@@ -139,7 +139,7 @@ def write_tuned(recipe: Recipe, result: TuneResult, path: Path, *, command: str,
     return []
 
 
-def print_found(console: Console, result: TuneResult, path: Path) -> None:
+def print_tuning(console: Console, result: TuneResult, path: Path) -> None:
     """Print all candidates, the fastest forecast first, and the summary."""
     measured = [candidate for candidate in result.tried if candidate.measurement.is_measured]
     shown = Table(title="settings tried", title_justify="left")

@@ -10,7 +10,7 @@ from hf_fasttrain.study.messages import Ready
 from hf_fasttrain.study.techniques import Hardware, settings
 
 Config = dict[str, Any]  # key -> value, with all TUNED_KEYS
-LEAST_MICRO_BATCH = 4
+MIN_MICRO_BATCH = 4
 MATH_KEYS = ("accelerate.mixed_precision", "accelerate.matmul_precision", "accelerate.conv_precision")
 
 
@@ -73,7 +73,7 @@ def micro_batches(config: Config, ready: Ready) -> list[Config]:
     """Return smaller micro-batches: half, a quarter, an eighth of the current one, and the whole step if it fits."""
     current = config["accelerate.micro_batch_size"] or ready.micro_batch_size
     sizes: list[int | None] = [2 * (current // share // 2) for share in (2, 4, 8)]
-    sizes = [size for size in sizes if size and size >= LEAST_MICRO_BATCH]
+    sizes = [size for size in sizes if size and size >= MIN_MICRO_BATCH]
     if config["accelerate.micro_batch_size"] is not None and whole_fits(ready):
         sizes.insert(0, None)
     return [{**config, "accelerate.micro_batch_size": size} for size in sizes]

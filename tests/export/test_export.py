@@ -23,7 +23,7 @@ from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.data.pixels.decode import read_pixels
 from hf_fasttrain.export import export, onnx_file
-from hf_fasttrain.export.export import Exported, export_run
+from hf_fasttrain.export.export import ExportResult, export_run
 from hf_fasttrain.export.snippets import onnx_snippet, timm_snippet, transformers_snippet
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, build_model, head_names, model_preprocessing
 from hf_fasttrain.models.saved import load_model, save_model
@@ -152,7 +152,7 @@ def write_run(run: Path, spec: ModelSpec, result: dict[str, Any] | None = None) 
     spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
     assert spec.preprocessing is not None
     with torch.no_grad():
-        logits = model(export.prepared(export.sample_photos(spec.preprocessing), spec.preprocessing))
+        logits = model(export.preprocess(export.sample_photos(spec.preprocessing), spec.preprocessing))
         for name, parameter in model.named_parameters():
             if name.startswith(tuple(head_names(model))):
                 parameter.sub_(logits.mean(0) if name.endswith("bias") else 0).div_(logits.std(0).mean())
@@ -162,7 +162,7 @@ def write_run(run: Path, spec: ModelSpec, result: dict[str, Any] | None = None) 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> dict[str, tuple[Path, Exported]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> dict[str, tuple[Path, ExportResult]]:
     """Return run folder and what export says of it, for each of PARTS."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
     for name, (model, pre, options) in PARTS.items():
@@ -193,7 +193,7 @@ def require_named(got: str, logits: torch.Tensor, multi_label: bool, what: str) 
 
 
 def test_timm_and_transformers_give_the_logits_of_evaluation(
-    runs: dict[str, tuple[Path, Exported]], photos: list[str]
+    runs: dict[str, tuple[Path, ExportResult]], photos: list[str]
 ) -> None:
     jobs: list[tuple[str, list[list[str]]]] = []
     checks = []
@@ -218,7 +218,9 @@ def test_timm_and_transformers_give_the_logits_of_evaluation(
 
 
 @needs_onnx
-def test_onnxruntime_gives_the_logits_of_evaluation(runs: dict[str, tuple[Path, Exported]], photos: list[str]) -> None:
+def test_onnxruntime_gives_the_logits_of_evaluation(
+    runs: dict[str, tuple[Path, ExportResult]], photos: list[str]
+) -> None:
     shown = "print(json.dumps(logits.tolist()))\n"
     jobs = [
         (onnx_snippet(f"{run}/model/model.onnx") + shown, [[photo] for photo in photos]) for run, _ in runs.values()
@@ -235,7 +237,7 @@ def test_onnxruntime_gives_the_logits_of_evaluation(runs: dict[str, tuple[Path, 
         assert exported.onnx_difference < 1e-4
 
 
-def test_forms_and_files(runs: dict[str, tuple[Path, Exported]]) -> None:
+def test_forms_and_files(runs: dict[str, tuple[Path, ExportResult]]) -> None:
     onnx = ["onnx"] if HAS_ONNX else []
     for name, (run, exported) in runs.items():
         forms = [] if name == "small stem" else ["transformers"] if name.startswith("hf") else ["timm", "transformers"]

@@ -188,7 +188,9 @@ def test_ctrl_c_while_the_report_is_drawn_leaves_the_run_as_it_is(
     monkeypatch.setattr("hf_fasttrain.report.report.write_page", interrupted)
     run = tmp_path / "run"
     assert exit_status([str(write_recipe(RECIPE)), f"output_dir={run}"]) == 0
-    assert f"trained to the end; the rest was left off: hf-fasttrain report {run}, or push" in capsys.readouterr().out
+    assert (
+        f"training is finished; Ctrl-C skipped the rest: hf-fasttrain report {run}, or push" in capsys.readouterr().out
+    )
     assert (run / "result.json").exists()
 
 

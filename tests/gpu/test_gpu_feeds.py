@@ -50,7 +50,7 @@ class Numbers(ImageBatches):
         batch.copy_((rows * 37 + places) % 233)
         return PixelBatch(batch, torch.from_numpy(key.indices % 10), ())
 
-    def most_bytes(self, num_images: int) -> int:
+    def max_bytes(self, num_images: int) -> int:
         return num_images * self.size**2 * 3
 
 

@@ -121,17 +121,17 @@ def make_run(folder: Path, num_classes: int = 10, steps: int = 90, names: list[s
 
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])
 def test_class_figures_are_those_of_scikit_learn(num_classes: int) -> None:
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn import metrics
 
-    from hf_fasttrain.report.classes import class_figures, confusion_of
+    from hf_fasttrain.report.classes import class_figures, confusion_matrix
 
     found = predictions_of(num_classes)
     figures, labels = class_figures(found, num_classes), range(num_classes)
-    wanted = precision_recall_fscore_support(found.labels, found.predicted, labels=labels, zero_division=0)
+    wanted = metrics.precision_recall_fscore_support(found.labels, found.predicted, labels=labels, zero_division=0)
     for own, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
         np.testing.assert_allclose(own, theirs, rtol=1e-12)
-    counts = confusion_of(found, num_classes).counts
-    np.testing.assert_array_equal(counts, confusion_matrix(found.labels, found.predicted, labels=labels))
+    counts = confusion_matrix(found, num_classes).counts
+    np.testing.assert_array_equal(counts, metrics.confusion_matrix(found.labels, found.predicted, labels=labels))
 
 
 def test_figures_of_classes_that_never_occur_are_zero() -> None:
@@ -151,25 +151,25 @@ def multi_label_predictions() -> Predictions:
 
 
 def test_multi_label_figures_are_those_of_scikit_learn() -> None:
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn import metrics
 
     from hf_fasttrain.report.classes import class_figures
 
     found = multi_label_predictions()
     figures = class_figures(found, 4)
-    wanted = precision_recall_fscore_support(found.labels, found.predicted, zero_division=0)
+    wanted = metrics.precision_recall_fscore_support(found.labels, found.predicted, zero_division=0)
     for own, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
         np.testing.assert_allclose(own, theirs, rtol=1e-12)
 
 
 def test_confused_classes_stand_together_and_are_listed() -> None:
-    from hf_fasttrain.report.classes import confused_together, confusion_of, most_confused
+    from hf_fasttrain.report.classes import cluster_classes, confusion_matrix, most_confused
 
     labels = np.repeat(np.arange(40), 10)
     predicted = np.where(np.arange(400) % 10 < 3, (labels + 20) % 40, labels)  # 0 and 20, 1 and 21, ...
     tensors = map(torch.from_numpy, (labels, labels, predicted, labels / 40, labels / 40, predicted))
-    confusion = confusion_of(Predictions(1, "v", *tensors), 40)
-    place = np.argsort(confused_together(confusion))
+    confusion = confusion_matrix(Predictions(1, "v", *tensors), 40)
+    place = np.argsort(cluster_classes(confusion))
     assert sorted(place.tolist()) == list(range(40))
     assert all(abs(place[n] - place[n + 20]) == 1 for n in range(20))
     pairs = most_confused(confusion)
@@ -179,26 +179,26 @@ def test_confused_classes_stand_together_and_are_listed() -> None:
 
 def test_a_matrix_too_large_keeps_the_classes_mistaken_most() -> None:
     from hf_fasttrain.report.charts import confusion_chart
-    from hf_fasttrain.report.classes import confusion_of
+    from hf_fasttrain.report.classes import confusion_matrix
 
     labels = torch.tensor([0, 1, 2, 3, 3])
     predicted = torch.tensor([0, 1, 3, 2, 3])
     found = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
-    confusion = confusion_of(found, 4, largest=2)
+    confusion = confusion_matrix(found, 4, largest=2)
     assert confusion.classes.tolist() == [2, 3]
     assert confusion.counts.tolist() == [[0, 1], [1, 1]]
-    words = confusion_chart(confusion, ["a", "b", "c", "d"]).words
+    caption = confusion_chart(confusion, ["a", "b", "c", "d"]).caption
     shown = "Only the 2 most confused classes are shown; 2 are left out."
-    assert words == f"60.0% of all images are classified correctly. {shown}"
+    assert caption == f"60.0% of all images are classified correctly. {shown}"
 
 
 def test_images_taken_for_a_class_that_is_not_shown_count() -> None:
-    from hf_fasttrain.report.classes import confusion_of, most_confused
+    from hf_fasttrain.report.classes import confusion_matrix, most_confused
 
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([0, 1, 1, 2, 0, 0, 2])
     found = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
-    confusion = confusion_of(found, 3, largest=2)
+    confusion = confusion_matrix(found, 3, largest=2)
     assert confusion.classes.tolist() == [0, 1]
     assert confusion.support.tolist() == [4, 2]
     assert confusion.shares.tolist() == [[0.25, 0.5], [1.0, 0.0]]
@@ -207,41 +207,45 @@ def test_images_taken_for_a_class_that_is_not_shown_count() -> None:
 
 @pytest.mark.parametrize("lines", [1, 5, 2000, 2001, 1_000_000])
 def test_points_hide_nothing(lines: int) -> None:
-    from hf_fasttrain.report.points import points_of
+    from hf_fasttrain.report.points import downsample
 
     values = np.random.default_rng(0).normal(size=lines)
     values[lines // 2] = 1000.0  # a single spike
-    points = points_of(np.arange(1.0, lines + 1), values)
+    points = downsample(np.arange(1.0, lines + 1), values)
     assert len(points.x) <= 2000
     assert (np.nanmin(points.low), np.nanmax(points.high)) == (values.min(), values.max())
-    number = np.diff([*range(0, lines, points.each), lines])
+    number = np.diff([*range(0, lines, points.lines_per_point), lines])
     assert np.isclose((points.mean * number).sum(), values.sum())
     assert points.has_band == (lines > 2000)
     assert ((points.low <= points.mean + 1e-9) & (points.mean <= points.high + 1e-9)).all()
 
 
 def test_points_leave_out_what_is_no_number() -> None:
-    from hf_fasttrain.report.points import points_of
+    from hf_fasttrain.report.points import downsample
 
     values = np.array([1.0, np.nan, 3.0, np.inf, np.nan, np.nan])
-    points = points_of(np.arange(6.0), values, most=3)
+    points = downsample(np.arange(6.0), values, most=3)
     np.testing.assert_array_equal(points.mean, [1.0, 3.0, np.nan])
     np.testing.assert_array_equal(points.high, [1.0, 3.0, np.nan])
     assert points.missing == 4
-    assert np.isnan(points_of(np.arange(6.0), values).mean[3])
+    assert np.isnan(downsample(np.arange(6.0), values).mean[3])
 
 
 @pytest.mark.parametrize(
-    ("told", "wanted"),
+    ("call", "expected"),
     [
-        (("metric", "accuracy", 0.95), "95.00%"), (("metric", "f1_macro", 0.5), "0.5000"), (("metric", "x", None), "–"),
-        (("setting", [1, None]), "[1, null]"), (("setting", "a"), "a"), (("metric_title", "f1_macro"), "macro F1"),
+        (("format_metric", "accuracy", 0.95), "95.00%"),
+        (("format_metric", "f1_macro", 0.5), "0.5000"),
+        (("format_metric", "x", None), "–"),
+        (("format_setting", [1, None]), "[1, null]"),
+        (("format_setting", "a"), "a"),
+        (("metric_title", "f1_macro"), "macro F1"),
     ],
-)  # fmt: skip
-def test_figures_as_people_read_them(told: tuple[Any, ...], wanted: str) -> None:
-    from hf_fasttrain.report import words as report_words
+)
+def test_metrics_and_settings_are_formatted(call: tuple[Any, ...], expected: str) -> None:
+    from hf_fasttrain.report import format as report_format
 
-    assert getattr(report_words, told[0])(*told[1:]) == wanted
+    assert getattr(report_format, call[0])(*call[1:]) == expected
 
 
 # What is read.
@@ -265,10 +269,10 @@ def test_metrics_of_old_and_torn_lines(tmp_path: Path) -> None:
     assert record.train["step"].tolist() == [1, 2]
     assert record.train["loss"].tolist() == [3.0, 1.0]
     assert np.isnan(record.train["grad_norm"]).all()
-    assert record.problems == ["metrics.jsonl: 3 lines that can't be read are left out"]
+    assert record.problems == ["metrics.jsonl: 3 unreadable lines skipped"]
     assert record.epochs_per_step == 0.25
     assert (record.metric_names, record.splits, record.last_step) == (["accuracy"], ["v"], 2)
-    assert not len(record.course("loss", "v")[0])
+    assert not len(record.metric_curve("loss", "v")[0])
     assert not record.is_finished
 
 
@@ -324,11 +328,11 @@ def test_a_single_line_of_the_log_is_seen(tmp_path: Path) -> None:
 
 
 def test_targets_of_several_classes_are_all_named() -> None:
-    from hf_fasttrain.report.tables import _shares
+    from hf_fasttrain.report.tables import _format_target
 
-    assert _shares({"cat": 1.0, "dog": 1.0}) == "cat, dog"
-    assert _shares({}) == "no class"
-    assert _shares({"dog": 0.3, "cat": 0.7}) == "cat 70%, dog 30%"
+    assert _format_target({"cat": 1.0, "dog": 1.0}) == "cat, dog"
+    assert _format_target({}) == "no class"
+    assert _format_target({"dog": 0.3, "cat": 0.7}) == "cat 70%, dog 30%"
 
 
 def test_that_every_image_could_be_decoded_is_said_only_if_it_is_known(tmp_path: Path) -> None:
@@ -343,7 +347,7 @@ def test_that_every_image_could_be_decoded_is_said_only_if_it_is_known(tmp_path:
     assert "Every image could be decoded." not in write_report([run]).read_text()
 
 
-def test_class_names_are_told_apart(tmp_path: Path) -> None:
+def test_class_names_are_unique(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 4, names=["crane", "owl", "crane"])
     assert record_of(run).class_names == ["crane (0)", "owl", "crane (2)", "class 3"]
 
@@ -462,7 +466,7 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=0.003, old=True)]
     assert write_report(runs) == Path("report.html")
     rows = differences_table([record_of(run) for run in runs], ["a", "b"]).rows
-    assert [[cell.text for cell in row] for row in rows] == [["optimizer.lr", "learnt", "0.001", "0.003"]]
+    assert [[cell.text for cell in row] for row in rows] == [["optimizer.lr", "result", "0.001", "0.003"]]
     assert "Machines and versions are the same." in Path("report.html").read_text()
     assert not (runs[0] / "report.html").exists()
 
@@ -471,18 +475,18 @@ def test_figures_are_plotlys(tmp_path: Path) -> None:
     """Every trace and layout has only what plotly knows, and every curve has a colour of the page."""
     from plotly.graph_objects import Figure
 
-    from hf_fasttrain.report.charts import compared_charts, curve_charts, pace_charts
+    from hf_fasttrain.report.charts import comparison_charts, curve_charts, throughput_charts
 
     records = [record_of(make_run(tmp_path / name, steps=5000, resumed=True)) for name in "ab"]
-    charts = [*curve_charts(records[0]), *pace_charts(records[0]), *compared_charts(records, ["a", "b"])]
+    charts = [*curve_charts(records[0]), *throughput_charts(records[0]), *comparison_charts(records, ["a", "b"])]
     assert len(charts) == 13
     for chart in charts:
         text = json.dumps(chart.figure, allow_nan=False)
         assert "theme:" in text
         Figure(json.loads(re.sub(r"theme:\w+", "#123456", text)))
-        assert len(chart.words) > 10
+        assert len(chart.caption) > 10
     loss = charts[0]
-    assert "Each point is the mean of 3 steps; the band spans minimum to maximum." in loss.words
+    assert "Each point is the mean of 3 steps; the band spans minimum to maximum." in loss.caption
 
 
 def contrast(first: str, second: str) -> float:
@@ -654,7 +658,7 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([make_run(tmp_path_factory.mktemp("ten") / "run", 10, names=names, resumed=True)])
 
 
-SINGLE = {"loss", "metrics", "lr", "grad-norm", "pace", "images-per-second", "confusion"}
+SINGLE = {"loss", "metrics", "lr", "grad-norm", "step-time", "images-per-second", "confusion"}
 
 
 def test_two_classes_in_a_browser(tmp_path: Path, opened: Open) -> None:
@@ -677,7 +681,7 @@ def test_ten_classes_in_a_browser(ten: Path, opened: Open) -> None:
     said = found.hover("loss")
     assert re.search(r"step \d+", said)
     assert "training" in said
-    assert "images/s" in found.hover("pace")
+    assert "images/s" in found.hover("step-time")
     assert found.page.locator("#chart-loss .shapelayer path").count() == 1  # where it was resumed
     buttons = found.page.locator("#chart-loss .modebar-btn")
     assert {button.get_attribute("data-title") for button in buttons.all()} == {
@@ -720,7 +724,7 @@ def test_a_thousand_classes_in_a_browser(large: Path, opened: Open) -> None:
     matrix.locator(".nsewdrag").first.dblclick()
     found.until("document.getElementById('chart-confusion').layout.xaxis.range[1] === 999.5")
     assert matrix.locator(".ytick text").count() == 0
-    found.page.locator("#matrix-order").select_option("own")
+    found.page.locator("#matrix-order").select_option("original")
     assert "strongest of 4 × 4 cells" in found.hover("confusion", 0.5001, 0.5001)
     found.page.get_by_label("Find a class").fill("number 99")
     assert found.page.locator("#classes-table tbody tr:visible").count() == 11

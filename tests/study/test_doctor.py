@@ -48,8 +48,8 @@ def slow(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch(*overrides: str, steps: int = 4) -> Report:
-    """Return what a watched training's second turn reports."""
-    looked = Trial(ArmRequest(TEXT, "small.yaml", "small", overrides), ArmOptions(watched=True))
+    """Return what a profiled training's second turn reports."""
+    looked = Trial(ArmRequest(TEXT, "small.yaml", "small", overrides), ArmOptions(profiled=True))
     reports: list[Report] = []
 
     def next_turn(report: Report | None) -> Turn | None:
@@ -104,7 +104,7 @@ def test_phases_add_up_to_the_step() -> None:
 
 def test_kept_pixels_are_read_not_decoded() -> None:
     looked = Trial(
-        ArmRequest(TEXT, "small.yaml", "small", ("data.cache=memory", "data.workers=0")), ArmOptions(watched=True)
+        ArmRequest(TEXT, "small.yaml", "small", ("data.cache=memory", "data.workers=0")), ArmOptions(profiled=True)
     )
     reports: list[Report] = []
 
@@ -220,7 +220,7 @@ def test_tables_are_printed(tmp_path: Path) -> None:
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an examination take less time than it is worth."""
-    for name, turn in (("LOOK", Turn(3, 0.4)), ("HALF", Turn(3, 0.2)), ("TRY", Turn(2, 0.1))):
+    for name, turn in (("PROFILE_TURN", Turn(3, 0.4)), ("PART_TURN", Turn(3, 0.2)), ("TRIAL_TURN", Turn(2, 0.1))):
         monkeypatch.setattr(study, name, turn)
 
 

@@ -22,7 +22,7 @@ from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.data.loading.sampler import SamplingPlan
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed
-from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn, resolve_arm
+from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn, to_arm_request
 from hf_fasttrain.study.trial import Passes, Trial
 from hf_fasttrain.utils.errors import RunError
 
@@ -267,7 +267,7 @@ def test_arms_end_when_the_one_that_asked_is_killed() -> None:
 
 
 def test_a_trace_is_written(starter: Starter, tmp_path: Path) -> None:
-    arm = starter(Arm("a"), ArmOptions(watched=True))
+    arm = starter(Arm("a"), ArmOptions(profiled=True))
     try:
         arm.turn(Turn())
         arm.trace(tmp_path / "trace.json", 1)
@@ -290,4 +290,4 @@ def test_studies_want_processes_that_can_be_stopped(monkeypatch: pytest.MonkeyPa
 
 def test_a_recipe_is_asked_with_its_overrides(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe(), ["train.batch_size=8"])
-    assert resolve_arm(recipe).load().train.batch_size == 8
+    assert to_arm_request(recipe).load().train.batch_size == 8

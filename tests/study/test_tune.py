@@ -19,7 +19,7 @@ from hf_fasttrain.study.bench import Arm, ArmFailed
 from hf_fasttrain.study.techniques import Hardware
 from hf_fasttrain.study.tune import Candidate, Tuner, TuneResult, parse_budget
 from hf_fasttrain.study.tune_guard import LossCurve, compare
-from hf_fasttrain.study.tune_recipe import default_path, print_found, require_new_file, tuned_text, write_tuned
+from hf_fasttrain.study.tune_recipe import default_path, print_tuning, require_new_file, tuned_text, write_tuned
 from hf_fasttrain.utils.errors import RunError
 
 CPU = Hardware(gpu=False, bf16=True, compiler=True)
@@ -351,7 +351,7 @@ def test_an_output_that_is_there_is_kept(tmp_path: Path, write_recipe: Callable[
 
 def test_what_was_tried_is_printed(tmp_path: Path) -> None:
     console = Console(width=160, record=True, file=(tmp_path / "x").open("w"))
-    print_found(console, found_with_bf16(), tmp_path / "t.yaml")
+    print_tuning(console, found_with_bf16(), tmp_path / "t.yaml")
     text = console.export_text()
     assert "mixed_precision=bf16" in text
     assert "best" in text
@@ -366,7 +366,7 @@ def test_the_command_line_tunes(
 ) -> None:
     """Real arms, as many as some seconds are enough for; the recipe trains, and `auto` knows what was found."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_fasttrain.study.tune.LEAST_BUDGET", 1.0)
+    monkeypatch.setattr("hf_fasttrain.study.tune.MIN_BUDGET", 1.0)
     text = "model: {name: test_resnet}\ndata: {dataset: digits, image_size: 32}\n"
     recipe = write_recipe(f"{text}train: {{duration: 3 steps, batch_size: 16}}\n")
     exit_status(["tune", str(recipe), "--budget", "8s"])

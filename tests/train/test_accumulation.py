@@ -37,7 +37,7 @@ class Images:
         hot = torch.from_numpy(rng.integers(0, 2, (num_images, NUM_CLASSES)).astype(np.float32))
         self.labels = hot if case == "multi_label" else labels
 
-    def most_bytes(self, num_images: int) -> int:
+    def max_bytes(self, num_images: int) -> int:
         return 0
 
     def make(self, key: MicroBatchKey, room: Tensor | None = None) -> PixelBatch:

@@ -14,9 +14,9 @@ from helpers.runs import RECIPE, exit_status, steps_of
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
+from hf_fasttrain.report.format import describe_early_stop
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.report.sections import page_of_run
-from hf_fasttrain.report.words import early_stop
 from hf_fasttrain.run_folder.checkpoint import require_same_settings
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.checkpoint_state import State
@@ -245,4 +245,4 @@ def test_the_report_says_it_whatever_result_json_holds(tmp_path: Path) -> None:
     (environment,) = [section for section in page.sections if section.id == "environment"]
     assert said in str(environment.tables)
     for damaged in (None, "yes", told, {**told, "stopped_at": "x"}):
-        assert early_stop(damaged) is None
+        assert describe_early_stop(damaged) is None

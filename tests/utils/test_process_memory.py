@@ -207,7 +207,7 @@ def test_check_images_tells_it_too(
     def short(split: Any, rows: Any) -> Any:
         raise MemoryError("image big.png: no memory to decode it")
 
-    monkeypatch.setattr(scan, "_scan_loud_rows", short)
+    monkeypatch.setattr(scan, "_scan_rows_with_warnings", short)
     arguments = [str(write_recipe()), f"data.dataset={image_folder}", f"data.workers={workers}", "--images"]
     assert exit_status(["check", *arguments]) == 2
     said = "error: out of memory: image big.png: no memory to decode it; lower data.workers"

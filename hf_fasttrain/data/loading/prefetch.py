@@ -28,7 +28,7 @@ from hf_fasttrain.utils.library_errors import is_out_of_memory
 
 Batch = tuple[Tensor, Tensor]
 BATCHES_AHEAD = 4  # batches that each worker may prefetch
-MOST_IMAGES_AHEAD = 4096  # images that all workers together may prefetch: 0.6 GB at 224 px
+MAX_IMAGES_AHEAD = 4096  # images that all workers together may prefetch: 0.6 GB at 224 px
 
 
 class PixelBatch(NamedTuple):
@@ -69,7 +69,7 @@ class ImageBatches:
                 batch.numpy()[row] = pixels
         return PixelBatch(batch, torch.from_numpy(self.images.split.labels[used]), tuple(events))
 
-    def most_bytes(self, num_images: int) -> int:
+    def max_bytes(self, num_images: int) -> int:
         """Return the largest number of bytes that the pixels of `num_images` images can need; 0 if unknown."""
         if self.transform is not None:
             return num_images * self.transform.image_size**2 * 3
@@ -358,15 +358,15 @@ class _PrefetchedBatches:
 
     def _build(self) -> tuple[Workers, _Slots | None]:
         number, images, slots = self.prefetcher.workers, self.prefetcher.images, None
-        if images.most_bytes(self.largest):
-            slots = _Slots(num_slots(number, self.largest), images.most_bytes(self.largest))
+        if images.max_bytes(self.largest):
+            slots = _Slots(num_slots(number, self.largest), images.max_bytes(self.largest))
         dataset = _BatchDataset(images, slots.memory if slots else None)
         return Workers(dataset, number, batches_ahead(number, self.largest), self.prefetcher.deaths), slots
 
 
 def batches_ahead(workers: int, images: int) -> int:
     """Return how many batches of `images` images each worker may prefetch."""
-    return max(1, min(BATCHES_AHEAD, MOST_IMAGES_AHEAD // max(1, workers * images)))
+    return max(1, min(BATCHES_AHEAD, MAX_IMAGES_AHEAD // max(1, workers * images)))
 
 
 def num_slots(workers: int, images: int) -> int:

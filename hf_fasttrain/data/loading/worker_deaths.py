@@ -14,7 +14,7 @@ from hf_fasttrain.utils.library_errors import is_dead_worker
 from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
 from hf_fasttrain.utils.signals import signal_handler
 
-MOST_DEATHS = 1  # that a run survives
+MAX_DEATHS = 1  # that a run survives
 CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; remove them"
 HOW = {  # signal -> description, remedy
     "SIGKILL": (
@@ -55,7 +55,7 @@ class WorkerDeaths:
         """Count a death; raise LoaderDied if there have been too many."""
         self.number, self.exit_code = self.number + 1, exit_code
         how, remedy = describe_death(exit_code)
-        if self.number > MOST_DEATHS:
+        if self.number > MAX_DEATHS:
             raise LoaderDied(f"a second loader process died ({how}): {remedy}")
         self.tell(
             f"a loader process died ({how}); another one takes over, and nothing is lost. A second death stops "

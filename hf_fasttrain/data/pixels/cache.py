@@ -60,22 +60,22 @@ class PixelCache:
     """The cached pixels of a data set's rows; opened by `open_cache` or `memory_cache`.
 
     `read` yields what is cached, `add` caches more until `budget` bytes are used. After the first failed write,
-    `trouble` has the reason and nothing more is added.
+    `problem` has the reason and nothing more is added.
     """
 
     def __init__(self, index: str, pixels: str, num_rows: int, budget: int) -> None:
         self.index_path, self.pixels_path, self.num_rows, self.budget = index, pixels, num_rows, budget
-        self.trouble: str | None = None
+        self.problem: str | None = None
         self.memory_files: _OpenFiles | None = None  # keeps a cache in memory alive
         self._files: tuple[int, int] | None = None
         self._open_files: _OpenFiles | None = None
         self._owner = 0
         self._index = np.zeros(0, ENTRY)
-        self._trusted = np.zeros(0, np.uint64)
+        self._verified = np.zeros(0, np.uint64)
 
     def __getstate__(self) -> dict[str, Any]:
         closed = PixelCache(self.index_path, self.pixels_path, self.num_rows, self.budget)
-        return {**closed.__dict__, "trouble": self.trouble}
+        return {**closed.__dict__, "problem": self.problem}
 
     def _open(self) -> tuple[int, int]:
         """Return the file descriptors of index and pixels, opened by this process: record locks belong to a process."""
@@ -90,7 +90,7 @@ class PixelCache:
                 raise
             self._owner, self._open_files = os.getpid(), _OpenFiles(*self._files)
             self._index = entries.view(np.ndarray)
-            self._trusted = np.zeros(self.num_rows, np.uint64)  # (N,) checksums that this process has verified
+            self._verified = np.zeros(self.num_rows, np.uint64)  # (N,) checksums that this process has verified
         return self._files
 
     def read(self, rows: np.ndarray, stamp_of: Callable[[int], Stamp]) -> Iterator[Pixels | None]:
@@ -98,11 +98,11 @@ class PixelCache:
         try:
             pixels_file = self._open()[1]
         except (OSError, ValueError) as error:  # deleted or truncated before this process opened it
-            self._files, self.trouble = None, f"can't be opened: {error}"
+            self._files, self.problem = None, f"can't be opened: {error}"
             yield from [None] * len(rows)
             return
         entries = self._index[rows]
-        trusted = (entries["check"] == self._trusted[rows]).tolist()
+        trusted = (entries["check"] == self._verified[rows]).tolist()
         columns = (entries[name].tolist() for name in ENTRY.names or ())
         for row, known, offset, check, length, height, width, form in zip(
             rows.tolist(), trusted, *columns, strict=True
@@ -118,17 +118,17 @@ class PixelCache:
                 if check != checksum(data, row, offset, form, height, width, stamp_of(row)):
                     yield None
                     continue
-                self._trusted[row] = check
+                self._verified[row] = check
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3) if form == RAW else decode(data)
 
     def add(self, items: Sequence[StoredPixels]) -> None:
         """Write pixels to the cache until the budget is used up."""
-        if self.trouble is not None or not items:
+        if self.problem is not None or not items:
             return
         try:
             self._add(items)
         except OSError as error:
-            self.trouble = f"can't write to it: {error.strerror}"
+            self.problem = f"can't write to it: {error.strerror}"
 
     def _add(self, items: Sequence[StoredPixels]) -> None:
         index_file, pixels_file = self._open()
@@ -137,7 +137,7 @@ class PixelCache:
         for item, content in zip(items, data, strict=True):
             height, width = item.pixels.shape[:2]
             if len(content) > room:
-                self.trouble = f"its {format_bytes(self.budget)} are used up (data.cache_gb, hf-fasttrain cache clean)"
+                self.problem = f"its {format_bytes(self.budget)} are used up (data.cache_gb, hf-fasttrain cache clean)"
                 return
             if height > 0xFFFF or width > 0xFFFF:
                 continue
@@ -352,7 +352,7 @@ def list_caches(folder: Path) -> list[CacheEntry]:
     return sorted(entries, key=lambda entry: -entry.last_used)
 
 
-def chosen_caches(folder: Path, names: Sequence[str], everything: bool, unused_days: float | None) -> list[CacheEntry]:
+def select_caches(folder: Path, names: Sequence[str], everything: bool, unused_days: float | None) -> list[CacheEntry]:
     """Return the caches to delete; DataError if none is selected or a name is unknown."""
     entries = list_caches(folder)
     if not names and not everything and unused_days is None:

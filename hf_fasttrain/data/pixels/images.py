@@ -23,7 +23,7 @@ class Images:
     def __init__(self, split: Split, preparation: Preparation, cache: PixelCache | None = None) -> None:
         self.split, self.preparation, self.cache = split, preparation, cache
         self._substitutes: dict[int, int] = {}
-        self._has_reported = False  # the cache's trouble
+        self._has_reported = False  # the cache's problem
 
     def pixels(self, indices: np.ndarray, used: np.ndarray, events: list[Event]) -> Iterator[tuple[int, Pixels]]:
         """Yield (position in the batch, pixels (H, W, 3)) of all images; use each before the next is requested.
@@ -52,10 +52,10 @@ class Images:
             else:
                 yield position, cached_pixels
         self._write_to_cache(to_cache)
-        if self.cache is not None and self.cache.trouble and not self._has_reported:
+        if self.cache is not None and self.cache.problem and not self._has_reported:
             self._has_reported = True
             events.append(
-                f"data.cache of split '{self.split.name}': {self.cache.trouble}; images that are not in it are "
+                f"data.cache of split '{self.split.name}': {self.cache.problem}; images that are not in it are "
                 "decoded every time"
             )
 
@@ -88,7 +88,7 @@ class Images:
 
     def _prepare(self, index: int, to_cache: list[StoredPixels] | None) -> Pixels:
         row = int(self.split.rows_of(np.array([index]))[0])
-        writes = self.cache is not None and self.cache.trouble is None and to_cache is not None
+        writes = self.cache is not None and self.cache.problem is None and to_cache is not None
         stamp = self.split.images.stamp(row) if writes else (0, 0, 0)  # before the image is read
         pixels, jpeg = self.preparation.encoded(self.split.images[row])
         if writes and to_cache is not None:

@@ -74,7 +74,7 @@ def _meaning_of_flag(name: str) -> str:
     return {"true": "1", "false": "0"}.get(text, text)
 
 
-def names_alike(names: Sequence[str]) -> list[tuple[str, str]]:
+def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:
     """Return pairs of names that differ in form only, such as cat and Cat, or 7 and 007."""
     first: dict[str, str] = {}
     found = [(first.setdefault(_meaning(name), name), name) for name in names]

@@ -24,7 +24,7 @@ from hf_fasttrain.data.source.image_files import (
 from hf_fasttrain.data.source.labels import read_labels
 from hf_fasttrain.data.source.metadata import METADATA_FILES, read_metadata_folder
 from hf_fasttrain.data.source.records import Record, Records
-from hf_fasttrain.data.source.tables import groups_read_together
+from hf_fasttrain.data.source.tables import group_by_features
 from hf_fasttrain.utils.errors import DataError, nearest, shortened
 
 
@@ -194,7 +194,7 @@ def _files_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
 def _open_files(files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
     kind = next(iter(files.values()))[0].suffix.removeprefix(".")
     opened: dict[str, Any] = {}
-    for group in groups_read_together(files):
+    for group in group_by_features(files):
         names = {split: [str(file) for file in files[split]] for split in group}
         where = shortened([name for some in names.values() for name in some], 3)
         opened |= _load(kind, where, data_files=names)

@@ -12,12 +12,12 @@ from hf_fasttrain.data.source.classes import match_names, names_without_images
 from hf_fasttrain.data.source.columns import find_columns
 from hf_fasttrain.data.source.dataset import Split, image_records, note_on_test_split, open_splits, require_split
 from hf_fasttrain.data.source.image_files import EVAL_NAMES, TRAIN_NAMES
-from hf_fasttrain.data.source.labels import read_labels, renumbered
+from hf_fasttrain.data.source.labels import read_labels, renumber
 from hf_fasttrain.utils.errors import DataError, shortened
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluationSplit:
     """A split to evaluate, and notes for the user."""
 
     split: Split
@@ -25,7 +25,7 @@ class Measured:
     notes: list[str]
 
 
-def load_measured(
+def load_evaluation_split(
     dataset: Any,
     *,
     multi_label: bool,
@@ -36,7 +36,7 @@ def load_measured(
     image_column: str = "auto",
     label_column: str = "auto",
     required_columns: Collection[str] = (),
-) -> Measured:
+) -> EvaluationSplit:
     """Return one split of a data set, without holding anything out.
 
     It is `split` if given, else `preferred_split` if it exists, else the validation split, the only one, or train.
@@ -56,7 +56,7 @@ def load_measured(
     if not len(images):
         raise DataError(f"{where} has no images")
     notes = note_on_test_split(splits, {name}, str(dataset), "--split {} measures it")
-    return Measured(Split(name, images, read.labels[name]), read.class_names, [*read.notes, *notes])
+    return EvaluationSplit(Split(name, images, read.labels[name]), read.class_names, [*read.notes, *notes])
 
 
 def _choose(splits: Mapping[str, Any], name: str | None, preferred: str, where: Any) -> str:
@@ -72,8 +72,8 @@ def _choose(splits: Mapping[str, Any], name: str | None, preferred: str, where: 
     return default
 
 
-def with_model_classes(measured: Measured, model_classes: Sequence[str], where: str) -> Measured:
-    """Return the split with its labels renumbered to the model's classes, matched by name.
+def with_model_classes(measured: EvaluationSplit, model_classes: Sequence[str], where: str) -> EvaluationSplit:
+    """Return the split with its labels renumber to the model's classes, matched by name.
 
     Raises DataError if images have a class that the model does not know; classes without images are noted.
     """
@@ -87,14 +87,14 @@ def with_model_classes(measured: Measured, model_classes: Sequence[str], where: 
             f"{shortened(matched.unknown, 6)} can't be matched; evaluate on data with the same classes"
         )
     numbers = {number: matched.numbers[name] for number, name in enumerate(names) if name in matched.numbers}
-    numbered = renumbered(labels, numbers, len(model_classes))
+    numbered = renumber(labels, numbers, len(model_classes))
     notes = list(measured.notes)
     if matched.renamed:
         notes.append(f"{where}: classes are matched to the model's: {matched.describe()}")
     missing = names_without_images(numbered, model_classes)
     if missing:
         notes.append(_note_on_missing(missing, len(model_classes), f"{where}, split '{measured.split.name}'", numbered))
-    return Measured(replace(measured.split, labels=numbered), list(model_classes), notes)
+    return EvaluationSplit(replace(measured.split, labels=numbered), list(model_classes), notes)
 
 
 def _note_on_missing(missing: list[str], num_classes: int, where: str, labels: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from hf_fasttrain.utils.errors import DataError, shortened, shown
 class LabelColumn:
     """The labels of a split: distinct values, and a code into them for each row."""
 
-    place: str  # data set, split and column, for messages
+    where: str  # data set, split and column, for messages
     values: list[Any]  # distinct: all int, all bool or all str
     codes: np.ndarray  # (M,) int64 into `values`: of the rows, or of the entries of all rows' lists
     lengths: np.ndarray | None  # (N,) entries of each row's list; None: no lists
@@ -67,12 +67,12 @@ class LabelColumn:
         row = self.row_without_one
         if row is not None:
             raise DataError(
-                f"{self.place}: row {row} has {self.count_in(row)} labels, where one for each image is needed; remove "
+                f"{self.where}: row {row} has {self.count_in(row)} labels, where one for each image is needed; remove "
                 "such rows, or train on the lists with data.multi_label=true"
             )
 
 
-def read_column(dataset: Any, column: str, place: str) -> LabelColumn:
+def read_column(dataset: Any, column: str, where: str) -> LabelColumn:
     """Return the label column of an HF dataset.
 
     Raises DataError with the row for labels that are missing or out of a ClassLabel's range, and for labels that
@@ -86,31 +86,31 @@ def read_column(dataset: Any, column: str, place: str) -> LabelColumn:
     array = table[column].combine_chunks()
     if isinstance(array, pa.ExtensionArray):  # datasets' Array2D and others
         array = array.storage
-    _require_none_missing(array, place, None)
+    _require_none_missing(array, where, None)
     lengths = None
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
         array = array.flatten()
-        _require_none_missing(array, place, lengths)
+        _require_none_missing(array, where, lengths)
     names = getattr(element_of(dataset.features[column]), "names", None)
-    values, codes = _distinct(array, place)
-    read = LabelColumn(place, values, codes, lengths, None if names is None else list(names))
+    values, codes = _distinct(array, where)
+    read = LabelColumn(where, values, codes, lengths, None if names is None else list(names))
     return _checked(read)
 
 
-def _require_none_missing(array: Any, place: str, lengths: np.ndarray | None) -> None:
+def _require_none_missing(array: Any, where: str, lengths: np.ndarray | None) -> None:
     if not array.null_count:
         return
     entry = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
     row = entry if lengths is None else int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
-    raise _missing(row, place)
+    raise _missing(row, where)
 
 
-def _missing(row: int, place: str) -> DataError:
-    return DataError(f"{place}: row {row} has no label; remove such rows")
+def _missing(row: int, where: str) -> DataError:
+    return DataError(f"{where}: row {row} has no label; remove such rows")
 
 
-def _distinct(array: Any, place: str) -> tuple[list[Any], np.ndarray]:
+def _distinct(array: Any, where: str) -> tuple[list[Any], np.ndarray]:
     """Return the distinct values of an Arrow array, and for each entry the index of its value."""
     import pyarrow as pa
 
@@ -120,13 +120,13 @@ def _distinct(array: Any, place: str) -> tuple[list[Any], np.ndarray]:
     elif pa.types.is_float16(kind):
         array = array.cast(pa.float32())
     elif pa.types.is_nested(kind):
-        raise _no_class(array[:3].to_pylist(), place)
+        raise _no_class(array[:3].to_pylist(), where)
     encoded = array.dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _no_class(values: Sequence[Any], place: str) -> DataError:
-    return DataError(f"{place}: labels must be integers or texts; got {shortened(map(shown, values), 3)}")
+def _no_class(values: Sequence[Any], where: str) -> DataError:
+    return DataError(f"{where}: labels must be integers or texts; got {shortened(map(shown, values), 3)}")
 
 
 def _checked(read: LabelColumn) -> LabelColumn:
@@ -134,19 +134,19 @@ def _checked(read: LabelColumn) -> LabelColumn:
     values = read.values
     for index, value in enumerate(values):
         if value != value or (isinstance(value, str) and not value.strip()):  # nan, and empty cells
-            raise _missing(read.row_of(index), read.place)
+            raise _missing(read.row_of(index), read.where)
     if values and all(isinstance(value, float) and value.is_integer() and abs(value) < 2**53 for value in values):
         values = [int(value) for value in values]
     if not (all(isinstance(value, int) for value in values) or all(isinstance(value, str) for value in values)):
-        raise _no_class(values, read.place)
+        raise _no_class(values, read.where)
     for index, value in enumerate(values if read.names is not None else ()):
         if not 0 <= value < len(read.names or ()):
             unlabelled = ", which means unlabelled; remove such rows" if value == -1 else ""
             raise DataError(
-                f"{read.place}: row {read.row_of(index)} has label {value!r}{unlabelled}; allowed are 0 to "
+                f"{read.where}: row {read.row_of(index)} has label {value!r}{unlabelled}; allowed are 0 to "
                 f"{len(read.names or ()) - 1} ({shortened(read.names or (), 6)})"
             )
-    return LabelColumn(read.place, values, read.codes, read.lengths, read.names)
+    return LabelColumn(read.where, values, read.codes, read.lengths, read.names)
 
 
 # --- one-hot vectors ---------------------------------------------------------------------------------------
@@ -169,5 +169,5 @@ def vector_classes(read: LabelColumn) -> LabelColumn:
     width = int(read.lengths[0]) if len(read) else 0
     hot = np.array([bool(value) for value in read.values], dtype=bool)[read.codes].reshape(len(read), width)
     return LabelColumn(
-        read.place, list(range(width)), np.nonzero(hot)[1], hot.sum(1).astype(np.int64), [str(i) for i in range(width)]
+        read.where, list(range(width)), np.nonzero(hot)[1], hot.sum(1).astype(np.int64), [str(i) for i in range(width)]
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_fasttrain.data.source.classes import match_names, names_alike
+from hf_fasttrain.data.source.classes import match_names, similar_names
 from hf_fasttrain.data.source.label_column import LabelColumn, are_vectors, read_column, vector_classes
 from hf_fasttrain.utils.errors import DataError, shortened
 
@@ -39,8 +39,8 @@ def read_labels(
     DataError for labels that are missing, out of range or not a class of `train`, and, if the data `trains` a model,
     for fewer than two classes.
     """
-    places = {name: f"{where}, split '{name}', column '{column}'" for name in splits}
-    columns = {name: read_column(dataset, column, places[name]) for name, dataset in splits.items()}
+    where_of = {name: f"{where}, split '{name}', column '{column}'" for name in splits}
+    columns = {name: read_column(dataset, column, where_of[name]) for name, dataset in splits.items()}
     notes: list[str] = []
     vectors = are_vectors(list(columns.values()))
     if vectors:
@@ -55,7 +55,7 @@ def read_labels(
         lookup = _lookup(read, columns[train], names, train, notes)
         labels[name] = _hot(read, lookup, len(names)) if several else lookup[read.codes]
     if several and trains:
-        _require_differences(labels[train], names, places[train])
+        _require_differences(labels[train], names, where_of[train])
     return Labels(labels, names, several, notes)
 
 
@@ -72,12 +72,12 @@ def _resolve_multi_label(
     kind = "0/1 vectors" if vectors else "lists"
     if multi_label is None and train_labels.is_list and one_each:
         notes.append(
-            f"{train_labels.place}: {kind} with exactly one class in every row: each image has one class; "
+            f"{train_labels.where}: {kind} with exactly one class in every row: each image has one class; "
             "data.multi_label=true trains them as multi-label"
         )
     elif multi_label is None and vectors:
         read, row = next((read, row) for read in columns.values() if (row := read.row_without_one) is not None)
-        notes.append(f"{read.place}: 0/1 vectors with {read.count_in(row)} classes in row {row}: read as multi-label")
+        notes.append(f"{read.where}: 0/1 vectors with {read.count_in(row)} classes in row {row}: read as multi-label")
     return several
 
 
@@ -108,11 +108,11 @@ def _require_classes(train: LabelColumn, names: Sequence[str], where: str) -> No
         raise DataError(f"{where}: labels up to {max(integers)} look like ids, not classes; name data.label_column")
 
 
-def _require_differences(hot: np.ndarray, names: Sequence[str], place: str) -> None:
+def _require_differences(hot: np.ndarray, names: Sequence[str], where: str) -> None:
     """Raise DataError if every image has every class, as with misread vectors of two classes; `hot` is (N, K)."""
     if len(hot) and hot.all():
         raise DataError(
-            f"{place}: every image has every class ({shortened(names)}), so there is nothing to learn; give lists of "
+            f"{where}: every image has every class ({shortened(names)}), so there is nothing to learn; give lists of "
             "the classes that an image has, or name data.label_column"
         )
 
@@ -124,12 +124,12 @@ def _notes_on_names(train: LabelColumn, names: Sequence[str]) -> list[str]:
         negative = min(train.values, default=0) < 0
         notes.append(
             f"integer labels with gaps: {shortened(names, 6)} are {len(names)} classes by these names; numbers that no "
-            f"image has are not classes ({train.place})"
+            f"image has are not classes ({train.where})"
             + ("; remove rows with a negative label if it means unlabelled" if negative else "")
         )
-    pairs = [f"{first!r} and {second!r}" for first, second in names_alike(names)]
+    pairs = [f"{first!r} and {second!r}" for first, second in similar_names(names)]
     if pairs:
-        notes.append(f"{train.place}: {shortened(pairs, 6)} are different classes, though they may mean the same")
+        notes.append(f"{train.where}: {shortened(pairs, 6)} are different classes, though they may mean the same")
     return notes
 
 
@@ -143,22 +143,22 @@ def _lookup(read: LabelColumn, train: LabelColumn, names: list[str], train_name:
     by_number = _by_number(read, train, names)
     if by_number is not None and matched.unknown:
         bare = f"split '{train_name}'" if read.names is not None else "this split"
-        notes.append(f"{read.place}: labels are matched to split '{train_name}' by number, since {bare} has no names")
+        notes.append(f"{read.where}: labels are matched to split '{train_name}' by number, since {bare} has no names")
         return np.array(by_number, dtype=np.int64)
     if by_number is not None and by_number != [matched.numbers[text] for text in texts]:
         raise DataError(
-            f"{read.place}: its integers ({shortened(texts, 6)}) may be numbers or names of the classes of split "
+            f"{read.where}: its integers ({shortened(texts, 6)}) may be numbers or names of the classes of split "
             f"'{train_name}' ({shortened(names, 6)}); give both splits the same kind of labels"
         )
     if matched.unknown:
         label = matched.unknown[0]
         raise DataError(
-            f"{read.place}: row {read.row_of(texts.index(label))} has label {label!r}, which is not a class of split "
+            f"{read.where}: row {read.row_of(texts.index(label))} has label {label!r}, which is not a class of split "
             f"'{train_name}', or could be several; its labels are {shortened(texts, 6)}, the classes "
             f"{shortened(names, 6)}. Give every split the same labels"
         )
     if matched.renamed:
-        notes.append(f"{read.place}: labels are matched to the classes of split '{train_name}': {matched.describe()}")
+        notes.append(f"{read.where}: labels are matched to the classes of split '{train_name}': {matched.describe()}")
     return np.array([matched.numbers[text] for text in texts], dtype=np.int64)
 
 
@@ -183,14 +183,14 @@ def _hot(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> np.ndarray:
         twice = np.flatnonzero(hot.sum(1) < read.lengths)
         if len(twice):
             raise DataError(
-                f"{read.place}: row {twice[0]} names a class twice; give lists of the classes that an image has, "
+                f"{read.where}: row {twice[0]} names a class twice; give lists of the classes that an image has, "
                 "such as [0, 3] or ['dog', 'cat'], or 0/1 vectors of one length"
             )
     return hot
 
 
-def renumbered(labels: np.ndarray, numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
-    """Return labels (N,) or (N, K) with classes renumbered; `numbers` maps each class that occurs to its new number."""
+def renumber(labels: np.ndarray, numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
+    """Return labels (N,) or (N, K) with classes renumber; `numbers` maps each class that occurs to its new number."""
     if labels.ndim == 1:
         lookup = np.full(max(numbers, default=0) + 1, -1)
         lookup[list(numbers)] = list(numbers.values())

@@ -67,10 +67,10 @@ def _with_paths(table: Table, file: Path) -> tuple[Table, list[str]]:
     return resolved, images
 
 
-def _path(value: Any, folder: str, place: str) -> str:
+def _path(value: Any, folder: str, where: str) -> str:
     parts = str(value).replace("\\", "/").split("/")
     if not isinstance(value, str) or not value or value.startswith("/") or ".." in parts or "://" in value:
-        raise DataError(f"{place} has {_FILE_COLUMN} {shown(value)}; give an image's path below {folder}")
+        raise DataError(f"{where} has {_FILE_COLUMN} {shown(value)}; give an image's path below {folder}")
     return os.path.normpath(os.path.join(folder, *parts))
 
 
@@ -161,11 +161,11 @@ def _read_json_lines(file: Path) -> Table:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-def _json_object(line: str, place: str) -> dict[str, Any]:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from None
+        raise DataError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{place}: must be a JSON object with {_FILE_COLUMN}; got {shown(row)}")
+        raise DataError(f"{where}: must be a JSON object with {_FILE_COLUMN}; got {shown(row)}")
     return row

@@ -117,12 +117,12 @@ def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan | RunError:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings about images that it can decode
         try:
-            return _scan_loud_rows(split, rows)
+            return _scan_rows_with_warnings(split, rows)
         except MemoryError as error:
             return RunError(f"out of memory: {error or 'MemoryError'}; lower data.workers, or remove the image")
 
 
-def _scan_loud_rows(split: Split, rows: np.ndarray) -> SplitScan:
+def _scan_rows_with_warnings(split: Split, rows: np.ndarray) -> SplitScan:
     scan = _empty(split.name, len(rows))
     for index, (row, record) in enumerate(zip(rows, split.records(rows), strict=True)):
         try:

@@ -10,7 +10,7 @@ from hf_fasttrain.data.source.columns import element_of
 from hf_fasttrain.utils.errors import DataError, shortened
 
 
-def groups_read_together(files: Mapping[str, Sequence[Path]]) -> list[list[str]]:
+def group_by_features(files: Mapping[str, Sequence[Path]]) -> list[list[str]]:
     """Return the splits in groups whose files have the same columns.
 
     `load_dataset` gives all files the types and class names of the first one: 007 of another split would become 7, and

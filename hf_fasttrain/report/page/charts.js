@@ -8,21 +8,21 @@ const OKABE_ITO = {
   dark: ["#56B4E9", "#E69F00", "#1FBF92", "#DE96BF", "#F0E442", "#E8703A", "#BBBBBB"],
 };
 const root = document.documentElement;
-const state = { axis: "steps", order: "together", ranges: null };
+const state = { axis: "steps", order: "clustered", ranges: null };
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const plots = [...document.querySelectorAll(".plot")];
 const systemDark = window.matchMedia("(prefers-color-scheme: dark)");
 const coarse = window.matchMedia("(pointer: coarse)").matches; // a finger on a chart should scroll the page
 const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
 const matrix = figures.confusion ? readMatrix(figures.confusion.layout.meta.matrix) : null;
-if (matrix) state.order = matrix.orders.together === matrix.orders.own ? "own" : "together";
+if (matrix) state.order = matrix.orders.clustered === matrix.orders.original ? "original" : "clustered";
 
 function palette(dark) {
   const style = getComputedStyle(root), colours = {};
-  OKABE_ITO[dark ? "dark" : "light"].forEach((colour, place) => {
-    colours[`theme:c${place}`] = colour;
-    colours[`theme:band${place}`] = colour + "33";
-    colours[`theme:area${place}`] = colour + "99";
+  OKABE_ITO[dark ? "dark" : "light"].forEach((colour, index) => {
+    colours[`theme:c${index}`] = colour;
+    colours[`theme:band${index}`] = colour + "33";
+    colours[`theme:area${index}`] = colour + "99";
   });
   for (const name of ["paper", "panel", "ink", "muted", "rule", "grid"]) {
     colours[`theme:${name}`] = style.getPropertyValue(`--${name}`).trim();
@@ -131,10 +131,10 @@ function setUpAxis() {
 }
 
 function setUpMatrix() {
-  const plot = plots.find((one) => one.dataset.chart === "confusion"), order = document.getElementById("matrix-order");
+  const plot = plots.find((candidate) => candidate.dataset.chart === "confusion"), order = document.getElementById("matrix-order");
   if (!plot) return;
   plot.classList.toggle("small", matrix.size <= 5);
-  order.closest("div").hidden = matrix.orders.together === matrix.orders.own;
+  order.closest("div").hidden = matrix.orders.clustered === matrix.orders.original;
   order.addEventListener("change", () => {
     state.order = order.value;
     state.ranges = null;

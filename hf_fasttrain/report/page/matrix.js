@@ -2,8 +2,8 @@
 // A confusion matrix of up to 1,000 classes at the resolution of the screen. Zoomed out, a cell is a block of classes
 // and shows the strongest of them; zoomed in, each class has its own cell, then its name, then its count.
 
-const MOST_CELLS = 250; // in a row
-const MOST_NAMES = 40; // along an axis
+const MAX_CELLS = 250; // in a row
+const MAX_NAMES = 40; // along an axis
 const logLike = (share) => Math.log1p(99 * share) / Math.log(100); // 1% at 0.15, 10% at 0.5
 
 function readMatrix(meta) {
@@ -12,7 +12,7 @@ function readMatrix(meta) {
   for (const [index, count] of Object.entries(meta.large)) counts[index] = count;
   const sums = Float64Array.from(meta.support); // images of each class
   const original = Array.from({ length: size }, (_, index) => index);
-  return { size, counts, sums, names: meta.names, orders: { own: original, together: meta.order || original }, annotated: meta.annotated };
+  return { size, counts, sums, names: meta.names, orders: { original, clustered: meta.order || original }, annotated: meta.annotated };
 }
 
 function visible(range, size) {
@@ -43,7 +43,7 @@ function describeCell(matrix, truth, predicted) {
 }
 
 function matrixTrace(matrix, order, xs, ys, narrow) {
-  const block = Math.max(1, Math.ceil(Math.max(xs[1] - xs[0], ys[1] - ys[0], 1) / MOST_CELLS));
+  const block = Math.max(1, Math.ceil(Math.max(xs[1] - xs[0], ys[1] - ys[0], 1) / MAX_CELLS));
   const starts = ([low, high]) => {
     const indices = [];
     for (let index = low - (low % block); index <= high; index += block) indices.push(index);
@@ -89,7 +89,7 @@ function scaleMarks(narrow) {
 }
 
 function matrixAxis(matrix, order, [low, high]) {
-  const every = Math.max(1, Math.ceil((high - low + 1) / MOST_NAMES)), indices = [];
+  const every = Math.max(1, Math.ceil((high - low + 1) / MAX_NAMES)), indices = [];
   if (every > 1) return { showticklabels: false, tickvals: [], ticktext: [] };
   for (let index = low; index <= high; index++) indices.push(index);
   return { showticklabels: true, tickvals: indices, ticktext: indices.map((index) => shortened(matrix.names[order[index]], 20)) };

@@ -35,12 +35,12 @@ for (const input of document.querySelectorAll("[data-filters]")) {
   const texts = rows.map((row) => row.textContent.toLowerCase()), box = input.closest(".filter");
   box.hidden = rows.length < 12;
   input.addEventListener("input", () => {
-    const wanted = input.value.trim().toLowerCase();
+    const query = input.value.trim().toLowerCase();
     let shown = 0;
-    rows.forEach((row, place) => {
-      row.hidden = !texts[place].includes(wanted);
+    rows.forEach((row, index) => {
+      row.hidden = !texts[index].includes(query);
       shown += row.hidden ? 0 : 1;
     });
-    box.querySelector(".count").textContent = wanted ? `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")}` : "";
+    box.querySelector(".count").textContent = query ? `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")}` : "";
   });
 }

@@ -99,8 +99,8 @@ def test_the_budget_is_kept_and_said(make_cache: Callable[..., PixelCache]) -> N
     fill(cache, range(0, 20, 3))  # all of one size
     assert num_right(cache, 20) == 3
     assert cache.used_bytes() <= 3 * each + 5
-    assert cache.trouble is not None
-    assert "are used up" in cache.trouble
+    assert cache.problem is not None
+    assert "are used up" in cache.problem
 
 
 def test_a_changed_image_is_not_what_was_kept(make_cache: Callable[..., PixelCache]) -> None:

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Metrics and settings as text, in the report. Durations, sizes and rates: utils/format.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from hf_fasttrain.utils.format import format_count, format_number, is_finite
 
 
-def metric(name: str, value: Any) -> str:
-    """Return a metric's value: shares of images in per cent, all else as a number."""
+def format_metric(name: str, value: Any) -> str:
+    """Return a metric's value: accuracies in percent, others as a number."""
     if is_finite(value) and "accuracy" in name and 0 <= value <= 1:
         return f"{value:.2%}"
     return f"{value:.4f}" if is_finite(value) and abs(value) < 100 else format_number(value)
@@ -20,21 +20,21 @@ def metric_title(name: str) -> str:
     return {"f1_macro": "macro F1", "top5_accuracy": "top-5 accuracy"}.get(name, name.replace("_", " "))
 
 
-def early_stop(stop: Any) -> str | None:
-    """Return how early stopping ended a run, of result.json's `early_stopping`; None if there is nothing to say."""
+def describe_early_stop(stop: Any) -> str | None:
+    """Return why early stopping ended a run, from result.json's `early_stopping`; None if it did not."""
     numbers = ("value", "step", "waited", "patience", "stopped_at", "num_steps")
     if not isinstance(stop, dict) or not all(is_finite(stop.get(name)) for name in numbers):
         return None
     watched, better = str(stop.get("metric")), "below" if stop.get("mode") == "min" else "above"
     return (
         f"after step {stop['stopped_at']:,} of {stop['num_steps']:,}, since {metric_title(watched)} had not been "
-        f"{better} {metric(watched, stop['value'])} (step {stop['step']:,}) for "
+        f"{better} {format_metric(watched, stop['value'])} (step {stop['step']:,}) for "
         f"{format_count(stop['waited'], 'step')}; early_stopping.patience was {stop['patience']:,}"
     )
 
 
-def setting(value: Any) -> str:
-    """Return a recipe's value as it would be written in one line."""
+def format_setting(value: Any) -> str:
+    """Return a setting's value as one line of text."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
