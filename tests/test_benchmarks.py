@@ -31,9 +31,6 @@ def imported(name: str) -> Any:
     return importlib.import_module(name)
 
 
-# --- overrides -----------------------------------------------------------------------------------------------
-
-
 def wrong_overrides(source: str, names: dict[str, Any]) -> list[str]:
     """Return the private methods of subclasses of the package's classes that no base has, as Class.method.
 
@@ -115,9 +112,6 @@ class Own:
 
     found = wrong_overrides(planted, {"clock": hf_fasttrain.train.throughput})
     assert sorted(found) == ["Clock._lost", "Quiet._whisper", "Race._should_stop"]
-
-
-# --- gpu.py --------------------------------------------------------------------------------------------------
 
 
 def dry_run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:

@@ -97,9 +97,6 @@ def reason_not_to_run(command: str) -> str | None:
     return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
 
 
-# --- running them --------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Workspace:
     """A folder as a user has it: a checkout's recipes, some photos, and the runs of the commands so far."""
@@ -270,9 +267,6 @@ def test_what_is_not_run_is_in_a_page() -> None:
         assert any(command.startswith(start) for command in commands), f"no page has {start}"
 
 
-# --- what is named in the text -------------------------------------------------------------------------------
-
-
 def options_of(arguments: Sequence[str]) -> set[str]:
     """Return the options of a command."""
     command: Any = typer.main.get_command(app)
@@ -331,9 +325,6 @@ def test_the_key_table_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# --- examples ------------------------------------------------------------------------------------------------
-
-
 def example(name: str) -> dict[str, Any]:
     """Return an example's names, in a process that has just started."""
     reset_accelerate()
@@ -343,7 +334,7 @@ def example(name: str) -> dict[str, Any]:
     return program
 
 
-def test_own_model_trains(workspace: Workspace) -> None:
+def test_a_users_model_trains(workspace: Workspace) -> None:
     example("own_model.py")["main"]("runs/own_model", "2 epochs")
     assert float(re.findall(r"accuracy (\S+) after 46 steps", workspace.capture.readouterr().out)[0]) > 0.5
 

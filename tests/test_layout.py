@@ -106,7 +106,7 @@ def test_files_are_short() -> None:
 
 
 @pytest.mark.parametrize("name", ["benchmarks", "examples", "docs", "tests"])
-def test_programs_import_what_there_is(name: str) -> None:
+def test_programs_import_existing_modules(name: str) -> None:
     for path in (ROOT / name).rglob("*.py"):
         missing = {module for module in imports(path) if module not in modules()}
         assert not missing, f"{path.name} imports {missing}"

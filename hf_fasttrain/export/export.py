@@ -76,9 +76,6 @@ def export_run(
     return replace(exported, folder=folder, notes=notes)
 
 
-# --- source and target ----------------------------------------------------------------------------------------
-
-
 def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     """Return the folder to write; RunError if it holds other files, or if `weights` would replace those of the run."""
     model = run / MODEL_FOLDER
@@ -114,9 +111,6 @@ def _load(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSp
     if checkpoint is not None:
         load_checkpoint_weights(model, checkpoint)
     return model, spec
-
-
-# --- verification --------------------------------------------------------------------------------------
 
 
 def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> ExportResult:

@@ -136,9 +136,6 @@ def _overruled_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-# --- what the launcher says ----------------------------------------------------------------------------------
-
-
 def was_launched() -> bool:
     """Return whether accelerate launch or torchrun started this process, by their environment variables."""
     return any(mark in os.environ for mark in ("ACCELERATE_MIXED_PRECISION", *LAUNCHER_MARKS))
@@ -201,9 +198,6 @@ def _launcher_defaults() -> set[int]:
     """Return the numbers of threads that launchers choose by default."""
     physical = psutil.cpu_count(logical=False) or 1
     return {1, physical // local_processes()}
-
-
-# --- torch's process-wide switches ---------------------------------------------------------------------------
 
 
 def set_fp32_precision(matmul: str, conv: str) -> None:

@@ -37,9 +37,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-# --- data ------------------------------------------------------------------------------------------------------
-
-
 def split(*, name: str, images: int) -> Choice:
     """Return the split that `data/source` found by its name."""
     return Choice(name, f"{images:,} images")
@@ -99,9 +96,6 @@ def pin_memory(*, gpu: bool) -> Choice:
     return Choice(gpu, "a GPU" if gpu else "there is no GPU")
 
 
-# --- accelerate ------------------------------------------------------------------------------------------------
-
-
 def mixed_precision(*, gpu: bool, has_bf16: bool) -> Choice:
     """Return no, bf16 or fp16; `has_bf16`: whether the GPU supports bf16 in hardware."""
     if not gpu:
@@ -144,9 +138,6 @@ def accumulation_steps(*, share: int, micro_batch_size: int) -> Choice:
     return Choice(math.ceil(share / micro_batch_size), f"{share} images per process in micro-batches")
 
 
-# --- the training ----------------------------------------------------------------------------------------------
-
-
 def warmup(*, schedule: str, num_steps: int, steps_per_epoch: int) -> Choice:
     """Return a schedule's default warmup in steps."""
     resolved = resolve_warmup("auto", schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
@@ -175,8 +166,6 @@ def final(*, early_stopping: Watch | None) -> Choice:
     """Return which weights a run ends with."""
     return Choice(resolve_final("auto", early_stopping), f"{'with' if early_stopping else 'without'} early_stopping")
 
-
-# --- the table -------------------------------------------------------------------------------------------------
 
 RULES: dict[str, Callable[..., Choice]] = {
     "data.train_split": split,
@@ -217,9 +206,6 @@ def decide(settings: ResolvedSettings, key: str, **inputs: Any) -> Any:
         return flatten(settings.recipe)[key]
     choice = RULES[key](**inputs)
     return settings.record(key, choice.value, choice.reason)
-
-
-# --- decided before anything is built --------------------------------------------------------------------------
 
 
 def resolve_machine(recipe: Recipe, settings: ResolvedSettings, presets: Presets | None = None) -> Recipe:

@@ -86,9 +86,6 @@ def _path(*parts: dict[str, Any]) -> Path:
     return tunings_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-# --- for which recipe, on which machine ----------------------------------------------------------------------
-
-
 def stored_tuning(recipe: Recipe) -> Presets:
     """Return the stored tuning's decisions for a recipe on this machine; empty presets if there is none."""
     tuning = find_tuning(*tuning_key(recipe))

@@ -72,8 +72,6 @@ class Pusher:
         self._said: set[str] = set()
         shutil.rmtree(run / STAGING_FOLDER, ignore_errors=True)
 
-    # --- while training ------------------------------------------------------------------------------------
-
     def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
         """Stage a checkpoint that is complete on disk, if it is due; called before it may be pruned."""
         if self._closed or step == self.num_steps or not self._is_due(step, best=best):
@@ -180,8 +178,6 @@ class Pusher:
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         values = {"repo": self.options.repo, "address": address, "step": step, "date": date, "finished": finished}
         try_to_write(lambda: write_json(self.run / PUSHED_FILE, values), lambda error: None)
-
-    # --- at the end ----------------------------------------------------------------------------------------
 
     def finished(self, step: int) -> None:
         """Push the finished run, whose files are complete on disk, and report the outcome.

@@ -15,9 +15,6 @@ from hf_fasttrain.utils.errors import ModelError, shortened
 HeadChoice = Literal["auto", "keep", "new"]
 
 
-# --- finding -----------------------------------------------------------------------------------------------
-
-
 def timm_head_names(model: nn.Module) -> list[str]:
     """Return the prefixes of the head's parameters from timm's configuration, or else by shape."""
     config: Any = getattr(model, "default_cfg", None) or {}
@@ -63,9 +60,6 @@ def _output_layer(module: nn.Module, num_classes: int) -> str | None:
         if isinstance(weight, Tensor) and weight.ndim in (2, 4) and len(weight) == num_classes:
             last = name
     return last
-
-
-# --- keep or replace -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

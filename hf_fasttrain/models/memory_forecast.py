@@ -86,9 +86,6 @@ class Forecast:
         ]
 
 
-# --- measuring ---------------------------------------------------------------------------------------------
-
-
 def measure_activations(
     model: nn.Module,
     image_size: int,
@@ -193,9 +190,6 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-# --- the rule ----------------------------------------------------------------------------------------------
 
 
 def images_that_fill_cpu(image_size: int) -> int:

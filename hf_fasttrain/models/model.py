@@ -130,9 +130,6 @@ def _output_layers(model: nn.Module, spec: ModelSpec) -> list[str]:
     return output_layers(model, head_names(model), spec.num_classes)
 
 
-# --- timm --------------------------------------------------------------------------------------------------
-
-
 def timm_name(name: str) -> str:
     """Return the name of a recipe's model for `timm.create_model`: plain, ``hf-hub:...`` or ``local-dir:...``."""
     import timm
@@ -221,9 +218,6 @@ def use_small_image_stem(model: nn.Module) -> None:
     model.conv1, model.maxpool = new, nn.Identity()
 
 
-# --- transformers ------------------------------------------------------------------------------------------
-
-
 def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoice, note: Note) -> nn.Module:
     if spec.small_image_stem or spec.drop_path:
         raise ModelError(
@@ -244,9 +238,6 @@ def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoic
         weights, source, lacking = published_weights(spec)
         load_pretrained(inner, weights, source, target, note, absent=lacking)
     return classifier
-
-
-# --- preparing ---------------------------------------------------------------------------------------------
 
 
 def head_names(model: nn.Module) -> list[str]:

@@ -131,9 +131,6 @@ def _require_most(state: Mapping[str, Tensor], absent: Sequence[str], source: We
         raise ModelError(f"{source.name}: weights of another model: {share_of(absent, state)} are not in them")
 
 
-# --- positions ---------------------------------------------------------------------------------------------
-
-
 def resize_positions(weights: dict[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """Resize absolute position embeddings on square grids to the model's size; return a message for each."""
     messages = []

@@ -111,9 +111,6 @@ def convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         return dict(weights)  # weights of another model: `load_fitting` reports the misfits
 
 
-# --- classes -----------------------------------------------------------------------------------------------
-
-
 def class_names_of(location: str, path: Path) -> list[str] | None:
     """Return the class names of weights from the files next to them, None if there are none.
 

@@ -131,9 +131,6 @@ def _remove(tree: Tree, key: str) -> bool:
     return isinstance(node, dict) and node.pop(last, None) is not None
 
 
-# --- reading -----------------------------------------------------------------------------------------------
-
-
 def _read_yaml(text: str, where: str) -> tuple[Tree, dict[KeyPath, int]]:
     try:
         tree = YAML(typ="safe", pure=True).load(text)
@@ -196,9 +193,6 @@ def _origin(origins: dict[str, str], key: KeyPath) -> str | None:
 def _origin_within(origins: dict[str, str], key: KeyPath) -> str | None:
     inside = {origin for leaf, origin in origins.items() if leaf.startswith(".".join(key) + ".")}
     return inside.pop() if len(inside) == 1 else None
-
-
-# --- back to YAML ------------------------------------------------------------------------------------------
 
 
 def flatten(section: BaseModel, above: str = "") -> dict[str, Any]:

@@ -122,9 +122,6 @@ def is_open(key: str, values: Mapping[str, Any]) -> bool:
     return bool(values.get(key) == "auto")
 
 
-# --- resolved.yaml -------------------------------------------------------------------------------------------
-
-
 def write_settings(folder: Path, settings: ResolvedSettings) -> None:
     """Write recipe.yaml (see `recipe_text`) and resolved.yaml: every setting with origin and tag. Raises OSError."""
     write_atomically(folder / RECIPE_FILE, recipe_text(settings.recipe))

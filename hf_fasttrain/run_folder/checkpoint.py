@@ -97,9 +97,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 
 
-# --- writing -----------------------------------------------------------------------------------------------
-
-
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Return the folder of the checkpoint of a step."""
     return folder / f"{PREFIX}{step:08d}"
@@ -165,9 +162,6 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None, step: int)
     for path in [*incomplete, *folder.glob(f".{PREFIX}*")]:  # left by a killed process
         shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
-
-
-# --- reading -----------------------------------------------------------------------------------------------
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -218,9 +218,6 @@ def _without_main(*, unless: bool) -> Iterator[None]:
         main.__file__, main.__spec__ = saved["__file__"], saved["__spec__"]
 
 
-# --- in the arm's process ----------------------------------------------------------------------------------
-
-
 def _serve(
     connection: Connection,
     recipe: ArmRequest,

@@ -108,8 +108,6 @@ class Doctor:
         finally:
             running.close()
 
-    # --- what might help -----------------------------------------------------------------------------------
-
     def _ideas(self, ready: Ready, waiting: float) -> list[tuple[dict[str, Any], str]]:
         """Return (overrides, note) of changes that might help, the likeliest first."""
         config = space.first_config(ready)

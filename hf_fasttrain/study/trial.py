@@ -152,8 +152,6 @@ class Trial:
         """Profile the next turn with torch's profiler, and write its trace."""
         self._trace = path
 
-    # --- turns ---------------------------------------------------------------------------------------------
-
     def run(self, next_turn: Callable[[Report | None], Turn | None]) -> None:
         """Train in turns until `next_turn(report of the last turn)` returns None."""
         self.turn, self._is_started = next_turn(None), False
@@ -267,8 +265,6 @@ class Trial:
             skip(1)
             if time.perf_counter() - before > 0.01:  # it was not prefetched
                 break
-
-    # --- halves of the training alone ----------------------------------------------------------------------
 
     def loader_alone(self, turn: Turn) -> Report:
         """Read the training's batches without training on them."""

@@ -97,8 +97,6 @@ class Tuner:
         self._round = 0
         self._rng = random.Random(0)
 
-    # --- time ----------------------------------------------------------------------------------------------
-
     @property
     def elapsed(self) -> float:
         """Seconds since the search started."""
@@ -107,8 +105,6 @@ class Tuner:
     def left(self, share: float = 1.0) -> float:
         """Return the seconds until a share of the budget is used up, without the reserve for the end."""
         return self.budget * min(share, 1 - SPARE) - self.elapsed
-
-    # --- the search ----------------------------------------------------------------------------------------
 
     def run(self) -> TuneResult:
         """Search until everything was tried or time is up; after Ctrl-C, return the best so far.
@@ -272,8 +268,6 @@ class Tuner:
         self._round += 1
         return [candidate for candidate in candidates if candidate.measurement.is_measured]
 
-    # --- precision -----------------------------------------------------------------------------------------
-
     def _guarded(self, ranked: Sequence[Candidate]) -> Candidate:
         """Return the best candidate whose precision trains like fp32."""
         for candidate in ranked:
@@ -314,8 +308,6 @@ class Tuner:
 
     def _loss_curve(self, config: Config, images: int) -> LossCurve:
         return loss_curve(self.start, space.overrides_of(config), images, max(1.0, self.left()))
-
-    # --- compiling, and the end ----------------------------------------------------------------------------
 
     def _compile(self, runners_up: list[Config]) -> None:
         """Try torch.compile, which takes long, in the remaining time, if it could pay off."""

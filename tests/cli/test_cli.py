@@ -62,7 +62,7 @@ def test_evaluate_predict_and_resume(run: Path, image_folder: Path, capsys: pyte
     assert "this run is finished (50 steps)" in call(["train", str(recipe), *overrides, "--resume"], capsys)
 
 
-def test_predict_refuses_what_is_no_image(
+def test_predict_refuses_files_that_are_not_images(
     run: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -439,7 +439,7 @@ def test_recipes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert_says(fails([str(path)], capsys), "can't be read as text")
 
 
-def test_what_is_handed_over_must_be_a_dataset() -> None:
+def test_an_object_passed_as_data_must_be_a_dataset() -> None:
     from hf_fasttrain import Trainer
     from hf_fasttrain.utils.errors import DataError
 

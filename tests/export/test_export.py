@@ -174,9 +174,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> dict[str, t
     return made
 
 
-# --- opened by others --------------------------------------------------------------------------------------
-
-
 def require_same(got: str, expected: torch.Tensor, what: str) -> None:
     logits = torch.tensor([json.loads(line) for line in got.splitlines()])
     assert (logits - expected).abs().max() < 1e-4, what
@@ -251,7 +248,7 @@ def test_forms_and_files(runs: dict[str, tuple[Path, ExportResult]]) -> None:
     assert stem.notes == ["timm and transformers can't build this model's small-image stem; hf_fasttrain and ONNX can"]
 
 
-def test_the_snippets_name_their_place() -> None:
+def test_the_snippets_name_their_location() -> None:
     assert 'timm.create_model("hf-hub:me/x", pretrained=True)' in timm_snippet("hf-hub:me/x")
     assert 'model="me/x"' in transformers_snippet("me/x")
     assert 'InferenceSession(hf_hub_download("me/x", "model.onnx")' in onnx_snippet("me/x")
@@ -281,7 +278,7 @@ def test_a_model_built_from_a_folder_is_loaded_without_it(tmp_path: Path) -> Non
     assert (found.name, found.args) == ("test_vit", {"global_pool": "avg"})
 
 
-def test_what_others_would_misread_is_not_handed_over(
+def test_models_that_timm_would_misread_get_no_config(
     tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torchvision's rounding is none of transformers'; and a timm that builds something else is not let to."""
@@ -335,9 +332,6 @@ class OwnModel(PreTrainedModel):
     def forward(self, pixel_values):
         return ImageClassifierOutput(logits=self.classifier(pixel_values.mean((2, 3))))
 """
-
-
-# --- which weights, and where to ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -410,7 +404,7 @@ def test_an_earlier_onnx_file_that_is_not_written_anew_is_named(kept: Path) -> N
     assert "model.onnx of an earlier export was removed; --onnx writes it again" in export_run(kept).notes
 
 
-def test_a_folder_of_a_repository_is_not_replaced(kept: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(kept: Path) -> None:
     (kept / "model" / ".git").mkdir()
     with pytest.raises(RunError, match=r"holds files that export did not write \(\.git\); move them"):
         export_run(kept)
@@ -426,7 +420,9 @@ def test_a_link_to_a_folder_stays_one(kept: Path, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "model.safetensors").exists()
 
 
-def test_the_present_folder_is_a_place_like_others(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_is_refused_as_output(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hf_fasttrain.report.report import write_report
 
     (tmp_path / "here").mkdir()

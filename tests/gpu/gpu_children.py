@@ -77,9 +77,6 @@ def can_fork() -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-# --- the parent --------------------------------------------------------------------------------------------
-
-
 def run_group(
     rows: Sequence[str],
     *,
@@ -208,9 +205,6 @@ class _Child:
         os.close(self._receiving)
         self.log.close()
         self.folder.cleanup()
-
-
-# --- the child ---------------------------------------------------------------------------------------------
 
 
 def _be_child(rows: Sequence[str], sending: int, folder: str, log: int, environment: dict[str, str]) -> None:

@@ -71,9 +71,6 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-# --- waiting ---------------------------------------------------------------------------------------------------
-
-
 class ReadsValues(TorchDispatchMode):
     """Raises where the host reads a value from a tensor: with a GPU it would wait for it."""
 
@@ -101,9 +98,6 @@ def nothing_waits(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# --- memory ----------------------------------------------------------------------------------------------------
 
 
 def allocated(device: torch.device) -> int:

@@ -42,9 +42,6 @@ def find(row: str, name: str) -> Plant:
     return next(plant for plant in PLANTS[row] if plant.name == name)
 
 
-# --- one step ------------------------------------------------------------------------------------------------------
-
-
 @plant("T14", "only one of cuDNN's flags is set", "mix of the legacy and new APIs|RuntimeError")
 def one_flag(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.from_recipe import accelerator
@@ -230,9 +227,6 @@ def no_index(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "__init__", init)
 
 
-# --- batches -------------------------------------------------------------------------------------------------------
-
-
 @plant("T1b", "a batch waits for the GPU", "the host has waited", on_cpu=False)
 def batch_waits(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
@@ -305,9 +299,6 @@ def all_is_waiting(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.data.loading.prefetch import Prefetcher
 
     patch.setattr(Prefetcher, "wait_seconds", property(lambda self: time.perf_counter()))
-
-
-# --- memory --------------------------------------------------------------------------------------------------------
 
 
 @plant("T6", "a scale is set before there is one", "AssertionError|Attempted update but _scale is None")
@@ -447,9 +438,6 @@ def share_not_heeded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CachePlanner, "_fits_device", lambda self, *args, **options: True)
 
 
-# --- runs ----------------------------------------------------------------------------------------------------------
-
-
 @plant("T10", "saved tensors are rounded", "not the live tensors")
 def rounded(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.run_folder.checkpoint import Snapshot
@@ -561,9 +549,6 @@ def kernels_not_seen(patch: pytest.MonkeyPatch) -> None:
         return [event for event in real(self, *args, **options) if not any(h in event.key.lower() for h in hidden)]
 
     patch.setattr(torch.profiler.profile, "key_averages", key_averages)
-
-
-# --- several processes ---------------------------------------------------------------------------------------------
 
 
 def _no_exchange(patch: pytest.MonkeyPatch) -> None:

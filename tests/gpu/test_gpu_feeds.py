@@ -58,9 +58,6 @@ def keys(number: int) -> list[MicroBatchKey]:
     return [MicroBatchKey(0, np.arange(i * NUMBER, (i + 1) * NUMBER)) for i in range(number)]
 
 
-# --- T2: copied ahead ------------------------------------------------------------------------------------------
-
-
 def delay(stream: Any, rng: random.Random) -> None:
     """Let a stream do nothing for up to 5 ms, now and then."""
     if rng.random() < 0.3:
@@ -93,9 +90,6 @@ def test_t02_batches_are_the_hosts(
     assert number == len(wanted) - 1
     assert int(wrong.sum()) == 0, "wrong bytes"
     assert unrecorded == 0, "memory may be reused too early"
-
-
-# --- T3, T1b: kept on the device -----------------------------------------------------------------------------
 
 
 def device_feed(device: torch.device, transform: TrainTransform) -> tuple[DevicePrefetcher, ImageBatches]:
@@ -146,9 +140,6 @@ def test_t01b_a_batch_does_not_wait_for_what_is_queued(
     record_property("ms for a batch of 64", 1000 * seconds / 10)
     assert busy, "the host has waited"
     assert seconds < 0.5
-
-
-# --- T15: waiting --------------------------------------------------------------------------------------------
 
 
 class Works(nn.Module):

@@ -32,9 +32,6 @@ from hf_fasttrain.utils.environment import peak_memory_bytes
 HALVED = [{"step": 1, "before": 64, "after": 32}]
 
 
-# --- T6 --------------------------------------------------------------------------------------------------------
-
-
 def test_t06_a_step_that_overflows_is_skipped(device: torch.device) -> None:
     """One overflow takes the scale from far too large to usual."""
     large, less = (2.0**60, 2.0**-50) if device.type == "cuda" else (2.0**127, 2.0**-117)
@@ -62,9 +59,6 @@ def test_t06_no_memory_in_the_very_first_forward(device: torch.device) -> None:
     other = scaled_trainer(device, 2.0**10, 0.5, accumulation_steps=2)
     other.fit()
     assert distance(flat(weights_of(trainer.raw_model)), flat(weights_of(other.raw_model))) < 1e-3
-
-
-# --- T7, T8 ----------------------------------------------------------------------------------------------------
 
 
 def test_t07_micro_batches_that_do_not_fit_are_halved(
@@ -140,9 +134,6 @@ def test_t08_a_first_update_without_memory_is_made_again(device: torch.device) -
     assert distance(flat(short), flat(asked)) < 1e-5, "other weights"
 
 
-# --- T9 --------------------------------------------------------------------------------------------------------
-
-
 def test_t09_evaluation_goes_on_in_smaller_batches(device: torch.device) -> None:
     torch.manual_seed(0)
     model = Wide(512 if device.type == "cuda" else 8)
@@ -159,9 +150,6 @@ def test_t09_evaluation_goes_on_in_smaller_batches(device: torch.device) -> None
     metrics = trainer.evaluate()
     assert trainer.evaluation.evaluator.max_images == 32
     assert metrics == pytest.approx(expected, rel=1e-5)
-
-
-# --- T21 -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.needs_gpu

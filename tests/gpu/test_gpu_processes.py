@@ -131,9 +131,6 @@ def test_t18_a_parameter_without_use(device: torch.device, run: Path) -> None:
     require_same(both, alone)
 
 
-# --- several GPUs ----------------------------------------------------------------------------------------------
-
-
 def test_m1_two_processes_end_with_the_weights_of_one(device: torch.device, run: Path) -> None:
     (alone,) = in_processes(fit, run.with_name("one"), number=1, device=device)
     both = in_processes(fit, run, number=2, device=device)

@@ -28,8 +28,6 @@ from hf_fasttrain.study.bench import Arm
 from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn
 from hf_fasttrain.study.trial import Trial
 
-# --- T10 -------------------------------------------------------------------------------------------------------
-
 
 def tensors_in(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of nested dictionaries and lists, by their places."""
@@ -104,9 +102,6 @@ def test_t10_a_resumed_run_ends_close_by_without_that(device: torch.device, run:
     assert distance(resumed, whole) < 1e-2, "other weights"
 
 
-# --- T13 -------------------------------------------------------------------------------------------------------
-
-
 def test_t13_every_shape_is_compiled(
     device: torch.device, run: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,8 +135,6 @@ def test_t13_every_shape_is_compiled(
     wanted |= {(8, 3, 64, 64), (4, 3, 64, 64)}  # of evaluation
     assert wanted <= set(shapes), f"not compiled: {wanted - set(shapes)}"
 
-
-# --- T16, T17 --------------------------------------------------------------------------------------------------
 
 STUDY = """
 model: {name: test_resnet}
@@ -211,8 +204,6 @@ def test_t17_two_arms_leave_memory(
         for arm in arms:
             arm.close()
 
-
-# --- T19 -------------------------------------------------------------------------------------------------------
 
 FAMILIES = {
     "batch norm": r"bn_|batch_?norm",

@@ -27,9 +27,6 @@ from hf_fasttrain.train.ema import Ema
 PRECISIONS = ("highest", "high", "medium")
 
 
-# --- T14 -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("conv", PRECISIONS)
 @pytest.mark.parametrize("matmul", PRECISIONS)
 def test_t14_flags_can_be_read(matmul: str, conv: str, device: torch.device) -> None:
@@ -61,9 +58,6 @@ def test_t14_products_are_as_precise_as_asked(device: torch.device, record_prope
             assert errors["matmul"] > 1e-4, "TF32 is not used"
 
 
-# --- T1 --------------------------------------------------------------------------------------------------------
-
-
 class Watched(Trainer):
     """Makes all steps but the first with nothing that waits."""
 
@@ -84,9 +78,6 @@ def test_t01_a_step_does_not_wait(data: str, device: torch.device, run: Path) ->
     result = trainer.fit()
     assert result.steps == 6
     assert result.out_of_memory == []
-
-
-# --- T4, T5 ----------------------------------------------------------------------------------------------------
 
 
 def test_t04_weights_are_those_of_a_cpu(device: torch.device, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +115,6 @@ def test_t05_gradients_of_micro_batches_in_bf16(device: torch.device, run: Path)
     one, four = gradients(run, 1, "bf16"), gradients(run, 4, "bf16")
     cosine = float(one @ four / (one.norm() * four.norm()))
     assert cosine > 0.999
-
-
-# --- T11, T12, T20 ---------------------------------------------------------------------------------------------
 
 
 def test_t11_an_average_made_before_the_model_is_moved(device: torch.device) -> None:

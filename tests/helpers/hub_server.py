@@ -165,8 +165,6 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, values: Any, status: int = 200, **headers: str) -> None:
         self.send_bytes(json.dumps(values).encode(), status, Content_Type="application/json", **headers)
 
-    # --- repositories --------------------------------------------------------------------------------------
-
     def create(self) -> None:
         asked = json.loads(self.body)
         self.hub.created.append(asked)
@@ -202,8 +200,6 @@ class Handler(BaseHTTPRequestHandler):
         files = repo.versions.get(revision, repo.files)
         names = {path: hashlib.sha1(content).hexdigest() for path, content in files.items()}
         self.send_json([{"type": "file", "path": p, "size": len(files[p]), "oid": oid} for p, oid in names.items()])
-
-    # --- uploads -------------------------------------------------------------------------------------------
 
     def preupload(self, name: str) -> None:
         files = [
@@ -262,8 +258,6 @@ class Handler(BaseHTTPRequestHandler):
         repo.versions[repo.sha] = dict(repo.files)
         url = f"{self.hub.url}/{name}/commit/{repo.sha}"
         self.send_json({"success": True, "commitOid": repo.sha, "commitUrl": url, "hookOutput": ""})
-
-    # --- downloads -----------------------------------------------------------------------------------------
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repo = self.hub.repos.get(name)

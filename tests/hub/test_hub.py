@@ -44,9 +44,6 @@ def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
-# --- what arrives ------------------------------------------------------------------------------------------
-
-
 def test_bytes_arrive_as_they_went_in_one_commit(hub: Hub, run: Path) -> None:
     address = push_run(run, "me/flowers")
     assert address == f"{hub.url}/me/flowers"
@@ -76,7 +73,7 @@ def test_nothing_pushed_holds_a_local_path(hub: Hub, run: Path, made: Path) -> N
     assert json.loads(files["hf_fasttrain.json"])["class_names"] == CLASS_NAMES
 
 
-def test_what_was_local_where_it_was_trained_is_local_everywhere(hub: Hub, copied: Path) -> None:
+def test_settings_that_were_local_paths_in_training_are_scrubbed_everywhere(hub: Hub, copied: Path) -> None:
     from huggingface_hub import ModelCard
 
     (copied / "recipe.yaml").write_text(
@@ -130,7 +127,7 @@ def test_both_splits_stand_in_the_index_and_the_authors_repository_does_not(hub:
     assert "accelerate launch -m hf_fasttrain recipe.yaml hub=null\n" in card.text
 
 
-def test_private_goes_with_the_request(hub: Hub, run: Path) -> None:
+def test_the_request_has_the_private_flag(hub: Hub, run: Path) -> None:
     push_run(run, "me/secret", private=True)
     assert hub.created == [{"name": "secret", "organization": "me", "visibility": "private"}]
     assert hub.repos["me/secret"].private
@@ -141,14 +138,11 @@ def test_private_goes_with_the_request(hub: Hub, run: Path) -> None:
     assert len(hub.repos["me/open"].commits) == 1
 
 
-def test_a_repository_that_is_there_gets_another_commit(hub: Hub, run: Path) -> None:
+def test_an_existing_repository_gets_another_commit(hub: Hub, run: Path) -> None:
     first, second = push_run(run, "me/flowers"), push_run(run, "me/flowers")
     assert first == second
     assert len(hub.repos["me/flowers"].commits) == 2
     assert len(hub.stored) == 1
-
-
-# --- the card ----------------------------------------------------------------------------------------------
 
 
 def test_card_says_figures_loading_and_training(hub: Hub, run: Path) -> None:
@@ -175,14 +169,14 @@ def test_card_says_figures_loading_and_training(hub: Hub, run: Path) -> None:
     assert card.data.license is None
 
 
-def test_a_licence_stands_in_the_card_only_if_it_is_given(hub: Hub, run: Path) -> None:
+def test_the_card_has_a_license_only_if_one_is_given(hub: Hub, run: Path) -> None:
     from huggingface_hub import ModelCard
 
     push_run(run, "me/flowers", license="apache-2.0")
     assert ModelCard(hub.repos["me/flowers"].files["README.md"].decode()).data.license == "apache-2.0"
 
 
-def test_the_base_model_is_what_training_began_with(hub: Hub, copied: Path) -> None:
+def test_the_base_model_is_the_one_that_training_started_from(hub: Hub, copied: Path) -> None:
     from huggingface_hub import ModelCard
 
     def base_model(model: str) -> object:
@@ -278,7 +272,7 @@ def test_a_model_with_another_stem_is_loaded_by_us(hub: Hub, tmp_path: Path, ima
     assert predict_images("hf://me/small", [str(image)]) == predict_images(run, [str(image)])
 
 
-def test_what_an_earlier_push_left_is_taken_away(hub: Hub, run: Path, tmp_path: Path) -> None:
+def test_files_of_an_earlier_push_are_deleted(hub: Hub, run: Path, tmp_path: Path) -> None:
     push_run(run, "me/flowers")
     hub.repos["me/flowers"].files["notes.md"] = b"the owner's own"
     push_run(write_run(tmp_path / "run", tmp_path, "resnet18", small_image_stem=True), "me/flowers")
@@ -294,7 +288,9 @@ def test_a_timm_model_of_a_local_folder_is_named_by_its_architecture(hub: Hub, r
     assert all(str(tmp_path.parent).encode() not in content for content in files.values())
 
 
-def test_a_transformers_model_of_a_local_folder_is_loaded_by_its_own(hub: Hub, tmp_path: Path, image: Path) -> None:
+def test_a_transformers_model_of_a_local_folder_is_loaded_by_transformers(
+    hub: Hub, tmp_path: Path, image: Path
+) -> None:
     from transformers import ViTConfig
 
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -307,9 +303,6 @@ def test_a_transformers_model_of_a_local_folder_is_loaded_by_its_own(hub: Hub, t
     assert all(str(tmp_path).encode() not in content for content in files.values())
     (answer,) = answers_of_snippets(files["README.md"], image)
     assert [name for _, name in answer] == [name for _, name in expected_answer(run, image)]
-
-
-# --- paths -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,7 +327,7 @@ def test_paths_are_cut_to_their_last_component(text: str, wanted: str) -> None:
     assert Scrubber([]).value(text) == wanted
 
 
-def test_a_relative_path_is_local_where_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_local_if_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert not is_local_path("data/flowers")
     assert is_hub_name("data/flowers")
@@ -350,9 +343,6 @@ def test_a_recipe_stays_yaml_of_the_same_types() -> None:
     text = "data: {dataset: /home/me/2024}  # years\n"
     clean = Scrubber([]).yaml(text, YAML(typ="safe", pure=True).load(text))
     assert YAML(typ="safe", pure=True).load(clean) == {"data": {"dataset": "2024"}}
-
-
-# --- mistakes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["result.json", "model/hf_fasttrain.json"])
@@ -401,7 +391,7 @@ def test_with_a_wrong_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
         ("commit", 400, r"refused it \(.*refused by the test.*\); correct that"),
     ],
 )
-def test_what_the_hub_refuses(hub: Hub, run: Path, where: str, status: int, message: str) -> None:
+def test_refusals_of_the_hub_are_explained(hub: Hub, run: Path, where: str, status: int, message: str) -> None:
     hub.refuse = {f"/{where}": status} if where != "create" else {"/api/": status}
     with pytest.raises(RunError, match=message) as caught:
         push_run(run, "me/flowers", patience=0.0)
@@ -409,7 +399,7 @@ def test_what_the_hub_refuses(hub: Hub, run: Path, where: str, status: int, mess
     assert not any(repo.commits for repo in hub.repos.values())
 
 
-def test_a_hub_that_is_not_there(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_explained(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -422,9 +412,6 @@ def test_offline_mode_is_named(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RunError, match=r"HF_HUB_OFFLINE is set; unset it; then hf-fasttrain push .* me/flowers$"):
         push_run(run, "me/flowers")
-
-
-# --- the command -------------------------------------------------------------------------------------------
 
 
 def test_the_command_with_hf_endpoint_set(run: Path, tmp_path: Path) -> None:

@@ -63,9 +63,6 @@ def weights_of(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
-# --- with a training -----------------------------------------------------------------------------------------
-
-
 def test_the_best_weights_are_pushed_while_training_and_at_the_end(
     hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -173,9 +170,6 @@ def test_a_run_that_is_stopped_leaves_no_upload(hub: Hub, write_recipe: Callable
     assert steps_of(run)[-1] == 6
 
 
-# --- before training -----------------------------------------------------------------------------------------
-
-
 def test_without_a_token_nothing_is_trained(
     hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,8 +179,6 @@ def test_without_a_token_nothing_is_trained(
         build_trainer(write_recipe(RECIPE), [f"output_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
 
-
-# --- the Hub's moods -----------------------------------------------------------------------------------------
 
 PASSING = {
     "429 with Retry-After": Fault("POST /api/repos/create", 429, headers={"Retry_After": "7"}),
@@ -203,7 +195,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_what_passes_is_tried_again(hub: Hub, run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(hub: Hub, run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, slept, sleep = PASSING[name], [], time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), sleep(min(seconds, 0.05))))
     hub.faults = [replace(fault)]
@@ -223,7 +215,7 @@ LASTING = {
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_what_lasts_is_said_and_a_later_push_finishes(hub: Hub, run: Path, name: str) -> None:
+def test_permanent_errors_are_reported_and_a_later_push_finishes(hub: Hub, run: Path, name: str) -> None:
     fault, message = LASTING[name]
     hub.faults, said = [fault], Said()
     seconds = 3.0 if fault.kind == "hang" else 10.0  # of which 10 are kept for the process to start and report
@@ -242,7 +234,7 @@ def test_what_lasts_is_said_and_a_later_push_finishes(hub: Hub, run: Path, name:
     assert repo.private
 
 
-def test_what_has_arrived_is_not_sent_again(hub: Hub, run: Path) -> None:
+def test_uploaded_files_are_not_sent_again(hub: Hub, run: Path) -> None:
     hub.faults, said = [Fault("/commit/main", 400, times=999)], Said()
     pusher_of(run, said).finished(2)
     assert "not pushed" in said[1]
@@ -372,9 +364,6 @@ def test_an_uploader_that_dies_is_named(run: Path, hub: Hub, monkeypatch: pytest
     assert "the upload failed (gone); then hf-fasttrain push" in said[1]
 
 
-# --- what goes on and what does not ------------------------------------------------------------------------------
-
-
 def test_the_best_evaluation_s_weights_are_not_the_last_ones(hub: Hub, run: Path) -> None:
     checkpoint = make_checkpoint(run, 1)
     result = json.loads((run / "result.json").read_text())
@@ -393,7 +382,7 @@ def test_the_best_evaluation_s_weights_are_not_the_last_ones(hub: Hub, run: Path
         push_run(run, "me/digits", weights="newest")
 
 
-def test_a_run_that_goes_on_after_its_end_is_told_of_as_it_is(hub: Hub, run: Path) -> None:
+def test_a_run_continued_after_its_end_is_described_as_it_is(hub: Hub, run: Path) -> None:
     pusher = described_pusher(run, Said())  # an earlier end's result.json is there
     pusher.saved(make_checkpoint(run, 5), 5, best=True)
     join(pusher)
@@ -407,7 +396,7 @@ def join(pusher: Pusher) -> None:
         thread.join(60)
 
 
-def test_what_is_not_written_is_not_pushed(hub: Hub, run: Path) -> None:
+def test_results_that_are_not_written_are_not_pushed(hub: Hub, run: Path) -> None:
     from hf_fasttrain.report.callback import Publish
     from hf_fasttrain.train.log import RunLog
 
@@ -430,7 +419,7 @@ def test_an_error_in_making_ready_is_said_and_training_goes_on(run: Path) -> Non
     assert said == ["hub: could not prepare an upload to me/digits: 'a key'; training continues"]
 
 
-def test_nothing_is_made_ready_after_the_end(run: Path) -> None:
+def test_nothing_is_staged_after_the_end(run: Path) -> None:
     pusher = described_pusher(run, Said())
     pusher.close()
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
@@ -492,7 +481,7 @@ def test_trainers_push_as_the_command_does(hub: Hub, write_recipe: Callable[...,
     assert b"license: mit" in hub.repos["me/mine"].files["README.md"]
 
 
-def test_the_command_takes_over_what_the_recipe_says(
+def test_the_command_uses_the_recipes_push_options(
     hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (run / "recipe.yaml").read_text()

@@ -196,7 +196,7 @@ def test_as_many_classes_of_other_names_get_a_new_head(tmp_path: Path, hub_model
         assert "is for other classes" in said[0]
 
 
-def test_keep_and_new_say_what_auto_would_guess(tmp_path: Path) -> None:
+def test_keep_and_new_override_auto(tmp_path: Path) -> None:
     folder, weight = saved(tmp_path / "model", FIVE)
     others, said = ["1", "2", "3", "4", "5"], list[str]()
     for name, pretrained in (("test_efficientnet", folder), (folder, True)):
@@ -212,7 +212,7 @@ def test_keep_and_new_say_what_auto_would_guess(tmp_path: Path) -> None:
             build_model(spec(name, others[:3]), pretrained, head="keep")
 
 
-def test_a_finished_run_is_opened_with_its_own_head(tmp_path: Path, hub_models: list[str]) -> None:
+def test_a_finished_run_is_loaded_with_its_head(tmp_path: Path, hub_models: list[str]) -> None:
     for number, name in enumerate(("test_efficientnet", hub_models[0])):
         asked = spec(name, FIVE)
         model = build_model(asked)
@@ -271,7 +271,7 @@ def notes_of(run: Path) -> list[str]:
     return list(json.loads((run / "result.json").read_text())["notes"])
 
 
-def test_a_run_says_what_becomes_of_the_head_and_goes_on_with_its_own(
+def test_a_run_notes_its_head_and_resumes_with_it(
     write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path
 ) -> None:
     """From other classes: new; from a checkpoint of the same classes: kept; without weights the key is idle."""
@@ -307,7 +307,7 @@ def test_a_first_loss_of_three_times_that_of_uniform_logits_is_said(
     assert said[1] == []
 
 
-def test_what_is_said_of_a_first_loss() -> None:
+def test_the_first_loss_is_that_of_uniform_logits() -> None:
     assert first_loss_note(2.0, 0.69) is None
     assert "the first loss is 15.2, 22 times" in str(first_loss_note(15.2, 0.69))
     assert first_loss_note(math.nan, 0.69) is None

@@ -51,10 +51,7 @@ def bf16() -> Any:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-# --- measuring ---------------------------------------------------------------------------------------------
-
-
-def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:
+def test_saved_tensors_are_counted_once_and_without_parameters() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1000), nn.ReLU(), nn.Linear(1000, 3))
     found = measured(model, size=8)
     assert found.fixed == 0
@@ -97,7 +94,7 @@ class Leaving(nn.Module):
         return self.conv(images).mean((2, 3))
 
 
-def test_nor_is_what_a_forward_replaces_counts_or_draws() -> None:
+def test_a_measured_forward_has_no_side_effects() -> None:
     model = Leaving()
     states = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
     assert measured(model).per_image > 0
@@ -117,7 +114,7 @@ def test_frozen_and_checkpointed_models_keep_less() -> None:
 
 
 @pytest.mark.parametrize(("name", "share"), [("sgd", 1), ("adamw", 2), ("lion", 1), ("adafactor", 0.01)])
-def test_an_optimizers_state_is_known_before_it_is_made(name: str, share: float) -> None:
+def test_an_optimizers_state_is_known_before_it_is_allocated(name: str, share: float) -> None:
     assert state_share(name, momentum=0.9, args={}) == pytest.approx(share, abs=0.01)
     assert state_share("momentum", momentum=0.0, args={}) == 0
 
@@ -144,7 +141,7 @@ def leave_a_grown_heap() -> torch.Tensor:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
-def test_what_the_heap_keeps_of_earlier_work_is_not_counted(write_recipe: Callable[..., Path]) -> None:
+def test_free_heap_memory_is_not_counted(write_recipe: Callable[..., Path]) -> None:
     def grown() -> tuple[int, int]:
         found = [resident_in_forecast(load_recipe(write_recipe())), resident_bytes()]
         last = leave_a_grown_heap()
@@ -179,13 +176,10 @@ def peak_and_forecast() -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
-def test_a_process_takes_what_was_forecast() -> None:
+def test_a_process_uses_the_forecast_memory() -> None:
     peak, forecast = in_child(peak_and_forecast)
     assert peak > 50e6
     assert forecast == pytest.approx(peak, rel=0.25)
-
-
-# --- the rule ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -254,7 +248,7 @@ def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypa
     assert whole.sampling_plan.micro_batch_size == 36
 
 
-def test_a_wish_is_never_changed_but_told_if_memory_is_too_short(parts_with: Callable[..., Parts]) -> None:
+def test_a_set_micro_batch_is_never_changed_but_noted_if_memory_is_short(parts_with: Callable[..., Parts]) -> None:
     for wish, size in (("accelerate.micro_batch_size=128", 128), ("accelerate.gradient_accumulation_steps=1", 256)):
         parts = parts_with(1 << 20, wish)
         assert parts.sampling_plan.micro_batch_size == size
@@ -308,15 +302,12 @@ def test_check_prints_the_forecast(write_recipe: Callable[..., Path], capsys: py
         assert part in printed
 
 
-def test_pixels_are_not_kept_in_the_memory_that_training_will_take(parts_with: Callable[..., Parts]) -> None:
+def test_pixels_are_not_cached_in_memory_that_training_needs(parts_with: Callable[..., Parts]) -> None:
     from hf_fasttrain.from_recipe.cache_plan import CachePlanner
 
     parts = parts_with(1000 * GB)
     alone, beside = (CachePlanner(parts.recipe, parts.settings, parts.accelerator, needed) for needed in (0, 4 * GB))
     assert alone._room("memory") - beside._room("memory") == pytest.approx(2 * GB, abs=0.5 * GB)
-
-
-# --- what is free ------------------------------------------------------------------------------------------
 
 
 def group(folder: Path, **files: object) -> None:

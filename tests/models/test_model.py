@@ -102,7 +102,7 @@ def test_small_image_stem_keeps_the_resolution() -> None:
     assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[-1] == 4  # 7x7 stem and max-pool: 1
 
 
-def test_preprocessing_is_the_models_own() -> None:
+def test_preprocessing_is_that_of_the_model() -> None:
     vit = spec("vit_tiny_patch16_224")
     pre = model_preprocessing(build_model(vit), vit)
     assert (pre.mean, pre.interpolation, pre.crop_pct) == ((0.5, 0.5, 0.5), "bicubic", 0.9)

@@ -119,7 +119,7 @@ def test_yaml_is_version_1_2(write_recipe: Callable[..., Path]) -> None:
     assert recipe.model.args == {"a": "no"}
 
 
-def test_recipe_as_asked_comes_back_the_same(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_recipe_survives_writing_and_reading(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = write_recipe()
     assert recipe_text(load_recipe(path)) == path.read_text()
     changed = load_recipe(path, ["optimizer.lr=1e-5", "augment.randaugment={num_ops: 1}", "ema={}"])

@@ -162,7 +162,7 @@ def test_multi_label_figures_are_those_of_scikit_learn() -> None:
         np.testing.assert_allclose(own, theirs, rtol=1e-12)
 
 
-def test_confused_classes_stand_together_and_are_listed() -> None:
+def test_confused_classes_are_neighbours_and_are_listed() -> None:
     from hf_fasttrain.report.classes import cluster_classes, confusion_matrix, most_confused
 
     labels = np.repeat(np.arange(40), 10)
@@ -177,7 +177,7 @@ def test_confused_classes_stand_together_and_are_listed() -> None:
     assert pairs[0] == (0, 20, 3, 0.3)
 
 
-def test_a_matrix_too_large_keeps_the_classes_mistaken_most() -> None:
+def test_a_matrix_too_large_keeps_the_most_confused_classes() -> None:
     from hf_fasttrain.report.charts import confusion_chart
     from hf_fasttrain.report.classes import confusion_matrix
 
@@ -220,7 +220,7 @@ def test_points_hide_nothing(lines: int) -> None:
     assert ((points.low <= points.mean + 1e-9) & (points.mean <= points.high + 1e-9)).all()
 
 
-def test_points_leave_out_what_is_no_number() -> None:
+def test_nan_and_inf_are_left_out_of_points() -> None:
     from hf_fasttrain.report.points import downsample
 
     values = np.array([1.0, np.nan, 3.0, np.inf, np.nan, np.nan])
@@ -276,7 +276,7 @@ def test_metrics_of_old_and_torn_lines(tmp_path: Path) -> None:
     assert not record.is_finished
 
 
-def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported_and_the_rest_is_shown(tmp_path: Path) -> None:
     from hf_fasttrain.report.report import write_report
 
     run = make_run(tmp_path / "run")
@@ -293,7 +293,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kept", ["metrics.jsonl", "recipe.yaml", "result.json"])
-def test_a_run_of_which_little_is_there(tmp_path: Path, kept: str) -> None:
+def test_a_run_folder_with_few_files(tmp_path: Path, kept: str) -> None:
     from hf_fasttrain.report.report import write_report
 
     whole = make_run(tmp_path / "whole")
@@ -352,7 +352,7 @@ def test_class_names_are_unique(tmp_path: Path) -> None:
     assert record_of(run).class_names == ["crane (0)", "owl", "crane (2)", "class 3"]
 
 
-def test_only_pictures_beside_the_gallery_are_shown(tmp_path: Path) -> None:
+def test_only_pictures_next_to_the_gallery_are_shown(tmp_path: Path) -> None:
     from hf_fasttrain.report.tables import training_pictures
 
     run = make_run(tmp_path / "run")
@@ -381,7 +381,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert elsewhere.read_text() == before
 
 
-def test_pictures_of_what_is_not_there_are_not_drawn(tmp_path: Path) -> None:
+def test_pictures_without_data_are_not_drawn(tmp_path: Path) -> None:
     from hf_fasttrain.report.report import write_report
 
     (tmp_path / "recipe.yaml").write_text("seed: 0\n")
@@ -418,7 +418,7 @@ def test_secrets_are_blotted_out(tmp_path: Path) -> None:
     assert token not in write_report([run]).read_text()
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.report.report import write_report
 
     monkeypatch.chdir(tmp_path)
@@ -435,7 +435,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             write_report(runs)
 
 
-def test_what_is_no_report_is_not_replaced(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_report_is_not_replaced(tmp_path: Path) -> None:
     from hf_fasttrain.report.report import write_report
 
     run, mine = make_run(tmp_path / "run"), tmp_path / "mine.html"
@@ -451,7 +451,7 @@ def test_what_is_no_report_is_not_replaced(tmp_path: Path) -> None:
         write_report([run], run)
 
 
-def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+def test_runs_are_named_by_the_shortest_unique_ends_of_their_paths(tmp_path: Path) -> None:
     from hf_fasttrain.report.sections import run_names
 
     assert run_names([tmp_path / "a/x", tmp_path / "b/y"]) == ["x", "y"]
@@ -471,7 +471,7 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (runs[0] / "report.html").exists()
 
 
-def test_figures_are_plotlys(tmp_path: Path) -> None:
+def test_figures_are_valid_for_plotly(tmp_path: Path) -> None:
     """Every trace and layout has only what plotly knows, and every curve has a colour of the page."""
     from plotly.graph_objects import Figure
 
@@ -776,7 +776,7 @@ def test_a_change_of_the_systems_theme_is_followed(ten: Path, opened: Open) -> N
     assert found.colours()[0] != light[0]
 
 
-def test_names_for_those_who_do_not_see(ten: Path, opened: Open) -> None:
+def test_accessible_names_for_screen_readers(ten: Path, opened: Open) -> None:
     page = opened(ten).page
     assert page.locator("html").get_attribute("lang") == "en"
     for chart in page.locator(".plot").all():
@@ -796,7 +796,7 @@ def test_names_for_those_who_do_not_see(ten: Path, opened: Open) -> None:
     assert named
 
 
-def test_a_phone_sees_it_too(ten: Path, opened: Open) -> None:
+def test_the_page_fits_a_phone(ten: Path, opened: Open) -> None:
     found = opened(ten, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     assert found.page.evaluate("document.documentElement.scrollWidth") == 390
     widths = found.page.evaluate("[...document.querySelectorAll('.plot svg.main-svg')].map(s => s.clientWidth)")

@@ -49,7 +49,7 @@ trees = st.recursive(
 
 @settings(deadline=None)
 @given(trees)
-def test_a_state_comes_back_from_json_and_tensors(tree: Any) -> None:
+def test_a_state_is_restored_from_json_and_tensors(tree: Any) -> None:
     import json
 
     tensors: dict[str, torch.Tensor] = {}
@@ -72,12 +72,12 @@ def test_random_states_and_arrays_come_back() -> None:
     assert back["set"] == {1, 2}
 
 
-def test_what_only_pickle_could_save_is_refused() -> None:
+def test_states_that_only_pickle_could_save_are_refused() -> None:
     with pytest.raises(RunError, match=r"can't save \.a\.0 of type function; keep plain values and tensors in it"):
         pack({"a": [lambda: 0]}, {})
 
 
-def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+def test_safetensors_reads_our_files(tmp_path: Path) -> None:
     tensors = {f"{kind}": torch.ones(3, 5).to(kind) for kind in SAFETENSORS_TYPES}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "odd": torch.arange(7, dtype=torch.uint8)}
     with NewFile(tmp_path / "x.safetensors") as file:
@@ -139,15 +139,12 @@ def test_damaged_checkpoints_of_later_steps_do_not_displace_good_ones(tmp_path: 
     assert newest.state["step"] == 150
 
 
-def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_replaced_is_restored(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, snapshot(3))
     path.rename(tmp_path / ".step_00000003.old")
     path.mkdir()  # killed between the renames, or before the new marker
     newest = newest_checkpoint(tmp_path, lambda text: None)
     assert is_whole(newest)
-
-
-# --- faults ------------------------------------------------------------------------------------------------
 
 
 def snapshot(step: int) -> Snapshot:

@@ -73,12 +73,12 @@ def fails_for(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     monkeypatch.setattr(os, "open", opened)
 
 
-def test_with_everything_there_is_nothing_to_do(run: Path, resume: Callable[[], str]) -> None:
+def test_a_complete_run_needs_nothing(run: Path, resume: Callable[[], str]) -> None:
     assert "this run is finished (1 steps); nothing to do" in resume()
 
 
 @pytest.mark.parametrize("name", OWED)
-def test_resume_makes_what_is_missing(run: Path, resume: Callable[[], str], name: str) -> None:
+def test_resume_writes_missing_results(run: Path, resume: Callable[[], str], name: str) -> None:
     was = {path: path.read_bytes() for path in (run / "model").iterdir()}
     path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -89,7 +89,7 @@ def test_resume_makes_what_is_missing(run: Path, resume: Callable[[], str], name
     assert "nothing to do" in resume()
 
 
-def test_resume_makes_what_a_full_disk_did_not_take(
+def test_resume_writes_results_that_a_full_disk_prevented(
     run: Path, resume: Callable[[], str], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["train", str(write_recipe()), *SMALL, f"output_dir={run}", "--resume"]
@@ -141,7 +141,7 @@ def test_a_full_disk_ends_with_74_whatever_was_lost(
         assert name in json.loads((run / "result.json").read_text())["not_written"][0]
 
 
-def test_a_report_of_an_earlier_end_is_made_anew(run: Path, resume: Callable[[], str]) -> None:
+def test_a_report_of_an_earlier_end_is_written_again(run: Path, resume: Callable[[], str]) -> None:
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps({**result, "notes": ["another end"]}))
     assert "writing what is missing: report.html" in resume()
@@ -170,15 +170,12 @@ def test_a_push_that_is_owed_is_known(run: Path) -> None:
     assert not is_pushed(run, "me/y", 1)
 
 
-# --- folders that take another one's place ------------------------------------------------------------------------
-
-
 def write(folder: Path, text: str) -> None:
     with new_folder(folder) as partial:
         (partial / "text").write_text(text)
 
 
-def test_a_folder_is_there_at_any_moment_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_exists_at_any_moment_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, seen = tmp_path / "model", []
     write(folder, "old")
     for name in ("rename", "rmdir", "unlink"):

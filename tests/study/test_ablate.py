@@ -122,9 +122,6 @@ def test_techniques_are_chosen_by_name() -> None:
         select_techniques(every, ["cache"], ["cache"])
 
 
-# --- measured ----------------------------------------------------------------------------------------------
-
-
 def speed(settings: dict[str, str]) -> float:
     """Return seconds of an image: bf16 twice as fast, channels_last 1.25 times, compiling fails."""
     if settings.get("accelerate.compile") == "true":
@@ -187,9 +184,6 @@ def test_ctrl_c_leaves_what_has_been_measured(tmp_path: Path) -> None:
     assert any(note.startswith("Stopped by Ctrl-C") for note in ablation.notes)
     assert fakes.alive == 0
     write_ablation(ablation, tmp_path)
-
-
-# --- files -------------------------------------------------------------------------------------------------
 
 
 class Links(HTMLParser):
@@ -274,9 +268,6 @@ def test_files_that_cant_be_written_are_one_message(tmp_path: Path) -> None:
     ablation, _ = measured(tmp_path)
     with pytest.raises(RunError, match="not everything could be written"):
         write_ablation(ablation, tmp_path / "missing")
-
-
-# --- trained to the end ------------------------------------------------------------------------------------
 
 
 def write_run(run: Path, accuracies: list[float], seconds: float) -> None:

@@ -120,9 +120,6 @@ def test_kept_pixels_are_read_not_decoded() -> None:
     assert later["read"] > 0
 
 
-# --- the arithmetic ----------------------------------------------------------------------------------------
-
-
 def measurement(name: str, seconds: float, **values: Any) -> Measurement:
     rounds = {number: seconds * (1 + 0.001 * number) for number in range(6)}
     arm = Arm(name, (name,) if "=" in name else ())
@@ -212,9 +209,6 @@ def test_tables_are_printed(tmp_path: Path) -> None:
     text = console.export_text()
     assert "waiting for images" in text
     assert "decoding" in text
-
-
-# --- the whole examination ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

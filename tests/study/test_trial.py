@@ -155,9 +155,6 @@ def test_dropout_is_taken_out_for_comparing() -> None:
     assert not any(rates)
 
 
-# --- processes ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def starter(forked_arms: None) -> Any:
     """Starts arms."""

@@ -291,8 +291,6 @@ def test_the_forecast_counts_the_first_pass_apart() -> None:
     assert candidate.forecast() == pytest.approx(1000 * 0.5 + 99_000 * 0.02)
 
 
-# --- what is written ---------------------------------------------------------------------------------------
-
 RECIPE = """# Mine.
 model: {name: test_resnet}
 data: {dataset: digits, image_size: 32}

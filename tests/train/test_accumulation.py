@@ -255,7 +255,7 @@ def own_objects(accumulation: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def test_own_loader_with_uneven_shares_and_accumulation() -> None:
+def test_a_user_loader_with_uneven_shares_and_accumulation() -> None:
     whole = own_objects(1)
     assert_same(own_objects(3), whole, 1e-5)
     for weights in run_processes(own_objects, 2):
@@ -317,7 +317,7 @@ def two_passes(accumulation: int, case: str, own: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("case", "own"), [("hard", True), ("mixed", False)])
-def test_a_steps_micro_batches_can_be_gone_through_again(case: str, own: bool) -> None:
+def test_a_steps_micro_batches_can_be_iterated_again(case: str, own: bool) -> None:
     """The same gradients bit by bit in the second pass, dropout's masks and mixing included."""
     for accumulation in (1, 3):
         two_passes(accumulation, case, own)
@@ -341,7 +341,7 @@ def test_the_halves_of_a_step_are_its_whole() -> None:
     assert torch.equal(trained(Halves), trained(Trainer))
 
 
-def test_a_timer_is_told_of_each_phase() -> None:
+def test_a_timer_gets_each_phase() -> None:
     seen: list[str] = []
     accelerator = Accelerator(cpu=True)
     prefetcher = Prefetcher(Images(8, "hard"), accelerator.device, workers=0, pin_memory=False)

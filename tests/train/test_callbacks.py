@@ -69,7 +69,7 @@ def calls(folder: Path) -> list[tuple[Any, ...]]:
     return list(CALLED)
 
 
-def test_callbacks_are_called_on_every_process_in_their_order(tmp_path: Path) -> None:
+def test_callbacks_are_called_in_order_on_every_process(tmp_path: Path) -> None:
     alone = calls(tmp_path / "one")
     first, second = run_processes(calls, tmp_path / "two")
     assert [name for name, *_ in alone[:4]] == ["a", "b", "a", "b"]
@@ -188,7 +188,7 @@ def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
             small_trainer(tmp_path / str(len(str(state))), callbacks=[broken]).fit()
 
 
-def test_what_has_no_method_of_a_callback_is_refused() -> None:
+def test_an_object_without_callback_methods_is_refused() -> None:
     class Misspelt(Callback):
         def after_evaluate(self) -> None:
             """Does nothing."""

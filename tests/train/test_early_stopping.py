@@ -156,7 +156,7 @@ def test_with_a_longer_duration_patience_counts_from_there(tmp_path: Path) -> No
     assert run(tmp_path, TWO, *better, duration=12, resume=True).state.step == 9  # two after the best, at 7
 
 
-def test_patience_that_counts_anew_is_kept_when_the_run_is_killed(tmp_path: Path) -> None:
+def test_restarted_patience_survives_a_kill(tmp_path: Path) -> None:
     run(tmp_path, TWO, *BEST_AT_TWO)
     with pytest.raises(IndexError):
         run(tmp_path, TWO, *BEST_AT_TWO[:6], duration=20, resume=True)  # dies in the evaluation after step 6
@@ -187,10 +187,7 @@ def test_another_metric_is_watched_from_there_on() -> None:
     assert adapt_state(Watch("loss", "min", 2), older, 9) is not None
 
 
-# --- recipes -----------------------------------------------------------------------------------------------
-
-
-def test_the_command_line_says_it_in_its_closing_lines_and_goes_on_when_told_to(
+def test_the_command_line_reports_early_stopping_and_can_continue(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -120,7 +120,7 @@ def train(metric: str, output_dir: Path, **options: Any) -> tuple[Any, Trainer]:
     return trainer.fit(), trainer
 
 
-def test_a_metric_that_raises_while_training_is_named_once_and_left_out(
+def test_a_metric_that_raises_in_training_is_reported_once_and_skipped(
     write_metric: Callable[..., str], tmp_path: Path
 ) -> None:
     metric = moody(write_metric, tmp_path / "calls", {2, 3})
@@ -158,7 +158,7 @@ def failing_on_the_last_process(metric: str) -> tuple[dict[str, float], list[str
     return external.compute(Processes(accelerator).gather), external.take_failures()
 
 
-def test_what_raises_on_one_process_is_left_out_on_all(write_metric: Callable[..., str]) -> None:
+def test_a_metric_that_raises_on_one_process_is_skipped_on_all(write_metric: Callable[..., str]) -> None:
     metric = write_metric("calls", "return {'calls': len(predictions)}")
     for values, failures in run_processes(failing_on_the_last_process, metric):
         assert values == {}

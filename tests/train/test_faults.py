@@ -35,9 +35,6 @@ def make(recipe: Path, run: Path, *overrides: str, resume: bool = False, kind: t
     return kind.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"], resume=resume)
 
 
-# --- no numbers --------------------------------------------------------------------------------------------
-
-
 class Broken(Trainer):
     """Makes the loss, or a gradient, no number in the step of an index."""
 
@@ -137,9 +134,6 @@ def test_fp16_that_overflows_for_ever_is_one_message() -> None:
         trainer.fit()
 
 
-# --- disks -------------------------------------------------------------------------------------------------
-
-
 def full_below(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """Let no file whose path holds `part` be opened for writing any more."""
     real = os.open
@@ -153,7 +147,7 @@ def full_below(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["step_", "metrics.jsonl", "result.json"])
-def test_a_full_disk_does_not_stop_training_and_is_told_at_the_end(
+def test_a_full_disk_does_not_stop_training_and_is_reported_at_the_end(
     part: str,
     write_recipe: Callable[..., Path],
     tmp_path: Path,
@@ -306,7 +300,7 @@ def test_a_terminal_that_hangs_up_leaves_the_right_status(write_recipe: Callable
     assert len(steps_of(tmp_path / "run")) == 1
 
 
-def test_a_terminal_that_is_gone_stops_nothing(
+def test_a_closed_terminal_stops_nothing(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(write_recipe(), tmp_path / "run")
@@ -316,9 +310,6 @@ def test_a_terminal_that_is_gone_stops_nothing(
 
     monkeypatch.setattr(trainer.log.console, "print", gone)
     assert trainer.fit().steps == 6
-
-
-# --- two runs ----------------------------------------------------------------------------------------------
 
 
 def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(
@@ -372,8 +363,6 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(write_recipe: Callabl
     assert make(write_recipe(), tmp_path / "run").fit().steps == 6
 
 
-# --- what must not get out or in ---------------------------------------------------------------------------
-
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 
 
@@ -397,7 +386,7 @@ def test_a_token_does_not_get_into_notes(tmp_path: Path, capsys: pytest.CaptureF
     assert TOKEN not in capsys.readouterr().out
 
 
-def test_code_beside_a_model_is_not_run_unless_the_recipe_says_so(
+def test_code_of_a_model_is_not_run_unless_the_recipe_allows_it(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     from hf_fasttrain.utils.errors import ModelError

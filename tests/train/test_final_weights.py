@@ -196,10 +196,7 @@ def test_another_metric_may_choose_when_the_run_is_resumed(
     assert "best evaluation: accuracy decides now, loss did before" in capsys.readouterr().out
 
 
-# --- which weights later commands use ------------------------------------------------------------------------
-
-
-def test_commands_take_the_weights_asked_for(run: Path, tmp_path: Path) -> None:
+def test_commands_use_the_requested_weights(run: Path, tmp_path: Path) -> None:
     Image.new("L", (8, 8), 200).save(tmp_path / "a.png")
     scores = {
         weights: predict_images(run, [str(tmp_path / "a.png")], weights=weights)[0]["classes"][0]["score"]
@@ -224,9 +221,6 @@ def test_weights_that_are_nowhere_are_refused(run: Path, tmp_path: Path) -> None
         evaluate_run(run, weights="newest")
     with pytest.raises(RunError, match=r"model: has no result\.json, which says which weights are last; give the run"):
         predict_images(run / "model", [str(run)], weights="last")
-
-
-# --- what is said ----------------------------------------------------------------------------------------------
 
 
 def test_the_closing_lines_say_which_weights_lie_in_the_model_folder(

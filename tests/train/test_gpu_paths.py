@@ -60,9 +60,6 @@ def make(recipe: Path, run: Path, *overrides: str) -> Trainer:
     return Trainer.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"])
 
 
-# --- fp16 --------------------------------------------------------------------------------------------------
-
-
 def half_trainer(**options: Any) -> tuple[Trainer, torch.optim.Optimizer]:
     """Return a trainer whose losses are scaled as fp16's are, and its optimizer."""
     torch.manual_seed(0)
@@ -110,10 +107,7 @@ def test_after_a_skipped_update_the_first_real_one_can_be_undone() -> None:
     assert [event["step"] for event in result.out_of_memory] == [result.skipped_steps + 1]
 
 
-# --- what counts as memory that ran out ----------------------------------------------------------------------
-
-
-def test_what_a_smaller_batch_would_not_mend_is_not_taken_for_short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_that_a_smaller_batch_does_not_fix_are_not_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."))
     assert is_out_of_memory(RuntimeError("CUDA out of memory."))
 
@@ -125,7 +119,7 @@ def test_what_a_smaller_batch_would_not_mend_is_not_taken_for_short_memory(monke
         _pinned(torch.zeros(6))
 
 
-def test_a_failed_device_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_device_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(device: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -134,11 +128,8 @@ def test_a_failed_device_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
         raise ValueError("the first error")
 
 
-# --- which device, and how it rounds -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("matmul", "conv"), list(itertools.product(("highest", "high", "medium"), repeat=2)))
-def test_flags_of_tf32_can_be_read_whatever_was_asked(matmul: str, conv: str) -> None:
+def test_tf32_flags_can_be_read_for_any_precision(matmul: str, conv: str) -> None:
     try:
         set_fp32_precision(matmul, conv)
         assert torch.backends.cudnn.allow_tf32 is (conv != "highest")
@@ -172,7 +163,7 @@ def test_dropout_is_seeded_on_the_gpu_that_trains(monkeypatch: pytest.MonkeyPatc
     assert [generator.initial_seed() == 5 for generator in generators] == [True, False]
 
 
-def test_a_run_on_a_cpu_beside_a_gpu_has_its_threads(
+def test_a_run_on_a_cpu_next_to_a_gpu_sets_its_threads(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -215,9 +206,6 @@ def test_on_a_gpu_cudnn_tries_its_algorithms_only_where_bits_may_differ(monkeypa
         assert not torch.backends.cudnn.benchmark
     finally:
         set_deterministic(False, CPU)
-
-
-# --- compiling ---------------------------------------------------------------------------------------------
 
 
 GROWING = ["augment.progressive={start_size: 16, until: 5 epochs, multiple: 2}", "data.image_size=32"]
@@ -273,9 +261,6 @@ def test_the_average_of_a_compiled_model_is_compiled_too(write_recipe: Callable[
         assert (trainer.ema.module._compiled_call_impl is not None) == compiled
 
 
-# --- several processes -------------------------------------------------------------------------------------
-
-
 def test_numbers_of_all_processes_are_added_up_on_the_host(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe()
 
@@ -297,9 +282,6 @@ def test_workers_are_the_cores_of_each_training_process(
     for local, workers in (("1", 16), ("8", 8), ("32", 2)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         assert resolve_loading(ResolvedSettings(recipe), CUDA)[0] == workers
-
-
-# --- memory of the host and the device ----------------------------------------------------------------------
 
 
 def test_batches_on_the_host_are_limited_by_their_images(write_recipe: Callable[..., Path]) -> None:
@@ -359,9 +341,6 @@ def test_evaluation_images_on_the_device_make_room_for_a_step(
     result = trainer.fit()
     assert (result.out_of_memory, result.micro_batch_size) == ([], before)
     assert "GB of evaluation images are no longer kept on cpu, and the step is made again" in capsys.readouterr().out
-
-
-# --- the host does not wait ----------------------------------------------------------------------------------
 
 
 class Waits(TorchDispatchMode):
@@ -482,10 +461,7 @@ def test_buffers_of_an_average_are_copied_at_once() -> None:
     assert all(int(layer.num_batches_tracked) == 1 for layer in ema.module)  # type: ignore[arg-type]
 
 
-# --- a finished run ----------------------------------------------------------------------------------------
-
-
-def test_where_predictions_are_made_can_be_said(
+def test_predictions_run_on_the_chosen_device(
     write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

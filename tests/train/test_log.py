@@ -39,7 +39,7 @@ def bars_after(step: int) -> str:
     return last_frame(written)
 
 
-def test_bars_over_epoch_and_run_with_what_is_left() -> None:
+def test_progress_bars_show_epoch_and_run_with_the_remaining_time() -> None:
     shown = bars_after(50)
     assert re.search(r"epoch 2/3 .* 25% 1 min 00 s left", shown), shown  # 30 of 40 steps of 2 s
     assert re.search(r"run +.* 50% 2 min 10 s left", shown)
@@ -63,7 +63,7 @@ def test_bars_move_between_lines_and_a_resumed_run_begins_where_it_was() -> None
         assert [task.completed for task in display.tasks] == [31, 31]
 
 
-def test_what_is_done_instead_of_training_is_said() -> None:
+def test_evaluation_and_saving_are_shown_in_the_progress() -> None:
     log = RunLog()
     terminal(log)
     with log.progress(10, 0, 10):

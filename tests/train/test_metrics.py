@@ -92,7 +92,7 @@ def test_an_evaluate_module_by_local_path_agrees_with_the_built_in_metric(tmp_pa
     assert external.compute()["macro_f1"] == pytest.approx(measured(batches, 7)["f1_macro"])
 
 
-def test_unknown_metrics_are_named() -> None:
+def test_unknown_metrics_are_reported() -> None:
     with pytest.raises(RecipeError, match=r"'acuracy' is not built in .* Did you mean 'accuracy'\?"):
         ExternalMetrics(["acuracy"])
     with pytest.raises(RecipeError, match="top5_accuracy has no meaning for multi-label"):

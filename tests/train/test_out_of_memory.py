@@ -87,7 +87,7 @@ def test_weights_are_those_of_a_run_with_enough_memory(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batch_norm_and_random_states_are_put_back(
+def test_batch_norm_and_random_states_are_restored(
     workers: int, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Bitwise: a run that was cut smaller at its start is the one that was asked to have such micro-batches."""
@@ -160,7 +160,7 @@ def test_an_image_that_does_not_fit_in_evaluation(write_recipe: Callable[..., Pa
         trainer.fit()
 
 
-def test_own_loaders_batches_are_cut_too() -> None:
+def test_batches_of_user_loaders_are_split_too() -> None:
     def trained(most: int) -> tuple[Tensor, list[dict[str, int]]]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -177,7 +177,7 @@ def test_own_loaders_batches_are_cut_too() -> None:
     torch.testing.assert_close(short, enough)
 
 
-def test_an_update_that_began_is_not_made_again(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_started_update_is_not_retried(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """The optimizer's step has changed weights before memory ran out: nothing of it may be saved."""
     trainer = make(write_recipe(), tmp_path / "run", *EXACT, "optimizer.name=adamw")
     step, calls = trainer.step.optimizer.step, []
@@ -197,7 +197,7 @@ def test_an_update_that_began_is_not_made_again(write_recipe: Callable[..., Path
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_a_first_update_is_made_again(changed: bool, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_first_update_is_retried(changed: bool, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Where the optimizer's state is made, whether or not weights have changed before memory ran out."""
     trainer = make(write_recipe(), tmp_path / "run", *EXACT)
     step, calls = trainer.step.optimizer.step, []
@@ -216,7 +216,7 @@ def test_a_first_update_is_made_again(changed: bool, write_recipe: Callable[...,
     require_close(tmp_path / "run", tmp_path / "enough")
 
 
-def test_a_first_update_that_left_half_a_state_is_made_again(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_first_update_that_left_half_a_state_is_retried(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Adam makes its two averages one after the other; memory may run out between them."""
     options = [*EXACT, "optimizer.name=adamw", "optimizer.lr=1e-3"]
     trainer = make(write_recipe(), tmp_path / "run", *options)
@@ -278,9 +278,6 @@ def test_an_average_that_did_not_fit_does_not_apply_a_step_twice(
     assert calls == [0]
 
 
-# --- several processes -------------------------------------------------------------------------------------
-
-
 def fit_short(recipe: str, run: str, most: int, since: int) -> Any:
     try:
         result = make(Path(recipe), Path(run), *EXACT, "data.workers=1", most=most, since=since, process=1).fit()
@@ -309,7 +306,7 @@ def test_a_process_that_is_alone_under_a_launcher_makes_a_failed_backward_again(
     assert found == [{"step": 1, "before": 16, "after": 8}]
 
 
-def test_a_later_failure_of_one_process_saves_nothing_torn_and_resume_begins_smaller(
+def test_a_later_failure_of_one_process_saves_nothing_inconsistent_and_resume_starts_smaller(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The other process waits for gradients that do not come; what it does then does not matter."""
@@ -325,9 +322,6 @@ def test_a_later_failure_of_one_process_saves_nothing_torn_and_resume_begins_sma
 def resume_after(recipe: str, run: str) -> tuple[int, int, int]:
     trainer = make(Path(recipe), Path(run), *EXACT, resume=True)
     return trainer.state.step, trainer.train_loader.micro_batch_size, trainer.fit().images
-
-
-# --- real memory -------------------------------------------------------------------------------------------
 
 
 def fit_in_little_memory() -> Any:

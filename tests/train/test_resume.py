@@ -53,9 +53,6 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(kind: 
     assert report.differing == []
 
 
-# --- other processes ---------------------------------------------------------------------------------------
-
-
 def fit_steps(recipe: str, run: str, duration: str, resume: bool) -> int:
     """Train on as many processes as there are; stop where the whole training of 8 steps is at `duration`."""
 
@@ -90,9 +87,6 @@ def test_stopped_on_some_processes_and_resumed_on_others(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # the same images in the same steps
 
 
-# --- what changed ------------------------------------------------------------------------------------------
-
-
 def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +118,7 @@ def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
         "augment.auto=rand-m9",
     ],
 )
-def test_what_decides_the_outcome_is_refused_with_both_values(
+def test_changed_result_settings_are_refused_with_both_values(
     changed: str, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     make(write_recipe(), tmp_path / "run").fit()
@@ -207,7 +201,7 @@ def test_checkpoints_of_a_transformers_model_are_weights_to_start_from(
         assert torch.equal(second.raw_model.state_dict()[key], value)
 
 
-def test_what_a_checkpoint_holds(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_content_of_a_checkpoint(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make(write_recipe(), tmp_path / "run", "train.duration=4 steps", "ema={decay: 0.5}").fit()
     checkpoint = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     state = json.loads((checkpoint / "state.json").read_text())

@@ -37,7 +37,7 @@ def held() -> list[Any]:
     return [dict(lock._locks), [signal.getsignal(number) for number in SIGNALS], threads, children]
 
 
-def test_a_loop_of_ones_own_trains_as_fit_does(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_users_loop_trains_as_fit_does(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={tmp_path / 'fit'}"]).fit()
     reset_accelerate()
     trainer = Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={tmp_path / 'loop'}"])
@@ -69,7 +69,7 @@ class OwnError(Exception):
 
 
 @pytest.mark.parametrize("way", ["break", "exception", "Ctrl-C", "SIGTERM"])
-def test_however_a_loop_is_left_nothing_is_held_and_the_next_trainer_starts(
+def test_after_any_exit_from_a_loop_the_next_trainer_starts(
     way: str, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     before = held()
@@ -101,7 +101,7 @@ def test_however_a_loop_is_left_nothing_is_held_and_the_next_trainer_starts(
     del trainer, caught
 
 
-def test_a_run_that_was_left_by_break_can_be_finished(tmp_path: Path) -> None:
+def test_a_loop_left_by_break_can_be_finished(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path / "run", checkpoint_every="6 steps", evaluate_every="6 steps")
     with trainer.running():
         for step in trainer.iterate():
@@ -152,7 +152,7 @@ def test_a_loop_outside_of_running_is_refused() -> None:
             trainer.iterate()
 
 
-def test_a_signal_after_the_last_step_is_given_on() -> None:
+def test_a_signal_after_the_last_step_is_passed_on() -> None:
     trainer = small_trainer()
     with pytest.raises(KeyboardInterrupt) as caught, trainer.running():  # noqa: PT012 - a loop
         for step in trainer.iterate():
@@ -161,7 +161,7 @@ def test_a_signal_after_the_last_step_is_given_on() -> None:
     assert not isinstance(caught.value, Interrupted)
 
 
-def test_fit_that_is_stopped_raises_and_python_is_told_how_to_go_on(tmp_path: Path) -> None:
+def test_fit_raises_stopped_and_says_how_to_resume(tmp_path: Path) -> None:
     """No SystemExit: a program of one's own decides what comes next."""
 
     class Signalled:

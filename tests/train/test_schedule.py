@@ -152,7 +152,7 @@ def test_onecycle_with_another_rise_is_torchs() -> None:
         ("1 epoch", "cosine", 50),
     ],
 )
-def test_a_warmup_is_a_share_steps_epochs_or_the_schedules_own(asked: object, name: str, steps: int) -> None:
+def test_a_warmup_is_a_percentage_steps_epochs_or_the_schedules_default(asked: object, name: str, steps: int) -> None:
     part = asked if asked == "auto" else Duration.parse_part(asked)
     found = resolve_warmup(part, name, num_steps=200, steps_per_epoch=50)  # type: ignore[arg-type]
     assert (found.steps, found.note) == (steps, None)

@@ -210,7 +210,7 @@ def test_the_main_process_tells_the_minutes(write_recipe: Callable[..., Path], t
     assert 2 <= len(steps_of(tmp_path / "run")) <= 9
 
 
-def test_an_evaluation_that_is_broken_off_is_made_first_on_resuming(
+def test_an_interrupted_evaluation_is_repeated_first_on_resume(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["train.duration=6 steps", "evaluate.every=3 steps", "checkpoint.every=100 steps"]
@@ -280,7 +280,7 @@ def test_launched_processes_know_their_parent() -> None:
     assert signals.received == 0
 
 
-def test_fit_again_goes_on_with_the_next_batch_of_an_own_loader() -> None:
+def test_fit_again_continues_with_the_next_batch_of_a_user_loader() -> None:
     seen: list[int] = []
 
     class Numbered(torch.utils.data.Dataset):

@@ -94,7 +94,7 @@ def steps_of(tracker: str, run: Path, name: str) -> list[int]:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("tracker", ["tensorboard", "mlflow", "trackio"])
-def test_a_resumed_run_goes_on_in_its_tracker_run_and_no_step_is_there_twice(
+def test_a_resumed_run_continues_its_tracker_run_without_duplicate_steps(
     tracker: str, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     pytest.importorskip(tracker)
@@ -111,9 +111,7 @@ def test_a_resumed_run_goes_on_in_its_tracker_run_and_no_step_is_there_twice(
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("tracker", BY_ID)
-def test_a_run_that_is_made_longer_keeps_its_tracker_run(
-    tracker: str, write_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_longer_run_keeps_its_tracker_run(tracker: str, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip(tracker)
     run = tmp_path / "run"
     train(write_recipe, run, tracker)

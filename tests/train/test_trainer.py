@@ -97,7 +97,7 @@ def test_resume_without_checkpoint_starts_afresh_and_says_so(
     assert "nothing to resume" in capsys.readouterr().out
 
 
-def test_resume_refuses_what_changes_the_outcome(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_resume_refuses_settings_that_change_the_result(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make(write_recipe, tmp_path / "run").fit()
     with pytest.raises(RunError, match=r"optimizer.lr: 0.001 in the run, 0.5 now"):
         make(write_recipe, tmp_path / "run", "optimizer.lr=0.5", resume=True)
@@ -122,7 +122,7 @@ def test_checkpoints_are_pruned_but_the_best_is_kept(write_recipe: Callable[...,
     assert set(kept) == {1, 5, 6}
 
 
-def test_half_written_and_damaged_checkpoints_are_named_and_passed_over(
+def test_incomplete_and_corrupt_checkpoints_are_reported_and_skipped(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(write_recipe, tmp_path / "run", "train.duration=3 steps", "checkpoint={every: 1 steps, keep: 3}").fit()
@@ -247,7 +247,7 @@ def test_clipping_bounds_the_gradients(write_recipe: Callable[..., Path], tmp_pa
     assert 0 < moved < 1e-7
 
 
-def test_own_objects_need_something_to_evaluate_with() -> None:
+def test_user_objects_need_an_evaluation_loader() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     data = [(torch.zeros(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -273,7 +273,7 @@ def test_own_objects_need_something_to_evaluate_with() -> None:
     ("metric", "mode"),
     [("loss", "min"), ("accuracy", "max"), ("me/val_Loss", "min"), ("brier_score", "min"), ("my-f1", "max")],
 )
-def test_what_is_better_follows_from_the_metric(metric: str, mode: str) -> None:
+def test_the_mode_follows_from_the_metric(metric: str, mode: str) -> None:
     assert Watch(metric).mode == mode
     assert Watch(metric).is_better(1.0, 2.0) == (mode == "min")
 
@@ -295,7 +295,7 @@ def test_the_resolved_mode_is_recorded(write_recipe: Callable[..., Path], tmp_pa
         assert (resolved[key]["value"], resolved[key]["origin"]) == ("min", "default: lower loss is better")
 
 
-def test_notes_are_said_once_and_kept(
+def test_notes_are_printed_once_and_recorded(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -410,7 +410,7 @@ class StatefulLoader:
 
 
 @pytest.mark.parametrize("stop", [3, 5])
-def test_own_loader_with_a_position_is_resumed(stop: int, tmp_path: Path) -> None:
+def test_a_user_loader_with_a_state_is_resumed(stop: int, tmp_path: Path) -> None:
     def trained(folder: str, steps: int, resume: bool = False) -> Tensor:
         reset_accelerate()
         torch.manual_seed(0)

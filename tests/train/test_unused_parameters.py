@@ -102,7 +102,7 @@ SPARE = ["spare.weight", "spare.bias"]
 
 
 @pytest.mark.parametrize("model", [Model, Checkpointed, Restless])
-def test_what_is_never_used_is_found(model: Callable[[], nn.Module]) -> None:
+def test_parameters_that_are_never_used_are_found(model: Callable[[], nn.Module]) -> None:
     assert use_of(model()) == ParameterUse(SPARE, [])
     assert use_of(model(), images=IMAGES[:1]) == ParameterUse(SPARE, [])
 
@@ -111,7 +111,7 @@ def test_a_gradient_of_zeros_is_one() -> None:
     assert use_of(DropsPaths()) == ParameterUse([], [])
 
 
-def test_what_is_skipped_at_random_is_used_sometimes() -> None:
+def test_randomly_skipped_parameters_count_as_sometimes_used() -> None:
     assert use_of(SkipsAtRandom()) == ParameterUse([], SPARE)
 
 
@@ -122,7 +122,7 @@ def test_an_output_that_the_loss_does_not_reach_is_not_used() -> None:
     assert use_of(TwoOutputs(), both) == ParameterUse([], [])
 
 
-def test_what_fails_or_cannot_be_told_is_left_to_the_step() -> None:
+def test_models_that_cannot_be_probed_are_left_to_the_step() -> None:
     assert use_of(Fails()) is None
     assert use_of(nn.Sequential(nn.Flatten(), nn.Linear(5, 2))) is None
     assert use_of(nn.Sequential(Model(), Detached())) is None  # nothing at all gets a gradient
@@ -174,9 +174,6 @@ def test_looking_changes_nothing() -> None:
     for name, buffer in model.named_buffers():
         assert buffer is buffers[name][0]
         assert torch.equal(buffer, buffers[name][1])
-
-
-# --- in training --------------------------------------------------------------------------------------------
 
 
 class Watched(Trainer):
@@ -245,7 +242,7 @@ def freeze_body(trainer: Trainer) -> None:
     trainer.raw_model.body.requires_grad_(False)  # type: ignore[union-attr, operator]
 
 
-def test_parameters_may_be_frozen_after_the_trainer_was_made() -> None:
+def test_parameters_may_be_frozen_after_the_trainer_was_built() -> None:
     whole, _ = train(Model(), before=freeze_body)
     assert torch.equal(whole["body.weight"], Model().body.weight)
     for weights, _ in run_processes(train, Model(), "2 epochs", freeze_body):
@@ -310,9 +307,6 @@ def test_dinov2_with_its_mask_token_trains_on_two_processes(write_recipe: Callab
     assert "(model.dinov2.embeddings.mask_token): frozen, they stay as they are" in notes[0]
 
 
-# --- the optimizer's parameters -----------------------------------------------------------------------------
-
-
 def test_an_optimizer_of_another_model_is_refused() -> None:
     expected = (
         r"the optimizer holds 6 parameters that are not the model's, and not 6 that are \(body\.weight, .*\): it was "
@@ -337,7 +331,7 @@ class Replaces(Model):
         return super().to(*args, **options)
 
 
-def test_parameters_that_moving_has_replaced_are_trained() -> None:
+def test_parameters_replaced_by_moving_the_model_are_trained() -> None:
     plain, moved = Model(), Replaces()
     trainer_of(plain).fit()
     optimizer = torch.optim.AdamW(moved.parameters(), lr=0.1, weight_decay=0.5)

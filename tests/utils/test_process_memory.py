@@ -35,9 +35,6 @@ def limit() -> int:
     return resource.getrlimit(resource.RLIMIT_DATA)[0]
 
 
-# --- the limit ---------------------------------------------------------------------------------------------
-
-
 def take_too_much() -> list[Any]:
     before, found = limit(), []
     workers = Workers(lambda request: limit(), 1, 1, WorkerDeaths())
@@ -118,9 +115,6 @@ def test_a_step_that_raises_it_is_made_again_smaller(
     trainer = Trainer.from_recipe(write_recipe(), ["train.duration=1 steps", f"output_dir={write_recipe().parent}/run"])
     assert trainer.fit().out_of_memory == [{"step": 1, "before": 16, "after": 8}]
     assert sizes == [16, 8]
-
-
-# --- decoding ----------------------------------------------------------------------------------------------
 
 
 def png(side: int = 8) -> bytes:

@@ -90,9 +90,6 @@ def test_where_it_was_written_and_pushed_is_not_taken_over(pushed: Path, hub: Hu
     assert load_recipe("hf://me/digits", ["hub.repo=you/digits"]).hub.repo == "you/digits"
 
 
-# --- what others' recipes may not do -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("line", "override"),
     [
@@ -162,9 +159,6 @@ def test_a_description_of_another_version_is_named(hub: Hub, pushed: Path) -> No
     spec.write_text(json.dumps({**json.loads(spec.read_text()), "from_the_future": 1}))
     with pytest.raises(ModelError, match=r"can't be read as a model's description \(.*from_the_future"):
         predict_images(pushed, [str(spec)])
-
-
-# --- mistakes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,6 @@ class WorkerDeaths:
         )
 
 
-# --- loaders of the user --------------------------------------------------------------------------------
-
-
 class _ChildSignal:
     """Delays torch's reaction to SIGCHLD, which tells a process that one of its children has ended.
 

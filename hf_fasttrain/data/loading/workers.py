@@ -178,9 +178,6 @@ class _Worker:
         self.exit_code()
 
 
-# --- in the processes --------------------------------------------------------------------------------------
-
-
 class _Failed(NamedTuple):
     """Sent instead of an answer; an exception itself may not be picklable."""
 

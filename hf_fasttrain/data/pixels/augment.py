@@ -148,8 +148,6 @@ class TrainTransform:
             left, top, right, bottom = box
             out[row, top:bottom, left:right] = self._fill(key, row, box)
 
-    # --- random numbers: functions of the key, for a whole batch --------------------------------------------
-
     def _draw(self, stream: int, key: MicroBatchKey, count: int) -> np.ndarray:
         return keyed_uniforms(self.seed, stream, key.epoch, key.indices, key.repeats, count)
 
@@ -190,8 +188,6 @@ class TrainTransform:
         if not self.operations:
             return np.zeros(0)
         return (self._draw(OPERATION_STREAM, key, 1)[:, 0] * 2**53).astype(np.int64)
-
-    # --- pixels --------------------------------------------------------------------------------------
 
     def _crop(self, pixels: Pixels, draws: np.ndarray, out: np.ndarray) -> None:
         size = len(out)

@@ -292,9 +292,6 @@ class _OpenFiles:
                 os.close(file)
 
 
-# --- caches on disk -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class CacheEntry:
     """One cache on disk, as `hf-fasttrain cache` lists it."""

@@ -50,9 +50,6 @@ class Segment(NamedTuple):
     end: int
 
 
-# --- decoding ----------------------------------------------------------------------------------------------
-
-
 def decode_jpeg(data: Encoded, at_least: int = 0) -> Pixels:
     """Return the RGB pixels of a JPEG as stored, at 1/2, 1/4 or 1/8 of its size if both sides stay `at_least` long.
 
@@ -114,9 +111,6 @@ def _has_restarts(data: Encoded) -> bool:
     return any(segment.marker == _RESTART_INTERVAL for segment in _segments(data))
 
 
-# --- damage after the first warning ------------------------------------------------------------------
-
-
 def decode_complete(data: Encoded, decode: Callable[[Encoded], Pixels]) -> Pixels:
     """Return the pixels of a JPEG from a lenient `decode`; raises ValueError if image data are missing.
 
@@ -148,9 +142,6 @@ def _require_restarts_in_order(segments: list[Segment]) -> None:
             number += 1
         elif segment.marker == _START_OF_SCAN:
             number = 0
-
-
-# --- markers -----------------------------------------------------------------------------------------------
 
 
 def inspect_header(data: Encoded) -> tuple[bool, bool]:

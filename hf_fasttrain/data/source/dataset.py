@@ -118,9 +118,6 @@ def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> li
     return [f"split '{name}' has no image of {shortened(names)}" for name, names in missing.items() if names]
 
 
-# --- opening -----------------------------------------------------------------------------------------------
-
-
 def open_splits(
     dataset: Any, *, config: str | None = None, revision: str | None = None, empty_classes: bool = False
 ) -> dict[str, Any]:
@@ -244,9 +241,6 @@ def digits_dataset() -> Any:
     names = [str(name) for name in digits.target_names]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-
-
-# --- splits ------------------------------------------------------------------------------------------------
 
 
 def require_split(splits: Mapping[str, Any], name: str, key: str, where: Any) -> str:

@@ -149,9 +149,6 @@ def _checked(read: LabelColumn) -> LabelColumn:
     return LabelColumn(read.where, values, read.codes, read.lengths, read.names)
 
 
-# --- one-hot vectors ---------------------------------------------------------------------------------------
-
-
 def are_vectors(columns: Sequence[LabelColumn]) -> bool:
     """Return whether lists are 0/1 vectors: all of one length of at least 2, and only values 0 and 1.
 

@@ -114,9 +114,6 @@ def _arrow(values: list[Any]) -> Any:
         return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])
 
 
-# --- files -------------------------------------------------------------------------------------------------
-
-
 def _read(file: Path) -> Table:
     """Return the columns of a metadata file. Raises DataError if it can't be read."""
     import pyarrow as pa

@@ -77,9 +77,6 @@ class SplitScan:
         return int((np.minimum(self.widths, self.heights)[self.good] < size).sum())
 
 
-# --- one pass over the images ------------------------------------------------------------------------------
-
-
 def scan_split(
     split: Split,
     *,
@@ -206,9 +203,6 @@ def _exif(image: Any, data: bytes) -> Any:
     if image.format == "PNG" and b"eXIf" not in data:
         return Image.Image.getexif(image)  # the override for PNG decodes the whole image, to look behind the pixels
     return image.getexif()
-
-
-# --- duplicates and balance ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_waiting_for_slow_images_is_counted(digits: Source) -> None:
     assert loader.wait_seconds >= 3 * 4 * 0.02
 
 
-def test_own_loader_goes_through_epochs_and_asks_for_a_position() -> None:
+def test_a_user_loader_is_iterated_by_epochs_and_resume_needs_its_state() -> None:
     data = [(torch.full((2, 3, 4, 4), float(i)), torch.tensor([0, 1])) for i in range(3)]
     loader = UserLoader(data, CPU)
     values = [next(step.micro_batches)[0][0, 0, 0, 0].item() for step in loader.steps(0, 7)]
@@ -203,13 +203,13 @@ def test_own_loader_goes_through_epochs_and_asks_for_a_position() -> None:
         UserLoader((x for x in data), CPU)
 
 
-def test_own_loader_takes_mappings() -> None:
+def test_a_user_loader_may_yield_mappings() -> None:
     batch = {"pixel_values": torch.zeros(4, 3, 4, 4), "labels": torch.arange(4)}
     (step,) = UserLoader([batch], CPU, accumulation_steps=2).steps(0, 1)
     assert [targets.tolist() for _, targets in step.micro_batches] == [[0, 1], [2, 3]]
 
 
-def test_ahead_hands_on_everything_in_order_and_raises_what_failed() -> None:
+def test_the_background_iterator_keeps_order_and_raises_errors() -> None:
     assert list(BackgroundIterator(iter(range(20)), lambda x: x * x)) == [x * x for x in range(20)]
 
     def failing() -> Iterator[int]:
@@ -267,7 +267,7 @@ def test_batches_stay_right_when_workers_write_ahead(digits: Source) -> None:
                 break  # the second time begins anew, with all slots free
 
 
-def test_a_batch_larger_than_expected_is_made_all_the_same(digits: Source) -> None:
+def test_a_batch_larger_than_its_slot_is_loaded(digits: Source) -> None:
     images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(16))
     key = MicroBatchKey(0, np.arange(20))
     ((pixels, _),) = Prefetcher(images, CPU, workers=1, pin_memory=False).open([key], 4)

@@ -66,9 +66,6 @@ def no_process_is_left() -> Iterator[None]:
     assert loaders() == []
 
 
-# --- processes ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("number", "at"), [(3, 0), (1, 7), (3, 20)])
 def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int, at: int, tmp_path: Path) -> None:
     def work(request: int) -> int:
@@ -86,7 +83,7 @@ def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int
     )
 
 
-def test_a_process_killed_as_soon_as_it_is_there_is_replaced() -> None:
+def test_a_process_killed_at_its_start_is_replaced() -> None:
     deaths = WorkerDeaths()
     pool = Workers(double, 2, 4, deaths)
     pool.start()
@@ -126,7 +123,7 @@ def test_a_process_killed_in_the_middle_of_an_answer_is_noticed_at_once(tmp_path
         ),
     ],
 )
-def test_a_second_death_is_one_message_that_says_how_and_what_to_do(number: int, how: str, remedy: str) -> None:
+def test_a_second_death_is_one_message_with_cause_and_remedy(number: int, how: str, remedy: str) -> None:
     with pytest.raises(LoaderDied) as caught:
         list(Workers(lambda request: die(number), 1, 2, WorkerDeaths()).answers(range(3)))
     assert str(caught.value).startswith(f"a second loader process died ({how}): {remedy}")
@@ -157,7 +154,7 @@ def test_processes_end_at_once_though_nobody_has_read_their_answers() -> None:
     assert loaders() == []
 
 
-def test_what_fails_in_a_process_is_raised_with_its_traceback() -> None:
+def test_an_error_in_a_process_is_raised_with_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)a loader process failed:\nTraceback.*TypeError: unsupported operand"):
         list(Workers(double, 1, 2, WorkerDeaths()).answers([1, {}]))
 
@@ -185,9 +182,6 @@ def test_processes_end_when_their_training_process_is_killed(monkeypatch: pytest
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert os.read(reads, 1) == b""  # the last holder of the other end is gone
     os.close(reads)
-
-
-# --- training ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +257,7 @@ def test_training_after_a_death_is_that_without_to_the_bit(
     assert re.match(rf"after step [0-5] a loader process died \({KILLED}\); another one takes over", note)
 
 
-def test_a_second_death_ends_the_run_by_what_it_has_saved(digits: Source, tmp_path: Path) -> None:
+def test_the_status_after_a_second_death_depends_on_saved_checkpoints(digits: Source, tmp_path: Path) -> None:
     always = type("Always", (Killing,), {"steps": tuple(range(99))})
     twice = type("Twice", (Killing,), {"steps": (0, 6)})
     with pytest.raises(LoaderDied) as caught:
@@ -364,9 +358,6 @@ def test_a_death_is_noticed_by_a_thread_that_reads_ahead(tmp_path: Path) -> None
         list(BackgroundIterator(Workers(lambda request: die(), 2, 4, WorkerDeaths()).answers(range(20)), str))
 
 
-# --- the user's own loaders --------------------------------------------------------------------------------
-
-
 class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 12
@@ -407,7 +398,7 @@ def build_own_trainer(kind: type[Trainer], **options: Any) -> Trainer:
     return kind(model, loader, optimizer, num_classes=3, log=RunLog(show=False), **options)
 
 
-def test_a_death_in_a_loader_of_ones_own_is_told_between_two_steps(own_trainer: Callable[..., Trainer]) -> None:
+def test_a_death_in_a_user_loader_is_raised_between_two_steps(own_trainer: Callable[..., Trainer]) -> None:
     before = signal.getsignal(signal.SIGCHLD)
     trainer = own_trainer(KillingInUpdate)
     with pytest.raises(LoaderDied, match=r"a loader process of train_loader died, possibly out of memory \(DataLo"):
@@ -416,7 +407,7 @@ def test_a_death_in_a_loader_of_ones_own_is_told_between_two_steps(own_trainer: 
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
-def test_a_death_in_an_evaluation_of_ones_own_is_one_message_too(own_trainer: Callable[..., Trainer]) -> None:
+def test_a_death_in_a_user_evaluation_loader_is_one_message_too(own_trainer: Callable[..., Trainer]) -> None:
     class Dying(Rows):
         def __getitem__(self, index: int) -> tuple[Tensor, int]:
             die()
@@ -444,9 +435,6 @@ def test_a_users_handler_of_sigchld_is_called_while_training(own_trainer: Callab
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert signal.SIGCHLD in heard
-
-
-# --- commands ----------------------------------------------------------------------------------------------
 
 
 def test_check_images_outlives_a_death_and_names_the_rows_of_a_second(

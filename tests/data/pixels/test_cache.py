@@ -81,7 +81,7 @@ def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., 
     return make
 
 
-def test_what_is_kept_comes_back(make_cache: Callable[..., PixelCache]) -> None:
+def test_cached_pixels_are_returned(make_cache: Callable[..., PixelCache]) -> None:
     cache = make_cache()
     assert num_right(cache, 20) == 0
     fill(cache, [3, 0, 19])
@@ -93,7 +93,7 @@ def test_what_is_kept_comes_back(make_cache: Callable[..., PixelCache]) -> None:
     assert num_right(cache, 20) == 20
 
 
-def test_the_budget_is_kept_and_said(make_cache: Callable[..., PixelCache]) -> None:
+def test_the_budget_is_respected_and_reported(make_cache: Callable[..., PixelCache]) -> None:
     each = pixels_of(0).nbytes
     cache = make_cache(20, 3 * each + 5)
     fill(cache, range(0, 20, 3))  # all of one size
@@ -103,7 +103,7 @@ def test_the_budget_is_kept_and_said(make_cache: Callable[..., PixelCache]) -> N
     assert "are used up" in cache.problem
 
 
-def test_a_changed_image_is_not_what_was_kept(make_cache: Callable[..., PixelCache]) -> None:
+def test_a_changed_image_is_decoded_again(make_cache: Callable[..., PixelCache]) -> None:
     cache = make_cache()
     fill(cache, range(20))
     again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)
@@ -230,9 +230,6 @@ def test_a_disk_that_is_full_is_said_and_nothing_wrong_is_read(tmp_path: Path, i
     found = list(cache.read(np.arange(24), source.train.images.stamp))
     assert sum(pixels is not None for pixels in found) == 100_000 // (64 * 64 * 3)
     assert all(pixels is None or np.array_equal(pixels, plain[row]) for row, pixels in enumerate(found))
-
-
-# --- in the loader -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +368,7 @@ def test_a_cache_that_is_too_small_is_said(image_folder: Path, tmp_path: Path, w
     )
 
 
-def test_wrong_places_and_settings_are_refused(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+def test_invalid_folders_and_settings_are_refused(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data.cache_dir .*file: can't be written: .*; choose another, or data.cache"):
@@ -400,7 +397,7 @@ def train_one_of_two(recipe: Path, output: Path, kind: str) -> tuple[list[torch.
     return [p.detach().clone() for p in trainer.raw_model.parameters()], kept
 
 
-def test_a_full_disk_of_other_things_does_not_hide_what_is_kept(
+def test_a_full_disk_does_not_hide_cached_pixels(
     image_folder: Path, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
@@ -485,7 +482,7 @@ def private_bytes() -> int:
     return total
 
 
-def test_about_says_what_is_kept(tmp_path: Path) -> None:
+def test_the_cache_describes_its_content(tmp_path: Path) -> None:
     open_cache(tmp_path / "kept", 20, 10**9, {"dataset": "flowers", "split": "train", "short_side": 256})
     (entry,) = list_caches(tmp_path)
     assert entry.dataset == "flowers (train, 20 images)"

@@ -97,7 +97,7 @@ def test_first_frame_of_an_animation() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(Image.fromarray(COLOUR))["bytes"][:60]])
-def test_what_is_no_image_is_a_clear_error(data: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_a_clear_error(data: bytes) -> None:
     with pytest.raises(DataError, match=r"bytes: can't be decoded: .*; repair it or remove it"):
         read_pixels({"bytes": data, "path": None})
 

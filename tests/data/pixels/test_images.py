@@ -66,7 +66,7 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_with_its_label() -> None:
     assert (reds, used, events) == ([0, 4], [0, 4], [])
 
 
-def test_the_substitute_does_not_depend_on_what_was_met_before() -> None:
+def test_the_substitute_does_not_depend_on_earlier_images() -> None:
     for order in (range(10), range(9, -1, -1), [6, 3, 3, 9, 5]):
         reds, used, _ = fetch(Images(split_of(BAD), Preparation()), list(order))
         assert reds == used == [STAND_INS.get(i, i) for i in order]

@@ -48,9 +48,6 @@ def libjpeg_warning(data: bytes) -> str | None:
     return None
 
 
-# --- formats that Pillow decodes ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", WITH_CHECKSUMS)
 def test_one_changed_byte_is_refused_or_changes_nothing_where_there_are_checksums(
     name: str, capfd: pytest.CaptureFixture[str]
@@ -62,7 +59,7 @@ def test_one_changed_byte_is_refused_or_changes_nothing_where_there_are_checksum
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("JPEG,") and name != "JPEG"])
-def test_what_pillow_refuses_is_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_images_that_pillow_rejects_are_rejected(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """It forgets what was left to be decoded before it raises: asked again, it gives what it has, the rest black."""
     data = FORMATS[name]
     damaged = [*with_one_byte_changed(data, 25, seed=1), *(data[: len(data) * part // 10] for part in range(1, 10))]
@@ -100,7 +97,7 @@ def test_a_jpeg_inside_of_a_tiff_is_judged_as_any() -> None:
         read_pixels(bytes(data))
 
 
-def test_a_library_that_has_made_pillow_lenient_does_not_make_us_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_truncated_images_of_a_library_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for name, data in FORMATS.items():
         cut = data[: len(data) // 2]
@@ -132,8 +129,6 @@ def test_pillow_stays_strict_until_the_last_thread_has_decoded(monkeypatch: pyte
     assert seen == [False]
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
-
-# --- JPEGs -------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda data: data[: len(data) // 2],
@@ -228,7 +223,7 @@ def test_odd_parameters_of_a_scan_are_harmless() -> None:
         read_pixels(odd[:-60] + END)
 
 
-def test_what_simplejpeg_can_not_read_pillow_does_if_it_is_complete() -> None:
+def test_pillow_decodes_complete_jpegs_that_simplejpeg_cannot_read() -> None:
     data = save(PHOTO.resize((96, 72)), keep_rgb=True, subsampling=0)  # of one Huffman table, so in any order of blocks
     place = data.index(b"\xff\xc0") + 11
     odd = bytearray(data)
@@ -250,7 +245,7 @@ def test_reduced_decoding_turns_too() -> None:
     assert np.array_equal(decode(turned, at_least=100), np.rot90(decode(upright, at_least=100), -1))
 
 
-def test_a_header_without_oddities_is_left_as_it_is() -> None:
+def test_a_normal_header_is_not_changed() -> None:
     for name in ("plain", "CMYK", "several pages", "padding before markers", "long profile"):
         assert normalize_header(SOUND[name]) is SOUND[name]
     unknown = normalize_header(SOUND["unknown Adobe transform, CMYK"])
@@ -261,9 +256,6 @@ def test_a_header_without_oddities_is_left_as_it_is() -> None:
 def test_markers_inside_of_segments_do_not_count() -> None:
     data = SOUND["plain"][:2] + segment(0xE5, b"\xff\xd3\xff\xd9\xff\xda") + SOUND["plain"][2:]
     assert np.array_equal(decode_complete(data, decode), decode(SOUND["plain"]))
-
-
-# --- everywhere --------------------------------------------------------------------------------------------
 
 
 def test_a_cache_with_pixels_of_damaged_images_is_not_used_again() -> None:

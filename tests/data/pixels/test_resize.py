@@ -75,7 +75,7 @@ def test_a_box_is_cut_before_it_is_filtered() -> None:
     assert np.array_equal(resize(frozen, (32, 32), "bilinear"), out)
 
 
-def test_the_short_side_is_only_made_smaller() -> None:
+def test_the_short_side_is_only_reduced() -> None:
     assert resize_short_side(photo(90, 60), 30, "bilinear").shape == (30, 45, 3)
     assert resize_short_side(photo(61, 90), 30, "bilinear").shape == (44, 30, 3)
     small = photo(20, 90)

@@ -39,9 +39,6 @@ def column(values: list[Any], feature: Any = None) -> Any:
     )
 
 
-# --- one-hot vectors and lists -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
 @pytest.mark.parametrize("kind", [int, float, bool])
 def test_one_hot_vectors_are_one_class_for_each_image(num_classes: int, kind: type) -> None:
@@ -107,9 +104,6 @@ def test_every_class_in_every_image_is_refused() -> None:
     feature = datasets.List(datasets.ClassLabel(names=["a", "b"]))
     with pytest.raises(DataError, match=r"every image has every class \(a, b\), so there is nothing to learn"):
         read([[0, 1], [1, 0]], feature=feature)
-
-
-# --- integers, and values that are missing -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,9 +181,6 @@ def test_unlabelled_images_of_a_class_label_are_named() -> None:
         read([0, -1], feature=datasets.ClassLabel(names=["a", "b"]))
 
 
-# --- splits that write the same classes otherwise ----------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("train", "evaluation", "expected"),
     [
@@ -254,9 +245,6 @@ def test_an_exact_name_wins_over_one_that_means_the_same() -> None:
     matched = match_names(["7", "007", "x"], ["007", "7", "X"])
     assert matched.numbers == {"7": 1, "007": 0, "x": 2}
     assert matched.renamed == {"x": "X"}
-
-
-# --- tables, folders, and what is said before training -----------------------------------------------------
 
 
 def test_class_names_of_tables_and_folders_stand_as_they_are(tmp_path: Path) -> None:

@@ -73,9 +73,6 @@ def as_dict(found: SplitScan) -> dict[str, Any]:
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(found).items()}
 
 
-# --- corrupt images ----------------------------------------------------------------------------------------
-
-
 def test_every_kind_of_corruption_is_found() -> None:
     whole = {form: encoded(form=form) for form in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")}
     bad = {
@@ -145,9 +142,6 @@ def test_no_images() -> None:
     assert (lines["corrupt"], lines["width: min, median, max"], lines["formats"]) == ("2", "none", "none")
 
 
-# --- sizes and forms ---------------------------------------------------------------------------------------
-
-
 def test_formats_and_peculiarities() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -207,9 +201,6 @@ def test_large_amounts_have_larger_units(side: int, shown: str) -> None:
     assert lines["decoded (RGB): mean, total"] == shown
 
 
-# --- duplicates and classes --------------------------------------------------------------------------------
-
-
 def test_duplicates_within_and_between_splits() -> None:
     a, b, c, d, e = (encoded(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(5))
     splits = [
@@ -252,9 +243,6 @@ def test_class_balance() -> None:
     several = np.array([[1, 0, 1], [1, 0, 0]], np.float32)
     balance = class_balance(split_of([b"", b""], labels=several), names[:3])
     assert (balance.counts.tolist(), balance.missing) == ([2, 0, 1], ["b"])
-
-
-# --- the command line --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
