@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hf_fasttrain.cli.terminal import print_table
 from hf_fasttrain.data.source.dataset import Source, Split
 from hf_fasttrain.data.source.scan import (
-    BadImage,
     ClassBalance,
+    CorruptImage,
     Duplicates,
     SplitScan,
     class_balance,
@@ -69,7 +69,7 @@ def _print_scan(
     print_table(console, "every image, decoded", ("", *(scan.name for scan in scans)), rows)
 
 
-def _print_bad(console: Console, bad: list[BadImage], list_file: Path | None) -> None:
+def _print_bad(console: Console, bad: list[CorruptImage], list_file: Path | None) -> None:
     """Print the first corrupt images, and write all of them to `list_file` if it is given."""
     if bad:
         title = f"corrupt images: {len(bad):,}" + (", the first 20" if len(bad) > 20 else "")

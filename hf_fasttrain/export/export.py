@@ -1,4 +1,7 @@
-"""Exports a finished run's model for timm, transformers and onnxruntime, and verifies it by opening it with them."""
+"""Exports a finished run's model for timm, transformers and onnxruntime, and verifies it by opening it with them.
+
+A new form is written in `_verify`, and opened in a function like `timm_logits`. Programs for model cards: snippets.py.
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
 with torch.inference_mode():
     scores = model(transform(image)[None]).{scores}[0]
 best = scores.topk(min(5, len(class_names)))
-for score, number in zip(best.values.tolist(), best.indices.tolist()):
-    print(f"{{score:.5f}}  {{class_names[number]}}")
+for score, index in zip(best.values.tolist(), best.indices.tolist()):
+    print(f"{{score:.5f}}  {{class_names[index]}}")
 """
 
 TRANSFORMERS = """\
@@ -32,8 +32,8 @@ import sys
 from transformers import pipeline
 
 classify = pipeline("image-classification", model={location})
-for found in classify(sys.argv[1], top_k=5):
-    print(f"{{found['score']:.5f}}  {{found['label']}}")
+for prediction in classify(sys.argv[1], top_k=5):
+    print(f"{{prediction['score']:.5f}}  {{prediction['label']}}")
 """
 
 ONNX = """\
@@ -45,31 +45,31 @@ import onnxruntime
 {imports}from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession({file}, providers=["CPUExecutionProvider"])
-about = session.get_modelmeta().custom_metadata_map
-class_names, pre = json.loads(about["class_names"]), json.loads(about["preprocessing"])
+metadata = session.get_modelmeta().custom_metadata_map
+class_names, steps = json.loads(metadata["class_names"]), json.loads(metadata["preprocessing"])
 
 image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
-(width, height), side, size = image.size, pre["resize_px"], pre["image_size"]
-if pre["crop_mode"] == "squash":
+(width, height), side, size = image.size, steps["resize_px"], steps["image_size"]
+if steps["crop_mode"] == "squash":
     width, height = side, side
 elif width <= height:
     width, height = side, int(side * height / width)
 else:
     width, height = int(side * width / height), side
-image = image.resize((width, height), Image.Resampling[pre["interpolation"].upper()])
-rounded = int if pre["crop_mode"] == "center_floor" else round
+image = image.resize((width, height), Image.Resampling[steps["interpolation"].upper()])
+rounded = int if steps["crop_mode"] == "center_floor" else round
 left, top = rounded((width - size) / 2), rounded((height - size) / 2)
 pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
-images = ((pixels - np.float32(pre["mean"])) / np.float32(pre["std"])).transpose(2, 0, 1)[None]
+images = ((pixels - np.float32(steps["mean"])) / np.float32(steps["std"])).transpose(2, 0, 1)[None]
 
 logits = session.run(["logits"], {{"images": images}})[0][0]
-if json.loads(about["multi_label"]):
+if json.loads(metadata["multi_label"]):
     scores = 1 / (1 + np.exp(-logits))
 else:
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
-for number in np.argsort(-scores)[:5]:
-    print(f"{{scores[number]:.5f}}  {{class_names[number]}}")
+for index in np.argsort(-scores)[:5]:
+    print(f"{{scores[index]:.5f}}  {{class_names[index]}}")
 """
 
 

@@ -1,4 +1,7 @@
-"""The parts of a training, built from a recipe: accelerator, data, model, order; every `auto` is resolved here."""
+"""The parts of a training, built from a recipe: accelerator, data, model, sampling plan.
+
+The rules of `auto` that decide them: auto.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Builds a Trainer from a recipe: parts, loaders, optimizer, schedule, loss, run folder."""
+"""Builds a Trainer from a recipe: `build_trainer` is what `Trainer.from_recipe` and the command line call.
+
+A new recipe key is used here, or in parts.py (accelerator, data, model) or loaders.py (images).
+"""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class PushOptions:
 class Pusher:
     """Pushes checkpoints while training, one at a time, the newest first, and the run at its end.
 
-    `describe` writes a model folder without the weights, `about` describes the machine, `say` prints failures and the
-    outcome. Errors of the Hub and the disk are never raised.
+    `describe` writes a model folder without the weights, `environment` describes machine and versions, `say` prints
+    failures and the outcome. Errors of the Hub and the disk are never raised.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Pusher:
         run: Path,
         options: PushOptions,
         describe: Callable[[Path], None],
-        about: Mapping[str, Any],
+        environment: Mapping[str, Any],
         say: Callable[[str], None],
         num_steps: int | None = None,
     ) -> None:
         self.num_steps = num_steps
-        self.run, self.options, self.describe, self.about, self.say = run, options, describe, about, say
+        self.run, self.options, self.describe, self.environment, self.say = run, options, describe, environment, say
         pushed = read_json(run / PUSHED_FILE)
         self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == options.repo else 0
         self._lock = threading.Condition()
@@ -69,7 +69,7 @@ class Pusher:
         self._thread: threading.Thread | None = None
         self._ending = self._closed = False
         self._pause_until = 0.0
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         shutil.rmtree(run / STAGING_FOLDER, ignore_errors=True)
 
     def saved(self, checkpoint: Path, step: int, *, best: bool) -> None:
@@ -78,7 +78,7 @@ class Pusher:
             return  # after the last step the run itself is pushed
         folder = self.run / STAGING_FOLDER / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
-        result = result_while_training(self.run, checkpoint, self.about)
+        result = result_while_training(self.run, checkpoint, self.environment)
         if not try_to_write(lambda: stage(self.run, checkpoint, folder, self.describe, result), self.not_staged):
             return
         self._pushed_step = step
@@ -101,8 +101,8 @@ class Pusher:
         self._say_once(f"hub: could not prepare an upload to {self.options.repo}: {reason(error)}; training continues")
 
     def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             self.say(text)
 
     def _work(self) -> None:
@@ -121,22 +121,22 @@ class Pusher:
             answer = self._push(folder, f"Step {step}")
             self._pause_until = time.monotonic() + self.options.rest * (time.monotonic() - start_time)
             if "address" in answer:
-                self._note(answer["address"], step)
+                self._record_push(answer["address"], step)
                 pause = PAUSES[0]
             else:
-                pause = self._failed(folder, step, answer, pause)
+                pause = self._requeue(folder, step, answer, pause)
                 continue
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _failed(self, folder: Path, step: int, answer: Mapping[str, Any], pause: float) -> float:
+    def _requeue(self, folder: Path, step: int, answer: Mapping[str, Any], pause: float) -> float:
         """Queue a failed push again, if a retry may help and nothing newer is waiting; return the next pause."""
         with self._lock:
             if self._ending:
                 return pause
             self._say_once(
-                f"hub: {answer['error']}; training continues" + ", retried later" * bool(answer.get("passes"))
+                f"hub: {answer['error']}; training continues" + ", retried later" * bool(answer.get("is_transient"))
             )
-            if not answer.get("passes") or self._waiting is not None:
+            if not answer.get("is_transient") or self._waiting is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 return PAUSES[0]
             delay = max(pause, float(answer.get("retry_after", 0.0)))
@@ -148,10 +148,10 @@ class Pusher:
     def _push(
         self, run: Path, message: str, *, patience: float | None = None, weights: str | None = None
     ) -> dict[str, Any]:
-        """Push a run folder in a separate process and return its answer: address, or error and passes."""
+        """Push a run folder in a separate process and return its answer: address, or error and is_transient."""
         command = self.options.command(self.run)
         request = {
-            "run": str(run), "home": str(self.run), "repo": self.options.repo, "private": self.options.private,
+            "run": str(run), "original": str(self.run), "repo": self.options.repo, "private": self.options.private,
             "license": self.options.license, "weights": weights, "message": message, "command": command,
             "patience": PATIENCE_SECONDS if patience is None else patience, "stalled": self.options.stalled_seconds,
         }  # fmt: skip
@@ -159,7 +159,7 @@ class Pusher:
         try:
             with self._lock:
                 if self._closed:
-                    return {"error": "ended", "passes": True}
+                    return {"error": "ended", "is_transient": True}
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "hf_fasttrain.hub.worker"],
                     stdin=subprocess.PIPE,
@@ -172,9 +172,12 @@ class Pusher:
             return dict(json.loads(out))
         except (OSError, ValueError):
             last = (stderr.strip().splitlines() or ["its process was ended"])[-1]
-            return {"error": f"push to {self.options.repo}: the upload failed ({last}); then {command}", "passes": True}
+            return {
+                "error": f"push to {self.options.repo}: the upload failed ({last}); then {command}",
+                "is_transient": True,
+            }
 
-    def _note(self, address: str, step: int, *, finished: bool = False) -> None:
+    def _record_push(self, address: str, step: int, *, finished: bool = False) -> None:
         date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         values = {"repo": self.options.repo, "address": address, "step": step, "date": date, "finished": finished}
         try_to_write(lambda: write_json(self.run / PUSHED_FILE, values), lambda error: None)
@@ -203,7 +206,7 @@ class Pusher:
         outcome = dict(outcome)  # a copy, since closing makes the push fail
         self.close()
         if "address" in outcome:
-            self._note(outcome["address"], step, finished=True)
+            self._record_push(outcome["address"], step, finished=True)
             self.say(f"pushed to {outcome['address']}")
             return
         timeout = f"push to {self.options.repo}: not done after {self.options.wait_seconds / 60:g} minutes (hub.wait)"

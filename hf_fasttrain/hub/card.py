@@ -1,4 +1,4 @@
-"""The model card of a finished run."""
+"""The model card (README.md) of a pushed run: its texts, metadata and tables. Its pictures: pictures.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_card(
     files: Mapping[str, bytes | Path],
     license: str | None = None,
 ) -> str:
-    """Return README.md: the model, its metrics, how to use it, how it was trained and what that cost.
+    """Return README.md: the model, its metrics, how to use it, how it was trained, and its cost.
 
     `recipe` is the recipe without local paths, `files` are pushed beside the card; the card has no license unless one
     is given.
@@ -53,7 +53,7 @@ def model_card(
         f"# {repo.split('/')[-1]}",
         f"`{name}` for {run.spec['image_size']} px images and {len(classes)} classes{multi}: {shortened(classes, 20)}.",
         _state(run.result),
-        _figures(run.result),
+        _metrics_table(run.result),
         *(f"![{PICTURES[name]}]({name})" for name in PICTURES if name in files),
         _usage(run.spec, repo, files),
         _training(run, recipe, repo, files),
@@ -134,7 +134,7 @@ def _eval_results(run: FinishedRun) -> list[Any]:
     ]
 
 
-def _figures(result: dict[str, Any]) -> str:
+def _metrics_table(result: dict[str, Any]) -> str:
     metrics, test = result.get("metrics") or {}, result.get("test_metrics") or {}
     if not metrics and not test:
         return ""
@@ -163,7 +163,7 @@ def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -
     parts = {}
     if CONFIG_FILE in files and not transformers:
         parts["timm"] = timm_snippet(url, multi_label=spec["multi_label"])
-    if b'"auto_map"' not in _content(files.get(CONFIG_FILE, b'"auto_map"')):  # a model with remote code
+    if b'"auto_map"' not in _bytes_of(files.get(CONFIG_FILE, b'"auto_map"')):  # a model with remote code
         parts["transformers"] = transformers_snippet(repo)
     if ONNX_FILE in files:
         parts["onnxruntime, without torch"] = onnx_snippet(repo)
@@ -172,21 +172,21 @@ def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -
     return "\n\n".join(["## How to use it", *shown, f"With hf_fasttrain:\n\n```bash\n{command}\n```"])
 
 
-def _content(file: bytes | Path) -> bytes:
+def _bytes_of(file: bytes | Path) -> bytes:
     return file if isinstance(file, bytes) else file.read_bytes()
 
 
 def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -> str:
     steps, images = run.result.get("steps") or 0, run.result.get("images") or 0
-    title, facts = "## How it was trained", f"{steps:,} steps, {images:,} images."
+    title, summary = "## How it was trained", f"{steps:,} steps, {images:,} images."
     text = files.get(RECIPE_FILE)
     if not recipe or not isinstance(text, bytes):
-        return f"{title}\n\n{facts}"
+        return f"{title}\n\n{summary}"
     override = " data.dataset=FOLDER" if _is_private_data(run) else ""
     elsewhere = " hub=null" if run.recipe.get("hub") else ""  # the author's own repository
     command = f"accelerate launch -m hf_fasttrain {{}}{override}"
     return (
-        f"{title}\n\n{facts} To reproduce it, from a clone of this repository or without one:\n\n"
+        f"{title}\n\n{summary} To reproduce it, from a clone of this repository or without one:\n\n"
         f"```bash\n{command.format(RECIPE_FILE)}{elsewhere}\n{command.format(f'hf://{repo}')}\n```\n\n"
         f"The recipe:\n\n```yaml\n{text.decode().strip()}\n```"
     )

@@ -14,8 +14,8 @@ TRANSIENT = (408, 409, 412, 423, 425, 429)  # 409 and 412: another commit was ma
 class Failure:
     """The reason of a failed push and its remedy, as the middle of a sentence."""
 
-    why: str
-    passes: bool  # whether a retry may help
+    reason: str
+    is_transient: bool  # whether a retry may help
     retry_after: float = 0.0  # seconds to wait, as requested by the Hub
 
 
@@ -28,37 +28,37 @@ def explain(error: BaseException, repo: str, endpoint: str) -> Failure:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
-        return Failure("HF_HUB_OFFLINE is set; unset it", passes=False)
+        return Failure("HF_HUB_OFFLINE is set; unset it", is_transient=False)
     if status is not None:
         return _refused(status, error, repo, endpoint, _retry_after(response))
     if isinstance(error, HTTPError):
-        why = f"{endpoint} can't be reached ({first_lines(error)}); check the network and HF_ENDPOINT"
-        return Failure(why, passes=True)
+        reason = f"{endpoint} can't be reached ({first_lines(error)}); check the network and HF_ENDPOINT"
+        return Failure(reason, is_transient=True)
     if is_card_refused(error):
-        why = f"the Hub rejects the model card ({first_lines(error)}); correct its license, dataset or model names"
-        return Failure(why, passes=False)
-    passes = isinstance(error, ConnectionError | TimeoutError | RuntimeError)  # RuntimeError: the xet transport's
-    why = f"the upload to {endpoint} failed ({first_lines(error)}); check the token and the network"
-    return Failure(why, passes=passes)
+        reason = f"the Hub rejects the model card ({first_lines(error)}); correct its license, dataset or model names"
+        return Failure(reason, is_transient=False)
+    is_transient = isinstance(error, ConnectionError | TimeoutError | RuntimeError)  # RuntimeError: the xet transport's
+    reason = f"the upload to {endpoint} failed ({first_lines(error)}); check the token and the network"
+    return Failure(reason, is_transient=is_transient)
 
 
 def _refused(status: int, error: BaseException, repo: str, endpoint: str, wait: float) -> Failure:
     if status == 401:
-        why = f"{endpoint} does not accept the token (401); log in with `hf auth login` or set HF_TOKEN"
-        return Failure(why, passes=False)
+        reason = f"{endpoint} does not accept the token (401); log in with `hf auth login` or set HF_TOKEN"
+        return Failure(reason, is_transient=False)
     if status in (403, 404):
         detail = getattr(error, "server_message", None)  # such as a quota that is used up
         detail = f": {detail}" if detail else ""
-        why = (
+        reason = (
             f"the token has no write access ({status}{detail}); log in with `hf auth login` with a token "
             f"that has write access to {repo.split('/')[0]}, or give another OWNER/NAME"
         )
-        return Failure(why, passes=False)
+        return Failure(reason, is_transient=False)
     if status >= 500 or status in TRANSIENT:
         return Failure(
             f"{endpoint} is unavailable ({status}); the run is complete on disk, try later", True, retry_after=wait
         )
-    return Failure(f"{endpoint} refused it ({first_lines(error)}); correct that", passes=False)
+    return Failure(f"{endpoint} refused it ({first_lines(error)}); correct that", is_transient=False)
 
 
 def _retry_after(response: object) -> float:

@@ -1,4 +1,4 @@
-"""The pictures of a model card."""
+"""The pictures of a model card: which there are (PICTURES), and where they come from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_fasttrain.run_folder.file_names import (
 
 PICTURES = {  # name -> what it shows
     CURVES_PICTURE: "loss, accuracy and learning rate over training",
-    CONFUSION_PICTURE: "which classes were taken for which",
+    CONFUSION_PICTURE: "confusion matrix",
 }
 
 

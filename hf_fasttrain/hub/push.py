@@ -48,7 +48,7 @@ def push_run(
     weights: str | None = None,
     message: str = "Push a run of hf_fasttrain",
     command: str | None = None,
-    home: str | None = None,
+    original: str | None = None,
     patience: float = 60.0,
     stalled: float = STALLED_SECONDS,
     tell: Callable[[str], None] = lambda text: None,
@@ -60,9 +60,9 @@ def push_run(
     (429, 5xx, a broken connection, `stalled` seconds without a byte) are retried for `patience` seconds, and reported
     by `tell`.
 
-    `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `home` is the run folder that
-    `run` was staged from. Raises RunError if the run is not finished or the Hub can't be written to, with the `command`
-    that finishes it.
+    `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `original` is the run folder
+    that `run` was staged from. Raises RunError if the run is not finished or the Hub can't be written to, with the
+    `command` that finishes it.
     """
     folder = Path(run)
     if license is not None and not is_license(license):
@@ -76,7 +76,7 @@ def push_run(
     with staged(folder, weights) as chosen:
         try:
             chosen_run = finished if chosen == folder else read_run(chosen)
-            files = files_to_push(chosen_run, repo, license, [str(folder), *([home] if home else [])])
+            files = files_to_push(chosen_run, repo, license, [str(folder), *([original] if original else [])])
         except OSError as error:
             raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
         return upload(files, patience, tell)
@@ -179,10 +179,10 @@ class Upload:
                 raise
             except (HTTPError, OSError, RuntimeError, ValueError) as error:
                 failure = explain(error, self.repo, api.endpoint)
-            pause = max(pause, failure.retry_after)
-            if not failure.passes or time.monotonic() + pause > deadline:
-                raise NotPushed(f"push to {self.repo}: {self._clean(failure.why)}; then {self.command}", failure)
-            tell(f"push to {self.repo}: {self._clean(failure.why)}; retrying in {pause:.0f} s")
+            pause, why = max(pause, failure.retry_after), self._without_token(failure.reason)
+            if not failure.is_transient or time.monotonic() + pause > deadline:
+                raise NotPushed(f"push to {self.repo}: {why}; then {self.command}", failure)
+            tell(f"push to {self.repo}: {why}; retrying in {pause:.0f} s")
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, 2 * pause)
 
@@ -202,7 +202,7 @@ class Upload:
         return str(address)
 
     @staticmethod
-    def _clean(text: str) -> str:
+    def _without_token(text: str) -> str:
         from huggingface_hub import get_token
 
         token = get_token()

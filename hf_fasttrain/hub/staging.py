@@ -100,16 +100,16 @@ def result_with_weights(run: Path, checkpoint: Path, weights: str) -> dict[str, 
     return {**result, "metrics": metrics, "test_metrics": None, "model": model}
 
 
-def result_while_training(run: Path, checkpoint: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+def result_while_training(run: Path, checkpoint: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Return the result.json of a checkpoint while training continues.
 
-    `about` describes the machine; `num_steps` marks the run as unfinished.
+    `environment` describes the machine; `num_steps` marks the run as unfinished.
     """
     state = _state_of(checkpoint)
     step, metrics = _step_and_metrics(run, state)
     seconds = max(float(state.get("train_seconds", 0.0)), 1e-9)
     return {
-        **about,
+        **environment,
         **{key: state.get(key) for key in COPIED_STATE},
         "metrics": metrics,
         "steps": step,

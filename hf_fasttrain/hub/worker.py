@@ -1,7 +1,7 @@
 """The upload process beside training: `python -m hf_fasttrain.hub.worker`.
 
 It reads what to push from its standard input, as JSON (the arguments of `push_run`), and answers on its standard
-output, as JSON: {"address"} or {"error", "passes", "retry_after"}. huggingface_hub finds the token.
+output, as JSON: {"address"} or {"error", "is_transient", "retry_after"}. huggingface_hub finds the token.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> None:
     try:
         answer = {"address": push_run(Path(request.pop("run")), request.pop("repo"), **request)}
     except UserError as error:
-        passes = isinstance(error, NotPushed) and error.failure.passes
+        is_transient = isinstance(error, NotPushed) and error.failure.is_transient
         wait = error.failure.retry_after if isinstance(error, NotPushed) else 0.0
-        answer = {"error": without_secrets(str(error)), "passes": passes, "retry_after": wait}
+        answer = {"error": without_secrets(str(error)), "is_transient": is_transient, "retry_after": wait}
     json.dump(answer, sys.stdout)
 
 

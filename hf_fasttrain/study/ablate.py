@@ -24,13 +24,13 @@ from hf_fasttrain.utils.errors import RunError
 FORMAT = 1
 
 
-class Record(BaseModel):
+class _JsonModel(BaseModel):
     """A part of ablation.json."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Interval(Record):
+class Interval(_JsonModel):
     """A median over rounds and its interval."""
 
     median: float
@@ -39,7 +39,7 @@ class Interval(Record):
     confidence: float  # probability that the interval holds the true median
 
 
-class FullTraining(Record):
+class FullTraining(_JsonModel):
     """Trainings to the end, one for each seed: means and standard deviations."""
 
     seeds: int
@@ -53,7 +53,7 @@ class FullTraining(Record):
     speed_up: float | None  # mean train_seconds of the baseline / of this arm
 
 
-class Row(Record):
+class Row(_JsonModel):
     """One arm."""
 
     name: str
@@ -74,7 +74,7 @@ class Row(Record):
     full: FullTraining | None = None
 
 
-class Ablation(Record):
+class Ablation(_JsonModel):
     """All of ablation.json."""
 
     format: int = FORMAT
@@ -157,7 +157,7 @@ def describe(
     if recipe.augment.progressive:
         notes.append("Measured at the full image size, without augment.progressive.")
     if not whole:
-        notes.append("Stopped by Ctrl-C, before every round was made.")
+        notes.append("Stopped by Ctrl-C, before all rounds were finished.")
     arm_notes = [note for measurement in measurements if measurement.ready for note in measurement.ready.notes]
     notes += sorted({note for note in arm_notes if note.startswith("not all pixels")})
     rounds = max((len(m.rounds) for m in measurements), default=0)
@@ -231,7 +231,7 @@ def require_new(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{folder}: can't be made: {error.strerror}; give another --output") from None
+        raise RunError(f"{folder}: can't be created: {error.strerror}; give another --output") from None
 
 
 def load_ablation(path: Path) -> Ablation:

@@ -1,4 +1,4 @@
-"""An ablation for people: a table in the terminal, ablation.json, .md, .png, .svg and an offline HTML page."""
+"""The output of `ablate`: a table in the terminal, ablation.json, .md, .png, .svg and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEADER = ("arm", "images/s", "speed-up (interval)", "waiting", "first step", "me
 FULL_HEADER = ("accuracy", "F1", "training", "speed-up", "to baseline's accuracy")
 
 
-def cells(row: Row, *, full: bool) -> list[str]:
+def row_cells(row: Row, *, full: bool) -> list[str]:
     """Return a row of the table as text."""
     if row.images_per_second is None:
         figures = [row.status if row.status == "n/a" else "failed", row.reason.splitlines()[0], "", "", ""]
@@ -47,12 +47,12 @@ def cells(row: Row, *, full: bool) -> list[str]:
 
 
 def _interval(row: Row) -> str:
-    found = row.speed_up
-    if found is None:
+    speed_up = row.speed_up
+    if speed_up is None:
         return ""
     if row.kind == "baseline":
         return "1"
-    return format_interval(found.median, found.low, found.high)
+    return format_interval(speed_up.median, speed_up.low, speed_up.high)
 
 
 def _memory(row: Row) -> str:
@@ -61,17 +61,17 @@ def _memory(row: Row) -> str:
 
 
 def _full_cells(row: Row) -> list[str]:
-    found = row.full
-    if found is None:
+    full = row.full
+    if full is None:
         return ["", "", "", "", ""]
-    until = "-" if found.seconds_to_target is None else format_duration(found.seconds_to_target)
-    spread = "" if found.accuracy_std is None else f" +- {found.accuracy_std:.4f}"
+    until = "-" if full.seconds_to_target is None else format_duration(full.seconds_to_target)
+    spread = "" if full.accuracy_std is None else f" +- {full.accuracy_std:.4f}"
     return [
-        "" if found.accuracy is None else f"{found.accuracy:.4f}{spread}",
-        "" if found.f1_macro is None else f"{found.f1_macro:.4f}",
-        f"{format_duration(found.train_seconds)} +- {format_duration(found.train_seconds_std)}",
-        "" if found.speed_up is None else f"{found.speed_up:.2f}",
-        f"{until} ({found.seeds_at_target} of {found.seeds} seeds)",
+        "" if full.accuracy is None else f"{full.accuracy:.4f}{spread}",
+        "" if full.f1_macro is None else f"{full.f1_macro:.4f}",
+        f"{format_duration(full.train_seconds)} +- {format_duration(full.train_seconds_std)}",
+        "" if full.speed_up is None else f"{full.speed_up:.2f}",
+        f"{until} ({full.seeds_at_target} of {full.seeds} seeds)",
     ]
 
 
@@ -84,10 +84,10 @@ def _header(ablation: Ablation) -> tuple[str, ...]:
 
 
 def _confidence(ablation: Ablation) -> str:
-    found = next((row.speed_up for row in ablation.rows if row.speed_up), None)
+    speed_up = next((row.speed_up for row in ablation.rows if row.speed_up), None)
     return (
-        f"{format_percent(found.confidence, 0)} intervals over {ablation.rounds} rounds"
-        if found
+        f"{format_percent(speed_up.confidence, 0)} intervals over {ablation.rounds} rounds"
+        if speed_up
         else f"{ablation.rounds} rounds"
     )
 
@@ -105,14 +105,14 @@ def print_ablation(console: Console, ablation: Ablation) -> None:
     for name in _header(ablation):
         table.add_column(name, justify="left" if name == "arm" else "right", overflow="fold")
     for row in ablation.rows:
-        table.add_row(*map(Text, cells(row, full=full)), end_section=row.kind in ("again", "everything"))
+        table.add_row(*map(Text, row_cells(row, full=full)), end_section=row.kind in ("again", "everything"))
     console.print(table)
     for note in ablation.notes:
         console.print(f"note: {note}", markup=False)
 
 
 def to_markdown(ablation: Ablation) -> str:
-    """Return the table with what is needed to read it."""
+    """Return the table with its explanation, as Markdown."""
     header, full = _header(ablation), _has_full(ablation)
     lines = [
         f"# What makes {ablation.recipe} fast here",
@@ -123,7 +123,8 @@ def to_markdown(ablation: Ablation) -> str:
         f"| --- |{' ---: |' * (len(header) - 1)}",
     ]
     lines += [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, full=full)) + " |" for row in ablation.rows
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row_cells(row, full=full)) + " |"
+        for row in ablation.rows
     ]
     noted = [f"- {row.name}: {row.note}." for row in ablation.rows if row.note]
     return without_secrets("\n".join([*lines, "", *noted, *(f"- {note}" for note in ablation.notes), ""]))
@@ -137,26 +138,26 @@ def chart(ablation: Ablation) -> Figure:
     rows = [row for row in ablation.rows if row.speed_up is not None]
     figure = Figure(figsize=(11, 1.4 + 0.34 * max(1, len(rows))), layout="constrained")
     speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    places = range(len(rows))
+    positions = range(len(rows))
     colours = [COLOURS[row.kind] for row in rows]
     medians = [row.speed_up.median for row in rows if row.speed_up]
     errors = [
         [row.speed_up.median - row.speed_up.low for row in rows if row.speed_up],
         [row.speed_up.high - row.speed_up.median for row in rows if row.speed_up],
     ]
-    speed.barh(places, medians, xerr=errors if rows else None, color=colours, ecolor="#444444", capsize=2)
-    for place, row in zip(places, rows, strict=True):
+    speed.barh(positions, medians, xerr=errors if rows else None, color=colours, ecolor="#444444", capsize=2)
+    for position, row in zip(positions, rows, strict=True):
         if row.speed_up:
             speed.annotate(
-                f" {row.speed_up.median:.2f}", (row.speed_up.high, place), va="center", fontsize=8, color="#333333"
+                f" {row.speed_up.median:.2f}", (row.speed_up.high, position), va="center", fontsize=8, color="#333333"
             )
     speed.axvline(1.0, color="#444444", linewidth=0.8)
-    speed.set_yticks(list(places), [row.name for row in rows])
+    speed.set_yticks(list(positions), [row.name for row in rows])
     speed.invert_yaxis()
     speed.margins(x=0.08)
     speed.set_xlabel("speed, baseline = 1")
     bytes_of = [(row.device_bytes if row.device_bytes is not None else row.host_bytes) or 0 for row in rows]
-    memory.barh(places, [number / 1e9 for number in bytes_of], color=colours)
+    memory.barh(positions, [number / 1e9 for number in bytes_of], color=colours)
     on_gpu = any(row.device_bytes is not None for row in rows)
     memory.set_xlabel("GB on the GPU" if on_gpu else "GB on the host")
     for axes in (speed, memory):
@@ -201,7 +202,7 @@ figure svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; } 
 
 
 def to_html(ablation: Ablation, svg: str) -> str:
-    """Return one page with everything in it; it asks the network for nothing."""
+    """Return one self-contained HTML page; it loads nothing from the network."""
     from markupsafe import Markup
 
     full = _has_full(ablation)
@@ -212,7 +213,7 @@ def to_html(ablation: Ablation, svg: str) -> str:
             machine=_machine(ablation),
             confidence=_confidence(ablation),
             header=_header(ablation),
-            rows=[(row, cells(row, full=full)) for row in ablation.rows],
+            rows=[(row, row_cells(row, full=full)) for row in ablation.rows],
             svg=Markup(svg[svg.index("<svg") :]),  # our own drawing; its texts are escaped by matplotlib
         )
     )

@@ -40,9 +40,7 @@ def require_one_process() -> None:
     if num_processes() > 1:
         raise RunError("it measures on one device; start it without a launcher, as hf-fasttrain ablate, tune or doctor")
     if not hasattr(signal, "SIGSTOP"):
-        raise RunError(
-            "it needs processes that can be stopped (SIGSTOP), which this system has not; use Linux or macOS"
-        )
+        raise RunError("it needs to stop processes (SIGSTOP), which this system can't; use Linux or macOS")
 
 
 class Starter:

@@ -91,7 +91,7 @@ def techniques(ready: Ready, hardware: Hardware) -> list[Technique]:
             {"train.batch_size": pieces * micro, **in_pieces, "accelerate.micro_batch_size": micro},
             whole,
             "" if ready.num_images >= pieces * micro else f"there are only {ready.num_images:,} training images",
-            note="the same micro-batch with a larger step, which changes what is learnt",
+            note="the same micro-batch with a larger step, which changes what is learned",
         ),
         Technique(
             "ga_pieces",

@@ -1,4 +1,7 @@
-"""Errors that are shown to users. Each message says where, what was found, what is allowed and what to do."""
+"""Errors that are shown to users, with their exit statuses (`status`; docs/checkpoints.md lists them).
+
+Each message says where, what was found, what is allowed and what to do.
+"""
 
 from __future__ import annotations
 

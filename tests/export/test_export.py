@@ -278,7 +278,7 @@ def test_a_model_built_from_a_folder_is_loaded_without_it(tmp_path: Path) -> Non
     assert (found.name, found.args) == ("test_vit", {"global_pool": "avg"})
 
 
-def test_models_that_timm_would_misread_get_no_config(
+def test_a_model_that_a_tool_misreads_is_noted_and_timms_config_removed(
     tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torchvision's rounding is none of transformers'; and a timm that builds something else is not let to."""
@@ -420,9 +420,7 @@ def test_a_link_to_a_folder_stays_one(kept: Path, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "model.safetensors").exists()
 
 
-def test_the_current_directory_is_refused_as_output(
-    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_current_directory_is_never_replaced(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.report.report import write_report
 
     (tmp_path / "here").mkdir()

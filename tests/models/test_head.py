@@ -307,7 +307,7 @@ def test_a_first_loss_of_three_times_that_of_uniform_logits_is_said(
     assert said[1] == []
 
 
-def test_the_first_loss_is_that_of_uniform_logits() -> None:
+def test_the_note_on_a_high_first_loss() -> None:
     assert first_loss_note(2.0, 0.69) is None
     assert "the first loss is 15.2, 22 times" in str(first_loss_note(15.2, 0.69))
     assert first_loss_note(math.nan, 0.69) is None

@@ -24,7 +24,7 @@ from hf_fasttrain import load_recipe
 from hf_fasttrain.study import ablate as study
 from hf_fasttrain.study.ablate import Ablation, Plan, measure_arms, plan_arms
 from hf_fasttrain.study.ablate_full import train_all
-from hf_fasttrain.study.ablate_report import cells, print_ablation, to_markdown, write_ablation
+from hf_fasttrain.study.ablate_report import print_ablation, row_cells, to_markdown, write_ablation
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench
 from hf_fasttrain.study.techniques import NAMES, Hardware, build_arms, select_techniques, techniques
 from hf_fasttrain.utils.errors import RunError
@@ -320,7 +320,7 @@ def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     train_all(ablation, "small.yaml", tmp_path, 2, said.append, fake_training(calls))
     again = calls[number:]
     assert all("accelerate.channels_last=true" in call for call in again)  # the others are read
-    assert cells(rows["baseline"], full=True)[-1] == "1 min 00 s (2 of 2 seeds)"
+    assert row_cells(rows["baseline"], full=True)[-1] == "1 min 00 s (2 of 2 seeds)"
     write_ablation(found, tmp_path)
     assert "0.9100 +- 0.0141" in (tmp_path / "ablation.md").read_text()
 

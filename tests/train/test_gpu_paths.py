@@ -119,7 +119,7 @@ def test_errors_that_a_smaller_batch_does_not_fix_are_not_out_of_memory(monkeypa
         _pinned(torch.zeros(6))
 
 
-def test_a_failed_device_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_device_keeps_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(device: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -461,7 +461,7 @@ def test_buffers_of_an_average_are_copied_at_once() -> None:
     assert all(int(layer.num_batches_tracked) == 1 for layer in ema.module)  # type: ignore[arg-type]
 
 
-def test_predictions_run_on_the_chosen_device(
+def test_the_device_of_predictions_can_be_chosen(
     write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

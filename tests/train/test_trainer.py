@@ -247,7 +247,7 @@ def test_clipping_bounds_the_gradients(write_recipe: Callable[..., Path], tmp_pa
     assert 0 < moved < 1e-7
 
 
-def test_user_objects_need_an_evaluation_loader() -> None:
+def test_user_objects_with_missing_arguments_are_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     data = [(torch.zeros(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""Loader processes that die: how, how often in a run, and where torch's handler may raise because of it."""
+"""Loader processes that die: how, how often in a run, and when torch's signal handler may raise because of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_chi
 from hf_fasttrain.utils.signals import signal_handler
 
 MAX_DEATHS = 1  # that a run survives
-CRASHED = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; remove them"
-HOW = {  # signal -> description, remedy
+CRASH_REMEDY = "`hf-fasttrain check RECIPE --images` finds rows that make a decoder crash; remove them"
+DEATHS_BY_SIGNAL = {  # signal -> description, remedy
     "SIGKILL": (
         "killed by SIGKILL, as the kernel does when memory runs out",
         "lower data.workers or data.cache_gb",
@@ -25,8 +25,8 @@ HOW = {  # signal -> description, remedy
         "a bus error, as when shared memory or a disk is full",
         "give /dev/shm more room (docker run --shm-size) or set data.cache=none",
     ),
-    "SIGSEGV": ("it crashed with a segmentation fault", CRASHED),
-    "SIGABRT": ("it crashed and aborted", CRASHED),
+    "SIGSEGV": ("it crashed with a segmentation fault", CRASH_REMEDY),
+    "SIGABRT": ("it crashed and aborted", CRASH_REMEDY),
 }
 
 
@@ -38,7 +38,7 @@ def describe_death(exit_code: int | None) -> tuple[str, str]:
         name = signal.Signals(-exit_code).name
     except ValueError:
         name = f"signal {-exit_code}"
-    return HOW.get(name, (f"killed by {name}", "lower data.workers"))
+    return DEATHS_BY_SIGNAL.get(name, (f"killed by {name}", "lower data.workers"))
 
 
 class WorkerDeaths:

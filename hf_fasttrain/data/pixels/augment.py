@@ -1,4 +1,8 @@
-"""Random crop, flip, colour operations and erasing of a batch. Each image's randomness is a function of its key."""
+"""The transforms: random crop, flip, operations and erasing for training; resize and centre crop for evaluation.
+
+Each image's randomness is a function of its key. RandAugment and other operations: operations.py; mixup and cutmix:
+loading/batch.py.
+"""
 
 from __future__ import annotations
 

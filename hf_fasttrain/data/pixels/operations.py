@@ -1,4 +1,7 @@
-"""Random colour and shape operations on one image, determined by a seed."""
+"""Random augmentation operations on one image, such as RandAugment, determined by a seed: add one in `_build`.
+
+Crop, flip and erasing, which work on whole batches: augment.py. Mixup and cutmix: loading/batch.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Folders of image files: which files are images, and the classes that their folders name."""
+"""Folders of image files: which files are images (IMAGE_SUFFIXES), names of split folders, and classes by folder.
+
+A new file type needs its suffix here, and must be one that pixels/decode.py can decode.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scans a data set by decoding every image once: corrupt, duplicate, unusual and small images, sizes, class balance."""
+"""The scan of `check --images`, which decodes every image once: corrupt, duplicate, unusual, sizes, class balance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ORIENTATION = 0x0112  # EXIF
 
 
 @dataclass(frozen=True)
-class BadImage:
+class CorruptImage:
     """An image that can't be trained on, and why."""
 
     split: str
@@ -43,7 +43,7 @@ class SplitScan:
     """What was found in a split; the arrays have a row for each image, 0 where it is bad."""
 
     name: str
-    bad: list[BadImage]
+    bad: list[CorruptImage]
     hashes: np.ndarray  # (N, 2) uint64, of the encoded bytes
     widths: np.ndarray  # (N,) int64, of the pixels, after the EXIF rotation
     heights: np.ndarray
@@ -127,7 +127,7 @@ def _scan_rows_with_warnings(split: Split, rows: np.ndarray) -> SplitScan:
             pixels = read_pixels({"bytes": data, "path": record["path"]})
         except DataError as error:
             reason = error.reason if isinstance(error, ImageError) else str(error)
-            scan.bad.append(BadImage(split.name, int(row), record["path"], reason))
+            scan.bad.append(CorruptImage(split.name, int(row), record["path"], reason))
             continue
         scan.hashes[index] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
         scan.heights[index], scan.widths[index] = pixels.shape[:2]

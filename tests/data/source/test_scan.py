@@ -26,7 +26,7 @@ from hf_fasttrain.data.source.dataset import Source, Split, load_source
 from hf_fasttrain.data.source.records import Records
 from hf_fasttrain.data.source.scan import (
     CHUNK,
-    BadImage,
+    CorruptImage,
     SplitScan,
     class_balance,
     describe_scan,
@@ -117,7 +117,7 @@ def test_all_chunks_are_scanned_whoever_scans_them(workers: int) -> None:
     found = scan_split(split, workers=workers, progress=told.append)
     assert torch.equal(torch.get_rng_state(), state)
     assert told == [CHUNK, CHUNK, 5]
-    assert found.bad == [BadImage("train", 70, None, "not an image")]
+    assert found.bad == [CorruptImage("train", 70, None, "not an image")]
     assert found.num_images == number
     assert found.widths.tolist() == [0 if i == 70 else 9 + i % 20 for i in range(number)]
     assert found.encoded_bytes.tolist() == [0 if i == 70 else len(data or b"") for i, data in enumerate(images)]
