@@ -138,12 +138,6 @@ def accumulation_steps(*, share: int, micro_batch_size: int) -> Choice:
     return Choice(math.ceil(share / micro_batch_size), f"{share} images per process in micro-batches")
 
 
-def warmup(*, schedule: str, num_steps: int, steps_per_epoch: int) -> Choice:
-    """Return a schedule's default warmup in steps."""
-    resolved = resolve_warmup("auto", schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    return Choice(f"{resolved.steps} steps", resolved.reason)
-
-
 def evaluation_batch_size(*, micro_batch_size: int, bytes_per_image: int = 0, room: int | None = None) -> Choice:
     """Return the batch size of evaluation, during training as well as in `evaluate` and `predict`.
 
@@ -188,14 +182,17 @@ RULES: dict[str, Callable[..., Choice]] = {
     "accelerate.cpu_threads": cpu_threads,
     "accelerate.micro_batch_size": micro_batch_size,
     "accelerate.gradient_accumulation_steps": accumulation_steps,
-    "schedule.warmup": warmup,
     "evaluate.batch_size": evaluation_batch_size,
     "early_stopping.mode": mode,
     "checkpoint.best.mode": mode,
     "checkpoint.final": final,
 }
-# Decided where they are used, as without a recipe; recorded with the recipe's value.
-DECIDED_ELSEWHERE: dict[str, Callable[..., Any]] = {"model.head": keeps_head, "evaluate.metrics": resolve_metrics}
+# Decided by functions that also serve trainers without a recipe.
+DECIDED_ELSEWHERE: dict[str, Callable[..., Any]] = {
+    "model.head": keeps_head,
+    "schedule.warmup": resolve_warmup,
+    "evaluate.metrics": resolve_metrics,
+}
 
 
 def decide(settings: ResolvedSettings, key: str, **inputs: Any) -> Any:

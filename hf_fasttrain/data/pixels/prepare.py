@@ -43,10 +43,6 @@ class Preparation:
         stored = encode_jpeg(pixels, self.stored_quality)
         return decode(stored, pillow=self.pillow), stored
 
-    def __call__(self, record: Any) -> Pixels:
-        """Return the pixels (H, W, 3) uint8 of a record."""
-        return self.encoded(record)[0]
-
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) of the prepared pixels of an image of this size."""
         if self.center is not None:
