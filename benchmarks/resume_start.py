@@ -133,7 +133,7 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
 
 def start_arm(arm: str, run: Path, workers: int, overrides: list[str]) -> Row:
     """Return what one start in a new process took."""
-    command = [sys.executable, __file__, "--arm", arm, "--run", str(run), "--workers", str(workers), *overrides]
+    command = [sys.executable, __file__, *overrides, "--arm", arm, "--run", str(run), "--workers", str(workers)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stdout}{done.stderr}")

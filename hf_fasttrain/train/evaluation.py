@@ -21,6 +21,7 @@ from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.library_errors import is_out_of_memory
+from hf_fasttrain.utils.process_memory import relax_memory_limit
 
 
 class Evaluator:
@@ -170,6 +171,7 @@ class Evaluation:
         last = is_last or self.early_stopping is not None  # or may be
         self.evaluator.collects = self.keeps_predictions and last and loader is self.eval_loader
         name = getattr(loader, "name", "evaluation split")
+        relax_memory_limit()  # steps may have used all memory up to the limit, and oneDNN compiles new kernels here
         with self.throughput.stopped():
             start_time, max_images = time.perf_counter(), self.evaluator.max_images
             with self.log.doing(f"evaluating: {name}"):

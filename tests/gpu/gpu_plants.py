@@ -591,10 +591,9 @@ def no_agreement(patch: pytest.MonkeyPatch) -> None:
 
 @plant("M3", "a process tells nobody of its signal", "they go on|processes ended")
 def tells_nobody(patch: pytest.MonkeyPatch) -> None:
-    from hf_fasttrain.train.stop import StopRequests
+    from hf_fasttrain.train.stop import StopRequest, StopRequests
 
-    nothing = type("Nothing", (), {"stop": 0, "save": False, "__bool__": lambda self: False})()
-    patch.setattr(StopRequests, "at_step", lambda self, step: nothing)
+    patch.setattr(StopRequests, "at_step", lambda self, step: StopRequest())
     patch.setattr(StopRequests, "now", lambda self: 0)
     patch.setattr(StopRequests, "pending", lambda self: False)
 

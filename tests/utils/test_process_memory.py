@@ -82,6 +82,23 @@ def test_a_command_goes_on_in_smaller_pieces_where_a_wish_does_not_fit(
     assert (run / "result.json").exists()
 
 
+def evaluate_at_the_limit(recipe: str, run: str) -> bool:
+    """Return whether an evaluation gets the reserved memory after a step has used all the other."""
+    trainer = Trainer.from_recipe(recipe, ["data.eval_fraction=0.02", f"output_dir={run}"])
+    evaluation = trainer.evaluation
+    with limited_memory(200 << 20):
+        before, used = limit(), torch.ones(150 << 18)
+        evaluation.measure(trainer.evaluate, evaluation.eval_loader, is_last=False)
+        return bool(limit() > before and len(used))
+
+
+@linux
+def test_an_evaluation_after_steps_that_used_all_memory_has_some(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert in_child(lambda: evaluate_at_the_limit(str(write_recipe()), str(tmp_path / "run")))
+
+
 def test_out_of_memory_elsewhere_is_one_message(
     write_recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
