@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from hf_fasttrain.utils.private_apis import buffer_registry
+from hf_fasttrain.utils.private_apis import buffer_registry, is_compiler_imported
 
 
 def random_states(device: torch.device) -> tuple[Any, ...]:
@@ -55,3 +55,17 @@ def preserved_state(module: Any) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compile nothing, and let cuDNN look for no algorithms, for batches of a few images that never come again."""
+    benchmark = torch.backends.cudnn.benchmark
+    with ExitStack() as stack:
+        if is_compiler_imported():
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.backends.cudnn.benchmark = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark

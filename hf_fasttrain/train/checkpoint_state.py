@@ -12,9 +12,11 @@ from hf_fasttrain.run_folder.checkpoint import Checkpoint
 from hf_fasttrain.train.batch_norm import averaged_statistics, running_statistics
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
-from hf_fasttrain.train.optim import restore_optimizer
+from hf_fasttrain.train.optim import optimizer_state, restore_optimizer
 from hf_fasttrain.utils.environment import one_thread
 from hf_fasttrain.utils.errors import RunError
+
+LOSS = "loss"  # file of a checkpoint with what the loss learns
 
 
 @dataclass
@@ -38,6 +40,38 @@ class State:
 
 
 @dataclass(frozen=True)
+class LossState:
+    """What a loss that is a module learns or counts: neither the frozen weights of a teacher in it, nor constants."""
+
+    module: nn.Module
+    names: frozenset[str]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers, as they are now."""
+        return [buffer for name, buffer in self.module.named_buffers() if name in self.names]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return name -> tensor."""
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name in self.names}
+
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Take over saved tensors. Raises KeyError for those of another loss."""
+        if weights.keys() != self.names:
+            raise KeyError(f"the loss has {sorted(self.names)}, and the checkpoint {sorted(weights)}")
+        self.module.load_state_dict(weights, strict=False)
+
+
+def state_of(loss: nn.Module | None) -> LossState | None:
+    """Return the state of a loss; None if it is no module, or has none."""
+    if loss is None:
+        return None
+    frozen = {name for name, p in loss.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    names = frozenset(loss.state_dict().keys() - frozen)
+    return LossState(loss, names) if names else None
+
+
+@dataclass(frozen=True)
 class TrainingObjects:
     """The objects of a training that have a state."""
 
@@ -47,6 +81,7 @@ class TrainingObjects:
     optimizer: Any
     scaler: Any  # fp16's loss scaler, or None
     loader: Any
+    loss: LossState | None = None
 
     @property
     def _modules(self) -> dict[str, nn.Module]:
@@ -58,7 +93,8 @@ class TrainingObjects:
         Batch-norm statistics in them are the means of all processes'; the processes' own go on as they are.
         """
         modules = self._modules.items()
-        return {kind: {**m.state_dict(), **averaged_statistics(m, self.processes)} for kind, m in modules}
+        weights = {kind: {**m.state_dict(), **averaged_statistics(m, self.processes)} for kind, m in modules}
+        return weights if self.loss is None else {**weights, LOSS: self.loss.weights()}
 
     def training(self) -> dict[str, Any]:
         """Return the states of optimizer and scaler, and what each process has of its own; called by all processes."""
@@ -67,7 +103,7 @@ class TrainingObjects:
             statistics = {kind: running_statistics(module) for kind, module in self._modules.items()}
             own["statistics"] = {k: {n: t.cpu() for n, t in named.items()} for k, named in statistics.items()}
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "own": self.processes.gather([own]),
         }
@@ -77,6 +113,10 @@ class TrainingObjects:
         with one_thread():
             for kind, module in self._modules.items():
                 module.load_state_dict(checkpoint.weights[kind])
+            if self.loss is not None:
+                self.loss.restore(checkpoint.weights.get(LOSS, {}))
+            elif LOSS in checkpoint.weights:
+                raise KeyError("the checkpoint has the weights of a loss, and this loss has none")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint; RunError if it is of another model."""

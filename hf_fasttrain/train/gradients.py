@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import compress
 from typing import Any
@@ -13,10 +12,23 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_fasttrain.data.loading.loader import Step, Timer, no_timer
+from hf_fasttrain.data.loading.loader import Step, Timer
+from hf_fasttrain.data.loading.trees import Tree, leaves, num_images, zeros_like
 from hf_fasttrain.models.model import batch_norms, set_train_mode
+from hf_fasttrain.train.closure import graph_kept
 from hf_fasttrain.train.distributed import Processes
-from hf_fasttrain.train.loss import Loss, loss_of_uniform_logits
+from hf_fasttrain.train.loss import loss_input
+from hf_fasttrain.train.step_loss import (
+    At,
+    LossOfLogits,
+    ModelAndLoss,
+    StepLoss,
+    add_values,
+    checked,
+    module_of,
+    named_parameters,
+    wraps_loss,
+)
 from hf_fasttrain.train.unused_parameters import find_use
 from hf_fasttrain.utils.errors import RunError, StepOutOfMemory, first_line, shortened
 from hf_fasttrain.utils.library_errors import is_out_of_memory
@@ -24,37 +36,53 @@ from hf_fasttrain.utils.private_apis import replace_prepared
 
 MOST_WEIGHTS = 100  # cached: batches of a user's loader may have any sizes
 _NOTHING = nullcontext()
-StepLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, images, targets -> mean over the images, 0-d
 
 
 class Gradients:
     """Adds up gradients over a step's micro-batches and the processes.
 
-    `model` is `raw_model` wrapped by `accelerator`; `loss` maps (logits, targets) to the mean over their images.
+    `model` is `raw_model` as the accelerator has wrapped it. Where `wraps_loss(step_loss)`, it is so without
+    DistributedDataParallel, which then wraps model and loss together.
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, raw_model: nn.Module, loss: Loss, processes: Processes
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        raw_model: nn.Module,
+        step_loss: StepLoss | LossOfLogits,
+        processes: Processes,
     ) -> None:
-        self.accelerator, self.model, self.loss, self.processes = accelerator, model, loss, processes
-        self.uniform_loss: Tensor | None = None  # of the first images, if all classes were equally likely
-        self.step_loss: StepLoss = self._loss_of_logits
-        self.timer: Timer = no_timer
-        self._is_first = True
+        self.accelerator, self.model, self.processes = accelerator, model, processes
+        self.step_loss, self.loss_module = step_loss, module_of(step_loss)
+        self.values: dict[str, Tensor] = {}  # this process's part of what the step loss returned for the log, 0-d
+        self.timer: Timer | None = None
+        self.keeps_graph = False  # for an optimizer that differentiates the gradients
         self._weights: dict[tuple[Any, ...], Tensor] = {}  # of micro-batches, as `_weight_like` has made them
         self.raw_model, self.norms = raw_model, batch_norms(raw_model)
-        self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
-        if isinstance(model, DistributedDataParallel):  # running statistics are averaged instead,
-            model.broadcast_buffers = False  # and processes may make unequally many forwards
+        self.parameters = [p for p in self.named_parameters().values() if p.requires_grad]
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self._knows_use = True  # whether it is known which parameters get gradients
+        if wraps_loss(step_loss) and processes.is_distributed:
+            self._ddp = self._distributed(ModelAndLoss(model, step_loss), init_sync=True)
+            self._knows_use = isinstance(step_loss, LossOfLogits)
+        if self._ddp is not None:  # running statistics are averaged instead,
+            self._ddp.broadcast_buffers = False  # and processes may make unequally many forwards
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return name -> parameter of the model, and of a loss that is a module with the prefix `loss.`."""
+        return named_parameters(self.raw_model, self.loss_module)
 
     def leave_out_unused(self, step: Step) -> list[str]:
         """Freeze the parameters that forward does not use; return notes on them.
 
         Called by all processes before the first step, which is not consumed.
         """
-        trainable = {name: p for name, p in self.raw_model.named_parameters() if p.requires_grad}
+        if not isinstance(self.step_loss, LossOfLogits):
+            return []  # the first step shows it: a step loss may keep what it has seen
+        trainable = {name: p for name, p in self.named_parameters().items() if p.requires_grad}
         first = step.micro_batches.peek() if trainable else None
-        use = find_use(self.raw_model, self.loss, trainable, first, self.processes) if trainable else None
+        use = find_use(self.raw_model, self.step_loss.loss, trainable, first, self.processes) if trainable else None
         for name in use.never if use else ():
             trainable[name].requires_grad_(False)
         present = [parameter for parameter in trainable.values() if parameter.requires_grad]
@@ -68,39 +96,52 @@ class Gradients:
     @property
     def _searches(self) -> bool:
         """Whether DDP searches for unused parameters in each step."""
-        return isinstance(self.model, DistributedDataParallel) and self.model.find_unused_parameters
+        return self._ddp is not None and self._ddp.find_unused_parameters
 
     def _wrap_again(self, *, search: bool = False) -> None:
         """Wrap the model in DDP again for the current trainable parameters; with `search`, DDP searches unused ones."""
-        old, handler = self.model, self.accelerator.ddp_handler
-        if not isinstance(old, DistributedDataParallel):
+        old = self._ddp
+        if old is None:
             return
+        self._ddp = self._distributed(old.module, search=search or old.find_unused_parameters)
+        self._ddp.broadcast_buffers = False
+        if self.model is old:
+            self.model = self._ddp
+            replace_prepared(self.accelerator, old, self._ddp)
+
+    def _distributed(
+        self, module: nn.Module, *, search: bool = False, init_sync: bool = False
+    ) -> DistributedDataParallel:
+        """Return DDP around a module, as the accelerator would make it."""
+        handler, device = self.accelerator.ddp_handler, self.accelerator.device
         options: dict[str, Any] = handler.to_kwargs() if handler is not None else {}
         options.pop("broadcast_buffers", None)  # which warns; nothing is synchronised here
-        if search or old.find_unused_parameters:
+        if search:
             options |= {"find_unused_parameters": True, "static_graph": False}
-        options |= {"device_ids": old.device_ids, "output_device": old.output_device, "init_sync": False}
-        self.model = DistributedDataParallel(old.module, **options)
-        self.model.broadcast_buffers = False
+        devices = [device.index] if device.type == "cuda" else None
+        options |= {"device_ids": devices, "output_device": device.index if devices else None, "init_sync": init_sync}
+        wrapped = DistributedDataParallel(module, **options)
         if handler is not None:
-            handler.register_comm_hook(self.model)
-        replace_prepared(self.accelerator, old, self.model)
+            handler.register_comm_hook(wrapped)
+        return wrapped
 
-    def add_up(self, step: Step, *, agree: bool = False) -> Tensor:
+    def add_up(self, step: Step, at: At, *, agree: bool = False) -> Tensor:
         """Add up the step's gradients, and return this process's part of its mean loss, 0-d.
 
         Several processes exchange gradients in their last backward. With `agree` they first find out whether memory
         was enough on all of them: if not, StepOutOfMemory is raised on all of them, and nothing was exchanged.
         """
-        if not agree:
-            total = self._local_gradients(step, exchange=True)
+        self.values = {}
+        if not agree and self._knows_use:
+            total = self._local_gradients(step, at, exchange=True)
             if total is None:
-                total = self._join_without_images(step.image_shape)
-            self._require_exchanged(step)
+                total = self._join_without_images(step, at)
+            if self._ddp is not None:
+                self._require_exchanged(step)
             return total
         short, total = None, None
         try:
-            total = self._local_gradients(step, exchange=False)
+            total = self._local_gradients(step, at, exchange=False)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -112,21 +153,24 @@ class Gradients:
         self._exchange()
         return torch.zeros((), device=self.accelerator.device) if total is None else total
 
-    def _local_gradients(self, step: Step, *, exchange: bool) -> Tensor | None:
+    def _local_gradients(self, step: Step, at: At, *, exchange: bool) -> Tensor | None:
         """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
         total: Tensor | None = None
-        several = self.processes.is_distributed
+        several, timer = self.processes.is_distributed, self.timer
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
-            num_images = len(images)
-            alone = num_images == 1 and bool(self.norms)  # one image has no batch statistics
+            count = num_images(images)
+            alone = count == 1 and bool(self.norms)  # one image has no batch statistics
             if alone:
                 self._freeze_batch_norm()
-            weight = num_images / step.num_images
+            weight = count / step.num_images
             last = exchange and number == step.num_micro_batches
-            with self.accelerator.no_sync(self.model) if several and not last else _NOTHING:
-                with self.timer("forward"):
-                    loss = self.step_loss(self.model, images, targets)
-                with self.timer("backward"):
+            with self.accelerator.no_sync(self._ddp) if several and not last else _NOTHING:
+                with timer("forward") if timer else _NOTHING:
+                    loss = self._loss(images, targets, at)
+                    if loss.__class__ is not Tensor:
+                        loss, values = checked(loss)
+                        add_values(self.values, values, weight, loss.device)
+                with timer("backward") if timer else _NOTHING:
                     self._backward(loss, weight)
             if alone:
                 self.set_train_mode()
@@ -136,12 +180,11 @@ class Gradients:
                 total = loss.detach() if weight == 1 else loss.detach() * weight
         return total
 
-    def _loss_of_logits(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        logits = model(images)
-        if self._is_first:
-            self._is_first = False
-            self.uniform_loss = loss_of_uniform_logits(self.loss, logits, targets)
-        return self.loss(logits, targets)
+    def _loss(self, images: Tree, targets: Tree, at: At) -> Any:
+        """Return what the step loss gives for a micro-batch."""
+        if self._ddp is None or self._ddp is self.model:
+            return self.step_loss(self.model, images, targets, at)
+        return self._ddp(images, targets, at)
 
     def _backward(self, loss: Tensor, weight: float = 1.0) -> None:
         """Add the gradients of `weight` times a loss; undoes the divisions by DDP and Accelerator.
@@ -151,7 +194,8 @@ class Gradients:
         """
         scaler = self.accelerator.scaler
         if scaler is None:
-            loss.backward(self._weight_like(loss, weight))
+            with graph_kept() if self.keeps_graph else _NOTHING:
+                loss.backward(self._weight_like(loss, weight), create_graph=self.keeps_graph)
         else:
             scaled = self._weight_like(loss, weight) * loss
             self.accelerator.backward(scaled * self.accelerator.gradient_accumulation_steps)
@@ -161,21 +205,22 @@ class Gradients:
         key = (weight, loss.dtype, loss.device, loss.shape)
         found = self._weights.get(key)
         if found is None:
-            if loss.numel() != 1:
-                raise RunError(
-                    f"the loss of a batch is a tensor of shape {tuple(loss.shape)}; give Trainer a loss that returns "
-                    "the mean over the images, a single number"
-                )
+            checked(loss)
             if len(self._weights) >= MOST_WEIGHTS:
                 self._weights.clear()
             found = self._weights[key] = torch.ones_like(loss) * self.processes.number * weight
         return found
 
-    def _join_without_images(self, image_shape: Sequence[int]) -> Tensor:
+    def _join_without_images(self, step: Step, at: At) -> Tensor:
         """Take part in the exchange of gradients with weight zero, and without moving batch-norm statistics."""
-        images = torch.zeros(2, *image_shape, device=self.accelerator.device, dtype=self.parameters[0].dtype)
-        self._freeze_batch_norm()
-        loss = self.model(images).sum() * 0.0
+        if self._ddp is self.model:
+            options: Any = {"device": self.accelerator.device, "dtype": self.parameters[0].dtype}
+            images = torch.zeros(2, *step.image_shape, **options) if step.like is None else zeros_like(step.like, 2)
+            self._freeze_batch_norm()
+            outputs = [leaf for leaf in leaves(loss_input(self.model(images))) if isinstance(leaf, Tensor)]
+            loss = torch.stack([output.float().sum() for output in outputs]).sum() * 0.0
+        else:
+            loss = self._loss(None, None, at)
         self._backward(loss)
         self.set_train_mode()
         return loss.detach()
@@ -183,7 +228,12 @@ class Gradients:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Give every process the mean of all processes' gradients, as DDP does: divided first, then summed."""
-        present = self.processes.largest(*(parameter.grad is not None for parameter in self.parameters))
+        here = [parameter.grad is not None for parameter in self.parameters]
+        present = self.processes.largest(*here)
+        if not self._knows_use:
+            self._knows_use = True
+            if self.processes.any_process(not all(here)):
+                self._wrap_again(search=True)
         for parameter in compress(self.parameters, present):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -193,11 +243,10 @@ class Gradients:
 
     def _require_exchanged(self, step: Step) -> None:
         """Raise RunError if a gradient is missing, so that DDP has left others unsynchronised."""
-        model = self.model
-        if not isinstance(model, DistributedDataParallel) or model.static_graph or self._searches:
+        if self._ddp is None or self._ddp.static_graph or self._searches:
             return
         if any(parameter.grad is None for parameter in self.parameters):
-            names = [n for n, p in self.raw_model.named_parameters() if p.requires_grad and p.grad is None]
+            names = [n for n, p in self.named_parameters().items() if p.requires_grad and p.grad is None]
             error = RunError(
                 f"step {step.index + 1}: forward no longer uses {shortened(names, 3)}, so that the processes could not "
                 "exchange their gradients; the checkpoints are as they were: use all parameters in every step, or "

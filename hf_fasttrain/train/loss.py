@@ -15,14 +15,20 @@ from hf_fasttrain.utils.errors import DataError, RunError
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, K), targets -> mean over the B images, 0-d
 
 
+def loss_input(output: Any) -> Any:
+    """Return what a loss gets of a model's output: its logits if it has some, else all of it (two heads, say)."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else output
+
+
 def logits_of(output: Any, remedy: str = "give Trainer predict=, a function (model, images) -> logits") -> Tensor:
     """Return a model's logits (B, K): its output, or that output's `logits`, as an attribute or in a mapping.
 
     Raises RunError, which ends with `remedy`, for anything else.
     """
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    logits = loss_input(output)
     if isinstance(logits, Tensor):
         return logits
     raise RunError(f"the model gives {_described(output)}, where logits are needed, one tensor (B, K): {remedy}")
@@ -59,7 +65,7 @@ class ClassificationLoss(nn.Module):
         super().__init__()
         self.multi_label, self.label_smoothing, self.binary = multi_label, label_smoothing, binary or multi_label
         self.target_threshold, self.sum_classes = target_threshold, sum_classes
-        self.register_buffer("class_weights", class_weights)
+        self.register_buffer("class_weights", class_weights, persistent=False)  # of the data, not learnt
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = self.class_weights

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_fasttrain.utils.errors import ModelError, RecipeError, RunError, nearest, shortened
 
+INNER = "inner"  # key of the states of optimizers within an optimizer
 # Tokens and position tables, by the names that timm and transformers give them.
 TOKEN_NAMES = {"pos_embed", "cls_token", "dist_token", "reg_token", "position_embeddings", "distillation_token"}
 
@@ -130,9 +131,10 @@ def _fused(name: str) -> dict[str, bool]:
     return {"fused": True} if name.lower() in {"adam", "adamw", "sgd", "nesterov", "momentum"} else {}
 
 
-def follow_parameters(optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], model: nn.Module) -> None:
-    """Replace the parameters in `before` by the model's current ones of the same name, after the model was moved."""
-    current = dict(model.named_parameters())
+def follow_parameters(
+    optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], current: dict[str, nn.Parameter]
+) -> None:
+    """Replace the parameters in `before` by the current ones of the same name, after the model was moved."""
     new = {id(old): current[name] for name, old in before.items() if current.get(name, old) is not old}
     for group in optimizer.param_groups if new else ():
         for old in group["params"]:
@@ -141,28 +143,43 @@ def follow_parameters(optimizer: torch.optim.Optimizer, before: dict[str, nn.Par
         group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
 
 
-def require_parameters_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise RunError for an optimizer of other parameters than the model's, which would train nothing.
+def require_parameters_of(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> None:
+    """Raise RunError for an optimizer of other parameters than the named ones, which would train nothing.
 
-    It may have others beside the model's (a loss's, say), and need not have all of them.
+    It may have others beside them, and need not have all of them.
     """
-    of_model = {id(parameter) for parameter in model.parameters()}
+    of_model = set(map(id, named.values()))
     optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    missing = [model.get_parameter(name) for name in names_not_optimized(optimizer, model)]
+    missing = [named[name] for name in names_not_optimized(optimizer, named)]
     foreign = [parameter for parameter in optimized if id(parameter) not in of_model]
     replaced = bool(missing) and sorted(p.shape for p in foreign) == sorted(p.shape for p in missing)
     if replaced or (missing and len(foreign) == len(optimized)):
         raise RunError(
             f"the optimizer holds {len(foreign):,} parameters that are not the model's, and not {len(missing):,} that "
-            f"are ({shortened(names_not_optimized(optimizer, model), 3)}): it was made before the model was changed, "
+            f"are ({shortened(names_not_optimized(optimizer, named), 3)}): it was made before the model was changed, "
             "or of another one; make it from model.parameters() of the model that is trained"
         )
 
 
-def names_not_optimized(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Return the names of a model's trainable parameters that an optimizer does not have."""
+def names_not_optimized(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> list[str]:
+    """Return the names of the trainable parameters that an optimizer does not have."""
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
+    return [name for name, p in named.items() if p.requires_grad and id(p) not in optimized]
+
+
+def inner_optimizers(optimizer: Any) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers that an optimizer keeps as attributes, with a state of their own (SAM's base optimizer)."""
+    return {
+        name: each
+        for name, each in vars(optimizer).items()
+        if isinstance(each, torch.optim.Optimizer) and each.state is not getattr(optimizer, "state", None)
+    }
+
+
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """Return the state of an optimizer, and of those within it."""
+    inner = {name: each.state_dict() for name, each in inner_optimizers(optimizer).items()}
+    return {**optimizer.state_dict(), **({INNER: inner} if inner else {})}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -174,10 +191,28 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state whose tensors come from a file: each takes the memory layout of its parameter again.
 
-    Fused kernels go through parameter and state side by side, and would pair the wrong numbers otherwise.
+    Fused kernels go through parameter and state side by side, and would pair the wrong numbers otherwise. Sums (in
+    LBFGS, say) round differently where memory is not aligned, as it is not in a file.
     """
-    optimizer.load_state_dict(state)
+    inner = {name: (each, each.param_groups) for name, each in inner_optimizers(optimizer).items()}
+    groups = optimizer.param_groups
+    optimizer.load_state_dict({key: value for key, value in state.items() if key != INNER})
+    for name, (each, theirs) in inner.items():
+        shares = len(theirs) == len(groups) and all(a is b for a, b in zip(theirs, groups, strict=True))
+        restore_optimizer(each, state[INNER][name])
+        if shares:  # the published SAM sets rates in both at once
+            each.param_groups = optimizer.param_groups
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim > 1:
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
+            values[name] = _with_layout(value, parameter)
+
+
+def _with_layout(value: Any, parameter: torch.Tensor) -> Any:
+    """Return a copy of a state's tensors in memory of their own, laid out as the parameter is."""
+    if isinstance(value, list):
+        return [_with_layout(each, parameter) for each in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.shape == parameter.shape and value.ndim > 1:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
+    return value.clone()

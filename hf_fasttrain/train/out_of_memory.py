@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,10 @@ def free_cached_memory(device: torch.device) -> None:
     relax_memory_limit()
 
 
+def _size(step: Step) -> int:
+    return max(step.image_shape, default=1)
+
+
 class Memory:
     """Whether steps fit into memory, and the backup that is needed to retry one that did not.
 
@@ -39,15 +43,15 @@ class Memory:
 
     def __init__(
         self,
-        model: nn.Module,
+        buffers: Iterable[Tensor],
         parameters: Sequence[nn.Parameter],
         norms: Sequence[nn.Module],
         processes: Processes,
     ) -> None:
-        self.parameters, self.processes = parameters, processes
+        self.parameters, self.norms, self.processes = parameters, norms, processes
         self._meets_in_forward = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
         by_type: dict[torch.dtype, list[Tensor]] = {}  # a fused operation takes tensors of one type
-        for buffer in model.buffers():
+        for buffer in buffers:
             if buffer.numel():
                 by_type.setdefault(buffer.dtype, []).append(buffer)
         self._buffers = [(live, [torch.empty_like(buffer) for buffer in live]) for live in by_type.values()]
@@ -61,11 +65,11 @@ class Memory:
 
         Synchronised batch norm meets in the forward, where a process that fails leaves the others waiting.
         """
-        return self.processes.is_distributed and step.image_shape[-1] > self._fits_px and not self._meets_in_forward
+        return self.processes.is_distributed and _size(step) > self._fits_px and not self._meets_in_forward
 
     def fits(self, step: Step) -> None:
         """Record that a step fits on all processes."""
-        self._fits_px = max(self._fits_px, step.image_shape[-1])
+        self._fits_px = max(self._fits_px, _size(step))
 
     def keep(self) -> None:
         """Back up the buffers before a step."""
@@ -97,6 +101,13 @@ class Memory:
         yield
         self._weights = None
         self._failed_in = "update"  # what comes after it can't be undone either
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Mark the step of an optimizer that tries weights; the caller can undo it until it is complete."""
+        self._failed_in = "gradients"
+        yield
+        self._failed_in = "update"
 
     def updated(self, *, applied: bool) -> None:
         """Record that an update is complete; `applied`: the optimizer has not skipped it, and has made its state."""

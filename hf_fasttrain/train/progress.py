@@ -25,6 +25,7 @@ class Progress:
         trainer = self.trainer
         add_up, throughput = trainer.processes.add_up, trainer.throughput
         first = None if self._knows_first_loss else throughput.first_loss(add_up)
+        named = throughput.means(trainer.processes.gather) if trainer.step.returns_values else {}
         values = throughput.lap(add_up)
         if not math.isfinite(values["loss"]):
             raise self._not_finite()
@@ -39,11 +40,13 @@ class Progress:
             "eta_seconds": left * values["seconds_per_step"] + evaluating,
             "peak_memory_bytes": peak_memory_bytes(trainer.device),
         }
-        trainer.log.train_line(trainer.state.step, trainer.num_steps, line)
+        if taken := sorted(named.keys() & (line.keys() | {"kind", "step"})):
+            raise RunError(f"step_loss returned values named {', '.join(taken)}, as the log's own; call them otherwise")
+        trainer.log.train_line(trainer.state.step, trainer.num_steps, {**line, **named})
 
     def _compare_with_uniform(self, first: float) -> None:
         """Say so if a run begins far above the loss of a model that finds all classes equally likely."""
-        self._knows_first_loss, uniform = True, self.trainer.step.accumulation.uniform_loss
+        self._knows_first_loss, uniform = True, self.trainer.step.uniform_loss
         note = first_loss_note(first, float(uniform)) if uniform is not None else None
         if note and not self.trainer.state.resumed_at:
             self.trainer.log.note(note)

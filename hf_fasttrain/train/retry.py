@@ -102,7 +102,11 @@ class Retry:
         self.step.undo()
         steps.close()
         free_cached_memory(self.step.device)
-        return steps.retry(step.index, micro_batch_size)
+        step = steps.retry(step.index, micro_batch_size)
+        if not self.processes.is_distributed:
+            for note in self.step.split_notes(step):
+                self.log.note(note)
+        return step
 
     def _released_images(self, agreed: bool) -> bool:
         """Drop evaluation images that are cached on the device, and return whether there were any.

@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.data.loading.loader import Step, Timer, no_timer
-from hf_fasttrain.train.checkpoint_state import State
+from hf_fasttrain.train.checkpoint_state import State, state_of
+from hf_fasttrain.train.closure import wants_closure, wants_graph
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.gradients import Gradients
-from hf_fasttrain.train.loss import Loss
 from hf_fasttrain.train.optim import follow_parameters, names_not_optimized, require_parameters_of
 from hf_fasttrain.train.out_of_memory import Memory
+from hf_fasttrain.train.step_loss import (
+    At,
+    LossOfLogits,
+    StepLoss,
+    module_of,
+    named_parameters,
+    split_note,
+    wraps_loss,
+)
 from hf_fasttrain.train.update import Update
 from hf_fasttrain.utils.errors import RunError, shortened
 
@@ -33,7 +42,7 @@ class TrainStep:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: Loss,
+        step_loss: StepLoss | LossOfLogits,
         processes: Processes,
         state: State,
         *,
@@ -43,32 +52,58 @@ class TrainStep:
     ) -> None:
         self.accelerator, self.processes, self.state, self.seed = accelerator, processes, state, seed
         self.device = accelerator.device
-        before = dict(model.named_parameters())
+        loss = module_of(step_loss)
+        before = named_parameters(model, loss)
         self.raw_model = model.to(self.device)
-        wrapped = _wrapped(accelerator, model)
-        follow_parameters(optimizer, before, self.raw_model)
-        require_parameters_of(optimizer, self.raw_model)
+        if loss is not None:
+            loss.to(self.device)
+        wrapped = _wrapped(accelerator, model, alone=wraps_loss(step_loss))
+        named = named_parameters(self.raw_model, loss)
+        follow_parameters(optimizer, before, named)
+        require_parameters_of(optimizer, named)
+        _require_possible(optimizer, accelerator)
         optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
         if ema is not None:
             ema.attach(self.raw_model)  # where it lies now
             processes.broadcast_from_main(ema.module.state_dict().values())  # as DDP does with the model's weights
-        self.accumulation = Gradients(accelerator, wrapped, self.raw_model, loss, processes)
+        self.accumulation = Gradients(accelerator, wrapped, self.raw_model, step_loss, processes)
+        self.accumulation.keeps_graph = wants_graph(optimizer)
         self.norms, self.parameters = self.accumulation.norms, self.accumulation.parameters
-        self.memory = Memory(self.raw_model, self.parameters, self.norms, processes)
+        self.loss_state = state_of(loss)
+        buffers = [*self.raw_model.buffers(), *(self.loss_state.buffers if self.loss_state else ())]
+        self.memory = Memory(buffers, self.parameters, self.norms, processes)
         self.applying = Update(accelerator, optimizer, self.parameters, self.memory, clip_norm=clip_norm, ema=ema)
         self.is_settled = False  # whether it is known which parameters are trained
-        self._has_gradients = False
-        self._index = 0  # of the step whose gradients are there
+        self._has_gradients = self._has_compared = False
+        self._step: Step | None = None  # whose gradients are there
+        self.steps_per_epoch, self.num_steps = 1, 0  # which a step loss is told
         self.time_by(no_timer)
 
     def time_by(self, timer: Timer) -> None:
         """Time the phases of steps from now on."""
-        self._timer = self.accumulation.timer = timer
+        self._timer = timer
+        self.accumulation.timer = None if timer is no_timer else timer
 
     @property
     def model(self) -> nn.Module:
-        """The model that gives the logits of training: `raw_model` wrapped by the accelerator."""
+        """The model that gives the outputs of training: `raw_model` wrapped by the accelerator."""
         return self.accumulation.model
+
+    @property
+    def uniform_loss(self) -> Tensor | None:
+        """The loss of the first images, if all classes were equally likely; None where that is not known."""
+        step_loss = self.accumulation.step_loss
+        return step_loss.uniform if isinstance(step_loss, LossOfLogits) else None
+
+    @property
+    def returns_values(self) -> bool:
+        """Whether the step loss may return values for the log."""
+        return not isinstance(self.accumulation.step_loss, LossOfLogits)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """This process's part of what the step loss has returned for the log, by name, 0-d, on the device."""
+        return self.accumulation.values
 
     @property
     def optimizer(self) -> Any:
@@ -93,15 +128,32 @@ class TrainStep:
         """
         if self._has_gradients:  # of an earlier pass, or of a step that an exception has ended
             self.applying.zero_grad()
-        self._has_gradients, self._index = True, step.index
+        self._has_gradients, self._step = True, step
+        if self.applying.wants_closure:
+            step.micro_batches.retain()
+        return self._add_up(step)
+
+    def _add_up(self, step: Step) -> Tensor:
         self.seed_masks(step.index)
-        return self.accumulation.add_up(step, agree=self.memory.is_uncertain(step))
+        return self.accumulation.add_up(step, self._at(step), agree=self.memory.is_uncertain(step))
+
+    def _at(self, step: Step) -> At:
+        return At(step.index + 1, self.state.updates, step.index // self.steps_per_epoch, self.num_steps)
+
+    def _add_up_again(self) -> Tensor:
+        """Add up the gradients of the present step once more; return its mean loss over all processes."""
+        assert self._step is not None
+        values = self.accumulation.values  # those of the first pass are logged
+        loss = self.processes.add_up(self._add_up(self._step))
+        self.accumulation.values = values
+        return loss
 
     def update(self) -> None:
         """Clip the gradients, step the optimizer and move the average; count the update unless fp16 skips it."""
+        assert self._step is not None, "gradients(step) comes first"
         with self._timer("optimizer"):
-            self.applying(self.state.updates, self._index)
-        self._has_gradients = False
+            self.applying(self.state.updates, self._step.index, self._add_up_again)
+        self._has_gradients, self._step = False, None
         self.state.updates += not self.applying.skipped
 
     def seed_masks(self, index: int) -> None:
@@ -110,19 +162,44 @@ class TrainStep:
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(key)
+        if self.accumulation.keeps_graph and hasattr(
+            self.optimizer, "generator"
+        ):  # Adahessian's, which it doesn't save
+            self.optimizer.generator.manual_seed(key)
+            self.optimizer.seed = key  # for the one that it makes on the device
 
     def settle(self, step: Step) -> list[str]:
         """Find out, before the first step, which parameters are trained; return notes on the others."""
         notes = self.accumulation.leave_out_unused(step)  # memory may be too short for the step's images
+        notes += self.split_notes(step)
         self.is_settled = True
-        missing = names_not_optimized(self.optimizer, self.raw_model)
+        named = self.accumulation.named_parameters()
+        missing = names_not_optimized(self.optimizer, named)
         if missing:
-            self.applying.ignore([self.raw_model.get_parameter(name) for name in missing])
+            self.applying.ignore([named[name] for name in missing])
             notes.append(
                 f"the optimizer has not been given {len(missing):,} of the model's {len(self.parameters):,} trainable "
                 f"parameters ({shortened(missing, 3)}): they stay as they are"
             )
         return notes
+
+    def split_notes(self, step: Step) -> list[str]:
+        """Return a note, at the first step that is split, if its loss depends on that. Raises RunError for a sum."""
+        is_split = step.num_micro_batches > 1 or self.processes.is_distributed
+        if self._has_compared or not is_split:
+            return []
+        self._has_compared, note, error = True, "", None
+        first = step.micro_batches.peek()
+        arguments = (self.accumulation.step_loss, self.raw_model)
+        tolerance = 1e-3 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels round
+        if first is not None:
+            try:
+                note = split_note(*arguments, *first, self._at(step), tolerance=tolerance)
+            except RunError as raised:
+                error = raised
+        if self.processes.any_process(error is not None):
+            raise error or RunError("another process's loss is a sum over its images; return the mean")
+        return [note] if note else []
 
     def undo(self) -> None:
         """Undo a failed step."""
@@ -131,11 +208,23 @@ class TrainStep:
         self.accumulation.set_train_mode()
 
 
-def _wrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Return the model wrapped by the accelerator. Raises RunError for a precision that the device does not have."""
+def _require_possible(optimizer: Any, accelerator: Accelerator) -> None:
+    """Raise RunError for an optimizer that needs a second pass or its graph where there can't be one."""
+    name = type(optimizer).__name__
+    if accelerator.scaler is not None and (wants_closure(optimizer) or wants_graph(optimizer)):
+        raise RunError(f"optimizer {name} makes several passes a step, and fp16's loss scale one: use bf16, or no")
+    if accelerator.num_processes > 1 and wants_graph(optimizer):
+        raise RunError(f"optimizer {name} differentiates gradients, which several processes can't exchange; use one")
+
+
+def _wrapped(accelerator: Accelerator, model: nn.Module, *, alone: bool) -> nn.Module:
+    """Return the model wrapped by the accelerator; `alone`: without DistributedDataParallel.
+
+    Raises RunError for a precision that the device does not have.
+    """
     with warnings.catch_warnings():  # of an argument that accelerate always passes on
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        prepared = accelerator.prepare_model(model)
+        prepared = accelerator.prepare_model(model, evaluation_mode=alone)
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:
         raise RunError(
             f"{accelerator.mixed_precision} has no effect on {accelerator.device}; use mixed_precision no or bf16"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +47,25 @@ class Throughput:
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._images: list[int] = []  # of each loss
+        self._values: dict[str, Tensor] = {}  # sums over the images of what the step loss has returned for the log
+        self._of_value: dict[str, int] = {}  # over how many images
         self._at: list[int] = []  # which step of the lap each loss is of
         self._steps = self._seen = 0  # steps and images, skipped ones too
         self._seconds = self._wait = 0.0
 
-    def add(self, loss: Tensor, num_images: int, grad_norm: Tensor | None = None, *, skipped: bool = False) -> None:
+    def add(
+        self,
+        loss: Tensor,
+        num_images: int,
+        grad_norm: Tensor | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        *,
+        skipped: bool = False,
+    ) -> None:
         """Count a step: this process's part of its mean loss (0-d), its images on all processes, its gradients' norm.
 
-        Loss and norm of a step that fp16 skipped may be NaN or inf, and are ignored.
+        `values`: this process's part of means for the log. All of a step that fp16 skipped may be NaN or inf, and is
+        ignored.
         """
         self.images += num_images
         self._steps, self._seen = self._steps + 1, self._seen + num_images
@@ -64,6 +76,10 @@ class Throughput:
         self._images.append(num_images)
         if grad_norm is not None:
             self._norms.append(grad_norm)
+        for name, value in values.items() if values else ():
+            total = self._values.get(name)
+            self._values[name] = value * num_images if total is None else total.add_(value, alpha=num_images)
+            self._of_value[name] = self._of_value.get(name, 0) + num_images
 
     def first_loss(self, add_up: Callable[[Tensor], Tensor]) -> float | None:
         """Return the mean loss of the present lap's first step, None if there is none; called by all processes."""
@@ -116,6 +132,22 @@ class Throughput:
     def restore(self, state: State) -> None:
         """Continue counting from a state."""
         self.images, self.train_seconds, self.wait_seconds = state.images, state.train_seconds, state.wait_seconds
+
+    def means(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+        """Return the present lap's means of the step loss's values, before `lap`; called by all processes.
+
+        `gather` joins lists of all processes. A value that a process lacks in this lap counts there as 0 of its sum.
+        """
+        names = list(self._values)
+        numbers = torch.stack(list(self._values.values())).tolist() if names else []
+        local = {name: (number, self._of_value[name]) for name, number in zip(names, numbers, strict=True)}
+        sums: dict[str, float] = {}
+        images: dict[str, int] = {}
+        for each in gather([local]):
+            for name, (number, count) in each.items():
+                sums[name] = sums.get(name, 0.0) + number
+                images[name] = max(images.get(name, 0), count)
+        return {name: sums[name] / images[name] for name in sums}
 
     @contextmanager
     def running(self) -> Iterator[None]:

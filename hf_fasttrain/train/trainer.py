@@ -38,6 +38,7 @@ from hf_fasttrain.train.retry import Retry
 from hf_fasttrain.train.schedule import Schedule, constant
 from hf_fasttrain.train.session import Session
 from hf_fasttrain.train.step import TrainStep
+from hf_fasttrain.train.step_loss import LossOfLogits, StepLoss
 from hf_fasttrain.train.steps import Steps
 from hf_fasttrain.train.stop import StopRequests, StopSignals
 from hf_fasttrain.train.throughput import Throughput
@@ -54,17 +55,16 @@ class Trainer:
     """Trains `model` with `optimizer` over the steps of `train_loader`.
 
     `Trainer.from_recipe` makes one from a recipe. With your own objects, a batch of `train_loader` is (images,
-    targets), this process's share of one step, which is split into `accumulation_steps` micro-batches; `loss` maps
-    (logits, targets) to the mean over their images; `eval_loader` gives (images, labels), on all processes together
-    each image once. The model is moved to the accelerator's device and wrapped; don't prepare anything yourself.
+    targets), this process's share of one step, which is split into `accumulation_steps` micro-batches; both are
+    tensors, or tuples, lists and dicts of them. `loss` maps (logits, targets) to the mean over their images;
+    `step_loss`, in its place, (model, images, targets, at) to that mean, or to (mean, {name: value for the log}).
+    `eval_loader` gives (images, labels), on all processes together each image once. The model is moved to the
+    accelerator's device and wrapped; don't prepare anything yourself.
     Before the first step two images of noise show which parameters forward does not use: they are frozen, and named.
 
-    What is rarely changed are attributes, to be set before `fit`: `final` (with which weights the run ends, and which
-    output_dir/model has: best or last; by default best with `early_stopping`, else last), `checkpoints.keep` (how many
-    are kept beside the best one), `evaluation.test_loader` (measured once, with those weights), `export` (writes the
-    model into a folder).
-
-    `callbacks` are called while it trains: see `Callback`.
+    What is rarely changed are attributes, to be set before `fit`: `final` (which weights the run ends with, and
+    output_dir/model has: best or last; by default best with `early_stopping`), `checkpoints.keep` (beside the best
+    one), `evaluation.test_loader` (measured once, with those weights), `export` (writes the model into a folder).
 
     Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped when a signal has stopped training,
     its state saved.
@@ -80,6 +80,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         accumulation_steps: int = 1,
         loss: Loss = F.cross_entropy,
+        step_loss: StepLoss | None = None,
         schedule: Schedule = constant,
         clip_norm: float | None = None,
         ema: Ema | None = None,
@@ -100,10 +101,10 @@ class Trainer:
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=accumulation_steps)
         self.device = set_current_device(self.accelerator)
         self.processes, self.state = Processes(self.accelerator), State()
-        options: dict[str, Any] = {"seed": seed, "clip_norm": clip_norm, "ema": ema}
-        self.step = TrainStep(self.accelerator, model, optimizer, loss, self.processes, self.state, **options)
+        parts = (self.accelerator, model, optimizer, step_loss or LossOfLogits(loss), self.processes, self.state)
+        self.step = TrainStep(*parts, seed=seed, clip_norm=clip_norm, ema=ema)
         self.raw_model, self.optimizer, self.ema = self.step.raw_model, self.step.optimizer, ema
-        self.lr, self.schedule = float(optimizer.param_groups[0]["lr"]), schedule
+        self.lr, self.schedule, self.log_every = float(optimizer.param_groups[0]["lr"]), schedule, log_every
         for group in optimizer.param_groups:  # the groups' own rates keep their ratios
             group.setdefault("lr_scale", float(group["lr"]) / self.lr)
         self.train_loader = UserLoader.wrap(
@@ -115,14 +116,13 @@ class Trainer:
         )
         steps_per_epoch = self.train_loader.steps_per_epoch
         self.num_steps = Duration.parse(duration).to_steps(steps_per_epoch)
+        self.step.steps_per_epoch, self.step.num_steps = steps_per_epoch, self.num_steps
         self.evaluate_every = Duration.parse(evaluate_every).to_steps(steps_per_epoch)
         saving = Duration.parse(checkpoint_every, minutes=True)
         minutes = saving.count if saving.unit == "minutes" else None
         self.checkpoint_every = self.num_steps if minutes is not None else saving.to_steps(steps_per_epoch)
         if min(self.num_steps, self.evaluate_every, self.checkpoint_every, log_every) < 1 or saving.count == 0:
             raise RunError("duration, evaluate_every, checkpoint_every and log_every must be at least 1 step")
-        self.log_every = log_every
-
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.report = report and output_dir is not None
         self.log = log or RunLog(self.output_dir, main=self.processes.is_main)
@@ -147,7 +147,8 @@ class Trainer:
         on_disk = self.checkpoints.newest_written if self.checkpoints else lambda: 0
         self.stop = StopRequests(self.processes, StopSignals(self.log.hurry), minutes, on_disk)
         scaler = self.accelerator.scaler
-        self.stateful = TrainingObjects(self.processes, self.raw_model, ema, self.optimizer, scaler, self.train_loader)
+        stateful = (self.raw_model, ema, self.optimizer, scaler, self.train_loader, self.step.loss_state)
+        self.stateful = TrainingObjects(self.processes, *stateful)
         self.retry = Retry(
             self.step, self.train_loader, lambda: self.evaluation.loaders, self.state, self.log, self.output_dir
         )
@@ -229,7 +230,7 @@ class Trainer:
             set_lr(self.step.optimizer, self.state.lr)
             self.callbacks.call("before_step", self, self.state.step + 1)
             loss = self.retry(step, self.upcoming, self.train_step)
-            self.throughput.add(loss, step.num_images, self.step.grad_norm, skipped=self.step.skipped)
+            self.throughput.add(loss, step.num_images, self.step.grad_norm, self.step.values, skipped=self.step.skipped)
             self.state.step += 1
             report = StepReport(self.state.step, loss, step.num_images, self.state.lr, self.step.grad_norm)
             self.log.at_step(self.state.step)
@@ -277,10 +278,9 @@ class Trainer:
             self.checkpoints.saved = publish.saved
 
     def train_step(self, step: Step) -> Tensor:
-        """Make one optimizer step and return this process's part of the mean loss over the step's images.
+        """Make one optimizer step; return this process's part of the mean loss over its images, 0-d, on the device.
 
-        The loss is 0-d, on the device, and its parts add up over processes. Nothing waits for the device but
-        fp16, for its scale.
+        The parts add up over processes. Nothing waits for the device but fp16, for its scale.
         """
         loss = self.step.gradients(step)
         self.step.update()

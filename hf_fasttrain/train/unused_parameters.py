@@ -5,23 +5,25 @@ DistributedDataParallel waits for the gradient of each parameter: one that never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.prefetch import Batch
-from hf_fasttrain.models.side_effects import preserved_state, random_states, seeded_random_states
+from hf_fasttrain.data.loading.trees import map_leaves, rows
+from hf_fasttrain.models.side_effects import eager, preserved_state, random_states, seeded_random_states
 from hf_fasttrain.train.distributed import Processes
-from hf_fasttrain.train.loss import Loss
+from hf_fasttrain.train.loss import Loss, loss_input
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.library_errors import is_out_of_memory
-from hf_fasttrain.utils.private_apis import has_gradient_hooks, is_compiler_imported
+from hf_fasttrain.utils.private_apis import has_gradient_hooks
 
+TWO = [0, -1]  # images: batch norm needs as many
 TRIES = 4  # where forward draws random numbers or misses a parameter: layers may be skipped at random
 
 
@@ -87,17 +89,18 @@ def _attempt(model: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], b
 
     def total() -> Tensor:
         nonlocal is_random
-        images = _noise_like(batch[0])
-        before = random_states(images.device)
-        outputs = model(images)
-        is_random = random_states(images.device) != before
-        if isinstance(outputs, Tensor):
+        images = map_leaves(_noise_like, rows(batch[0], TWO))
+        before = random_states(device)
+        outputs = loss_input(model(images))
+        is_random = random_states(device) != before
+        if isinstance(outputs, Tensor) and not has_parameters:
             return outputs.sum()  # a loss reaches all of a tensor or nothing
-        return loss(outputs, _two_of(batch[1]))
+        return loss(outputs, rows(batch[1], TWO))
 
     device = parameters[0].device
+    has_parameters = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
     try:
-        with seeded_random_states(device, seed), preserved_state(model), preserved_state(loss), _eager():
+        with seeded_random_states(device, seed), preserved_state(model), preserved_state(loss), eager():
             return _Try(_get_gradient(total, parameters), is_random)
     except Exception as error:  # noqa: BLE001 - whatever noise and two images may bring about in a user's model
         short = is_out_of_memory(error)
@@ -124,25 +127,6 @@ def _get_gradient(total: Callable[[], Tensor], parameters: Sequence[nn.Parameter
             parameter.grad = gradient
 
 
-def _two_of(rows: Tensor) -> Tensor:
-    return rows[[0, -1]]
-
-
-def _noise_like(images: Tensor) -> Tensor:
-    """Return two images of noise like those of a batch; of whole numbers, two of its own."""
-    two = _two_of(images)
-    return torch.randn_like(two) if two.is_floating_point() else two
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Compile nothing, and let cuDNN look for no algorithms, for a batch of two images that never comes again."""
-    benchmark = torch.backends.cudnn.benchmark
-    with ExitStack() as stack:
-        if is_compiler_imported():
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        torch.backends.cudnn.benchmark = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
+def _noise_like(leaf: Any) -> Any:
+    """Return noise of the shape of a tensor of fractions; what else a batch has stays."""
+    return torch.randn_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_fasttrain.train.closure import Backup, still_batch_norm, wants_closure
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.out_of_memory import Memory
 from hf_fasttrain.utils.errors import RunError
@@ -32,24 +33,47 @@ class Update:
     ) -> None:
         self.accelerator, self.optimizer, self.parameters, self.memory = accelerator, optimizer, parameters, memory
         self.clip_norm, self.ema = clip_norm, ema
+        self.wants_closure = wants_closure(optimizer)
+        self._backup: Backup | None = None  # while an optimizer calls its closure
         self._ignored: Sequence[nn.Parameter] = ()
         self.grad_norm: Tensor | None = None  # of the last update, on the device; None where fp16 has scaled it
         self.skipped = False  # whether fp16's last gradients overflowed
         self._scale: float | None = None  # fp16's loss scale after the last update
 
-    def __call__(self, number: int, step: int) -> None:
-        """Make update `number` after step index `step`; one that fp16's overflow prevents is `skipped`."""
+    def __call__(self, number: int, step: int, again: Callable[[], Tensor]) -> None:
+        """Make update `number` after step index `step`; one that fp16's overflow prevents is `skipped`.
+
+        `again()` adds up the step's gradients once more and returns its loss, for an optimizer that wants a closure.
+        """
         scaler = self.accelerator.scaler
         self.grad_norm = self._clip()
         if scaler is not None and self._scale is None:
             self._scale = scaler.get_scale()
-        with self.memory.updating(empty=not self.optimizer.state):
-            self.optimizer.step()
+        if self.wants_closure:
+            self._step_with(again)
+        else:
+            with self.memory.updating(empty=not self.optimizer.state):
+                self.optimizer.step()
         self.skipped = scaler is not None and self._has_skipped(scaler, step)
         if self.ema is not None and not self.skipped:
             self.ema.update(number)
         self.memory.updated(applied=not self.skipped)
         self.zero_grad()
+
+    def _step_with(self, again: Callable[[], Tensor]) -> None:
+        """Step an optimizer that changes weights, asks for the gradients there, and changes them again."""
+
+        def closure() -> Tensor:
+            self.zero_grad()
+            with torch.enable_grad(), still_batch_norm(self.memory.norms, self.optimizer):
+                loss = again()
+            self._clip()
+            return loss
+
+        self._backup = Backup(self.optimizer)
+        with self.memory.trying():
+            self.optimizer.step(closure)
+        self._backup = None
 
     def ignore(self, parameters: Sequence[nn.Parameter]) -> None:
         """Ignore and drop the gradients of parameters that the optimizer does not have."""
@@ -89,7 +113,10 @@ class Update:
     def undo(self) -> None:
         """Undo a failed step: drop its gradients, and revert its update if that was the first one."""
         self.zero_grad()
-        if self.memory.failed_in() == "first update":
+        if self._backup is not None:
+            self._backup.restore()
+            self._backup = None
+        elif self.memory.failed_in() == "first update":
             self.optimizer.state.clear()  # it may be incomplete
         scaler = self.accelerator.scaler
         if scaler is not None and has_loss_scale(scaler):  # before the first loss there is nothing to undo

@@ -455,7 +455,7 @@ def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: 
 
 def test_the_trainer_stays_on_one_page() -> None:
     """Each parameter is one that somebody with a model and a loader would set; what does the work has its own file."""
-    assert len(inspect.signature(Trainer.__init__).parameters) - 1 <= 23
+    assert len(inspect.signature(Trainer.__init__).parameters) - 1 <= 25  # with step_loss, metrics and predict
     methods = [
         name for name, value in vars(Trainer).items() if callable(value) or isinstance(value, property | classmethod)
     ]

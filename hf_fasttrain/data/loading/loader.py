@@ -33,6 +33,7 @@ class Step:
     num_micro_batches: int  # of this process; 0 if the step has too few images for it
     micro_batches: MicroBatches  # images (B, 3, H, W), targets
     image_shape: tuple[int, ...]  # of one image
+    like: Any = None  # images that are not one tensor: a tree of their form, for a process that has none
 
 
 class MicroBatches:
@@ -44,6 +45,14 @@ class MicroBatches:
 
     def __init__(self, ahead: Iterator[Batch], make: Callable[[], Iterator[Batch]]) -> None:
         self._pass, self._make, self._is_started = ahead, make, False
+
+    def retain(self) -> None:
+        """Store the micro-batches, before the first pass, for the passes that follow: building them again takes longer.
+
+        An optimizer that needs the gradients of a step more than once can afford that: its activations are larger.
+        """
+        kept = list(self)
+        self._pass, self._make = iter(kept), kept.__iter__
 
     def __iter__(self) -> Iterator[Batch]:
         if self._is_started:

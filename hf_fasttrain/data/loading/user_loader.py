@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_fasttrain.data.loading import trees
 from hf_fasttrain.data.loading.loader import EvalLoader, MicroBatches, Step
 from hf_fasttrain.data.loading.prefetch import Batch
 from hf_fasttrain.data.loading.sampler import cut_micro_batches
+from hf_fasttrain.data.loading.trees import Tree, first_leaf, num_images
 from hf_fasttrain.data.loading.worker_deaths import batches_of_user
 from hf_fasttrain.utils.errors import DataError, RunError
 
@@ -22,8 +24,9 @@ from hf_fasttrain.utils.errors import DataError, RunError
 class UserLoader:
     """Steps from a loader that the user passes in: each of its batches is this process's share of one step.
 
-    A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``. The loaders of all processes must
-    yield the same number of batches, which may differ in size or be empty. Resuming within an epoch needs a loader
+    A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``; images and targets are tensors, or
+    tuples, lists and mappings of them. The loaders of all processes must yield the same number of batches, which may
+    differ in size or be empty. Resuming within an epoch needs a loader
     with ``load_state_dict``, such as torchdata's StatefulDataLoader.
     """
 
@@ -42,6 +45,7 @@ class UserLoader:
         self.micro_batch_size = 0  # the largest so far
         self.size_setting = f"accumulation_steps {accumulation_steps}"
         self._cut: int | None = None
+        self._knows_form = False
         self._batches: Iterator[Any] = iter(())
         self._current: Batch | None = None
         self._next_step = 0  # the step of the next batch
@@ -122,8 +126,15 @@ class UserLoader:
             if batch is None:
                 raise DataError(f"train_loader gave no batch for step {index}")
             self._current, self._next_step = to_device(batch, self.device), index + 1
+            self._require_rows(*self._current)
             self.wait_seconds += time.perf_counter() - start_time
             yield self._step(index, *self._current)
+
+    def _require_rows(self, images: Tree, targets: Tree) -> None:
+        """Raise DataError, at the first batch, for what can't be cut into micro-batches."""
+        if not self._knows_form:
+            trees.require_equal_lengths(num_images(images), images=images, targets=targets)
+            self._knows_form = True
 
     def _start_epoch(self, epoch: int) -> Any:
         sampler = getattr(self.loader, "sampler", None)
@@ -132,10 +143,10 @@ class UserLoader:
         self._batches = batches_of_user(self.loader, "train_loader")
         return next(self._batches, None)
 
-    def _step(self, index: int, images: Tensor, targets: Tensor) -> Step:
-        number = len(images)
+    def _step(self, index: int, images: Tree, targets: Tree) -> Step:
+        number = num_images(images)
         total = self.total(number) if self.total else number
-        shape = tuple(images.shape[1:])
+        shape = tuple(first_leaf(images).shape[1:])
         pairs = (number + 1) // 2
         size = self._cut or 2 * max(1, -(-pairs // self.accumulation_steps))
         self.micro_batch_size = max(self.micro_batch_size, size) if self._cut is None else size
@@ -144,10 +155,11 @@ class UserLoader:
             return Step(index, total, 1, MicroBatches(iter(whole), whole.__iter__), shape)
         sizes = _sizes(number, size, self.join_single)
 
-        def cut() -> Iterator[Batch]:
-            return zip(images.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True)
+        def make() -> Iterator[Batch]:
+            return zip(trees.cut(images, sizes), trees.cut(targets, sizes), strict=True)
 
-        return Step(index, total, len(sizes), MicroBatches(cut(), cut), shape)
+        like = None if isinstance(images, Tensor) else images
+        return Step(index, total, len(sizes), MicroBatches(make(), make), shape, like)
 
 
 @functools.lru_cache(maxsize=100)  # computing them takes 4 us of a step
@@ -175,6 +187,4 @@ class UserEvalLoader:
 def to_device(batch: Any, device: torch.device) -> Batch:
     """Move a pair (images, targets), or a mapping with pixel_values and labels, to the device; return the pair."""
     images, targets = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch
-    if images.device == device:
-        return images, targets
-    return images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return trees.to_device(images, device), trees.to_device(targets, device)

@@ -1,0 +1,405 @@
+"""A loss of one's own: of model, images, targets and time; with parameters; of any tree of tensors; no mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from helpers.processes import run_processes
+from torch import Tensor, nn
+
+from hf_fasttrain import RunError, Trainer
+from hf_fasttrain.data.loading.trees import cut, join, map_leaves, rows
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.step_loss import At
+from hf_fasttrain.utils.errors import DataError
+
+CLASSES, BATCH, STEPS, LR = 4, 12, 5, 0.1
+Batch = tuple[Any, Any]
+
+
+class TwoInputs(nn.Module):
+    """Logits of an image and of numbers beside it; `features` is a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.meta = nn.Linear(3 * 4 * 4, 8), nn.Linear(2, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def features(self, images: Tensor, meta: Tensor) -> Tensor:
+        return torch.tanh(self.body(images.flatten(1)) + self.meta(meta))
+
+    def forward(self, images: Tensor, meta: Tensor) -> Tensor:
+        return self.head(self.features(images, meta))
+
+
+class Centers(nn.Module):
+    """A loss with weights: the distance from the centre of an image's class, which is learnt, and a count."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.linspace(-1, 1, CLASSES * 8).view(CLASSES, 8))
+        self.teacher = nn.Linear(8, 8).requires_grad_(False)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, model: TwoInputs, images: Any, targets: Any, at: At) -> tuple[Tensor, dict[str, Tensor]]:
+        features = model.features(images["pixels"], images["meta"])
+        self.count += 1
+        return_loss = F.cross_entropy(model.head(features), targets)
+        distance = (features - self.centers[targets]).square().sum(1).mean()
+        return return_loss + 0.5 * distance, {"distance": distance.detach()}
+
+
+def batches(number: int = STEPS, batch: int = BATCH) -> list[Batch]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (
+            {
+                "pixels": torch.randn(batch, 3, 4, 4, generator=generator),
+                "meta": torch.randn(batch, 2, generator=generator),
+            },
+            torch.randint(0, CLASSES, (batch,), generator=generator),
+        )
+        for _ in range(number)
+    ]
+
+
+class Loader:
+    """This process's share of each batch; it can be continued."""
+
+    def __init__(self, data: Sequence[Batch]) -> None:
+        state = PartialState(cpu=True)
+        per = BATCH // state.num_processes
+        mine = slice(state.process_index * per, (state.process_index + 1) * per)
+        self.data, self.position = [(rows(i, mine), rows(t, mine)) for i, t in data], 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.position < len(self.data):
+            self.position += 1
+            yield self.data[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def with_values(model: TwoInputs, images: Any, targets: Tensor, at: At) -> tuple[Tensor, dict[str, Any]]:
+    logits = model(images["pixels"], images["meta"])
+    weight = 1 + at.step / at.num_steps + at.epoch
+    loss = weight * F.cross_entropy(logits, targets)
+    return loss, {"accuracy": (logits.argmax(1) == targets).float().mean(), "weight": weight}
+
+
+def plain(step_loss: Any, data: Sequence[Batch], clip: float | None = None) -> tuple[dict[str, Tensor], list[float]]:
+    """Return weights and the losses of a loop in plain PyTorch."""
+    torch.manual_seed(0)
+    model = TwoInputs()
+    parameters = [*model.parameters(), *(step_loss.parameters() if isinstance(step_loss, nn.Module) else ())]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.9)
+    losses = []
+    for index, (images, targets) in enumerate(data):
+        loss, _ = step_loss(model, images, targets, At(index + 1, index, 0, len(data)))
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    state = {**model.state_dict(), **({} if not isinstance(step_loss, nn.Module) else step_loss.state_dict())}
+    return state, losses
+
+
+def trained(
+    step_loss: Any, accumulation: int = 1, folder: Path | None = None, steps: int = STEPS, **options: Any
+) -> Trainer:
+    """Return the trainer of the same training."""
+    torch.manual_seed(0)
+    model, accelerator = TwoInputs(), Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    parameters = [*model.parameters(), *(step_loss.parameters() if isinstance(step_loss, nn.Module) else ())]
+    return Trainer(
+        model,
+        Loader(batches()),
+        torch.optim.SGD([p for p in parameters if p.requires_grad], lr=LR, momentum=0.9),
+        step_loss=step_loss,
+        accelerator=accelerator,
+        accumulation_steps=accumulation,
+        duration=f"{steps} steps",
+        log=RunLog(folder, main=accelerator.is_main_process, show=False),
+        log_every=1,
+        output_dir=folder,
+        report=False,
+        **options,
+    )
+
+
+def weights_of(trainer: Trainer, step_loss: Any) -> dict[str, Tensor]:
+    loss = step_loss.state_dict() if isinstance(step_loss, nn.Module) else {}
+    return {name: value.detach().clone() for name, value in {**trainer.raw_model.state_dict(), **loss}.items()}
+
+
+def fitted(step_loss: Any, accumulation: int, folder: Path, **options: Any) -> dict[str, Tensor]:
+    trainer = trained(step_loss, accumulation, folder, **options)
+    trainer.fit()
+    return weights_of(trainer, step_loss)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in every if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_loss_gives_the_weights_and_losses_of_a_plain_loop(
+    accumulation: int, processes: int, tmp_path: Path
+) -> None:
+    expected, losses = plain(with_values, batches())
+    both = run_processes(fitted, with_values, accumulation, tmp_path, num_processes=processes)
+    exact = accumulation == processes == 1
+    for weights in both:
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(losses, rel=1e-5)
+
+
+def test_values_beside_the_loss_are_means_over_the_images_of_all_processes(tmp_path: Path) -> None:
+    def once(folder: Path) -> None:
+        trainer = trained(with_values, 2, folder)
+        trainer.log_every = 2  # 5 steps: two laps of 2, one of 1
+        trainer.fit()
+
+    run_processes(once, tmp_path)
+    per_step = []
+
+    def recording(model: Any, images: Any, targets: Any, at: At) -> Any:
+        loss, values = with_values(model, images, targets, at)
+        per_step.append((float(values["accuracy"]), values["weight"]))
+        return loss, values
+
+    plain(recording, batches())
+    laps = (per_step[:2], per_step[2:4], per_step[4:])
+    expected = [[sum(column) / len(column) for column in zip(*lap, strict=True)] for lap in laps]
+    assert [(line["accuracy"], line["weight"]) for line in lines(tmp_path)] == [pytest.approx(e) for e in expected]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_with_weights_is_trained_clipped_and_exchanged(processes: int, tmp_path: Path) -> None:
+    expected, _ = plain(Centers(), batches(), clip=0.5)
+    torch.manual_seed(3)
+    for weights in run_processes(_with_centers, tmp_path, num_processes=processes):
+        for name in ("centers", "body.weight", "head.bias"):
+            torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def _with_centers(folder: Path) -> dict[str, Tensor]:
+    return fitted(Centers(), 2, folder, clip_norm=0.5)
+
+
+def test_a_loss_with_weights_is_saved_and_restored_without_its_teacher(tmp_path: Path) -> None:
+    loss = Centers()
+    whole = fitted(loss, 1, tmp_path / "whole")
+    first = trained(Centers(), 1, tmp_path / "run", checkpoint_every="2 steps")
+    with first.running():
+        for report in first.iterate():
+            if report.step == 3:
+                break
+    again = Centers()
+    with torch.no_grad():
+        again.centers.zero_()
+    second = trained(again, 1, tmp_path / "run")
+    second.restore()
+    assert second.state.step == 2
+    assert float(again.count) == 2
+    second.fit()
+    for name, value in weights_of(second, again).items():
+        assert torch.equal(value, whole[name]) or name.startswith("teacher"), name
+    names = {path.name for path in (tmp_path / "whole" / "checkpoints").rglob("*.safetensors")}
+    assert "loss.safetensors" in names
+    assert second.step.loss_state is not None
+    assert second.step.loss_state.names == {"centers", "count"}
+    plain_loss = trained(with_values, 1, tmp_path / "run")
+    with pytest.raises(RunError, match="the weights of a loss"):
+        plain_loss.restore()
+
+
+class ModelOfLogits(nn.Module):
+    """Scaled logits, as a loss of logits with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.scale * logits, targets)
+
+
+def _with_scale(accumulation: int) -> tuple[float, Tensor]:
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES)), ModelOfLogits()
+    data = Loader([(images["pixels"], targets) for images, targets in batches()])
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=LR)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    options: dict[str, Any] = {"accumulation_steps": accumulation, "log": RunLog(show=False)}
+    Trainer(model, data, optimizer, loss=loss, accelerator=accelerator, duration="5 steps", **options).fit()
+    return float(loss.scale), model[1].weight.detach().clone()
+
+
+def test_a_loss_of_logits_may_have_weights_too() -> None:
+    ((scale, weight),) = run_processes(_with_scale, 1, num_processes=1)
+    assert scale != 2.0
+    for other, moved in run_processes(_with_scale, 3):
+        assert other == pytest.approx(scale, rel=1e-5)
+        torch.testing.assert_close(moved, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_a_loss_that_the_optimizer_lacks_are_named() -> None:
+    torch.manual_seed(0)
+    model, log = TwoInputs(), RunLog(show=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    Trainer(model, Loader(batches()), optimizer, step_loss=Centers(), duration="1 steps", log=log).fit()
+    assert any("loss.centers" in note for note in log.notes)
+
+
+def _uses_some(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    def body_only(model: TwoInputs, images: Any, targets: Tensor, at: At) -> Tensor:
+        features = model.features(images["pixels"], images["meta"])
+        return model.head(features)[:, :CLASSES].square().mean() if at.step > 2 else features.square().mean()
+
+    trainer = trained(body_only, 2)
+    trainer.fit()
+    return weights_of(trainer, None), trainer.log.notes
+
+
+def test_two_processes_agree_where_a_step_loss_uses_the_head_from_the_third_step_on(tmp_path: Path) -> None:
+    ((one, _),) = run_processes(_uses_some, tmp_path, num_processes=1)
+    for weights, _ in run_processes(_uses_some, tmp_path):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, one[name], rtol=1e-5, atol=1e-6)
+
+
+def _short_step() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = TwoInputs()
+    state, data = PartialState(cpu=True), batches(2)
+    index = state.process_index
+    if state.num_processes == 2:
+        halves = [slice(0, 6), slice(6, 12)]
+        first = (rows(data[0][0], halves[index]), rows(data[0][1], halves[index]))
+        second = data[1] if index == 0 else (rows(data[1][0], slice(0, 0)), data[1][1][:0])
+        data = [first, second]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    options: dict[str, Any] = {"duration": "2 steps", "log": RunLog(show=False), "accelerator": Accelerator(cpu=True)}
+    Trainer(model, data, optimizer, step_loss=with_values, **options).fit()
+    return model.state_dict()
+
+
+def test_a_process_without_images_takes_part_in_a_step_loss() -> None:
+    (one,) = run_processes(_short_step, num_processes=1)
+    for weights in run_processes(_short_step):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, one[name], rtol=1e-5, atol=1e-6)
+
+
+def small(loss: Any, accumulation: int, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES), nn.Dropout(0.5))
+    data = [(images["pixels"], torch.arange(BATCH) % CLASSES) for images, _ in batches()]
+    options = {"log": RunLog(show=False), "accumulation_steps": accumulation, "duration": "2 steps", **options}
+    return Trainer(model, data, torch.optim.SGD(model.parameters(), lr=0.01), loss=loss, **options)
+
+
+def test_a_sum_is_refused_where_it_is_split_and_only_there() -> None:
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    with pytest.raises(RunError, match=r"a sum over the images: .*divided by the number of images"):
+        small(loss, 3).fit()
+    small(loss, 1).fit()
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0, 9.0])), "contrastive"])
+def test_a_loss_that_is_no_mean_is_said_where_it_is_split(loss: Any) -> None:
+    if loss == "contrastive":
+        loss = lambda logits, targets: F.cross_entropy(logits @ logits.T, torch.arange(len(logits)))  # noqa: E731
+    said = [note for n in (1, 3) for note in _notes(small(loss, n)) if "no mean over the images" in note]
+    assert len(said) == 1
+    assert "accumulation_steps" in said[0]
+
+
+def _notes(trainer: Trainer) -> list[str]:
+    trainer.fit()
+    return trainer.log.notes
+
+
+def test_means_and_losses_that_draw_numbers_are_not_suspected() -> None:
+    def drawing(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits * torch.rand(()), targets)
+
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1), drawing):
+        assert not any("mean" in note for note in _notes(small(loss, 3)))
+
+
+def test_what_a_step_loss_may_not_return() -> None:
+    def trainer(returned: Any) -> Trainer:
+        return trained(lambda model, images, targets, at: returned(model(images["pixels"], images["meta"])))
+
+    for returned, message in (
+        (lambda logits: logits.sum(1), r"a tensor of shape \(12,\)"),
+        (lambda logits: 1.0, "a batch is float"),
+        (lambda logits: (logits.mean(), [1.0]), r"\(loss, list\)"),
+        (lambda logits: (logits.mean(), {"a": logits}), r"the value 'a' \(shape \(12, 4\)\)"),
+        (lambda logits: (logits.mean(), {"a": "b"}), r"the value 'a' \(str\)"),
+        (lambda logits: (logits.mean(), {"lr": 1.0}), "values named lr"),
+    ):
+        with pytest.raises(RunError, match=message):
+            trainer(returned).fit()
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    names: list[str]
+
+
+def test_trees_are_cut_and_joined() -> None:
+    tree = {"a": Pair(torch.arange(5), list("vwxyz")), "b": (torch.arange(10).view(5, 2), None)}
+    parts = list(cut(tree, [2, 3]))
+    assert parts[0]["a"].names == ["v", "w"]
+    assert parts[1]["b"][0].tolist() == [[4, 5], [6, 7], [8, 9]]
+    joined = join(parts)
+    assert isinstance(joined["a"], Pair)
+    assert joined["a"].names == list("vwxyz")
+    assert torch.equal(joined["b"][0], tree["b"][0])
+    assert rows(tree, [0, -1])["a"].names == ["v", "z"]
+    assert map_leaves(lambda leaf: leaf, tree)["b"][1] is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([torch.zeros(12), torch.zeros(11)], r"the targets of a batch of 12 images hold a tensor of shape \(11,\)"),
+        ({"id": 7}, "hold int"),
+        ((torch.zeros(12), ["a", "b"]), "hold list of 2 strings"),
+    ],
+)
+def test_a_batch_that_can_not_be_cut_is_refused(targets: Any, message: str) -> None:
+    torch.manual_seed(0)
+    model = TwoInputs()
+    trainer = Trainer(
+        model, [(batches(1)[0][0], targets)], torch.optim.SGD(model.parameters(), lr=LR), step_loss=with_values
+    )
+    with pytest.raises(DataError, match=message):
+        trainer.fit()
