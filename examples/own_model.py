@@ -2,8 +2,8 @@
 
     python examples/own_model.py [RUN_FOLDER] [DURATION]
 
-A second run in the same folder is refused; `trainer.restore()` before `fit` would continue the first one, if the
-loader had state_dict and load_state_dict, as torchdata's StatefulDataLoader has.
+A second run in the same folder is refused; `trainer.restore()` before `fit` would continue the first one: with this
+loader from the end of an epoch, with torchdata's StatefulDataLoader from any step.
 """
 
 from __future__ import annotations

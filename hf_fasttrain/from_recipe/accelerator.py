@@ -1,6 +1,6 @@
 """The Accelerator of a run, from launcher and recipe: precision, threads, and torch's process-wide switches.
 
-Only this file reads the launchers' environment and sets those switches.
+Only this file and train/launcher.py read the launchers' environment, and only this one sets those switches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hf_fasttrain.recipe.load import output_dir
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.file_names import TRACKERS_FOLDER
+from hf_fasttrain.train.launcher import uses_gpu
 from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.private_apis import raise_recompile_limit, reset_precision
@@ -33,9 +34,8 @@ NOT_SUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-# Variables of torchrun and accelerate first, then those of mpirun that accelerate knows.
+# As in train/launcher.py.
 LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
-PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
@@ -147,19 +147,9 @@ def launcher_precision() -> str | None:
     return None if precision == "no" else precision
 
 
-def uses_gpu() -> bool:
-    """Return whether training runs on a GPU: one is available, and the launcher does not ask for the CPU."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-
-
 def local_processes() -> int:
     """Return the number of training processes on this machine."""
     return max(1, get_int_from_env(LOCAL_PROCESSES, 1))
-
-
-def num_processes() -> int:
-    """Return the number of training processes on all machines together."""
-    return max(1, get_int_from_env(PROCESSES, 1))
 
 
 def user_threads() -> int | None:

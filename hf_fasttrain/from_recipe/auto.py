@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_processes, user_threads, uses_gpu
+from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_processes, user_threads
 from hf_fasttrain.from_recipe.tunings import Presets, machine_here, stored_tuning
 from hf_fasttrain.models.head import keeps_head
 from hf_fasttrain.models.memory_forecast import equal_micro_batch_size
@@ -21,6 +21,7 @@ from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.final_weights import resolve_final
+from hf_fasttrain.train.launcher import uses_gpu
 from hf_fasttrain.train.metrics import resolve_metrics
 from hf_fasttrain.train.schedule import resolve_warmup
 from hf_fasttrain.utils.environment import num_cores

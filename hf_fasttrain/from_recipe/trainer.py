@@ -60,7 +60,7 @@ def build_trainer(
     *,
     dataset: Any = None,
     resume: bool = False,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Any] | None = None,
     trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
     """Return the trainer of a recipe, with its run folder created and everything checked. Raises UserError."""
@@ -95,7 +95,7 @@ def assemble(
     *,
     keep_pixels: bool = True,
     saved: dict[str, Any] | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Any] | None = None,
 ) -> Trainer:
     """Return the trainer of the parts; without a folder it writes nothing but the pixel cache (with `keep_pixels`).
 

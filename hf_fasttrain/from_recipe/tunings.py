@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from hf_fasttrain.from_recipe.accelerator import num_processes, uses_gpu
 from hf_fasttrain.recipe.resolved import TUNED, Decision
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.train.launcher import num_processes, uses_gpu
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 from hf_fasttrain.utils.files import read_json, write_json

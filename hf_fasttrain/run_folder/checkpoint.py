@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,14 +148,19 @@ def write_safetensors(file: NewFile, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
-def prune_checkpoints(folder: Path, keep: int, best_step: int | None, step: int) -> None:
-    """Remove all checkpoints up to `step` but the newest `keep` and the best one.
+def prune_checkpoints(
+    folder: Path, keep: int, best_step: int | None, step: int, resumable: Collection[int] | None = None
+) -> None:
+    """Remove all checkpoints up to `step` but the newest `keep`, the best one and the newest `resumable` one.
 
     Checkpoints of later steps are corrupt ones that a resume has skipped: they are not counted, and stay.
     """
     newest = checkpoint_path(folder, step)
-    for path in [path for path in complete_checkpoints(folder) if path <= newest][:-keep]:
-        if best_step is None or path != checkpoint_path(folder, best_step):
+    complete = [path for path in complete_checkpoints(folder) if path <= newest]
+    can_resume = [path for path in complete if resumable is None or checkpoint_step(path) in resumable]
+    kept = {*can_resume[-1:], *([checkpoint_path(folder, best_step)] if best_step is not None else [])}
+    for path in complete[:-keep]:
+        if path not in kept:
             os.unlink(path / MARKER)
             shutil.rmtree(path, ignore_errors=True)
     incomplete = [path for path in folder.glob(f"{PREFIX}*") if not (path / MARKER).exists()]
@@ -169,10 +174,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"{PREFIX}*/{MARKER}"))
 
 
-def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest complete checkpoint of a folder that can be read, None if there is no complete one.
+def newest_checkpoint(
+    folder: Path, note: Callable[[str], None], why_not: Callable[[Checkpoint], str | None] = lambda _: None
+) -> Checkpoint | None:
+    """Return the newest complete checkpoint of a folder that can be used, None if there is no complete one.
 
-    `note` is called for each newer one that is incomplete or corrupt. Raises RunError if none can be read.
+    `note` is called for each newer one that is incomplete, corrupt, or not to be used (`why_not` says why). Raises
+    RunError if none can be read.
     """
     restore_replaced(folder)
     found = sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
@@ -182,10 +190,15 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint |
             note(f"checkpoint {path} is incomplete: skipped")
             continue
         try:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
         except RunError as error:
             corrupt.append(str(error))
             note(f"{error}: skipped")
+            continue
+        reason_against = why_not(checkpoint)
+        if reason_against is None:
+            return checkpoint
+        note(f"checkpoint {path} {reason_against}: skipped")
     if corrupt:
         raise RunError(
             "can't resume, no checkpoint can be read:\n  " + "\n  ".join(corrupt) + "\nrepair the disk or restore a "
@@ -255,8 +268,13 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # augment.flip: true is half of the time, not 1
 
 
-def require_same_settings(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raise RunError if a setting that changes what is learned differs from the checkpoint's."""
+def require_same_settings(
+    saved: dict[str, Any], current: dict[str, Any], path: Path, new_run: str | None = None
+) -> None:
+    """Raise RunError if a setting that changes what is learned differs from the checkpoint's.
+
+    `new_run` says how a new run is started from its weights; by default as a recipe does it.
+    """
     if saved.get("schedule.warmup") in ("0 epochs", "0 steps"):  # written by older versions for the schedule's default
         saved = {**saved, "schedule.warmup": "auto"}
     if "model.head" in current:
@@ -267,5 +285,6 @@ def require_same_settings(saved: dict[str, Any], current: dict[str, Any], path: 
         listed = "\n".join(f"  {key}: {saved.get(key)!r} in the run, {current.get(key)!r} now" for key in changed)
         raise RunError(
             f"can't resume {path}: these settings change what is learned, and differ:\n{listed}\n"
-            f"Restore them, or start a new run from these weights: another output_dir and model.pretrained={path}"
+            "Restore them, or start a new run from these weights: "
+            + (new_run or f"another output_dir and model.pretrained={path}")
         )

@@ -59,8 +59,8 @@ def resolve_mode(metric: str, mode: str) -> str:
 class Watch:
     """A metric of the evaluation, whether higher or lower is better, and early stopping's patience in steps.
 
-    `mode` is max, min or auto (by the metric's name). Raises RunError for a mode that contradicts the metric, and for
-    auto if the name does not say it.
+    `mode` is max, min or auto (by the metric's name). Raises RunError for a mode that contradicts the metric, for auto
+    if the name does not say it, and for a patience below 1.
     """
 
     metric: str = "accuracy"
@@ -68,6 +68,11 @@ class Watch:
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        number = self.patience
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise RunError(
+                f"Watch('{self.metric}'): patience must be a whole number of at least 1, in steps, got {number!r}"
+            )
         try:
             object.__setattr__(self, "mode", resolve_mode(self.metric, self.mode))
         except ValueError as error:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fasttrain.from_recipe.accelerator import uses_gpu
 from hf_fasttrain.recipe.load import plain
 from hf_fasttrain.study.bench import Arm
 from hf_fasttrain.study.messages import Ready
+from hf_fasttrain.train.launcher import uses_gpu
 from hf_fasttrain.utils.errors import RunError, nearest
 
 

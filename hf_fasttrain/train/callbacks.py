@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from hf_fasttrain.utils.errors import RunError, Stopped, first_lines
+from hf_fasttrain.utils.errors import RunError, first_lines
 
 if TYPE_CHECKING:
     from hf_fasttrain.run_folder.result import Result
@@ -99,14 +99,16 @@ class Callbacks:
         for callback in self._by_method[method]:
             try:
                 getattr(callback, method)(*arguments)
-            except Stopped:
-                raise
             except Exception as error:
                 raise _failed(callback, method, error) from error
 
     def call_all(self, method: str, *arguments: Any) -> list[CallbackError]:
-        """Call a method of each callback that has it, and return the errors of those that failed."""
-        errors = []
+        """Call a method of each callback that has it, and return the errors of those that failed.
+
+        Ctrl-C is raised, in `failed` and `close` once all callbacks were called.
+        """
+        errors: list[CallbackError] = []
+        interrupt: BaseException | None = None
         for callback in self._by_method[method]:
             try:
                 getattr(callback, method)(*arguments)
@@ -114,6 +116,12 @@ class Callbacks:
                 failed = _failed(callback, method, error)
                 failed.__cause__ = error
                 errors.append(failed)
+            except BaseException as error:
+                if method == "finished":  # which Ctrl-C shall end
+                    raise
+                interrupt = interrupt or error
+        if interrupt is not None:
+            raise interrupt
         return errors
 
     def state_dict(self) -> dict[str, Any]:

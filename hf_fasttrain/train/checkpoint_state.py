@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fasttrain.data.loading.user_loader import NO_POSITION, UserLoader
 from hf_fasttrain.run_folder.checkpoint import Checkpoint
 from hf_fasttrain.train.batch_norm import averaged_statistics, running_statistics
 from hf_fasttrain.train.distributed import Processes
@@ -30,6 +31,7 @@ class State:
     wait_seconds: float = 0.0
     lr: float = 0.0  # of the last step
     num_steps: int = 0  # the training's length when this was saved
+    seed: int | None = None  # of masks, and of the epochs of a user's loader; None: saved by an older version
     evaluated_at: int = -1  # step of the last evaluation
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
@@ -138,13 +140,25 @@ class TrainingObjects:
             for kind, statistics in mine.get("statistics", {}).items():
                 self._modules[kind].load_state_dict(statistics, strict=False)
             self.loader.load_state_dict(mine["loader"])
-        elif any(each["loader"] is not None for each in own):
-            raise RunError(
-                f"can't resume: train_loader's position was saved by {len(own)} processes, now there are {now}; resume "
-                "with as many, or use Trainer.from_recipe"
-            )
-        else:
-            self.loader.load_state_dict(None)
+        elif isinstance(self.loader, UserLoader):
+            self.loader.load_state_dict(own[0]["loader"], same_processes=False)
+
+    @property
+    def can_resume_here(self) -> bool:
+        """Whether a checkpoint of the present step could be resumed: a user's loader may keep no position."""
+        return not isinstance(self.loader, UserLoader) or self.loader.can_resume_here
+
+    def why_not(self, checkpoint: Checkpoint) -> str | None:
+        """Return why training can't go on from a checkpoint, as far as a user's loader is concerned; None if it can."""
+        own, now = checkpoint.training["own"], self.processes.number
+        if not isinstance(self.loader, UserLoader):
+            return None
+        if self.loader.can_resume(own[0]["loader"], same_processes=len(own) == now):
+            return None
+        position = own[0]["loader"] is not None and own[0]["loader"]["loader"] is not None
+        if position and self.loader.keeps_position:
+            return f"is within an epoch, and its position was saved by {len(own)} processes, now there are {now}"
+        return f"is within an epoch, and {NO_POSITION}"
 
     def require_finite(self, step: int) -> None:
         """Raise RunError if a weight is no finite number; waits for the device."""

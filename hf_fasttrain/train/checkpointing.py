@@ -80,6 +80,7 @@ class Checkpoints:
         self.default_settings: dict[str, Any] = {}  # what a checkpoint was made with that is older than a setting
         self.saved_at = -1  # step of the last checkpoint, written or being written
         self.announced = 0  # step of the newest checkpoint that was announced to callbacks
+        self.resumable: set[int] = set()  # steps whose checkpoints training can go on from
         self._written = 0  # step of the newest checkpoint that this process has written
         self.run, self.folder = run, run / FOLDER
         self.processes, self.log, self.keep = processes, log, keep
@@ -89,9 +90,21 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, snapshot: Snapshot, best_step: int | None) -> None:
+    @property
+    def keep(self) -> int:
+        """The number of newest checkpoints that are kept, beside the best; RunError when it is set below 1."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, number: int) -> None:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise RunError(f"checkpoints.keep: must be a whole number of at least 1, got {number!r}")
+        self._keep = number
+
+    def save(self, snapshot: Snapshot, best_step: int | None, *, resumable: bool = True) -> None:
         """Copy the state of a step and start to write it, after the previous checkpoint is written."""
         self.saved_at = snapshot.step
+        self.resumable |= {snapshot.step} if resumable else set()
         self.wait()
         if not self.processes.is_main:
             return
@@ -130,10 +143,12 @@ class Checkpoints:
 
     def with_saved_step(self, error: RunFailure, start_step: int) -> RunFailure:
         """Return the error with the last saved step; its status is RESUMABLE if that is after `start_step`."""
-        complete = complete_checkpoints(self.folder)
+        complete = [
+            step for path in complete_checkpoints(self.folder) if (step := checkpoint_step(path)) in self.resumable
+        ]
         if not complete:
             return type(error)(f"{error}; nothing was saved yet")
-        newest = checkpoint_step(complete[-1])
+        newest = complete[-1]
         failure = type(error)(f"{error}; {how_to_resume()} continues from step {newest:,}")
         if newest > start_step:
             failure.status = Stopped.RESUMABLE
@@ -178,7 +193,9 @@ class Checkpoints:
         """Remove old checkpoints; the best one is kept until a better one is written."""
         if best_step is not None and checkpoint_path(self.folder, best_step) in complete_checkpoints(self.folder):
             self._best = best_step
-        return try_to_write(lambda: prune_checkpoints(self.folder, keep, self._best, step), lambda error: None)
+        return try_to_write(
+            lambda: prune_checkpoints(self.folder, keep, self._best, step, self.resumable), lambda error: None
+        )
 
     def write_results(
         self,
@@ -219,9 +236,12 @@ class Checkpoints:
         except RunError:
             return False
 
-    def newest(self) -> Checkpoint | None:
-        """Return the newest complete checkpoint, the same on every process; damaged ones are reported and skipped."""
-        return self._on_every_process(lambda: newest_checkpoint(self.folder, self.log.say), "can't resume")
+    def newest(self, why_not: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint | None:
+        """Return the newest complete checkpoint, the same on every process.
+
+        Damaged ones, and those that `why_not` has a reason against, are reported and skipped.
+        """
+        return self._on_every_process(lambda: newest_checkpoint(self.folder, self.log.say, why_not), "can't resume")
 
     def best(self, step: int) -> Checkpoint | None:
         """Return the best evaluation's checkpoint, the same on every process; None and a note if it can't be read."""

@@ -43,11 +43,20 @@ def raise_stopped(trainer: Trainer, number: int) -> NoReturn:
     if checkpoints is None:
         message += "; nothing is saved without an output_dir"
     elif saved:
-        message += f"; it is saved: {how_to_resume()} continues"
+        message += "; it is saved" + _where_it_continues(trainer)
     else:
         message += f"; its state could not be saved: {checkpoints.failed}"
     trainer.log.say(message)
     raise stopped(number, message, step, result_of(trainer), saved=saved)
+
+
+def _where_it_continues(trainer: Trainer) -> str:
+    if trainer.stateful.can_resume_here:
+        return f": {how_to_resume()} continues"
+    assert trainer.checkpoints is not None
+    step = max(trainer.checkpoints.resumable, default=0)
+    where = f"continues from step {step}, the end of an epoch" if step else "begins the training anew"
+    return f", but train_loader keeps no position within an epoch: Trainer.restore() {where}"
 
 
 def evaluate_final(trainer: Trainer) -> int:

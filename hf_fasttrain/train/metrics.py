@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name
-from hf_fasttrain.utils.errors import RecipeError, nearest, shown
+from hf_fasttrain.utils.errors import RecipeError, RunError, nearest, shown
 from hf_fasttrain.utils.private_apis import reset_metric
 
 SINGLE_LABEL = BUILT_IN_METRICS
@@ -28,14 +28,18 @@ class Metrics:
 
     def __init__(self, num_classes: int, device: torch.device, *, multi_label: bool = False) -> None:
         self.num_classes, self.multi_label = num_classes, multi_label
-        # images, sum of losses, right, right among the top five
-        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
+        # images, sum of losses, right, right among the top five, labels that are no class
+        self.totals = torch.zeros(5, dtype=torch.float64, device=device)
         # per class: predicted and true, predicted, true
         self.classes = torch.zeros(3, num_classes, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: `logits` (B, K), `labels` (B,) or multi-hot (B, K). No sync with the device."""
+        """Count a batch: `logits` (B, K), `labels` (B,) or multi-hot (B, K). No sync with the device.
+
+        Raises RunError for other shapes.
+        """
+        self._require_shapes(logits, labels)
         logits = logits.float()
         count = self._update_multi if self.multi_label else self._update_single
         totals, classes = count(logits, labels)
@@ -43,7 +47,24 @@ class Metrics:
         self.totals += torch.stack([images, *totals]).to(torch.float64)
         self.classes += classes
 
+    def _require_shapes(self, logits: Tensor, labels: Tensor) -> None:
+        """Raise RunError unless logits and labels are of the number of classes."""
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            raise RunError(
+                f"the model's outputs for a batch are of shape {tuple(logits.shape)}, and num_classes is "
+                f"{self.num_classes}: there must be one logit for each class, ({len(labels)}, {self.num_classes})"
+            )
+        wanted = logits.shape if self.multi_label else logits.shape[:1]
+        if labels.shape != wanted or (labels.is_floating_point() and not self.multi_label):
+            kind = "0 or 1 for each class" if self.multi_label else f"class numbers from 0 to {self.num_classes - 1}"
+            raise RunError(
+                f"the labels of an evaluation batch are {str(labels.dtype).removeprefix('torch.')} of shape "
+                f"{tuple(labels.shape)}; must be {kind}, of shape {tuple(wanted)}"
+            )
+
     def _update_single(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
+        outside = (labels < 0) | (labels >= self.num_classes)  # told at the end, without a wait for the device
+        labels = labels.clamp(0, self.num_classes - 1)
         predicted = logits.argmax(1)
         right = predicted == labels
         top = logits.topk(min(5, self.num_classes), dim=1).indices
@@ -53,20 +74,29 @@ class Metrics:
         classes[0].scatter_add_(0, labels, right.to(torch.float64))
         classes[1].scatter_add_(0, predicted, ones)
         classes[2].scatter_add_(0, labels, ones)
-        return [losses, right.sum(), (top == labels[:, None]).any(1).sum()], classes
+        return [losses, right.sum(), (top == labels[:, None]).any(1).sum(), outside.sum()], classes
 
     def _update_multi(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
         predicted, true = logits >= 0, labels > 0.5
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / self.num_classes
         right = (predicted == true).all(1).sum()
         classes = torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)])
-        return [losses, right, torch.zeros_like(right)], classes.to(torch.float64)
+        return [losses, right, torch.zeros_like(right), torch.zeros_like(right)], classes.to(torch.float64)
 
     def compute(self, add: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, float]:
-        """Return every metric by name; `add` sums a tensor of counts over all processes."""
+        """Return every metric by name; `add` sums a tensor of counts over all processes.
+
+        Raises RunError if a label was none of the classes.
+        """
         counts = add(torch.cat([self.totals, self.classes.flatten()])).cpu()
-        images, loss, right, top5 = counts[:4].tolist()
-        both, predicted, true = counts[4:].view(3, self.num_classes)
+        images, loss, right, top5, outside = counts[:5].tolist()
+        if outside:
+            raise RunError(
+                f"{outside:,.0f} of {images:,.0f} labels of the evaluation split are not from 0 to "
+                f"{self.num_classes - 1}, and num_classes is {self.num_classes}: give the number of classes that the "
+                "labels have, and a model with as many outputs"
+            )
+        both, predicted, true = counts[5:].view(3, self.num_classes)
         f1 = 2 * both / (predicted + true).clamp(min=1)
         occurs = torch.ones_like(f1, dtype=torch.bool) if self.multi_label else (predicted + true) > 0
         values = {"loss": loss / images, "accuracy": right / images, "f1_macro": f1[occurs].mean().item()}

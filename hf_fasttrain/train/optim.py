@@ -146,12 +146,17 @@ def follow_parameters(
 def require_parameters_of(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> None:
     """Raise RunError for an optimizer of other parameters than the named ones, which would train nothing.
 
-    It may have others beside them, and need not have all of them.
+    It may have others beside them, and need not have all of them. Nor may all of its own be frozen.
     """
     of_model = set(map(id, named.values()))
     optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     missing = [named[name] for name in names_not_optimized(optimizer, named)]
     foreign = [parameter for parameter in optimized if id(parameter) not in of_model]
+    if not any(parameter.requires_grad for parameter in optimized):
+        raise RunError(
+            f"optimizer: none of its {len(optimized):,} parameters requires gradients: nothing would be trained; call "
+            "requires_grad_() of those that should be"
+        )
     replaced = bool(missing) and sorted(p.shape for p in foreign) == sorted(p.shape for p in missing)
     if replaced or (missing and len(foreign) == len(optimized)):
         raise RunError(
@@ -180,6 +185,14 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
     """Return the state of an optimizer, and of those within it."""
     inner = {name: each.state_dict() for name, each in inner_optimizers(optimizer).items()}
     return {**optimizer.state_dict(), **({INNER: inner} if inner else {})}
+
+
+def keep_lr_ratios(optimizer: torch.optim.Optimizer) -> float:
+    """Give each group its lr as a share of the first one's, its `lr_scale`, and return the first one's."""
+    lr = float(optimizer.param_groups[0]["lr"])
+    for group in optimizer.param_groups:
+        group.setdefault("lr_scale", float(group["lr"]) / lr)
+    return lr
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

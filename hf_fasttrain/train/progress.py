@@ -20,6 +20,11 @@ class Progress:
         self.trainer = trainer
         self._knows_first_loss = False
 
+    def log_rest(self) -> None:
+        """Log the steps since the last time, if there are any: after a `break`, which may come between two lines."""
+        if self.trainer.throughput.has_steps:
+            self.log_training()
+
     def log_training(self) -> None:
         """Log the steps since the last time. Raises RunError if a loss, or a gradient's norm, is NaN or inf."""
         trainer = self.trainer

@@ -10,6 +10,7 @@ from hf_fasttrain.train.checkpointing import lock_run, unlock_run
 from hf_fasttrain.train.early_stopping import adapt_state
 from hf_fasttrain.train.final_weights import with_metric
 from hf_fasttrain.train.log import METRICS_FILE, last_steps
+from hf_fasttrain.train.own_settings import MAY_CHANGE, comparable
 from hf_fasttrain.utils.errors import RunError
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ def restore(trainer: Trainer) -> None:
         raise RunError("nothing to resume: the trainer has no output_dir")
     lock_run(trainer.checkpoints.run)
     try:
-        checkpoint = trainer.checkpoints.newest()
+        checkpoint = trainer.checkpoints.newest(trainer.stateful.why_not)
         if checkpoint is None:
+            trainer.checkpoints.saved_at = 0  # what is there was looked at
             trainer.log.say(f"nothing to resume in {trainer.output_dir}: training starts afresh")
             trainer.log.forget_after(0)
         else:
@@ -52,15 +54,18 @@ def continue_after_finish(trainer: Trainer) -> None:
 
 
 def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    assert trainer.checkpoints is not None
-    current, defaults = trainer.resume_settings, trainer.checkpoints.default_settings
-    saved = {**{key: defaults[key] for key in current.keys() & defaults}, **checkpoint.state["learnt"]}
-    require_same_settings(saved, current, checkpoint.path)
+    _require_same_settings(trainer, checkpoint)
     state = State(**checkpoint.state["state"])
     if state.step > trainer.num_steps:
         raise RunError(
-            f"can't resume {checkpoint.path}: train.duration is {trainer.num_steps:,} steps, and {state.step:,} "
-            "are done already; give a longer one"
+            f"can't resume {checkpoint.path}: {_duration_of(trainer)} is {trainer.num_steps:,} steps, and "
+            f"{state.step:,} are done already; give a longer one"
+        )
+    given = trainer.step.given_seed
+    state.seed = (given or 0) if state.seed is None else state.seed
+    if given not in (None, state.seed):
+        raise RunError(
+            f"can't resume {checkpoint.path}: seed is {given} now, and {state.seed} in the run; leave it out"
         )
     trainer.stateful.restore(checkpoint)
     vars(trainer.state).update(vars(state))  # in place: others hold it
@@ -69,12 +74,30 @@ def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if note:
         trainer.log.note(note)
     trainer.throughput.restore(state)
+    assert trainer.checkpoints is not None
     trainer.checkpoints.saved_at = trainer.checkpoints.announced = state.step
+    trainer.checkpoints.resumable = {state.step}
     _note_differences(trainer, checkpoint)
     if not trainer.is_finished:
         trainer.state.resumed_at.append(state.step)
         trainer.log.resume_line(state.step, checkpoint.path.name, trainer.processes.number)
     trainer.callbacks.load_state_dict(checkpoint.state.get("callbacks", {}), trainer.log.note)
+
+
+def _duration_of(trainer: Trainer) -> str:
+    return "train.duration" if trainer.recipe_text else "duration"
+
+
+def _require_same_settings(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    assert trainer.checkpoints is not None
+    current, defaults = trainer.resume_settings, trainer.checkpoints.default_settings
+    saved = {**{key: defaults[key] for key in current.keys() & defaults}, **checkpoint.state["learnt"]}
+    if trainer.recipe_text:
+        require_same_settings(saved, current, checkpoint.path)
+    elif saved:  # older versions kept nothing of own objects
+        saved, current = comparable(saved, current)
+        weights = f"load {checkpoint.path / 'model.safetensors'} into the model"
+        require_same_settings(saved, current, checkpoint.path, f"another output_dir, and {weights}. {MAY_CHANGE}")
 
 
 def _note_differences(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -92,7 +115,7 @@ def _note_differences(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if state.num_steps != trainer.num_steps:
         lr = trainer.lr * trainer.schedule(state.updates)
         log.note(
-            f"train.duration is {trainer.num_steps:,} steps now, it was {state.num_steps:,}: after step "
+            f"{_duration_of(trainer)} is {trainer.num_steps:,} steps now, it was {state.num_steps:,}: after step "
             f"{state.step:,} lr follows the new schedule, {lr:.3g} after {state.lr:.3g}"
         )
     going_on = adapt_state(trainer.evaluation.early_stopping, state, trainer.num_steps)

@@ -9,9 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
+from hf_fasttrain.data.loading.user_loader import UserEvalLoader, UserLoader
 from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
 from hf_fasttrain.train.checkpointing import lock_run, unlock_run
+from hf_fasttrain.train.launcher import shared_data_note
 from hf_fasttrain.train.steps import Steps
 from hf_fasttrain.train.stop import only_one
 from hf_fasttrain.utils.errors import PeerGone, RunError, RunFailure
@@ -28,11 +30,16 @@ class Session:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.is_open = False  # whether steps can be run
+        self.is_released = False  # whether finish() has ended the run, and running() is not left yet
         self.deaths = WorkerDeaths(lambda text: trainer.log.alert(f"after step {trainer.state.step:,} {text}"))
         self._resources = ExitStack()
 
     def require_open(self, method: str) -> None:
         """Raise RunError outside of `running`, and after `finish`."""
+        if self.is_released:
+            raise RunError(
+                f"{method} after finish(), which has ended the run: leave running(), and enter it again to go on"
+            )
         if not self.is_open:
             raise RunError(f"{method} outside of running(): use it as `with trainer.running(): ...`, or call fit()")
 
@@ -54,7 +61,7 @@ class Session:
                     raise failure from None
                 raise
             finally:
-                self.is_open = False
+                self.is_open = self.is_released = False
                 self._close()
         if late in SIGNALS:
             signal.raise_signal(late)  # a signal after the last step, which was not handled
@@ -62,7 +69,7 @@ class Session:
     def release(self) -> None:
         """Release all resources but the run folder, after the last step."""
         self._resources.close()
-        self.is_open = False
+        self.is_open, self.is_released = False, True
 
     @contextmanager
     def _run_folder(self) -> Iterator[None]:
@@ -91,14 +98,32 @@ class Session:
             if isinstance(loader, TrainLoader | EvalLoader):
                 loader.prefetcher.deaths = self.deaths
         self.deaths.number = 0
+        for note in self._notes():
+            trainer.log.note(note)
         trainer.step.accumulation.set_train_mode()
         bars = trainer.log.progress(trainer.num_steps, trainer.state.step, trainer.train_loader.steps_per_epoch)
         for each in (trainer.stop.signals, CHILD_SIGNAL.noted(), bars, trainer.throughput.running()):
             resources.enter_context(each)
         self.is_open = True
 
+    def _notes(self) -> Iterator[str]:
+        """Yield what should be known of a user's loaders before the first step."""
+        trainer = self.trainer
+        for name, loader in (("train_loader", trainer.train_loader), ("eval_loader", trainer.evaluation.eval_loader)):
+            if isinstance(loader, UserLoader | UserEvalLoader):
+                note = shared_data_note(name, loader.loader, trainer.processes.number)
+                yield from [note] if note else []
+        train = trainer.train_loader
+        if trainer.checkpoints is None or not isinstance(train, UserLoader) or train.keeps_position:
+            return
+        if train.steps_per_epoch > 1:
+            yield (
+                "train_loader keeps no position within an epoch: restore() continues from the newest checkpoint of an "
+                f"epoch's end (each {train.steps_per_epoch:,} steps); from any one with torchdata's StatefulDataLoader"
+            )
+
     def _close_loaders(self) -> None:
-        for loader in (self.trainer.upcoming, *self.trainer.evaluation.loaders):
+        for loader in (self.trainer.upcoming, self.trainer.train_loader, *self.trainer.evaluation.loaders):
             if hasattr(loader, "close"):
                 loader.close()
 
@@ -122,9 +147,11 @@ class Session:
     def _close(self) -> None:
         """Close the callbacks, and wait for what is being written."""
         is_failing = sys.exception() is not None
-        failed = self.trainer.callbacks.call_all("close")
-        if self.trainer.checkpoints is not None:
-            self.trainer.checkpoints.wait()
+        try:
+            failed = self.trainer.callbacks.call_all("close")
+        finally:
+            if self.trainer.checkpoints is not None:
+                self.trainer.checkpoints.wait()
         if failed and not is_failing:
             raise failed[0]
         for error in failed:

@@ -46,11 +46,14 @@ class TrainStep:
         processes: Processes,
         state: State,
         *,
-        seed: int,
+        seed: int | None,
         clip_norm: float | None,
         ema: Ema | None,
     ) -> None:
-        self.accelerator, self.processes, self.state, self.seed = accelerator, processes, state, seed
+        self.accelerator, self.processes, self.state = accelerator, processes, state
+        self.given_seed = seed
+        # By default what torch.manual_seed has set, or what torch has drawn; on all processes the main one's.
+        state.seed = processes.gather([torch.initial_seed()])[0] if seed is None else int(seed)
         self.device = accelerator.device
         loss = module_of(step_loss)
         before = named_parameters(model, loss)
@@ -106,6 +109,12 @@ class TrainStep:
         return self.accumulation.values
 
     @property
+    def for_loader(self) -> dict[str, Any]:
+        """What a `UserLoader` must know of the steps that it gives."""
+        total = self.processes.sum if self.processes.is_distributed else None
+        return {"join_single": bool(self.norms), "total": total, "begin_epoch": self.seed_epoch}
+
+    @property
     def optimizer(self) -> Any:
         """The optimizer, Accelerate's where fp16 scales the loss."""
         return self.applying.optimizer
@@ -158,7 +167,7 @@ class TrainStep:
 
     def seed_masks(self, index: int) -> None:
         """Seed what dropout and drop-path draw from in the step with an index."""
-        key = ((self.seed * 1_000_003 + index) * 65_537 + self.processes.index) % 2**63
+        key = self._key(index)
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(key)
@@ -167,6 +176,18 @@ class TrainStep:
         ):  # Adahessian's, which it doesn't save
             self.optimizer.generator.manual_seed(key)
             self.optimizer.seed = key  # for the one that it makes on the device
+
+    def seed_epoch(self, epoch: int) -> None:
+        """Seed what a user's loader draws an epoch's order and augmentation from; not the first one's.
+
+        The first epoch goes on from where torch's generator is, as in a loop of one's own. Later ones would go on from
+        the masks of the step before, which a resumed run does not make.
+        """
+        if epoch:
+            torch.default_generator.manual_seed(self._key(-1 - epoch))
+
+    def _key(self, index: int) -> int:
+        return ((int(self.state.seed or 0) * 1_000_003 + index) * 65_537 + self.processes.index) % 2**63
 
     def settle(self, step: Step) -> list[str]:
         """Find out, before the first step, which parameters are trained; return notes on the others."""

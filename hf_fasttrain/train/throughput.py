@@ -81,6 +81,11 @@ class Throughput:
             self._values[name] = value * num_images if total is None else total.add_(value, alpha=num_images)
             self._of_value[name] = self._of_value.get(name, 0) + num_images
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there were steps since the last lap; the same on all processes."""
+        return self._steps > 0
+
     def first_loss(self, add_up: Callable[[Tensor], Tensor]) -> float | None:
         """Return the mean loss of the present lap's first step, None if there is none; called by all processes."""
         return float(add_up(torch.stack(self._losses[:1]).float().sum())) if self._losses else None

@@ -19,6 +19,7 @@ from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.models.weights import save_weights
 from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path
 from hf_fasttrain.run_folder.result import Result, Watch
+from hf_fasttrain.train.arguments import checked, parse_duration
 from hf_fasttrain.train.batch_norm import average_batch_norm
 from hf_fasttrain.train.callbacks import Callbacks, StepReport
 from hf_fasttrain.train.checkpoint_state import State, TrainingObjects
@@ -29,9 +30,11 @@ from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.ending import call_finished, evaluate_final, raise_stopped, save_last, stop_run, write_results
 from hf_fasttrain.train.evaluation import Evaluation, Evaluator
 from hf_fasttrain.train.final_weights import FinalModel, resolve_final
+from hf_fasttrain.train.launcher import accelerator_for
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import Loss
-from hf_fasttrain.train.optim import set_lr
+from hf_fasttrain.train.optim import keep_lr_ratios, set_lr
+from hf_fasttrain.train.own_settings import of_loader, own_settings
 from hf_fasttrain.train.progress import Progress
 from hf_fasttrain.train.resume import continue_after_finish, restore
 from hf_fasttrain.train.retry import Retry
@@ -70,6 +73,7 @@ class Trainer:
     its state saved.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -93,36 +97,26 @@ class Trainer:
         output_dir: str | Path | None = None,
         checkpoint_every: Duration | str = "1 epoch",
         report: bool = True,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[Any] | None = None,
         log: RunLog | None = None,
         log_every: int = 10,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
-        self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=accumulation_steps)
+        self.accelerator = accelerator_for(accelerator, accumulation_steps, train_loader)
         self.device = set_current_device(self.accelerator)
         self.processes, self.state = Processes(self.accelerator), State()
         parts = (self.accelerator, model, optimizer, step_loss or LossOfLogits(loss), self.processes, self.state)
         self.step = TrainStep(*parts, seed=seed, clip_norm=clip_norm, ema=ema)
         self.raw_model, self.optimizer, self.ema = self.step.raw_model, self.step.optimizer, ema
-        self.lr, self.schedule, self.log_every = float(optimizer.param_groups[0]["lr"]), schedule, log_every
-        for group in optimizer.param_groups:  # the groups' own rates keep their ratios
-            group.setdefault("lr_scale", float(group["lr"]) / self.lr)
-        self.train_loader = UserLoader.wrap(
-            train_loader,
-            self.device,
-            accumulation_steps,
-            join_single=bool(self.step.norms),
-            total=self.processes.sum if self.processes.is_distributed else None,
-        )
+        self.lr, self.schedule, self.log_every = keep_lr_ratios(optimizer), schedule, log_every
+        self.train_loader = UserLoader.wrap(train_loader, self.device, accumulation_steps, **self.step.for_loader)
         steps_per_epoch = self.train_loader.steps_per_epoch
-        self.num_steps = Duration.parse(duration).to_steps(steps_per_epoch)
+        self.num_steps = parse_duration("duration", duration).to_steps(steps_per_epoch)
         self.step.steps_per_epoch, self.step.num_steps = steps_per_epoch, self.num_steps
-        self.evaluate_every = Duration.parse(evaluate_every).to_steps(steps_per_epoch)
-        saving = Duration.parse(checkpoint_every, minutes=True)
+        self.evaluate_every = parse_duration("evaluate_every", evaluate_every).to_steps(steps_per_epoch)
+        saving = parse_duration("checkpoint_every", checkpoint_every, minutes=True)
         minutes = saving.count if saving.unit == "minutes" else None
         self.checkpoint_every = self.num_steps if minutes is not None else saving.to_steps(steps_per_epoch)
-        if min(self.num_steps, self.evaluate_every, self.checkpoint_every, log_every) < 1 or saving.count == 0:
-            raise RunError("duration, evaluate_every, checkpoint_every and log_every must be at least 1 step")
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.report = report and output_dir is not None
         self.log = log or RunLog(self.output_dir, main=self.processes.is_main)
@@ -153,18 +147,21 @@ class Trainer:
             self.step, self.train_loader, lambda: self.evaluation.loaders, self.state, self.log, self.output_dir
         )
         self.upcoming: Steps  # the steps that are left, while it runs
-        self.callbacks = Callbacks(callbacks)
+        self.callbacks = Callbacks(callbacks or ())
         self.publish: Publish | None = None  # the built-in callback: report, then push
         self.session = Session(self)
 
         self.final, self.recipe_text = "auto", ""
         self.final_model: FinalModel | None = None  # what the model holds since the run has ended
         self.export: Callable[[nn.Module, Path], None] = save_weights
-        self.resume_settings: dict[str, Any] = {}  # those that decide the result: a resumed run must have the same
+        # Those that decide the result: a resumed run must have the same.
+        self.resume_settings: dict[str, Any] = own_settings(optimizer, step_loss or loss, schedule, clip_norm, ema)
+        self.resume_settings |= of_loader(self.train_loader, self.processes.number)
         self.bad_images: BadImages | None = None
         self.reserved_memory = 0  # bytes of this machine's memory that the loaders will take beside this process
 
     @classmethod
+    @checked
     def from_recipe(
         cls,
         recipe: Recipe | str | Path,
@@ -172,7 +169,7 @@ class Trainer:
         *,
         dataset: Any = None,
         resume: bool = False,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[Any] | None = None,
     ) -> Trainer:
         """Return the trainer of a recipe (file, name or `Recipe`) with `section.key=value` overrides.
 
@@ -259,6 +256,7 @@ class Trainer:
         self.session.require_open("finish()")
         if self.early_stop:
             self.log.say(f"{self.early_stop}; {how_to_continue()}" if self.output_dir else str(self.early_stop))
+        self.progress.log_rest()
         self.stateful.require_finite(self.state.step)
         stop = self._evaluate()
         save_last(self)
@@ -372,7 +370,8 @@ class Trainer:
                 "callbacks": self.callbacks.state_dict(),
             }
             best = self.state.best["step"] if self.state.best else None
-            checkpoints.save(Snapshot(step, about, self.stateful.weights(), self.stateful.training()), best)
+            snapshot = Snapshot(step, about, self.stateful.weights(), self.stateful.training())
+            checkpoints.save(snapshot, best, resumable=self.stateful.can_resume_here)
 
     def announce_saved(self, on_disk: int | None = None) -> None:
         """Tell the callbacks of a checkpoint that has become complete, the one of step `on_disk`.

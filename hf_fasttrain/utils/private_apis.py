@@ -174,6 +174,25 @@ def raise_for_dead_workers() -> None:
     _error_if_any_worker_fails()
 
 
+def shut_down_workers(loader: Any, iterator: Any = None) -> None:
+    """End the worker processes of an iterator over a DataLoader, and those that the DataLoader keeps for its next one.
+
+    The public way is to drop the last reference, which a traceback may hold, or a DataLoader with persistent workers.
+    """
+    kept: Any = getattr(loader, "_iterator", None)
+    each: Any
+    for each in (iterator, kept):
+        if hasattr(each, "_shutdown_workers"):
+            each._shutdown_workers()
+    if hasattr(kept, "_shutdown_workers"):
+        loader._iterator = None
+
+
+def would_start_persistent_workers(loader: Any) -> bool:
+    """Return whether the next iteration over a DataLoader starts worker processes that stay for those after it."""
+    return getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None
+
+
 # --- accelerate, datasets, evaluate, huggingface_hub, timm, trackio ----------------------------------------
 
 

@@ -176,9 +176,26 @@ def test_a_callback_that_fails_after_an_error_does_not_hide_it(tmp_path: Path) -
     trainer = small_trainer(tmp_path, callbacks=[broken, ending])
     with pytest.raises(CallbackError, match=r"Ending.before_step failed: ZeroDivisionError"):
         trainer.fit()
-    assert trainer.log.notes == [
+    assert [note for note in trainer.log.notes if "callback" in note] == [
         f"callback Broken.{method} failed: KeyError: 'a key'" for method in ("failed", "close")
     ]
+
+
+@pytest.mark.parametrize("method", ["failed", "close"])
+def test_ctrl_c_in_a_callback_is_raised_once_the_others_were_called(method: str, tmp_path: Path) -> None:
+    called = []
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    first = type("First", (), {method: interrupted, "before_step": lambda *_: {}["a key"]})()
+    second = type("Second", (), {each: lambda *_, each=each: called.append(each) for each in ("failed", "close")})()
+    trainer = small_trainer(tmp_path, callbacks=[first, second])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert called == ["failed", "close"]
+    assert trainer.checkpoints is not None
+    assert small_trainer(tmp_path / "other").fit().steps == 6  # nothing is held
 
 
 def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:

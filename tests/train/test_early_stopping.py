@@ -75,7 +75,7 @@ def run(
         TrainingObjects(),
         torch.optim.SGD(model.parameters(), lr=0.1),
         duration=f"{duration} steps",
-        eval_loader=[],
+        eval_loader=[None],  # nobody looks at it
         num_classes=3,
         evaluate_every="1 step",
         checkpoint_every="1 step",

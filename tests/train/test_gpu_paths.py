@@ -40,6 +40,7 @@ from hf_fasttrain.from_recipe.parts import build_parts, num_shapes
 from hf_fasttrain.from_recipe.trainer import build_loaders
 from hf_fasttrain.inference import choose_device, on_device, predict_images
 from hf_fasttrain.recipe.resolved import ResolvedSettings
+from hf_fasttrain.train import launcher
 from hf_fasttrain.train.distributed import on_main
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.evaluation import Evaluator
@@ -491,4 +492,4 @@ def test_weights_lie_as_the_images_do() -> None:
     conv = on_device(nn.Conv2d(3, 8, 3), CPU, channels_last=True).weight  # type: ignore[attr-defined]
     assert conv.is_contiguous(memory_format=torch.channels_last)
     assert not conv.is_contiguous()
-    assert accelerator.uses_gpu() is False
+    assert launcher.uses_gpu() is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import threading
@@ -148,7 +149,7 @@ def test_a_loop_outside_of_running_is_refused() -> None:
             call()
     with trainer.running():
         trainer.finish()
-        with pytest.raises(RunError, match=r"iterate\(\) outside of running\(\)"):
+        with pytest.raises(RunError, match=r"iterate\(\) after finish\(\), which has ended the run"):
             trainer.iterate()
 
 
@@ -166,18 +167,61 @@ def test_fit_raises_stopped_and_says_how_to_resume(tmp_path: Path) -> None:
 
     class Signalled:
         def before_step(self, trainer: Trainer, step: int) -> None:
-            if step == 2:
+            if step == 3:  # the end of an epoch, from which the loader can be resumed
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped) as caught:
         small_trainer(tmp_path / "run", callbacks=[Signalled()]).fit()
-    assert isinstance(caught.value, Exception)
     assert not isinstance(caught.value, SystemExit | KeyboardInterrupt)
+    assert not isinstance(caught.value, Exception)  # see the next test
     assert str(caught.value) == (
-        "stopped by SIGTERM after step 2 of 6; it is saved: resume=True (or Trainer.restore()) continues"
+        "stopped by SIGTERM after step 3 of 6; it is saved: resume=True (or Trainer.restore()) continues"
     )
     assert caught.value.result is not None
-    assert (caught.value.cause, caught.value.step, caught.value.result.steps) == ("SIGTERM", 2, 2)
+    assert (caught.value.cause, caught.value.step, caught.value.result.steps) == ("SIGTERM", 3, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_goes_on_after_errors_is_ended_by_a_signal(number: signal.Signals) -> None:
+    """A study that tries one setting after the other must not go on with the next one."""
+    kill = type("Kill", (), {"before_step": lambda *_: os.kill(os.getpid(), number)})()
+    started = []
+    with pytest.raises(Stopped) as caught:  # noqa: PT012 - a loop
+        for seed in range(3):
+            started.append(seed)
+            try:
+                small_trainer(callbacks=[kill]).fit()
+            except Exception:  # noqa: BLE001 - what such a program does
+                continue
+    assert started == [0]
+    assert isinstance(caught.value, KeyboardInterrupt) == (number == signal.SIGINT)
+
+
+def test_what_a_loop_left_unlogged_is_logged_at_the_end(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path / "run", steps=20, evaluate_every="20 steps", checkpoint_every="20 steps")
+    with trainer.running():
+        for step in trainer.iterate():
+            if step.step == 14:
+                break
+        trainer.finish()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [10, 14]
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [10, 14, 20]
+
+
+def test_a_second_finish_is_told_what_it_is() -> None:
+    trainer = small_trainer()
+    with trainer.running():
+        for _ in trainer.iterate():
+            pass
+        trainer.finish()
+        for method in (trainer.finish, trainer.iterate):
+            with pytest.raises(RunError, match=r"\(\) after finish\(\), which has ended the run: leave running\(\)"):
+                method()
+    with trainer.running():
+        trainer.finish()
 
 
 def loop_and_tell(pipe: int) -> None:

@@ -160,6 +160,24 @@ def test_torchs_handler_of_ended_children_is_kept_out() -> None:
         assert not private_apis.is_torch_child_handler(signal.SIG_DFL)
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_loaders_processes_are_ended(persistent: bool) -> None:
+    functions = private_apis.shut_down_workers, private_apis.would_start_persistent_workers
+    with relies_on("DataLoader's iterator or _shutdown_workers", *functions):
+        before = psutil.Process().children()
+        loader = DataLoader([1, 2, 3], num_workers=1, persistent_workers=persistent)
+        assert private_apis.would_start_persistent_workers(loader) == persistent
+        iterator = iter(loader)
+        assert next(iterator) == 1
+        assert len(psutil.Process().children()) == len(before) + 1
+        assert not private_apis.would_start_persistent_workers(loader)
+        private_apis.shut_down_workers(loader, iterator)
+        assert psutil.Process().children() == before
+        assert [int(each) for each in loader] == [1, 2, 3]
+        private_apis.shut_down_workers(loader)
+        private_apis.shut_down_workers([1])
+
+
 def test_a_process_takes_another_precision() -> None:
     with relies_on("AcceleratorState._shared_state, _reset_state", private_apis.reset_precision):
         Accelerator(cpu=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from hf_fasttrain.data.loading import trees
-from hf_fasttrain.data.loading.loader import EvalLoader, MicroBatches, Step
+from hf_fasttrain.data.loading.loader import EvalLoader, MicroBatches, Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import Batch
 from hf_fasttrain.data.loading.sampler import cut_micro_batches
 from hf_fasttrain.data.loading.trees import Tree, first_leaf, num_images
 from hf_fasttrain.data.loading.worker_deaths import batches_of_user
 from hf_fasttrain.utils.errors import DataError, RunError
+from hf_fasttrain.utils.private_apis import shut_down_workers, would_start_persistent_workers
+
+NO_POSITION = "train_loader keeps no position (no state_dict, no load_state_dict; torchdata's StatefulDataLoader has)"
 
 
 class UserLoader:
@@ -26,8 +30,9 @@ class UserLoader:
 
     A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``; images and targets are tensors, or
     tuples, lists and mappings of them. The loaders of all processes must yield the same number of batches, which may
-    differ in size or be empty. Resuming within an epoch needs a loader
-    with ``load_state_dict``, such as torchdata's StatefulDataLoader.
+    differ in size or be empty. At an epoch's end any loader can be resumed: ``set_epoch`` is called of it and of its
+    sampler. Within one it takes a loader with ``state_dict`` and ``load_state_dict``, such as torchdata's
+    StatefulDataLoader.
     """
 
     def __init__(
@@ -38,8 +43,10 @@ class UserLoader:
         accumulation_steps: int = 1,
         join_single: bool = False,
         total: Callable[[int], int] | None = None,
+        begin_epoch: Callable[[int], None] = lambda epoch: None,
     ) -> None:
         self.loader, self.device, self.accumulation_steps = loader, device, accumulation_steps
+        self.begin_epoch = begin_epoch
         self.join_single, self.total = join_single, total
         self.wait_seconds = 0.0
         self.micro_batch_size = 0  # the largest so far
@@ -49,6 +56,11 @@ class UserLoader:
         self._batches: Iterator[Any] = iter(())
         self._current: Batch | None = None
         self._next_step = 0  # the step of the next batch
+        self._passed = 0  # batches of the present pass over the loader
+        self._is_left = False  # whether the pass must be opened again, and gone to where it was left
+        self._left: Any = None  # the loader's own state there, if it has one
+        self._is_restored = False  # whether a state was loaded since the last step
+        self._at_start: dict[str, Any] = {}  # states of random generators when the pass began
         try:
             self.steps_per_epoch = len(loader)
         except TypeError:
@@ -65,41 +77,73 @@ class UserLoader:
         *,
         join_single: bool,
         total: Callable[[int], int] | None,
+        begin_epoch: Callable[[int], None] = lambda epoch: None,
     ) -> Any:
-        """Return the loader itself if it has `steps`, else a UserLoader around it.
+        """Return the loader itself if it gives steps already, else a UserLoader around it.
 
-        `total` sums a number over all processes without waiting for the device; None with one process.
+        `total` sums a number over all processes without waiting for the device; None with one process. `begin_epoch`
+        is called before the loader is iterated over, with the epoch's number.
         """
-        if hasattr(loader, "steps"):
+        if isinstance(loader, TrainLoader | UserLoader):
             return loader
-        return cls(loader, device, accumulation_steps=accumulation_steps, join_single=join_single, total=total)
+        options: dict[str, Any] = {"join_single": join_single, "total": total, "begin_epoch": begin_epoch}
+        return cls(loader, device, accumulation_steps=accumulation_steps, **options)
 
-    def state_dict(self) -> Any:
-        """Return the loader's state and the Python and numpy random states, None if the loader has no state_dict.
+    @property
+    def keeps_position(self) -> bool:
+        """Whether the loader can be restored within an epoch: by its own state_dict and load_state_dict."""
+        return hasattr(self.loader, "state_dict") and hasattr(self.loader, "load_state_dict")
 
-        torch's generator is not included: every step seeds it.
+    @property
+    def can_resume_here(self) -> bool:
+        """Whether training could go on from a checkpoint of the present step."""
+        return self.keeps_position or self._passed % self.steps_per_epoch == 0
+
+    def can_resume(self, state: Any, *, same_processes: bool = True) -> bool:
+        """Return whether training can go on from a saved state: one with a position, or of an epoch's end.
+
+        A position is of one process; with another number of them only an epoch can be begun.
         """
-        if not hasattr(self.loader, "state_dict"):
-            return None
-        return {"loader": self.loader.state_dict(), "python": random.getstate(), "numpy": np.random.get_state()}
+        if not isinstance(state, dict):
+            return False  # of an older version, for a loader without a position
+        return _is_at_end(state) or (same_processes and self.keeps_position and state["loader"] is not None)
 
-    def load_state_dict(self, state: Any) -> None:
-        """Restore what `state_dict` returned; RunError if the loader has no load_state_dict."""
-        if state is None or not hasattr(self.loader, "load_state_dict"):
-            raise RunError(
-                "can't resume: train_loader has no state_dict and load_state_dict, so its position is not known; "
-                "use torchdata's StatefulDataLoader, or Trainer.from_recipe"
-            )
-        self.loader.load_state_dict(state["loader"])
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loader's own state, how far the epoch is, and what its order and augmentation are drawn from.
+
+        Those are the states of Python's and numpy's generators, and of the loader's own. torch's is not included:
+        every step and every epoch seeds it.
+        """
+        own = self._left
+        if own is None and self.keeps_position:
+            own = self.loader.state_dict()
+        elif own is None and self._passed == self.steps_per_epoch:
+            more = next(self._batches, None)  # a sampler draws from its generator when it ends
+            self._batches = self._batches if more is None else itertools.chain([more], self._batches)
+        position = {"passed": self._passed, "steps_per_epoch": self.steps_per_epoch}
+        return {"loader": own, **position, **_random_state(self.loader)}
+
+    def load_state_dict(self, state: Any, *, same_processes: bool = True) -> None:
+        """Restore what `state_dict` returned; RunError for one that training can't go on from."""
+        if not self.can_resume(state, same_processes=same_processes):
+            why = "its position was saved by another number of processes" if not same_processes else NO_POSITION
+            raise RunError(f"can't resume within an epoch: {why}")
+        self._batches, self._current, self._is_restored = iter(()), None, True
+        self._is_left, self._left, self._passed = False, None, 0
+        if not same_processes:
+            return
+        _set_random_state(self.loader, state)
+        if self.keeps_position and state["loader"] is not None:
+            self.loader.load_state_dict(state["loader"])
+            self._is_left, self._left, self._passed = True, state["loader"], state.get("passed", 0)
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Yield the steps from `start` to before `stop`, iterating over the loader once per epoch."""
         if start == self._next_step - 1 and self._current is not None:
             return self.retry(start, stop)  # an exception has ended the loop before this batch was trained on
-        if start != self._next_step:
-            self._batches = iter(())
+        if start != self._next_step and not self._is_restored:
+            self._batches, self._is_left, self._left, self._passed = iter(()), False, None, 0
+        self._is_restored = False
         return self._steps(start, stop)
 
     def retry(self, index: int, stop: int) -> Iterator[Step]:
@@ -115,14 +159,24 @@ class UserLoader:
     def image_indices(self, step: int) -> None:
         """Return None: which images a step has is known to the loader only."""
 
+    def close(self) -> None:
+        """End the loader's processes. Steps that follow go on within the epoch, where the loader was left.
+
+        One without a position of its own is gone through again up to there, in the same order.
+        """
+        if not getattr(self.loader, "num_workers", 0):
+            return
+        if self._passed % self.steps_per_epoch and not self._is_left:
+            self._left = self.loader.state_dict() if self.keeps_position else None
+        self._is_left = True
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+        shut_down_workers(self.loader)
+
     def _steps(self, start: int, stop: int) -> Iterator[Step]:
         for index in range(start, stop):
             start_time = time.perf_counter()
-            batch = next(self._batches, None)
-            if batch is None:
-                batch = self._start_epoch(index // self.steps_per_epoch)
-            if batch is None:  # a loader restored at the end of an epoch yields nothing
-                batch = self._start_epoch(index // self.steps_per_epoch)
+            batch = self._next_batch(index // self.steps_per_epoch)
             if batch is None:
                 raise DataError(f"train_loader gave no batch for step {index}")
             self._current, self._next_step = to_device(batch, self.device), index + 1
@@ -136,12 +190,56 @@ class UserLoader:
             trees.require_equal_lengths(num_images(images), images=images, targets=targets)
             self._knows_form = True
 
-    def _start_epoch(self, epoch: int) -> Any:
-        sampler = getattr(self.loader, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        self._batches = batches_of_user(self.loader, "train_loader")
-        return next(self._batches, None)
+    def _next_batch(self, epoch: int) -> Any:
+        try:
+            if self._is_left:
+                self._reopen(epoch)
+            batch = next(self._batches, None)
+            for _ in range(2 if batch is None else 0):  # a loader restored at the end of an epoch yields nothing
+                self._open(epoch)
+                batch = next(self._batches, None)
+                if batch is not None:
+                    break
+        except BaseException:
+            self._is_left = True  # its iterator has ended with the exception
+            raise
+        self._passed += 1
+        return batch
+
+    def _open(self, epoch: int) -> None:
+        """Begin a pass over the loader."""
+        part: Any
+        for part in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        if epoch and not self.keeps_position and would_start_persistent_workers(self.loader):
+            before = _random_state(self.loader)
+            iter(self.loader)  # they draw a seed once, after which an epoch's order would be another
+            _set_random_state(self.loader, before)
+        self.begin_epoch(epoch)
+        self._at_start = {"torch": torch.get_rng_state(), **_random_state(self.loader)}
+        self._batches, self._passed = batches_of_user(self.loader, "train_loader"), 0
+
+    def _reopen(self, epoch: int) -> None:
+        """Begin a pass that was left once more, and go to where it was left."""
+        state, passed, self._is_left, self._left = self._left, self._passed, False, None
+        self._batches = iter(())
+        if passed % self.steps_per_epoch == 0:
+            return  # the next epoch is begun
+        if state is None and self.keeps_position:
+            state = self.loader.state_dict()  # an exception has ended the pass
+        if state is not None:
+            self.loader.load_state_dict(state)
+            self._open(epoch)
+        else:
+            now = _random_state(self.loader)
+            torch.set_rng_state(self._at_start["torch"])
+            _set_random_state(self.loader, self._at_start)
+            self._open(epoch)
+            for _ in range(passed):
+                next(self._batches, None)
+            _set_random_state(self.loader, {**now, "generators": []})
+        self._passed = passed
 
     def _step(self, index: int, images: Tree, targets: Tree) -> Step:
         number = num_images(images)
@@ -160,6 +258,28 @@ class UserLoader:
 
         like = None if isinstance(images, Tensor) else images
         return Step(index, total, len(sizes), MicroBatches(make(), make), shape, like)
+
+
+def _is_at_end(state: Mapping[str, Any]) -> bool:
+    return "passed" in state and state["passed"] % state["steps_per_epoch"] == 0
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Return a loader's own random generators, each once."""
+    found = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+def _random_state(loader: Any) -> dict[str, Any]:
+    generators = [generator.get_state() for generator in _generators(loader)]
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "generators": generators}
+
+
+def _set_random_state(loader: Any, state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    for generator, saved in zip(_generators(loader), state.get("generators", ()), strict=False):
+        generator.set_state(saved)
 
 
 @functools.lru_cache(maxsize=100)  # computing them takes 4 us of a step
@@ -182,6 +302,10 @@ class UserEvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in batches_of_user(self.loader, self.name):
             yield to_device(batch, self.device)
+
+    def close(self) -> None:
+        """End the loader's processes; they start again at the next iteration."""
+        shut_down_workers(self.loader)
 
 
 def to_device(batch: Any, device: torch.device) -> Batch:

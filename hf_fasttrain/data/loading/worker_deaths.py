@@ -11,7 +11,12 @@ from typing import Any
 
 from hf_fasttrain.utils.errors import LoaderDied, first_line
 from hf_fasttrain.utils.library_errors import is_dead_worker
-from hf_fasttrain.utils.private_apis import is_torch_child_handler, no_torch_child_handler, raise_for_dead_workers
+from hf_fasttrain.utils.private_apis import (
+    is_torch_child_handler,
+    no_torch_child_handler,
+    raise_for_dead_workers,
+    shut_down_workers,
+)
 from hf_fasttrain.utils.signals import signal_handler
 
 MAX_DEATHS = 1  # that a run survives
@@ -115,7 +120,10 @@ CHILD_SIGNAL = _ChildSignal()
 
 
 def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
-    """Yield the batches of a user's loader; LoaderDied if one of its processes has died."""
+    """Yield the batches of a user's loader; LoaderDied if one of its processes has died.
+
+    Closed before the last one, it ends the loader's processes.
+    """
     batches: Iterator[Any] | None = None
     while True:
         try:
@@ -129,7 +137,11 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
                 raise
             reason = first_line(error)
         else:
-            yield batch
+            try:
+                yield batch
+            except GeneratorExit:
+                shut_down_workers(loader, batches)  # which a traceback would keep alive
+                raise
             continue
         batches = None  # stops the other processes, which a traceback would keep alive
         raise LoaderDied(  # outside of the handler, which holds torch's traceback

@@ -195,7 +195,7 @@ def test_a_user_loader_is_iterated_by_epochs_and_resume_needs_its_state() -> Non
     loader = UserLoader(data, CPU)
     values = [next(step.micro_batches)[0][0, 0, 0, 0].item() for step in loader.steps(0, 7)]
     assert values == [0, 1, 2, 0, 1, 2, 0]
-    with pytest.raises(RunError, match="train_loader has no state_dict and load_state_dict"):
+    with pytest.raises(RunError, match=r"train_loader keeps no position .no state_dict, no load_state_dict"):
         loader.load_state_dict(None)
     with pytest.raises(DataError, match="train_loader is empty"):
         UserLoader([], CPU)

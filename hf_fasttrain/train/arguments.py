@@ -1,0 +1,207 @@
+"""What each parameter of the Trainer may be: one rule for each, looked at before anything is made."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, IterableDataset
+
+from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.ema import Ema
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.utils.duration import Duration
+from hf_fasttrain.utils.errors import RunError, shown
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is
+
+
+def checked(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Check the arguments of a function by the rules of their names; RunError for those that a rule forbids."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        require_allowed(bound.arguments)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def require_allowed(arguments: Mapping[str, Any]) -> None:
+    """Raise RunError, with all mistakes in one message, for arguments that a rule of their name or of two forbids."""
+    wrong = [
+        f"{name}: must be {allowed}, got {_described(arguments[name])}"
+        for name, (is_allowed, allowed) in RULES.items()
+        if name in arguments and not is_allowed(arguments[name])
+    ]
+    wrong = wrong or [text for is_wrong, text in TOGETHER if is_wrong(arguments)]
+    if wrong:
+        raise RunError("\n".join(wrong))
+
+
+def parse_duration(name: str, value: Duration | str, *, minutes: bool = False) -> Duration:
+    """Return the duration that a parameter was given. Raises RunError that names the parameter."""
+    try:
+        duration = Duration.parse(value, minutes=minutes)
+    except ValueError as error:
+        raise RunError(f"{name}: {error}, got {_described(value)}") from None
+    if not duration.count > 0:
+        raise RunError(f"{name}: must be more than 0, got {_described(value)}")
+    if duration.unit not in ("epochs", "steps", "minutes" if minutes else "steps"):
+        raise RunError(f"{name}: must be in epochs or steps{' or minutes' * minutes}, got '{duration}'")
+    return duration
+
+
+def _described(value: Any) -> str:
+    """Return a plain value as it is written, and anything else by its kind."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    plain = value is None or isinstance(value, bool | int | float | str | os.PathLike | Duration)
+    if plain or (isinstance(value, list | tuple | dict) and len(value) < 3):
+        return shown(value)
+    return f"a {type(value).__qualname__}"
+
+
+def whole_number(value: Any, least: int) -> bool:
+    """Return whether a value is a whole number of at least `least`; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
+
+
+@dataclass(frozen=True)
+class _Optional:
+    """A rule that None passes."""
+
+    rule: Callable[[Any], bool]
+
+    def __call__(self, value: Any) -> bool:
+        return value is None or self.rule(value)
+
+
+def _is_data_set(value: Any) -> bool:
+    """Return whether a value gives single images, not batches."""
+    of_torch = isinstance(value, Dataset) and not isinstance(value, IterableDataset)
+    return of_torch or type(value).__module__.partition(".")[0] == "datasets"
+
+
+def _gives_batches(value: Any) -> bool:
+    is_text = isinstance(value, str | bytes | Mapping)
+    iterates = isinstance(value, Iterable) or hasattr(value, "__getitem__") or hasattr(value, "steps")
+    return iterates and not is_text and not _is_data_set(value) and not isinstance(value, type)
+
+
+def _has_batches(value: Any) -> bool:
+    """Return whether a value gives batches, and at least one as far as its length tells."""
+    if not _gives_batches(value):
+        return False
+    try:
+        return len(value) > 0
+    except TypeError:
+        return True
+
+
+def _gives_factors(schedule: Any) -> bool:
+    """Return whether a schedule gives a number for the first update."""
+    if not _is_function(schedule):
+        return False
+    try:
+        factor = float(schedule(0))
+    except TypeError:  # of another number of arguments, or no number
+        return False
+    return math.isfinite(factor)
+
+
+def _trains(optimizer: Any) -> bool:
+    return isinstance(optimizer, Optimizer) and all(float(group["lr"]) > 0 for group in optimizer.param_groups)
+
+
+def _in_a_list(callbacks: Any) -> bool:
+    return isinstance(callbacks, Sequence) and not isinstance(callbacks, str)
+
+
+AT_LEAST_ONE = "a whole number of at least 1"
+RULES: dict[str, Rule] = {
+    "model": (lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
+    "train_loader": (
+        _gives_batches,
+        "a loader, which gives batches: DataLoader(dataset, batch_size=64, shuffle=True), or a list of them",
+    ),
+    "optimizer": (
+        _trains,
+        "a torch.optim.Optimizer with an lr above 0 in each group (what should not be trained: requires_grad_(False))",
+    ),
+    "accelerator": (_Optional(lambda value: isinstance(value, Accelerator)), "an accelerate.Accelerator or None"),
+    "accumulation_steps": (
+        lambda value: whole_number(value, 1),
+        f"{AT_LEAST_ONE}, the micro-batches that a batch is split into",
+    ),
+    "loss": (_is_function, "a function or module that maps (logits, targets) to their mean loss"),
+    "step_loss": (
+        _Optional(_is_function),
+        "a function or module that maps (model, images, targets, at) to their mean loss, or None",
+    ),
+    "schedule": (
+        _gives_factors,
+        "a function of the update's number, counted from 0, that returns a factor on the optimizer's lr, like "
+        "hf_fasttrain.build_schedule('cosine', num_steps=1000) or lambda update: 0.1 ** (update // 500)",
+    ),
+    "clip_norm": (_Optional(_is_positive), "a number above 0, the largest norm of all gradients together, or None"),
+    "ema": (_Optional(lambda value: isinstance(value, Ema)), "Ema(model, decay=0.99) or None"),
+    "eval_loader": (
+        _Optional(_has_batches),
+        "a loader with at least one batch, as DataLoader(dataset, batch_size=256) is, or None",
+    ),
+    "num_classes": (
+        _Optional(lambda value: whole_number(value, 2)),
+        "a whole number of at least 2, the number of the model's outputs, or None",
+    ),
+    "best": (lambda value: isinstance(value, Watch), "a Watch, like Watch('loss')"),
+    "early_stopping": (
+        _Optional(lambda value: isinstance(value, Watch) and value.patience is not None),
+        "a Watch with a patience in steps, like Watch('loss', patience=500), or None",
+    ),
+    "output_dir": (_Optional(lambda value: isinstance(value, str | os.PathLike)), "a path or None"),
+    "report": (lambda value: isinstance(value, bool), "True or False"),
+    "callbacks": (_Optional(_in_a_list), "a list of callbacks: callbacks=[...]"),
+    "log": (_Optional(lambda value: isinstance(value, RunLog)), "a RunLog or None"),
+    "log_every": (lambda value: whole_number(value, 1), f"{AT_LEAST_ONE}, in steps"),
+    "seed": (_Optional(lambda value: whole_number(value, 0)), "a whole number of at least 0, or None"),
+    "overrides": (_in_a_list, 'a list of texts: overrides=["optimizer.lr=1e-4"]'),
+}
+# What two parameters say together, in their values.
+TOGETHER: list[tuple[Callable[[Mapping[str, Any]], bool], str]] = [
+    (
+        lambda given: given.get("evaluator") is not None and given.get("num_classes") is not None,
+        "num_classes: has no effect beside an evaluator, which has its own; leave one of them out",
+    ),
+    (
+        lambda given: given.get("step_loss") is not None and given.get("loss") is not F.cross_entropy,
+        "loss: has no effect beside a step_loss, which gives the loss itself; leave one of them out",
+    ),
+    (
+        lambda given: given.get("early_stopping") is not None and given.get("eval_loader") is None,
+        "early_stopping: watches the evaluations, and there are none; give an eval_loader too",
+    ),
+]

@@ -1,0 +1,252 @@
+"""A user's plain DataLoader: resumed at an epoch's end, left within one, and its processes ended with the loop."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from helpers.processes import reset_accelerate, run_processes
+from helpers.runs import steps_of
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+from hf_fasttrain import Stopped, Trainer
+from hf_fasttrain.data.loading.user_loader import UserLoader
+from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.utils.errors import RunError
+
+STEPS = 5  # an epoch's
+IMAGES = TensorDataset(torch.arange(20.0).reshape(20, 1) / 20, torch.arange(20) % 3)
+
+
+class Noisy(Dataset[Any]):
+    """Images with noise from Python's generator, as augmentations in the main process draw it."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        return IMAGES[index][0] + random.random(), IMAGES[index][1]
+
+
+def plain(**options: Any) -> DataLoader[Any]:
+    return DataLoader(IMAGES, 4, shuffle=True, **options)
+
+
+def with_generator() -> DataLoader[Any]:
+    return plain(generator=torch.Generator().manual_seed(4))
+
+
+def noisy() -> DataLoader[Any]:
+    return DataLoader(Noisy(), 4, shuffle=True)
+
+
+def sampled() -> DataLoader[Any]:
+    return DataLoader(IMAGES, 4, sampler=DistributedSampler(IMAGES, 1, 0, shuffle=True, seed=9))
+
+
+def listed() -> list[Any]:
+    return list(DataLoader(IMAGES, 4))
+
+
+def made(loader: Any, steps: int, folder: Path | None = None, **options: Any) -> Trainer:
+    reset_accelerate()
+    torch.manual_seed(3)
+    random.seed(3)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    options = {"report": False, "log": RunLog(folder, show=False), **options}
+    batches = loader() if callable(loader) else loader
+    return Trainer(model, batches, optimizer, duration=f"{steps} steps", output_dir=folder, **options)
+
+
+def same_weights(one: Trainer, other: Trainer) -> bool:
+    return all(map(torch.equal, one.raw_model.state_dict().values(), other.raw_model.state_dict().values()))
+
+
+def left_at(trainer: Trainer, step: int) -> None:
+    """Train to a step, leave the loop, and wait for what is being written."""
+    with trainer.running():
+        for report in trainer.iterate():
+            if report.step == step:
+                break
+
+
+@pytest.mark.parametrize("loader", [plain, with_generator, noisy, sampled, listed])
+def test_a_plain_loader_is_resumed_at_an_epochs_end_as_if_never_stopped(loader: Any, tmp_path: Path) -> None:
+    whole = made(loader, 3 * STEPS)
+    whole.fit()
+    left_at(made(loader, 3 * STEPS, tmp_path / "run", checkpoint_every="1 epoch"), 2 * STEPS)
+    resumed = made(loader, 3 * STEPS, tmp_path / "run")
+    random.seed(99)
+    resumed.restore()
+    assert resumed.state.step == 2 * STEPS
+    resumed.fit()
+    assert same_weights(resumed, whole)
+
+
+def test_what_came_after_the_epochs_end_is_repeated_and_that_is_said_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = made(plain, 3 * STEPS)
+    whole.fit()
+    options: dict[str, Any] = {"checkpoint_every": "1 step", "log": None}
+    first = made(plain, 3 * STEPS, tmp_path / "run", **options)
+    left_at(first, 2 * STEPS + 3)
+    (note,) = [note for note in first.log.notes if "train_loader" in note]
+    assert note == (
+        "train_loader keeps no position within an epoch: restore() continues from the newest checkpoint of an epoch's "
+        "end (each 5 steps); from any one with torchdata's StatefulDataLoader"
+    )
+    assert steps_of(tmp_path / "run") == [10, 12, 13]  # the one that can be resumed is kept beside the newest two
+    capsys.readouterr()
+    resumed = made(plain, 3 * STEPS, tmp_path / "run", log=None)
+    resumed.restore()
+    told = capsys.readouterr().out
+    assert told.count("is within an epoch, and train_loader keeps no position") == 2
+    assert "step 10 of 15" in told
+    resumed.fit()
+    assert same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [(3, "Trainer.restore() begins the training anew"), (8, "continues from step 5, the end of an epoch")],
+)
+def test_a_stop_promises_only_what_a_restore_can_do(step: int, told: str, tmp_path: Path) -> None:
+    class Signalled:
+        def before_step(self, trainer: Trainer, number: int) -> None:
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped) as caught:
+        made(plain, 3 * STEPS, tmp_path / "run", callbacks=[Signalled()]).fit()
+    assert str(caught.value) == (
+        f"stopped by SIGTERM after step {step} of 15; it is saved, but train_loader keeps no position within an epoch: "
+        f"{'' if step == 3 else 'Trainer.restore() '}{told}"
+    )
+    again = made(plain, 3 * STEPS, tmp_path / "run")
+    again.restore()
+    assert again.state.step == step // STEPS * STEPS
+    again.fit()
+    whole = made(plain, 3 * STEPS)
+    whole.fit()
+    assert same_weights(again, whole)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_loaders_processes_end_with_the_loop_and_the_next_one_goes_on(persistent: bool) -> None:
+    def workers() -> DataLoader[Any]:
+        return plain(num_workers=1, persistent_workers=persistent)
+
+    def children() -> set[int]:
+        return {child.pid for child in psutil.Process().children()}
+
+    before = children()
+    whole = made(workers, 2 * STEPS, eval_loader=workers(), num_classes=3)
+    whole.fit()
+    assert children() == before
+    parts = made(workers, 2 * STEPS)
+    for stop in (2, 5, 8, 10):
+        left_at(parts, stop)
+        assert children() == before
+    assert same_weights(parts, whole)
+    failing = made(workers, 2 * STEPS)
+    with pytest.raises(ZeroDivisionError), failing.running():  # noqa: PT012 - a loop
+        next(failing.iterate())
+        raise ZeroDivisionError
+    assert children() == before
+
+
+def test_an_image_that_fails_costs_no_other_image() -> None:
+    class Fails(Dataset[Any]):
+        calls = 0
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Any:
+            Fails.calls += 1
+            if Fails.calls == 30:
+                raise ZeroDivisionError
+            return IMAGES[index]
+
+    whole = made(plain, 2 * STEPS)
+    whole.fit()
+    trainer = made(lambda: DataLoader(Fails(), 4, shuffle=True), 2 * STEPS)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()
+    trainer.fit()
+    assert same_weights(trainer, whole)
+
+
+def saved_by_two(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    loader = DataLoader(IMAGES, 2, sampler=DistributedSampler(IMAGES, 2, rank))
+    made(loader, STEPS, folder).fit()
+
+
+def test_at_an_epochs_end_the_number_of_processes_may_change(tmp_path: Path) -> None:
+    run_processes(saved_by_two, tmp_path / "run")
+    alone = made(plain, 2 * STEPS, tmp_path / "run")
+    alone.restore()
+    assert alone.state.step == STEPS
+    assert alone.fit().steps == 2 * STEPS
+
+
+def test_set_epoch_is_called_of_the_loader_and_its_samplers() -> None:
+    epochs: list[int] = []
+
+    class Counted(DistributedSampler[Any]):
+        def set_epoch(self, epoch: int) -> None:
+            epochs.append(epoch)
+            super().set_epoch(epoch)
+
+    made(DataLoader(IMAGES, 4, sampler=Counted(IMAGES, 1, 0)), 2 * STEPS).fit()
+    assert epochs == [0, 1]
+
+
+class Reloaded:
+    """A loader that keeps a position, of a run that had none."""
+
+    def __init__(self) -> None:
+        self.batches = listed()
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise AssertionError
+
+
+def test_an_epochs_end_is_one_for_any_loader(tmp_path: Path) -> None:
+    made(listed, STEPS, tmp_path / "run").fit()
+    again = made(Reloaded, 2 * STEPS, tmp_path / "run")
+    again.restore()
+    again.fit()
+    whole = made(listed, 2 * STEPS)
+    whole.fit()
+    assert same_weights(again, whole)
+
+
+def test_a_state_within_an_epoch_is_refused_by_a_loader_without_a_position() -> None:
+    loader = UserLoader(listed(), torch.device("cpu"))
+    state = {"loader": None, "passed": 3, "steps_per_epoch": STEPS}
+    with pytest.raises(RunError, match="can't resume within an epoch: train_loader keeps no position"):
+        loader.load_state_dict(state)
+    with pytest.raises(RunError, match="its position was saved by another number of processes"):
+        loader.load_state_dict(state, same_processes=False)
+    with pytest.raises(RunError, match="can't resume within an epoch"):
+        loader.load_state_dict(None)
