@@ -132,8 +132,8 @@ def evaluate_run(
     loader = loaders.eval_loader(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     metrics = evaluator(model, loader)
-    for failure in evaluator.external.take_failures():
-        note(failure)
+    for text in (*evaluator.take_notes(), *_notes_on_users_functions(opened)):
+        note(text)
     context: dict[str, Any] = {
         "dataset": recipe.data.dataset,
         "split": measured.split.name,
@@ -142,6 +142,24 @@ def evaluate_run(
     context |= _weights_used(opened, weights, checkpoint)
     replaced = {"bad_images": bad_images.count} if bad_images.count else {}
     return {**metrics, **context, **replaced}
+
+
+def _notes_on_users_functions(run: Path) -> list[str]:
+    """Return notes on what evaluated the run while it was trained, and is the user's own code."""
+    result = read_json(run / RESULT_FILE)
+    names, predict = result.get("own_metrics"), result.get("predict")
+    notes = []
+    if isinstance(names, list) and names:
+        notes.append(
+            f"{', '.join(map(str, names))}: functions of your own that the run was trained with (metrics=); they are "
+            "not in the run folder, so not computed here: result.json and metrics.jsonl have their values"
+        )
+    if predict:
+        notes.append(
+            f"while training, {predict} gave the logits (predict=); it is not in the run folder: here they are the "
+            "model's own output, and metrics may differ from those in result.json"
+        )
+    return notes
 
 
 def _trained_micro_batch(run: Path, recipe: Recipe) -> int:

@@ -6,7 +6,7 @@ A new recipe key is used here, or in parts.py (accelerator, data, model) or load
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from hf_fasttrain.train.optim import build_optimizer, build_param_groups
 from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
 from hf_fasttrain.train.trackers import Trackers
 from hf_fasttrain.train.trainer import Trainer
+from hf_fasttrain.train.user_metrics import Metric, Predict
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
@@ -124,7 +125,6 @@ def assemble(
         clip_norm=recipe.optimizer.clip_norm,
         ema=_moving_average(parts),
         eval_loader=loaders.eval_loader(source.evaluation, eval_batch, passes=evaluations),
-        evaluator=build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names)),
         evaluate_every=recipe.evaluate.every,
         best=best,
         early_stopping=stopping,
@@ -136,6 +136,7 @@ def assemble(
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
+    trainer.evaluation.evaluator = build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names))
     trainer.lr, trainer.recipe_text, trainer.bad_images = recipe.optimizer.lr, recipe_text(recipe), bad_images
     trainer.final = decide(parts.settings, "checkpoint.final", early_stopping=stopping)
     trainer.export = lambda model, path: save_model(model, spec, path)
@@ -280,10 +281,18 @@ def _eval_batch_size(parts: Parts, workers: int) -> int:
     return decide_evaluation_batch(parts.settings, parts.sampling_plan.micro_batch_size, memory)
 
 
-def build_evaluator(recipe: Recipe, accelerator: Accelerator, multi_label: bool, num_classes: int) -> Evaluator:
-    """Return the evaluator of a recipe's metrics."""
+def build_evaluator(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    multi_label: bool,
+    num_classes: int,
+    own: Mapping[str, Metric] | None = None,
+    predict: Predict | None = None,
+) -> Evaluator:
+    """Return the evaluator of a recipe's metrics, and of the user's `own`; `predict` gives the logits of a model."""
     built_in, external = resolve_metrics(recipe.evaluate.metrics, multi_label=multi_label)
-    return Evaluator(accelerator, num_classes, multi_label=multi_label, metrics=built_in, external=external)
+    names: dict[str, Any] = {"metrics": built_in, "external": external, "own": own}
+    return Evaluator(accelerator, num_classes, multi_label=multi_label, predict=predict, **names)
 
 
 def _optimizer(parts: Parts) -> torch.optim.Optimizer:

@@ -69,3 +69,16 @@ def eager() -> Iterator[None]:
             yield
         finally:
             torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore a model's buffers, attributes and modes, and all random states, after a few images went through it."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        with preserved_state(model), seeded_random_states(device, 0), eager():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -111,6 +111,8 @@ class Result:
     machine: dict[str, Any]
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    own_metrics: list[str] = field(default_factory=list)  # names of metrics that functions of the user's compute
+    predict: str | None = None  # name of the user's function that gives the logits, if there is one
 
 
 def metric_name(metric: str) -> str:

@@ -141,6 +141,10 @@ def _in_a_list(callbacks: Any) -> bool:
     return isinstance(callbacks, Sequence) and not isinstance(callbacks, str)
 
 
+def _are_functions(metrics: Any) -> bool:
+    return isinstance(metrics, Mapping) and all(map(callable, metrics.values()))
+
+
 AT_LEAST_ONE = "a whole number of at least 1"
 RULES: dict[str, Rule] = {
     "model": (lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
@@ -177,6 +181,11 @@ RULES: dict[str, Rule] = {
         _Optional(lambda value: whole_number(value, 2)),
         "a whole number of at least 2, the number of the model's outputs, or None",
     ),
+    "metrics": (
+        _Optional(_are_functions),
+        "a dict of functions of all logits (N, K) and labels that return a number, like {'mAP': my_average_precision}",
+    ),
+    "predict": (_Optional(_is_function), "a function (model, images) -> logits (B, K), or None"),
     "best": (lambda value: isinstance(value, Watch), "a Watch, like Watch('loss')"),
     "early_stopping": (
         _Optional(lambda value: isinstance(value, Watch) and value.patience is not None),
@@ -192,10 +201,6 @@ RULES: dict[str, Rule] = {
 }
 # What two parameters say together, in their values.
 TOGETHER: list[tuple[Callable[[Mapping[str, Any]], bool], str]] = [
-    (
-        lambda given: given.get("evaluator") is not None and given.get("num_classes") is not None,
-        "num_classes: has no effect beside an evaluator, which has its own; leave one of them out",
-    ),
     (
         lambda given: given.get("step_loss") is not None and given.get("loss") is not F.cross_entropy,
         "loss: has no effect beside a step_loss, which gives the loss itself; leave one of them out",

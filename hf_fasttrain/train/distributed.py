@@ -87,6 +87,28 @@ class Processes:
         gathered: list[Value] = gather_object(values) if self.is_distributed else values
         return gathered
 
+    def rows_on_main(self, rows: Tensor | None) -> Tensor | None:
+        """Return the rows (N, ...) of all processes on the main one, ordered by process; None on the others.
+
+        They lie on the host; a process without any gives None. Nothing is copied to a process that does not need it.
+        """
+        if not self.is_distributed:
+            return rows
+        every = self.gather([None if rows is None else (tuple(rows.shape), rows.dtype)])
+        if not self.is_main:
+            if rows is not None and rows.numel():
+                dist.send(rows.contiguous().view(-1).view(torch.uint8), 0, group=host_group())
+            return None
+        parts = [] if rows is None else [rows]
+        for index, about in enumerate(every[1:], start=1):
+            if about is None:
+                continue
+            part = torch.empty(about[0], dtype=about[1])
+            if part.numel():
+                dist.recv(part.view(-1).view(torch.uint8), index, group=host_group())
+            parts.append(part)
+        return torch.cat(parts) if parts else None
+
     def from_local_main(self, value: Any) -> Any:
         """Return the value of this machine's main process."""
         return (

@@ -138,4 +138,5 @@ def result_of(trainer: Trainer) -> Result:
         machine=describe_machine(trainer.device, trainer.processes.number),
         versions=describe_versions(),
         notes=trainer.log.notes,
+        **trainer.evaluation.evaluator.own_functions(),
     )

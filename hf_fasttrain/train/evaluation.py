@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_fasttrain.data.loading.loader import EvalLoader
+from hf_fasttrain.data.loading.trees import cut, num_images
+from hf_fasttrain.data.loading.user_loader import UserEvalLoader
+from hf_fasttrain.models.side_effects import undisturbed
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.early_stopping import record_of
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.train.metrics import ExternalMetrics, Metrics
+from hf_fasttrain.train.loss import logits_of
+from hf_fasttrain.train.metrics import MULTI_LABEL, SINGLE_LABEL, ExternalMetrics, Metrics, in_words
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.train.throughput import Throughput
-from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.train.user_metrics import Metric, Predict, UserMetrics
+from hf_fasttrain.utils.errors import RunError, shown
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.process_memory import relax_memory_limit
 
+TRIED_IMAGES = 8  # before the first step
+
 
 class Evaluator:
-    """Computes the metrics of a model; used for all evaluations of a run."""
+    """Computes the metrics of a model; used for all evaluations of a run.
+
+    Without `num_classes` and `multi_label` the logits (N, K) and labels, (N,) or multi-hot (N, K), say it. `own` are
+    metrics of the user's by name, and `predict` gives the logits of `model` for `images`; see `Trainer`.
+    """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        num_classes: int,
+        num_classes: int | None = None,
         *,
-        multi_label: bool = False,
+        multi_label: bool | None = None,
         metrics: Sequence[str] | None = None,
         external: Sequence[str] = (),
+        own: Mapping[str, Metric] | None = None,
+        predict: Predict | None = None,
     ) -> None:
         self.accelerator, self.num_classes, self.multi_label = accelerator, num_classes, multi_label
         self.metrics = None if metrics is None else list(metrics)
-        self.external = ExternalMetrics(external)
-        self.external.try_out(num_classes, multi_label=multi_label)  # fail before training
+        self.external, self.own, self.predict = ExternalMetrics(external), UserMetrics(own), predict
+        if num_classes is not None:  # fail before training
+            self.external.try_out(num_classes, multi_label=bool(multi_label))
         self.max_images: int | None = None  # per forward, after memory ran out
         self.collects = False  # whether to store predictions for `predictions`
         self._collected: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
@@ -47,35 +62,98 @@ class Evaluator:
     @torch.no_grad()
     def __call__(
         self,
-        model: Callable[[Tensor], Tensor],
-        loader: Iterable[tuple[Tensor, Tensor]],
+        model: nn.Module,
+        loader: Iterable[tuple[Any, Tensor]],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Return metric name -> value over all processes' batches of `images` and `labels`.
 
-        `model` maps images to logits and is in evaluation mode. Processes wait for each other at the end only, so
-        their shares may differ in size or be empty. Returns an empty dict if `should_stop` was true on any process.
-        A batch that does not fit into memory is split, and so are all later ones.
+        `model` is in evaluation mode. Processes wait for each other at the end only, so their shares may differ in
+        size or be empty. Returns an empty dict if `should_stop` was true on any process. A batch that does not fit into
+        memory is split, and so are all later ones.
         """
-        counts = Metrics(self.num_classes, self.accelerator.device, multi_label=self.multi_label)
+        counts: Metrics | None = None
         interrupted = torch.zeros((), device=self.accelerator.device)
         collector = Collector() if self.collects else None
         for images, labels in loader:
             if should_stop():
                 interrupted += 1
                 break
-            logits = self._logits(model, images)
+            logits = self.logits(model, images)
+            if counts is None:
+                counts = self._counts(logits.shape[1], multi_label=labels.ndim == 2)
             counts.update(logits, labels)
             self.external.update(logits, labels)
+            self.own.update(logits, labels)
             if collector is not None:
                 collector.add(logits, labels)
         if self.processes.add_up(interrupted):
             self.external.clear()
+            self.own.clear()
             return {}
-        values = counts.compute(self.processes.add_up)  # waits for the device
+        values = self._agreed(counts).compute(self.processes.add_up)  # waits for the device
         self._collected = collector.columns() if collector is not None else None
         built_in = {name: values[name] for name in self.metrics or values}
-        return {**built_in, **self.external.compute(self.processes.gather)}
+        own = self.own.compute(self.processes, getattr(loader, "rows", None))
+        return {**built_in, **self.external.compute(self.processes.gather), **own}
+
+    def _counts(self, num_classes: int, *, multi_label: bool) -> Metrics:
+        classes = num_classes if self.num_classes is None else self.num_classes
+        several = multi_label if self.multi_label is None else self.multi_label
+        return Metrics(classes, self.accelerator.device, multi_label=several)
+
+    def _agreed(self, counts: Metrics | None) -> Metrics:
+        """Return the counts of a process, which may have had no images to learn the number of classes from."""
+        if self.num_classes is not None and self.multi_label is not None:
+            return counts or self._counts(self.num_classes, multi_label=self.multi_label)
+        mine = (0, False) if counts is None else (counts.num_classes, counts.multi_label)
+        num_classes, multi_label = self.processes.largest(*mine)
+        return counts or self._counts(num_classes, multi_label=bool(multi_label))
+
+    def names(self, *, multi_label: bool) -> list[str]:
+        """Return the names of all metrics."""
+        built_in = self.metrics or (MULTI_LABEL if multi_label else SINGLE_LABEL)
+        return [*built_in, *self.external.modules, *self.own.functions]
+
+    @torch.no_grad()
+    def require_sound(self, model: nn.Module, images: Any, labels: Any) -> None:
+        """Raise RunError if a metric of the user's, `predict` or labels of some images of a split are not as needed."""
+        try:
+            logits = self.logits(model, images)
+        except Exception as error:
+            if self.predict is None or isinstance(error, RunError):
+                raise
+            raise RunError(
+                f"predict fails on {len(images)} images of the evaluation split: {in_words(error)}"
+            ) from error
+        if not isinstance(labels, Tensor):
+            raise RunError(f"the evaluation split has labels {shown(labels)}; give one tensor, (B,) or (B, K)")
+        counts = self._counts(logits.shape[1], multi_label=labels.ndim == 2)
+        counts.update(logits, labels)
+        counts.compute()
+        mistake = self.own.mistake(logits, labels)
+        if mistake is not None:
+            raise RunError(mistake)
+
+    @property
+    def is_of_user(self) -> bool:
+        """Whether functions of the user's take part."""
+        return bool(self.own.functions) or self.predict is not None
+
+    def own_functions(self) -> dict[str, Any]:
+        """Return the fields of a `Result` that name the user's functions."""
+        predict = None
+        if self.predict is not None:
+            predict = getattr(self.predict, "__qualname__", type(self.predict).__qualname__)
+        return {"own_metrics": list(self.own.functions), "predict": predict}
+
+    def may_lack(self, name: str) -> bool:
+        """Return whether a metric is left out of passes in which it can't be computed."""
+        return name in self.external.modules or name in self.own.functions
+
+    def take_notes(self) -> list[str]:
+        """Return a sentence for each metric that the last pass has left out, once."""
+        return [*self.external.left_out.take_notes(), *self.own.left_out.take_notes()]
 
     def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
         """Return the predictions of the last pass, of all processes; None if they were not stored.
@@ -98,15 +176,19 @@ class Evaluator:
         indices = torch.tensor([row for part in every for row in part] or [-1] * number)
         return Predictions(step, split, indices if len(indices) == number else torch.full((number,), -1), *columns)
 
-    def _logits(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def logits(self, model: nn.Module, images: Any) -> Tensor:
+        """Return the logits (B, K) of a model for a tree of B images. Raises RunError for what has another shape."""
+        number = num_images(images)
         while True:
             try:
                 with self.accelerator.autocast():
-                    return torch.cat([model(part) for part in images.split(self.max_images or max(1, len(images)))])
+                    size = min(self.max_images or number, number)
+                    sizes = [min(size, number - start) for start in range(0, number, max(1, size))] or [0]
+                    return torch.cat([self._logits_of(model, part) for part in cut(images, sizes)])
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            size = min(self.max_images or len(images), len(images))  # outside of the handler, which keeps tensors alive
+            size = min(self.max_images or number, number)  # outside of the handler, which keeps tensors alive
             free_cached_memory(self.accelerator.device)
             if size == 1:
                 local_error = RunError(
@@ -115,6 +197,22 @@ class Evaluator:
                 local_error.on_every_process = False
                 raise local_error
             self.max_images = size // 2
+
+    def _logits_of(self, model: nn.Module, images: Any) -> Tensor:
+        if self.predict is None:
+            logits = logits_of(model(images))
+        else:
+            logits = self.predict(model, images)
+        number = num_images(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != number:
+            what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else shown(logits)
+            whose = "the model gives" if self.predict is None else "predict returned"
+            raise RunError(
+                f"{whose} {what} for {number} images, where logits ({number}, K) are needed, one for each "
+                "class: give Trainer predict=, a function (model, images) -> logits; of a single logit z it may return "
+                "torch.nn.functional.pad(z.view(-1, 1), (1, 0)), two classes of the same probabilities"
+            )
+        return logits
 
     @property
     def processes(self) -> Processes:
@@ -130,7 +228,7 @@ class Evaluation:
 
     def __init__(
         self,
-        evaluator: Evaluator | None,
+        evaluator: Evaluator,
         eval_loader: Any,
         *,
         state: State,
@@ -141,8 +239,6 @@ class Evaluation:
         early_stopping: Watch | None,
         keeps_predictions: bool,
     ) -> None:
-        if evaluator is None and eval_loader is not None:
-            raise RunError("nothing to evaluate with: give Trainer num_classes or an evaluator beside the eval_loader")
         self.evaluator, self.eval_loader = evaluator, eval_loader
         self.state, self.log, self.throughput, self.steps_per_epoch = state, log, throughput, steps_per_epoch
         self.best, self.early_stopping, self.keeps_predictions = best, early_stopping, keeps_predictions
@@ -162,12 +258,46 @@ class Evaluation:
         """Whether there is an evaluation split that was not evaluated after this step."""
         return self.eval_loader is not None and self.state.evaluated_at != self.state.step
 
+    def try_out(self, model: nn.Module) -> None:
+        """Find mistakes in what a user gave for evaluations, by a few images of the split, before the first step.
+
+        Called by all processes; leaves model, random states and loader as they are. Raises RunError on all of them.
+        """
+        loader, evaluator = self.eval_loader, self.evaluator
+        if loader is None or type(evaluator) is not Evaluator:
+            return
+        if isinstance(loader, EvalLoader) and not evaluator.is_of_user:
+            return
+        if isinstance(loader, UserEvalLoader) and loader.is_consumed_once:
+            self.log.note(f"the {loader.name} is an iterator, which gives its images once: nothing is tried out on it")
+            return
+        mistake: RunError | None = None
+        with self.throughput.stopped(), undisturbed(model):
+            model.eval()
+            sample = loader.sample(TRIED_IMAGES)
+            try:
+                if sample is not None:
+                    evaluator.require_sound(model, *sample)
+                    self._require_watched(evaluator.names(multi_label=sample[1].ndim == 2))
+            except RunError as error:
+                mistake = error
+        found = [text for text in evaluator.processes.gather([mistake and str(mistake)]) if text]
+        if found:
+            raise mistake or RunError(found[0])
+
+    def _require_watched(self, known: Sequence[str]) -> None:
+        for watch in (self.best, self.early_stopping):
+            if watch is not None and watch.metric not in known:
+                raise RunError(
+                    f"'{watch.metric}' is watched, but the evaluation measures only {', '.join(known)}; watch one of "
+                    "them"
+                )
+
     def measure(self, evaluate: Evaluate, loader: Any, *, is_last: bool) -> dict[str, float]:
         """Evaluate the current model on a loader and log it, while the training clock is stopped.
 
         Stores predictions if this may be the last evaluation. Returns an empty dict if interrupted by a signal.
         """
-        assert self.evaluator is not None
         last = is_last or self.early_stopping is not None  # or may be
         self.evaluator.collects = self.keeps_predictions and last and loader is self.eval_loader
         name = getattr(loader, "name", "evaluation split")
@@ -180,8 +310,8 @@ class Evaluation:
                 self.log.note(
                     f"out of memory while evaluating: batches of {self.evaluator.max_images} images from now on"
                 )
-            for failure in self.evaluator.external.take_failures():
-                self.log.note(failure)
+            for note in self.evaluator.take_notes():
+                self.log.note(note)
             if metrics:
                 self.seconds, epoch = time.perf_counter() - start_time, self.state.step / self.steps_per_epoch
                 self.log.eval_line(self.state.step, epoch, name, metrics, self.seconds, self.throughput.train_seconds)
@@ -191,7 +321,7 @@ class Evaluation:
         """Record an evaluation after the current step, and return whether it is the best so far."""
         state = self.state
         state.metrics, state.evaluated_at = metrics, state.step
-        if self.evaluator is not None and self.evaluator.collects:
+        if self.evaluator.collects:
             self._collected_at = state.step
         if self.early_stopping and self._improves(self.early_stopping, state.watched):
             state.watched = record_of(self.early_stopping, state)
@@ -203,11 +333,10 @@ class Evaluation:
 
     def _improves(self, watch: Watch, record: dict[str, Any] | None) -> bool:
         if watch.metric not in self.state.metrics:
-            if self.evaluator is not None and watch.metric in self.evaluator.external.modules:
+            if self.evaluator.may_lack(watch.metric):
                 self.log.note(f"'{watch.metric}' is watched; evaluations without it are not compared with the best")
                 return False
-            known = ", ".join(self.state.metrics)
-            raise RunError(f"'{watch.metric}' is watched, but the evaluation measures only {known}; watch one of them")
+            self._require_watched(list(self.state.metrics))
         return watch.is_better(self.state.metrics[watch.metric], record["value"] if record else None)
 
     def final_metrics(self, evaluate: Evaluate, step: int, known: dict[str, float] | None) -> dict[str, float]:
@@ -215,7 +344,6 @@ class Evaluation:
 
         They are computed unless both are known already. Returns an empty dict if interrupted by a signal.
         """
-        assert self.evaluator is not None
         metrics = known or {}
         self.evaluator.collects = self.keeps_predictions
         if not metrics or (self.keeps_predictions and self._collected_at != step):

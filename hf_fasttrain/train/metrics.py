@@ -81,15 +81,23 @@ class Metrics:
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / self.num_classes
         right = (predicted == true).all(1).sum()
         classes = torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)])
-        return [losses, right, torch.zeros_like(right), torch.zeros_like(right)], classes.to(torch.float64)
+        others = ((labels != 0) & (labels != 1)).any(1).sum()  # told at the end
+        return [losses, right, torch.zeros_like(right), others], classes.to(torch.float64)
 
     def compute(self, add: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, float]:
         """Return every metric by name; `add` sums a tensor of counts over all processes.
 
-        Raises RunError if a label was none of the classes.
+        Raises RunError if a label was none of the classes, or if no process has counted an image.
         """
         counts = add(torch.cat([self.totals, self.classes.flatten()])).cpu()
         images, loss, right, top5, outside = counts[:5].tolist()
+        if not images:
+            raise RunError("no images to evaluate: an iterator gives its images once; give a list or a DataLoader")
+        if outside and self.multi_label:
+            raise RunError(
+                f"labels of {outside:,.0f} of {images:,.0f} images of the evaluation split have other numbers than 0 "
+                f"and 1: give class numbers (B,), or 0 or 1 for each class, (B, {self.num_classes})"
+            )
         if outside:
             raise RunError(
                 f"{outside:,.0f} of {images:,.0f} labels of the evaluation split are not from 0 to "
@@ -103,18 +111,31 @@ class Metrics:
         return values if self.multi_label else {**values, "top5_accuracy": top5 / images}
 
 
+class LeftOut:
+    """The metrics that the last pass could not compute; each error is told once."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, str] = {}  # name -> error
+        self._told: set[str] = set()
+
+    def take_notes(self) -> list[str]:
+        """Return a sentence for each metric that was left out for the first time."""
+        new = {name: error for name, error in self.errors.items() if name not in self._told}
+        self._told |= new.keys()
+        return [f"metric '{name}' could not be computed and is left out: {error}" for name, error in new.items()]
+
+
 class ExternalMetrics:
     """Metrics of the `evaluate` library, by Hub name or local path, computed from all predictions together.
 
-    A metric that raises is omitted from that pass; `take_failures` returns the errors.
+    A metric that raises is omitted from that pass; `left_out` has the errors.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.modules = {metric_name(name): _load_evaluate(name) for name in names}
         self.predictions: list[Any] = []
         self.references: list[Any] = []
-        self._failures: dict[str, str] = {}
-        self._reported: set[str] = set()
+        self.left_out = LeftOut()
 
     def try_out(self, num_classes: int, *, multi_label: bool) -> None:
         """Compute every metric of a few made-up images. Raises RecipeError for one that raises or gives no number."""
@@ -124,7 +145,7 @@ class ExternalMetrics:
         number = len(self.references)
         self.compute()
         kind = "with several labels" if multi_label else "with one label each"
-        for name, error in self._failures.items():
+        for name, error in self.left_out.errors.items():
             raise RecipeError(
                 f"evaluate.metrics: '{name}' fails on {number} images {kind} of {num_classes} classes: {error}; leave "
                 "it out, or name a module of your own that calls it with what it needs, such as average='macro'"
@@ -157,16 +178,10 @@ class ExternalMetrics:
             try:
                 results[name] = _only_number(module.compute(predictions=predictions, references=references))
             except Exception as error:  # noqa: BLE001 - others' code; the run does not depend on it
-                failures[name] = _in_words(error)
+                failures[name] = in_words(error)
                 reset_metric(module)
-        self._failures = dict(gather(list(failures.items())))
-        return {name: value for name, value in results.items() if name not in self._failures}
-
-    def take_failures(self) -> list[str]:
-        """Return a sentence for each metric that the last pass left out, once."""
-        new = {name: error for name, error in self._failures.items() if name not in self._reported}
-        self._reported |= new.keys()
-        return [f"metric '{name}' could not be computed and is left out: {error}" for name, error in new.items()]
+        self.left_out.errors = dict(gather(list(failures.items())))
+        return {name: value for name, value in results.items() if name not in self.left_out.errors}
 
 
 def _trial(num_classes: int, *, multi_label: bool) -> tuple[Tensor, Tensor]:
@@ -186,7 +201,7 @@ def _only_number(values: Any) -> float:
         raise TypeError(f"it gives {shown(values)}, where one number is needed") from None
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """Return an error's kind and first line."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -211,7 +226,7 @@ def _load_evaluate(name: str) -> Any:
     except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
         raise RecipeError(
             f"evaluate.metrics: '{name}' is not built in ({', '.join(SINGLE_LABEL)}) and can't be loaded by the "
-            f"evaluate library from a local path or the Hub: {_in_words(error)}{nearest(name, SINGLE_LABEL)}"
+            f"evaluate library from a local path or the Hub: {in_words(error)}{nearest(name, SINGLE_LABEL)}"
         ) from None
     if getattr(module, "module_type", "") not in ("metric", "comparison", "measurement"):
         raise RecipeError(f"evaluate.metrics: '{name}' is no metric of the evaluate library")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +45,7 @@ from hf_fasttrain.train.step_loss import LossOfLogits, StepLoss
 from hf_fasttrain.train.steps import Steps
 from hf_fasttrain.train.stop import StopRequests, StopSignals
 from hf_fasttrain.train.throughput import Throughput
+from hf_fasttrain.train.user_metrics import Metric, Predict
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
@@ -89,8 +90,9 @@ class Trainer:
         clip_norm: float | None = None,
         ema: Ema | None = None,
         eval_loader: Iterable[Any] | None = None,
-        evaluator: Evaluator | None = None,
         num_classes: int | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        predict: Predict | None = None,
         evaluate_every: Duration | str = "1 epoch",
         best: Watch = Watch(),  # noqa: B008 - frozen
         early_stopping: Watch | None = None,
@@ -124,10 +126,8 @@ class Trainer:
             self.log.note(slow)
         self.throughput = Throughput(self.device, lambda: self.train_loader.wait_seconds)
         self.progress = Progress(self)
-        if evaluator is None and num_classes is not None:
-            evaluator = Evaluator(self.accelerator, num_classes)
         self.evaluation = Evaluation(
-            evaluator,
+            Evaluator(self.accelerator, num_classes, own=metrics, predict=predict),
             UserEvalLoader.wrap(eval_loader, self.device),
             state=self.state,
             log=self.log,
@@ -222,6 +222,8 @@ class Trainer:
                 stop_run(self, stop)
         for step in self.upcoming if not self.is_finished else ():
             if not self.step.is_settled:
+                if type(self).evaluate is Trainer.evaluate:
+                    self.evaluation.try_out(self.trained_model)
                 step = self.retry.settle(step, self.upcoming)
             self.state.lr = self.lr * self.schedule(self.state.updates)
             set_lr(self.step.optimizer, self.state.lr)
@@ -317,15 +319,14 @@ class Trainer:
 
         While training, an empty dict if a signal has broken it off.
         """
-        evaluator = self.evaluation.evaluator
         chosen = self.evaluation.eval_loader if loader is None else UserEvalLoader.wrap(loader, self.device)
-        if chosen is None or evaluator is None:
-            raise RunError("nothing to evaluate with; give Trainer an eval_loader, and num_classes or an evaluator")
+        if chosen is None:
+            raise RunError("nothing to evaluate; give Trainer an eval_loader, or evaluate() one")
         if not self._holds_earlier_weights:  # saved as means already
             for model in dict.fromkeys((self.raw_model, self.trained_model)):  # on all processes in this order
                 average_batch_norm(model, self.processes)
         self.trained_model.eval()
-        metrics = evaluator(self.trained_model, chosen, self.stop.pending)
+        metrics = self.evaluation.evaluator(self.trained_model, chosen, self.stop.pending)
         self.step.accumulation.set_train_mode()
         return metrics
 

@@ -61,7 +61,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"early_stopping": 5}, r"early_stopping: must be a Watch with a patience .*patience=500\), or None, got 5"),
     ({"early_stopping": Watch("loss")}, "early_stopping: must be a Watch with a patience in steps, .* got a Watch"),
     ({"early_stopping": Watch("loss", patience=2), "eval_loader": None}, "early_stopping: .* give an eval_loader too"),
-    ({"evaluator": print, "num_classes": 3}, "num_classes: has no effect beside an evaluator"),
     ({"accelerator": 1}, "accelerator: must be an accelerate.Accelerator or None, got 1"),
     ({"output_dir": 3, "log": None}, "output_dir: must be a path or None, got 3"),
     ({"duration": 2}, "duration: must be a number and a unit, like '90 epochs' or '5000 steps', got 2"),
@@ -80,8 +79,7 @@ def made(**options: Any) -> Trainer:
     data = [(torch.zeros(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
     objects = {"model": model, "train_loader": data, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     kinds: dict[str, Any] = {"eval_loader": data, "log": RunLog(show=False), **objects, **options}
-    if kinds["eval_loader"] is not None and "evaluator" not in kinds:
-        kinds.setdefault("num_classes", 3)
+    kinds.setdefault("num_classes", 3)
     return Trainer(kinds.pop("model"), kinds.pop("train_loader"), kinds.pop("optimizer"), **kinds)
 
 
@@ -95,7 +93,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, Any], me
 
 def test_each_parameter_has_a_rule_and_several_mistakes_are_told_at_once() -> None:
     named = set(inspect.signature(Trainer).parameters) | set(inspect.signature(Trainer.from_recipe).parameters)
-    of_others = {"evaluator", "duration", "evaluate_every", "checkpoint_every", "recipe", "dataset", "resume"}
+    of_others = {"duration", "evaluate_every", "checkpoint_every", "recipe", "dataset", "resume"}
     assert named - of_others - set(RULES) == set()
     assert set(RULES) <= named
     with pytest.raises(RunError, match=r"accumulation_steps: .*\nema: .*\nlog_every: "):
@@ -147,7 +145,7 @@ def test_at_least_one_checkpoint_is_kept(number: Any, tmp_path: Path) -> None:
         (5, torch.arange(8) % 3, r"outputs for a batch are of shape \(8, 5\), and num_classes is 3"),
         (3, torch.arange(8) % 4, "2 of 8 labels of the evaluation split are not from 0 to 2, and num_classes is 3"),
         (3, torch.full((8,), -1), "8 of 8 labels of the evaluation split are not from 0 to 2"),
-        (3, torch.rand(8, 3), r"labels of an evaluation batch are float32 of shape \(8, 3\); must be class numbers"),
+        (3, torch.rand(8, 3), "labels of 8 of 8 images of the evaluation split have other numbers than 0 and 1"),
     ],
 )
 def test_a_number_of_classes_that_does_not_fit_is_told(outputs: int, labels: torch.Tensor, message: str) -> None:

@@ -60,7 +60,7 @@ def test_a_metric_that_fails_is_refused_before_training(name: str, write_metric:
 
 def test_a_metric_that_suits_the_number_of_classes_is_kept(write_metric: Callable[..., str]) -> None:
     metric = write_metric("f1_of_two", BROKEN["f1_of_two"][0])
-    assert Evaluator(Accelerator(cpu=True), 2, external=[metric]).external.take_failures() == []
+    assert Evaluator(Accelerator(cpu=True), 2, external=[metric]).take_notes() == []
     shape = write_metric("shape", "return {'places': np.array(predictions).shape[1]}", "datasets.Sequence(number)")
     external = ExternalMetrics([shape])
     external.try_out(4, multi_label=True)
@@ -108,7 +108,6 @@ def train(metric: str, output_dir: Path, **options: Any) -> tuple[Any, Trainer]:
         data,
         torch.optim.SGD(model.parameters(), lr=0.1),
         accelerator=accelerator,
-        evaluator=Evaluator(accelerator, 3, external=[metric]),
         eval_loader=data[:1],
         evaluate_every="1 step",
         checkpoint_every="4 steps",
@@ -117,6 +116,7 @@ def train(metric: str, output_dir: Path, **options: Any) -> tuple[Any, Trainer]:
         log=RunLog(output_dir, show=False),
         **options,
     )
+    trainer.evaluation.evaluator = Evaluator(accelerator, 3, external=[metric])
     return trainer.fit(), trainer
 
 
@@ -155,7 +155,7 @@ def failing_on_the_last_process(metric: str) -> tuple[dict[str, float], list[str
     external.update(torch.eye(3), torch.arange(3))
     if accelerator.process_index == 1:
         external.modules["calls"].compute = None
-    return external.compute(Processes(accelerator).gather), external.take_failures()
+    return external.compute(Processes(accelerator).gather), external.left_out.take_notes()
 
 
 def test_a_metric_that_raises_on_one_process_is_skipped_on_all(write_metric: Callable[..., str]) -> None:

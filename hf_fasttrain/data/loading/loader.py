@@ -209,6 +209,17 @@ class EvalLoader:
         for pixels, labels in self._batches:
             yield self.normalize(pixels), labels
 
+    def sample(self, number: int) -> Batch | None:
+        """Return up to `number` of this process's images and their labels, read in this process; None if it has none.
+
+        Batches that are being prefetched are not touched.
+        """
+        rows = np.arange(self.rows.start, min(self.rows.stop, self.rows.start + number))
+        if not len(rows):
+            return None
+        batch, device = self.prefetcher.images.make(MicroBatchKey(0, rows), None), self.prefetcher.device
+        return self.normalize(batch.pixels.to(device)), batch.labels.to(device)
+
     def close(self) -> None:
         """Stop the workers; they start again at the next iteration."""
         if hasattr(self._batches, "close"):

@@ -307,6 +307,17 @@ class UserEvalLoader:
         """End the loader's processes; they start again at the next iteration."""
         shut_down_workers(self.loader)
 
+    @property
+    def is_consumed_once(self) -> bool:
+        """Whether the loader is an iterator: its images come once."""
+        return isinstance(self.loader, Iterator)
+
+    def sample(self, number: int) -> Batch | None:
+        """Return up to `number` images of the first batch and their labels, on the device; None if there are none."""
+        for images, labels in self:
+            return (trees.rows(images, slice(number)), labels[:number]) if num_images(images) else None
+        return None
+
 
 def to_device(batch: Any, device: torch.device) -> Batch:
     """Move a pair (images, targets), or a mapping with pixel_values and labels, to the device; return the pair."""
