@@ -18,6 +18,7 @@ from hf_fasttrain.data.loading.loader import EvalLoader, MicroBatches, Step, Tra
 from hf_fasttrain.data.loading.prefetch import Batch
 from hf_fasttrain.data.loading.sampler import cut_micro_batches
 from hf_fasttrain.data.loading.trees import Tree, first_leaf, num_images
+from hf_fasttrain.data.loading.user_batch import pair_of
 from hf_fasttrain.data.loading.worker_deaths import batches_of_user
 from hf_fasttrain.utils.errors import DataError, RunError
 from hf_fasttrain.utils.private_apis import shut_down_workers, would_start_persistent_workers
@@ -28,11 +29,11 @@ NO_POSITION = "train_loader keeps no position (no state_dict, no load_state_dict
 class UserLoader:
     """Steps from a loader that the user passes in: each of its batches is this process's share of one step.
 
-    A batch is (images, targets) or a mapping with ``pixel_values`` and ``labels``; images and targets are tensors, or
-    tuples, lists and mappings of them. The loaders of all processes must yield the same number of batches, which may
-    differ in size or be empty. At an epoch's end any loader can be resumed: ``set_epoch`` is called of it and of its
-    sampler. Within one it takes a loader with ``state_dict`` and ``load_state_dict``, such as torchdata's
-    StatefulDataLoader.
+    A batch is (images, targets), or a mapping with one entry of images and one of labels (see `pair_of`); images and
+    targets are tensors, or tuples, lists and mappings of them. The loaders of all processes must yield the same number
+    of batches, which may differ in size or be empty. At an epoch's end any loader can be resumed: ``set_epoch`` is
+    called of it and of its sampler. Within one it takes a loader with ``state_dict`` and ``load_state_dict``, such as
+    torchdata's StatefulDataLoader.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class UserLoader:
             batch = self._next_batch(index // self.steps_per_epoch)
             if batch is None:
                 raise DataError(f"train_loader gave no batch for step {index}")
-            self._current, self._next_step = to_device(batch, self.device), index + 1
+            self._current, self._next_step = to_device(batch, self.device, "train_loader"), index + 1
             self._require_rows(*self._current)
             self.wait_seconds += time.perf_counter() - start_time
             yield self._step(index, *self._current)
@@ -301,7 +302,7 @@ class UserEvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in batches_of_user(self.loader, self.name):
-            yield to_device(batch, self.device)
+            yield to_device(batch, self.device, "eval_loader")
 
     def close(self) -> None:
         """End the loader's processes; they start again at the next iteration."""
@@ -319,7 +320,7 @@ class UserEvalLoader:
         return None
 
 
-def to_device(batch: Any, device: torch.device) -> Batch:
-    """Move a pair (images, targets), or a mapping with pixel_values and labels, to the device; return the pair."""
-    images, targets = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch
+def to_device(batch: Any, device: torch.device, name: str) -> Batch:
+    """Move a batch of the loader `name` to the device, and return its images and targets."""
+    images, targets = pair_of(batch, name)
     return trees.to_device(images, device), trees.to_device(targets, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan
-from hf_fasttrain.data.loading.user_loader import UserLoader
+from hf_fasttrain.data.loading.user_loader import UserEvalLoader, UserLoader
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.operations import Operations
@@ -203,10 +204,45 @@ def test_a_user_loader_is_iterated_by_epochs_and_resume_needs_its_state() -> Non
         UserLoader((x for x in data), CPU)
 
 
-def test_a_user_loader_may_yield_mappings() -> None:
-    batch = {"pixel_values": torch.zeros(4, 3, 4, 4), "labels": torch.arange(4)}
+@pytest.mark.parametrize(
+    ("of_images", "of_labels"),
+    [("pixel_values", "labels"), ("image", "label"), ("images", "targets"), ("img", "target")],
+)
+def test_a_user_loader_may_yield_mappings(of_images: str, of_labels: str) -> None:
+    batch = UserDict({of_images: torch.zeros(4, 3, 4, 4), of_labels: torch.arange(4)})
     (step,) = UserLoader([batch], CPU, accumulation_steps=2).steps(0, 1)
     assert [targets.tolist() for _, targets in step.micro_batches] == [[0, 1], [2, 3]]
+    ((_, labels),) = UserEvalLoader([dict(batch)], CPU)
+    assert labels.tolist() == [0, 1, 2, 3]
+
+
+IMAGES, LABELS = torch.zeros(4, 3, 4, 4), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            (IMAGES, LABELS, torch.ones(4)),
+            r"is a tuple of 3: a tensor of float32 .*, a tensor of int64 \(4,\), a tensor of float32 \(4,\);"
+            r" a batch is \(images, targets\), .*; put what else the loss needs into the targets",
+        ),
+        (IMAGES, r"is a tensor of float32 \(4, 3, 4, 4\); a batch is \(images, targets\), or a mapping"),
+        ([IMAGES], r"is a list of 1: a tensor .*; a batch is \(images, targets\)"),
+        ({"x": IMAGES, "y": LABELS}, r"is a mapping with x, y; .* one entry of images \(pixel_values, image, images,"),
+        ({"image": IMAGES, "images": IMAGES, "label": LABELS}, "is a mapping with image, images, label; a batch is"),
+        (
+            {"image": IMAGES, "label": LABELS, "path": ["a"] * 4, "weight": torch.ones(4)},
+            "has path, weight beside image and label, and nothing would be done with that; leave it out",
+        ),
+        ("a", "is a str; a batch is"),
+    ],
+)
+def test_what_is_no_batch_is_told_and_nothing_is_dropped(batch: Any, message: str) -> None:
+    with pytest.raises(DataError, match="a batch of train_loader " + message):
+        next(UserLoader([batch], CPU).steps(0, 1))
+    with pytest.raises(DataError, match="a batch of eval_loader " + message):
+        next(iter(UserEvalLoader([batch], CPU)))
 
 
 def test_the_background_iterator_keeps_order_and_raises_errors() -> None:
