@@ -65,7 +65,10 @@ class Progress:
         lr = trainer.lr * trainer.schedule(max(0, trainer.state.updates - 1 - ago))
         images = trainer.train_loader.image_indices(step - 1)
         listed = "" if images is None else f"\ntraining images of this step, by row: {shortened(images, 64)}"
+        remedy = "lower optimizer.lr, set optimizer.clip_norm or use another accelerate.mixed_precision"
+        if not trainer.recipe_text:
+            remedy = "look at the loss (a division by 0, a logarithm of it), lower the lr, or set clip_norm"
         return RunError(
-            f"{found or 'the loss is nan'} at step {step}, lr {lr:.3g}: lower optimizer.lr, set optimizer.clip_norm or "
-            f"use another accelerate.mixed_precision; the checkpoints are as they were{listed}"
+            f"{found or 'the loss is nan'} at step {step}, lr {lr:.3g}: {remedy}; the checkpoints are as they were"
+            f"{listed}"
         )

@@ -352,6 +352,35 @@ def test_a_second_pass_begins_with_no_gradients(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_backward_by_the_accelerator_is_not_divided_by_the_accumulation() -> None:
+    """The step that people bring with them from accelerate: its division by the micro-batches is done by weights."""
+
+    class ByAccelerator(Trainer):
+        def train_step(self, step: Any) -> torch.Tensor:
+            total = torch.zeros(())
+            for images, labels in step.micro_batches:
+                loss = torch.nn.functional.cross_entropy(self.model(images), labels) * len(images) / step.num_images
+                self.accelerator.backward(loss)
+                total += loss.detach()
+            self.step.update()
+            return total
+
+    ours, theirs = small_trainer(accumulation_steps=4), small_trainer(kind=ByAccelerator, accumulation_steps=4)
+    ours.fit()
+    theirs.fit()
+    assert theirs.state.updates == 6
+    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_loss_that_gives_nan_is_told_in_words_for_own_objects() -> None:
+    def broken(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, labels) + torch.tensor(0.0).log() * 0
+
+    with pytest.raises(RunError, match=r"the loss is nan at step 1, lr 0.1: look at the loss .*, lower the lr, or set"):
+        small_trainer(loss=broken).fit()
+
+
 def test_restoring_within_a_loop_is_refused(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path / "run")
     with trainer.running(), pytest.raises(RunError, match=r"restore\(\) within running\(\): call it before"):
