@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,21 @@ from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_
 from hf_fasttrain.from_recipe.source_from import open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
+from hf_fasttrain.models.given import Given, open_given
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.saved import load_model
-from hf_fasttrain.recipe.load import load_recipe, origin_of, with_values
+from hf_fasttrain.recipe.load import load_recipe, origin_of, parse_recipe, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.checkpoint import checkpoint_step
 from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESULT_FILE, SPEC_FILE
+from hf_fasttrain.run_folder.finished import is_own_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
-from hf_fasttrain.utils.errors import DataError, RunError, UserError
+from hf_fasttrain.utils.errors import DataError, RunError, UserError, shortened
 from hf_fasttrain.utils.files import read_json, restore_folder
 from hf_fasttrain.utils.remote import download_run, is_hub_url
 
+NO_RECIPE = "model: {name: own}\ntrain: {duration: 1 epoch, batch_size: 1}\n"  # of a run of own objects
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
 NOT_OF_OTHER_DATA = ("train_split", "test_split", "eval_fraction", "multi_label")
 
@@ -64,6 +68,8 @@ def open_run(run: str | Path) -> Path:
 def model_folder(run: Path, *, pushed: bool = False) -> Path:
     """Return the model folder of a run folder, or the folder itself if it is one; a `pushed` run is always one."""
     restore_folder(run / MODEL_FOLDER)
+    if not pushed:
+        is_own_run(run, None)
     for folder in (run,) if pushed else (run / MODEL_FOLDER, run):
         if (folder / SPEC_FILE).exists():
             return folder
@@ -78,6 +84,7 @@ def evaluate_run(
     *,
     split: str | None = None,
     weights: str | None = None,
+    model: Given | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a run's model; return its metrics by name with `dataset`, `split`, `num_images`, `weights` and `step`.
@@ -85,13 +92,15 @@ def evaluate_run(
     `run` is a folder or hf://OWNER/NAME. By default its evaluation split is measured, or another `split` of its data
     set. `overrides` change the run's recipe: data.dataset=FOLDER measures other images, those of its validation split,
     or all of them if it has no splits. Classes are matched to the model's by name; the model must know all of them.
-    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `note` is called with
-    messages, such as on bad images and on classes without images. If bad images were replaced by others, the result has
-    their number as `bad_images`.
+    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `model`: of a run that no
+    recipe has made (see `open_given`), measured on the data.dataset of the overrides. `note` is called with messages,
+    such as on bad images and on classes without images. If bad images were replaced by others, the result has their
+    number as `bad_images`.
     """
     opened = open_run(run)
-    folder = model_folder(opened, pushed=is_hub_url(str(run)))
-    if not (opened / RECIPE_FILE).exists():
+    given = open_given(opened, model, weights) if model is not None and is_own_run(opened, model) else None
+    folder = opened if given is not None else model_folder(opened, pushed=is_hub_url(str(run)))
+    if given is None and not (opened / RECIPE_FILE).exists():
         raise RunError(f"{run}: contains no recipe.yaml; evaluate needs a run folder")
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
@@ -100,16 +109,19 @@ def evaluate_run(
             raise RunError(f"--split {split} and override '{override}' set the same thing; leave one out")
     checkpoint = find_checkpoint(opened, weights, str(run))
     source = str(run) if is_hub_url(str(run)) else opened / RECIPE_FILE
-    loaded = load_recipe(source, overrides)
-    is_same_data = _is_same_data(
+    loaded = load_recipe(source, overrides) if given is None else _recipe_of_own(run, overrides)
+    is_same_data = given is None and _is_same_data(
         loaded, load_recipe(source, [text for text in overrides if not text.startswith("data.")])
     )
     settings = ResolvedSettings(loaded)
     recipe = resolve_machine(loaded, settings, Presets())
     accelerator = build_accelerator(recipe, settings)
-    model, spec = _load(folder, checkpoint)
-    model = on_device(model, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
-    measured = _measured_split(recipe, spec, split, is_same_data=is_same_data)
+    network, spec = _load(folder, checkpoint) if given is None else (given.model, given.spec)
+    network = on_device(network, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
+    if given is None or given.has_names:
+        measured = _measured_split(recipe, spec, split, is_same_data=is_same_data)
+    else:
+        measured = _by_number(_other_split(recipe, spec, split), spec, recipe.data.dataset)
     for text in measured.notes:
         note(text)
     if not is_same_data and _was_trained_on(recipe, measured.split, opened):
@@ -122,7 +134,7 @@ def evaluate_run(
     loaders = Loaders(recipe, settings, accelerator, pre, bad_images)
     memory = partial(
         evaluation_memory,
-        model,
+        network,
         spec.image_size,
         accelerator.device,
         workers=loaders.workers,
@@ -131,7 +143,7 @@ def evaluate_run(
     size = decide_evaluation_batch(settings, _trained_micro_batch(opened, recipe), memory)
     loader = loaders.eval_loader(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
-    metrics = evaluator(model, loader)
+    metrics = evaluator(network, loader)
     for text in (*evaluator.take_notes(), *_notes_on_users_functions(opened)):
         note(text)
     context: dict[str, Any] = {
@@ -160,6 +172,24 @@ def _notes_on_users_functions(run: Path) -> list[str]:
             "model's own output, and metrics may differ from those in result.json"
         )
     return notes
+
+
+def _recipe_of_own(run: str | Path, overrides: Sequence[str]) -> Recipe:
+    """Return what stands for a recipe when a run that has none is evaluated."""
+    if not any(override.startswith("data.dataset=") for override in overrides):
+        raise RunError(f"{run}: no recipe says what to evaluate on; give data.dataset=FOLDER, or a name on the Hub")
+    return parse_recipe(NO_RECIPE, overrides, where=f"{run}, without a recipe", name="own")
+
+
+def _by_number(measured: EvaluationSplit, spec: ModelSpec, where: str) -> EvaluationSplit:
+    """Return a split for a model whose classes are not named: those of the data, in their order."""
+    if len(measured.class_names) != spec.num_classes:
+        raise DataError(
+            f"{where} has {len(measured.class_names)} classes ({shortened(measured.class_names)}), and the model has "
+            f"{spec.num_classes} outputs; give the model's class_names, to which they are matched"
+        )
+    note = f"the model's outputs count as {shortened(measured.class_names, 20)}, in the order of the data"
+    return replace(measured, notes=[*measured.notes, note])
 
 
 def _trained_micro_batch(run: Path, recipe: Recipe) -> int:
@@ -277,28 +307,31 @@ def predict_images(
     *,
     top: int = 5,
     weights: str | None = None,
+    model: Given | None = None,
     device: str = "auto",
     on_bad_image: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
     `device`: auto (a GPU if there is one), cpu, cuda or cuda:1.
-    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. Folders stand for all image
-    files below them. Images that can't be decoded are skipped, and `on_bad_image` is called with the reason. Raises
-    DataError without it, and for a path that does not exist.
+    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `model`: of a run that no
+    recipe has made (see `open_given`). Folders stand for all image files below them. Images that can't be decoded are
+    skipped, and `on_bad_image` is called with the reason. Raises DataError without it, and for a path that does not
+    exist.
     """
     opened = open_run(run)
-    folder = model_folder(opened, pushed=is_hub_url(str(run)))
+    given = open_given(opened, model, weights) if model is not None and is_own_run(opened, model) else None
+    folder = opened if given is not None else model_folder(opened, pushed=is_hub_url(str(run)))
     checkpoint = find_checkpoint(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image)]
     torch_device = choose_device(device)
-    model, spec = _load(folder, checkpoint)
-    model = on_device(model, torch_device, channels_last=True)
+    network, spec = _load(folder, checkpoint) if given is None else (given.model, given.spec)
+    network = on_device(network, torch_device, channels_last=True)
     pre = _preprocessing(spec)
     transform = eval_transform(pre)
     normalize = Normalize(pre.mean, pre.std, torch_device, channels_last=True)
     rows: list[dict[str, Any]] = []
-    size = evaluation_batch_size(micro_batch_size=0, **evaluation_memory(model, spec.image_size, torch_device)).value
+    size = evaluation_batch_size(micro_batch_size=0, **evaluation_memory(network, spec.image_size, torch_device)).value
     for start in range(0, len(files), size):
         batch = files[start : start + size]
         readable = [(file, pixels) for file in batch if (pixels := _pixels_of(file, on_bad_image)) is not None]
@@ -306,7 +339,7 @@ def predict_images(
             continue
         pixels = np.stack([transform(pixels) for _, pixels in readable])
         with torch.inference_mode():
-            logits = model(normalize(torch.from_numpy(pixels).to(torch_device))).cpu()
+            logits = network(normalize(torch.from_numpy(pixels).to(torch_device))).cpu()
         scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)
         best = scores.topk(min(top, spec.num_classes), dim=1)
         for (file, _), values, classes in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):

@@ -13,4 +13,12 @@ RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 WeightsOption = Annotated[
     str | None, typer.Option(help="Weights: last, best or step_N of a kept checkpoint; by default those in RUN/model.")
 ]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="A function, imported from here, that returns the model of a run that no recipe has made.",
+    ),
+]
 PushedRunArgument = Annotated[str, typer.Argument(help="A run folder, or hf://OWNER/NAME.")]

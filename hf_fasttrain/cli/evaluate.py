@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_fasttrain.cli.arguments import Overrides, PushedRunArgument, WeightsOption
+from hf_fasttrain.cli.arguments import ModelOption, Overrides, PushedRunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import is_main, print_note, wide_console
 
 
@@ -16,6 +16,7 @@ def evaluate(
     overrides: Overrides = None,
     split: Annotated[str | None, typer.Option(help="A split of the data set; by default the evaluation split.")] = None,
     weights: WeightsOption = None,
+    model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a run's model on its evaluation split, or on another split or data set."""
@@ -24,7 +25,7 @@ def evaluate(
 
     from hf_fasttrain.inference import evaluate_run
 
-    measured = evaluate_run(run, overrides or [], split=split, weights=weights, note=print_note)
+    measured = evaluate_run(run, overrides or [], split=split, weights=weights, model=model, note=print_note)
     if not is_main():
         return
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_fasttrain.cli.arguments import RunArgument, WeightsOption
+from hf_fasttrain.cli.arguments import ModelOption, RunArgument, WeightsOption
 
 
 def export(
@@ -15,11 +15,12 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Folder to write; by default the run's model folder.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, checked in onnxruntime.")] = False,
     weights: WeightsOption = None,
+    model: ModelOption = None,
 ) -> None:
     """Write a finished run's model for other tools: timm, transformers, onnxruntime."""
     from hf_fasttrain.export.export import export_run
 
-    exported = export_run(run, output, onnx=onnx, weights=weights)
+    exported = export_run(run, output, onnx=onnx, weights=weights, model=model)
     print(f"{exported.folder}: opened by {', '.join(exported.forms)}")
     for note in exported.notes:
         print(f"note: {note}")

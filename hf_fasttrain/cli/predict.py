@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_fasttrain.cli.arguments import PushedRunArgument, WeightsOption
+from hf_fasttrain.cli.arguments import ModelOption, PushedRunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import wide_console
 from hf_fasttrain.utils.errors import DataError
 
@@ -17,6 +17,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Image files or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     weights: WeightsOption = None,
+    model: ModelOption = None,
     device: Annotated[str, typer.Option(help="auto: a GPU if there is one; cpu, cuda, cuda:1.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -27,7 +28,9 @@ def predict(
     from hf_fasttrain.inference import predict_images
 
     bad: list[str] = []
-    predictions = predict_images(run, images, top=top, weights=weights, device=device, on_bad_image=bad.append)
+    predictions = predict_images(
+        run, images, top=top, weights=weights, model=model, device=device, on_bad_image=bad.append
+    )
     if as_json:
         print(json.dumps(predictions, indent=2))
     elif predictions:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_fasttrain.cli.arguments import RunArgument, WeightsOption
+from hf_fasttrain.cli.arguments import ModelOption, RunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import print_note
 from hf_fasttrain.utils.errors import UserError
 
@@ -19,11 +19,12 @@ def push(
         str | None, typer.Option(help="License of the model, for its card: apache-2.0, mit, ...")
     ] = None,
     weights: WeightsOption = None,
+    model: ModelOption = None,
 ) -> None:
     """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
     from hf_fasttrain.hub.push import hub_section, push_run
 
-    hub = hub_section(run)
+    hub = hub_section(run) if model is None else {}
     name = repo or hub.get("repo")
     if not name:
         raise UserError(f"{run}: its recipe has no hub.repo; give the repository: hf-fasttrain push {run} OWNER/NAME")
@@ -31,4 +32,4 @@ def push(
         private = hub.get("private") if private is None else private
         license = license or hub.get("license")
         weights = weights or ("best" if hub.get("every") == "best" else None)
-    print(push_run(run, name, private=private, license=license, weights=weights, tell=print_note))
+    print(push_run(run, name, private=private, license=license, weights=weights, model=model, tell=print_note))

@@ -40,7 +40,7 @@ def train(
     require_free(folder, resume=resume)
     trainer = build_trainer(loaded, resume=resume)
     if resume and trainer.is_finished:
-        missing = missing_results(folder, trainer.state.step, trainer.final_step, report=trainer.report)
+        missing = missing_results(folder, trainer.state.step, _final_step(trainer), report=trainer.report)
         if not missing:
             _print_finished(trainer, folder)
             return
@@ -57,10 +57,16 @@ def train(
         sys.exit(stopped.status)
     _end_trackers(trainer)
     if result.not_written:
-        steps = trainer.state.step, trainer.final_step
+        steps = trainer.state.step, _final_step(trainer)
         trainer.log.say(describe_missing(folder, result.not_written, *steps, report=trainer.report))
         sys.exit(Stopped.NOT_WRITTEN)
     _print_summary(trainer.log.say, folder, loaded, result)
+
+
+def _final_step(trainer: Trainer) -> int:
+    from hf_fasttrain.train.final_weights import final_step
+
+    return final_step(trainer.final, trainer.state, trainer.checkpoints)
 
 
 def _print_finished(trainer: Trainer, folder: Path) -> None:

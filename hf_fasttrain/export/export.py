@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.export.onnx_file import TOLERANCE, difference, quiet, require_onnx, scale_of, write_onnx
+from hf_fasttrain.models.given import Given, OpenedModel, open_given
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.models.saved import load_model, save_model
-from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, SPEC_FILE
-from hf_fasttrain.run_folder.finished import FinishedRun, read_run
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE
+from hf_fasttrain.run_folder.finished import FinishedRun, is_own_run, read_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
@@ -45,31 +47,38 @@ class ExportResult:
 
 
 def export_run(
-    run: Path, output: Path | None = None, *, onnx: bool = False, weights: str | None = None
+    run: Path,
+    output: Path | None = None,
+    *,
+    onnx: bool = False,
+    weights: str | None = None,
+    model: Given | None = None,
 ) -> ExportResult:
     """Write a finished run's model folder for timm, transformers and, with `onnx`, onnxruntime.
 
     `weights`: last, best (of the best evaluation) or step_N, the moving average where the run has one; by default those
     in RUN/model. Others come from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its
     users would, and must give the logits of evaluation to 1e-4 (relative to the largest one if that is above 1);
-    libraries that can't open it are in the notes. Raises RunError and keeps an earlier folder.
+    libraries that can't open it are in the notes. `model`: of a run that no recipe has made (see `open_given`): its
+    weights are written for torch. Raises RunError and keeps an earlier folder.
     """
     run = Path(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give the run folder of a training that has ended")
-    finished = read_run(run)
+    given = open_given(run, model, weights) if model is not None and is_own_run(run, model) else None
+    finished = read_run(run) if given is None else None
     checkpoint = find_checkpoint(run, weights)
     folder = _target(run, output, None if checkpoint is None else str(weights))
     if onnx:
         require_onnx()
-    model, spec = _load(finished, checkpoint)
-    spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
     had_onnx = (folder / ONNX_FILE).exists()
     try:
         with new_folder(folder) as partial:
-            with quiet():
-                save_model(model, spec, partial)
-            exported = _verify(model, spec, partial, onnx=onnx)
+            if given is not None:
+                exported = _write_given(given, partial, onnx=onnx)
+            else:
+                assert finished is not None
+                exported = _write(*_load(finished, checkpoint), partial, onnx=onnx)
             sync_files(partial)
     except OSError as error:
         raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
@@ -77,6 +86,26 @@ def export_run(
     if had_onnx and not onnx:
         notes = [*notes, f"{ONNX_FILE} of an earlier export was removed; --onnx writes it again"]
     return replace(exported, folder=folder, notes=notes)
+
+
+def _write(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> ExportResult:
+    """Write a recipe's model, and open it as its users would."""
+    spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
+    with quiet():
+        save_model(model, spec, folder)
+    return _verify(model, spec, folder, onnx=onnx)
+
+
+def _write_given(given: OpenedModel, folder: Path, *, onnx: bool) -> ExportResult:
+    """Write the weights of a user's model, and its ONNX file."""
+    copyfile(given.weights, folder / WEIGHTS_FILE)
+    if not onnx:
+        return ExportResult(folder, ["torch (load_state_dict)"], [], None)
+    pre = given.spec.preprocessing
+    assert pre is not None
+    images = preprocess(sample_photos(pre), pre)
+    difference = write_onnx(given.model, given.spec, pre, images, folder / ONNX_FILE)
+    return ExportResult(folder, ["torch (load_state_dict)", "onnx"], [], difference)
 
 
 def _target(run: Path, output: Path | None, weights: str | None) -> Path:
@@ -93,7 +122,8 @@ def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     if folder.resolve() == Path.cwd().resolve():
         raise RunError(f"{folder}: is the current directory and would be overwritten; give a subfolder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not folder.is_dir() or (names and SPEC_FILE not in names):
+    is_given = {WEIGHTS_FILE} <= set(names) <= {WEIGHTS_FILE, ONNX_FILE}  # of a run without a recipe
+    if not folder.is_dir() or (names and SPEC_FILE not in names and not is_given):
         raise RunError(f"{folder} exists and is not a model folder of hf_fasttrain; give another output")
     code_suffix = (
         ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None

@@ -26,6 +26,14 @@ for score, index in zip(best.values.tolist(), best.indices.tolist()):
     print(f"{{score:.5f}}  {{class_names[index]}}")
 """
 
+OWN = """\
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+model = ...  # as the program makes it
+model.load_state_dict(load_file(hf_hub_download({location}, "model.safetensors")))
+"""
+
 TRANSFORMERS = """\
 import sys
 
@@ -76,6 +84,11 @@ for index in np.argsort(-scores)[:5]:
 def timm_snippet(location: str, *, multi_label: bool = False) -> str:
     """Return a program that opens the model in timm; `location` is ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
     return TIMM.format(location=_quoted(location), scores="sigmoid()" if multi_label else "softmax(1)")
+
+
+def own_snippet(location: str) -> str:
+    """Return a program that loads the weights of a user's own model; `location` is OWNER/NAME on the Hub."""
+    return OWN.format(location=_quoted(location))
 
 
 def transformers_snippet(location: str) -> str:

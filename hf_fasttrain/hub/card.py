@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.export.snippets import onnx_snippet, timm_snippet, transformers_snippet
+from hf_fasttrain.export.snippets import onnx_snippet, own_snippet, timm_snippet, transformers_snippet
 from hf_fasttrain.hub.pictures import PICTURES
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, RECIPE_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun
@@ -47,7 +47,7 @@ def model_card(
         model_name=repo.split("/")[-1],
         eval_results=_eval_results(run) or None,
     )
-    name = Scrubber([]).value(str(run.spec["name"])).removeprefix("transformers:")
+    name = Scrubber([]).value(str(run.spec["name"])).removeprefix("transformers:").removeprefix("own:")
     classes, multi = run.spec["class_names"], ", any number of them per image" if run.spec["multi_label"] else ""
     body = [
         f"# {repo.split('/')[-1]}",
@@ -161,12 +161,17 @@ def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -
     """Return a program that classifies an image for each library that can open the model."""
     url, transformers = f"hf-hub:{repo}", spec["name"].startswith("transformers:")
     parts = {}
+    if spec["name"].startswith("own:"):
+        parts["torch, by the program that has trained it"] = own_snippet(repo)
     if CONFIG_FILE in files and not transformers:
         parts["timm"] = timm_snippet(url, multi_label=spec["multi_label"])
     if b'"auto_map"' not in _bytes_of(files.get(CONFIG_FILE, b'"auto_map"')):  # a model with remote code
         parts["transformers"] = transformers_snippet(repo)
     if ONNX_FILE in files:
         parts["onnxruntime, without torch"] = onnx_snippet(repo)
+    if spec["name"].startswith("own:"):
+        shown = [f"With {tool}:\n\n```python\n{code}```" for tool, code in parts.items()]
+        return "\n\n".join(["## How to use it", *shown])
     shown = [f"With {tool} (`python classify.py IMAGE`):\n\n```python\n{code}```" for tool, code in parts.items()]
     command = f"hf-fasttrain predict hf://{repo} IMAGE..."
     return "\n\n".join(["## How to use it", *shown, f"With hf_fasttrain:\n\n```bash\n{command}\n```"])

@@ -14,6 +14,7 @@ from hf_fasttrain.hub.card import model_card
 from hf_fasttrain.hub.errors import Failure, explain
 from hf_fasttrain.hub.pictures import PICTURES, pictures_of
 from hf_fasttrain.hub.staging import staged
+from hf_fasttrain.models.given import Given, open_given
 from hf_fasttrain.run_folder.file_names import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -24,7 +25,7 @@ from hf_fasttrain.run_folder.file_names import (
     SPEC_FILE,
     WEIGHTS_FILE,
 )
-from hf_fasttrain.run_folder.finished import FinishedRun, read_run
+from hf_fasttrain.run_folder.finished import FinishedRun, is_own_run, read_run
 from hf_fasttrain.run_folder.scrub import Scrubber, strings
 from hf_fasttrain.utils.errors import RunError, without_secrets
 from hf_fasttrain.utils.files import reason
@@ -46,6 +47,7 @@ def push_run(
     private: bool | None = None,
     license: str | None = None,
     weights: str | None = None,
+    model: Given | None = None,
     message: str = "Push a run of hf_fasttrain",
     command: str | None = None,
     original: str | None = None,
@@ -60,22 +62,23 @@ def push_run(
     (429, 5xx, a broken connection, `stalled` seconds without a byte) are retried for `patience` seconds, and reported
     by `tell`.
 
-    `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `original` is the run folder
-    that `run` was staged from. Raises RunError if the run is not finished or the Hub can't be written to, with the
-    `command` that finishes it.
+    `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `model`: of a run that no recipe
+    has made (see `open_given`). `original` is the run folder that `run` was staged from. Raises RunError if the run is
+    not finished or the Hub can't be written to, with the `command` that finishes it.
     """
     folder = Path(run)
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
-    finished = read_run(folder)
+    given = open_given(folder, model, weights) if model is not None and is_own_run(folder, model) else None
+    finished = read_run(folder) if given is None else None
     options = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
     options += ["--weights", weights] if weights is not None else []
     command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *options])
     upload = Upload(repo, private, message, command, stalled)
     upload.require_possible()
-    with staged(folder, weights) as chosen:
+    with staged(folder, weights, given.spec if given is not None else None) as chosen:
         try:
-            chosen_run = finished if chosen == folder else read_run(chosen)
+            chosen_run = finished if finished is not None and chosen == folder else read_run(chosen)
             files = files_to_push(chosen_run, repo, license, [str(folder), *([original] if original else [])])
         except OSError as error:
             raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None

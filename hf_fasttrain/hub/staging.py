@@ -8,9 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_fasttrain.models.model import ModelSpec
 from hf_fasttrain.run_folder.file_names import (
     EMA_FILE,
     METRICS_FILE,
@@ -18,6 +20,7 @@ from hf_fasttrain.run_folder.file_names import (
     RECIPE_FILE,
     RESOLVED_FILE,
     RESULT_FILE,
+    SPEC_FILE,
     STAGING_FOLDER,
     WEIGHTS_FILE,
 )
@@ -54,21 +57,30 @@ def stage(
 
 
 @contextmanager
-def staged(run: Path, weights: str | None) -> Iterator[Path]:
+def staged(run: Path, weights: str | None, spec: ModelSpec | None = None) -> Iterator[Path]:
     """Yield a run folder whose model has the requested weights: a staged one, or the run itself if RUN/model has them.
 
-    `weights`: best, last or step_N; None: those in RUN/model. Raises RunError if they no longer exist.
+    `weights`: best, last or step_N; None: those in RUN/model. `spec` describes the model where the run does not. Raises
+    RunError if the weights no longer exist.
     """
     checkpoint = find_checkpoint(run, weights)
-    if checkpoint is None:
+    if checkpoint is None and spec is None:
         yield run
         return
+
+    def describe(model: Path) -> None:
+        _copy_description(run / MODEL_FOLDER, model)
+        if spec is not None:
+            write_json(model / SPEC_FILE, asdict(spec))
+
     folder: Path | None = None
     try:
         (run / STAGING_FOLDER).mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING_FOLDER))
-        result = result_with_weights(run, checkpoint, str(weights))
-        stage(run, checkpoint, folder, lambda model: _copy_description(run / MODEL_FOLDER, model), result)
+        result = (
+            read_json(run / RESULT_FILE) if checkpoint is None else result_with_weights(run, checkpoint, str(weights))
+        )
+        stage(run, checkpoint or run / MODEL_FOLDER, folder, describe, result)
     except OSError as error:
         _remove(folder)
         raise RunError(f"{run}: weights={weights} could not be prepared: {reason(error)}") from None

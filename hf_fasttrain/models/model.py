@@ -69,6 +69,11 @@ class ModelSpec:
         return len(self.class_names)
 
     @property
+    def is_own(self) -> bool:
+        """Whether the model is made by a user's function, whose name is `own:` and the function's."""
+        return self.name.startswith("own:")
+
+    @property
     def is_transformers(self) -> bool:
         """Whether the model is one of transformers' rather than timm's."""
         return self.name.startswith("transformers:")

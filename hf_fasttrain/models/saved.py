@@ -171,6 +171,11 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
             f"{path}: can't be read as a model's description ({error}); use the version of hf_fasttrain that wrote "
             "it, or copy the folder again"
         ) from None
+    if spec.is_own:
+        raise ModelError(
+            f"{folder}: its model is made by a program's own code ({spec.name.removeprefix('own:')}), which is not in "
+            "the folder; load model.safetensors into that"
+        )
     if spec.is_transformers:
         model: nn.Module = open_classifier(replace(spec, name=f"transformers:{folder}"))
     else:

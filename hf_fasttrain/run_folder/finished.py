@@ -12,7 +12,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESOLVED_FILE, RESULT_FILE, SPEC_FILE
+from hf_fasttrain.run_folder.file_names import (
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESOLVED_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+    WEIGHTS_FILE,
+)
 from hf_fasttrain.run_folder.scrub import is_local_path
 from hf_fasttrain.utils.errors import RunError, first_lines, how_to_resume
 from hf_fasttrain.utils.files import restore_folder
@@ -44,9 +51,28 @@ class FinishedRun:
         return isinstance(value, str) and (is_local_path(value) or os.path.exists(value))
 
 
+def is_own_run(run: Path, given: Any) -> bool:
+    """Return whether a finished run is of a user's own objects, so that the user must give its model.
+
+    `given` is that model, or None. Raises RunError if it is missing, and for a model beside a run that has its own.
+    """
+    restore_folder(run / MODEL_FOLDER)
+    has_weights = (run / MODEL_FOLDER / WEIGHTS_FILE).is_file()
+    has_recipe = (run / RECIPE_FILE).is_file() or (run / MODEL_FOLDER / SPEC_FILE).is_file()
+    is_own = has_weights and (run / RESULT_FILE).is_file() and not has_recipe
+    if is_own and given is None:
+        raise RunError(
+            f"{run}: was not made by a recipe, so that its model can't be built from the folder; give the model: "
+            "--model package.module:function (in Python model=...), a function that returns it"
+        )
+    if given is not None and not is_own:
+        raise RunError(f"{run}: --model is for finished runs that no recipe has made; leave it out")
+    return is_own
+
+
 def read_run(run: Path) -> FinishedRun:
     """Return the content of a run folder. Raises RunError if the run is not finished."""
-    restore_folder(run / MODEL_FOLDER)
+    is_own_run(run, None)
     missing = [name for name in (f"{MODEL_FOLDER}/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
     if missing:
         raise RunError(

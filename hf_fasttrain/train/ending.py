@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from hf_fasttrain.run_folder.checkpoint import checkpoint_path, complete_checkpoints
+from hf_fasttrain.run_folder.file_names import CHECKPOINTS_FOLDER
 from hf_fasttrain.run_folder.result import Result
 from hf_fasttrain.train.callbacks import CallbackError
 from hf_fasttrain.train.final_weights import FinalModel, load_final
@@ -110,6 +112,16 @@ def call_finished(trainer: Trainer, result: Result) -> None:
         raise failed[0]
 
 
+def _best_of(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the best evaluation with the path of its checkpoint in the run folder, None where it is not kept."""
+    best, checkpoints = trainer.state.best, trainer.checkpoints
+    if best is None:
+        return None
+    path = checkpoint_path(checkpoints.folder, best["step"]) if checkpoints is not None else None
+    kept = checkpoints is not None and path in complete_checkpoints(checkpoints.folder)
+    return {**best, "path": f"{CHECKPOINTS_FOLDER}/{path.name}" if kept and path is not None else None}
+
+
 def result_of(trainer: Trainer) -> Result:
     """Return the result of a run, so far if it has not ended."""
     trainer.throughput.save(trainer.state)
@@ -119,7 +131,7 @@ def result_of(trainer: Trainer) -> Result:
         metrics=final.metrics or {},
         test_metrics=trainer.evaluation.test_metrics,
         model={"weights": final.weights, "step": final.step, "ema": trainer.ema is not None},
-        best=state.best,
+        best=_best_of(trainer),
         last={"step": state.step, "metrics": state.metrics},
         steps=state.step,
         skipped_steps=state.step - state.updates,

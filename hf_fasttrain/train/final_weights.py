@@ -33,6 +33,14 @@ def resolve_final(choice: str, early_stopping: Watch | None) -> str:
     return choice
 
 
+def final_step(final: str, state: State, checkpoints: Checkpoints | None) -> int:
+    """Return the step of the weights that a finished run's model folder should have, as far as they are kept."""
+    best = state.best["step"] if state.best else state.step
+    if final != "best" or best == state.step or checkpoints is None:
+        return state.step
+    return best if checkpoints.can_load(best) else state.step
+
+
 def load_final(
     final: str, state: State, checkpoints: Checkpoints | None, stateful: TrainingObjects, log: RunLog
 ) -> FinalModel:

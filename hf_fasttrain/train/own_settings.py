@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_fasttrain.train.ema import Ema
+if TYPE_CHECKING:
+    from hf_fasttrain.train.trainer import Trainer
 
 # Options of a group that only decide how fast it is updated, and what this package puts there.
 NOT_OF_RESULT = {"params", "param_names", "lr_scale", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
@@ -25,15 +26,15 @@ MAY_CHANGE = (
 
 
 def own_settings(
-    optimizer: torch.optim.Optimizer,
-    loss: Callable[..., Any],
-    schedule: Callable[[int], float],
-    clip_norm: float | None,
-    ema: Ema | None,
+    trainer: Trainer, optimizer: torch.optim.Optimizer, loss: Callable[..., Any], clip_norm: float | None
 ) -> dict[str, Any]:
-    """Return name -> plain value of what a user's objects make of a run; before the first step."""
+    """Return name -> plain value of what a user's objects make of a run; before the first step.
+
+    How many images a step has is known if the user's loader has a `batch_size`.
+    """
+    ema, loader = trainer.ema, trainer.train_loader
     settings: dict[str, Any] = {"optimizer": name_of(type(optimizer)), "loss": name_of(loss)}
-    settings |= {"schedule": name_of(schedule), "clip_norm": plain(clip_norm)}
+    settings |= {"schedule": name_of(trainer.schedule), "clip_norm": plain(clip_norm)}
     for option in sorted({key for group in optimizer.param_groups for key in group} - NOT_OF_RESULT):
         values = [plain(group.get(option)) for group in optimizer.param_groups]
         settings[f"optimizer.{option}"] = values[0] if all(value == values[0] for value in values) else values
@@ -42,14 +43,9 @@ def own_settings(
         numbers_of_loss = {key: value for key, value in vars(loss).items() if key in made_with and _is_number(value)}
         settings |= {f"loss.{key}": value for key, value in numbers_of_loss.items()}
     settings |= {"ema.decay": ema.decay, "ema.warmup": ema.warmup} if ema is not None else {}
-    return settings
-
-
-def of_loader(loader: Any, num_processes: int) -> dict[str, Any]:
-    """Return what a user's loader makes of a run: the number of steps in an epoch, and of images where it says it."""
     size = getattr(getattr(loader, "loader", None), "batch_size", None)
-    known = {"images per step": size * num_processes} if isinstance(size, int) else {}
-    return {"steps per epoch": loader.steps_per_epoch, **known}
+    settings |= {"images per step": size * trainer.processes.number} if isinstance(size, int) else {}
+    return settings | {"steps per epoch": loader.steps_per_epoch}
 
 
 def comparable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ from hf_fasttrain.run_folder.checkpoint import Checkpoint, require_same_settings
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.checkpointing import lock_run, unlock_run
 from hf_fasttrain.train.early_stopping import adapt_state
-from hf_fasttrain.train.final_weights import with_metric
+from hf_fasttrain.train.final_weights import FinalModel, with_metric
 from hf_fasttrain.train.log import METRICS_FILE, last_steps
 from hf_fasttrain.train.own_settings import MAY_CHANGE, comparable
 from hf_fasttrain.utils.errors import RunError
@@ -34,6 +34,29 @@ def restore(trainer: Trainer) -> None:
     except RunError:
         unlock_run(trainer.checkpoints.run)
         raise
+
+
+def load_best(trainer: Trainer) -> int:
+    """Load the best evaluation's weights; see `Trainer.load_best`."""
+    state, checkpoints = trainer.state, trainer.checkpoints
+    if trainer.session.is_open:
+        raise RunError("load_best() within running(): the steps that follow would be made from there; call it after")
+    if state.best is None:
+        raise RunError("load_best(): there is no best evaluation yet; give Trainer an eval_loader, and train first")
+    best = FinalModel("best", int(state.best["step"]), state.best.get("metrics"))
+    held = trainer.final_model.step if trainer.final_model is not None else state.step
+    if held == best.step:
+        return best.step
+    checkpoint = None
+    if checkpoints is not None:
+        checkpoints.wait()
+        checkpoint = checkpoints.best(best.step)
+    if checkpoint is None:
+        where = "no checkpoints are kept without an output_dir" if checkpoints is None else "its checkpoint is gone"
+        raise RunError(f"load_best(): the weights of step {best.step:,}, the best evaluation, are not there: {where}")
+    trainer.stateful.restore_weights(checkpoint)
+    trainer.final_model = best
+    return best.step
 
 
 def continue_after_finish(trainer: Trainer) -> None:

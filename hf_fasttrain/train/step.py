@@ -159,7 +159,8 @@ class TrainStep:
 
     def update(self) -> None:
         """Clip the gradients, step the optimizer and move the average; count the update unless fp16 skips it."""
-        assert self._step is not None, "gradients(step) comes first"
+        if self._step is None:
+            raise RunError("step.update() without step.gradients(step) before it: there is nothing to update with")
         with self._timer("optimizer"):
             self.applying(self.state.updates, self._step.index, self._add_up_again)
         self._has_gradients, self._step = False, None

@@ -34,9 +34,9 @@ from hf_fasttrain.train.launcher import accelerator_for
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import Loss
 from hf_fasttrain.train.optim import keep_lr_ratios, set_lr
-from hf_fasttrain.train.own_settings import of_loader, own_settings
+from hf_fasttrain.train.own_settings import own_settings
 from hf_fasttrain.train.progress import Progress
-from hf_fasttrain.train.resume import continue_after_finish, restore
+from hf_fasttrain.train.resume import continue_after_finish, load_best, restore
 from hf_fasttrain.train.retry import Retry
 from hf_fasttrain.train.schedule import Schedule, constant
 from hf_fasttrain.train.session import Session
@@ -70,8 +70,7 @@ class Trainer:
     output_dir/model has: best or last; by default best with `early_stopping`), `checkpoints.keep` (beside the best
     one), `evaluation.test_loader` (measured once, with those weights), `export` (writes the model into a folder).
 
-    Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped when a signal has stopped training,
-    its state saved.
+    Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped when a signal has ended training.
     """
 
     @checked
@@ -125,7 +124,6 @@ class Trainer:
         if ema is not None and (slow := ema.slow_note(self.num_steps)):
             self.log.note(slow)
         self.throughput = Throughput(self.device, lambda: self.train_loader.wait_seconds)
-        self.progress = Progress(self)
         self.evaluation = Evaluation(
             Evaluator(self.accelerator, num_classes, own=metrics, predict=predict),
             UserEvalLoader.wrap(eval_loader, self.device),
@@ -149,14 +147,11 @@ class Trainer:
         self.upcoming: Steps  # the steps that are left, while it runs
         self.callbacks = Callbacks(callbacks or ())
         self.publish: Publish | None = None  # the built-in callback: report, then push
-        self.session = Session(self)
-
+        self.progress, self.session = Progress(self), Session(self)
         self.final, self.recipe_text = "auto", ""
         self.final_model: FinalModel | None = None  # what the model holds since the run has ended
         self.export: Callable[[nn.Module, Path], None] = save_weights
-        # Those that decide the result: a resumed run must have the same.
-        self.resume_settings: dict[str, Any] = own_settings(optimizer, step_loss or loss, schedule, clip_norm, ema)
-        self.resume_settings |= of_loader(self.train_loader, self.processes.number)
+        self.resume_settings = own_settings(self, optimizer, step_loss or loss, clip_norm)  # a resumed run has the same
         self.bad_images: BadImages | None = None
         self.reserved_memory = 0  # bytes of this machine's memory that the loaders will take beside this process
 
@@ -395,26 +390,31 @@ class Trainer:
             raise RunError("restore() within running(): call it before, the steps of this loop are loaded already")
         restore(self)
 
+    def load_best(self) -> int:
+        """Load the best evaluation's weights into the model, on all processes, and return their step.
+
+        Outside of `running`; training goes on from the last weights. Raises RunError if they were not kept.
+        """
+        return load_best(self)
+
     def push_to_hub(
-        self, repo: str, *, private: bool | None = None, license: str | None = None, weights: str | None = None
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        license: str | None = None,
+        weights: str | None = None,
+        model: Any = None,
     ) -> str:
         """Upload the finished run to a Hub repository, in one commit, and return its address.
 
         `private`: of a new repository; None: as its owner's settings say. `license` stands in the card. `weights`:
-        last, best (of the best evaluation) or step_N; None: those in output_dir/model. Raises RunError with the command
-        that finishes it.
+        last, best (of the best evaluation) or step_N; None: those in output_dir/model. `model`: of own objects, see
+        `open_given`. Raises RunError with the command that finishes it.
         """
         from hf_fasttrain.hub.push import push_run
 
         if (run := self.output_dir) is None:
             raise RunError("nothing to push: the trainer has no output_dir")
-        options: dict[str, Any] = {"private": private, "license": license, "weights": weights, "tell": self.log.say}
-        return on_main(lambda: push_run(run, repo, **options))
-
-    @property
-    def final_step(self) -> int:
-        """The step of the weights that a finished run's model folder should have, as far as they are kept."""
-        best = self.state.best["step"] if self.state.best else self.state.step
-        if self.final != "best" or best == self.state.step or self.checkpoints is None:
-            return self.state.step
-        return best if self.checkpoints.can_load(best) else self.state.step
+        options: dict[str, Any] = {"private": private, "license": license, "weights": weights, "model": model}
+        return on_main(lambda: push_run(run, repo, **options, tell=self.log.say))

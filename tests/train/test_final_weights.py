@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.own_objects import small_trainer
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import RECIPE, exit_status, raise_losses, steps_of, weights
 from PIL import Image
@@ -19,8 +20,11 @@ from hf_fasttrain.export.export import export_run
 from hf_fasttrain.inference import evaluate_run, predict_images
 from hf_fasttrain.report.record import read_record
 from hf_fasttrain.report.sections import page_of_run
+from hf_fasttrain.run_folder.checkpoint import load_checkpoint
 from hf_fasttrain.run_folder.file_names import PREDICTIONS_FILE
 from hf_fasttrain.run_folder.predictions import Predictions
+from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.final_weights import final_step
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.errors import RunError
 
@@ -155,9 +159,9 @@ def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
     said = f"the best evaluation's weights can't be read: checkpoint {path} is {fault}"
     assert said in capsys.readouterr().out
     assert any(said in note for note in result.notes)
-    assert (
-        make(write_recipe(), run, BEST, resume=True).final_step == 4
-    )  # nothing is owed, and the ending not made again
+    again = make(write_recipe(), run, BEST, resume=True)
+    owed = final_step(again.final, again.state, again.checkpoints)
+    assert owed == 4  # nothing is owed, and the ending not made again
 
 
 def test_all_processes_measure_the_best_weights(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -243,3 +247,33 @@ def test_the_report_says_that_a_best_of_several_is_optimistic(run: Path) -> None
     assert "the best of 4 evaluations by loss. Its metrics on held-out" in note
     (tile,) = [remark for name, _, remark in page.tiles if name == "accuracy"]
     assert tile.startswith("best (step 1), ")
+
+
+def test_the_best_weights_are_loaded_by_hand_and_training_goes_on_from_the_last(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"best": Watch("loss"), "evaluate_every": "1 step", "checkpoint_every": "1 step"}
+    trainer = small_trainer(tmp_path / "run", steps=4, **options)
+    with pytest.raises(RunError, match="there is no best evaluation yet"):
+        trainer.load_best()
+    result = trainer.fit()
+    assert result.best is not None
+    assert (result.best["step"], result.best["path"]) == (1, "checkpoints/step_00000001")
+    last = [parameter.detach().clone() for parameter in trainer.raw_model.parameters()]
+    assert trainer.load_best() == trainer.load_best() == 1
+    kept = load_checkpoint(tmp_path / "run" / result.best["path"]).weights["model"]
+    assert all(torch.equal(value, kept[name]) for name, value in trainer.raw_model.state_dict().items())
+    assert trainer.evaluate()["accuracy"] == result.best["metrics"]["accuracy"]
+    trainer.num_steps = 5
+    with trainer.running():
+        with pytest.raises(RunError, match=r"load_best\(\) within running\(\)"):
+            trainer.load_best()
+        next(iter(trainer.iterate()))
+    assert not all(map(torch.equal, trainer.raw_model.parameters(), last))
+    (tmp_path / "run/checkpoints/step_00000001/COMPLETE").unlink()
+    with pytest.raises(RunError, match="the weights of step 1, the best evaluation, are not there: its checkpoint is"):
+        trainer.load_best()
+    alone = small_trainer(None, steps=4, **{**options, "checkpoint_every": "1 epoch"})
+    without = alone.fit()
+    assert without.best is not None
+    assert without.best["path"] is None
+    with pytest.raises(RunError, match="no checkpoints are kept without an output_dir"):
+        alone.load_best()

@@ -352,25 +352,33 @@ def test_a_second_pass_begins_with_no_gradients(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_a_backward_by_the_accelerator_is_not_divided_by_the_accumulation() -> None:
-    """The step that people bring with them from accelerate: its division by the micro-batches is done by weights."""
+def test_gradients_that_a_step_adds_are_not_divided_by_the_accumulation() -> None:
+    """By accelerate's backward too, which would divide by an Accelerator's accumulation steps."""
 
-    class ByAccelerator(Trainer):
+    class Decays(Trainer):
         def train_step(self, step: Any) -> torch.Tensor:
-            total = torch.zeros(())
-            for images, labels in step.micro_batches:
-                loss = torch.nn.functional.cross_entropy(self.model(images), labels) * len(images) / step.num_images
-                self.accelerator.backward(loss)
-                total += loss.detach()
+            loss = self.step.gradients(step)
+            self.accelerator.backward(sum(parameter.square().sum() for parameter in self.raw_model.parameters()) / 2)
             self.step.update()
-            return total
+            return loss
 
-    ours, theirs = small_trainer(accumulation_steps=4), small_trainer(kind=ByAccelerator, accumulation_steps=4)
+    ours, theirs = small_trainer(accumulation_steps=4), small_trainer(kind=Decays, accumulation_steps=4)
+    ours.optimizer.param_groups[0]["weight_decay"] = 1.0
     ours.fit()
     theirs.fit()
     assert theirs.state.updates == 6
     for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_an_update_without_gradients_is_told() -> None:
+    class Skips(Trainer):
+        def train_step(self, step: Any) -> torch.Tensor:
+            self.step.update()
+            return torch.zeros(())
+
+    with pytest.raises(RunError, match=r"step.update\(\) without step.gradients\(step\) before it"):
+        small_trainer(kind=Skips).fit()
 
 
 def test_a_loss_that_gives_nan_is_told_in_words_for_own_objects() -> None:
