@@ -23,7 +23,7 @@ from hf_fasttrain.from_recipe.accelerator import build_accelerator, use_cudnn_be
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_transform
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
-from hf_fasttrain.from_recipe.source_from import open_source
+from hf_fasttrain.from_recipe.source_from import chosen_images, open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.models.given import Given, open_given
@@ -224,7 +224,7 @@ def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
     if saved is None or split.name not in TRAIN_NAMES:
         return False
     try:
-        return fingerprint(open_source(recipe)) == saved.value
+        return fingerprint(chosen_images(open_source(recipe), recipe)) == saved.value
     except UserError:  # without the recipe's splits or columns
         return False
 

@@ -166,7 +166,12 @@ def test_images_that_the_run_was_trained_on_are_noted_where_they_have_moved(
     image_folder: Path, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     trained = image_folder / "train"
-    overrides = [f"data.dataset={trained}", f"output_dir={tmp_path / 'run'}", "train.duration=1 step"]
+    overrides = [
+        f"data.dataset={trained}",
+        f"output_dir={tmp_path / 'run'}",
+        "train.duration=1 step",
+        "train.max_images=10",
+    ]
     assert exit_status([str(write_recipe()), *overrides]) == 0
     trained.rename(image_folder / "elsewhere")
     measured, notes = evaluate(tmp_path / "run", f"data.dataset={image_folder / 'elsewhere'}")

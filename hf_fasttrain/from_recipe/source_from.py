@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.data.source.dataset import Source, load_source
+from hf_fasttrain.data.source.classes import names_without_images
+from hf_fasttrain.data.source.dataset import Source, load_source, part_of
 from hf_fasttrain.from_recipe.auto import decide, split
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.errors import DataError, shortened
 
 
 def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Source:
@@ -17,8 +19,10 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
 
     Raises DataError, also for a split with two uses.
     """
-    source = open_source(recipe, dataset)
-    _require_unused_splits(source)
+    whole = open_source(recipe, dataset)
+    _require_unused_splits(whole)
+    source = chosen_images(whole, recipe)
+    _note_parts(recipe, whole, source, settings)
     if dataset is not None:
         settings.record("data.dataset", "passed as a Python object")
     for key, part in (("data.train_split", source.train), ("data.eval_split", source.evaluation)):
@@ -30,10 +34,35 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
         settings.note(note)
     if source.held_out:
         settings.note(
-            f"no validation split: {len(source.evaluation):,} of {len(source.train) + len(source.evaluation):,} "
+            f"no validation split: {len(whole.evaluation):,} of {len(whole.train) + len(whole.evaluation):,} "
             "training images are held out, each class alike (data.eval_fraction)"
         )
     return source
+
+
+def chosen_images(source: Source, recipe: Recipe) -> Source:
+    """Return the data with as many training and evaluation images as a recipe uses."""
+    train, evaluation = recipe.train.max_images, recipe.evaluate.max_images
+    return replace(
+        source,
+        train=source.train if train is None else part_of(source.train, train, recipe.seed),
+        evaluation=source.evaluation if evaluation is None else part_of(source.evaluation, evaluation, recipe.seed),
+    )
+
+
+def _note_parts(recipe: Recipe, whole: Source, source: Source, settings: ResolvedSettings) -> None:
+    """Note how many images of a split are used, and which classes are left without any."""
+    limits = {"train.max_images": recipe.train.max_images, "evaluate.max_images": recipe.evaluate.max_images}
+    pairs = ((whole.train, source.train), (whole.evaluation, source.evaluation))
+    for (key, most), (all_of, part) in zip(limits.items(), pairs, strict=True):
+        if most is None:
+            continue
+        if part is all_of:
+            settings.note(f"{key}={most:,} has no effect: split '{part.name}' has {len(part):,} images")
+            continue
+        before, after = (set(names_without_images(s.labels, source.class_names)) for s in (all_of, part))
+        without = f", none of {shortened(sorted(after - before))}" if after - before else ""
+        settings.note(f"{key}: {most:,} of the {len(all_of):,} images of split '{part.name}'{without}")
 
 
 def _require_unused_splits(source: Source) -> None:

@@ -40,13 +40,14 @@ from hf_fasttrain.run_folder.file_names import FILES_WHILE_TRAINING
 from hf_fasttrain.run_folder.folder import require_free, saved_state
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.checkpointing import lock_run, not_writable
+from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog, last_steps
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.metrics import resolve_metrics
-from hf_fasttrain.train.optim import build_optimizer, build_param_groups
+from hf_fasttrain.train.optim import build_optimizer, build_param_groups, within
 from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
 from hf_fasttrain.train.trackers import Trackers
 from hf_fasttrain.train.trainer import Trainer
@@ -113,7 +114,7 @@ def assemble(
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     loaders = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
     eval_batch = _eval_batch_size(parts, loaders.workers)
-    evaluations = math.ceil(num_steps / recipe.evaluate.every.to_steps(parts.sampling_plan.steps_per_epoch))
+    evaluations = _num_evaluations(recipe, num_steps, parts.sampling_plan.steps_per_epoch)
     trainer = trainer_class(
         model=parts.model,
         train_loader=loaders.train_loader(source.train, parts.sampling_plan, num_steps, spec.num_classes),
@@ -138,6 +139,8 @@ def assemble(
     )
     trainer.evaluation.evaluator = build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names))
     trainer.lr, trainer.recipe_text, trainer.bad_images = recipe.optimizer.lr, recipe_text(recipe), bad_images
+    trainer.step.applying.clip = _clip(parts)
+    trainer.evaluation.start = min(num_steps, recipe.evaluate.start.to_steps(parts.sampling_plan.steps_per_epoch))
     trainer.final = decide(parts.settings, "checkpoint.final", early_stopping=stopping)
     trainer.export = lambda model, path: save_model(model, spec, path)
     trainer.resume_settings = {
@@ -194,7 +197,9 @@ def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
     watches = [("checkpoint.best.mode", best.mode, Watch(best.metric, best.mode))]
     if stopping:
         patience = stopping.patience.to_steps(parts.sampling_plan.steps_per_epoch)
-        watches.append(("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience)))
+        watches.append(
+            ("early_stopping.mode", stopping.mode, Watch(stopping.metric, stopping.mode, patience, stopping.min_delta))
+        )
     for key, mode, watch in watches:
         if mode == "auto":
             decide(parts.settings, key, watch=watch)
@@ -306,6 +311,24 @@ def _optimizer(parts: Parts) -> torch.optim.Optimizer:
         layer_decay=section.layer_decay,
     )
     return build_optimizer(section.name, groups, momentum=section.momentum, args=section.args)
+
+
+def _num_evaluations(recipe: Recipe, num_steps: int, steps_per_epoch: int) -> int:
+    """Return how often the evaluation split is measured in a whole training."""
+    every, start = recipe.evaluate.every.to_steps(steps_per_epoch), recipe.evaluate.start.to_steps(steps_per_epoch)
+    before = max(0, math.ceil(start / every) - 1)
+    return max(1, math.ceil(num_steps / every) - before)
+
+
+def _clip(parts: Parts) -> Clip | None:
+    """Return the recipe's clipping by value or AGC, None if it has neither."""
+    section, heads = parts.recipe.optimizer, head_names(parts.model)
+    if section.clip_value is not None:
+        return clip_by_value(section.clip_value)
+    if section.clip_agc is None:
+        return None
+    named = parts.model.named_parameters()
+    return clip_adaptively(section.clip_agc, [parameter for name, parameter in named if within(name, heads)])
 
 
 def _schedule(parts: Parts, num_steps: int) -> Schedule:

@@ -113,6 +113,10 @@ def _optimizer(recipe: Recipe) -> Iterator[Mistake]:
             "and optimizer.backbone_lr_scale exclude each other; leave one of them out",
         )
 
+    clips = [name for name in ("clip_norm", "clip_value", "clip_agc") if getattr(recipe.optimizer, name) is not None]
+    for name in clips[1:]:
+        yield f"optimizer.{name}", f"and optimizer.{clips[0]} exclude each other; leave one of them out"
+
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:
     every: dict[str, Duration] = {
@@ -159,9 +163,11 @@ def _metrics(recipe: Recipe) -> Iterator[Mistake]:
         if watch is None:
             continue
         if watch.metric not in known:
+            default = "" if "metric" in watch.model_fields_set else ", the default"
             yield (
                 f"{key}.metric",
-                f"is '{watch.metric}', which evaluate.metrics does not measure; choose one of {', '.join(known)}",
+                f"is '{watch.metric}'{default}, which evaluate.metrics does not measure; "
+                f"{'set it to' if default else 'choose'} one of {', '.join(known)}",
             )
             continue
         try:

@@ -93,8 +93,10 @@ def parse_recipe(
         _apply_override(tree, override, origins)
 
     def position(key: KeyPath) -> str:
-        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), 1)
-        return "override" if _origin(origins, key) == "override" else f"{where}, line {line}"
+        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), None)
+        if _origin(origins, key) == "override":
+            return "override"
+        return where if line is None else f"{where}, line {line}"
 
     recipe = _checked(tree, where, position)
     recipe._source = RecipeSource(name, text, origins, tuple(overrides))

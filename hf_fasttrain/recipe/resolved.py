@@ -109,7 +109,14 @@ class ResolvedSettings:
         Without the duration, which may become longer, and without the location of the data set: its fingerprint is
         compared. The warmup is compared as the recipe has it: its steps change with the duration.
         """
-        may_change = ("train.duration", "evaluate.every", "data.dataset", "data.config", "data.revision")
+        may_change = (
+            "train.duration",
+            "evaluate.every",
+            "evaluate.start",
+            "data.dataset",
+            "data.config",
+            "data.revision",
+        )
         values = {key: setting.value for key, setting in self.all().items() if setting.tag == "result"}
         values = {key: value for key, value in values.items() if key not in may_change}
         return {**values, "schedule.warmup": flatten(self.recipe)["schedule.warmup"]}

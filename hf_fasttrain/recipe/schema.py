@@ -180,6 +180,11 @@ class BinaryCrossEntropy(Section):
 class TrainSection(Section):
     duration: DurationField = result(..., "'90 epochs' or '5000 steps'")
     batch_size: int = result(..., "images per optimizer step, all processes together", ge=1)
+    max_images: int | None = result(
+        None,
+        "most images to train on: the first of a shuffle by the seed that keeps the classes' shares; null: all",
+        ge=1,
+    )
     drop_last: bool = result(False, "skip the last step of an epoch if it is short")
     class_weights: Literal["balanced"] | list[float] | None = result(
         None,
@@ -230,6 +235,12 @@ class OptimizerSection(Section):
     weight_decay: float = result(0.05, "not applied to norms, biases and position embeddings", ge=0.0)
     momentum: float = result(0.9, "momentum of SGD-like optimizers", ge=0.0, lt=1.0)
     clip_norm: float | None = result(None, "largest norm of all gradients together", gt=0.0)
+    clip_value: float | None = result(None, "largest absolute value of a gradient's elements", gt=0.0)
+    clip_agc: float | None = result(
+        None,
+        "adaptive clipping (timm's agc): largest norm of a unit's gradient / that of its weights, without the head",
+        gt=0.0,
+    )
     backbone_lr_scale: float = result(1.0, "learning rate of everything but the head, as a share of lr", gt=0.0)
     layer_decay: float | None = result(None, "learning rate of each layer as a share of the next one's", gt=0.0, le=1.0)
     args: dict[str, Any] = result({}, "passed on to the optimizer's constructor, like betas or eps")
@@ -269,10 +280,15 @@ class EarlyStoppingSection(Section):
         "auto", "whether higher or lower is better; auto: by the metric's name"
     )
     patience: DurationField = result(Duration(5, "epochs"), "training without a better value before it stops")
+    min_delta: float = result(0.0, "by how much a value must exceed the best one to count as better", ge=0.0)
 
 
 class EvaluateSection(Section):
     every: DurationField = result(Duration(1, "epochs"), "how often; always at the end")
+    start: DurationField = result(Duration(0, "epochs"), "no evaluation before it, such as '10 epochs'")
+    max_images: int | None = result(
+        None, "most images of the evaluation split, chosen as train.max_images are; null: all", ge=1
+    )
     metrics: Auto | list[str] = output(
         "auto", "loss, accuracy, top5_accuracy, f1_macro; any evaluate metric by Hub name or local path"
     )

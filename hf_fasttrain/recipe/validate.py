@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from hf_fasttrain.recipe.conflicts import conflicts
+from hf_fasttrain.recipe.fields import POLICY_PATTERN
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.errors import nearest, shortened, shown
 
@@ -37,6 +39,12 @@ OTHER_NAMES = {
     "train_img_size": "data.train_size",
     "train_crop_size": "data.train_size",
     "bce_loss": "train.bce",
+    "max_train_samples": "train.max_images",
+    "max_eval_samples": "evaluate.max_images",
+    "limit_train_batches": "train.max_images",
+    "limit_val_batches": "evaluate.max_images",
+    "eval_delay": "evaluate.start",
+    "gradient_clip_val": "optimizer.clip_norm",
     "aa": "augment.auto",
     "auto_augment": "augment.auto",
     "hflip": "augment.flip",
@@ -95,6 +103,8 @@ def _explain(error: ValidationError) -> list[tuple[KeyPath, str]]:
             text = f"is missing; it is {_description(key)}"
         else:
             text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            if item["type"] == "model_type" and (section := model_at(key)) is not None:
+                text = f"must be a section with {shortened(section.model_fields)}{_meant(key, item['input'])}"
             inputs.setdefault(key, item["input"])
         texts.setdefault(key, []).append(text)
     return [(key, _sentence(key, parts, inputs)) for key, parts in texts.items()]
@@ -172,6 +182,12 @@ def all_keys(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:
             yield above + name
         else:
             yield from all_keys(section, f"{above}{name}.")
+
+
+def _meant(key: KeyPath, value: Any) -> str:
+    """Return a hint for a text where a section belongs: the policies of timm have their own key."""
+    named = isinstance(value, str) and re.match(POLICY_PATTERN, value) is not None
+    return f"; timm's policies are set by augment.auto={value}" if named and key[0] == "augment" else ""
 
 
 def _without(tree: Tree, keys: list[KeyPath]) -> Tree:

@@ -26,6 +26,8 @@ def describe_early_stop(stop: Any) -> str | None:
     if not isinstance(stop, dict) or not all(is_finite(stop.get(name)) for name in numbers):
         return None
     watched, better = str(stop.get("metric")), "below" if stop.get("mode") == "min" else "above"
+    if is_finite(delta := stop.get("min_delta")) and delta > 0:
+        better = f"more than {delta:g} {better}"
     return (
         f"after step {stop['stopped_at']:,} of {stop['num_steps']:,}, since {metric_title(watched)} had not been "
         f"{better} {format_metric(watched, stop['value'])} (step {stop['step']:,}) for "

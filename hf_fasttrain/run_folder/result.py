@@ -59,13 +59,15 @@ def resolve_mode(metric: str, mode: str) -> str:
 class Watch:
     """A metric of the evaluation, whether higher or lower is better, and early stopping's patience in steps.
 
-    `mode` is max, min or auto (by the metric's name). Raises RunError for a mode that contradicts the metric, for auto
-    if the name does not say it, and for a patience below 1.
+    A value is better if it exceeds the best one by more than `min_delta`. `mode` is max, min or auto (by the metric's
+    name). Raises RunError for a mode that contradicts the metric, for auto if the name does not say it, for a patience
+    below 1 and a min_delta below 0.
     """
 
     metric: str = "accuracy"
     mode: str = "auto"
     patience: int | None = None
+    min_delta: float = 0.0
 
     def __post_init__(self) -> None:
         number = self.patience
@@ -73,6 +75,8 @@ class Watch:
             raise RunError(
                 f"Watch('{self.metric}'): patience must be a whole number of at least 1, in steps, got {number!r}"
             )
+        if not self.min_delta >= 0:
+            raise RunError(f"Watch('{self.metric}'): min_delta must be at least 0, got {self.min_delta!r}")
         try:
             object.__setattr__(self, "mode", resolve_mode(self.metric, self.mode))
         except ValueError as error:
@@ -82,7 +86,7 @@ class Watch:
         """Return whether `value` is better than an earlier one (`than`); NaN never is."""
         if than is None:
             return not math.isnan(value)
-        return value > than if self.mode == "max" else value < than
+        return value - than > self.min_delta if self.mode == "max" else than - value > self.min_delta
 
 
 @dataclass

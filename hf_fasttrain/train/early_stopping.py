@@ -30,6 +30,7 @@ class EarlyStop:
     waited: int  # steps without a better value
     stopped_at: int
     num_steps: int  # of the whole training
+    min_delta: float = 0.0  # by how much a value must exceed the best one
 
     def as_json(self) -> dict[str, Any]:
         """Return a dict of plain values."""
@@ -37,6 +38,8 @@ class EarlyStop:
 
     def __str__(self) -> str:
         better = "above" if self.mode == "max" else "below"
+        if self.min_delta:
+            better = f"more than {self.min_delta:g} {better}"
         return (
             f"stopped early after step {self.stopped_at:,} of {self.num_steps:,}: {self.metric} has not been {better} "
             f"{self.value:.4f}, its best value (step {self.step:,}), for {self.waited:,} steps; "
@@ -66,7 +69,9 @@ def early_stop(watch: Watch | None, state: State, num_steps: int) -> EarlyStop |
     if watch is None or watch.patience is None or state.watched is None or waited is None or state.step >= num_steps:
         return None
     value, step = float(state.watched["value"]), int(state.watched["step"])
-    return EarlyStop(watch.metric, watch.mode, value, step, watch.patience, waited, state.step, num_steps)
+    return EarlyStop(
+        watch.metric, watch.mode, value, step, watch.patience, waited, state.step, num_steps, watch.min_delta
+    )
 
 
 def adapt_state(watch: Watch | None, state: State, num_steps: int) -> str | None:

@@ -242,6 +242,7 @@ class Evaluation:
         self.evaluator, self.eval_loader = evaluator, eval_loader
         self.state, self.log, self.throughput, self.steps_per_epoch = state, log, throughput, steps_per_epoch
         self.best, self.early_stopping, self.keeps_predictions = best, early_stopping, keeps_predictions
+        self.start = 0  # the first step after which there may be an evaluation
         self.test_loader: Any = None  # evaluated once, with the final weights
         self.test_metrics: dict[str, float] | None = None
         self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
@@ -252,6 +253,11 @@ class Evaluation:
     def loaders(self) -> tuple[Any, Any]:
         """The loaders of evaluation and test split, or None."""
         return self.eval_loader, self.test_loader
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether evaluations are made after this step."""
+        return self.state.step >= self.start
 
     @property
     def is_due(self) -> bool:

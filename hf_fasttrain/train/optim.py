@@ -63,7 +63,7 @@ def _lr_scales(
     model: nn.Module, head_names: Sequence[str], backbone_lr_scale: float, layer_decay: float | None
 ) -> Callable[[str], float]:
     if layer_decay is None:
-        return lambda name: 1.0 if _within(name, head_names) else backbone_lr_scale
+        return lambda name: 1.0 if within(name, head_names) else backbone_lr_scale
     if not hasattr(model, "group_matcher"):
         raise ModelError(f"optimizer.layer_decay needs a timm model; {type(model).__name__} does not list its layers")
     from timm.models import group_parameters
@@ -74,7 +74,8 @@ def _lr_scales(
     return lambda name: layer_decay ** (deepest - layers[name])
 
 
-def _within(name: str, prefixes: Iterable[str]) -> bool:
+def within(name: str, prefixes: Iterable[str]) -> bool:
+    """Return whether a parameter's name is one of the prefixes, or lies below one."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
@@ -117,6 +118,8 @@ def state_share(name: str, *, momentum: float, args: dict[str, Any]) -> float:
     optimizer = build_optimizer(name, [{"params": [matrix], "lr": 1e-3}], momentum=momentum, args=args)
     for _ in range(2):
         matrix.grad = torch.zeros_like(matrix)
+        if getattr(optimizer, "is_second_order", False):  # it differentiates the gradient
+            (matrix.grad,) = torch.autograd.grad(matrix.square().sum(), matrix, create_graph=True)
         optimizer.step()
     kept = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()

@@ -211,7 +211,7 @@ class Trainer:
         if not self.is_finished:
             continue_after_finish(self)
         if self.state.step and self._due(self.evaluate_every) and not self.is_finished:  # not done before a stop
-            stop = self._evaluate()
+            stop = self._evaluate() if self.evaluation.has_begun else 0
             self.save()
             if stop:
                 stop_run(self, stop)
@@ -233,7 +233,7 @@ class Trainer:
             if self._due(self.log_every, self.evaluate_every, self.checkpoint_every) or request:
                 self.progress.log_training()  # which stops a run whose loss is no number before that is saved
             self.callbacks.call("after_step", self, report)
-            if self._due(self.evaluate_every) and not stop:
+            if self._due(self.evaluate_every) and self.evaluation.has_begun and not stop:
                 stop = self._evaluate()
             if self._due(self.checkpoint_every) or request.save or stop:
                 self.save()

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_fasttrain.train.clipping import Clip
 from hf_fasttrain.train.closure import Backup, still_batch_norm, wants_closure
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.out_of_memory import Memory
@@ -35,6 +36,7 @@ class Update:
         self.clip_norm, self.ema = clip_norm, ema
         self.wants_closure = wants_closure(optimizer)
         self._backup: Backup | None = None  # while an optimizer calls its closure
+        self.clip: Clip | None = None  # instead of by the norm
         self._ignored: Sequence[nn.Parameter] = ()
         self.grad_norm: Tensor | None = None  # of the last update, on the device; None where fp16 has scaled it
         self.skipped = False  # whether fp16's last gradients overflowed
@@ -88,14 +90,19 @@ class Update:
             parameter.grad = None
 
     def _clip(self) -> Tensor | None:
-        """Clip the gradients if `clip_norm` is set, and return their norm."""
+        """Clip the gradients if `clip_norm` or `clip` is set, and return the norm that they had."""
         scaled = self.accelerator.scaler is not None
         if self.clip_norm is not None:
             clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
             return clip(self.parameters, self.clip_norm)
-        if scaled:
+        if scaled and self.clip is None:
             return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if scaled:
+            self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip is not None:
+            self.clip(self.parameters)
+        return norm
 
     def _has_skipped(self, scaler: Any, step: int) -> bool:
         """Return whether fp16's last step overflowed, by its shrunken scale; waits for the device.

@@ -163,10 +163,26 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     "a milestone at 0": (RECIPE, ["schedule.milestones=[0 steps]"], "schedule.milestones contains 0"),
     "a milestone without a unit": (RECIPE, ["schedule.milestones=[3]"], "schedule.milestones is .*a number and a unit"),
     "never evaluated": (RECIPE, ["evaluate.every=0 steps"], "evaluate.every is 0"),
+    "two clippings": (
+        RECIPE,
+        ["optimizer.clip_norm=1", "optimizer.clip_agc=0.01"],
+        "optimizer.clip_agc and optimizer.clip_norm exclude each other",
+    ),
+    "a policy of timm for torchvision's": (
+        RECIPE,
+        ["augment.randaugment=rand-m9"],
+        r"augment.randaugment is 'rand-m9'; must be a section with num_ops, magnitude; timm's policies are set by "
+        r"augment.auto=rand-m9 \(\{num_ops",
+    ),
+    "a default that is not measured": (
+        RECIPE,
+        ["evaluate.metrics=[roc_auc]"],
+        r"small.yaml: checkpoint.best.metric is 'accuracy', the default, .*; set it to one of loss, roc_auc",
+    ),
     "watched but not measured": (
         RECIPE,
-        ["evaluate.metrics=[f1_macro]"],
-        "checkpoint.best.metric is 'accuracy', which evaluate.metrics does not measure",
+        ["evaluate.metrics=[f1_macro]", "checkpoint.best.metric=accuracy"],
+        "checkpoint.best.metric is 'accuracy', which evaluate.metrics does not measure; choose one of loss, f1_macro",
     ),
     "the largest loss as the best": (
         RECIPE,

@@ -113,7 +113,9 @@ def test_frozen_and_checkpointed_models_keep_less() -> None:
     assert measured(checkpointed).workspace_per_image > 2 * kept.workspace_per_image  # a layer is made once more
 
 
-@pytest.mark.parametrize(("name", "share"), [("sgd", 1), ("adamw", 2), ("lion", 1), ("adafactor", 0.01)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("sgd", 1), ("adamw", 2), ("lion", 1), ("adafactor", 0.01), ("adahessian", 2)]
+)
 def test_an_optimizers_state_is_known_before_it_is_allocated(name: str, share: float) -> None:
     assert state_share(name, momentum=0.9, args={}) == pytest.approx(share, abs=0.01)
     assert state_share("momentum", momentum=0.0, args={}) == 0

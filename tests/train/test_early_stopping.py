@@ -112,7 +112,7 @@ def test_it_is_said_at_the_moment_with_metric_best_value_step_patience_and_how_t
     assert result["stopped_early"]
     assert result["early_stopping"] == {
         "metric": "accuracy", "mode": "max", "value": 0.75, "step": 2, "patience": 2, "waited": 2, "stopped_at": 4,
-        "num_steps": 9,
+        "num_steps": 9, "min_delta": 0.0,
     }  # fmt: skip
 
 
@@ -138,6 +138,21 @@ def test_it_goes_on_without_or_with_a_longer_patience_as_if_it_had_never_stopped
     assert torch.equal(weight(resumed), weight(whole))
     assert resumed.state.resumed_at == [4]
     assert json.loads((tmp_path / "cut" / "result.json").read_text())["stopped_early"] is False
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_gain_of_less_than_min_delta_is_none(mode: str, tmp_path: Path) -> None:
+    course = (0, 0.5, 0.75, 0.755, 0.759, 0.7595, 0.9, 0.9, 0.9, 0.9)
+    metric = "accuracy" if mode == "max" else "loss"  # 1 - accuracy
+    stopped = run(tmp_path, Watch(metric, patience=3, min_delta=0.01), *course)
+    assert stopped.state.step == 5
+    value = "above 0.7500" if mode == "max" else "below 0.2500"
+    assert f"{metric} has not been more than 0.01 {value}, its best value (step 2), for 3" in str(stopped.early_stop)
+    assert stopped.state.best is not None
+    assert stopped.state.best["step"] == 5  # the best checkpoint is the best one
+    assert run(tmp_path / "any", Watch(metric, patience=3), *course).state.step == 9
+    with pytest.raises(RunError, match=rf"Watch\('{metric}'\): min_delta must be at least 0, got -0\.1"):
+        Watch(metric, min_delta=-0.1)
 
 
 def test_with_a_longer_duration_patience_counts_from_there(tmp_path: Path) -> None:
@@ -241,5 +256,8 @@ def test_the_report_says_it_whatever_result_json_holds(tmp_path: Path) -> None:
     assert page.warnings == [f"Training stopped early: {said}."]
     (environment,) = [section for section in page.sections if section.id == "environment"]
     assert said in str(environment.tables)
+    with_delta = describe_early_stop({**told, "stopped_at": 4, "min_delta": 0.01})
+    assert with_delta is not None
+    assert "since accuracy had not been more than 0.01 above 75.00% (step 2)" in with_delta
     for damaged in (None, "yes", told, {**told, "stopped_at": "x"}):
         assert describe_early_stop(damaged) is None

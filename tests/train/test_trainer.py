@@ -382,6 +382,21 @@ def test_settings_without_effect_are_said(
     assert "optimizer.momentum has no effect with optimizer.name=adamw" in output
 
 
+def test_a_recipe_may_take_a_part_of_the_images_and_evaluate_late(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["train.max_images=40", "evaluate.max_images=20", "evaluate.start=2 epochs", "train.duration=4 epochs"]
+    trainer = make(write_recipe, tmp_path / "run", *overrides)
+    assert trainer.num_steps == 12
+    assert trainer.evaluation.eval_loader.num_images == 20
+    assert "train.max_images: 40 of the 1,707 images of split 'train'" in capsys.readouterr().out
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [6, 9, 12]
+    trainer = make(write_recipe, tmp_path / "late", *overrides[:2], "evaluate.start=9 epochs", "train.duration=1 epoch")
+    assert trainer.fit().metrics["accuracy"] >= 0  # at the end in any case
+
+
 class StatefulLoader:
     """Batches 0 to 4, with a position that can be saved, as torchdata's loader has it."""
 

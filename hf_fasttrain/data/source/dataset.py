@@ -299,6 +299,26 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return part(split.name, rest), part(f"held-out {fraction:.0%} of {split.name}", held_rows)
 
 
+def part_of(split: Split, most: int, seed: int) -> Split:
+    """Return at most so many images of a split: the first of a shuffle by the seed that keeps the classes' shares.
+
+    More images contain the fewer ones. Images with several labels are shuffled regardless of them.
+    """
+    if most >= len(split):
+        return split
+    order = np.random.default_rng([seed, len(split), 1]).permutation(len(split))
+    if split.labels.ndim == 1:
+        labels = split.labels[order]
+        by_class = np.argsort(labels, kind="stable")
+        counts = np.bincount(labels)
+        rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
+        place = np.empty(len(labels))  # of an image among those of its class, from 0 to 1
+        place[by_class] = (rank + 0.5) / np.repeat(counts, counts)
+        order = order[np.argsort(place, kind="stable")]
+    rows = np.sort(order[:most])
+    return Split(split.name, split.images, split.labels[rows], split.rows_of(rows))
+
+
 def image_records(dataset: Any, column: str) -> Records:
     """Return the undecoded images of a data set's column."""
     import datasets

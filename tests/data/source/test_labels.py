@@ -15,7 +15,7 @@ from helpers.runs import exit_status
 from PIL import Image
 
 from hf_fasttrain.data.source.classes import match_names
-from hf_fasttrain.data.source.dataset import load_source
+from hf_fasttrain.data.source.dataset import Split, load_source, part_of
 from hf_fasttrain.data.source.labels import Labels, read_labels
 from hf_fasttrain.utils.errors import DataError
 
@@ -312,3 +312,22 @@ def test_a_split_without_labels_is_named_with_its_columns(tmp_path: Path) -> Non
         DataError, match=r"split 'validation' lacks column 'label' or 'image', which 'train' has; it has"
     ):
         load_source(str(tmp_path))
+
+
+def test_a_part_of_a_split_keeps_the_shares_of_its_classes_and_is_within_each_larger_one() -> None:
+    labels = np.repeat([2, 0, 1], [60, 30, 10])
+    images: Any = None
+    split = Split("train", images, labels, np.arange(100) + 7)
+    parts = {most: part_of(split, most, 5) for most in range(1, 101)}
+    smaller: set[int] = set()
+    for most, part in parts.items():
+        assert len(part) == most
+        rows = part.rows_of(np.arange(most))
+        assert smaller < set(rows.tolist())
+        smaller = set(rows.tolist())
+        assert np.array_equal(labels[rows - 7], part.labels)
+        assert abs(np.bincount(part.labels, minlength=3) - np.array([0.3, 0.1, 0.6]) * most).max() <= 1
+    assert parts[100] is split
+    assert not np.array_equal(parts[10].rows, part_of(split, 10, 6).rows)
+    several = Split("train", images, np.zeros((50, 3), np.float32))
+    assert len(set(part_of(several, 20, 0).rows_of(np.arange(20)).tolist())) == 20
