@@ -108,6 +108,7 @@ def train_mixing(recipe: Recipe, num_classes: int, steps_per_epoch: int) -> Mixi
         recipe.seed,
         prob=augment.mixup_prob,
         switch_prob=augment.mixup_switch_prob,
+        mode=augment.mixup_mode,
         until=augment.mixup_until.to_steps(steps_per_epoch) if augment.mixup_until else None,
     )
 

@@ -210,6 +210,7 @@ def without_effect(recipe: Recipe) -> list[str]:
         "augment.erase_fill": recipe.augment.erase > 0,
         "augment.mixup_prob": mixup or cutmix,
         "augment.mixup_until": mixup or cutmix,
+        "augment.mixup_mode": mixup or cutmix,
         "augment.mixup_switch_prob": mixup and cutmix,
         "model.head": bool(recipe.model.pretrained),
         "data.cache_dir": recipe.data.cache in ("disk", "auto"),
@@ -221,7 +222,8 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
     partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
-    partners |= dict.fromkeys(("augment.mixup_prob", "augment.mixup_until"), "augment.mixup=0 and augment.cutmix=0")
+    mixing = ("augment.mixup_prob", "augment.mixup_until", "augment.mixup_mode")
+    partners |= dict.fromkeys(mixing, "augment.mixup=0 and augment.cutmix=0")
     partners["augment.mixup_switch_prob"] = "augment.mixup=0 or augment.cutmix=0"
     return [*_pushed_more_rarely(recipe), *_capped_magnitude(recipe)] + [
         f"{key} has no effect with {partners.get(key) or rivals[key.split('.')[0]]}"

@@ -158,6 +158,9 @@ class AugmentSection(Section):
     cutmix: float = result(0.0, "alpha of cutmix's Beta distribution; 0: off", ge=0.0)
     mixup_prob: Probability = result(1.0, "probability that a step's images are mixed, by mixup or cutmix")
     mixup_switch_prob: Probability = result(0.5, "with both mixup and cutmix: probability of cutmix")
+    mixup_mode: Literal["batch", "pair", "elem"] = result(
+        "batch", "whether mixup and cutmix are drawn for a whole step, each pair of images or each image"
+    )
     mixup_until: DurationField | None = result(
         None, "when mixup and cutmix end (timm's --mixup-off-epoch), such as '80 epochs'; null: never"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ class Mixing:
 
     Partners are positions 2i and 2i+1 of the step, which are always in the same micro-batch; an odd last image stays
     unmixed. If both alphas are above 0, each step picks cutmix with `switch_prob`. A step is mixed at all with `prob`,
-    and before step `until` only.
+    and before step `until` only. In mode pair and elem all of that is drawn for each pair, or each image, of the step.
     """
 
     mixup: float
@@ -115,6 +116,7 @@ class Mixing:
     prob: float = 1.0
     switch_prob: float = 0.5
     until: int | None = None  # None: in every step
+    mode: Literal["batch", "pair", "elem"] = "batch"
 
     def draw(self, step: int, image_size: int) -> Mix | None:
         """Return the mix of a step with square images, drawn on the CPU; None if it is not mixed."""
@@ -134,13 +136,53 @@ class Mixing:
         right, bottom = (min(image_size, round(c + side)) for c in center)
         return Mix(1 - (right - left) * (bottom - top) / image_size**2, (left, top, right, bottom))
 
-    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Return mixed `images` (B, 3, H, W) and soft `targets` (B, K), of `labels` (B,) or multi-hot (B, K)."""
-        mix = self.draw(step, images.shape[-1])
+    def draw_each(self, step: int, image_size: int, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what each image of a step keeps, (N,), and its box (N, 4), which is empty unless it has cutmix."""
+        rng = keyed_rng(self.seed, MIX_STREAM, step, 1)
+        number = num_images if self.mode == "elem" else (num_images + 1) // 2
+        mixed = rng.random(number) < (self.prob if self.until is None or step < self.until else 0.0)
+        cut = rng.random(number) < (self.switch_prob if self.mixup and self.cutmix else float(self.cutmix > 0))
+        alpha = np.where(cut, self.cutmix, self.mixup)
+        lam = np.where(mixed, rng.beta(alpha, alpha), 1.0)
+        side, center = image_size * np.sqrt(1 - lam[:, None]) / 2, rng.integers(image_size, size=(number, 2))
+        corners = np.concatenate([np.round(center - side), np.round(center + side)], 1).clip(0, image_size)
+        boxes = corners.astype(np.int64) * (cut & mixed)[:, None]
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        lam = np.where(cut, 1 - area / image_size**2, lam)
+        times = 1 if self.mode == "elem" else 2
+        return lam.repeat(times)[:num_images], boxes.repeat(times, 0)[:num_images]
+
+    def _mix_each(
+        self, images: Tensor, targets: Tensor, partner: Tensor, lam: np.ndarray, boxes: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        device, grid = images.device, torch.arange(images.shape[-1], device=images.device)
+        left, top, right, bottom = torch.from_numpy(boxes).to(device, non_blocking=True).T[:, :, None]
+        inside = ((grid >= left) & (grid < right))[:, None, :] & ((grid >= top) & (grid < bottom))[:, :, None]
+        kept = torch.from_numpy(lam.astype(np.float32)).to(device, non_blocking=True)
+        has_box = (right > left).view(-1, 1, 1, 1)
+        blended = torch.lerp(images[partner], images, torch.where(has_box, 1.0, kept.view(-1, 1, 1, 1)))
+        layout = (
+            torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.preserve_format
+        )
+        mixed = torch.where(inside[:, None], images[partner], blended).contiguous(memory_format=layout)
+        return mixed, kept[:, None] * targets + (1 - kept[:, None]) * targets[partner]
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, step: int, first: int = 0, num_images: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return mixed `images` (B, 3, H, W) and soft `targets` (B, K), of `labels` (B,) or multi-hot (B, K).
+
+        They are those from position `first` on of the step's `num_images`, by default all.
+        """
         targets = F.one_hot(labels, self.num_classes).to(torch.float32) if labels.ndim == 1 else labels
+        partner = torch.arange(len(images), device=images.device).bitwise_xor_(1).clamp_(max=len(images) - 1)
+        if self.mode != "batch":
+            drawn = self.draw_each(step, images.shape[-1], len(images) if num_images is None else num_images)
+            lam, boxes = (values[first : first + len(images)] for values in drawn)
+            return self._mix_each(images, targets, partner, lam, boxes)
+        mix = self.draw(step, images.shape[-1])
         if mix is None:
             return images, targets
-        partner = torch.arange(len(images), device=images.device).bitwise_xor_(1).clamp_(max=len(images) - 1)
         targets = mix.lam * targets + (1 - mix.lam) * targets[partner]
         if mix.box is None:
             return torch.lerp(images[partner], images, mix.lam), targets

@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.prefetch import Batch, Prefetcher
-from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan, process_share
+from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan, StepPlan, process_share
 
 Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> context in which its work runs
 _NOTHING = nullcontext()
@@ -141,33 +141,36 @@ class TrainLoader:
             plan = self.sampling_plan.plan(index)
             sizes, size = [len(key.indices) for key in plan.micro_batches], self.size_at(plan.epoch)
             number = sum(sizes) if self.micro_batch_size == 1 else len(sizes)
-            make = functools.partial(self._reload, self.sampling_plan, sizes, index)
-            micro_batches = MicroBatches(self._micro_batches(batches, sizes, index), make)
+            make = functools.partial(self._reload, self.sampling_plan, sizes, plan)
+            micro_batches = MicroBatches(self._micro_batches(batches, sizes, plan), make)
             yield Step(index, plan.num_images, number, micro_batches, (3, size, size))
 
-    def _reload(self, sampling_plan: SamplingPlan, sizes: list[int], step: int) -> Iterator[Batch]:
+    def _reload(self, sampling_plan: SamplingPlan, sizes: list[int], plan: StepPlan) -> Iterator[Batch]:
         """Yield a step's micro-batches, loaded in this process: the workers are busy with later steps."""
         prefetcher = copy.copy(self.prefetcher)
         prefetcher.workers, prefetcher.report = 0, None
         return self._micro_batches(
-            iter(prefetcher.open(_Keys(sampling_plan, step, step + 1), max(sizes, default=0))), sizes, step
+            iter(prefetcher.open(_Keys(sampling_plan, plan.step, plan.step + 1), max(sizes, default=0))), sizes, plan
         )
 
-    def _micro_batches(self, batches: Iterator[Batch], sizes: list[int], step: int) -> Iterator[Batch]:
+    def _micro_batches(self, batches: Iterator[Batch], sizes: list[int], plan: StepPlan) -> Iterator[Batch]:
+        processes, index = self.sampling_plan.num_processes, self.sampling_plan.process_index
+        first = process_share(plan.num_images, processes, index).start  # position in the step
         for size in sizes:
             with self.timer("wait"):
                 batch = next(batches)
             with self.timer("copy"):
-                images, targets = self._prepare(batch, step)
+                images, targets = self._prepare(batch, plan, first)
             del batch  # so that its memory can be reused for the next one
+            first += size
             if self.micro_batch_size > 1:
                 yield images, targets
             else:
                 yield from ((images[i : i + 1], targets[i : i + 1]) for i in range(size))
 
-    def _prepare(self, batch: Batch, step: int) -> Batch:
+    def _prepare(self, batch: Batch, plan: StepPlan, first: int) -> Batch:
         images, labels = self.normalize(batch[0]), batch[1]
-        return self.mixing(images, labels, step) if self.mixing else (images, labels)
+        return self.mixing(images, labels, plan.step, first, plan.num_images) if self.mixing else (images, labels)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def digits() -> Source:
     return load_source("digits", eval_fraction=0.02)
 
 
-def load_steps(source: Source, *, workers: int = 0, micro: int = 8, parts: int = 1, stop: int = 3) -> list:
+def load_steps(
+    source: Source, *, workers: int = 0, micro: int = 8, parts: int = 1, stop: int = 3, mode: Any = "batch"
+) -> list:
     """Return (images, targets) of steps 0 to `stop`, the micro-batches of all processes joined."""
     operations = Operations(randaugment={"num_ops": 2, "magnitude": 9})
     transform = TrainTransform(32, crop="random_resized", operations=operations, erase_prob=0.5, erase_fill=None)
@@ -46,19 +48,23 @@ def load_steps(source: Source, *, workers: int = 0, micro: int = 8, parts: int =
         images = ImageBatches(Images(source.train, Preparation()), transform)
         order = SamplingPlan(len(source.train), 22, micro, num_processes=parts, process_index=part)
         prefetcher = Prefetcher(images, CPU, workers=workers, pin_memory=False)
-        loader = TrainLoader(prefetcher, order, NORMALIZE, Mixing(0.8, 1.0, 10), transform.size_at)
+        mixing = Mixing(0.8, 1.0, 10, prob=0.9, mode=mode)
+        loader = TrainLoader(prefetcher, order, NORMALIZE, mixing, transform.size_at)
         for step in loader.steps(0, stop):
             steps[step.index] += list(step.micro_batches)
     return [tuple(torch.cat(tensors) for tensors in zip(*step, strict=True)) for step in steps]
 
 
-@pytest.mark.parametrize(("workers", "micro", "parts"), [(2, 22, 1), (0, 2, 1), (0, 6, 2), (1, 4, 3)])
+@pytest.mark.parametrize(
+    ("workers", "micro", "parts", "mode"),
+    [(2, 22, 1, "batch"), (0, 2, 1, "elem"), (0, 6, 2, "batch"), (1, 4, 3, "pair"), (0, 6, 2, "elem")],
+)
 def test_same_batches_whatever_workers_micro_batches_and_processes(
-    digits: Source, workers: int, micro: int, parts: int
+    digits: Source, workers: int, micro: int, parts: int, mode: str
 ) -> None:
     torch.manual_seed(workers)  # the global generator has no say
-    expected = load_steps(digits)
-    got = load_steps(digits, workers=workers, micro=micro, parts=parts)
+    expected = load_steps(digits, mode=mode)
+    got = load_steps(digits, workers=workers, micro=micro, parts=parts, mode=mode)
     for (images, targets), (other_images, other_targets) in zip(expected, got, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(targets, other_targets)
@@ -149,6 +155,37 @@ def test_training_and_evaluation_may_have_different_sizes(
     assert (
         json.loads((tmp_path / "none" / "model" / "config.json").read_text())["pretrained_cfg"]["input_size"][1] == 32
     )
+
+
+@pytest.mark.parametrize("mode", ["pair", "elem"])
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
+def test_each_pair_or_image_is_mixed_by_its_own_draw(mixup: float, cutmix: float, mode: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(401, 3, 16, 16, generator=generator).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 5, (401,), generator=generator)
+    mixing = Mixing(mixup, cutmix, 5, prob=0.75, switch_prob=0.4, until=4, mode=mode)
+    mixed, targets = mixing(images, labels, step=3)
+    lam, boxes = mixing.draw_each(3, 16, 401)
+    has_box = boxes.any(1)
+    assert (lam < 1).mean() == pytest.approx(0.75, abs=0.08)
+    assert has_box.sum() / (lam < 1).sum() == pytest.approx({0.0: 0, 1.0: 0.4 if mixup else 1.0}[cutmix], abs=0.1)
+    assert (mode == "elem") == any(lam[i] != lam[i ^ 1] for i in range(400))
+    one_hot = torch.nn.functional.one_hot(labels, 5).float()
+    for i in range(401):
+        j = min(i ^ 1, 400)
+        expected, share = images[i].clone(), float(lam[i])
+        left, top, right, bottom = boxes[i].tolist()
+        if has_box[i]:
+            expected[:, top:bottom, left:right] = images[j][:, top:bottom, left:right]
+            assert share == pytest.approx(1 - (right - left) * (bottom - top) / 256)
+        else:
+            expected = share * images[i] + (1 - share) * images[j]
+        torch.testing.assert_close(mixed[i], expected)
+        torch.testing.assert_close(targets[i], share * one_hot[i] + (1 - share) * one_hot[j])
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+    same, hard = mixing(images, labels, step=4)
+    assert torch.equal(same, images)
+    assert torch.equal(hard, one_hot)
 
 
 def test_steps_are_mixed_with_their_probability_until_a_step() -> None:
