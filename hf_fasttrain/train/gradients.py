@@ -156,29 +156,37 @@ class Gradients:
     def _local_gradients(self, step: Step, at: At, *, exchange: bool) -> Tensor | None:
         """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
         total: Tensor | None = None
-        several, timer = self.processes.is_distributed, self.timer
+        several = self.processes.is_distributed
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
-            count = num_images(images)
+            count = images.shape[0] if isinstance(images, Tensor) else num_images(images)
             alone = count == 1 and bool(self.norms)  # one image has no batch statistics
             if alone:
                 self._freeze_batch_norm()
             weight = count / step.num_images
-            last = exchange and number == step.num_micro_batches
-            with self.accelerator.no_sync(self._ddp) if several and not last else _NOTHING:
-                with timer("forward") if timer else _NOTHING:
-                    loss = self._loss(images, targets, at)
-                    if loss.__class__ is not Tensor:
-                        loss, values = checked(loss)
-                        add_values(self.values, values, weight, loss.device)
-                with timer("backward") if timer else _NOTHING:
-                    self._backward(loss, weight)
+            if several and not (exchange and number == step.num_micro_batches):
+                with self.accelerator.no_sync(self._ddp):
+                    loss = self._micro_batch(images, targets, weight, at)
+            else:
+                loss = self._micro_batch(images, targets, weight, at)
             if alone:
                 self.set_train_mode()
             if total is not None:
-                total = torch.add(total, loss.detach(), alpha=weight)
+                total.add_(loss, alpha=weight)
             else:
-                total = loss.detach() if weight == 1 else loss.detach() * weight
+                total = loss if weight == 1 else loss * weight
         return total
+
+    def _micro_batch(self, images: Tree, targets: Tree, weight: float, at: At) -> Tensor:
+        """Make the forward and the backward of a micro-batch; return its loss, detached."""
+        timer = self.timer
+        with timer("forward") if timer else _NOTHING:
+            loss = self._loss(images, targets, at)
+            if not isinstance(loss, Tensor):
+                loss, values = checked(loss)
+                add_values(self.values, values, weight, loss.device)
+        with timer("backward") if timer else _NOTHING:
+            self._backward(loss, weight)
+        return loss.detach()
 
     def _loss(self, images: Tree, targets: Tree, at: At) -> Any:
         """Return what the step loss gives for a micro-batch."""

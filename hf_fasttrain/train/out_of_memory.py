@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,9 +87,8 @@ class Memory:
             parameter.copy_(weight)
         self._weights, self._failed_in = None, "gradients"
 
-    @contextmanager
-    def updating(self, *, empty: bool) -> Iterator[None]:
-        """Mark the optimizer's step; `empty` if it has no state yet.
+    def begin_update(self, *, empty: bool) -> None:
+        """Record that the optimizer's step begins; `empty` if it has no state yet.
 
         Making that state is where memory runs out: for the first update the weights are kept on the host. (Fused
         kernels change weights without counting their versions, so that nothing else tells whether they have.)
@@ -98,16 +97,10 @@ class Memory:
         if first:
             self._failed_in = "first update"
             self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-        yield
-        self._weights = None
-        self._failed_in = "update"  # what comes after it can't be undone either
 
-    @contextmanager
-    def trying(self) -> Iterator[None]:
-        """Mark the step of an optimizer that tries weights; the caller can undo it until it is complete."""
-        self._failed_in = "gradients"
-        yield
-        self._failed_in = "update"
+    def end_update(self) -> None:
+        """Record that the optimizer's step has ended: what comes after it can't be undone either."""
+        self._weights, self._failed_in = None, "update"
 
     def updated(self, *, applied: bool) -> None:
         """Record that an update is complete; `applied`: the optimizer has not skipped it, and has made its state."""

@@ -8,10 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_fasttrain.run_folder.result import Result
 from hf_fasttrain.train.distributed import Processes
@@ -130,8 +129,7 @@ def stopped(number: int, message: str, step: int, result: Result, *, saved: bool
     return kind(message, status=status, cause=signal_name(number), step=step, result=result)
 
 
-@dataclass(frozen=True)
-class StopRequest:
+class StopRequest(NamedTuple):
     """The request after a step, the same on every process."""
 
     stop: int = 0  # number of the signal

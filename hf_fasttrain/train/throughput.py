@@ -112,14 +112,12 @@ class Throughput:
 
     def _totals(self, add_up: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """Return the sum of the losses of all images in this lap, nan if a norm is not finite; and the last norm."""
-        if not self._losses:
-            return float(add_up(torch.zeros((), device=self.device))), 0.0
-        images = torch.tensor(self._images, dtype=torch.float32).to(self.device, non_blocking=True)
-        total = add_up((torch.stack(self._losses).float() * images).sum())
-        if not self._norms:
-            return float(total), 0.0
-        *norms, loss = torch.stack([*self._norms, total]).tolist()
-        return loss if all(map(math.isfinite, norms)) else math.nan, norms[-1]
+        numbers = [number.float() for number in (*self._losses, *self._norms)]
+        read = torch.stack(numbers).tolist() if numbers else []
+        losses, norms = read[: len(self._losses)], read[len(self._losses) :]
+        local = float(sum(loss * images for loss, images in zip(losses, self._images, strict=True)))
+        total = float(add_up(torch.tensor(local, device=self.device)))
+        return total if all(map(math.isfinite, norms)) else math.nan, norms[-1] if norms else 0.0
 
     def first_not_finite(self, add_up: Callable[[Tensor], Tensor]) -> NotFinite | None:
         """Return the first step of the lap with NaN or inf; called by all processes."""

@@ -287,7 +287,8 @@ class Trainer:
         return self.step.model
 
     def _due(self, *every: int) -> bool:
-        return self.state.step == self.num_steps or any(self.state.step % number == 0 for number in every)
+        step = self.state.step
+        return step == self.num_steps or 0 in [step % number for number in every]
 
     @property
     def has_stopped_early(self) -> bool:

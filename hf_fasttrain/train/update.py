@@ -54,8 +54,9 @@ class Update:
         if self.wants_closure:
             self._step_with(again)
         else:
-            with self.memory.updating(empty=not self.optimizer.state):
-                self.optimizer.step()
+            self.memory.begin_update(empty=not self.optimizer.state)
+            self.optimizer.step()
+            self.memory.end_update()
         self.skipped = scaler is not None and self._has_skipped(scaler, step)
         if self.ema is not None and not self.skipped:
             self.ema.update(number)
@@ -73,8 +74,8 @@ class Update:
             return loss
 
         self._backup = Backup(self.optimizer)
-        with self.memory.trying():
-            self.optimizer.step(closure)
+        self.optimizer.step(closure)
+        self.memory.end_update()
         self._backup = None
 
     def ignore(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,15 +64,12 @@ def require_equal_lengths(number: int, **trees: Tree) -> None:
             )
 
 
-def cut(tree: Tree, sizes: Sequence[int]) -> Iterator[Tree]:
-    """Yield the parts of a tree with `sizes` images each."""
+def cut(tree: Tree, sizes: Sequence[int]) -> Sequence[Tree]:
+    """Return the parts of a tree with `sizes` images each."""
     if isinstance(tree, Tensor):
-        yield from tree.split_with_sizes(sizes)
-        return
-    start = 0
-    for size in sizes:
-        yield rows(tree, slice(start, start + size))
-        start += size
+        return tree.split_with_sizes(sizes)
+    ends = list(itertools.accumulate(sizes))
+    return [rows(tree, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
 
 def rows(tree: Tree, chosen: slice | list[int]) -> Tree:

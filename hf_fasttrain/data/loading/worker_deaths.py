@@ -93,15 +93,14 @@ class _ChildSignal:
         finally:
             self._pending, self._user_handler = False, None
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Mark a wait for a batch, which a death must end: nothing else would if half of a batch has arrived."""
+    def begin_waiting(self) -> None:
+        """Begin a wait for a batch; RuntimeError if a process has died."""
         self._waiting = True
-        try:
-            self._check_workers()
-            yield
-        finally:
-            self._waiting = False
+        self._check_workers()
+
+    def end_waiting(self) -> None:
+        """End a wait for a batch."""
+        self._waiting = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._pending = True
@@ -127,9 +126,12 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
     batches: Iterator[Any] | None = None
     while True:
         try:
-            with CHILD_SIGNAL.waiting():
+            try:
+                CHILD_SIGNAL.begin_waiting()
                 batches = iter(loader) if batches is None else batches
                 batch = next(batches)
+            finally:
+                CHILD_SIGNAL.end_waiting()
         except StopIteration:
             return
         except RuntimeError as error:
