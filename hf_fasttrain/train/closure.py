@@ -6,11 +6,12 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_fasttrain.train.optim import inner_optimizers
 
@@ -34,8 +35,13 @@ def wants_graph(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "is_second_order", False))
 
 
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Let attention be computed by a kernel that has a second derivative: the fused ones have none."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 @contextmanager
-def graph_kept() -> Iterator[None]:
+def kept_graph() -> Iterator[None]:
     """Let backward keep its graph in the gradients without a warning: the update drops them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*create_graph=True will create a reference cycle")

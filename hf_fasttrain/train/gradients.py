@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_fasttrain.data.loading.loader import Step, Timer
 from hf_fasttrain.data.loading.trees import Tree, leaves, num_images, zeros_like
 from hf_fasttrain.models.model import batch_norms, set_train_mode
-from hf_fasttrain.train.closure import graph_kept
+from hf_fasttrain.train.closure import kept_graph, twice_differentiable
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.loss import loss_input
 from hf_fasttrain.train.step_loss import (
@@ -190,6 +190,9 @@ class Gradients:
 
     def _loss(self, images: Tree, targets: Tree, at: At) -> Any:
         """Return what the step loss gives for a micro-batch."""
+        if self.keeps_graph:
+            with twice_differentiable():
+                return self.step_loss(self.model, images, targets, at)
         if self._ddp is None or self._ddp is self.model:
             return self.step_loss(self.model, images, targets, at)
         return self._ddp(images, targets, at)
@@ -202,7 +205,7 @@ class Gradients:
         """
         scaler = self.accelerator.scaler
         if scaler is None:
-            with graph_kept() if self.keeps_graph else _NOTHING:
+            with kept_graph() if self.keeps_graph else _NOTHING:
                 loss.backward(self._weight_like(loss, weight), create_graph=self.keeps_graph)
         else:
             scaled = self._weight_like(loss, weight) * loss

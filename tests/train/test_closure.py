@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -239,6 +240,16 @@ def test_memory_that_runs_out_in_any_pass_undoes_all_of_them(name: str, forward:
     assert len(trainer.state.out_of_memory) == 1
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9)
+
+
+def test_adahessian_trains_attention() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=CLASSES, img_size=32)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4) % CLASSES
+    optimizer = create_optimizer_v2(model, opt="adahessian", lr=0.01)
+    before = model.blocks[0].attn.qkv.weight.detach().clone()
+    Trainer(model, [(images, labels)], optimizer, duration="1 steps", log=RunLog(show=False)).fit()
+    assert not torch.equal(before, model.blocks[0].attn.qkv.weight)
 
 
 def test_which_optimizers_want_a_closure() -> None:
