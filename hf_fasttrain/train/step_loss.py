@@ -14,7 +14,7 @@ from hf_fasttrain.data.loading.trees import Tree, cut, num_images
 from hf_fasttrain.models.side_effects import eager, preserved_state, random_states, seeded_random_states
 from hf_fasttrain.train.loss import ClassificationLoss, Loss, loss_input, loss_of_uniform_logits
 from hf_fasttrain.train.out_of_memory import free_cached_memory
-from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.errors import RunError, first_line
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 
 
@@ -33,6 +33,11 @@ Values = Mapping[str, "Tensor | float"]
 NO_VALUES: Values = {}
 
 
+def kind_of(value: Any) -> str:
+    """Return what messages call the images or targets of a batch."""
+    return "a tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 class LossOfLogits:
     """The step loss of a `loss` that maps (logits, targets) to the mean over their images."""
 
@@ -42,12 +47,21 @@ class LossOfLogits:
         self._is_first = True
 
     def __call__(self, model: nn.Module, images: Tree, targets: Tree, at: At) -> Tensor:
-        """Return the loss of a micro-batch."""
-        logits = loss_input(model(images))
-        if self._is_first:
-            self._is_first = False
-            self.uniform = loss_of_uniform_logits(self.loss, logits, targets)
-        return self.loss(logits, targets)
+        """Return the loss of a micro-batch. Raises RunError for nested ones that model or loss can't take."""
+        try:
+            logits = loss_input(model(images))
+            if self._is_first:
+                self._is_first = False
+                self.uniform = loss_of_uniform_logits(self.loss, logits, targets)
+            return self.loss(logits, targets)
+        except (AttributeError, TypeError) as error:
+            if isinstance(images, Tensor) and isinstance(targets, Tensor):
+                raise
+            raise RunError(
+                f"the model is given the images of a batch as they are ({kind_of(images)}), and the loss its targets "
+                f"({kind_of(targets)}); one of them can't take that ({type(error).__name__}: {first_line(error)}): "
+                "give a step_loss(model, images, targets, at), which takes them apart"
+            ) from error
 
 
 class ModelAndLoss(nn.Module):

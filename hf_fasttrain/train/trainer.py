@@ -392,10 +392,7 @@ class Trainer:
         restore(self)
 
     def load_best(self) -> int:
-        """Load the best evaluation's weights into the model, on all processes, and return their step.
-
-        Outside of `running`; training goes on from the last weights. Raises RunError if they were not kept.
-        """
+        """Load the best evaluation's weights outside of `running`; return their step. RunError if they are not kept."""
         return load_best(self)
 
     def push_to_hub(

@@ -250,3 +250,13 @@ def test_a_state_within_an_epoch_is_refused_by_a_loader_without_a_position() -> 
         loader.load_state_dict(state, same_processes=False)
     with pytest.raises(RunError, match="can't resume within an epoch"):
         loader.load_state_dict(None)
+
+
+@pytest.mark.parametrize("nested", ["images", "targets"])
+def test_a_nested_batch_that_model_or_loss_cant_take_is_told(nested: str) -> None:
+    images, labels = next(iter(DataLoader(IMAGES, 4)))
+    batch = ((images, torch.ones(4)), labels) if nested == "images" else (images, (labels, torch.ones(4)))
+    kinds = r"\(a tuple\), and the loss its targets \(a tensor\)", r"\(a tensor\), and the loss its targets \(a tuple\)"
+    told = f"{kinds[nested == 'targets']}; one of them can't take that .TypeError: .*: give a step_loss"
+    with pytest.raises(RunError, match=told):
+        made([batch], 1).fit()
