@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -358,9 +359,19 @@ def test_callbacks_are_called(workspace: Workspace) -> None:
     assert np.allclose(betas, [(0.95, 0.999), (0.85, 0.999), (0.95, 0.999)])
 
 
+def test_albumentations_is_used_where_it_is_installed(workspace: Workspace) -> None:
+    overrides = [f"{key}={value}" for key, value in SMALL.items()]
+    example("with_albumentations.py")["main"]([*overrides, "output_dir=runs/albumentations"])
+    installed = importlib.util.find_spec("albumentations") is not None
+    expected = (
+        "accuracy .* after 2 steps" if installed else "albumentations is not installed: pip install albumentations"
+    )
+    assert re.search(expected, workspace.capture.readouterr().out)
+
+
 def test_every_example_has_its_test() -> None:
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == {
-        "callbacks.py", "own_model.py", "tune_then_train.sh",
+        "callbacks.py", "own_model.py", "tune_then_train.sh", "with_albumentations.py",
     }  # fmt: skip
 
 
