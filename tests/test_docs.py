@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import json
+import operator
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+import transformers
 import typer
 from helpers.hub_server import Hub
 from helpers.processes import reset_accelerate, run_processes
 from PIL import Image
+from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
 
-from hf_fasttrain import Trainer
+from hf_fasttrain import Callback, Trainer
 from hf_fasttrain.cli import main
 from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.recipe.load import load_recipe, output_dir
+from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.study import doctor, tune
 from hf_fasttrain.study.messages import Turn
 
@@ -38,6 +44,8 @@ PAGES = sorted(
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"))
     if "example_card" not in path.parts  # written by `push`; tests of the hub run its snippets
 )
+# Pages whose snippets go on with the names of those before; elsewhere each stands alone.
+CONTINUED = {Path("docs/your-loop.md")}
 # Parameters of Trainer that recipes alone pass on.
 NOT_DOCUMENTED = {"export", "learnt", "recipe_text", "launched", "bad_images", "log"}
 
@@ -213,13 +221,13 @@ def shorten_studies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "UNTIL", dict.fromkeys(tune.UNTIL, 0.0))
 
 
-def run_python(text: str) -> None:
-    """Run a program with small figures."""
+def run_python(text: str, names: dict[str, Any]) -> None:
+    """Run a program with small figures; `names` are its globals."""
     values = ", ".join(repr(f"{key}={value}") for key, value in SMALL.items())
-    for run in re.findall(r"runs/\w+", text):
+    for run in re.findall(r"runs/\w+", text) if "restore()" not in text else ():
         shutil.rmtree(run, ignore_errors=True)
     reset_accelerate()
-    exec(compile(text.replace("overrides=[", f"overrides=[{values}, "), "snippet", "exec"), {"__name__": "__main__"})
+    exec(compile(text.replace("overrides=[", f"overrides=[{values}, "), "snippet", "exec"), names)
 
 
 def run_yaml(text: str, workspace: Workspace) -> None:
@@ -246,14 +254,14 @@ def require_output(expected: str, printed: str, where: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_snippet_runs_to_its_end(page: Path, workspace: Workspace) -> None:
-    said = ""
+    said, names = "", {"__name__": "__main__"}
     for block in blocks_of(page):
         where = f"{page}:{block.line}"
         if block.language == "bash":
             commands = [command for command in commands_of(block.text) if not reason_not_to_run(command)]
             said = "".join(map(workspace.run, commands))
         elif block.language == "python":
-            run_python(block.text)
+            run_python(block.text, names if page in CONTINUED else {"__name__": "__main__"})
         elif block.language == "yaml":
             run_yaml(block.text, workspace)
         elif block.language == "text" and page != Path("docs/architecture.md"):
@@ -321,11 +329,80 @@ def test_files_in_the_text_exist(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page}: {name}"
 
 
-def test_the_key_table_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs/make_recipe_table.py", "--check"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", ["make_recipe_table.py", "make_coming_from.py"])
+def test_generated_tables_are_up_to_date(script: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs" / script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def names_of_others() -> dict[str, Any]:
+    """Return the file that docs/coming-from.md is made from."""
+    table: dict[str, Any] = YAML(typ="safe").load(ROOT / "docs/coming_from.yaml")
+    return table
+
+
+def as_list(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def is_key(name: str) -> bool:
+    """Return whether a recipe may hold a key, or has a section of this name."""
+    return any(key == name or key.startswith(f"{name}.") for key in all_keys())
+
+
+def has_python_name(name: str) -> bool:
+    """Return whether the Python API has a name, such as Trainer(loss=), trainer.final or Callback.after_save."""
+    call = re.fullmatch(r"Trainer(\.\w+)?\((\w+)=?\)", name)
+    if call:
+        function: Any = getattr(Trainer, call[1][1:]) if call[1] else Trainer
+        return call[2] in inspect.signature(function).parameters
+    model = torch.nn.Linear(2, 2)
+    batches = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))]
+    trainer = Trainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.1), output_dir="runs/names")
+    start: Any = {"trainer": trainer, "Trainer": Trainer, "Callback": Callback}.get(name.split(".")[0])
+    module, _, last = name.rpartition(".")
+    try:
+        operator.attrgetter(name.partition(".")[2] or "__class__")(start) if start else getattr(
+            importlib.import_module(module), last
+        )
+    except (AttributeError, ModuleNotFoundError, ValueError):
+        return False
+    return True
+
+
+def test_our_names_beside_those_of_other_libraries_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = names_of_others()
+    python = set(table["python_of"].values())
+    assert all(map(is_key, table["python_of"]))
+    for row in (row for source in table["sources"] for row in source["rows"]):
+        keys = as_list(row.get("to"))
+        assert not [key for key in keys if not is_key(key.partition("=")[0])], row
+        load_recipe("quickstart", [key for key in keys if "=" in key])
+        python |= set(as_list(row.get("python")))
+        assert keys or row.get("python") or row.get("note") or row.get("instead"), f"says nothing: {row}"
+    page = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")
+    sections = {key.split(".")[0] for key in all_keys()}
+    for text in re.findall(r"`([^`]+)`", re.sub(r"^\| [^|]*\|", "|", page, flags=re.MULTILINE)):
+        key = re.match(r"(\w+)\.[\w.]+\w", text)
+        if key and key[1] in sections - {"log"}:
+            assert is_key(key[0]), text
+        elif re.match(r"(T|t)rainer\b|Callback", text):
+            python.add(re.sub(r"\(.{2,}\w\(.*|\(\)$", "", text))
+    assert not [name for name in sorted(python) if not has_python_name(name)]
+    assert not has_python_name("Trainer(epochs=)")
+    assert not has_python_name("trainer.epochs")
+    assert not is_key("train.epochs")
+
+
+def test_each_name_of_another_library_stands_in_one_row() -> None:
+    for source in names_of_others()["sources"]:
+        theirs = Counter(name for row in source["rows"] for name in as_list(row["from"]))
+        assert max(theirs.values()) == 1, theirs.most_common(3)
+        if "fields_of" in source:
+            if not transformers.__version__.startswith(source["fields_of"]):
+                pytest.skip(f"the table is of transformers {source['fields_of']}")
+            assert {field.name for field in fields(transformers.TrainingArguments)} <= theirs.keys()
 
 
 def example(name: str) -> dict[str, Any]:
@@ -340,6 +417,44 @@ def example(name: str) -> dict[str, Any]:
 def test_a_users_model_trains(workspace: Workspace) -> None:
     example("own_model.py")["main"]("runs/own_model", "2 epochs")
     assert float(re.findall(r"accuracy (\S+) after 46 steps", workspace.capture.readouterr().out)[0]) > 0.5
+
+
+def test_a_loss_with_weights_is_resumed(workspace: Workspace) -> None:
+    main = example("own_loss.py")["main"]
+    main("runs/own_loss", "1 epoch")
+    _, resumed = main("runs/own_loss", "2 epochs")
+    result, whole = main("runs/own_loss_whole", "2 epochs")
+    assert torch.equal(resumed.centres, whole.centres)
+    assert result.metrics["accuracy"] > 0.5
+    logged = [json.loads(line) for line in Path("runs/own_loss/metrics.jsonl").read_text().splitlines()]
+    assert 0 < [line["angle"] for line in logged if line["kind"] == "train"][-1] < np.pi / 2
+
+
+def test_two_passes_do_not_depend_on_accumulation(workspace: Workspace) -> None:
+    """As a plain loop has it: the gradients of the whole batch, at its weights and at the worst ones near by."""
+    program = example("two_passes.py")
+    split, whole = (program["main"](number, "1 epoch").state_dict() for number in ("4", "1"))
+    for name, weight in whole.items():
+        assert torch.allclose(split[name], weight, atol=1e-5), name
+    model, batches = program["make_model"](), iter(program["loaders"]()[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for images, labels in batches:
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad is not None
+                p += 0.05 * p.grad / norm
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        with torch.no_grad():
+            for p, weight in zip(model.parameters(), before, strict=True):
+                p.copy_(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(whole[name], weight, atol=1e-5), name
 
 
 def test_callbacks_are_called(workspace: Workspace) -> None:
@@ -359,19 +474,9 @@ def test_callbacks_are_called(workspace: Workspace) -> None:
     assert np.allclose(betas, [(0.95, 0.999), (0.85, 0.999), (0.95, 0.999)])
 
 
-def test_albumentations_is_used_where_it_is_installed(workspace: Workspace) -> None:
-    overrides = [f"{key}={value}" for key, value in SMALL.items()]
-    example("with_albumentations.py")["main"]([*overrides, "output_dir=runs/albumentations"])
-    installed = importlib.util.find_spec("albumentations") is not None
-    expected = (
-        "accuracy .* after 2 steps" if installed else "albumentations is not installed: pip install albumentations"
-    )
-    assert re.search(expected, workspace.capture.readouterr().out)
-
-
 def test_every_example_has_its_test() -> None:
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == {
-        "callbacks.py", "own_model.py", "tune_then_train.sh", "with_albumentations.py",
+        "callbacks.py", "own_loss.py", "own_model.py", "tune_then_train.sh", "two_passes.py",
     }  # fmt: skip
 
 

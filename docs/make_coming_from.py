@@ -1,0 +1,90 @@
+"""Writes the tables of docs/coming-from.md, from docs/coming_from.yaml.
+
+python docs/make_coming_from.py            write them
+python docs/make_coming_from.py --check    exit status 1 if they are out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+PAGE = Path(__file__).parent / "coming-from.md"
+TABLE = Path(__file__).parent / "coming_from.yaml"
+BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
+Row = dict[str, Any]
+
+
+def read_table() -> dict[str, Any]:
+    """Return the file that the page is made from."""
+    table: dict[str, Any] = YAML(typ="safe").load(TABLE.read_text(encoding="utf-8"))
+    return table
+
+
+def listed(row: Row, field: str) -> list[str]:
+    """Return a field of a row as a list; empty if it is not there."""
+    value = row.get(field, [])
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def python_names(row: Row, python_of: dict[str, str]) -> list[str]:
+    """Return a row's names of the Python API: its own, else those of its first key or of a section above it."""
+    if "python" in row:
+        return listed(row, "python")
+    key = next((text.partition("=")[0] for text in listed(row, "to")), "")
+    while key and key not in python_of:
+        key = key.rpartition(".")[0]
+    return [python_of[key]] if key else []
+
+
+def tables(table: dict[str, Any]) -> str:
+    """Return the sections of the page, one for each source."""
+    return "\n\n".join("\n".join(_section(source, table["python_of"])) for source in table["sources"])
+
+
+def _section(source: dict[str, Any], python_of: dict[str, str]) -> Iterator[str]:
+    equal = [row for row in source["rows"] if "instead" not in row]
+    with_python = source.get("python", False)
+    columns = ["there", "recipe", *(["Python"] if with_python else []), "what differs"]
+    yield f"## {source['title']}\n\n{source['intro']}\n"
+    yield from _table(columns, (_cells(row, python_of, with_python=with_python) for row in equal))
+    yield "\nNothing is the same as these:\n"
+    rest = ([_code(listed(row, "from")), row["instead"]] for row in source["rows"] if "instead" in row)
+    yield from _table(["there", "instead"], rest)
+
+
+def _cells(row: Row, python_of: dict[str, str], *, with_python: bool) -> list[str]:
+    python = [_code(python_names(row, python_of))] if with_python else []
+    return [_code(listed(row, "from")), _code(listed(row, "to")), *python, row.get("note", "")]
+
+
+def _table(columns: list[str], rows: Any) -> Iterator[str]:
+    for cells in (columns, ["---"] * len(columns), *rows):
+        yield f"| {' | '.join(cells)} |"
+
+
+def _code(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def with_tables(page: str) -> str:
+    """Return the page with the tables between its marks made anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{tables(read_table())}\n\n{END}{after}"
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    new = with_tables(page)
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if new == page else f"{PAGE.name} is out of date: python docs/make_coming_from.py")
+    PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
