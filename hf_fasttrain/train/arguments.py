@@ -90,6 +90,21 @@ def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
+def _takes(value: Any, number: int) -> bool:
+    """Return whether a function or module can be called with a number of arguments, as far as its signature tells."""
+    if not _is_function(value):
+        return False
+    try:
+        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
+    except ValueError:  # of a function without one
+        return True
+    try:
+        signature.bind(*range(number))
+    except TypeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Optional:
     """A rule that None passes."""
@@ -163,7 +178,7 @@ RULES: dict[str, Rule] = {
     ),
     "loss": (_is_function, "a function or module that maps (logits, targets) to their mean loss"),
     "step_loss": (
-        _Optional(_is_function),
+        _Optional(lambda value: _takes(value, 4)),
         "a function or module that maps (model, images, targets, at) to their mean loss, or None",
     ),
     "schedule": (

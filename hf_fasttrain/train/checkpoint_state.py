@@ -16,6 +16,7 @@ from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.optim import optimizer_state, restore_optimizer
 from hf_fasttrain.utils.environment import one_thread
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.private_apis import buffer_registry
 
 LOSS = "loss"  # file of a checkpoint with what the loss learns
 
@@ -41,36 +42,66 @@ class State:
     out_of_memory: list[dict[str, Any]] = field(default_factory=list)  # step, micro-batch before and after
 
 
-@dataclass(frozen=True)
 class LossState:
-    """What a loss that is a module learns or counts: neither the frozen weights of a teacher in it, nor constants."""
+    """What a loss that is a module learns or counts beside the model, which it may hold.
 
-    module: nn.Module
-    names: frozenset[str]
+    Frozen weights, a teacher's, belong to it from the first checkpoint before which they were changed on: a loss may
+    move them itself, as a momentum encoder's.
+    """
 
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The buffers, as they are now."""
-        return [buffer for name, buffer in self.module.named_buffers() if name in self.names]
+    def __init__(self, module: nn.Module, names: set[str], frozen: set[str]) -> None:
+        self.module, self.names, self._required = module, names, frozenset(names)
+        tensors = module.state_dict()
+        self._frozen = {name: _fingerprint(tensors[name]) for name in frozen}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return name -> buffer, as it is now."""
+        return {name: b for name, b in self.module.named_buffers(remove_duplicate=False) if name in self.names}
+
+    def copy(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+        """Return the buffers with their values, for `put_back`."""
+        kept = []
+        for name, buffer in self.buffers().items():
+            path, _, own = name.rpartition(".")
+            kept.append((buffer_registry(self.module.get_submodule(path)), own, buffer, buffer.detach().clone()))
+        return kept
+
+    @torch.no_grad()
+    def put_back(self, kept: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+        """Restore the buffers that `copy` has returned; a loss may have replaced some since."""
+        for registry, name, buffer, value in kept:
+            buffer.copy_(value)
+            registry[name] = buffer
 
     def weights(self) -> dict[str, Tensor]:
         """Return name -> tensor."""
-        return {name: tensor for name, tensor in self.module.state_dict().items() if name in self.names}
+        tensors = self.module.state_dict()
+        self.names |= {name for name, before in self._frozen.items() if _fingerprint(tensors[name]) != before}
+        return {name: tensors[name] for name in tensors if name in self.names}
 
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Take over saved tensors. Raises KeyError for those of another loss."""
-        if weights.keys() != self.names:
+        if not self._required <= weights.keys() <= self._required | self._frozen.keys():
             raise KeyError(f"the loss has {sorted(self.names)}, and the checkpoint {sorted(weights)}")
+        self.names |= weights.keys()
         self.module.load_state_dict(weights, strict=False)
 
 
-def state_of(loss: nn.Module | None) -> LossState | None:
-    """Return the state of a loss; None if it is no module, or has none."""
+def _fingerprint(tensor: Tensor) -> Any:
+    """Return a number that changes with a tensor's values; waits for the device."""
+    with one_thread():
+        return tensor.sum(dtype=torch.complex128 if tensor.is_complex() else torch.float64).item()
+
+
+def state_of(loss: nn.Module | None, model: nn.Module) -> LossState | None:
+    """Return the state of a loss beside its model's; None if it is no module, or has none."""
     if loss is None:
         return None
-    frozen = {name for name, p in loss.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    names = frozenset(loss.state_dict().keys() - frozen)
-    return LossState(loss, names) if names else None
+    of_model = set(map(id, model.state_dict(keep_vars=True).values()))
+    tensors = loss.state_dict(keep_vars=True).items()
+    own = {name: tensor for name, tensor in tensors if isinstance(tensor, Tensor) and id(tensor) not in of_model}
+    frozen = {name for name, tensor in own.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad}
+    return LossState(loss, own.keys() - frozen, frozen) if own else None
 
 
 @dataclass(frozen=True)
@@ -96,7 +127,8 @@ class TrainingObjects:
         """
         modules = self._modules.items()
         weights = {kind: {**m.state_dict(), **averaged_statistics(m, self.processes)} for kind, m in modules}
-        return weights if self.loss is None else {**weights, LOSS: self.loss.weights()}
+        of_loss = self.loss.weights() if self.loss is not None else {}
+        return {**weights, LOSS: of_loss} if of_loss else weights
 
     def training(self) -> dict[str, Any]:
         """Return the states of optimizer and scaler, and what each process has of its own; called by all processes."""
@@ -104,6 +136,7 @@ class TrainingObjects:
         if self.processes.is_distributed:
             statistics = {kind: running_statistics(module) for kind, module in self._modules.items()}
             own["statistics"] = {k: {n: t.cpu() for n, t in named.items()} for k, named in statistics.items()}
+            own[LOSS] = {n: t.cpu() for n, t in self.loss.buffers().items()} if self.loss is not None else {}
         return {
             "optimizer": optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
@@ -139,6 +172,8 @@ class TrainingObjects:
             mine = own[self.processes.index]
             for kind, statistics in mine.get("statistics", {}).items():
                 self._modules[kind].load_state_dict(statistics, strict=False)
+            if self.loss is not None:
+                self.loss.module.load_state_dict(mine.get(LOSS, {}), strict=False)
             self.loader.load_state_dict(mine["loader"])
         elif isinstance(self.loader, UserLoader):
             self.loader.load_state_dict(own[0]["loader"], same_processes=False)

@@ -7,13 +7,16 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_fasttrain.train.optim import inner_optimizers
+
+if TYPE_CHECKING:
+    from hf_fasttrain.train.checkpoint_state import LossState
 
 
 def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -49,14 +52,15 @@ def kept_graph() -> Iterator[None]:
 
 
 @contextmanager
-def still_batch_norm(norms: Sequence[nn.Module], optimizer: Any) -> Iterator[None]:
-    """Restore the running statistics of batch norms afterwards, unless the optimizer has `moves_batch_norm = True`.
+def still_buffers(norms: Sequence[nn.Module], loss: LossState | None, optimizer: Any) -> Iterator[None]:
+    """Restore running statistics and a loss's buffers afterwards, unless the optimizer has `moves_batch_norm = True`.
 
     The published SAM does so: statistics are of the weights that are kept, not of those that it tries.
     """
-    if not norms or getattr(optimizer, "moves_batch_norm", False):
+    if not (norms or loss) or getattr(optimizer, "moves_batch_norm", False):
         yield
         return
+    of_loss = loss.copy() if loss is not None else []
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]
     try:
@@ -65,6 +69,8 @@ def still_batch_norm(norms: Sequence[nn.Module], optimizer: Any) -> Iterator[Non
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
+        if loss is not None:
+            loss.put_back(of_loss)
 
 
 class Backup:

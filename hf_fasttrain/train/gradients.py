@@ -150,7 +150,7 @@ class Gradients:
             self._wrap_again()
         if self.processes.any_process(short is not None):
             raise StepOutOfMemory(short or "another process had too little memory")
-        self._exchange()
+        self._exchange(has_images=total is not None)
         return torch.zeros((), device=self.accelerator.device) if total is None else total
 
     def _local_gradients(self, step: Step, at: At, *, exchange: bool) -> Tensor | None:
@@ -184,9 +184,14 @@ class Gradients:
             if not isinstance(loss, Tensor):
                 loss, values = checked(loss)
                 add_values(self.values, values, weight, loss.device)
+            if not loss.requires_grad:
+                raise RunError(
+                    "the loss of a batch needs no gradient: nothing that is trained has part in it; compute it from "
+                    "the model's output without .detach(), .item() and torch.no_grad()"
+                )
         with timer("backward") if timer else _NOTHING:
             self._backward(loss, weight)
-        return loss.detach()
+        return loss.detach() if not loss.ndim else loss.detach().view(())
 
     def _loss(self, images: Tree, targets: Tree, at: At) -> Any:
         """Return what the step loss gives for a micro-batch."""
@@ -237,13 +242,13 @@ class Gradients:
         return loss.detach()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _exchange(self, *, has_images: bool) -> None:
         """Give every process the mean of all processes' gradients, as DDP does: divided first, then summed."""
         here = [parameter.grad is not None for parameter in self.parameters]
         present = self.processes.largest(*here)
         if not self._knows_use:
             self._knows_use = True
-            if self.processes.any_process(not all(here)):
+            if self.processes.any_process(has_images and not all(here)):
                 self._wrap_again(search=True)
         for parameter in compress(self.parameters, present):
             if parameter.grad is None:

@@ -169,6 +169,12 @@ def require_parameters_of(optimizer: torch.optim.Optimizer, named: dict[str, nn.
         )
 
 
+def foreign_parameters(optimizer: torch.optim.Optimizer, named: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return an optimizer's trainable parameters that are not among the named ones."""
+    known = set(map(id, named))
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
+
+
 def names_not_optimized(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> list[str]:
     """Return the names of the trainable parameters that an optimizer does not have."""
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -17,6 +17,7 @@ from hf_fasttrain.utils.process_memory import relax_memory_limit
 
 if TYPE_CHECKING:
     from hf_fasttrain.data.loading.loader import Step
+    from hf_fasttrain.train.checkpoint_state import LossState
 
 
 def free_cached_memory(device: torch.device) -> None:
@@ -47,8 +48,10 @@ class Memory:
         parameters: Sequence[nn.Parameter],
         norms: Sequence[nn.Module],
         processes: Processes,
+        loss: LossState | None = None,
     ) -> None:
         self.parameters, self.norms, self.processes = parameters, norms, processes
+        self.loss, self._of_loss = loss, loss.copy() if loss is not None else []
         self._meets_in_forward = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
         by_type: dict[torch.dtype, list[Tensor]] = {}  # a fused operation takes tensors of one type
         for buffer in buffers:
@@ -77,12 +80,16 @@ class Memory:
             with torch.no_grad():
                 for live, backup in self._buffers:
                     foreach_copy(backup, live)
+        if self.loss is not None:
+            self._of_loss = self.loss.copy()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the buffers before the step, and the weights if its update was the first."""
         for live, backup in self._buffers:
             foreach_copy(live, backup)
+        if self.loss is not None:
+            self.loss.put_back(self._of_loss)
         for parameter, weight in zip(self.parameters, self._weights or (), strict=False):
             parameter.copy_(weight)
         self._weights, self._failed_in = None, "gradients"

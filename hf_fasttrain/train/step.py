@@ -16,7 +16,7 @@ from hf_fasttrain.train.closure import wants_closure, wants_graph
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.gradients import Gradients
-from hf_fasttrain.train.optim import follow_parameters, names_not_optimized, require_parameters_of
+from hf_fasttrain.train.optim import follow_parameters, foreign_parameters, names_not_optimized, require_parameters_of
 from hf_fasttrain.train.out_of_memory import Memory
 from hf_fasttrain.train.step_loss import (
     At,
@@ -29,6 +29,8 @@ from hf_fasttrain.train.step_loss import (
 )
 from hf_fasttrain.train.update import Update
 from hf_fasttrain.utils.errors import RunError, shortened
+
+OF_LOSS = "give the loss as a torch.nn.Module that has them, or as a method of one"
 
 
 class TrainStep:
@@ -64,6 +66,9 @@ class TrainStep:
         named = named_parameters(self.raw_model, loss)
         follow_parameters(optimizer, before, named)
         require_parameters_of(optimizer, named)
+        self._foreign = len(foreign_parameters(optimizer, named.values()))
+        if self._foreign and processes.is_distributed:
+            raise RunError(f"{self._foreign_note}: several processes do not exchange their gradients; {OF_LOSS}")
         _require_possible(optimizer, accelerator)
         optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
         if ema is not None:
@@ -72,9 +77,8 @@ class TrainStep:
         self.accumulation = Gradients(accelerator, wrapped, self.raw_model, step_loss, processes)
         self.accumulation.keeps_graph = wants_graph(optimizer)
         self.norms, self.parameters = self.accumulation.norms, self.accumulation.parameters
-        self.loss_state = state_of(loss)
-        buffers = [*self.raw_model.buffers(), *(self.loss_state.buffers if self.loss_state else ())]
-        self.memory = Memory(buffers, self.parameters, self.norms, processes)
+        self.loss_state = state_of(loss, self.raw_model)
+        self.memory = Memory(self.raw_model.buffers(), self.parameters, self.norms, processes, self.loss_state)
         self.applying = Update(accelerator, optimizer, self.parameters, self.memory, clip_norm=clip_norm, ema=ema)
         self.is_settled = False  # whether it is known which parameters are trained
         self._has_gradients = self._has_compared = False
@@ -194,6 +198,8 @@ class TrainStep:
         """Find out, before the first step, which parameters are trained; return notes on the others."""
         notes = self.accumulation.leave_out_unused(step)  # memory may be too short for the step's images
         notes += self.split_notes(step)
+        if self._foreign:
+            notes.append(f"{self._foreign_note}: they are trained, but neither clipped nor saved; {OF_LOSS}")
         self.is_settled = True
         named = self.accumulation.named_parameters()
         missing = names_not_optimized(self.optimizer, named)
@@ -204,6 +210,10 @@ class TrainStep:
                 f"parameters ({shortened(missing, 3)}): they stay as they are"
             )
         return notes
+
+    @property
+    def _foreign_note(self) -> str:
+        return f"the optimizer has {self._foreign:,} parameters that are neither the model's nor the loss's"
 
     def split_notes(self, step: Step) -> list[str]:
         """Return a note, at the first step that is split, if its loss depends on that. Raises RunError for a sum."""

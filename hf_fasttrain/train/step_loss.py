@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -83,9 +84,12 @@ class ModelAndLoss(nn.Module):
 
 
 def module_of(step_loss: StepLoss | LossOfLogits) -> nn.Module | None:
-    """Return the module that a step loss, or its loss of logits, is; None for a function."""
-    loss = step_loss.loss if isinstance(step_loss, LossOfLogits) else step_loss
-    return loss if isinstance(loss, nn.Module) else None
+    """Return the module that a step loss, or its loss of logits, is, or is a method or a partial of; else None."""
+    loss: Any = step_loss.loss if isinstance(step_loss, LossOfLogits) else step_loss
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    owner = loss if isinstance(loss, nn.Module) else getattr(loss, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def named_parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
@@ -198,13 +202,19 @@ def _distance(whole: list[Tensor], parts: list[Any], weights: list[float]) -> fl
 
 @contextmanager
 def _evaluating(model: nn.Module, loss: nn.Module | None) -> Iterator[None]:
-    """Set the model to evaluation, and restore its and the loss's modes, buffers and random states afterwards."""
+    """Set the model to evaluation, and restore its and the loss's modes, buffers and random states afterwards.
+
+    A loss's frozen weights too: it may move a teacher itself.
+    """
     modes = [(module, module.training) for each in (model, loss) if each is not None for module in each.modules()]
     device = next(model.parameters()).device
+    frozen = [(p, p.detach().clone()) for p in (loss.parameters() if loss is not None else ()) if not p.requires_grad]
     try:
         with preserved_state(model), preserved_state(loss), seeded_random_states(device, 0), eager():
             model.eval()
             yield
     finally:
+        for parameter, value in frozen:
+            parameter.data.copy_(value)
         for module, mode in modes:
             module.training = mode

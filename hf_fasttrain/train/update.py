@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_fasttrain.train.clipping import Clip
-from hf_fasttrain.train.closure import Backup, still_batch_norm, wants_closure
+from hf_fasttrain.train.closure import Backup, still_buffers, wants_closure
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.out_of_memory import Memory
 from hf_fasttrain.utils.errors import RunError
@@ -68,7 +68,7 @@ class Update:
 
         def closure() -> Tensor:
             self.zero_grad()
-            with torch.enable_grad(), still_batch_norm(self.memory.norms, self.optimizer):
+            with torch.enable_grad(), still_buffers(self.memory.norms, self.memory.loss, self.optimizer):
                 loss = again()
             self._clip()
             return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -316,6 +317,23 @@ def test_a_process_without_images_takes_part_in_a_step_loss() -> None:
             torch.testing.assert_close(value, one[name], rtol=1e-5, atol=1e-6)
 
 
+def _searches_after_an_empty_step() -> bool:
+    torch.manual_seed(0)
+    model, state = TwoInputs(), PartialState(cpu=True)
+    data = batches(2)
+    if state.process_index:
+        data = [(rows(images, slice(0, 0)), targets[:0]) for images, targets in data]
+    options: dict[str, Any] = {"duration": "2 steps", "log": RunLog(show=False), "accelerator": Accelerator(cpu=True)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    trainer = Trainer(model, data, optimizer, step_loss=with_values, **options)
+    trainer.fit()
+    return trainer.step.accumulation._searches
+
+
+def test_a_first_step_without_images_does_not_make_later_ones_search_unused_parameters() -> None:
+    assert run_processes(_searches_after_an_empty_step) == [False, False]
+
+
 def small(loss: Any, accumulation: int, **options: Any) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES), nn.Dropout(0.5))
@@ -403,3 +421,165 @@ def test_a_batch_that_can_not_be_cut_is_refused(targets: Any, message: str) -> N
     )
     with pytest.raises(DataError, match=message):
         trainer.fit()
+
+
+class Momentum(nn.Module):
+    """A loss that moves a teacher and replaces a buffer, as a momentum encoder's does, and learns a scale."""
+
+    center: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.teacher, self.scale = TwoInputs().requires_grad_(False), nn.Parameter(torch.ones(CLASSES))
+        self.register_buffer("center", torch.zeros(CLASSES))
+
+    def compute(self, model: TwoInputs, images: Any, targets: Tensor, at: At) -> Tensor:
+        for old, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
+            old.data.mul_(0.5).add_(new.data, alpha=0.5)
+        soft = self.teacher(images["pixels"], images["meta"])
+        self.center = 0.5 * self.center + 0.5 * soft.mean(0)
+        return F.cross_entropy(self.scale * model(images["pixels"], images["meta"]), (soft - self.center).softmax(1))
+
+    forward = compute
+
+
+def _with_momentum(folder: Path | None, resume_at: int = 0, **options: Any) -> dict[str, Tensor]:
+    loss = Momentum()
+    trainer = trained(loss, 1, folder, checkpoint_every="2 steps", **options)
+    if resume_at:
+        with trainer.running():
+            next(report for report in trainer.iterate() if report.step == resume_at)
+        loss = Momentum()
+        trainer = trained(loss, 1, folder, **options)
+        trainer.restore()
+        assert trainer.state.step == resume_at - 1
+    trainer.fit()
+    return weights_of(trainer, loss)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_teacher_that_moves_and_a_buffer_that_is_replaced_are_resumed(processes: int, tmp_path: Path) -> None:
+    whole = run_processes(_with_momentum, tmp_path / "whole", num_processes=processes)
+    resumed = run_processes(_with_momentum, tmp_path / "resumed", 3, num_processes=processes)
+    for one, other in zip(whole, resumed, strict=True):
+        for name, value in one.items():
+            assert torch.equal(other[name], value), name
+
+
+def test_a_loss_that_moves_buffers_sees_a_retried_step_and_a_second_pass_once() -> None:
+    class Short(Momentum):
+        left = 3
+
+        def forward(self, model: TwoInputs, images: Any, targets: Tensor, at: At) -> Tensor:
+            loss = super().compute(model, images, targets, at)
+            self.left -= 1
+            if not self.left:
+                raise torch.OutOfMemoryError("out of memory")
+            return loss
+
+    before = []
+
+    class Recording(Short):
+        left = 0
+
+        def forward(self, *arguments: Any) -> Tensor:
+            before.append((arguments[3].step, self.center.clone()))
+            return super().forward(*arguments)
+
+    for left in (0, 3):
+        before.clear()
+        loss = Recording()
+        loss.left = left
+        trained(loss, 1, steps=3).fit()
+        if left:
+            assert [step for step, _ in before[:4]] == [1, 2, 3, 3]
+            assert torch.equal(before[2][1], before[3][1])
+
+    class TwoPasses(torch.optim.SGD):
+        needs_closure = True
+
+        def step(self, closure: Any = None) -> None:
+            closure()
+            super().step()
+
+    counts, model = Centers(), TwoInputs()
+    optimizer = TwoPasses([p for p in [*model.parameters(), *counts.parameters()] if p.requires_grad], lr=LR)
+    Trainer(model, Loader(batches()), optimizer, step_loss=counts, duration="5 steps", log=RunLog(show=False)).fit()
+    assert float(counts.count) == 5
+
+
+def _method_of(kind: str) -> dict[str, Tensor]:
+    loss = Momentum()
+    step_loss = {"module": loss, "method": loss.compute, "partial": functools.partial(loss)}[kind]
+    torch.manual_seed(0)
+    model, accelerator = TwoInputs(), Accelerator(cpu=True, gradient_accumulation_steps=3)
+    optimizer = torch.optim.SGD([*model.parameters(), loss.scale], lr=LR)
+    options: dict[str, Any] = {"accelerator": accelerator, "accumulation_steps": 3, "duration": "3 steps"}
+    trainer = Trainer(model, Loader(batches()), optimizer, step_loss=step_loss, log=RunLog(show=False), **options)
+    trainer.fit()
+    return weights_of(trainer, loss)
+
+
+@pytest.mark.parametrize("kind", ["method", "partial"])
+def test_the_module_of_a_method_or_a_partial_is_exchanged_like_a_module(kind: str) -> None:
+    expected = run_processes(_method_of, "module")
+    for weights, others in zip(run_processes(_method_of, kind), expected, strict=True):
+        for name, value in others.items():
+            assert torch.equal(weights[name], value), name
+
+
+def _foreign() -> list[str]:
+    scale, model = nn.Parameter(torch.ones(CLASSES)), TwoInputs()
+
+    def scaled(model: TwoInputs, images: Any, targets: Tensor, at: At) -> Tensor:
+        return F.cross_entropy(scale * model(images["pixels"], images["meta"]), targets)
+
+    optimizer, log = torch.optim.SGD([*model.parameters(), scale], lr=LR), RunLog(show=False)
+    Trainer(model, Loader(batches()), optimizer, step_loss=scaled, accelerator=Accelerator(cpu=True), log=log).fit()
+    return log.notes
+
+
+def test_parameters_of_nobody_are_said_and_refused_with_several_processes() -> None:
+    ((note,),) = run_processes(_foreign, num_processes=1)
+    assert "1 parameters that are neither the model's nor the loss's: they are trained, but neither" in note
+    with pytest.raises(AssertionError, match=r"do not exchange their gradients; give the loss as a torch\.nn\.Module"):
+        run_processes(_foreign)
+
+
+class Holding(nn.Module):
+    """A loss that holds the model, as a LightningModule does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.weight = model, model.head.weight
+
+    def forward(self, model: nn.Module, images: Any, targets: Tensor, at: At) -> Tensor:
+        return F.cross_entropy(self.model(images["pixels"], images["meta"]), targets).view(1)
+
+
+def test_a_loss_may_hold_the_model_and_give_a_number_in_brackets(tmp_path: Path) -> None:
+    def of_model(model: TwoInputs, images: Any, targets: Tensor, at: At) -> Tensor:
+        return F.cross_entropy(model(images["pixels"], images["meta"]), targets)
+
+    expected, _ = plain(lambda *arguments: (of_model(*arguments), {}), batches())
+    torch.manual_seed(0)
+    model = TwoInputs()
+    optimizer, log = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9), RunLog(tmp_path, show=False)
+    options: dict[str, Any] = {"output_dir": tmp_path, "log": log, "log_every": 1, "report": False}
+    trainer = Trainer(model, Loader(batches()), optimizer, step_loss=Holding(model), **options)
+    trainer.fit()
+    assert trainer.step.loss_state is None
+    assert not list((tmp_path / "checkpoints").rglob("loss.safetensors"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_loss_without_gradient_or_with_other_arguments_is_refused() -> None:
+    def three(model: Any, images: Any, targets: Any) -> Tensor:
+        raise AssertionError
+
+    with pytest.raises(RunError, match=r"step_loss: must be .* maps \(model, images, targets, at\)"):
+        trained(three)
+    with pytest.raises(RunError, match="the loss of a batch needs no gradient"):
+        trained(lambda model, images, targets, at: model(images["pixels"], images["meta"]).mean().detach()).fit()
