@@ -109,9 +109,10 @@ def evaluate_run(
             raise RunError(f"--split {split} and override '{override}' set the same thing; leave one out")
     checkpoint = find_checkpoint(opened, weights, str(run))
     source = str(run) if is_hub_url(str(run)) else opened / RECIPE_FILE
-    loaded = load_recipe(source, overrides) if given is None else _recipe_of_own(run, overrides)
-    is_same_data = given is None and _is_same_data(
-        loaded, load_recipe(source, [text for text in overrides if not text.startswith("data.")])
+    has_recipe = given is None or (opened / RECIPE_FILE).exists()
+    loaded = load_recipe(source, overrides, metrics=None) if has_recipe else _recipe_of_own(run, overrides)
+    is_same_data = has_recipe and _is_same_data(
+        loaded, load_recipe(source, [text for text in overrides if not text.startswith("data.")], metrics=None)
     )
     settings = ResolvedSettings(loaded)
     recipe = resolve_machine(loaded, settings, Presets())

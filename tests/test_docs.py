@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import operator
@@ -33,6 +34,7 @@ from sklearn.datasets import load_digits
 from hf_fasttrain import Callback, Trainer
 from hf_fasttrain.cli import main
 from hf_fasttrain.cli.app import app, with_command
+from hf_fasttrain.from_recipe.custom import RecipeOptions
 from hf_fasttrain.recipe.load import load_recipe, output_dir
 from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.study import doctor, tune
@@ -355,7 +357,7 @@ def has_python_name(name: str) -> bool:
     call = re.fullmatch(r"Trainer(\.\w+)?\((\w+)=?\)", name)
     if call:
         function: Any = getattr(Trainer, call[1][1:]) if call[1] else Trainer
-        return call[2] in inspect.signature(function).parameters
+        return call[2] in {*inspect.signature(function).parameters, *(RecipeOptions.__annotations__ if call[1] else ())}
     model = torch.nn.Linear(2, 2)
     batches = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))]
     trainer = Trainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.1), output_dir="runs/names")
@@ -474,9 +476,19 @@ def test_callbacks_are_called(workspace: Workspace) -> None:
     assert np.allclose(betas, [(0.95, 0.999), (0.85, 0.999), (0.95, 0.999)])
 
 
+def test_albumentations_is_used_where_it_is_installed(workspace: Workspace) -> None:
+    overrides = [f"{key}={value}" for key, value in SMALL.items()]
+    example("with_albumentations.py")["main"]([*overrides, "output_dir=runs/albumentations"])
+    installed = importlib.util.find_spec("albumentations") is not None
+    expected = (
+        "accuracy .* after 2 steps" if installed else "albumentations is not installed: pip install albumentations"
+    )
+    assert re.search(expected, workspace.capture.readouterr().out)
+
+
 def test_every_example_has_its_test() -> None:
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == {
-        "callbacks.py", "own_loss.py", "own_model.py", "tune_then_train.sh", "two_passes.py",
+        "callbacks.py", "own_loss.py", "own_model.py", "tune_then_train.sh", "two_passes.py", "with_albumentations.py",
     }  # fmt: skip
 
 

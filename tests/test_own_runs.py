@@ -210,5 +210,5 @@ def test_a_run_of_a_recipe_has_its_own_model(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/hf_fasttrain.json").write_text("{}")
     for ask in (predict_images, evaluate_run):
-        with pytest.raises(RunError, match="--model is for finished runs that no recipe has made; leave it out"):
+        with pytest.raises(RunError, match="--model is for finished runs of a model of your own; leave it out"):
             ask(tmp_path, [], model=make)

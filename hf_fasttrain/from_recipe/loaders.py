@@ -15,6 +15,7 @@ from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan, process_share
 from hf_fasttrain.data.pixels.augment import EvalTransform, Growth, NormalFill, TrainTransform
 from hf_fasttrain.data.pixels.bad_images import BadImages
+from hf_fasttrain.data.pixels.custom_transform import CustomTransform
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.operations import Operations
 from hf_fasttrain.data.pixels.prepare import Preparation
@@ -22,12 +23,14 @@ from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.cache_plan import CachePlan, CachePlanner
+from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.models.model import Preprocessing
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.environment import num_cores
 from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.qualified_name import qualified_name
 
 
 def resolve_loading(settings: ResolvedSettings, device: torch.device) -> tuple[int, bool]:
@@ -69,10 +72,6 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
     mean = tuple(round(255 * value) for value in pre.mean)
     fills: dict[str, Any] = {"black": (0, 0, 0), "mean": mean, "noise": None}
     fills |= {fill: NormalFill(pre.mean, pre.std, per_pixel=fill == "pixel") for fill in ("pixel", "color")}
-    growth = None
-    if augment.progressive:
-        until = -(-augment.progressive.until.to_steps(steps_per_epoch) // steps_per_epoch)
-        growth = Growth(augment.progressive.start_size, max(1, until), augment.progressive.multiple)
     policies = (augment.randaugment, augment.augmix, augment.color_jitter)
     randaugment, augmix, color_jitter = (policy.model_dump() if policy else None for policy in policies)
     auto: dict[str, Any] | None = None
@@ -92,7 +91,33 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
         erase_prob=augment.erase,
         erase_fill=fills[augment.erase_fill],
         operations=Operations(auto, randaugment, augment.trivialaugment, augmix, augment.three_augment, color_jitter),
-        growth=growth,
+        growth=growth_of(recipe, steps_per_epoch),
+    )
+
+
+def growth_of(recipe: Recipe, steps_per_epoch: int) -> Growth | None:
+    """Return how the image size grows, None if it stays."""
+    progressive = recipe.augment.progressive
+    if progressive is None:
+        return None
+    until = -(-progressive.until.to_steps(steps_per_epoch) // steps_per_epoch)
+    return Growth(progressive.start_size, max(1, until), progressive.multiple)
+
+
+def build_transform(
+    recipe: Recipe, pre: Preprocessing, steps_per_epoch: int, custom: CustomParts, split: Split
+) -> TrainTransform | CustomTransform:
+    """Return what happens to the prepared training images of a split: the user's transform, or the augmentation."""
+    if custom.transform is None:
+        return train_transform(recipe, pre, steps_per_epoch)
+    return CustomTransform(
+        custom.transform,
+        qualified_name(custom.transform),
+        split,
+        image_size=recipe.data.size_in_training,
+        seed=recipe.seed,
+        interpolation=pre.interpolation,
+        growth=growth_of(recipe, steps_per_epoch),
     )
 
 
@@ -113,6 +138,14 @@ def train_mixing(recipe: Recipe, num_classes: int, steps_per_epoch: int) -> Mixi
     )
 
 
+def _runs_on_device(transform: TrainTransform | CustomTransform) -> bool:
+    """Return whether `augment_on_device` can do what a transform does."""
+    if isinstance(transform, CustomTransform):
+        return False
+    noisy = bool(transform.erase_prob) and not isinstance(transform.erase_fill, tuple)
+    return transform.crop != "random_resized" and not transform.operations and not noisy
+
+
 class Loaders:
     """Builds the loaders of a run; bad images are reported to `bad_images`.
 
@@ -130,10 +163,12 @@ class Loaders:
         *,
         keep_pixels: bool = True,
         needed_memory: int = 0,
+        custom: CustomParts = NO_CUSTOM_PARTS,
     ) -> None:
         self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
-        self.device = accelerator.device
+        self.device, self.custom = accelerator.device, custom
         self.workers, self.pinned = resolve_loading(settings, self.device)
+        custom.require_sendable(self.workers)
         channels_last = recipe.accelerate.channels_last is True
         self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
         self.planner = CachePlanner(recipe, settings, accelerator, needed_memory)
@@ -141,21 +176,23 @@ class Loaders:
 
     def train_loader(self, split: Split, sampling_plan: SamplingPlan, num_steps: int, num_classes: int) -> TrainLoader:
         """Return the loader of the training images."""
-        augment = self.recipe.augment
-        transform = train_transform(self.recipe, self.pre, sampling_plan.steps_per_epoch)
+        steps_per_epoch = sampling_plan.steps_per_epoch
+        transform = build_transform(self.recipe, self.pre, steps_per_epoch, self.custom, split)
         preparation = train_preparation(self.recipe, self.pre)
-        noisy = bool(augment.erase) and not isinstance(transform.erase_fill, tuple)
-        batchable = augment.crop != "random_resized" and not transform.operations and not noisy
+        batchable = _runs_on_device(transform)
+        if self.recipe.data.cache == "device" and isinstance(transform, CustomTransform):
+            raise DataError(f"data.cache=device: transform={transform.name} runs in loader processes; use memory")
         if self.recipe.data.cache == "device" and not batchable:
             raise DataError(
                 "data.cache=device: only crop, flip and erasing run on the device; remove the other operations "
                 "of augment, or use data.cache=memory"
             )
-        passes = num_steps / sampling_plan.steps_per_epoch
+        passes = num_steps / steps_per_epoch
         plan = self.planner.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
         prefetcher = self._prefetcher(split, preparation, plan, transform)
-        mixing = train_mixing(self.recipe, num_classes, sampling_plan.steps_per_epoch)
-        return TrainLoader(prefetcher, sampling_plan, self.normalize, mixing, transform.size_at)
+        mixing = train_mixing(self.recipe, num_classes, steps_per_epoch)
+        views = self.recipe.data.views
+        return TrainLoader(prefetcher, sampling_plan, self.normalize, mixing, transform.size_at, views)
 
     def eval_loader(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
         """Return the loader of a split that is evaluated `passes` times."""
@@ -174,7 +211,7 @@ class Loaders:
         split: Split,
         preparation: Preparation,
         plan: CachePlan,
-        transform: TrainTransform | None,
+        transform: TrainTransform | CustomTransform | None,
         rows: range | None = None,
     ) -> Prefetcher:
         cache = self.planner.open(split, preparation, plan) if self.keep_pixels else None

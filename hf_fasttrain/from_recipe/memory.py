@@ -14,6 +14,7 @@ from hf_fasttrain.data.loading.prefetch import num_slots
 from hf_fasttrain.data.loading.sampler import SamplingPlan, micro_batch_size_for, process_share
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, micro_batch_size
+from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.from_recipe.loaders import resolve_loading
 from hf_fasttrain.models.memory_forecast import (
     Autocast,
@@ -29,9 +30,11 @@ from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.optim import state_share
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.utils.environment import free_memory_bytes, resident_bytes
+from hf_fasttrain.utils.errors import first_line
 from hf_fasttrain.utils.format import format_bytes
 
 KEY = "accelerate.micro_batch_size"
+CUSTOM_STATE_SHARE = 2.0  # of the parameters' bytes: what Adam keeps
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def resolve_micro_batch(
     model: nn.Module,
     accelerator: Accelerator,
     settings: ResolvedSettings,
+    custom: CustomParts = NO_CUSTOM_PARTS,
 ) -> MicroBatch:
     """Return the micro-batch of a recipe for a training split of `num_images`, recorded with its reason."""
     accelerate, processes = recipe.accelerate, accelerator.num_processes
@@ -57,9 +61,15 @@ def resolve_micro_batch(
     share = len(process_share(min(recipe.train.batch_size, num_images), processes, processes - 1))
     if accelerator.device.type != "cpu":
         return MicroBatch(_decide(settings, whole, share, largest=share))
-    forecast = forecast_memory(recipe, num_classes, model, accelerator, settings)
-    free = free_memory_bytes() // local_processes()
-    fits = max(2, 2 * (min(forecast.largest(free // 2), images_that_fill_cpu(recipe.data.size_in_training)) // 2))
+    try:
+        forecast = forecast_memory(recipe, num_classes, model, accelerator, settings, custom)
+    except Exception as error:
+        if custom.step_loss is None:
+            raise
+        settings.note(f"memory is not forecast: the model can't be called with images alone ({first_line(error)})")
+        return MicroBatch(_decide(settings, whole, share, largest=share))
+    free, full = free_memory_bytes() // local_processes(), images_that_fill_cpu(recipe.data.size_in_training)
+    fits = max(2, 2 * (min(forecast.largest(free // 2), full // recipe.data.views) // 2))
     largest = min(Processes(accelerator).gather([fits]))  # all processes split steps alike
     enough = f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
     limit = f"64 x (224 / image size)^2 images fill a CPU, and {enough}"
@@ -99,7 +109,12 @@ def images_at_once(sampling_plan: SamplingPlan) -> int:
 
 
 def forecast_memory(
-    recipe: Recipe, num_classes: int, model: nn.Module, accelerator: Accelerator, settings: ResolvedSettings
+    recipe: Recipe,
+    num_classes: int,
+    model: nn.Module,
+    accelerator: Accelerator,
+    settings: ResolvedSettings,
+    custom: CustomParts = NO_CUSTOM_PARTS,
 ) -> Forecast:
     """Return a forecast of the memory of a training process: of its GPU if it uses one, else of the host."""
     device, size, optimizer = accelerator.device, recipe.data.size_in_training, recipe.optimizer
@@ -117,15 +132,18 @@ def forecast_memory(
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     workers, _ = resolve_loading(settings, device)
     waiting = num_slots(workers, 1)  # batches of uint8 pixels in flight, as many as with small batches
-    pixels = 3 * size * size
+    pixels = 3 * size * size * recipe.data.views
+    share = CUSTOM_STATE_SHARE
+    if custom.optimizer is None:
+        share = state_share(optimizer.name, momentum=optimizer.momentum, args=optimizer.args)
     mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)
     return Forecast(
         resident=resident_bytes(),
         weights=weights,
         gradients=gradients,
-        optimizer=int(gradients * state_share(optimizer.name, momentum=optimizer.momentum, args=optimizer.args)),
+        optimizer=int(gradients * share),
         average=weights if recipe.ema else 0,
-        activations=activations,
+        activations=activations.of_views(recipe.data.views),
         batch_per_image=pixels * ((waiting if device.type == "cpu" else 2) + (8 if mixed else 4)),
         workers=workers,
         device=str(device),

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.from_recipe.auto import decide
+from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.models.model import (
     ModelSpec,
     Preprocessing,
@@ -17,22 +18,31 @@ from hf_fasttrain.models.model import (
     freeze_backbone,
     model_preprocessing,
     require_logits,
+    spec_of_custom,
     use_gradient_checkpointing,
 )
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.train.loss import logits_of
+from hf_fasttrain.utils.errors import ModelError, RunError, first_line
+from hf_fasttrain.utils.qualified_name import qualified_name
 
 
 def model_from(
-    recipe: Recipe, source: Source, device: torch.device, settings: ResolvedSettings
+    recipe: Recipe,
+    source: Source,
+    device: torch.device,
+    settings: ResolvedSettings,
+    custom: CustomParts = NO_CUSTOM_PARTS,
 ) -> tuple[nn.Module, ModelSpec]:
-    """Return a recipe's model for the classes of its data, on a device, and its spec.
+    """Return a recipe's model for the classes of its data, or the user's, on a device, and its spec.
 
     Raises ModelError for weights that don't fit and for a model that does not return logits.
     """
     spec = _spec(recipe, source)
     torch.manual_seed(recipe.seed)
+    if custom.model is not None:
+        return _custom_model(custom, recipe, spec, device, settings)
     model = build_model(spec, recipe.model.pretrained, head=recipe.model.head, note=settings.weight_notes.append)
     require_logits(model, spec)
     if recipe.data.train_size:
@@ -41,7 +51,47 @@ def model_from(
         start_size = recipe.augment.progressive.start_size
         require_logits(model, replace(spec, image_size=start_size), key="augment.progressive.start_size")
     spec = replace(spec, preprocessing=_preprocessing(model, spec, settings))
-    return _prepare(model, recipe, device), spec
+    return _prepare(model, recipe, device, spec.num_classes), spec
+
+
+def _custom_model(
+    custom: CustomParts, recipe: Recipe, spec: ModelSpec, device: torch.device, settings: ResolvedSettings
+) -> tuple[nn.Module, ModelSpec]:
+    """Return the user's model, prepared, and its spec."""
+    assert custom.model is not None
+    model = custom.model
+    spec = spec_of_custom(model, spec)
+    growth = recipe.augment.progressive
+    for size in {recipe.data.image_size, recipe.data.size_in_training, *([growth.start_size] if growth else [])}:
+        _require_custom_logits(model, custom, spec, size)
+    pre = _preprocessing(model, spec, settings)
+    keys = [key for key in ("data.mean", "data.std", "data.interpolation", "data.crop_pct") if settings.is_open(key)]
+    if keys and not getattr(model, "pretrained_cfg", None):
+        settings.note(
+            f"model={qualified_name(model)} does not say how its images were prepared (it has no pretrained_cfg), so "
+            f"ImageNet's values stand for {', '.join(keys)}"
+        )
+    return _prepare(model, recipe, device, spec.num_classes), replace(spec, preprocessing=pre)
+
+
+def _require_custom_logits(model: nn.Module, custom: CustomParts, spec: ModelSpec, size: int) -> None:
+    """Raise ModelError unless the user's model, or `predict`, gives one logit for each class of an image."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    images, name = torch.zeros(1, 3, size, size, device=device), f"model={qualified_name(model)}"
+    with torch.no_grad():
+        try:
+            output = model.eval()(images) if custom.predict is None else custom.predict(model.eval(), images)
+        except Exception as error:  # noqa: BLE001 - whatever the user's model raises
+            raise ModelError(
+                f"{name}: failed for an image of {size} px: {type(error).__name__}: {first_line(error)}; change "
+                "data.image_size or the model, or pass predict, a function (model, images) -> logits"
+            ) from None
+    logits = logits_of(output, "pass predict to Trainer.from_recipe, a function (model, images) -> logits")
+    if logits.shape != (1, spec.num_classes):
+        raise ModelError(
+            f"{name}: gives logits of shape {tuple(logits.shape)} for an image; the data has {spec.num_classes} "
+            f"classes, so give it {spec.num_classes} outputs, or pass predict, a function (model, images) -> logits"
+        )
 
 
 def _spec(recipe: Recipe, source: Source) -> ModelSpec:
@@ -69,9 +119,9 @@ def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings
     return replace(pretrained, **values)
 
 
-def _prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+def _prepare(model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int) -> nn.Module:
     if recipe.model.freeze_backbone:
-        freeze_backbone(model)
+        freeze_backbone(model, num_classes)
     if recipe.model.gradient_checkpointing:
         use_gradient_checkpointing(model)
     if recipe.accelerate.sync_batch_norm:

@@ -18,7 +18,8 @@ from hf_fasttrain.data.loading.sampler import SamplingPlan
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Source, Split
-from hf_fasttrain.from_recipe.loaders import eval_transform, train_mixing, train_preparation, train_transform
+from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
+from hf_fasttrain.from_recipe.loaders import build_transform, eval_transform, train_mixing, train_preparation
 from hf_fasttrain.models.model import Preprocessing
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.gallery import Gallery, Picture
@@ -37,6 +38,7 @@ class ReportPictures:
     source: Source
     sampling_plan: SamplingPlan
     pre: Preprocessing
+    custom: CustomParts = NO_CUSTOM_PARTS
 
     def write(self, run: Path, log: Callable[[str], None], num_steps: int, predictions: Predictions | None) -> None:
         """Write the gallery of a run that ended after `num_steps`; images that can't be read any more are logged.
@@ -67,6 +69,7 @@ class ReportPictures:
         index = (num_steps - 1) // sampling_plan.steps_per_epoch * sampling_plan.steps_per_epoch
         step = next(self._loader(sampling_plan).steps(index, index + 1))
         images, targets = next(step.micro_batches)
+        images = images if images.ndim == 4 else images[:, 0]  # the first view
         names = [self._name(self.source.train, int(row)) for row in sampling_plan.plan(index).micro_batches[0].indices]
         pictures = []
         for number, (image, target, name) in enumerate(zip(self._pixels(images), targets, names, strict=False)):
@@ -76,15 +79,16 @@ class ReportPictures:
 
     def _loader(self, sampling_plan: SamplingPlan) -> TrainLoader:
         """Return a loader of the training images without cache and workers; its pixels are those of training."""
-        transform = train_transform(self.recipe, self.pre, sampling_plan.steps_per_epoch)
-        images = Images(self.source.train, train_preparation(self.recipe, self.pre))
+        split, steps_per_epoch = self.source.train, sampling_plan.steps_per_epoch
+        transform = build_transform(self.recipe, self.pre, steps_per_epoch, self.custom, split)
+        images = Images(split, train_preparation(self.recipe, self.pre))
         cpu = torch.device("cpu")
         prefetcher = Prefetcher(
             ImageBatches(images, transform), cpu, workers=0, pin_memory=False, report=lambda *_: None
         )
         normalize = Normalize(self.pre.mean, self.pre.std, cpu, channels_last=False)
         mixing = train_mixing(self.recipe, len(self.source.class_names), sampling_plan.steps_per_epoch)
-        return TrainLoader(prefetcher, sampling_plan, normalize, mixing, transform.size_at)
+        return TrainLoader(prefetcher, sampling_plan, normalize, mixing, transform.size_at, self.recipe.data.views)
 
     def _pixels(self, images: Tensor) -> np.ndarray:
         """Return normalised images (B, 3, H, W) as pixels (B, H, W, 3) uint8."""

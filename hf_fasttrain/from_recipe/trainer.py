@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 
 from hf_fasttrain.before_torch import launched_rank
@@ -22,33 +20,32 @@ from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, evaluation_batch_size
+from hf_fasttrain.from_recipe.custom import CustomParts
 from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
+from hf_fasttrain.from_recipe.optimization import clip_of, loss_of, moving_average_of, optimizer_of, schedule_of
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
 from hf_fasttrain.from_recipe.resume import read_first_start
 from hf_fasttrain.hub.background import Pusher, PushOptions
 from hf_fasttrain.hub.push import require_login
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
-from hf_fasttrain.models.model import head_names
 from hf_fasttrain.models.saved import save_description, save_model
 from hf_fasttrain.recipe.load import default_values, load_recipe, output_dir, recipe_text
 from hf_fasttrain.recipe.resolved import ResolvedSettings, write_settings
 from hf_fasttrain.recipe.schema import HubSection, Recipe
 from hf_fasttrain.report.callback import Publish
+from hf_fasttrain.run_folder.checkpoint import require_same_parts
 from hf_fasttrain.run_folder.file_names import FILES_WHILE_TRAINING
 from hf_fasttrain.run_folder.folder import require_free, saved_state
 from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.train.arguments import require_allowed
 from hf_fasttrain.train.checkpointing import lock_run, not_writable
-from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
 from hf_fasttrain.train.distributed import Processes, on_main
-from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog, last_steps
-from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.metrics import resolve_metrics
-from hf_fasttrain.train.optim import build_optimizer, build_param_groups, within
-from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
+from hf_fasttrain.train.optim import has_lr
 from hf_fasttrain.train.trackers import Trackers
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.train.user_metrics import Metric, Predict
@@ -64,14 +61,23 @@ def build_trainer(
     resume: bool = False,
     callbacks: Sequence[Any] | None = None,
     trainer_class: type[Trainer] = Trainer,
+    **parts_passed: Any,
 ) -> Trainer:
-    """Return the trainer of a recipe, with its run folder created and everything checked. Raises UserError."""
-    loaded = load_recipe(recipe, overrides)
+    """Return the trainer of a recipe, with its run folder created and everything checked. Raises UserError.
+
+    The parts passed are those of `CustomParts`.
+    """
+    require_allowed({"callbacks": callbacks})
+    custom = CustomParts(**parts_passed)
+    loaded = load_recipe(recipe, overrides, metrics=custom.metrics or ())
     folder = Path(output_dir(loaded))
     if loaded.hub is not None and launched_rank() == 0:
         require_login(loaded.hub.repo)  # before training something that could not be pushed
     first_start = read_first_start(folder) if resume else None
-    parts = build_parts(loaded, dataset=dataset, presets=first_start.presets(loaded) if first_start else None)
+    if resume:
+        require_same_parts(saved_state(folder).get("learnt", {}), custom.settings, folder)
+    presets = first_start.presets(loaded) if first_start else None
+    parts = build_parts(loaded, dataset=dataset, presets=presets, custom=custom)
     open_run_folder(folder, parts.accelerator, resume=resume)
     saved = saved_state(folder) if resume else None
     trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
@@ -104,6 +110,7 @@ def assemble(
     `saved` are the plain values of the checkpoint to resume from: trackers continue their old runs.
     """
     recipe, settings, accelerator, source = parts.recipe, parts.settings, parts.accelerator, parts.source
+    step_loss = parts.custom.step_loss
     num_steps = recipe.train.duration.to_steps(parts.sampling_plan.steps_per_epoch)
     spec = parts.spec
     track = _tracking(parts, folder, saved or {}) if folder else None
@@ -118,13 +125,13 @@ def assemble(
     trainer = trainer_class(
         model=parts.model,
         train_loader=loaders.train_loader(source.train, parts.sampling_plan, num_steps, spec.num_classes),
-        optimizer=_optimizer(parts),
+        optimizer=optimizer_of(parts),
         duration=recipe.train.duration,
         accelerator=accelerator,
-        loss=_loss(parts),
-        schedule=_schedule(parts, num_steps),
+        **({"step_loss": step_loss} if step_loss is not None else {"loss": loss_of(parts)}),
+        schedule=schedule_of(parts, num_steps),
         clip_norm=recipe.optimizer.clip_norm,
-        ema=_moving_average(parts),
+        ema=moving_average_of(parts),
         eval_loader=loaders.eval_loader(source.evaluation, eval_batch, passes=evaluations),
         evaluate_every=recipe.evaluate.every,
         best=best,
@@ -137,14 +144,19 @@ def assemble(
         log_every=recipe.log.every,
         seed=recipe.seed,
     )
-    trainer.evaluation.evaluator = build_evaluator(recipe, accelerator, source.multi_label, len(source.class_names))
-    trainer.lr, trainer.recipe_text, trainer.bad_images = recipe.optimizer.lr, recipe_text(recipe), bad_images
-    trainer.step.applying.clip = _clip(parts)
+    trainer.evaluation.evaluator = build_evaluator(
+        recipe, accelerator, source.multi_label, len(source.class_names), parts.custom.metrics, parts.custom.predict
+    )
+    trainer.recipe_text, trainer.bad_images = recipe_text(recipe), bad_images
+    if has_lr(trainer.optimizer, recipe.optimizer.lr):
+        trainer.lr = recipe.optimizer.lr
+    trainer.step.applying.clip = clip_of(parts)
     trainer.evaluation.start = min(num_steps, recipe.evaluate.start.to_steps(parts.sampling_plan.steps_per_epoch))
     trainer.final = decide(parts.settings, "checkpoint.final", early_stopping=stopping)
     trainer.export = lambda model, path: save_model(model, spec, path)
     trainer.resume_settings = {
         **settings.result_settings(),
+        **parts.custom.settings,
         "data set": data_set,
         "class_names": spec.class_names,
     }
@@ -180,17 +192,6 @@ def _describe_run(folder: Path, settings: ResolvedSettings) -> None:
         raise not_writable(folder, error) from None
 
 
-def _moving_average(parts: Parts) -> Ema | None:
-    """Return the recipe's moving average, None without one; compiled like the model, since it is evaluated."""
-    section = parts.recipe.ema
-    if section is None:
-        return None
-    ema = Ema(parts.model, section.decay, warmup=section.warmup)
-    if parts.recipe.accelerate.compile is True:
-        ema.module.compile(dynamic=False)  # a copy of a compiled model is not compiled
-    return ema
-
-
 def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
     """Return the watched metrics of the best checkpoint and of early stopping (None if the recipe has none)."""
     best, stopping = parts.recipe.checkpoint.best, parts.recipe.early_stopping
@@ -212,7 +213,7 @@ def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
     show, pusher = None, None
     if recipe.log.report:
         assert spec.preprocessing is not None
-        pictures = ReportPictures(recipe, parts.source, parts.sampling_plan, spec.preprocessing)
+        pictures = ReportPictures(recipe, parts.source, parts.sampling_plan, spec.preprocessing, parts.custom)
         show = partial(pictures.write, folder, log.say)
     if recipe.hub and Processes(parts.accelerator).is_main:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
@@ -242,9 +243,8 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     needed = parts.forecast.needed(parts.sampling_plan.micro_batch_size) if parts.forecast else 0
     needed += _slot_bytes(parts)
     needed *= local_processes()
-    return Loaders(
-        parts.recipe, parts.settings, parts.accelerator, pre, bad_images, keep_pixels=keep_pixels, needed_memory=needed
-    )
+    options: dict[str, Any] = {"keep_pixels": keep_pixels, "needed_memory": needed, "custom": parts.custom}
+    return Loaders(parts.recipe, parts.settings, parts.accelerator, pre, bad_images, **options)
 
 
 def _slot_bytes(parts: Parts) -> int:
@@ -252,7 +252,8 @@ def _slot_bytes(parts: Parts) -> int:
     workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
     batches = [(_planned_eval_batch(parts), parts.spec.image_size)]
     if parts.forecast is None:
-        batches.append((parts.sampling_plan.micro_batch_size, parts.recipe.data.size_in_training))
+        images = parts.sampling_plan.micro_batch_size * parts.recipe.data.views
+        batches.append((images, parts.recipe.data.size_in_training))
     return sum(num_slots(workers, images) * images * 3 * size**2 for images, size in batches) if workers else 0
 
 
@@ -274,6 +275,8 @@ def _planned_eval_batch(parts: Parts) -> int:
 
 def _eval_batch_size(parts: Parts, workers: int) -> int:
     accelerator, forecast = parts.accelerator, parts.forecast
+    if parts.custom.predict is not None:  # which may call the model in any way
+        return decide_evaluation_batch(parts.settings, parts.sampling_plan.micro_batch_size, dict)
     memory = partial(
         evaluation_memory,
         parts.model,
@@ -300,82 +303,11 @@ def build_evaluator(
     return Evaluator(accelerator, num_classes, multi_label=multi_label, predict=predict, **names)
 
 
-def _optimizer(parts: Parts) -> torch.optim.Optimizer:
-    section = parts.recipe.optimizer
-    groups = build_param_groups(
-        parts.model,
-        lr=section.lr,
-        weight_decay=section.weight_decay,
-        head_names=head_names(parts.model),
-        backbone_lr_scale=section.backbone_lr_scale,
-        layer_decay=section.layer_decay,
-    )
-    return build_optimizer(section.name, groups, momentum=section.momentum, args=section.args)
-
-
 def _num_evaluations(recipe: Recipe, num_steps: int, steps_per_epoch: int) -> int:
     """Return how often the evaluation split is measured in a whole training."""
     every, start = recipe.evaluate.every.to_steps(steps_per_epoch), recipe.evaluate.start.to_steps(steps_per_epoch)
     before = max(0, math.ceil(start / every) - 1)
     return max(1, math.ceil(num_steps / every) - before)
-
-
-def _clip(parts: Parts) -> Clip | None:
-    """Return the recipe's clipping by value or AGC, None if it has neither."""
-    section, heads = parts.recipe.optimizer, head_names(parts.model)
-    if section.clip_value is not None:
-        return clip_by_value(section.clip_value)
-    if section.clip_agc is None:
-        return None
-    named = parts.model.named_parameters()
-    return clip_adaptively(section.clip_agc, [parameter for name, parameter in named if within(name, heads)])
-
-
-def _schedule(parts: Parts, num_steps: int) -> Schedule:
-    section, steps_per_epoch = parts.recipe.schedule, parts.sampling_plan.steps_per_epoch
-    warmup = resolve_warmup(section.warmup, section.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    parts.settings.record("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
-    if warmup.note:
-        parts.settings.note(warmup.note)
-    milestones = [milestone.to_steps(steps_per_epoch) for milestone in section.milestones]
-    if section.name == "multistep" and max(milestones) >= num_steps:
-        parts.settings.note(
-            f"schedule.milestones: {section.milestones[milestones.index(max(milestones))]} is not before the end, "
-            f"{num_steps:,} steps: lr is not multiplied there"
-        )
-    if section.start_ratio is not None and not warmup.steps and section.name != "onecycle":
-        parts.settings.note("schedule.start_ratio has no effect without schedule.warmup")
-    return build_schedule(
-        section.name,
-        num_steps=num_steps,
-        warmup_steps=warmup.steps,
-        start_ratio=section.start_ratio,
-        min_lr_ratio=section.min_lr_ratio,
-        gamma=section.gamma,
-        every_steps=section.every.to_steps(steps_per_epoch),
-        milestones=milestones,
-        power=section.power,
-        cycles=section.cycles,
-        div=section.div,
-        final_div=section.final_div,
-    )
-
-
-def _loss(parts: Parts) -> ClassificationLoss:
-    labels, recipe = parts.source.train.labels, parts.recipe
-    multi_label = parts.source.multi_label
-    counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(parts.source.class_names))
-    weights = resolve_class_weights(recipe.train.class_weights, counts)
-    bce = recipe.train.bce
-    loss = ClassificationLoss(
-        multi_label=multi_label,
-        label_smoothing=recipe.augment.label_smoothing,
-        class_weights=weights,
-        binary=bce is not None,
-        target_threshold=bce.target_threshold if bce else None,
-        sum_classes=bce is not None and bce.sum,
-    )
-    return loss.to(parts.accelerator.device)
 
 
 def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Trackers | None:

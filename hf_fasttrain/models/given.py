@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.weights import read_weights
-from hf_fasttrain.run_folder.file_names import EMA_FILE, MODEL_FOLDER, WEIGHTS_FILE
+from hf_fasttrain.run_folder.file_names import EMA_FILE, MODEL_FOLDER, SPEC_FILE, WEIGHTS_FILE
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint
 from hf_fasttrain.utils.errors import RunError, first_lines, shortened
+from hf_fasttrain.utils.files import read_json
 
 OF_IMAGES = tuple(field.name for field in fields(Preprocessing))
 ABOUT = (*OF_IMAGES, "class_names", "multi_label")
@@ -52,7 +53,7 @@ def open_given(run: Path, given: Given, weights: str | None) -> OpenedModel:
         model.load_state_dict(read_weights(path))
     except RuntimeError as error:
         raise RunError(f"{name}: {path} has weights of another model: {first_lines(error)}") from None
-    spec, has_names = _spec_of(model.eval(), about, name)
+    spec, has_names = _spec_of(model.eval(), {**_of_run(run), **about}, name)
     return OpenedModel(_with_logits(model), spec, has_names, path)
 
 
@@ -133,6 +134,13 @@ def _spec_of(model: nn.Module, about: dict[str, Any], name: str) -> tuple[ModelS
     options: dict[str, Any] = {"multi_label": bool(about.get("multi_label", False)), "preprocessing": pre}
     spec = ModelSpec(f"own:{name.removeprefix('--model ')}", names, pre.image_size, **options)
     return spec, classes is not None
+
+
+def _of_run(run: Path) -> dict[str, Any]:
+    """Return what a recipe's run knows of a model that was passed to it, an empty dict for another run."""
+    values = read_json(run / MODEL_FOLDER / SPEC_FILE)
+    known = {key: values[key] for key in ("class_names", "multi_label") if key in values}
+    return {**(values.get("preprocessing") or {}), **known}
 
 
 def _of_timm(model: nn.Module) -> dict[str, Any]:

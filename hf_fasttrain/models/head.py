@@ -15,12 +15,15 @@ from hf_fasttrain.utils.errors import ModelError, shortened
 HeadChoice = Literal["auto", "keep", "new"]
 
 
-def timm_head_names(model: nn.Module) -> list[str]:
-    """Return the prefixes of the head's parameters from timm's configuration, or else by shape."""
+def timm_head_names(model: nn.Module, num_classes: int = 0) -> list[str]:
+    """Return the prefixes of the head's parameters from timm's configuration, or else by shape.
+
+    `num_classes`: of a model that does not say it.
+    """
     config: Any = getattr(model, "default_cfg", None) or {}
     listed = config.get("classifier")
     names = [listed] if isinstance(listed, str) else list(listed or ())
-    return names or _last_layer_of(model, int(getattr(model, "num_classes", 0)))
+    return names or _last_layer_of(model, int(getattr(model, "num_classes", 0) or num_classes))
 
 
 def transformers_head_names(model: nn.Module) -> list[str]:

@@ -35,6 +35,10 @@ class Activations:
         """Return the bytes of a forward and backward pass with a number of images."""
         return self.fixed + images * (self.per_image + self.workspace_per_image)
 
+    def of_views(self, number: int) -> Activations:
+        """Return the bytes if each image goes through the model in a number of views."""
+        return Activations(self.fixed, number * self.per_image, number * self.workspace_per_image)
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -109,10 +113,10 @@ def measure_activations(
             targets = torch.full((number, num_classes), 1 / num_classes, device=device)
             with _ActivationMeter(model) as meter:
                 with autocast():
-                    logits = model.forward(images)
-                loss = F.cross_entropy(logits.float(), targets)
+                    output = model.forward(images)
+                loss = F.cross_entropy(output.float(), targets) if _are_logits(output, targets) else None
             meters.append(meter)
-            del logits, loss
+            del output, loss
     two, three = (meter.kept_bytes for meter in meters)
     per_image = max(0, three - two)
     workspace = WORKSPACES * max(meters[0].largest, meters[0].segment) // 2
@@ -129,6 +133,11 @@ def evaluation_bytes(model: nn.Module, image_size: int, device: torch.device, au
         model.eval()
         model.forward(torch.zeros(1, 3, image_size, image_size, device=device))
     return WORKSPACES * meter.largest
+
+
+def _are_logits(output: Any, targets: Tensor) -> bool:
+    """Return whether a model's output is logits; a model with a loss of its own may return anything."""
+    return isinstance(output, Tensor) and output.shape == targets.shape
 
 
 class _ActivationMeter:

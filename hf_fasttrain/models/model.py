@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from hf_fasttrain.models.weights import (
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE
 from hf_fasttrain.utils.errors import ModelError, nearest
 from hf_fasttrain.utils.private_apis import batch_norm_class
+from hf_fasttrain.utils.qualified_name import qualified_name
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -47,6 +49,9 @@ class Preprocessing:
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
     crop_mode: str = "center"  # center_floor as transformers crops; squash: resized to a square
+
+
+OWN = "own:"  # prefix of the name of a user's model
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class ModelSpec:
 
     @property
     def is_own(self) -> bool:
-        """Whether the model is made by a user's function, whose name is `own:` and the function's."""
-        return self.name.startswith("own:")
+        """Whether the model is a user's object or made by a user's function: its name is `own:` and theirs."""
+        return self.name.startswith(OWN)
 
     @property
     def is_transformers(self) -> bool:
@@ -223,6 +228,26 @@ def use_small_image_stem(model: nn.Module) -> None:
     model.conv1, model.maxpool = new, nn.Identity()
 
 
+def spec_of_custom(model: nn.Module, spec: ModelSpec) -> ModelSpec:
+    """Return the spec of a user's model: timm's name of it if timm builds the same one, else its class as a name."""
+    plain = replace(spec, drop_path=0.0, small_image_stem=False, trust_remote_code=False, args={})
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
+    if name:
+        try:
+            if _structure(_create_timm(replace(plain, name=name), pretrained=False)) == _structure(model):
+                return replace(plain, name=name)
+        except (ModelError, RuntimeError):
+            pass
+    return replace(plain, name=f"{OWN}{qualified_name(model)}")
+
+
+def _structure(model: nn.Module) -> list[tuple[str, str]]:
+    """Return name -> description of the layers that have a say when a model is used."""
+    layers = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    return [(name, repr(layer)) for name, layer in layers if not re.match("Identity|Drop", type(layer).__name__)]
+
+
 def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoice, note: Note) -> nn.Module:
     if spec.small_image_stem or spec.drop_path:
         raise ModelError(
@@ -245,16 +270,16 @@ def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoic
     return classifier
 
 
-def head_names(model: nn.Module) -> list[str]:
-    """Return the prefixes of the parameters of the classification head."""
+def head_names(model: nn.Module, num_classes: int = 0) -> list[str]:
+    """Return the prefixes of the parameters of the classification head; `num_classes`: if the model does not say it."""
     if isinstance(model, TransformersClassifier):
         return [f"model.{name}" for name in transformers_head_names(model.model)]
-    return timm_head_names(model)
+    return timm_head_names(model, num_classes)
 
 
-def freeze_backbone(model: nn.Module) -> None:
-    """Freeze everything but the head."""
-    head = head_names(model)
+def freeze_backbone(model: nn.Module, num_classes: int = 0) -> None:
+    """Freeze everything but the head; `num_classes`: if the model does not say it."""
+    head = head_names(model, num_classes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_within(name, head))
     if not any(parameter.requires_grad for parameter in model.parameters()):

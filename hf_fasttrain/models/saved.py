@@ -56,7 +56,7 @@ def _without_progress_bars() -> Iterator[None]:
 def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
     """Write everything that `save_model` writes except the weights.
 
-    A model with the small-image stem gets no config.json: timm would build a different model from it.
+    A model with the small-image stem and a user's own get no config.json: timm would build a different model from it.
     """
     pre = spec.preprocessing or model_preprocessing(model, spec)
     if isinstance(model, TransformersClassifier):
@@ -65,7 +65,7 @@ def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
         config.dtype = "float32"
         config.save_pretrained(folder)
         image_processor(pre).save_pretrained(folder)
-    elif not spec.small_image_stem:
+    elif not spec.small_image_stem and not spec.is_own:
         config = timm_config(model, spec)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     values = asdict(_self_contained(model, replace(spec, preprocessing=pre)))
@@ -144,7 +144,7 @@ def _self_contained(model: nn.Module, spec: ModelSpec) -> ModelSpec:
     """Return a spec that loads the folder anywhere, without the folder or Hub model that training started from."""
     import timm
 
-    if spec.is_transformers or ("/" not in spec.name and not Path(spec.name).is_dir()):
+    if spec.is_transformers or spec.is_own or ("/" not in spec.name and not Path(spec.name).is_dir()):
         return spec
     architecture, args = _architecture(model, spec), _model_args(model, spec)
     if getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
@@ -174,7 +174,8 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     if spec.is_own:
         raise ModelError(
             f"{folder}: its model is made by a program's own code ({spec.name.removeprefix('own:')}), which is not in "
-            "the folder; load model.safetensors into that"
+            "the folder; for a run folder give the model, --model package.module:function (in Python model=...), else "
+            "load model.safetensors into it"
         )
     if spec.is_transformers:
         model: nn.Module = open_classifier(replace(spec, name=f"transformers:{folder}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name, resolve_mode
@@ -15,9 +15,9 @@ LONGEST_WAIT = 7 * 24 * 60  # minutes
 Mistake = tuple[str, str]  # dotted key; what is wrong and what to do
 
 
-def conflicts(recipe: Recipe) -> list[Mistake]:
-    """Return every conflict in the recipe."""
-    return [mistake for check in CHECKS for mistake in check(recipe)]
+def conflicts(recipe: Recipe, metrics: Collection[str] | None = ()) -> list[Mistake]:
+    """Return every conflict in the recipe; `metrics` may be watched beside those of evaluate.metrics, None: any."""
+    return [mistake for check in CHECKS for mistake in check(recipe)] + [*_watched_metrics(recipe, metrics)]
 
 
 def _model(recipe: Recipe) -> Iterator[Mistake]:
@@ -154,21 +154,23 @@ def _hub(recipe: Recipe) -> Iterator[Mistake]:
         yield "hub.license", f"is '{hub.license}'; write it as the Hub does, such as apache-2.0, mit or other"
 
 
-def _metrics(recipe: Recipe) -> Iterator[Mistake]:
+def _watched_metrics(recipe: Recipe, others: Collection[str] | None) -> Iterator[Mistake]:
     metrics = recipe.evaluate.metrics
     known = list(BUILT_IN_METRICS) if metrics == "auto" else ["loss", *metrics]
-    known = [metric_name(metric) for metric in known]
+    known = [*map(metric_name, known), *(others or ())]
     watched = {"checkpoint.best": recipe.checkpoint.best, "early_stopping": recipe.early_stopping}
     for key, watch in watched.items():
         if watch is None:
             continue
         if watch.metric not in known:
             default = "" if "metric" in watch.model_fields_set else ", the default"
-            yield (
-                f"{key}.metric",
-                f"is '{watch.metric}'{default}, which evaluate.metrics does not measure; "
-                f"{'set it to' if default else 'choose'} one of {', '.join(known)}",
-            )
+            if others is not None:
+                yield (
+                    f"{key}.metric",
+                    f"is '{watch.metric}'{default}, which evaluate.metrics does not measure; "
+                    f"{'set it to' if default else 'choose'} one of {', '.join(known)}, or pass it as a function: "
+                    "Trainer.from_recipe(..., metrics={...})",
+                )
             continue
         try:
             resolve_mode(watch.metric, watch.mode)
@@ -239,7 +241,6 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (
     _train,
     _optimizer,
     _schedule,
-    _metrics,
     _hub,
     _secrets,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +26,51 @@ from hf_fasttrain.utils.remote import download_file, is_hub_url, parse_hub_url
 NOT_INHERITED = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
 
 
-def load_recipe(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, metrics: Collection[str] | None = ()
+) -> Recipe:
     """Return the checked recipe of a file, a shipped recipe's name, hf://OWNER/NAME or a `Recipe`, with overrides.
 
-    An override is `section.key=value`. Raises RecipeError with all mistakes in one message.
+    An override is `section.key=value`. `metrics` are names of the user's own that may be watched beside those of
+    evaluate.metrics; None: any. Raises RecipeError with all mistakes in one message.
     """
     if isinstance(recipe, Recipe):
-        return _with_overrides(recipe, overrides) if overrides else recipe
+        return _with_overrides(recipe, overrides, metrics) if overrides else recipe
     if is_hub_url(str(recipe)):
-        return _load_pushed(str(recipe), overrides)
+        return _load_pushed(str(recipe), overrides, metrics)
     path = find_recipe(str(recipe))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read as text: {error}") from None
-    return parse_recipe(text, overrides, where=str(path), name=path.stem)
+    return parse_recipe(text, overrides, where=str(path), name=path.stem, metrics=metrics)
 
 
-def _with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def _with_overrides(recipe: Recipe, overrides: Sequence[str], metrics: Collection[str] | None) -> Recipe:
     """Return a copy of a recipe with further overrides, checked as on the command line."""
     source, tree = recipe.source, recipe.model_dump(mode="json", exclude_unset=True)
     origins = dict(source.origins)
     for override in overrides:
         _apply_override(tree, override, origins)
     where = f"recipe '{source.name}'"
-    checked = _checked(tree, where, lambda key: "override" if _origin(origins, key) == "override" else where)
+    position = lambda key: "override" if _origin(origins, key) == "override" else where  # noqa: E731
+    checked = _checked(tree, where, position, metrics)
     checked._source = RecipeSource(source.name, source.text, origins, (*source.overrides, *overrides))
     return checked
 
 
-def _load_pushed(url: str, overrides: Sequence[str]) -> Recipe:
+def _load_pushed(url: str, overrides: Sequence[str], metrics: Collection[str] | None) -> Recipe:
     """Return the recipe of a pushed run, without the keys of NOT_INHERITED.
 
     Somebody else may have written it: settings that run code from the Hub are accepted only as overrides.
     """
     where, name = f"{url}, recipe.yaml", parse_hub_url(url)[0].split("/")[-1]
     text = download_file(url, RECIPE_FILE).read_text(encoding="utf-8", errors="replace")
-    recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_INHERITED)
-    metrics = recipe.evaluate.metrics
+    recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_INHERITED, metrics=metrics)
+    measured = recipe.evaluate.metrics
     runs_code = {
         "model.trust_remote_code": recipe.model.trust_remote_code,
-        "evaluate.metrics": metrics != "auto" and any(metric not in BUILT_IN_METRICS for metric in metrics),
+        "evaluate.metrics": measured != "auto" and any(metric not in BUILT_IN_METRICS for metric in measured),
     }
     for key, runs in runs_code.items():
         if runs and origin_of(recipe, key) == "recipe":
@@ -80,7 +84,13 @@ def _load_pushed(url: str, overrides: Sequence[str]) -> Recipe:
 
 
 def parse_recipe(
-    text: str, overrides: Sequence[str] = (), *, where: str, name: str, without: Sequence[str] = ()
+    text: str,
+    overrides: Sequence[str] = (),
+    *,
+    where: str,
+    name: str,
+    without: Sequence[str] = (),
+    metrics: Collection[str] | None = (),
 ) -> Recipe:
     """Return the checked recipe of a YAML text; `where` names the text in messages, keys in `without` are ignored."""
     _require_no_token(text, where)
@@ -98,14 +108,16 @@ def parse_recipe(
             return "override"
         return where if line is None else f"{where}, line {line}"
 
-    recipe = _checked(tree, where, position)
+    recipe = _checked(tree, where, position, metrics)
     recipe._source = RecipeSource(name, text, origins, tuple(overrides))
     return recipe
 
 
-def _checked(tree: Tree, where: str, position: Callable[[KeyPath], str]) -> Recipe:
+def _checked(
+    tree: Tree, where: str, position: Callable[[KeyPath], str], metrics: Collection[str] | None = ()
+) -> Recipe:
     """Return a tree's recipe. Raises RecipeError with all mistakes, each with the position of its key."""
-    recipe, mistakes = check_tree(tree)
+    recipe, mistakes = check_tree(tree, metrics)
     if mistakes:
         listed = [f"  {position(key)}: {'.'.join(key)} {what}" for key, what in mistakes]
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"

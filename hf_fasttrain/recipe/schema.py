@@ -68,6 +68,9 @@ class DataSection(Section):
     train_size: int | None = result(
         None, "height and width in training, in pixels; null: image_size, which evaluations always have", ge=8, le=4096
     )
+    views: int = result(
+        1, "training: augmentations of each image, as images (B, V, 3, H, W); above 1 for a step_loss of your own", ge=1
+    )
     mean: Auto | list[float] = result("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
     std: Auto | list[float] = result("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
     interpolation: Auto | Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] = result(
@@ -189,6 +192,11 @@ class TrainSection(Section):
         ge=1,
     )
     drop_last: bool = result(False, "skip the last step of an epoch if it is short")
+    sampling: Literal["balanced", "sqrt"] | None = result(
+        None,
+        "draw images with replacement; balanced: each class equally often, sqrt: as often as the root of its number of "
+        "images; null: each image once an epoch",
+    )
     class_weights: Literal["balanced"] | list[float] | None = result(
         None,
         "weight of each class in the loss, scaled to mean 1 over the training set; balanced: 1 / frequency",

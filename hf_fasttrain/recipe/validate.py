@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -65,8 +65,11 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_tree(tree: Tree) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
-    """Return the recipe of a tree, None if there are mistakes, and all mistakes as (key, what is wrong)."""
+def check_tree(tree: Tree, metrics: Collection[str] | None = ()) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    """Return the recipe of a tree, None if there are mistakes, and all mistakes as (key, what is wrong).
+
+    `metrics` may be watched beside those of evaluate.metrics; None: any.
+    """
     mistakes: list[tuple[KeyPath, str]] = []
     recipe: Recipe | None = None
     # A section with every key commented out is null in YAML; unless null has a meaning there, it counts as empty.
@@ -77,7 +80,7 @@ def check_tree(tree: Tree) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
         mistakes = _explain(error)
         recipe = _without_mistakes(tree, [key for key, _ in mistakes])
     if recipe is not None:
-        mistakes += [(tuple(key.split(".")), what) for key, what in conflicts(recipe)]
+        mistakes += [(tuple(key.split(".")), what) for key, what in conflicts(recipe, metrics)]
     return (None if mistakes else recipe), mistakes
 
 

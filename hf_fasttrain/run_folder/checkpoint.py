@@ -23,6 +23,7 @@ from hf_fasttrain.utils.tensor_tree import pack, unpack
 MARKER = "COMPLETE"
 PREFIX = "step_"
 FORMAT = 1  # increased when `State` or the layout changes: checkpoints of other versions are refused, not misread
+CUSTOM = "custom."  # prefix of the settings that name parts which were passed in Python
 MAY_CHANGE = ("class_names", "early_stopping")  # they do not change what a step learns
 TRAINING = "training"  # the tensors of `Checkpoint.training`
 
@@ -275,6 +276,7 @@ def require_same_settings(
 
     `new_run` says how a new run is started from its weights; by default as a recipe does it.
     """
+    require_same_parts(saved, current, path)
     if saved.get("schedule.warmup") in ("0 epochs", "0 steps"):  # written by older versions for the schedule's default
         saved = {**saved, "schedule.warmup": "auto"}
     if "model.head" in current:
@@ -288,3 +290,24 @@ def require_same_settings(
             "Restore them, or start a new run from these weights: "
             + (new_run or f"another output_dir and model.pretrained={path}")
         )
+
+
+def require_same_parts(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Raise RunError if other parts are passed to `Trainer.from_recipe` than when the run began."""
+    keys = sorted(key for key in saved.keys() | current.keys() if key.startswith(CUSTOM))
+    changed = [key for key in keys if saved.get(key) != current.get(key)]
+    if not changed:
+        return
+    names = {key: key.removeprefix(CUSTOM) for key in keys}
+    listed = [
+        f"  {names[key]}: {saved.get(key, 'not passed')} in the run, {current.get(key, 'not passed')} now"
+        for key in changed
+    ]
+    passed = ", ".join(f"{names[key]}=..." for key in keys if key in saved)
+    advice = f"Continue it in Python, with the same parts: Trainer.from_recipe(..., resume=True, {passed})"
+    if not passed:
+        advice = f"Leave {' and '.join(names[key] for key in changed)} out, or choose another output_dir"
+    raise RunError(
+        f"can't resume {path}: parts that are passed in Python change what is learned, and differ:\n"
+        + "\n".join([*listed, advice])
+    )

@@ -22,7 +22,7 @@ from hf_fasttrain.run_folder.file_names import (
 )
 from hf_fasttrain.run_folder.scrub import is_local_path
 from hf_fasttrain.utils.errors import RunError, first_lines, how_to_resume
-from hf_fasttrain.utils.files import restore_folder
+from hf_fasttrain.utils.files import read_json, restore_folder
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,17 @@ def is_own_run(run: Path, given: Any) -> bool:
     restore_folder(run / MODEL_FOLDER)
     has_weights = (run / MODEL_FOLDER / WEIGHTS_FILE).is_file()
     has_recipe = (run / RECIPE_FILE).is_file() or (run / MODEL_FOLDER / SPEC_FILE).is_file()
-    is_own = has_weights and (run / RESULT_FILE).is_file() and not has_recipe
+    finished = has_weights and (run / RESULT_FILE).is_file()
+    is_own = finished and not has_recipe
+    if finished and given is not None:  # a recipe's run may be of a model that was passed beside it
+        is_own |= str(read_json(run / MODEL_FOLDER / SPEC_FILE).get("name", "")).startswith("own:")
     if is_own and given is None:
         raise RunError(
             f"{run}: was not made by a recipe, so that its model can't be built from the folder; give the model: "
             "--model package.module:function (in Python model=...), a function that returns it"
         )
     if given is not None and not is_own:
-        raise RunError(f"{run}: --model is for finished runs that no recipe has made; leave it out")
+        raise RunError(f"{run}: --model is for finished runs of a model of your own; leave it out")
     return is_own
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from hf_fasttrain.utils.errors import RunError, first_lines
+from hf_fasttrain.utils.errors import RunError, Stopped, first_lines
 
 if TYPE_CHECKING:
     from hf_fasttrain.run_folder.result import Result
@@ -99,6 +99,8 @@ class Callbacks:
         for callback in self._by_method[method]:
             try:
                 getattr(callback, method)(*arguments)
+            except Stopped:
+                raise
             except Exception as error:
                 raise _failed(callback, method, error) from error
 
@@ -112,14 +114,14 @@ class Callbacks:
         for callback in self._by_method[method]:
             try:
                 getattr(callback, method)(*arguments)
+            except (KeyboardInterrupt, SystemExit, Stopped) as error:
+                if method == "finished":  # which Ctrl-C shall end
+                    raise
+                interrupt = interrupt or error
             except Exception as error:  # noqa: BLE001 - user code; the other callbacks must still be called
                 failed = _failed(callback, method, error)
                 failed.__cause__ = error
                 errors.append(failed)
-            except BaseException as error:
-                if method == "finished":  # which Ctrl-C shall end
-                    raise
-                interrupt = interrupt or error
         if interrupt is not None:
             raise interrupt
         return errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -202,6 +203,11 @@ def keep_lr_ratios(optimizer: torch.optim.Optimizer) -> float:
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", float(group["lr"]) / lr)
     return lr
+
+
+def has_lr(optimizer: torch.optim.Optimizer, lr: float) -> bool:
+    """Return whether the lr of each group is `lr` times its `lr_scale`."""
+    return all(math.isclose(group["lr"], lr * group.get("lr_scale", 1.0)) for group in optimizer.param_groups)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
 
 if TYPE_CHECKING:
+    from hf_fasttrain.from_recipe.custom import RecipeOptions
     from hf_fasttrain.recipe.schema import Recipe
     from hf_fasttrain.report.callback import Publish
 
@@ -158,22 +159,20 @@ class Trainer:
     @classmethod
     @checked
     def from_recipe(
-        cls,
-        recipe: Recipe | str | Path,
-        overrides: Sequence[str] = (),
-        *,
-        dataset: Any = None,
-        resume: bool = False,
-        callbacks: Sequence[Any] | None = None,
+        cls, recipe: Recipe | str | Path, overrides: Sequence[str] = (), **options: Unpack[RecipeOptions]
     ) -> Trainer:
         """Return the trainer of a recipe (file, name or `Recipe`) with `section.key=value` overrides.
 
         `dataset`: a `datasets.Dataset` or `DatasetDict` to use instead of the recipe's data.dataset. With `resume`,
         `fit` goes on from the newest complete checkpoint in the recipe's output_dir. `callbacks`: see `Callback`.
+
+        The others stand in the place of what sections of the recipe make, as docs/python-api.md says: `model`,
+        `step_loss`, `optimizer=f(groups)`, `schedule=f(num_steps)`, `metrics`, `predict`, `transform=f(pixels, rng)`
+        and `sample_weights`. A resumed run must be given the same ones.
         """
         from hf_fasttrain.from_recipe.trainer import build_trainer
 
-        return build_trainer(recipe, overrides, dataset=dataset, resume=resume, callbacks=callbacks, trainer_class=cls)
+        return build_trainer(recipe, overrides, trainer_class=cls, **options)
 
     def fit(self) -> Result:
         """Train to the end and return how it ended.

@@ -50,11 +50,10 @@ class RunError(UserError):
     """The run folder or the machine can't do what the user wants."""
 
 
-class Stopped(BaseException):
+class Stopped(Exception):
     """A signal stopped training before its end. The state is saved, and a resumed run continues from it.
 
-    Like KeyboardInterrupt and SystemExit it is no Exception: an `except Exception` around a run, which goes on with the
-    next one, must not swallow what should end the process.
+    A program that goes on after errors (`except Exception`) should let it through: `except Stopped: raise` before it.
 
     `cause` names the signal, `step` is the number of completed steps, `result` holds the figures so far (they are not
     written to disk). `status` is the exit status of the command line: CTRL_C after Ctrl-C, NOT_WRITTEN (EX_IOERR) if

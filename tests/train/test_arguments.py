@@ -93,7 +93,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, Any], me
 
 def test_each_parameter_has_a_rule_and_several_mistakes_are_told_at_once() -> None:
     named = set(inspect.signature(Trainer).parameters) | set(inspect.signature(Trainer.from_recipe).parameters)
-    of_others = {"duration", "evaluate_every", "checkpoint_every", "recipe", "dataset", "resume"}
+    of_others = {"duration", "evaluate_every", "checkpoint_every", "recipe", "options"}
     assert named - of_others - set(RULES) == set()
     assert set(RULES) <= named
     with pytest.raises(RunError, match=r"accumulation_steps: .*\nema: .*\nlog_every: "):

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_fasttrain.data.loading.batch import augment_on_device
 from hf_fasttrain.data.loading.prefetch import Batch, ImageBatches, Prefetcher, Restartable
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
+from hf_fasttrain.data.pixels.custom_transform import CustomTransform
 
 
 class DevicePrefetcher(Prefetcher):
@@ -27,6 +28,7 @@ class DevicePrefetcher(Prefetcher):
         self, images: ImageBatches, device: torch.device, size: int, *, rows: range | None = None, **options: Any
     ) -> None:
         transform, split = images.transform, images.images.split
+        assert not isinstance(transform, CustomTransform)  # runs in loader processes only
         super().__init__(ImageBatches(images.images), device, **options)
         self.transform, self.size = transform, size
         self.fill: Tensor | None = None  # colour of random erasing

@@ -31,7 +31,7 @@ class Step:
     index: int  # from 0, over the whole training
     num_images: int  # over all processes
     num_micro_batches: int  # of this process; 0 if the step has too few images for it
-    micro_batches: MicroBatches  # images (B, 3, H, W), targets
+    micro_batches: MicroBatches  # images (B, 3, H, W), with several views (B, V, 3, H, W); targets
     image_shape: tuple[int, ...]  # of one image
     like: Any = None  # images that are not one tensor: a tree of their form, for a process that has none
 
@@ -83,7 +83,10 @@ def _prepend(first: list[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
 
 
 class TrainLoader:
-    """The training images of any range of steps, step by step."""
+    """The training images of any range of steps, step by step.
+
+    With `views` above 1 the images are (B, V, 3, H, W): each is augmented V times, independently.
+    """
 
     def __init__(
         self,
@@ -92,9 +95,10 @@ class TrainLoader:
         normalize: Normalize,
         mixing: Mixing | None,
         size_at: Callable[[int], int],
+        views: int = 1,
     ) -> None:
         self.prefetcher, self.sampling_plan, self.normalize, self.mixing = prefetcher, sampling_plan, normalize, mixing
-        self.size_at = size_at  # epoch -> image size
+        self.size_at, self.views = size_at, views  # epoch -> image size
         self.steps_per_epoch = sampling_plan.steps_per_epoch
         self.micro_batch_size = sampling_plan.micro_batch_size  # 1: images are loaded in pairs and used one by one
         self.size_setting = f"micro_batch_size {sampling_plan.micro_batch_size}"
@@ -136,22 +140,23 @@ class TrainLoader:
         largest = min(
             self.sampling_plan.micro_batch_size + 1, self.sampling_plan.batch_size
         )  # a single last image may join
-        batches = iter(self.prefetcher.open(_Keys(self.sampling_plan, start, stop), largest))
+        keys = _Keys(self.sampling_plan, start, stop, self.views)
+        batches = iter(self.prefetcher.open(keys, largest * self.views))
         for index in range(start, stop):
             plan = self.sampling_plan.plan(index)
             sizes, size = [len(key.indices) for key in plan.micro_batches], self.size_at(plan.epoch)
             number = sum(sizes) if self.micro_batch_size == 1 else len(sizes)
             make = functools.partial(self._reload, self.sampling_plan, sizes, plan)
             micro_batches = MicroBatches(self._micro_batches(batches, sizes, plan), make)
-            yield Step(index, plan.num_images, number, micro_batches, (3, size, size))
+            shape = (3, size, size) if self.views == 1 else (self.views, 3, size, size)
+            yield Step(index, plan.num_images, number, micro_batches, shape)
 
     def _reload(self, sampling_plan: SamplingPlan, sizes: list[int], plan: StepPlan) -> Iterator[Batch]:
         """Yield a step's micro-batches, loaded in this process: the workers are busy with later steps."""
         prefetcher = copy.copy(self.prefetcher)
         prefetcher.workers, prefetcher.report = 0, None
-        return self._micro_batches(
-            iter(prefetcher.open(_Keys(sampling_plan, plan.step, plan.step + 1), max(sizes, default=0))), sizes, plan
-        )
+        keys = _Keys(sampling_plan, plan.step, plan.step + 1, self.views)
+        return self._micro_batches(iter(prefetcher.open(keys, max(sizes, default=0) * self.views)), sizes, plan)
 
     def _micro_batches(self, batches: Iterator[Batch], sizes: list[int], plan: StepPlan) -> Iterator[Batch]:
         processes, index = self.sampling_plan.num_processes, self.sampling_plan.process_index
@@ -170,7 +175,11 @@ class TrainLoader:
 
     def _prepare(self, batch: Batch, plan: StepPlan, first: int) -> Batch:
         images, labels = self.normalize(batch[0]), batch[1]
-        return self.mixing(images, labels, plan.step, first, plan.num_images) if self.mixing else (images, labels)
+        if self.views > 1:  # all views of an image are mixed alike, as its further channels
+            images, labels = images.unflatten(0, (-1, self.views)).flatten(1, 2), labels[:: self.views]
+        if self.mixing:
+            images, labels = self.mixing(images, labels, plan.step, first, plan.num_images)
+        return (images if self.views == 1 else images.unflatten(1, (self.views, -1))), labels
 
 
 @dataclass(frozen=True)
@@ -180,10 +189,11 @@ class _Keys:
     sampling_plan: SamplingPlan
     start: int
     stop: int
+    views: int
 
     def __iter__(self) -> Iterator[MicroBatchKey]:
         for step in range(self.start, self.stop):
-            yield from self.sampling_plan.plan(step).micro_batches
+            yield from (key.in_views(self.views) for key in self.sampling_plan.plan(step).micro_batches)
 
 
 class EvalLoader:

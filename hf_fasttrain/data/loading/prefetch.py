@@ -22,6 +22,7 @@ from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import TrainTransform
 from hf_fasttrain.data.pixels.bad_images import Event
+from hf_fasttrain.data.pixels.custom_transform import CustomTransform
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, first_line, how_to_resume
 from hf_fasttrain.utils.library_errors import is_out_of_memory
@@ -45,7 +46,7 @@ class ImageBatches:
     Without a transform the batch holds the prepared pixels, which must all have the same size.
     """
 
-    def __init__(self, images: Images, transform: TrainTransform | None = None) -> None:
+    def __init__(self, images: Images, transform: TrainTransform | CustomTransform | None = None) -> None:
         self.images, self.transform = images, transform
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 ORDER_STREAM = 1  # separate random streams for order, mixing and each stage of augmentation
 MIX_STREAM = 3
 CROP_STREAM, FLIP_STREAM, ERASE_STREAM, OPERATION_STREAM, NOISE_STREAM, VFLIP_STREAM = 4, 5, 6, 7, 8, 9
+TRANSFORM_STREAM = 10
 
 
 def keyed_rng(seed: int, stream: int, *key: int) -> np.random.Generator:
@@ -59,6 +60,13 @@ class MicroBatchKey:
     indices: np.ndarray  # (B,) int64, rows of the split
     repeats: np.ndarray | int = 0  # (B,) number of the image's repetition; 0 without repeated augmentation
 
+    def in_views(self, number: int) -> MicroBatchKey:
+        """Return the key of a batch with `number` views of each image in a row, each differently augmented."""
+        if number == 1:
+            return self
+        repeats = np.broadcast_to(self.repeats, self.indices.shape)[:, None] * number + np.arange(number)
+        return MicroBatchKey(self.epoch, np.repeat(self.indices, number), repeats.ravel())
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -97,6 +105,13 @@ def micro_batch_size_for(batch_size: int, num_processes: int, num_micro_batches:
     return 2 * max(1, -(-pairs // num_micro_batches))
 
 
+@dataclass(frozen=True, eq=False)
+class SampleWeights:
+    """How often each image of a split is drawn, in proportion to the others."""
+
+    values: np.ndarray  # (N,) float64, at least 0, with a sum above 0
+
+
 @dataclass(frozen=True)
 class SamplingPlan:
     """Samples every image once per epoch, shuffled by (seed, epoch).
@@ -104,6 +119,9 @@ class SamplingPlan:
     With `repeats` above 1 (repeated augmentation, arXiv 1901.09335) each image appears `repeats` times in its step,
     with different augmentations. An epoch keeps its number of images and steps, but reads 1 / repeats of the files.
     The repeats of an image are far apart, so that mixup and cutmix pair different images.
+
+    With `weights` images are drawn with replacement from (seed, epoch), as many as there are; an image that is drawn
+    again in an epoch is augmented differently.
     """
 
     num_images: int
@@ -115,6 +133,7 @@ class SamplingPlan:
     num_processes: int = 1
     process_index: int = 0
     repeats: int = 1
+    weights: SampleWeights | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -128,9 +147,13 @@ class SamplingPlan:
         num_images = min(self.batch_size, self.num_images - step_in_epoch * self.batch_size)
         different = -(-num_images // self.repeats)
         start = step_in_epoch * -(-self.batch_size // self.repeats)
-        images = epoch_order(self.seed, epoch, self.num_images)[start : start + different]
         positions = np.arange(num_images)
-        indices, repeats = images[positions % different], positions // different
+        drawn, repeats = start + positions % different, positions // different
+        if self.weights is None:
+            indices = epoch_order(self.seed, epoch, self.num_images)[drawn]
+        else:
+            images, occurrences = weighted_epoch_order(self.seed, epoch, self.weights)
+            indices, repeats = images[drawn], repeats + self.repeats * occurrences[drawn]
         share = process_share(len(indices), self.num_processes, self.process_index)
         parts = cut_micro_batches(share, self.micro_batch_size, join_single=self.join_single)
         slices = (slice(part.start, part.stop) for part in parts)
@@ -142,3 +165,16 @@ class SamplingPlan:
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """Return the epoch's permutation of all images, (num_images,) int64."""
     return keyed_rng(seed, ORDER_STREAM, epoch).permutation(num_images)
+
+
+@lru_cache(maxsize=4)
+def weighted_epoch_order(seed: int, epoch: int, weights: SampleWeights) -> tuple[np.ndarray, np.ndarray]:
+    """Return the epoch's N images, drawn with replacement, and how often each was drawn before; both (N,) int64."""
+    shares = np.cumsum(weights.values / weights.values.sum())
+    draws = keyed_rng(seed, ORDER_STREAM, epoch).random(len(shares))
+    images = np.searchsorted(shares / shares[-1], draws, side="right")
+    grouped, positions = np.argsort(images, kind="stable"), np.arange(len(images))
+    is_first = np.diff(images[grouped], prepend=-1) > 0
+    occurrences = np.empty_like(images)
+    occurrences[grouped] = positions - np.maximum.accumulate(np.where(is_first, positions, 0))
+    return images, occurrences

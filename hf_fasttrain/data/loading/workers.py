@@ -190,6 +190,8 @@ def _serve(connection: Connection, work: Callable[[Any], Any], index: int) -> No
     _leave_signals_to_training()
     lift_memory_limit()  # it counts the memory of the training process, which this one has a copy of
     torch.set_num_threads(1)
+    if (opencv := sys.modules.get("cv2")) is not None:  # of a user's transform
+        opencv.setNumThreads(0)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     ended = threading.Event()
     threading.Thread(target=_listen, args=(connection, requests, ended, os.getppid()), daemon=True).start()

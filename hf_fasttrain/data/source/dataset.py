@@ -95,6 +95,7 @@ def load_source(
     for name in wanted:
         require_columns(splits[name], columns, where=str(where), split=name, train=train_name)
     opened = {name: splits[name] for name in splits if name in wanted}
+    _require_no_transform(opened)
     read = read_labels(opened, columns.label, where=str(where), train=train_name, multi_label=multi_label)
     by_name = {name: Split(name, image_records(splits[name], columns.image), read.labels[name]) for name in wanted}
     train = by_name[train_name]
@@ -107,6 +108,7 @@ def load_source(
         if split is not None and not len(split):
             raise DataError(f"{where}: split '{split.name}' has no images")
     notes = [*read.notes, *_notes_on_classes([train, evaluation, *([test] if test else [])], read.class_names)]
+    notes += _notes_on_columns(opened[train_name], columns, where)
     notes += note_on_test_split(splits, wanted, str(where), "data.test_split={} measures it once, at the end")
     held_out, names = eval_name is None, list(splits)
     return Source(train, evaluation, test, read.class_names, read.multi_label, columns, held_out, names, notes)
@@ -116,6 +118,29 @@ def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> li
     """Return a note for each split in which a class has no images."""
     missing = {split.name: names_without_images(split.labels, class_names) for split in splits}
     return [f"split '{name}' has no image of {shortened(names)}" for name, names in missing.items() if names]
+
+
+def _notes_on_columns(dataset: Any, columns: Columns, where: Any) -> list[str]:
+    """Return a note if a data set has columns that are not used."""
+    rest = [name for name in dataset.features if name not in (columns.image, columns.label)]
+    if not rest:
+        return []
+    return [
+        f"{where}: not used: column{'s' * (len(rest) > 1)} {shortened(rest)} (images: {columns.image}, labels: "
+        f"{columns.label})"
+    ]
+
+
+def _require_no_transform(splits: Mapping[str, Any]) -> None:
+    """Raise DataError for a data set with a transform of its own, which would not be called."""
+    for name, split in splits.items():
+        if split.format["type"] == "custom":
+            raise DataError(
+                f"split '{name}' of the data set passed in has a transform (set_transform or with_transform), which "
+                "would not be called: images are read as they are stored. Pass it as Trainer.from_recipe(..., "
+                "transform=f), where f(pixels, rng) returns pixels (docs/python-api.md), and take it off with "
+                "reset_format()"
+            )
 
 
 def open_splits(

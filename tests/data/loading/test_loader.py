@@ -38,7 +38,14 @@ def digits() -> Source:
 
 
 def load_steps(
-    source: Source, *, workers: int = 0, micro: int = 8, parts: int = 1, stop: int = 3, mode: Any = "batch"
+    source: Source,
+    *,
+    workers: int = 0,
+    micro: int = 8,
+    parts: int = 1,
+    stop: int = 3,
+    mode: Any = "batch",
+    views: int = 1,
 ) -> list:
     """Return (images, targets) of steps 0 to `stop`, the micro-batches of all processes joined."""
     operations = Operations(randaugment={"num_ops": 2, "magnitude": 9})
@@ -49,7 +56,7 @@ def load_steps(
         order = SamplingPlan(len(source.train), 22, micro, num_processes=parts, process_index=part)
         prefetcher = Prefetcher(images, CPU, workers=workers, pin_memory=False)
         mixing = Mixing(0.8, 1.0, 10, prob=0.9, mode=mode)
-        loader = TrainLoader(prefetcher, order, NORMALIZE, mixing, transform.size_at)
+        loader = TrainLoader(prefetcher, order, NORMALIZE, mixing, transform.size_at, views)
         for step in loader.steps(0, stop):
             steps[step.index] += list(step.micro_batches)
     return [tuple(torch.cat(tensors) for tensors in zip(*step, strict=True)) for step in steps]
@@ -68,6 +75,20 @@ def test_same_batches_whatever_workers_micro_batches_and_processes(
     for (images, targets), (other_images, other_targets) in zip(expected, got, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize(("workers", "micro", "parts"), [(0, 22, 1), (2, 6, 2)])
+def test_views_are_augmentations_of_the_same_images_of_their_own(
+    digits: Source, workers: int, micro: int, parts: int
+) -> None:
+    expected = load_steps(digits)
+    got = load_steps(digits, workers=workers, micro=micro, parts=parts, views=2)
+    again = load_steps(digits, views=2)
+    for (images, targets), (both, same), (other, _) in zip(expected, got, again, strict=True):
+        assert both.shape == (len(images), 2, 3, 32, 32)
+        assert torch.equal(targets, same)
+        assert torch.equal(both, other)
+        assert not torch.equal(both[:, 0], both[:, 1])
 
 
 def test_augmentation_changes_with_the_epoch_and_leaves_torch_generator_alone() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_fasttrain.data.loading.sampler import (
     MicroBatchKey,
+    SampleWeights,
     SamplingPlan,
     cut_micro_batches,
     keyed_rng,
@@ -125,3 +126,42 @@ def test_any_cut_gives_the_same_step(
             ]
         together = [(expected.epoch, i, r) for i, r in zip(expected.indices, expected.repeats, strict=True)]
         assert parts == together
+
+
+def keys_of(plan: SamplingPlan, steps: range) -> list[tuple[int, int, int]]:
+    """Return (epoch, image, repeat) of all images of some steps."""
+    return [row for step in steps for key in plan.plan(step).micro_batches for row in rows_of(key)]
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_weighted_images_are_drawn_from_seed_and_epoch_whatever_the_cut(repeats: int, processes: int) -> None:
+    weights = SampleWeights(np.array([0.0, 1.0, 1.0, 6.0, 0.0] * 10))
+    whole = SamplingPlan(50, 12, 12, seed=4, repeats=repeats, weights=weights)
+    steps = range(2 * whole.steps_per_epoch)
+    expected = keys_of(whole, steps)
+    cut = [
+        SamplingPlan(50, 12, 4, seed=4, repeats=repeats, weights=weights, num_processes=processes, process_index=index)
+        for index in range(processes)
+    ]
+    assert [row for step in steps for plan in cut for row in keys_of(plan, range(step, step + 1))] == expected
+    assert len(expected) == 100
+    assert len(set(expected)) == len(expected)  # an image that is drawn again is augmented differently
+    assert not {image for _, image, _ in expected if image % 5 in (0, 4)}
+    assert keys_of(whole, range(whole.steps_per_epoch)) != expected[50:]
+
+
+def test_images_are_drawn_in_proportion_to_their_weights() -> None:
+    weights = SampleWeights(np.array([1.0, 2.0, 0.0, 5.0]))
+    plan = SamplingPlan(4, 4, 4, weights=weights)
+    images = [image for _, image, _ in keys_of(plan, range(2000))]
+    assert np.bincount(images, minlength=4) / 8000 == pytest.approx([0.125, 0.25, 0.0, 0.625], abs=0.02)
+
+
+def test_views_of_an_image_stand_in_a_row_and_never_share_a_key() -> None:
+    key = MicroBatchKey(1, np.array([5, 3, 5]), np.array([0, 0, 1]))
+    views = key.in_views(2)
+    assert views.indices.tolist() == [5, 5, 3, 3, 5, 5]
+    assert len(set(rows_of(views))) == 6
+    assert key.in_views(1) is key
+    assert MicroBatchKey(0, np.array([7])).in_views(3).repeats.tolist() == [0, 1, 2]

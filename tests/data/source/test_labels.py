@@ -331,3 +331,27 @@ def test_a_part_of_a_split_keeps_the_shares_of_its_classes_and_is_within_each_la
     assert not np.array_equal(parts[10].rows, part_of(split, 10, 6).rows)
     several = Split("train", images, np.zeros((50, 3), np.float32))
     assert len(set(part_of(several, 20, 0).rows_of(np.arange(20)).tolist())) == 20
+
+
+def with_more_columns() -> datasets.Dataset:
+    """Return a data set with an image, a label and two columns more."""
+    images = [Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)) for number in range(4)]
+    return datasets.Dataset.from_dict(
+        {"image": images, "label": [0, 1, 0, 1], "age": [1, 2, 3, 4], "place": ["a"] * 4}
+    ).cast_column("image", datasets.Image())
+
+
+def test_columns_that_are_not_used_are_named() -> None:
+    source = load_source(with_more_columns(), eval_fraction=0.5)
+    assert "the data set passed in: not used: columns age, place (images: image, labels: label)" in source.notes
+    assert load_source(with_more_columns().remove_columns(["age", "place"]), eval_fraction=0.5).notes == []
+
+
+@pytest.mark.parametrize("method", ["set_transform", "with_transform"])
+def test_a_transform_of_the_data_set_is_refused_not_dropped(method: str) -> None:
+    dataset = with_more_columns()
+    dataset = getattr(dataset, method)(lambda rows: rows) or dataset
+    with pytest.raises(DataError, match=r"split 'train' .* has a transform .* transform=f.* reset_format"):
+        load_source(datasets.DatasetDict(train=dataset), eval_fraction=0.5)
+    dataset.reset_format()
+    assert len(load_source(dataset, eval_fraction=0.5).train) == 2

@@ -1,0 +1,117 @@
+"""What a recipe trains with: optimizer, clipping, schedule, loss and moving average, or the user's in their place."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_fasttrain.from_recipe.parts import Parts
+from hf_fasttrain.models.model import head_names
+from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
+from hf_fasttrain.train.ema import Ema
+from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
+from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, within
+from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
+
+
+def optimizer_of(parts: Parts) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of its parameter groups, or the user's."""
+    section, custom = parts.recipe.optimizer, parts.custom
+    groups = build_param_groups(
+        parts.model,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
+        head_names=head_names(parts.model, parts.spec.num_classes),
+        backbone_lr_scale=section.backbone_lr_scale,
+        layer_decay=section.layer_decay,
+    )
+    if isinstance(custom.step_loss, nn.Module):
+        of_model = set(map(id, parts.model.parameters()))
+        of_loss = build_param_groups(custom.step_loss, lr=section.lr, weight_decay=section.weight_decay)
+        for group in of_loss:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_model]
+        groups += [group for group in of_loss if group["params"]]
+    if custom.optimizer is not None:
+        optimizer = custom.build_optimizer(groups)
+        if not has_lr(optimizer, section.lr):
+            parts.settings.note(
+                f"optimizer.lr={section.lr:g} has no effect: optimizer={custom.names['optimizer']} has its own"
+            )
+            for group in optimizer.param_groups:  # their ratios follow from their rates
+                group.pop("lr_scale", None)
+        return optimizer
+    return build_optimizer(section.name, groups, momentum=section.momentum, args=section.args)
+
+
+def clip_of(parts: Parts) -> Clip | None:
+    """Return the recipe's clipping by value or AGC, None if it has neither."""
+    section, heads = parts.recipe.optimizer, head_names(parts.model, parts.spec.num_classes)
+    if section.clip_value is not None:
+        return clip_by_value(section.clip_value)
+    if section.clip_agc is None:
+        return None
+    named = parts.model.named_parameters()
+    return clip_adaptively(section.clip_agc, [parameter for name, parameter in named if within(name, heads)])
+
+
+def schedule_of(parts: Parts, num_steps: int) -> Schedule:
+    """Return the recipe's schedule, with its warmup recorded, or the user's."""
+    section, steps_per_epoch = parts.recipe.schedule, parts.sampling_plan.steps_per_epoch
+    if parts.custom.schedule is not None:
+        return parts.custom.build_schedule(num_steps)
+    warmup = resolve_warmup(section.warmup, section.name, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    parts.settings.record("schedule.warmup", f"{warmup.steps} steps", warmup.reason)
+    if warmup.note:
+        parts.settings.note(warmup.note)
+    milestones = [milestone.to_steps(steps_per_epoch) for milestone in section.milestones]
+    if section.name == "multistep" and max(milestones) >= num_steps:
+        parts.settings.note(
+            f"schedule.milestones: {section.milestones[milestones.index(max(milestones))]} is not before the end, "
+            f"{num_steps:,} steps: lr is not multiplied there"
+        )
+    if section.start_ratio is not None and not warmup.steps and section.name != "onecycle":
+        parts.settings.note("schedule.start_ratio has no effect without schedule.warmup")
+    return build_schedule(
+        section.name,
+        num_steps=num_steps,
+        warmup_steps=warmup.steps,
+        start_ratio=section.start_ratio,
+        min_lr_ratio=section.min_lr_ratio,
+        gamma=section.gamma,
+        every_steps=section.every.to_steps(steps_per_epoch),
+        milestones=milestones,
+        power=section.power,
+        cycles=section.cycles,
+        div=section.div,
+        final_div=section.final_div,
+    )
+
+
+def loss_of(parts: Parts) -> ClassificationLoss:
+    """Return the recipe's loss, on the device."""
+    labels, recipe = parts.source.train.labels, parts.recipe
+    multi_label = parts.source.multi_label
+    counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(parts.source.class_names))
+    weights = resolve_class_weights(recipe.train.class_weights, counts)
+    bce = recipe.train.bce
+    loss = ClassificationLoss(
+        multi_label=multi_label,
+        label_smoothing=recipe.augment.label_smoothing,
+        class_weights=weights,
+        binary=bce is not None,
+        target_threshold=bce.target_threshold if bce else None,
+        sum_classes=bce is not None and bce.sum,
+    )
+    return loss.to(parts.accelerator.device)
+
+
+def moving_average_of(parts: Parts) -> Ema | None:
+    """Return the recipe's moving average, None without one; compiled like the model, since it is evaluated."""
+    section = parts.recipe.ema
+    if section is None:
+        return None
+    ema = Ema(parts.model, section.decay, warmup=section.warmup)
+    if parts.recipe.accelerate.compile is True:
+        ema.module.compile(dynamic=False)  # a copy of a compiled model is not compiled
+    return ema
