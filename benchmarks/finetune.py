@@ -119,7 +119,7 @@ def train(side: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[
 
 
 def summary(runs: Sequence[dict[str, Any]], data: str, side: str) -> dict[str, float]:
-    """Return means and spread of a side's runs on a data set."""
+    """Return means and spread of a side's runs on a dataset."""
     own = [run for run in runs if run["data"] == data and run["side"] == side]
     found = {key: statistics.median(run[key] for run in own) for key in ("wall_seconds", "peak_mib")}
     accuracies = [run["accuracy"] for run in own]
@@ -134,7 +134,7 @@ def summary(runs: Sequence[dict[str, Any]], data: str, side: str) -> dict[str, f
 
 
 def print_table(runs: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:
-    """Print a Markdown table, a row for each data set and side."""
+    """Print a Markdown table, a row for each dataset and side."""
     print("| photos | side | seeds | accuracy | user CPU s | / plain | system CPU s | wall s | peak MiB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for data in dict.fromkeys(run["data"] for run in runs):

@@ -52,7 +52,7 @@ class RaceTrainer(Trainer):
 def race(folder: Path | str, overrides: list[str], goal: float, most_seconds: float, row: dict[str, Any]) -> None:
     """Add the seconds of training until `goal` to a row, or what accuracy was got in `most_seconds`.
 
-    `folder`: the data set; `most_seconds` count building the trainer and evaluating too.
+    `folder`: the dataset; `most_seconds` count building the trainer and evaluating too.
     """
     deadline = time.monotonic() + most_seconds  # building counts
     row |= {"goal": goal, "seconds_to_goal": None, "evaluations": [], "most_seconds": most_seconds}

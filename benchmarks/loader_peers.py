@@ -190,7 +190,7 @@ def timm_loader(options: Options) -> Epochs:
 
 
 class DecodedRows(Dataset):
-    """Rows of a parquet file for torchvision, which has no data set for them."""
+    """Rows of a parquet file for torchvision, which has no dataset for them."""
 
     def __init__(self, dataset: Any, transform: Callable[[Tensor], Tensor]) -> None:
         self.dataset, self.transform = dataset, transform
@@ -324,7 +324,7 @@ def recipe_overrides(options: Options, arm: str) -> list[str]:
 
 
 def our_dataset(options: Options) -> Any:
-    """Return the rows as a data set to hand over, with a validation split that nobody reads."""
+    """Return the rows as a dataset to hand over, with a validation split that nobody reads."""
     import datasets
 
     if options.parquet:

@@ -5,11 +5,11 @@
 fresh   an empty run folder; the first step is step 0
 resume  a run folder with a checkpoint of step 10,000 of 20,000 in the first epoch; the first step is step 10,000
 
-The clock begins when everything is imported and the data set is there, before `Trainer.from_recipe`, and ends with the
+The clock begins when everything is imported and the dataset is there, before `Trainer.from_recipe`, and ends with the
 first step. Each start is a process of its own, in a run folder of its own; the two take turns. `built` is the
 part until `from_recipe` returns: model, labels and order read, and the checkpoint put back.
 
-The data set is one Arrow chunk of 1,000 noisy PNGs, repeated 1,280 times without copying it; the model is timm's
+The dataset is one Arrow chunk of 1,000 noisy PNGs, repeated 1,280 times without copying it; the model is timm's
 smallest ResNet at 32 px, so that nothing hides what resuming costs. The checkpoint is made beforehand: a run of three
 steps, whose step is set to 10,000 before it saves. A run that came there step by step would have other weights and no
 other place: order and augmentation depend on the step's number alone.

@@ -2,7 +2,7 @@
 
     python benchmarks/start.py [--files 100000] [--classes 100] [--rounds 3] [--json FILE]
 
-imagefolder_first  `load_dataset` with an empty cache folder: what a new data set costs; measured once, it is slow
+imagefolder_first  `load_dataset` with an empty cache folder: what a new dataset costs; measured once, it is slow
 imagefolder_later  the same again, now that its Arrow file lies in the cache folder
 ours               `hf_fasttrain.data.source.dataset.open_splits`: reads the names, keeps nothing on disk
 ours_source        `load_source`: the same and what training needs beside it, labels read and 1 % held out
@@ -81,7 +81,7 @@ def run_arm(name: str, folder: Path) -> None:
     began = time.perf_counter()
     opened = start()
     row: Row = {"seconds": time.perf_counter() - began, "growth_mib": growth.peak_mib()}
-    if name != "ours_source":  # which is no longer one data set
+    if name != "ours_source":  # which is no longer one dataset
         row |= describe(opened)
     print(json.dumps(row), flush=True)
 

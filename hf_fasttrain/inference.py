@@ -212,7 +212,7 @@ def _weights_used(run: Path, weights: str | None, checkpoint: Path | None) -> di
 
 
 def _is_same_data(recipe: Recipe, trained: Recipe) -> bool:
-    """Return whether two recipes have the same data set, even if its path is written differently."""
+    """Return whether two recipes have the same dataset, even if its path is written differently."""
     ours, theirs = recipe.data, trained.data
     paths = [Path(data.dataset).expanduser().resolve() for data in (ours, theirs)]
     same_source = ours.dataset == theirs.dataset or paths[0] == paths[1]

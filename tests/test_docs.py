@@ -61,9 +61,9 @@ NOT_RUN = {
     "accelerate launch --config_file accelerate_configs/multi_gpu.yaml": "needs several GPUs",
     "python benchmarks/": "takes minutes; test_benchmarks.py imports each one, and gpu.py is dry-run there",
     "python tests/kill_and_resume.py": "takes minutes",
-    "hf-fasttrain ablate resnet50 data.dataset=CIFAR10": "a measurement of minutes on a data set that is not here",
-    "hf-fasttrain ablate efficientnet data.dataset=FLOWERS": "a measurement of minutes on a data set that is not here",
-    "hf-fasttrain ablate vit data.dataset=FLOWERS": "a measurement of minutes on a data set that is not here",
+    "hf-fasttrain ablate resnet50 data.dataset=CIFAR10": "a measurement of minutes on a dataset that is not here",
+    "hf-fasttrain ablate efficientnet data.dataset=FLOWERS": "a measurement of minutes on a dataset that is not here",
+    "hf-fasttrain ablate vit data.dataset=FLOWERS": "a measurement of minutes on a dataset that is not here",
     "hf-fasttrain predict runs/mine ": "a run and a module of one's own: tests/test_own_runs.py has them",
     "hf-fasttrain evaluate runs/mine ": "a run and a module of one's own: tests/test_own_runs.py has them",
 }

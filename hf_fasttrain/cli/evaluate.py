@@ -14,12 +14,12 @@ from hf_fasttrain.cli.terminal import is_main, print_note, wide_console
 def evaluate(
     run: PushedRunArgument,
     overrides: Overrides = None,
-    split: Annotated[str | None, typer.Option(help="A split of the data set; by default the evaluation split.")] = None,
+    split: Annotated[str | None, typer.Option(help="A split of the dataset; by default the evaluation split.")] = None,
     weights: WeightsOption = None,
     model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a run's model on its evaluation split, or on another split or data set."""
+    """Measure a run's model on its evaluation split, or on another split or dataset."""
     from rich.table import Table
     from rich.text import Text
 

@@ -95,13 +95,13 @@ def _dataset(run: FinishedRun) -> str:
 
 
 def _is_private_data(run: FinishedRun) -> bool:
-    """Return whether the data set is local or unknown."""
+    """Return whether the dataset is local or unknown."""
     dataset = _dataset(run)
     return dataset != "digits" and (not dataset or run.is_local("data.dataset"))
 
 
 def _hub_dataset(run: FinishedRun) -> str | None:
-    """Return the data set's name on the Hub, None if it is not from the Hub."""
+    """Return the dataset's name on the Hub, None if it is not from the Hub."""
     dataset = _dataset(run)
     return dataset if dataset != "digits" and not _is_private_data(run) and re.fullmatch(r"[\w./-]+", dataset) else None
 

@@ -1,4 +1,4 @@
-"""The classification head: found in a model, kept if its classes are those of the data set, else zero-initialised."""
+"""The classification head: found in a model, kept if its classes are those of the dataset, else zero-initialised."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def keeps_head(
     """
     if choice == "keep" and not fits:
         raise ModelError(
-            f"model.head=keep: {source.name} has {head_text}, the data set has {len(class_names)} classes; set "
+            f"model.head=keep: {source.name} has {head_text}, the dataset has {len(class_names)} classes; set "
             "model.head to auto or new, or give weights for these classes"
         )
     return choice == "keep" or (choice == "auto" and fits and class_order(source.class_names, class_names) is not None)
@@ -154,7 +154,7 @@ def new_note(
     if choice == "new":
         reason = "since model.head=new"
     elif is_unnamed and not fits:
-        reason = f"because {source.name} has {head_text}, the data set has {len(class_names):,} classes"
+        reason = f"because {source.name} has {head_text}, the dataset has {len(class_names):,} classes"
     hint = "; model.head=keep keeps it as it is" if choice == "auto" and is_unnamed and fits else ""
     return f"model.head: new, all zeros, {reason}: {share_of(new, tensors)} not loaded{hint}"
 
@@ -164,7 +164,7 @@ def _why_not_same(source: WeightsSource, class_names: Sequence[str]) -> str:
     if theirs is None:
         return f"{source.name} does not say which classes its head is for"
     if len(theirs) != len(class_names):
-        return f"{source.name} is for {len(theirs):,} classes, the data set has {len(class_names):,}"
+        return f"{source.name} is for {len(theirs):,} classes, the dataset has {len(class_names):,}"
     others = [name for name in theirs if name not in set(class_names)] or list(theirs)
     return f"{source.name} is for other classes ({shortened(others, 3)})"
 

@@ -106,7 +106,7 @@ class ResolvedSettings:
     def result_settings(self) -> dict[str, Any]:
         """Return the values that change what is learned, which must be the same when a run is resumed.
 
-        Without the duration, which may become longer, and without the location of the data set: its fingerprint is
+        Without the duration, which may become longer, and without the location of the dataset: its fingerprint is
         compared. The warmup is compared as the recipe has it: its steps change with the duration.
         """
         may_change = (

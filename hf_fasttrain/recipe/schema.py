@@ -53,8 +53,8 @@ class ModelSection(Section):
 
 class DataSection(Section):
     dataset: str = result(..., "digits, an image folder, parquet/arrow files or a folder of them, or a Hub name")
-    config: str | None = result(None, "configuration of a Hub data set")
-    revision: str | None = result(None, "git revision of a Hub data set")
+    config: str | None = result(None, "configuration of a Hub dataset")
+    revision: str | None = result(None, "git revision of a Hub dataset")
     train_split: str = result("auto", "split to train on; auto: train, or the only split")
     eval_split: str = result("auto", "auto: validation, val, valid or dev; never test; else a held-out part of train")
     eval_fraction: float = result(0.1, "held-out part of train if there is no validation split", gt=0.0, lt=1.0)

@@ -82,7 +82,7 @@ class Record:
 
     @property
     def dataset(self) -> str:
-        """The data set's name; for a folder, its last component."""
+        """The dataset's name; for a folder, its last component."""
         name = str(self.value("data.dataset") or "own data").rstrip("/")
         is_local = "data.dataset" in (self.value("local") or ())
         return name.rsplit("/", 1)[-1] if is_local else Scrubber([]).value(name)

@@ -31,7 +31,7 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """The data set was not found, or does not match the recipe."""
+    """The dataset was not found, or does not match the recipe."""
 
 
 class ImageError(DataError):

@@ -214,12 +214,12 @@ def replace_prepared(accelerator: Accelerator, old: nn.Module, new: nn.Module) -
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """Return the fingerprint of a data set, which changes with its content; datasets has no public access to it."""
+    """Return the fingerprint of a dataset, which changes with its content; datasets has no public access to it."""
     return str(dataset._fingerprint)
 
 
 def dataset_indices(dataset: Any) -> Any:
-    """Return the pyarrow table of row numbers of a filtered, shuffled or selected data set, None for all rows in order.
+    """Return the pyarrow table of row numbers of a filtered, shuffled or selected dataset, None for all rows in order.
 
     `flatten_indices` would write all images again.
     """

@@ -88,7 +88,7 @@ def test_a_new_head_begins_with_the_loss_of_uniform_logits(family: str, tmp_path
     assert all(ours[key].shape[0] == 5 for key in changed)
     assert f"{len(changed)} of {len(ours)} tensors" in said[0]
     assert changed[0] in said[0]
-    assert "has a head for 7 classes, the data set has 5 classes" in said[0]
+    assert "has a head for 7 classes, the dataset has 5 classes" in said[0]
     assert "model.head=keep" not in said[0]  # it would not fit
     assert first_losses(model, 5, size) == pytest.approx([1.0] * 3, rel=0.2)
 
@@ -207,7 +207,7 @@ def test_keep_and_new_override_auto(tmp_path: Path) -> None:
         assert not head_of(build_model(spec(name, FIVE), pretrained, head="new", note=said.append), 5).any()
         assert "since model.head=new" in said[-1]
         with pytest.raises(
-            ModelError, match=r"model.head=keep: .* has a head .* classes.*, the data set has 3 classes"
+            ModelError, match=r"model.head=keep: .* has a head .* classes.*, the dataset has 3 classes"
         ):
             build_model(spec(name, others[:3]), pretrained, head="keep")
 
@@ -252,7 +252,7 @@ def test_weights_that_a_published_model_lacks_are_said(hub_models: list[str], tm
     said: list[str] = []
     model = build_model(spec(f"transformers:{tmp_path}", SEVEN), True, note=said.append)
     assert not head_of(model, 7).any()
-    assert "has no head, the data set has 7 classes" in said[0]
+    assert "has no head, the dataset has 7 classes" in said[0]
     assert "vit.layernorm.weight) are not in" in said[1]
     save_file({"vit.layernorm.bias": weights["vit.layernorm.bias"]}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"weights of another model: .* are not in them"):
@@ -280,7 +280,7 @@ def test_a_run_notes_its_head_and_resumes_with_it(
     assert "model.head has no effect with model.pretrained=false" in notes_of(digits)
     start = [f"output_dir={photos}", f"model.pretrained={digits}", f"data.dataset={image_folder}"]
     build_trainer(write_recipe(), start).fit()
-    assert any("is for 10 classes, the data set has 3" in note for note in notes_of(photos))
+    assert any("is for 10 classes, the dataset has 3" in note for note in notes_of(photos))
     resumed = build_trainer(write_recipe(), start, resume=True)  # its head is the checkpoint's
     assert not any(note.startswith("model.head") for note in resumed.log.notes)
     fresh = build_trainer(write_recipe(), [*start, f"output_dir={tmp_path / 'fresh'}"], resume=True)

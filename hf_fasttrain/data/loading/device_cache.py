@@ -1,4 +1,4 @@
-"""data.cache=device: small data sets whose images are stored on the device."""
+"""data.cache=device: small datasets whose images are stored on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_fasttrain.data.pixels.custom_transform import CustomTransform
 
 
 class DevicePrefetcher(Prefetcher):
-    """A prefetcher for small data sets: every image is copied to the device once and stays there as uint8 pixels.
+    """A prefetcher for small datasets: every image is copied to the device once and stays there as uint8 pixels.
 
     Workers load an image when it is first needed. Crop, flip and erasing run on the device for the whole batch, with
     the same random numbers and the same pixels as on the host. `rows` are the rows of the split that this process

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_fasttrain.utils.errors import DataError, shortened
 
-# Names of transformers' collators and of data sets.
+# Names of transformers' collators and of datasets.
 OF_IMAGES = ("pixel_values", "image", "images", "img")
 OF_LABELS = ("labels", "label", "targets", "target")
 ALLOWED = (

@@ -57,7 +57,7 @@ class StoredPixels:
 
 
 class PixelCache:
-    """The cached pixels of a data set's rows; opened by `open_cache` or `memory_cache`.
+    """The cached pixels of a dataset's rows; opened by `open_cache` or `memory_cache`.
 
     `read` yields what is cached, `add` caches more until `budget` bytes are used. After the first failed write,
     `problem` has the reason and nothing more is added.
@@ -303,7 +303,7 @@ class CacheEntry:
 
     @property
     def dataset(self) -> str:
-        """Data set and split, or "incomplete"."""
+        """Dataset and split, or "incomplete"."""
         if not self.about:
             return "incomplete"
         return f"{self.about.get('dataset')} ({self.about.get('split')}, {self.about.get('num_rows', 0):,} images)"

@@ -1,4 +1,4 @@
-"""Opens a data set by name, folder or file, and finds its splits, columns and labels."""
+"""Opens a dataset by name, folder or file, and finds its splits, columns and labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Split:
     """Images of one split: rows of an HF dataset, and their labels."""
 
     name: str
-    images: Records  # of the whole data set that the split is a part of
+    images: Records  # of the whole dataset that the split is a part of
     labels: np.ndarray  # (N,) int64, or (N, K) float32 of 0 and 1 for multi-label
     rows: np.ndarray | None = None  # (N,) rows of `images` that belong to the split; None: all
 
@@ -41,7 +41,7 @@ class Split:
         return len(self.labels)
 
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
-        """Return the rows in the data set of images of the split."""
+        """Return the rows in the dataset of images of the split."""
         return np.asarray(indices) if self.rows is None else self.rows[indices]
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[Record]:
@@ -51,7 +51,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set ready for training: its splits, columns and class names."""
+    """A dataset ready for training: its splits, columns and class names."""
 
     train: Split
     evaluation: Split
@@ -60,7 +60,7 @@ class Source:
     multi_label: bool
     columns: Columns
     held_out: bool  # whether `evaluation` was held out from the train split
-    split_names: list[str] = field(default_factory=list)  # all that the data set has
+    split_names: list[str] = field(default_factory=list)  # all that the dataset has
     notes: list[str] = field(default_factory=list)  # for the user, before training
 
 
@@ -79,13 +79,13 @@ def load_source(
     eval_fraction: float = 0.1,
     seed: int = 0,
 ) -> Source:
-    """Return the splits of a data set given by name or path, or passed as a `Dataset` or `DatasetDict`.
+    """Return the splits of a dataset given by name or path, or passed as a `Dataset` or `DatasetDict`.
 
-    `test_key` is the name of `test_split` in messages. Raises DataError if the data set does not exist, or lacks the
+    `test_key` is the name of `test_split` in messages. Raises DataError if the dataset does not exist, or lacks the
     requested splits, columns or labels.
     """
     splits = open_splits(dataset, config=config, revision=revision)
-    where = dataset if isinstance(dataset, str) else "the data set passed in"
+    where = dataset if isinstance(dataset, str) else "the dataset passed in"
     train_name = _choose_train(splits, train_split, where)
     eval_name = _choose_eval(splits, eval_split, train_name, where)
     columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
@@ -173,8 +173,8 @@ def _splits_of_object(dataset: Any) -> dict[str, Any]:
     for split in splits.values():
         if not isinstance(split, datasets.Dataset):
             raise DataError(
-                f"the data set passed in holds a {type(split).__name__}; allowed are datasets.Dataset and "
-                "DatasetDict (streaming data sets are not supported)"
+                f"the dataset passed in holds a {type(split).__name__}; allowed are datasets.Dataset and "
+                "DatasetDict (streaming datasets are not supported)"
             )
     return splits
 
@@ -345,7 +345,7 @@ def part_of(split: Split, most: int, seed: int) -> Split:
 
 
 def image_records(dataset: Any, column: str) -> Records:
-    """Return the undecoded images of a data set's column."""
+    """Return the undecoded images of a dataset's column."""
     import datasets
 
     images = dataset.select_columns([column]).with_format(None)

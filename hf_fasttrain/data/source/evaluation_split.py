@@ -37,7 +37,7 @@ def load_evaluation_split(
     label_column: str = "auto",
     required_columns: Collection[str] = (),
 ) -> EvaluationSplit:
-    """Return one split of a data set, without holding anything out.
+    """Return one split of a dataset, without holding anything out.
 
     It is `split` if given, else `preferred_split` if it exists, else the validation split, the only one, or train.
     Column names that the split lacks count as auto, unless they are in `required_columns`. Class folders may be empty.

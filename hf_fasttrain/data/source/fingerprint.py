@@ -1,4 +1,4 @@
-"""A fingerprint of a data set: its labels in order, and the bytes of a sample of its images."""
+"""A fingerprint of a dataset: its labels in order, and the bytes of a sample of its images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLED = 16  # images of each split whose bytes are read
 def fingerprint(source: Source) -> str:
     """Return a short text that identifies the data independently of its location: sizes and a hash.
 
-    Hashed are the class names and, for the training and the evaluation split, all labels, the rows of the data set
+    Hashed are the class names and, for the training and the evaluation split, all labels, the rows of the dataset
     that belong to it, and the encoded bytes of SAMPLED images spread over it. A replaced image may go unnoticed.
     """
     hashed = xxhash.xxh3_64()

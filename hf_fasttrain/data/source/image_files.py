@@ -54,7 +54,7 @@ def _scan_classes(root: Path, empty_classes: bool) -> Any:
     if not classes:
         raise DataError(
             f"{root}: contains no class folders; an image folder is [train/]<class>/<image>, "
-            "a data set on disk has .parquet or .arrow files"
+            "a dataset on disk has .parquet or .arrow files"
         )
     files: list[str] = []
     labels: list[int] = []

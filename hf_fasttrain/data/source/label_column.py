@@ -16,7 +16,7 @@ from hf_fasttrain.utils.errors import DataError, shortened, shown
 class LabelColumn:
     """The labels of a split: distinct values, and a code into them for each row."""
 
-    where: str  # data set, split and column, for messages
+    where: str  # dataset, split and column, for messages
     values: list[Any]  # distinct: all int, all bool or all str
     codes: np.ndarray  # (M,) int64 into `values`: of the rows, or of the entries of all rows' lists
     lengths: np.ndarray | None  # (N,) entries of each row's list; None: no lists

@@ -45,7 +45,7 @@ class Records:
 
     @property
     def fingerprint(self) -> str:
-        """HF datasets' fingerprint of the data set; it does not cover files behind paths, which `stamp` does."""
+        """HF datasets' fingerprint of the dataset; it does not cover files behind paths, which `stamp` does."""
         return dataset_fingerprint(self.dataset)
 
     def stamp(self, row: int) -> tuple[int, int, int]:

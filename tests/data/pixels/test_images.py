@@ -1,4 +1,4 @@
-"""Bad images are replaced, told and counted; rows of all kinds of data sets are read."""
+"""Bad images are replaced, told and counted; rows of all kinds of datasets are read."""
 
 from __future__ import annotations
 
