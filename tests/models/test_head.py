@@ -206,9 +206,7 @@ def test_keep_and_new_override_auto(tmp_path: Path) -> None:
         assert "output 0 now means '1'" in said[-1]
         assert not head_of(build_model(spec(name, FIVE), pretrained, head="new", note=said.append), 5).any()
         assert "since model.head=new" in said[-1]
-        with pytest.raises(
-            ModelError, match=r"model.head=keep: .* has a head .* classes.*, the dataset has 3 classes"
-        ):
+        with pytest.raises(ModelError, match=r"model.head=keep: .* has a head .* classes.*, the dataset has 3 classes"):
             build_model(spec(name, others[:3]), pretrained, head="keep")
 
 

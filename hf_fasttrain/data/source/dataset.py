@@ -121,7 +121,7 @@ def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> li
 
 
 def _notes_on_columns(dataset: Any, columns: Columns, where: Any) -> list[str]:
-    """Return a note if a data set has columns that are not used."""
+    """Return a note if a dataset has columns that are not used."""
     rest = [name for name in dataset.features if name not in (columns.image, columns.label)]
     if not rest:
         return []
@@ -132,11 +132,11 @@ def _notes_on_columns(dataset: Any, columns: Columns, where: Any) -> list[str]:
 
 
 def _require_no_transform(splits: Mapping[str, Any]) -> None:
-    """Raise DataError for a data set with a transform of its own, which would not be called."""
+    """Raise DataError for a dataset with a transform of its own, which would not be called."""
     for name, split in splits.items():
         if split.format["type"] == "custom":
             raise DataError(
-                f"split '{name}' of the data set passed in has a transform (set_transform or with_transform), which "
+                f"split '{name}' of the dataset passed in has a transform (set_transform or with_transform), which "
                 "would not be called: images are read as they are stored. Pass it as Trainer.from_recipe(..., "
                 "transform=f), where f(pixels, rng) returns pixels (docs/python-api.md), and take it off with "
                 "reset_format()"
