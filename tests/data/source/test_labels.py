@@ -334,7 +334,7 @@ def test_a_part_of_a_split_keeps_the_shares_of_its_classes_and_is_within_each_la
 
 
 def with_more_columns() -> datasets.Dataset:
-    """Return a data set with an image, a label and two columns more."""
+    """Return a dataset with an image, a label and two columns more."""
     images = [Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)) for number in range(4)]
     return datasets.Dataset.from_dict(
         {"image": images, "label": [0, 1, 0, 1], "age": [1, 2, 3, 4], "place": ["a"] * 4}
@@ -343,7 +343,7 @@ def with_more_columns() -> datasets.Dataset:
 
 def test_columns_that_are_not_used_are_named() -> None:
     source = load_source(with_more_columns(), eval_fraction=0.5)
-    assert "the data set passed in: not used: columns age, place (images: image, labels: label)" in source.notes
+    assert "the dataset passed in: not used: columns age, place (images: image, labels: label)" in source.notes
     assert load_source(with_more_columns().remove_columns(["age", "place"]), eval_fraction=0.5).notes == []
 
 
