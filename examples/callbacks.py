@@ -3,7 +3,8 @@
     python examples/callbacks.py [section.key=value ...]
 
 Three of them on the quickstart: Adam's beta1 falls and rises again as the lr rises and falls, the largest norm of the
-gradients is remembered across a resume, and each evaluation is a line of a CSV file.
+gradients is remembered across a resume, and each evaluation is a line of a CSV file. The first takes part in training:
+`resume=True` needs it again. The others only watch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hf_fasttrain import Callback, Result, Trainer
 
 if TYPE_CHECKING:
     from hf_fasttrain.train.callbacks import StepReport
+    from hf_fasttrain.train.step_loss import At
 
 
 class CycleMomentum(Callback):
@@ -26,8 +28,8 @@ class CycleMomentum(Callback):
     def __init__(self, high: float = 0.95, low: float = 0.85) -> None:
         self.high, self.low = high, low
 
-    def before_step(self, trainer: Trainer, step: int) -> None:
-        done = step / trainer.num_steps  # a function of the step alone: there is no state to save
+    def before_step(self, trainer: Trainer, at: At) -> None:
+        done = at.step / at.num_steps  # a function of the step alone: there is no state to save
         share = done / 0.3 if done < 0.3 else (1 - done) / 0.7
         for group in trainer.optimizer.param_groups:
             group["betas"] = (self.high - share * (self.high - self.low), group["betas"][1])
@@ -35,6 +37,8 @@ class CycleMomentum(Callback):
 
 class LargestGradient(Callback):
     """Remembers the largest norm of the gradients, in checkpoints too."""
+
+    takes_part = False  # it changes nothing: the run may be resumed without it
 
     def __init__(self, every: int = 10) -> None:
         self.every, self.norm, self.step = every, 0.0, 0
@@ -59,6 +63,8 @@ class LargestGradient(Callback):
 
 class EvaluationTable(Callback):
     """Appends each evaluation to a CSV file."""
+
+    takes_part = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -39,6 +39,7 @@ from hf_fasttrain.recipe.load import load_recipe, output_dir
 from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.study import doctor, tune
 from hf_fasttrain.study.messages import Turn
+from hf_fasttrain.train.step_loss import At
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -471,7 +472,7 @@ def test_callbacks_are_called(workspace: Workspace) -> None:
     momentum, optimizer = program["CycleMomentum"](), SimpleNamespace(param_groups=[{"betas": (0.9, 0.999)}])
     betas = []
     for step in (0, 30, 100):
-        momentum.before_step(SimpleNamespace(num_steps=100, optimizer=optimizer), step)
+        momentum.before_step(SimpleNamespace(optimizer=optimizer), At(step, step, 0, 100))
         betas.append(optimizer.param_groups[0]["betas"])
     assert np.allclose(betas, [(0.95, 0.999), (0.85, 0.999), (0.95, 0.999)])
 
@@ -486,9 +487,30 @@ def test_albumentations_is_used_where_it_is_installed(workspace: Workspace) -> N
     assert re.search(expected, workspace.capture.readouterr().out)
 
 
+def test_the_backbone_is_unfrozen_after_an_epoch(workspace: Workspace) -> None:
+    """Through a resume too, which finds it unfrozen."""
+    small = [f"{key}={value}" for key, value in {**SMALL, "data.dataset": "digits", "train.batch_size": "256"}.items()]
+    Trainer.from_recipe("finetune", [*small, "output_dir=runs/first"]).fit()  # weights to start from
+    small += ["output_dir=runs/unfreeze", "model.pretrained=runs/first/model"]
+    program = example("unfreeze.py")
+    result = program["main"]([*small, "train.duration=10 steps"])
+    assert result.steps == 10
+    assert re.search(r"step 8: \d+ more parameters are trained", workspace.capture.readouterr().out)
+    trainer = Trainer.from_recipe(
+        "finetune",
+        ["model.freeze_backbone=true", *small, "train.duration=12 steps"],
+        callbacks=[program["Unfreeze"]()],
+        resume=True,
+    )
+    assert len(trainer.optimizer.param_groups) == 4
+    assert trainer.fit().steps == 12
+    assert "more parameters" not in workspace.capture.readouterr().out
+
+
 def test_every_example_has_its_test() -> None:
     assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == {
-        "callbacks.py", "own_loss.py", "own_model.py", "tune_then_train.sh", "two_passes.py", "with_albumentations.py",
+        "callbacks.py", "own_loss.py", "own_model.py", "tune_then_train.sh", "two_passes.py", "unfreeze.py",
+        "with_albumentations.py",
     }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from hf_fasttrain.study.messages import NO_END, ArmOptions, ArmRequest, Ready, R
 from hf_fasttrain.study.stopwatch import Stopwatch, watch_compute, watch_loader
 from hf_fasttrain.train.callbacks import StepReport
 from hf_fasttrain.train.schedule import constant
+from hf_fasttrain.train.step_loss import At
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.environment import peak_memory_bytes
 from hf_fasttrain.utils.private_apis import dropout_class, set_first_loss_scale
@@ -169,7 +170,7 @@ class Trial:
                         self.begin(turn)
         self.turn = None
 
-    def before_step(self, trainer: Trainer, step: int) -> None:
+    def before_step(self, trainer: Trainer, at: At) -> None:
         """Start the clock of the first turn at its first step."""
         if self.turn is not None and not self._is_started:
             self.begin(self.turn)

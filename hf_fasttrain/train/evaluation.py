@@ -247,6 +247,7 @@ class Evaluation:
         self.test_metrics: dict[str, float] | None = None
         self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
         self.seconds = 0.0  # of the last evaluation
+        self._is_tried_out = False
         self._collected_at = -1  # step whose predictions the evaluator has
 
     @property
@@ -270,8 +271,9 @@ class Evaluation:
         Called by all processes; leaves model, random states and loader as they are. Raises RunError on all of them.
         """
         loader, evaluator = self.eval_loader, self.evaluator
-        if loader is None or type(evaluator) is not Evaluator:
+        if self._is_tried_out or loader is None or type(evaluator) is not Evaluator:
             return
+        self._is_tried_out = True
         if isinstance(loader, EvalLoader) and not evaluator.is_of_user:
             return
         if isinstance(loader, UserEvalLoader) and loader.is_consumed_once:

@@ -76,19 +76,21 @@ class Gradients:
     def leave_out_unused(self, step: Step) -> list[str]:
         """Freeze the parameters that forward does not use; return notes on them.
 
-        Called by all processes before the first step, which is not consumed.
+        Called by all processes before the first step, which is not consumed, and before one from which on other
+        parameters require gradients.
         """
-        if not isinstance(self.step_loss, LossOfLogits):
-            return []  # the first step shows it: a step loss may keep what it has seen
         trainable = {name: p for name, p in self.named_parameters().items() if p.requires_grad}
-        first = step.micro_batches.peek() if trainable else None
-        use = find_use(self.raw_model, self.step_loss.loss, trainable, first, self.processes) if trainable else None
+        use = None
+        if trainable and isinstance(self.step_loss, LossOfLogits):  # of another, which may keep what it has seen,
+            first = step.micro_batches.peek()  # the step itself shows it
+            use = find_use(self.raw_model, self.step_loss.loss, trainable, first, self.processes)
         for name in use.never if use else ():
             trainable[name].requires_grad_(False)
         present = [parameter for parameter in trainable.values() if parameter.requires_grad]
         skips = bool(use and use.sometimes) and self.processes.is_distributed
         if present and (skips or self._searches or {*map(id, present)} != {*map(id, self.parameters)}):
             self._wrap_again(search=skips)
+            self._knows_use = isinstance(self.step_loss, LossOfLogits) or self._ddp is None
         self.parameters[:] = present  # in place: other objects share this list
         notes = [use.never_note(len(trainable))] if use and use.never else []
         return [*notes, use.sometimes_note()] if use and skips else notes

@@ -210,10 +210,22 @@ def has_lr(optimizer: torch.optim.Optimizer, lr: float) -> bool:
     return all(math.isclose(group["lr"], lr * group.get("lr_scale", 1.0)) for group in optimizer.param_groups)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the lr of each group to `lr` times its `lr_scale`."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, base: float) -> None:
+    """Set the lr of each group to `lr` times its `lr_scale`; a group without one is new, and gets it."""
+    scale_new_groups(optimizer, lr, base)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group["lr_scale"]
+
+
+def scale_new_groups(optimizer: torch.optim.Optimizer, lr: float, base: float) -> None:
+    """Let groups that were added while training follow the schedule, which is at `lr`, from `base` on.
+
+    The lr that a group was added with is what it would have had at construction: its share of `base` remains.
+    """
+    for group in optimizer.param_groups:
+        if "lr_scale" not in group:
+            group["lr_scale"] = float(group["lr"]) / base
+            group["lr"] = lr * group["lr_scale"]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def restore(trainer: Trainer) -> None:
     """Restore a trainer; see `Trainer.restore`. The run folder stays locked for the training that follows."""
+    if trainer.session.is_open:
+        raise RunError("restore() within running(): call it before, the steps of this loop are loaded already")
     if trainer.checkpoints is None:
         raise RunError("nothing to resume: the trainer has no output_dir")
     lock_run(trainer.checkpoints.run)
@@ -78,6 +80,9 @@ def continue_after_finish(trainer: Trainer) -> None:
 
 def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
     _require_same_settings(trainer, checkpoint)
+    taking_part = checkpoint.state.get("callbacks")
+    if isinstance(taking_part, list):  # older versions kept states alone
+        trainer.callbacks.require_same(taking_part, checkpoint.path)
     state = State(**checkpoint.state["state"])
     if state.step > trainer.num_steps:
         raise RunError(
@@ -90,6 +95,10 @@ def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise RunError(
             f"can't resume {checkpoint.path}: seed is {given} now, and {state.seed} in the run; leave it out"
         )
+    trainer.callbacks.restore(checkpoint.training.get("callbacks", []), trainer.processes, trainer.log.note)
+    trainable = checkpoint.training.get("trainable")
+    if trainable and (note := trainer.step.restore_trainable(trainable)):
+        trainer.log.note(note)
     trainer.stateful.restore(checkpoint)
     vars(trainer.state).update(vars(state))  # in place: others hold it
     trainer.final_model = None
@@ -104,7 +113,6 @@ def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if not trainer.is_finished:
         trainer.state.resumed_at.append(state.step)
         trainer.log.resume_line(state.step, checkpoint.path.name, trainer.processes.number)
-    trainer.callbacks.load_state_dict(checkpoint.state.get("callbacks", {}), trainer.log.note)
 
 
 def _duration_of(trainer: Trainer) -> str:

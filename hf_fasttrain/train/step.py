@@ -16,7 +16,13 @@ from hf_fasttrain.train.closure import wants_closure, wants_graph
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.gradients import Gradients
-from hf_fasttrain.train.optim import follow_parameters, foreign_parameters, names_not_optimized, require_parameters_of
+from hf_fasttrain.train.optim import (
+    follow_parameters,
+    foreign_parameters,
+    names_not_optimized,
+    require_parameters_of,
+    scale_new_groups,
+)
 from hf_fasttrain.train.out_of_memory import Memory
 from hf_fasttrain.train.step_loss import (
     At,
@@ -81,6 +87,11 @@ class TrainStep:
         self.memory = Memory(self.raw_model.buffers(), self.parameters, self.norms, processes, self.loss_state)
         self.applying = Update(accelerator, optimizer, self.parameters, self.memory, clip_norm=clip_norm, ema=ema)
         self.is_settled = False  # whether it is known which parameters are trained
+        self._known = list(self.accumulation.named_parameters().values())
+        self._given = [parameter.requires_grad for parameter in self._known]  # as `settle` has found them, and
+        self._trained = self._given  # without those that forward does not use
+        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._num_given_groups = len(optimizer.param_groups)
         self._has_gradients = self._has_compared = False
         self._step: Step | None = None  # whose gradients are there
         self.steps_per_epoch, self.num_steps = 1, 0  # which a step loss is told
@@ -148,9 +159,10 @@ class TrainStep:
 
     def _add_up(self, step: Step) -> Tensor:
         self.seed_masks(step.index)
-        return self.accumulation.add_up(step, self._at(step), agree=self.memory.is_uncertain(step))
+        return self.accumulation.add_up(step, self.at(step), agree=self.memory.is_uncertain(step))
 
-    def _at(self, step: Step) -> At:
+    def at(self, step: Step) -> At:
+        """Return where training is in a step."""
         return At(step.index + 1, self.state.updates, step.index // self.steps_per_epoch, self.num_steps)
 
     def _add_up_again(self) -> Tensor:
@@ -195,16 +207,23 @@ class TrainStep:
         return ((int(self.state.seed or 0) * 1_000_003 + index) * 65_537 + self.processes.index) % 2**63
 
     def settle(self, step: Step) -> list[str]:
-        """Find out, before the first step, which parameters are trained; return notes on the others."""
+        """Find out which parameters are trained; return notes on the others.
+
+        Called before the first step, and before one from which on other parameters require gradients.
+        """
+        self._given = [parameter.requires_grad for parameter in self._known]
         notes = self.accumulation.leave_out_unused(step)  # memory may be too short for the step's images
         notes += self.split_notes(step)
         if self._foreign:
             notes.append(f"{self._foreign_note}: they are trained, but neither clipped nor saved; {OF_LOSS}")
         self.is_settled = True
+        self._trained = [parameter.requires_grad for parameter in self._known]
+        self._group_sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        self.accumulation.set_train_mode()  # batch norms follow their weights
         named = self.accumulation.named_parameters()
         missing = names_not_optimized(self.optimizer, named)
+        self.applying.ignore([named[name] for name in missing])
         if missing:
-            self.applying.ignore([named[name] for name in missing])
             notes.append(
                 f"the optimizer has not been given {len(missing):,} of the model's {len(self.parameters):,} trainable "
                 f"parameters ({shortened(missing, 3)}): they stay as they are"
@@ -214,6 +233,63 @@ class TrainStep:
     @property
     def _foreign_note(self) -> str:
         return f"the optimizer has {self._foreign:,} parameters that are neither the model's nor the loss's"
+
+    def follow_changes(self, lr: float, base: float) -> None:
+        """Notice whether, since the last step, parameters were frozen or unfrozen, or groups given to the optimizer.
+
+        Then `is_settled` is False. `lr` is the schedule's in the step that comes, `base` what it is a share of. Called
+        before each step: it asks each parameter, and waits for nothing.
+        """
+        scale_new_groups(self.optimizer, lr, base)
+        trained = [parameter.requires_grad for parameter in self._known]
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        if (trained == self._trained and sizes == self._group_sizes) or not self.is_settled:
+            return
+        if trained == self._given and sizes == self._group_sizes:  # unfrozen anew, though forward does not use them
+            for parameter, requires_grad in zip(self._known, self._trained, strict=True):
+                parameter.requires_grad_(requires_grad)
+        else:
+            self.is_settled = False
+
+    def trainable_state(self) -> dict[str, Any]:
+        """Return the names of frozen parameters, and of those in each of the optimizer's groups (None: of others)."""
+        named = self.accumulation.named_parameters()
+        unused = {
+            id(p) for p, was, is_ in zip(self._known, self._given, self._trained, strict=False) if was and not is_
+        }
+        names = {id(parameter): name for name, parameter in named.items()}
+        return {
+            "frozen": [name for name, p in named.items() if not p.requires_grad and id(p) not in unused],
+            "groups": [[names.get(id(p)) for p in group["params"]] for group in self.optimizer.param_groups],
+        }
+
+    def restore_trainable(self, state: dict[str, Any]) -> str | None:
+        """Freeze and unfreeze parameters, and add groups to the optimizer, as `trainable_state` has found them.
+
+        Returns a note if parameters were frozen or unfrozen. Raises RunError for groups of unknown parameters.
+        """
+        named, groups = self.accumulation.named_parameters(), self.optimizer.param_groups
+        for group in groups[max(len(state["groups"]), self._num_given_groups) :]:
+            for parameter in group["params"]:
+                self.optimizer.state.pop(parameter, None)
+        del groups[max(len(state["groups"]), self._num_given_groups) :]
+        for number, names in enumerate(state["groups"][len(groups) :], start=len(groups)):
+            if not all(name in named for name in names):
+                raise RunError(
+                    f"the optimizer's group {number} was added while training, of parameters that are neither the "
+                    "model's nor the loss's: give it to the optimizer from the start"
+                )
+            self.optimizer.add_param_group({"params": [named[name] for name in names]})
+        frozen = set(state["frozen"])
+        changed = [name for name, parameter in named.items() if parameter.requires_grad == (name in frozen)]
+        for name in changed:
+            named[name].requires_grad_(name not in frozen)
+        if not changed:
+            return None
+        return (
+            f"{len(changed):,} parameters were frozen or unfrozen when the checkpoint was saved, and are so again "
+            f"({shortened(changed, 3)})"
+        )
 
     def split_notes(self, step: Step) -> list[str]:
         """Return a note, at the first step that is split, if its loss depends on that. Raises RunError for a sum."""
@@ -226,7 +302,7 @@ class TrainStep:
         tolerance = 1e-3 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels round
         if first is not None:
             try:
-                note = split_note(*arguments, *first, self._at(step), tolerance=tolerance)
+                note = split_note(*arguments, *first, self.at(step), tolerance=tolerance)
             except RunError as raised:
                 error = raised
         if self.processes.any_process(error is not None):

@@ -139,9 +139,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output_dir, self.processes, self.log) if self.output_dir else None
         on_disk = self.checkpoints.newest_written if self.checkpoints else lambda: 0
         self.stop = StopRequests(self.processes, StopSignals(self.log.hurry), minutes, on_disk)
-        scaler = self.accelerator.scaler
-        stateful = (self.raw_model, ema, self.optimizer, scaler, self.train_loader, self.step.loss_state)
-        self.stateful = TrainingObjects(self.processes, *stateful)
+        stateful = (self.raw_model, ema, self.optimizer, self.accelerator.scaler, self.train_loader)
+        self.stateful = TrainingObjects(self.processes, *stateful, self.step.loss_state)
         self.retry = Retry(
             self.step, self.train_loader, lambda: self.evaluation.loaders, self.state, self.log, self.output_dir
         )
@@ -215,13 +214,14 @@ class Trainer:
             if stop:
                 stop_run(self, stop)
         for step in self.upcoming if not self.is_finished else ():
+            self.state.lr = self.lr * self.schedule(self.state.updates)
+            set_lr(self.step.optimizer, self.state.lr, self.lr)
+            self.callbacks.call("before_step", self, self.step.at(step))
+            self.step.follow_changes(self.state.lr, self.lr)
             if not self.step.is_settled:
                 if type(self).evaluate is Trainer.evaluate:
                     self.evaluation.try_out(self.trained_model)
                 step = self.retry.settle(step, self.upcoming)
-            self.state.lr = self.lr * self.schedule(self.state.updates)
-            set_lr(self.step.optimizer, self.state.lr)
-            self.callbacks.call("before_step", self, self.state.step + 1)
             loss = self.retry(step, self.upcoming, self.train_step)
             self.throughput.add(loss, step.num_images, self.step.grad_norm, self.step.values, skipped=self.step.skipped)
             self.state.step += 1
@@ -335,9 +335,10 @@ class Trainer:
             return self.stop.now()
         if self.checkpoints is not None:
             self.checkpoints.saved_at = -1  # a checkpoint of this step would not know it
-        if self.evaluation.compare(metrics):
+        is_best = self.evaluation.compare(metrics)
+        self.callbacks.call("after_evaluation", self, metrics)  # whose states are saved with it
+        if is_best:
             self.save()
-        self.callbacks.call("after_evaluation", self, metrics)
         return 0
 
     @property
@@ -363,10 +364,11 @@ class Trainer:
                 "recipe": self.recipe_text,
                 "trackers": self.log.tracker_ids(),
                 "processes": self.processes.number,
-                "callbacks": self.callbacks.state_dict(),
+                "callbacks": self.callbacks.taking_part,
             }
+            states = {"trainable": self.step.trainable_state(), "callbacks": self.callbacks.states(self.processes)}
             best = self.state.best["step"] if self.state.best else None
-            snapshot = Snapshot(step, about, self.stateful.weights(), self.stateful.training())
+            snapshot = Snapshot(step, about, self.stateful.weights(), self.stateful.training() | states)
             checkpoints.save(snapshot, best, resumable=self.stateful.can_resume_here)
 
     def announce_saved(self, on_disk: int | None = None) -> None:
@@ -386,8 +388,6 @@ class Trainer:
 
     def restore(self) -> None:
         """Go back to the newest complete checkpoint, before `running`; say so and start afresh if there is none."""
-        if self.session.is_open:
-            raise RunError("restore() within running(): call it before, the steps of this loop are loaded already")
         restore(self)
 
     def load_best(self) -> int:

@@ -33,6 +33,7 @@ class Update:
         ema: Ema | None = None,
     ) -> None:
         self.accelerator, self.optimizer, self.parameters, self.memory = accelerator, optimizer, parameters, memory
+        self._trained = parameters  # shared: it changes when parameters are frozen or unfrozen
         self.clip_norm, self.ema = clip_norm, ema
         self.wants_closure = wants_closure(optimizer)
         self._backup: Backup | None = None  # while an optimizer calls its closure
@@ -82,7 +83,7 @@ class Update:
         """Ignore and drop the gradients of parameters that the optimizer does not have."""
         ignored = {id(parameter) for parameter in parameters}
         self._ignored = parameters
-        self.parameters = [parameter for parameter in self.parameters if id(parameter) not in ignored]
+        self.parameters = [p for p in self._trained if id(p) not in ignored] if ignored else self._trained
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -15,9 +15,10 @@ from helpers.processes import run_processes
 from helpers.runs import steps_of
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, read_state
+from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkpoint, read_state
 from hf_fasttrain.run_folder.result import Result
 from hf_fasttrain.train.callbacks import METHODS, Callback, CallbackError, StepReport
+from hf_fasttrain.train.step_loss import At
 from hf_fasttrain.utils.errors import RunError, Stopped
 
 CALLED: list[tuple[Any, ...]] = []
@@ -28,8 +29,9 @@ class Watching(Callback):
 
     name = "a"
 
-    def before_step(self, trainer: Trainer, step: int) -> None:
-        CALLED.append((self.name, "before_step", step))
+    def before_step(self, trainer: Trainer, at: At) -> None:
+        assert (at.updates, at.epoch, at.num_steps) == (at.step - 1, (at.step - 1) // 3, trainer.num_steps)
+        CALLED.append((self.name, "before_step", at.step))
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         assert report.loss.shape == ()
@@ -126,28 +128,52 @@ def test_the_state_of_callbacks_is_resumed(tmp_path: Path) -> None:
         counted(tmp_path, first, second).fit()
     saved = complete_checkpoints(tmp_path / "checkpoints")[-1]
     state = {"steps": [1, 2, 3]}  # the evaluation after them was broken off
-    assert read_state(saved)["callbacks"] == {"Counting": state, "Counting 2": state}
-    again = Counting()
-    trainer = counted(tmp_path, again, Watching(), resume=True)
+    assert read_state(saved)["callbacks"] == ["Counting", "Counting 2"]
+    assert load_checkpoint(saved).training["callbacks"] == [{"Counting": state, "Counting 2": state}]
+    again, other = Counting(), Counting()
+    counted(tmp_path, again, other, resume=True).fit()
+    assert again.steps == other.steps == [1, 2, 3, 4, 5, 6]
+
+
+class OnlyWatching(Counting):
+    """Counts for itself."""
+
+    takes_part = False
+
+
+def test_a_callback_that_only_watches_may_come_and_go(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        counted(tmp_path, OnlyWatching()).fit()
+    assert read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["callbacks"] == []
+    trainer = counted(tmp_path, resume=True)
     assert trainer.log.notes == [
-        "callback Counting 2: the checkpoint has a state of it, but it is not among the trainer's callbacks"
+        "callback OnlyWatching: the checkpoint has a state of it, but it is not among the trainer's callbacks"
     ]
     trainer.fit()
-    assert again.steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_run_saved_without_callbacks_is_resumed_with_some(tmp_path: Path) -> None:
-    counted(tmp_path, Watching()).fit()
-    again = Counting()
+    again = OnlyWatching()
     trainer = counted(tmp_path, again, resume=True)
-    assert trainer.log.notes == ["callback Counting: the checkpoint has no state of it; it begins anew"]
+    assert trainer.log.notes == ["callback OnlyWatching: the checkpoint has no state of it; it begins anew"]
     assert again.steps == []
+
+
+def test_a_run_is_resumed_with_the_callbacks_that_took_part_in_it(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        counted(tmp_path, Counting()).fit()
+    for callbacks, message in (
+        ([], r"trained with the callback Counting, which takes part in training .*callbacks=\[Counting\(\.\.\.\)\]"),
+        ([Counting(), Counting()], "the callback Counting 2 takes part in training, and the run was trained without"),
+        ([Watching()], r"Counting, which takes part .* the callback Watching takes part .* takes_part = False"),
+    ):
+        with pytest.raises(RunError, match=message):
+            counted(tmp_path, *callbacks, resume=True)
+    counted(tmp_path, Counting(), resume=True).fit()
 
 
 @pytest.mark.parametrize("method", ["before_step", "after_step", "after_evaluation", "after_save", "state_dict"])
 def test_a_callback_that_fails_while_training_is_named_and_ends_it(method: str, tmp_path: Path) -> None:
     CALLED.clear()
-    broken = type("Broken", (), {method: lambda *_: {}["a key"]})()
+    methods = {"load_state_dict": lambda *_: None} if method == "state_dict" else {}
+    broken = type("Broken", (), {method: lambda *_: {}["a key"], **methods})()
     with pytest.raises(CallbackError) as caught:
         small_trainer(
             tmp_path, callbacks=[broken, Watching()], checkpoint_every="2 steps", evaluate_every="2 steps"
@@ -198,11 +224,12 @@ def test_ctrl_c_in_a_callback_is_raised_once_the_others_were_called(method: str,
     assert small_trainer(tmp_path / "other").fit().steps == 6  # nothing is held
 
 
-def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
-    for state in ({"a": torch.zeros(1)}, {1: "a"}, {"a": (1, 2)}):
-        broken = type("Broken", (), {"state_dict": lambda *_, state=state: state})()
-        with pytest.raises(CallbackError, match=r"Broken.state_dict failed: TypeError: it is not of plain values"):
-            small_trainer(tmp_path / str(len(str(state))), callbacks=[broken]).fit()
+def test_a_state_that_only_pickle_could_save_is_refused(tmp_path: Path) -> None:
+    methods = {"state_dict": lambda *_: {"a": [Path()]}, "load_state_dict": lambda *_: None}
+    with pytest.raises(CallbackError, match=r"Broken.state_dict failed: RunError: can't save its state.a.0 of type"):
+        small_trainer(tmp_path, callbacks=[type("Broken", (), methods)()]).fit()
+    with pytest.raises(RunError, match=r"callbacks\[0\] is Half, which has only one of state_dict and load_state_dict"):
+        small_trainer(callbacks=[type("Half", (), {"state_dict": lambda *_: {}})()])
 
 
 def test_an_object_without_callback_methods_is_refused() -> None:

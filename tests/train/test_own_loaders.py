@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from hf_fasttrain import Stopped, Trainer
 from hf_fasttrain.data.loading.user_loader import UserLoader
 from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.step_loss import At
 from hf_fasttrain.utils.errors import RunError
 
 STEPS = 5  # an epoch's
@@ -121,8 +122,10 @@ def test_what_came_after_the_epochs_end_is_repeated_and_that_is_said_before_the_
 )
 def test_a_stop_promises_only_what_a_restore_can_do(step: int, told: str, tmp_path: Path) -> None:
     class Signalled:
-        def before_step(self, trainer: Trainer, number: int) -> None:
-            if number == step:
+        takes_part = False
+
+        def before_step(self, trainer: Trainer, at: At) -> None:
+            if at.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped) as caught:

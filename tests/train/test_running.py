@@ -25,6 +25,7 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.run_folder import lock
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.callbacks import CallbackError
+from hf_fasttrain.train.step_loss import At
 from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
 
 SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "train.duration=4 steps", "evaluate.every=4 steps"]
@@ -166,8 +167,8 @@ def test_fit_raises_stopped_and_says_how_to_resume(tmp_path: Path) -> None:
     """No SystemExit: a program of one's own decides what comes next."""
 
     class Signalled:
-        def before_step(self, trainer: Trainer, step: int) -> None:
-            if step == 3:  # the end of an epoch, from which the loader can be resumed
+        def before_step(self, trainer: Trainer, at: At) -> None:
+            if at.step == 3:  # the end of an epoch, from which the loader can be resumed
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped) as caught:
@@ -306,8 +307,8 @@ def test_a_step_that_failed_leaves_nothing_for_the_next_training(tmp_path: Path,
         return torch.nn.functional.cross_entropy(logits, labels)
 
     class Fails:
-        def before_step(self, trainer: Trainer, step: int) -> None:
-            if at == "callback" and step == 3 and next(calls) < 100:
+        def before_step(self, trainer: Trainer, place: At) -> None:
+            if at == "callback" and place.step == 3 and next(calls) < 100:
                 next(itertools.islice(calls, 100, None))
                 raise ZeroDivisionError
 
