@@ -22,6 +22,7 @@ from hf_fasttrain.train.step_loss import (
     At,
     LossOfLogits,
     ModelAndLoss,
+    Shares,
     StepLoss,
     add_values,
     checked,
@@ -55,7 +56,7 @@ class Gradients:
     ) -> None:
         self.accelerator, self.model, self.processes = accelerator, model, processes
         self.step_loss, self.loss_module = step_loss, module_of(step_loss)
-        self.values: dict[str, Tensor] = {}  # this process's part of what the step loss returned for the log, 0-d
+        self.values: Shares = {}  # this process's part of what the step loss returned for the log
         self.timer: Timer | None = None
         self.keeps_graph = False  # for an optimizer that differentiates the gradients
         self._weights: dict[tuple[Any, ...], Tensor] = {}  # of micro-batches, as `_weight_like` has made them

@@ -27,6 +27,7 @@ from hf_fasttrain.train.out_of_memory import Memory
 from hf_fasttrain.train.step_loss import (
     At,
     LossOfLogits,
+    Shares,
     StepLoss,
     module_of,
     named_parameters,
@@ -119,8 +120,8 @@ class TrainStep:
         return not isinstance(self.accumulation.step_loss, LossOfLogits)
 
     @property
-    def values(self) -> dict[str, Tensor]:
-        """This process's part of what the step loss has returned for the log, by name, 0-d, on the device."""
+    def values(self) -> Shares:
+        """This process's part of what the step loss has returned for the log, on the device."""
         return self.accumulation.values
 
     @property
@@ -317,8 +318,13 @@ class TrainStep:
 
 
 def _require_possible(optimizer: Any, accelerator: Accelerator) -> None:
-    """Raise RunError for an optimizer that needs a second pass or its graph where there can't be one."""
+    """Raise RunError for an optimizer with modes, or one that makes passes or wants a graph where it can't."""
     name = type(optimizer).__name__
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise RunError(
+            f"optimizer {name} has the modes train() and eval(), with other weights in each, which are not switched "
+            "here: evaluations and checkpoints would have those of training; use another optimizer"
+        )
     if accelerator.scaler is not None and (wants_closure(optimizer) or wants_graph(optimizer)):
         raise RunError(f"optimizer {name} makes several passes a step, and fp16's loss scale one: use bf16, or no")
     if accelerator.num_processes > 1 and wants_graph(optimizer):

@@ -31,6 +31,8 @@ class At(NamedTuple):
 # model, images (B, ...), targets, at -> the mean over the B images, 0-d, alone or with named values for the log
 StepLoss = Callable[[nn.Module, Tree, Tree, At], "Tensor | tuple[Tensor, Mapping[str, Tensor | float]]"]
 Values = Mapping[str, "Tensor | float"]
+# name -> sum of weights times values, 0-d, and the sum of the weights: 1 for a value that all images of a step have
+Shares = dict[str, tuple[Tensor, float]]
 NO_VALUES: Values = {}
 
 
@@ -122,7 +124,7 @@ def checked(returned: Any) -> tuple[Tensor, Values]:
     return loss, values
 
 
-def add_values(total: dict[str, Tensor], values: Values, weight: float, device: torch.device) -> None:
+def add_values(total: Shares, values: Values, weight: float, device: torch.device) -> None:
     """Add `weight` times the values of a micro-batch to those of its step. Raises RunError for what is no number."""
     for name, value in values.items():
         try:
@@ -133,7 +135,11 @@ def add_values(total: dict[str, Tensor], values: Values, weight: float, device: 
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise RunError(f"step_loss returned the value {name!r} ({what}) for the log; give single numbers by name")
         number = number.reshape(())
-        total[name] = torch.add(total[name], number, alpha=weight) if name in total else number * weight
+        before = total.get(name)
+        if before is None:
+            total[name] = (number * weight, weight)
+        else:
+            total[name] = (torch.add(before[0], number, alpha=weight), before[1] + weight)
 
 
 def split_note(
@@ -161,7 +167,7 @@ def split_note(
         short = False
     if short:
         free_cached_memory(next(model.parameters()).device)  # outside of the handler, which holds what failed
-    if whole is None or not all(parts):
+    if whole is None or not all(parts) or _are_of_rounding(whole, model):
         return ""
     weights = [size / number for size in sizes]
     if _distance(whole, parts, weights) <= tolerance:
@@ -183,14 +189,20 @@ def _is_mean(loss: Loss) -> bool:
 
 
 def _gradients(step_loss: Any, model: nn.Module, images: Tree, targets: Tree, at: At) -> list[Tensor] | None:
-    """Return the gradients of the model's parameters; None if random numbers are drawn."""
+    """Return the gradients of the model's parameters; None if random numbers are drawn, or the loss has 16 bits."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = random_states(parameters[0].device)
     loss = checked(step_loss(model, images, targets, at))[0]
-    if random_states(parameters[0].device) != before:
+    if random_states(parameters[0].device) != before or torch.finfo(loss.dtype).bits < 32:
         return None
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+
+def _are_of_rounding(gradients: list[Tensor], model: nn.Module) -> bool:
+    """Return whether gradients are about zero: so they are where a student begins with its teacher's weights."""
+    norm, weights = torch.nn.utils.get_total_norm, [p.detach() for p in model.parameters() if p.requires_grad]
+    return float(norm(gradients)) <= 1e-6 * float(norm(weights))
 
 
 def _distance(whole: list[Tensor], parts: list[Any], weights: list[float]) -> float:

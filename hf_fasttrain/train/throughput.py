@@ -48,7 +48,7 @@ class Throughput:
         self._norms: list[Tensor] = []
         self._images: list[int] = []  # of each loss
         self._values: dict[str, Tensor] = {}  # sums over the images of what the step loss has returned for the log
-        self._of_value: dict[str, int] = {}  # over how many images
+        self._of_value: dict[str, float] = {}  # over how many images
         self._at: list[int] = []  # which step of the lap each loss is of
         self._steps = self._seen = 0  # steps and images, skipped ones too
         self._seconds = self._wait = 0.0
@@ -58,14 +58,14 @@ class Throughput:
         loss: Tensor,
         num_images: int,
         grad_norm: Tensor | None = None,
-        values: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, tuple[Tensor, float]] | None = None,
         *,
         skipped: bool = False,
     ) -> None:
         """Count a step: this process's part of its mean loss (0-d), its images on all processes, its gradients' norm.
 
-        `values`: this process's part of means for the log. All of a step that fp16 skipped may be NaN or inf, and is
-        ignored.
+        `values`: this process's part of means for the log, and of how much of the step's images. All of a step that
+        fp16 skipped may be NaN or inf, and is ignored.
         """
         self.images += num_images
         self._steps, self._seen = self._steps + 1, self._seen + num_images
@@ -76,10 +76,10 @@ class Throughput:
         self._images.append(num_images)
         if grad_norm is not None:
             self._norms.append(grad_norm)
-        for name, value in values.items() if values else ():
+        for name, (value, share) in values.items() if values else ():
             total = self._values.get(name)
             self._values[name] = value * num_images if total is None else total.add_(value, alpha=num_images)
-            self._of_value[name] = self._of_value.get(name, 0) + num_images
+            self._of_value[name] = self._of_value.get(name, 0.0) + share * num_images
 
     @property
     def has_steps(self) -> bool:
@@ -139,17 +139,17 @@ class Throughput:
     def means(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
         """Return the present lap's means of the step loss's values, before `lap`; called by all processes.
 
-        `gather` joins lists of all processes. A value that a process lacks in this lap counts there as 0 of its sum.
+        `gather` joins lists of all processes. A value is averaged over the images for which it was returned.
         """
         names = list(self._values)
         numbers = torch.stack(list(self._values.values())).tolist() if names else []
         local = {name: (number, self._of_value[name]) for name, number in zip(names, numbers, strict=True)}
         sums: dict[str, float] = {}
-        images: dict[str, int] = {}
+        images: dict[str, float] = {}
         for each in gather([local]):
             for name, (number, count) in each.items():
                 sums[name] = sums.get(name, 0.0) + number
-                images[name] = max(images.get(name, 0), count)
+                images[name] = images.get(name, 0.0) + count
         return {name: sums[name] / images[name] for name in sums}
 
     @contextmanager

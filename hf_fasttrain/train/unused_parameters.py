@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.prefetch import Batch
-from hf_fasttrain.data.loading.trees import map_leaves, rows
+from hf_fasttrain.data.loading.trees import map_leaves, num_images, rows
 from hf_fasttrain.models.side_effects import eager, preserved_state, random_states, seeded_random_states
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.loss import Loss, loss_input
@@ -89,14 +89,15 @@ def _attempt(model: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], b
 
     def total() -> Tensor:
         nonlocal is_random
-        images = map_leaves(_noise_like, rows(batch[0], TWO))
+        images = map_leaves(_noise_like, rows(batch[0], TWO, number))
         before = random_states(device)
         outputs = loss_input(model(images))
         is_random = random_states(device) != before
         if isinstance(outputs, Tensor) and not has_parameters:
             return outputs.sum()  # a loss reaches all of a tensor or nothing
-        return loss(outputs, rows(batch[1], TWO))
+        return loss(outputs, rows(batch[1], TWO, number))
 
+    number = num_images(batch[0])
     device = parameters[0].device
     has_parameters = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
     try:

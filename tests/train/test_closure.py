@@ -252,6 +252,17 @@ def test_adahessian_trains_attention() -> None:
     assert not torch.equal(before, model.blocks[0].attn.qkv.weight)
 
 
+def test_an_optimizer_with_modes_is_refused() -> None:
+    class ScheduleFree(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    model = make_model()
+    with pytest.raises(RunError, match=r"ScheduleFree has the modes train\(\) and eval\(\)"):
+        Trainer(model, data(), ScheduleFree(model.parameters(), lr=0.1))
+
+
 def test_which_optimizers_want_a_closure() -> None:
     parameters = [nn.Parameter(torch.zeros(2))]
     assert wants_closure(SAM(parameters, torch.optim.SGD, lr=0.1))

@@ -199,6 +199,64 @@ def test_values_beside_the_loss_are_means_over_the_images_of_all_processes(tmp_p
     assert [(line["accuracy"], line["weight"]) for line in lines(tmp_path)] == [pytest.approx(e) for e in expected]
 
 
+def _with_a_value_of_some(folder: Path) -> None:
+    def of_some(model: TwoInputs, images: Any, targets: Tensor, at: At) -> tuple[Tensor, dict[str, Any]]:
+        loss, _ = with_values(model, images, targets, at)
+        return loss, {"class": targets.float().mean()} if targets[0] == 0 else {}
+
+    trained(of_some, 3, folder).fit()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_value_is_a_mean_over_the_images_that_it_was_returned_for(processes: int, tmp_path: Path) -> None:
+    run_processes(_with_a_value_of_some, tmp_path, num_processes=processes)
+    size = 4 if processes == 1 else 2
+    means = []
+    for _, targets in batches():
+        parts = [part for part in targets.split(size) if part[0] == 0]
+        means.append(float(torch.cat(parts).float().mean()) if parts else None)
+    assert any(mean is None for mean in means) or processes == 2
+    assert [line.get("class") for line in lines(tmp_path)] == pytest.approx(means)
+
+
+def _with_more_unlabelled_images(accumulation: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model, log = TwoInputs(), RunLog(show=False)
+    halves, index = PartialState(cpu=True).num_processes, PartialState(cpu=True).process_index
+    data = []
+    for images, targets in batches():
+        part = {"labelled": images, "unlabelled": map_leaves(lambda x: torch.cat([x, -x, 2 * x]), images)}
+        mine = list(range(BATCH))[index * BATCH // halves : (index + 1) * BATCH // halves]
+        data.append((rows(part, mine, BATCH), targets[mine]))
+
+    def semi_supervised(model: TwoInputs, images: Any, targets: Tensor, at: At) -> Tensor:
+        assert len(images["unlabelled"]["meta"]) == 3 * len(targets)
+        logits = model(*images["unlabelled"].values())
+        return F.cross_entropy(model(*images["labelled"].values()), targets) + logits.square().mean()
+
+    options: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "accumulation_steps": accumulation, "log": log}
+    Trainer(model, data, torch.optim.SGD(model.parameters(), lr=LR), step_loss=semi_supervised, **options).fit()
+    assert not log.notes
+    return model.state_dict()
+
+
+def test_several_unlabelled_images_for_each_labelled_one_are_cut_in_proportion() -> None:
+    (whole,) = run_processes(_with_more_unlabelled_images, 1, num_processes=1)
+    for weights in (
+        *run_processes(_with_more_unlabelled_images, 5, num_processes=1),
+        *run_processes(_with_more_unlabelled_images, 2),
+    ):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
+    tree = {"a": torch.arange(3), "b": torch.arange(6), "c": list("uvwxyz"), "d": None}
+    assert [[list(leaf) if leaf is not None else None for leaf in part.values()] for part in cut(tree, [1, 2])] == [
+        [[0], [0, 1], ["u", "v"], None],
+        [[1, 2], [2, 3, 4, 5], ["w", "x", "y", "z"], None],
+    ]
+    assert [len(part) for part in cut(torch.arange(6), [1, 2])] == [2, 4]
+    assert rows(tree, [0, -1], 3)["b"].tolist() == [0, 1, 4, 5]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_with_weights_is_trained_clipped_and_exchanged(processes: int, tmp_path: Path) -> None:
     expected, _ = plain(Centers(), batches(), clip=0.5)
@@ -371,6 +429,26 @@ def test_means_and_losses_that_draw_numbers_are_not_suspected() -> None:
         assert not any("mean" in note for note in _notes(small(loss, 3)))
 
 
+def test_gradients_that_rounding_decides_are_not_suspected() -> None:
+    """Of a student that begins with its teacher's weights, and of a loss in bf16."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES))
+
+    def distil(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(logits, targets[0])
+
+    def in_bf16(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(logits.bfloat16(), targets[1])
+
+    for loss in (distil, in_bf16):
+        torch.manual_seed(0)
+        model, log = nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES)), RunLog(show=False)
+        images = [images["pixels"] for images, _ in batches(1)]
+        data = [(x, (teacher(x).softmax(1).detach(), torch.arange(BATCH) % CLASSES)) for x in images]
+        options: dict[str, Any] = {"loss": loss, "accumulation_steps": 3, "log": log}
+        assert not _notes(Trainer(model, data, torch.optim.SGD(model.parameters(), lr=0.01), **options))
+
+
 def test_what_a_step_loss_may_not_return() -> None:
     def trainer(returned: Any) -> Trainer:
         return trained(lambda model, images, targets, at: returned(model(images["pixels"], images["meta"])))
@@ -411,6 +489,7 @@ def test_trees_are_cut_and_joined() -> None:
         ([torch.zeros(12), torch.zeros(11)], r"the targets of a batch of 12 images hold a tensor of shape \(11,\)"),
         ({"id": 7}, "hold int"),
         ((torch.zeros(12), ["a", "b"]), "hold list of 2 strings"),
+        (torch.zeros(18), r"needs 12 \(.*first tensor\), or a multiple of that"),
     ],
 )
 def test_a_batch_that_can_not_be_cut_is_refused(targets: Any, message: str) -> None:
@@ -583,3 +662,11 @@ def test_a_loss_without_gradient_or_with_other_arguments_is_refused() -> None:
         trained(three)
     with pytest.raises(RunError, match="the loss of a batch needs no gradient"):
         trained(lambda model, images, targets, at: model(images["pixels"], images["meta"]).mean().detach()).fit()
+
+
+def test_a_list_of_one_tensor_for_each_image_is_told_to_be_stacked() -> None:
+    model = TwoInputs()
+    images = [torch.zeros(3, 4 + number, 4) for number in range(5)]
+    loader = [(images, torch.zeros(5, dtype=torch.long))]
+    with pytest.raises(DataError, match=r"has to be stacked to one tensor \(B, 3, H, W\), in one size"):
+        Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=LR), step_loss=with_values).fit()

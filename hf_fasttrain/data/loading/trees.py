@@ -52,33 +52,43 @@ def num_images(tree: Tree) -> int:
 
 
 def require_equal_lengths(number: int, **trees: Tree) -> None:
-    """Raise DataError, which names the argument, for a leaf that can't be cut into `number` images."""
+    """Raise DataError, which names the argument, for a leaf that can't be cut into `number` images.
+
+    Its length is that number or a multiple of it: several rows belong to each image then, one after the other.
+    """
     for name, tree in trees.items():
         for leaf in leaves(tree):
-            if leaf is None or (isinstance(leaf, Tensor | list | tuple) and _length(leaf) == number):
+            if leaf is None or (isinstance(leaf, Tensor | list | tuple) and _is_multiple(_length(leaf), number)):
                 continue
             what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else _described(leaf)
             raise DataError(
-                f"train_loader: the {name} of a batch of {number} images hold {what}; each of them needs {number} "
-                "along its first dimension: tensors, in tuples, lists or dicts, and lists of strings"
+                f"train_loader: the {name} of a batch of {number} images hold {what}; each of them needs {number} (the "
+                "length of the images' first tensor), or a multiple of that, along its first dimension: tensors, in "
+                f"tuples, lists or dicts, and lists of strings{_hint(trees.get('images'))}"
             )
 
 
 def cut(tree: Tree, sizes: Sequence[int]) -> Sequence[Tree]:
-    """Return the parts of a tree with `sizes` images each."""
+    """Return the parts of a tree with `sizes` images each; a leaf with several rows for each image is cut likewise."""
+    number = sum(sizes)
     if isinstance(tree, Tensor):
-        return tree.split_with_sizes(sizes)
+        each = _multiple(tree, number)
+        return tree.split_with_sizes(sizes if each == 1 else [each * size for size in sizes])
     ends = list(itertools.accumulate(sizes))
-    return [rows(tree, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+    return [rows(tree, slice(end - size, end), number) for end, size in zip(ends, sizes, strict=True)]
 
 
-def rows(tree: Tree, chosen: slice | list[int]) -> Tree:
-    """Return some images of a tree."""
-    if isinstance(tree, Tensor):
-        return tree[chosen]
-    if isinstance(chosen, list):
-        return map_leaves(lambda leaf: _rows(leaf, chosen), tree)
-    return map_leaves(lambda leaf: None if leaf is None else leaf[chosen], tree)
+def rows(tree: Tree, chosen: slice | list[int], number: int | None = None) -> Tree:
+    """Return some images of a tree of `number`; all rows of each, where a leaf has several for an image."""
+
+    def of_leaf(leaf: Any) -> Any:
+        each = 1 if leaf is None or number is None else _multiple(leaf, number)
+        if leaf is None or each == 1:
+            return leaf if leaf is None else _rows(leaf, chosen)
+        indices = range(number or 0)[chosen] if isinstance(chosen, slice) else [i % (number or 1) for i in chosen]
+        return _rows(leaf, [each * index + row for index in indices for row in range(each)])
+
+    return of_leaf(tree) if isinstance(tree, Tensor) else map_leaves(of_leaf, tree)
 
 
 def join(parts: Sequence[Tree]) -> Tree:
@@ -118,10 +128,27 @@ def _moved(leaf: Any, device: torch.device) -> Any:
     return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
 
-def _rows(leaf: Any, chosen: list[int]) -> Any:
-    if leaf is None or isinstance(leaf, Tensor):
-        return leaf if leaf is None else leaf[chosen]
+def _rows(leaf: Any, chosen: slice | list[int]) -> Any:
+    if isinstance(leaf, Tensor) or isinstance(chosen, slice):
+        return leaf[chosen]
     return [leaf[index] for index in chosen]
+
+
+def _is_multiple(length: int, number: int) -> bool:
+    return length == number or (number > 0 and length > 0 and length % number == 0)
+
+
+def _multiple(leaf: Any, number: int) -> int:
+    """Return how many rows of a leaf belong to each of `number` images."""
+    length = len(leaf)
+    return length // number if length != number and _is_multiple(length, number) else 1
+
+
+def _hint(images: Tree) -> str:
+    """Return what to do with images that are a list of one tensor each."""
+    if not isinstance(images, tuple | list) or not all(isinstance(each, Tensor) and each.ndim == 3 for each in images):
+        return ""
+    return "; a list with a tensor for each image has to be stacked to one tensor (B, 3, H, W), in one size"
 
 
 def _is_strings(value: Sequence[Any]) -> bool:
