@@ -78,6 +78,8 @@ def _base_model(run: FinishedRun) -> str | None:
     """Return the Hub name of the pretrained weights, None if they have none."""
     model = run.recipe.get("model") or {}
     pretrained, name = model.get("pretrained"), str(model.get("name", run.spec["name"]))
+    if "model" in run.passed:  # the recipe's was not built
+        return None
     if is_hub_url(pretrained):
         return parse_hub_url(str(pretrained))[0]
     if pretrained is not True or run.is_local("model.name"):
@@ -187,6 +189,12 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
     text = files.get(RECIPE_FILE)
     if not recipe or not isinstance(text, bytes):
         return f"{title}\n\n{summary}"
+    if run.passed:
+        listed = ", ".join(f"`{part}={name}`" for part, name in run.passed.items())
+        return (
+            f"{title}\n\n{summary} Beside the recipe the program passed parts of its own, which are not here: {listed}."
+            f"\n\nThe recipe:\n\n```yaml\n{text.decode().strip()}\n```"
+        )
     override = " data.dataset=FOLDER" if _is_private_data(run) else ""
     elsewhere = " hub=null" if run.recipe.get("hub") else ""  # the author's own repository
     command = f"accelerate launch -m hf_fasttrain {{}}{override}"

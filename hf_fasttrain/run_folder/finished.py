@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from hf_fasttrain.run_folder.checkpoint import CUSTOM
 from hf_fasttrain.run_folder.file_names import (
     MODEL_FOLDER,
     RECIPE_FILE,
@@ -35,6 +36,7 @@ class FinishedRun:
     recipe: dict[str, Any]  # empty for a run without a recipe
     recipe_text: str
     local: list[str] | None = None  # keys of settings that were paths where the run was trained; None: not recorded
+    passed: dict[str, str] = field(default_factory=dict)  # names of the parts that were passed in Python
 
     def setting(self, key: str) -> Any:
         """Return a value of the recipe file by its dotted key, None if it is not set there."""
@@ -94,8 +96,10 @@ def read_run(run: Path) -> FinishedRun:
         settings = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, YAMLError) as error:
         raise RunError(f"{path}: can't be read ({first_lines(error)}); fix it or train again") from None
-    local = (settings.get("local") or {}).get("value") if isinstance(settings, dict) else None
-    return FinishedRun(run, spec, result, recipe, text, local)
+    settings = settings if isinstance(settings, dict) else {}
+    local = (settings.get("local") or {}).get("value")
+    passed = {key.removeprefix(CUSTOM): str(settings[key]["value"]) for key in settings if key.startswith(CUSTOM)}
+    return FinishedRun(run, spec, result, recipe, text, local, passed)
 
 
 NOT_METRICS = {"kind", "step", "epoch", "split", "train_seconds", "seconds"}

@@ -24,8 +24,10 @@ from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.data.pixels.decode import read_pixels
 from hf_fasttrain.data.pixels.resize import resize
 from hf_fasttrain.data.source.dataset import load_source
+from hf_fasttrain.hub.card import model_card
 from hf_fasttrain.inference import evaluate_run
 from hf_fasttrain.recipe.resolved import read_settings
+from hf_fasttrain.run_folder.finished import read_run
 from hf_fasttrain.utils.errors import DataError, ModelError, RunError, UserError
 
 RECIPE = """
@@ -532,3 +534,13 @@ def test_metrics_and_predict_choose_the_best_checkpoint(recipe: Path, tmp_path: 
         build(recipe, tmp_path / "without", *overrides)
     reset_accelerate()
     assert "margin" not in evaluate_run(tmp_path)
+
+
+def test_the_card_names_the_parts_and_claims_no_other_model(recipe: Path, tmp_path: Path) -> None:
+    build(recipe, tmp_path, "train.duration=2 steps", model=small_net(), transform=jitter).fit()
+    run = read_run(tmp_path)
+    assert run.passed["transform"] == f"{__name__}.jitter"
+    card = model_card(run, run.recipe, "me/digits", {"recipe.yaml": run.recipe_text.encode()})
+    assert "parts of its own, which are not here: `model=torch.nn.modules.container.Sequential (4 tensors" in card
+    assert "accelerate launch" not in card
+    assert "base_model" not in card
