@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.model import head_names
@@ -13,6 +12,7 @@ from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, within
 from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
+from hf_fasttrain.train.step_loss import module_of
 
 
 def optimizer_of(parts: Parts) -> torch.optim.Optimizer:
@@ -26,9 +26,10 @@ def optimizer_of(parts: Parts) -> torch.optim.Optimizer:
         backbone_lr_scale=section.backbone_lr_scale,
         layer_decay=section.layer_decay,
     )
-    if isinstance(custom.step_loss, nn.Module):
+    loss = module_of(custom.step_loss) if custom.step_loss is not None else None
+    if loss is not None:
         of_model = set(map(id, parts.model.parameters()))
-        of_loss = build_param_groups(custom.step_loss, lr=section.lr, weight_decay=section.weight_decay)
+        of_loss = build_param_groups(loss, lr=section.lr, weight_decay=section.weight_decay)
         for group in of_loss:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_model]
         groups += [group for group in of_loss if group["params"]]

@@ -500,6 +500,12 @@ def test_views_are_the_same_with_one_and_two_processes(recipe: Path, tmp_path: P
     assert_same(alone, first, rtol=1e-4, atol=1e-5)
 
 
+def test_the_optimizer_has_the_weights_of_a_method_s_module(recipe: Path, tmp_path: Path) -> None:
+    loss = Margin()
+    trainer = build(recipe, tmp_path, step_loss=loss.forward)
+    assert any(p is loss.bias for group in trainer.optimizer.param_groups for p in group["params"])
+
+
 def test_views_without_a_step_loss_are_refused(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"data.views=2: images are \(B, V, 3, H, W\).*pass step_loss"):
         build(recipe, tmp_path, "data.views=2")
