@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.from_recipe.auto import decide
@@ -23,7 +24,7 @@ from hf_fasttrain.models.model import (
 )
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.train.loss import logits_of
+from hf_fasttrain.train.loss import described, loss_input
 from hf_fasttrain.utils.errors import ModelError, RunError, first_line
 from hf_fasttrain.utils.qualified_name import qualified_name
 
@@ -77,21 +78,26 @@ def _custom_model(
 def _require_custom_logits(model: nn.Module, custom: CustomParts, spec: ModelSpec, size: int) -> None:
     """Raise ModelError unless the user's model, or `predict`, gives one logit for each class of an image."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    images, name = torch.zeros(1, 3, size, size, device=device), f"model={qualified_name(model)}"
+    images, classes = torch.zeros(1, 3, size, size, device=device), spec.num_classes
+    if custom.predict is None:
+        name, call = f"model={qualified_name(model)}", model.__call__
+        way = f"give it {classes} outputs, or pass predict, a function (model, images) -> logits (B, {classes})"
+    else:
+        name, call = f"predict={qualified_name(custom.predict)}", functools.partial(custom.predict, model)
+        way = f"return logits (B, {classes}) from it"
+    model.eval()
     with torch.no_grad():
         try:
-            output = model.eval()(images) if custom.predict is None else custom.predict(model.eval(), images)
+            output = call(images)
         except Exception as error:  # noqa: BLE001 - whatever the user's model raises
             raise ModelError(
                 f"{name}: failed for an image of {size} px: {type(error).__name__}: {first_line(error)}; change "
-                "data.image_size or the model, or pass predict, a function (model, images) -> logits"
+                f"data.image_size or the model, or {way}"
             ) from None
-    logits = logits_of(output, "pass predict to Trainer.from_recipe, a function (model, images) -> logits")
-    if logits.shape != (1, spec.num_classes):
-        raise ModelError(
-            f"{name}: gives logits of shape {tuple(logits.shape)} for an image; the data has {spec.num_classes} "
-            f"classes, so give it {spec.num_classes} outputs, or pass predict, a function (model, images) -> logits"
-        )
+    logits = loss_input(output) if custom.predict is None else output
+    if not isinstance(logits, Tensor) or logits.shape != (1, classes):
+        what = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else described(logits)
+        raise ModelError(f"{name}: gives {what} for an image; the data has {classes} classes, so {way}")
 
 
 def _spec(recipe: Recipe, source: Source) -> ModelSpec:

@@ -206,11 +206,13 @@ class Evaluator:
         number = num_images(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != number:
             what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else shown(logits)
-            whose = "the model gives" if self.predict is None else "predict returned"
+            whose, give = ("the model gives", "give Trainer predict=, a function (model, images) -> logits")
+            if self.predict is not None:
+                whose, give = "predict returned", "return them from it"
             raise RunError(
-                f"{whose} {what} for {number} images, where logits ({number}, K) are needed, one for each "
-                "class: give Trainer predict=, a function (model, images) -> logits; of a single logit z it may return "
-                "torch.nn.functional.pad(z.view(-1, 1), (1, 0)), two classes of the same probabilities"
+                f"{whose} {what} for {number} images, where logits ({number}, K) are needed, one for each class: "
+                f"{give}; of a single logit z it may return torch.nn.functional.pad(z.view(-1, 1), (1, 0)), two "
+                "classes of the same probabilities"
             )
         return logits
 

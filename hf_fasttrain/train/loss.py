@@ -31,10 +31,11 @@ def logits_of(output: Any, remedy: str = "give Trainer predict=, a function (mod
     logits = loss_input(output)
     if isinstance(logits, Tensor):
         return logits
-    raise RunError(f"the model gives {_described(output)}, where logits are needed, one tensor (B, K): {remedy}")
+    raise RunError(f"the model gives {described(output)}, where logits are needed, one tensor (B, K): {remedy}")
 
 
-def _described(output: Any) -> str:
+def described(output: Any) -> str:
+    """Return what messages call an output that is no tensor."""
     if isinstance(output, tuple | list):
         return f"a {type(output).__name__} of {len(output)} ({', '.join(type(each).__name__ for each in output)})"
     if isinstance(output, Mapping):

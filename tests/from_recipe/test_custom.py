@@ -288,11 +288,35 @@ def test_a_model_of_ones_own_is_given_again_to_be_used(recipe: Path, tmp_path: P
     assert measured["num_images"] == len(load_source("digits", eval_fraction=0.02).evaluation)
 
 
+def first_four(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)[:, :4]
+
+
+def twice(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    return model(images), model(images)
+
+
+def of_no_such_head(model: nn.Module, images: Tensor) -> Tensor:
+    return model.head2(images)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))}, r"gives logits of shape \(1, 7\) .* 10 classes"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(5, 10))}, "failed for an image of 32 px: RuntimeError"),
+        (
+            {"model": small_net(), "predict": first_four},
+            r"predict=.*first_four: gives logits .* 10 classes, so return logits \(B, 10\) from it",
+        ),
+        (
+            {"model": small_net(), "predict": twice},
+            r"predict=.*twice: gives a tuple of 2 \(Tensor, Tensor\) .* so return logits \(B, 10\) from it",
+        ),
+        (
+            {"model": small_net(), "predict": of_no_such_head},
+            "predict=.*of_no_such_head: failed for an image of 32 px: AttributeError",
+        ),
         ({"model": "resnet18"}, "model: must be a torch.nn.Module, got a str"),
         (
             {"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)},
