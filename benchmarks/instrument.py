@@ -34,7 +34,7 @@ def main() -> None:
     arms = [Arm(f"arm {number + 1}") for number in range(asked.arms)]
     with Starter(to_arm_request(recipe), on_gpu=hardware().gpu) as start, Bench(start) as bench:
         turn = Turn(min_steps=3, seconds=asked.seconds)
-        found = measure(arms, bench, rounds=asked.rounds, turn=turn, tell=lambda text: print(text, file=sys.stderr))
+        found = measure(arms, bench, rounds=asked.rounds, turn=turn, note=lambda text: print(text, file=sys.stderr))
     for measurement in found:
         ratio = measurement.speed_up(found[0])
         verdict = "ok" if abs(ratio.median - 1) <= 0.02 and ratio.low <= 1 <= ratio.high else "DIFFERS"

@@ -92,7 +92,7 @@ def judged(configs: list[Config], found: TuneResult, start: Starter) -> dict[str
 
 def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
     seconds, began = parse_budget(budget), time.perf_counter()
-    found = tune(recipe, seconds, hardware(), tell=say)
+    found = tune(recipe, seconds, hardware(), note=say)
     took = time.perf_counter() - began
     print(f"tune: {took:.0f} s of {seconds:.0f} s ({took / seconds:.2f})")
     print(f"  {space.difference(found.best.config, found.tried[0].config)}")
@@ -123,7 +123,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
         finalists = [Measurement(Arm("tune's choice", overrides_of(found.best.config)))]
         finalists += [Measurement(Arm(m.arm.name, m.arm.overrides)) for _, m in best]
         with Bench(start, free_bytes=free_memory_bytes) as bench:
-            collect(finalists, bench, rounds=rounds, turn=LONG, tell=say)
+            collect(finalists, bench, rounds=rounds, turn=LONG, note=say)
     ratios = [m.speed_up(finalists[0]) for m in finalists[1:]]
     for measurement, ratio in zip(finalists[1:], ratios, strict=True):
         print(f"  grid's {measurement.arm.name}: {measurement.images_per_second} images/s, / tune's choice {ratio}")
@@ -136,7 +136,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
 
 def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
     plan = Plan(rounds=rounds, only=only, without=() if only else ("compile",))
-    first, second = (ablate(recipe, plan, command="", tell=say)[0] for _ in range(2))
+    first, second = (ablate(recipe, plan, command="", note=say)[0] for _ in range(2))
     for a, b in zip(first.rows, second.rows, strict=True):
         if a.speed_up and b.speed_up:
             overlap = a.speed_up.low <= b.speed_up.high and b.speed_up.low <= a.speed_up.high
@@ -169,7 +169,7 @@ def compare_sums(recipe: Recipe, rounds: int = 7) -> None:
 
 
 def examine(recipe: Recipe, recipe_file: str) -> None:
-    diagnosis = doctor(recipe, hardware(), seconds=45, tell=say)
+    diagnosis = doctor(recipe, hardware(), seconds=45, note=say)
     print(diagnosis.verdict)
     compare_sums(recipe)
     stages = sum(diagnosis.stages.values())

@@ -112,8 +112,8 @@ def test_classes_are_matched_by_name_and_not_by_number(run: Path, tmp_path: Path
 
 def test_classes_that_the_model_does_not_know_are_refused_with_both_lists(run: Path, tmp_path: Path) -> None:
     other = draw(tmp_path / "other", {"blue": 1, "rose": 1})
-    said = r"its classes \(blue, rose\) are not the model's \(blue, green, red\): rose can't be matched"
-    with pytest.raises(DataError, match=said):
+    messages = r"its classes \(blue, rose\) are not the model's \(blue, green, red\): rose can't be matched"
+    with pytest.raises(DataError, match=messages):
         evaluate(run, f"data.dataset={other}")
 
 

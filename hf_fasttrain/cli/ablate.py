@@ -37,19 +37,19 @@ def ablate(
     folder, console = output or study.default_folder(loaded), wide_console()
     plan = study.Plan(rounds, seconds, _names(only), _names(without))
     ablation = study.load_earlier(folder, loaded) if full else None
-    whole = True
+    complete = True
     if ablation is None:
         study.require_new(folder)
         with exit_on_ctrl_c():  # nothing to keep so far
-            ablation, whole = study.ablate(loaded, plan, command=command_line(), tell=print_note)
+            ablation, complete = study.ablate(loaded, plan, command=command_line(), note=print_note)
         write_ablation(ablation, folder)
-    if full and whole:
+    if full and complete:
         with exit_on_ctrl_c():
-            ablation, whole = train_all(ablation, recipe, folder, seeds, print_note)
+            ablation, complete = train_all(ablation, recipe, folder, seeds, print_note)
             write_ablation(ablation, folder)
     print_ablation(console, ablation)
     console.print(f"{folder}: ablation.json, .md, .png, .svg, .html", markup=False)
-    if not whole:
+    if not complete:
         sys.exit(Stopped.CTRL_C)
     if full and not any(row.full for row in ablation.rows):
         raise UserError(f"no training finished; see {folder}/runs/*.log")

@@ -56,7 +56,7 @@ def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
         task = progress.add_task("", total=sum(map(len, splits)))
         advance: Callable[[int], None] = partial(progress.advance, task)
         note: Callable[[str], None] = lambda text: _print_line(console, f"note: {text}")  # noqa: E731
-        return [scan_split(split, workers=number, progress=advance, tell=note) for split in splits]
+        return [scan_split(split, workers=number, progress=advance, note=note) for split in splits]
 
 
 def _print_scan(

@@ -30,7 +30,7 @@ def doctor(
     from hf_fasttrain.study.techniques import hardware
 
     with exit_on_ctrl_c():
-        diagnosis = examine(loaded, hardware(), seconds=seconds, tell=print_note, trace=trace)
+        diagnosis = examine(loaded, hardware(), seconds=seconds, note=print_note, trace=trace)
     if as_json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:

@@ -32,9 +32,9 @@ def tune(
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)
     with exit_on_ctrl_c():  # nothing to keep so far
-        result = search(loaded, seconds, hardware(), tell=print_note)
+        result = search(loaded, seconds, hardware(), note=print_note)
     for problem in write_tuned(loaded, result, path, command=command_line(), store=store):
         print_note(problem)
     print_tuning(wide_console(), result, path)
-    if not result.whole:
+    if not result.complete:
         sys.exit(Stopped.CTRL_C)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import intervals
 from hf_fasttrain.study.arm_process import Starter, require_one_process
-from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell, collect
+from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note, Start, collect
 from hf_fasttrain.study.messages import ArmOptions, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware, PlannedArm, build_arms, hardware, select_techniques, techniques
 from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
@@ -101,7 +101,7 @@ class Plan:
     without: tuple[str, ...] = ()
 
 
-def ablate(recipe: Recipe, plan: Plan, *, command: str, tell: Tell) -> tuple[Ablation, bool]:
+def ablate(recipe: Recipe, plan: Plan, *, command: str, note: Note) -> tuple[Ablation, bool]:
     """Return the ablation of a recipe, and whether it is complete: Ctrl-C stops it and keeps what was measured.
 
     Raises RunError for a recipe that can't run here.
@@ -111,8 +111,8 @@ def ablate(recipe: Recipe, plan: Plan, *, command: str, tell: Tell) -> tuple[Abl
     with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
         arms = plan_arms(start, plan, machine)
         with Bench(start, free_bytes=free_memory_bytes, warm_seconds=min(1.0, plan.turn_seconds)) as bench:
-            measurements, whole = measure_arms(arms, bench, plan, tell)
-    return describe(recipe, arms, measurements, plan, command=command, whole=whole), whole
+            measurements, complete = measure_arms(arms, bench, plan, note)
+    return describe(recipe, arms, measurements, plan, command=command, complete=complete), complete
 
 
 def plan_arms(start: Start, plan: Plan, machine: Hardware) -> list[PlannedArm]:
@@ -125,12 +125,12 @@ def plan_arms(start: Start, plan: Plan, machine: Hardware) -> list[PlannedArm]:
     return build_arms(select_techniques(techniques(running.ready, machine), plan.only, plan.without))
 
 
-def measure_arms(arms: Sequence[PlannedArm], bench: Bench, plan: Plan, tell: Tell) -> tuple[list[Measurement], bool]:
+def measure_arms(arms: Sequence[PlannedArm], bench: Bench, plan: Plan, note: Note) -> tuple[list[Measurement], bool]:
     """Return the measurements, and whether they are complete (no Ctrl-C)."""
     measurements = [Measurement(each.arm, failed=each.arm.not_applicable) for each in arms]
     try:
         turn = Turn(min_steps=2, seconds=plan.turn_seconds)
-        collect(measurements, bench, rounds=plan.rounds, turn=turn, tell=tell)
+        collect(measurements, bench, rounds=plan.rounds, turn=turn, note=note)
     except KeyboardInterrupt:
         return measurements, False
     return measurements, True
@@ -143,7 +143,7 @@ def describe(
     plan: Plan,
     *,
     command: str,
-    whole: bool,
+    complete: bool,
 ) -> Ablation:
     """Return the ablation as a record."""
     baseline = measurements[0]
@@ -156,7 +156,7 @@ def describe(
     ]
     if recipe.augment.progressive:
         notes.append("Measured at the full image size, without augment.progressive.")
-    if not whole:
+    if not complete:
         notes.append("Stopped by Ctrl-C, before all rounds were finished.")
     arm_notes = [note for measurement in measurements if measurement.ready for note in measurement.ready.notes]
     notes += sorted({note for note in arm_notes if note.startswith("not all pixels")})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hf_fasttrain.run_folder.file_names import METRICS_FILE, RESULT_FILE
 from hf_fasttrain.study.ablate import Ablation, FullTraining, Row
-from hf_fasttrain.study.bench import Tell
+from hf_fasttrain.study.bench import Note
 from hf_fasttrain.utils.files import read_json, read_lines
 
 UNPUBLISHED = ("log.report=false", "hub=null")  # of the arms
@@ -21,7 +21,7 @@ Train = Callable[[Sequence[str], Path], str]  # (overrides, log file) -> error m
 
 
 def train_all(
-    ablation: Ablation, recipe_file: str, folder: Path, seeds: int, tell: Tell, train: Train | None = None
+    ablation: Ablation, recipe_file: str, folder: Path, seeds: int, note: Note, train: Train | None = None
 ) -> tuple[Ablation, bool]:
     """Train every arm to the end, once for each seed, and return the ablation with accuracy and time.
 
@@ -35,11 +35,11 @@ def train_all(
             for number, row in enumerate(ablation.rows):
                 if row.status == "n/a" or row.kind == "again":
                     continue
-                tell(f"training {row.name}, seed {seed + 1} of {seeds}")
+                note(f"training {row.name}, seed {seed + 1} of {seeds}")
                 run = folder / "runs" / f"{number:02d}-seed{seed}"
                 error = _train_once(train, [*ablation.overrides, *row.overrides, f"seed={seed}"], run)
                 if error:
-                    tell(f"{row.name}: {error}")
+                    note(f"{row.name}: {error}")
                 else:
                     runs.setdefault(row.name, []).append(run)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from hf_fasttrain.study.intervals import Estimate, estimate, paired_ratio
 from hf_fasttrain.study.messages import ArmOptions, Ready, Report, Turn
 from hf_fasttrain.utils.signals import signal_handler
 
-Tell = Callable[[str], None]
+Note = Callable[[str], None]
 
 
 class ArmFailed(Exception):
@@ -247,19 +247,19 @@ class Bench:
 
 
 def measure(
-    arms: Sequence[Arm], bench: Bench, *, rounds: int, turn: Turn, tell: Tell, seed: int = 0
+    arms: Sequence[Arm], bench: Bench, *, rounds: int, turn: Turn, note: Note, seed: int = 0
 ) -> list[Measurement]:
     """Return the measurements of arms after `rounds` rounds; `failed` has the reason for those without.
 
     Ctrl-C is left to the caller, who must close `bench`.
     """
     measurements = [Measurement(arm, failed=arm.not_applicable) for arm in arms]
-    collect(measurements, bench, rounds=rounds, turn=turn, tell=tell, seed=seed)
+    collect(measurements, bench, rounds=rounds, turn=turn, note=note, seed=seed)
     return measurements
 
 
 def collect(
-    measurements: Sequence[Measurement], bench: Bench, *, rounds: int, turn: Turn, tell: Tell, seed: int = 0
+    measurements: Sequence[Measurement], bench: Bench, *, rounds: int, turn: Turn, note: Note, seed: int = 0
 ) -> None:
     """Fill the measurements round by round, with a new process for each turn."""
     rng = random.Random(seed)
@@ -267,9 +267,9 @@ def collect(
         active = [measurement for measurement in measurements if not measurement.failed]
         rng.shuffle(active)
         for measurement in active:
-            tell(f"round {number + 1} of {rounds}: {measurement.arm.name}")
+            note(f"round {number + 1} of {rounds}: {measurement.arm.name}")
             try:
                 bench.turn(measurement, number, turn)
             except ArmFailed as failed:
-                tell(f"{measurement.arm.name}: {failed}")
+                note(f"{measurement.arm.name}: {failed}")
             bench.end(measurement.arm.name)

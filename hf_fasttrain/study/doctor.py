@@ -17,7 +17,7 @@ from rich.table import Table
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
-from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Tell
+from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note
 from hf_fasttrain.study.doctor_diagnosis import (
     LOADER_BOUND,
     PHASE_NAMES,
@@ -54,18 +54,18 @@ class Doctor:
         cores: int,
         *,
         seconds: float,
-        tell: Tell,
+        note: Note,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.start, self.hardware, self.cores, self.tell = start, hardware, cores, tell
+        self.start, self.hardware, self.cores, self.note = start, hardware, cores, note
         self.clock, self.until = clock, clock() + seconds
 
     def examine(self, trace: Path | None = None) -> Diagnosis:
         """Profile the training, measure its parts alone, and try faster settings; RunError if it can't run here."""
         try:
-            self.tell("profiling the training")
+            self.note("profiling the training")
             profile, ready = self._profile(trace)
-            self.tell("measuring the loader and the model separately")
+            self.note("measuring the loader and the model separately")
             loader, compute = self._halves()
         except ArmFailed as failed:
             raise RunError(f"this recipe could not be profiled here: {failed}") from None
@@ -95,7 +95,7 @@ class Doctor:
             running.turn(Turn(min_steps=3, seconds=1.0, drain=True))
             report = running.turn(PROFILE_TURN)
             if trace is not None:
-                self.tell(f"a trace of {TRACED_STEPS} steps")
+                self.note(f"a trace of {TRACED_STEPS} steps")
                 running.trace(trace.absolute(), TRACED_STEPS)
         finally:
             running.close()
@@ -134,8 +134,8 @@ class Doctor:
             ideas.append(({"accelerate.mixed_precision": "bf16" if self.hardware.bf16 else "fp16"}, ROUNDING))
         ideas.append(({"accelerate.channels_last": not config["accelerate.channels_last"]}, ""))
         if config["accelerate.micro_batch_size"] is not None and space.whole_fits(ready):
-            whole = {"accelerate.gradient_accumulation_steps": 1, "accelerate.micro_batch_size": None}
-            ideas.append((whole, "changes batch-norm statistics" if ready.has_batch_norm else ""))
+            unsplit = {"accelerate.gradient_accumulation_steps": 1, "accelerate.micro_batch_size": None}
+            ideas.append((unsplit, "changes batch-norm statistics" if ready.has_batch_norm else ""))
         return ideas
 
     def _try(self, ideas: list[tuple[dict[str, Any], str]]) -> tuple[Measurement, list[Measurement], dict[str, str]]:
@@ -154,7 +154,7 @@ class Doctor:
                     break
                 arm = Arm(" ".join(settings(change)), settings(change))
                 measurement = Measurement(arm)
-                self.tell(f"trying {arm.name}")
+                self.note(f"trying {arm.name}")
                 bench.warm_up(measurement)
                 tried.append(measurement)
                 notes[arm.name] = note
@@ -178,7 +178,7 @@ def _rate(report: Report) -> float:
     return report.images / report.seconds
 
 
-def doctor(recipe: Recipe, machine: Hardware, *, seconds: float, tell: Tell, trace: Path | None = None) -> Diagnosis:
+def doctor(recipe: Recipe, machine: Hardware, *, seconds: float, note: Note, trace: Path | None = None) -> Diagnosis:
     """Profile a recipe's training on this machine; RunError if it can't run."""
     require_one_process()
     if trace is not None and not trace.absolute().parent.is_dir():
@@ -186,7 +186,7 @@ def doctor(recipe: Recipe, machine: Hardware, *, seconds: float, tell: Tell, tra
     if trace is not None and not os.access(trace.absolute().parent, os.W_OK):
         raise RunError(f"--trace {trace}: can't be written; give another file")
     with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
-        return Doctor(start, machine, num_cores(), seconds=seconds, tell=tell).examine(trace)
+        return Doctor(start, machine, num_cores(), seconds=seconds, note=note).examine(trace)
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:

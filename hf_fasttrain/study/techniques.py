@@ -73,7 +73,7 @@ def techniques(ready: Ready, hardware: Hardware) -> list[Technique]:
     settings = ready.settings
     steps = int(settings["accelerate.gradient_accumulation_steps"])
     micro, pieces = ready.micro_batch_size, max(2, steps)
-    whole = {
+    unsplit = {
         "train.batch_size": micro,
         "accelerate.gradient_accumulation_steps": 1,
         "accelerate.micro_batch_size": None,
@@ -89,7 +89,7 @@ def techniques(ready: Ready, hardware: Hardware) -> list[Technique]:
             "ga_larger_step",
             f"GA: steps of {pieces} x {micro}",
             {"train.batch_size": pieces * micro, **in_pieces, "accelerate.micro_batch_size": micro},
-            whole,
+            unsplit,
             "" if ready.num_images >= pieces * micro else f"there are only {ready.num_images:,} training images",
             note="the same micro-batch with a larger step, which changes what is learned",
         ),
@@ -97,7 +97,7 @@ def techniques(ready: Ready, hardware: Hardware) -> list[Technique]:
             "ga_pieces",
             f"GA: steps of {micro} in micro-batches of {half}",
             {**in_pieces, "accelerate.micro_batch_size": half},
-            whole,
+            unsplit,
             "" if half < micro else f"steps of {micro} images can't be split",
             in_everything=False,
             note="the same step in smaller micro-batches, which saves memory",

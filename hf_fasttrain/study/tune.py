@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
-from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Start, Tell
+from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note, Start
 from hf_fasttrain.study.intervals import Estimate
 from hf_fasttrain.study.messages import Ready, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware
@@ -58,7 +58,7 @@ class TuneResult:
     speed_up: Estimate | None = None  # over the baseline, measured side by side at the end
     skipped: list[str] = field(default_factory=list)  # for lack of time
     seconds: float = 0.0
-    whole: bool = True  # False after Ctrl-C
+    complete: bool = True  # False after Ctrl-C
 
 
 def parse_budget(text: str) -> float:
@@ -82,12 +82,12 @@ class Tuner:
         hardware: Hardware,
         cores: int,
         *,
-        tell: Tell,
+        note: Note,
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[], int] | None = None,
     ) -> None:
         self.start, self.budget, self.hardware, self.cores = start, budget, hardware, cores
-        self.tell, self.clock = tell, clock
+        self.note, self.clock = note, clock
         self.bench = Bench(start, clock=clock, free_bytes=free_bytes, warm_seconds=0.5)
         self.start_time = clock()
         self.tried: list[Candidate] = []
@@ -111,7 +111,7 @@ class Tuner:
 
         Raises RunError if the recipe can't run here, or the budget is too short to measure its own settings.
         """
-        whole, speed_up = True, None
+        complete, speed_up = True, None
         with self.bench:
             self.baseline, self.ready = self._first()
             self.best = self.baseline or self._fitting()
@@ -120,7 +120,7 @@ class Tuner:
                 self._search()
                 speed_up = self._final()
             except KeyboardInterrupt:
-                whole = False
+                complete = False
         return TuneResult(
             self.best,
             self.baseline,
@@ -131,12 +131,12 @@ class Tuner:
             speed_up,
             self.skipped,
             self.elapsed,
-            whole,
+            complete,
         )
 
     def _first(self) -> tuple[Candidate | None, Ready]:
         """Measure the settings of the recipe."""
-        self.tell("the recipe's own settings")
+        self.note("the recipe's own settings")
         measurement = Measurement(Arm("as it is"))
         fine = self.bench.warm_up(measurement, self.left())
         if measurement.ready is None:
@@ -243,11 +243,11 @@ class Tuner:
         if limit is None and self.left(until) < cost:
             self.skipped.append(f"{block}: {measurement.arm.name}")
             return False
-        self.tell(f"{block}: {measurement.arm.name}")
+        self.note(f"{block}: {measurement.arm.name}")
         self.tried.append(candidate)
         fine = self.bench.warm_up(measurement, max(1.0, limit or min(self.left(), 4 * cost + 5)))
         if measurement.failed:
-            self.tell(f"{measurement.arm.name}: {measurement.failed}")
+            self.note(f"{measurement.arm.name}: {measurement.failed}")
         return fine
 
     def _usual_cost(self) -> float:
@@ -264,7 +264,7 @@ class Tuner:
                 limit = max(self.left(), 10 + 5 * self._usual_cost())  # in case one hangs
                 self.bench.turn(candidate.measurement, self._round, TURN, limit)
             except ArmFailed as failed:
-                self.tell(f"{candidate.measurement.arm.name}: {failed}")
+                self.note(f"{candidate.measurement.arm.name}: {failed}")
         self._round += 1
         return [candidate for candidate in candidates if candidate.measurement.is_measured]
 
@@ -284,7 +284,7 @@ class Tuner:
             if verdict is None:
                 return False
             self.guards[name] = verdict
-            self.tell(f"{name}: {verdict}{'' if verdict.is_good else ': not used'}")
+            self.note(f"{name}: {verdict}{'' if verdict.is_good else ': not used'}")
         return self.guards[name].is_good
 
     def _judge(self, name: str, config: Config, plain: Config) -> Verdict | None:
@@ -296,13 +296,13 @@ class Tuner:
         if self.left() < num_curves * (self._usual_cost() + NUM_STEPS * images * seconds_per_image):
             self.skipped.append(f"precision {name}: no time to compare it with fp32")
             return None
-        self.tell(f"comparing {name} with fp32: first gradient, {NUM_STEPS} steps at full lr")
+        self.note(f"comparing {name} with fp32: first gradient, {NUM_STEPS} steps at full lr")
         try:
             if self._fp32 is None:
                 self._fp32 = self._loss_curve({**plain, **eager}, images)
             return compare(self._loss_curve({**config, **eager}, images), self._fp32)
         except ArmFailed as failed:
-            self.tell(f"{name} is not used: it could not be compared with fp32: {failed}")
+            self.note(f"{name} is not used: it could not be compared with fp32: {failed}")
             self.skipped.append(f"precision {name}: not compared with fp32")
             return None
 
@@ -342,7 +342,7 @@ class Tuner:
                 break
             start_time = self.clock()
             self.bench.close()  # new processes for each round: these are the figures that are reported
-            self.tell(f"the best beside the recipe's own: round {self._round - since + 1}")
+            self.note(f"the best beside the recipe's own: round {self._round - since + 1}")
             self._turns([self.baseline, self.best])
             if self.best.measurement.failed or self.baseline.measurement.failed:
                 return None
@@ -360,8 +360,8 @@ class Tuner:
         return speed_up
 
 
-def tune(recipe: Recipe, budget: float, machine: Hardware, *, tell: Tell) -> TuneResult:
+def tune(recipe: Recipe, budget: float, machine: Hardware, *, note: Note) -> TuneResult:
     """Search the fastest settings of a recipe for `budget` seconds; see `Tuner.run`."""
     require_one_process()
     with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
-        return Tuner(start, budget, machine, num_cores(), tell=tell, free_bytes=free_memory_bytes).run()
+        return Tuner(start, budget, machine, num_cores(), note=note, free_bytes=free_memory_bytes).run()

@@ -110,7 +110,7 @@ def summary(result: TuneResult) -> list[str]:
         )
     elif result.baseline is result.best:
         lines.append("Nothing that was tried is faster.")
-    if not result.whole:
+    if not result.complete:
         lines.append("Interrupted by Ctrl-C: this is the best so far.")
     if result.skipped:
         lines.append(f"Not tried: {'; '.join(dict.fromkeys(result.skipped))}")

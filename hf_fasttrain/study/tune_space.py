@@ -17,15 +17,15 @@ MATH_KEYS = ("accelerate.mixed_precision", "accelerate.matmul_precision", "accel
 def first_config(ready: Ready) -> Config:
     """Return the settings of the recipe, with `auto` resolved by the fixed rules."""
     config = {key: ready.settings.get(key) for key in TUNED_KEYS}
-    whole = int(ready.settings["accelerate.gradient_accumulation_steps"]) == 1
-    config["accelerate.micro_batch_size"] = None if whole else ready.micro_batch_size
+    unsplit = int(ready.settings["accelerate.gradient_accumulation_steps"]) == 1
+    config["accelerate.micro_batch_size"] = None if unsplit else ready.micro_batch_size
     return config
 
 
 def overrides_of(config: Config) -> tuple[str, ...]:
     """Return a config as overrides; gradient accumulation follows from the micro-batch."""
-    whole = config["accelerate.micro_batch_size"] is None  # only `auto` may split a step
-    return settings({"accelerate.gradient_accumulation_steps": 1 if whole else "auto", **config})
+    unsplit = config["accelerate.micro_batch_size"] is None  # only `auto` may split a step
+    return settings({"accelerate.gradient_accumulation_steps": 1 if unsplit else "auto", **config})
 
 
 def difference(config: Config, base: Config) -> str:

@@ -86,9 +86,9 @@ for path in sys.argv[2:]:
 
 def fresh(jobs: list[tuple[str, list[list[str]]]]) -> tuple[list[str], list[str]]:
     """Return what programs print, each run with each list of arguments, and which big packages were imported."""
-    asked = json.dumps([{"code": code, "runs": runs} for code, runs in jobs])
+    request = json.dumps([{"code": code, "runs": runs} for code, runs in jobs])
     command = [sys.executable, "-I", "-c", RUNNER]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     answers, imported = json.loads(done.stdout.splitlines()[-1])
     return answers, imported
@@ -197,14 +197,14 @@ def test_timm_and_transformers_give_the_logits_of_evaluation(
     few = [photos[number] for number in (0, 3, 7)]
     for name, (run, exported) in runs.items():
         expected, multi = evaluated(run, photos), bool(PARTS[name][2].get("multi_label"))
-        place = str(exported.folder)
+        model_dir = str(exported.folder)
         programs = {
-            "timm": (TIMM_LOGITS, timm_snippet(f"local-dir:{place}", multi_label=multi)),
-            "transformers": (TRANSFORMERS_LOGITS, transformers_snippet(place)),
+            "timm": (TIMM_LOGITS, timm_snippet(f"local-dir:{model_dir}", multi_label=multi)),
+            "transformers": (TRANSFORMERS_LOGITS, transformers_snippet(model_dir)),
         }
         for form in set(programs) & set(exported.forms):
             logits, snippet = programs[form]
-            jobs += [(logits, [[place, *photos]]), (snippet, [[photo] for photo in few])]
+            jobs += [(logits, [[model_dir, *photos]]), (snippet, [[photo] for photo in few])]
             checks.append((f"{form}: {name}", expected, multi))
     assert len(checks) == 9
     answers, _ = fresh(jobs)
@@ -335,7 +335,7 @@ class OwnModel(PreTrainedModel):
 
 
 @pytest.fixture
-def kept(tmp_path: Path, configs: Path) -> Path:
+def trained_run(tmp_path: Path, configs: Path) -> Path:
     """Return a run with checkpoints of steps 2 and 4, of which 2 was best and has a moving average."""
     run = tmp_path / "kept"
     spec = ModelSpec(f"transformers:{configs / 'vit'}", CLASSES, 48, preprocessing=replace(CENTER, crop_mode="squash"))
@@ -351,22 +351,22 @@ def kept(tmp_path: Path, configs: Path) -> Path:
 
 
 @pytest.mark.parametrize(("weights", "factor"), [("best", 3), ("step_2", 3), ("step_4", 4)])
-def test_weights_of_checkpoints(kept: Path, tmp_path: Path, weights: str, factor: int) -> None:
-    exported = export_run(kept, tmp_path / "out", weights=weights)
+def test_weights_of_checkpoints(trained_run: Path, tmp_path: Path, weights: str, factor: int) -> None:
+    exported = export_run(trained_run, tmp_path / "out", weights=weights)
     assert exported.folder == tmp_path / "out"
-    was, got = (load_model(folder)[0].state_dict() for folder in (kept / "model", tmp_path / "out"))
+    was, got = (load_model(folder)[0].state_dict() for folder in (trained_run / "model", tmp_path / "out"))
     assert all(torch.equal(got[name], was[name] * factor) for name in was)
 
 
-def test_the_best_evaluation_may_be_the_last(kept: Path, tmp_path: Path) -> None:
-    (kept / "result.json").write_text(json.dumps({"steps": 9, "best": {"step": 9}}))
-    export_run(kept, tmp_path / "out", weights="best")
-    files = [(folder / "model.safetensors").read_bytes() for folder in (kept / "model", tmp_path / "out")]
+def test_the_best_evaluation_may_be_the_last(trained_run: Path, tmp_path: Path) -> None:
+    (trained_run / "result.json").write_text(json.dumps({"steps": 9, "best": {"step": 9}}))
+    export_run(trained_run, tmp_path / "out", weights="best")
+    files = [(folder / "model.safetensors").read_bytes() for folder in (trained_run / "model", tmp_path / "out")]
     assert files[0] == files[1]
 
 
-def test_mistakes(kept: Path, tmp_path: Path) -> None:
-    def refused(text: str, run: Path = kept, output: Path | None = tmp_path / "out", **options: Any) -> None:
+def test_mistakes(trained_run: Path, tmp_path: Path) -> None:
+    def refused(text: str, run: Path = trained_run, output: Path | None = tmp_path / "out", **options: Any) -> None:
         with pytest.raises(RunError, match=text) as caught:
             export_run(run, output, **options)
         assert "\n" not in str(caught.value)
@@ -376,15 +376,15 @@ def test_mistakes(kept: Path, tmp_path: Path) -> None:
     refused(r"no checkpoint of step 3 \(weights=step_3\); available: step_2, step_4$", weights="step_3")
     refused(r"weights=newest: allowed are last, best and step_N", weights="newest")
     refused(r"model holds the weights that result\.json describes; give another folder", output=None, weights="best")
-    marker = kept / "checkpoints" / "step_00000002" / "model.safetensors"
+    marker = trained_run / "checkpoints" / "step_00000002" / "model.safetensors"
     marker.write_bytes(marker.read_bytes()[:-1] + b"?")
     refused(r"step_00000002 is corrupt", weights="best")
     other = Snapshot(6, {}, {"model": {"model.x": torch.zeros(1)}}, {})
-    save_checkpoint(kept / "checkpoints", other)
+    save_checkpoint(trained_run / "checkpoints", other)
     refused(r"step_00000006: weights of another model: ", weights="step_6")
-    shutil.rmtree(kept / "checkpoints")
+    shutil.rmtree(trained_run / "checkpoints")
     refused(r"no checkpoint of step 2 \(weights=best\); available: none", weights="best")
-    (kept / "result.json").write_text("{}")
+    (trained_run / "result.json").write_text("{}")
     refused(r"it has no best evaluation \(result\.json\)", weights="best")
     assert not (tmp_path / "out").exists()
 
@@ -393,51 +393,53 @@ def test_mistakes(kept: Path, tmp_path: Path) -> None:
     refused(r"mine exists and is not a model folder of hf_fasttrain", output=tmp_path / "mine")
     refused(r"thesis\.txt exists and is not a model folder", output=tmp_path / "mine" / "thesis.txt")
     refused(r"below: can't be written: Not a directory", output=tmp_path / "mine" / "thesis.txt" / "below")
-    (kept / "model" / "notes.md").write_text("mine")
+    (trained_run / "model" / "notes.md").write_text("mine")
     refused(r"holds files that export did not write \(notes\.md\); move them, or give another output", output=None)
-    assert (kept / "model" / "notes.md").exists()
+    assert (trained_run / "model" / "notes.md").exists()
 
 
 @needs_onnx
-def test_an_earlier_onnx_file_that_is_not_written_anew_is_named(kept: Path) -> None:
-    (kept / "model" / "model.onnx").write_bytes(b"an earlier one")
-    assert "model.onnx of an earlier export was removed; --onnx writes it again" in export_run(kept).notes
+def test_an_earlier_onnx_file_that_is_not_written_anew_is_named(trained_run: Path) -> None:
+    (trained_run / "model" / "model.onnx").write_bytes(b"an earlier one")
+    assert "model.onnx of an earlier export was removed; --onnx writes it again" in export_run(trained_run).notes
 
 
-def test_a_folder_with_other_files_is_not_replaced(kept: Path) -> None:
-    (kept / "model" / ".git").mkdir()
+def test_a_folder_with_other_files_is_not_replaced(trained_run: Path) -> None:
+    (trained_run / "model" / ".git").mkdir()
     with pytest.raises(RunError, match=r"holds files that export did not write \(\.git\); move them"):
-        export_run(kept)
-    assert (kept / "model" / ".git").is_dir()
+        export_run(trained_run)
+    assert (trained_run / "model" / ".git").is_dir()
 
 
-def test_a_link_to_a_folder_stays_one(kept: Path, tmp_path: Path) -> None:
-    (kept / "model").rename(tmp_path / "elsewhere")
-    (kept / "model").symlink_to(tmp_path / "elsewhere")
+def test_a_link_to_a_folder_stays_one(trained_run: Path, tmp_path: Path) -> None:
+    (trained_run / "model").rename(tmp_path / "elsewhere")
+    (trained_run / "model").symlink_to(tmp_path / "elsewhere")
     for _ in range(2):
-        export_run(kept)
-    assert (kept / "model").is_symlink()
+        export_run(trained_run)
+    assert (trained_run / "model").is_symlink()
     assert (tmp_path / "elsewhere" / "model.safetensors").exists()
 
 
-def test_the_current_directory_is_never_replaced(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_is_never_replaced(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hf_fasttrain.report.report import write_report
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(RunError, match="here: is the current directory and would be overwritten; give a subfolder"):
-        export_run(kept, Path("."))
+        export_run(trained_run, Path("."))
     with pytest.raises(RunError, match="the report could not be written: Is a directory"):
-        write_report([kept], Path("."))
+        write_report([trained_run], Path("."))
 
 
-def test_mistakes_about_onnx(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path.name: path.read_bytes() for path in (kept / "model").iterdir()}
+def test_mistakes_about_onnx(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in (trained_run / "model").iterdir()}
 
     def refused(text: str) -> None:
         with pytest.raises(RunError, match=text):
-            export_run(kept, onnx=True)
-        assert {path.name: path.read_bytes() for path in (kept / "model").iterdir()} == before
+            export_run(trained_run, onnx=True)
+        assert {path.name: path.read_bytes() for path in (trained_run / "model").iterdir()} == before
 
     if HAS_ONNX:
         with monkeypatch.context() as patched:
@@ -460,6 +462,6 @@ def test_mistakes_about_onnx(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_onnx
-def test_the_terminal_stays_clean(kept: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    in_child(lambda: export_run(kept, onnx=True))
+def test_the_terminal_stays_clean(trained_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    in_child(lambda: export_run(trained_run, onnx=True))
     assert capfd.readouterr() == ("", "")

@@ -219,6 +219,6 @@ def test_commands_let_threads_sleep_soon_unless_the_user_says_how_they_wait(give
     )
     environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
-    assert said[0] == given.get("GOMP_SPINCOUNT", "None")  # importing sets nothing
-    assert said[-1] == f"{spins} False"
+    messages = done.stdout.splitlines()
+    assert messages[0] == given.get("GOMP_SPINCOUNT", "None")  # importing sets nothing
+    assert messages[-1] == f"{spins} False"

@@ -171,8 +171,8 @@ def test_a_report_that_fails_harms_nothing(
     monkeypatch.setattr("hf_fasttrain.report.report.write_page", broken)
     run = tmp_path / "run"
     assert exit_status([str(write_recipe(RECIPE)), f"output_dir={run}"]) == 0
-    said = capsys.readouterr().out
-    assert f'no report: "somebody\'s drawing"; `hf-fasttrain report {run}` writes it later' in said
+    messages = capsys.readouterr().out
+    assert f'no report: "somebody\'s drawing"; `hf-fasttrain report {run}` writes it later' in messages
     assert (run / "result.json").exists()
 
 
@@ -210,9 +210,9 @@ def test_images_that_are_gone_cost_only_the_pictures(
 
     trainer.publish.show = remove_first
     trainer.fit()
-    said = capsys.readouterr().out
-    assert "note: the report has no training images: " in said
-    assert "note: the report does not show the worst mistakes: " in said
+    messages = capsys.readouterr().out
+    assert "note: the report has no training images: " in messages
+    assert "note: the report does not show the worst mistakes: " in messages
     assert (run / "report.html").exists()
     assert len(Predictions.load(run / PREDICTIONS_FILE).labels) == 12
 

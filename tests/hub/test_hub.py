@@ -27,7 +27,7 @@ from hf_fasttrain.utils.errors import RunError
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that holds a run in `runs/small`; the tests read it and change only copies."""
     home = tmp_path_factory.mktemp("somebody")
     write_run(home / "runs" / "small", home)
@@ -35,8 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(made: Path) -> Path:
-    return made / "runs" / "small"
+def run(workspace: Path) -> Path:
+    return workspace / "runs" / "small"
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def test_bytes_arrive_as_they_went_in_one_commit(hub: Hub, run: Path) -> None:
     assert hub.cards == [repo.files["README.md"].decode()]
 
 
-def test_nothing_pushed_holds_a_local_path(hub: Hub, run: Path, made: Path) -> None:
+def test_nothing_pushed_holds_a_local_path(hub: Hub, run: Path, workspace: Path) -> None:
     push_run(run, "me/flowers")
     files = hub.repos["me/flowers"].files
     for name, content in files.items():
-        for part in (str(made), str(made.parent), made.name, "my photos", str(Path.home()) + "/", TOKEN):
+        for part in (str(workspace), str(workspace.parent), workspace.name, "my photos", str(Path.home()) + "/", TOKEN):
             assert part.encode() not in content, (name, part)
     recipe = files["recipe.yaml"].decode()
     assert recipe == RECIPE.format(run="small", photos="flowers", weights="w.safetensors")
@@ -80,8 +80,8 @@ def test_settings_that_were_local_paths_in_training_are_scrubbed_everywhere(hub:
         "model: {name: test_resnet, pretrained: old/w.safetensors}\ndata: {dataset: data/flowers}\n"
         "train: {duration: 2 steps, batch_size: 16}\n"
     )
-    facts = {"local": {"value": ["data.dataset", "model.pretrained"], "origin": "", "tag": "fact"}}
-    (copied / "resolved.yaml").write_text(json.dumps(facts))
+    resolved = {"local": {"value": ["data.dataset", "model.pretrained"], "origin": "", "tag": "fact"}}
+    (copied / "resolved.yaml").write_text(json.dumps(resolved))
     push_run(copied, "me/flowers")
     files = hub.repos["me/flowers"].files
     assert YAML(typ="safe", pure=True).load(files["recipe.yaml"].decode()) == {
@@ -228,8 +228,8 @@ def answers_of_snippets(readme: bytes, image: Path) -> list[list[list[str]]]:
     """Return what each of a card's programs prints for an image, run as they are in a process of their own."""
     codes = [part.split("```")[0] for part in readme.decode().split("```python\n")[1:]]
     command = [sys.executable, "-c", RUN_SNIPPETS]
-    asked = json.dumps([codes, str(image)])
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=90, cwd=image.parent)
+    request = json.dumps([codes, str(image)])
+    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=90, cwd=image.parent)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -256,9 +256,9 @@ def test_the_card_s_programs_open_the_pushed_model(hub: Hub, copied: Path, image
     answers = answers_of_snippets(files["README.md"], image)
     assert len(answers) == 3  # timm, transformers, onnxruntime
     for answer in answers:
-        for (score, name), (wanted, class_name) in zip(answer, expected_answer(copied, image), strict=True):
+        for (score, name), (expected, class_name) in zip(answer, expected_answer(copied, image), strict=True):
             assert name == class_name
-            assert float(score) == pytest.approx(float(wanted), abs=2e-5)
+            assert float(score) == pytest.approx(float(expected), abs=2e-5)
     assert b"hf-fasttrain predict hf://me/flowers IMAGE..." in files["README.md"]
 
 
@@ -306,7 +306,7 @@ def test_a_transformers_model_of_a_local_folder_is_loaded_by_transformers(
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("/home/me/data", "data"),
         ("~/data/flowers/", "flowers"),
@@ -323,8 +323,8 @@ def test_a_transformers_model_of_a_local_folder_is_loaded_by_transformers(
         ("me/flowers", "me/flowers"),
     ],
 )
-def test_paths_are_cut_to_their_last_component(text: str, wanted: str) -> None:
-    assert Scrubber([]).value(text) == wanted
+def test_paths_are_cut_to_their_last_component(text: str, expected: str) -> None:
+    assert Scrubber([]).value(text) == expected
 
 
 def test_a_relative_path_is_local_if_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,8 +416,8 @@ def test_offline_mode_is_named(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command_with_hf_endpoint_set(run: Path, tmp_path: Path) -> None:
     with running_hub() as hub:
-        own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        env = {**os.environ, **own, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        hub_env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        env = {**os.environ, **hub_env, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, "-m", "hf_fasttrain", "push", str(run), "me/flowers", "--private"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

@@ -54,9 +54,9 @@ class Said(list[str]):
         self.append(text)
 
 
-def pusher_of(run: Path, said: Said, **options: object) -> Pusher:
+def pusher_of(run: Path, messages: Said, **options: object) -> Pusher:
     about = {"machine": {"device": "cpu"}, "versions": {}}
-    return Pusher(run, PushOptions("me/digits", **{"every": 1, **options}), lambda folder: None, about, said)
+    return Pusher(run, PushOptions("me/digits", **{"every": 1, **options}), lambda folder: None, about, messages)
 
 
 def weights_of(run: Path) -> bytes:
@@ -217,10 +217,10 @@ LASTING = {
 @pytest.mark.parametrize("name", LASTING)
 def test_permanent_errors_are_reported_and_a_later_push_finishes(hub: Hub, run: Path, name: str) -> None:
     fault, message = LASTING[name]
-    hub.faults, said = [fault], Said()
+    hub.faults, messages = [fault], Said()
     seconds = 3.0 if fault.kind == "hang" else 10.0  # of which 10 are kept for the process to start and report
-    pusher_of(run, said, private=True, wait_seconds=seconds).finished(2)
-    announced, text = said
+    pusher_of(run, messages, private=True, wait_seconds=seconds).finished(2)
+    announced, text = messages
     assert announced == f"pushing to me/digits: {seconds / 60:g} minutes at most, Ctrl-C skips it"
     assert text.startswith("trained to the end, but not pushed: push to me/digits: ")
     assert re.search(message, text), text
@@ -235,9 +235,9 @@ def test_permanent_errors_are_reported_and_a_later_push_finishes(hub: Hub, run: 
 
 
 def test_uploaded_files_are_not_sent_again(hub: Hub, run: Path) -> None:
-    hub.faults, said = [Fault("/commit/main", 400, times=999)], Said()
-    pusher_of(run, said).finished(2)
-    assert "not pushed" in said[1]
+    hub.faults, messages = [Fault("/commit/main", 400, times=999)], Said()
+    pusher_of(run, messages).finished(2)
+    assert "not pushed" in messages[1]
     (name,) = hub.received
     hub.faults.clear()
     push_run(run, "me/digits")
@@ -262,16 +262,16 @@ def make_checkpoint(run: Path, step: int) -> Path:
     return save_checkpoint(run / "checkpoints", Snapshot(step, {"state": state}, {"model": weights}, {}))
 
 
-def described_pusher(run: Path, said: Said, **options: object) -> Pusher:
-    pusher = pusher_of(run, said, **options)
+def described_pusher(run: Path, messages: Said, **options: object) -> Pusher:
+    pusher = pusher_of(run, messages, **options)
     texts = {path.name: path.read_bytes() for path in (run / "model").glob("*.json")}
     pusher.describe = lambda folder: [(folder / name).write_bytes(text) for name, text in texts.items()]
     return pusher
 
 
 def test_of_those_that_wait_the_newest_is_pushed(hub: Hub, run: Path) -> None:
-    hub.faults, said = [Fault("POST /api/repos/create", kind="hang")], Said()
-    pusher = described_pusher(run, said, stalled_seconds=3.0)
+    hub.faults, messages = [Fault("POST /api/repos/create", kind="hang")], Said()
+    pusher = described_pusher(run, messages, stalled_seconds=3.0)
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
     while not hub.requests:
         time.sleep(0.01)
@@ -283,7 +283,7 @@ def test_of_those_that_wait_the_newest_is_pushed(hub: Hub, run: Path) -> None:
     thread.join(60)
     assert [commit["summary"] for commit in hub.repos["me/digits"].commits] == ["Step 1", "Step 3"]
     pusher.close()
-    assert said == []
+    assert messages == []
 
 
 def test_pushes_rest_while_training_needs_the_cores(hub: Hub, run: Path) -> None:
@@ -299,8 +299,8 @@ def test_pushes_rest_while_training_needs_the_cores(hub: Hub, run: Path) -> None
 
 
 def test_a_checkpoint_may_be_pruned_while_it_is_pushed(hub: Hub, run: Path) -> None:
-    said = Said()
-    pusher, checkpoint = described_pusher(run, said), make_checkpoint(run, 1)
+    messages = Said()
+    pusher, checkpoint = described_pusher(run, messages), make_checkpoint(run, 1)
     content = (checkpoint / "model.safetensors").read_bytes()
     pusher.saved(checkpoint, 1, best=True)
     shutil.rmtree(checkpoint)
@@ -313,21 +313,21 @@ def test_a_checkpoint_may_be_pruned_while_it_is_pushed(hub: Hub, run: Path) -> N
 def test_a_push_that_failed_is_tried_again_while_training(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_fasttrain.hub.background.PAUSES", (0.1, 0.1))
     monkeypatch.setattr("hf_fasttrain.hub.background.PATIENCE_SECONDS", 0.0)
-    hub.faults, said = [Fault("POST /api/repos/create", 500)], Said()
-    pusher = described_pusher(run, said)
+    hub.faults, messages = [Fault("POST /api/repos/create", 500)], Said()
+    pusher = described_pusher(run, messages)
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
     thread = pusher._thread
     if thread is not None:
         thread.join(60)
     assert len(hub.repos["me/digits"].commits) == 1
-    assert len(said) == 1
-    assert said[0].startswith("hub: push to me/digits: ")
-    assert said[0].endswith("; training continues, retried later")
+    assert len(messages) == 1
+    assert messages[0].startswith("hub: push to me/digits: ")
+    assert messages[0].endswith("; training continues, retried later")
 
 
 def test_a_full_disk_stops_nothing(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = Said()
-    pusher = described_pusher(run, said)
+    messages = Said()
+    pusher = described_pusher(run, messages)
     checkpoint = make_checkpoint(run, 1)
 
     def full(folder: Path) -> None:
@@ -336,16 +336,18 @@ def test_a_full_disk_stops_nothing(hub: Hub, run: Path, monkeypatch: pytest.Monk
     pusher.describe = full
     for step in (1, 2):
         pusher.saved(checkpoint, step, best=True)
-    assert said == ["hub: could not prepare an upload to me/digits: No space left on device; training continues"]
+    assert messages == ["hub: could not prepare an upload to me/digits: No space left on device; training continues"]
 
 
 def test_ctrl_c_ends_the_waiting(hub: Hub, run: Path) -> None:
-    hub.faults, said = [Fault("POST /api", times=99, kind="hang")], Said()
-    pusher = pusher_of(run, said)
+    hub.faults, messages = [Fault("POST /api", times=99, kind="hang")], Said()
+    pusher = pusher_of(run, messages)
     threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
     pusher.finished(2)
     command = f"hf-fasttrain push {run} me/digits"
-    assert said[1] == f"trained to the end, but not pushed: push to me/digits: interrupted by a signal; then {command}"
+    assert (
+        messages[1] == f"trained to the end, but not pushed: push to me/digits: interrupted by a signal; then {command}"
+    )
     assert pusher._process.poll() is not None
 
 
@@ -359,9 +361,9 @@ def test_an_uploader_that_dies_is_named(run: Path, hub: Hub, monkeypatch: pytest
     monkeypatch.setattr(
         subprocess, "Popen", lambda command, **options: real([command[0], "-c", "raise SystemExit('gone')"], **options)
     )
-    said = Said()
-    pusher_of(run, said).finished(2)
-    assert "the upload failed (gone); then hf-fasttrain push" in said[1]
+    messages = Said()
+    pusher_of(run, messages).finished(2)
+    assert "the upload failed (gone); then hf-fasttrain push" in messages[1]
 
 
 def test_the_best_evaluation_s_weights_are_not_the_last_ones(hub: Hub, run: Path) -> None:
@@ -400,11 +402,11 @@ def test_results_that_are_not_written_are_not_pushed(hub: Hub, run: Path) -> Non
     from hf_fasttrain.report.callback import Publish
     from hf_fasttrain.train.log import RunLog
 
-    said, log = Said(), RunLog(run)
-    log.say = said  # type: ignore[method-assign]
+    messages, log = Said(), RunLog(run)
+    log.say = messages  # type: ignore[method-assign]
     log.lost = [f"{run / 'model'}: No space left on device"]
-    Publish(run, log, report=False, pusher=pusher_of(run, said)).publish(2, None)
-    assert said == [f"not pushed: model could not be written; when they are: hf-fasttrain push {run} me/digits"]
+    Publish(run, log, report=False, pusher=pusher_of(run, messages)).publish(2, None)
+    assert messages == [f"not pushed: model could not be written; when they are: hf-fasttrain push {run} me/digits"]
     assert hub.requests == []
 
 
@@ -412,11 +414,11 @@ def test_an_error_in_making_ready_is_said_and_training_goes_on(run: Path) -> Non
     from hf_fasttrain.report.callback import Publish
     from hf_fasttrain.train.log import RunLog
 
-    said = Said()
-    pusher = pusher_of(run, said)
+    messages = Said()
+    pusher = pusher_of(run, messages)
     pusher.describe = lambda folder: {}["a key"]
     Publish(run, RunLog(run), pusher=pusher).saved(make_checkpoint(run, 1), 1, best=True)
-    assert said == ["hub: could not prepare an upload to me/digits: 'a key'; training continues"]
+    assert messages == ["hub: could not prepare an upload to me/digits: 'a key'; training continues"]
 
 
 def test_nothing_is_staged_after_the_end(run: Path) -> None:
@@ -463,12 +465,12 @@ def test_an_uploader_ends_when_its_training_is_killed(hub: Hub, run: Path) -> No
 def test_sigterm_while_a_push_is_waited_for_leaves_it_off(hub: Hub, run: Path) -> None:
     from hf_fasttrain.utils.signals import interruptible
 
-    hub.faults, said = [Fault("POST /api", times=99, kind="hang")], Said()
-    pusher = pusher_of(run, said)
+    hub.faults, messages = [Fault("POST /api", times=99, kind="hang")], Said()
+    pusher = pusher_of(run, messages)
     threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     with interruptible():
         pusher.finished(2)
-    assert "interrupted by a signal; then hf-fasttrain push" in said[1]
+    assert "interrupted by a signal; then hf-fasttrain push" in messages[1]
 
 
 def test_trainers_push_as_the_command_does(hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -77,19 +77,19 @@ def test_a_new_head_begins_with_the_loss_of_uniform_logits(family: str, tmp_path
     for norm in (m for m in seven.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d) and m.weight is not None):
         nn.init.constant_(norm.weight, 2.0)  # as large features as trained ones have
     save_weights(seven, tmp_path)
-    said: list[str] = []
+    messages: list[str] = []
     file = str(tmp_path / "model.safetensors")
-    model = build_model(spec(name, FIVE, size, args=args), file, note=said.append)
+    model = build_model(spec(name, FIVE, size, args=args), file, note=messages.append)
     heads = len(logits_layers(model, 5))
     assert heads == (2 if "distilled" in family else 1)
     theirs, ours = seven.state_dict(), model.state_dict()
     changed = [key for key in ours if ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key])]
     assert len(changed) <= 2 * heads  # weight and bias: everything else is loaded
     assert all(ours[key].shape[0] == 5 for key in changed)
-    assert f"{len(changed)} of {len(ours)} tensors" in said[0]
-    assert changed[0] in said[0]
-    assert "has a head for 7 classes, the dataset has 5 classes" in said[0]
-    assert "model.head=keep" not in said[0]  # it would not fit
+    assert f"{len(changed)} of {len(ours)} tensors" in messages[0]
+    assert changed[0] in messages[0]
+    assert "has a head for 7 classes, the dataset has 5 classes" in messages[0]
+    assert "model.head=keep" not in messages[0]  # it would not fit
     assert first_losses(model, 5, size) == pytest.approx([1.0] * 3, rel=0.2)
 
 
@@ -118,10 +118,10 @@ def test_new_heads_of_transformers_begin_at_zero_and_are_listed(hub_models: list
         assert head_names(build_model(spec(name, FIVE, size))) == [f"model.{head}" for head in heads]
         folder = name.removeprefix("transformers:")
         for pretrained in (True, folder, f"{folder}/model.safetensors"):
-            said: list[str] = []
-            model = build_model(spec(name, FIVE, size), pretrained, note=said.append)
+            messages: list[str] = []
+            model = build_model(spec(name, FIVE, size), pretrained, note=messages.append)
             assert first_losses(model, 5, size) == pytest.approx([1.0] * 3, rel=0.2)
-            assert all(f"{head}.weight, {head}.bias" in said[0] for head in heads)
+            assert all(f"{head}.weight, {head}.bias" in messages[0] for head in heads)
 
 
 def test_from_scratch_the_head_stays_as_its_library_draws_it(hub_models: list[str]) -> None:
@@ -154,12 +154,12 @@ def test_a_head_is_kept_for_the_same_class_names_in_any_order(tmp_path: Path, hu
         (folder, True),
     ]
     for name, pretrained in places:
-        said: list[str] = []
-        assert torch.equal(head_of(build_model(spec(name, FIVE), pretrained, note=said.append), 5), weight)
-        assert said[0].startswith("model.head: kept, because")
-        turned = build_model(spec(name, FIVE[::-1]), pretrained, note=said.append)
+        messages: list[str] = []
+        assert torch.equal(head_of(build_model(spec(name, FIVE), pretrained, note=messages.append), 5), weight)
+        assert messages[0].startswith("model.head: kept, because")
+        turned = build_model(spec(name, FIVE[::-1]), pretrained, note=messages.append)
         assert torch.equal(head_of(turned, 5), weight.flip(0))
-        assert "its rows are reordered" in said[1]
+        assert "its rows are reordered" in messages[1]
     theirs = load_file(Path(hub_models[0].removeprefix("transformers:")) / "model.safetensors")["classifier.weight"]
     kept = head_of(build_model(spec(hub_models[0], SEVEN[::-1]), True), 7)
     assert torch.equal(kept, theirs.flip(0))
@@ -167,19 +167,19 @@ def test_a_head_is_kept_for_the_same_class_names_in_any_order(tmp_path: Path, hu
 
 def test_names_that_are_written_differently_are_the_same(tmp_path: Path) -> None:
     folder, weight = saved(tmp_path / "model", ["Rose", "lily", "007"])
-    said: list[str] = []
-    model = build_model(spec("test_efficientnet", ["7", "lily", "rose"]), folder, note=said.append)
+    messages: list[str] = []
+    model = build_model(spec("test_efficientnet", ["7", "lily", "rose"]), folder, note=messages.append)
     assert torch.equal(head_of(model, 3), weight.flip(0))
-    assert "the same class names, written differently ('7' is '007', 'rose' is 'Rose'), in another order" in said[0]
-    said.clear()
-    build_model(spec("test_efficientnet", ["rose", "lily", "Rose"]), folder, note=said.append)
-    assert "is for other classes" in said[0]  # two that would be the same
+    assert "the same class names, written differently ('7' is '007', 'rose' is 'Rose'), in another order" in messages[0]
+    messages.clear()
+    build_model(spec("test_efficientnet", ["rose", "lily", "Rose"]), folder, note=messages.append)
+    assert "is for other classes" in messages[0]  # two that would be the same
 
 
 def test_weights_of_another_model_are_refused_by_its_name(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "model", FIVE)
-    said = r"weights of another model: \d+ tensors missing \(.*\), \d+ tensors unknown .* \(these are of test_eff"
-    with pytest.raises(ModelError, match=said):
+    messages = r"weights of another model: \d+ tensors missing \(.*\), \d+ tensors unknown .* \(these are of test_eff"
+    with pytest.raises(ModelError, match=messages):
         build_model(spec("test_resnet", FIVE), folder)
 
 
@@ -190,22 +190,22 @@ def test_as_many_classes_of_other_names_get_a_new_head(tmp_path: Path, hub_model
         (folder, True, ["v", "w", "x", "y", "q"]),
         (hub_models[0], True, list("1234567")),
     ):
-        said: list[str] = []
-        model = build_model(spec(name, others), pretrained, note=said.append)
+        messages: list[str] = []
+        model = build_model(spec(name, others), pretrained, note=messages.append)
         assert not head_of(model, len(others)).any()
-        assert "is for other classes" in said[0]
+        assert "is for other classes" in messages[0]
 
 
 def test_keep_and_new_override_auto(tmp_path: Path) -> None:
     folder, weight = saved(tmp_path / "model", FIVE)
-    others, said = ["1", "2", "3", "4", "5"], list[str]()
+    others, messages = ["1", "2", "3", "4", "5"], list[str]()
     for name, pretrained in (("test_efficientnet", folder), (folder, True)):
-        kept = build_model(spec(name, others), pretrained, head="keep", note=said.append)
+        kept = build_model(spec(name, others), pretrained, head="keep", note=messages.append)
         assert torch.equal(head_of(kept, 5), weight)
-        assert said[-1].startswith("model.head=keep: kept, though")
-        assert "output 0 now means '1'" in said[-1]
-        assert not head_of(build_model(spec(name, FIVE), pretrained, head="new", note=said.append), 5).any()
-        assert "since model.head=new" in said[-1]
+        assert messages[-1].startswith("model.head=keep: kept, though")
+        assert "output 0 now means '1'" in messages[-1]
+        assert not head_of(build_model(spec(name, FIVE), pretrained, head="new", note=messages.append), 5).any()
+        assert "since model.head=new" in messages[-1]
         with pytest.raises(ModelError, match=r"model.head=keep: .* has a head .* classes.*, the dataset has 3 classes"):
             build_model(spec(name, others[:3]), pretrained, head="keep")
 
@@ -221,15 +221,15 @@ def test_a_finished_run_is_loaded_with_its_head(tmp_path: Path, hub_models: list
 
 
 def test_positions_of_transformers_are_resized_and_other_misfits_refused(hub_models: list[str]) -> None:
-    vit, said = hub_models[0], list[str]()
+    vit, messages = hub_models[0], list[str]()
     table = "model.vit.embeddings.position_embeddings"
     before = build_model(spec(vit, SEVEN), True).state_dict()[table]
-    model = build_model(spec(vit, SEVEN, 64, args={"image_size": 64}), True, note=said.append)
+    model = build_model(spec(vit, SEVEN, 64, args={"image_size": 64}), True, note=messages.append)
     after = model.state_dict()[table]
     assert after.shape == (1, 65, 16)
     assert torch.equal(after[:, 0], before[:, 0])  # the class token's
     assert (after[:, 1:].mean(1) - before[:, 1:].mean(1)).abs().max() < 0.01
-    assert "position_embeddings is resized from 17 to 65 positions" in said[0]
+    assert "position_embeddings is resized from 17 to 65 positions" in messages[0]
     from_file = build_model(spec(vit, SEVEN, 64), vit.removeprefix("transformers:"))
     assert torch.equal(from_file.state_dict()[table], after)
     with pytest.raises(ModelError, match=r"weights of another model: 3 tensors of other shape"):
@@ -247,11 +247,11 @@ def test_weights_that_a_published_model_lacks_are_said(hub_models: list[str], tm
         name: value for name, value in weights.items() if "layernorm.weight" not in name and "classifier" not in name
     }
     save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    said: list[str] = []
-    model = build_model(spec(f"transformers:{tmp_path}", SEVEN), True, note=said.append)
+    messages: list[str] = []
+    model = build_model(spec(f"transformers:{tmp_path}", SEVEN), True, note=messages.append)
     assert not head_of(model, 7).any()
-    assert "has no head, the dataset has 7 classes" in said[0]
-    assert "vit.layernorm.weight) are not in" in said[1]
+    assert "has no head, the dataset has 7 classes" in messages[0]
+    assert "vit.layernorm.weight) are not in" in messages[1]
     save_file({"vit.layernorm.bias": weights["vit.layernorm.bias"]}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"weights of another model: .* are not in them"):
         build_model(spec(f"transformers:{tmp_path}", SEVEN), True)
@@ -293,16 +293,16 @@ def test_a_first_loss_of_three_times_that_of_uniform_logits_is_said(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A head of large weights, as timm draws them for few classes, is worth a line; a usual one is not."""
-    said: list[list[str]] = []
+    messages: list[list[str]] = []
     for factor in (400.0, 1.0):
         trainer = build_trainer(write_recipe(), [f"output_dir={tmp_path / str(factor)}", "train.duration=1 steps"])
         with torch.no_grad():
             trainer.raw_model.fc.weight.mul_(factor)
         trainer.fit()
-        said.append([note for note in notes_of(tmp_path / str(factor)) if note.startswith("the first loss is")])
-    assert len(said[0]) == 1
-    assert "times that of a model which finds all classes equally likely (2.3)" in said[0][0]
-    assert said[1] == []
+        messages.append([note for note in notes_of(tmp_path / str(factor)) if note.startswith("the first loss is")])
+    assert len(messages[0]) == 1
+    assert "times that of a model which finds all classes equally likely (2.3)" in messages[0][0]
+    assert messages[1] == []
 
 
 def test_the_note_on_a_high_first_loss() -> None:

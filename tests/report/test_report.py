@@ -85,14 +85,14 @@ def make_run(folder: Path, num_classes: int = 10, steps: int = 90, names: list[s
     lr = more.pop("lr", 0.001)
     write_metrics(folder, steps, **more)
     (folder / "recipe.yaml").write_text("data: {dataset: /home/me/flowers}\n")
-    facts = {
+    resolved = {
         "seed": (0, "default", "learnt"), "model.name": ("resnet18", "recipe", "learnt"),
         "data.dataset": ("/home/me/flowers", "recipe", "learnt"), "optimizer.lr": (lr, "override", "learnt"),
         "data.workers": (2, "default: cores", "machine"), "output_dir": (str(folder), "override", "machine"),
         "data.mean": ([0.5, 0.5, 0.5], "default: the model's configuration", "learnt"),
         "model.args": ({}, "default", "learnt"), "log.every": (1, "default", "machine"),
     }  # fmt: skip
-    lines = [f"{k}: {json.dumps({'value': v, 'origin': o, 'tag': t})}" for k, (v, o, t) in facts.items()]
+    lines = [f"{k}: {json.dumps({'value': v, 'origin': o, 'tag': t})}" for k, (v, o, t) in resolved.items()]
     (folder / "resolved.yaml").write_text("\n".join(lines) + "\n")
     (folder / "model").mkdir()
     spec = {"name": "resnet18", "num_classes": num_classes, "class_names": names, "multi_label": False}
@@ -128,8 +128,8 @@ def test_class_figures_are_those_of_scikit_learn(num_classes: int) -> None:
     found = predictions_of(num_classes)
     figures, labels = class_figures(found, num_classes), range(num_classes)
     wanted = metrics.precision_recall_fscore_support(found.labels, found.predicted, labels=labels, zero_division=0)
-    for own, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
-        np.testing.assert_allclose(own, theirs, rtol=1e-12)
+    for ours, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
     counts = confusion_matrix(found, num_classes).counts
     np.testing.assert_array_equal(counts, metrics.confusion_matrix(found.labels, found.predicted, labels=labels))
 
@@ -158,8 +158,8 @@ def test_multi_label_figures_are_those_of_scikit_learn() -> None:
     found = multi_label_predictions()
     figures = class_figures(found, 4)
     wanted = metrics.precision_recall_fscore_support(found.labels, found.predicted, zero_division=0)
-    for own, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
-        np.testing.assert_allclose(own, theirs, rtol=1e-12)
+    for ours, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 def test_confused_classes_are_neighbours_and_are_listed() -> None:
@@ -169,9 +169,9 @@ def test_confused_classes_are_neighbours_and_are_listed() -> None:
     predicted = np.where(np.arange(400) % 10 < 3, (labels + 20) % 40, labels)  # 0 and 20, 1 and 21, ...
     tensors = map(torch.from_numpy, (labels, labels, predicted, labels / 40, labels / 40, predicted))
     confusion = confusion_matrix(Predictions(1, "v", *tensors), 40)
-    place = np.argsort(cluster_classes(confusion))
-    assert sorted(place.tolist()) == list(range(40))
-    assert all(abs(place[n] - place[n + 20]) == 1 for n in range(20))
+    position = np.argsort(cluster_classes(confusion))
+    assert sorted(position.tolist()) == list(range(40))
+    assert all(abs(position[n] - position[n + 20]) == 1 for n in range(20))
     pairs = most_confused(confusion)
     assert len(pairs) == 40
     assert pairs[0] == (0, 20, 3, 0.3)
@@ -284,24 +284,24 @@ def test_unreadable_files_are_reported_and_the_rest_is_shown(tmp_path: Path) -> 
         (run / name).write_bytes(b"{: \x00")
     (run / "report/gallery.json").write_text('{"training": [{"wrong": 1}]}')
     record = record_of(run)
-    said = " ".join(record.problems)
+    messages = " ".join(record.problems)
     for name in ("predictions.safetensors", "resolved.yaml", "result.json", "hf_fasttrain.json", "gallery.json"):
-        assert f"{name} can't be read" in said or f"{name}: can't be read" in said
+        assert f"{name} can't be read" in messages or f"{name}: can't be read" in messages
     page = write_report([run]).read_text()
     assert "has not finished; this is its state up to step 90" in page
     assert "gallery.json can&#39;t be read" in page
 
 
-@pytest.mark.parametrize("kept", ["metrics.jsonl", "recipe.yaml", "result.json"])
-def test_a_run_folder_with_few_files(tmp_path: Path, kept: str) -> None:
+@pytest.mark.parametrize("kept_file", ["metrics.jsonl", "recipe.yaml", "result.json"])
+def test_a_run_folder_with_few_files(tmp_path: Path, kept_file: str) -> None:
     from hf_fasttrain.report.report import write_report
 
     whole = make_run(tmp_path / "whole")
     run = tmp_path / "bare"
     run.mkdir()
-    shutil.copy(whole / kept, run / kept)
+    shutil.copy(whole / kept_file, run / kept_file)
     page = write_report([run]).read_text()
-    assert ("has not finished" in page) == (kept != "result.json")
+    assert ("has not finished" in page) == (kept_file != "result.json")
     assert write_report([run, whole], tmp_path / "both.html").exists()
 
 
@@ -493,7 +493,7 @@ def contrast(first: str, second: str) -> float:
     """Return WCAG's contrast of two #rrggbb colours."""
 
     def luminance(colour: str) -> float:
-        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        parts = [int(colour[position : position + 2], 16) / 255 for position in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -501,12 +501,12 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize(("theme", "place"), [("light", 0), ("dark", 1)])
-def test_texts_and_curves_stand_out(theme: str, place: int) -> None:
+@pytest.mark.parametrize(("theme", "position"), [("light", 0), ("dark", 1)])
+def test_texts_and_curves_stand_out(theme: str, position: int) -> None:
     from importlib.resources import files
 
     folder = files("hf_fasttrain.report") / "page"
-    block = re.findall(r"color-scheme: (?:light|dark);\s([^}]*)}", (folder / "style.css").read_text())[place]
+    block = re.findall(r"color-scheme: (?:light|dark);\s([^}]*)}", (folder / "style.css").read_text())[position]
     colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
     for name in ("ink", "muted", "accent", "wrong", "right"):
         assert contrast(colours[name], colours["paper"]) >= 4.5
@@ -678,9 +678,9 @@ def test_ten_classes_in_a_browser(ten: Path, opened: Open) -> None:
     for name in NASTY:
         assert found.page.get_by_text(name, exact=True).count() > 0
     assert "</script>" in found.hover("confusion", 0.05, 0.05)
-    said = found.hover("loss")
-    assert re.search(r"step \d+", said)
-    assert "training" in said
+    tooltip = found.hover("loss")
+    assert re.search(r"step \d+", tooltip)
+    assert "training" in tooltip
     assert "images/s" in found.hover("step-time")
     assert found.page.locator("#chart-loss .shapelayer path").count() == 1  # where it was resumed
     buttons = found.page.locator("#chart-loss .modebar-btn")
@@ -735,8 +735,8 @@ def test_tables_sort_by_mouse_and_keyboard(ten: Path, opened: Open) -> None:
     found = opened(ten)
     table = found.page.locator("#classes-table")
 
-    def column(place: int) -> list[float]:
-        return [float(text) for text in table.locator(f"tbody td:nth-child({place})").all_text_contents()]
+    def column(position: int) -> list[float]:
+        return [float(text) for text in table.locator(f"tbody td:nth-child({position})").all_text_contents()]
 
     support, f1 = table.locator("th", has_text="support"), table.locator("th", has_text="F1")
     assert support.get_attribute("aria-sort") == "descending"
@@ -814,8 +814,8 @@ def test_several_runs_in_a_browser(tmp_path: Path, opened: Open) -> None:
     assert [name for name, _, _ in shown] == ["a", "b", "c"]
     assert len({dash for _, dash, _ in shown}) == len({colour for _, _, colour in shown}) == 3
     assert shown == found.page.evaluate(lines.replace("loss", "images-per-second"))
-    said = found.hover("eval-accuracy")
-    assert all(name in said for name in "abc")
+    tooltip = found.hover("eval-accuracy")
+    assert all(name in tooltip for name in "abc")
     found.page.locator("#results-table th", has_text="steps").locator("button").click()
     assert found.page.locator("#results-table tbody th").first.text_content() == "c"
     assert found.page.locator("#differences-table tbody tr").count() == 1

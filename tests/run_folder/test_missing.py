@@ -82,8 +82,8 @@ def test_resume_writes_missing_results(run: Path, resume: Callable[[], str], nam
     was = {path: path.read_bytes() for path in (run / "model").iterdir()}
     path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    said = resume()
-    assert f"trained to the end; now writing what is missing: {name}" in said
+    messages = resume()
+    assert f"trained to the end; now writing what is missing: {name}" in messages
     assert all((run / name).exists() for name in OWED)
     assert {path: path.read_bytes() for path in (run / "model").iterdir()} == was
     assert "nothing to do" in resume()
@@ -105,8 +105,8 @@ def test_resume_writes_results_that_a_full_disk_prevented(
 
 
 def test_a_training_of_which_nothing_is_saved_is_not_promised_back(tmp_path: Path) -> None:
-    said = describe_missing(tmp_path, [f"{tmp_path / 'model'}: No space left on device"], 5, 5, report=True)
-    assert said.splitlines()[1:] == [
+    messages = describe_missing(tmp_path, [f"{tmp_path / 'model'}: No space left on device"], 5, 5, report=True)
+    assert messages.splitlines()[1:] == [
         f"  {tmp_path / 'model'}: No space left on device",
         "nothing else is on disk either",
         "no checkpoint is on disk: after freeing space, --resume trains from scratch",
@@ -133,10 +133,10 @@ def test_a_full_disk_ends_with_74_whatever_was_lost(
     (run / name).unlink()
     fails_for(monkeypatch, f".{name}.partial")
     assert exit_status(["train", str(write_recipe()), *SMALL, f"output_dir={run}", "--resume"]) == 74
-    said = capsys.readouterr().out
-    assert f"not everything is on disk:\n  {run / name}: No space left on device" in said
-    assert "\non disk: model, " in said
-    assert said.endswith("with --resume writes what is missing; nothing is trained again\n")
+    messages = capsys.readouterr().out
+    assert f"not everything is on disk:\n  {run / name}: No space left on device" in messages
+    assert "\non disk: model, " in messages
+    assert messages.endswith("with --resume writes what is missing; nothing is trained again\n")
     if name != "result.json":
         assert name in json.loads((run / "result.json").read_text())["not_written"][0]
 

@@ -140,14 +140,14 @@ def measured(tmp_path: Path, fakes: Fakes | None = None, overrides: Sequence[str
     recipe, fakes = load_recipe(path, overrides), fakes or Fakes(speed)
     arms = plan_arms(fakes, PLAN, CPU)
     with Bench(fakes, clock=fakes.clock) as bench:
-        found, whole = measure_arms(arms, bench, PLAN, lambda text: None)
-    return study.describe(recipe, arms, found, PLAN, command="hf-fasttrain ablate small", whole=whole), whole
+        found, complete = measure_arms(arms, bench, PLAN, lambda text: None)
+    return study.describe(recipe, arms, found, PLAN, command="hf-fasttrain ablate small", complete=complete), complete
 
 
 def test_the_figures_are_those_of_the_arms(tmp_path: Path) -> None:
-    ablation, whole = measured(tmp_path)
+    ablation, complete = measured(tmp_path)
     rows = {row.name: row for row in ablation.rows}
-    assert whole
+    assert complete
     assert rows["baseline"].images_per_second.median == pytest.approx(50)
     assert rows["+ AMP: bf16"].speed_up.median == pytest.approx(2)
     assert rows["+ channels_last"].speed_up.median == pytest.approx(1.25)
@@ -178,8 +178,8 @@ def test_ctrl_c_leaves_what_has_been_measured(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     fakes.before_turn = before
-    ablation, whole = measured(tmp_path, fakes)
-    assert not whole
+    ablation, complete = measured(tmp_path, fakes)
+    assert not complete
     assert any(row.images_per_second for row in ablation.rows)
     assert any(note.startswith("Stopped by Ctrl-C") for note in ablation.notes)
     assert fakes.alive == 0
@@ -301,10 +301,10 @@ def fake_training(calls: list[list[str]]) -> Callable[[Sequence[str], Path], str
 def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     ablation, _ = measured(tmp_path)
     calls: list[list[str]] = []
-    said: list[str] = []
-    found, whole = train_all(ablation, "small.yaml", tmp_path, 2, said.append, fake_training(calls))
+    messages: list[str] = []
+    found, complete = train_all(ablation, "small.yaml", tmp_path, 2, messages.append, fake_training(calls))
     rows = {row.name: row for row in found.rows}
-    assert whole
+    assert complete
     assert found.target_accuracy == pytest.approx(0.90)  # its least successful seed's
     base, fast = rows["baseline"].full, rows["+ AMP: bf16"].full
     assert base.accuracy == pytest.approx(0.91)
@@ -314,10 +314,10 @@ def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     assert fast.speed_up == pytest.approx(2)
     assert fast.seconds_to_target == pytest.approx(20)
     assert rows["+ channels_last"].full is None
-    assert any("it was too much" in text for text in said)
+    assert any("it was too much" in text for text in messages)
     assert rows["+ PM: pinned memory"].full is None
     number = len(calls)
-    train_all(ablation, "small.yaml", tmp_path, 2, said.append, fake_training(calls))
+    train_all(ablation, "small.yaml", tmp_path, 2, messages.append, fake_training(calls))
     again = calls[number:]
     assert all("accelerate.channels_last=true" in call for call in again)  # the others are read
     assert row_cells(rows["baseline"], full=True)[-1] == "1 min 00 s (2 of 2 seeds)"
@@ -351,8 +351,8 @@ def test_full_ends_by_ctrl_c_with_what_is_there(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return train(overrides, log)
 
-    found, whole = train_all(ablation, "small.yaml", tmp_path, 1, lambda text: None, broken_off)
-    assert not whole
+    found, complete = train_all(ablation, "small.yaml", tmp_path, 1, lambda text: None, broken_off)
+    assert not complete
     assert found.rows[0].full is not None
 
 

@@ -50,7 +50,7 @@ def test_every_round_gives_each_arm_one_turn_while_the_machine_slows_down() -> N
     fakes = Fakes(lambda settings: (0.01 if "a" in settings else 0.02) * (1 + clock.now / 100), clock)
     arms = [Arm("fast", ("a=1",)), Arm("slow", ("b=1",)), Arm("slow, again", ("b=1",))]
     with Bench(fakes, clock=clock) as bench:
-        fast, slow, again = measure(arms, bench, rounds=9, turn=TURN, tell=quiet)
+        fast, slow, again = measure(arms, bench, rounds=9, turn=TURN, note=quiet)
     assert list(fast.rounds) == list(range(9)) == list(slow.rounds)
     assert fast.speed_up(slow).median == pytest.approx(2, rel=0.1)
     same = again.speed_up(slow)
@@ -64,7 +64,7 @@ def test_the_order_of_a_round_changes() -> None:
     fakes, order = Fakes(lambda settings: 0.01), []
     fakes.before_turn = lambda arm: order.append(arm.name)
     with Bench(fakes, clock=fakes.clock) as bench:
-        measure([Arm(name) for name in "abcd"], bench, rounds=3, turn=TURN, tell=quiet)
+        measure([Arm(name) for name in "abcd"], bench, rounds=3, turn=TURN, note=quiet)
     rounds = [tuple(order[8 * i : 8 * i + 8 : 2]) for i in range(3)]  # each a first turn and a measured one
     assert len(set(rounds)) > 1
     assert all(sorted(names) == list("abcd") for names in rounds[:1])
@@ -76,16 +76,16 @@ def test_an_arm_that_fails_is_a_row_and_the_others_go_on() -> None:
             raise ArmFailed("out of memory: 3 GiB", out_of_memory=True)
         return 0.01
 
-    fakes, said = Fakes(speed), []
+    fakes, notes = Fakes(speed), []
     arms = [Arm("fine"), Arm("broken", ("broken=1",)), Arm("senseless", (), "no GPU")]
     with Bench(fakes, clock=fakes.clock) as bench:
-        fine, broken, senseless = measure(arms, bench, rounds=2, turn=TURN, tell=said.append)
+        fine, broken, senseless = measure(arms, bench, rounds=2, turn=TURN, note=notes.append)
     assert fine.is_measured
     assert not broken.is_measured
     assert broken.failed == "out of memory: 3 GiB"
     assert senseless.failed == "no GPU"
     assert "senseless" not in [arm.name for arm in fakes.started]
-    assert "broken: out of memory: 3 GiB" in said
+    assert "broken: out of memory: 3 GiB" in notes
 
 
 def test_an_arm_may_fail_in_a_later_round() -> None:
@@ -98,7 +98,7 @@ def test_an_arm_may_fail_in_a_later_round() -> None:
 
     fakes.before_turn = before
     with Bench(fakes, clock=fakes.clock) as bench:
-        a, b = measure([Arm("a"), Arm("b")], bench, rounds=3, turn=TURN, tell=quiet)
+        a, b = measure([Arm("a"), Arm("b")], bench, rounds=3, turn=TURN, note=quiet)
     assert len(a.rounds) == 3
     assert b.failed.startswith("its process was killed")
     assert not b.is_measured
@@ -138,7 +138,7 @@ def test_compiling_is_counted_apart() -> None:
     fakes = Fakes(lambda settings: 0.01, compiling=50.0)
     with Bench(fakes, clock=fakes.clock) as bench:
         eager, compiled = measure(
-            [Arm("eager"), Arm("compiled", ("accelerate.compile=true",))], bench, rounds=3, turn=TURN, tell=quiet
+            [Arm("eager"), Arm("compiled", ("accelerate.compile=true",))], bench, rounds=3, turn=TURN, note=quiet
         )
     assert compiled.compile_seconds == pytest.approx(50)
     assert eager.compile_seconds == 0
@@ -154,14 +154,14 @@ def test_a_bench_leaves_nothing_behind_on_ctrl_c() -> None:
 
     fakes.before_turn = before
     with pytest.raises(KeyboardInterrupt), Bench(fakes, clock=fakes.clock) as bench:
-        measure([Arm("a"), Arm("b")], bench, rounds=1, turn=TURN, tell=quiet)
+        measure([Arm("a"), Arm("b")], bench, rounds=1, turn=TURN, note=quiet)
     assert fakes.alive == 0
 
 
 def test_a_measurement_remembers_its_peaks() -> None:
     fakes = Fakes(lambda settings: 0.01)
     with Bench(fakes, clock=fakes.clock) as bench:
-        (one,) = measure([Arm("a")], bench, rounds=4, turn=TURN, tell=quiet)
+        (one,) = measure([Arm("a")], bench, rounds=4, turn=TURN, note=quiet)
     assert (one.device_bytes, one.host_bytes) == (10, 20)
     assert one.wait_fraction == 0
     assert one.images_per_second.median == pytest.approx(100)

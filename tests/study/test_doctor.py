@@ -226,7 +226,7 @@ def test_a_slow_decoder_is_found_by_the_whole_examination(
     monkeypatch.setattr(trial, "SAMPLE_IMAGES", 64)
     asked = ArmRequest(TEXT, "small.yaml", "small", ("train.batch_size=4", "model.name=test_vit"))
     with Starter(asked, on_gpu=False) as start:
-        found = Doctor(start, CPU, 2, seconds=1.0, tell=lambda text: None).examine()
+        found = Doctor(start, CPU, 2, seconds=1.0, note=lambda text: None).examine()
     assert found.is_waiting
     assert found.largest_stage == "decode"
     assert "waiting, most of the loader's time for decoding" in found.verdict
@@ -241,15 +241,15 @@ def test_a_recipe_that_cant_run_here_is_one_message(forked_arms: None) -> None:
         Starter(asked, on_gpu=False) as start,
         pytest.raises(RunError, match=r"could not be profiled here: .*"),
     ):
-        Doctor(start, CPU, 2, seconds=1.0, tell=lambda text: None).examine()
+        Doctor(start, CPU, 2, seconds=1.0, note=lambda text: None).examine()
 
 
 def test_a_trace_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"--trace .*: .* is not a folder; give another file"):
-        doctor(None, CPU, seconds=1, tell=print, trace=tmp_path / "missing" / "t.json")  # type: ignore[arg-type]
+        doctor(None, CPU, seconds=1, note=print, trace=tmp_path / "missing" / "t.json")  # type: ignore[arg-type]
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(RunError, match=r"--trace .*: can't be written; give another file"):
-        doctor(None, CPU, seconds=1, tell=print, trace=tmp_path / "t.json")  # type: ignore[arg-type]
+        doctor(None, CPU, seconds=1, note=print, trace=tmp_path / "t.json")  # type: ignore[arg-type]
 
 
 def test_the_command_line_examines(
@@ -265,6 +265,6 @@ def test_the_command_line_examines(
     assert values["compute_alone_images_per_second"] > 0
     assert "traceEvents" in trace.read_text()
     assert exit_status(["doctor", recipe, "accelerate.mixed_precision=fp16"]) == 2
-    said = capsys.readouterr().err
-    assert "fp16 needs a GPU" in said
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert "fp16 needs a GPU" in printed
+    assert "Traceback" not in printed

@@ -35,7 +35,7 @@ schedule: {name: onecycle}
 """
 
 
-def asked(*overrides: str) -> ArmRequest:
+def arm_request(*overrides: str) -> ArmRequest:
     return ArmRequest(TEXT, "small.yaml", "small", overrides)
 
 
@@ -56,7 +56,7 @@ def test_a_trial_makes_the_steps_of_the_training_itself(tmp_path: Path, write_re
     trainer = Trainer.from_recipe(write_recipe(TEXT), ["log.every=1", f"output_dir={tmp_path / 'run'}"])
     trainer.fit()
     plain = {name: value.clone() for name, value in trainer.raw_model.state_dict().items()}
-    trial = Trial(asked())
+    trial = Trial(arm_request())
     first, second = reports_of(trial, [Turn(min_steps=1, max_steps=1), Turn(min_steps=2, max_steps=2)])
     assert (first.images, second.images) == (16, 32)
     assert len(second.step_seconds) == len(second.losses) == 2
@@ -65,7 +65,7 @@ def test_a_trial_makes_the_steps_of_the_training_itself(tmp_path: Path, write_re
 
 
 def test_turns_last_as_long_as_they_are_told() -> None:
-    trial = Trial(asked())
+    trial = Trial(arm_request())
     turns = [Turn(min_steps=5, seconds=0.0), Turn(min_steps=1, seconds=0.3), Turn(min_steps=1, seconds=9, max_steps=2)]
     steps, seconds, most = reports_of(trial, turns)
     assert len(steps.step_seconds) == 5
@@ -75,7 +75,7 @@ def test_turns_last_as_long_as_they_are_told() -> None:
 
 
 def test_what_is_ready_says_what_the_settings_became() -> None:
-    found = Trial(asked("train.duration=2 epochs", "accelerate.gradient_accumulation_steps=2")).ready
+    found = Trial(arm_request("train.duration=2 epochs", "accelerate.gradient_accumulation_steps=2")).ready
     assert found.settings["accelerate.mixed_precision"] == "no"
     assert (found.micro_batch_size, found.has_batch_norm, found.is_jpeg) == (8, True, False)
     assert found.steps == 2 * found.steps_per_epoch
@@ -83,23 +83,23 @@ def test_what_is_ready_says_what_the_settings_became() -> None:
 
 
 def test_a_pass_is_short_where_pixels_are_kept() -> None:
-    kept = Trial(asked("data.cache=memory", "train.duration=3 epochs"))
-    assert kept.ready.keeps_pixels
-    assert kept.ready.period == 256 // 16
-    first, later = reports_of(kept, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
+    cached = Trial(arm_request("data.cache=memory", "train.duration=3 epochs"))
+    assert cached.ready.keeps_pixels
+    assert cached.ready.period == 256 // 16
+    first, later = reports_of(cached, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
     assert first.fill_seconds > 0
     assert later.fill_seconds is None
     assert first.images == 48  # those that filled the cache were not trained on
-    assert num_kept(kept.loader.prefetcher.images.images.cache) == 256
+    assert num_kept(cached.loader.prefetcher.images.images.cache) == 256
 
 
 def test_what_workers_made_ahead_is_used_up() -> None:
-    trial = Trial(asked("data.workers=1"))
-    made = trial.loader.prefetcher.images.make
+    trial = Trial(arm_request("data.workers=1"))
+    original_make = trial.loader.prefetcher.images.make
 
     def slow(*args: Any) -> Any:
         time.sleep(0.05)
-        return made(*args)
+        return original_make(*args)
 
     trial.loader.prefetcher.images.make = slow
     warm, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=6)])
@@ -117,7 +117,7 @@ def test_passes_are_the_first_steps_again_with_other_randomness() -> None:
 
 
 def test_out_of_memory_ends_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = Trial(asked())
+    trial = Trial(arm_request())
 
     def short(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
@@ -128,7 +128,7 @@ def test_out_of_memory_ends_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_halves_are_measured_alone() -> None:
-    trial = Trial(asked("data.workers=1"))
+    trial = Trial(arm_request("data.workers=1"))
     loader = trial.loader_alone(Turn(min_steps=4, seconds=0.1))
     compute = trial.compute_alone(Turn(min_steps=3, seconds=0.1))
     assert loader.images >= 4 * 16
@@ -138,7 +138,7 @@ def test_halves_are_measured_alone() -> None:
 
 def test_the_first_gradient_is_written(tmp_path: Path) -> None:
     path = tmp_path / "gradient.npy"
-    trial = Trial(asked(), ArmOptions(gradient_to=str(path), full_lr=True, without_dropout=True))
+    trial = Trial(arm_request(), ArmOptions(gradient_to=str(path), full_lr=True, without_dropout=True))
     (report,) = reports_of(trial, [Turn(min_steps=3, max_steps=3)])
     gradient = np.load(path)
     assert gradient.shape == (sum(p.numel() for p in trial.trainer.step.parameters),)
@@ -149,7 +149,7 @@ def test_the_first_gradient_is_written(tmp_path: Path) -> None:
 
 
 def test_dropout_is_taken_out_for_comparing() -> None:
-    trial = Trial(asked("model.name=test_vit", "model.drop_path=0.3"), ArmOptions(without_dropout=True))
+    trial = Trial(arm_request("model.name=test_vit", "model.drop_path=0.3"), ArmOptions(without_dropout=True))
     rates = [m.drop_prob for m in trial.trainer.raw_model.modules() if hasattr(m, "drop_prob")]
     assert rates
     assert not any(rates)
@@ -158,13 +158,13 @@ def test_dropout_is_taken_out_for_comparing() -> None:
 @pytest.fixture
 def starter(forked_arms: None) -> Any:
     """Starts arms."""
-    with Starter(asked(), on_gpu=False) as start:
+    with Starter(arm_request(), on_gpu=False) as start:
         yield start
 
 
 def states(pid: int) -> set[str]:
-    own = psutil.Process(pid)
-    return {process.status() for process in [own, *own.children(recursive=True)]}
+    parent = psutil.Process(pid)
+    return {process.status() for process in [parent, *parent.children(recursive=True)]}
 
 
 def test_an_arm_and_its_loader_processes_stand_still_between_turns(starter: Starter) -> None:
@@ -223,14 +223,16 @@ def test_a_starter_removes_what_arms_wrote(starter: Starter) -> None:
 
 def test_a_cache_on_the_device_is_filled_by_the_passes_alone() -> None:
     """Most of the images are in no pass; fetching must end all the same."""
-    trial = Trial(asked("data.cache=device", "data.workers=0", "augment={crop: padded}", "train.duration=3 epochs"))
+    trial = Trial(
+        arm_request("data.cache=device", "data.workers=0", "augment={crop: padded}", "train.duration=3 epochs")
+    )
     first, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
     assert trial.loader.prefetcher.is_loaded.all()
     assert (first.images, later.images) == (48, 32)
 
 
 def test_where_not_all_pixels_can_be_kept_it_is_measured_as_if_none_were() -> None:
-    trial = Trial(asked("data.cache=memory", "data.cache_gb=0.0001", "train.duration=3 epochs"))
+    trial = Trial(arm_request("data.cache=memory", "data.cache_gb=0.0001", "train.duration=3 epochs"))
     assert not trial.ready.keeps_pixels
     assert trial.ready.period > 80
     assert "not all pixels would be kept here: measured as if none were" in trial.ready.notes

@@ -40,9 +40,11 @@ def speed_of(**faster: float) -> Callable[[dict[str, str]], float]:
     return speed
 
 
-def search(fakes: Fakes, budget: float = 600.0, hardware: Hardware = CPU, said: list[str] | None = None) -> TuneResult:
-    tell = said.append if said is not None else lambda text: None
-    return Tuner(fakes, budget, hardware, 2, tell=tell, clock=fakes.clock).run()
+def search(
+    fakes: Fakes, budget: float = 600.0, hardware: Hardware = CPU, messages: list[str] | None = None
+) -> TuneResult:
+    note = messages.append if messages is not None else lambda text: None
+    return Tuner(fakes, budget, hardware, 2, note=note, clock=fakes.clock).run()
 
 
 def test_the_fastest_settings_are_found() -> None:
@@ -90,16 +92,16 @@ def test_noise_is_not_taken_for_speed() -> None:
 
 
 def test_a_precision_that_does_not_train_as_fp32_is_refused() -> None:
-    fakes, said = Fakes(speed_of(accelerate__mixed_precision__bf16=2.0)), []
+    fakes, messages = Fakes(speed_of(accelerate__mixed_precision__bf16=2.0)), []
     rng = np.random.default_rng(0)
     fakes.gradient = lambda settings: (
         rng.normal(size=8).astype(np.float32)
         if settings.get("accelerate.mixed_precision") == "bf16"
         else np.ones(8, np.float32)
     )
-    found = search(fakes, said=said)
+    found = search(fakes, messages=messages)
     assert found.best.config["accelerate.mixed_precision"] == "no"
-    assert any("mixed_precision=bf16: gradient cosine" in text and "not used" in text for text in said)
+    assert any("mixed_precision=bf16: gradient cosine" in text and "not used" in text for text in messages)
 
 
 def test_a_precision_whose_loss_goes_elsewhere_is_refused() -> None:
@@ -257,7 +259,7 @@ def test_ctrl_c_gives_the_best_so_far() -> None:
 
     fakes.before_turn = before
     found = search(fakes)
-    assert not found.whole
+    assert not found.complete
     assert found.best.config["accelerate.mixed_precision"] == "bf16"
     assert found.best.config["data.cache"] == "none"
     assert fakes.alive == 0

@@ -73,7 +73,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def made(**options: Any) -> Trainer:
+def build_trainer(**options: Any) -> Trainer:
     """Return a Trainer with some arguments, some of them positional."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     data = [(torch.zeros(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
@@ -86,7 +86,7 @@ def made(**options: Any) -> Trainer:
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message) as caught:
-        made(**options)
+        build_trainer(**options)
     assert isinstance(caught.value, ValueError)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
 
@@ -97,13 +97,13 @@ def test_each_parameter_has_a_rule_and_several_mistakes_are_told_at_once() -> No
     assert named - of_others - set(RULES) == set()
     assert set(RULES) <= named
     with pytest.raises(RunError, match=r"accumulation_steps: .*\nema: .*\nlog_every: "):
-        made(accumulation_steps=0, ema=0.99, log_every=0)
+        build_trainer(accumulation_steps=0, ema=0.99, log_every=0)
 
 
 def test_values_of_other_kinds_that_mean_the_same_are_taken(tmp_path: Path) -> None:
     schedule = build_schedule("cosine", num_steps=2)
     options: dict[str, Any] = {"accumulation_steps": np.int64(2), "clip_norm": np.float32(1), "callbacks": None}
-    trainer = made(**options, schedule=schedule, output_dir=str(tmp_path / "run"), report=False, log=None)
+    trainer = build_trainer(**options, schedule=schedule, output_dir=str(tmp_path / "run"), report=False, log=None)
     assert trainer.fit().steps == 1
 
 
@@ -111,18 +111,18 @@ def test_an_optimizer_that_trains_nothing_of_the_model_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     other = copy.deepcopy(model)
     with pytest.raises(RunError, match=r"of another one; make it from model.parameters"):
-        made(model=model, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
+        build_trainer(model=model, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
     with pytest.raises(RunError, match=r"optimizer: must be a torch.optim.Optimizer with an lr above 0 in each group"):
-        made(model=model, optimizer=torch.optim.SGD([{"params": model[1].parameters(), "lr": 0.0}], lr=0.1))
+        build_trainer(model=model, optimizer=torch.optim.SGD([{"params": model[1].parameters(), "lr": 0.0}], lr=0.1))
     scheduler = StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 2)
     with pytest.raises(RunError, match=r"schedule: must be a function of the update's number, .* got a StepLR"):
-        made(model=model, schedule=scheduler)
+        build_trainer(model=model, schedule=scheduler)
     for frozen in (model, other):
         frozen.requires_grad_(False)
         with pytest.raises(
             RunError, match="optimizer: none of its 2 parameters requires gradients: nothing would be trained"
         ):
-            made(model=model, optimizer=torch.optim.SGD(frozen.parameters(), lr=0.1))
+            build_trainer(model=model, optimizer=torch.optim.SGD(frozen.parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize("patience", [0, -3, 1.5, True])
@@ -150,7 +150,7 @@ def test_at_least_one_checkpoint_is_kept(number: Any, tmp_path: Path) -> None:
 )
 def test_a_number_of_classes_that_does_not_fit_is_told(outputs: int, labels: torch.Tensor, message: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, outputs))
-    trainer = made(
+    trainer = build_trainer(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         eval_loader=[(torch.zeros(8, 3, 2, 2), labels)],
@@ -163,8 +163,8 @@ def test_an_accelerator_that_would_split_steps_otherwise_is_refused() -> None:
     reset_accelerate()
     accelerator = Accelerator(gradient_accumulation_steps=4)
     with pytest.raises(RunError, match=r"gradient_accumulation_steps=4 has no effect, .* accumulation_steps=4 splits"):
-        made(accelerator=accelerator)
-    made(accelerator=accelerator, accumulation_steps=4)
+        build_trainer(accelerator=accelerator)
+    build_trainer(accelerator=accelerator, accumulation_steps=4)
     reset_accelerate()
 
 

@@ -249,13 +249,13 @@ def test_the_report_says_it_whatever_result_json_holds(tmp_path: Path) -> None:
         "num_steps": 9,
     }
     page = page_of_run(Record(tmp_path, result={"steps": 4, "early_stopping": {**told, "stopped_at": 4}}))
-    said = (
+    messages = (
         "after step 4 of 9, since accuracy had not been above 75.00% (step 2) for 1 step; early_stopping.patience was "
         "1,200"
     )
-    assert page.warnings == [f"Training stopped early: {said}."]
+    assert page.warnings == [f"Training stopped early: {messages}."]
     (environment,) = [section for section in page.sections if section.id == "environment"]
-    assert said in str(environment.tables)
+    assert messages in str(environment.tables)
     with_delta = describe_early_stop({**told, "stopped_at": 4, "min_delta": 0.01})
     assert with_delta is not None
     assert "since accuracy had not been more than 0.01 above 75.00% (step 2)" in with_delta

@@ -76,9 +76,9 @@ def test_the_command_line_refuses_it_in_one_message(
     metric = write_metric("f1_of_two", BROKEN["f1_of_two"][0])
     arguments = [f"evaluate.metrics=[accuracy, {metric}]", f"output_dir={tmp_path / 'run'}"]
     assert exit_status([str(write_recipe()), *arguments]) == 2
-    said = capsys.readouterr().err
-    assert "error: evaluate.metrics: 'f1_of_two' fails on 20 images with one label each of 10 classes" in said
-    assert "Traceback" not in said
+    messages = capsys.readouterr().err
+    assert "error: evaluate.metrics: 'f1_of_two' fails on 20 images with one label each of 10 classes" in messages
+    assert "Traceback" not in messages
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -144,8 +144,8 @@ def test_a_watched_metric_that_raises_ends_neither_the_run_nor_its_best(
     assert (result.steps, result.stopped_early) == (4, False)
     assert result.best is not None
     assert (result.best["value"], result.best["step"]) == (1.0, 1)
-    said = [note for note in result.notes if "moody" in note]
-    assert said[1:] == ["'moody' is watched; evaluations without it are not compared with the best"]
+    messages = [note for note in result.notes if "moody" in note]
+    assert messages[1:] == ["'moody' is watched; evaluations without it are not compared with the best"]
     assert trainer.is_finished
 
 

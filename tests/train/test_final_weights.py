@@ -156,9 +156,9 @@ def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
     assert result.model == {"weights": "last", "step": 4, "ema": False}
     assert result.metrics == result.last["metrics"]
     assert same(weights(run), checkpoint(run, 4))
-    said = f"the best evaluation's weights can't be read: checkpoint {path} is {fault}"
-    assert said in capsys.readouterr().out
-    assert any(said in note for note in result.notes)
+    messages = f"the best evaluation's weights can't be read: checkpoint {path} is {fault}"
+    assert messages in capsys.readouterr().out
+    assert any(messages in note for note in result.notes)
     again = make(write_recipe(), run, BEST, resume=True)
     owed = final_step(again.final, again.state, again.checkpoints)
     assert owed == 4  # nothing is owed, and the ending not made again
@@ -233,12 +233,13 @@ def test_the_closing_lines_say_which_weights_lie_in_the_model_folder(
     run = tmp_path / "run"
     base = ["train", str(write_recipe()), *SMALL, f"output_dir={run}"]
     assert exit_status([*base, BEST, "train.duration=2 steps"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "the run ends with the weights of step 1, its best evaluation" in said
+    messages = " ".join(capsys.readouterr().out.split())
+    assert "the run ends with the weights of step 1, its best evaluation" in messages
     assert (
-        "the classifier: weights of the best evaluation, step 1 (loss 1.0000); the last, step 2 (loss 2.0000)" in said
+        "the classifier: weights of the best evaluation, step 1 (loss 1.0000); the last, step 2 (loss 2.0000)"
+        in messages
     )
-    assert f"hf-fasttrain export {run} --weights last --output FOLDER" in said
+    assert f"hf-fasttrain export {run} --weights last --output FOLDER" in messages
 
 
 def test_the_report_says_that_a_best_of_several_is_optimistic(run: Path) -> None:

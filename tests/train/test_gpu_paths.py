@@ -143,13 +143,15 @@ def test_tf32_flags_can_be_read_for_any_precision(matmul: str, conv: str) -> Non
         set_fp32_precision("high", "high")
 
 
-@pytest.mark.parametrize(("said", "index"), [("cuda", 1), ("cuda:2", 2)])
-def test_a_gpu_has_its_number_and_is_the_present_one(said: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("messages", "index"), [("cuda", 1), ("cuda:2", 2)])
+def test_a_gpu_has_its_number_and_is_the_present_one(
+    messages: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     present: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", present.append)
-    accelerator = SimpleNamespace(device=torch.device(said), state=SimpleNamespace())
+    accelerator = SimpleNamespace(device=torch.device(messages), state=SimpleNamespace())
     assert set_current_device(accelerator) == torch.device("cuda", index)
     assert accelerator.state.device == torch.device("cuda", index)
     assert present == [torch.device("cuda", index)]

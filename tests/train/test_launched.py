@@ -103,15 +103,15 @@ def test_a_restored_run_keeps_its_seed(tmp_path: Path) -> None:
     model = nn.Linear(1, 3)
     data = [(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))]
 
-    def made(**options: Any) -> Trainer:
+    def build_trainer(**options: Any) -> Trainer:
         reset_accelerate()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         return Trainer(model, data, optimizer, output_dir=tmp_path / "run", report=False, **options)
 
-    made().fit()
+    build_trainer().fit()
     torch.manual_seed(12)
-    again = made(duration="2 epochs")
+    again = build_trainer(duration="2 epochs")
     again.restore()
     assert again.state.seed == 11
     with pytest.raises(RunError, match="seed is 12 now, and 11 in the run; leave it out"):
-        made(duration="2 epochs", seed=12).restore()
+        build_trainer(duration="2 epochs", seed=12).restore()

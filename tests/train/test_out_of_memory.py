@@ -79,9 +79,9 @@ def test_weights_are_those_of_a_run_with_enough_memory(
         {"step": since + 1, "before": 16, "after": 8},
         {"step": since + 1, "before": 8, "after": 4},
     ]
-    said = f"out of memory with micro-batches of 8 images: 4 from step {since + 1} on"
-    assert capsys.readouterr().out.count(said) == 1
-    assert said in json.loads((tmp_path / "short" / "result.json").read_text())["notes"]
+    messages = f"out of memory with micro-batches of 8 images: 4 from step {since + 1} on"
+    assert capsys.readouterr().out.count(messages) == 1
+    assert messages in json.loads((tmp_path / "short" / "result.json").read_text())["notes"]
     state = read_state(tmp_path / "short" / "checkpoints" / "step_00000005")
     assert state["state"]["out_of_memory"] == result.out_of_memory
 

@@ -56,7 +56,7 @@ def listed() -> list[Any]:
     return list(DataLoader(IMAGES, 4))
 
 
-def made(loader: Any, steps: int, folder: Path | None = None, **options: Any) -> Trainer:
+def build_trainer(loader: Any, steps: int, folder: Path | None = None, **options: Any) -> Trainer:
     reset_accelerate()
     torch.manual_seed(3)
     random.seed(3)
@@ -81,10 +81,10 @@ def left_at(trainer: Trainer, step: int) -> None:
 
 @pytest.mark.parametrize("loader", [plain, with_generator, noisy, sampled, listed])
 def test_a_plain_loader_is_resumed_at_an_epochs_end_as_if_never_stopped(loader: Any, tmp_path: Path) -> None:
-    whole = made(loader, 3 * STEPS)
+    whole = build_trainer(loader, 3 * STEPS)
     whole.fit()
-    left_at(made(loader, 3 * STEPS, tmp_path / "run", checkpoint_every="1 epoch"), 2 * STEPS)
-    resumed = made(loader, 3 * STEPS, tmp_path / "run")
+    left_at(build_trainer(loader, 3 * STEPS, tmp_path / "run", checkpoint_every="1 epoch"), 2 * STEPS)
+    resumed = build_trainer(loader, 3 * STEPS, tmp_path / "run")
     random.seed(99)
     resumed.restore()
     assert resumed.state.step == 2 * STEPS
@@ -95,10 +95,10 @@ def test_a_plain_loader_is_resumed_at_an_epochs_end_as_if_never_stopped(loader: 
 def test_what_came_after_the_epochs_end_is_repeated_and_that_is_said_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = made(plain, 3 * STEPS)
+    whole = build_trainer(plain, 3 * STEPS)
     whole.fit()
     options: dict[str, Any] = {"checkpoint_every": "1 step", "log": None}
-    first = made(plain, 3 * STEPS, tmp_path / "run", **options)
+    first = build_trainer(plain, 3 * STEPS, tmp_path / "run", **options)
     left_at(first, 2 * STEPS + 3)
     (note,) = [note for note in first.log.notes if "train_loader" in note]
     assert note == (
@@ -107,20 +107,20 @@ def test_what_came_after_the_epochs_end_is_repeated_and_that_is_said_before_the_
     )
     assert steps_of(tmp_path / "run") == [10, 12, 13]  # the one that can be resumed is kept beside the newest two
     capsys.readouterr()
-    resumed = made(plain, 3 * STEPS, tmp_path / "run", log=None)
+    resumed = build_trainer(plain, 3 * STEPS, tmp_path / "run", log=None)
     resumed.restore()
-    told = capsys.readouterr().out
-    assert told.count("is within an epoch, and train_loader keeps no position") == 2
-    assert "step 10 of 15" in told
+    expected_message = capsys.readouterr().out
+    assert expected_message.count("is within an epoch, and train_loader keeps no position") == 2
+    assert "step 10 of 15" in expected_message
     resumed.fit()
     assert same_weights(resumed, whole)
 
 
 @pytest.mark.parametrize(
-    ("step", "told"),
+    ("step", "expected_message"),
     [(3, "Trainer.restore() begins the training anew"), (8, "continues from step 5, the end of an epoch")],
 )
-def test_a_stop_promises_only_what_a_restore_can_do(step: int, told: str, tmp_path: Path) -> None:
+def test_a_stop_promises_only_what_a_restore_can_do(step: int, expected_message: str, tmp_path: Path) -> None:
     class Signalled:
         takes_part = False
 
@@ -129,16 +129,16 @@ def test_a_stop_promises_only_what_a_restore_can_do(step: int, told: str, tmp_pa
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped) as caught:
-        made(plain, 3 * STEPS, tmp_path / "run", callbacks=[Signalled()]).fit()
+        build_trainer(plain, 3 * STEPS, tmp_path / "run", callbacks=[Signalled()]).fit()
     assert str(caught.value) == (
         f"stopped by SIGTERM after step {step} of 15; it is saved, but train_loader keeps no position within an epoch: "
-        f"{'' if step == 3 else 'Trainer.restore() '}{told}"
+        f"{'' if step == 3 else 'Trainer.restore() '}{expected_message}"
     )
-    again = made(plain, 3 * STEPS, tmp_path / "run")
+    again = build_trainer(plain, 3 * STEPS, tmp_path / "run")
     again.restore()
     assert again.state.step == step // STEPS * STEPS
     again.fit()
-    whole = made(plain, 3 * STEPS)
+    whole = build_trainer(plain, 3 * STEPS)
     whole.fit()
     assert same_weights(again, whole)
 
@@ -152,15 +152,15 @@ def test_a_loaders_processes_end_with_the_loop_and_the_next_one_goes_on(persiste
         return {child.pid for child in psutil.Process().children()}
 
     before = children()
-    whole = made(workers, 2 * STEPS, eval_loader=workers(), num_classes=3)
+    whole = build_trainer(workers, 2 * STEPS, eval_loader=workers(), num_classes=3)
     whole.fit()
     assert children() == before
-    parts = made(workers, 2 * STEPS)
+    parts = build_trainer(workers, 2 * STEPS)
     for stop in (2, 5, 8, 10):
         left_at(parts, stop)
         assert children() == before
     assert same_weights(parts, whole)
-    failing = made(workers, 2 * STEPS)
+    failing = build_trainer(workers, 2 * STEPS)
     with pytest.raises(ZeroDivisionError), failing.running():  # noqa: PT012 - a loop
         next(failing.iterate())
         raise ZeroDivisionError
@@ -180,9 +180,9 @@ def test_an_image_that_fails_costs_no_other_image() -> None:
                 raise ZeroDivisionError
             return IMAGES[index]
 
-    whole = made(plain, 2 * STEPS)
+    whole = build_trainer(plain, 2 * STEPS)
     whole.fit()
-    trainer = made(lambda: DataLoader(Fails(), 4, shuffle=True), 2 * STEPS)
+    trainer = build_trainer(lambda: DataLoader(Fails(), 4, shuffle=True), 2 * STEPS)
     with pytest.raises(ZeroDivisionError):
         trainer.fit()
     trainer.fit()
@@ -192,12 +192,12 @@ def test_an_image_that_fails_costs_no_other_image() -> None:
 def saved_by_two(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     loader = DataLoader(IMAGES, 2, sampler=DistributedSampler(IMAGES, 2, rank))
-    made(loader, STEPS, folder).fit()
+    build_trainer(loader, STEPS, folder).fit()
 
 
 def test_at_an_epochs_end_the_number_of_processes_may_change(tmp_path: Path) -> None:
     run_processes(saved_by_two, tmp_path / "run")
-    alone = made(plain, 2 * STEPS, tmp_path / "run")
+    alone = build_trainer(plain, 2 * STEPS, tmp_path / "run")
     alone.restore()
     assert alone.state.step == STEPS
     assert alone.fit().steps == 2 * STEPS
@@ -211,7 +211,7 @@ def test_set_epoch_is_called_of_the_loader_and_its_samplers() -> None:
             epochs.append(epoch)
             super().set_epoch(epoch)
 
-    made(DataLoader(IMAGES, 4, sampler=Counted(IMAGES, 1, 0)), 2 * STEPS).fit()
+    build_trainer(DataLoader(IMAGES, 4, sampler=Counted(IMAGES, 1, 0)), 2 * STEPS).fit()
     assert epochs == [0, 1]
 
 
@@ -235,11 +235,11 @@ class Reloaded:
 
 
 def test_an_epochs_end_is_one_for_any_loader(tmp_path: Path) -> None:
-    made(listed, STEPS, tmp_path / "run").fit()
-    again = made(Reloaded, 2 * STEPS, tmp_path / "run")
+    build_trainer(listed, STEPS, tmp_path / "run").fit()
+    again = build_trainer(Reloaded, 2 * STEPS, tmp_path / "run")
     again.restore()
     again.fit()
-    whole = made(listed, 2 * STEPS)
+    whole = build_trainer(listed, 2 * STEPS)
     whole.fit()
     assert same_weights(again, whole)
 
@@ -260,6 +260,6 @@ def test_a_nested_batch_that_model_or_loss_cant_take_is_told(nested: str) -> Non
     images, labels = next(iter(DataLoader(IMAGES, 4)))
     batch = ((images, torch.ones(4)), labels) if nested == "images" else (images, (labels, torch.ones(4)))
     kinds = r"\(a tuple\), and the loss its targets \(a tensor\)", r"\(a tensor\), and the loss its targets \(a tuple\)"
-    told = f"{kinds[nested == 'targets']}; one of them can't take that .TypeError: .*: give a step_loss"
-    with pytest.raises(RunError, match=told):
-        made([batch], 1).fit()
+    expected_message = f"{kinds[nested == 'targets']}; one of them can't take that .TypeError: .*: give a step_loss"
+    with pytest.raises(RunError, match=expected_message):
+        build_trainer([batch], 1).fit()

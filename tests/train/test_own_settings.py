@@ -45,7 +45,7 @@ class Warm(nn.Module):
         return F.cross_entropy(logits / self.temperature, labels)
 
 
-def made(folder: Path, steps: int, **options: Any) -> Trainer:
+def build_trainer(folder: Path, steps: int, **options: Any) -> Trainer:
     reset_accelerate()
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
@@ -101,37 +101,37 @@ CHANGED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 def test_what_decides_the_result_is_refused_with_both_values(
     before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    made(tmp_path / "run", 6, **before).fit()
+    build_trainer(tmp_path / "run", 6, **before).fit()
     with pytest.raises(RunError, match=message) as caught:
-        made(tmp_path / "run", 12, **now).restore()
+        build_trainer(tmp_path / "run", 12, **now).restore()
     weights = checkpoint_path(tmp_path / "run/checkpoints", 6) / "model.safetensors"
     assert f"another output_dir, and load {weights} into the model. duration, evaluate_every," in str(caught.value)
-    again = made(tmp_path / "run", 12, **before)
+    again = build_trainer(tmp_path / "run", 12, **before)
     again.restore()
     assert again.fit().steps == 12
 
 
 def test_what_only_decides_how_it_is_computed_may_change(tmp_path: Path) -> None:
-    made(tmp_path / "run", 3, of_optimizer={"foreach": True}).fit()
+    build_trainer(tmp_path / "run", 3, of_optimizer={"foreach": True}).fit()
     changed: dict[str, Any] = {"accumulation_steps": 2, "evaluate_every": "1 step", "log_every": 1}
-    again = made(tmp_path / "run", 6, of_optimizer={"foreach": False}, **changed)
+    again = build_trainer(tmp_path / "run", 6, of_optimizer={"foreach": False}, **changed)
     again.restore()
     assert again.fit().steps == 6
 
 
 def test_a_run_of_an_older_version_is_restored_as_before(tmp_path: Path) -> None:
-    first = made(tmp_path / "run", 3)
+    first = build_trainer(tmp_path / "run", 3)
     first.resume_settings = {}
     first.fit()
-    again = made(tmp_path / "run", 6, of_optimizer={"lr": 0.2})
+    again = build_trainer(tmp_path / "run", 6, of_optimizer={"lr": 0.2})
     again.restore()
     assert again.fit().steps == 6
 
 
 def test_more_steps_than_the_duration_are_told_in_pythons_words(tmp_path: Path) -> None:
-    made(tmp_path / "run", 6).fit()
+    build_trainer(tmp_path / "run", 6).fit()
     with pytest.raises(RunError, match="step_00000006: duration is 3 steps, and 6 are done already"):
-        made(tmp_path / "run", 3).restore()
+        build_trainer(tmp_path / "run", 3).restore()
 
 
 def test_names_are_those_that_an_import_would_use(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import RunError, Stopped
 
 
-def asked() -> dict[str, Any]:
+def collective_results() -> dict[str, Any]:
     processes = Processes(Accelerator(cpu=True))
     processes.wait()
     number = torch.tensor(2.0 * processes.index)
@@ -40,14 +40,14 @@ def asked() -> dict[str, Any]:
 
 
 def test_one_process_answers_itself() -> None:
-    assert asked() == {
+    assert collective_results() == {
         "main": (True, True), "gathered": [0, "said"], "from_local_main": {"index": 0}, "sum": 0, "mean": 0,
         "largest": [0, 0], "any": False, "kept": 0,
     }  # fmt: skip
 
 
 def test_several_processes_agree() -> None:
-    first, second = run_processes(asked)
+    first, second = run_processes(collective_results)
     assert (first["main"], second["main"]) == ((True, True), (False, False))
     assert (first["kept"], second["kept"]) == (0, 2)  # sums are new tensors
     for process in (first, second):

@@ -94,8 +94,10 @@ def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
     make(write_recipe(), tmp_path / "run", warmup, "train.duration=4 steps").fit()
     capsys.readouterr()
     trainer = make(write_recipe(), tmp_path / "run", warmup, "train.duration=8 steps", resume=True)
-    said = "train.duration is 8 steps now, it was 4: after step 4 lr follows the new schedule, 0.00075 after 0.00025"
-    assert said in capsys.readouterr().out
+    messages = (
+        "train.duration is 8 steps now, it was 4: after step 4 lr follows the new schedule, 0.00075 after 0.00025"
+    )
+    assert messages in capsys.readouterr().out
     result = trainer.fit()
     assert (result.steps, result.resumed_at) == (8, [4])
     with pytest.raises(RunError, match=r"train\.duration is 6 steps, and 8 are done already; give a longer one"):

@@ -411,9 +411,9 @@ def test_a_sum_is_refused_where_it_is_split_and_only_there() -> None:
 def test_a_loss_that_is_no_mean_is_said_where_it_is_split(loss: Any) -> None:
     if loss == "contrastive":
         loss = lambda logits, targets: F.cross_entropy(logits @ logits.T, torch.arange(len(logits)))  # noqa: E731
-    said = [note for n in (1, 3) for note in _notes(small(loss, n)) if "no mean over the images" in note]
-    assert len(said) == 1
-    assert "accumulation_steps" in said[0]
+    messages = [note for n in (1, 3) for note in _notes(small(loss, n)) if "no mean over the images" in note]
+    assert len(messages) == 1
+    assert "accumulation_steps" in messages[0]
 
 
 def _notes(trainer: Trainer) -> list[str]:

@@ -219,10 +219,10 @@ def test_two_processes_train_a_model_with_unused_parameters_as_one_does(model: C
     whole, notes = train(model())
     assert notes == [NOTE]
     assert torch.equal(whole["spare.weight"], start["spare.weight"])  # weight decay does not move it
-    for weights, said in run_processes(train, model()):
+    for weights, messages in run_processes(train, model()):
         torch.testing.assert_close(weights, whole, rtol=1e-4, atol=1e-4)
         assert torch.equal(weights["spare.weight"], start["spare.weight"])
-        assert said == [NOTE]
+        assert messages == [NOTE]
 
 
 def test_processes_stay_together_where_layers_are_skipped_at_random() -> None:

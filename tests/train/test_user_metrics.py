@@ -358,9 +358,9 @@ def test_a_recipes_run_has_them_too_and_evaluate_says_that_they_are_ones_own(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])
-    said = " ".join(capsys.readouterr().err.split())
-    assert "mAP: functions of your own that the run was trained with (metrics=)" in said
-    assert "while training, one_of_one gave the logits (predict=)" in said
+    messages = " ".join(capsys.readouterr().err.split())
+    assert "mAP: functions of your own that the run was trained with (metrics=)" in messages
+    assert "while training, one_of_one gave the logits (predict=)" in messages
 
 
 def one_of_one(model: nn.Module, images: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ def test_out_of_memory_elsewhere_is_one_message(
     error = RuntimeError("std::bad_alloc")
     monkeypatch.setattr(Progress, "log_training", lambda self: (_ for _ in ()).throw(error))
     assert exit_status(["train", str(write_recipe()), f"output_dir={tmp_path / 'run'}"]) == 75
-    said = "error: out of memory after step 2 (std::bad_alloc); the same command with --resume"
-    assert said in capsys.readouterr().err
+    messages = "error: out of memory after step 2 (std::bad_alloc); the same command with --resume"
+    assert messages in capsys.readouterr().err
     monkeypatch.setattr(cli, "with_command", lambda arguments: (_ for _ in ()).throw(MemoryError("image x")))
     assert exit_status(["predict", "x", "y"]) == 2
     assert capsys.readouterr().err.startswith("error: out of memory: image x; end other programs")
@@ -221,8 +221,8 @@ def test_check_images_tells_it_too(
     monkeypatch.setattr(scan, "_scan_rows_with_warnings", short)
     arguments = [str(write_recipe()), f"data.dataset={image_folder}", f"data.workers={workers}", "--images"]
     assert exit_status(["check", *arguments]) == 2
-    said = "error: out of memory: image big.png: no memory to decode it; lower data.workers"
-    assert said in capsys.readouterr().err
+    messages = "error: out of memory: image big.png: no memory to decode it; lower data.workers"
+    assert messages in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_written_without_a_thread_too(

@@ -49,11 +49,11 @@ def describe_death(exit_code: int | None) -> tuple[str, str]:
 class WorkerDeaths:
     """Counts the loader processes that have died since a run was started: it survives one.
 
-    `tell` is called with a message about the first.
+    `note` is called with a message about the first.
     """
 
-    def __init__(self, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.tell, self.number = tell, 0
+    def __init__(self, note: Callable[[str], None] = lambda text: None) -> None:
+        self.note, self.number = note, 0
         self.exit_code: int | None = None  # of the last one
 
     def add(self, exit_code: int | None) -> None:
@@ -62,7 +62,7 @@ class WorkerDeaths:
         how, remedy = describe_death(exit_code)
         if self.number > MAX_DEATHS:
             raise LoaderDied(f"a second loader process died ({how}): {remedy}")
-        self.tell(
+        self.note(
             f"a loader process died ({how}); another one takes over, and nothing is lost. A second death stops "
             f"the run: {remedy}"
         )

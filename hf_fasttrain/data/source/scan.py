@@ -82,15 +82,15 @@ def scan_split(
     *,
     workers: int,
     progress: Callable[[int], None],
-    tell: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> SplitScan:
     """Decode every image of a split in `workers` processes (0: in this one) and return what was found.
 
     `progress` is called with the number of images of each chunk that is done. Bad images are recorded, not raised.
-    `tell` is called with a message if a worker process dies; raises LoaderDied if a second one does.
+    `note` is called with a message if a worker process dies; raises LoaderDied if a second one does.
     """
     chunks = [np.arange(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
-    scan_rows, deaths = partial(_scan_rows, split), WorkerDeaths(tell)
+    scan_rows, deaths = partial(_scan_rows, split), WorkerDeaths(note)
     pool = Workers(scan_rows, workers, CHUNKS_AHEAD, deaths)
     parts = []
     try:

@@ -313,11 +313,11 @@ def killed_on_one(source: Source) -> tuple[bool, Tensor, str]:
 
 
 def test_a_process_whose_loader_died_keeps_up_with_the_others(digits: Source) -> None:
-    (same, first, said), (same_too, second, said_too) = run_processes(killed_on_one, digits)
+    (same, first, messages), (same_too, second, said_too) = run_processes(killed_on_one, digits)
     assert same
     assert same_too
     assert torch.equal(first, second)
-    assert said == ""
+    assert messages == ""
     assert re.match(r"note: after step \d a loader process died", said_too)
     assert len(said_too.splitlines()) == 1
 
@@ -333,10 +333,12 @@ def killed_twice_on_one(source: Source, run: str) -> tuple[str, int, str]:
 
 
 def test_a_second_death_on_one_process_is_no_traceback_on_the_others(digits: Source, tmp_path: Path) -> None:
-    (first, status, said), (second, status_too, said_too) = run_processes(killed_twice_on_one, digits, str(tmp_path))
+    (first, status, messages), (second, status_too, said_too) = run_processes(
+        killed_twice_on_one, digits, str(tmp_path)
+    )
     assert (first, second, status, status_too) == ("PeerGone", "LoaderDied", 75, 75)
     newest = f"; resume=True (or Trainer.restore()) continues from step {steps_of(tmp_path)[-1]}"
-    assert said == f"another training process has ended; if it could, it has said why{newest}"
+    assert messages == f"another training process has ended; if it could, it has said why{newest}"
     assert re.search(
         r"; resume=True \(or Trainer.restore\(\)\) continues from step \d+$", said_too
     )  # as it saw it, earlier

@@ -58,7 +58,7 @@ def read(cache: PixelCache, num_rows: int, stamp: tuple[int, int, int] = STAMP) 
     return list(cache.read(np.arange(num_rows), lambda row: stamp))
 
 
-def made(images: Images, rows: np.ndarray, events: list[Any] | None = None) -> list[np.ndarray]:
+def read_images(images: Images, rows: np.ndarray, events: list[Any] | None = None) -> list[np.ndarray]:
     """Return the pixels of images that are all different."""
     return [pixels for _, pixels in images.pixels(rows, rows.copy(), [] if events is None else events)]
 
@@ -168,12 +168,12 @@ def test_a_cache_deleted_under_its_users_is_said(tmp_path: Path, image_folder: P
     events: list[Any] = []
     images = Images(source.train, Preparation(), cache)
     rows = np.arange(4)
-    expected = made(Images(source.train, Preparation()), rows)
+    expected = read_images(Images(source.train, Preparation()), rows)
     for _ in range(2):
-        found = made(images, rows, events)
+        found = read_images(images, rows, events)
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    (told,) = events
-    assert "data.cache of split 'train': can't be opened: " in told
+    (notes_seen,) = events
+    assert "data.cache of split 'train': can't be opened: " in notes_seen
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_wrong_is_read(tmp_path: Path, i
     """The limit on the size of a file stops a write in its middle, as a full disk does."""
     source = load_source(str(image_folder))
     preparation = Preparation(center=EvalTransform(64))
-    plain = np.stack(made(Images(source.train, preparation), np.arange(24)))
+    plain = np.stack(read_images(Images(source.train, preparation), np.arange(24)))
     cache = open_cache(tmp_path / "kept", 24, 10**9, {})
 
     def write() -> None:
@@ -218,9 +218,9 @@ def test_a_disk_that_is_full_is_said_and_nothing_wrong_is_read(tmp_path: Path, i
         images = Images(source.train, preparation, cache)
         for start in range(0, 24, 4):
             rows = np.arange(start, start + 4)
-            assert np.array_equal(np.stack(made(images, rows, events)), plain[rows])
-        told = [event for event in events if isinstance(event, str)]
-        (tmp_path / "told").write_text("\n".join(dict.fromkeys(told)))
+            assert np.array_equal(np.stack(read_images(images, rows, events)), plain[rows])
+        notes_seen = [event for event in events if isinstance(event, str)]
+        (tmp_path / "told").write_text("\n".join(dict.fromkeys(notes_seen)))
 
     os.waitpid(in_child(write), 0)
     assert (tmp_path / "told").read_text() == (
@@ -318,7 +318,7 @@ def test_two_processes_with_two_workers_fill_one_cache(tmp_path: Path, digits: S
     assert sum(pixels is not None for pixels in found) >= 400
     for index, pixels in enumerate(found):
         if pixels is not None:
-            (plain,) = made(images, np.array([index]))
+            (plain,) = read_images(images, np.array([index]))
             assert np.array_equal(pixels, plain)
 
 

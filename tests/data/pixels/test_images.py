@@ -93,19 +93,19 @@ def test_a_split_without_any_good_image_is_an_error() -> None:
 
 
 def test_too_many_bad_images_stop_the_run_with_a_list(tmp_path: Path) -> None:
-    said: list[str] = []
-    bad = BadImages(tmp_path, 0.02, said.append)
+    messages: list[str] = []
+    bad = BadImages(tmp_path, 0.02, messages.append)
     for index in range(2):
         bad.report(BadImage("train", index, f"{index}.jpg", "image x: can't be decoded", 9), 100)
         bad.report(BadImage("train", index, f"{index}.jpg", "image x: can't be decoded", 9), 100)
     assert bad.count == 2
     with pytest.raises(DataError, match=r"=0.02: 3 of 100 images of split 'train' (?s:.)*row 2: image x"):
         bad.report(BadImage("train", 2, "2.jpg", "image x: can't be decoded", 9), 100)
-    assert len(said) == 1
-    assert "bad images are replaced by others: split 'train', row 0" in said[0]
+    assert len(messages) == 1
+    assert "bad images are replaced by others: split 'train', row 0" in messages[0]
     bad.report("a note", 100)
-    assert said[1:] == ["a note"]
-    resumed = BadImages(tmp_path, 1.0, said.append)
+    assert messages[1:] == ["a note"]
+    resumed = BadImages(tmp_path, 1.0, messages.append)
     resumed.report(BadImage("train", 1, "1.jpg", "again", 9), 100)
     assert resumed.count == 3
     assert len((tmp_path / "bad_images.jsonl").read_text().splitlines()) == 3

@@ -199,10 +199,10 @@ def test_other_spellings_are_matched_by_meaning(train: list[Any], evaluation: li
     got = read(train, evaluation)
     assert [got.class_names[label] for label in got.labels["train"]] == [str(value) for value in train]
     assert [got.class_names[label] for label in got.labels["validation"]] == expected
-    said = [note for note in got.notes if "validation" in note]
+    messages = [note for note in got.notes if "validation" in note]
     flat = [value[0] if isinstance(value, list) else value for value in evaluation]
     spelt = [str(int(value) if isinstance(value, float) else value) for value in flat]
-    assert len(said) == (spelt != expected)
+    assert len(messages) == (spelt != expected)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_labels_without_a_clear_class_are_refused_with_both_values(
 ) -> None:
     with pytest.raises(
         DataError, match=rf"split 'validation', column 'label': row \d has label {label}, which is"
-    ) as said:
+    ) as messages:
         read(train, evaluation)
-    assert all(str(value) in str(said.value) for value in (*train, *evaluation))
+    assert all(str(value) in str(messages.value) for value in (*train, *evaluation))
 
 
 def test_class_labels_of_two_splits_are_matched_by_name_and_numbers_by_number() -> None:

@@ -132,9 +132,9 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 def test_mistakes_in_metadata_are_one_message(case: str, tmp_path: Path) -> None:
     name, text, expected = MISTAKES[case]
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=expected) as said:
+    with pytest.raises(DataError, match=expected) as messages:
         load_source(str(tmp_path))
-    assert str(tmp_path) in str(said.value)
+    assert str(tmp_path) in str(messages.value)
 
 
 def test_two_metadata_files_in_a_folder_are_refused(tmp_path: Path) -> None:
