@@ -258,9 +258,9 @@ def replace_row(ablation: Ablation, number: int, **changes: Any) -> Ablation:
     return ablation.model_copy(update={"rows": rows})
 
 
-def test_a_folder_that_cant_be_made_is_one_message(tmp_path: Path) -> None:
+def test_a_folder_that_cant_be_created_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="can't be made"):
+    with pytest.raises(RunError, match="can't be created"):
         study.require_new(tmp_path / "file" / "out")
 
 
