@@ -24,9 +24,9 @@ def ablate(
     without: TechniqueNames = None,
     full: Annotated[bool, typer.Option("--full", help="Afterwards train every arm to the end.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="With --full: training runs of each arm.")] = 3,
-    output: Annotated[Path | None, typer.Option(help="Folder to write; by default a new one in ablations/.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder; by default a new one in ablations/.")] = None,
 ) -> None:
-    """Measure the gain of each technique (accumulation, mixed precision, pinned memory, ...) on this machine."""
+    """Measure what each technique contributes (accumulation, mixed precision, pinned memory, ...) on this machine."""
     from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])

@@ -35,7 +35,7 @@ recipes_app = typer.Typer(
     help="List the shipped recipes, or copy one.", invoke_without_command=True, rich_markup_mode=None
 )
 cache_app = typer.Typer(
-    help="List the decoded pixels kept on disk (data.cache), or delete them.",
+    help="List the decoded pixels cached on disk (data.cache), or delete them.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )

@@ -18,7 +18,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="A function, imported from here, that returns the model of a run that no recipe has made.",
+        help="A function, imported from here, that returns the model of a run made without a recipe.",
     ),
 ]
 PushedRunArgument = Annotated[str, typer.Argument(help="A run folder, or hf://OWNER/NAME.")]

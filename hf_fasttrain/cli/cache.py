@@ -1,4 +1,4 @@
-"""The command `cache`: list or delete the decoded pixels kept on disk."""
+"""The command `cache`: list or delete the decoded pixels cached on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the c
 
 
 def list_caches(context: typer.Context, folder: CacheFolder = None) -> None:
-    """List the decoded pixels kept on disk, the most recently used first."""
+    """List the decoded pixels cached on disk, the most recently used first."""
     if context.invoked_subcommand is not None:
         context.obj = folder
         return
@@ -30,11 +30,11 @@ def list_caches(context: typer.Context, folder: CacheFolder = None) -> None:
 def clean_caches(
     context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(help="Names as listed; needed unless --all is given.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,
-    unused_days: Annotated[float | None, typer.Option(min=0, help="Delete those not used for this many days.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Delete all caches.")] = False,
+    unused_days: Annotated[float | None, typer.Option(min=0, help="Delete caches not used for this many days.")] = None,
     folder: CacheFolder = None,
 ) -> None:
-    """Delete decoded pixels kept on disk."""
+    """Delete decoded pixels cached on disk."""
     from hf_fasttrain.data.pixels.cache import default_cache_dir, remove_cache, select_caches
 
     freed = 0

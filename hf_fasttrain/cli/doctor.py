@@ -15,13 +15,13 @@ from hf_fasttrain.cli.terminal import exit_on_ctrl_c, print_note, wide_console
 def doctor(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=1.0, help="Approximate time that it may take.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Approximate duration in seconds.")] = 30.0,
     trace: Annotated[
         Path | None, typer.Option(help="File for a trace of some steps by torch's profiler (Chrome's format).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show where the time of a training goes on this machine, and which overrides would help, each measured."""
+    """Show where training time goes on this machine, and measure which overrides help."""
     from hf_fasttrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])

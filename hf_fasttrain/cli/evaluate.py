@@ -19,7 +19,7 @@ def evaluate(
     model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a run's model on its evaluation split, or on another split or dataset."""
+    """Evaluate a run's model on its evaluation split, or on another split or dataset."""
     from rich.table import Table
     from rich.text import Text
 

@@ -12,7 +12,7 @@ from hf_fasttrain.cli.arguments import ModelOption, RunArgument, WeightsOption
 
 def export(
     run: RunArgument,
-    output: Annotated[Path | None, typer.Option(help="Folder to write; by default the run's model folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder; by default the run's model folder.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, checked in onnxruntime.")] = False,
     weights: WeightsOption = None,
     model: ModelOption = None,

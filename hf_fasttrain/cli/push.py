@@ -16,7 +16,7 @@ def push(
     repo: Annotated[str | None, typer.Argument(help="OWNER/NAME on the Hub; by default the recipe's hub.repo.")] = None,
     private: Annotated[bool | None, typer.Option("--private", help="Make a new repository private.")] = None,
     license: Annotated[
-        str | None, typer.Option(help="License of the model, for its card: apache-2.0, mit, ...")
+        str | None, typer.Option(help="License of the model, for the model card: apache-2.0, mit, ...")
     ] = None,
     weights: WeightsOption = None,
     model: ModelOption = None,

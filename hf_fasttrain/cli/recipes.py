@@ -23,7 +23,7 @@ def list_recipes(context: typer.Context) -> None:
 
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
-    target: Annotated[Path | None, typer.Argument(help="File to write; by default NAME.yaml here.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="Output file; by default NAME.yaml here.")] = None,
 ) -> None:
     """Copy a shipped recipe to a file of your own."""
     shipped = shipped_recipes()

@@ -11,7 +11,7 @@ import typer
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared in one report.")],
     output: Annotated[
-        Path | None, typer.Option(help="File to write; by default RUN/report.html, for several report.html.")
+        Path | None, typer.Option(help="Output file; by default RUN/report.html, for several report.html.")
     ] = None,
 ) -> None:
     """Write an offline HTML report of one or several runs: curves, classes, mistakes, settings."""

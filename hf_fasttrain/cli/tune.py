@@ -16,8 +16,8 @@ from hf_fasttrain.utils.errors import Stopped
 def tune(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    budget: Annotated[str, typer.Option(help="Time that it may take: 3m, 90s, 1h.")] = "3m",
-    output: Annotated[Path | None, typer.Option(help="Recipe to write; by default the name with .tuned.yaml.")] = None,
+    budget: Annotated[str, typer.Option(help="Time budget: 3m, 90s, 1h.")] = "3m",
+    output: Annotated[Path | None, typer.Option(help="Recipe file to write; by default NAME.tuned.yaml.")] = None,
     store: Annotated[bool, typer.Option(help="Store the result for `auto` on this machine.")] = True,
 ) -> None:
     """Find the fastest settings for a recipe on this machine, and write them as a recipe."""
