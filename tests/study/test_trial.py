@@ -122,7 +122,7 @@ def test_out_of_memory_ends_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
-    monkeypatch.setattr(trial.trainer.step.accumulation, "loss", short)
+    monkeypatch.setattr(trial.trainer.step.accumulation, "step_loss", short)
     with pytest.raises(RunError, match="out of memory with micro-batches of 16 images"):
         reports_of(trial, [Turn()])
 
@@ -283,7 +283,7 @@ def test_studies_want_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_studies_want_processes_that_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "SIGSTOP")
-    with pytest.raises(RunError, match="needs processes that can be stopped"):
+    with pytest.raises(RunError, match="needs to stop processes"):
         require_one_process()
 
 
