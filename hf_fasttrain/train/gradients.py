@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from itertools import compress
 from typing import Any
 
@@ -36,7 +35,6 @@ from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import replace_prepared
 
 MOST_WEIGHTS = 100  # cached: batches of a user's loader may have any sizes
-_NOTHING = nullcontext()
 
 
 class Gradients:
@@ -182,19 +180,28 @@ class Gradients:
     def _micro_batch(self, images: Tree, targets: Tree, weight: float, at: At) -> Tensor:
         """Make the forward and the backward of a micro-batch; return its loss, detached."""
         timer = self.timer
-        with timer("forward") if timer else _NOTHING:
-            loss = self._loss(images, targets, at)
-            if not isinstance(loss, Tensor):
-                loss, values = checked(loss)
-                add_values(self.values, values, weight, loss.device)
-            if not loss.requires_grad:
-                raise RunError(
-                    "the loss of a batch needs no gradient: nothing that is trained has part in it; compute it from "
-                    "the model's output without .detach(), .item() and torch.no_grad()"
-                )
-        with timer("backward") if timer else _NOTHING:
+        if timer is None:  # contexts that do nothing would take time
+            loss = self._forward(images, targets, weight, at)
             self._backward(loss, weight)
+        else:
+            with timer("forward"):
+                loss = self._forward(images, targets, weight, at)
+            with timer("backward"):
+                self._backward(loss, weight)
         return loss.detach() if not loss.ndim else loss.detach().view(())
+
+    def _forward(self, images: Tree, targets: Tree, weight: float, at: At) -> Tensor:
+        """Return the loss of a micro-batch; what the step loss returns beside it is added to `values`."""
+        loss = self._loss(images, targets, at)
+        if not isinstance(loss, Tensor):
+            loss, values = checked(loss)
+            add_values(self.values, values, weight, loss.device)
+        if not loss.requires_grad:
+            raise RunError(
+                "the loss of a batch needs no gradient: nothing that is trained has part in it; compute it from the "
+                "model's output without .detach(), .item() and torch.no_grad()"
+            )
+        return loss
 
     def _loss(self, images: Tree, targets: Tree, at: At) -> Any:
         """Return what the step loss gives for a micro-batch."""
@@ -211,10 +218,11 @@ class Gradients:
         The backward begins with the weight, which is what the backward of a product would pass on: a product for each
         micro-batch, on the graph, would take longer.
         """
-        scaler = self.accelerator.scaler
-        if scaler is None:
-            with kept_graph() if self.keeps_graph else _NOTHING:
-                loss.backward(self._weight_like(loss, weight), create_graph=self.keeps_graph)
+        if self.keeps_graph:
+            with kept_graph():
+                loss.backward(self._weight_like(loss, weight), create_graph=True)
+        elif self.accelerator.scaler is None:
+            loss.backward(self._weight_like(loss, weight))
         else:
             scaled = self._weight_like(loss, weight) * loss
             self.accelerator.backward(scaled * self.accelerator.gradient_accumulation_steps)

@@ -245,7 +245,7 @@ class UserLoader:
     def _step(self, index: int, images: Tree, targets: Tree) -> Step:
         number = num_images(images)
         total = self.total(number) if self.total else number
-        shape = tuple(first_leaf(images).shape[1:])
+        shape = tuple((images if isinstance(images, Tensor) else first_leaf(images)).shape[1:])
         pairs = (number + 1) // 2
         size = self._cut or 2 * max(1, -(-pairs // self.accumulation_steps))
         self.micro_batch_size = max(self.micro_batch_size, size) if self._cut is None else size
