@@ -6,16 +6,15 @@ python docs/make_coming_from.py --check    exit status 1 if they are out of date
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from generated import update_page
 from ruamel.yaml import YAML
 
 PAGE = Path(__file__).parent / "coming-from.md"
 TABLE = Path(__file__).parent / "coming_from.yaml"
-BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
 Row = dict[str, Any]
 
 
@@ -71,20 +70,5 @@ def _code(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def with_tables(page: str) -> str:
-    """Return the page with the tables between its marks made anew."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables(read_table())}\n\n{END}{after}"
-
-
-def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    new = with_tables(page)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if new == page else f"{PAGE.name} is out of date: python docs/make_coming_from.py")
-    PAGE.write_text(new, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    update_page(PAGE, "tables", lambda: tables(read_table()), Path(__file__).name)

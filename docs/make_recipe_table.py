@@ -7,15 +7,15 @@ python docs/make_recipe_table.py --check    exit status 1 if it is out of date
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from generated import update_page
 
 from hf_fasttrain.recipe.load import json_schema
 from hf_fasttrain.utils.duration import Duration
 
 PAGE = Path(__file__).parent / "recipes.md"
-BEGIN, END = "<!-- keys -->", "<!-- /keys -->"
 
 
 def key_tables(schema: dict[str, Any]) -> str:
@@ -110,20 +110,5 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def with_tables(page: str) -> str:
-    """Return the page with the tables between its marks made anew."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{key_tables(json_schema())}\n\n{END}{after}"
-
-
-def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    new = with_tables(page)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if new == page else f"{PAGE.name} is out of date: python docs/make_recipe_table.py")
-    PAGE.write_text(new, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    update_page(PAGE, "keys", lambda: key_tables(json_schema()), Path(__file__).name)
