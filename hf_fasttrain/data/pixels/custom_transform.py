@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from hf_fasttrain.data.loading.sampler import TRANSFORM_STREAM, MicroBatchKey, keyed_rng
-from hf_fasttrain.data.loading.workers import worker_index
 from hf_fasttrain.data.pixels.augment import Growth
 from hf_fasttrain.data.pixels.decode import Pixels
+from hf_fasttrain.data.pixels.operations import seeded_globals
 from hf_fasttrain.data.pixels.resize import resize
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.utils.errors import RunError, first_line
@@ -54,7 +51,7 @@ class CustomTransform:
         for row, pixels in images:
             index = int(key.indices[row])
             rng = keyed_rng(self.seed, TRANSFORM_STREAM, key.epoch, index, int(repeats[row]))
-            with _seeded_globals(int(rng.integers(2**32))):
+            with seeded_globals(int(rng.integers(2**32))):
                 made = self._call(pixels.copy(), rng, index)  # a copy: the same pixels may be used and kept elsewhere
             resize(made, (size, size), self.interpolation, out=out[row])
 
@@ -82,23 +79,3 @@ class CustomTransform:
     def _image(self, index: int) -> str:
         path = self.split.records([index])[0]["path"]
         return f"row {index} of split '{self.split.name}'" + (f" ({path})" if path else "")
-
-
-@contextmanager
-def _seeded_globals(seed: int) -> Iterator[None]:
-    """Seed the global generators; those of the training process are restored, a loader process's own have no use."""
-    states = None if worker_index() is not None else _global_states()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        if states is not None:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.default_generator.set_state(states[2])
-
-
-def _global_states() -> tuple[Any, Any, torch.Tensor]:
-    return random.getstate(), np.random.get_state(), torch.default_generator.get_state()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
+from hf_fasttrain.data.loading.workers import worker_index
 from hf_fasttrain.data.pixels.decode import Pixels
 from hf_fasttrain.data.pixels.resize import FILTERS
 from hf_fasttrain.utils.errors import RecipeError
@@ -66,14 +67,11 @@ class Operations:
 
     def __call__(self, pixels: Pixels, seed: int) -> Pixels:
         """Return the pixels (H, W, 3) after the operations that `seed` draws; no generator's state is changed."""
-        with _seeded_torch(seed), seeded_globals(seed) if self.auto else _NOTHING:
+        with seeded_globals(seed) if self.auto else _seeded_torch(seed):
             image: Any = Image.fromarray(pixels)
             for step in self._steps:
                 image = step(image)
         return np.asarray(image)
-
-
-_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -88,15 +86,21 @@ def _seeded_torch(seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
-    """Seed the generators of Python's `random` and of numpy, from which timm draws, and restore them afterwards."""
-    states = random.getstate(), np.random.get_state()
+    """Seed the global generators of Python, numpy and torch, and restore them afterwards; others' code draws from them.
+
+    Those of a loader process have no other use, and stay as they are then.
+    """
+    states = None if worker_index() is not None else (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 def timm_policy(policy: str, image_size: int, mean: Sequence[float], interpolation: str) -> Operation:
