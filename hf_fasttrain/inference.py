@@ -26,7 +26,7 @@ from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_
 from hf_fasttrain.from_recipe.source_from import chosen_images, open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
-from hf_fasttrain.models.given import Given, open_given
+from hf_fasttrain.models.given import Given, given_model
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.saved import load_model
 from hf_fasttrain.recipe.load import load_recipe, origin_of, parse_recipe, with_values
@@ -98,7 +98,7 @@ def evaluate_run(
     number as `bad_images`.
     """
     opened = open_run(run)
-    given = open_given(opened, model, weights) if model is not None and is_own_run(opened, model) else None
+    given = given_model(opened, model, weights)
     folder = opened if given is not None else model_folder(opened, pushed=is_hub_url(str(run)))
     if given is None and not (opened / RECIPE_FILE).exists():
         raise RunError(f"{run}: contains no recipe.yaml; evaluate needs a run folder")
@@ -321,7 +321,7 @@ def predict_images(
     exist.
     """
     opened = open_run(run)
-    given = open_given(opened, model, weights) if model is not None and is_own_run(opened, model) else None
+    given = given_model(opened, model, weights)
     folder = opened if given is not None else model_folder(opened, pushed=is_hub_url(str(run)))
     checkpoint = find_checkpoint(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image)]

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.export.onnx_file import TOLERANCE, difference, quiet, require_onnx, scale_of, write_onnx
-from hf_fasttrain.models.given import Given, OpenedModel, open_given
+from hf_fasttrain.models.given import Given, OpenedModel, given_model
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.models.saved import load_model, save_model
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE
-from hf_fasttrain.run_folder.finished import FinishedRun, is_own_run, read_run
+from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
@@ -65,7 +65,7 @@ def export_run(
     run = Path(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give the run folder of a training that has ended")
-    given = open_given(run, model, weights) if model is not None and is_own_run(run, model) else None
+    given = given_model(run, model, weights)
     finished = read_run(run) if given is None else None
     checkpoint = find_checkpoint(run, weights)
     folder = _target(run, output, None if checkpoint is None else str(weights))

@@ -14,7 +14,7 @@ from hf_fasttrain.hub.card import model_card
 from hf_fasttrain.hub.errors import Failure, explain
 from hf_fasttrain.hub.pictures import PICTURES, pictures_of
 from hf_fasttrain.hub.staging import staged
-from hf_fasttrain.models.given import Given, open_given
+from hf_fasttrain.models.given import Given, given_model
 from hf_fasttrain.run_folder.file_names import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -25,7 +25,7 @@ from hf_fasttrain.run_folder.file_names import (
     SPEC_FILE,
     WEIGHTS_FILE,
 )
-from hf_fasttrain.run_folder.finished import FinishedRun, is_own_run, read_run
+from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.scrub import Scrubber, strings
 from hf_fasttrain.utils.errors import RunError, without_secrets
 from hf_fasttrain.utils.files import reason
@@ -69,7 +69,7 @@ def push_run(
     folder = Path(run)
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
-    given = open_given(folder, model, weights) if model is not None and is_own_run(folder, model) else None
+    given = given_model(folder, model, weights)
     finished = read_run(folder) if given is None else None
     options = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
     options += ["--weights", weights] if weights is not None else []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.weights import read_weights
 from hf_fasttrain.run_folder.file_names import EMA_FILE, MODEL_FOLDER, SPEC_FILE, WEIGHTS_FILE
+from hf_fasttrain.run_folder.finished import is_own_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint
 from hf_fasttrain.utils.errors import RunError, first_lines, shortened
 from hf_fasttrain.utils.files import read_json
@@ -34,6 +35,14 @@ class OpenedModel:
     spec: ModelSpec
     has_names: bool  # whether the user has named its classes
     weights: Path  # the file of its weights
+
+
+def given_model(run: Path, given: Given | None, weights: str | None) -> OpenedModel | None:
+    """Return `open_given`'s model of a run that needs one; None without a model given.
+
+    Raises RunError for a model beside a run that has its own.
+    """
+    return open_given(run, given, weights) if given is not None and is_own_run(run, given) else None
 
 
 def open_given(run: Path, given: Given, weights: str | None) -> OpenedModel:
