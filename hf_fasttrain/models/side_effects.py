@@ -72,12 +72,16 @@ def eager() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore a model's buffers, attributes and modes, and all random states, after a few images went through it."""
-    modes = [(module, module.training) for module in model.modules()]
+def undisturbed(model: nn.Module, *others: nn.Module) -> Iterator[None]:
+    """Restore buffers, attributes and modes of modules, and all random states, after a few images went through them."""
+    modes = [(module, module.training) for each in (model, *others) for module in each.modules()]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        with preserved_state(model), seeded_random_states(device, 0), eager():
+        with ExitStack() as stack:
+            for each in (model, *others):
+                stack.enter_context(preserved_state(each))
+            stack.enter_context(seeded_random_states(device, 0))
+            stack.enter_context(eager())
             yield
     finally:
         for module, mode in modes:

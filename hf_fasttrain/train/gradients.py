@@ -61,12 +61,12 @@ class Gradients:
         self.raw_model, self.norms = raw_model, batch_norms(raw_model)
         self.parameters = [p for p in self.named_parameters().values() if p.requires_grad]
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        if self._ddp is not None:
+            _keep_buffers(self._ddp)
         self._knows_use = True  # whether it is known which parameters get gradients
         if wraps_loss(step_loss) and processes.is_distributed:
             self._ddp = self._distributed(ModelAndLoss(model, step_loss), init_sync=True)
             self._knows_use = isinstance(step_loss, LossOfLogits)
-        if self._ddp is not None:  # running statistics are averaged instead,
-            self._ddp.broadcast_buffers = False  # and processes may make unequally many forwards
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of the model, and of a loss that is a module with the prefix `loss.`."""
@@ -105,7 +105,6 @@ class Gradients:
         if old is None:
             return
         self._ddp = self._distributed(old.module, search=search or old.find_unused_parameters)
-        self._ddp.broadcast_buffers = False
         if self.model is old:
             self.model = self._ddp
             replace_prepared(self.accelerator, old, self._ddp)
@@ -124,6 +123,7 @@ class Gradients:
         wrapped = DistributedDataParallel(module, **options)
         if handler is not None:
             handler.register_comm_hook(wrapped)
+        _keep_buffers(wrapped)
         return wrapped
 
     def add_up(self, step: Step, at: At, *, agree: bool = False) -> Tensor:
@@ -289,3 +289,8 @@ class Gradients:
     def set_train_mode(self) -> None:
         """Training mode, but batch norms whose weights are frozen keep their statistics."""
         set_train_mode(self.model, self.norms)
+
+
+def _keep_buffers(wrapped: DistributedDataParallel) -> None:
+    """Keep each process's buffers: running statistics are averaged, and processes may make unequally many forwards."""
+    wrapped.broadcast_buffers = False

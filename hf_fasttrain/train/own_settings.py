@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_fasttrain.utils.qualified_name import module_name
 
 if TYPE_CHECKING:
     from hf_fasttrain.train.trainer import Trainer
@@ -77,20 +77,10 @@ def name_of(value: Any) -> str:
     if isinstance(value, functools.partial):
         return name_of(value.func)
     if hasattr(value, "__qualname__"):
-        return f"{_module_of(value)}.{value.__qualname__}"
+        return f"{module_name(value)}.{value.__qualname__}"
     inner = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else []
     named = ", ".join(name_of(each).rpartition(".")[2] for each in inner if callable(each))
     return name_of(type(value)) + (f"({named})" if named else "")
-
-
-def _module_of(value: Any) -> str:
-    """Return the module that something is defined in; a program's own by its file, as if it were imported."""
-    name: str = getattr(value, "__module__", None) or "builtins"
-    main = sys.modules.get("__main__")
-    if name != "__main__" or main is None:
-        return name
-    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    return spec.name if spec is not None else Path(file).stem if file else name
 
 
 def _is_number(value: Any) -> bool:

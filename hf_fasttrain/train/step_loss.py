@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.trees import Tree, cut, num_images
-from hf_fasttrain.models.side_effects import eager, preserved_state, random_states, seeded_random_states
+from hf_fasttrain.models.side_effects import random_states, undisturbed
 from hf_fasttrain.train.loss import ClassificationLoss, Loss, loss_input, loss_of_uniform_logits
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.utils.errors import RunError, first_line
@@ -218,15 +218,11 @@ def _evaluating(model: nn.Module, loss: nn.Module | None) -> Iterator[None]:
 
     A loss's frozen weights too: it may move a teacher itself.
     """
-    modes = [(module, module.training) for each in (model, loss) if each is not None for module in each.modules()]
-    device = next(model.parameters()).device
     frozen = [(p, p.detach().clone()) for p in (loss.parameters() if loss is not None else ()) if not p.requires_grad]
     try:
-        with preserved_state(model), preserved_state(loss), seeded_random_states(device, 0), eager():
+        with undisturbed(model, *([loss] if loss is not None else [])):
             model.eval()
             yield
     finally:
         for parameter, value in frozen:
             parameter.data.copy_(value)
-        for module, mode in modes:
-            module.training = mode

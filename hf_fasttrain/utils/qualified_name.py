@@ -22,18 +22,21 @@ def qualified_name(thing: Any) -> str:
         arguments = [*map(_plain, thing.args), *(f"{name}={_plain(value)}" for name, value in thing.keywords.items())]
         return f"partial({', '.join([qualified_name(thing.func), *arguments])})"
     if isinstance(thing, types.FunctionType) and thing.__name__ == "<lambda>":
-        return f"{_module(thing)}: {_lambda_text(thing)}"
+        return f"{module_name(thing)}: {_lambda_text(thing)}"
     if isinstance(thing, types.MethodType) and not isinstance(thing.__self__, type):
         return f"{qualified_name(type(thing.__self__))}.{thing.__name__}"
     named = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{_module(named)}.{named.__qualname__}"
+    return f"{module_name(named)}.{named.__qualname__}"
 
 
-def _module(thing: Any) -> str:
-    """Return the name of a thing's module; of the program itself that of its file, by which others import it."""
-    name = getattr(thing, "__module__", None) or "builtins"
-    file = getattr(sys.modules.get("__main__"), "__file__", None)
-    return Path(file).stem if name == "__main__" and file else str(name)
+def module_name(thing: Any) -> str:
+    """Return the name of the module that something is defined in; of the program itself, the name to import it by."""
+    name = str(getattr(thing, "__module__", None) or "builtins")
+    main = sys.modules.get("__main__")
+    if name != "__main__" or main is None:
+        return name
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)  # a spec with python -m
+    return str(spec.name) if spec is not None else Path(file).stem if file else name
 
 
 def _plain(value: Any) -> str:

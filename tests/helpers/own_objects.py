@@ -1,7 +1,8 @@
-"""A trainer of objects that no recipe has made."""
+"""A trainer of objects that no recipe has made, and a loader that keeps its position."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,25 @@ def small_trainer(folder: Path | None = None, steps: int = 6, kind: type[Trainer
     options = {"eval_loader": data, "num_classes": 3, "report": False, "log": RunLog(folder, show=False), **options}
     optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.1), options.pop("train_loader", data)
     return kind(model, loader, optimizer, duration=f"{steps} steps", output_dir=folder, **options)
+
+
+class PositionedLoader:
+    """Batches with a position that can be saved and restored within an epoch, as torchdata's StatefulDataLoader has."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches, self.position = list(batches), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]

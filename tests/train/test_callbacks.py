@@ -104,7 +104,7 @@ class Counting:
         self.steps = state["steps"]
 
 
-class TrainingObjects(list[Any]):
+class ResumableList(list[Any]):
     """A loader that can be resumed."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class TrainingObjects(list[Any]):
 
 def counted(folder: Path, *callbacks: Any, resume: bool = False) -> Trainer:
     data = [(torch.randn(8, 3, 2, 2), torch.arange(8) % 3)] * 3
-    trainer = small_trainer(folder, callbacks=callbacks, checkpoint_every="6 steps", train_loader=TrainingObjects(data))
+    trainer = small_trainer(folder, callbacks=callbacks, checkpoint_every="6 steps", train_loader=ResumableList(data))
     if resume:
         trainer.restore()
     return trainer

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from helpers.own_objects import PositionedLoader
 from helpers.processes import run_processes
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def build(name: str, accumulation: int = 1, folder: Path | None = None, **option
         options["ema"] = Ema(model, 0.5)
     return Trainer(
         model,
-        Loader([(images[mine].to(dtype), labels[mine]) for images, labels in data()]),
+        PositionedLoader([(images[mine].to(dtype), labels[mine]) for images, labels in data()]),
         OPTIMIZERS[name](model.parameters()),
         accelerator=accelerator,
         accumulation_steps=accumulation,
@@ -139,23 +140,6 @@ def build(name: str, accumulation: int = 1, folder: Path | None = None, **option
         report=False,
         **options,
     )
-
-
-class Loader(list[Any]):
-    """Batches that can be continued at any step of the first epoch."""
-
-    start = 0
-
-    def __iter__(self) -> Any:
-        for index in range(self.start, len(self)):
-            self.start = index + 1
-            yield self[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"start": self.start}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["start"]
 
 
 def fitted(name: str, accumulation: int, **options: Any) -> dict[str, Tensor]:

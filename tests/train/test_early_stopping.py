@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.own_objects import PositionedLoader
 from helpers.runs import RECIPE, exit_status, steps_of
 from torch import Tensor, nn
 
@@ -30,28 +31,10 @@ ON_COMMAND_LINE = HOW.format("the same command with --resume")
 TWO = Watch("accuracy", patience=2)
 
 
-class TrainingObjects:
-    """Six batches an epoch, and where in them training is."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.batches = [(torch.randn(4, 3, 2, 2, generator=generator), torch.arange(4) % 3) for _ in range(6)]
-        self.at = 0
-
-    def __len__(self) -> int:
-        return 6
-
-    def __iter__(self) -> Any:
-        while self.at < 6:
-            self.at += 1
-            yield self.batches[self.at - 1]
-        self.at = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.at = state["at"]
+def six_batches() -> PositionedLoader:
+    """Return the batches of an epoch."""
+    generator = torch.Generator().manual_seed(0)
+    return PositionedLoader((torch.randn(4, 3, 2, 2, generator=generator), torch.arange(4) % 3) for _ in range(6))
 
 
 class Scripted(Trainer):
@@ -72,7 +55,7 @@ def run(
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     trainer = type("Course", (Scripted,), {"course": course})(
         model,
-        TrainingObjects(),
+        six_batches(),
         torch.optim.SGD(model.parameters(), lr=0.1),
         duration=f"{duration} steps",
         eval_loader=[None],  # nobody looks at it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import PartialState
+from helpers.own_objects import PositionedLoader
 from helpers.processes import run_processes
 from torch import Tensor, nn
 
 from hf_fasttrain import RunError, Trainer
-from hf_fasttrain.data.loading.trees import cut, join, map_leaves, rows
+from hf_fasttrain.data.loading.trees import cut, map_leaves, rows
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.step_loss import At
 from hf_fasttrain.utils.errors import DataError
@@ -74,29 +75,12 @@ def batches(number: int = STEPS, batch: int = BATCH) -> list[Batch]:
     ]
 
 
-class Loader:
-    """This process's share of each batch; it can be continued."""
-
-    def __init__(self, data: Sequence[Batch]) -> None:
-        state = PartialState(cpu=True)
-        per = BATCH // state.num_processes
-        mine = slice(state.process_index * per, (state.process_index + 1) * per)
-        self.data, self.position = [(rows(i, mine), rows(t, mine)) for i, t in data], 0
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.position < len(self.data):
-            self.position += 1
-            yield self.data[self.position - 1]
-        self.position = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+def loader_of(data: Sequence[Batch]) -> PositionedLoader:
+    """Return this process's share of each batch."""
+    state = PartialState(cpu=True)
+    per = BATCH // state.num_processes
+    mine = slice(state.process_index * per, (state.process_index + 1) * per)
+    return PositionedLoader((rows(images, mine), rows(targets, mine)) for images, targets in data)
 
 
 def with_values(model: TwoInputs, images: Any, targets: Tensor, at: At) -> tuple[Tensor, dict[str, Any]]:
@@ -135,7 +119,7 @@ def trained(
     parameters = [*model.parameters(), *(step_loss.parameters() if isinstance(step_loss, nn.Module) else ())]
     return Trainer(
         model,
-        Loader(batches()),
+        loader_of(batches()),
         torch.optim.SGD([p for p in parameters if p.requires_grad], lr=LR, momentum=0.9),
         step_loss=step_loss,
         accelerator=accelerator,
@@ -311,7 +295,7 @@ class ModelOfLogits(nn.Module):
 def _with_scale(accumulation: int) -> tuple[float, Tensor]:
     torch.manual_seed(0)
     model, loss = nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES)), ModelOfLogits()
-    data = Loader([(images["pixels"], targets) for images, targets in batches()])
+    data = loader_of([(images["pixels"], targets) for images, targets in batches()])
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=LR)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     options: dict[str, Any] = {"accumulation_steps": accumulation, "log": RunLog(show=False)}
@@ -331,7 +315,7 @@ def test_weights_of_a_loss_that_the_optimizer_lacks_are_named() -> None:
     torch.manual_seed(0)
     model, log = TwoInputs(), RunLog(show=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    Trainer(model, Loader(batches()), optimizer, step_loss=Centers(), duration="1 steps", log=log).fit()
+    Trainer(model, loader_of(batches()), optimizer, step_loss=Centers(), duration="1 steps", log=log).fit()
     assert any("loss.centers" in note for note in log.notes)
 
 
@@ -470,15 +454,14 @@ class Pair(NamedTuple):
     names: list[str]
 
 
-def test_trees_are_cut_and_joined() -> None:
+def test_trees_are_cut() -> None:
     tree = {"a": Pair(torch.arange(5), list("vwxyz")), "b": (torch.arange(10).view(5, 2), None)}
     parts = list(cut(tree, [2, 3]))
     assert parts[0]["a"].names == ["v", "w"]
     assert parts[1]["b"][0].tolist() == [[4, 5], [6, 7], [8, 9]]
-    joined = join(parts)
-    assert isinstance(joined["a"], Pair)
-    assert joined["a"].names == list("vwxyz")
-    assert torch.equal(joined["b"][0], tree["b"][0])
+    assert isinstance(parts[0]["a"], Pair)
+    assert [name for part in parts for name in part["a"].names] == list("vwxyz")
+    assert torch.equal(torch.cat([part["b"][0] for part in parts]), tree["b"][0])
     assert rows(tree, [0, -1])["a"].names == ["v", "z"]
     assert map_leaves(lambda leaf: leaf, tree)["b"][1] is None
 
@@ -584,7 +567,7 @@ def test_a_loss_that_moves_buffers_sees_a_retried_step_and_a_second_pass_once() 
 
     counts, model = Centers(), TwoInputs()
     optimizer = TwoPasses([p for p in [*model.parameters(), *counts.parameters()] if p.requires_grad], lr=LR)
-    Trainer(model, Loader(batches()), optimizer, step_loss=counts, duration="5 steps", log=RunLog(show=False)).fit()
+    Trainer(model, loader_of(batches()), optimizer, step_loss=counts, duration="5 steps", log=RunLog(show=False)).fit()
     assert float(counts.count) == 5
 
 
@@ -595,7 +578,7 @@ def _method_of(kind: str) -> dict[str, Tensor]:
     model, accelerator = TwoInputs(), Accelerator(cpu=True, gradient_accumulation_steps=3)
     optimizer = torch.optim.SGD([*model.parameters(), loss.scale], lr=LR)
     options: dict[str, Any] = {"accelerator": accelerator, "accumulation_steps": 3, "duration": "3 steps"}
-    trainer = Trainer(model, Loader(batches()), optimizer, step_loss=step_loss, log=RunLog(show=False), **options)
+    trainer = Trainer(model, loader_of(batches()), optimizer, step_loss=step_loss, log=RunLog(show=False), **options)
     trainer.fit()
     return weights_of(trainer, loss)
 
@@ -615,7 +598,7 @@ def _foreign() -> list[str]:
         return F.cross_entropy(scale * model(images["pixels"], images["meta"]), targets)
 
     optimizer, log = torch.optim.SGD([*model.parameters(), scale], lr=LR), RunLog(show=False)
-    Trainer(model, Loader(batches()), optimizer, step_loss=scaled, accelerator=Accelerator(cpu=True), log=log).fit()
+    Trainer(model, loader_of(batches()), optimizer, step_loss=scaled, accelerator=Accelerator(cpu=True), log=log).fit()
     return log.notes
 
 
@@ -646,7 +629,7 @@ def test_a_loss_may_hold_the_model_and_give_a_number_in_brackets(tmp_path: Path)
     model = TwoInputs()
     optimizer, log = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9), RunLog(tmp_path, show=False)
     options: dict[str, Any] = {"output_dir": tmp_path, "log": log, "log_every": 1, "report": False}
-    trainer = Trainer(model, Loader(batches()), optimizer, step_loss=Holding(model), **options)
+    trainer = Trainer(model, loader_of(batches()), optimizer, step_loss=Holding(model), **options)
     trainer.fit()
     assert trainer.step.loss_state is None
     assert not list((tmp_path / "checkpoints").rglob("loss.safetensors"))

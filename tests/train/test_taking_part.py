@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.own_objects import PositionedLoader
 from helpers.processes import run_processes
 from torch import Tensor, nn
 
@@ -25,30 +25,12 @@ from hf_fasttrain.utils.errors import Stopped
 STEPS, IMAGES = 7, 12
 
 
-class Batches:
-    """Three batches an epoch, of which a process has its share, and where in them training is."""
-
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        generator = torch.Generator().manual_seed(0)
-        share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
-        every = [(torch.randn(IMAGES, 6, generator=generator), torch.arange(IMAGES) % 3) for _ in range(3)]
-        self.batches = [(images[share], labels[share]) for images, labels in every]
-        self.position = 0
-
-    def __len__(self) -> int:
-        return 3
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while self.position < 3:
-            self.position += 1
-            yield self.batches[self.position - 1]
-        self.position = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+def share_of_batches(rank: int = 0, world: int = 1) -> PositionedLoader:
+    """Return a process's share of the three batches of an epoch."""
+    generator = torch.Generator().manual_seed(0)
+    share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    every = [(torch.randn(IMAGES, 6, generator=generator), torch.arange(IMAGES) % 3) for _ in range(3)]
+    return PositionedLoader((images[share], labels[share]) for images, labels in every)
 
 
 def model_with_a_frozen_layer(*, norm: bool = False) -> nn.Sequential:
@@ -91,7 +73,7 @@ def trainer_of(model: nn.Sequential, folder: Path | None, *callbacks: Any, **opt
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2, momentum=0.9)
     return Trainer(
         model,
-        Batches(rank, world),
+        share_of_batches(rank, world),
         optimizer,
         duration=f"{STEPS} steps",
         output_dir=folder,
@@ -126,7 +108,7 @@ def plain_loop(change: Any, *, norm: bool = False) -> tuple[list[Tensor], list[T
     model = model_with_a_frozen_layer(norm=norm)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, half)
-    average, norms, batches = copy.deepcopy(model), [], list(Batches())
+    average, norms, batches = copy.deepcopy(model), [], list(share_of_batches())
     for step in range(STEPS):
         change(model, optimizer, schedule, step + 1)
         model.train()
@@ -393,7 +375,7 @@ def test_a_plateau_lowers_the_lr_the_same_through_a_resume(stop: int, tmp_path: 
     courses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0, 5: 1.5, 6: 1.2, 7: 0.5}
 
     def run(stop: int) -> tuple[list[Tensor], float]:
-        evaluated = list(Batches())
+        evaluated = list(share_of_batches())
 
         def metric(logits: Tensor, labels: Tensor) -> float:
             return courses[max(1, current[-1].state.step)]
@@ -424,7 +406,7 @@ def test_a_plateau_lowers_the_lr_the_same_through_a_resume(stop: int, tmp_path: 
     optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.2, momentum=0.9)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0)
     for step in range(STEPS):
-        images, labels = list(Batches())[step % 3]
+        images, labels = list(share_of_batches())[step % 3]
         F.cross_entropy(reference(images), labels).backward()
         nn.utils.clip_grad_norm_(reference.parameters(), 0.7)
         optimizer.step()

@@ -91,19 +91,6 @@ def rows(tree: Tree, chosen: slice | list[int], number: int | None = None) -> Tr
     return of_leaf(tree) if isinstance(tree, Tensor) else map_leaves(of_leaf, tree)
 
 
-def join(parts: Sequence[Tree]) -> Tree:
-    """Return one tree of the images of several."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))
-    if isinstance(first, Mapping):
-        return {key: join([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple | list) and not _is_strings(first):
-        joined = [join(column) for column in zip(*parts, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-    return None if first is None else [each for part in parts for each in part]
-
-
 def zeros_like(tree: Tree, number: int) -> Tree:
     """Return a tree of the same form with `number` images of zeros; what is no tensor becomes as many of its first."""
 

@@ -190,7 +190,7 @@ def _hot(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def renumber(labels: np.ndarray, numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
-    """Return labels (N,) or (N, K) with classes renumber; `numbers` maps each class that occurs to its new number."""
+    """Return labels (N,) or (N, K) with classes renumbered; `numbers` maps each class that occurs to its new number."""
     if labels.ndim == 1:
         lookup = np.full(max(numbers, default=0) + 1, -1)
         lookup[list(numbers)] = list(numbers.values())
