@@ -58,6 +58,9 @@ class Retry:
         while True:
             self.step.memory.keep()
             try:
+                if not self.processes.is_distributed:  # with several processes `settle` has compared them
+                    for note in self.step.split_notes(step):
+                        self.log.note(note)
                 return step, make(step)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -102,11 +105,7 @@ class Retry:
         self.step.undo()
         steps.close()
         free_cached_memory(self.step.device)
-        step = steps.retry(step.index, micro_batch_size)
-        if not self.processes.is_distributed:
-            for note in self.step.split_notes(step):
-                self.log.note(note)
-        return step
+        return steps.retry(step.index, micro_batch_size)
 
     def _released_images(self, agreed: bool) -> bool:
         """Drop evaluation images that are cached on the device, and return whether there were any.

@@ -297,7 +297,7 @@ class TrainStep:
         is_split = step.num_micro_batches > 1 or self.processes.is_distributed
         if self._has_compared or not is_split:
             return []
-        self._has_compared, note, error = True, "", None
+        note, error = "", None
         first = step.micro_batches.peek()
         arguments = (self.accumulation.step_loss, self.raw_model)
         tolerance = 1e-3 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels round
@@ -308,6 +308,7 @@ class TrainStep:
                 error = raised
         if self.processes.any_process(error is not None):
             raise error or RunError("another process's loss is a sum over its images; return the mean")
+        self._has_compared = True  # not before: where memory runs out, a smaller step is compared
         return [note] if note else []
 
     def undo(self) -> None:
