@@ -11,6 +11,7 @@ from hf_fasttrain.cli.cache import clean_caches, list_caches
 from hf_fasttrain.cli.check import check
 from hf_fasttrain.cli.doctor import doctor
 from hf_fasttrain.cli.evaluate import evaluate
+from hf_fasttrain.cli.explain import explain
 from hf_fasttrain.cli.export import export
 from hf_fasttrain.cli.predict import predict
 from hf_fasttrain.cli.push import push
@@ -23,7 +24,7 @@ from hf_fasttrain.cli.version import common_options
 from hf_fasttrain.recipe.find import shipped_recipes
 from hf_fasttrain.utils.errors import UserError, nearest
 
-COMMANDS = (train, check, evaluate, predict, push, export, report, ablate, tune, doctor, schema)
+COMMANDS = (train, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema)
 
 app = typer.Typer(
     add_completion=False,

@@ -1,13 +1,20 @@
-"""Types of a recipe's keys, and the tag that each key has: *result*, *speed* or *output*."""
+"""What a recipe's sections are made of: types of keys, and the tag of each: *result*, *speed* or *output*."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from hf_fasttrain.utils.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, PERCENT_PATTERN, Duration
+
+
+class Section(BaseModel):
+    """A section of the recipe: unknown keys are refused, types are strict, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
 
 DurationField = Annotated[
     Duration,
@@ -25,7 +32,7 @@ ClockField = Annotated[
     Duration,
     BeforeValidator(lambda text: Duration.parse_minutes(text)),
     PlainSerializer(str),
-    WithJsonSchema({"type": "string", "pattern": MINUTES_PATTERN, "examples": ["10 minutes"]}),
+    WithJsonSchema({"type": "string", "pattern": MINUTES_PATTERN, "examples": ["10 minutes", "1 minute"]}),
 ]
 Auto = Literal["auto"]
 

@@ -1,8 +1,8 @@
 """The recipe's schema: every key with type, default, limits and description, as frozen pydantic models.
 
 Every field has a tag: *result* (changes what is learned), *speed* (only speed and memory) or *output* (only what is
-measured, written and shown). `hf-fasttrain check` and editors show the description. Files and overrides are read in
-load.py.
+measured, written and shown). `hf-fasttrain explain` and editors show the description and the examples. Files and
+overrides are read in load.py; the section `augment` is in schema_augment.py.
 """
 
 from __future__ import annotations
@@ -10,84 +10,112 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from hf_fasttrain.recipe.fields import (
     Auto,
     ClockField,
     DurationField,
     IntervalField,
-    PolicyField,
     Probability,
+    Section,
     WarmupField,
     output,
     result,
     speed,
 )
+from hf_fasttrain.recipe.schema_augment import AugmentSection
 from hf_fasttrain.utils.duration import Duration
 
 
-class Section(BaseModel):
-    """A section of the recipe: unknown keys are refused, types are strict, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class ModelSection(Section):
-    name: str = result(..., "a timm name, timm/... on the Hub, a local folder, or transformers:<Hub name or folder>")
+    name: str = result(
+        ...,
+        "a timm name, timm/... on the Hub, a local folder, or transformers:<Hub name or folder>",
+        examples=["resnet50", "efficientnet_b0", "vit_base_patch16_224", "transformers:google/vit-base-patch16-224"],
+    )
     pretrained: bool | str = result(
         False,
         "true: the model's own weights from the Hub; or a local folder or .safetensors file, or hf://OWNER/NAME",
+        examples=[True, "weights.safetensors", "runs/earlier", "hf://OWNER/NAME"],
     )
     head: Literal["auto", "keep", "new"] = result(
         "auto",
         "the head of pretrained weights; auto: kept if it has the same class names, else new; new: starts at zero",
     )
-    drop_path: float = result(0.0, "stochastic depth rate", ge=0.0, lt=1.0)
+    drop_path: float = result(0.0, "stochastic depth rate", ge=0.0, lt=1.0, examples=[0.1])
     small_image_stem: bool = result(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
     freeze_backbone: bool = result(False, "train only the head")
     gradient_checkpointing: bool = speed(False, "compute activations twice to save memory")
     trust_remote_code: bool = result(False, "run the Python code that comes with a transformers model on the Hub")
-    args: dict[str, Any] = result({}, "passed on to the model's constructor")
+    args: dict[str, Any] = result({}, "passed on to the model's constructor", examples=[{"drop_rate": 0.2}])
 
 
 class DataSection(Section):
-    dataset: str = result(..., "digits, an image folder, parquet/arrow files or a folder of them, or a Hub name")
-    config: str | None = result(None, "configuration of a Hub dataset")
-    revision: str | None = result(None, "git revision of a Hub dataset")
-    train_split: str = result("auto", "split to train on; auto: train, or the only split")
-    eval_split: str = result("auto", "auto: validation, val, valid or dev; never test; else a held-out part of train")
-    eval_fraction: float = result(0.1, "held-out part of train if there is no validation split", gt=0.0, lt=1.0)
-    test_split: str | None = result(None, "evaluated once, at the end")
-    image_column: str = result("auto", "auto: the image column found by type and name")
-    label_column: str = result("auto", "auto: the label column found by type and name")
+    dataset: str = result(
+        ...,
+        "digits, an image folder, parquet/arrow files or a folder of them, or a Hub name",
+        examples=["path/to/photos", "digits", "path/to/files.parquet", "uoft-cs/cifar10"],
+    )
+    config: str | None = result(None, "configuration of a Hub dataset", examples=["default"])
+    revision: str | None = result(None, "git revision of a Hub dataset", examples=["main"])
+    train_split: str = result("auto", "split to train on; auto: train, or the only split", examples=["train"])
+    eval_split: str = result(
+        "auto",
+        "auto: validation, val, valid or dev; never test; else a held-out part of train",
+        examples=["validation"],
+    )
+    eval_fraction: float = result(
+        0.1, "held-out part of train if there is no validation split", gt=0.0, lt=1.0, examples=[0.2]
+    )
+    test_split: str | None = result(None, "evaluated once, at the end", examples=["test"])
+    image_column: str = result("auto", "auto: the image column found by type and name", examples=["image"])
+    label_column: str = result("auto", "auto: the label column found by type and name", examples=["label"])
     multi_label: bool | None = result(
         None, "whether an image may have several classes; null: if labels are lists, and not all with exactly one class"
     )
-    image_size: int = result(224, "height and width in pixels; the model's input too", ge=8, le=4096)
+    image_size: int = result(
+        224, "height and width in pixels; the model's input too", ge=8, le=4096, examples=[224, 128]
+    )
     train_size: int | None = result(
-        None, "height and width in training, in pixels; null: image_size, which evaluations always have", ge=8, le=4096
+        None,
+        "height and width in training, in pixels; null: image_size, which evaluations always have",
+        ge=8,
+        le=4096,
+        examples=[176],
     )
     views: int = result(
-        1, "training: augmentations of each image, as images (B, V, 3, H, W); above 1 for a step_loss of your own", ge=1
+        1,
+        "training: augmentations of each image, as images (B, V, 3, H, W); above 1 for a step_loss of your own",
+        ge=1,
+        examples=[2],
     )
-    mean: Auto | list[float] = result("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
-    std: Auto | list[float] = result("auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's")
+    mean: Auto | list[float] = result(
+        "auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's", examples=[[0.485, 0.456, 0.406]]
+    )
+    std: Auto | list[float] = result(
+        "auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's", examples=[[0.229, 0.224, 0.225]]
+    )
     interpolation: Auto | Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] = result(
         "auto", "resize filter (Pillow's); auto: the pretrained configuration's"
     )
     crop_pct: Auto | Annotated[float, Field(gt=0.0, le=1.0)] = result(
         "auto",
         "evaluation: image_size / short side before the centre crop; auto: the pretrained configuration's",
+        examples=[0.875],
     )
     short_side: int | None = result(
-        None, "training: larger images are resized to this short side before any crop; null: not resized", ge=8
+        None,
+        "training: larger images are resized to this short side before any crop; null: not resized",
+        ge=8,
+        examples=[256],
     )
     stored_quality: int | None = result(
         None,
         "training: images are stored as JPEGs (4:2:0) of this quality after short_side; null: not stored as JPEGs",
         ge=1,
         le=100,
+        examples=[90],
     )
     reduced_decode: bool = result(
         False, "decode JPEGs at least twice as large as short_side at 1/2, 1/4 or 1/8 of their size: faster"
@@ -95,18 +123,26 @@ class DataSection(Section):
     cache: Literal["auto", "none", "memory", "disk", "device"] = speed(
         "auto", "where decoded pixels are kept after the first epoch; auto: by data size, free memory and free disk"
     )
-    cache_dir: str | None = speed(None, "folder for cache=disk; null: $HF_FASTTRAIN_CACHE or ~/.cache/hf_fasttrain")
+    cache_dir: str | None = speed(
+        None, "folder for cache=disk; null: $HF_FASTTRAIN_CACHE or ~/.cache/hf_fasttrain", examples=["/big/disk/pixels"]
+    )
     cache_gb: Auto | Annotated[float, Field(gt=0.0)] = speed(
-        "auto", "most GB of pixels kept; auto: half of the free memory, or half of the free disk"
+        "auto", "most GB of pixels kept; auto: half of the free memory, or half of the free disk", examples=[20]
     )
     max_bad_fraction: float = output(
-        0.01, "bad images are replaced by others; above this share of a split the run stops", ge=0.0, le=1.0
+        0.01,
+        "bad images are replaced by others; above this share of a split the run stops",
+        ge=0.0,
+        le=1.0,
+        examples=[0.001],
     )
     decoder: Literal["simplejpeg", "pillow"] = speed(
         "simplejpeg",
         "JPEG decoder; both give the same pixels, simplejpeg (libjpeg-turbo) in three quarters of the time",
     )
-    workers: Auto | Annotated[int, Field(ge=0)] = speed("auto", "loader processes for each training process")
+    workers: Auto | Annotated[int, Field(ge=0)] = speed(
+        "auto", "loader processes for each training process", examples=[4]
+    )
     pin_memory: Auto | bool = speed("auto", "page-locked buffers for copies to a GPU; auto: if there is a GPU")
 
     @property
@@ -115,81 +151,23 @@ class DataSection(Section):
         return self.train_size or self.image_size
 
 
-class RandAugment(Section):
-    num_ops: int = result(2, "operations for each image", ge=1)
-    magnitude: int = result(9, "strength, 0 to 30", ge=0, le=30)
-
-
-class AugMix(Section):
-    severity: int = result(3, "strength of the operations, 1 to 10", ge=1, le=10)
-    mixture_width: int = result(3, "chains of operations that are mixed", ge=1)
-    chain_depth: int = result(-1, "operations in a chain; -1: 1 to 3 at random", ge=-1)
-    alpha: float = result(1.0, "of the Dirichlet and Beta distributions that mix them", gt=0.0)
-
-
-class ColorJitter(Section):
-    brightness: float = result(0.0, "factor from 1 - x to 1 + x", ge=0.0)
-    contrast: float = result(0.0, "factor from 1 - x to 1 + x", ge=0.0)
-    saturation: float = result(0.0, "factor from 1 - x to 1 + x", ge=0.0)
-    hue: float = result(0.0, "hue shift from -x to x, as a share of the colour circle", ge=0.0, le=0.5)
-
-
-class Progressive(Section):
-    start_size: int = result(..., "image size in the first epoch, in pixels", ge=8)
-    until: DurationField = result(..., "when the full size is reached, such as '10 epochs'")
-    multiple: int = result(32, "sizes in between are multiples of this", ge=1)
-
-
-class AugmentSection(Section):
-    crop: Literal["random_resized", "padded", "center"] = result(
-        "random_resized", "padded: pad by crop_padding and cut; center: as in evaluation"
-    )
-    crop_scale: list[float] = result([0.08, 1.0], "random_resized: share of the image's area, least and most")
-    crop_ratio: list[float] = result([0.75, 1.3333333333333333], "random_resized: width / height, least and most")
-    crop_padding: int = result(4, "padded: black pixels at each side", ge=0)
-    flip: bool | Probability = result(True, "mirror left-right: true: half of the time; or with this probability")
-    vflip: Probability = result(0.0, "probability that an image is mirrored top-bottom")
-    auto: PolicyField | None = result(None, "a policy of timm (--aa), by timm's parser: rand-m9-mstd0.5-inc1")
-    randaugment: RandAugment | None = result(None, "{num_ops: 2, magnitude: 9}")
-    trivialaugment: bool = result(False, "one random operation of random strength for each image")
-    augmix: AugMix | None = result(None, "chains of operations mixed with the image: {severity: 3}")
-    three_augment: bool = result(False, "one of greyscale, solarise and blur for each image (DeiT III)")
-    color_jitter: ColorJitter | None = result(None, "{brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.0}")
-    repeats: int = result(1, "times that an image appears in a step, each differently augmented", ge=1)
-    progressive: Progressive | None = result(None, "image size by epoch: {start_size: 128, until: 10 epochs}")
-    mixup: float = result(0.0, "alpha of mixup's Beta distribution; 0: off", ge=0.0)
-    cutmix: float = result(0.0, "alpha of cutmix's Beta distribution; 0: off", ge=0.0)
-    mixup_prob: Probability = result(1.0, "probability that a step's images are mixed, by mixup or cutmix")
-    mixup_switch_prob: Probability = result(0.5, "with both mixup and cutmix: probability of cutmix")
-    mixup_mode: Literal["batch", "pair", "elem"] = result(
-        "batch", "whether mixup and cutmix are drawn for a whole step, each pair of images or each image"
-    )
-    mixup_until: DurationField | None = result(
-        None, "when mixup and cutmix end (timm's --mixup-off-epoch), such as '80 epochs'; null: never"
-    )
-    label_smoothing: float = result(0.0, "share of each target spread over all classes", ge=0.0, lt=1.0)
-    erase: Probability = result(0.0, "probability that a random box of an image is erased")
-    erase_fill: Literal["black", "mean", "noise", "pixel", "color"] = result(
-        "black",
-        "what erased boxes are filled with; mean: data.mean; noise: uniform; pixel: normal noise of data.mean and "
-        "data.std, color: one such colour for a box (timm's --remode pixel and rand)",
-    )
-
-
 class BinaryCrossEntropy(Section):
     target_threshold: Probability | None = result(
-        None, "targets above it count as 1, others as 0, after mixup, cutmix and label smoothing; null: as they are"
+        None,
+        "targets above it count as 1, others as 0, after mixup, cutmix and label smoothing; null: as they are",
+        examples=[0.2],
     )
     sum: bool = result(False, "sum over the classes instead of their mean")
 
 
 class TrainSection(Section):
     duration: DurationField = result(..., "'90 epochs' or '5000 steps'")
-    batch_size: int = result(..., "images per optimizer step, all processes together", ge=1)
+    batch_size: int = result(..., "images per optimizer step, all processes together", ge=1, examples=[256])
     max_images: int | None = result(
         None,
         "most images to train on: the first of a shuffle by the seed that keeps the classes' shares; null: all",
         ge=1,
+        examples=[10000],
     )
     drop_last: bool = result(False, "skip the last step of an epoch if it is short")
     sampling: Literal["balanced", "sqrt"] | None = result(
@@ -200,6 +178,7 @@ class TrainSection(Section):
     class_weights: Literal["balanced"] | list[float] | None = result(
         None,
         "weight of each class in the loss, scaled to mean 1 over the training set; balanced: 1 / frequency",
+        examples=["balanced", [1.0, 2.5]],
     )
     bce: BinaryCrossEntropy | None = result(
         None,
@@ -216,9 +195,10 @@ class AccelerateSection(Section):
     gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = speed(
         "auto",
         "micro-batches of each process per step; auto: as micro_batch_size says, else 1, on a CPU as memory allows",
+        examples=[4],
     )
     micro_batch_size: Annotated[int, Field(ge=2, multiple_of=2)] | None = speed(
-        None, "largest number of images per process and forward; even, since mixup pairs neighbours"
+        None, "largest number of images per process and forward; even, since mixup pairs neighbours", examples=[64]
     )
     sync_batch_norm: bool = result(False, "batch-norm statistics over all GPUs")
     channels_last: Auto | bool = speed("auto", "memory layout NHWC; auto: a stored tuning, else true")
@@ -237,24 +217,34 @@ class AccelerateSection(Section):
     cpu_threads: Auto | Annotated[int, Field(ge=1)] = speed(
         "auto",
         "threads of each process on a CPU; auto: a stored tuning, else your OMP_NUM_THREADS, else cores / processes",
+        examples=[2],
     )
 
 
 class OptimizerSection(Section):
-    name: str = result("adamw", "any optimizer of timm: adamw, sgd (Nesterov), momentum, lamb, lion, ...")
-    lr: float = result(1e-3, "the schedule's highest learning rate", gt=0.0)
-    weight_decay: float = result(0.05, "not applied to norms, biases and position embeddings", ge=0.0)
-    momentum: float = result(0.9, "momentum of SGD-like optimizers", ge=0.0, lt=1.0)
-    clip_norm: float | None = result(None, "largest norm of all gradients together", gt=0.0)
-    clip_value: float | None = result(None, "largest absolute value of a gradient's elements", gt=0.0)
+    name: str = result(
+        "adamw", "any optimizer of timm: adamw, sgd (Nesterov), momentum, lamb, lion, ...", examples=["sgd", "lamb"]
+    )
+    lr: float = result(1e-3, "the schedule's highest learning rate", gt=0.0, examples=[5e-4])
+    weight_decay: float = result(0.05, "not applied to norms, biases and position embeddings", ge=0.0, examples=[1e-4])
+    momentum: float = result(0.9, "momentum of SGD-like optimizers", ge=0.0, lt=1.0, examples=[0.95])
+    clip_norm: float | None = result(None, "largest norm of all gradients together", gt=0.0, examples=[1.0])
+    clip_value: float | None = result(None, "largest absolute value of a gradient's elements", gt=0.0, examples=[0.5])
     clip_agc: float | None = result(
         None,
         "adaptive clipping (timm's agc): largest norm of a unit's gradient / that of its weights, without the head",
         gt=0.0,
+        examples=[0.01],
     )
-    backbone_lr_scale: float = result(1.0, "learning rate of everything but the head, as a share of lr", gt=0.0)
-    layer_decay: float | None = result(None, "learning rate of each layer as a share of the next one's", gt=0.0, le=1.0)
-    args: dict[str, Any] = result({}, "passed on to the optimizer's constructor, like betas or eps")
+    backbone_lr_scale: float = result(
+        1.0, "learning rate of everything but the head, as a share of lr", gt=0.0, examples=[0.1]
+    )
+    layer_decay: float | None = result(
+        None, "learning rate of each layer as a share of the next one's", gt=0.0, le=1.0, examples=[0.75]
+    )
+    args: dict[str, Any] = result(
+        {}, "passed on to the optimizer's constructor, like betas or eps", examples=[{"eps": 1e-6}]
+    )
 
 
 class ScheduleSection(Section):
@@ -269,45 +259,56 @@ class ScheduleSection(Section):
         "first lr of the warmup / lr; null: 1 / its steps, linear and polynomial: 0, as in transformers",
         ge=0.0,
         le=1.0,
+        examples=[0.01],
     )
-    min_lr_ratio: float = result(0.0, "cosine, linear, polynomial: last lr / lr", ge=0.0, lt=1.0)
-    gamma: float = result(0.1, "step, exponential: factor per `every`; multistep: at each milestone", gt=0.0, le=1.0)
+    min_lr_ratio: float = result(0.0, "cosine, linear, polynomial: last lr / lr", ge=0.0, lt=1.0, examples=[0.01])
+    gamma: float = result(
+        0.1, "step, exponential: factor per `every`; multistep: at each milestone", gt=0.0, le=1.0, examples=[0.97]
+    )
     every: DurationField = result(Duration(30, "epochs"), "step, exponential: how often lr is multiplied by gamma")
-    milestones: list[DurationField] = result([], "multistep: when lr is multiplied by gamma: [30 epochs, 60 epochs]")
-    power: float = result(1.0, "polynomial: power of the share of the training that is left", gt=0.0)
-    cycles: int = result(1, "cosine: how often lr falls; it starts again in between (warm restarts)", ge=1)
-    div: float = result(25.0, "onecycle: lr / first lr", ge=1.0)
-    final_div: float = result(1e4, "onecycle: first lr / last lr", ge=1.0)
+    milestones: list[DurationField] = result(
+        [], "multistep: when lr is multiplied by gamma: [30 epochs, 60 epochs]", examples=[["30 epochs", "60 epochs"]]
+    )
+    power: float = result(1.0, "polynomial: power of the share of the training that is left", gt=0.0, examples=[2.0])
+    cycles: int = result(
+        1, "cosine: how often lr falls; it starts again in between (warm restarts)", ge=1, examples=[3]
+    )
+    div: float = result(25.0, "onecycle: lr / first lr", ge=1.0, examples=[10.0])
+    final_div: float = result(1e4, "onecycle: first lr / last lr", ge=1.0, examples=[1000.0])
 
 
 class EmaSection(Section):
-    decay: float = result(0.9999, "share of the old average kept in each step", ge=0.0, lt=1.0)
+    decay: float = result(0.9999, "share of the old average kept in each step", ge=0.0, lt=1.0, examples=[0.999])
     warmup: bool = result(True, "at step t no more than (1 + t) / (10 + t)")
 
 
 class EarlyStoppingSection(Section):
-    metric: str = result("accuracy", "watched metric of the evaluation")
+    metric: str = result("accuracy", "watched metric of the evaluation", examples=["f1_macro"])
     mode: Literal["auto", "max", "min"] = result(
         "auto", "whether higher or lower is better; auto: by the metric's name"
     )
     patience: DurationField = result(Duration(5, "epochs"), "training without a better value before it stops")
-    min_delta: float = result(0.0, "by how much a value must exceed the best one to count as better", ge=0.0)
+    min_delta: float = result(
+        0.0, "by how much a value must exceed the best one to count as better", ge=0.0, examples=[0.001]
+    )
 
 
 class EvaluateSection(Section):
     every: DurationField = result(Duration(1, "epochs"), "how often; always at the end")
     start: DurationField = result(Duration(0, "epochs"), "no evaluation before it, such as '10 epochs'")
     max_images: int | None = result(
-        None, "most images of the evaluation split, chosen as train.max_images are; null: all", ge=1
+        None, "most images of the evaluation split, chosen as train.max_images are; null: all", ge=1, examples=[5000]
     )
     metrics: Auto | list[str] = output(
-        "auto", "loss, accuracy, top5_accuracy, f1_macro; any evaluate metric by Hub name or local path"
+        "auto",
+        "loss, accuracy, top5_accuracy, f1_macro; any evaluate metric by Hub name or local path",
+        examples=[["accuracy", "f1_macro"]],
     )
-    batch_size: Auto | Annotated[int, Field(ge=1)] = speed("auto", "images per process and forward")
+    batch_size: Auto | Annotated[int, Field(ge=1)] = speed("auto", "images per process and forward", examples=[128])
 
 
 class BestSection(Section):
-    metric: str = output("accuracy", "watched metric of the evaluation")
+    metric: str = output("accuracy", "watched metric of the evaluation", examples=["f1_macro"])
     mode: Literal["auto", "max", "min"] = output(
         "auto", "whether higher or lower is better; auto: by the metric's name"
     )
@@ -315,7 +316,7 @@ class BestSection(Section):
 
 class CheckpointSection(Section):
     every: IntervalField = output(Duration(1, "epochs"), "how often, also in minutes; always at the end and on signals")
-    keep: int = output(2, "newest checkpoints kept, beside the best", ge=1)
+    keep: int = output(2, "newest checkpoints kept, beside the best", ge=1, examples=[5])
     best: BestSection = output(BestSection(), "{metric: accuracy, mode: auto}")
     final: Literal["auto", "best", "last"] = output(
         "auto", "weights saved in model/ at the end; auto: best with early_stopping, else last"
@@ -323,22 +324,26 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    every: int = output(10, "steps between two lines of metrics.jsonl", ge=1)
+    every: int = output(10, "steps between two lines of metrics.jsonl", ge=1, examples=[50])
     report: bool = output(True, "write report.html, its pictures and predictions.safetensors at the end")
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = output(
-        [], "experiment trackers, used through Accelerate"
+        [], "experiment trackers, used through Accelerate", examples=[["tensorboard"]]
     )
-    project: str = output("hf_fasttrain", "project name for the trackers")
+    project: str = output("hf_fasttrain", "project name for the trackers", examples=["flowers"])
 
 
 class HubSection(Section):
-    repo: str = output(..., "OWNER/NAME on the Hub, created if it does not exist")
+    repo: str = output(..., "OWNER/NAME on the Hub, created if it does not exist", examples=["me/flowers"])
     every: Literal["best", "end"] | DurationField = output(
         "end", "best: each best evaluation's weights; end: the finished run; or how often, such as '5 epochs'"
     )
-    private: bool | None = output(None, "whether a new repository is private; null: as its owner's settings say")
+    private: bool | None = output(
+        None, "whether a new repository is private; null: as its owner's settings say", examples=[True]
+    )
     license: str | None = output(
-        None, "licence of the model, for its card: a name that the Hub knows, such as apache-2.0"
+        None,
+        "licence of the model, for its card: a name that the Hub knows, such as apache-2.0",
+        examples=["apache-2.0"],
     )
     wait: ClockField = output(
         Duration(10, "minutes"), "how long to wait at the end for an upload, before it is stopped"
@@ -348,8 +353,10 @@ class HubSection(Section):
 class Recipe(Section):
     """A complete recipe. `load_recipe` reads it from a file; `source` records where each value came from."""
 
-    seed: int = result(0, "seed of order, augmentation, mixing, initial weights and dropout", ge=0, lt=2**63)
-    output_dir: str | None = output(None, "run folder; null: runs/<recipe name>")
+    seed: int = result(
+        0, "seed of order, augmentation, mixing, initial weights and dropout", ge=0, lt=2**63, examples=[1]
+    )
+    output_dir: str | None = output(None, "run folder; null: runs/<recipe name>", examples=["runs/first"])
     model: ModelSection
     data: DataSection
     augment: AugmentSection = AugmentSection()

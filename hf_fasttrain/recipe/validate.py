@@ -167,14 +167,20 @@ def _description(key: KeyPath) -> str:
 def _unknown_key(key: KeyPath) -> str:
     section = model_at(key[:-1])
     siblings = list(section.model_fields) if section else []
-    hint = nearest(key[-1], siblings)
-    if key[-1] in OTHER_NAMES:
-        hint = f" Did you mean '{OTHER_NAMES[key[-1]]}'?"
-    if not hint:
-        everywhere = [name for name in all_keys() if name.split(".")[-1] == key[-1]]
-        everywhere = everywhere or [name for name in all_keys() if nearest(key[-1], [name.split(".")[-1]])]
-        hint = f" Did you mean '{everywhere[0]}'?" if everywhere else ""
-    return f"is not a key of a recipe.{hint} Known here: {shortened(siblings, 30)}"
+    return f"is not a key of a recipe.{hint_for('.'.join(key))} Known here: {shortened(siblings, 30)}"
+
+
+def hint_for(name: str) -> str:
+    """Return " Did you mean ...?" for a dotted name that is not a key; "" if nothing is like it."""
+    above, _, last = name.rpartition(".")
+    section = model_at(tuple(above.split("."))) if above else Recipe
+    if last in OTHER_NAMES:
+        return f" Did you mean '{OTHER_NAMES[last]}'?"
+    if hint := nearest(last, list(section.model_fields) if section else []):
+        return hint
+    everywhere = [key for key in all_keys() if key.split(".")[-1] == last]
+    everywhere = everywhere or [key for key in all_keys() if nearest(last, [key.split(".")[-1]])]
+    return f" Did you mean '{everywhere[0]}'?" if everywhere else ""
 
 
 def all_keys(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:

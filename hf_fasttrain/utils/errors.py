@@ -139,9 +139,22 @@ def without_secrets(text: str) -> str:
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the closest of `valid`, or an empty string if none is close."""
-    matches = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    """Return `` Did you mean 'x'?`` for the closest of `valid`, or an empty string if none is close.
+
+    Close names are ranked by the number of edits; of equal ones the first in alphabetical order is returned.
+    """
+    close = difflib.get_close_matches(word, list(valid), n=12, cutoff=0.6)
+    return f" Did you mean '{min(close, key=lambda name: (edit_distance(word, name), name))}'?" if close else ""
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Return the least number of inserted, deleted and replaced characters that turn `a` into `b` (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
 
 
 def shortened(values: Iterable[object], limit: int = 12) -> str:

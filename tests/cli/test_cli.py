@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from helpers.processes import reset_accelerate
+from helpers.runs import exit_status
 
 from hf_fasttrain.cli import main
+from hf_fasttrain.recipe.validate import all_keys
 
 
 def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -88,3 +91,21 @@ def test_predict_refuses_files_that_are_not_images(
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["--version"], capsys) == f"hf_fasttrain {version('hf_fasttrain')}\n"
+
+
+def test_a_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["explain", "data.workers=3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "data.workers",
+        "  meaning  loader processes for each training process",
+        "  allowed  auto, integer >= 0",
+        "  default  auto",
+        "  tag      speed: changes only speed and memory; may change when a run is resumed",
+        "  example  data.workers=4",
+    ]
+    assert exit_status(["explain", "ema"]) == 0
+    assert re.search(r"^ema: .*\n\nema\.decay .*\[0\.9999\]\n", capsys.readouterr().out)
+    assert exit_status(["explain"]) == 0
+    assert set(re.findall(r"^[a-z_]+(?:\.[a-z_]+)*", capsys.readouterr().out, re.M)) == set(all_keys())
+    assert exit_status(["explain", "data.wrkers"]) == 2
+    assert "'data.wrkers' is not a key of a recipe. Did you mean 'data.workers'?" in capsys.readouterr().err

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.runs import RECIPE
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.cli import main
+from hf_fasttrain.recipe.explain import all_explained
 from hf_fasttrain.recipe.find import recipe_header, recipes_folder, shipped_recipes
-from hf_fasttrain.recipe.load import flatten, json_schema, origin_of, recipe_text, tag_of
+from hf_fasttrain.recipe.load import _apply_override, flatten, json_schema, origin_of, recipe_text, tag_of
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.utils.duration import Duration
@@ -125,6 +127,23 @@ def test_a_recipe_survives_writing_and_reading(write_recipe: Callable[..., Path]
     changed = load_recipe(path, ["optimizer.lr=1e-5", "augment.randaugment={num_ops: 1}", "ema={}"])
     again = load_recipe(write_recipe(recipe_text(changed), "again.yaml"))
     assert flatten(again) == flatten(changed)
+
+
+def test_the_example_of_every_key_is_a_valid_value_other_than_its_default() -> None:
+    for key in all_explained().values():
+        if key.is_section:
+            assert key.values.startswith("section")
+            continue
+        assert key.meaning, key
+        assert key.example not in (None, key.default), key
+        tree: dict[str, Any] = {"model": {"name": "resnet18"}, "data": {"dataset": "digits"}}
+        tree["train"] = {"duration": "1 epochs", "batch_size": 2}
+        _apply_override(tree, f"{key.name}={key.example}", {})
+        for name, values in (("hub", {"repo": "me/x"}), ("progressive", {"start_size": 8, "until": "1 epochs"})):
+            section = tree if name == "hub" else tree.get("augment", {})
+            if name in section:
+                section[name] = {**values, **section[name]}
+        Recipe.model_validate(tree)
 
 
 def test_every_key_is_tagged_and_described() -> None:

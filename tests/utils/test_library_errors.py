@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import resolve_trust_remote_code
 
-from hf_fasttrain.utils.errors import NotEnoughMemory, StepOutOfMemory, first_line
+from hf_fasttrain.utils.errors import NotEnoughMemory, StepOutOfMemory, edit_distance, first_line, nearest
 from hf_fasttrain.utils.library_errors import (
     is_card_refused,
     is_dead_worker,
@@ -99,3 +99,11 @@ def test_what_libjpeg_warns_of(text: str, kind: str) -> None:
 def test_first_lines_of_errors() -> None:
     assert first_line(RuntimeError("\none\ntwo")) == "one"
     assert first_line(RuntimeError()) == "RuntimeError"
+
+
+def test_the_nearest_name_needs_the_fewest_edits() -> None:
+    names = ["efficientnet_b8", "efficientnet_b0", "efficientnet_lite0", "resnet18"]
+    assert nearest("efficientnet_bo", names) == " Did you mean 'efficientnet_b0'?"
+    assert nearest("resnet1B", names) == " Did you mean 'resnet18'?"
+    assert not nearest("vit", names)
+    assert [edit_distance(a, b) for a, b in (("", "ab"), ("kitten", "sitting"), ("same", "same"))] == [2, 3, 0]

@@ -1,0 +1,111 @@
+"""What each key of a recipe means, may be and is by default, from the schema: for `hf-fasttrain explain` and docs/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fasttrain.recipe.load import json_schema
+from hf_fasttrain.utils.duration import Duration
+
+Schema = dict[str, Any]
+TYPES = {
+    "string": "text",
+    "number": "number",
+    "integer": "integer",
+    "boolean": "`true`, `false`",
+    "object": "mapping",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a recipe. `values` and `meaning` are Markdown."""
+
+    name: str  # dotted, such as "data.workers"
+    values: str  # that are allowed
+    default: str | None  # None: required
+    tag: str  # "result", "speed" or "output"; empty for a section that is always there
+    meaning: str
+    example: str | None  # a value that is not the default; None for a section
+    is_section: bool = False
+
+
+def all_explained() -> dict[str, Key]:
+    """Return name -> key for all keys and sections, in the schema's order."""
+    schema = json_schema()
+    return {key.name: key for key in _keys(schema, schema, "")}
+
+
+def _keys(section: Schema, schema: Schema, above: str) -> Iterator[Key]:
+    for name, field in section["properties"].items():
+        inner = _section(field, schema)
+        yield _key(above + name, field, inner, is_required=name in section.get("required", ()))
+        if inner is not None:
+            yield from _keys(inner, schema, f"{above}{name}.")
+
+
+def _key(name: str, field: Schema, inner: Schema | None, *, is_required: bool) -> Key:
+    options = field.get("anyOf") or [field]
+    if inner is not None:
+        values = "section or `null`" if any(option.get("type") == "null" for option in options) else "section"
+        example = None
+    else:
+        examples = field.get("examples", ())
+        values = ", ".join(_value({**option, "examples": option.get("examples", examples)}) for option in options)
+        example = _example(field, options)
+    default = None if is_required or "default" not in field else plain(field["default"])
+    meaning = field.get("description", "")
+    return Key(name, values, default, field.get("tag", ""), meaning, example, is_section=inner is not None)
+
+
+def _section(field: Schema, schema: Schema) -> Schema | None:
+    """Return the section that a field is, or may be; None for a plain value."""
+    for option in (field, *field.get("anyOf", ()), *field.get("allOf", ())):
+        if "$ref" in option:
+            found: Schema = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]
+            return found
+    return None
+
+
+def _value(option: Schema) -> str:
+    if "const" in option:
+        return f"`{plain(option['const'])}`"
+    if "enum" in option:
+        return ", ".join(f"`{plain(value)}`" for value in option["enum"])
+    kind = option.get("type", "")
+    if kind == "null":
+        return "`null`"
+    if kind == "array":
+        return f"list of {_value(option['items'])}"
+    if "pattern" in option:
+        examples = [example for example in option["examples"] or () if example not in ("auto", 0)]
+        return "such as " + ", ".join(f"`{example}`" for example in examples)
+    return TYPES[kind] + _limits(option)
+
+
+def _limits(option: Schema) -> str:
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [
+        f"{sign} {plain(option[key])}" for key, sign in signs.items() if key in option and abs(option[key]) < 2**53
+    ]
+    return f" {', '.join(limits)}" if limits else ""
+
+
+def _example(field: Schema, options: list[Schema]) -> str:
+    """Return a value to write: an example or a choice that is not the default, else the default."""
+    default = plain(field.get("default"))
+    found = [*field.get("examples", ())]
+    for option in options:
+        found += [*option.get("examples", ()), *option.get("enum", ())]
+        found += [default != "true"] if option.get("type") == "boolean" else []
+    return next((text for text in map(plain, found) if text not in (default, "auto")), default)
+
+
+def plain(value: Any) -> str:
+    """Return a value as a recipe has it."""
+    if isinstance(value, dict) and value.keys() == {"count", "unit"}:
+        return str(Duration(**value))
+    return value if isinstance(value, str) else json.dumps(value)
