@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from hf_fasttrain.data.loading.workers import worker_index
 from hf_fasttrain.data.pixels.decode import Pixels
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.train.trainer import Trainer
+from hf_fasttrain.utils.files import read_regular
 
 PHASES = ("wait", "copy", "forward", "backward", "optimizer", "other")  # of a step; they add up to it
 STAGES = ("read", "decode", "augment", "collate")  # of a loader's worker
@@ -165,8 +165,8 @@ class _TimedPreparation(_Wrapper):
 
 def _read(record: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {**record, "bytes": Path(record["path"]).read_bytes()}
-    except OSError:
+        return {**record, "bytes": read_regular(record["path"])}
+    except (OSError, ValueError):
         return record  # `read_pixels` will raise the error
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
 Bytes = bytes | memoryview
 BLOCK = 32 << 20  # bytes per write
+LARGEST_FILE = 1 << 30  # bytes of a file that is read as a whole, such as an image
 
 
 class NewFile:
@@ -61,6 +62,42 @@ class NewFile:
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Return an existing regular file with something in it, opened for reading bytes.
+
+    Raises OSError, before anything is opened, for a folder, a FIFO (which would wait for a writer), a device (which may
+    never end) and a file of 0 bytes (those of /proc claim to have none, and some of them wait) or of more than
+    LARGEST_FILE (such as /proc/kcore).
+    """
+    if not _regular_size(path):
+        raise OSError("0 bytes")
+    return open(path, "rb")
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a regular file, which may be empty. Raises OSError for others, as `open_regular` does."""
+    size = _regular_size(path)
+    if not size:
+        return b""
+    with open(path, "rb") as file:
+        return file.read(size)  # no more: what is read while somebody writes to it might not end
+
+
+def _regular_size(path: str | os.PathLike[str]) -> int:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{kind_of_file(status.st_mode)}, not a regular file")
+    if status.st_size > LARGEST_FILE:
+        raise OSError(f"{status.st_size:,} bytes, too large to be read as a whole")
+    return status.st_size
+
+
+def kind_of_file(mode: int) -> str:
+    """Return what `st_mode` is the mode of, for messages: "a FIFO", "a device"."""
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def digest_of(path: Path) -> str:

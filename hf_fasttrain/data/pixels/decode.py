@@ -7,11 +7,9 @@ reports damage that Pillow ignores; everything else by Pillow.
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from hf_fasttrain.data.pixels.jpeg import (
     verify_jpeg,
 )
 from hf_fasttrain.utils.errors import ImageError
+from hf_fasttrain.utils.files import open_regular, read_regular
 from hf_fasttrain.utils.library_errors import is_decoder_out_of_memory
 
 DECODING_ERRORS = (
@@ -74,7 +73,7 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
         raise ImageError("image is missing (null); remove it")
     try:
         if data is None:
-            data = Path(path).read_bytes()
+            data = read_regular(path)
         return decode(data, at_least=at_least, pillow=pillow)
     except (MemoryError, *DECODING_ERRORS) as error:
         name = path or f"{len(data or b'')} bytes"
@@ -140,9 +139,9 @@ def is_jpeg(record: Any) -> bool:
     data, path = _parts(record)
     if data is None and path is not None:
         try:
-            with Path(path).open("rb") as file:
+            with open_regular(path) as file:
                 data = file.read(len(JPEG_START))
-        except OSError:
+        except (OSError, ValueError):
             return False
     return data is not None and data[:3] == JPEG_START
 
@@ -157,7 +156,7 @@ def image_size_of(record: Any) -> tuple[int, int]:
     data, path = _parts(record)
     if data is None and path is None:
         raise ValueError("image is missing (null)")
-    with Image.open(io.BytesIO(data) if data is not None else os.fspath(path)) as image:
+    with io.BytesIO(data) if data is not None else open_regular(path) as file, Image.open(file) as image:
         return image.size
 
 

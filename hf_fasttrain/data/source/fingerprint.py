@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import xxhash
 
 from hf_fasttrain.data.source.dataset import Source, Split
+from hf_fasttrain.utils.files import read_regular
 
 SAMPLED = 16  # images of each split whose bytes are read
 
@@ -37,6 +36,6 @@ def _add(hashed: xxhash.xxh3_64, split: Split) -> None:
             hashed.update(bytes(record["bytes"]))
         elif record["path"] is not None:
             try:
-                hashed.update(Path(record["path"]).read_bytes())
-            except OSError:
+                hashed.update(read_regular(record["path"]))
+            except (OSError, ValueError):
                 hashed.update(b"unreadable")  # a bad image, which gets a substitute in training

@@ -55,7 +55,7 @@ class Records:
             return 0, 0, len(record["bytes"])
         try:
             status = os.stat(record["path"])
-        except (OSError, TypeError):
+        except (OSError, TypeError, ValueError):
             return -1, 0, 0
         return status.st_mtime_ns, status.st_ctime_ns, status.st_size
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, read_pixels
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.data.source.records import Record
 from hf_fasttrain.utils.errors import DataError, ImageError, LoaderDied, RunError
+from hf_fasttrain.utils.files import read_regular, reason
 from hf_fasttrain.utils.format import format_bytes
 
 CHUNK = 64  # rows that a worker process decodes at a time
@@ -126,8 +126,8 @@ def _scan_rows_with_warnings(split: Split, rows: np.ndarray) -> SplitScan:
             data = _encoded_bytes(record)
             pixels = read_pixels({"bytes": data, "path": record["path"]})
         except DataError as error:
-            reason = error.reason if isinstance(error, ImageError) else str(error)
-            scan.bad.append(CorruptImage(split.name, int(row), record["path"], reason))
+            why = error.reason if isinstance(error, ImageError) else str(error)
+            scan.bad.append(CorruptImage(split.name, int(row), record["path"], why))
             continue
         scan.hashes[index] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
         scan.heights[index], scan.widths[index] = pixels.shape[:2]
@@ -172,9 +172,9 @@ def _encoded_bytes(record: Record) -> bytes:
     if record["path"] is None:
         raise DataError("missing (null)")
     try:
-        return Path(record["path"]).read_bytes()
-    except OSError as error:
-        raise DataError(f"can't be read: {error.strerror}") from None
+        return read_regular(record["path"])
+    except (OSError, ValueError) as error:
+        raise DataError(f"can't be read: {reason(error)}") from None
 
 
 def _header(data: bytes) -> tuple[str, str, list[str]]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from hf_fasttrain.data.pixels.decode import decode, inspect_header, read_pixels
-from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.data.pixels.decode import (
+    DECODING_ERRORS,
+    decode,
+    image_size_of,
+    inspect_header,
+    is_jpeg,
+    read_pixels,
+)
+from hf_fasttrain.utils.errors import DataError, ImageError
+from hf_fasttrain.utils.files import LARGEST_FILE
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
@@ -100,6 +110,25 @@ def test_first_frame_of_an_animation() -> None:
 def test_a_file_that_is_not_an_image_is_a_clear_error(data: bytes) -> None:
     with pytest.raises(DataError, match=r"bytes: can't be decoded: .*; repair it or remove it"):
         read_pixels({"bytes": data, "path": None})
+
+
+def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")  # which would wait for a writer
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")  # which would be read until memory ends
+    (tmp_path / "proc.jpg").symlink_to("/proc/self/status")  # which claims to have no bytes
+    expected = {"fifo.jpg": "a FIFO, not a", "folder.jpg": "a folder, not a", "zero.jpg": "a device, not a"}
+    for name, reason in {**expected, "proc.jpg": "0 bytes", "gone.jpg": "No such file", "a\0b": "null"}.items():
+        path = str(tmp_path / name)
+        with pytest.raises(ImageError, match=f"can't be decoded: .*{reason}"):
+            read_pixels(path)
+        assert not is_jpeg(path)
+        with pytest.raises(DECODING_ERRORS):
+            image_size_of(path)
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(LARGEST_FILE + 1)  # sparse
+    with pytest.raises(ImageError, match="too large to be read"):
+        read_pixels(tmp_path / "huge.jpg")
 
 
 def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
