@@ -19,19 +19,19 @@ Row = dict[str, Any]
 
 
 def read_table() -> dict[str, Any]:
-    """Return the file that the page is made from."""
+    """Return the content of coming_from.yaml."""
     table: dict[str, Any] = YAML(typ="safe").load(TABLE.read_text(encoding="utf-8"))
     return table
 
 
 def listed(row: Row, field: str) -> list[str]:
-    """Return a field of a row as a list; empty if it is not there."""
+    """Return a field of a row as a list, which is empty if the field is missing."""
     value = row.get(field, [])
     return value if isinstance(value, list) else [value] if value else []
 
 
 def python_names(row: Row, python_of: dict[str, str]) -> list[str]:
-    """Return a row's names of the Python API: its own, else those of its first key or of a section above it."""
+    """Return the Python names of a row: its `python` field, else that of its first key or of the key's section."""
     if "python" in row:
         return listed(row, "python")
     key = next((text.partition("=")[0] for text in listed(row, "to")), "")
@@ -46,14 +46,14 @@ def tables(table: dict[str, Any]) -> str:
 
 
 def _section(source: dict[str, Any], python_of: dict[str, str]) -> Iterator[str]:
-    equal = [row for row in source["rows"] if "instead" not in row]
+    equivalent = [row for row in source["rows"] if "instead" not in row]
     with_python = source.get("python", False)
-    columns = ["there", "recipe", *(["Python"] if with_python else []), "what differs"]
+    columns = [source["library"], "recipe", *(["Python"] if with_python else []), "what differs"]
     yield f"## {source['title']}\n\n{source['intro']}\n"
-    yield from _table(columns, (_cells(row, python_of, with_python=with_python) for row in equal))
-    yield "\nNothing is the same as these:\n"
+    yield from _table(columns, (_cells(row, python_of, with_python=with_python) for row in equivalent))
+    yield "\nNo direct equivalent:\n"
     rest = ([_code(listed(row, "from")), row["instead"]] for row in source["rows"] if "instead" in row)
-    yield from _table(["there", "instead"], rest)
+    yield from _table([source["library"], "instead"], rest)
 
 
 def _cells(row: Row, python_of: dict[str, str], *, with_python: bool) -> list[str]:
