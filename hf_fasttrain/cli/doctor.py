@@ -15,7 +15,7 @@ from hf_fasttrain.cli.terminal import exit_on_ctrl_c, print_note, wide_console
 def doctor(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=1.0, help="Approximate duration in seconds.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Time budget in seconds.")] = 60.0,
     trace: Annotated[
         Path | None, typer.Option(help="File for a trace of some steps by torch's profiler (Chrome's format).")
     ] = None,

@@ -100,14 +100,26 @@ class ArmProcess:
         arguments = (child_connection, recipe, options, log, environment, loader_start_method)
         self._process = context.Process(target=_serve, args=arguments, daemon=False)
         try:
-            with _without_ctrl_c(), _without_main(unless=context.get_start_method() == "fork"):
-                self._process.start()
+            self._start(context.get_start_method())
             child_connection.close()
             self.ready: Ready = self._answer(limit_seconds)
         except BaseException:
             self.close()
             raise
         self._signal(signal.SIGSTOP)
+
+    def _start(self, method: str) -> None:
+        try:
+            with _without_ctrl_c(), _without_main(unless=method == "fork"):
+                self._process.start()
+        except (EOFError, OSError) as error:
+            if method != "forkserver" or (isinstance(error, OSError) and not isinstance(error, ConnectionError)):
+                raise ArmFailed(f"its process could not be started: {first_line(error)}") from None
+            raise ArmFailed(
+                "its process could not be started: the fork server, which has imported everything, has ended; it may "
+                "have been killed for lack of memory: end other programs, or allow more memory or processes",
+                out_of_memory=True,
+            ) from None
 
     def turn(self, turn: Turn, limit_seconds: float | None = None) -> Report:
         """Run a turn; see `bench.Running`."""

@@ -11,6 +11,7 @@ other arm.
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import statistics
@@ -142,7 +143,7 @@ class Bench:
     """Runs the arms of an experiment; a context manager that ends their processes.
 
     `free_bytes` returns the available memory. If it is too little for another arm, the least recently used ones are
-    ended, and restarted when it is their turn.
+    ended, and restarted when it is their turn. `free_share` returns how much of the cores other programs leave.
     """
 
     def __init__(
@@ -152,10 +153,14 @@ class Bench:
         options: ArmOptions = ArmOptions(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[], int] | None = None,
+        free_share: Callable[[], float] | None = None,
         warm_seconds: float = 1.0,
+        warm_enough: float = math.inf,
     ) -> None:
         self.start, self.options, self.clock = start, options, clock
-        self.free_bytes, self.warm_seconds = free_bytes, warm_seconds
+        self.free_bytes, self.free_share = free_bytes, free_share
+        self.warm_turn = Turn(min_steps=3, seconds=warm_seconds, drain=True, enough=warm_enough)
+        self.free_shares: list[float] = []  # of the machine, before each turn
         self._running: dict[str, tuple[Running, Measurement]] = {}  # least recently used first
 
     def __enter__(self) -> Bench:
@@ -206,12 +211,16 @@ class Bench:
         return True
 
     def _first_turn(self, measurement: Measurement, limit_seconds: float | None) -> None:
-        name, before = measurement.arm.name, self.clock()
+        before = self.clock()
         running = self.start(measurement.arm, self.options, limit_seconds)
-        self._running[name] = running, measurement
-        measurement.ready = running.ready
         remaining = None if limit_seconds is None else max(0.1, limit_seconds - (self.clock() - before))
-        report = running.turn(Turn(min_steps=3, seconds=self.warm_seconds, drain=True), remaining)
+        self.adopt(running, measurement, remaining)
+
+    def adopt(self, running: Running, measurement: Measurement, limit_seconds: float | None = None) -> None:
+        """Take over a training that was started, and run its first turn, which is not measured."""
+        self._running[measurement.arm.name] = running, measurement
+        measurement.ready = running.ready
+        report = running.turn(self.warm_turn, limit_seconds)
         measurement.num_starts += 1
         if not measurement.rounds:
             measurement.warm(report)
@@ -242,6 +251,8 @@ class Bench:
         name = measurement.arm.name
         if name not in self._running:
             self._start(measurement, limit_seconds)
+        if self.free_share is not None:  # while all arms are suspended
+            self.free_shares.append(self.free_share())
         running, _ = self._running[name] = self._running.pop(name)
         return running.turn(turn, limit_seconds)
 

@@ -1,4 +1,4 @@
-"""Profiles a training and suggests faster settings, in half a minute (a minute if steps take seconds)."""
+"""Profiles a training and suggests faster settings, in about a minute."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from hf_fasttrain.study.doctor_diagnosis import (
     split_loading,
     split_step,
 )
+from hf_fasttrain.study.load import free_share, rough_note
 from hf_fasttrain.study.messages import ArmOptions, Ready, Report, Turn, to_arm_request
 from hf_fasttrain.study.stopwatch import PHASES, STAGES
 from hf_fasttrain.study.techniques import Hardware, settings
@@ -35,9 +36,10 @@ from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent, format_rate
 
-PROFILE_TURN = Turn(min_steps=3, seconds=2.0)
-PART_TURN = Turn(min_steps=2, seconds=1.0)
-TRIAL_TURN = Turn(min_steps=2, seconds=0.7)  # the first step after a suspension is slower
+ENOUGH = 4.0  # seconds after which a turn ends with any number of steps
+PROFILE_TURN = Turn(min_steps=3, seconds=2.0, enough=ENOUGH)
+PART_TURN = Turn(min_steps=2, seconds=1.0, enough=ENOUGH)
+TRIAL_TURN = Turn(min_steps=2, seconds=0.7, enough=ENOUGH)  # the first step after a suspension is slower
 MIN_ROUNDS, MAX_ROUNDS = 4, 9
 TRACED_STEPS = 3
 AS_TRAINED = ArmOptions(stored_tuning=True)
@@ -56,57 +58,77 @@ class Doctor:
         seconds: float,
         note: Note,
         clock: Callable[[], float] = time.monotonic,
+        free_share: Callable[[], float] | None = None,
     ) -> None:
         self.start, self.hardware, self.cores, self.note = start, hardware, cores, note
+        self.free_share = free_share
         self.clock, self.until = clock, clock() + seconds
 
     def examine(self, trace: Path | None = None) -> Diagnosis:
         """Profile the training, measure its parts alone, and try faster settings; RunError if it can't run here."""
-        try:
-            self.note("profiling the training")
-            profile, ready = self._profile(trace)
-            self.note("measuring the loader and the model separately")
-            loader, compute = self._halves()
-        except ArmFailed as failed:
-            raise RunError(f"this recipe could not be profiled here: {failed}") from None
-        waiting = min(1.0, profile.wait_seconds / profile.seconds)
-        baseline, tried, notes = self._try(self._ideas(ready, waiting))
+        baseline = Measurement(Arm("as it is"))
+        with Bench(
+            self.start,
+            options=AS_TRAINED,
+            clock=self.clock,
+            free_bytes=free_memory_bytes,
+            free_share=self.free_share,
+            warm_seconds=0.5,
+            warm_enough=ENOUGH,
+        ) as bench:
+            try:
+                loader, compute, profile = self._profile(bench, baseline, trace)
+            except ArmFailed as failed:
+                raise RunError(f"this recipe could not be profiled here: {failed}") from None
+            assert baseline.ready is not None
+            waiting = min(1.0, profile.wait_seconds / profile.seconds)
+            ideas = self._ideas(baseline.ready, waiting)
+            tried = self._try(bench, baseline, [idea for idea, _ in ideas])
+            rough = rough_note(bench.free_shares)
+        # The profile in the time of all rounds: others may have slowed down the machine in the one or the other.
+        scale = baseline.seconds_per_image / baseline.rounds[0]
         step_seconds, phases = split_step(profile)
+        notes = {_name(change): note for change, note in ideas}
+        names = {measurement.arm.name for measurement in tried}
         return Diagnosis(
-            ready=ready,
+            ready=baseline.ready,
             images_per_second=baseline.images_per_second,
-            step_seconds=step_seconds,
+            step_seconds=scale * step_seconds,
             images_per_step=profile.images / len(profile.step_seconds),
-            phases=phases,
-            stages=split_loading(profile),
-            loader_alone=_rate(loader),
-            compute_alone=_rate(compute),
+            phases={phase: scale * seconds for phase, seconds in phases.items()},
+            stages={stage: scale * seconds for stage, seconds in split_loading(profile).items()},
+            loader_alone=_rate(loader) / scale,
+            compute_alone=_rate(compute) / scale,
             wait_fraction=waiting,
             device_bytes=baseline.device_bytes if self.hardware.gpu else 0,
             host_bytes=baseline.host_bytes,
             total_seconds=baseline.forecast(baseline.seconds_per_image),
             tried=tuple(tried),
             advice=tuple(best_advice(baseline, tried, notes)),
+            baseline=baseline,
+            not_tried=tuple(name for name in map(_name, (change for change, _ in ideas)) if name not in names),
+            rough=rough,
         )
 
-    def _profile(self, trace: Path | None) -> tuple[Report, Ready]:
-        running = self.start(Arm("profiled"), replace(AS_TRAINED, profiled=True))
+    def _profile(self, bench: Bench, baseline: Measurement, trace: Path | None) -> tuple[Report, Report, Report]:
+        """Return reports of the loader alone, of the model alone and of the training as it is, all of one process."""
+        self.note("starting the training")
+        start_time = self.clock()
+        running = self.start(baseline.arm, replace(AS_TRAINED, profiled=True))
         try:
-            running.turn(Turn(min_steps=3, seconds=1.0, drain=True))
-            report = running.turn(PROFILE_TURN)
-            if trace is not None:
-                self.note(f"a trace of {TRACED_STEPS} steps")
-                running.trace(trace.absolute(), TRACED_STEPS)
-        finally:
+            self.note("measuring the loader and the model separately")
+            loader, compute = running.request("loader", PART_TURN), running.request("compute", PART_TURN)
+        except BaseException:
             running.close()
-        return report, running.ready
-
-    def _halves(self) -> tuple[Report, Report]:
-        running = self.start(Arm("halves"), AS_TRAINED)
-        try:
-            return running.request("loader", PART_TURN), running.request("compute", PART_TURN)
-        finally:
-            running.close()
+            raise
+        self.note("profiling the training")
+        bench.adopt(running, baseline)
+        baseline.start_seconds = self.clock() - start_time
+        profile = bench.turn(baseline, 0, PROFILE_TURN)
+        if trace is not None:
+            self.note(f"a trace of {TRACED_STEPS} steps")
+            running.trace(trace.absolute(), TRACED_STEPS)
+        return loader, compute, profile
 
     def _ideas(self, ready: Ready, waiting: float) -> list[tuple[dict[str, Any], str]]:
         """Return (overrides, note) of changes that might help, the likeliest first."""
@@ -130,6 +152,8 @@ class Doctor:
 
     def _computing_ideas(self, config: Config, ready: Ready) -> list[tuple[dict[str, Any], str]]:
         ideas: list[tuple[dict[str, Any], str]] = []
+        if not self.hardware.gpu and self.cores > 1 and config["accelerate.cpu_threads"] != 1:
+            ideas.append(({"accelerate.cpu_threads": 1}, "changes rounding"))
         if config["accelerate.mixed_precision"] == "no":
             ideas.append(({"accelerate.mixed_precision": "bf16" if self.hardware.bf16 else "fp16"}, ROUNDING))
         ideas.append(({"accelerate.channels_last": not config["accelerate.channels_last"]}, ""))
@@ -138,35 +162,41 @@ class Doctor:
             ideas.append((unsplit, "changes batch-norm statistics" if ready.has_batch_norm else ""))
         return ideas
 
-    def _try(self, ideas: list[tuple[dict[str, Any], str]]) -> tuple[Measurement, list[Measurement], dict[str, str]]:
-        """Measure the training as it is and as many ideas as time allows, at least two."""
-        baseline = Measurement(Arm("as it is"))
-        notes: dict[str, str] = {}
+    def _try(self, bench: Bench, baseline: Measurement, changes: list[dict[str, Any]]) -> list[Measurement]:
+        """Measure as many changes as time allows, in rounds with the training as it is."""
         tried: list[Measurement] = []
         rng = random.Random(0)
-        with Bench(self.start, options=AS_TRAINED, free_bytes=free_memory_bytes, warm_seconds=0.5) as bench:
-            start_time = self.clock()
-            if not bench.warm_up(baseline):
-                raise RunError(f"this recipe could not be profiled here: {baseline.failed}")
-            cost = self.clock() - start_time  # of starting an arm and its later turns
-            for change, note in ideas:
-                if len(tried) >= 2 and self.clock() + cost * 1.5 * (len(tried) + 1) > self.until:
-                    break
-                arm = Arm(" ".join(settings(change)), settings(change))
-                measurement = Measurement(arm)
-                self.note(f"trying {arm.name}")
-                bench.warm_up(measurement)
-                tried.append(measurement)
-                notes[arm.name] = note
-            for number in range(MAX_ROUNDS):
-                if number >= MIN_ROUNDS and self.clock() > self.until:
-                    break
-                for measurement in rng.sample([baseline, *tried], 1 + len(tried)):
-                    if not measurement.failed:
-                        _turn(bench, measurement, number)
+        # An arm costs its start and first steps, and a turn in each round.
+        turn = max(TRIAL_TURN.seconds, min(TRIAL_TURN.enough, TRIAL_TURN.min_steps * self._step_seconds(baseline)))
+        cost = baseline.start_seconds
+        for change in changes:
+            left = self.until - self.clock() - MIN_ROUNDS * turn * (2 + len(tried))
+            if left < cost:
+                break
+            measurement = Measurement(Arm(_name(change), settings(change)))
+            self.note(f"trying {measurement.arm.name}")
+            bench.warm_up(measurement, max(1.0, left))
+            cost = max(measurement.start_seconds, 1e-3)
+            tried.append(measurement)
+        for number in range(1, MAX_ROUNDS + 1):
+            turns = 1 + len([measurement for measurement in tried if not measurement.failed])
+            is_over = self.clock() + turns * turn > self.until
+            if is_over and (number > MIN_ROUNDS or turns == 1 or self.clock() > self.until + turns * turn):
+                break
+            for measurement in rng.sample([baseline, *tried], 1 + len(tried)):
+                if not measurement.failed:
+                    _turn(bench, measurement, number)
         if not baseline.is_measured:
             raise RunError(f"this recipe could not be profiled here: {baseline.failed}")
-        return baseline, tried, notes
+        return tried
+
+    def _step_seconds(self, baseline: Measurement) -> float:
+        assert baseline.ready is not None
+        return baseline.seconds_per_image * int(baseline.ready.settings["train.batch_size"])
+
+
+def _name(change: dict[str, Any]) -> str:
+    return " ".join(settings(change))
 
 
 def _turn(bench: Bench, measurement: Measurement, number: int) -> None:
@@ -186,7 +216,8 @@ def doctor(recipe: Recipe, machine: Hardware, *, seconds: float, note: Note, tra
     if trace is not None and not os.access(trace.absolute().parent, os.W_OK):
         raise RunError(f"--trace {trace}: can't be written; give another file")
     with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
-        return Doctor(start, machine, num_cores(), seconds=seconds, note=note).examine(trace)
+        options: dict[str, Any] = {"seconds": seconds, "note": note, "free_share": free_share}
+        return Doctor(start, machine, num_cores(), **options).examine(trace)
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
@@ -234,6 +265,14 @@ def lines(diagnosis: Diagnosis) -> list[str]:
         )
     for measurement in diagnosis.tried:
         if all(measurement.arm.overrides != advice.overrides for advice in diagnosis.advice):
-            outcome = measurement.failed or format_images_rate(measurement.images_per_second.median)
-            sentences.append(f"Tried without gain: {measurement.arm.name}: {outcome}")
-    return sentences
+            sentences.append(f"Tried without gain: {measurement.arm.name}: {_outcome(measurement, diagnosis)}")
+    if diagnosis.not_tried:
+        sentences.append(f"Not tried for lack of time (--seconds): {'; '.join(diagnosis.not_tried)}")
+    return [*sentences, *filter(None, [diagnosis.rough])]
+
+
+def _outcome(measurement: Measurement, diagnosis: Diagnosis) -> str:
+    if not measurement.is_measured:
+        return measurement.failed or "not measured"
+    speed_up = diagnosis.speed_up_of(measurement)
+    return f"{format_images_rate(diagnosis.images_per_second.median * speed_up.median)}, {speed_up} times as fast"

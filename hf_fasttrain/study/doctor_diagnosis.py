@@ -58,6 +58,13 @@ class Diagnosis:
     total_seconds: float  # forecast of the whole training, without evaluation and saving
     tried: tuple[Measurement, ...]  # overrides that were measured, beside the training as it is
     advice: tuple[Advice, ...]
+    baseline: Measurement
+    not_tried: tuple[str, ...] = ()  # overrides, for lack of time
+    rough: str = ""  # a note if other programs used the machine meanwhile
+
+    def speed_up_of(self, measurement: Measurement) -> Estimate:
+        """Return a measured override's speed-up over the training as it is, from the rounds that both have."""
+        return measurement.speed_up(self.baseline)
 
     @property
     def workers(self) -> int:
@@ -109,6 +116,8 @@ class Diagnosis:
                 text += f"; together they reach only {format_rate(together)}: they share the processor's cores"
         if self.advice:
             return f"{text}; `{self.advice[0].text}` gives {format_rate(self.advice[0].images_per_second)} here."
+        if not self.tried:
+            return f"{text}."
         return f"{text}; none of {len(self.tried)} overrides that were tried is faster."
 
     def as_json(self) -> dict[str, Any]:
@@ -126,7 +135,9 @@ class Diagnosis:
             "total_seconds": self.total_seconds,
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
-            "tried": [_tried(measurement) for measurement in self.tried],
+            "tried": [self._tried(measurement) for measurement in self.tried],
+            "not_tried": list(self.not_tried),
+            "rough": self.rough,
             "advice": [
                 {
                     "overrides": list(advice.overrides),
@@ -138,12 +149,12 @@ class Diagnosis:
             ],
         }
 
-
-def _tried(measurement: Measurement) -> dict[str, Any]:
-    results: dict[str, Any] = {"overrides": list(measurement.arm.overrides), "failed": measurement.failed}
-    if measurement.is_measured:
-        results["images_per_second"] = vars(measurement.images_per_second)
-    return results
+    def _tried(self, measurement: Measurement) -> dict[str, Any]:
+        results: dict[str, Any] = {"overrides": list(measurement.arm.overrides), "failed": measurement.failed}
+        if measurement.is_measured:
+            results["images_per_second"] = vars(measurement.images_per_second)
+            results["speed_up"] = vars(self.speed_up_of(measurement))
+        return results
 
 
 def split_step(report: Report) -> tuple[float, dict[str, float]]:
@@ -169,6 +180,6 @@ def best_advice(baseline: Measurement, tried: list[Measurement], notes: dict[str
         speed_up = measurement.speed_up(baseline)
         if speed_up.median >= MIN_SPEED_UP and speed_up.low > 1:
             name = measurement.arm.name
-            rate = measurement.images_per_second.median
+            rate = baseline.images_per_second.median * speed_up.median
             results.append(Advice(measurement.arm.overrides, rate, speed_up, notes.get(name, "")))
     return sorted(results, key=lambda advice: -advice.speed_up.median)[:most]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +34,15 @@ def to_arm_request(recipe: Recipe) -> ArmRequest:
 
 @dataclass(frozen=True)
 class Turn:
-    """A part of a training: `seconds` long, but at least `min_steps` and at most `max_steps`."""
+    """A part of a training: `seconds` long, but at least `min_steps` and at most `max_steps`.
+
+    After `enough` seconds it ends with any number of steps.
+    """
 
     min_steps: int = 1
     seconds: float = 0.0
     max_steps: int = NO_END
+    enough: float = math.inf
     drain: bool = (
         False  # after the first step, discard prefetched batches, and a first pass over the data if pixels are cached
     )

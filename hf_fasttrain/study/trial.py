@@ -208,10 +208,10 @@ class Trial:
     def _is_over(self) -> bool:
         """Return whether the turn is over."""
         assert self.turn is not None
-        done = len(self._losses)
-        if done < self.turn.min_steps:
+        done, seconds = len(self._losses), time.perf_counter() - self._start_time
+        if done < self.turn.min_steps and seconds < self.turn.enough:
             return False
-        return done >= self.turn.max_steps or time.perf_counter() - self._start_time >= self.turn.seconds
+        return done >= self.turn.max_steps or seconds >= self.turn.seconds
 
     def _count(self, num_images: int) -> None:
         before, self._last = self._last, self._mark()
@@ -281,7 +281,8 @@ class Trial:
                 self.begin(turn)
                 continue
             self._count(step.num_images)
-            if number >= turn.min_steps and time.perf_counter() - self._start_time >= turn.seconds:
+            seconds = time.perf_counter() - self._start_time
+            if (number >= turn.min_steps and seconds >= turn.seconds) or seconds >= turn.enough:
                 break
         steps.close()
         self._losses = [torch.zeros(())]
@@ -299,7 +300,7 @@ class Trial:
         def next_turn(report: Report | None) -> Turn | None:
             if report is not None:
                 reports.append(report)
-            return [Turn(min_steps=2), turn, None][len(reports)]
+            return [Turn(min_steps=2, enough=turn.enough), turn, None][len(reports)]
 
         try:
             self.run(next_turn)

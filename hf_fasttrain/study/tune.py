@@ -14,7 +14,8 @@ from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note, Start
-from hf_fasttrain.study.intervals import Estimate
+from hf_fasttrain.study.intervals import Estimate, paired_ratio
+from hf_fasttrain.study.load import free_share, rough_note
 from hf_fasttrain.study.messages import Ready, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware
 from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, LossCurve, Verdict, compare, loss_curve
@@ -38,11 +39,23 @@ class Candidate:
 
     config: Config
     measurement: Measurement
+    reference: Measurement  # takes part in every round; others are compared with it within rounds
+
+    def speed_up(self, since: int = 0) -> Estimate:
+        """Return the speed-up over the reference, in the rounds from `since` (in all if there are none)."""
+        both = [number for number in self.measurement.rounds if number in self.reference.rounds]
+        both = [number for number in both if number >= since] or both
+        rounds, reference = self.measurement.rounds, self.reference.rounds
+        return paired_ratio([reference[number] for number in both], [rounds[number] for number in both])
+
+    @property
+    def images_per_second(self) -> float:
+        """Images/s while the reference has its median speed: a machine that changes its speed favours nobody."""
+        return self.speed_up().median / self.reference.seconds_per_image
 
     def forecast(self, since: int = 0) -> float:
         """Return the seconds of the recipe's whole training, by the rounds from `since`."""
-        rounds = [seconds for number, seconds in self.measurement.rounds.items() if number >= since]
-        return self.measurement.forecast(statistics.median(rounds or self.measurement.rounds.values()))
+        return self.measurement.forecast(self.reference.seconds_per_image / self.speed_up(since).median)
 
 
 @dataclass
@@ -59,6 +72,7 @@ class TuneResult:
     skipped: list[str] = field(default_factory=list)  # for lack of time
     seconds: float = 0.0
     complete: bool = True  # False after Ctrl-C
+    rough: str = ""  # a note if other programs used the machine meanwhile
 
 
 def parse_budget(text: str) -> float:
@@ -85,10 +99,12 @@ class Tuner:
         note: Note,
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[], int] | None = None,
+        free_share: Callable[[], float] | None = None,
     ) -> None:
         self.start, self.budget, self.hardware, self.cores = start, budget, hardware, cores
         self.note, self.clock = note, clock
-        self.bench = Bench(start, clock=clock, free_bytes=free_bytes, warm_seconds=0.5)
+        self.bench = Bench(start, clock=clock, free_bytes=free_bytes, free_share=free_share, warm_seconds=0.5)
+        self.reference: Candidate | None = None  # the recipe's own settings, or the first that fit into memory
         self.start_time = clock()
         self.tried: list[Candidate] = []
         self.guards: dict[str, Verdict] = {}
@@ -115,7 +131,7 @@ class Tuner:
         with self.bench:
             self.baseline, self.ready = self._first()
             self.best = self.baseline or self._fitting()
-            self.base = (self.baseline or self.best).config
+            self.reference, self.base = self.best, self.best.config
             try:
                 self._search()
                 speed_up = self._final()
@@ -132,6 +148,7 @@ class Tuner:
             self.skipped,
             self.elapsed,
             complete,
+            rough_note(self.bench.free_shares),
         )
 
     def _first(self) -> tuple[Candidate | None, Ready]:
@@ -142,7 +159,7 @@ class Tuner:
         if measurement.ready is None:
             raise self._not_measured(measurement)
         config = space.first_config(measurement.ready)
-        candidate = Candidate(config, measurement)
+        candidate = Candidate(config, measurement, measurement)
         self.tried.append(candidate)
         if fine and self.left() > 0:
             self._turns([candidate])
@@ -231,8 +248,9 @@ class Tuner:
         for candidate in self.tried:
             if candidate.config == config:
                 return candidate
-        arm = Arm(space.difference(config, base), space.overrides_of(config))
-        return Candidate(config, Measurement(arm))
+        measurement = Measurement(Arm(space.difference(config, base), space.overrides_of(config)))
+        reference = self.reference.measurement if self.reference else measurement
+        return Candidate(config, measurement, reference)
 
     def _warm(self, candidate: Candidate, until: float, block: str = "", limit: float | None = None) -> bool:
         """Start a candidate if there is time for it; return whether it can be measured."""
@@ -256,8 +274,9 @@ class Tuner:
         return statistics.median(starts or [self.tried[0].measurement.start_seconds])
 
     def _turns(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Run a turn of each candidate in random order; return those that are measured."""
-        order = [candidate for candidate in candidates if not candidate.measurement.failed]
+        """Run a turn of each candidate and of the reference in random order; return the candidates measured."""
+        reference = [self.reference] if self.reference and self.reference not in candidates else []
+        order = [candidate for candidate in [*candidates, *reference] if not candidate.measurement.failed]
         self._rng.shuffle(order)
         for candidate in order:
             try:
@@ -349,11 +368,7 @@ class Tuner:
             cost = self.clock() - start_time
         if self._round == since:
             return None
-        best, baseline = (Measurement(c.measurement.arm) for c in (self.best, self.baseline))
-        for candidate, final in ((self.best, best), (self.baseline, baseline)):
-            rounds = candidate.measurement.rounds
-            final.rounds = {number: seconds for number, seconds in rounds.items() if number >= since}
-        speed_up = best.speed_up(baseline)
+        speed_up = self.best.speed_up(since)
         if speed_up.median < MIN_SPEED_UP and speed_up.low < 1:  # the gain was noise, or may be
             self.best = self.baseline
             return None
@@ -364,4 +379,7 @@ def tune(recipe: Recipe, budget: float, machine: Hardware, *, note: Note) -> Tun
     """Search the fastest settings of a recipe for `budget` seconds; see `Tuner.run`."""
     require_one_process()
     with Starter(to_arm_request(recipe), on_gpu=machine.gpu) as start:
-        return Tuner(start, budget, machine, num_cores(), note=note, free_bytes=free_memory_bytes).run()
+        tuner = Tuner(
+            start, budget, machine, num_cores(), note=note, free_bytes=free_memory_bytes, free_share=free_share
+        )
+        return tuner.run()

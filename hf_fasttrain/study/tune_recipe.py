@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,8 +26,10 @@ ROUNDING = (*space.MATH_KEYS, "accelerate.channels_last", "accelerate.compile")
 
 
 def default_path(recipe: Recipe) -> Path:
-    """Return NAME.tuned.yaml in the current directory."""
-    return Path(f"{recipe.source.name}.tuned.yaml")
+    """Return NAME.tuned.yaml in the current directory; numbered, NAME.tuned.2.yaml, if earlier tunings are there."""
+    name = recipe.source.name
+    paths = (Path(f"{name}.tuned{f'.{number}' if number > 1 else ''}.yaml") for number in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def require_new_file(path: Path) -> None:
@@ -92,18 +96,15 @@ def _header(recipe: Recipe, result: TuneResult, command: str) -> list[str]:
 
 def summary(result: TuneResult) -> list[str]:
     """Return the result in a few sentences."""
-    best_rate = result.best.measurement.images_per_second.median
     lines = [
-        f"{format_images_rate(best_rate)}; training as long as train.duration says: "
+        f"{format_images_rate(result.best.images_per_second)}; training as long as train.duration says: "
         f"{format_duration(result.best.forecast())}"
     ]
     if result.baseline is None:
         lines.append("The recipe's own settings do not fit in memory.")
     else:
-        rate = result.baseline.measurement.images_per_second.median
-        lines.append(
-            f"The recipe's own settings: {format_images_rate(rate)}, {format_duration(result.baseline.forecast())}"
-        )
+        rate = format_images_rate(result.baseline.images_per_second)
+        lines.append(f"The recipe's own settings: {rate}, {format_duration(result.baseline.forecast())}")
     if result.speed_up is not None:
         lines.append(
             f"Side by side, {format_percent(result.speed_up.confidence, 0)} interval: {result.speed_up} times as fast."
@@ -112,6 +113,8 @@ def summary(result: TuneResult) -> list[str]:
         lines.append("Nothing that was tried is faster.")
     if not result.complete:
         lines.append("Interrupted by Ctrl-C: this is the best so far.")
+    if result.rough:
+        lines.append(result.rough)
     if result.skipped:
         lines.append(f"Not tried: {'; '.join(dict.fromkeys(result.skipped))}")
     return lines
@@ -126,7 +129,7 @@ def write_tuned(recipe: Recipe, result: TuneResult, path: Path, *, command: str,
     if not store:
         return []
     machine, versions, model, data = tuning_key(recipe)
-    best_rate = result.best.measurement.images_per_second.median
+    best_rate = result.best.images_per_second
     date = datetime.now(UTC).date().isoformat()
     try:
         store_tuning(
@@ -143,18 +146,19 @@ def print_tuning(console: Console, result: TuneResult, path: Path) -> None:
     """Print all candidates, the fastest forecast first, and the summary."""
     measured = [candidate for candidate in result.tried if candidate.measurement.is_measured]
     shown = Table(title="settings tried", title_justify="left")
-    for name in ("settings", "images/s", "whole training", "turns", ""):
+    for name in ("settings", "images/s", "x as it is", "whole training", "turns", ""):
         shown.add_column(name, justify="left" if name in ("settings", "") else "right", overflow="fold")
     for candidate in [*sorted(measured, key=Candidate.forecast), *(c for c in result.tried if c not in measured)]:
         m, mark = candidate.measurement, "best" if candidate is result.best else ""
         if m.is_measured:
             figures = (
-                format_rate(m.images_per_second.median),
+                format_rate(candidate.images_per_second),
+                f"{candidate.speed_up().median:.2f}",
                 format_duration(candidate.forecast()),
                 str(len(m.rounds)),
             )
         else:
-            figures = ("-", m.failed.splitlines()[0] if m.failed else "not measured", "0")
+            figures = ("-", "-", m.failed.splitlines()[0] if m.failed else "not measured", "0")
         shown.add_row(*map(Text, (m.arm.name, *figures, mark)))
     console.print(shown)
     for line in [*summary(result), f"{path}: hf-fasttrain {path}"]:

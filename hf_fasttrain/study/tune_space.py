@@ -95,6 +95,7 @@ def loaders(config: Config, hardware: Hardware, cores: int) -> list[Config]:
     pairs: list[tuple[int, int | str]] = [(0, "auto"), (1, "auto"), (min(2, cores), "auto")]
     if cores > 1:
         pairs += [(1, cores - 1), (min(2, cores), cores - 1)]
+        pairs += [(0, 1), (min(2, cores), 1)]  # on a busy machine one thread waits for nobody
     return [
         {**config, "data.workers": workers, "accelerate.cpu_threads": number}
         for workers, number in dict.fromkeys(pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from helpers.runs import num_kept
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.data.loading.sampler import SamplingPlan
+from hf_fasttrain.study import arm_process
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed
 from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn, to_arm_request
@@ -241,6 +243,7 @@ def test_where_not_all_pixels_can_be_kept_it_is_measured_as_if_none_were() -> No
 PARENT = """
 import sys, time
 from hf_fasttrain.study.bench import Arm
+from hf_fasttrain.study import arm_process
 from hf_fasttrain.study.arm_process import Starter
 from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Turn
 with Starter(ArmRequest(sys.argv[1], "small.yaml", "small"), on_gpu=False) as start:
@@ -290,3 +293,19 @@ def test_studies_want_processes_that_can_be_stopped(monkeypatch: pytest.MonkeyPa
 def test_a_recipe_is_asked_with_its_overrides(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe(), ["train.batch_size=8"])
     assert to_arm_request(recipe).load().train.batch_size == 8
+
+
+def test_a_fork_server_that_dies_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_that_ends.py").write_text("import os\nos._exit(9)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(arm_process, "IMPORTED", ["module_that_ends"])
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server._stop()  # one of an earlier test has imported something else
+    try:
+        with (
+            Starter(ArmRequest(TEXT, "small.yaml", "small"), on_gpu=False) as start,
+            pytest.raises(ArmFailed, match="the fork server, which has imported everything, has ended; it may have"),
+        ):
+            start(Arm("as it is"), ArmOptions())
+    finally:
+        server._stop()
