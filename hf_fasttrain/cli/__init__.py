@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.cli.terminal import is_main
-from hf_fasttrain.utils.errors import RunError, UserError, on_command_line, without_secrets
+from hf_fasttrain.utils.errors import RunError, UserError, on_command_line
+from hf_fasttrain.utils.printing import echo
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,15 +26,28 @@ def main(argv: list[str] | None = None) -> None:
     status: Any = 0
     try:
         with on_command_line(), _out_of_memory_as_error():
-            app(with_command(arguments), prog_name="hf-fasttrain", standalone_mode=True)
+            status = app(with_command(arguments), prog_name="hf-fasttrain", standalone_mode=False) or 0
     except SystemExit as ended:
         status = ended.code
     except UserError as error:
         if is_main() or not error.on_every_process:
-            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+            echo(f"error: {error}", err=True)
         status = error.status
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own, for options and arguments: its class moves about
+            raise
+        status = _print_usage(error, arguments)
     _leave_processes()  # here, since an exception's frames hold the trainer
     sys.exit(status)
+
+
+def _print_usage(error: Any, arguments: list[str]) -> int:
+    """Print what typer has to say of the arguments, or its help without any, and return the exit status."""
+    written = io.StringIO() if arguments else sys.stderr
+    error.show(written)
+    if isinstance(written, io.StringIO):
+        echo(written.getvalue().rstrip(), err=True)
+    return int(error.exit_code)
 
 
 def _leave_processes() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.cli.terminal import command_line, exit_on_ctrl_c, print_note, wide_console
+from hf_fasttrain.cli.terminal import command_line, exit_on_ctrl_c, print_note
 from hf_fasttrain.utils.errors import Stopped, UserError
 
 TechniqueNames = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Names of techniques.")]
@@ -33,8 +33,9 @@ def ablate(
     from hf_fasttrain.study import ablate as study
     from hf_fasttrain.study.ablate_full import train_all
     from hf_fasttrain.study.ablate_report import print_ablation, write_ablation
+    from hf_fasttrain.utils.terminal import wide_terminal
 
-    folder, console = output or study.default_folder(loaded), wide_console()
+    folder, console = output or study.default_folder(loaded), wide_terminal()
     plan = study.Plan(rounds, seconds, _names(only), _names(without))
     ablation = study.load_earlier(folder, loaded) if full else None
     complete = True
@@ -48,7 +49,7 @@ def ablate(
             ablation, complete = train_all(ablation, recipe, folder, seeds, print_note)
             write_ablation(ablation, folder)
     print_ablation(console, ablation)
-    console.print(f"{folder}: ablation.json, .md, .png, .svg, .html", markup=False)
+    console.print(f"{folder}: ablation.json, .md, .png, .svg, .html")
     if not complete:
         sys.exit(Stopped.CTRL_C)
     if full and not any(row.full for row in ablation.rows):

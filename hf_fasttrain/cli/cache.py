@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.utils.format import format_bytes
+from hf_fasttrain.utils.printing import echo
 
 CacheFolder = Annotated[Path | None, typer.Option("--dir", help="Folder of the caches, if data.cache_dir is set.")]
 
@@ -23,8 +24,8 @@ def list_caches(context: typer.Context, folder: CacheFolder = None) -> None:
     entries = cache.list_caches(cache_dir)
     for entry in entries:
         size = f"{format_bytes(entry.num_bytes):>8}"
-        print(f"{entry.path.name}  {size}  last used {entry.last_used_text}  {entry.dataset}: {entry.settings}")
-    print(f"{format_bytes(sum(entry.num_bytes for entry in entries))} in {cache_dir}")
+        echo(f"{entry.path.name}  {size}  last used {entry.last_used_text}  {entry.dataset}: {entry.settings}")
+    echo(f"{format_bytes(sum(entry.num_bytes for entry in entries))} in {cache_dir}")
 
 
 def clean_caches(
@@ -41,5 +42,5 @@ def clean_caches(
     for entry in select_caches(folder or context.obj or default_cache_dir(), names or [], everything, unused_days):
         remove_cache(entry)
         freed += entry.num_bytes
-        print(f"deleted {entry.path.name}: {entry.dataset}, {format_bytes(entry.num_bytes)}")
-    print(f"freed {format_bytes(freed)}")
+        echo(f"deleted {entry.path.name}: {entry.dataset}, {format_bytes(entry.num_bytes)}")
+    echo(f"freed {format_bytes(freed)}")

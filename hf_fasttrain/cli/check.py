@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.cli.terminal import print_table, wide_console
 from hf_fasttrain.utils.errors import UserError
 
 
@@ -35,22 +34,24 @@ def check(
     from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.folder import run_files_in
+    from hf_fasttrain.utils.terminal import build_table, wide_terminal
 
     parts = build_parts(loaded)
     build_trainer_without_folder(parts, keep_pixels=False)
-    console = wide_console()
+    terminal = wide_terminal()
     title = f"{recipe}: every value, where it came from, and what it decides"
     settings = parts.settings.all()
     rows = [(key, json.dumps(setting.value), setting.origin, setting.tag) for key, setting in settings.items()]
-    print_table(console, title, ("key", "value", "origin", "tag"), rows)
-    print_table(console, *memory_table(parts))
+    terminal.print(build_table(("key", "value", "origin", "tag"), rows, title=title))
+    title, header, parts_of_memory = memory_table(parts)
+    terminal.print(build_table(header, parts_of_memory, title=title))
     if run_files_in(Path(output_dir(loaded))):
         parts.settings.note(f"output_dir {output_dir(loaded)} contains a run already; training would be refused")
     for note in [*parts.settings.notes, *parts.settings.weight_notes]:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        terminal.print_line(f"note: {note}")
     if images:
-        check_images(console, loaded, parts.source, list_file)
-    console.print(f"{recipe} is valid: {parts.sampling_plan.steps_per_epoch:,} steps per epoch", markup=False)
+        check_images(terminal, loaded, parts.source, list_file)
+    terminal.print(f"{recipe} is valid: {parts.sampling_plan.steps_per_epoch:,} steps per epoch")
 
 
 def _require_list_file(path: Path | None, *, images: bool) -> None:

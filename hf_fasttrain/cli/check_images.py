@@ -7,10 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hf_fasttrain.cli.terminal import print_table
 from hf_fasttrain.data.source.dataset import Source, Split
 from hf_fasttrain.data.source.scan import (
     ClassBalance,
@@ -26,17 +24,18 @@ from hf_fasttrain.data.source.scan import (
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.environment import num_cores
 from hf_fasttrain.utils.errors import UserError
+from hf_fasttrain.utils.terminal import Terminal, build_table
 
 
-def check_images(console: Console, recipe: Recipe, source: Source, list_file: Path | None) -> None:
+def check_images(terminal: Terminal, recipe: Recipe, source: Source, list_file: Path | None) -> None:
     """Decode all images and print the report. Raises UserError if training would stop for too many corrupt images."""
     splits = [split for split in (source.train, source.evaluation, source.test) if split is not None]
     scans = _scan(splits, recipe.data.workers)
     balances = [class_balance(split, source.class_names) for split in splits]
     duplicates = find_duplicates(scans)
-    _print_scan(console, scans, balances, duplicates, recipe.data.image_size)
-    _print_bad(console, [bad for scan in scans for bad in scan.bad], list_file)
-    _print_overlaps(console, splits, duplicates)
+    _print_scan(terminal, scans, balances, duplicates, recipe.data.image_size)
+    _print_bad(terminal, [bad for scan in scans for bad in scan.bad], list_file)
+    _print_overlaps(terminal, splits, duplicates)
     limit = recipe.data.max_bad_fraction
     broken = [scan for scan in scans if scan.bad_fraction > limit]
     if broken:
@@ -50,52 +49,48 @@ def check_images(console: Console, recipe: Recipe, source: Source, list_file: Pa
 def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
     """Scan all splits in worker processes, with a progress bar on a terminal."""
     number = num_cores() if workers == "auto" else int(workers)
-    console = Console(stderr=True)
+    terminal = Terminal(stderr=True)
     columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, splits)))
         advance: Callable[[int], None] = partial(progress.advance, task)
-        note: Callable[[str], None] = lambda text: _print_line(console, f"note: {text}")  # noqa: E731
+        note: Callable[[str], None] = lambda text: terminal.print_line(f"note: {text}")  # noqa: E731
         return [scan_split(split, workers=number, progress=advance, note=note) for split in splits]
 
 
 def _print_scan(
-    console: Console, scans: list[SplitScan], balances: list[ClassBalance], duplicates: Duplicates, image_size: int
+    terminal: Terminal, scans: list[SplitScan], balances: list[ClassBalance], duplicates: Duplicates, image_size: int
 ) -> None:
     columns = [
         describe_scan(scan, balance, duplicates, image_size) for scan, balance in zip(scans, balances, strict=True)
     ]
     rows = [(key, *(column[key] for column in columns)) for key in columns[0]]
-    print_table(console, "every image, decoded", ("", *(scan.name for scan in scans)), rows)
+    terminal.print(build_table(("", *(scan.name for scan in scans)), rows, title="every image, decoded"))
 
 
-def _print_bad(console: Console, bad: list[CorruptImage], list_file: Path | None) -> None:
+def _print_bad(terminal: Terminal, bad: list[CorruptImage], list_file: Path | None) -> None:
     """Print the first corrupt images, and write all of them to `list_file` if it is given."""
     if bad:
         title = f"corrupt images: {len(bad):,}" + (", the first 20" if len(bad) > 20 else "")
         rows = [(image.split, str(image.row), image.path or "", image.error) for image in bad[:20]]
-        print_table(console, title, ("split", "row", "path", "error"), rows)
+        terminal.print(build_table(("split", "row", "path", "error"), rows, title=title))
     if list_file is None:
         return
     try:
         list_file.write_text("".join(json.dumps(vars(image)) + "\n" for image in bad), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{list_file}: can't be written: {error.strerror}; give another file to write") from None
-    _print_line(console, f"{list_file}: all corrupt images, {len(bad):,}")
+    terminal.print_line(f"{list_file}: all corrupt images, {len(bad):,}")
 
 
-def _print_overlaps(console: Console, splits: list[Split], duplicates: Duplicates) -> None:
+def _print_overlaps(terminal: Terminal, splits: list[Split], duplicates: Duplicates) -> None:
     for other, overlap in zip(splits[1:], duplicates.overlaps, strict=True):
         if not len(overlap.pairs):
             continue
         overlapping = f"{len(overlap.pairs):,} of {len(other):,} images of split '{overlap.other}'"
-        _print_line(
-            console, f"warning: {overlapping} are in split '{overlap.train}' too: its accuracy will be overstated"
+        terminal.print_line(
+            f"warning: {overlapping} are in split '{overlap.train}' too: its accuracy will be overstated"
         )
         trained, first = overlap.pairs[:10].T
         for name, twin in zip(image_names(other, first), image_names(splits[0], trained), strict=True):
-            _print_line(console, f"  {name} = {twin}")
-
-
-def _print_line(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+            terminal.print_line(f"  {name} = {twin}")

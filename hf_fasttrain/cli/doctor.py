@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.cli.terminal import exit_on_ctrl_c, print_note, wide_console
+from hf_fasttrain.cli.terminal import exit_on_ctrl_c, print_note
+from hf_fasttrain.utils.printing import echo_json
 
 
 def doctor(
@@ -28,10 +28,11 @@ def doctor(
     from hf_fasttrain.study.doctor import doctor as examine
     from hf_fasttrain.study.doctor import print_diagnosis
     from hf_fasttrain.study.techniques import hardware
+    from hf_fasttrain.utils.terminal import wide_terminal
 
     with exit_on_ctrl_c():
         diagnosis = examine(loaded, hardware(), seconds=seconds, note=print_note, trace=trace)
     if as_json:
-        print(json.dumps(diagnosis.as_json(), indent=2))
+        echo_json(diagnosis.as_json(), indent=2)
     else:
-        print_diagnosis(wide_console(), diagnosis)
+        print_diagnosis(wide_terminal(), diagnosis)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from hf_fasttrain.cli.arguments import ModelOption, Overrides, PushedRunArgument, WeightsOption
-from hf_fasttrain.cli.terminal import is_main, print_note, wide_console
+from hf_fasttrain.cli.terminal import is_main, print_note
+from hf_fasttrain.utils.printing import echo_json
 
 
 def evaluate(
@@ -20,18 +20,14 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a run's model on its evaluation split, or on another split or dataset."""
-    from rich.table import Table
-    from rich.text import Text
-
     from hf_fasttrain.inference import evaluate_run
+    from hf_fasttrain.utils.terminal import build_table, wide_terminal
 
     measured = evaluate_run(run, overrides or [], split=split, weights=weights, model=model, note=print_note)
     if not is_main():
         return
     if as_json:
-        print(json.dumps(measured))
+        echo_json(measured)
     else:
-        table = Table("metric", "value")
-        for name, value in measured.items():
-            table.add_row(Text(name), Text(f"{value:.4f}" if isinstance(value, float) else str(value), overflow="fold"))
-        wide_console().print(table)
+        rows = [(name, f"{v:.4f}" if isinstance(v, float) else str(v)) for name, v in measured.items()]
+        wide_terminal().print(build_table(("metric", "value"), rows))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_fasttrain.utils.errors import UserError, nearest
+from hf_fasttrain.utils.printing import echo
 
 if TYPE_CHECKING:
     from hf_fasttrain.recipe.explain import Key
@@ -36,17 +37,22 @@ def explain(
     if name and found is None:
         raise UserError(_unknown(name, keys))
     if found is not None and not found.is_section:
-        print("\n".join(_explained(found)))
+        _print(_explained(found))
         return
     if found is not None:
-        print("\n".join(_explained_section(found)))
+        _print(_explained_section(found))
     width = max(len(each.name) for each in below)
     columns = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
     for each in below:
         text = f"{_text(each.meaning)} [{'required' if each.default is None else each.default}]"
-        print(
-            textwrap.fill(text, columns, initial_indent=each.name.ljust(width + 2), subsequent_indent=" " * (width + 2))
+        _print(
+            textwrap.wrap(text, columns, initial_indent=each.name.ljust(width + 2), subsequent_indent=" " * (width + 2))
         )
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        echo(line)
 
 
 def _explained(key: Key) -> list[str]:

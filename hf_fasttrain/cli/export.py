@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import ModelOption, RunArgument, WeightsOption
+from hf_fasttrain.utils.printing import echo
 
 
 def export(
@@ -21,8 +22,8 @@ def export(
     from hf_fasttrain.export.export import export_run
 
     exported = export_run(run, output, onnx=onnx, weights=weights, model=model)
-    print(f"{exported.folder}: opened by {', '.join(exported.forms)}")
+    echo(f"{exported.folder}: opened by {', '.join(exported.forms)}")
     for note in exported.notes:
-        print(f"note: {note}")
+        echo(f"note: {note}")
     if exported.onnx_difference is not None:
-        print(f"model.onnx: logits differ by at most {exported.onnx_difference:.1e} in onnxruntime")
+        echo(f"model.onnx: logits differ by at most {exported.onnx_difference:.1e} in onnxruntime")

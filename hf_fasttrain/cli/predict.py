@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from hf_fasttrain.cli.arguments import ModelOption, PushedRunArgument, WeightsOption
-from hf_fasttrain.cli.terminal import wide_console
 from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.printing import echo_json
 
 
 def predict(
@@ -22,22 +21,21 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the most likely classes of image files."""
-    from rich.table import Table
-    from rich.text import Text
-
     from hf_fasttrain.inference import predict_images
+    from hf_fasttrain.utils.terminal import build_table, wide_terminal
 
     bad: list[str] = []
     predictions = predict_images(
         run, images, top=top, weights=weights, model=model, device=device, on_bad_image=bad.append
     )
     if as_json:
-        print(json.dumps(predictions, indent=2))
+        echo_json(predictions, indent=2)
     elif predictions:
-        table = Table("image", "class", "score")
-        for row in predictions:
-            for number, guess in enumerate(row["classes"]):
-                table.add_row(*map(Text, ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")))
-        wide_console().print(table)
+        rows = [
+            ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")
+            for row in predictions
+            for number, guess in enumerate(row["classes"])
+        ]
+        wide_terminal().print(build_table(("image", "class", "score"), rows))
     if bad:
         raise DataError("\n  ".join([f"{len(bad)} of {len(bad) + len(predictions)} images skipped:", *bad]))

@@ -9,6 +9,7 @@ import typer
 from hf_fasttrain.cli.arguments import ModelOption, RunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import print_note
 from hf_fasttrain.utils.errors import UserError
+from hf_fasttrain.utils.printing import echo
 
 
 def push(
@@ -32,4 +33,4 @@ def push(
         private = hub.get("private") if private is None else private
         license = license or hub.get("license")
         weights = weights or ("best" if hub.get("every") == "best" else None)
-    print(push_run(run, name, private=private, license=license, weights=weights, model=model, tell=print_note))
+    echo(push_run(run, name, private=private, license=license, weights=weights, model=model, tell=print_note))

@@ -9,6 +9,7 @@ import typer
 
 from hf_fasttrain.recipe.find import recipe_header, shipped_recipes
 from hf_fasttrain.utils.errors import UserError, nearest
+from hf_fasttrain.utils.printing import echo
 
 
 def list_recipes(context: typer.Context) -> None:
@@ -16,9 +17,9 @@ def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     for name, path in shipped_recipes().items():
-        print(name)
+        echo(name)
         for line in recipe_header(path).splitlines():
-            print(f"    {line}")
+            echo(f"    {line}")
 
 
 def copy_recipe(
@@ -36,4 +37,4 @@ def copy_recipe(
         path.write_text(shipped[name].read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}; give another file to write") from None
-    print(path)
+    echo(str(path))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hf_fasttrain.utils.printing import echo
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared in one report.")],
@@ -17,4 +19,4 @@ def report(
     """Write an offline HTML report of one or several runs: curves, classes, mistakes, settings."""
     from hf_fasttrain.report.report import write_report
 
-    print(write_report(runs, output))
+    echo(str(write_report(runs, output)))

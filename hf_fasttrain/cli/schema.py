@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from hf_fasttrain.utils.printing import echo_json
 
 
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from hf_fasttrain.recipe.load import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    echo_json(json_schema(), indent=2)

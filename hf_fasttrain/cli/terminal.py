@@ -1,4 +1,4 @@
-"""Shared by the commands: notes, tables, Ctrl-C, and which process prints."""
+"""Shared by the commands: notes, Ctrl-C, and which process prints."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from hf_fasttrain.before_torch import launched_rank
-from hf_fasttrain.utils.errors import Stopped, without_secrets
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from hf_fasttrain.utils.clean import without_secrets
+from hf_fasttrain.utils.errors import Stopped
+from hf_fasttrain.utils.printing import echo
 
 
 def is_main() -> bool:
@@ -24,7 +22,7 @@ def is_main() -> bool:
 def print_note(text: str) -> None:
     """Print a note to stderr; other programs may read a command's stdout."""
     if is_main():
-        print(f"note: {text}", file=sys.stderr)
+        echo(f"note: {text}", err=True)
 
 
 @contextlib.contextmanager
@@ -37,26 +35,6 @@ def exit_on_ctrl_c() -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         sys.exit(Stopped.CTRL_C)
-
-
-def wide_console() -> Console:
-    """Return a console that is 160 columns wide if stdout is not a terminal."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def print_table(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; long texts are wrapped, not cut."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title))
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
 
 
 def command_line() -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.cli.terminal import command_line, exit_on_ctrl_c, print_note, wide_console
+from hf_fasttrain.cli.terminal import command_line, exit_on_ctrl_c, print_note
 from hf_fasttrain.utils.errors import Stopped
 
 
@@ -28,6 +28,7 @@ def tune(
     from hf_fasttrain.study.tune import parse_budget
     from hf_fasttrain.study.tune import tune as search
     from hf_fasttrain.study.tune_recipe import default_path, print_tuning, require_new_file, write_tuned
+    from hf_fasttrain.utils.terminal import wide_terminal
 
     path, seconds = output or default_path(loaded), parse_budget(budget)
     require_new_file(path)
@@ -35,6 +36,6 @@ def tune(
         result = search(loaded, seconds, hardware(), note=print_note)
     for problem in write_tuned(loaded, result, path, command=command_line(), store=store):
         print_note(problem)
-    print_tuning(wide_console(), result, path)
+    print_tuning(wide_terminal(), result, path)
     if not result.complete:
         sys.exit(Stopped.CTRL_C)

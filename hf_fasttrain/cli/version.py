@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain import __version__
+from hf_fasttrain.utils.printing import echo
 
 
 def print_version(is_set: bool) -> None:
     """Print the version and exit."""
     if is_set:
-        print(f"hf_fasttrain {__version__}")
+        echo(f"hf_fasttrain {__version__}")
         raise typer.Exit
 
 

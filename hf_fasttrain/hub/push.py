@@ -27,7 +27,8 @@ from hf_fasttrain.run_folder.file_names import (
 )
 from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.scrub import Scrubber, strings
-from hf_fasttrain.utils.errors import RunError, without_secrets
+from hf_fasttrain.utils.clean import without_secrets
+from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.hub.push import STALLED_SECONDS, NotPushed, push_run
-from hf_fasttrain.utils.errors import UserError, without_secrets
+from hf_fasttrain.utils.clean import without_secrets
+from hf_fasttrain.utils.errors import UserError
 from hf_fasttrain.utils.private_apis import hub_client_factory
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name, resolve_mode
+from hf_fasttrain.utils.clean import holds_secret
 from hf_fasttrain.utils.duration import Duration
-from hf_fasttrain.utils.errors import SECRET
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 
 LONGEST_WAIT = 7 * 24 * 60  # minutes
@@ -136,8 +136,11 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
 def _secrets(recipe: Recipe) -> Iterator[Mistake]:
     """A recipe is stored in the run folder and pushed with the model: it must not contain secrets."""
     for section, values in recipe.model_dump(mode="json").items():
-        if SECRET.search(str(values)):
-            yield section, "contains a Hub token; remove it, and log in with `hf auth login` or the variable HF_TOKEN"
+        if holds_secret(str(values)):
+            yield (
+                section,
+                "contains an access token; remove it: log in with `hf auth login` or the variable HF_TOKEN",
+            )
 
 
 def _hub(recipe: Recipe) -> Iterator[Mistake]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node
 
 from hf_fasttrain.recipe.find import find_recipe
 from hf_fasttrain.recipe.schema import Recipe, RecipeSource
 from hf_fasttrain.recipe.validate import KeyPath, Tree, check_tree, model_at
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
-from hf_fasttrain.utils.errors import SECRET, RecipeError, shown
+from hf_fasttrain.utils.clean import cut, holds_secret, one_line
+from hf_fasttrain.utils.errors import RecipeError, shown
+from hf_fasttrain.utils.format import format_count
 from hf_fasttrain.utils.remote import download_file, is_hub_url, parse_hub_url
+from hf_fasttrain.utils.yaml import MAX_CHARACTERS, MAX_DEPTH, InvalidYaml, read_yaml, write_yaml
 
+MAX_LISTED = 30  # mistakes in one message
 # Keys of a pushed recipe that are not used here: where it was written, cached, logged and pushed to.
 NOT_INHERITED = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.project")
 
@@ -39,11 +39,16 @@ def load_recipe(
     if is_hub_url(str(recipe)):
         return _load_pushed(str(recipe), overrides, metrics)
     path = find_recipe(str(recipe))
+    return parse_recipe(_read_file(path), overrides, where=str(path), name=path.stem, metrics=metrics)
+
+
+def _read_file(path: Path) -> str:
+    """Return a recipe file's text; of a device or an endless pipe no more than a recipe may have."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read as text: {error}") from None
-    return parse_recipe(text, overrides, where=str(path), name=path.stem, metrics=metrics)
 
 
 def _with_overrides(recipe: Recipe, overrides: Sequence[str], metrics: Collection[str] | None) -> Recipe:
@@ -65,7 +70,7 @@ def _load_pushed(url: str, overrides: Sequence[str], metrics: Collection[str] | 
     Somebody else may have written it: settings that run code from the Hub are accepted only as overrides.
     """
     where, name = f"{url}, recipe.yaml", parse_hub_url(url)[0].split("/")[-1]
-    text = download_file(url, RECIPE_FILE).read_text(encoding="utf-8", errors="replace")
+    text = _read_file(download_file(url, RECIPE_FILE))
     recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_INHERITED, metrics=metrics)
     measured = recipe.evaluate.metrics
     runs_code = {
@@ -94,7 +99,7 @@ def parse_recipe(
 ) -> Recipe:
     """Return the checked recipe of a YAML text; `where` names the text in messages, keys in `without` are ignored."""
     _require_no_token(text, where)
-    tree, lines = _read_yaml(text, where)
+    tree, lines = _read_tree(text, where)
     removed = [_remove(tree, key) for key in without]
     if any(removed):
         text = ""  # the run's recipe.yaml is written from the values
@@ -119,19 +124,25 @@ def _checked(
     """Return a tree's recipe. Raises RecipeError with all mistakes, each with the position of its key."""
     recipe, mistakes = check_tree(tree, metrics)
     if mistakes:
-        listed = [f"  {position(key)}: {'.'.join(key)} {what}" for key, what in mistakes]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise RecipeError(f"{where} has {count}:\n" + "\n".join(listed))
+        listed = [f"  {position(key)}: {_name(key)} {what}" for key, what in mistakes[:MAX_LISTED]]
+        more = len(mistakes) - len(listed)
+        listed += [f"  ... and {more:,} more"] if more else []
+        raise RecipeError(f"{where} has {format_count(len(mistakes), 'mistake')}:\n" + "\n".join(listed))
     assert recipe is not None
     return recipe
 
 
+def _name(key: KeyPath) -> str:
+    """Return a key for a message, whatever a stranger has written as one."""
+    return one_line(cut(".".join(key), 100))
+
+
 def _require_no_token(text: str, where: str) -> None:
-    """Raise RecipeError for a Hub token: a recipe is stored in the run folder and pushed, with its comments."""
+    """Raise RecipeError for an access token: a recipe is stored in the run folder and pushed, with its comments."""
     for number, line in enumerate(text.splitlines(), 1):
-        if SECRET.search(line):
+        if holds_secret(line):
             raise RecipeError(
-                f"{where}, line {number}: contains a Hub token; remove it, and log in with `hf auth login` or "
+                f"{where}, line {number}: contains an access token; remove it, and log in with `hf auth login` or "
                 "the variable HF_TOKEN"
             )
 
@@ -145,27 +156,15 @@ def _remove(tree: Tree, key: str) -> bool:
     return isinstance(node, dict) and node.pop(last, None) is not None
 
 
-def _read_yaml(text: str, where: str) -> tuple[Tree, dict[KeyPath, int]]:
+def _read_tree(text: str, where: str) -> tuple[Tree, dict[KeyPath, int]]:
+    """Return a recipe's mapping and the lines of its keys."""
     try:
-        tree = YAML(typ="safe", pure=True).load(text)
-        lines = dict(_key_lines(YAML(typ="safe", pure=True).compose(text)))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{where}{at}: not valid YAML: {error.problem or error.context}") from None
-    except YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+        tree, lines = read_yaml(text)
+    except InvalidYaml as error:
+        raise RecipeError(f"{where}{error.at}: not valid YAML: {error.problem}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: a recipe is a mapping with model:, data: and train:; got {shown(tree)}")
     return tree, lines
-
-
-def _key_lines(node: Node | None, above: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    if isinstance(node, MappingNode):
-        for key, value in node.value:
-            path = (*above, str(key.value))
-            yield path, key.start_mark.line + 1
-            yield from _key_lines(value, path)
 
 
 def _leaves(tree: Mapping[Any, Any], above: str = "") -> Iterator[str]:
@@ -180,13 +179,12 @@ def _leaves(tree: Mapping[Any, Any], above: str = "") -> Iterator[str]:
 def _apply_override(tree: Tree, override: str, origins: dict[str, str]) -> None:
     key, equals, value = override.partition("=")
     key = key.strip()
-    if not equals or not key or key.startswith("-"):
-        raise RecipeError(f"override '{override}': must look like section.key=value, such as train.batch_size=64")
+    if not equals or not key or key.startswith("-") or key.count(".") > MAX_DEPTH:
+        raise RecipeError(f"{_named(override)}: must look like section.key=value, such as train.batch_size=64")
     try:
-        parsed = YAML(typ="safe", pure=True).load(value)
-    except YAMLError as error:
-        reason = str(getattr(error, "problem", error))
-        raise RecipeError(f"override '{override}': the value is not valid YAML: {reason}") from None
+        parsed, _ = read_yaml(value)
+    except InvalidYaml as error:
+        raise RecipeError(f"{_named(override)}: the value is not valid YAML: {error.problem}") from None
     *sections, last = key.split(".")
     node = tree
     for section in sections:
@@ -198,6 +196,10 @@ def _apply_override(tree: Tree, override: str, origins: dict[str, str]) -> None:
         del origins[old]
     for leaf in _leaves({key: parsed}):
         origins[leaf] = "override"
+
+
+def _named(override: str) -> str:
+    return f"override '{one_line(cut(override, 200))}'"
 
 
 def _origin(origins: dict[str, str], key: KeyPath) -> str | None:
@@ -263,16 +265,6 @@ def plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
-def to_yaml(tree: Mapping[str, Any]) -> str:
-    """Return a mapping as YAML text."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    stream = io.StringIO()
-    yaml.dump(dict(tree), stream)
-    return stream.getvalue()
-
-
 def recipe_text(recipe: Recipe) -> str:
     """Return the recipe as YAML: its file's text, or with overrides their list in a comment and the merged values."""
     source = recipe.source
@@ -280,7 +272,7 @@ def recipe_text(recipe: Recipe) -> str:
         return source.text
     header = [f"# overrides: {' '.join(source.overrides)}"] if source.overrides else []
     tree = recipe.model_dump(mode="json", exclude_unset=True)
-    return "\n".join([*header, to_yaml(tree)])
+    return "\n".join([*header, write_yaml(tree)])
 
 
 def json_schema() -> dict[str, Any]:

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from hf_fasttrain.recipe.load import flatten, origin_of, recipe_text, tag_of, to_yaml
+from hf_fasttrain.recipe.load import flatten, origin_of, recipe_text, tag_of
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE, RESOLVED_FILE
 from hf_fasttrain.utils.files import write_atomically
+from hf_fasttrain.utils.yaml import InvalidYaml, read_yaml, write_yaml
 
 KEPT = "as this run began"  # suffix of the reason if a resumed run keeps a value; in the files of older runs too
 TUNED = "tuned on"  # prefix of the reason of a value from a stored tuning; in the files of older runs too
@@ -133,7 +131,7 @@ def write_settings(folder: Path, settings: ResolvedSettings) -> None:
     """Write recipe.yaml (see `recipe_text`) and resolved.yaml: every setting with origin and tag. Raises OSError."""
     write_atomically(folder / RECIPE_FILE, recipe_text(settings.recipe))
     described = {key: _as_yaml(setting) for key, setting in settings.all().items()}
-    write_atomically(folder / RESOLVED_FILE, to_yaml(described))
+    write_atomically(folder / RESOLVED_FILE, write_yaml(described))
 
 
 def _as_yaml(setting: Setting) -> dict[str, Any]:
@@ -146,8 +144,8 @@ def _as_yaml(setting: Setting) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Setting]:
     """Return the settings in resolved.yaml, also of older versions; an empty dict if it can't be read."""
     try:
-        tree = YAML(typ="safe", pure=True).load((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError):
+        tree, _ = read_yaml((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, InvalidYaml):
         return {}
     if not isinstance(tree, dict):
         return {}

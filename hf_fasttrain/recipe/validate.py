@@ -11,8 +11,10 @@ from pydantic import BaseModel, ValidationError
 from hf_fasttrain.recipe.conflicts import conflicts
 from hf_fasttrain.recipe.fields import POLICY_PATTERN
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.utils.clean import holds_control_character
 from hf_fasttrain.utils.errors import nearest, shortened, shown
 
+MAX_EXPLAINED = 100  # unknown keys; looking for names like theirs takes a millisecond each
 Tree = dict[str, Any]
 KeyPath = tuple[str, ...]
 
@@ -79,9 +81,22 @@ def check_tree(tree: Tree, metrics: Collection[str] | None = ()) -> tuple[Recipe
     except ValidationError as error:
         mistakes = _explain(error)
         recipe = _without_mistakes(tree, [key for key, _ in mistakes])
+    mistakes += [(key, f"holds a control character: {shown(text)}") for key, text in _control_characters(tree)]
     if recipe is not None:
         mistakes += [(tuple(key.split(".")), what) for key, what in conflicts(recipe, metrics)]
     return (None if mistakes else recipe), mistakes
+
+
+def _control_characters(tree: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield texts that no path and no name can hold, with their keys."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _control_characters(value, (*key, str(name)))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _control_characters(value, key)
+    elif isinstance(tree, str) and holds_control_character(tree):
+        yield key, tree
 
 
 def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
@@ -98,10 +113,10 @@ def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
 def _explain(error: ValidationError) -> list[tuple[KeyPath, str]]:
     texts: dict[KeyPath, list[str]] = {}
     inputs: dict[KeyPath, Any] = {}
-    for item in error.errors(include_url=False):
+    for number, item in enumerate(error.errors(include_url=False)):
         key = _field_path(item["loc"])
         if item["type"] == "extra_forbidden":
-            text = _unknown_key(key)
+            text = _unknown_key(key) if number < MAX_EXPLAINED else "is not a key of a recipe"
         elif item["type"] == "missing":
             text = f"is missing; it is {_description(key)}"
         else:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from hf_fasttrain.run_folder.file_names import (
     BAD_IMAGES_FILE,
@@ -31,6 +29,7 @@ from hf_fasttrain.run_folder.scrub import Scrubber
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import read_json, read_lines
 from hf_fasttrain.utils.format import format_count, is_finite
+from hf_fasttrain.utils.yaml import read_yaml
 
 TRAIN_FIGURES = (
     "step", "epoch", "loss", "grad_norm", "lr", "images_per_second", "data_wait_fraction", "seconds_per_step",
@@ -225,7 +224,7 @@ def _read_resolved(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]
     if not path.exists():
         return {}
     try:
-        found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        found, _ = read_yaml(path.read_text(encoding="utf-8"))
         return {
             str(key): {
                 "value": entry["value"],
@@ -234,7 +233,7 @@ def _read_resolved(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]
             }
             for key, entry in found.items()
         }
-    except (OSError, ValueError, YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         problems.append(f"{path.name} can't be read: {first_lines(error)}")
         return {}
 

@@ -20,7 +20,8 @@ from hf_fasttrain.report.record import read_record
 from hf_fasttrain.report.sections import Page, page_of_run, page_of_runs
 from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER, REPORT_FILE
 from hf_fasttrain.run_folder.missing import result_mark
-from hf_fasttrain.utils.errors import RunError, without_secrets
+from hf_fasttrain.utils.clean import without_secrets
+from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, write_atomically
 
 TEMPLATE, STYLE, SCRIPTS = "page.html.jinja", "style.css", ("matrix.js", "charts.js", "tables.js")

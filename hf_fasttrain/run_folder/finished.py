@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from hf_fasttrain.run_folder.checkpoint import CUSTOM
 from hf_fasttrain.run_folder.file_names import (
     MODEL_FOLDER,
@@ -24,6 +21,7 @@ from hf_fasttrain.run_folder.file_names import (
 from hf_fasttrain.run_folder.scrub import is_local_path
 from hf_fasttrain.utils.errors import RunError, first_lines, how_to_resume
 from hf_fasttrain.utils.files import read_json, restore_folder
+from hf_fasttrain.utils.yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,10 @@ def read_run(run: Path) -> FinishedRun:
         result = json.loads(path.read_text(encoding="utf-8"))
         path = run / RECIPE_FILE
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        recipe = YAML(typ="safe", pure=True).load(text) or {}
+        recipe = read_yaml(text)[0] or {}
         path = run / RESOLVED_FILE
-        settings = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, YAMLError) as error:
+        settings = read_yaml(path.read_text(encoding="utf-8"))[0] if path.is_file() else None
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: can't be read ({first_lines(error)}); fix it or train again") from None
     settings = settings if isinstance(settings, dict) else {}
     local = (settings.get("local") or {}).get("value")

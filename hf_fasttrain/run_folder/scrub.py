@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import PureWindowsPath
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from hf_fasttrain.utils.yaml import InvalidYaml, read_yaml, write_yaml
 
 CLASS_KEYS = {"class_names", "label_names", "id2label", "label2id"}  # may look like paths, and must not change
 _PATH_END = r"[^\s'\"`,;:=()\[\]{}<>|]+"
@@ -84,15 +83,10 @@ class Scrubber:
     def yaml(self, text: str, tree: dict[str, Any]) -> str:
         """Return a YAML text without local paths; comments stay unless cutting would change other values."""
         clean, wanted = self.text(text), self.tree(tree)
-        yaml = YAML(typ="safe", pure=True)
-        try:
-            if yaml.load(clean) == wanted:
+        with suppress(InvalidYaml):
+            if read_yaml(clean)[0] == wanted:
                 return clean
-        except YAMLError:
-            pass
-        yaml.default_flow_style, stream = False, io.StringIO()
-        yaml.dump(wanted, stream)
-        return stream.getvalue()
+        return write_yaml(wanted)
 
 
 def strings(tree: Any) -> Iterator[str]:

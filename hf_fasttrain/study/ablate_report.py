@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from hf_fasttrain.study.ablate import Ablation, Row
-from hf_fasttrain.utils.errors import RunError, without_secrets
+from hf_fasttrain.utils.clean import markdown, markdown_code, without_secrets
+from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, write_atomically
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_interval, format_percent, format_rate
+from hf_fasttrain.utils.terminal import Terminal, build_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,36 +97,32 @@ def _machine(ablation: Ablation) -> str:
     return f"{machine['processor']}, {machine['cores']} cores{gpu}; torch {versions['torch']}, timm {versions['timm']}"
 
 
-def print_ablation(console: Console, ablation: Ablation) -> None:
+def print_ablation(terminal: Terminal, ablation: Ablation) -> None:
     """Print the table."""
-    full = _has_full(ablation)
-    table = Table(title=f"{ablation.recipe}: {_confidence(ablation)}; {_machine(ablation)}", title_justify="left")
-    for name in _header(ablation):
-        table.add_column(name, justify="left" if name == "arm" else "right", overflow="fold")
-    for row in ablation.rows:
-        table.add_row(*map(Text, row_cells(row, full=full)), end_section=row.kind in ("again", "everything"))
-    console.print(table)
+    full, header = _has_full(ablation), _header(ablation)
+    title = f"{ablation.recipe}: {_confidence(ablation)}; {_machine(ablation)}"
+    rows = [row_cells(row, full=full) for row in ablation.rows]
+    ends = [number for number, row in enumerate(ablation.rows) if row.kind in ("again", "everything")]
+    terminal.print(build_table(header, rows, title=title, right=range(1, len(header)), ends=ends))
     for note in ablation.notes:
-        console.print(f"note: {note}", markup=False)
+        terminal.print(f"note: {note}")
 
 
 def to_markdown(ablation: Ablation) -> str:
     """Return the table with its explanation, as Markdown."""
     header, full = _header(ablation), _has_full(ablation)
     lines = [
-        f"# What makes {ablation.recipe} fast here",
+        f"# What makes {markdown(ablation.recipe)} fast here",
         "",
-        f"`{ablation.command}`, {ablation.date}. {_machine(ablation)}. {_confidence(ablation)}.",
+        f"{markdown_code(ablation.command)}, {ablation.date}. {markdown(_machine(ablation))}. {_confidence(ablation)}.",
         "",
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",
     ]
-    lines += [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row_cells(row, full=full)) + " |"
-        for row in ablation.rows
-    ]
-    noted = [f"- {row.name}: {row.note}." for row in ablation.rows if row.note]
-    return without_secrets("\n".join([*lines, "", *noted, *(f"- {note}" for note in ablation.notes), ""]))
+    lines += ["| " + " | ".join(map(markdown, row_cells(row, full=full))) + " |" for row in ablation.rows]
+    noted = [f"- {markdown(row.name)}: {markdown(row.note)}." for row in ablation.rows if row.note]
+    notes = [f"- {markdown(note)}" for note in ablation.notes]
+    return without_secrets("\n".join([*lines, "", *noted, *notes, ""]))
 
 
 def chart(ablation: Ablation) -> Figure:

@@ -25,7 +25,8 @@ from hf_fasttrain.study.bench import Arm, ArmFailed
 from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Ready, Report, Turn
 from hf_fasttrain.study.trial import Trial
 from hf_fasttrain.train.launcher import num_processes
-from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, first_line, without_secrets
+from hf_fasttrain.utils.clean import without_secrets
+from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, first_line
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import COMPILER, let_forkserver_exit
 

@@ -11,9 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
@@ -35,6 +32,7 @@ from hf_fasttrain.study.tune_space import Config
 from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent, format_rate
+from hf_fasttrain.utils.terminal import Terminal, build_table
 
 ENOUGH = 4.0  # seconds after which a turn ends with any number of steps
 PROFILE_TURN = Turn(min_steps=3, seconds=2.0, enough=ENOUGH)
@@ -220,26 +218,20 @@ def doctor(recipe: Recipe, machine: Hardware, *, seconds: float, note: Note, tra
         return Doctor(start, machine, num_cores(), **options).examine(trace)
 
 
-def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+def print_diagnosis(terminal: Terminal, diagnosis: Diagnosis) -> None:
     """Print the tables, the verdict and the advice."""
-    step = Table(title=f"a step of {diagnosis.images_per_step:.0f} images", title_justify="left")
-    for name in ("phase", "ms", "share"):
-        step.add_column(name, justify="left" if name == "phase" else "right")
-    for phase in PHASES:
-        seconds = diagnosis.phases[phase]
-        step.add_row(PHASE_NAMES[phase], f"{1000 * seconds:.1f}", format_percent(seconds / diagnosis.step_seconds, 0))
-    step.add_row("together", f"{1000 * diagnosis.step_seconds:.1f}", "")
-    console.print(step)
-    loader = Table(title=f"the loader's work, {diagnosis.workers} workers", title_justify="left")
-    for name in ("stage", "ms of a worker per image", "share"):
-        loader.add_column(name, justify="left" if name == "stage" else "right")
+    phases = [(PHASE_NAMES[name], diagnosis.phases[name]) for name in PHASES]
+    rows = [(name, f"{1000 * took:.1f}", format_percent(took / diagnosis.step_seconds, 0)) for name, took in phases]
+    rows.append(("together", f"{1000 * diagnosis.step_seconds:.1f}", ""))
+    title = f"a step of {diagnosis.images_per_step:.0f} images"
+    terminal.print(build_table(("phase", "ms", "share"), rows, title=title, right=(1, 2)))
     total = max(sum(diagnosis.stages.values()), 1e-12)
-    for stage in STAGES:
-        seconds = diagnosis.stages[stage]
-        loader.add_row(STAGE_NAMES[stage], f"{1000 * seconds:.3f}", format_percent(seconds / total, 0))
-    console.print(loader)
+    stages = [(STAGE_NAMES[name], diagnosis.stages[name]) for name in STAGES]
+    rows = [(name, f"{1000 * took:.3f}", format_percent(took / total, 0)) for name, took in stages]
+    title = f"the loader's work, {diagnosis.workers} workers"
+    terminal.print(build_table(("stage", "ms of a worker per image", "share"), rows, title=title, right=(1, 2)))
     for line in lines(diagnosis):
-        console.print(line, markup=False)
+        terminal.print(line)
 
 
 def lines(diagnosis: Diagnosis) -> list[str]:

@@ -8,19 +8,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from hf_fasttrain.from_recipe.tunings import Tuning, store_tuning, tuning_key
-from hf_fasttrain.recipe.load import to_yaml
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.tune import Candidate, TuneResult
+from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
-from hf_fasttrain.utils.errors import RunError, without_secrets
+from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, write_atomically
 from hf_fasttrain.utils.format import format_duration, format_images_rate, format_percent, format_rate
+from hf_fasttrain.utils.terminal import Terminal, build_table
+from hf_fasttrain.utils.yaml import write_yaml
 
 ROUNDING = (*space.MATH_KEYS, "accelerate.channels_last", "accelerate.compile")
 
@@ -52,7 +51,7 @@ def tuned_text(recipe: Recipe, result: TuneResult, *, command: str) -> str:
         del accelerate["micro_batch_size"]
     if result.ready.device == "cpu":
         del data["pin_memory"]  # has no effect there
-    body = _marked(to_yaml(tree), _marks(result))
+    body = _marked(write_yaml(tree), _marks(result))
     return without_secrets("\n".join([*_header(recipe, result, command), body]))
 
 
@@ -142,12 +141,10 @@ def write_tuned(recipe: Recipe, result: TuneResult, path: Path, *, command: str,
     return []
 
 
-def print_tuning(console: Console, result: TuneResult, path: Path) -> None:
+def print_tuning(terminal: Terminal, result: TuneResult, path: Path) -> None:
     """Print all candidates, the fastest forecast first, and the summary."""
     measured = [candidate for candidate in result.tried if candidate.measurement.is_measured]
-    shown = Table(title="settings tried", title_justify="left")
-    for name in ("settings", "images/s", "x as it is", "whole training", "turns", ""):
-        shown.add_column(name, justify="left" if name in ("settings", "") else "right", overflow="fold")
+    rows = []
     for candidate in [*sorted(measured, key=Candidate.forecast), *(c for c in result.tried if c not in measured)]:
         m, mark = candidate.measurement, "best" if candidate is result.best else ""
         if m.is_measured:
@@ -159,7 +156,8 @@ def print_tuning(console: Console, result: TuneResult, path: Path) -> None:
             )
         else:
             figures = ("-", "-", m.failed.splitlines()[0] if m.failed else "not measured", "0")
-        shown.add_row(*map(Text, (m.arm.name, *figures, mark)))
-    console.print(shown)
+        rows.append((m.arm.name, *figures, mark))
+    header = ("settings", "images/s", "x as it is", "whole training", "turns", "")
+    terminal.print(build_table(header, rows, title="settings tried", right=(1, 2, 3, 4)))
     for line in [*summary(result), f"{path}: hf-fasttrain {path}"]:
-        console.print(line, markup=False)
+        terminal.print(line)

@@ -9,14 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from hf_fasttrain.run_folder.file_names import METRICS_FILE
-from hf_fasttrain.utils.errors import without_secrets
+from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.files import append_line, read_lines, reason, try_to_write, write_atomically
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent
+from hf_fasttrain.utils.printing import echo
+from hf_fasttrain.utils.terminal import Terminal
 
 PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> prefix of its metrics in trackers
 Track = Callable[[dict[str, float], int], None]
@@ -27,7 +28,7 @@ class _Display(Progress):
 
     facts = "starting"
 
-    def __init__(self, console: Console, num_steps: int, done: int, steps_per_epoch: int) -> None:
+    def __init__(self, console: Terminal, num_steps: int, done: int, steps_per_epoch: int) -> None:
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -76,8 +77,8 @@ class _Display(Progress):
         return "" if self._seconds_per_step is None else _time_left(steps * self._seconds_per_step + more_seconds)
 
 
-class _Console(Console):
-    """A console that survives a broken pipe: rich would end the process."""
+class _Terminal(Terminal):
+    """A terminal that survives a broken pipe: rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -99,7 +100,7 @@ class RunLog:
         track: Track | None = None,
     ) -> None:
         self.folder, self.main, self.track, self._show = folder, main, track, show
-        self.console = _Console(quiet=not (main and show), highlight=False, soft_wrap=True)
+        self.console = _Terminal(quiet=not (main and show), soft_wrap=True)
         self.notes: list[str] = []
         self.lost: list[str] = []  # results that are not on disk, each with the reason
         self.expected: tuple[str, ...] = ()  # files that the run folder must have in the end
@@ -119,12 +120,12 @@ class RunLog:
             self.note(text)
         elif self._show:
             with suppress(OSError):
-                Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {text}", markup=False)
+                echo(f"note: {text}", err=True)
 
     def say(self, text: str) -> None:
         """Print a line; ignores a closed terminal."""
         with suppress(OSError):
-            self.console.print(without_secrets(text), markup=False)
+            self.console.print(text)
 
     def not_written(self, what: str, error: BaseException) -> None:
         """Record that a result could not be written, and report it once."""

@@ -6,10 +6,11 @@ Each message says where, what was found, what is allowed and what to do.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from hf_fasttrain.utils.clean import without_secrets
 
 if TYPE_CHECKING:
     from hf_fasttrain.run_folder.result import Result
@@ -130,19 +131,12 @@ def how_to_resume() -> str:
     return "resume=True (or Trainer.restore())" if _called_from_python else "the same command with --resume"
 
 
-SECRET = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{20,}\b")
-
-
-def without_secrets(text: str) -> str:
-    """Return a text with all Hub tokens replaced by ***."""
-    return SECRET.sub(r"\1***", text)
-
-
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest of `valid`, or an empty string if none is close.
 
     Close names are ranked by the number of edits; of equal ones the first in alphabetical order is returned.
     """
+    word = word[:100]  # whatever a stranger has written
     close = difflib.get_close_matches(word, list(valid), n=12, cutoff=0.6)
     return f" Did you mean '{min(close, key=lambda name: (edit_distance(word, name), name))}'?" if close else ""
 
@@ -176,6 +170,6 @@ def first_lines(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value's repr, cut to 60 characters."""
-    text = repr(value)
+    """Return a value's repr, without secrets and cut to 60 characters."""
+    text = without_secrets(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +19,9 @@ import xxhash
 Bytes = bytes | memoryview
 BLOCK = 32 << 20  # bytes per write
 LARGEST_FILE = 1 << 30  # bytes of a file that is read as a whole, such as an image
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 32 << 20, 100  # of a file that is read back
+MAX_LINE = 1 << 20  # characters of a line of a JSON-lines file
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes the halves of a character
 
 
 class NewFile:
@@ -76,20 +81,20 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "rb")
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
+def read_regular(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> bytes:
     """Return the bytes of a regular file, which may be empty. Raises OSError for others, as `open_regular` does."""
-    size = _regular_size(path)
+    size = _regular_size(path, most)
     if not size:
         return b""
     with open(path, "rb") as file:
         return file.read(size)  # no more: what is read while somebody writes to it might not end
 
 
-def _regular_size(path: str | os.PathLike[str]) -> int:
+def _regular_size(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> int:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{kind_of_file(status.st_mode)}, not a regular file")
-    if status.st_size > LARGEST_FILE:
+    if status.st_size > most:
         raise OSError(f"{status.st_size:,} bytes, too large to be read as a whole")
     return status.st_size
 
@@ -141,13 +146,58 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
+def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
+    """Return the text of a regular file of at most `most` bytes. Raises OSError; ValueError if it is not UTF-8."""
+    return read_regular(path, most).decode("utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises OSError, and ValueError for anything else than a sound object."""
+    try:
+        value = _loads(read_text(path))
+    except RecursionError:
+        value = None
+    else:
+        if not isinstance(value, dict):
+            raise ValueError("is not a JSON object")
+    if value is None or not _is_shallow(value):
+        raise ValueError(f"is nested more than {MAX_JSON_DEPTH} levels deep")
+    return value
+
+
+def _is_shallow(value: dict[str, Any]) -> bool:
+    """Return whether no list or object is more than MAX_JSON_DEPTH levels deep."""
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def _loads(text: str) -> Any:
+    """Return the value of a JSON text; half a character, which could not be printed or written, becomes U+FFFD."""
+    value = json.loads(text)
+    return _whole_characters(value) if _SURROGATE.search(text) else value
+
+
+def _whole_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole_characters(each) for each in value]
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(each) for key, each in value.items()}
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty dict if the file is missing or can't be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 @contextmanager
@@ -252,15 +302,25 @@ def append_line(path: Path, text: str) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, skipping incomplete lines; an empty list if there is no file."""
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return []
-    values = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                values.append(value)
-    return values
+    return [value for line in lines_of(path) if (value := parse_line(line)) is not None]
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, a longer one than MAX_LINE in pieces. Raises OSError, also for a device."""
+    with open_regular(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n")
+        yield from iter(lambda: text.readline(MAX_LINE), "")
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """Return the object of a line of a JSON-lines file; None if it is none."""
+    try:
+        value = _loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def try_to_write(write: Callable[[], object], on_error: Callable[[BaseException], None]) -> bool:

@@ -61,7 +61,17 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["hub={repo: me/x, license: My Own}"],
         "hub.license is 'My Own'; write it as the Hub does",
     ),
-    "a token in a comment": (RECIPE + "\n# hf_" + 34 * "x", [], "small.yaml, line .*: contains a Hub token; remove it"),
+    "a token in a comment": (
+        RECIPE + "\n# hf_" + 34 * "x",
+        [],
+        "small.yaml, line .*: contains an access token; remove it",
+    ),
+    "a token in an override": (
+        RECIPE,
+        ["hub.repo=me/hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJzdWIi"],
+        "hub contains an access",
+    ),
+    "a control character": (RECIPE, ['output_dir="a\\0b"'], "output_dir holds a control character"),
     "hub without patience": (RECIPE, ["hub={repo: me/x, wait: 0 minutes}"], "hub.wait is 0 minutes; give more than 0"),
     "hub's patience": (RECIPE, ["hub={repo: me/x, wait: 2 epochs}"], "hub.wait is '2 epochs'; must be a number of min"),
     "not built: fp8": (RECIPE, ["accelerate.mixed_precision=fp8"], "must be 'no', 'fp16', 'bf16' or 'auto'"),

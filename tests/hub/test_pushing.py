@@ -488,7 +488,9 @@ def test_the_command_uses_the_recipes_push_options(
 ) -> None:
     text = (run / "recipe.yaml").read_text()
     asked: list[object] = []
-    monkeypatch.setattr("hf_fasttrain.hub.push.push_run", lambda *args, **options: asked.append((args, options)))
+    monkeypatch.setattr(
+        "hf_fasttrain.hub.push.push_run", lambda *args, **options: asked.append((args, options)) or "address"
+    )
     assert exit_status(["push", str(run)]) == 2
     assert "its recipe has no hub.repo; give the repository: hf-fasttrain push" in capsys.readouterr().err
     (run / "recipe.yaml").write_text(text + "hub: {repo: me/x, every: best, private: true, license: mit}\n")

@@ -135,7 +135,7 @@ def test_a_full_disk_ends_with_74_whatever_was_lost(
     assert exit_status(["train", str(write_recipe()), *SMALL, f"output_dir={run}", "--resume"]) == 74
     messages = capsys.readouterr().out
     assert f"not everything is on disk:\n  {run / name}: No space left on device" in messages
-    assert "\non disk: model, " in messages
+    assert "\n  on disk: model, " in messages
     assert messages.endswith("with --resume writes what is missing; nothing is trained again\n")
     if name != "result.json":
         assert name in json.loads((run / "result.json").read_text())["not_written"][0]

@@ -18,7 +18,6 @@ import psutil
 import pytest
 from helpers.fake_arms import FACTS, Fakes, ready
 from PIL import Image
-from rich.console import Console
 
 from hf_fasttrain import load_recipe
 from hf_fasttrain.study import ablate as study
@@ -28,6 +27,7 @@ from hf_fasttrain.study.ablate_report import print_ablation, row_cells, to_markd
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench
 from hf_fasttrain.study.techniques import NAMES, Hardware, build_arms, select_techniques, techniques
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.terminal import Terminal
 
 CPU = Hardware(gpu=False, bf16=True, compiler=True)
 GPU = Hardware(gpu=True, bf16=True, compiler=True)
@@ -239,7 +239,7 @@ def test_the_markdown_is_one_table(tmp_path: Path) -> None:
     bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
     assert bars == {7}  # a | in an error's text is no column
     assert len(lines) == 2 + len(ablation.rows)
-    console = Console(width=160, record=True, file=(tmp_path / "x").open("w"))
+    console = Terminal(width=160, record=True, file=(tmp_path / "x").open("w"))
     print_ablation(console, ablation)
     assert "2.00 (2.00 - 2.00)" in console.export_text()
 

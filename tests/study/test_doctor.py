@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from helpers.fake_arms import FACTS, ready
 from helpers.runs import exit_status
-from rich.console import Console
 
 from hf_fasttrain.data.loading import prefetch
 from hf_fasttrain.data.pixels import augment, prepare
@@ -29,6 +28,7 @@ from hf_fasttrain.study.techniques import Hardware
 from hf_fasttrain.study.trial import Trial
 from hf_fasttrain.train.update import Update
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.terminal import Terminal
 
 CPU = Hardware(gpu=False, bf16=True, compiler=True)
 TEXT = """
@@ -205,7 +205,7 @@ def test_everything_is_plain_values() -> None:
 
 
 def test_tables_are_printed(tmp_path: Path) -> None:
-    console = Console(width=160, record=True, file=(tmp_path / "x").open("w"))
+    console = Terminal(width=160, record=True, file=(tmp_path / "x").open("w"))
     print_diagnosis(console, diagnosis())
     text = console.export_text()
     assert "waiting for images" in text

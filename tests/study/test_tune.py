@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from helpers.fake_arms import FACTS, Fakes, ready
 from helpers.runs import exit_status
-from rich.console import Console
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.recipe.load import flatten, tag_of
@@ -21,6 +20,7 @@ from hf_fasttrain.study.tune import Candidate, Tuner, TuneResult, parse_budget
 from hf_fasttrain.study.tune_guard import LossCurve, compare
 from hf_fasttrain.study.tune_recipe import default_path, print_tuning, require_new_file, tuned_text, write_tuned
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.terminal import Terminal
 
 CPU = Hardware(gpu=False, bf16=True, compiler=True)
 GPU = Hardware(gpu=True, bf16=True, compiler=True)
@@ -372,7 +372,7 @@ def test_an_output_that_exists_is_kept(
 
 
 def test_what_was_tried_is_printed(tmp_path: Path) -> None:
-    console = Console(width=160, record=True, file=(tmp_path / "x").open("w"))
+    console = Terminal(width=160, record=True, file=(tmp_path / "x").open("w"))
     print_tuning(console, found_with_bf16(), tmp_path / "t.yaml")
     text = console.export_text()
     assert "mixed_precision=bf16" in text

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from hf_fasttrain.train import log as runlog
-from hf_fasttrain.train.log import RunLog, _Console
+from hf_fasttrain.train.log import RunLog, _Terminal
 
 VALUES = {
     "loss": 0.25, "lr": 1e-3, "images_per_second": 1234.5, "data_wait_fraction": 0.03, "seconds_per_step": 2.0,
@@ -19,7 +19,7 @@ VALUES = {
 def terminal(log: RunLog, width: int = 100) -> io.StringIO:
     """Let the log believe that it writes to a terminal, and return what it writes to."""
     written = io.StringIO()
-    log.console = _Console(file=written, force_terminal=True, width=width, highlight=False, color_system=None)
+    log.console = _Terminal(file=written, force_terminal=True, width=width, highlight=False, color_system=None)
     return written
 
 
