@@ -16,6 +16,7 @@ from hf_fasttrain.train.closure import wants_closure, wants_graph
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.gradients import Gradients
+from hf_fasttrain.train.mean_check import mean_note
 from hf_fasttrain.train.optim import (
     follow_parameters,
     foreign_parameters,
@@ -31,7 +32,6 @@ from hf_fasttrain.train.step_loss import (
     StepLoss,
     module_of,
     named_parameters,
-    split_note,
     wraps_loss,
 )
 from hf_fasttrain.train.update import Update
@@ -300,10 +300,9 @@ class TrainStep:
         note, error = "", None
         first = step.micro_batches.peek()
         arguments = (self.accumulation.step_loss, self.raw_model)
-        tolerance = 1e-3 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels round
         if first is not None:
             try:
-                note = split_note(*arguments, *first, self.at(step), tolerance=tolerance)
+                note = mean_note(*arguments, *first, self.at(step))
             except RunError as raised:
                 error = raised
         if self.processes.any_process(error is not None):

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fasttrain.data.loading.trees import Tree, cut, num_images
-from hf_fasttrain.models.side_effects import random_states, undisturbed
-from hf_fasttrain.train.loss import ClassificationLoss, Loss, loss_input, loss_of_uniform_logits
-from hf_fasttrain.train.out_of_memory import free_cached_memory
+from hf_fasttrain.data.loading.trees import Tree
+from hf_fasttrain.train.loss import Loss, loss_input, loss_of_uniform_logits
 from hf_fasttrain.utils.errors import RunError, first_line
-from hf_fasttrain.utils.library_errors import is_out_of_memory
 
 
 class At(NamedTuple):
@@ -140,89 +135,3 @@ def add_values(total: Shares, values: Values, weight: float, device: torch.devic
             total[name] = (number * weight, weight)
         else:
             total[name] = (torch.add(before[0], number, alpha=weight), before[1] + weight)
-
-
-def split_note(
-    step_loss: StepLoss | LossOfLogits, model: nn.Module, images: Tree, targets: Tree, at: At, *, tolerance: float
-) -> str:
-    """Return a note if a micro-batch has other gradients than its parts; "" if not, or if they can't be compared.
-
-    A mean over the images has the same, to a relative `tolerance`, with the model in evaluation mode, where an image
-    does not depend on the others. Random states, buffers and modes stay as they were; what a function keeps outside of
-    modules, it sees three times more. Raises RunError for a sum.
-    """
-    number = num_images(images)
-    if number < 2 or (isinstance(step_loss, LossOfLogits) and _is_mean(step_loss.loss)):
-        return ""
-    first = max(1, number // 3)  # unequal parts: a weighted mean may agree on equal ones by chance
-    sizes = [first, number - first]
-    pieces = [(images, targets), *zip(cut(images, sizes), cut(targets, sizes), strict=True)]
-    try:
-        with _evaluating(model, module_of(step_loss)):
-            whole, *parts = [_gradients(step_loss, model, *part, at) for part in pieces]
-    except Exception as error:  # noqa: BLE001 - the step says it better, or does not fail
-        short = is_out_of_memory(error)
-        whole, parts = None, []
-    else:
-        short = False
-    if short:
-        free_cached_memory(next(model.parameters()).device)  # outside of the handler, which holds what failed
-    if whole is None or not all(parts) or _are_of_rounding(whole, model):
-        return ""
-    weights = [size / number for size in sizes]
-    if _distance(whole, parts, weights) <= tolerance:
-        return ""
-    if _distance(whole, parts, [1.0, 1.0]) <= tolerance:
-        raise RunError(
-            "the loss is a sum over the images: a batch has the gradients of its parts added up, not their mean, so "
-            "that training would depend on how a step is split; return the sum divided by the number of images"
-        )
-    return (
-        "the loss is no mean over the images: a batch has other gradients than its parts together, so that training "
-        "depends on how a step is split: on accumulation_steps, on the number of processes, and on smaller "
-        "micro-batches after memory has run out"
-    )
-
-
-def _is_mean(loss: Loss) -> bool:
-    return loss is F.cross_entropy or isinstance(loss, ClassificationLoss)
-
-
-def _gradients(step_loss: Any, model: nn.Module, images: Tree, targets: Tree, at: At) -> list[Tensor] | None:
-    """Return the gradients of the model's parameters; None if random numbers are drawn, or the loss has 16 bits."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = random_states(parameters[0].device)
-    loss = checked(step_loss(model, images, targets, at))[0]
-    if random_states(parameters[0].device) != before or torch.finfo(loss.dtype).bits < 32:
-        return None
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-
-
-def _are_of_rounding(gradients: list[Tensor], model: nn.Module) -> bool:
-    """Return whether gradients are about zero: so they are where a student begins with its teacher's weights."""
-    norm, weights = torch.nn.utils.get_total_norm, [p.detach() for p in model.parameters() if p.requires_grad]
-    return float(norm(gradients)) <= 1e-6 * float(norm(weights))
-
-
-def _distance(whole: list[Tensor], parts: list[Any], weights: list[float]) -> float:
-    """Return how far the weighted sum of the parts' gradients is from the whole's, relative to these."""
-    norm = torch.nn.utils.get_total_norm
-    sums = [w - sum(a * g for a, g in zip(weights, each, strict=True)) for w, *each in zip(whole, *parts, strict=True)]
-    return float(norm(sums)) / max(float(norm(whole)), 1e-12)
-
-
-@contextmanager
-def _evaluating(model: nn.Module, loss: nn.Module | None) -> Iterator[None]:
-    """Set the model to evaluation, and restore its and the loss's modes, buffers and random states afterwards.
-
-    A loss's frozen weights too: it may move a teacher itself.
-    """
-    frozen = [(p, p.detach().clone()) for p in (loss.parameters() if loss is not None else ()) if not p.requires_grad]
-    try:
-        with undisturbed(model, *([loss] if loss is not None else [])):
-            model.eval()
-            yield
-    finally:
-        for parameter, value in frozen:
-            parameter.data.copy_(value)

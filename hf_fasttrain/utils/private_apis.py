@@ -113,6 +113,31 @@ def antialiased_filters() -> dict[str, Callable[..., Any]]:
     return {"bilinear": aten._upsample_bilinear2d_aa.out, "bicubic": aten._upsample_bicubic2d_aa.out}
 
 
+@contextmanager
+def intercepted_operations(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Call `handle(operation, args, kwargs)` in place of each of torch's operations within the block, backwards too.
+
+    Public hooks see modules, not the operations of functions.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Intercepting(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # else the first operation imports the compiler
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return handle(func, args, kwargs or {})
+
+    with Intercepting():
+        yield
+
+
+def argument_names(operation: Any) -> list[str]:
+    """Return the names of the arguments of one of torch's operations; its signature is public in no other form."""
+    return [argument.name for argument in operation._schema.arguments]
+
+
 # --- torch: compiling and loss scaling ---------------------------------------------------------------------
 
 

@@ -74,6 +74,26 @@ def test_compiled_modules_are_unwrapped() -> None:
         assert private_apis.uncompiled(torch.compile(model, backend="eager")) is model
 
 
+def test_operations_are_intercepted_and_the_compiler_is_not_imported() -> None:
+    """In a process of its own: this one may have imported the compiler."""
+    program = """
+import sys, torch
+from hf_fasttrain.utils.private_apis import argument_names, intercepted_operations
+names = []
+def record(operation, args, kwargs):
+    names.append((str(operation), argument_names(operation)[:2]))
+    return operation(*args, **kwargs)
+x = torch.ones(2, requires_grad=True)
+with intercepted_operations(record):
+    torch.dropout(x, 0.5, True).sum().backward()
+assert ("aten.bernoulli_.float", ["self", "p"]) in names, names
+assert any("expand" in name for name, _ in names), names  # of the backward
+assert "torch._dynamo" not in sys.modules
+"""
+    with relies_on("TorchDispatchMode", private_apis.intercepted_operations, private_apis.argument_names):
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_hooks_on_gradients_are_seen() -> None:
     with relies_on("Tensor._post_accumulate_grad_hooks", private_apis.has_gradient_hooks):
         parameter = nn.Parameter(torch.ones(1))
