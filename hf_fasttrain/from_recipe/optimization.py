@@ -93,8 +93,9 @@ def loss_of(parts: Parts) -> ClassificationLoss:
     """Return the recipe's loss, on the device."""
     labels, recipe = parts.source.train.labels, parts.recipe
     multi_label = parts.source.multi_label
-    counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(parts.source.class_names))
-    weights = resolve_class_weights(recipe.train.class_weights, counts)
+    class_names = parts.source.class_names
+    counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(class_names))
+    weights = resolve_class_weights(recipe.train.class_weights, counts, class_names)
     bce = recipe.train.bce
     loss = ClassificationLoss(
         multi_label=multi_label,

@@ -50,11 +50,19 @@ def _keys(section: Schema, schema: Schema, above: str) -> Iterator[Key]:
 def _key(name: str, field: Schema, inner: Schema | None, *, is_required: bool) -> Key:
     options = field.get("anyOf") or [field]
     if inner is not None:
-        values = "section or `null`" if any(option.get("type") == "null" for option in options) else "section"
+        kinds = [option.get("type") for option in options]
+        values = f"section{', `true` (its defaults)' * ('boolean' in kinds)}{' or `null`' * ('null' in kinds)}"
         example = None
     else:
         examples = field.get("examples", ())
-        values = ", ".join(_value({**option, "examples": option.get("examples", examples)}) for option in options)
+        items = [option["items"] for option in options if "items" in option]
+        values = ", ".join(
+            f"{_value(option['items'])} or a list of these"
+            if option.get("items") in options
+            else _value({**option, "examples": option.get("examples", examples)})
+            for option in options
+            if option not in items
+        )
         example = _example(field, options)
     default = None if is_required or "default" not in field else plain(field["default"])
     meaning = field.get("description", "")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic_core import CoreSchema, core_schema
 
-from hf_fasttrain.utils.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, PERCENT_PATTERN, Duration
+from hf_fasttrain.utils.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, PERCENT_PATTERN, Duration, MissingUnit
 
 
 class Section(BaseModel):
@@ -37,9 +40,42 @@ ClockField = Annotated[
 Auto = Literal["auto"]
 
 
+@dataclass(frozen=True)
+class ShortForm:
+    """Annotation of a type: a shorter form is accepted too, by the validation and by the JSON schema."""
+
+    lengthen: Callable[[Any], Any]  # short form -> value; other values stay as they are
+    options: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]  # the type's JSON schemas -> those of the form
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], CoreSchema]) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.lengthen, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: Callable[[Any], dict[str, Any]]) -> Any:
+        written = handler(core)
+        options = written.get("anyOf", [written])
+        return {"anyOf": [*options, *self.options(options)]}
+
+
+def _as_list(value: Any) -> Any:
+    is_single = isinstance(value, str | int | float | Duration) and value not in ("auto", "balanced")
+    return [value] if is_single else value
+
+
+def _as_section(value: Any) -> Any:
+    return {} if value is True else None if value is False else value
+
+
+# A single value is a list of one; true is a section with its defaults, false is null.
+OneOrMore = ShortForm(_as_list, lambda options: [option["items"] for option in options if "items" in option])
+OnOrOff = ShortForm(_as_section, lambda options: [{"type": "boolean"}])
+OrOff = ShortForm(_as_section, lambda options: [{"const": False}])  # a section with a required key
+
+
 def _parse_warmup(text: object) -> object:
     try:
         return text if text == "auto" else Duration.parse_part(text)
+    except MissingUnit:
+        raise
     except ValueError as error:
         raise ValueError(str(error).replace("must be 0,", "must be auto, 0,")) from None
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from hf_fasttrain.recipe.find import find_recipe
+from hf_fasttrain.recipe.messages import how_to_write
 from hf_fasttrain.recipe.schema import Recipe, RecipeSource
 from hf_fasttrain.recipe.validate import KeyPath, Tree, check_tree, model_at
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE
@@ -54,12 +57,8 @@ def _read_file(path: Path) -> str:
 def _with_overrides(recipe: Recipe, overrides: Sequence[str], metrics: Collection[str] | None) -> Recipe:
     """Return a copy of a recipe with further overrides, checked as on the command line."""
     source, tree = recipe.source, recipe.model_dump(mode="json", exclude_unset=True)
-    origins = dict(source.origins)
-    for override in overrides:
-        _apply_override(tree, override, origins)
-    where = f"recipe '{source.name}'"
-    position = lambda key: "override" if _origin(origins, key) == "override" else where  # noqa: E731
-    checked = _checked(tree, where, position, metrics)
+    written = _Written(tree, dict(source.origins), f"recipe '{source.name}'")
+    checked, origins = _checked(written, overrides, metrics)
     checked._source = RecipeSource(source.name, source.text, origins, (*source.overrides, *overrides))
     return checked
 
@@ -103,33 +102,85 @@ def parse_recipe(
     removed = [_remove(tree, key) for key in without]
     if any(removed):
         text = ""  # the run's recipe.yaml is written from the values
-    origins = dict.fromkeys(_leaves(tree), "recipe")
-    for override in overrides:
-        _apply_override(tree, override, origins)
-
-    def position(key: KeyPath) -> str:
-        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), None)
-        if _origin(origins, key) == "override":
-            return "override"
-        return where if line is None else f"{where}, line {line}"
-
-    recipe = _checked(tree, where, position, metrics)
+    written = _Written(tree, dict.fromkeys(_leaves(tree), "recipe"), where, lines)
+    recipe, origins = _checked(written, overrides, metrics)
     recipe._source = RecipeSource(name, text, origins, tuple(overrides))
     return recipe
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A recipe as it was written, before overrides."""
+
+    tree: Tree
+    origins: dict[str, str]
+    where: str
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+
+    def position(self, key: KeyPath) -> str:
+        line = next((self.lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in self.lines), None)
+        return self.where if line is None else f"{self.where}, line {line}"
+
+
+def _merged(written: _Written, overrides: Sequence[str]) -> tuple[Tree, dict[str, str]]:
+    """Return a recipe's tree with overrides, and the origins of its values. Raises RecipeError for malformed ones."""
+    tree, origins = copy.deepcopy(written.tree), dict(written.origins)
+    malformed = []
+    for override in overrides:
+        try:
+            _apply_override(tree, override, origins)
+        except RecipeError as error:
+            malformed.append(str(error))
+    if malformed:
+        raise RecipeError("\n".join(malformed))
+    return tree, origins
+
+
 def _checked(
-    tree: Tree, where: str, position: Callable[[KeyPath], str], metrics: Collection[str] | None = ()
-) -> Recipe:
-    """Return a tree's recipe. Raises RecipeError with all mistakes, each with the position of its key."""
-    recipe, mistakes = check_tree(tree, metrics)
-    if mistakes:
-        listed = [f"  {position(key)}: {_name(key)} {what}" for key, what in mistakes[:MAX_LISTED]]
-        more = len(mistakes) - len(listed)
-        listed += [f"  ... and {more:,} more"] if more else []
-        raise RecipeError(f"{where} has {format_count(len(mistakes), 'mistake')}:\n" + "\n".join(listed))
-    assert recipe is not None
-    return recipe
+    written: _Written, overrides: Sequence[str], metrics: Collection[str] | None
+) -> tuple[Recipe, dict[str, str]]:
+    """Return the recipe with its origins. Raises RecipeError with all mistakes, each with the position of its key."""
+    tree, origins = _merged(written, overrides)
+    recipe, mistakes = check_tree(tree, metrics, lambda key: _is_override(origins, key))
+    if recipe is not None:
+        return recipe, origins
+    positions = {key: "override" if _is_override(origins, key) else written.position(key) for key, _ in mistakes}
+    blamed = _blamed(written, overrides, metrics, [key for key, where in positions.items() if where != "override"])
+    positions |= {key: f"override {shlex.quote(one_line(cut(override, 200)))}" for key, override in blamed.items()}
+    of_overrides = [where.startswith("override") for where in positions.values()]
+    have = f"{written.where} has" if not any(of_overrides) else f"{written.where} with the overrides has"
+    have = "the overrides have" if all(of_overrides) else have
+    listed = [
+        f"  {positions[key]}: {_name(key)} {what}{_replaced(tree, key, blamed)}" for key, what in mistakes[:MAX_LISTED]
+    ]
+    more = len(mistakes) - len(listed)
+    listed += [f"  ... and {more:,} more"] if more else []
+    raise RecipeError(f"{have} {format_count(len(mistakes), 'mistake')}:\n" + "\n".join(listed))
+
+
+def _blamed(
+    written: _Written, overrides: Sequence[str], metrics: Collection[str] | None, keys: Collection[KeyPath]
+) -> dict[KeyPath, str]:
+    """Return key -> override for mistakes at keys of the file that are none without that override."""
+    blamed: dict[KeyPath, str] = {}
+    for number, override in enumerate(overrides):
+        if left := set(keys) - set(blamed):
+            others = [*overrides[:number], *overrides[number + 1 :]]
+            remaining = {key for key, _ in check_tree(_merged(written, others)[0], metrics)[1]}
+            blamed |= dict.fromkeys(left - remaining, override)
+    return blamed
+
+
+def _replaced(tree: Tree, key: KeyPath, blamed: Mapping[KeyPath, str]) -> str:
+    """Return what to do if a key is missing because an override has replaced its whole section."""
+    section = blamed.get(key, "").partition("=")[0].strip()
+    if section == ".".join(key) or not ".".join(key).startswith(f"{section}.") or not section:
+        return ""
+    values: Any = tree
+    for part in section.split("."):
+        values = values[part]
+    single = how_to_write(section, values, as_override=True, each_key=True)
+    return f"; {section}=... replaces the whole section, {single} does not"
 
 
 def _name(key: KeyPath) -> str:
@@ -187,9 +238,10 @@ def _apply_override(tree: Tree, override: str, origins: dict[str, str]) -> None:
         raise RecipeError(f"{_named(override)}: the value is not valid YAML: {error.problem}") from None
     *sections, last = key.split(".")
     node = tree
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         if not isinstance(node.get(section), dict):
             node[section] = {}
+        origins.pop(".".join(sections[:depth]), None)  # a plain value, which the override makes a section
         node = node[section]
     node[last] = parsed
     for old in [o for o in origins if o == key or o.startswith(f"{key}.")]:
@@ -202,11 +254,17 @@ def _named(override: str) -> str:
     return f"override '{one_line(cut(override, 200))}'"
 
 
-def _origin(origins: dict[str, str], key: KeyPath) -> str | None:
+def _is_override(origins: Mapping[str, str], key: KeyPath) -> bool:
+    """Return whether an override has set a key's value, or the section that it is in as a whole."""
+    above = (origins.get(".".join(key[:end])) for end in range(len(key) - 1, 0, -1))
+    return (_origin(origins, key) or next(filter(None, above), None)) == "override"
+
+
+def _origin(origins: Mapping[str, str], key: KeyPath) -> str | None:
     return origins.get(".".join(key)) or _origin_within(origins, key)
 
 
-def _origin_within(origins: dict[str, str], key: KeyPath) -> str | None:
+def _origin_within(origins: Mapping[str, str], key: KeyPath) -> str | None:
     inside = {origin for leaf, origin in origins.items() if leaf.startswith(".".join(key) + ".")}
     return inside.pop() if len(inside) == 1 else None
 

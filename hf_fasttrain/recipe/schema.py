@@ -17,6 +17,9 @@ from hf_fasttrain.recipe.fields import (
     ClockField,
     DurationField,
     IntervalField,
+    OneOrMore,
+    OnOrOff,
+    OrOff,
     Probability,
     Section,
     WarmupField,
@@ -90,10 +93,10 @@ class DataSection(Section):
         ge=1,
         examples=[2],
     )
-    mean: Auto | list[float] = result(
+    mean: Annotated[Auto | list[float], OneOrMore] = result(
         "auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's", examples=[[0.485, 0.456, 0.406]]
     )
-    std: Auto | list[float] = result(
+    std: Annotated[Auto | list[float], OneOrMore] = result(
         "auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's", examples=[[0.229, 0.224, 0.225]]
     )
     interpolation: Auto | Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] = result(
@@ -175,12 +178,13 @@ class TrainSection(Section):
         "draw images with replacement; balanced: each class equally often, sqrt: as often as the root of its number of "
         "images; null: each image once an epoch",
     )
-    class_weights: Literal["balanced"] | list[float] | None = result(
+    class_weights: Literal["balanced"] | list[float] | dict[str, float] | None = result(
         None,
-        "weight of each class in the loss, scaled to mean 1 over the training set; balanced: 1 / frequency",
-        examples=["balanced", [1.0, 2.5]],
+        "weight of each class in the loss, or of some by name (others: 1), scaled to mean 1 over the training set; "
+        "balanced: 1 / frequency",
+        examples=["balanced", [1.0, 2.5], {"cat": 2.5}],
     )
-    bce: BinaryCrossEntropy | None = result(
+    bce: Annotated[BinaryCrossEntropy | None, OnOrOff] = result(
         None,
         "binary cross-entropy over the classes (timm's --bce-loss), which several labels always have: {sum: false}",
     )
@@ -266,7 +270,7 @@ class ScheduleSection(Section):
         0.1, "step, exponential: factor per `every`; multistep: at each milestone", gt=0.0, le=1.0, examples=[0.97]
     )
     every: DurationField = result(Duration(30, "epochs"), "step, exponential: how often lr is multiplied by gamma")
-    milestones: list[DurationField] = result(
+    milestones: Annotated[list[DurationField], OneOrMore] = result(
         [], "multistep: when lr is multiplied by gamma: [30 epochs, 60 epochs]", examples=[["30 epochs", "60 epochs"]]
     )
     power: float = result(1.0, "polynomial: power of the share of the training that is left", gt=0.0, examples=[2.0])
@@ -299,7 +303,7 @@ class EvaluateSection(Section):
     max_images: int | None = result(
         None, "most images of the evaluation split, chosen as train.max_images are; null: all", ge=1, examples=[5000]
     )
-    metrics: Auto | list[str] = output(
+    metrics: Annotated[Auto | list[str], OneOrMore] = output(
         "auto",
         "loss, accuracy, top5_accuracy, f1_macro; any evaluate metric by Hub name or local path",
         examples=[["accuracy", "f1_macro"]],
@@ -326,7 +330,7 @@ class CheckpointSection(Section):
 class LogSection(Section):
     every: int = output(10, "steps between two lines of metrics.jsonl", ge=1, examples=[50])
     report: bool = output(True, "write report.html, its pictures and predictions.safetensors at the end")
-    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = output(
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "trackio", "mlflow"]], OneOrMore] = output(
         [], "experiment trackers, used through Accelerate", examples=[["tensorboard"]]
     )
     project: str = output("hf_fasttrain", "project name for the trackers", examples=["flowers"])
@@ -364,12 +368,16 @@ class Recipe(Section):
     accelerate: AccelerateSection = AccelerateSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
-    ema: EmaSection | None = result(None, "exponential moving average of the weights; evaluated and saved instead")
-    early_stopping: EarlyStoppingSection | None = result(None, "{metric: accuracy, patience: 5 epochs}")
+    ema: Annotated[EmaSection | None, OnOrOff] = result(
+        None, "exponential moving average of the weights; evaluated and saved instead"
+    )
+    early_stopping: Annotated[EarlyStoppingSection | None, OnOrOff] = result(
+        None, "{metric: accuracy, patience: 5 epochs}"
+    )
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-    hub: HubSection | None = output(None, "push while training: {repo: me/flowers, every: best}")
+    hub: Annotated[HubSection | None, OrOff] = output(None, "push while training: {repo: me/flowers, every: best}")
 
     _source: RecipeSource | None = PrivateAttr(default=None)
 

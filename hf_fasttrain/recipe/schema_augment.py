@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from hf_fasttrain.recipe.fields import DurationField, PolicyField, Probability, Section, result
+from hf_fasttrain.recipe.fields import DurationField, OnOrOff, OrOff, PolicyField, Probability, Section, result
 
 
 class RandAugment(Section):
@@ -48,13 +48,15 @@ class AugmentSection(Section):
     )
     vflip: Probability = result(0.0, "probability that an image is mirrored top-bottom", examples=[0.5])
     auto: PolicyField | None = result(None, "a policy of timm (--aa), by timm's parser: rand-m9-mstd0.5-inc1")
-    randaugment: RandAugment | None = result(None, "{num_ops: 2, magnitude: 9}")
+    randaugment: Annotated[RandAugment | None, OnOrOff] = result(None, "{num_ops: 2, magnitude: 9}")
     trivialaugment: bool = result(False, "one random operation of random strength for each image")
-    augmix: AugMix | None = result(None, "chains of operations mixed with the image: {severity: 3}")
+    augmix: Annotated[AugMix | None, OnOrOff] = result(None, "chains of operations mixed with the image: {severity: 3}")
     three_augment: bool = result(False, "one of greyscale, solarise and blur for each image (DeiT III)")
     color_jitter: ColorJitter | None = result(None, "{brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.0}")
     repeats: int = result(1, "times that an image appears in a step, each differently augmented", ge=1, examples=[3])
-    progressive: Progressive | None = result(None, "image size by epoch: {start_size: 128, until: 10 epochs}")
+    progressive: Annotated[Progressive | None, OrOff] = result(
+        None, "image size by epoch: {start_size: 128, until: 10 epochs}"
+    )
     mixup: float = result(0.0, "alpha of mixup's Beta distribution; 0: off", ge=0.0, examples=[0.2])
     cutmix: float = result(0.0, "alpha of cutmix's Beta distribution; 0: off", ge=0.0, examples=[1.0])
     mixup_prob: Probability = result(

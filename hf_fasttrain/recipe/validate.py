@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from hf_fasttrain.recipe.conflicts import conflicts
 from hf_fasttrain.recipe.fields import POLICY_PATTERN
+from hf_fasttrain.recipe.messages import Item, describe, how_to_write, proposals, takes, value_text
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.clean import holds_control_character
 from hf_fasttrain.utils.errors import nearest, shortened, shown
 
 MAX_EXPLAINED = 100  # unknown keys; looking for names like theirs takes a millisecond each
+MAX_PROPOSED = 100  # characters of a value to write
 Tree = dict[str, Any]
 KeyPath = tuple[str, ...]
 
@@ -67,10 +69,15 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_tree(tree: Tree, metrics: Collection[str] | None = ()) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+def check_tree(
+    tree: Tree,
+    metrics: Collection[str] | None = (),
+    is_override: Callable[[KeyPath], bool] = lambda key: False,
+) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
     """Return the recipe of a tree, None if there are mistakes, and all mistakes as (key, what is wrong).
 
-    `metrics` may be watched beside those of evaluate.metrics; None: any.
+    `metrics` may be watched beside those of evaluate.metrics; None: any. `is_override` tells whether a key's value is
+    an override, for messages that say what to write.
     """
     mistakes: list[tuple[KeyPath, str]] = []
     recipe: Recipe | None = None
@@ -79,7 +86,7 @@ def check_tree(tree: Tree, metrics: Collection[str] | None = ()) -> tuple[Recipe
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        mistakes = _explain(error)
+        mistakes = _explain(error, tree, is_override)
         recipe = _without_mistakes(tree, [key for key, _ in mistakes])
     mistakes += [(key, f"holds a control character: {shown(text)}") for key, text in _control_characters(tree)]
     if recipe is not None:
@@ -110,30 +117,47 @@ def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
         return None
 
 
-def _explain(error: ValidationError) -> list[tuple[KeyPath, str]]:
+def _explain(error: ValidationError, tree: Tree, is_override: Callable[[KeyPath], bool]) -> list[tuple[KeyPath, str]]:
     texts: dict[KeyPath, list[str]] = {}
-    inputs: dict[KeyPath, Any] = {}
+    wrong: dict[KeyPath, list[Item]] = {}
     for number, item in enumerate(error.errors(include_url=False)):
         key = _field_path(item["loc"])
+        found = texts.setdefault(key, [])
         if item["type"] == "extra_forbidden":
-            text = _unknown_key(key) if number < MAX_EXPLAINED else "is not a key of a recipe"
+            found.append(_unknown_key(key) if number < MAX_EXPLAINED else "is not a key of a recipe")
         elif item["type"] == "missing":
-            text = f"is missing; it is {_description(key)}"
+            found.append(f"is missing; it is {_description(key)}")
         else:
-            text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            if item["type"] == "model_type" and (section := model_at(key)) is not None:
-                text = f"must be a section with {shortened(section.model_fields)}{_meant(key, item['input'])}"
-            inputs.setdefault(key, item["input"])
-        texts.setdefault(key, []).append(text)
-    return [(key, _sentence(key, parts, inputs)) for key, parts in texts.items()]
+            wrong.setdefault(key, []).append(item)
+    for key, items in wrong.items():
+        texts[key] = [_wrong_value(key, items, tree, as_override=is_override(key))]
+    return [(key, "; ".join(parts)) for key, parts in texts.items()]
 
 
-def _sentence(key: KeyPath, texts: list[str], inputs: dict[KeyPath, Any]) -> str:
-    if key not in inputs:
-        return "; ".join(texts)
-    about = f" ({description})" if (description := _description(key)) else ""
-    choices = " or ".join(dict.fromkeys(text.removeprefix("must be ") for text in texts))
-    return f"is {shown(inputs[key])}; must be {choices}{about}"
+def _wrong_value(key: KeyPath, items: list[Item], tree: Tree, *, as_override: bool) -> str:
+    parent, section, name = model_at(key[:-1]), model_at(key), ".".join(key)
+    value, is_written = _value_at(tree, key)
+    if parent is None or not is_written or key[-1] not in parent.model_fields:
+        return str(items[0]["msg"])
+    field = parent.model_fields[key[-1]]
+    it_is = "; it is a section" if section is not None else ""
+    if isinstance(value, str) and section is not None and key[0] == "augment" and re.match(POLICY_PATTERN, value):
+        return f"is '{value}'{it_is}; timm's policies are set by augment.auto={value}"
+    for right in proposals(name, value, section) if len(str(value)) <= MAX_PROPOSED else ():
+        if takes(parent, {key[-1]: right}) or isinstance(right, dict):
+            write = how_to_write(name, right, as_override=as_override, each_key=field.default is not None)
+            return f"is {value_text(value)}{it_is}: write {write}"
+    return describe(value, items, field, section)
+
+
+def _value_at(tree: Tree, key: KeyPath) -> tuple[Any, bool]:
+    """Return the value of a key in a tree, and whether it has one there."""
+    node: Any = tree
+    for part in key:
+        if not isinstance(node, dict) or part not in node:
+            return None, False
+        node = node[part]
+    return node, bool(key)
 
 
 def _field_path(loc: tuple[int | str, ...]) -> KeyPath:
@@ -206,12 +230,6 @@ def all_keys(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:
             yield above + name
         else:
             yield from all_keys(section, f"{above}{name}.")
-
-
-def _meant(key: KeyPath, value: Any) -> str:
-    """Return a hint for a text where a section belongs: the policies of timm have their own key."""
-    named = isinstance(value, str) and re.match(POLICY_PATTERN, value) is not None
-    return f"; timm's policies are set by augment.auto={value}" if named and key[0] == "augment" else ""
 
 
 def _without(tree: Tree, keys: list[KeyPath]) -> Tree:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.utils.duration import Duration
+from hf_fasttrain.utils.duration import Duration, MissingUnit
 from hf_fasttrain.utils.errors import RunError, shown
 
 Parameters = ParamSpec("Parameters")
@@ -58,6 +58,8 @@ def parse_duration(name: str, value: Duration | str, *, minutes: bool = False) -
     """Return the duration that a parameter was given. Raises RunError that names the parameter."""
     try:
         duration = Duration.parse(value, minutes=minutes)
+    except MissingUnit as error:
+        raise RunError(f"{name}: got {_described(value)}; {error}") from None
     except ValueError as error:
         raise RunError(f"{name}: {error}, got {_described(value)}") from None
     if not duration.count > 0:

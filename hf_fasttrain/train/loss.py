@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fasttrain.utils.errors import DataError, RunError
+from hf_fasttrain.utils.errors import DataError, RunError, nearest, shortened
+from hf_fasttrain.utils.format import format_count
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, K), targets -> mean over the B images, 0-d
 
@@ -112,24 +113,44 @@ def first_loss_note(first: float, uniform: float) -> str | None:
     )
 
 
-def resolve_class_weights(weighting: str | list[float] | None, label_counts: np.ndarray) -> Tensor | None:
+def resolve_class_weights(
+    weighting: str | Sequence[float] | Mapping[str, float] | None,
+    label_counts: np.ndarray,
+    class_names: Sequence[str] = (),
+) -> Tensor | None:
     """Return (K,) weights whose mean over the training set's labels is 1, or None.
 
-    `label_counts` (K,) is how often each class occurs; ``balanced`` weighs by 1 / frequency. A class that never
-    occurs keeps weight 1. Multi-label: the weights multiply the positive labels.
+    `label_counts` (K,) is how often each class occurs; ``balanced`` weighs by 1 / frequency; a list has a number for
+    each class, a mapping for some of `class_names` (K), and the others have 1. A class that never occurs keeps weight
+    1. Multi-label: the weights multiply the positive labels. Raises DataError for weights that don't fit the classes.
     """
     if weighting is None:
         return None
     counts = label_counts.astype(np.float64)
     if isinstance(weighting, str):
         raw = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
-    else:
-        if len(weighting) != len(counts) or min(weighting) < 0 or not any(weighting):
-            raise DataError(
-                f"train.class_weights has {len(weighting)} numbers; the data set has {len(counts)} classes: "
-                "give one number of at least 0 for each"
-            )
+    elif isinstance(weighting, Mapping):
+        raw = _weights_by_name(weighting, class_names)
+    elif len(weighting) == len(counts):
         raw = np.asarray(weighting, np.float64)
+    else:
+        raise DataError(
+            f"train.class_weights has {format_count(len(weighting), 'number')}; the data set has {len(counts)} "
+            "classes: give one number of at least 0 for each, or some by name: {class name: weight}"
+        )
+    if raw.min() < 0 or not raw.any():
+        raise DataError("train.class_weights must be numbers of at least 0, and not all of them 0")
     weights = raw * counts.sum() / max((raw * counts).sum(), 1e-12)
     weights[counts == 0] = 1.0
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def _weights_by_name(weights: Mapping[str, float], class_names: Sequence[str]) -> np.ndarray:
+    """Return the weights (K,) of classes given by name; 1 for classes that are not named."""
+    unknown = [name for name in weights if name not in class_names]
+    if unknown:
+        raise DataError(
+            f"train.class_weights: {', '.join(map(repr, unknown[:3]))} is not a class of the data set."
+            f"{nearest(unknown[0], class_names)} Its classes are {shortened(class_names, 30)}"
+        )
+    return np.array([weights.get(name, 1.0) for name in class_names], np.float64)

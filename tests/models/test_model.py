@@ -27,6 +27,7 @@ from hf_fasttrain.models.saved import load_model, save_model
 from hf_fasttrain.models.transformers_model import TransformersClassifier
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.optim import build_param_groups, undecayed_names
+from hf_fasttrain.utils.errors import DataError
 
 CLASSES = ["a", "b", "c"]
 
@@ -177,6 +178,19 @@ def test_class_weights_have_mean_one_over_the_training_set() -> None:
     balanced = resolve_class_weights("balanced", np.array([4, 2, 0]))
     assert balanced is not None
     assert balanced.tolist() == pytest.approx([0.75, 1.5, 1.0])
+
+
+def test_class_weights_by_name_are_a_list_with_1_for_the_others() -> None:
+    counts, names = np.array([90, 9, 1]), ["cat", "dog", "emu"]
+    by_name = resolve_class_weights({"emu": 20, "dog": 5}, counts, names)
+    listed = resolve_class_weights([1.0, 5.0, 20.0], counts, names)
+    assert by_name is not None
+    assert listed is not None
+    assert by_name.tolist() == listed.tolist()
+    with pytest.raises(DataError, match=r"'dgo' is not a class .* Did you mean 'dog'\? .* are cat, dog, emu"):
+        resolve_class_weights({"dgo": 2}, counts, names)
+    with pytest.raises(DataError, match="at least 0, and not all of them 0"):
+        resolve_class_weights({"cat": -1}, counts, names)
 
 
 def test_weighted_loss_divides_by_images_not_by_weights() -> None:

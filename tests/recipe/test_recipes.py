@@ -109,7 +109,7 @@ def test_a_recipe_object_takes_overrides(write_recipe: Callable[..., Path], tmp_
 
 def test_overrides_of_a_recipe_object_are_checked(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe())
-    with pytest.raises(RecipeError, match=f"(?s)recipe '{recipe.source.name}' has 2 mistakes:.*override: train.batch"):
+    with pytest.raises(RecipeError, match=r"(?s)the overrides have 2 mistakes:.*override: train.batch"):
         Trainer.from_recipe(recipe, ["train.batch_size=none", "train.durations=3 steps"])
     with pytest.raises(RecipeError, match="override 'batch_size': must look like"):
         Trainer.from_recipe(recipe, ["batch_size"])
