@@ -30,12 +30,15 @@ def check(
     _require_list_file(list_file, images=images)
     from hf_fasttrain.cli.check_images import check_images
     from hf_fasttrain.cli.memory_table import memory_table
+    from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
     from hf_fasttrain.from_recipe.parts import build_parts
     from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.folder import run_files_in
     from hf_fasttrain.utils.terminal import build_table, wide_terminal
 
+    folder = Path(output_dir(loaded))
+    require_no_early_mistakes(loaded, folder, resume=True)
     parts = build_parts(loaded)
     build_trainer_without_folder(parts, keep_pixels=False)
     terminal = wide_terminal()
@@ -45,8 +48,8 @@ def check(
     terminal.print(build_table(("key", "value", "origin", "tag"), rows, title=title))
     title, header, parts_of_memory = memory_table(parts)
     terminal.print(build_table(header, parts_of_memory, title=title))
-    if run_files_in(Path(output_dir(loaded))):
-        parts.settings.note(f"output_dir {output_dir(loaded)} contains a run already; training would be refused")
+    if run_files_in(folder):
+        parts.settings.note(f"output_dir {folder} contains a run already; training would be refused")
     for note in [*parts.settings.notes, *parts.settings.weight_notes]:
         terminal.print_line(f"note: {note}")
     if images:

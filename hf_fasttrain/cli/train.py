@@ -32,12 +32,10 @@ def train(
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.from_recipe.trainer import build_trainer
     from hf_fasttrain.recipe.load import output_dir
-    from hf_fasttrain.run_folder.folder import require_free
     from hf_fasttrain.run_folder.missing import describe_missing, missing_results
     from hf_fasttrain.utils.signals import ignore_signals
 
     folder = Path(output_dir(loaded))
-    require_free(folder, resume=resume)
     trainer = build_trainer(loaded, resume=resume)
     if resume and trainer.is_finished:
         missing = missing_results(folder, trainer.state.step, _final_step(trainer), report=trainer.report)

@@ -6,7 +6,7 @@ Only this file and train/launcher.py read the launchers' environment, and only t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import psutil
@@ -48,7 +48,7 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
     for variable, name in NOT_SUPPORTED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise RunError(f"the launch configuration asks for {name}, which is not supported; use accelerate_configs/")
-    _require_trackers(recipe)
+    require_trackers(recipe.log.trackers)
     settings.launched = was_launched()
     _set_threads(recipe)
     set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
@@ -79,9 +79,10 @@ def _set_threads(recipe: Recipe) -> None:
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that processes communicate over gloo
 
 
-def _require_trackers(recipe: Recipe) -> None:
+def require_trackers(trackers: Sequence[str]) -> None:
+    """Raise RunError for experiment trackers that are not installed."""
     installed = {tracker.value for tracker in get_available_trackers()}
-    missing = sorted(set(recipe.log.trackers) - installed)
+    missing = sorted(set(trackers) - installed)
     if missing:
         raise RunError(
             f"log.trackers: {', '.join(missing)} not installed; pip install 'hf_fasttrain[trackers]' or remove it"

@@ -18,6 +18,7 @@ from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.from_recipe.accelerator import allow_compiling, build_accelerator
 from hf_fasttrain.from_recipe.auto import resolve_machine
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
+from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
 from hf_fasttrain.from_recipe.loaders import train_transform
 from hf_fasttrain.from_recipe.memory import resolve_micro_batch
 from hf_fasttrain.from_recipe.model_from import model_from
@@ -46,6 +47,7 @@ def build_parts(
     `presets` go before the rules of `auto`; by default those of a stored tuning of this machine and model.
     """
     loaded = load_recipe(recipe, overrides)
+    require_no_early_mistakes(loaded, dataset=dataset, custom=custom)
     settings = ResolvedSettings(loaded, notes=[*without_effect(loaded), *custom.notes(loaded)])
     for key, name in custom.settings.items():
         settings.record(key, name, "passed as a Python object")

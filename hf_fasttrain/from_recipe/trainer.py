@@ -21,6 +21,7 @@ from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, evaluation_batch_size
 from hf_fasttrain.from_recipe.custom import CustomParts
+from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
 from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.from_recipe.optimization import clip_of, loss_of, moving_average_of, optimizer_of, schedule_of
@@ -71,6 +72,7 @@ def build_trainer(
     custom = CustomParts(**parts_passed)
     loaded = load_recipe(recipe, overrides, metrics=custom.metrics or ())
     folder = Path(output_dir(loaded))
+    require_no_early_mistakes(loaded, folder, resume=resume, dataset=dataset, custom=custom)
     if loaded.hub is not None and launched_rank() == 0:
         require_login(loaded.hub.repo)  # before training something that could not be pushed
     first_start = read_first_start(folder) if resume else None
