@@ -14,6 +14,7 @@ from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_F
 from hf_fasttrain.run_folder.finished import FinishedRun
 from hf_fasttrain.run_folder.kept_weights import step_in_model
 from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
+from hf_fasttrain.utils.clean import cut, markdown, markdown_block, markdown_code
 from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.files import read_json
 from hf_fasttrain.utils.format import NOTHING, format_bytes, format_duration, format_percent, format_rate
@@ -51,7 +52,8 @@ def model_card(
     classes, multi = run.spec["class_names"], ", any number of them per image" if run.spec["multi_label"] else ""
     body = [
         f"# {repo.split('/')[-1]}",
-        f"`{name}` for {run.spec['image_size']} px images and {len(classes)} classes{multi}: {shortened(classes, 20)}.",
+        f"{markdown_code(name)} for {run.spec['image_size']} px images and {len(classes)} classes{multi}: "
+        f"{shortened((markdown(cut(each, 100)) for each in classes), 20)}.",
         _state(run.result),
         _metrics_table(run.result),
         *(f"![{PICTURES[name]}]({name})" for name in PICTURES if name in files),
@@ -142,8 +144,8 @@ def _metrics_table(result: dict[str, Any]) -> str:
         return ""
     rows = ["| metric | evaluation split | test split |", "| --- | ---: | ---: |"]
     for name in dict.fromkeys([*metrics, *test]):
-        shown = [f"{values[name]:.4f}" if name in values else "-" for values in (metrics, test)]
-        rows.append(f"| {name} | {' | '.join(shown)} |")
+        shown = [f"{values[name]:.4f}" if values.get(name) is not None else "-" for values in (metrics, test)]
+        rows.append(f"| {markdown(name)} | {' | '.join(shown)} |")
     return "\n".join(rows)
 
 
@@ -190,10 +192,10 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
     if not recipe or not isinstance(text, bytes):
         return f"{title}\n\n{summary}"
     if run.passed:
-        listed = ", ".join(f"`{part}={name}`" for part, name in run.passed.items())
+        listed = ", ".join(markdown_code(f"{part}={name}") for part, name in run.passed.items())
         return (
             f"{title}\n\n{summary} Beside the recipe the program passed parts of its own, which are not here: {listed}."
-            f"\n\nThe recipe:\n\n```yaml\n{text.decode().strip()}\n```"
+            f"\n\nThe recipe:\n\n{markdown_block(text.decode().strip(), 'yaml')}"
         )
     override = " data.dataset=FOLDER" if _is_private_data(run) else ""
     elsewhere = " hub=null" if run.recipe.get("hub") else ""  # the author's own repository
@@ -201,7 +203,7 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
     return (
         f"{title}\n\n{summary} To reproduce it, from a clone of this repository or without one:\n\n"
         f"```bash\n{command.format(RECIPE_FILE)}{elsewhere}\n{command.format(f'hf://{repo}')}\n```\n\n"
-        f"The recipe:\n\n```yaml\n{text.decode().strip()}\n```"
+        f"The recipe:\n\n{markdown_block(text.decode().strip(), 'yaml')}"
     )
 
 
@@ -219,11 +221,11 @@ def _cost(result: dict[str, Any]) -> str:
         "waiting for data": format_percent(result.get("data_wait_fraction")),
         "peak memory": None if not memory else f"{format_bytes(memory)}{' of the GPU' if gpu else ''}",
     }
-    lines = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, NOTHING)]
+    lines = [f"| {name} | {markdown(value)} |" for name, value in rows.items() if value not in (None, NOTHING)]
     return "\n".join(["## What it cost", "", "| | |", "| --- | --- |", *lines]) if lines else ""
 
 
 def _versions(result: dict[str, Any]) -> str:
     versions = result.get("versions") or {}
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    listed = ", ".join(markdown(f"{name} {version}") for name, version in versions.items())
     return f"## Versions\n\n{listed}." if listed else ""

@@ -20,7 +20,7 @@ from hf_fasttrain.report.record import read_record
 from hf_fasttrain.report.sections import Page, page_of_run, page_of_runs
 from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER, REPORT_FILE
 from hf_fasttrain.run_folder.missing import result_mark
-from hf_fasttrain.utils.clean import without_secrets
+from hf_fasttrain.utils.clean import printable_tree, without_secrets
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, write_atomically
 
@@ -94,7 +94,9 @@ def to_html(page: Page, mark: str = "") -> str:
 
     folder = files("hf_fasttrain.report") / "page"
     parts = {name: (folder / name).read_text(encoding="utf-8") for name in (TEMPLATE, STYLE, *SCRIPTS)}
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = Environment(
+        autoescape=True, finalize=printable_tree, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     charts = {chart.id: chart.figure for section in page.sections for chart in section.charts}
     rendered = template.from_string(parts[TEMPLATE]).render(
         page=page,
@@ -111,5 +113,5 @@ def to_html(page: Page, mark: str = "") -> str:
 
 def _in_script(value: Any) -> Markup:
     """Return JSON that is safe inside a script element, whatever its strings contain."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(printable_tree(value), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

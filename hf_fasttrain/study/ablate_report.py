@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 
 from hf_fasttrain.study.ablate import Ablation, Row
-from hf_fasttrain.utils.clean import markdown, markdown_code, without_secrets
+from hf_fasttrain.utils.clean import markdown, markdown_code, printable_tree, without_secrets
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, write_atomically
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_interval, format_percent, format_rate
@@ -165,8 +165,11 @@ def chart(ablation: Ablation) -> Figure:
     return figure
 
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What makes {{ ablation.recipe }} fast here</title>
 <style>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -201,7 +204,7 @@ def to_html(ablation: Ablation, svg: str) -> str:
     from markupsafe import Markup
 
     full = _has_full(ablation)
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    page = Environment(autoescape=True, finalize=printable_tree, undefined=StrictUndefined).from_string(PAGE)
     return without_secrets(
         page.render(
             ablation=ablation,
@@ -209,6 +212,7 @@ def to_html(ablation: Ablation, svg: str) -> str:
             confidence=_confidence(ablation),
             header=_header(ablation),
             rows=[(row, row_cells(row, full=full)) for row in ablation.rows],
+            policy=POLICY,
             svg=Markup(svg[svg.index("<svg") :]),  # our own drawing; its texts are escaped by matplotlib
         )
     )

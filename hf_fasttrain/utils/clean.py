@@ -6,6 +6,7 @@ Names of classes, models, files and keys come from data sets, recipes and run fo
 from __future__ import annotations
 
 import re
+from typing import Any
 
 MESSAGE_LENGTH = 10_000  # characters of a printed message
 
@@ -26,7 +27,7 @@ _UNPRINTABLE = re.compile(
 )
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but those of white space
 # What Markdown reads as markup, HTML, mathematics or a link; an underscore within a word is none of it.
-_MARKDOWN = re.compile(r"[\\`*\[\]<>|~&#$!@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~&#$!]|(?<=\w)@(?=\w)|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.")
 
 
 def holds_secret(text: str) -> bool:
@@ -47,6 +48,17 @@ def holds_control_character(text: str) -> bool:
 def printable(text: str) -> str:
     r"""Return a text with its unprintable characters as escapes, such as ``\x1b``; tabs and newlines stay."""
     return _UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
+
+
+def printable_tree(value: Any) -> Any:
+    """Return a value with its texts printable, alone and in lists and dicts; HTML that is marked as such stays."""
+    if isinstance(value, str):
+        return value if hasattr(value, "__html__") else printable(value)
+    if isinstance(value, list):
+        return [printable_tree(each) for each in value]
+    if isinstance(value, dict):
+        return {key: printable_tree(each) for key, each in value.items()}
+    return value
 
 
 def _escape(letter: str) -> str:

@@ -20,8 +20,9 @@ from ruamel.yaml import YAML
 
 from hf_fasttrain.export.export import export_run
 from hf_fasttrain.hub.card import is_hub_name
-from hf_fasttrain.hub.push import push_run
+from hf_fasttrain.hub.push import files_to_push, push_run
 from hf_fasttrain.inference import predict_images
+from hf_fasttrain.run_folder.finished import read_run
 from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
 from hf_fasttrain.utils.errors import RunError
 
@@ -167,6 +168,35 @@ def test_card_says_figures_loading_and_training(hub: Hub, run: Path) -> None:
     assert "python 3.11.1" in card.text
     assert "![loss, accuracy and learning rate over training](curves.png)" in card.text
     assert card.data.license is None
+
+
+def test_names_of_strangers_are_no_markup_in_the_card(copied: Path) -> None:
+    from markdown_it import MarkdownIt
+
+    hostile = [
+        "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[x](https://e)", "![x](https://e/x.png)",
+        "a\n\n# forged", "a | b", "`code`", "**bold**", "https://evil.example", "\u202egpj", "\x1b[31mred",
+    ]  # fmt: skip
+    spec = json.loads((copied / "model" / "hf_fasttrain.json").read_text())
+    (copied / "model" / "hf_fasttrain.json").write_text(
+        json.dumps({**spec, "name": "`<b>x</b>`", "class_names": hostile})
+    )
+    result = json.loads((copied / "result.json").read_text())
+    machine = {"processor": hostile[0], "device": "<b>gpu</b>", "cores": 2}
+    changed = {"metrics": {hostile[1]: 0.5}, "machine": machine, "versions": {"<b>": hostile[3]}}
+    (copied / "result.json").write_text(json.dumps({**result, **changed}))
+    with (copied / "recipe.yaml").open("a") as file:
+        file.write("# ```\n# <script>\n")
+    card = files_to_push(read_run(copied), "me/x")["README.md"].decode()
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    tokens = [inner for token in parser.parse(card.split("---\n")[2]) for inner in (token, *(token.children or []))]
+    assert not {"html_inline", "html_block", "link_open", "strong_open"} & {token.type for token in tokens}
+    assert [token.attrs["src"] for token in tokens if token.type == "image"] == ["curves.png"]
+    headings = [token for token in tokens if token.type == "heading_open"]
+    assert len(headings) == 5  # ours
+    shown = "".join(token.content for token in tokens if token.type in ("text", "code_inline"))
+    assert "<script>alert(1)</script>, <img src=x onerror=alert(1)>, [x](https://e)" in shown
+    assert not any(letter in card for letter in "\u202e\x1b")
 
 
 def test_the_card_has_a_license_only_if_one_is_given(hub: Hub, run: Path) -> None:

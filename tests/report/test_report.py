@@ -410,6 +410,19 @@ def test_multi_label_data_has_tables_and_no_matrix(tmp_path: Path) -> None:
     assert not (run / "report/confusion.png").exists()
 
 
+def test_a_page_sends_nothing_and_turns_no_text_around(tmp_path: Path) -> None:
+    from hf_fasttrain.report.report import write_report
+
+    page = write_report([make_run(tmp_path / "run", 2, names=["\u202egpj.exe", "a\u2066b"])]).read_text()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1].split("; ")
+    assert {"default-src 'none'", "form-action 'none'", "base-uri 'none'"} <= set(policy)
+    ours = page.split("<script>")[0]  # before plotly's own
+    assert "\\u202egpj.exe" in ours
+    assert not {"\u202e", "\u2066"} & set(ours)
+    figures = re.search(r'id="figures">(.*?)</script>', ours)[1]
+    assert "\u202e" not in str(json.loads(figures))
+
+
 def test_secrets_are_blotted_out(tmp_path: Path) -> None:
     from hf_fasttrain.report.report import write_report
 
