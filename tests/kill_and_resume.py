@@ -4,7 +4,7 @@
 
 Every kind of run below is trained once without a stop, and once more killed `--kills` times: at a random moment, or a
 random moment after a checkpoint began to be written. All files of tensors of the last checkpoint (weights, moving
-average, optimizer) and of the model folder must be the same bytes. `test_resume.py` runs a short form of it.
+average, optimizer, loss) and of the model folder must be the same bytes. `test_resume.py` runs a short form of it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ evaluate: {every: 6 steps}
 checkpoint: {every: 2 steps}
 log: {every: 1, report: false}
 """
+WITH_LOSS = "a loss with weights and a teacher"
 KINDS: dict[str, tuple[int, list[str]]] = {  # name -> processes, overrides
     "plain": (1, []),
     "two workers": (1, ["data.workers=2"]),
@@ -48,6 +49,8 @@ KINDS: dict[str, tuple[int, list[str]]] = {  # name -> processes, overrides
         2,
         ["model.name=test_resnet", "model.args={}", "model.drop_path=0", "accelerate.mixed_precision=bf16"],
     ),
+    WITH_LOSS: (1, ["data.workers=2"]),
+    f"two processes, {WITH_LOSS}": (2, ["data.workers=2"]),
 }
 
 
@@ -73,20 +76,21 @@ def import_everything() -> None:
     import hf_fasttrain.from_recipe.parts  # noqa: F401
 
 
-def start(recipe: Path, overrides: Sequence[str], processes: int, log: Path, *, resume: bool) -> list[int]:
+def start(recipe: Path, kind: str, overrides: Sequence[str], log: Path, *, resume: bool) -> list[int]:
     """Fork processes that train, and return their numbers; they start at once, since everything is imported."""
     from helpers.processes import free_port
 
-    port = free_port()
-    return [_fork(recipe, overrides, rank, processes, port, log, resume) for rank in range(processes)]
+    port, processes = free_port(), KINDS[kind][0]
+    return [_fork(recipe, kind, overrides, rank, port, log, resume) for rank in range(processes)]
 
 
-def _fork(recipe: Path, overrides: Sequence[str], rank: int, processes: int, port: int, log: Path, resume: bool) -> int:
+def _fork(recipe: Path, kind: str, overrides: Sequence[str], rank: int, port: int, log: Path, resume: bool) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
+        from helpers.momentum_loss import MomentumLoss
         from helpers.processes import join_processes, reset_accelerate
 
         from hf_fasttrain import Trainer
@@ -95,9 +99,10 @@ def _fork(recipe: Path, overrides: Sequence[str], rank: int, processes: int, por
         os.dup2(written, 1)
         os.dup2(written, 2)
         reset_accelerate()
-        if processes > 1:
-            join_processes(rank, processes, port)
-        Trainer.from_recipe(recipe, list(overrides), resume=resume).fit()
+        if KINDS[kind][0] > 1:
+            join_processes(rank, KINDS[kind][0], port)
+        parts = {"step_loss": MomentumLoss()} if WITH_LOSS in kind else {}
+        Trainer.from_recipe(recipe, list(overrides), resume=resume, **parts).fit()
         status = 0
     except BaseException:  # noqa: BLE001 - shown in the log
         import traceback
@@ -129,14 +134,14 @@ def kill(children: list[int], rng: random.Random) -> None:
         os.waitpid(child, 0)
 
 
-def kill_after(children: list[int], seconds: float, due: Callable[[], bool], rng: random.Random) -> bool:
+def kill_after(children: list[int], seconds: float, due: Callable[[], bool], rng: random.Random, log: Path) -> bool:
     """Kill the processes `seconds` after `due` is true; return False if they came to their end before."""
     began: float | None = None
     while began is None or time.monotonic() - began < seconds:
         if began is None and due():
             began = time.monotonic()
         if (status := ended(children[0])) is not None:
-            assert status == 0, f"exit status {status}"
+            assert status == 0, f"exit status {status}\n{log.read_text()[-3000:]}"
             for child in children[1:]:
                 os.waitpid(child, 0)
             return False
@@ -147,28 +152,27 @@ def kill_after(children: list[int], seconds: float, due: Callable[[], bool], rng
 
 def torment(name: str, folder: Path, kills: int, seed: int, steps: int = 24) -> Report:
     """Train a kind of run without a stop and with kills, and return what was done and which files differ."""
-    processes, changes = KINDS[name]
     recipe, log, rng = folder / "recipe.yaml", folder / "log.txt", random.Random(f"{name} {seed}")
     recipe.write_text(RECIPE)
-    overrides = [f"train.duration={steps} steps", f"data.cache_dir={folder / 'cache'}", *changes]
+    overrides = [f"train.duration={steps} steps", f"data.cache_dir={folder / 'cache'}", *KINDS[name][1]]
     whole, cut = folder / "whole", folder / "cut"
     began = time.monotonic()
-    finish(start(recipe, [*overrides, f"output_dir={whole}"], processes, log, resume=False), log)
+    finish(start(recipe, name, [*overrides, f"output_dir={whole}"], log, resume=False), log)
     duration = time.monotonic() - began
     report, checkpoints = Report(), cut / "checkpoints"
     while report.kills < kills:
-        children = start(recipe, [*overrides, f"output_dir={cut}"], processes, log, resume=cut.exists())
+        children = start(recipe, name, [*overrides, f"output_dir={cut}"], log, resume=cut.exists())
         if rng.random() < 0.5:
-            killed = kill_after(children, rng.uniform(0.3, 0.9) * duration, lambda: True, rng)
+            killed = kill_after(children, rng.uniform(0.3, 0.9) * duration, lambda: True, rng, log)
         else:  # a random moment of writing a random checkpoint
             first = max(steps_of(checkpoints, "step_*"), default=0) + rng.randint(1, steps // 3)
-            killed = kill_after(children, rng.uniform(0, 0.01), partial(is_writing, checkpoints, first), rng)
+            killed = kill_after(children, rng.uniform(0, 0.01), partial(is_writing, checkpoints, first), rng, log)
         report.while_writing += bool(steps_of(checkpoints, ".step_*.partial"))
         report.kills += killed
         if not killed:  # it came to its end; torment another one
             report.differing += differing(whole, cut, steps)
             shutil.rmtree(cut)
-    finish(start(recipe, [*overrides, f"output_dir={cut}"], processes, log, resume=cut.exists()), log)
+    finish(start(recipe, name, [*overrides, f"output_dir={cut}"], log, resume=cut.exists()), log)
     report.resumed_from = [int(step) for step in re.findall(r"resumed from \S*: step (\d+) of", log.read_text())]
     report.differing += differing(whole, cut, steps)
     return report
@@ -188,6 +192,7 @@ def differing(whole: Path, cut: Path, steps: int) -> list[str]:
     """Return the files of tensors that are not the same bytes in two runs."""
     last = f"checkpoints/step_{steps:08d}"
     names = ["model/model.safetensors", *(f"{last}/{kind}.safetensors" for kind in ("model", "ema", "training"))]
+    names += [f"{last}/loss.safetensors"] * (whole / last / "loss.safetensors").exists()
     return [name for name in names if (whole / name).read_bytes() != (cut / name).read_bytes()]
 
 

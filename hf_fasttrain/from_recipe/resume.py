@@ -13,6 +13,7 @@ from hf_fasttrain.recipe.load import flatten, plain
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.file_names import RESOLVED_FILE
+from hf_fasttrain.run_folder.folder import saved_state
 
 MICRO, THREADS, EVAL_BATCH = "accelerate.micro_batch_size", "accelerate.cpu_threads", "evaluate.batch_size"
 SHARED_KEYS = (MICRO, EVAL_BATCH, THREADS)  # these depend on the number of processes
@@ -90,3 +91,12 @@ def read_first_start(folder: Path) -> FirstStart | None:
     explicit = frozenset(key for key, setting in decided.items() if setting.kind in ("recipe", "override"))
     decisions = {key: setting.decision for key, setting in decided.items()}
     return FirstStart(decisions, machine if isinstance(machine, dict) else None, explicit)
+
+
+def settings_of_run(folder: Path) -> dict[str, Any] | None:
+    """Return the settings that change what a run learns; None if it was killed before it wrote any.
+
+    They are in its newest checkpoint; before the first one, in its resolved.yaml with all others.
+    """
+    saved = saved_state(folder).get("learnt")
+    return saved or {key: setting.value for key, setting in read_settings(folder).items()} or None

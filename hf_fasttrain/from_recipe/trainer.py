@@ -27,7 +27,7 @@ from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_
 from hf_fasttrain.from_recipe.optimization import clip_of, loss_of, moving_average_of, optimizer_of, schedule_of
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
-from hf_fasttrain.from_recipe.resume import read_first_start
+from hf_fasttrain.from_recipe.resume import read_first_start, settings_of_run
 from hf_fasttrain.hub.background import Pusher, PushOptions
 from hf_fasttrain.hub.push import require_login
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
@@ -76,8 +76,8 @@ def build_trainer(
     if loaded.hub is not None and launched_rank() == 0:
         require_login(loaded.hub.repo)  # before training something that could not be pushed
     first_start = read_first_start(folder) if resume else None
-    if resume:
-        require_same_parts(saved_state(folder).get("learnt", {}), custom.settings, folder)
+    if resume and (begun_with := settings_of_run(folder)) is not None:
+        require_same_parts(begun_with, custom.settings, folder)
     presets = first_start.presets(loaded) if first_start else None
     parts = build_parts(loaded, dataset=dataset, presets=presets, custom=custom)
     open_run_folder(folder, parts.accelerator, resume=resume)

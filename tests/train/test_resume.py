@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import weights
-from kill_and_resume import import_everything, torment
+from kill_and_resume import WITH_LOSS, import_everything, torment
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def break_off(trainer: Trainer, at: int) -> None:
         trainer.fit()
 
 
-@pytest.mark.parametrize("kind", ["plain", "two workers, cache in memory", "two processes with two workers"])
+@pytest.mark.parametrize("kind", [WITH_LOSS, "two workers, cache in memory", "two processes with two workers"])
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
     """The short form of kill_and_resume.py."""
     report = torment(kind, tmp_path, kills=2, seed=1, steps=12)
