@@ -25,7 +25,7 @@ def push(
     """Upload a finished run to a Hub repository: model, card, recipe and figures in one commit."""
     from hf_fasttrain.hub.push import hub_section, push_run
 
-    hub = hub_section(run) if model is None else {}
+    hub = hub_section(run, model)
     name = repo or hub.get("repo")
     if not name:
         raise UserError(f"{run}: its recipe has no hub.repo; give the repository: hf-fasttrain push {run} OWNER/NAME")

@@ -75,7 +75,7 @@ def export_run(
     try:
         with new_folder(folder) as partial:
             if given is not None:
-                exported = _write_given(given, partial, onnx=onnx)
+                exported = _write_given(given, run / MODEL_FOLDER, partial, onnx=onnx)
             else:
                 assert finished is not None
                 exported = _write(*_load(finished, checkpoint), partial, onnx=onnx)
@@ -96,9 +96,11 @@ def _write(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> Ex
     return _verify(model, spec, folder, onnx=onnx)
 
 
-def _write_given(given: OpenedModel, folder: Path, *, onnx: bool) -> ExportResult:
-    """Write the weights of a user's model, and its ONNX file."""
+def _write_given(given: OpenedModel, described: Path, folder: Path, *, onnx: bool) -> ExportResult:
+    """Write the weights of a user's model, its ONNX file, and its description if the folder `described` has one."""
     copyfile(given.weights, folder / WEIGHTS_FILE)
+    if (described / SPEC_FILE).is_file():  # of a recipe's run
+        copyfile(described / SPEC_FILE, folder / SPEC_FILE)
     if not onnx:
         return ExportResult(folder, ["torch (load_state_dict)"], [], None)
     pre = given.spec.preprocessing

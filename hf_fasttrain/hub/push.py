@@ -86,8 +86,10 @@ def push_run(
         return upload(files, patience, tell)
 
 
-def hub_section(run: Path) -> dict[str, Any]:
-    """Return the `hub` section of a run's recipe, an empty dict without one."""
+def hub_section(run: Path, model: Given | None = None) -> dict[str, Any]:
+    """Return the `hub` section of a run's recipe, an empty dict without one; `model`: see `push_run`."""
+    if model is not None and not (run / RECIPE_FILE).is_file():
+        return {}
     hub = read_run(Path(run)).recipe.get("hub")
     return dict(hub) if isinstance(hub, dict) else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.hub_server import Hub
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import exit_status
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
@@ -25,6 +28,7 @@ from hf_fasttrain.data.pixels.decode import read_pixels
 from hf_fasttrain.data.pixels.resize import resize
 from hf_fasttrain.data.source.dataset import load_source
 from hf_fasttrain.hub.card import model_card
+from hf_fasttrain.hub.push import hub_section
 from hf_fasttrain.inference import evaluate_run
 from hf_fasttrain.recipe.resolved import read_settings
 from hf_fasttrain.run_folder.finished import read_run
@@ -276,7 +280,9 @@ def test_timms_own_model_is_the_recipes_and_can_be_used_afterwards(recipe: Path,
     assert evaluate_run(tmp_path / "run")["accuracy"] == evaluate_run(tmp_path / "name")["accuracy"]
 
 
-def test_a_model_of_ones_own_is_given_again_to_be_used(recipe: Path, tmp_path: Path) -> None:
+def test_a_custom_model_is_passed_again_to_use_its_run(
+    recipe: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = build(recipe, tmp_path, "data.mean=auto", model=small_net())
     trainer.fit()
     assert "ImageNet's values stand for data.mean, data.interpolation, data.crop_pct" in "\n".join(trainer.log.notes)
@@ -286,6 +292,29 @@ def test_a_model_of_ones_own_is_given_again_to_be_used(recipe: Path, tmp_path: P
     measured = evaluate_run(tmp_path, model=small_net)
     assert measured["accuracy"] == json.loads((tmp_path / "result.json").read_text())["metrics"]["accuracy"]
     assert measured["num_images"] == len(load_source("digits", eval_fraction=0.02).evaluation)
+    source = f"import torch\nfrom torch import nn\n\n{inspect.getsource(small_net)}"
+    (tmp_path / "custom_model_of_a_test.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", "custom_model_of_a_test:small_net"]
+    for weights in ([], ["--weights", "step_2"]):
+        assert exit_status(["export", str(tmp_path), "--output", f"exported{len(weights)}", *weights, *model]) == 0
+        assert exit_status(["push", str(tmp_path), f"me/digits{len(weights)}", *weights, *model]) == 0
+    assert exit_status(["export", str(tmp_path), *model]) == 0  # into the run's own folder, which is used on
+    reset_accelerate()
+    assert evaluate_run(tmp_path, model=small_net)["accuracy"] == measured["accuracy"]
+    assert hub_section(tmp_path, small_net) == {}
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(recipe_file.read_text() + "hub: {repo: me/named}\n")
+    assert hub_section(tmp_path, small_net) == {"repo": "me/named"}
+    saved = trainer.raw_model.state_dict()
+    assert_same(saved, load_file("exported0/model.safetensors"))
+    assert not torch.equal(saved["4.bias"], load_file("exported2/model.safetensors")["4.bias"])
+    for number in (0, 2):
+        pushed = hub.repos[f"me/digits{number}"].files
+        assert pushed["model.safetensors"] == Path(f"exported{number}/model.safetensors").read_bytes()
+        assert b"duration: 4 steps" in pushed["recipe.yaml"]
+        assert b"`custom_model_of_a_test:small_net` for 32 px images and 10 classes" in pushed["README.md"]
+        assert b"model.load_state_dict(load_file(hf_hub_download" in pushed["README.md"]
 
 
 def first_four(model: nn.Module, images: Tensor) -> Tensor:
@@ -438,6 +467,17 @@ def test_a_part_that_the_run_was_not_begun_with_is_refused(recipe: Path, tmp_pat
         build(recipe, tmp_path / "run", "train.duration=3 steps", resume=True, transform=jitter)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_the_same_parts(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    build(recipe, run, transform=jitter)  # which writes resolved.yaml
+    with pytest.raises(RunError, match=r"transform: .*jitter in the run, not passed now"):
+        build(recipe, run, resume=True)
+    (run / "resolved.yaml").unlink()
+    assert build(recipe, run, resume=True, transform=jitter).state.step == 0
+
+
 def test_settings_without_effect_are_said_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     text = RECIPE.replace("flip: false", "flip: false, erase: 0.5, mixup: 0.2, color_jitter: {hue: 0.1}")
     trainer = build(write_recipe(text), tmp_path, "schedule.warmup=1 steps", transform=jitter, schedule=falling)
@@ -510,16 +550,19 @@ def test_a_step_loss_trains_as_in_a_plain_loop(recipe: Path, tmp_path: Path, nam
         )
 
 
-def fit_consistent(recipe: Path, folder: Path) -> dict[str, Tensor]:
-    step_loss, overrides = loss_of("views")
-    trainer = build(recipe, folder, *overrides, "data.workers=1", step_loss=step_loss)
+def fit_unequal_shares(name: str, recipe: Path, folder: Path) -> dict[str, Tensor]:
+    """Train on steps of 13, 13, 1 and 13 images."""
+    step_loss, overrides = loss_of(name)
+    overrides += ["data.workers=1", "train.batch_size=13", "train.max_images=27", "accelerate.micro_batch_size=4"]
+    trainer = build(recipe, folder, *overrides, step_loss=step_loss)
     trainer.fit()
-    return weights_of(trainer)
+    return weights_of(trainer) | (step_loss.state_dict() if isinstance(step_loss, nn.Module) else {})
 
 
-def test_views_are_the_same_with_one_and_two_processes(recipe: Path, tmp_path: Path) -> None:
-    alone = fit_consistent(recipe, tmp_path / "one")
-    first, second = run_processes(fit_consistent, recipe, tmp_path / "two")
+@pytest.mark.parametrize("name", ["views", "margin"])
+def test_one_and_two_processes_with_unequal_shares_train_alike(recipe: Path, tmp_path: Path, name: str) -> None:
+    alone = fit_unequal_shares(name, recipe, tmp_path / "one")
+    first, second = run_processes(fit_unequal_shares, name, recipe, tmp_path / "two")
     assert_same(first, second)
     assert_same(alone, first, rtol=1e-4, atol=1e-5)
 
