@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, the name of a shipped recipe, or hf://OWNER/NAME.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, a run folder, the name of a shipped recipe, or hf://OWNER/NAME.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.batch_size=64")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 WeightsOption = Annotated[

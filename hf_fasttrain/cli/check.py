@@ -34,7 +34,7 @@ def check(
     from hf_fasttrain.from_recipe.parts import build_parts
     from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
     from hf_fasttrain.recipe.load import output_dir
-    from hf_fasttrain.run_folder.folder import run_files_in
+    from hf_fasttrain.run_folder.folder import how_to_resume_run, is_unsaved, run_files_in
     from hf_fasttrain.utils.terminal import build_table, wide_terminal
 
     folder = Path(output_dir(loaded))
@@ -48,8 +48,9 @@ def check(
     terminal.print(build_table(("key", "value", "origin", "tag"), rows, title=title))
     title, header, parts_of_memory = memory_table(parts)
     terminal.print(build_table(header, parts_of_memory, title=title))
-    if run_files_in(folder):
-        parts.settings.note(f"output_dir {folder} contains a run already; training would be refused")
+    if run_files_in(folder) and not is_unsaved(folder):
+        how = how_to_resume_run(folder)
+        parts.settings.note(f"output_dir {folder} contains a run already: {how} continues it, a new one is refused")
     for note in [*parts.settings.notes, *parts.settings.weight_notes]:
         terminal.print_line(f"note: {note}")
     if images:

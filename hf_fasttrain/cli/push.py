@@ -9,6 +9,7 @@ import typer
 from hf_fasttrain.cli.arguments import ModelOption, RunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import print_note
 from hf_fasttrain.utils.errors import UserError
+from hf_fasttrain.utils.format import format_command
 from hf_fasttrain.utils.printing import echo
 
 
@@ -28,7 +29,8 @@ def push(
     hub = hub_section(run, model)
     name = repo or hub.get("repo")
     if not name:
-        raise UserError(f"{run}: its recipe has no hub.repo; give the repository: hf-fasttrain push {run} OWNER/NAME")
+        command = format_command("push", run, "OWNER/NAME")
+        raise UserError(f"{run}: its recipe has no hub.repo; give the repository: {command}")
     if name == hub.get("repo"):
         private = hub.get("private") if private is None else private
         license = license or hub.get("license")

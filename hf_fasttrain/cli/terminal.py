@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from hf_fasttrain.before_torch import launched_rank
 from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.errors import Stopped
+from hf_fasttrain.utils.format import format_command
 from hf_fasttrain.utils.printing import echo
 
 
@@ -39,4 +39,4 @@ def exit_on_ctrl_c() -> Iterator[None]:
 
 def command_line() -> str:
     """Return the command line as typed, without tokens."""
-    return without_secrets(shlex.join(["hf-fasttrain", *sys.argv[1:]]))
+    return without_secrets(format_command(*sys.argv[1:]))

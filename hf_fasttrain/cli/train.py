@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,14 +119,21 @@ def _end_trackers(trainer: Trainer) -> None:
 def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
     from hf_fasttrain.train.early_stopping import EarlyStop, how_to_continue
     from hf_fasttrain.train.final_weights import which_weights
-    from hf_fasttrain.utils.format import format_duration, format_images_rate, format_percent
+    from hf_fasttrain.utils.format import format_command, format_duration, format_images_rate, format_percent
 
     early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_continue()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
     score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     page = folder / REPORT_FILE
-    model_overrides = [text for text in recipe.source.overrides if text.startswith("model.")]
-    name_and_model = shlex.join([recipe.source.name, *model_overrides])
+    model = [text for text in recipe.source.overrides if text.startswith("model.")]
+    longer = replace(recipe.train.duration, count=2 * recipe.train.duration.count)
+    resume = format_command(folder, "--resume", f"train.duration={longer}")
+    try_next = [
+        format_command("predict", folder, "IMAGE..."),
+        format_command("evaluate", folder),
+        format_command("export", folder, "--onnx"),
+        format_command("train", recipe.source.argument, *model, "data.dataset=FOLDER", "output_dir=runs/mine"),
+    ]
     report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
     log(
         f"done: {result.steps:,} steps, {result.images:,} images in {format_duration(result.train_seconds)} "
@@ -137,10 +144,6 @@ def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, res
         f"  {folder}/model          the classifier: {which_weights(folder, result)}\n"
         f"  {folder}/result.json    final metrics; metrics.jsonl: their history; resolved.yaml: every setting\n"
         f"{report}"
-        f"  {folder}/checkpoints    to continue from: the same command with --resume and a longer train.duration\n"
-        f"  try next:\n"
-        f"    hf-fasttrain predict {folder} IMAGE...\n"
-        f"    hf-fasttrain evaluate {folder}\n"
-        f"    hf-fasttrain export {folder} --onnx\n"
-        f"    hf-fasttrain train {name_and_model} data.dataset=FOLDER output_dir=runs/mine"
+        f"  {folder}/checkpoints    to continue from: {resume}\n"
+        "  try next:\n" + "\n".join(f"    {command}" for command in try_next)
     )

@@ -38,7 +38,7 @@ from hf_fasttrain.recipe.schema import HubSection, Recipe
 from hf_fasttrain.report.callback import Publish
 from hf_fasttrain.run_folder.checkpoint import require_same_parts
 from hf_fasttrain.run_folder.file_names import FILES_WHILE_TRAINING
-from hf_fasttrain.run_folder.folder import require_free, saved_state
+from hf_fasttrain.run_folder.folder import holds_run, is_unsaved, remove_unsaved, require_free, saved_state
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.arguments import require_allowed
 from hf_fasttrain.train.checkpointing import lock_run, not_writable
@@ -80,7 +80,10 @@ def build_trainer(
         require_same_parts(begun_with, custom.settings, folder)
     presets = first_start.presets(loaded) if first_start else None
     parts = build_parts(loaded, dataset=dataset, presets=presets, custom=custom)
-    open_run_folder(folder, parts.accelerator, resume=resume)
+    if replaced := open_run_folder(folder, parts.accelerator, resume=resume):
+        parts.settings.note(
+            f"output_dir {folder}: its run ended before its first checkpoint; {', '.join(replaced)} of it are replaced"
+        )
     saved = saved_state(folder) if resume else None
     trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
     if first_start:
@@ -176,15 +179,27 @@ def assemble(
     return trainer
 
 
-def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
-    """Create the run folder and lock it.
+def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> list[str]:
+    """Create the run folder and lock it; return the names of files of a run that saved nothing, which are removed.
 
     Raises RunError if it holds a run and `resume` is False, if another process is training in it, or if it can't be
     written to.
     """
     require_free(folder, resume=resume)
     Processes(accelerator).wait()  # no process writes before all have checked
-    lock_run(folder)
+    is_locked = lock_run(folder)
+    if resume or not is_unsaved(folder):
+        return []
+    if not is_locked:  # it may still be running
+        raise holds_run(folder)
+
+    def remove() -> list[str]:
+        try:
+            return remove_unsaved(folder)
+        except OSError as error:
+            raise not_writable(folder, error) from None
+
+    return on_main(remove)
 
 
 def _describe_run(folder: Path, settings: ResolvedSettings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from hf_fasttrain.hub.staging import result_while_training, stage
 from hf_fasttrain.run_folder.file_names import PUSHED_FILE, STAGING_FOLDER
 from hf_fasttrain.utils.files import read_json, reason, try_to_write, write_json
+from hf_fasttrain.utils.format import format_command
 
 PATIENCE_SECONDS = 300.0  # how long one push retries transient errors
 REPORT_SECONDS = 10.0  # reserved at the end of the wait, so that the error is known
@@ -40,7 +40,7 @@ class PushOptions:
         """Return the command that pushes the run manually."""
         arguments = [*(["--private"] if self.private else []), *(["--license", self.license] if self.license else [])]
         arguments += ["--weights", "best"] if self.every == "best" else []
-        return shlex.join(["hf-fasttrain", "push", str(run), self.repo, *arguments])
+        return format_command("push", run, self.repo, *arguments)
 
 
 class Pusher:

@@ -17,7 +17,14 @@ from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
 from hf_fasttrain.utils.clean import cut, markdown, markdown_block, markdown_code
 from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.files import read_json
-from hf_fasttrain.utils.format import NOTHING, format_bytes, format_duration, format_percent, format_rate
+from hf_fasttrain.utils.format import (
+    NOTHING,
+    format_bytes,
+    format_command,
+    format_duration,
+    format_percent,
+    format_rate,
+)
 from hf_fasttrain.utils.remote import is_hub_url, is_repo_name, parse_hub_url
 
 CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
@@ -177,7 +184,7 @@ def _usage(spec: dict[str, Any], repo: str, files: Mapping[str, bytes | Path]) -
         shown = [f"With {tool}:\n\n```python\n{code}```" for tool, code in parts.items()]
         return "\n\n".join(["## How to use it", *shown])
     shown = [f"With {tool} (`python classify.py IMAGE`):\n\n```python\n{code}```" for tool, code in parts.items()]
-    command = f"hf-fasttrain predict hf://{repo} IMAGE..."
+    command = format_command("predict", f"hf://{repo}", "IMAGE...")
     return "\n\n".join(["## How to use it", *shown, f"With hf_fasttrain:\n\n```bash\n{command}\n```"])
 
 

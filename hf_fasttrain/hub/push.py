@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from hf_fasttrain.run_folder.scrub import Scrubber, strings
 from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason
+from hf_fasttrain.utils.format import format_command
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 
 # Files that a push writes, and that a later push deletes if it does not have them. Other files are kept.
@@ -74,7 +74,7 @@ def push_run(
     finished = read_run(folder) if given is None else None
     options = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
     options += ["--weights", weights] if weights is not None else []
-    command = command or shlex.join(["hf-fasttrain", "push", str(run), repo, *options])
+    command = command or format_command("push", run, repo, *options)
     upload = Upload(repo, private, message, command, stalled)
     upload.require_possible()
     with staged(folder, weights, given.spec if given is not None else None) as chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_fasttrain.run_folder.file_names import RECIPE_FILE
 from hf_fasttrain.utils.errors import RecipeError, nearest
 
 
@@ -31,18 +32,23 @@ def recipe_header(path: Path) -> str:
 
 
 def find_recipe(recipe: str) -> Path:
-    """Return a recipe's file by its path or by a shipped recipe's name. Raises RecipeError."""
+    """Return a recipe's file by its path, by its run folder or by a shipped recipe's name. Raises RecipeError."""
     path = Path(recipe).expanduser()
     if len(recipe) > 1000:
         raise RecipeError(f"{recipe[:60]}...: is not the name of a recipe file; it has {len(recipe)} characters")
-    if path.is_dir():
-        raise RecipeError(f"{recipe}: is a folder; give a recipe file")
-    if path.exists():
+    if (path / RECIPE_FILE).is_file():
+        return path / RECIPE_FILE
+    if path.exists() and not path.is_dir():
         return path
     shipped = shipped_recipes()
     name = recipe.removeprefix("recipes/").removesuffix(".yaml")
     if name in shipped and not path.is_absolute():
         return shipped[name]
+    if path.is_dir():
+        raise RecipeError(
+            f"{recipe}: is a folder without {RECIPE_FILE}; give a recipe file or a run folder, and images as "
+            f"data.dataset={recipe}"
+        )
     raise RecipeError(
         f"{recipe}: no such recipe file; shipped recipes are {', '.join(shipped)}.{nearest(name, shipped)}"
     )

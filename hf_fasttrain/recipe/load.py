@@ -6,7 +6,7 @@ import copy
 import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,32 @@ def load_recipe(
 ) -> Recipe:
     """Return the checked recipe of a file, a shipped recipe's name, hf://OWNER/NAME or a `Recipe`, with overrides.
 
-    An override is `section.key=value`. `metrics` are names of the user's own that may be watched beside those of
-    evaluate.metrics; None: any. Raises RecipeError with all mistakes in one message.
+    A run folder stands for its recipe.yaml with itself as output_dir. An override is `section.key=value`. `metrics` are
+    names of the user's own that may be watched beside those of evaluate.metrics; None: any. Raises RecipeError with all
+    mistakes in one message.
     """
     if isinstance(recipe, Recipe):
         return _with_overrides(recipe, overrides, metrics) if overrides else recipe
     if is_hub_url(str(recipe)):
-        return _load_pushed(str(recipe), overrides, metrics)
-    path = find_recipe(str(recipe))
-    return parse_recipe(_read_file(path), overrides, where=str(path), name=path.stem, metrics=metrics)
+        loaded = _load_pushed(str(recipe), overrides, metrics)
+    else:
+        path, folder = find_recipe(str(recipe)), Path(recipe).expanduser()
+        name = path.resolve().parent.name if folder.is_dir() else path.stem
+        loaded = parse_recipe(_read_file(path), overrides, where=str(path), name=name, metrics=metrics)
+        if path.parent == folder:
+            loaded = _in_folder(loaded, folder)
+    loaded._source = replace(loaded.source, argument=str(recipe))
+    return loaded
+
+
+def _in_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a run folder with that folder as output_dir, unless an override gives another one."""
+    is_same = os.path.realpath(output_dir(recipe)) == os.path.realpath(folder)
+    if is_same or origin_of(recipe, "output_dir") == "override":
+        return recipe
+    moved = with_values(recipe, {"output_dir": str(folder)})
+    moved._source = replace(recipe.source, origins={**recipe.source.origins, "output_dir": "override"})
+    return moved
 
 
 def _read_file(path: Path) -> str:
@@ -59,7 +76,7 @@ def _with_overrides(recipe: Recipe, overrides: Sequence[str], metrics: Collectio
     source, tree = recipe.source, recipe.model_dump(mode="json", exclude_unset=True)
     written = _Written(tree, dict(source.origins), f"recipe '{source.name}'")
     checked, origins = _checked(written, overrides, metrics)
-    checked._source = RecipeSource(source.name, source.text, origins, (*source.overrides, *overrides))
+    checked._source = replace(source, origins=origins, overrides=(*source.overrides, *overrides))
     return checked
 
 
@@ -79,7 +96,7 @@ def _load_pushed(url: str, overrides: Sequence[str], metrics: Collection[str] | 
     for key, runs in runs_code.items():
         if runs and origin_of(recipe, key) == "recipe":
             value = flatten(recipe)[key]
-            override = shlex.quote(f"{key}={plain(value)}")
+            override = how_to_write(key, value, as_override=True)
             raise RecipeError(
                 f"{where}: {key}={plain(value)} runs code from the Hub; read that code first, then allow it by the "
                 f"override {override}, or override it with another value"

@@ -395,3 +395,4 @@ class RecipeSource:
     text: str  # of the file as the user wrote it
     origins: dict[str, str]  # dotted key -> "recipe" | "override"; absent: default
     overrides: tuple[str, ...] = ()
+    argument: str = ""  # what `load_recipe` found it by: a path, a shipped recipe's name, hf://OWNER/NAME

@@ -11,6 +11,7 @@ from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.train.callbacks import Callback
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.files import reason
+from hf_fasttrain.utils.format import format_command
 
 if TYPE_CHECKING:
     from hf_fasttrain.hub.background import Pusher
@@ -51,7 +52,8 @@ class Publish(Callback):
         try:
             self.publish(trainer.state.step, trainer.evaluation.predictions)
         except KeyboardInterrupt:
-            self.log.say(f"training is finished; Ctrl-C skipped the rest: hf-fasttrain report {self.run}, or push")
+            command = format_command("report", self.run)
+            self.log.say(f"training is finished; Ctrl-C skipped the rest: `{command}`, or push")
 
     def publish(self, step: int, predictions: Predictions | None) -> None:
         """Write the report of a run that ended after `step` steps, then push it."""
@@ -76,7 +78,7 @@ class Publish(Callback):
         except OSError as error:
             self.log.not_written(str(self.run / REPORT_FILE), error)
         except Exception as error:  # noqa: BLE001 - errors of drawing libraries
-            self.log.say(f"note: no report: {reason(error)}; `hf-fasttrain report {self.run}` writes it later")
+            self.log.say(f"note: no report: {reason(error)}; `{format_command('report', self.run)}` writes it later")
 
     def _is_lost(self, name: str) -> bool:
         return any(lost.startswith(f"{self.run / name}:") for lost in self.log.lost)

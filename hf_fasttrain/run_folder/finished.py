@@ -18,8 +18,9 @@ from hf_fasttrain.run_folder.file_names import (
     SPEC_FILE,
     WEIGHTS_FILE,
 )
+from hf_fasttrain.run_folder.folder import how_to_resume_run
 from hf_fasttrain.run_folder.scrub import is_local_path
-from hf_fasttrain.utils.errors import RunError, first_lines, how_to_resume
+from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import read_json, restore_folder
 from hf_fasttrain.utils.yaml import read_yaml
 
@@ -80,7 +81,7 @@ def read_run(run: Path) -> FinishedRun:
     if missing:
         raise RunError(
             f"{run}: is not a finished run, it has no {' and no '.join(missing)}; give the run folder of a finished "
-            f"training, or finish it first: {how_to_resume()}"
+            f"training, or finish it first: {how_to_resume_run(run)}"
         )
     path = run / MODEL_FOLDER / SPEC_FILE
     try:

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, read_state
-from hf_fasttrain.run_folder.file_names import CHECKPOINTS_FOLDER, RUN_FILES
-from hf_fasttrain.utils.errors import RunError, resume_option
+from hf_fasttrain.run_folder.checkpoint import PREFIX, complete_checkpoints, read_state
+from hf_fasttrain.run_folder.file_names import (
+    BAD_IMAGES_FILE,
+    CHECKPOINTS_FOLDER,
+    FILES_WHILE_TRAINING,
+    LOCK_FILE,
+    MODEL_FOLDER,
+    PREDICTIONS_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    RESOLVED_FILE,
+    RESULT_FILE,
+    RUN_FILES,
+    TRACKERS_FOLDER,
+)
+from hf_fasttrain.utils.errors import RunError, how_to_resume, resume_option
+from hf_fasttrain.utils.format import format_command
+
+FILES_OF_UNSAVED = (*FILES_WHILE_TRAINING, BAD_IMAGES_FILE, TRACKERS_FOLDER)
 
 
 def require_free(folder: Path, *, resume: bool) -> None:
-    """Raise RunError if the path is not a folder, or if it holds a run and `resume` is False."""
+    """Raise RunError if the path is not a folder, or if it holds a run and `resume` is False.
+
+    A run that was stopped before it saved anything does not count: see `is_unsaved`.
+    """
     try:
         exists = folder.exists()
     except OSError as error:
@@ -19,11 +40,49 @@ def require_free(folder: Path, *, resume: bool) -> None:
     if exists and not folder.is_dir():
         raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
     files = run_files_in(folder)
-    if files and not resume:
-        raise RunError(
-            f"output_dir {folder}: holds a run already ({', '.join(files)}); add {resume_option()} to continue it, "
-            "or choose another output_dir"
-        )
+    if files and not resume and not is_unsaved(folder):
+        raise holds_run(folder)
+
+
+def holds_run(folder: Path) -> RunError:
+    """Return the error for a new run in a folder that holds one."""
+    command = resume_command(folder)
+    how = f"`{command}` continues it" if command else f"add {resume_option()} to continue it"
+    files = ", ".join(run_files_in(folder))
+    return RunError(f"output_dir {folder}: holds a run already ({files}); {how}, or choose another output_dir")
+
+
+def resume_command(folder: Path) -> str | None:
+    """Return the command that resumes a recipe's run; None where a launcher or a Python program has started it."""
+    is_launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if resume_option() != "--resume" or is_launched or not (folder / RECIPE_FILE).is_file():
+        return None
+    return format_command(folder, "--resume")
+
+
+def how_to_resume_run(folder: Path) -> str:
+    """Return how the run in a folder is resumed, as the subject of a sentence that ends with `continues`."""
+    command = resume_command(folder)
+    return f"`{command}`" if command else how_to_resume()
+
+
+def is_unsaved(folder: Path) -> bool:
+    """Return whether a folder holds a recipe's run that ended before it saved a checkpoint or a result.
+
+    Its lock file and resolved.yaml show that its files were written by a run; nothing of them is worth keeping.
+    """
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    saved = [folder / name for name in (RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FILE, REPORT_FILE)]
+    is_run = (folder / RESOLVED_FILE).is_file() and (checkpoints / LOCK_FILE).is_file()
+    return is_run and not any(path.exists() for path in saved) and not any(checkpoints.glob(f"{PREFIX}*"))
+
+
+def remove_unsaved(folder: Path) -> list[str]:
+    """Remove the files of a run that saved nothing, and return their names. Raises OSError."""
+    found = [folder / name for name in FILES_OF_UNSAVED if (folder / name).exists()]
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in found]
 
 
 def run_files_in(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, write_atomically
-from hf_fasttrain.utils.format import format_duration, format_images_rate, format_percent, format_rate
+from hf_fasttrain.utils.format import format_command, format_duration, format_images_rate, format_percent, format_rate
 from hf_fasttrain.utils.terminal import Terminal, build_table
 from hf_fasttrain.utils.yaml import write_yaml
 
@@ -159,5 +159,5 @@ def print_tuning(terminal: Terminal, result: TuneResult, path: Path) -> None:
         rows.append((m.arm.name, *figures, mark))
     header = ("settings", "images/s", "x as it is", "whole training", "turns", "")
     terminal.print(build_table(header, rows, title="settings tried", right=(1, 2, 3, 4)))
-    for line in [*summary(result), f"{path}: hf-fasttrain {path}"]:
+    for line in [*summary(result), f"{path}: {format_command('train', path)}"]:
         terminal.print(line)

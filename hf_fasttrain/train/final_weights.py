@@ -11,6 +11,7 @@ from hf_fasttrain.train.checkpoint_state import State, TrainingObjects
 from hf_fasttrain.train.checkpointing import Checkpoints
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.format import format_command
 
 CHOICES = ("auto", "best", "last")
 
@@ -94,7 +95,8 @@ def which_weights(run: Path, result: Result) -> str:
         return f"{of} of step {step:,}, the last and the best{shown[last]}"
     words = {best["step"]: "the best evaluation", last: "the last"}
     other = best["step"] if step == last else last
-    command = f"hf-fasttrain export {run} --weights {'last' if other == last else 'best'} --output FOLDER"
+    name = "last" if other == last else "best"
+    command = format_command("export", run, "--weights", name, "--output", "FOLDER")
     return (
         f"{of} of {words[step]}, step {step:,}{shown[step]}; {words[other]}, step {other:,}{shown[other]}, "
         f"by\n      {command}"

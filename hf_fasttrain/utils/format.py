@@ -11,6 +11,7 @@ Every function accepts values read from files of older or broken runs: None and 
 from __future__ import annotations
 
 import math
+import shlex
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -97,3 +98,8 @@ def format_percent(share: Any, digits: int = 1) -> str:
 def format_interval(median: float, low: float, high: float) -> str:
     """Return a ratio with its interval: "1.25 (1.20 - 1.31)"."""
     return f"{median:.2f} ({low:.2f} - {high:.2f})"
+
+
+def format_command(*arguments: object) -> str:
+    """Return a command of `hf-fasttrain` as it can be typed in a shell."""
+    return shlex.join(["hf-fasttrain", *map(str, arguments)])

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from helpers.commands import require_accepted, suggested
 from helpers.processes import reset_accelerate
 from helpers.runs import exit_status
 
@@ -37,7 +38,11 @@ def run(
     arguments += ["evaluate.every=25 epochs", "checkpoint.every=25 epochs"]
     printed = call(arguments, capsys)
     assert "done: 50 steps" in printed
-    assert f"hf-fasttrain predict {folder} IMAGE..." in printed
+    commands = suggested(printed)
+    assert ["predict", str(folder), "IMAGE..."] in commands
+    assert [str(folder), "--resume", "train.duration=50 epochs"] in commands
+    for command in commands:
+        require_accepted(command)
     return folder
 
 
@@ -60,9 +65,12 @@ def test_evaluate_predict_and_resume(run: Path, image_folder: Path, capsys: pyte
     assert sum(guess["score"] for guess in rows[0]["classes"]) <= 1.0
     assert "red" in call(["predict", str(run), str(red / "0.jpg")], capsys)
 
-    overrides = [f"data.dataset={image_folder}", f"output_dir={run}"]
-    recipe = run / "recipe.yaml"
-    assert "this run is finished (50 steps)" in call(["train", str(recipe), *overrides, "--resume"], capsys)
+    assert "this run is finished (50 steps)" in call([str(run), "--resume"], capsys)
+    reset_accelerate()
+    assert exit_status([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "recipe.yaml, resolved.yaml, metrics.jsonl, result.json, checkpoints" in error
+    assert suggested(error) == [[str(run), "--resume"]]
 
 
 def test_predict_refuses_files_that_are_not_images(

@@ -293,7 +293,10 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "unknown metric": (["evaluate.metrics=[accuracy, acuracy]"], "'acuracy' is not built in"),
     "top5 of multi-label": (["evaluate.metrics=[accuracy, top5_accuracy]", "data.dataset=TMP/multi"], "no meaning"),
     "output_dir is a file": (["output_dir=TMP/notes.txt"], "is a file; choose another output_dir"),
-    "output_dir holds a run": (["output_dir=TMP/held"], "holds a run already .recipe.yaml.; add --resume"),
+    "output_dir holds a run": (
+        ["output_dir=TMP/held"],
+        "holds a run already .recipe.yaml.; `hf-fasttrain .*held --resume` continues it, or choose another",
+    ),
     "test split trained on": (["data.test_split=train"], "data.test_split: 'train' is trained or evaluated on already"),
     "evaluation split trained on": (["data.eval_split=train"], "data.eval_split: 'train' is trained on already"),
     "model of one size": (
@@ -450,7 +453,7 @@ def test_launch_configurations_that_are_not_built(
     [
         (["chek"], "'chek' is neither a recipe nor a command. Did you mean 'check'"),
         (["quickstat.yaml"], "quickstat.yaml: no such recipe file; .* Did you mean 'quickstart'"),
-        (["."], "is a folder; give a recipe file"),
+        (["."], "is a folder without recipe.yaml; give a recipe file or a run folder, and images as data.dataset=."),
         (["evaluate", "nowhere"], "nowhere: no such folder"),
         (["x" * 3000 + ".yaml"], "is not the name of a recipe file"),
         (["recipes", "copy", "vit", "/nowhere/x.yaml"], "/nowhere/x.yaml: can't be written"),
