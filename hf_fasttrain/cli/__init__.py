@@ -12,6 +12,7 @@ from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.cli.terminal import is_main
 from hf_fasttrain.utils.errors import RunError, UserError, on_command_line
+from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.printing import echo
 
 
@@ -58,10 +59,12 @@ def _leave_processes() -> None:
 
 @contextlib.contextmanager
 def _out_of_memory_as_error() -> Iterator[None]:
-    """Turn a MemoryError of any command into a message."""
+    """Turn lack of memory in any command into a message."""
     try:
         yield
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         what = next(iter(str(error).splitlines()), "")
         out_of_memory = RunError(
             f"out of memory{f': {what}' if what else ''}; end other programs, or use a smaller model or image"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
+from hf_fasttrain.models.limits import limited_size
 from hf_fasttrain.models.model import (
     ModelSpec,
     Preprocessing,
@@ -44,7 +45,8 @@ def model_from(
     torch.manual_seed(recipe.seed)
     if custom.model is not None:
         return _custom_model(custom, recipe, spec, device, settings)
-    model = build_model(spec, recipe.model.pretrained, head=recipe.model.head, note=settings.weight_notes.append)
+    with limited_size(f"model {recipe.model.name}"):
+        model = build_model(spec, recipe.model.pretrained, head=recipe.model.head, note=settings.weight_notes.append)
     require_logits(model, spec)
     if recipe.data.train_size:
         require_logits(model, replace(spec, image_size=recipe.data.train_size), key="data.train_size")

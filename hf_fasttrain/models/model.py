@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.models.head import HeadChoice, WeightsSource, output_layers, timm_head_names, transformers_head_names
+from hf_fasttrain.models.limits import building, require_plain_args
 from hf_fasttrain.models.pretrained import Head, Note, adapt_published_head, load_pretrained
 from hf_fasttrain.models.transformers_model import (
     TransformersClassifier,
@@ -32,7 +32,9 @@ from hf_fasttrain.models.weights import (
     without_wrapper,
 )
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE
-from hf_fasttrain.utils.errors import ModelError, nearest
+from hf_fasttrain.run_folder.schemas import ConfigFile, read_file
+from hf_fasttrain.utils.errors import ModelError, nearest, shown
+from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import batch_norm_class
 from hf_fasttrain.utils.qualified_name import qualified_name
 
@@ -84,27 +86,6 @@ class ModelSpec:
         return self.name.startswith("transformers:")
 
 
-# Arguments that would load weights or run code from elsewhere; a recipe may be somebody else's.
-NOT_IN_ARGS = {
-    "adapter_kwargs", "allow_all_kernels", "cache_dir", "checkpoint_path", "code_revision", "config", "device_map",
-    "ignore_mismatched_sizes", "local_files_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
-    "quantization_config", "revision", "state_dict", "subfolder", "token", "trust_remote_code", "use_safetensors",
-    "variant", "weights_only",
-}  # fmt: skip
-
-
-def _require_plain_args(spec: ModelSpec) -> None:
-    """Raise ModelError for arguments that do not belong to the architecture."""
-    wrong = sorted(set(spec.args) & NOT_IN_ARGS)
-    if "/" in str(spec.args.get("attn_implementation", "")):  # a kernel from the Hub
-        wrong.append("attn_implementation")
-    if wrong:
-        raise ModelError(
-            f"model.args: {', '.join(wrong)} would load something else than the recipe says; remove it "
-            "(weights: model.pretrained; a model's own code: model.trust_remote_code)"
-        )
-
-
 def build_model(
     spec: ModelSpec, pretrained: bool | str = False, *, head: HeadChoice = "auto", note: Note = lambda _: None
 ) -> nn.Module:
@@ -114,7 +95,7 @@ def build_model(
     is kept if it has the same class names (`head` auto), always (keep) or never (new); otherwise the head is
     zero-initialised, with a `note`. Position embeddings are resized. Any other misfit raises ModelError.
     """
-    _require_plain_args(spec)
+    require_plain_args(spec.args, trusted=spec.trust_remote_code)
     if spec.is_transformers:
         return _build_transformers(spec, pretrained, head, note)
     model = _create_timm(spec, pretrained is True)
@@ -174,18 +155,19 @@ def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
     options: dict[str, Any] = {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
     if _has_fixed_input_size(name):
         options["img_size"] = spec.image_size
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=spec.num_classes, **options, **spec.args)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"model {spec.name} does not take {options | spec.args}: {error}") from None
-    except (AssertionError, ValueError) as error:
-        raise ModelError(f"model {spec.name} can't be built for {spec.image_size} px images: {error}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(download_error(spec.name, error)) from None
-    except RuntimeError as error:
-        if pretrained:
+    with building(f"model {spec.name} with model.args={shown(spec.args)}"):
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=spec.num_classes, **options, **spec.args)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"model {spec.name} does not take {options | spec.args}: {error}") from None
+        except (AssertionError, ValueError) as error:
+            raise ModelError(f"model {spec.name} can't be built for {spec.image_size} px images: {error}") from None
+        except (HfHubHTTPError, OSError) as error:
+            raise ModelError(download_error(spec.name, error)) from None
+        except RuntimeError as error:
+            if not pretrained or is_out_of_memory(error):
+                raise
             raise ModelError(f"model {spec.name}: no pretrained weights: {error}; set model.pretrained=false") from None
-        raise
 
 
 def _published(model: nn.Module) -> WeightsSource:
@@ -209,10 +191,10 @@ def _has_fixed_input_size(name: str) -> bool:
             _, name, _ = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
         elif name.startswith("local-dir:"):
             config = Path(name.removeprefix("local-dir:")) / CONFIG_FILE
-            name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
+            name = read_file(config, ConfigFile).get("architecture") or ""
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(download_error(name, error)) from None
-    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+    return bool(getattr(timm.get_pretrained_cfg(str(name)), "fixed_input_size", False))
 
 
 def use_small_image_stem(model: nn.Module) -> None:

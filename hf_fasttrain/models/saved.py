@@ -13,16 +13,20 @@ from typing import Any
 from torch import nn
 
 from hf_fasttrain.data.pixels.resize import FILTERS
+from hf_fasttrain.models.limits import building, limited_size
 from hf_fasttrain.models.model import (
     ModelSpec,
     Preprocessing,
     build_model,
     model_preprocessing,
+    require_logits,
 )
 from hf_fasttrain.models.transformers_model import TransformersClassifier, open_classifier
 from hf_fasttrain.models.weights import load_weights, save_weights, without_sharing
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, SPEC_FILE, WEIGHTS_FILE
+from hf_fasttrain.run_folder.schemas import SpecFile, require
 from hf_fasttrain.utils.errors import ModelError
+from hf_fasttrain.utils.files import read_object, reason
 
 
 def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
@@ -160,26 +164,34 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     path = folder / SPEC_FILE
     if not path.exists():
         raise ModelError(f"{folder}: no {SPEC_FILE}; give a run folder whose training has ended, or its model folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        pre = values.pop("preprocessing", None)
-        if pre:
-            pre = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
-        spec = ModelSpec(**values, preprocessing=pre)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"{path}: can't be read as a model's description ({error}); use the version of hf_fasttrain that wrote "
-            "it, or copy the folder again"
-        ) from None
+    spec = read_spec(path)
     if spec.is_own:
         raise ModelError(
             f"{folder}: its model is made by a program's own code ({spec.name.removeprefix('own:')}), which is not in "
             "the folder; for a run folder give the model, --model package.module:function (in Python model=...), else "
             "load model.safetensors into it"
         )
-    if spec.is_transformers:
-        model: nn.Module = open_classifier(replace(spec, name=f"transformers:{folder}"))
-    else:
-        model = build_model(spec)
-        load_weights(model, folder / WEIGHTS_FILE)
+    what = f"the model of {folder}"
+    with limited_size(what, sorted(folder.glob("*.safetensors"))), building(what):
+        if spec.is_transformers:
+            model: nn.Module = open_classifier(replace(spec, name=f"transformers:{folder}"))
+        else:
+            model = build_model(spec)
+            load_weights(model, folder / WEIGHTS_FILE)
+        require_logits(model, spec, f"{SPEC_FILE}'s image_size")
     return model.eval(), spec
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """Return the spec that `save_description` wrote. Raises ModelError for another content."""
+    try:
+        values = require(SpecFile, read_object(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: can't be read as a model's description ({reason(error)}); use the version of hf_fasttrain that "
+            "wrote it, or copy the folder again"
+        ) from None
+    pre = values.get("preprocessing")
+    if pre is not None:
+        pre = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+    return ModelSpec(**{**values, "preprocessing": pre})

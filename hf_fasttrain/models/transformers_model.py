@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_fasttrain.models.head import WeightsSource, transformers_head_names
+from hf_fasttrain.models.limits import building, require_plain_args, require_plain_config
 from hf_fasttrain.models.weights import is_within, names_in
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE
-from hf_fasttrain.utils.errors import ModelError, shortened
+from hf_fasttrain.utils.errors import ModelError, shortened, shown
 from hf_fasttrain.utils.library_errors import is_remote_code_refused
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class TransformersClassifier(nn.Module):
 
 def build_classifier(spec: ModelSpec, *, image_size: int | None = None) -> TransformersClassifier:
     """Return a classifier with random weights, for images of `image_size` unless model.args sets another."""
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
 
     labels = {
         "id2label": dict(enumerate(spec.class_names)),
@@ -40,7 +41,7 @@ def build_classifier(spec: ModelSpec, *, image_size: int | None = None) -> Trans
     }
     options: dict[str, Any] = {"num_labels": spec.num_classes, **labels, **spec.args}
     with _errors_of(spec):
-        config = AutoConfig.from_pretrained(_source_name(spec), trust_remote_code=spec.trust_remote_code, **options)
+        config, _ = _config(spec, _source_name(spec), **options)
         if image_size and hasattr(config, "image_size") and "image_size" not in spec.args:
             config.image_size = image_size
         model = AutoModelForImageClassification.from_config(config, trust_remote_code=spec.trust_remote_code)
@@ -76,13 +77,11 @@ def current_names(
     Files keep the names of the version that wrote them. Shapes are those of the config.json in `folder`, else of the
     published model; tensors of other shapes are dropped.
     """
-    from transformers import AutoConfig
-
     if weights.keys() <= classifier.state_dict().keys():
         return weights
     origin = str(folder) if (folder / CONFIG_FILE).exists() else _source_name(spec)
     with _errors_of(spec), _quiet():
-        config = AutoConfig.from_pretrained(origin, trust_remote_code=spec.trust_remote_code)
+        config, _ = _config(spec, origin)
         renamed, info = type(classifier).from_pretrained(  # type: ignore[attr-defined]
             None, config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -91,15 +90,33 @@ def current_names(
     return known | {name: weights[name] for name in info["unexpected_keys"] if name in weights}
 
 
+def _config(spec: ModelSpec, origin: str, **options: Any) -> tuple[Any, str | None]:
+    """Return the configuration of a folder or Hub repository, and its commit there, if it has one.
+
+    Raises ModelError for one that names kernels, unless the spec trusts the repository's code. What was looked at is
+    what is loaded: the commit is kept.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    values, _ = PretrainedConfig.get_config_dict(origin)
+    require_plain_config(values, spec.name, trusted=spec.trust_remote_code)
+    commit = values.get("_commit_hash")
+    pinned = {"revision": commit} if isinstance(commit, str) else {}
+    return AutoConfig.from_pretrained(origin, trust_remote_code=spec.trust_remote_code, **pinned, **options), commit
+
+
 def _open(spec: ModelSpec, **args: Any) -> tuple[Any, dict[str, Any]]:
     """Return the model of a folder or Hub repository in fp32, and transformers' loading info."""
     from transformers import AutoModelForImageClassification
 
-    options = {"trust_remote_code": spec.trust_remote_code, "weights_only": True}  # nothing is unpickled
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "weights_only": True}  # no pickle
     with _errors_of(spec), _quiet():
+        require_plain_args(args, trusted=spec.trust_remote_code)
+        config, commit = _config(spec, _source_name(spec), **args)
+        options |= {"revision": commit} if commit else {}
         try:
             model, info = AutoModelForImageClassification.from_pretrained(
-                _source_name(spec), output_loading_info=True, **options, **args
+                _source_name(spec), config=config, output_loading_info=True, **options
             )
         except RuntimeError as error:
             why = str(error).splitlines()[-1].strip()
@@ -113,15 +130,18 @@ def _source_name(spec: ModelSpec) -> str:
 
 @contextmanager
 def _errors_of(spec: ModelSpec) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if is_remote_code_refused(error) and not spec.trust_remote_code:
-            raise ModelError(
-                f"model {spec.name} needs its own Python code, which is not run unless the recipe sets "
-                "model.trust_remote_code: true; read that code first"
-            ) from None
-        raise ModelError(download_error(spec.name, error)) from None
+    with building(f"model {spec.name} with model.args={shown(spec.args)}"):
+        try:
+            yield
+        except ModelError:
+            raise
+        except (OSError, ValueError) as error:
+            if is_remote_code_refused(error) and not spec.trust_remote_code:
+                raise ModelError(
+                    f"model {spec.name} needs its own Python code, which is not run unless the recipe sets "
+                    "model.trust_remote_code: true; read that code first"
+                ) from None
+            raise ModelError(download_error(spec.name, error)) from None
 
 
 def download_error(name: str, error: Exception) -> str:

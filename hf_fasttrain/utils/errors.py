@@ -121,6 +121,11 @@ def on_command_line() -> Iterator[None]:
         _called_from_python = previous
 
 
+def is_on_command_line() -> bool:
+    """Return whether the command line is running, rather than a program that imports the package."""
+    return not _called_from_python
+
+
 def resume_option() -> str:
     """Return the argument that resumes a run: of the command line or of `Trainer.from_recipe`."""
     return "resume=True" if _called_from_python else "--resume"

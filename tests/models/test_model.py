@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from hf_fasttrain.models.model import (
     model_preprocessing,
 )
 from hf_fasttrain.models.saved import load_model, save_model
-from hf_fasttrain.models.transformers_model import TransformersClassifier
+from hf_fasttrain.models.transformers_model import TransformersClassifier, open_classifier
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.optim import build_param_groups, undecayed_names
-from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.errors import DataError, ModelError
 
 CLASSES = ["a", "b", "c"]
 
@@ -83,6 +84,28 @@ def test_transformers_models(transformers_folder: Path, tmp_path: Path) -> None:
     started = build_model(asked, pretrained=str(transformers_folder))
     body = "model.resnet.embedder.embedder.convolution.weight"
     assert torch.equal(started.state_dict()[body], model.state_dict()[body])
+
+
+def test_a_configuration_that_names_a_kernel_is_refused_wherever_it_is_read(
+    transformers_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    folder = Path(shutil.copytree(transformers_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "somebody/kernel"}))
+    hostile = spec(f"transformers:{folder}")
+    read: list[str] = []
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **options: read.append(name))
+    started = [
+        lambda: build_model(hostile),
+        lambda: build_model(hostile, pretrained=True),
+        lambda: open_classifier(hostile),
+    ]
+    for start in started:
+        with pytest.raises(ModelError, match=r"attn_implementation: 'somebody/kernel'.*trust_remote_code"):
+            start()
+    assert not read  # refused before transformers looks at it
 
 
 def test_pretrained_file_gives_the_body_and_a_new_head(tmp_path: Path) -> None:
