@@ -129,6 +129,32 @@ def test_it_chooses_the_best_step_and_stops_early(tmp_path: Path) -> None:
     assert "rise" in (tmp_path / "report.html").read_text()
 
 
+def test_best_and_early_stopping_watch_it_through_a_resume(tmp_path: Path) -> None:
+    def trainer(values: list[float], duration: int = 12) -> Trainer:
+        given = iter(values)
+        return small_trainer(
+            tmp_path,
+            duration,
+            metrics={"rise": lambda logits, labels: next(given)},
+            predict=lambda model, images: model(images.flip(-1)),
+            best=Watch("rise", "max"),
+            early_stopping=Watch("rise", "max", patience=4),
+            evaluate_every="1 step",
+            checkpoint_every="3 steps",
+        )
+
+    first = trainer([0.0, 0.1, 0.5, 0.4])  # the first: tried out
+    with first.running():
+        next(report for report in first.iterate() if report.step == 3)
+    second = trainer([0.0, 0.4, 0.5, 0.4, 0.9])
+    second.restore()
+    assert second.state.best is not None
+    assert (second.state.step, second.state.best["step"], second.state.best["value"]) == (3, 2, 0.5)
+    result = second.fit()
+    assert result.best is not None
+    assert (result.best["step"], result.steps, result.stopped_early) == (2, 6, True)
+
+
 class TwoHeads(nn.Module):
     """Gives logits and features."""
 
