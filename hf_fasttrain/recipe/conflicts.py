@@ -160,7 +160,7 @@ def _hub(recipe: Recipe) -> Iterator[Mistake]:
 def _watched_metrics(recipe: Recipe, others: Collection[str] | None) -> Iterator[Mistake]:
     metrics = recipe.evaluate.metrics
     known = list(BUILT_IN_METRICS) if metrics == "auto" else ["loss", *metrics]
-    known = [*map(metric_name, known), *(others or ())]
+    known = [*dict.fromkeys((*map(metric_name, known), *(others or ())))]
     watched = {"checkpoint.best": recipe.checkpoint.best, "early_stopping": recipe.early_stopping}
     for key, watch in watched.items():
         if watch is None:

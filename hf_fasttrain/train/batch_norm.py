@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_fasttrain.models.model import batch_norms
+from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
 from hf_fasttrain.train.distributed import Processes
+from hf_fasttrain.utils.errors import shortened
+from hf_fasttrain.utils.private_apis import batch_norm_class
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -32,3 +34,15 @@ def average_batch_norm(model: nn.Module, processes: Processes) -> None:
     statistics = running_statistics(model)
     for name, mean in averaged_statistics(model, processes).items():
         statistics[name].copy_(mean)
+
+
+def frozen_norms_note(model: nn.Module) -> str | None:
+    """Return a note on batch norms with frozen weights, as those of a teacher within the model; None without any."""
+    norms = {name: each for name, each in model.named_modules() if isinstance(each, batch_norm_class())}
+    frozen = [name for name, norm in norms.items() if not uses_batch_statistics(norm)]
+    if not frozen:
+        return None
+    return (
+        f"{len(frozen):,} of {len(norms):,} batch norms have frozen weights ({shortened(frozen, 3)}): in training they "
+        "use their running statistics, as in evaluation, and do not change them"
+    )

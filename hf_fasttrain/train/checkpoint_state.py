@@ -31,6 +31,7 @@ class State:
     train_seconds: float = 0.0
     wait_seconds: float = 0.0
     lr: float = 0.0  # of the last step
+    base_lr: float = 0.0  # what the schedule's factor multiplies; 0: saved by an older version
     num_steps: int = 0  # the training's length when this was saved
     seed: int | None = None  # of masks, and of the epochs of a user's loader; None: saved by an older version
     evaluated_at: int = -1  # step of the last evaluation

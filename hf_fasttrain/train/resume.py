@@ -101,6 +101,7 @@ def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.log.note(note)
     trainer.stateful.restore(checkpoint)
     vars(trainer.state).update(vars(state))  # in place: others hold it
+    trainer.lr = state.base_lr or trainer.lr
     trainer.final_model = None
     trainer.state.best, note = with_metric(state.best, trainer.evaluation.best)
     if note:

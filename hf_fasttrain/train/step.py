@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fasttrain.data.loading.loader import Step, Timer, no_timer
+from hf_fasttrain.train.batch_norm import frozen_norms_note
 from hf_fasttrain.train.checkpoint_state import State, state_of
 from hf_fasttrain.train.closure import wants_closure, wants_graph
 from hf_fasttrain.train.distributed import Processes
@@ -93,7 +94,7 @@ class TrainStep:
         self._trained = self._given  # without those that forward does not use
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self._num_given_groups = len(optimizer.param_groups)
-        self._has_gradients = self._has_compared = False
+        self._has_gradients = self._has_compared = self._has_settled = False
         self._step: Step | None = None  # whose gradients are there
         self.steps_per_epoch, self.num_steps = 1, 0  # which a step loss is told
         self.time_by(no_timer)
@@ -213,11 +214,13 @@ class TrainStep:
         Called before the first step, and before one from which on other parameters require gradients.
         """
         self._given = [parameter.requires_grad for parameter in self._known]
+        frozen_norms = None if self._has_settled else frozen_norms_note(self.raw_model)  # as they were given
         notes = self.accumulation.leave_out_unused(step)  # memory may be too short for the step's images
         notes += self.split_notes(step)
+        notes += [frozen_norms] if frozen_norms else []
         if self._foreign:
             notes.append(f"{self._foreign_note}: they are trained, but neither clipped nor saved; {OF_LOSS}")
-        self.is_settled = True
+        self.is_settled = self._has_settled = True
         self._trained = [parameter.requires_grad for parameter in self._known]
         self._group_sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         self.accumulation.set_train_mode()  # batch norms follow their weights

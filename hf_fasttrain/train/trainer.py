@@ -358,6 +358,7 @@ class Trainer:
         self.stop.saved()
         with self.throughput.stopped():
             self.throughput.save(self.state)
+            self.state.base_lr = self.lr  # which a callback may have changed
             about = {
                 "state": asdict(self.state),
                 "learnt": self.resume_settings,

@@ -192,6 +192,11 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["evaluate.metrics=[roc_auc]"],
         r"override 'evaluate.metrics=.*': checkpoint.best.metric is 'accuracy', the default, .*; set it to one of",
     ),
+    "only the loss is measured": (
+        RECIPE,
+        ["evaluate.metrics=[loss]", "checkpoint.best.metric=accuracy"],
+        "choose one of loss, or pass it as a function",
+    ),
     "watched but not measured": (
         RECIPE,
         ["evaluate.metrics=[f1_macro]", "checkpoint.best.metric=accuracy"],

@@ -350,6 +350,30 @@ def test_momentum_and_lr_of_a_step_may_be_set(tmp_path: Path) -> None:
     assert all(map(torch.equal, whole.raw_model.parameters(), resumed.raw_model.parameters()))
 
 
+class LowerBaseLr(Callback):
+    """Halves what the schedule's factor multiplies, once."""
+
+    def before_step(self, trainer: Trainer, at: At) -> None:
+        if at.step == 3:
+            trainer.lr /= 2
+
+
+def test_the_lr_of_the_trainer_may_be_changed_and_is_resumed(tmp_path: Path) -> None:
+    whole, resumed = (trained(tmp_path / str(stop), stop, LowerBaseLr) for stop in (0, 4))
+    assert (whole.lr, resumed.lr) == (0.1, 0.1)
+    assert all(map(torch.equal, whole.raw_model.parameters(), resumed.raw_model.parameters()))
+
+
+def test_batch_norms_with_frozen_weights_are_named_once() -> None:
+    trainer = trainer_of(model_with_a_frozen_layer(norm=True), None)
+    trainer.fit()
+    (note,) = [note for note in trainer.log.notes if "batch norms" in note]
+    assert note.startswith("1 of 1 batch norms have frozen weights (1): in training they use their running statistics")
+    trainer = trainer_of(model_with_a_frozen_layer(), None)
+    trainer.fit()
+    assert not [note for note in trainer.log.notes if "batch norms" in note]
+
+
 class Plateau(Callback):
     """Halves the lr of each group where the loss has not fallen: ReduceLROnPlateau(factor=0.5, patience=0)."""
 
