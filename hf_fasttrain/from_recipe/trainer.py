@@ -315,7 +315,8 @@ def build_evaluator(
     predict: Predict | None = None,
 ) -> Evaluator:
     """Return the evaluator of a recipe's metrics, and of the user's `own`; `predict` gives the logits of a model."""
-    built_in, external = resolve_metrics(recipe.evaluate.metrics, multi_label=multi_label)
+    watched = [watch.metric for watch in (recipe.checkpoint.best, recipe.early_stopping) if watch]
+    built_in, external = resolve_metrics(recipe.evaluate.metrics, num_classes, multi_label=multi_label, watched=watched)
     names: dict[str, Any] = {"metrics": built_in, "external": external, "own": own}
     return Evaluator(accelerator, num_classes, multi_label=multi_label, predict=predict, **names)
 

@@ -305,7 +305,8 @@ class EvaluateSection(Section):
     )
     metrics: Annotated[Auto | list[str], OneOrMore] = output(
         "auto",
-        "loss, accuracy, top5_accuracy, f1_macro; any evaluate metric by Hub name or local path",
+        "loss, accuracy, top5_accuracy (auto: if there are more than 5 classes), f1_macro; any evaluate metric by Hub "
+        "name or local path",
         examples=[["accuracy", "f1_macro"]],
     )
     batch_size: Auto | Annotated[int, Field(ge=1)] = speed("auto", "images per process and forward", examples=[128])

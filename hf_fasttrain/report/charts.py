@@ -201,7 +201,7 @@ def _train_chart(record: Record, column: str, title: str, colour: int, form: str
 
 def throughput_charts(record: Record) -> list[Chart]:
     """Return a run's throughput: time per step as computing and waiting, images per second, memory."""
-    charts = [_step_time_chart(record), _train_chart(record, "images_per_second", "Images per second", 2, ",.0f")]
+    charts = [_step_time_chart(record), _train_chart(record, "images_per_second", "Images per second", 2, ",.3r")]
     return [chart for chart in charts if chart is not None]
 
 
@@ -220,7 +220,7 @@ def _step_time_chart(record: Record) -> Chart | None:
             "type": "scatter", "mode": "lines", "name": name, "x": _numbers(whole.x, 9), "y": _numbers(y, 4),
             "stackgroup": "step", "line": {"color": f"theme:c{colour}", "width": 1}, "customdata": rate,
             "fillcolor": f"theme:area{colour}", "meta": {"epochs_per_step": record.epochs_per_step},
-            "hovertemplate": "%{y:,.1f} ms" + ("" if colour else " (%{customdata:,.0f} images/s)"),
+            "hovertemplate": "%{y:,.1f} ms" + ("" if colour else " (%{customdata:,.3r} images/s)"),
         }
         for name, y, colour in parts
     ]  # fmt: skip
@@ -236,7 +236,7 @@ def comparison_charts(records: Sequence[Record], names: Sequence[str]) -> list[C
     """Return the curves of several runs in common charts; a run has the same colour and dashes in each."""
     figures: list[tuple[str, str, str]] = [
         ("loss", "Training loss", ".4f"), ("lr", "Learning rate", ".3~g"),
-        ("images_per_second", "Images per second", ",.0f"), ("data_wait_fraction", "Waiting for data", ".1%"),
+        ("images_per_second", "Images per second", ",.3r"), ("data_wait_fraction", "Waiting for data", ".1%"),
     ]  # fmt: skip
     metrics = dict.fromkeys(name for record in records for name in ("loss", *record.metric_names))
     charts = [_compare_curves(records, names, *figures[0])]

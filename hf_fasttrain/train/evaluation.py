@@ -21,7 +21,7 @@ from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.early_stopping import record_of
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import logits_of
-from hf_fasttrain.train.metrics import MULTI_LABEL, SINGLE_LABEL, ExternalMetrics, Metrics, in_words
+from hf_fasttrain.train.metrics import MULTI_LABEL, SINGLE_LABEL, ExternalMetrics, Metrics, built_in_metrics, in_words
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.train.user_metrics import Metric, Predict, UserMetrics
@@ -56,6 +56,7 @@ class Evaluator:
         if num_classes is not None:  # fail before training
             self.external.try_out(num_classes, multi_label=bool(multi_label))
         self.max_images: int | None = None  # per forward, after memory ran out
+        self.watched: Sequence[str] = ()  # metrics that are measured even where they say little
         self.collects = False  # whether to store predictions for `predictions`
         self._collected: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
 
@@ -91,9 +92,11 @@ class Evaluator:
             self.external.clear()
             self.own.clear()
             return {}
-        values = self._agreed(counts).compute(self.processes.add_up)  # waits for the device
+        agreed = self._agreed(counts)
+        values = agreed.compute(self.processes.add_up)  # waits for the device
         self._collected = collector.columns() if collector is not None else None
-        built_in = {name: values[name] for name in self.metrics or values}
+        names = built_in_metrics(agreed.num_classes, multi_label=agreed.multi_label, watched=self.watched)
+        built_in = {name: values[name] for name in self.metrics or names}
         own = self.own.compute(self.processes, getattr(loader, "rows", None))
         return {**built_in, **self.external.compute(self.processes.gather), **own}
 
@@ -244,6 +247,7 @@ class Evaluation:
         self.evaluator, self.eval_loader = evaluator, eval_loader
         self.state, self.log, self.throughput, self.steps_per_epoch = state, log, throughput, steps_per_epoch
         self.best, self.early_stopping, self.keeps_predictions = best, early_stopping, keeps_predictions
+        evaluator.watched = [watch.metric for watch in (best, early_stopping) if watch is not None]
         self.start = 0  # the first step after which there may be an evaluation
         self.test_loader: Any = None  # evaluated once, with the final weights
         self.test_metrics: dict[str, float] | None = None

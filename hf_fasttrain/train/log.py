@@ -20,6 +20,7 @@ from hf_fasttrain.utils.printing import echo
 from hf_fasttrain.utils.terminal import Terminal
 
 PREFIXES = {"train": "train", "evaluation": "eval"}  # kind of a line -> prefix of its metrics in trackers
+SHOWN_EVERY = 10.0  # seconds between two lines where there is no display
 Track = Callable[[dict[str, float], int], None]
 
 
@@ -106,6 +107,7 @@ class RunLog:
         self.expected: tuple[str, ...] = ()  # files that the run folder must have in the end
         self._display: _Display | None = None
         self._said = 0.0
+        self._left_out = self._has_told_thinned = False
 
     def note(self, text: str) -> None:
         """Print a note once, and keep it for result.json."""
@@ -173,8 +175,12 @@ class RunLog:
         finally:
             self._display.facts = before
 
-    def train_line(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
-        """Record the training's state: loss, lr, images/s, share of time spent waiting for data, memory."""
+    def train_line(self, step: int, num_steps: int, values: Mapping[str, float], pace: float | None = None) -> None:
+        """Record the training's state: loss, lr, images/s, share of time spent waiting for data, memory.
+
+        `pace` are the seconds per step by which the time left was estimated; None: those of this line. Without a
+        display, lines are shown every SHOWN_EVERY seconds, which the first line after one that was left out says.
+        """
         self._write({"kind": "train", "step": step, **values})
         if self.console.quiet:
             return
@@ -182,15 +188,25 @@ class RunLog:
         memory = format_bytes(values["peak_memory_bytes"])
         facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {rate}  waiting {waiting}  {memory}"
         if self._display is not None:
-            more = values["eta_seconds"] - (num_steps - step) * values["seconds_per_step"]
-            self._display.pace(values["seconds_per_step"], max(0.0, more), facts)
+            pace = values["seconds_per_step"] if pace is None else pace
+            self._display.pace(pace, max(0.0, values["eta_seconds"] - (num_steps - step) * pace), facts)
             with suppress(OSError):
                 self._display.move(step, always=True)
-        elif time.monotonic() - self._said >= 10 or step == num_steps:
+        elif time.monotonic() - self._said >= SHOWN_EVERY or step == num_steps:
             self._said = time.monotonic()
             self.say(
                 f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}  {_time_left(values['eta_seconds'])}"
+                f"{self._thinned()}"
             )
+        else:
+            self._left_out = True
+
+    def _thinned(self) -> str:
+        """Return, once, that lines of the log were not shown."""
+        if not self._left_out or self._has_told_thinned:
+            return ""
+        self._has_told_thinned = True
+        return f"  (a line every {SHOWN_EVERY:.0f} s{f'; {METRICS_FILE} has all' if self.folder else ''})"
 
     def eval_line(
         self, step: int, epoch: float, split: str, values: Mapping[str, float], seconds: float, train_seconds: float

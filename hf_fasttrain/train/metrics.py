@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from hf_fasttrain.utils.private_apis import reset_metric
 
 SINGLE_LABEL = BUILT_IN_METRICS
 MULTI_LABEL = ("loss", "accuracy", "f1_macro")
+TOP5 = "top5_accuracy"
+
+
+def built_in_metrics(num_classes: int, *, multi_label: bool, watched: Collection[str] = ()) -> list[str]:
+    """Return the metrics that are measured unless the user chooses; top-5, always 1 of five classes, if `watched`."""
+    if multi_label:
+        return list(MULTI_LABEL)
+    return [name for name in SINGLE_LABEL if name != TOP5 or num_classes > 5 or name in watched]
 
 
 class Metrics:
@@ -207,12 +215,14 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def resolve_metrics(names: str | Sequence[str], *, multi_label: bool) -> tuple[list[str], list[str]]:
-    """Return the names of built-in and of external metrics; ``auto`` means all built-in ones."""
-    builtin = MULTI_LABEL if multi_label else SINGLE_LABEL
+def resolve_metrics(
+    names: str | Sequence[str], num_classes: int, *, multi_label: bool, watched: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Return the names of built-in and of external metrics; ``auto`` means those of `built_in_metrics`."""
     if isinstance(names, str):
-        return list(builtin), []
-    if multi_label and "top5_accuracy" in names:
+        return built_in_metrics(num_classes, multi_label=multi_label, watched=watched), []
+    builtin = MULTI_LABEL if multi_label else SINGLE_LABEL
+    if multi_label and TOP5 in names:
         raise RecipeError("evaluate.metrics: top5_accuracy has no meaning for multi-label data; leave it out")
     chosen = [name for name in dict.fromkeys(["loss", *names]) if name in builtin]
     return chosen, [name for name in names if name not in builtin]

@@ -37,17 +37,18 @@ class Progress:
         if first is not None:
             self._compare_with_uniform(max(first, values["loss"]))
         left = trainer.num_steps - trainer.state.step
+        pace = throughput.recent_seconds_per_step
         evaluating = math.ceil(left / trainer.evaluate_every) * trainer.evaluation.seconds
         line = {
             **values,
             "epoch": trainer.state.step / trainer.train_loader.steps_per_epoch,
             "lr": trainer.state.lr,
-            "eta_seconds": left * values["seconds_per_step"] + evaluating,
+            "eta_seconds": left * pace + evaluating,
             "peak_memory_bytes": peak_memory_bytes(trainer.device),
         }
         if taken := sorted(named.keys() & (line.keys() | {"kind", "step"})):
             raise RunError(f"step_loss returned values named {', '.join(taken)}, as the log's own; call them otherwise")
-        trainer.log.train_line(trainer.state.step, trainer.num_steps, {**line, **named})
+        trainer.log.train_line(trainer.state.step, trainer.num_steps, {**line, **named}, pace)
 
     def _compare_with_uniform(self, first: float) -> None:
         """Say so if a run begins far above the loss of a model that finds all classes equally likely."""

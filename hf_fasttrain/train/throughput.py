@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hf_fasttrain.train.checkpoint_state import State
 
+RECENT_SECONDS = 60.0  # after which a lap counts 1/e in the time that is left
+
 
 @dataclass(frozen=True)
 class NotFinite:
@@ -41,6 +43,7 @@ class Throughput:
         self.images, self.train_seconds, self.wait_seconds = 0, 0.0, 0.0  # of the whole run
         self._since: float | None = None
         self._wait_mark = self._loss = 0.0
+        self._recent_seconds = self._recent_steps = 0.0
         self._new_lap()
 
     def _new_lap(self) -> None:
@@ -98,6 +101,9 @@ class Throughput:
         loss, norm = self._totals(add_up)
         self._mark()
         seconds = max(self._seconds, 1e-9)
+        fading = math.exp(-seconds / RECENT_SECONDS)
+        self._recent_seconds = fading * self._recent_seconds + seconds
+        self._recent_steps = fading * self._recent_steps + self._steps
         values = {
             "loss": loss / sum(self._images) if self._images else self._loss,  # mean over the images
             **({"grad_norm": norm} if self._norms else {}),  # of the last step
@@ -109,6 +115,11 @@ class Throughput:
             self._loss = values["loss"]
             self._new_lap()
         return values
+
+    @property
+    def recent_seconds_per_step(self) -> float:
+        """Seconds per step in the laps of about the last minute; older ones fade away."""
+        return self._recent_seconds / max(1.0, self._recent_steps)
 
     def _totals(self, add_up: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """Return the sum of the losses of all images in this lap, nan if a norm is not finite; and the last norm."""

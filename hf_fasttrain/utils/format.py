@@ -71,12 +71,12 @@ def format_bytes(num_bytes: Any) -> str:
 
 
 def format_rate(per_second: Any) -> str:
-    """Return a rate without its unit, as tables show it: "1,234", "56.7", "0.42"."""
+    """Return a rate without its unit, with three significant digits: "1,230", "56.7", "4.20", "0.0421"."""
     if not is_finite(per_second):
         return _not_finite(per_second)
-    if abs(per_second) >= 99.95:
-        return f"{per_second:,.0f}"
-    return f"{per_second:.1f}" if abs(per_second) >= 1 or not per_second else f"{per_second:.2g}"
+    rounded = float(f"{per_second:.3g}")
+    decimals = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
+    return f"{rounded:,.{max(0, decimals)}f}"
 
 
 def format_images_rate(per_second: Any) -> str:

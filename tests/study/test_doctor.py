@@ -159,7 +159,7 @@ def diagnosis(**changes: Any) -> Diagnosis:
 def test_a_loader_that_is_too_slow_gets_its_sentence() -> None:
     assert diagnosis().verdict == (
         "The model processes 1,900 images/s, the loader delivers 700 on 2 workers: 63% waiting, most of the loader's "
-        "time for decoding (2.00 ms per image, 71%); `data.cache=memory` gives 5,187 here."
+        "time for decoding (2.00 ms per image, 71%); `data.cache=memory` gives 5,190 here."
     )
 
 
@@ -183,7 +183,7 @@ def test_forecasts_follow_from_the_pace() -> None:
     assert found.total_seconds == pytest.approx(100 * 1000 / 700, rel=0.01)
     text = "\n".join(lines(found))
     assert "Memory: 1.07 GB of the host" in text
-    assert "data.cache=memory (from the second epoch on): 5,187 images/s, 7.43 (7.43 - 7.43) times as fast" in text
+    assert "data.cache=memory (from the second epoch on): 5,190 images/s, 7.43 (7.43 - 7.43) times as fast" in text
     assert "Tried without gain: data.workers=4: 703 images/s" in text
     assert "GB of the GPU" in "\n".join(lines(replace(found, device_bytes=2**31)))
 

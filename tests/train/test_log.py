@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 
 import pytest
+import torch
 
 from hf_fasttrain.train import log as runlog
+from hf_fasttrain.train import throughput
 from hf_fasttrain.train.log import RunLog, _Terminal
 
 VALUES = {
@@ -43,7 +46,7 @@ def test_progress_bars_show_epoch_and_run_with_the_remaining_time() -> None:
     shown = bars_after(50)
     assert re.search(r"epoch 2/3 .* 25% 1 min 00 s left", shown), shown  # 30 of 40 steps of 2 s
     assert re.search(r"run +.* 50% 2 min 10 s left", shown)
-    assert "loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.22 GB" in shown
+    assert "loss 0.2500  lr 1.00e-03  1,230 images/s  waiting 3%  3.22 GB" in shown
 
 
 def test_the_last_epoch_may_be_short() -> None:
@@ -95,8 +98,34 @@ def test_without_a_terminal_one_line_an_interval(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert lines[0] == (
-        "step 1/100  epoch 1.50  loss 0.2500  lr 1.00e-03  1,234 images/s  waiting 3%  3.22 GB  2 min 10 s left"
+        "step 1/100  epoch 1.50  loss 0.2500  lr 1.00e-03  1,230 images/s  waiting 3%  3.22 GB  2 min 10 s left"
     )
+    assert lines[1].endswith("left  (a line every 10 s)")
+    assert all(line.endswith("left") for line in lines[2:])
+
+
+def test_the_time_left_is_steady_when_single_laps_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    counts = throughput.Throughput(torch.device("cpu"), lambda: 0.0)
+    estimates, laps = [], []
+    with counts.running():
+        for lap in range(60):
+            for _ in range(10):
+                now[0] += 0.2 if lap % 2 else 0.6
+                counts.add(torch.tensor(1.0), 8)
+            laps.append(counts.lap(lambda tensor: tensor)["seconds_per_step"])
+            estimates.append(counts.recent_seconds_per_step)
+        assert laps[-2:] == pytest.approx([0.6, 0.2])
+        assert estimates[0] == pytest.approx(0.6)
+        assert all(abs(after - before) < 0.03 for before, after in itertools.pairwise(estimates[20:]))
+        assert estimates[-1] == pytest.approx(0.4, abs=0.03)
+        for _ in range(2):  # a lasting change is followed within minutes
+            now[0] += 100.0
+            for _ in range(100):
+                counts.add(torch.tensor(1.0), 8)
+            counts.lap(lambda tensor: tensor)
+    assert counts.recent_seconds_per_step == pytest.approx(1.0, abs=0.1)
 
 
 def test_other_processes_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:

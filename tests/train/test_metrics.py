@@ -96,7 +96,19 @@ def test_unknown_metrics_are_reported() -> None:
     with pytest.raises(RecipeError, match=r"'acuracy' is not built in .* Did you mean 'accuracy'\?"):
         ExternalMetrics(["acuracy"])
     with pytest.raises(RecipeError, match="top5_accuracy has no meaning for multi-label"):
-        resolve_metrics(["top5_accuracy"], multi_label=True)
+        resolve_metrics(["top5_accuracy"], 9, multi_label=True)
+
+
+@pytest.mark.parametrize("num_classes", [3, 5, 6])
+def test_top5_is_measured_only_where_it_says_something(num_classes: int) -> None:
+    """Of five classes or fewer it is always 1; somebody who asks for it or watches it gets it."""
+    batches = random_batches(num_classes, [8])
+    evaluator = Evaluator(Accelerator(cpu=True), num_classes)
+    assert ("top5_accuracy" in evaluator(nn.Identity(), batches)) == (num_classes > 5)
+    assert ("top5_accuracy" in resolve_metrics("auto", num_classes, multi_label=False)[0]) == (num_classes > 5)
+    evaluator.watched = ("top5_accuracy",)
+    assert "top5_accuracy" in evaluator(nn.Identity(), batches)
+    assert "top5_accuracy" in resolve_metrics(["accuracy", "top5_accuracy"], num_classes, multi_label=False)[0]
 
 
 def evaluate_five_images() -> dict[str, float]:
