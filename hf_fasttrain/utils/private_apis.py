@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -197,6 +198,16 @@ def raise_for_dead_workers() -> None:
     from torch._C import _error_if_any_worker_fails
 
     _error_if_any_worker_fails()
+
+
+def has_dead_worker(iterator: Any, seconds: float = 1.0) -> bool:
+    """Return whether a process of an iterator over a DataLoader has died, or does within `seconds`.
+
+    A process that is killed first closes its connections: torch, which receives a batch by one of them, then raises
+    ConnectionError or EOFError and finds the process still alive. Only the iterator knows its processes.
+    """
+    sentinels = [worker.sentinel for worker in getattr(iterator, "_workers", ())]
+    return bool(sentinels) and bool(wait(sentinels, seconds))
 
 
 def shut_down_workers(loader: Any, iterator: Any = None) -> None:

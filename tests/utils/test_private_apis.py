@@ -198,6 +198,18 @@ def test_a_loaders_processes_are_ended(persistent: bool) -> None:
         private_apis.shut_down_workers([1])
 
 
+def test_a_loaders_process_that_has_died_is_noticed() -> None:
+    with relies_on("DataLoader's iterator's _workers", private_apis.has_dead_worker):
+        loader = DataLoader([1, 2, 3], num_workers=1)
+        iterator, before = iter(loader), psutil.Process().children()
+        assert not private_apis.has_dead_worker(iterator, seconds=0.1)
+        with private_apis.no_torch_child_handler():
+            before[-1].kill()
+            assert private_apis.has_dead_worker(iterator, seconds=100)
+        assert not private_apis.has_dead_worker(iter([1]), seconds=100)
+        private_apis.shut_down_workers(loader, iterator)
+
+
 def test_a_process_takes_another_precision() -> None:
     with relies_on("AcceleratorState._shared_state, _reset_state", private_apis.reset_precision):
         Accelerator(cpu=True)

@@ -12,6 +12,7 @@ from typing import Any
 from hf_fasttrain.utils.errors import LoaderDied, first_line
 from hf_fasttrain.utils.library_errors import is_dead_worker
 from hf_fasttrain.utils.private_apis import (
+    has_dead_worker,
     is_torch_child_handler,
     no_torch_child_handler,
     raise_for_dead_workers,
@@ -134,8 +135,8 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
                 CHILD_SIGNAL.end_waiting()
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not is_dead_worker(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not is_dead_worker(error) and not has_dead_worker(batches):
                 raise
             reason = first_line(error)
         else:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,7 +32,7 @@ from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan
-from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths, describe_death
+from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths, batches_of_user, describe_death
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import Images
@@ -420,6 +421,29 @@ def test_a_death_in_a_user_evaluation_loader_is_one_message_too(own_trainer: Cal
     with pytest.raises(LoaderDied, match="a loader process of evaluation split died"):
         trainer.fit()
     assert trainer.state.step == 6
+
+
+class Batch:
+    """A batch whose process is killed while it is received: the connection breaks before the process has ended."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        threading.Timer(0.3, die).start()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return (broken_connection, ())
+
+
+def broken_connection() -> None:
+    raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+def test_a_connection_that_breaks_since_a_process_of_a_user_loader_dies_is_one_message() -> None:
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=1, collate_fn=Batch)
+    with (
+        CHILD_SIGNAL.noted(),  # as while training
+        pytest.raises(LoaderDied, match=r"a loader process of training split died.*Connection reset by peer"),
+    ):
+        next(batches_of_user(loader, "training split"))
 
 
 def test_a_users_handler_of_sigchld_is_called_while_training(own_trainer: Callable[..., Trainer]) -> None:
