@@ -18,7 +18,7 @@ from hf_fasttrain.data.loading.sampler import SampleWeights
 from hf_fasttrain.data.pixels.custom_transform import PixelTransform
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.run_folder.checkpoint import CUSTOM
+from hf_fasttrain.run_folder.file_names import CUSTOM
 from hf_fasttrain.train.schedule import Schedule
 from hf_fasttrain.train.step_loss import StepLoss
 from hf_fasttrain.utils.errors import RunError, first_line, shortened

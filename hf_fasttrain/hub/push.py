@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fasttrain.hub.card import model_card
 from hf_fasttrain.hub.errors import Failure, explain
 from hf_fasttrain.hub.pictures import PICTURES, pictures_of
 from hf_fasttrain.hub.staging import staged
-from hf_fasttrain.models.given import Given, given_model
 from hf_fasttrain.run_folder.file_names import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -31,6 +30,9 @@ from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.format import format_command
 from hf_fasttrain.utils.remote import is_license, is_repo_name
+
+if TYPE_CHECKING:
+    from hf_fasttrain.models.given import Given, OpenedModel
 
 # Files that a push writes, and that a later push deletes if it does not have them. Other files are kept.
 PUSHED_FILES = {
@@ -70,7 +72,7 @@ def push_run(
     folder = Path(run)
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
-    given = given_model(folder, model, weights)
+    given = _given_model(folder, model, weights) if model is not None else None
     finished = read_run(folder) if given is None else None
     options = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
     options += ["--weights", weights] if weights is not None else []
@@ -84,6 +86,12 @@ def push_run(
         except OSError as error:
             raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
         return upload(files, patience, tell)
+
+
+def _given_model(folder: Path, model: Given, weights: str | None) -> OpenedModel | None:
+    from hf_fasttrain.models.given import given_model  # imports torch, which a push of a recipe's run does not need
+
+    return given_model(folder, model, weights)
 
 
 def hub_section(run: Path, model: Given | None = None) -> dict[str, Any]:

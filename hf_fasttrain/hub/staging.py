@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_fasttrain.models.model import ModelSpec
 from hf_fasttrain.run_folder.file_names import (
     EMA_FILE,
     METRICS_FILE,
@@ -28,6 +27,9 @@ from hf_fasttrain.run_folder.finished import metrics_of
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import read_json, read_lines, reason, write_json
+
+if TYPE_CHECKING:
+    from hf_fasttrain.models.model import ModelSpec
 
 COPIED = (RECIPE_FILE, RESOLVED_FILE, METRICS_FILE)
 COPIED_STATE = ("images", "train_seconds", "wait_seconds", "best")  # of a checkpoint's state

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_fasttrain.run_folder.file_names import STATE_FILE
+from hf_fasttrain.run_folder.file_names import CUSTOM, STATE_FILE
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import NewFile, digest_of, new_folder, reason, sync_folder, write_json
 from hf_fasttrain.utils.tensor_tree import pack, unpack
@@ -23,7 +23,6 @@ from hf_fasttrain.utils.tensor_tree import pack, unpack
 MARKER = "COMPLETE"
 PREFIX = "step_"
 FORMAT = 1  # increased when `State` or the layout changes: checkpoints of other versions are refused, not misread
-CUSTOM = "custom."  # prefix of the settings that name parts which were passed in Python
 MAY_CHANGE = ("class_names", "early_stopping")  # they do not change what a step learns
 TRAINING = "training"  # the tensors of `Checkpoint.training`
 

@@ -5,6 +5,7 @@ A run folder is a recipe's output_dir (`Trainer(output_dir=...)`): what a traini
 
 RECIPE_FILE = "recipe.yaml"
 RESOLVED_FILE = "resolved.yaml"  # every setting, with `auto` resolved
+CUSTOM = "custom."  # prefix of its settings that name parts which were passed in Python
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 PREDICTIONS_FILE = "predictions.safetensors"

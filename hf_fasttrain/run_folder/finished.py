@@ -1,4 +1,4 @@
-"""Reading the folder of a finished run."""
+"""Reading the folder of a finished run. This module does not import torch: the upload process starts in no time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.run_folder.checkpoint import CUSTOM
 from hf_fasttrain.run_folder.file_names import (
+    CUSTOM,
     MODEL_FOLDER,
     RECIPE_FILE,
     RESOLVED_FILE,
@@ -18,7 +18,6 @@ from hf_fasttrain.run_folder.file_names import (
     SPEC_FILE,
     WEIGHTS_FILE,
 )
-from hf_fasttrain.run_folder.folder import how_to_resume_run
 from hf_fasttrain.run_folder.scrub import is_local_path
 from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import read_json, restore_folder
@@ -79,6 +78,8 @@ def read_run(run: Path) -> FinishedRun:
     is_own_run(run, None)
     missing = [name for name in (f"{MODEL_FOLDER}/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
     if missing:
+        from hf_fasttrain.run_folder.folder import how_to_resume_run  # imports torch
+
         raise RunError(
             f"{run}: is not a finished run, it has no {' and no '.join(missing)}; give the run folder of a finished "
             f"training, or finish it first: {how_to_resume_run(run)}"
