@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from PIL import Image
 from hf_fasttrain.study import arm_process
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as what a script starts with & has it; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GPU_FOLDER = Path(__file__).parent / "gpu"
 
@@ -38,6 +42,19 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if GPU_TESTS:
         return True if collection_path.parent == GPU_FOLDER.parent and collection_path != GPU_FOLDER else None
     return True if collection_path == GPU_FOLDER else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run folders of tests in two processes, if pytest-xdist is there; files that are named are run in this one."""
+    option = config.option
+    if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):
+        return
+    folders = all((config.invocation_params.dir / argument).is_dir() for argument in config.args)
+    if option.numprocesses is None and folders and not option.usepdb and option.capture != "no" and not GPU_TESTS:
+        option.numprocesses = 2
+    if option.numprocesses and option.dist == "no":
+        option.dist = "worksteal"
 
 
 COLLECTED = pytest.StashKey[set[Path]]()
@@ -62,6 +79,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{number} GPU tests not run: python benchmarks/gpu_check.py")
 
 
+def pytest_unconfigure() -> None:
+    """Let the collector have what `fresh_process` has hidden from it: extension modules complain about what is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Let every test meet accelerate and the environment as they are at the start of a process."""
@@ -70,6 +92,8 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     reset_accelerate()
+    gc.collect()
+    gc.freeze()  # what is imported: training would collect it, which takes 0.3 s, and forks would copy it
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -10,7 +10,10 @@ import zipfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import conftest
 import pytest
 
 import hf_fasttrain
@@ -179,6 +182,47 @@ def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 30  # not a benchmark: it only fails if something heavy is done
+
+
+def test_the_upload_process_does_not_import_torch() -> None:
+    code = "import sys, hf_fasttrain.hub.worker\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def session(*arguments: str, **options: Any) -> Any:
+    """Return the settings of a session of tests, as far as `pytest_cmdline_main` looks at them."""
+    defaults = {"numprocesses": None, "dist": "no", "usepdb": False, "capture": "fd"}
+    option, place = SimpleNamespace(**{**defaults, **options}), SimpleNamespace(dir=ROOT)
+    return SimpleNamespace(option=option, args=arguments, invocation_params=place)
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "dist"),
+    [
+        (session("tests"), 2, "worksteal"),
+        (session("tests/train", "tests/data"), 2, "worksteal"),
+        (session("tests/test_layout.py"), None, "no"),
+        (session("tests/train", "tests/test_layout.py::test_public_names"), None, "no"),
+        (session("tests", numprocesses=0), 0, "no"),
+        (session("tests", numprocesses=4), 4, "worksteal"),
+        (session("tests", numprocesses=4, dist="loadfile"), 4, "loadfile"),
+        (session("tests", usepdb=True), None, "no"),
+        (session("tests", capture="no"), None, "no"),
+    ],
+)
+def test_folders_of_tests_run_in_two_processes_and_files_in_one(given: Any, processes: int | None, dist: str) -> None:
+    conftest.pytest_cmdline_main(given)
+    assert (given.option.numprocesses, given.option.dist) == (processes, dist)
+
+
+def test_processes_of_a_session_start_none_and_pytest_xdist_may_be_missing() -> None:
+    one_of_two, without = session("tests"), session("tests")
+    one_of_two.workerinput = {}
+    del without.option.numprocesses
+    for each in (one_of_two, without):
+        conftest.pytest_cmdline_main(each)
+        assert each.option.dist == "no"
 
 
 def test_public_names() -> None:

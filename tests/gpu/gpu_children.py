@@ -236,6 +236,8 @@ def run_rows(rows: Sequence[str], sending: int, folder: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:xdist",  # it may run in a process of one that distributes tests
         "-c",
         str(ROOT / "pyproject.toml"),
         "--rootdir",

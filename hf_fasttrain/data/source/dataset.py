@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,15 @@ def _open_hub(name: str, config: str | None, revision: str | None) -> dict[str, 
 def digits_dataset() -> Any:
     """Return scikit-learn's 1,797 handwritten digits, 8x8 pixels, as an HF dataset (they ship with scikit-learn)."""
     import datasets
+
+    images, labels, names = _digits_as_png()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@cache  # a process that opens several runs encodes them once
+def _digits_as_png() -> tuple[list[bytes], list[int], list[str]]:
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -262,10 +272,8 @@ def digits_dataset() -> Any:
     for pixels in np.round(digits.images * (255 / 16)).astype(np.uint8):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        images.append({"bytes": buffer.getvalue(), "path": None})
-    names = [str(name) for name in digits.target_names]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+        images.append(buffer.getvalue())
+    return images, digits.target.tolist(), [str(name) for name in digits.target_names]
 
 
 def require_split(splits: Mapping[str, Any], name: str, key: str, where: Any) -> str:
