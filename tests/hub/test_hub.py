@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.hub_server import TOKEN, Hub, running_hub
 from helpers.processes import in_child
+from helpers.programs import Job, run_forked, run_fresh
 from helpers.written_run import CLASS_NAMES, METRICS, RECIPE, write_run
 from huggingface_hub import constants
 from PIL import Image
@@ -240,28 +241,14 @@ def test_card_names_models_and_data_sets_of_the_hub(hub: Hub, copied: Path) -> N
     assert pushed["recipe.yaml"] == (copied / "recipe.yaml").read_bytes()
 
 
-RUN_SNIPPETS = """
-import contextlib, io, json, sys
-codes, image = json.load(sys.stdin)
-answers = []
-for code in codes:
-    sys.argv, printed = ["classify.py", image], io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "classify.py", "exec"), {})
-    answers.append([line.split("  ") for line in printed.getvalue().splitlines()])
-assert "hf_fasttrain" not in sys.modules
-print(json.dumps(answers))
-"""
+def programs_of(readme: bytes, image: Path) -> list[Job]:
+    """Return a card's programs, each to be run once, for an image."""
+    return [(part.split("```")[0], [[str(image)]]) for part in readme.decode().split("```python\n")[1:]]
 
 
-def answers_of_snippets(readme: bytes, image: Path) -> list[list[list[str]]]:
-    """Return what each of a card's programs prints for an image, run as they are in a process of their own."""
-    codes = [part.split("```")[0] for part in readme.decode().split("```python\n")[1:]]
-    command = [sys.executable, "-c", RUN_SNIPPETS]
-    request = json.dumps([codes, str(image)])
-    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=90, cwd=image.parent)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def guesses(printed: str) -> list[list[str]]:
+    """Return score and class of each line that a program prints."""
+    return [line.split("  ") for line in printed.splitlines()]
 
 
 @pytest.fixture
@@ -283,10 +270,10 @@ def test_the_card_s_programs_open_the_pushed_model(hub: Hub, copied: Path, image
     files = hub.repos["me/flowers"].files
     assert files["model.onnx"] == (copied / "model" / "model.onnx").read_bytes()
     assert not any(place in files["model.onnx"] for place in (b"site-packages", b"/hf_fasttrain/", b'File "'))
-    answers = answers_of_snippets(files["README.md"], image)
+    answers, _ = run_fresh(programs_of(files["README.md"], image), image.parent)
     assert len(answers) == 3  # timm, transformers, onnxruntime
     for answer in answers:
-        for (score, name), (expected, class_name) in zip(answer, expected_answer(copied, image), strict=True):
+        for (score, name), (expected, class_name) in zip(guesses(answer), expected_answer(copied, image), strict=True):
             assert name == class_name
             assert float(score) == pytest.approx(float(expected), abs=2e-5)
     assert b"hf-fasttrain predict hf://me/flowers IMAGE..." in files["README.md"]
@@ -331,8 +318,8 @@ def test_a_transformers_model_of_a_local_folder_is_loaded_by_transformers(
     assert b"library_name: transformers" in files["README.md"]
     assert json.loads(files["hf_fasttrain.json"])["name"] == "transformers:vit"
     assert all(str(tmp_path).encode() not in content for content in files.values())
-    (answer,) = answers_of_snippets(files["README.md"], image)
-    assert [name for _, name in answer] == [name for _, name in expected_answer(run, image)]
+    (answer,) = run_forked(programs_of(files["README.md"], image))
+    assert [name for _, name in guesses(answer)] == [name for _, name in expected_answer(run, image)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers.fake_arms import FACTS, Fakes, ready
+from helpers.runs import exit_status
 from PIL import Image
 
 from hf_fasttrain import load_recipe
@@ -385,25 +387,28 @@ def test_the_command_line_makes_a_whole_ablation(tmp_path: Path, write_recipe: C
     assert "leaked" not in done.stderr
 
 
-def test_ctrl_c_on_the_command_line_keeps_what_was_measured(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+def test_ctrl_c_on_the_command_line_keeps_what_was_measured(
+    tmp_path: Path, write_recipe: Callable[..., Path], forked_arms: None
+) -> None:
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "hf_fasttrain", "ablate", str(write_recipe()), "--only", "channels_last"]
+    command = ["ablate", str(write_recipe()), "--only", "channels_last"]
     command += ["--rounds", "99", "--seconds", "0.1", "--output", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert process.stderr is not None
-        arms: set[int] = set()
-        for line in process.stderr:
-            arms |= {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
-            if "round 2 of 99" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == 130
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        sys.stdout = sys.stderr = os.fdopen(writing, "w", buffering=1)
+        os._exit(exit_status(command))
+    os.close(writing)
+    with os.fdopen(reading) as printed:
+        next(line for line in printed if "round 2 of 99" in line)
+        while not (arms := psutil.Process(child).children(recursive=True)):
+            time.sleep(0.01)
+        os.kill(child, signal.SIGINT)
+        rest = printed.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130, rest
     assert "Traceback" not in rest
     ablation = study.load_ablation(folder / "ablation.json")
     assert ablation.rows[0].images_per_second is not None
     assert any(note.startswith("Stopped by Ctrl-C") for note in ablation.notes)
-    until = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) for pid in arms) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not any(psutil.pid_exists(pid) for pid in arms)
+    psutil.wait_procs(arms, timeout=100)
+    assert not any(arm.is_running() for arm in arms)

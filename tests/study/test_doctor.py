@@ -40,9 +40,9 @@ train: {duration: 2 epochs, batch_size: 16}
 DELAY = 0.02
 
 
-def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+def slow(function: Callable[..., Any], seconds: float = DELAY) -> Callable[..., Any]:
     def slower(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(DELAY)
+        time.sleep(seconds)
         return function(*args, **kwargs)
 
     return slower
@@ -74,21 +74,20 @@ def watch(*overrides: str, steps: int = 4) -> Report:
 def test_a_delay_in_the_loader_is_found(
     stage: str, owner: Any, name: str, per_image: bool, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
-    report = watch(f"data.workers={workers}")
+    monkeypatch.setattr(owner, name, slow(getattr(owner, name), DELAY if per_image else 8 * DELAY))
+    report = watch(f"data.workers={workers}", "train.batch_size=8")
     stages = split_loading(report)
-    planted = DELAY if per_image else DELAY / 16
     assert max(stages, key=lambda each: stages[each]) == stage
-    assert stages[stage] == pytest.approx(planted, rel=0.5, abs=0.002)
-    assert stages[stage] >= 0.95 * planted
+    assert 0.95 * DELAY <= stages[stage] < 2 * DELAY
     if per_image or not workers:  # otherwise a worker is ahead
         assert report.wait_seconds > 0.3 * report.seconds
 
 
 def test_a_delay_in_the_optimizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Update, "__call__", slow(Update.__call__))
-    _, phases = split_step(watch())
-    assert phases["optimizer"] >= DELAY
+    monkeypatch.setattr(Update, "__call__", slow(Update.__call__, 10 * DELAY))
+    _, phases = split_step(watch(steps=2))
+    assert max(phases, key=lambda each: phases[each]) == "optimizer"
+    assert 10 * DELAY <= phases["optimizer"] < 20 * DELAY
 
 
 def test_phases_add_up_to_the_step() -> None:

@@ -100,11 +100,11 @@ def test_what_workers_made_ahead_is_used_up() -> None:
     original_make = trial.loader.prefetcher.images.make
 
     def slow(*args: Any) -> Any:
-        time.sleep(0.05)
+        time.sleep(0.2)  # much longer than a step
         return original_make(*args)
 
     trial.loader.prefetcher.images.make = slow
-    warm, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=6)])
+    warm, later = reports_of(trial, [Turn(min_steps=3, drain=True), Turn(min_steps=4)])
     assert later.wait_seconds > 0.5 * later.seconds  # from the first step on
     assert warm.images == 48
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import reset_accelerate, run_processes
-from helpers.runs import weights
+from helpers.runs import RECIPE, weights
 from kill_and_resume import WITH_LOSS, import_everything, torment
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,6 +43,24 @@ def break_off(trainer: Trainer, at: int) -> None:
     trainer.train_step = train_step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a recipe and its finished run, which no test may change."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "small.yaml").write_text(RECIPE)
+    make(folder / "small.yaml", folder / "run").fit()
+    return folder / "small.yaml", folder / "run"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Return the weights of an uninterrupted run of 6 steps."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "small.yaml").write_text(RECIPE)
+    make(folder / "small.yaml", folder / "run", "train.duration=6 steps", small=EXACT).fit()
+    return weights(folder / "run")
 
 
 @pytest.mark.parametrize("kind", [WITH_LOSS, "two workers, cache in memory", "two processes with two workers"])
@@ -120,13 +138,10 @@ def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
         "augment.auto=rand-m9",
     ],
 )
-def test_changed_result_settings_are_refused_with_both_values(
-    changed: str, write_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    make(write_recipe(), tmp_path / "run").fit()
+def test_changed_result_settings_are_refused_with_both_values(changed: str, finished: tuple[Path, Path]) -> None:
     key = changed.split("=")[0]
     with pytest.raises(RunError, match=rf"(?s)  {key}.*: .* in the run, .* now.*start a new run from these weig"):
-        make(write_recipe(), tmp_path / "run", changed, resume=True)
+        make(*finished, changed, resume=True)
 
 
 def test_a_run_from_before_a_key_was_added_had_its_default(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -151,13 +166,14 @@ def test_a_run_from_before_a_key_was_added_had_its_default(write_recipe: Callabl
         ["accelerate.channels_last=false", "checkpoint.every=10 minutes"],
     ],
 )
-def test_machine_fields_may_change(changed: list[str], write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    make(write_recipe(), tmp_path / "whole", "train.duration=6 steps", small=EXACT).fit()
+def test_machine_fields_may_change(
+    changed: list[str], uninterrupted: dict[str, Tensor], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     break_off(make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", small=EXACT), 3)
     resumed = make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", *changed, resume=True, small=EXACT)
     assert resumed.state.step == 2
     resumed.fit()
-    for name, value in weights(tmp_path / "whole").items():
+    for name, value in uninterrupted.items():
         torch.testing.assert_close(weights(tmp_path / "cut")[name], value, rtol=1e-5, atol=2e-6)
 
 
