@@ -152,7 +152,28 @@ def _loss_chart(record: Record) -> Chart | None:
             captions.append(f"On {split} it was {_last_and_best(x, y, int(y.argmin()), '.3f')}.")
     if not data:
         return None
+    if len(data) > len(record.splits):  # training and evaluations in one chart
+        note += _unlike_note(record)
     return Chart("loss", "Loss", " ".join(captions) + note, {"data": data, "layout": _layout(record)})
+
+
+def _unlike_note(record: Record) -> str:
+    """Return why the training loss can't be compared with that of evaluations, which is plain cross-entropy."""
+    parts = {
+        "label smoothing": record.value("augment.label_smoothing"),
+        "mixup": record.value("augment.mixup"),
+        "cutmix": record.value("augment.cutmix"),
+        "class weights": record.value("train.class_weights"),
+        "binary cross-entropy": not record.spec.get("multi_label")
+        and any(key.startswith("train.bce.") for key in record.resolved),
+        "a step_loss": record.value("custom.step_loss"),
+    }
+    present = [name for name, value in parts.items() if value]
+    if not present:
+        return ""
+    *others, last = present
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f" The training loss is with {listed}, that of evaluations without: their levels can't be compared."
 
 
 def _last_and_best(x: np.ndarray, y: np.ndarray, best: int | None, form: str) -> str:
@@ -270,17 +291,33 @@ def _compare_curves(
 
 
 def _compare_metric(records: Sequence[Record], names: Sequence[str], metric: str) -> Chart | None:
-    data, captions = [], []
+    data, captions, values = [], [], [np.empty(0)]
     for index, (record, name) in enumerate(zip(records, names, strict=True)):
         x, y = record.metric_curve(metric, record.splits[0]) if record.splits else (np.empty(0), np.empty(0))
         if len(x):
             colour, dash = _style(index)
-            data.append(_evaluation_trace(record, x, y, name, colour, dash=dash))
+            values.append(y)
+            data.append(_evaluation_trace(record, x, y, name, colour, dash=dash, cliponaxis=False))
             captions.append(f"{name}: {format_metric(metric, y[-1])} at the end")
     if not data:
         return None
     title = f"Evaluation: {metric_title(metric)}"
-    return Chart(f"eval-{metric}", title, "; ".join(captions) + ".", {"data": data, "layout": _layout(None)})
+    return Chart(
+        f"eval-{metric}",
+        title,
+        "; ".join(captions) + ".",
+        {"data": data, "layout": _layout(None, **_share_axis(metric, values))},
+    )
+
+
+def _share_axis(metric: str, values: Sequence[np.ndarray]) -> Trace:
+    """Return the axis of a metric that is at most 1: it ends there, and begins a little below the lowest value."""
+    found = np.concatenate(values)
+    if metric not in MORE_IS_BETTER or not len(found) or found.min() < 0 or found.max() > 1:
+        return {}
+    low = max(0.0, float(found.min()) - max(0.02, 0.1 * float(found.max() - found.min())))
+    form = {"tickformat": ".0%" if low < 0.9 else ".1%"} if "accuracy" in metric else {}
+    return {"range": [round(low, 4), 1], **form}
 
 
 def confusion_chart(confusion: Confusion, class_names: Sequence[str]) -> Chart:

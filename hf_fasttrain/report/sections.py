@@ -219,13 +219,29 @@ def page_of_runs(records: Sequence[Record]) -> Page:
                 tables=[differing] if differing.rows else []),
         Section("environment", "Environment", tables=_optional(tables.environment_differences(records, names))),
     ]  # fmt: skip
-    warnings = [
+    warnings = _different_data(records, names)
+    warnings += [
         f"{name}: {warnings}" for name, record in zip(names, records, strict=True) for warnings in _warnings(record)
     ]
     empty = {"environment": "Machines and versions are the same."}
     return Page(
         f"{len(records)} runs compared", ", ".join(names), warnings=warnings, sections=_with_content(sections, empty)
     )
+
+
+def _different_data(records: Sequence[Record], names: Sequence[str]) -> list[str]:
+    """Return a warning if the runs that record their data were not trained and measured on the same."""
+    by_data: dict[str, list[str]] = {}
+    for record, name in zip(records, names, strict=True):
+        if isinstance(fingerprint := record.value("data.fingerprint"), str):
+            by_data.setdefault(fingerprint, []).append(name)
+    if len(by_data) < 2:
+        return []
+    listed = "; ".join(f"{', '.join(of)}: {data.rpartition(',')[0]}" for data, of in by_data.items())
+    return [
+        f"The runs were trained and measured on different data, so their metrics can't be compared ({listed}; images "
+        "of training + evaluation)."
+    ]
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

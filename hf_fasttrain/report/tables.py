@@ -45,13 +45,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `sorted_by` is the column that its rows are sorted by, the largest first."""
+    """A table; `sorted_by` is the column that its rows are sorted by, the largest first unless `ascending`."""
 
     id: str
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
     sorted_by: int | None = None
+    ascending: bool = False
     filter: str = ""  # label of the box that filters its rows; empty: no box
 
 
@@ -85,8 +86,13 @@ def _integer_or_text(value: Any) -> Cell:
 
 
 def class_table(figures: ClassFigures, names: Sequence[str], split: str) -> Table:
-    """Return the metrics of each class, the class with the most images first."""
-    order = sorted(range(len(names)), key=lambda number: -figures.support[number])
+    """Return the metrics of each class: the worst F1 first, of equal ones the most images, those without any last."""
+
+    def rank(number: int) -> tuple[bool, float, int]:
+        support = int(figures.support[number])
+        return support == 0, float(figures.f1[number]), -support
+
+    order = sorted(range(len(names)), key=rank)
     rows = [
         [
             Cell(names[number]), integer_cell(figures.support[number]), share_cell(float(figures.precision[number])),
@@ -96,9 +102,11 @@ def class_table(figures: ClassFigures, names: Sequence[str], split: str) -> Tabl
         for number in order
     ]  # fmt: skip
     titles = ("support", "precision", "recall", "F1", "correct", "predicted")
-    caption = f"Precision, recall and F1 per class on {split}; support is the number of images of the class"
+    caption = (
+        f"Precision, recall and F1 per class on {split}, the worst first; support is the number of images of the class"
+    )
     columns = [Column("class"), *(Column(title, True) for title in titles)]
-    return Table("classes-table", caption, columns, rows, sorted_by=1, filter="Find a class")
+    return Table("classes-table", caption, columns, rows, sorted_by=4, ascending=True, filter="Find a class")
 
 
 def confused_table(confusion: Confusion, names: Sequence[str]) -> Table | None:

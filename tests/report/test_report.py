@@ -485,6 +485,59 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (runs[0] / "report.html").exists()
 
 
+def with_settings(run: Path, **values: Any) -> Path:
+    """Add settings to a run's resolved.yaml; their keys have __ for the dot."""
+    lines = [
+        f"{key.replace('__', '.')}: {json.dumps({'value': value, 'origin': 'recipe', 'tag': 'result'})}\n"
+        for key, value in values.items()
+    ]
+    with (run / "resolved.yaml").open("a") as file:
+        file.writelines(lines)
+    return run
+
+
+def test_other_data_are_a_warning_of_a_comparison(tmp_path: Path) -> None:
+    from hf_fasttrain.report.sections import page_of_runs
+
+    data = dict.fromkeys("ac", "90 + 10 images, 3 classes, 12") | {"b": "80 + 10 images, 3 classes, 34"}
+    runs = {n: with_settings(make_run(tmp_path / n), data__fingerprint=text) for n, text in data.items()}
+    (warning,) = page_of_runs([record_of(runs[name]) for name in "abc"]).warnings
+    assert "different data" in warning
+    assert "(a, c: 90 + 10 images, 3 classes; b: 80 + 10 images, 3 classes; images" in warning
+    assert not page_of_runs([record_of(runs[name]) for name in "ac"]).warnings
+
+
+def test_a_training_loss_unlike_that_of_evaluations_is_said(tmp_path: Path) -> None:
+    from hf_fasttrain.report.charts import curve_charts
+
+    run = make_run(tmp_path / "run")
+    assert "compared" not in curve_charts(record_of(run))[0].caption
+    with_settings(run, augment__label_smoothing=0.1, augment__mixup=0.2, augment__cutmix=0.0, train__class_weights=None)
+    caption = curve_charts(record_of(run))[0].caption
+    assert "The training loss is with label smoothing and mixup, that of evaluations without: their levels" in caption
+
+
+def test_the_axis_of_accuracies_that_are_compared_ends_at_1(tmp_path: Path) -> None:
+    from hf_fasttrain.report.charts import comparison_charts
+
+    records = [record_of(make_run(tmp_path / name)) for name in "ab"]
+    axes = {chart.id: chart.figure["layout"]["yaxis"] for chart in comparison_charts(records, ["a", "b"])}
+    low, high = axes["eval-accuracy"]["range"]  # of accuracies from 0.272 to 0.92
+    assert 0 < low < 0.272
+    assert high == axes["eval-f1_macro"]["range"][1] == 1
+    assert "range" not in axes["eval-loss"]
+
+
+def test_the_worst_classes_come_first() -> None:
+    from hf_fasttrain.report.classes import ClassFigures
+    from hf_fasttrain.report.tables import class_table
+
+    support, f1 = np.array([5, 9, 0, 7, 3]), np.array([0.5, 0.9, 0.0, 0.5, 0.0])
+    table = class_table(ClassFigures(support, support, support, f1, f1, f1), list("abcde"), "validation")
+    assert [row[0].text for row in table.rows] == ["e", "d", "a", "b", "c"]
+    assert (table.columns[table.sorted_by or 0].title, table.ascending) == ("F1", True)
+
+
 def test_figures_are_valid_for_plotly(tmp_path: Path) -> None:
     """Every trace and layout has only what plotly knows, and every curve has a colour of the page."""
     from plotly.graph_objects import Figure
@@ -750,10 +803,12 @@ def test_tables_sort_by_mouse_and_keyboard(ten: Path, opened: Open) -> None:
         return [float(text) for text in table.locator(f"tbody td:nth-child({position})").all_text_contents()]
 
     support, f1 = table.locator("th", has_text="support"), table.locator("th", has_text="F1")
-    assert support.get_attribute("aria-sort") == "descending"
+    assert f1.get_attribute("aria-sort") == "ascending"
+    assert column(5) == sorted(column(5))
+    support.locator("button").click()
+    assert (f1.get_attribute("aria-sort"), support.get_attribute("aria-sort")) == (None, "descending")
     assert column(2) == sorted(column(2), reverse=True)
     f1.locator("button").click()
-    assert (f1.get_attribute("aria-sort"), support.get_attribute("aria-sort")) == ("descending", None)
     assert column(5) == sorted(column(5), reverse=True)
     f1.locator("button").focus()
     found.page.keyboard.press("Enter")
