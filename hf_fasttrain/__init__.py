@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hf_fasttrain.train.callbacks import Callback, CallbackError, StepReport
     from hf_fasttrain.train.ema import Ema
     from hf_fasttrain.train.evaluation import Evaluator
+    from hf_fasttrain.train.plateau import ReduceLROnPlateau
     from hf_fasttrain.train.schedule import build_schedule
     from hf_fasttrain.train.trainer import Trainer
     from hf_fasttrain.utils.duration import Duration
@@ -24,6 +25,7 @@ __all__ = [
     "Ema",
     "Evaluator",
     "Recipe",
+    "ReduceLROnPlateau",
     "Result",
     "RunError",
     "StepReport",
@@ -43,6 +45,7 @@ _HOMES = {
     "Ema": "train.ema",
     "Evaluator": "train.evaluation",
     "Recipe": "recipe.schema",
+    "ReduceLROnPlateau": "train.plateau",
     "Result": "run_folder.result",
     "RunError": "utils.errors",
     "StepReport": "train.callbacks",

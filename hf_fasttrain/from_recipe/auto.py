@@ -186,6 +186,7 @@ RULES: dict[str, Callable[..., Choice]] = {
     "evaluate.batch_size": evaluation_batch_size,
     "early_stopping.mode": mode,
     "checkpoint.best.mode": mode,
+    "schedule.mode": mode,
     "checkpoint.final": final,
 }
 # Decided by functions that also serve trainers without a recipe.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.model import head_names
+from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, within
+from hf_fasttrain.train.plateau import ReduceLROnPlateau
 from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
 from hf_fasttrain.train.step_loss import module_of
 
@@ -74,7 +77,7 @@ def schedule_of(parts: Parts, num_steps: int) -> Schedule:
     if section.start_ratio is not None and not warmup.steps and section.name != "onecycle":
         parts.settings.note("schedule.start_ratio has no effect without schedule.warmup")
     return build_schedule(
-        section.name,
+        "constant" if section.name == "plateau" else section.name,  # which `plateau_of` lowers
         num_steps=num_steps,
         warmup_steps=warmup.steps,
         start_ratio=section.start_ratio,
@@ -87,6 +90,18 @@ def schedule_of(parts: Parts, num_steps: int) -> Schedule:
         div=section.div,
         final_div=section.final_div,
     )
+
+
+def plateau_of(parts: Parts) -> ReduceLROnPlateau | None:
+    """Return the callback that lowers lr by the recipe's schedule, None if that is not plateau, or the user's."""
+    section = parts.recipe.schedule
+    if section.name != "plateau" or parts.custom.schedule is not None:
+        return None
+    patience = section.patience.to_steps(parts.sampling_plan.steps_per_epoch)
+    watch = Watch(section.metric, section.mode, patience, section.min_delta)
+    if section.mode == "auto":
+        decide(parts.settings, "schedule.mode", watch=watch)
+    return ReduceLROnPlateau(watch, section.gamma, section.min_lr_ratio)
 
 
 def loss_of(parts: Parts) -> ClassificationLoss:

@@ -24,7 +24,14 @@ from hf_fasttrain.from_recipe.custom import CustomParts
 from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
 from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
-from hf_fasttrain.from_recipe.optimization import clip_of, loss_of, moving_average_of, optimizer_of, schedule_of
+from hf_fasttrain.from_recipe.optimization import (
+    clip_of,
+    loss_of,
+    moving_average_of,
+    optimizer_of,
+    plateau_of,
+    schedule_of,
+)
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
 from hf_fasttrain.from_recipe.resume import read_first_start, settings_of_run
@@ -144,7 +151,7 @@ def assemble(
         output_dir=folder,
         checkpoint_every=recipe.checkpoint.every,
         report=recipe.log.report,
-        callbacks=callbacks,
+        callbacks=[*(callbacks or ()), *([plateau] if (plateau := plateau_of(parts)) else [])],
         log=log,
         log_every=recipe.log.every,
         seed=recipe.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 
-from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.recipe.schema import BestSection, EarlyStoppingSection, Recipe, ScheduleSection
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name, resolve_mode
 from hf_fasttrain.utils.clean import holds_secret
 from hf_fasttrain.utils.duration import Duration
@@ -121,6 +121,7 @@ def _optimizer(recipe: Recipe) -> Iterator[Mistake]:
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:
     every: dict[str, Duration] = {
         "schedule.every": recipe.schedule.every,
+        "schedule.patience": recipe.schedule.patience,
         "evaluate.every": recipe.evaluate.every,
         "checkpoint.every": recipe.checkpoint.every,
     }
@@ -129,6 +130,8 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
             yield key, "is 0; give at least 1 step"
     if recipe.schedule.name == "multistep" and not recipe.schedule.milestones:
         yield "schedule.milestones", "is empty; multistep needs them, such as [30 epochs, 60 epochs]"
+    if recipe.schedule.name == "plateau" and recipe.schedule.gamma == 1:
+        yield "schedule.gamma", "is 1, with which lr stays as it is; give a smaller factor, or schedule.name=constant"
     if any(milestone.count == 0 for milestone in recipe.schedule.milestones):
         yield "schedule.milestones", "contains 0; lower optimizer.lr instead"
 
@@ -161,7 +164,11 @@ def _watched_metrics(recipe: Recipe, others: Collection[str] | None) -> Iterator
     metrics = recipe.evaluate.metrics
     known = list(BUILT_IN_METRICS) if metrics == "auto" else ["loss", *metrics]
     known = [*dict.fromkeys((*map(metric_name, known), *(others or ())))]
-    watched = {"checkpoint.best": recipe.checkpoint.best, "early_stopping": recipe.early_stopping}
+    watched: dict[str, BestSection | EarlyStoppingSection | ScheduleSection | None] = {
+        "checkpoint.best": recipe.checkpoint.best,
+        "early_stopping": recipe.early_stopping,
+        "schedule": recipe.schedule if recipe.schedule.name == "plateau" else None,
+    }
     for key, watch in watched.items():
         if watch is None:
             continue
@@ -200,10 +207,11 @@ def without_effect(recipe: Recipe) -> list[str]:
     schedule, crop = recipe.schedule.name, recipe.augment.crop
     mixup, cutmix = recipe.augment.mixup > 0, recipe.augment.cutmix > 0
     used = {
-        "schedule.gamma": schedule in ("step", "exponential", "multistep"),
+        "schedule.gamma": schedule in ("step", "exponential", "multistep", "plateau"),
         "schedule.every": schedule in ("step", "exponential"),
         "schedule.milestones": schedule == "multistep",
-        "schedule.min_lr_ratio": schedule in ("cosine", "linear", "polynomial"),
+        "schedule.min_lr_ratio": schedule in ("cosine", "linear", "polynomial", "plateau"),
+        **{f"schedule.{key}": schedule == "plateau" for key in ("metric", "mode", "patience", "min_delta")},
         "schedule.power": schedule == "polynomial",
         "schedule.cycles": schedule == "cosine",
         "schedule.div": schedule == "onecycle",

@@ -252,9 +252,9 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    name: Literal["cosine", "linear", "polynomial", "onecycle", "exponential", "step", "multistep", "constant"] = (
-        result("cosine", "learning rate schedule")
-    )
+    name: Literal[
+        "cosine", "linear", "polynomial", "onecycle", "exponential", "step", "multistep", "plateau", "constant"
+    ] = result("cosine", "learning rate schedule")
     warmup: WarmupField = result(
         "auto", "rise to lr: 5% of the training, 500 steps, 1 epoch or 0: none; auto: onecycle 30%, else none"
     )
@@ -265,13 +265,29 @@ class ScheduleSection(Section):
         le=1.0,
         examples=[0.01],
     )
-    min_lr_ratio: float = result(0.0, "cosine, linear, polynomial: last lr / lr", ge=0.0, lt=1.0, examples=[0.01])
+    min_lr_ratio: float = result(
+        0.0, "cosine, linear, polynomial: last lr / lr; plateau: least lr / lr", ge=0.0, lt=1.0, examples=[0.01]
+    )
     gamma: float = result(
-        0.1, "step, exponential: factor per `every`; multistep: at each milestone", gt=0.0, le=1.0, examples=[0.97]
+        0.1,
+        "step, exponential: factor per `every`; multistep: at each milestone; plateau: after `patience`",
+        gt=0.0,
+        le=1.0,
+        examples=[0.97],
     )
     every: DurationField = result(Duration(30, "epochs"), "step, exponential: how often lr is multiplied by gamma")
     milestones: Annotated[list[DurationField], OneOrMore] = result(
         [], "multistep: when lr is multiplied by gamma: [30 epochs, 60 epochs]", examples=[["30 epochs", "60 epochs"]]
+    )
+    metric: str = result("loss", "plateau: watched metric of the evaluation", examples=["accuracy"])
+    mode: Literal["auto", "max", "min"] = result(
+        "auto", "plateau: whether higher or lower is better; auto: by the metric's name"
+    )
+    patience: DurationField = result(
+        Duration(10, "epochs"), "plateau: training without a better value before lr is multiplied by gamma"
+    )
+    min_delta: float = result(
+        0.0, "plateau: by how much a value must exceed the best one to count as better", ge=0.0, examples=[0.001]
     )
     power: float = result(1.0, "polynomial: power of the share of the training that is left", gt=0.0, examples=[2.0])
     cycles: int = result(

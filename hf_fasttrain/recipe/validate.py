@@ -59,6 +59,7 @@ OTHER_NAMES = {
     "sched": "schedule.name",
     "warmup_lr": "schedule.start_ratio",
     "decay_milestones": "schedule.milestones",
+    "patience_epochs": "schedule.patience",
 }
 NULLABLE = {"ema", "early_stopping", "hub", "output_dir"}
 # Replace required values that are missing or wrong, so that conflicts elsewhere are still found.

@@ -174,6 +174,12 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     "warmup of the whole training": (RECIPE, ["schedule.warmup=100%"], "schedule.warmup.*must be below 100%"),
     "warmup without a unit": (RECIPE, ["schedule.warmup=3"], "schedule.warmup is 3: .* '3%', '3 epochs' or '3 steps'"),
     "no milestones": (RECIPE, ["schedule.name=multistep"], "schedule.milestones is empty; multistep needs them"),
+    "a plateau of another metric": (
+        RECIPE,
+        ["schedule={name: plateau, metric: mAP}"],
+        "schedule.metric is 'mAP', which evaluate.metrics does not measure; choose one of loss, accuracy",
+    ),
+    "a plateau that lowers nothing": (RECIPE, ["schedule={name: plateau, gamma: 1.0}"], "schedule.gamma is 1"),
     "a milestone at 0": (RECIPE, ["schedule.milestones=[0 steps]"], "schedule.milestones contains 0"),
     "a milestone without a unit": (RECIPE, ["schedule.milestones=[3]"], "contains 3: a number needs a unit"),
     "never evaluated": (RECIPE, ["evaluate.every=0 steps"], "evaluate.every is 0"),

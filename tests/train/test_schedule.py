@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers.processes import reset_accelerate
 
-from hf_fasttrain import Trainer
+from hf_fasttrain import Trainer, Watch
+from hf_fasttrain.recipe.resolved import read_settings
 from hf_fasttrain.train.schedule import Cosine, Schedule, build_schedule, resolve_warmup
 from hf_fasttrain.utils.duration import Duration
 
@@ -188,10 +189,19 @@ def test_a_recipes_keys_reach_its_schedule(write_recipe: Callable[..., Path], tm
     assert [found(0), found(203)] == pytest.approx([0.5, 0.1])
     notes = make(4, "schedule={name: step, start_ratio: 0.5, cycles: 2}").log.notes
     assert "schedule.start_ratio has no effect without schedule.warmup" in notes
+    trainer = make(5, "schedule={name: plateau, patience: 2 epochs, gamma: 0.5, min_lr_ratio: 0.1, min_delta: 0.01}")
+    assert [trainer.schedule(step) for step in (0, 203)] == [1, 1]
+    (plateau,) = trainer.callbacks.callbacks
+    assert plateau.watch == Watch("loss", "min", 204, 0.01)
+    assert (plateau.factor, plateau.min_lr_ratio, read_settings(tmp_path / "5")["schedule.mode"].value) == (
+        0.5,
+        0.1,
+        "min",
+    )
     assert "schedule.cycles has no effect with schedule.name=step" in notes
 
 
 @pytest.mark.parametrize("wrong", ["100%", "-1%", "5", 5, True, None, "a while", "10 minutes"])
 def test_other_warmups_are_refused(wrong: object) -> None:
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"must be|a number needs a unit"):
         Duration.parse_part(wrong)

@@ -15,7 +15,7 @@ from helpers.own_objects import PositionedLoader
 from helpers.processes import run_processes
 from torch import Tensor, nn
 
-from hf_fasttrain import Callback, Ema, Trainer
+from hf_fasttrain import Callback, Ema, ReduceLROnPlateau, RunError, Trainer, Watch
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkpoint
 from hf_fasttrain.train.callbacks import StepReport
 from hf_fasttrain.train.log import RunLog
@@ -372,6 +372,57 @@ def test_batch_norms_with_frozen_weights_are_named_once() -> None:
     trainer = trainer_of(model_with_a_frozen_layer(), None)
     trainer.fit()
     assert not [note for note in trainer.log.notes if "batch norms" in note]
+
+
+@pytest.mark.parametrize("stop", [0, 3, 5])
+def test_reduce_lr_on_plateau_is_torchs_and_is_resumed(stop: int, tmp_path: Path) -> None:
+    values = [3.0, 2.0, 2.5, 2.0, 2.5, 2.4, 1.9]
+    weight = nn.Parameter(torch.zeros(1))
+    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        torch.optim.SGD([weight], lr=0.2), factor=0.5, patience=1, threshold=0, min_lr=0.06
+    )
+    expected = []
+    for value in values:
+        torchs.step(value)
+        expected.append(torchs.get_last_lr()[0])
+    found = []
+
+    class Recording(Callback):
+        takes_part = False
+
+        def after_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            found.append(trainer.lr)
+
+    def run() -> Trainer:
+        plateau = ReduceLROnPlateau(Watch("loss", patience=2), factor=0.5, min_lr_ratio=0.3)
+        callbacks = [plateau, Recording(), *([Stop(stop)] if stop else [])]
+        options: dict[str, Any] = {"eval_loader": list(share_of_batches()), "evaluate_every": "1 step"}
+        trainer = trainer_of(model_with_a_frozen_layer(), tmp_path, *callbacks, **options)
+        trainer.evaluate = lambda loader=None: {"loss": values[trainer.state.step - 1], "accuracy": 0.5}  # type: ignore[method-assign]
+        return trainer
+
+    if stop:
+        with pytest.raises(Stopped):
+            run().fit()
+    trainer = run()
+    trainer.restore()
+    trainer.fit()
+    assert found == pytest.approx(expected)
+    assert len({*expected}) == 3
+
+
+def test_a_plateau_that_can_not_be_watched_is_refused() -> None:
+    for make, message in (
+        (lambda: ReduceLROnPlateau(Watch("loss")), "give a Watch with a patience in steps"),
+        (lambda: ReduceLROnPlateau(Watch("loss", patience=2), factor=1), "factor must be above 0 and below 1, got 1"),
+        (lambda: ReduceLROnPlateau(Watch("loss", patience=2), min_lr_ratio=1), "min_lr_ratio must be at least 0"),
+    ):
+        with pytest.raises(RunError, match=message):
+            make()
+    callback = ReduceLROnPlateau(Watch("mAP", patience=2))
+    options: dict[str, Any] = {"eval_loader": list(share_of_batches())}
+    with pytest.raises(RunError, match="'mAP' is not among the metrics of the evaluation: loss, accuracy"):
+        trainer_of(model_with_a_frozen_layer(), None, callback, **options).fit()
 
 
 class Plateau(Callback):
