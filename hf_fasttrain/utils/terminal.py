@@ -9,12 +9,15 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from hf_fasttrain.utils.clean import message, one_line, printable, without_secrets
+
+LONGEST_KEY = 44  # characters; the recipe's longest key has 38
+ROOM = 11  # characters of each other column, without which long keys are folded too
 
 
 class Terminal(Console):
@@ -42,6 +45,17 @@ def wide_terminal() -> Terminal:
     return Terminal(width=None if sys.stdout.isatty() else 160)
 
 
+class _KeyTable(Table):
+    """A table whose first column is narrowed last: rich narrows the widest ones first, and would cut keys in two."""
+
+    key_width = 0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        has_room = self.key_width + ROOM * (len(self.columns) - 1) < options.max_width
+        self.columns[0].no_wrap = self.key_width <= LONGEST_KEY and has_room
+        yield from super().__rich_console__(console, options)
+
+
 def build_table(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -52,13 +66,17 @@ def build_table(
 ) -> Table:
     """Return a table of cleaned texts; long ones are wrapped, not cut.
 
-    `right` are the indices of columns that are aligned at the right, `ends` of rows with a line below.
+    A first column of keys, or of other short texts, stays in one piece if the others have ROOM beside it. `right` are
+    the indices of columns that are aligned at the right, `ends` of rows with a line below.
     """
-    table = Table(title=None if title is None else Text(_cell(title)), title_justify="left")
+    table = _KeyTable(title=None if title is None else Text(_cell(title)), title_justify="left")
+    cells = [[_cell(text) for text in row] for row in rows]
+    table.key_width = max((len(row[0]) for row in cells), default=0)
     for number, name in enumerate(header):
-        table.add_column(Text(_cell(name)), justify="right" if number in right else "left", overflow="fold")
-    for number, row in enumerate(rows):
-        table.add_row(*(Text(_cell(text)) for text in row), end_section=number in ends)
+        justify: JustifyMethod = "right" if number in right else "left"
+        table.add_column(Text(_cell(name)), justify=justify, overflow="fold")
+    for number, row in enumerate(cells):
+        table.add_row(*map(Text, row), end_section=number in ends)
     return table
 
 
