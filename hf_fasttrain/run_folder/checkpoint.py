@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,12 +17,16 @@ import torch
 from torch import Tensor
 
 from hf_fasttrain.run_folder.file_names import CUSTOM, STATE_FILE
+from hf_fasttrain.run_folder.schemas import MarkerFile, StateFile, require
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import NewFile, digest_of, new_folder, reason, sync_folder, write_json
+from hf_fasttrain.utils.files import NewFile, digest_of, new_folder, read_object, reason, sync_folder, write_json
 from hf_fasttrain.utils.tensor_tree import pack, unpack
 
 MARKER = "COMPLETE"
 PREFIX = "step_"
+NAME = re.compile(rf"{PREFIX}[0-9]{{8}}|{PREFIX}[1-9][0-9]{{8,15}}")  # as `checkpoint_path` writes it
+LEFTOVER = re.compile(rf"\.(?:{NAME.pattern})\.(?:partial|old)")  # of a process that was killed
+REPLACED = re.compile(rf"\.(?:{NAME.pattern})\.old")
 FORMAT = 1  # increased when `State` or the layout changes: checkpoints of other versions are refused, not misread
 MAY_CHANGE = ("class_names", "early_stopping")  # they do not change what a step learns
 TRAINING = "training"  # the tensors of `Checkpoint.training`
@@ -107,6 +112,17 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
 
 
+def _checkpoint_folders(folder: Path, form: re.Pattern[str]) -> list[Path]:
+    """Return the folders whose names have a form of ours, by step. Others, links and files are somebody else's."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if form.fullmatch(path.name) and _is_own_folder(path))
+
+
+def _is_own_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write a checkpoint under a temporary name, sync and rename it, then write its marker of completeness.
 
@@ -155,42 +171,50 @@ def prune_checkpoints(
 
     Checkpoints of later steps are corrupt ones that a resume has skipped: they are not counted, and stay.
     """
-    newest = checkpoint_path(folder, step)
-    complete = [path for path in complete_checkpoints(folder) if path <= newest]
+    complete = [path for path in complete_checkpoints(folder) if checkpoint_step(path) <= step]
     can_resume = [path for path in complete if resumable is None or checkpoint_step(path) in resumable]
     kept = {*can_resume[-1:], *([checkpoint_path(folder, best_step)] if best_step is not None else [])}
     for path in complete[:-keep]:
         if path not in kept:
             os.unlink(path / MARKER)
             shutil.rmtree(path, ignore_errors=True)
-    incomplete = [path for path in folder.glob(f"{PREFIX}*") if not (path / MARKER).exists()]
-    for path in [*incomplete, *folder.glob(f".{PREFIX}*")]:  # left by a killed process
+    incomplete = [path for path in _checkpoint_folders(folder, NAME) if not (path / MARKER).exists()]
+    for path in [*incomplete, *_checkpoint_folders(folder, LEFTOVER)]:  # left by a killed process
         shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a folder, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"{PREFIX}*/{MARKER}"))
+    return sorted(filter(_is_complete, _checkpoint_folders(folder, NAME)), key=checkpoint_step)
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / MARKER).is_file()
 
 
 def newest_checkpoint(
-    folder: Path, note: Callable[[str], None], why_not: Callable[[Checkpoint], str | None] = lambda _: None
+    folder: Path,
+    note: Callable[[str], None],
+    why_not: Callable[[Checkpoint], str | None] = lambda _: None,
+    before: int | None = None,
 ) -> Checkpoint | None:
     """Return the newest complete checkpoint of a folder that can be used, None if there is no complete one.
+
+    `before`: only those of earlier steps are looked at.
 
     `note` is called for each newer one that is incomplete, corrupt, or not to be used (`why_not` says why). Raises
     RunError if none can be read.
     """
     restore_replaced(folder)
-    found = sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
+    found = sorted(_checkpoint_folders(folder, NAME), key=checkpoint_step, reverse=True)
     corrupt = []
-    for path in found:
-        if not (path / MARKER).exists():
+    for path in (path for path in found if before is None or checkpoint_step(path) < before):
+        if not _is_complete(path):
             note(f"checkpoint {path} is incomplete: skipped")
             continue
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_checkpoint(path, to_resume=True)
         except RunError as error:
             corrupt.append(str(error))
             note(f"{error}: skipped")
@@ -209,25 +233,34 @@ def newest_checkpoint(
 
 def restore_replaced(folder: Path) -> None:
     """Restore checkpoints that were being replaced when the process was killed."""
-    for old in folder.glob(f".{PREFIX}*.old"):
+    for old in _checkpoint_folders(folder, REPLACED):
         path = folder / old.name[1:].removesuffix(".old")
         if not (path / MARKER).exists():
             shutil.rmtree(path, ignore_errors=True)
             os.rename(old, path)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Return a checkpoint's contents on the CPU. Raises RunError if a single byte has changed since it was written."""
+def load_checkpoint(path: Path, *, to_resume: bool = False) -> Checkpoint:
+    """Return a checkpoint's contents on the CPU. Raises RunError if a single byte has changed since it was written.
+
+    `to_resume`: it must have all that a training is resumed from, rather than weights alone.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         listed = _verify(path)
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = _state_in(path)
         names = [name for name in listed if name.endswith(".safetensors")]
         tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
+        if not {"model", TRAINING} <= tensors.keys():
+            raise ValueError(f"{MARKER} does not list model.safetensors and {TRAINING}.safetensors")
         training = unpack(state[TRAINING], tensors.pop(TRAINING))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if to_resume:
+            _require_training(state, training)
+    except MemoryError:
+        raise
+    except (Exception, SafetensorError) as error:  # noqa: BLE001 - whatever was changed in it, it is passed over
         raise RunError(f"checkpoint {path} is corrupt ({reason(error)})") from None
     return Checkpoint(path, {key: state[key] for key in state if key != TRAINING}, tensors, training)
 
@@ -239,9 +272,30 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         _verify(path, only=STATE_FILE)
-        return dict(json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _state_in(path)
+    except (OSError, ValueError):
         return {}
+
+
+def _state_in(path: Path) -> dict[str, Any]:
+    """Return the plain values of a checkpoint. Raises OSError; ValueError for others than a training writes."""
+    state: dict[str, Any] = require(StateFile, read_object(path / STATE_FILE))
+    inner = state.get("state") or state
+    if not checkpoint_step(path) == state["step"] == inner["step"]:
+        raise ValueError(f"{STATE_FILE} is of step {state['step']}")
+    return state
+
+
+def _require_training(state: dict[str, Any], training: Any) -> None:
+    """Raise ValueError unless there are the parts that every training has."""
+    if state.get("state") is None:
+        raise ValueError(f"{STATE_FILE} has no state of a training")
+    parts = training if isinstance(training, dict) else {}
+    own = parts.get("own")
+    if not isinstance(parts.get("optimizer"), dict) or "scaler" not in parts:
+        raise ValueError("it has no state of an optimizer")
+    if not isinstance(own, list) or not own or not all(isinstance(each, dict) and "loader" in each for each in own):
+        raise ValueError("it has no state of the loader")
 
 
 def _verify(path: Path, *, only: str | None = None) -> list[str]:
@@ -249,13 +303,15 @@ def _verify(path: Path, *, only: str | None = None) -> list[str]:
 
     `only` names the one file whose bytes are checked, by default all; sizes are checked for every file.
     """
-    marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-    listed = marker["files"]
-    if marker["format"] != FORMAT:
+    marker = read_object(path / MARKER)
+    if marker.get("format", FORMAT) != FORMAT:
         raise ValueError(f"format {marker['format']} of another version of hf_fasttrain")
+    listed: dict[str, dict[str, Any]] = require(MarkerFile, marker)["files"]
     for name, entry in listed.items():
         if Path(name).name != name:
             raise ValueError(f"{name!r} is outside of its folder")
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise ValueError(f"{name} is not a regular file")
         size = (path / name).stat().st_size
         if size != entry["bytes"]:
             raise ValueError(f"{name} has {size:,} of {entry['bytes']:,} bytes")

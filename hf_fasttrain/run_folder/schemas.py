@@ -43,7 +43,9 @@ class PreprocessingPart(_Part):
     image_size: ImageSize
     mean: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=3, max_length=3)]
-    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bilinear"
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos", "mks2013", "mks2021"] = (
+        "bilinear"
+    )
     crop_pct: Annotated[float, Field(gt=0.1, le=10)] = 0.875
     crop_mode: Literal["center", "center_floor", "squash"] = "center"
 
@@ -181,6 +183,7 @@ class TrainingState(_Part):
     train_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lr: float = 0.0
+    base_lr: float | None = None
     num_steps: Count = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     evaluated_at: Annotated[int, Field(ge=-1, lt=2**53)] = -1
@@ -197,7 +200,7 @@ class StateFile(_Part):
 
     what = "a checkpoint's state"
     step: Count
-    state: TrainingState
+    state: TrainingState | None = None
     learnt: dict[Name, Any] = {}
     processes: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     callbacks: list[Any] | dict[str, Any] | None = None

@@ -15,7 +15,8 @@ from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.optim import optimizer_state, restore_optimizer
 from hf_fasttrain.utils.environment import one_thread
-from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.errors import RunError, UnusableCheckpoint
+from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import buffer_registry
 
 LOSS = "loss"  # file of a checkpoint with what the loss learns
@@ -155,16 +156,21 @@ class TrainingObjects:
                 raise KeyError("the checkpoint has the weights of a loss, and this loss has none")
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint; RunError if it is of another model."""
+        """Take over a checkpoint; UnusableCheckpoint if it is of another model, or its states are damaged."""
         try:
             self.restore_weights(checkpoint)
             with one_thread():
                 restore_optimizer(self.optimizer, checkpoint.training["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise RunError(f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}") from None
-        if self.scaler is not None and checkpoint.training["scaler"] is not None:
-            self.scaler.load_state_dict(checkpoint.training["scaler"])
-        self._restore_own(checkpoint.training["own"])
+            if self.scaler is not None and checkpoint.training["scaler"] is not None:
+                self.scaler.load_state_dict(checkpoint.training["scaler"])
+            self._restore_own(checkpoint.training["own"])
+        except RunError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            text = f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}"
+            raise UnusableCheckpoint(text) from None
 
     def _restore_own(self, own: list[dict[str, Any]]) -> None:
         """Take over what each process had of its own: statistics where there are as many processes as then."""

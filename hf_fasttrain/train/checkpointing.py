@@ -236,12 +236,16 @@ class Checkpoints:
         except RunError:
             return False
 
-    def newest(self, why_not: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint | None:
-        """Return the newest complete checkpoint, the same on every process.
+    def newest(
+        self, why_not: Callable[[Checkpoint], str | None] = lambda _: None, before: int | None = None
+    ) -> Checkpoint | None:
+        """Return the newest complete checkpoint, of a step below `before`, the same on every process.
 
         Damaged ones, and those that `why_not` has a reason against, are reported and skipped.
         """
-        return self._on_every_process(lambda: newest_checkpoint(self.folder, self.log.say, why_not), "can't resume")
+        return self._on_every_process(
+            lambda: newest_checkpoint(self.folder, self.log.say, why_not, before), "can't resume"
+        )
 
     def best(self, step: int) -> Checkpoint | None:
         """Return the best evaluation's checkpoint, the same on every process; None and a note if it can't be read."""

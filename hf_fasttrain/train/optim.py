@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fasttrain.utils.errors import ModelError, RecipeError, RunError, nearest, shortened
+from hf_fasttrain.utils.errors import ModelError, RecipeError, RunError, nearest, shortened, shown
 
 INNER = "inner"  # key of the states of optimizers within an optimizer
 # Tokens and position tables, by the names that timm and transformers give them.
@@ -242,8 +242,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     LBFGS, say) round differently where memory is not aligned, as it is not in a file.
     """
     inner = {name: (each, each.param_groups) for name, each in inner_optimizers(optimizer).items()}
-    groups = optimizer.param_groups
+    groups, options = optimizer.param_groups, [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict({key: value for key, value in state.items() if key != INNER})
+    try:
+        _require_sound(optimizer, options)
+    except ValueError:  # the optimizer is as it was: an older checkpoint may fit
+        for group, before in zip(optimizer.param_groups, options, strict=True):
+            group.update(before)
+        optimizer.state.clear()
+        raise
     for name, (each, theirs) in inner.items():
         shares = len(theirs) == len(groups) and all(a is b for a, b in zip(theirs, groups, strict=True))
         restore_optimizer(each, state[INNER][name])
@@ -252,6 +259,45 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             values[name] = _with_layout(value, parameter)
+
+
+# Of torch's optimizers that keep the same tensors for each parameter, the ones that have a parameter's shape.
+PLAIN_OPTIMIZERS = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
+    torch.optim.Adagrad, torch.optim.Adamax,
+)  # fmt: skip
+SHAPED = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum", "exp_inf"}
+
+
+def _require_sound(optimizer: torch.optim.Optimizer, options: list[dict[str, Any]]) -> None:
+    """Raise ValueError for a loaded state with which the next step would fail; `options` are the groups' before."""
+    for number, (group, before) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        for key in before.keys() - {"params"}:
+            if not _is_alike(group.setdefault(key, before[key]), before[key]):  # an older version had fewer options
+                raise ValueError(f"option {key} of group {number} is {shown(group[key])}")
+        states = [
+            (parameter, optimizer.state[parameter]) for parameter in group["params"] if parameter in optimizer.state
+        ]
+        if type(getattr(optimizer, "optimizer", optimizer)) not in PLAIN_OPTIMIZERS:
+            continue
+        for parameter, state in states:
+            if state.keys() != states[0][1].keys():
+                raise ValueError(f"parameters of group {number} have different states")
+            shapes = {key: value.shape for key, value in state.items() if key in SHAPED and value is not None}
+            if wrong := [key for key, shape in shapes.items() if shape != parameter.shape]:
+                raise ValueError(f"{wrong[0]} has the shape {tuple(shapes[wrong[0]])}, not {tuple(parameter.shape)}")
+
+
+def _is_alike(value: Any, before: Any) -> bool:
+    """Return whether an option can stand for another: numbers for numbers, texts for texts, pairs for pairs."""
+    if isinstance(before, tuple | list):
+        same = isinstance(value, tuple | list) and len(value) == len(before)
+        return same and all(map(_is_alike, value, before))
+    if isinstance(before, bool) or before is None:
+        return value is None or isinstance(value, bool | int | float | torch.Tensor)
+    if isinstance(before, int | float):
+        return isinstance(value, int | float | torch.Tensor)
+    return not isinstance(before, str) or isinstance(value, str)
 
 
 def _with_layout(value: Any, parameter: torch.Tensor) -> Any:

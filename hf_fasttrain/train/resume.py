@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_fasttrain.run_folder.checkpoint import Checkpoint, require_same_settings
+from hf_fasttrain.run_folder.checkpoint import Checkpoint, checkpoint_step, require_same_settings
 from hf_fasttrain.train.checkpoint_state import State
-from hf_fasttrain.train.checkpointing import lock_run, unlock_run
+from hf_fasttrain.train.checkpointing import Checkpoints, lock_run, unlock_run
 from hf_fasttrain.train.early_stopping import adapt_state
 from hf_fasttrain.train.final_weights import FinalModel, with_metric
 from hf_fasttrain.train.log import METRICS_FILE, last_steps
 from hf_fasttrain.train.own_settings import MAY_CHANGE, comparable
-from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.errors import RunError, UnusableCheckpoint, first_line
 
 if TYPE_CHECKING:
     from hf_fasttrain.train.trainer import Trainer
@@ -25,17 +25,34 @@ def restore(trainer: Trainer) -> None:
         raise RunError("nothing to resume: the trainer has no output_dir")
     lock_run(trainer.checkpoints.run)
     try:
-        checkpoint = trainer.checkpoints.newest(trainer.stateful.why_not)
-        if checkpoint is None:
+        if not _take_over_newest(trainer, trainer.checkpoints):
             trainer.checkpoints.saved_at = 0  # what is there was looked at
             trainer.log.say(f"nothing to resume in {trainer.output_dir}: training starts afresh")
             trainer.log.forget_after(0)
-        else:
-            _take_over(trainer, checkpoint)
         trainer.retry.restore()
     except RunError:
         unlock_run(trainer.checkpoints.run)
         raise
+
+
+def _take_over_newest(trainer: Trainer, checkpoints: Checkpoints) -> bool:
+    """Take over the newest checkpoint that fits; return whether there is one at all.
+
+    One that does not fit is passed over as a corrupt one is. Raises its error if no other does.
+    """
+    first: UnusableCheckpoint | None = None
+    before: int | None = None
+    while (checkpoint := checkpoints.newest(trainer.stateful.why_not, before)) is not None:
+        try:
+            _take_over(trainer, checkpoint)
+        except UnusableCheckpoint as error:
+            trainer.log.say(f"{error}: skipped")
+            first, before = first or error, checkpoint_step(checkpoint.path)
+        else:
+            return True
+    if first is not None:
+        raise first
+    return False
 
 
 def load_best(trainer: Trainer) -> int:
@@ -95,11 +112,7 @@ def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise RunError(
             f"can't resume {checkpoint.path}: seed is {given} now, and {state.seed} in the run; leave it out"
         )
-    trainer.callbacks.restore(checkpoint.training.get("callbacks", []), trainer.processes, trainer.log.note)
-    trainable = checkpoint.training.get("trainable")
-    if trainable and (note := trainer.step.restore_trainable(trainable)):
-        trainer.log.note(note)
-    trainer.stateful.restore(checkpoint)
+    _restore_states(trainer, checkpoint)
     vars(trainer.state).update(vars(state))  # in place: others hold it
     trainer.lr = state.base_lr or trainer.lr
     trainer.final_model = None
@@ -114,6 +127,18 @@ def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if not trainer.is_finished:
         trainer.state.resumed_at.append(state.step)
         trainer.log.resume_line(state.step, checkpoint.path.name, trainer.processes.number)
+
+
+def _restore_states(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    try:
+        trainer.callbacks.restore(checkpoint.training.get("callbacks", []), trainer.processes, trainer.log.note)
+        trainable = checkpoint.training.get("trainable")
+        if trainable and (note := trainer.step.restore_trainable(trainable)):
+            trainer.log.note(note)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        text = f"can't resume {checkpoint.path}: what is trained can't be told from it: {first_line(error)}"
+        raise UnusableCheckpoint(text) from None
+    trainer.stateful.restore(checkpoint)
 
 
 def _duration_of(trainer: Trainer) -> str:

@@ -91,6 +91,10 @@ class StepOutOfMemory(RuntimeError):
     """A process ran out of memory in a step, before any gradient was exchanged: the step can be retried."""
 
 
+class UnusableCheckpoint(RunError):
+    """A checkpoint can be read, but does not fit the model, the optimizer or the loader."""
+
+
 class RunFailure(RunError):
     """A process that the run needs has died. `status` is RESUMABLE if this start has saved a checkpoint, else 1."""
 

@@ -50,7 +50,10 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tensor" in packed:
         return tensors[packed["tensor"]]
     if "array" in packed:
-        return tensors[packed["array"]].numpy().astype(packed["dtype"], copy=False)
+        dtype = np.dtype(packed["dtype"])
+        if dtype.kind not in "biuf":  # others take memory, or hold objects, whatever the array is
+            raise ValueError(f"an array of {dtype}")
+        return tensors[packed["array"]].numpy().astype(dtype, copy=False)
     ((kind, value),) = packed.items()
     if kind == "bytes":
         return base64.b64decode(value)

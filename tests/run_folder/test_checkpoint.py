@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -32,7 +33,7 @@ from hf_fasttrain.run_folder.checkpoint import (
 )
 from hf_fasttrain.train.optim import restore_optimizer
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import NewFile, append_line, read_lines
+from hf_fasttrain.utils.files import NewFile, append_line, digest_of, read_lines
 from hf_fasttrain.utils.tensor_tree import pack, unpack
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | st.binary()
@@ -149,8 +150,8 @@ def test_a_checkpoint_that_was_being_replaced_is_restored(tmp_path: Path) -> Non
 
 def snapshot(step: int) -> Snapshot:
     weights = {"model": {"w": torch.full((64,), float(step)), "b": torch.tensor(step)}, "ema": {"w": torch.ones(3)}}
-    training = {"optimizer": {"state": {0: torch.full((5,), float(step))}}}
-    return Snapshot(step, {"learnt": {}}, weights, training).to_host()
+    training = {"optimizer": {"state": {0: torch.full((5,), float(step))}}, "scaler": None, "own": [{"loader": None}]}
+    return Snapshot(step, {"learnt": {}, "state": {"step": step}}, weights, training).to_host()
 
 
 def is_whole(checkpoint: Checkpoint | None) -> bool:
@@ -306,6 +307,98 @@ def test_names_of_a_marker_stay_in_their_folder(tmp_path: Path) -> None:
     (path / "COMPLETE").write_text(marker)
     with pytest.raises(RunError, match=r"is corrupt \('../elsewhere' is outside of its folder\)"):
         load_checkpoint(path)
+
+
+OTHERS = ["step_notes", "step_1", "step_00000001x", "step_-0000001", "step_000000010", ".step_notes.old", ".step_x"]
+
+
+def test_only_folders_of_our_own_form_are_pruned_and_read(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for name in OTHERS:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "COMPLETE").write_text("{}")
+        (folder / name / "mine.txt").write_text("mine")
+    save_checkpoint(elsewhere, snapshot(1))
+    (folder / "step_00000001").symlink_to(elsewhere / "step_00000001")
+    (folder / "step_00000002").write_text("a file")
+    for step in (3, 4):
+        save_checkpoint(folder, snapshot(step))
+    (folder / "step_00000000").mkdir()
+    (folder / ".step_00000001.partial").mkdir()
+    prune_checkpoints(folder, 1, None, step=4)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*OTHERS, "step_00000001", "step_00000002", "step_00000004"}
+    assert all((folder / name / "mine.txt").is_file() for name in OTHERS)
+    assert (elsewhere / "step_00000001" / "COMPLETE").is_file()
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000004"]
+    shutil.rmtree(folder / "step_00000004")
+    assert newest_checkpoint(folder, lambda text: None) is None
+
+
+def rehash(path: Path) -> None:
+    """Let a checkpoint's marker list its files as they are now."""
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3": digest_of(p)} for p in path.iterdir() if p.name != "COMPLETE"}
+    (path / "COMPLETE").write_text(json.dumps({"format": 1, "files": files}))
+
+
+def _change_state(path: Path, **values: Any) -> None:
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, **values}))
+    rehash(path)
+
+
+def _as_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "empty marker": lambda path: (path / "COMPLETE").write_text(""),
+    "marker is a list": lambda path: (path / "COMPLETE").write_text("[1]"),
+    "marker is deep": lambda path: (path / "COMPLETE").write_text("[" * 100_000),
+    "marker is a long number": lambda path: (path / "COMPLETE").write_text("9" * 6000),
+    "marker is binary": lambda path: (path / "COMPLETE").write_bytes(b"\xff\xfe\x00"),
+    "marker lists nothing": lambda path: (path / "COMPLETE").write_text('{"format": 1, "files": {}}'),
+    "marker lists a list": lambda path: (path / "COMPLETE").write_text('{"format": 1, "files": []}'),
+    "marker lists a number": lambda path: (path / "COMPLETE").write_text('{"format": 1, "files": {"state.json": 1}}'),
+    "marker of another version": lambda path: (path / "COMPLETE").write_text('{"format": 99, "files": {"a": 1}}'),
+    "marker is a folder": lambda path: ((path / "COMPLETE").unlink(), (path / "COMPLETE").mkdir()),
+    "marker is a FIFO": lambda path: _as_fifo(path / "COMPLETE"),
+    "state is a FIFO": lambda path: _as_fifo(path / "state.json"),
+    "state is gone": lambda path: (path / "state.json").unlink(),
+    "state is a list": lambda path: ((path / "state.json").write_text("[]"), rehash(path)),
+    "state is deep": lambda path: ((path / "state.json").write_text('{"a":' * 50_000), rehash(path)),
+    "state of another step": lambda path: _change_state(path, step=1),
+    "no step": lambda path: _change_state(path, state={}),
+    "a step of text": lambda path: _change_state(path, state={"step": "x"}),
+    "unknown state": lambda path: _change_state(path, state={"step": 2, "x": 1}),
+    "a huge number": lambda path: _change_state(path, state={"step": 2, "images": 10**400}),
+    "a seed of text": lambda path: _change_state(path, state={"step": 2, "seed": "x"}),
+    "metrics in a list": lambda path: _change_state(path, state={"step": 2, "metrics": []}),
+    "no training": lambda path: _change_state(path, training={}),
+    "training is a list": lambda path: _change_state(path, training=[]),
+    "an unknown tensor": lambda path: _change_state(path, training={"tensor": "x"}),
+    "no loader": lambda path: _change_state(path, training={"dict": [["optimizer", {"dict": []}], ["scaler", None]]}),
+    "an array of objects": lambda path: _change_state(path, training={"array": "x", "dtype": "object"}),
+    "weights cut short": lambda path: ((path / "model.safetensors").write_bytes(b"\x01"), rehash(path)),
+    "weights not listed": lambda path: ((path / "model.safetensors").unlink(), rehash(path)),
+    "weights elsewhere": lambda path: ((path / "model.safetensors").unlink(),
+                                       (path / "model.safetensors").symlink_to("/dev/zero")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_of_any_kind_is_passed_over(damage: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, snapshot(step))
+    DAMAGES[damage](tmp_path / "step_00000002")
+    notes: list[str] = []
+    newest = newest_checkpoint(tmp_path, notes.append)
+    assert newest is not None
+    assert newest.state["step"] == 1
+    assert len(notes) == 1
+    assert "step_00000002 is" in notes[0]
+    assert notes[0].endswith(": skipped")
 
 
 def test_no_pickle_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,35 @@ def test_changed_result_settings_are_refused_with_both_values(changed: str, fini
         make(*finished, changed, resume=True)
 
 
+def test_checkpoints_that_do_not_fit_are_passed_over(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = "checkpoint.keep=4"
+    make(write_recipe(), tmp_path / "run", "train.duration=8 steps", keep).fit()
+    paths = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert len(paths) == 4
+    for path in paths[1:]:
+        saved = load_checkpoint(path)
+        weights, training = saved.weights, saved.training
+        if path == paths[1]:  # of another shape
+            weights = {kind: {name: torch.zeros(1) for name in named} for kind, named in weights.items()}
+        elif path == paths[2]:  # a group without a sound option
+            groups = [{**group, "betas": "x"} for group in training["optimizer"]["param_groups"]]
+            training = {**training, "optimizer": {**training["optimizer"], "param_groups": groups}}
+        else:  # a state without what the next step needs, of one parameter
+            states = training["optimizer"]["state"]
+            first = {key: value for key, value in states[0].items() if key != "exp_avg"}
+            training = {**training, "optimizer": {**training["optimizer"], "state": {**states, 0: first}}}
+        save_checkpoint(path.parent, Snapshot(int(path.name[5:]), saved.state, weights, training))
+    trainer = make(write_recipe(), tmp_path / "run", "train.duration=8 steps", keep, resume=True)
+    assert trainer.state.step == 2
+    out = capsys.readouterr().out
+    assert out.count("it is of another model or optimizer") == 3
+    assert "parameters of group 0 have different states" in out
+    assert "option betas of group 0 is 'x'" in out
+    assert trainer.fit().steps == 8
+
+
 def test_a_run_from_before_a_key_was_added_had_its_default(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make(write_recipe(), tmp_path / "run").fit()
     (newest,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
