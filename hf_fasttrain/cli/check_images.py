@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hf_fasttrain.data.source.copies import Copy, contradicting_copies
 from hf_fasttrain.data.source.dataset import Source, Split
 from hf_fasttrain.data.source.scan import (
     ClassBalance,
@@ -24,6 +25,7 @@ from hf_fasttrain.data.source.scan import (
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.environment import num_cores
 from hf_fasttrain.utils.errors import UserError
+from hf_fasttrain.utils.format import format_count
 from hf_fasttrain.utils.terminal import Terminal, build_table
 
 
@@ -36,6 +38,7 @@ def check_images(terminal: Terminal, recipe: Recipe, source: Source, list_file: 
     _print_scan(terminal, scans, balances, duplicates, recipe.data.image_size)
     _print_bad(terminal, [bad for scan in scans for bad in scan.bad], list_file)
     _print_overlaps(terminal, splits, duplicates)
+    _print_contradictions(terminal, *contradicting_copies(splits, scans, source.class_names))
     limit = recipe.data.max_bad_fraction
     broken = [scan for scan in scans if scan.bad_fraction > limit]
     if broken:
@@ -94,3 +97,14 @@ def _print_overlaps(terminal: Terminal, splits: list[Split], duplicates: Duplica
         trained, first = overlap.pairs[:10].T
         for name, twin in zip(image_names(other, first), image_names(splits[0], trained), strict=True):
             terminal.print_line(f"  {name} = {twin}")
+
+
+def _print_contradictions(terminal: Terminal, number: int, shown: list[list[Copy]]) -> None:
+    """Print the images that have copies with different labels, one copy for each label."""
+    if not number:
+        return
+    first = f", the first {len(shown)}" if number > len(shown) else ""
+    count = format_count(number, "image has copies", "images have copies")
+    terminal.print_line(f"warning: {count} with different labels{first}; correct them or remove them:")
+    for copies in shown:
+        terminal.print_line("  " + " = ".join(f"{name} ({label})" for name, label in copies))

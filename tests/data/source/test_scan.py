@@ -22,6 +22,7 @@ from helpers.processes import reset_accelerate
 from PIL import Image
 
 from hf_fasttrain.cli import main
+from hf_fasttrain.data.source.copies import contradicting_copies
 from hf_fasttrain.data.source.dataset import Source, Split, load_source
 from hf_fasttrain.data.source.records import Records
 from hf_fasttrain.data.source.scan import (
@@ -219,6 +220,40 @@ def test_duplicates_within_and_between_splits() -> None:
     assert image_names(splits[1], found.overlaps[0].pairs[:, 1]) == ["validation row 2", "validation row 4"]
 
 
+def test_copies_with_different_labels_are_named() -> None:
+    a, b, c, d = (encoded(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(4))
+    splits = [
+        split_of([a, b, a, b"", b, c], labels=np.array([0, 1, 2, 0, 1, 0])),
+        split_of([b"", c, d, b], "validation", np.array([2, 1, 0, 1])),
+    ]
+    number, found = contradicting_copies(splits, [scan(split) for split in splits], ["cat", "dog", "emu"])
+    assert number == 2
+    assert sorted(found) == [
+        [("train row 0", "cat"), ("train row 2", "emu")],
+        [("train row 5", "cat"), ("validation row 1", "dog")],
+    ]
+    assert contradicting_copies(splits[1:], [scan(splits[1])], ["cat", "dog", "emu"]) == (0, [])
+
+
+def test_copies_with_several_labels_each() -> None:
+    a, b = (encoded(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(2))
+    labels = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]], np.float32)
+    split = split_of([a, a, b, b, a], labels=labels)
+    number, found = contradicting_copies([split], [scan(split)], ["cat", "dog", "emu"])
+    assert (number, found) == (1, [[("train row 0", "cat + dog"), ("train row 1", "no class")]])
+
+
+def test_contradicting_copies_are_those_of_a_plain_search() -> None:
+    labels, contents = RNG.integers(0, 3, 300), RNG.integers(0, 120, 300)
+    split, ones = split_of([b""] * 300, labels=labels), np.ones(300, np.int64)
+    hashes = np.stack([contents, contents], axis=1).astype(np.uint64)
+    found = SplitScan("train", [], hashes, ones, ones, ones, Counter(), Counter(), Counter())
+    labels_of = {content: set(labels[contents == content].tolist()) for content in set(contents.tolist())}
+    number, shown = contradicting_copies([split], [found], ["a", "b", "c"], most=7)
+    assert number == sum(len(known) > 1 for known in labels_of.values())
+    assert len(shown) == 7
+
+
 def test_a_tenth_of_many_hashes() -> None:
     hashes = RNG.integers(0, 40, (1000, 2)).astype(np.uint64)
     ones = np.ones(1000, np.int64)
@@ -316,10 +351,12 @@ def test_leaks_and_missing_classes_are_said(check: Callable[..., tuple[int, str,
         shutil.copy(train / "red" / "4.jpg", validation / "blue" / f"copy{number}.jpg")
     status, printed, _ = check("--images")
     assert status == 0
+    assert "warning: 1 image has copies with different labels; correct them or remove them:" in printed
+    assert f"  {train}/red/4.jpg (red) = {validation}/blue/copy0.jpg (blue)\n" in printed
     assert "note: split 'validation' has no image of green" in printed
     warning = "warning: 12 of 12 images of split 'validation' are in split 'train' too: its accuracy will be overstated"
     assert warning in printed
-    pairs = [line.strip() for line in printed.splitlines() if " = " in line]
+    pairs = [line.strip() for line in printed.splitlines() if " = " in line and "(red)" not in line]
     assert len(pairs) == 10
     assert pairs[0] == f"{validation}/blue/0.jpg = {train}/blue/0.jpg"
     assert row_of(printed, "duplicates within")[1:] == ["0", "3"]
