@@ -65,7 +65,9 @@ def _custom_model(
     model = custom.model
     spec = spec_of_custom(model, spec)
     growth = recipe.augment.progressive
-    for size in {recipe.data.image_size, recipe.data.size_in_training, *([growth.start_size] if growth else [])}:
+    sizes = {recipe.data.image_size, recipe.data.size_in_training, *([growth.start_size] if growth else [])}
+    has_other_outputs = custom.step_loss is not None and recipe.evaluate.every == "never"
+    for size in sizes if not has_other_outputs else ():  # such a model is called by the step loss alone
         _require_custom_logits(model, custom, spec, size)
     pre = _preprocessing(model, spec, settings)
     keys = [key for key in ("data.mean", "data.std", "data.interpolation", "data.crop_pct") if settings.is_open(key)]
@@ -84,6 +86,7 @@ def _require_custom_logits(model: nn.Module, custom: CustomParts, spec: ModelSpe
     if custom.predict is None:
         name, call = f"model={qualified_name(model)}", model.__call__
         way = f"give it {classes} outputs, or pass predict, a function (model, images) -> logits (B, {classes})"
+        way += "; with a step_loss, evaluate.every=never trains without evaluations" * (custom.step_loss is not None)
     else:
         name, call = f"predict={qualified_name(custom.predict)}", functools.partial(custom.predict, model)
         way = f"return logits (B, {classes}) from it"

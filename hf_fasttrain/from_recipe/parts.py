@@ -53,6 +53,7 @@ def build_parts(
         settings.record(key, name, "passed as a Python object")
     settings.record("local", local_settings(loaded, dataset), "settings that are paths or objects of this machine")
     _require_step_loss(loaded, custom)
+    _require_evaluation(loaded, custom)
     resolved = resolve_machine(loaded, settings, presets)
     accelerator = build_accelerator(resolved, settings)
     source = source_from(resolved, dataset, settings)
@@ -72,6 +73,16 @@ def _require_step_loss(recipe: Recipe, custom: CustomParts) -> None:
         raise RunError(
             f"data.views={recipe.data.views}: images are (B, V, 3, H, W), which the recipe's loss can't give to the "
             "model; pass step_loss to Trainer.from_recipe, a function of (model, images, targets, at), or set it to 1"
+        )
+
+
+def _require_evaluation(recipe: Recipe, custom: CustomParts) -> None:
+    """Raise RunError for parts that are used in evaluations, if there are none."""
+    unused = [name for name in ("metrics", "predict") if getattr(custom, name) is not None]
+    if recipe.evaluate.every == "never" and unused:
+        raise RunError(
+            f"{' and '.join(unused)}: evaluate.every is never, and only evaluations use them; leave them out, or set "
+            "evaluate.every=1 epoch"
         )
 
 

@@ -132,7 +132,8 @@ def assemble(
     best, stopping = _watches(parts)
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     loaders = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
-    eval_batch = _eval_batch_size(parts, loaders.workers)
+    is_evaluated = recipe.evaluate.every != "never"
+    eval_batch = _eval_batch_size(parts, loaders.workers) if is_evaluated else 0
     evaluations = _num_evaluations(recipe, num_steps, parts.sampling_plan.steps_per_epoch)
     trainer = trainer_class(
         model=parts.model,
@@ -144,8 +145,8 @@ def assemble(
         schedule=schedule_of(parts, num_steps),
         clip_norm=recipe.optimizer.clip_norm,
         ema=moving_average_of(parts),
-        eval_loader=loaders.eval_loader(source.evaluation, eval_batch, passes=evaluations),
-        evaluate_every=recipe.evaluate.every,
+        eval_loader=loaders.eval_loader(source.evaluation, eval_batch, passes=evaluations) if is_evaluated else None,
+        evaluate_every=recipe.train.duration if recipe.evaluate.every == "never" else recipe.evaluate.every,
         best=best,
         early_stopping=stopping,
         output_dir=folder,
@@ -330,6 +331,8 @@ def build_evaluator(
 
 def _num_evaluations(recipe: Recipe, num_steps: int, steps_per_epoch: int) -> int:
     """Return how often the evaluation split is measured in a whole training."""
+    if recipe.evaluate.every == "never":
+        return 0
     every, start = recipe.evaluate.every.to_steps(steps_per_epoch), recipe.evaluate.start.to_steps(steps_per_epoch)
     before = max(0, math.ceil(start / every) - 1)
     return max(1, math.ceil(num_steps / every) - before)

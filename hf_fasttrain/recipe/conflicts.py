@@ -119,14 +119,14 @@ def _optimizer(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _schedule(recipe: Recipe) -> Iterator[Mistake]:
-    every: dict[str, Duration] = {
+    every: dict[str, Duration | str] = {
         "schedule.every": recipe.schedule.every,
         "schedule.patience": recipe.schedule.patience,
         "evaluate.every": recipe.evaluate.every,
         "checkpoint.every": recipe.checkpoint.every,
     }
     for key, value in every.items():
-        if value.count == 0:
+        if isinstance(value, Duration) and value.count == 0:
             yield key, "is 0; give at least 1 step"
     if recipe.schedule.name == "multistep" and not recipe.schedule.milestones:
         yield "schedule.milestones", "is empty; multistep needs them, such as [30 epochs, 60 epochs]"
@@ -134,6 +134,22 @@ def _schedule(recipe: Recipe) -> Iterator[Mistake]:
         yield "schedule.gamma", "is 1, with which lr stays as it is; give a smaller factor, or schedule.name=constant"
     if any(milestone.count == 0 for milestone in recipe.schedule.milestones):
         yield "schedule.milestones", "contains 0; lower optimizer.lr instead"
+
+
+def _without_evaluation(recipe: Recipe) -> Iterator[Mistake]:
+    """Yield what needs evaluations where there are none."""
+    if recipe.evaluate.every != "never":
+        return
+    needing = {
+        "early_stopping": recipe.early_stopping is not None,
+        "schedule.name": recipe.schedule.name == "plateau",
+        "checkpoint.final": recipe.checkpoint.final == "best",
+        "hub.every": recipe.hub is not None and recipe.hub.every == "best",
+        "data.test_split": recipe.data.test_split is not None,
+    }
+    for key, is_set in needing.items():
+        if is_set:
+            yield key, "needs evaluations, and evaluate.every is never; leave one of them out"
 
 
 def _secrets(recipe: Recipe) -> Iterator[Mistake]:
@@ -252,6 +268,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (
     _train,
     _optimizer,
     _schedule,
+    _without_evaluation,
     _hub,
     _secrets,
 )

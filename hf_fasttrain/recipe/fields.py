@@ -25,6 +25,17 @@ DurationField = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "pattern": PATTERN, "examples": ["90 epochs", "5000 steps"]}),
 ]
+NeverField = Annotated[
+    Literal["never"] | Duration,
+    BeforeValidator(lambda text: text if text == "never" else Duration.parse(text)),
+    PlainSerializer(str),
+    WithJsonSchema(
+        {
+            "anyOf": [{"const": "never"}, {"type": "string", "pattern": PATTERN}],
+            "examples": ["1 epoch", "500 steps", "never"],
+        }
+    ),
+]
 IntervalField = Annotated[
     Duration,
     BeforeValidator(lambda text: Duration.parse(text, minutes=True)),

@@ -17,6 +17,7 @@ from hf_fasttrain.recipe.fields import (
     ClockField,
     DurationField,
     IntervalField,
+    NeverField,
     OneOrMore,
     OnOrOff,
     OrOff,
@@ -314,7 +315,10 @@ class EarlyStoppingSection(Section):
 
 
 class EvaluateSection(Section):
-    every: DurationField = result(Duration(1, "epochs"), "how often; always at the end")
+    every: NeverField = result(
+        Duration(1, "epochs"),
+        "how often; always at the end; never: not at all, for a step_loss of your own whose model has no logits",
+    )
     start: DurationField = result(Duration(0, "epochs"), "no evaluation before it, such as '10 epochs'")
     max_images: int | None = result(
         None, "most images of the evaluation split, chosen as train.max_images are; null: all", ge=1, examples=[5000]

@@ -174,6 +174,11 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     "warmup of the whole training": (RECIPE, ["schedule.warmup=100%"], "schedule.warmup.*must be below 100%"),
     "warmup without a unit": (RECIPE, ["schedule.warmup=3"], "schedule.warmup is 3: .* '3%', '3 epochs' or '3 steps'"),
     "no milestones": (RECIPE, ["schedule.name=multistep"], "schedule.milestones is empty; multistep needs them"),
+    "early stopping without evaluations": (
+        RECIPE,
+        ["evaluate.every=never", "early_stopping={patience: 3 epochs}"],
+        "early_stopping needs evaluations, and evaluate.every is never; leave one of them out",
+    ),
     "a plateau of another metric": (
         RECIPE,
         ["schedule={name: plateau, metric: mAP}"],

@@ -567,6 +567,38 @@ def test_one_and_two_processes_with_unequal_shares_train_alike(recipe: Path, tmp
     assert_same(alone, first, rtol=1e-4, atol=1e-5)
 
 
+def features_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 6, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 7))
+
+
+def self_supervised(model: nn.Module, images: Tensor, labels: Tensor, at: Any) -> Tensor:
+    """Return how unlike the features of two views are."""
+    first, second = model(images[:, 0]), model(images[:, 1])
+    return -F.cosine_similarity(first, second.detach()).mean()
+
+
+def test_a_model_without_class_logits_is_trained_without_evaluations(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    views = ["data.views=2", "augment.flip=true"]
+    with pytest.raises(ModelError, match=r"\(1, 7\) .*evaluate.every=never trains without evaluations"):
+        build(recipe, tmp_path / "no", *views, model=features_net(), step_loss=self_supervised)
+    overrides = [*views, "evaluate.every=never", "log.report=true", "train.duration=6 steps"]
+    parts: dict[str, Any] = {"model": features_net(), "step_loss": self_supervised}
+    first = build(recipe, tmp_path / "run", *overrides, **parts)
+    with first.running():
+        next(report for report in first.iterate() if report.step == 4)
+    second = build(recipe, tmp_path / "run", *overrides, **parts, resume=True)
+    assert second.state.step == 4
+    result = second.fit()
+    assert (result.steps, result.metrics, result.best, result.model["weights"]) == (6, {}, None, "last")
+    assert (tmp_path / "run/report.html").is_file()
+    assert load_file(tmp_path / "run/model/model.safetensors")["4.weight"].shape == (7, 24)
+    with pytest.raises(RunError, match=r"metrics and predict: evaluate.every is never, and only evaluations use them"):
+        build(recipe, tmp_path / "no", *overrides, **parts, metrics={"margin": mean_margin}, predict=mirrored_too)
+    with pytest.raises(RunError, match=r"gives \(1, 7\) for an image, not \(1, 10\) logits"):
+        evaluate_run(tmp_path / "run", model=features_net)
+
+
 def test_the_optimizer_has_the_weights_of_a_method_s_module(recipe: Path, tmp_path: Path) -> None:
     loss = Margin()
     trainer = build(recipe, tmp_path, step_loss=loss.forward)
