@@ -65,8 +65,8 @@ NOT_RUN = {
     "hf-fasttrain ablate resnet50 data.dataset=CIFAR10": "a measurement of minutes on a dataset that is not here",
     "hf-fasttrain ablate efficientnet data.dataset=FLOWERS": "a measurement of minutes on a dataset that is not here",
     "hf-fasttrain ablate vit data.dataset=FLOWERS": "a measurement of minutes on a dataset that is not here",
-    "hf-fasttrain predict runs/mine ": "a run and a module of one's own: tests/test_own_runs.py has them",
-    "hf-fasttrain evaluate runs/mine ": "a run and a module of one's own: tests/test_own_runs.py has them",
+    "hf-fasttrain predict runs/mine ": "a run of a custom model: tests/test_custom_model_runs.py has them",
+    "hf-fasttrain evaluate runs/mine ": "a run of a custom model: tests/test_custom_model_runs.py has them",
 }
 # What makes a command short: these replace the command's own values.
 SMALL = {

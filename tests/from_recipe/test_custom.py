@@ -1,4 +1,4 @@
-"""Parts passed beside a recipe: each does what a plain loop with it does, and a resumed run wants it again."""
+"""Custom parts of a recipe: each trains like a plain loop with it, and a resumed run needs it again."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_an_optimizer_and_a_schedule_train_as_in_a_plain_loop(recipe: Path, tmp_
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["lr"] == 0.02
 
 
-def test_an_optimizer_may_have_rates_of_its_own(recipe: Path, tmp_path: Path) -> None:
+def test_an_optimizer_may_set_its_own_learning_rates(recipe: Path, tmp_path: Path) -> None:
     def own(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         parameters = [parameter for group in groups for parameter in group["params"]]
         return torch.optim.SGD([{"params": parameters[:3], "lr": 0.1}, {"params": parameters[3:], "lr": 0.3}])
@@ -270,7 +270,7 @@ def test_the_head_of_a_model_is_found_by_its_outputs(recipe: Path, tmp_path: Pat
     assert [scales[id(p)] for p in trainer.raw_model.parameters()] == [0.1, 0.1, 1.0, 1.0]
 
 
-def test_timms_own_model_is_the_recipes_and_can_be_used_afterwards(recipe: Path, tmp_path: Path) -> None:
+def test_a_timm_model_passed_as_an_object_can_be_evaluated_by_name(recipe: Path, tmp_path: Path) -> None:
     by_name = build(recipe, tmp_path / "name")
     by_name.fit()
     torch.manual_seed(0)
@@ -461,7 +461,7 @@ def test_a_resumed_run_wants_the_same_part(recipe: Path, tmp_path: Path, part: s
     assert again.fit().steps == 3
 
 
-def test_a_part_that_the_run_was_not_begun_with_is_refused(recipe: Path, tmp_path: Path) -> None:
+def test_a_part_that_the_run_did_not_start_with_is_refused(recipe: Path, tmp_path: Path) -> None:
     build(recipe, tmp_path / "run", "train.duration=2 steps").fit()
     with pytest.raises(RunError, match=r"transform: not passed in the run, .*jitter now\nLeave transform out"):
         build(recipe, tmp_path / "run", "train.duration=3 steps", resume=True, transform=jitter)
@@ -478,7 +478,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_the_same_par
     assert build(recipe, run, resume=True, transform=jitter).state.step == 0
 
 
-def test_settings_without_effect_are_said_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_settings_without_effect_are_reported_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     text = RECIPE.replace("flip: false", "flip: false, erase: 0.5, mixup: 0.2, color_jitter: {hue: 0.1}")
     trainer = build(write_recipe(text), tmp_path, "schedule.warmup=1 steps", transform=jitter, schedule=falling)
     notes = [note for note in trainer.log.notes if "without effect" in note]

@@ -134,7 +134,7 @@ def test_a_run_that_stopped_early_shows_images_of_a_step_that_was_made(
     assert Predictions.load(run / PREDICTIONS_FILE).step == result["model"]["step"] == 1  # the best
 
 
-def test_a_trainer_of_own_objects_writes_a_report_too(tmp_path: Path) -> None:
+def test_a_trainer_without_a_recipe_writes_a_report(tmp_path: Path) -> None:
     reset_accelerate()
     images, labels = torch.rand(24, 3, 8, 8), torch.arange(24) % 3
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))

@@ -240,7 +240,7 @@ def test_a_step_of_one_image_keeps_batch_norm_statistics() -> None:
     assert not torch.equal(model[1].weight, before)
 
 
-def own_objects(accumulation: int) -> dict[str, Tensor]:
+def trained_without_recipe(accumulation: int) -> dict[str, Tensor]:
     """Train with a user's own loader whose batches are this process's share: 5 and 3 images."""
     accelerator = Accelerator(cpu=True)
     images, model = Images(8, "hard"), make_model(torch.float32)
@@ -256,9 +256,9 @@ def own_objects(accumulation: int) -> dict[str, Tensor]:
 
 
 def test_a_user_loader_with_uneven_shares_and_accumulation() -> None:
-    whole = own_objects(1)
-    assert_same(own_objects(3), whole, 1e-5)
-    for weights in run_processes(own_objects, 2):
+    whole = trained_without_recipe(1)
+    assert_same(trained_without_recipe(3), whole, 1e-5)
+    for weights in run_processes(trained_without_recipe, 2):
         assert_same(weights, whole, 1e-5)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.own_objects import small_trainer
 from helpers.processes import reset_accelerate
+from helpers.small_trainer import small_trainer
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.own_objects import small_trainer
 from helpers.processes import run_processes
 from helpers.runs import steps_of
+from helpers.small_trainer import small_trainer
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkpoint, read_state

@@ -1,4 +1,4 @@
-"""Optimizers that want gradients at other weights (SAM, LBFGS), or gradients of gradients (Adahessian)."""
+"""Optimizers that need gradients at other weights (SAM, LBFGS) or second derivatives (Adahessian)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers.own_objects import PositionedLoader
 from helpers.processes import run_processes
+from helpers.small_trainer import StatefulLoader
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -130,7 +130,7 @@ def build(name: str, accumulation: int = 1, folder: Path | None = None, **option
         options["ema"] = Ema(model, 0.5)
     return Trainer(
         model,
-        PositionedLoader([(images[mine].to(dtype), labels[mine]) for images, labels in data()]),
+        StatefulLoader([(images[mine].to(dtype), labels[mine]) for images, labels in data()]),
         OPTIMIZERS[name](model.parameters()),
         accelerator=accelerator,
         accumulation_steps=accumulation,

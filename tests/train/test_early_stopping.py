@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.own_objects import PositionedLoader
 from helpers.runs import RECIPE, exit_status, steps_of
+from helpers.small_trainer import StatefulLoader
 from torch import Tensor, nn
 
 from hf_fasttrain import Trainer
@@ -31,10 +31,10 @@ ON_COMMAND_LINE = HOW.format("the same command with --resume")
 TWO = Watch("accuracy", patience=2)
 
 
-def six_batches() -> PositionedLoader:
+def six_batches() -> StatefulLoader:
     """Return the batches of an epoch."""
     generator = torch.Generator().manual_seed(0)
-    return PositionedLoader((torch.randn(4, 3, 2, 2, generator=generator), torch.arange(4) % 3) for _ in range(6))
+    return StatefulLoader((torch.randn(4, 3, 2, 2, generator=generator), torch.arange(4) % 3) for _ in range(6))
 
 
 class Scripted(Trainer):

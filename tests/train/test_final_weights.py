@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.own_objects import small_trainer
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import RECIPE, exit_status, raise_losses, steps_of, weights
+from helpers.small_trainer import small_trainer
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.own_objects import small_trainer
 from helpers.processes import reset_accelerate, run_processes
+from helpers.small_trainer import small_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 

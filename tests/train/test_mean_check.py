@@ -154,7 +154,7 @@ def sampled(model: nn.Module, images: Tensor, targets: Tensor, at: At) -> Tensor
         (lambda model, images, targets, at: F.cross_entropy(model(images).view(IMAGES, -1), targets), UNKNOWN),
     ],
 )
-def test_means_sums_and_others_are_told_apart(loss: Any, expected: str) -> None:
+def test_means_sums_and_other_losses_are_distinguished(loss: Any, expected: str) -> None:
     assert verdict(loss, Classifier(), *batch()) == expected
 
 
@@ -171,7 +171,7 @@ def test_masks_may_have_the_images_in_any_dimension_and_a_batch_one_image(reduct
 
 @pytest.mark.parametrize("labelled", [1, 2, 4, 6])
 @pytest.mark.parametrize("number", [2, 3, 6, 12])
-def test_a_mean_over_each_of_two_domains_is_no_sum(number: int, labelled: int) -> None:
+def test_separate_means_over_two_domains_are_not_taken_for_a_sum(number: int, labelled: int) -> None:
     images, targets = batch(number)
     targets = targets.where(torch.arange(number) < labelled, -1)
     assert verdict(of_domains, Classifier(), images, targets) == (NO_MEAN if labelled < number else "mean")

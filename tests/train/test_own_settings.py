@@ -1,4 +1,4 @@
-"""A run of own objects is restored with what decided its result, or with a message that names what differs."""
+"""A run without a recipe is restored with the settings that decided its result, or a message names the difference."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_run_of_an_older_version_is_restored_as_before(tmp_path: Path) -> None
     assert again.fit().steps == 6
 
 
-def test_more_steps_than_the_duration_are_told_in_pythons_words(tmp_path: Path) -> None:
+def test_a_duration_shorter_than_the_run_is_refused_by_its_python_name(tmp_path: Path) -> None:
     build_trainer(tmp_path / "run", 6).fit()
     with pytest.raises(RunError, match="step_00000006: duration is 3 steps, and 6 are done already"):
         build_trainer(tmp_path / "run", 3).restore()

@@ -16,9 +16,9 @@ import nbformat
 import psutil
 import pytest
 import torch
-from helpers.own_objects import small_trainer
 from helpers.processes import reset_accelerate
 from helpers.runs import steps_of, weights
+from helpers.small_trainer import small_trainer
 from nbclient import NotebookClient
 
 from hf_fasttrain import Trainer
@@ -365,7 +365,7 @@ def test_an_update_without_gradients_is_told() -> None:
         small_trainer(kind=Skips).fit()
 
 
-def test_a_loss_that_gives_nan_is_told_in_words_for_own_objects() -> None:
+def test_a_nan_loss_gives_one_message_without_a_recipe() -> None:
     def broken(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits, labels) + torch.tensor(0.0).log() * 0
 

@@ -1,4 +1,4 @@
-"""A loss of one's own: of model, images, targets and time; with parameters; of any tree of tensors; no mean."""
+"""Step losses: plain, with parameters, of nested batches, and on several processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from helpers.own_objects import PositionedLoader
 from helpers.processes import run_processes
+from helpers.small_trainer import StatefulLoader
 from torch import Tensor, nn
 
 from hf_fasttrain import RunError, Trainer
@@ -75,12 +75,12 @@ def batches(number: int = STEPS, batch: int = BATCH) -> list[Batch]:
     ]
 
 
-def loader_of(data: Sequence[Batch]) -> PositionedLoader:
+def loader_of(data: Sequence[Batch]) -> StatefulLoader:
     """Return this process's share of each batch."""
     state = PartialState(cpu=True)
     per = BATCH // state.num_processes
     mine = slice(state.process_index * per, (state.process_index + 1) * per)
-    return PositionedLoader((rows(images, mine), rows(targets, mine)) for images, targets in data)
+    return StatefulLoader((rows(images, mine), rows(targets, mine)) for images, targets in data)
 
 
 def with_values(model: TwoInputs, images: Any, targets: Tensor, at: At) -> tuple[Tensor, dict[str, Any]]:
@@ -311,7 +311,7 @@ def test_a_loss_of_logits_may_have_weights_too() -> None:
         torch.testing.assert_close(moved, weight, rtol=1e-5, atol=1e-6)
 
 
-def test_weights_of_a_loss_that_the_optimizer_lacks_are_named() -> None:
+def test_loss_weights_missing_from_the_optimizer_are_reported() -> None:
     torch.manual_seed(0)
     model, log = TwoInputs(), RunLog(show=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -352,7 +352,7 @@ def _short_step() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def test_a_process_without_images_takes_part_in_a_step_loss() -> None:
+def test_a_process_without_images_joins_a_step_with_a_step_loss() -> None:
     (one,) = run_processes(_short_step, num_processes=1)
     for weights in run_processes(_short_step):
         for name, value in weights.items():
@@ -384,7 +384,7 @@ def small(loss: Any, accumulation: int, **options: Any) -> Trainer:
     return Trainer(model, data, torch.optim.SGD(model.parameters(), lr=0.01), loss=loss, **options)
 
 
-def test_a_sum_is_refused_where_it_is_split_and_only_there() -> None:
+def test_a_sum_is_refused_only_when_a_step_is_split() -> None:
     loss = nn.CrossEntropyLoss(reduction="sum")
     with pytest.raises(RunError, match=r"a sum over its images: .*divided by the number of images"):
         small(loss, 3).fit()
@@ -392,7 +392,7 @@ def test_a_sum_is_refused_where_it_is_split_and_only_there() -> None:
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0, 9.0])), "contrastive"])
-def test_a_loss_that_is_no_mean_is_said_where_it_is_split(loss: Any) -> None:
+def test_a_loss_that_is_not_a_mean_is_reported_when_a_step_is_split(loss: Any) -> None:
     if loss == "contrastive":
         loss = lambda logits, targets: F.cross_entropy(logits @ logits.T, torch.arange(len(logits)))  # noqa: E731
     messages = [note for n in (1, 3) for note in _notes(small(loss, n)) if "not a mean over its images" in note]
@@ -574,7 +574,7 @@ def _foreign() -> list[str]:
     return log.notes
 
 
-def test_parameters_of_nobody_are_said_and_refused_with_several_processes() -> None:
+def test_optimized_parameters_of_neither_module_are_reported_and_refused_with_several_processes() -> None:
     ((note,),) = run_processes(_foreign, num_processes=1)
     assert "1 parameters that are neither the model's nor the loss's: they are trained, but neither" in note
     with pytest.raises(AssertionError, match=r"do not exchange their gradients; give the loss as a torch\.nn\.Module"):
@@ -619,7 +619,7 @@ def test_a_loss_without_gradient_or_with_other_arguments_is_refused() -> None:
         trained(lambda model, images, targets, at: model(images["pixels"], images["meta"]).mean().detach()).fit()
 
 
-def test_a_list_of_one_tensor_for_each_image_is_told_to_be_stacked() -> None:
+def test_a_list_of_single_images_must_be_stacked() -> None:
     model = TwoInputs()
     images = [torch.zeros(3, 4 + number, 4) for number in range(5)]
     loader = [(images, torch.zeros(5, dtype=torch.long))]

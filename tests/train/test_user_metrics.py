@@ -1,4 +1,4 @@
-"""Metrics of one's own against a plain computation, `predict`, and mistakes in them that are found before training."""
+"""Custom metrics and `predict` against a plain computation, and mistakes in them found before training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.own_objects import small_trainer
 from helpers.processes import reset_accelerate, run_processes
+from helpers.small_trainer import small_trainer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
@@ -278,7 +278,7 @@ def test_a_mistake_is_found_before_the_first_step(name: str) -> None:
         ),
     ],
 )
-def test_what_is_no_metric_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_invalid_metrics_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message):
         small_trainer(**options)
 
@@ -310,7 +310,7 @@ def test_a_metric_that_needs_every_class_is_not_refused_for_a_first_batch_of_one
     assert not [note for note in result.notes if "auc" in note]
 
 
-def test_a_metric_that_fails_later_is_left_out_and_said_once() -> None:
+def test_a_metric_that_fails_later_is_skipped_and_reported_once() -> None:
     calls: list[int] = []
 
     def moody(logits: Tensor, labels: Tensor) -> float:
@@ -366,7 +366,7 @@ def test_the_number_of_classes_comes_from_the_logits() -> None:
     assert plain.metrics == without.metrics
 
 
-def test_a_recipes_run_has_them_too_and_evaluate_says_that_they_are_ones_own(
+def test_recipes_take_custom_metrics_and_evaluate_reports_that_it_lacks_them(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
     recipe, run = write_recipe(), tmp_path / "run"

@@ -92,7 +92,7 @@ def test_a_plain_loader_is_resumed_at_an_epochs_end_as_if_never_stopped(loader: 
     assert same_weights(resumed, whole)
 
 
-def test_what_came_after_the_epochs_end_is_repeated_and_that_is_said_before_the_first_step(
+def test_steps_after_the_last_full_epoch_are_repeated_and_reported_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = build_trainer(plain, 3 * STEPS)
@@ -256,7 +256,7 @@ def test_a_state_within_an_epoch_is_refused_by_a_loader_without_a_position() -> 
 
 
 @pytest.mark.parametrize("nested", ["images", "targets"])
-def test_a_nested_batch_that_model_or_loss_cant_take_is_told(nested: str) -> None:
+def test_a_nested_batch_that_model_or_loss_cannot_take_is_refused(nested: str) -> None:
     images, labels = next(iter(DataLoader(IMAGES, 4)))
     batch = ((images, torch.ones(4)), labels) if nested == "images" else (images, (labels, torch.ones(4)))
     kinds = r"\(a tuple\), and the loss its targets \(a tensor\)", r"\(a tensor\), and the loss its targets \(a tuple\)"

@@ -1,4 +1,4 @@
-"""A trainer of objects that no recipe has made, and a loader that keeps its position."""
+"""A small trainer without a recipe, and a loader whose position can be saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_fasttrain.train.log import RunLog
 
 
 def small_trainer(folder: Path | None = None, steps: int = 6, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
-    """Return a trainer of own objects."""
+    """Return a trainer of a linear model on 24 images of 2 px."""
     torch.manual_seed(0)
     images, labels = torch.randn(24, 3, 2, 2), torch.arange(24) % 3
     data = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 24, 8)]
@@ -24,7 +24,7 @@ def small_trainer(folder: Path | None = None, steps: int = 6, kind: type[Trainer
     return kind(model, loader, optimizer, duration=f"{steps} steps", output_dir=folder, **options)
 
 
-class PositionedLoader:
+class StatefulLoader:
     """Batches with a position that can be saved and restored within an epoch, as torchdata's StatefulDataLoader has."""
 
     def __init__(self, batches: Iterable[Any]) -> None:

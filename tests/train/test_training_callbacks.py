@@ -1,4 +1,4 @@
-"""Callbacks that take part: what they change before a step, against plain loops, and through a stop and a resume."""
+"""Callbacks that change training, against plain loops, and through a stop and a resume."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.own_objects import PositionedLoader
 from helpers.processes import run_processes
+from helpers.small_trainer import StatefulLoader
 from torch import Tensor, nn
 
 from hf_fasttrain import Callback, Ema, ReduceLROnPlateau, RunError, Trainer, Watch
@@ -25,12 +25,12 @@ from hf_fasttrain.utils.errors import Stopped
 STEPS, IMAGES = 7, 12
 
 
-def share_of_batches(rank: int = 0, world: int = 1) -> PositionedLoader:
+def share_of_batches(rank: int = 0, world: int = 1) -> StatefulLoader:
     """Return a process's share of the three batches of an epoch."""
     generator = torch.Generator().manual_seed(0)
     share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
     every = [(torch.randn(IMAGES, 6, generator=generator), torch.arange(IMAGES) % 3) for _ in range(3)]
-    return PositionedLoader((images[share], labels[share]) for images, labels in every)
+    return StatefulLoader((images[share], labels[share]) for images, labels in every)
 
 
 def model_with_a_frozen_layer(*, norm: bool = False) -> nn.Sequential:

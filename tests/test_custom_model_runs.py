@@ -1,4 +1,4 @@
-"""Finished runs that no recipe has made: evaluated, used, exported and pushed with the model that the user gives."""
+"""Finished runs of a custom model: evaluated, used for predictions, exported and pushed."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def pixels_of(path: Path) -> torch.Tensor:
     return (pixels.permute(2, 0, 1) / 255 - 0.5) / 0.5
 
 
-def test_without_the_model_it_is_said_how_to_give_it(run: Path, photos: Path, hub: Hub) -> None:
+def test_a_missing_model_gives_a_message_that_explains_how_to_pass_it(run: Path, photos: Path, hub: Hub) -> None:
     asked: list[Callable[[], Any]] = [
         lambda: evaluate_run(run),
         lambda: predict_images(run, [str(photos)]),
@@ -193,7 +193,7 @@ def test_the_weights_are_exported_and_pushed(run: Path, tmp_path: Path, hub: Hub
         (lambda: 3, r"model: must be a torch.nn.Module or \(module, dict\(image_size=224, .* got a int"),
     ],
 )
-def test_a_model_that_does_not_fit_is_told(given: Any, message: str, run: Path) -> None:
+def test_a_model_that_does_not_fit_the_run_is_refused(given: Any, message: str, run: Path) -> None:
     with pytest.raises(RunError, match=message):
         open_given(run, given, None)
 
@@ -206,7 +206,7 @@ def test_a_timm_model_knows_its_images(tmp_path: Path) -> None:
     assert (opened.spec.image_size, opened.spec.class_names, opened.has_names) == (160, ["0", "1", "2"], False)
 
 
-def test_a_run_of_a_recipe_has_its_own_model(tmp_path: Path) -> None:
+def test_a_recipe_run_with_a_known_model_refuses_another(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/hf_fasttrain.json").write_text("{}")
     for ask in (predict_images, evaluate_run):
