@@ -94,7 +94,7 @@ def train(
     model = make_model(dtype)
     losses: list[float] = []
     log = RunLog(show=False)
-    log.train_line = lambda step, num_steps, values: losses.append(values["loss"])  # type: ignore[method-assign]
+    log.train_line = lambda step, num_steps, values, pace=None: losses.append(values["loss"])  # type: ignore[method-assign]
     chosen = (
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         if optimizer == "sgd"

@@ -204,7 +204,7 @@ def test_the_command_line_reports_early_stopping_and_can_continue(
     assert f"      {ON_COMMAND_LINE}\n" in closing
     assert exit_status([*command, "--resume"]) == 0
     again = capsys.readouterr().out
-    assert f"{tmp_path / 'run'}: this run is finished (4 steps); nothing to do\n{early}" in again
+    assert f"{tmp_path / 'run'}: this run is finished (4 steps); nothing to do\n  {early}" in again
     assert ON_COMMAND_LINE in again
     assert exit_status([*command, "--resume", "early_stopping=null"]) == 0
     assert steps_of(tmp_path / "run")[-1] == 9
