@@ -26,6 +26,8 @@ from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_
 from hf_fasttrain.from_recipe.source_from import chosen_images, open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
+from hf_fasttrain.from_recipe.value_range import KEY as VALUE_RANGE
+from hf_fasttrain.from_recipe.value_range import resolve_value_range
 from hf_fasttrain.models.given import Given, given_model
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.saved import load_model
@@ -131,6 +133,8 @@ def evaluate_run(
             "to measure the held-out ones, omit data.dataset or give the recipe's"
         )
     pre = _preprocessing(spec)
+    if origin_of(recipe, VALUE_RANGE) == "override":
+        pre = replace(pre, value_range=resolve_value_range(settings, measured.split))
     bad_images = BadImages(None, recipe.data.max_bad_fraction, note)
     loaders = Loaders(recipe, settings, accelerator, pre, bad_images)
     memory = partial(
@@ -329,16 +333,15 @@ def predict_images(
     network, spec = _load(folder, checkpoint) if given is None else (given.model, given.spec)
     network = on_device(network, torch_device, channels_last=True)
     pre = _preprocessing(spec)
-    transform = eval_transform(pre)
     normalize = Normalize(pre.mean, pre.std, torch_device, channels_last=True)
     rows: list[dict[str, Any]] = []
     size = evaluation_batch_size(micro_batch_size=0, **evaluation_memory(network, spec.image_size, torch_device)).value
     for start in range(0, len(files), size):
         batch = files[start : start + size]
-        readable = [(file, pixels) for file in batch if (pixels := _pixels_of(file, on_bad_image)) is not None]
+        readable = [(file, pixels) for file in batch if (pixels := _input_of(file, pre, on_bad_image)) is not None]
         if not readable:
             continue
-        pixels = np.stack([transform(pixels) for _, pixels in readable])
+        pixels = np.stack([pixels for _, pixels in readable])
         with torch.inference_mode():
             logits = network(normalize(torch.from_numpy(pixels).to(torch_device))).cpu()
         scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)
@@ -349,10 +352,10 @@ def predict_images(
     return rows
 
 
-def _pixels_of(file: Path, on_bad_image: Callable[[str], None] | None) -> Pixels | None:
-    """Return an image's pixels; None if it can't be decoded and `on_bad_image` was called."""
+def _input_of(file: Path, pre: Preprocessing, on_bad_image: Callable[[str], None] | None) -> Pixels | None:
+    """Return an image's pixels as the model takes them; None if it can't be decoded and `on_bad_image` was called."""
     try:
-        return read_pixels(str(file))
+        return eval_transform(pre)(read_pixels(str(file), value_range=pre.value_range))
     except DataError as error:
         if on_bad_image is None:
             raise

@@ -54,7 +54,8 @@ def check(
     for note in [*parts.settings.notes, *parts.settings.weight_notes]:
         terminal.print_line(f"note: {note}")
     if images:
-        check_images(terminal, loaded, parts.source, list_file)
+        value_range = parts.spec.preprocessing.value_range if parts.spec.preprocessing else None
+        check_images(terminal, loaded, parts.source, list_file, value_range)
     terminal.print(f"{recipe} is valid: {parts.sampling_plan.steps_per_epoch:,} steps per epoch")
 
 

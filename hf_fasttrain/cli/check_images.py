@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hf_fasttrain.data.pixels.rgb import ValueRange
 from hf_fasttrain.data.source.copies import Copy, contradicting_copies
 from hf_fasttrain.data.source.dataset import Source, Split
 from hf_fasttrain.data.source.scan import (
@@ -19,9 +21,11 @@ from hf_fasttrain.data.source.scan import (
     class_balance,
     describe_scan,
     find_duplicates,
+    grey_notes,
     image_names,
     scan_split,
 )
+from hf_fasttrain.from_recipe.value_range import describe_range
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.environment import num_cores
 from hf_fasttrain.utils.errors import UserError
@@ -29,16 +33,21 @@ from hf_fasttrain.utils.format import format_count
 from hf_fasttrain.utils.terminal import Terminal, build_table
 
 
-def check_images(terminal: Terminal, recipe: Recipe, source: Source, list_file: Path | None) -> None:
+def check_images(
+    terminal: Terminal, recipe: Recipe, source: Source, list_file: Path | None, value_range: ValueRange | None
+) -> None:
     """Decode all images and print the report. Raises UserError if training would stop for too many corrupt images."""
     splits = [split for split in (source.train, source.evaluation, source.test) if split is not None]
-    scans = _scan(splits, recipe.data.workers)
+    scans = _scan(splits, recipe.data.workers, value_range)
     balances = [class_balance(split, source.class_names) for split in splits]
     duplicates = find_duplicates(scans)
     _print_scan(terminal, scans, balances, duplicates, recipe.data.image_size)
     _print_bad(terminal, [bad for scan in scans for bad in scan.bad], list_file)
     _print_overlaps(terminal, splits, duplicates)
     _print_contradictions(terminal, *contradicting_copies(splits, scans, source.class_names))
+    for scan in scans:
+        for note in grey_notes(scan, describe_range(value_range)):
+            terminal.print_line(f"note: split '{scan.name}': {note}")
     limit = recipe.data.max_bad_fraction
     broken = [scan for scan in scans if scan.bad_fraction > limit]
     if broken:
@@ -49,7 +58,7 @@ def check_images(terminal: Terminal, recipe: Recipe, source: Source, list_file: 
         )
 
 
-def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
+def _scan(splits: list[Split], workers: int | str, value_range: ValueRange | None) -> list[SplitScan]:
     """Scan all splits in worker processes, with a progress bar on a terminal."""
     number = num_cores() if workers == "auto" else int(workers)
     terminal = Terminal(stderr=True)
@@ -58,7 +67,8 @@ def _scan(splits: list[Split], workers: int | str) -> list[SplitScan]:
         task = progress.add_task("", total=sum(map(len, splits)))
         advance: Callable[[int], None] = partial(progress.advance, task)
         note: Callable[[str], None] = lambda text: terminal.print_line(f"note: {text}")  # noqa: E731
-        return [scan_split(split, workers=number, progress=advance, note=note) for split in splits]
+        options: dict[str, Any] = {"workers": number, "value_range": value_range, "progress": advance, "note": note}
+        return [scan_split(split, **options) for split in splits]
 
 
 def _print_scan(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_fasttrain.data.pixels.rgb import default_range
 from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_processes, user_threads
 from hf_fasttrain.from_recipe.tunings import Presets, machine_here, stored_tuning
 from hf_fasttrain.models.head import keeps_head
@@ -51,6 +52,25 @@ def column(*, name: str) -> Choice:
 def preprocessing(*, value: Any) -> Choice:
     """Return the preprocessing that the pretrained model was trained with."""
     return Choice(value, "the model's configuration")
+
+
+def value_range(*, kind: str = "", number: int = 0, lowest: float = 0, highest: float = 0) -> Choice:
+    """Return the values of grey images of more than 8 bits that become black and white, or auto: those of their mode.
+
+    `number` such images of `kind` (integers, floats, both) were found in a sample, with these extremes. Numbers are
+    taken to have 8, 10, 12, 14 or 16 bits, floats of at most 1 to be shares; of others, such as normalised ones,
+    nothing is known.
+    """
+    if not number:
+        return Choice("auto", "no grey of more than 8 bits in a sample of the training images")
+    found = f"{number} sampled {'image has' if number == 1 else 'images have'} values from {lowest:g} to {highest:g}"
+    is_float = kind == "floats"
+    if is_float and highest <= 1.01:
+        return Choice("auto", found)
+    white = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits), None)
+    if white is None or kind == "both" or lowest < -0.01 * highest * is_float or highest < (16 if is_float else 1):
+        return Choice("auto", f"not decided: {found}")
+    return Choice("auto" if white == default_range("I").high and not is_float else [0, white], found)
 
 
 def cache(
@@ -171,6 +191,7 @@ RULES: dict[str, Callable[..., Choice]] = {
     "data.std": preprocessing,
     "data.interpolation": preprocessing,
     "data.crop_pct": preprocessing,
+    "data.value_range": value_range,
     "data.cache": cache,
     "data.cache_gb": cache_gb,
     "data.workers": workers,

@@ -58,6 +58,7 @@ class CachePlanner:
         self.processes, self.needed_memory = Processes(accelerator), needed_memory
         self.folder = cache_folder(recipe)
         self._taken = {"memory": 0, "disk": 0}
+        self._expected = {"memory": 0, "disk": 0}
 
     def plan(
         self,
@@ -68,14 +69,17 @@ class CachePlanner:
         batchable: bool,
         key: str,
         rows: int | None = None,
+        evaluated: int | None = None,
     ) -> CachePlan:
         """Return where the pixels of a split that is read `passes` times are cached; recorded as `key`.
 
-        `rows`: the number of images that a process reads, by default all.
+        `rows`: the number of images that a process reads, by default all. `evaluated`: bytes of the pixels of other
+        splits that come later, all else may be used up; by default only what this split is estimated to need.
         """
         plan = CachePlan("none")
         if self.processes.is_local_main:
-            plan = self._plan(split, preparation, passes, batchable, len(split) if rows is None else rows)
+            rows = len(split) if rows is None else rows
+            plan = self._plan(split, preparation, passes, batchable, rows, evaluated)
         plan = self.processes.from_local_main(plan)
         reason = f"set by the user: {plan.reason}" if self.data.cache != "auto" and plan.reason else plan.reason
         self.settings.refine(key, plan.mode, reason)
@@ -91,7 +95,15 @@ class CachePlanner:
             )
         return plan
 
-    def _plan(self, split: Split, preparation: Preparation, passes: float, batchable: bool, rows: int) -> CachePlan:
+    def _plan(
+        self,
+        split: Split,
+        preparation: Preparation,
+        passes: float,
+        batchable: bool,
+        rows: int,
+        evaluated: int | None,
+    ) -> CachePlan:
         mode: str = self.data.cache
         if mode == "none":
             return CachePlan("none")
@@ -109,8 +121,11 @@ class CachePlanner:
         if mode == "device":
             assert preparation.center is not None
             return self._in_device(rows * preparation.center.image_size**2 * 3)
-        budget = min(room[mode], int(1.1 * need) + (1 << 20))  # the rest is for other splits
+        # A sample may mislead by any factor (icons and a few panoramas): it does not limit what may be cached.
+        budget = with_margin(need) if evaluated is None else max(with_margin(need), room[mode] - evaluated)
+        budget = min(room[mode], budget)
         self._taken[mode] += budget
+        self._expected[mode] += min(budget, with_margin(need))
         return CachePlan(mode, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[mode])} to spare", need)
 
     def _in_device(self, need: int) -> CachePlan:
@@ -145,8 +160,8 @@ class CachePlanner:
 
     @property
     def memory_bytes(self) -> int:
-        """The most memory that cached pixels will take, for all splits planned so far."""
-        return self._taken["memory"]
+        """The memory that cached pixels are expected to take, for all splits planned so far."""
+        return self._expected["memory"]
 
     def open(self, split: Split, preparation: Preparation, plan: CachePlan) -> PixelCache | None:
         """Return the cache of a plan, None without one; on disk it is shared with earlier runs and other recipes."""
@@ -171,6 +186,11 @@ class CachePlanner:
             return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
         except OSError:
             return 0
+
+
+def with_margin(need: int) -> int:
+    """Return the bytes that are kept free for pixels that are estimated to need so many."""
+    return int(1.1 * need) + (1 << 20)
 
 
 def estimated_bytes(split: Split, preparation: Preparation) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide
-from hf_fasttrain.from_recipe.cache_plan import CachePlan, CachePlanner
+from hf_fasttrain.from_recipe.cache_plan import CachePlan, CachePlanner, with_margin
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.models.model import Preprocessing
 from hf_fasttrain.recipe.resolved import ResolvedSettings
@@ -63,7 +64,13 @@ def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
         data.stored_quality,
         data.reduced_decode,
         pillow=data.decoder == "pillow",
+        value_range=pre.value_range,
     )
+
+
+def eval_preparation(pre: Preprocessing, decoder: str = "simplejpeg") -> Preparation:
+    """Return the preparation of images for evaluation."""
+    return Preparation(center=eval_transform(pre), pillow=decoder == "pillow", value_range=pre.value_range)
 
 
 def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) -> TrainTransform:
@@ -150,7 +157,8 @@ class Loaders:
     """Builds the loaders of a run; bad images are reported to `bad_images`.
 
     Without `keep_pixels` no cache is created or opened, but its plan is still recorded. `needed_memory`: bytes that
-    this machine's training processes will still allocate, which the cache must leave free.
+    this machine's training processes will still allocate, which the cache must leave free. `evaluated_images`: numbers
+    of the splits that are evaluated, whose pixels have priority over those for training.
     """
 
     def __init__(
@@ -163,6 +171,7 @@ class Loaders:
         *,
         keep_pixels: bool = True,
         needed_memory: int = 0,
+        evaluated_images: Sequence[int] = (),
         custom: CustomParts = NO_CUSTOM_PARTS,
     ) -> None:
         self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
@@ -173,6 +182,7 @@ class Loaders:
         self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
         self.planner = CachePlanner(recipe, settings, accelerator, needed_memory)
         self.keep_pixels = keep_pixels
+        self.evaluated = sum(with_margin(3 * pre.image_size**2 * number) for number in evaluated_images)
 
     def train_loader(self, split: Split, sampling_plan: SamplingPlan, num_steps: int, num_classes: int) -> TrainLoader:
         """Return the loader of the training images."""
@@ -188,7 +198,9 @@ class Loaders:
                 "of augment, or use data.cache=memory"
             )
         passes = num_steps / steps_per_epoch
-        plan = self.planner.plan(split, preparation, passes=passes, batchable=batchable, key="data.cache")
+        plan = self.planner.plan(
+            split, preparation, passes=passes, batchable=batchable, key="data.cache", evaluated=self.evaluated
+        )
         prefetcher = self._prefetcher(split, preparation, plan, transform)
         mixing = train_mixing(self.recipe, num_classes, steps_per_epoch)
         views = self.recipe.data.views
@@ -196,7 +208,7 @@ class Loaders:
 
     def eval_loader(self, split: Split, batch_size: int, *, passes: float = 1) -> EvalLoader:
         """Return the loader of a split that is evaluated `passes` times."""
-        preparation = Preparation(center=eval_transform(self.pre), pillow=self.recipe.data.decoder == "pillow")
+        preparation = eval_preparation(self.pre, self.recipe.data.decoder)
         group = Processes(self.accelerator)
         processes, index = group.number, group.index
         rows = process_share(len(split), processes, index)

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
+from hf_fasttrain.from_recipe.value_range import resolve_value_range
+from hf_fasttrain.models.input_size import notes_on_size, seen_by_layers
 from hf_fasttrain.models.limits import limited_size
 from hf_fasttrain.models.model import (
     ModelSpec,
     Preprocessing,
     build_model,
     freeze_backbone,
+    has_large_stem,
     model_preprocessing,
     require_logits,
     spec_of_custom,
@@ -44,32 +47,38 @@ def model_from(
     spec = _spec(recipe, source)
     torch.manual_seed(recipe.seed)
     if custom.model is not None:
-        return _custom_model(custom, recipe, spec, device, settings)
+        return _custom_model(custom, recipe, spec, device, settings, source)
     with limited_size(f"model {recipe.model.name}"):
         model = build_model(spec, recipe.model.pretrained, head=recipe.model.head, note=settings.weight_notes.append)
-    require_logits(model, spec)
-    if recipe.data.train_size:
-        require_logits(model, replace(spec, image_size=recipe.data.train_size), key="data.train_size")
-    if recipe.augment.progressive:
-        start_size = recipe.augment.progressive.start_size
-        require_logits(model, replace(spec, image_size=start_size), key="augment.progressive.start_size")
-    spec = replace(spec, preprocessing=_preprocessing(model, spec, settings))
+    for key, size in _sizes(recipe).items():
+        with seen_by_layers(model) as seen:
+            require_logits(model, replace(spec, image_size=size), key)
+        for note in notes_on_size(seen, size, key, stem=not recipe.model.pretrained and has_large_stem(model)):
+            settings.note(note)
+    spec = replace(spec, preprocessing=_preprocessing(model, spec, settings, source))
     return _prepare(model, recipe, device, spec.num_classes), spec
 
 
 def _custom_model(
-    custom: CustomParts, recipe: Recipe, spec: ModelSpec, device: torch.device, settings: ResolvedSettings
+    custom: CustomParts,
+    recipe: Recipe,
+    spec: ModelSpec,
+    device: torch.device,
+    settings: ResolvedSettings,
+    source: Source,
 ) -> tuple[nn.Module, ModelSpec]:
     """Return the user's model, prepared, and its spec."""
     assert custom.model is not None
     model = custom.model
     spec = spec_of_custom(model, spec)
-    growth = recipe.augment.progressive
-    sizes = {recipe.data.image_size, recipe.data.size_in_training, *([growth.start_size] if growth else [])}
     has_other_outputs = custom.step_loss is not None and recipe.evaluate.every == "never"
-    for size in sizes if not has_other_outputs else ():  # such a model is called by the step loss alone
-        _require_custom_logits(model, custom, spec, size)
-    pre = _preprocessing(model, spec, settings)
+    # Such a model is called by the step loss alone.
+    for key, size in _sizes(recipe).items() if not has_other_outputs else ():
+        with seen_by_layers(model) as seen:
+            _require_custom_logits(model, custom, spec, size)
+        for note in notes_on_size(seen, size, key):
+            settings.note(note)
+    pre = _preprocessing(model, spec, settings, source)
     keys = [key for key in ("data.mean", "data.std", "data.interpolation", "data.crop_pct") if settings.is_open(key)]
     if keys and not getattr(model, "pretrained_cfg", None):
         settings.note(
@@ -77,6 +86,14 @@ def _custom_model(
             f"ImageNet's values stand for {', '.join(keys)}"
         )
     return _prepare(model, recipe, device, spec.num_classes), replace(spec, preprocessing=pre)
+
+
+def _sizes(recipe: Recipe) -> dict[str, int]:
+    """Return key -> size of the images that a recipe gives to the model."""
+    growth, sizes = recipe.augment.progressive, {"data.image_size": recipe.data.image_size}
+    if recipe.data.train_size:
+        sizes["data.train_size"] = recipe.data.train_size
+    return sizes | ({"augment.progressive.start_size": growth.start_size} if growth else {})
 
 
 def _require_custom_logits(model: nn.Module, custom: CustomParts, spec: ModelSpec, size: int) -> None:
@@ -118,7 +135,7 @@ def _spec(recipe: Recipe, source: Source) -> ModelSpec:
     )
 
 
-def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings) -> Preprocessing:
+def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings, source: Source) -> Preprocessing:
     pretrained = model_preprocessing(model, spec)
     values: dict[str, Any] = {}
     for name in ("mean", "std", "interpolation", "crop_pct"):
@@ -127,7 +144,7 @@ def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings
         if isinstance(value, list) and not settings.is_open(key):  # one number stands for all channels
             value = settings.record(key, value * (3 // len(value)))
         values[name] = tuple(value) if isinstance(value, list) else value
-    return replace(pretrained, **values)
+    return replace(pretrained, value_range=resolve_value_range(settings, source.train), **values)
 
 
 def _prepare(model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int) -> nn.Module:

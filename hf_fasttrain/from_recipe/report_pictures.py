@@ -16,10 +16,9 @@ from hf_fasttrain.data.loading.loader import TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan
 from hf_fasttrain.data.pixels.images import Images
-from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Source, Split
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
-from hf_fasttrain.from_recipe.loaders import build_transform, eval_transform, train_mixing, train_preparation
+from hf_fasttrain.from_recipe.loaders import build_transform, eval_preparation, train_mixing, train_preparation
 from hf_fasttrain.models.model import Preprocessing
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.gallery import Gallery, Picture
@@ -105,7 +104,7 @@ class ReportPictures:
     def mistakes(self, predictions: Predictions, pixels: dict[str, np.ndarray]) -> list[Picture]:
         """Return the wrongly predicted images with the highest losses, as the model saw them."""
         split, pictures = self.source.evaluation, []
-        preparation = Preparation(center=eval_transform(self.pre))
+        preparation = eval_preparation(self.pre)
         for number, index in enumerate(predictions.worst(NUM_MISTAKES)):
             row = int(predictions.rows[index])
             if row < 0:

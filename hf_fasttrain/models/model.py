@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fasttrain.data.pixels.rgb import ValueRange
 from hf_fasttrain.models.head import HeadChoice, WeightsSource, output_layers, timm_head_names, transformers_head_names
 from hf_fasttrain.models.limits import building, require_plain_args
 from hf_fasttrain.models.pretrained import Head, Note, adapt_published_head, load_pretrained
@@ -51,6 +52,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
     crop_mode: str = "center"  # center_floor as transformers crops; squash: resized to a square
+    value_range: ValueRange | None = None  # of grey of more than 8 bits
 
 
 OWN = "own:"  # prefix of the name of a user's model
@@ -199,15 +201,25 @@ def _has_fixed_input_size(name: str) -> bool:
 
 def use_small_image_stem(model: nn.Module) -> None:
     """Replace a ResNet's 7x7 stride-2 convolution and max-pool by a 3x3 stride-1 convolution, for 32 px images."""
-    stem = getattr(model, "conv1", None)
-    if type(model).__name__ != "ResNet" or not isinstance(stem, nn.Conv2d):
+    if not _has_resnet_stem(model):
         raise ModelError(
             f"model.small_image_stem: {type(model).__name__} has no 7x7 stem to replace; it works for timm's "
             "resnet18, resnet34, resnet50, resnet101, resnet152, resnext and wide_resnet"
         )
+    stem: Any = model.conv1
     new = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     model.conv1, model.maxpool = new, nn.Identity()
+
+
+def _has_resnet_stem(model: nn.Module) -> bool:
+    return type(model).__name__ == "ResNet" and isinstance(getattr(model, "conv1", None), nn.Conv2d)
+
+
+def has_large_stem(model: nn.Module) -> bool:
+    """Return whether `use_small_image_stem` would replace the stem of a model by one for smaller images."""
+    stem: Any = getattr(model, "conv1", None)
+    return _has_resnet_stem(model) and bool(stem.stride[0] > 1)
 
 
 def spec_of_custom(model: nn.Module, spec: ModelSpec) -> ModelSpec:

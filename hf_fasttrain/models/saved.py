@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hf_fasttrain.data.pixels.resize import FILTERS
+from hf_fasttrain.data.pixels.rgb import ValueRange
 from hf_fasttrain.models.limits import building, limited_size
 from hf_fasttrain.models.model import (
     ModelSpec,
@@ -73,6 +74,10 @@ def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
         config = timm_config(model, spec)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     values = asdict(_self_contained(model, replace(spec, preprocessing=pre)))
+    if pre.value_range is None:
+        del values["preprocessing"]["value_range"]  # which older versions don't know
+    else:
+        values["preprocessing"]["value_range"] = pre.value_range._asdict()
     (folder / SPEC_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -193,5 +198,8 @@ def read_spec(path: Path) -> ModelSpec:
         ) from None
     pre = values.get("preprocessing")
     if pre is not None:
-        pre = Preprocessing(**{**pre, "mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+        read: dict[str, Any] = {name: tuple(pre[name]) for name in ("mean", "std")}
+        if pre.get("value_range") is not None:
+            read["value_range"] = ValueRange(**pre["value_range"])
+        pre = Preprocessing(**{**pre, **read})
     return ModelSpec(**{**values, "preprocessing": pre})

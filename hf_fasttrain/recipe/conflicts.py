@@ -50,6 +50,9 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
         values = getattr(data, key)
         if values != "auto" and len(values) not in (1, 3):
             yield f"data.{key}", f"has {len(values)} numbers; give 3 (red, green, blue) or 1 for all"
+    levels = data.value_range
+    if levels != "auto" and (len(levels) != 2 or levels[0] >= levels[1]):
+        yield "data.value_range", f"is {levels}; give two numbers, the smaller one (black) first, such as [0, 4095]"
     if data.reduced_decode and data.short_side is None:
         yield "data.reduced_decode", "needs data.short_side: the size that images are brought to"
     if data.reduced_decode and data.decoder == "pillow":
@@ -244,6 +247,7 @@ def without_effect(recipe: Recipe) -> list[str]:
         "model.head": bool(recipe.model.pretrained),
         "data.cache_dir": recipe.data.cache in ("disk", "auto"),
         "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
+        "optimizer.backbone_lr_scale": not recipe.model.freeze_backbone,
         "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
     }
     origins = recipe.source.origins
@@ -251,6 +255,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
     partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
+    partners["optimizer.backbone_lr_scale"] = "model.freeze_backbone=true: only the head is trained"
     mixing = ("augment.mixup_prob", "augment.mixup_until", "augment.mixup_mode")
     partners |= dict.fromkeys(mixing, "augment.mixup=0 and augment.cutmix=0")
     partners["augment.mixup_switch_prob"] = "augment.mixup=0 or augment.cutmix=0"

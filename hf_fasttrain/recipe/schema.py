@@ -100,6 +100,12 @@ class DataSection(Section):
     std: Annotated[Auto | list[float], OneOrMore] = result(
         "auto", "per channel, of 0-1 pixels; auto: the pretrained configuration's", examples=[[0.229, 0.224, 0.225]]
     )
+    value_range: Auto | list[float] = result(
+        "auto",
+        "grey images of 16 or 32 bits: the values that become black and white, such as [0, 4095]; auto: by a sample of "
+        "the training images",
+        examples=[[0, 4095]],
+    )
     interpolation: Auto | Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] = result(
         "auto", "resize filter (Pillow's); auto: the pretrained configuration's"
     )

@@ -7,9 +7,9 @@ what every version wrote is required. Unknown keys are ignored where they can't 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from hf_fasttrain.utils.clean import cut, one_line
 from hf_fasttrain.utils.errors import RunError, shown
@@ -36,6 +36,21 @@ class _Part(BaseModel):
     what: ClassVar[str] = "a file of a run"  # for messages
 
 
+class ValueRangePart(_Part):
+    """`ValueRange` (data/pixels/rgb.py)."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    low: Annotated[float, Field(ge=-1e12, le=1e12)]
+    high: Annotated[float, Field(ge=-1e12, le=1e12)]
+    clips: bool = True
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError("low is not below high")
+        return self
+
+
 class PreprocessingPart(_Part):
     """`Preprocessing` (models/model.py)."""
 
@@ -48,6 +63,7 @@ class PreprocessingPart(_Part):
     )
     crop_pct: Annotated[float, Field(gt=0.1, le=10)] = 0.875
     crop_mode: Literal["center", "center_floor", "squash"] = "center"
+    value_range: ValueRangePart | None = None
 
 
 class SpecFile(_Part):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
@@ -286,6 +286,22 @@ def timm_weights_filter(model: nn.Module) -> Callable[..., Any] | None:
 def trackio_last_step(run: Any) -> int:
     """Return the last step stored in a trackio run, -1 for none; a killed run may have lost some that were logged."""
     return int(getattr(run, "_next_step", 0)) - 1
+
+
+def silence_libtiff() -> None:
+    """Keep the libtiff that Pillow uses from printing warnings and errors to this process's standard error.
+
+    Pillow has no switch, though it raises what matters. Where libtiff is linked into Pillow there is nothing to find.
+    """
+    import ctypes
+
+    from PIL import _imaging
+
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(_imaging.__file__)  # already loaded; symbols of the libraries that it needs are found too
+        for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
 
 
 # --- Python ------------------------------------------------------------------------------------------------

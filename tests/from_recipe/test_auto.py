@@ -6,18 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from helpers.runs import exit_status
+from PIL import Image
 
 from hf_fasttrain import Recipe, Trainer, load_recipe
 from hf_fasttrain.data.pixels.bad_images import BadImages
-from hf_fasttrain.from_recipe import memory
+from hf_fasttrain.data.pixels.prepare import Preparation
+from hf_fasttrain.data.pixels.rgb import ValueRange
+from hf_fasttrain.from_recipe import cache_plan, memory
 from hf_fasttrain.from_recipe.auto import DECIDED_ELSEWHERE, RULES, decide
 from hf_fasttrain.from_recipe.loaders import Loaders
 from hf_fasttrain.from_recipe.parts import build_parts
 from hf_fasttrain.from_recipe.trainer import build_loaders, build_trainer_without_folder
-from hf_fasttrain.inference import evaluate_run
+from hf_fasttrain.inference import evaluate_run, predict_images
+from hf_fasttrain.models.saved import read_spec
 from hf_fasttrain.recipe.load import flatten
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, Setting, read_settings
+from hf_fasttrain.utils.errors import DataError
 
 GB = 10**9
 
@@ -130,3 +137,73 @@ def test_settings_of_an_older_run_are_read(tmp_path: Path) -> None:
 def test_settings_that_can_not_be_read_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "resolved.yaml").write_text(text)
     assert read_settings(tmp_path) == {}
+
+
+def test_the_cache_is_not_limited_by_what_a_sample_of_images_needs(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_plan, "free_memory_bytes", lambda: 11 * GB)
+    monkeypatch.setattr(cache_plan, "estimated_bytes", lambda split, preparation: 1000)  # all of the sample are icons
+    parts = build_parts(load_recipe(write_recipe(), ["data.cache=memory"]))
+    loaders = build_loaders(parts, BadImages(None, 0.0, print), keep_pixels=False)
+    options: dict[str, Any] = {"passes": 3, "batchable": False}
+    first = loaders.planner.plan(parts.source.train, Preparation(), key="data.cache", evaluated=GB, **options)
+    assert 4 * GB < first.budget < 4.6 * GB  # half of what is free, but for the memory of training
+    assert loaders.planner.memory_bytes < 2 << 20  # what it is expected to take
+    second = loaders.planner.plan(parts.source.evaluation, Preparation(), key="cache of evaluation images", **options)
+    assert second.budget == cache_plan.with_margin(1000) < GB
+
+
+@pytest.mark.parametrize(
+    ("kind", "lowest", "highest", "value"),
+    [
+        ("integers", 0, 255, [0, 255]),
+        ("integers", 3, 4095, [0, 4095]),
+        ("integers", 0, 4096, [0, 16383]),
+        ("integers", 0, 60_000, "auto"),  # as integers are taken to be in any case
+        ("integers", -1000, 900, "auto"),
+        ("integers", 0, 70_000, "auto"),
+        ("integers", 0, 0, "auto"),
+        ("floats", 0.2, 1.005, "auto"),
+        ("floats", -0.3, 254.7, [0, 255]),
+        ("floats", -2.1, 2.3, "auto"),
+        ("floats", 0, 5000.5, [0, 16383]),
+        ("floats", -2.1, 60.0, "auto"),
+        ("both", 0, 1, "auto"),
+    ],
+)
+def test_the_range_of_deep_grey_is_the_least_usual_one_that_holds_a_sample(
+    kind: str, lowest: float, highest: float, value: Any
+) -> None:
+    choice = RULES["data.value_range"](kind=kind, number=3, lowest=lowest, highest=highest)
+    assert choice.value == value
+    assert f"3 sampled images have values from {lowest:g} to {highest:g}" in choice.reason
+
+
+def test_scans_of_twelve_bits_are_bright_in_training_check_and_prediction(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("clear", "spotted"):
+        (tmp_path / "scans" / name).mkdir(parents=True)
+        for number in range(8):
+            scan = np.random.default_rng(number).integers(0, 4096, (24, 24)).astype(np.uint16)
+            Image.fromarray(scan).save(tmp_path / "scans" / name / f"{number}.png")
+    settings = [f"data.dataset={tmp_path / 'scans'}", f"output_dir={tmp_path / 'run'}", "train.duration=1 step"]
+    recipe = str(write_recipe())
+    assert exit_status(["check", recipe, *settings, "--images"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: data.value_range=auto: 0 is black and 4,095 white (" in printed
+    assert "grey images of more than 8 bits have integers from 0 to 4,095; 0 is black and 4,095 white" in printed
+    trainer = Trainer.from_recipe(recipe, settings)
+    trainer.fit()
+    assert read_settings(tmp_path / "run")["data.value_range"].value == [0, 4095]
+    spec = read_spec(tmp_path / "run" / "model" / "hf_fasttrain.json")
+    assert spec.preprocessing is not None
+    assert spec.preprocessing.value_range == ValueRange(0, 4095, clips=False)
+    images, _ = next(iter(trainer.evaluation.eval_loader))
+    assert images.max() > 0.5  # normalised: nearly black ones would be below -0.8
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.full((24, 24), 60_000, np.uint16)).save(whole)
+    with pytest.raises(DataError, match=r"integers are from 60000 to 60000, .* from 0 \(black\) to 4095 \(white\)"):
+        predict_images(tmp_path / "run", [str(whole)])
+    assert evaluate_run(tmp_path / "run", ["data.value_range=[0, 65535]"])["loss"] > 0

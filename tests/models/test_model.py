@@ -13,16 +13,20 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.data.source.dataset import load_source
+from hf_fasttrain.models.input_size import notes_on_size, seen_by_layers
 from hf_fasttrain.models.model import (
     ModelSpec,
     _processor_crop_pct,
     build_model,
+    has_large_stem,
     head_names,
     model_preprocessing,
+    use_small_image_stem,
 )
 from hf_fasttrain.models.saved import load_model, save_model
 from hf_fasttrain.models.transformers_model import TransformersClassifier, open_classifier
@@ -325,3 +329,29 @@ def test_checkpointed_and_compiled_models_train_to_the_same_weights(options: dic
         weights.append(trainer.raw_model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def noted(model: nn.Module, size: int, **options: bool) -> str:
+    with seen_by_layers(model) as seen, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    model(torch.zeros(2, 3, size, size))  # nothing is seen any more
+    return "; ".join(notes_on_size(seen, size, "data.image_size", **options))
+
+
+def test_rows_that_patches_cut_off_and_maps_of_one_pixel_are_noted() -> None:
+    patches = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.AdaptiveAvgPool2d(1))
+    assert noted(patches, 64) == ""
+    assert noted(patches, 70) == (
+        "data.image_size=70: the model's patches cut off 6 of 70 rows and columns at the end of each image; "
+        "at 64 or 80 they cover all of it"
+    )
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1))
+    assert "cut off 2 of 34 rows" in noted(pooled, 34)
+    assert "at 32 or 36 they" in noted(pooled, 34)
+    resnet = timm.create_model("resnet18", num_classes=3)
+    assert has_large_stem(resnet)
+    assert noted(resnet, 64) == ""
+    assert "an image is a single pixel; model.small_image_stem=true or a larger size" in noted(resnet, 32, stem=True)
+    use_small_image_stem(resnet)
+    assert not has_large_stem(resnet)
+    assert noted(resnet, 32) == ""

@@ -12,6 +12,7 @@ from helpers.runs import RECIPE
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.cli import main
+from hf_fasttrain.recipe.conflicts import without_effect
 from hf_fasttrain.recipe.explain import all_explained
 from hf_fasttrain.recipe.find import recipe_header, recipes_folder, shipped_recipes
 from hf_fasttrain.recipe.load import _apply_override, flatten, json_schema, origin_of, recipe_text, tag_of
@@ -227,3 +228,16 @@ def test_launch_configurations_are_accepted_by_accelerate() -> None:
     assert configs["cpu"].use_cpu
     assert configs["multi_gpu"].distributed_type == "MULTI_GPU"
     assert configs["multi_node"].num_machines == 2
+
+
+def test_a_learning_rate_of_a_frozen_backbone_is_noted(write_recipe: Callable[..., Path]) -> None:
+    overrides = ["model.pretrained=true", "model.freeze_backbone=true", "optimizer.backbone_lr_scale=0.1"]
+    expected = "optimizer.backbone_lr_scale has no effect with model.freeze_backbone=true: only the head is trained"
+    assert expected in without_effect(load_recipe(write_recipe(), overrides))
+    assert expected not in without_effect(load_recipe(write_recipe(), overrides[::2]))
+
+
+@pytest.mark.parametrize("value", ["[1]", "[5, 5]", "[9, 2, 3]"])
+def test_a_value_range_is_two_numbers_in_order(value: str, write_recipe: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match=r"data\.value_range.* give two numbers, the smaller one \(black\) first"):
+        load_recipe(write_recipe(), [f"data.value_range={value}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.processes import in_child
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
@@ -306,6 +308,18 @@ def test_a_fork_server_ends_with_its_parent(tmp_path: Path) -> None:
             assert child.is_running()
         finally:
             child.kill()
+
+
+def test_libtiff_prints_nothing_of_a_damaged_image(capfd: pytest.CaptureFixture[str]) -> None:
+    with relies_on("symbols of the libtiff that Pillow is linked with", private_apis.silence_libtiff):
+        private_apis.silence_libtiff()
+        buffer = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (50, 60), dtype=np.uint8)
+        Image.fromarray(noise).save(buffer, "TIFF", compression="tiff_lzw")
+        damaged = buffer.getvalue()[:1000] + b"\xff" * 200 + buffer.getvalue()[1200:]
+        with pytest.raises(OSError, match="decoder error"):
+            Image.open(io.BytesIO(damaged)).load()
+        assert capfd.readouterr().err == ""
 
 
 def test_each_function_has_its_test() -> None:

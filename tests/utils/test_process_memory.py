@@ -215,10 +215,10 @@ def test_check_images_tells_it_too(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def short(split: Any, rows: Any) -> Any:
+    def short(split: Any, value_range: Any, rows: Any) -> Any:
         raise MemoryError("image big.png: no memory to decode it")
 
-    monkeypatch.setattr(scan, "_scan_rows_with_warnings", short)
+    monkeypatch.setattr(scan, "_scan_decoded", short)
     arguments = [str(write_recipe()), f"data.dataset={image_folder}", f"data.workers={workers}", "--images"]
     assert exit_status(["check", *arguments]) == 2
     messages = "error: out of memory: image big.png: no memory to decode it; lower data.workers"

@@ -27,14 +27,18 @@ from hf_fasttrain.data.loading.sampler import (
 )
 from hf_fasttrain.data.pixels.decode import Pixels
 from hf_fasttrain.data.pixels.operations import Operations
-from hf_fasttrain.data.pixels.resize import FILTERS, Box, resize, size_with_short_side
+from hf_fasttrain.data.pixels.resize import FILTERS, Box, resize, resize_part, size_with_short_side
 
 BOX_TRIES = 10
+WHOLE_PIXELS = 1 << 24  # of a resized image that is cropped afterwards; 67 MB
 
 
 @dataclass(frozen=True)
 class EvalTransform:
     """Resize so that the short side is image_size / crop_pct, then crop the centre, with exactly Pillow's resize.
+
+    Of an image so thin that this would take much memory (30,000 x 2 pixels would become 3.3 million x 224), only the
+    part that is left is resized, from the same pixels with the same filter: within a level of the rest's crop.
 
     `crop_mode` squash resizes any image to a square instead (as timm and ViT's processor do). If an odd
     number of pixels is cropped, center rounds half to even, as torchvision and timm do, and center_floor
@@ -53,12 +57,24 @@ class EvalTransform:
         size = (short, short) if self.crop_mode == "squash" else size_with_short_side(width, height, short)
         if size == (width, height) == (self.image_size, self.image_size):
             return pixels
+        rounded = math.floor if self.crop_mode == "center_floor" else round
+        left, top = (rounded((side - self.image_size) / 2) for side in size)
+        box = left, top, left + self.image_size, top + self.image_size
+        if size[0] * size[1] > max(WHOLE_PIXELS, 4 * short * short):
+            return self._of_thin(pixels, size, box)
         image = Image.fromarray(pixels)
         if size != image.size:
             image = image.resize(size, FILTERS[self.interpolation], reducing_gap=None)
-        rounded = math.floor if self.crop_mode == "center_floor" else round
-        left, top = (rounded((side - self.image_size) / 2) for side in image.size)
-        return np.array(image.crop((left, top, left + self.image_size, top + self.image_size)))
+        return np.array(image.crop(box))
+
+    def _of_thin(self, pixels: Pixels, size: tuple[int, int], box: Box) -> Pixels:
+        """Return the part `box` of an image resized to `size`, black where it is beyond (crop_pct above 1)."""
+        left, top = max(0, box[0]), max(0, box[1])
+        right, bottom = min(size[0], box[2]), min(size[1], box[3])
+        out = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        part = resize_part(pixels, size, (left, top, right, bottom), self.interpolation)
+        out[top - box[1] : bottom - box[1], left - box[0] : right - box[0]] = part
+        return out
 
 
 @dataclass(frozen=True)

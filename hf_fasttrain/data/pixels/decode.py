@@ -6,17 +6,16 @@ reports damage that Pillow ignores; everything else by Pillow.
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
-from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from hf_fasttrain.data.pixels.integrity import strict_pillow, verify
+from hf_fasttrain.data.pixels import netpbm
+from hf_fasttrain.data.pixels.containers import format_of, open_image
+from hf_fasttrain.data.pixels.integrity import quiet_pillow, strict_pillow, verify
 from hf_fasttrain.data.pixels.jpeg import (
     JPEG_START,
     Encoded,
@@ -24,14 +23,20 @@ from hf_fasttrain.data.pixels.jpeg import (
     UnsupportedJpeg,
     decode_complete,
     decode_jpeg,
+    exif_and_xmp,
     inspect_header,
     normalize_header,
     verify_jpeg,
 )
+from hf_fasttrain.data.pixels.orientation import UPRIGHT, orientation_of, upright
+from hf_fasttrain.data.pixels.rgb import Grey, ValueRange, grey_values, is_deep, rgb_pixels
+from hf_fasttrain.data.pixels.tiff import declared_maximum
 from hf_fasttrain.utils.errors import ImageError
 from hf_fasttrain.utils.files import open_regular, read_regular
 from hf_fasttrain.utils.library_errors import is_decoder_out_of_memory
 
+MAX_JPEG_SIDE = 65_500  # pixels; libjpeg's limit
+_START_BYTES = 1 << 18  # of a file, which hold the header in most formats
 DECODING_ERRORS = (
     UnidentifiedImageError,
     OSError,
@@ -42,31 +47,27 @@ DECODING_ERRORS = (
     struct.error,
     zlib.error,
     ArithmeticError,
+    AssertionError,
     AttributeError,
+    BufferError,
     EOFError,
     LookupError,
     RuntimeError,
     TypeError,
+    Warning,  # raised where the user has made errors of warnings
 )
-_ORIENTATION = 0x0112  # EXIF
-_TURNS: dict[Any, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
-def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = False) -> Pixels:
+def read_pixels(
+    record: Any, *, at_least: int | None = None, pillow: bool = False, value_range: ValueRange | None = None
+) -> Pixels:
     """Return the RGB pixels of an undecoded HF record ``{"bytes", "path"}``, of encoded bytes, or of a path.
 
-    Grayscale, palette, CMYK and 16-bit images are converted, alpha is dropped as transformers and timm do, the
-    EXIF rotation is applied, and an animation's first frame is used. With `at_least`, JPEGs are decoded at
-    1/2, 1/4 or 1/8 of their size if both sides stay that long; with `pillow` Pillow decodes them. Raises ImageError if
-    the image is missing or damaged, and MemoryError, which says nothing about the image, if memory ran out.
+    Grayscale, palette and CMYK images are converted, alpha is dropped as transformers and timm do, the EXIF rotation is
+    applied, and an animation's first frame is used. Grey of 16 or 32 bits is scaled so that `value_range` becomes 0 to
+    255; by default 0 to 65535, of floats 0 to 1. With `at_least`, JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if
+    both sides stay that long; with `pillow` Pillow decodes them. Raises ImageError if the image is missing, damaged
+    or beyond the limits (limits.py), and MemoryError, which says nothing about the image, if memory ran out.
     """
     data, path = _parts(record)
     if data is None and path is None:
@@ -74,13 +75,13 @@ def read_pixels(record: Any, *, at_least: int | None = None, pillow: bool = Fals
     try:
         if data is None:
             data = read_regular(path)
-        return decode(data, at_least=at_least, pillow=pillow)
+        return decode(data, at_least=at_least, pillow=pillow, value_range=value_range)
     except (MemoryError, *DECODING_ERRORS) as error:
         name = path or f"{len(data or b'')} bytes"
         if is_decoder_out_of_memory(error):
             raise MemoryError(f"image {name}: no memory to decode it") from None
-        reason = _reason(error)
-        raise ImageError(f"image {name}: can't be decoded: {reason}; repair it or remove it", reason) from None
+        reason, advice = str(error) or type(error).__name__, getattr(error, "advice", "repair it or remove it")
+        raise ImageError(f"image {name}: can't be decoded: {reason}; {advice}", reason) from None
 
 
 def _parts(record: Any) -> tuple[Encoded | None, Any]:
@@ -91,20 +92,18 @@ def _parts(record: Any) -> tuple[Encoded | None, Any]:
     return None, record
 
 
-def _reason(error: Exception) -> str:
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-
-
-def decode(data: Encoded, *, at_least: int | None = None, pillow: bool = False) -> Pixels:
-    """Return the RGB pixels (H, W, 3) of an encoded image; raises one of DECODING_ERRORS if it is damaged."""
+def decode(
+    data: Encoded, *, at_least: int | None = None, pillow: bool = False, value_range: ValueRange | None = None
+) -> Pixels:
+    """Return the RGB pixels (H, W, 3) of an encoded image; raises one of DECODING_ERRORS if it can't be used."""
     if not len(data):
         raise ValueError("0 bytes")
     if data[:3] != JPEG_START:
-        return _decode_by_pillow(data)
-    has_exif, has_junk = inspect_header(data)
-    if has_junk:
+        return _decode_by_pillow(data, value_range)
+    header = inspect_header(data)
+    if header.has_junk:
         data = normalize_header(data)
-        has_exif, _ = inspect_header(data)
+        header = inspect_header(data)
     try:
         if pillow:
             verify_jpeg(data)
@@ -112,26 +111,72 @@ def decode(data: Encoded, *, at_least: int | None = None, pillow: bool = False) 
         pixels = decode_jpeg(data, at_least or 0)
     except UnsupportedJpeg:
         return decode_complete(data, _decode_by_pillow)
-    return _rotate(pixels, data) if has_exif else pixels
+    return upright(pixels, orientation_of(*exif_and_xmp(data))) if header.has_exif else pixels
 
 
-def _decode_by_pillow(data: Encoded) -> Pixels:
+def _decode_by_pillow(data: Encoded, value_range: ValueRange | None = None) -> Pixels:
+    image, orientation = _loaded(data)
+    return upright(rgb_pixels(image, value_range, declared_maximum(image)), orientation)
+
+
+def _loaded(data: Encoded) -> tuple[Image.Image, int]:
+    """Return a decoded image, not turned yet, and its orientation."""
+    if format_of(data) == "PPM" and netpbm.is_slow(header := netpbm.header_of(data)):
+        return netpbm.decode_netpbm(data, header), UPRIGHT
+    quiet_pillow()
     with strict_pillow():
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.load()  # here, so that errors of the image are not taken for errors of its EXIF data
-        verify(image, data)
-        with suppress(*DECODING_ERRORS):  # damaged EXIF data do not make the image bad
-            image = ImageOps.exif_transpose(image)
-        return np.array(to_rgb(image))
+        opened = open_image(data)
+        opened.image.load()
+        verify(opened.image, data)
+    return opened.image, opened.orientation
 
 
-def _rotate(pixels: Pixels, data: Encoded) -> Pixels:
-    """Return the pixels of a JPEG rotated as its EXIF or XMP data say."""
+class Inspected(NamedTuple):
+    """What the header of an image says."""
+
+    format: str  # JPEG, PNG, ...
+    mode: str  # Pillow's: RGB, L, CMYK, ...
+    unusual: list[str]  # CMYK, palette, 16-bit, 32-bit, EXIF rotation, several frames
+
+
+def inspect(data: Encoded) -> Inspected:
+    """Return what the header of an image says, whose pixels could be decoded."""
     try:
-        turn = _TURNS.get(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1))
+        quiet_pillow()
+        image, orientation, has_frames = open_image(data)
     except DECODING_ERRORS:
-        return pixels
-    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+        return Inspected("unknown", "unknown", [])
+    tiles = " ".join(str(tile[3]) for tile in image.tile)  # 16-bit colour has mode RGB; only its tiles show it
+    maximum = netpbm.header_of(data).maximum if image.format == "PPM" else 255
+    found = {
+        "CMYK": image.mode == "CMYK",
+        "palette": image.mode in ("P", "PA"),
+        "16-bit": ";16" in image.mode or ";16" in tiles or maximum > 255,
+        "32-bit": image.mode in ("I", "F") and ";16" not in tiles and maximum <= 255,
+        "EXIF rotation": orientation != UPRIGHT,
+        "several frames": has_frames,
+    }
+    return Inspected(image.format or "unknown", image.mode, [name for name, is_so in found.items() if is_so])
+
+
+def grey_of(record: Any) -> Grey | None:
+    """Return what values an image of grey of more than 8 bits has; None for any other image, and for a bad one."""
+    try:
+        data, path = _parts(record)
+        data = read_regular(path) if data is None else data
+        if data[:3] == JPEG_START or not is_deep(_mode_of(data)):
+            return None
+        return grey_values(_loaded(data)[0])
+    except DECODING_ERRORS:
+        return None
+
+
+def _mode_of(data: Encoded) -> str:
+    if format_of(data) == "PPM":
+        header = netpbm.header_of(data)
+        return "I" if header.maximum > 255 and header.channels == 1 else "L"
+    quiet_pillow()
+    return open_image(data).image.mode
 
 
 def is_jpeg(record: Any) -> bool:
@@ -156,20 +201,25 @@ def image_size_of(record: Any) -> tuple[int, int]:
     data, path = _parts(record)
     if data is None and path is None:
         raise ValueError("image is missing (null)")
-    with io.BytesIO(data) if data is not None else open_regular(path) as file, Image.open(file) as image:
-        return image.size
+    if data is not None:
+        return _size_of(data)
+    with open_regular(path) as file:
+        data = file.read(_START_BYTES)
+    try:
+        return _size_of(data)
+    except DECODING_ERRORS:
+        if len(data) < _START_BYTES:
+            raise
+    return _size_of(read_regular(path))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an 8-bit RGB image; 16-bit and floating-point grey is scaled, where Pillow would clip it."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64)
-        deepest = 1.0 if image.mode == "F" and grey.max(initial=0) <= 1 else 255.0 if grey.max() <= 255 else 65535.0
-        if image.mode.startswith("I;16"):
-            deepest = 65535.0
-        image = Image.fromarray(np.clip(np.round(grey * (255 / deepest)), 0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns otherwise; the colours are the palette's either way
-    return image.convert("RGB")
+def _size_of(data: Encoded) -> tuple[int, int]:
+    if data[:3] != JPEG_START:
+        quiet_pillow()
+        return open_image(data).image.size
+    header = inspect_header(data)
+    if header.has_junk:
+        header = inspect_header(normalize_header(data))
+    if header.frame is None:
+        raise ValueError("not a valid JPEG file")
+    return header.frame.width, header.frame.height

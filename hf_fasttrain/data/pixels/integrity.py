@@ -1,21 +1,25 @@
-"""Damage that Pillow ignores: checksums that it skips, JPEGs in TIFFs, and LOAD_TRUNCATED_IMAGES set by a library."""
+"""Damage that Pillow ignores: checksums that it skips, JPEGs in TIFFs, LOAD_TRUNCATED_IMAGES; and what it prints."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 from PIL import ImageFile
 
 from hf_fasttrain.data.pixels.jpeg import Encoded, UnsupportedJpeg, verify_jpeg
+from hf_fasttrain.data.pixels.tiff import COMPRESSION, DATA_TAGS, DEFLATE, JPEG, jpeg_part
+from hf_fasttrain.utils.private_apis import silence_libtiff
 
 _INFLATED_AT_ONCE = 1 << 20  # bytes
-_COMPRESSION, _JPEG_TABLES = 259, 347  # TIFF's tags
-_DATA_TAGS = ((273, 279), (324, 325))  # offsets and lengths: of strips, of tiles
-_JPEG, _DEFLATE = 7, (8, 32946)
+_MAX_RATIO = 32  # bytes of a pixel: 8 channels of 32 bits
+_PILLOW = r"PIL\."  # its modules
 
 
 class _StrictMode:
@@ -54,6 +58,25 @@ def strict_pillow() -> Iterator[None]:
         _strict_mode.leave()
 
 
+def quiet_pillow() -> None:
+    """Keep Pillow and libtiff from printing what they think of an image: it is used, or it is a bad image.
+
+    The filter of warnings stays: setting and resetting it for each image would show other libraries' warnings, which
+    are shown once, again each time.
+    """
+    if not any(
+        action == "ignore" and module and module.pattern == _PILLOW for action, _, _, module, _ in warnings.filters
+    ):
+        warnings.filterwarnings("ignore", module=_PILLOW)
+    _quiet_libraries()
+
+
+@cache
+def _quiet_libraries() -> None:
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else errors that nobody handles are printed
+    silence_libtiff()
+
+
 def verify(image: Any, data: Encoded) -> None:
     """Raise ValueError or zlib.error if an image that Pillow could load from `data` is damaged."""
     if image.format == "PNG":
@@ -76,24 +99,24 @@ def _verify_png(data: Encoded) -> None:
 
 
 def _verify_tiff(image: Any, data: Encoded) -> None:
-    compression = image.tag_v2.get(_COMPRESSION)
-    for offsets, lengths in _DATA_TAGS:
-        for start, length in zip(image.tag_v2.get(offsets, ()), image.tag_v2.get(lengths, ()), strict=False):
-            if compression == _JPEG:
-                _verify_tiff_jpeg(data[start : start + length], image.tag_v2.get(_JPEG_TABLES, b""))
-            elif compression in _DEFLATE:
-                _verify_deflate(data[start : start + length])
+    tags, room = image.tag_v2, _MAX_RATIO * image.width * image.height + _INFLATED_AT_ONCE
+    compression = tags.get(COMPRESSION)
+    for offsets, lengths in DATA_TAGS:
+        for start, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False):
+            if compression == JPEG:
+                with suppress(UnsupportedJpeg):  # libtiff could read it
+                    verify_jpeg(jpeg_part(tags, data, start, length))
+            elif compression in DEFLATE:
+                room -= _verify_deflate(data[start : start + length], room)
 
 
-def _verify_tiff_jpeg(part: Encoded, tables: bytes) -> None:
-    """Check one of the JPEGs that a TIFF is made of; `tables`, a JPEG without an image, are common to all."""
-    with suppress(UnsupportedJpeg):  # libtiff could read it
-        verify_jpeg(tables[:-2] + bytes(part[2:]) if tables else part)
+def _verify_deflate(part: Encoded, most: int) -> int:
+    """Raise zlib.error if deflated data or their checksum are wrong; libtiff stops before the checksum.
 
-
-def _verify_deflate(part: Encoded) -> None:
-    """Raise zlib.error if deflated data or their checksum are wrong; libtiff stops before the checksum."""
-    inflate = zlib.decompressobj()
-    while part and not inflate.eof:
-        inflate.decompress(part, _INFLATED_AT_ONCE)
+    Returns how many bytes were inflated; stops at `most`, which no image needs.
+    """
+    inflate, number = zlib.decompressobj(), 0
+    while part and not inflate.eof and number < most:
+        number += len(inflate.decompress(part, _INFLATED_AT_ONCE))
         part = inflate.unconsumed_tail
+    return number

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_fasttrain.data.pixels.augment import EvalTransform
-from hf_fasttrain.data.pixels.decode import Pixels, decode, encode_jpeg, read_pixels
+from hf_fasttrain.data.pixels.decode import MAX_JPEG_SIDE, Pixels, decode, encode_jpeg, read_pixels
 from hf_fasttrain.data.pixels.resize import resize_short_side, size_with_short_side
+from hf_fasttrain.data.pixels.rgb import ValueRange
 
-PIXELS_VERSION = 2  # raised whenever the same image and settings give different pixels
+PIXELS_VERSION = 3  # raised whenever the same image and settings give different pixels
 PIXEL_MAKERS = ("pillow", "simplejpeg", "torch")  # another version of these may give different pixels too
 
 
@@ -27,18 +28,22 @@ class Preparation:
     stored_quality: int | None = None
     reduced_decode: bool = False
     pillow: bool = False  # decode JPEGs by Pillow: the same pixels
+    value_range: ValueRange | None = None  # of grey of more than 8 bits
 
     def encoded(self, record: Any) -> tuple[Pixels, bytes | None]:
         """Return the pixels (H, W, 3) of a record and, with `stored_quality`, the JPEG that they were decoded from.
 
+        Images with a side of more than MAX_JPEG_SIDE are not made JPEGs.
+
         Raises DataError for an image that can't be decoded.
         """
-        pixels = read_pixels(record, at_least=self.short_side if self.reduced_decode else None, pillow=self.pillow)
+        at_least = self.short_side if self.reduced_decode else None
+        pixels = read_pixels(record, at_least=at_least, pillow=self.pillow, value_range=self.value_range)
         if self.short_side is not None:
             pixels = resize_short_side(pixels, self.short_side, self.interpolation)
         if self.center is not None:
             pixels = self.center(pixels)
-        if self.stored_quality is None:
+        if self.stored_quality is None or max(pixels.shape[:2]) > MAX_JPEG_SIDE:
             return pixels, None
         stored = encode_jpeg(pixels, self.stored_quality)
         return decode(stored, pillow=self.pillow), stored

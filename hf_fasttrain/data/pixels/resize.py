@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ FILTERS = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__m
 # torch's 8-bit kernels are the vectorised form of Pillow's algorithm, in a quarter of its time.
 _TORCH_FILTERS = antialiased_filters()
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+_LARGEST_SUPPORT = 3  # pixels on each side that a filter weighs: Lanczos's
 
 
 def resize(
@@ -39,6 +42,21 @@ def resize(
     else:
         resized[...] = np.asarray(Image.fromarray(part).resize(size, FILTERS[interpolation]))
     return resized
+
+
+def resize_part(pixels: Pixels, size: tuple[int, int], box: Box, interpolation: str) -> Pixels:
+    """Return the part `box` of what Pillow resizes to `size` (width, height), without making the rest."""
+    scales = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
+    ranges, inner = [], []
+    for scale, side, start, end in zip(scales, (pixels.shape[1], pixels.shape[0]), box[:2], box[2:], strict=True):
+        first, last = start * scale, end * scale
+        margin = math.ceil(_LARGEST_SUPPORT * max(1.0, scale)) + 1
+        ranges.append(slice(max(0, math.floor(first) - margin), min(side, math.ceil(last) + margin)))
+        inner.append((first - ranges[-1].start, min(last, ranges[-1].stop) - ranges[-1].start))
+    (left, right), (top, bottom) = inner
+    image = Image.fromarray(np.ascontiguousarray(pixels[ranges[1], ranges[0]]))
+    new = box[2] - box[0], box[3] - box[1]
+    return np.array(image.resize(new, FILTERS[interpolation], box=(left, top, right, bottom), reducing_gap=None))
 
 
 def resize_short_side(pixels: Pixels, short: int, interpolation: str) -> Pixels:

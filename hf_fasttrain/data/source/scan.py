@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths, describe_death
 from hf_fasttrain.data.loading.workers import Workers
-from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, read_pixels
+from hf_fasttrain.data.pixels.decode import grey_of, inspect, read_pixels
+from hf_fasttrain.data.pixels.rgb import Grey, ValueRange, is_deep
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.data.source.records import Record
 from hf_fasttrain.utils.errors import DataError, ImageError, LoaderDied, RunError
@@ -25,7 +22,7 @@ from hf_fasttrain.utils.format import format_bytes
 
 CHUNK = 64  # rows that a worker process decodes at a time
 CHUNKS_AHEAD = 2  # per worker
-_ORIENTATION = 0x0112  # EXIF
+DARK = 64  # of 255 levels: below it, 16-bit colour probably has 14 bits or fewer
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,9 @@ class SplitScan:
     encoded_bytes: np.ndarray
     formats: Counter[str]  # JPEG, PNG, ...
     modes: Counter[str]  # Pillow's: RGB, L, CMYK, ...
-    unusual: Counter[str]  # CMYK, palette, 16-bit, EXIF rotation, several frames
+    unusual: Counter[str]  # CMYK, palette, 16-bit, NaN, EXIF rotation, several frames
+    greys: list[Grey] = field(default_factory=list)  # of each image of grey of more than 8 bits
+    deep_colour: list[int] = field(default_factory=list)  # the brightest level, 0 to 255, of each of 16-bit colour
 
     @property
     def num_images(self) -> int:
@@ -81,6 +80,7 @@ def scan_split(
     split: Split,
     *,
     workers: int,
+    value_range: ValueRange | None = None,
     progress: Callable[[int], None],
     note: Callable[[str], None] = lambda text: None,
 ) -> SplitScan:
@@ -90,7 +90,7 @@ def scan_split(
     `note` is called with a message if a worker process dies; raises LoaderDied if a second one does.
     """
     chunks = [np.arange(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
-    scan_rows, deaths = partial(_scan_rows, split), WorkerDeaths(note)
+    scan_rows, deaths = partial(_scan_rows, split, value_range), WorkerDeaths(note)
     pool = Workers(scan_rows, workers, CHUNKS_AHEAD, deaths)
     parts = []
     try:
@@ -109,22 +109,20 @@ def scan_split(
     return _joined(split.name, parts)
 
 
-def _scan_rows(split: Split, rows: np.ndarray) -> SplitScan | RunError:
+def _scan_rows(split: Split, value_range: ValueRange | None, rows: np.ndarray) -> SplitScan | RunError:
     """Return the scan of some rows, or RunError, which can be pickled, if memory ran out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warnings about images that it can decode
-        try:
-            return _scan_rows_with_warnings(split, rows)
-        except MemoryError as error:
-            return RunError(f"out of memory: {error or 'MemoryError'}; lower data.workers, or remove the image")
+    try:
+        return _scan_decoded(split, value_range, rows)
+    except MemoryError as error:
+        return RunError(f"out of memory: {error or 'MemoryError'}; lower data.workers, or remove the image")
 
 
-def _scan_rows_with_warnings(split: Split, rows: np.ndarray) -> SplitScan:
+def _scan_decoded(split: Split, value_range: ValueRange | None, rows: np.ndarray) -> SplitScan:
     scan = _empty(split.name, len(rows))
     for index, (row, record) in enumerate(zip(rows, split.records(rows), strict=True)):
         try:
             data = _encoded_bytes(record)
-            pixels = read_pixels({"bytes": data, "path": record["path"]})
+            pixels = read_pixels({"bytes": data, "path": record["path"]}, value_range=value_range)
         except DataError as error:
             why = error.reason if isinstance(error, ImageError) else str(error)
             scan.bad.append(CorruptImage(split.name, int(row), record["path"], why))
@@ -132,10 +130,15 @@ def _scan_rows_with_warnings(split: Split, rows: np.ndarray) -> SplitScan:
         scan.hashes[index] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
         scan.heights[index], scan.widths[index] = pixels.shape[:2]
         scan.encoded_bytes[index] = len(data)
-        form, mode, unusual = _header(data)
-        scan.formats[form] += 1
-        scan.modes[mode] += 1
-        scan.unusual.update(unusual)
+        found = inspect(data)
+        scan.formats[found.format] += 1
+        scan.modes[found.mode] += 1
+        scan.unusual.update(found.unusual)
+        if is_deep(found.mode) and (grey := grey_of(data)) is not None:
+            scan.greys.append(grey)
+            scan.unusual.update(["NaN"] if grey.has_nan else [])
+        elif "16-bit" in found.unusual:
+            scan.deep_colour.append(int(pixels.max()))
     return scan
 
 
@@ -162,6 +165,8 @@ def _joined(name: str, parts: Sequence[SplitScan]) -> SplitScan:
         counter("formats"),
         counter("modes"),
         counter("unusual"),
+        [grey for part in parts for grey in part.greys],
+        [level for part in parts for level in part.deep_colour],
     )
 
 
@@ -175,34 +180,6 @@ def _encoded_bytes(record: Record) -> bytes:
         return read_regular(record["path"])
     except (OSError, ValueError) as error:
         raise DataError(f"can't be read: {reason(error)}") from None
-
-
-def _header(data: bytes) -> tuple[str, str, list[str]]:
-    """Return format, mode and peculiarities of an encoded image, without decoding it."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.format or "unknown", image.mode, _peculiarities(image, data)
-    except DECODING_ERRORS:  # though its pixels could be decoded
-        return "unknown", "unknown", []
-
-
-def _peculiarities(image: Any, data: bytes) -> list[str]:
-    tiles = " ".join(str(tile[3]) for tile in image.tile)  # 16-bit colour has mode RGB; only its tiles show it
-    found = {
-        "CMYK": image.mode == "CMYK",
-        "palette": image.mode in ("P", "PA"),
-        "16-bit": ";16" in image.mode or ";16" in tiles,
-        "32-bit": image.mode in ("I", "F") and ";16" not in tiles,
-        "EXIF rotation": _exif(image, data).get(_ORIENTATION, 1) in range(2, 9),
-        "several frames": getattr(image, "is_animated", False),
-    }
-    return [name for name, is_so in found.items() if is_so]
-
-
-def _exif(image: Any, data: bytes) -> Any:
-    if image.format == "PNG" and b"eXIf" not in data:
-        return Image.Image.getexif(image)  # the override for PNG decodes the whole image, to look behind the pixels
-    return image.getexif()
 
 
 @dataclass(frozen=True)
@@ -299,6 +276,26 @@ def describe_scan(scan: SplitScan, balance: ClassBalance, duplicates: Duplicates
         "rarest classes": _listed(balance.rarest()),
         "classes without images": f"{len(balance.missing):,}",
     }
+
+
+def grey_notes(scan: SplitScan, values: str) -> list[str]:
+    """Return notes on the images of more than 8 bits of a split, of which `values` become black and white."""
+    notes = []
+    if scan.greys:
+        lowest, highest = min(grey.lowest for grey in scan.greys), max(grey.highest for grey in scan.greys)
+        kinds = " and ".join(sorted({grey.kind for grey in scan.greys}))
+        with_nan = sum(grey.has_nan for grey in scan.greys)
+        notes.append(
+            f"{len(scan.greys):,} grey images of more than 8 bits have {kinds} from {lowest:,g} to {highest:,g}; "
+            f"{values}, in each of them (data.value_range)"
+            + (f"; {with_nan:,} of them have NaN, which becomes black" if with_nan else "")
+        )
+    if scan.deep_colour and max(scan.deep_colour) < DARK:
+        notes.append(
+            f"{len(scan.deep_colour):,} images of 16-bit colour are dark: Pillow keeps the upper 8 bits, of which the "
+            f"highest is {max(scan.deep_colour)} of 255; convert them to 8 bits, scaled to what they have"
+        )
+    return notes
 
 
 def _listed(counts: Iterable[tuple[str, int]]) -> str:

@@ -473,16 +473,16 @@ def test_check_images_outlives_a_death_and_names_the_rows_of_a_second(
 ) -> None:
     from hf_fasttrain.data.source import scan
 
-    real, times = scan._scan_rows_with_warnings, 1
+    real, times = scan._scan_decoded, 1
 
-    def dying(split: Any, rows: np.ndarray) -> Any:
+    def dying(split: Any, value_range: Any, rows: np.ndarray) -> Any:
         died = len(list(tmp_path.glob("died*")))
         if died < times:
             (tmp_path / f"died{died}").touch()
             die(signal.SIGSEGV)
-        return real(split, rows)
+        return real(split, value_range, rows)
 
-    monkeypatch.setattr(scan, "_scan_rows_with_warnings", dying)
+    monkeypatch.setattr(scan, "_scan_decoded", dying)
     recipe = write_recipe(RECIPE.replace("workers: 0", "workers: 1").replace("digits", str(image_folder)))
     arguments = ["check", str(recipe), "--images"]
     assert exit_status(arguments) == 0
