@@ -11,9 +11,13 @@ from typing import Any
 from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.cli.terminal import is_main
-from hf_fasttrain.utils.errors import RunError, UserError, on_command_line
-from hf_fasttrain.utils.library_errors import is_out_of_memory
+from hf_fasttrain.utils.errors import UserError, on_command_line
+from hf_fasttrain.utils.limits import raise_file_limit, require_threads_of_libraries
 from hf_fasttrain.utils.printing import echo
+from hf_fasttrain.utils.streams import flush_stdout, repair_standard_streams
+from hf_fasttrain.utils.system_errors import explain_system_error
+
+WITHOUT_LIBRARIES = ("--help", "--version", "recipes", "schema", "explain")  # commands that import nothing large
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,16 +27,19 @@ def main(argv: list[str] | None = None) -> None:
     stopped by a signal and is saved, or whose loader processes died after a checkpoint; 130 for Ctrl-C; else 1.
     """
     limit_spinning()
+    repair_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     status: Any = 0
     try:
-        with on_command_line(), _out_of_memory_as_error():
-            status = app(with_command(arguments), prog_name="hf-fasttrain", standalone_mode=False) or 0
-    except SystemExit as ended:
-        status = ended.code
+        with on_command_line(), _system_errors_as_messages():
+            status = _run(with_command(arguments))
+            flush_stdout()
+    except BrokenPipeError:  # `hf-fasttrain ... | head`
+        status = 1
     except UserError as error:
         if is_main() or not error.on_every_process:
-            echo(f"error: {error}", err=True)
+            with contextlib.suppress(OSError):  # stderr may be on a full disk
+                echo(f"error: {error}", err=True)
         status = error.status
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own, for options and arguments: its class moves about
@@ -40,6 +47,17 @@ def main(argv: list[str] | None = None) -> None:
         status = _print_usage(error, arguments)
     _leave_processes()  # here, since an exception's frames hold the trainer
     sys.exit(status)
+
+
+def _run(arguments: list[str]) -> Any:
+    """Run a command and return its exit status."""
+    if arguments and arguments[0] not in WITHOUT_LIBRARIES:
+        raise_file_limit()
+        require_threads_of_libraries()
+    try:
+        return app(arguments, prog_name="hf-fasttrain", standalone_mode=False) or 0
+    except SystemExit as ended:
+        return ended.code
 
 
 def _print_usage(error: Any, arguments: list[str]) -> int:
@@ -58,16 +76,15 @@ def _leave_processes() -> None:
 
 
 @contextlib.contextmanager
-def _out_of_memory_as_error() -> Iterator[None]:
-    """Turn lack of memory in any command into a message."""
+def _system_errors_as_messages() -> Iterator[None]:
+    """Turn an error of the system (files, memory, threads) in any command into a message."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        explained = explain_system_error(error)
+        if explained is None:
             raise
-        what = next(iter(str(error).splitlines()), "")
-        out_of_memory = RunError(
-            f"out of memory{f': {what}' if what else ''}; end other programs, or use a smaller model or image"
-        )
-        out_of_memory.on_every_process = False
-        raise out_of_memory from None
+        explained.on_every_process = False
+        raise explained from None

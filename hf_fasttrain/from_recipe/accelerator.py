@@ -23,6 +23,7 @@ from hf_fasttrain.run_folder.file_names import TRACKERS_FOLDER
 from hf_fasttrain.train.launcher import uses_gpu
 from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.limits import require_threads
 from hf_fasttrain.utils.private_apis import raise_recompile_limit, reset_precision
 
 # Variables that accelerate launch and torchrun always export, and nothing else does.
@@ -72,10 +73,12 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
 
 
 def _set_threads(recipe: Recipe) -> None:
-    """Set the threads of a process that trains on a CPU."""
+    """Set the threads of a process that trains on a CPU. Raises RunError if it may not have so many."""
     if uses_gpu():
         return
-    torch.set_num_threads(int(recipe.accelerate.cpu_threads))
+    threads = int(recipe.accelerate.cpu_threads)
+    require_threads(threads - 1, f"accelerate.cpu_threads={threads}")  # libgomp ends the process if one is refused
+    torch.set_num_threads(threads)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that processes communicate over gloo
 
 

@@ -59,6 +59,9 @@ from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.train.user_metrics import Metric, Predict
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
+from hf_fasttrain.utils.limits import FILES_PER_WORKER, THREADS_PER_WORKER, require_files, require_threads
+
+OTHER_THREADS, OTHER_FILES = 2, 10  # of training: for signals and checkpoints
 
 
 def build_trainer(
@@ -271,7 +274,17 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     evaluated = [len(split) for split in (parts.source.evaluation, parts.source.test) if split is not None]
     options: dict[str, Any] = {"keep_pixels": keep_pixels, "needed_memory": needed, "evaluated_images": evaluated}
     options["custom"] = parts.custom
+    _require_processes(parts)
     return Loaders(parts.recipe, parts.settings, parts.accelerator, pre, bad_images, **options)
+
+
+def _require_processes(parts: Parts) -> None:
+    """Raise RunError unless the loader processes of all splits can be started: they live side by side."""
+    workers, _ = resolve_loading(parts.settings, parts.accelerator.device)
+    loaders = 2 if parts.source.test is None else 3
+    purpose = f"data.workers={workers}, each for {loaders} splits"
+    require_threads(loaders * workers * THREADS_PER_WORKER + OTHER_THREADS, purpose)
+    require_files(loaders * workers * FILES_PER_WORKER + OTHER_FILES, purpose)
 
 
 def _slot_bytes(parts: Parts) -> int:

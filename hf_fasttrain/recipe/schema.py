@@ -150,7 +150,7 @@ class DataSection(Section):
         "simplejpeg",
         "JPEG decoder; both give the same pixels, simplejpeg (libjpeg-turbo) in three quarters of the time",
     )
-    workers: Auto | Annotated[int, Field(ge=0)] = speed(
+    workers: Auto | Annotated[int, Field(ge=0, le=1024)] = speed(
         "auto", "loader processes for each training process", examples=[4]
     )
     pin_memory: Auto | bool = speed("auto", "page-locked buffers for copies to a GPU; auto: if there is a GPU")
@@ -225,7 +225,7 @@ class AccelerateSection(Section):
     deterministic: bool = speed(
         False, "bitwise reproducible runs on a GPU: slower, without cudnn.benchmark; on a CPU they always are"
     )
-    cpu_threads: Auto | Annotated[int, Field(ge=1)] = speed(
+    cpu_threads: Auto | Annotated[int, Field(ge=1, le=4096)] = speed(
         "auto",
         "threads of each process on a CPU; auto: a stored tuning, else your OMP_NUM_THREADS, else cores / processes",
         examples=[2],

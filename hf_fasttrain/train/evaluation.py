@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_fasttrain.data.loading.loader import EvalLoader
 from hf_fasttrain.data.loading.trees import cut, num_images
 from hf_fasttrain.data.loading.user_loader import UserEvalLoader
+from hf_fasttrain.data.loading.waiting import WaitCutShort
 from hf_fasttrain.models.side_effects import undisturbed
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
 from hf_fasttrain.run_folder.result import Watch
@@ -76,18 +77,21 @@ class Evaluator:
         counts: Metrics | None = None
         interrupted = torch.zeros((), device=self.accelerator.device)
         collector = Collector() if self.collects else None
-        for images, labels in loader:
-            if should_stop():
-                interrupted += 1
-                break
-            logits = self.logits(model, images)
-            if counts is None:
-                counts = self._counts(logits.shape[1], multi_label=labels.ndim == 2)
-            counts.update(logits, labels)
-            self.external.update(logits, labels)
-            self.own.update(logits, labels)
-            if collector is not None:
-                collector.add(logits, labels)
+        try:
+            for images, labels in loader:
+                if should_stop():
+                    interrupted += 1
+                    break
+                logits = self.logits(model, images)
+                if counts is None:
+                    counts = self._counts(logits.shape[1], multi_label=labels.ndim == 2)
+                counts.update(logits, labels)
+                self.external.update(logits, labels)
+                self.own.update(logits, labels)
+                if collector is not None:
+                    collector.add(logits, labels)
+        except WaitCutShort:
+            interrupted += 1
         if self.processes.add_up(interrupted):
             self.external.clear()
             self.own.clear()

@@ -142,6 +142,10 @@ class RunLog:
             self.console.show_cursor(True)  # before a second Ctrl-C, which ends the process at once
         self.say(f"{cause}: finishing the step, then saving{again}")
 
+    def slow_data(self, seconds: float) -> None:
+        """Report that images have been awaited for so long; called from another thread."""
+        self.say(f"waiting for images for {seconds:.0f} s: the disk or file server that holds them may not answer")
+
     @contextmanager
     def progress(self, num_steps: int, done: int, steps_per_epoch: int) -> Iterator[None]:
         """Show bars over epoch and run while training, on a terminal; lines otherwise."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from hf_fasttrain.data.loading.loader import EvalLoader, Step
+from hf_fasttrain.data.loading.waiting import WaitCutShort
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.out_of_memory import free_cached_memory
@@ -62,6 +63,9 @@ class Retry:
                     for note in self.step.split_notes(step):
                         self.log.note(note)
                 return step, make(step)
+            except WaitCutShort:
+                self.step.undo()  # the state before it is saved
+                raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -5,17 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.loading.user_loader import UserEvalLoader, UserLoader
+from hf_fasttrain.data.loading.waiting import WaitCutShort
 from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
 from hf_fasttrain.train.checkpointing import lock_run, unlock_run
+from hf_fasttrain.train.ending import stop_run
 from hf_fasttrain.train.launcher import shared_data_note
 from hf_fasttrain.train.steps import Steps
-from hf_fasttrain.train.stop import only_one
+from hf_fasttrain.train.stop import MOST_WAIT, only_one, signal_name
 from hf_fasttrain.utils.errors import PeerGone, RunError, RunFailure
 from hf_fasttrain.utils.library_errors import is_peer_gone
 from hf_fasttrain.utils.signals import SIGNALS
@@ -52,7 +54,8 @@ class Session:
             try:
                 with ExitStack() as self._resources:
                     self._open(self._resources)
-                    yield
+                    with self._cut_short():
+                        yield
                     late = signals.received if self.is_open else 0
             except BaseException as error:
                 self._failed(error)
@@ -65,6 +68,27 @@ class Session:
                 self._close()
         if late in SIGNALS:
             signal.raise_signal(late)  # a signal after the last step, which was not handled
+
+    @contextmanager
+    def _cut_short(self) -> Iterator[None]:
+        """If a signal has come and images have not, save the last complete step and raise Stopped.
+
+        Several processes can't: the others wait for this one's gradients. RunFailure ends them all.
+        """
+        try:
+            yield
+            return
+        except WaitCutShort:
+            pass  # handled outside of the handler, which keeps tensors alive
+        number = self.trainer.stop.signals.received
+        reason = f"no images have arrived for {MOST_WAIT:.0f} s after {signal_name(number)}"
+        self.trainer.log.say(f"{reason}: the step is given up")
+        with suppress(WaitCutShort):  # of a user's loader, whose sampler is asked for its position
+            if not self.trainer.processes.is_distributed:
+                stop_run(self.trainer, number)
+        failure = RunFailure(f"{reason}; a disk or file server may not answer")
+        failure.on_every_process = False
+        raise failure
 
     def release(self) -> None:
         """Release all resources but the run folder, after the last step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from hf_fasttrain.data.loading.waiting import WAITING
 from hf_fasttrain.run_folder.result import Result
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
+from hf_fasttrain.utils.limits import start_thread
 from hf_fasttrain.utils.signals import SIGNALS
 
 LAUNCHER_GONE = 1000  # used in place of a signal number
@@ -22,6 +25,8 @@ MOST_STEPS = 10  # between a signal and the reaction, with several processes
 END = b"\0"
 TWICE_SECONDS = 0.2  # nobody presses Ctrl-C twice as fast; a child being forked may echo the first one
 SECONDS_BETWEEN = 1.0  # that these steps may take
+SLOW_WAIT = 60.0
+MOST_WAIT = 3.0  # seconds after a signal for which images are still awaited; docker kills after 10
 
 
 class StopSignals:
@@ -30,10 +35,17 @@ class StopSignals:
     `hurry` is called, in a thread of its own, with the name of the signal. That thread hears signals even while the
     main one is in a long operation, where Python's handlers do not run. A launcher that dies (`accelerate launch`
     passes no SIGTERM on) counts as a signal, if it is heeded. Outside of Python's main thread no signals can be caught.
+    A wait for images that goes on after the signal ends with WaitCutShort; without one, `slow` is called once, in the
+    thread, when it has lasted SLOW_WAIT seconds.
     """
 
-    def __init__(self, hurry: Callable[[str], None] = lambda name: None) -> None:
-        self._hurry, self._received = hurry, 0
+    def __init__(
+        self,
+        hurry: Callable[[str], None] = lambda name: None,
+        slow: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._hurry, self._slow, self._received, self._since = hurry, slow, 0, 0.0
+        self._slow_since: float | None = None  # the wait that `slow` was called for
         self._parent: int | None = None
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -47,8 +59,12 @@ class StopSignals:
     def received(self) -> int:
         """The number of the first signal, LAUNCHER_GONE, or 0."""
         if not self._received and self._parent is not None and os.getppid() != self._parent:
-            self._received = LAUNCHER_GONE
+            self._receive(LAUNCHER_GONE)
         return self._received
+
+    def _receive(self, number: int) -> None:
+        if not self._received:
+            self._received, self._since = number, time.monotonic()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -58,7 +74,7 @@ class StopSignals:
             os.set_blocking(self._pipe[1], False)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._listen, args=(self._pipe[0],), name="signals", daemon=True)
-            self._thread.start()
+            start_thread(self._thread)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -74,14 +90,19 @@ class StopSignals:
         self._received = 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = self._received or number
+        if self._is_stuck():
+            WAITING.cut_short()
+        self._receive(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel ends a process that hangs, Python could not
+
+    def _is_stuck(self) -> bool:
+        return bool(self._received) and WAITING.seconds(self._since) > MOST_WAIT
 
     def _listen(self, pipe: int) -> None:
         first: float | None = None  # when Ctrl-C was heard
         is_reported = False
-        while (heard := os.read(pipe, 1)) != END:
+        while (heard := self._heard(pipe)) != END:
             number = heard[0]
             if number not in SIGNALS:
                 continue
@@ -90,11 +111,24 @@ class StopSignals:
                 os._exit(Stopped.CTRL_C)
             if number == signal.SIGINT and first is None:
                 first = now
-            self._received = self._received or number
+            self._receive(number)
             if not is_reported:
                 is_reported = True
                 self._hurry(signal_name(number))
         os.close(pipe)
+
+    def _heard(self, pipe: int) -> bytes:
+        """Wait for the number of a signal, or END; meanwhile interrupt a main thread that waits for images in vain."""
+        again = next((number for number in self._before if number != signal.SIGINT), None)
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while not poll.poll(500):  # milliseconds
+            if self.received and again is not None and self._is_stuck():
+                signal.pthread_kill(threading.main_thread().ident or 0, again)  # its handler raises in that thread
+            elif WAITING.seconds(0) > SLOW_WAIT and self._slow_since != WAITING.since:
+                self._slow_since = WAITING.since
+                self._slow(SLOW_WAIT)
+        return os.read(pipe, 1)
 
 
 _trains: dict[int, str] = {}  # process id -> what trains in it; a process that is forked has an id of its own

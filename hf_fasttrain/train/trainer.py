@@ -138,7 +138,7 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(self.output_dir, self.processes, self.log) if self.output_dir else None
         on_disk = self.checkpoints.newest_written if self.checkpoints else lambda: 0
-        self.stop = StopRequests(self.processes, StopSignals(self.log.hurry), minutes, on_disk)
+        self.stop = StopRequests(self.processes, StopSignals(self.log.hurry, self.log.slow_data), minutes, on_disk)
         stateful = (self.raw_model, ema, self.optimizer, self.accelerator.scaler, self.train_loader)
         self.stateful = TrainingObjects(self.processes, *stateful, self.step.loss_state)
         self.retry = Retry(

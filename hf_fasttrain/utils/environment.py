@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-# Where Linux mounts control groups, and the file that lists those of this process.
-CGROUP_ROOT, PROCESS_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+from hf_fasttrain.utils.control_groups import control_groups
+
 PACKAGES = ("hf_fasttrain", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "evaluate")
 
 
@@ -82,22 +82,7 @@ def free_memory_bytes() -> int:
 
 def _free_in_cgroups() -> list[int]:
     """Return the bytes left under each limit of this process's control groups and their parents (cgroup v1 and v2)."""
-    try:
-        lines = PROCESS_CGROUPS.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    free = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = CGROUP_ROOT / controllers
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            free += _free_in_cgroup(folder, version=1 if controllers else 2)
-            if folder == root:
-                break
-    return free
+    return [free for group in control_groups("memory") for free in _free_in_cgroup(*group)]
 
 
 def _free_in_cgroup(folder: Path, version: int) -> list[int]:

@@ -107,6 +107,13 @@ class LoaderDied(RunFailure):
     on_every_process = False
 
 
+class LoaderNotStarted(RunFailure):
+    """A loader process could not be started: the machine allows too few processes, threads or files."""
+
+    on_every_process = False
+    status = 2
+
+
 class PeerGone(RunFailure):
     """Another training process has ended."""
 

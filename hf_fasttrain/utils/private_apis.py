@@ -14,6 +14,8 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import multiprocessing.process
+
     import torch
     from accelerate import Accelerator
     from torch import Tensor, nn
@@ -224,6 +226,18 @@ def shut_down_workers(loader: Any, iterator: Any = None) -> None:
         loader._iterator = None
 
 
+def kill_workers(iterator: Any) -> None:
+    """Kill the worker processes of an iterator over a DataLoader that no longer answer.
+
+    torch would wait five seconds for each of them, and then forever at exit: a stopped process takes no SIGTERM.
+    """
+    for process in getattr(iterator, "_workers", ()):
+        process.kill()
+        process.join(1.0)
+        if process.is_alive():
+            forget_child(process)
+
+
 def would_start_persistent_workers(loader: Any) -> bool:
     """Return whether the next iteration over a DataLoader starts worker processes that stay for those after it."""
     return getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None
@@ -319,3 +333,10 @@ def let_forkserver_exit() -> None:
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
+
+
+def forget_child(process: multiprocessing.process.BaseProcess) -> None:
+    """Let this process exit before a child that can't be killed: Python waits for each at exit, without a limit."""
+    from multiprocessing import process as module
+
+    module._children.discard(process)  # type: ignore[attr-defined]

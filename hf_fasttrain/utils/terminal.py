@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
 from rich.segment import Segment
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_fasttrain.utils.clean import message, one_line, printable, without_secrets
+from hf_fasttrain.utils.streams import PrintableStream
 
 LONGEST_KEY = 44  # characters; the recipe's longest key has 38
 ROOM = 11  # characters of each other column, without which long keys are folded too
@@ -25,6 +26,15 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream that is written to, in any encoding."""
+        return cast("IO[str]", PrintableStream(super().file))
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        Console.file.fset(self, stream)  # type: ignore[attr-defined]
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print texts, cleaned as messages, tables and bars."""

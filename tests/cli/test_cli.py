@@ -106,7 +106,7 @@ def test_a_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "data.workers",
         "  meaning  loader processes for each training process",
-        "  allowed  auto, integer >= 0",
+        "  allowed  auto, integer >= 0, <= 1024",
         "  default  auto",
         "  tag      speed: changes only speed and memory; may change when a run is resumed",
         "  example  data.workers=4",

@@ -36,7 +36,7 @@ from hf_fasttrain.models.model import freeze_backbone
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.optim import state_share
 from hf_fasttrain.train.out_of_memory import free_cached_memory
-from hf_fasttrain.utils import environment
+from hf_fasttrain.utils import control_groups
 from hf_fasttrain.utils.environment import free_memory_bytes, resident_bytes
 
 CPU = torch.device("cpu")
@@ -319,8 +319,8 @@ def group(folder: Path, **files: object) -> None:
 
 
 def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(environment, "PROCESS_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(control_groups, "PROCESS_CGROUPS", tmp_path / "own")
     everything = free_memory_bytes()
     assert everything > 0
     (tmp_path / "own").write_text("4:memory:/job/part\n3:cpu:/\n0::/\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.loading.loader import Step
+from hf_fasttrain.data.loading.prefetch import ImageBatches
 from hf_fasttrain.run_folder.checkpoint import read_state
+from hf_fasttrain.train import stop
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.stop import StopRequests, StopSignals
@@ -69,6 +72,40 @@ def test_a_signal_finishes_the_step_saves_and_resume_goes_on(
     assert not (tmp_path / "cut" / "result.json").exists()
     result = signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
     assert result.resumed_at == [4]
+    signalled(write_recipe(), tmp_path / "whole", {}, *options).fit()
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("where", ["in a step", "in an evaluation"])
+def test_images_that_never_arrive_do_not_keep_a_signal_from_saving(
+    where: str, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a file server that is gone. The half-done step has changed batch norm's statistics."""
+    monkeypatch.setattr(stop, "MOST_WAIT", 0.2)
+    make, calls = ImageBatches.make, itertools.count(1)
+
+    def stuck(self: ImageBatches, key: Any, buffer: Any = None) -> Any:
+        is_training = self.transform is not None
+        if is_training == (where == "in a step") and next(calls) == (12 if is_training else 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return make(self, key, buffer)
+
+    options = ["model.name=test_resnet", "accelerate.micro_batch_size=4", "train.duration=4 steps"]
+    options += ["checkpoint.every=1000 steps", "evaluate.batch_size=32"]
+    options += [f"evaluate.every={2 if where == 'in an evaluation' else 1000} steps"]
+    monkeypatch.setattr(ImageBatches, "make", stuck)
+    began = time.monotonic()
+    with pytest.raises(Stopped) as caught:
+        signalled(write_recipe(), tmp_path / "cut", {}, *options).fit()
+    assert time.monotonic() - began < 20
+    assert caught.value.status == Stopped.RESUMABLE
+    assert steps_of(tmp_path / "cut") == [2]
+    if where == "in an evaluation":
+        return
+    monkeypatch.setattr(ImageBatches, "make", make)
+    signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
     signalled(write_recipe(), tmp_path / "whole", {}, *options).fit()
     expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(got[name], value) for name, value in expected.items())

@@ -29,6 +29,7 @@ from torch.utils.data._utils import signal_handling
 
 import hf_fasttrain
 from hf_fasttrain.utils import private_apis
+from hf_fasttrain.utils.signals import signal_handler
 
 PACKAGE = Path(hf_fasttrain.__file__).parent
 
@@ -200,14 +201,20 @@ def test_a_loaders_processes_are_ended(persistent: bool) -> None:
         private_apis.shut_down_workers([1])
 
 
+@contextmanager
+def no_handler_of_children() -> Iterator[None]:
+    """Keep torch's handler of SIGCHLD away, which raises when a loader's process dies; another test may have set it."""
+    with private_apis.no_torch_child_handler(), signal_handler(signal.SIGCHLD, signal.SIG_DFL):
+        yield
+
+
 def test_a_loaders_process_that_has_died_is_noticed() -> None:
-    with relies_on("DataLoader's iterator's _workers", private_apis.has_dead_worker):
+    with relies_on("DataLoader's iterator's _workers", private_apis.has_dead_worker), no_handler_of_children():
         loader = DataLoader([1, 2, 3], num_workers=1)
         iterator, before = iter(loader), psutil.Process().children()
         assert not private_apis.has_dead_worker(iterator, seconds=0.1)
-        with private_apis.no_torch_child_handler():
-            before[-1].kill()
-            assert private_apis.has_dead_worker(iterator, seconds=100)
+        before[-1].kill()
+        assert private_apis.has_dead_worker(iterator, seconds=100)
         assert not private_apis.has_dead_worker(iter([1]), seconds=100)
         private_apis.shut_down_workers(loader, iterator)
 
@@ -320,6 +327,38 @@ def test_libtiff_prints_nothing_of_a_damaged_image(capfd: pytest.CaptureFixture[
         with pytest.raises(OSError, match="decoder error"):
             Image.open(io.BytesIO(damaged)).load()
         assert capfd.readouterr().err == ""
+
+
+def test_a_child_that_can_not_be_killed_is_not_waited_for_at_exit() -> None:
+    """Here it is one that has been stopped; the test kills it."""
+    script = (
+        "import multiprocessing, os, signal, sys\n"
+        "from hf_fasttrain.utils.private_apis import forget_child\n"
+        "child = multiprocessing.get_context('fork').Process(target=signal.pause, daemon=True)\n"
+        "child.start()\n"
+        "os.kill(child.pid, signal.SIGSTOP)\n"
+        "print(child.pid, flush=True)\n"
+        "forget_child(child)\n"
+    )
+    with relies_on("multiprocessing.process._children", private_apis.forget_child):
+        parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        child = psutil.Process(int(parent.stdout.readline()))
+        try:
+            assert parent.wait(timeout=10) == 0
+            assert child.is_running()
+        finally:
+            child.kill()
+            parent.kill()
+
+
+def test_worker_processes_that_do_not_answer_are_killed() -> None:
+    with relies_on("DataLoader's iterator's _workers", private_apis.kill_workers), no_handler_of_children():
+        before = psutil.Process().children()
+        iterator = iter(DataLoader(list(range(100)), num_workers=1))
+        (worker,) = set(psutil.Process().children()) - set(before)
+        worker.suspend()  # it takes no other signal
+        private_apis.kill_workers(iterator)
+        assert not worker.is_running()
 
 
 def test_each_function_has_its_test() -> None:

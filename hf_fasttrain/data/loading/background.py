@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hf_fasttrain.utils.limits import start_thread
+
 
 class BackgroundIterator:
     """Iterates over `work(item)` for `items`, computed in a thread, `depth` results ahead of the consumer.
@@ -19,7 +21,7 @@ class BackgroundIterator:
         self._queue: queue.Queue[tuple[Any, BaseException | None] | None] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(items, work), name="batches ahead", daemon=True)
-        self._thread.start()
+        start_thread(self._thread)
 
     def _run(self, items: Iterator[Any], work: Callable[[Any], Any]) -> None:
         try:
@@ -47,7 +49,7 @@ class BackgroundIterator:
                 raise error
             yield result
 
-    def stop(self) -> None:
-        """Stop the thread and drop the results that were not consumed."""
+    def stop(self, seconds: float = 10.0) -> None:
+        """Stop the thread, which gets so many seconds for its present result, and drop what was not consumed."""
         self._stopped.set()
-        self._thread.join(timeout=10)
+        self._thread.join(seconds)

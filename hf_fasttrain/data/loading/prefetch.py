@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import mmap
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
+from hf_fasttrain.data.loading.waiting import WAITING, WaitCutShort
 from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import TrainTransform
@@ -242,12 +244,13 @@ class Prefetcher:
             try:
                 yield from self._on_device(ahead)
             finally:
-                ahead.stop()
+                ahead.stop(seconds=0.1 if isinstance(sys.exception(), WaitCutShort) else 10.0)
 
     def _on_host(self, sent: Iterator[PixelBatch | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
-            batch = next(sent, None)
+            with WAITING.for_images():
+                batch = next(sent, None)
             self._wait_seconds += time.perf_counter() - start
             if batch is None:
                 return
@@ -282,7 +285,8 @@ class Prefetcher:
             stream = torch.cuda.current_stream(self.device)
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record(stream)
-            copied = next(batches, None)
+            with WAITING.for_images():
+                copied = next(batches, None)
             if copied is None:
                 return
             batch, done = copied

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from hf_fasttrain.data.loading.waiting import WAITING, WaitCutShort
 from hf_fasttrain.utils.errors import LoaderDied, first_line
 from hf_fasttrain.utils.library_errors import is_dead_worker
 from hf_fasttrain.utils.private_apis import (
     has_dead_worker,
     is_torch_child_handler,
+    kill_workers,
     no_torch_child_handler,
     raise_for_dead_workers,
     shut_down_workers,
@@ -129,10 +131,14 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
         try:
             try:
                 CHILD_SIGNAL.begin_waiting()
-                batches = iter(loader) if batches is None else batches
-                batch = next(batches)
+                with WAITING.for_images():
+                    batches = iter(loader) if batches is None else batches
+                    batch = next(batches)
             finally:
                 CHILD_SIGNAL.end_waiting()
+        except WaitCutShort:
+            kill_workers(batches)
+            raise
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import signal
 import sys
 import threading
@@ -19,13 +20,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.multiprocessing
 
+from hf_fasttrain.data.loading.waiting import WaitCutShort
 from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths
-from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.errors import LoaderNotStarted, RunError
 from hf_fasttrain.utils.files import reason
+from hf_fasttrain.utils.limits import explain_limit, process_limit, start_thread
+from hf_fasttrain.utils.private_apis import forget_child
 from hf_fasttrain.utils.process_memory import lift_memory_limit
 
 CHECK_SECONDS = 5.0  # between two checks that the training process is still alive
-END_SECONDS = 5.0  # for a process to finish its batch before it is killed
+END_SECONDS = 2.0  # for a process to finish its batch before it is killed
+KILL_SECONDS = 1.0  # for a killed process to be gone; one that waits for a disk or file server may stay
 
 # A child forked while another one's pipe is set up would hold that pipe open, and hide the other one's death.
 _STARTING = threading.Lock()
@@ -75,9 +80,13 @@ class Workers:
                     self._workers[index].send(request)
                 if isinstance(answer, _Failed):
                     raise RuntimeError(f"a loader process failed:\n{answer.traceback}")
+                if isinstance(answer, _NotStarted):
+                    raise self._not_started(index, answer.reason)
                 yield answer
         finally:
-            if not keep:
+            if isinstance(sys.exception(), WaitCutShort):
+                self.close(seconds=0.0)  # they don't answer
+            elif not keep:
                 self.close()
 
     def _answer_of(self, index: int) -> Any:
@@ -88,6 +97,8 @@ class Workers:
                 self._replace(index)
 
     def _replace(self, index: int) -> None:
+        if not self._workers:  # closed by another thread
+            raise EOFError
         dead = self._workers[index]
         self.deaths.add(dead.exit_code())
         self._workers[index] = self._start_worker(index)
@@ -95,30 +106,42 @@ class Workers:
             self._workers[index].send(request)
 
     def start(self) -> None:
-        """Start the processes that are not running; RunError if the system refuses."""
-        while len(self._workers) < self.number:
-            self._workers.append(self._start_worker(len(self._workers)))
+        """Start the processes that are not running; LoaderNotStarted if the system refuses, and then none is left."""
+        try:
+            while len(self._workers) < self.number:
+                self._workers.append(self._start_worker(len(self._workers)))
+        except BaseException:
+            self.close()
+            raise
 
     def _start_worker(self, index: int) -> _Worker:
         try:
             return _Worker(self.work, index)
-        except OSError as error:
-            refused = RunError(
-                f"loader process {index + 1} of {self.number} could not be started: {reason(error)}; lower data.workers"
-            )
-            refused.on_every_process = False
-            raise refused from None
+        except (OSError, RuntimeError) as error:
+            limit = process_limit(error) or explain_limit(error)
+            if limit is None and not isinstance(error, OSError):
+                raise
+            why = str(limit) if limit else f"{reason(error)}; data.workers=0 needs none"
+            raise self._not_started(index, why) from None
 
-    def close(self) -> None:
-        """Stop the processes; each finishes its current request."""
+    def _not_started(self, index: int, why: str) -> LoaderNotStarted:
+        return LoaderNotStarted(f"loader process {index + 1} of {self.number} could not be started: {why}")
+
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """Stop the processes; each gets so many seconds to finish its current request before it is killed."""
         if os.getpid() != self._owner:  # a forked child has a copy of this object, and must not stop its siblings
             return
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.request_stop()
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + seconds
         for worker in workers:
-            worker.stop(deadline)
+            worker.wait(deadline)
+        for worker in workers:
+            worker.kill()
+        deadline = time.monotonic() + KILL_SECONDS
+        for worker in workers:
+            worker.close(deadline)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
@@ -156,26 +179,40 @@ class _Worker:
 
     def exit_code(self) -> int | None:
         """Return the exit code of a process whose end of the pipe is closed."""
-        self._connection.close()
         self._process.join(END_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self.kill()
+        self.close(time.monotonic() + KILL_SECONDS)
         return self._process.exitcode
 
     def request_stop(self) -> None:
         """Ask the process to stop."""
+        poll = select.poll()
         with suppress(OSError):
-            self._connection.send(None)
+            poll.register(self._connection, select.POLLOUT)
+            if poll.poll(0):  # otherwise it is full
+                self._connection.send(None)
 
-    def stop(self, deadline: float) -> None:
-        """Wait until the process has stopped; kill it at `deadline` (monotonic seconds)."""
+    def wait(self, deadline: float) -> None:
+        """Wait until the process has stopped, at most until `deadline` (monotonic seconds)."""
         with suppress(EOFError, OSError):
             while self._process.is_alive() and (left := deadline - time.monotonic()) > 0:
                 if self._connection in wait([self._connection, self._process.sentinel], left):
                     self._connection.recv()  # it may be blocked because this was not read
+
+    def kill(self) -> None:
+        """Kill the process if it is alive."""
+        if self._process.is_alive():
+            self._process.kill()
+
+    def close(self, deadline: float) -> None:
+        """Wait until the process is gone, at most until `deadline`; the kernel may kill it later.
+
+        A process that waits for a disk or a file server is only killed when that answers.
+        """
+        self._connection.close()
         self._process.join(max(0.0, deadline - time.monotonic()))
-        self.exit_code()
+        if self._process.is_alive():
+            forget_child(self._process)
 
 
 class _Failed(NamedTuple):
@@ -184,17 +221,31 @@ class _Failed(NamedTuple):
     traceback: str
 
 
+class _NotStarted(NamedTuple):
+    """Sent instead of all answers by a process that the system has refused its threads."""
+
+    reason: str
+
+
 def _serve(connection: Connection, work: Callable[[Any], Any], index: int) -> None:
     global _index
     _index = index
-    _leave_signals_to_training()
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    ended = threading.Event()
+    listener = threading.Thread(target=_listen, args=(connection, requests, ended, os.getppid()), daemon=True)
+    try:
+        _leave_signals_to_training()
+        start_thread(listener)
+    except RunError as error:
+        with suppress(EOFError, OSError):
+            connection.send(_NotStarted(str(error)))
+            while connection.poll(CHECK_SECONDS) and connection.recv() is not None:
+                pass  # with requests unread, its end would reset the connection before the message is read
+        return
     lift_memory_limit()  # it counts the memory of the training process, which this one has a copy of
     torch.set_num_threads(1)
     if (opencv := sys.modules.get("cv2")) is not None:  # of a user's transform
         opencv.setNumThreads(0)
-    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    ended = threading.Event()
-    threading.Thread(target=_listen, args=(connection, requests, ended, os.getppid()), daemon=True).start()
     while (request := requests.get()) is not None and not ended.is_set():
         with suppress(OSError):  # the training process is gone, which the thread will notice too
             connection.send(_run(work, request))
@@ -234,7 +285,7 @@ def _leave_signals_to_training() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of the training process makes no sense here
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_on_parents_sigterm, args=(os.getppid(),), daemon=True).start()
+        start_thread(threading.Thread(target=_end_on_parents_sigterm, args=(os.getppid(),), daemon=True))
 
 
 def _end_on_parents_sigterm(parent: int) -> None:

@@ -32,6 +32,7 @@ from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan
+from hf_fasttrain.data.loading.waiting import WAITING, WaitCutShort
 from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths, batches_of_user, describe_death
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
@@ -40,7 +41,9 @@ from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Source, load_source
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkpoint
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.utils.errors import LoaderDied, RunError, RunFailure, Stopped
+from hf_fasttrain.utils import limits
+from hf_fasttrain.utils.errors import LoaderDied, LoaderNotStarted, RunFailure, Stopped
+from hf_fasttrain.utils.signals import signal_handler
 
 CPU = torch.device("cpu")
 KILLED = "killed by SIGKILL, as the kernel does when memory runs out"
@@ -166,9 +169,38 @@ def test_a_system_without_room_for_a_process_is_one_message(monkeypatch: pytest.
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     with pytest.raises(
-        RunError, match=r"loader process 1 of 2 could not be started: Resource temporarily unavailable; "
+        LoaderNotStarted, match=r"loader process 1 of 2 could not be started: too many processes .* lower data.workers"
     ):
         Workers(double, 2, 4, WorkerDeaths()).start()
+
+
+def test_a_process_without_room_for_its_threads_is_one_message_and_no_process_is_left(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its threads count like processes: a container may allow the one and refuse the others."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise limits.explain_limit(RuntimeError(limits.THREAD_REFUSED)) or AssertionError
+
+    monkeypatch.setattr(workers_module, "start_thread", refuse)  # in the forked processes
+    with pytest.raises(
+        LoaderNotStarted, match=r"loader process 1 of 2 could not be started: too many threads .* lower"
+    ):
+        list(Workers(double, 2, 4, WorkerDeaths()).answers(range(8)))
+    assert capfd.readouterr().err == ""
+
+
+def test_processes_that_no_longer_answer_are_killed_when_the_wait_for_them_is_cut_short() -> None:
+    """As of a file server that has gone: they can't be waited for, neither here nor at the end of the program."""
+    pool = Workers(lambda request: os.kill(os.getpid(), signal.SIGSTOP), 2, 2, WorkerDeaths())
+    answers = pool.answers(range(8))
+    threading.Timer(0.3, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)).start()
+    began = time.monotonic()
+    cut_short = signal_handler(signal.SIGUSR1, lambda *_: WAITING.cut_short())
+    with pytest.raises(WaitCutShort), cut_short, WAITING.for_images():
+        next(answers)
+    assert loaders() == []
+    assert time.monotonic() - began < 2
 
 
 def test_processes_end_when_their_training_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
