@@ -32,7 +32,7 @@ from PIL import Image
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.pixels.decode import read_pixels
-from hf_fasttrain.data.source.image_files import is_image_file
+from hf_fasttrain.data.source.inventory import images_below, list_folder
 from hf_fasttrain.export.export import export_run, preprocess
 from hf_fasttrain.export.snippets import ONNX
 from hf_fasttrain.inference import predict_images
@@ -146,9 +146,14 @@ def train(name: str, folder: Path, data: Path, size: int, steps: int) -> Path:
     return run
 
 
+def image_files(folder: Path) -> list[str]:
+    """Return the paths of all images below a folder, sorted."""
+    return sorted(str(folder / name) for name in images_below(list_folder(str(folder)))[0])
+
+
 def sharpen(folder: Path, data: Path) -> None:
     """Scale a model's head so that its logits of 16 photos spread by 3."""
-    photos = sorted(str(file) for file in data.rglob("*") if is_image_file(file))
+    photos = image_files(data)
     model, spec = load_model(folder)
     logits = own(folder, photos[:: max(1, len(photos) // 16)])[0]
     for name, parameter in model.named_parameters():
@@ -181,7 +186,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
-    files = sorted(str(file) for file in args.folder.rglob("*") if is_image_file(file))
+    files = image_files(args.folder)
     photos = files[:: max(1, len(files) // args.photos)][: args.photos]
     with tempfile.TemporaryDirectory() as folder:
         names = args.model or ([] if args.run else MODELS)

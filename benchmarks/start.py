@@ -4,7 +4,7 @@
 
 imagefolder_first  `load_dataset` with an empty cache folder: what a new dataset costs; measured once, it is slow
 imagefolder_later  the same again, now that its Arrow file lies in the cache folder
-ours               `hf_fasttrain.data.source.dataset.open_splits`: reads the names, keeps nothing on disk
+ours               `hf_fasttrain.data.source.opening.open_splits`: reads the names, keeps nothing on disk
 ours_source        `load_source`: the same and what training needs beside it, labels read and 1 % held out
 
 Makes a folder of small JPEGs in a temporary place. Each run is a process of its own, the arms take turns; the clock
@@ -35,6 +35,9 @@ from typing import Any
 
 from memory import OwnGrowth
 
+from hf_fasttrain.data.source.columns import forms_of
+from hf_fasttrain.data.source.file_split import FileSplit
+
 Row = dict[str, Any]
 COMPARED = ("columns", "rows", "class_names", "labels", "files")
 
@@ -53,13 +56,11 @@ def imagefolder(folder: Path) -> Callable[[], Any]:
 
 
 def ours(folder: Path) -> Callable[[], Any]:
-    """Return what opens the folder with this project, everything imported."""
-    import datasets
+    """Return what opens the folder with this project, everything imported; that is not `datasets`."""
     import torch  # noqa: F401
 
-    from hf_fasttrain.data.source.dataset import open_splits
+    from hf_fasttrain.data.source.opening import open_splits
 
-    assert datasets.Dataset  # imported at its first use otherwise
     return lambda: open_splits(str(folder))["train"]
 
 
@@ -88,15 +89,20 @@ def run_arm(name: str, folder: Path) -> None:
 
 def describe(dataset: Any) -> Row:
     """Return what has to agree, long things as their digests."""
-    import datasets
+    if isinstance(dataset, FileSplit):
+        paths = [dataset.images["image"][row]["path"] for row in range(len(dataset))]
+        labels, names = dataset.columns["label"].tolist(), dataset.class_names or []
+    else:
+        import datasets
 
-    records = dataset.cast_column("image", datasets.Image(decode=False))
-    paths = [record["path"] for record in records["image"]]
+        records = dataset.cast_column("image", datasets.Image(decode=False))
+        paths = [record["path"] for record in records["image"]]
+        labels, names = dataset["label"], dataset.features["label"].names
     return {
-        "columns": {name: repr(feature) for name, feature in dataset.features.items()},
+        "columns": {name: form.text for name, form in forms_of(dataset).items()},
         "rows": len(dataset),
-        "class_names": digest(dataset.features["label"].names),
-        "labels": digest(map(str, dataset["label"])),
+        "class_names": digest(names),
+        "labels": digest(map(str, labels)),
         "files": digest(os.path.realpath(path) for path in paths),
     }
 

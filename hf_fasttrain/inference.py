@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,11 +19,13 @@ from hf_fasttrain.data.pixels.decode import Pixels, read_pixels
 from hf_fasttrain.data.source.dataset import Split, note_on_test_split
 from hf_fasttrain.data.source.evaluation_split import EvaluationSplit, load_evaluation_split, with_model_classes
 from hf_fasttrain.data.source.fingerprint import fingerprint
-from hf_fasttrain.data.source.image_files import IMAGE_SUFFIXES, TRAIN_NAMES, is_image_file
+from hf_fasttrain.data.source.image_files import IMAGE_SUFFIXES, TRAIN_NAMES
+from hf_fasttrain.data.source.inventory import Inventory, described, images_below, list_folder
 from hf_fasttrain.from_recipe.accelerator import build_accelerator, use_cudnn_benchmark
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_transform
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
+from hf_fasttrain.from_recipe.older_rows import source_of_run
 from hf_fasttrain.from_recipe.source_from import chosen_images, open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
@@ -39,7 +42,7 @@ from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESULT
 from hf_fasttrain.run_folder.finished import is_own_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
 from hf_fasttrain.utils.errors import DataError, RunError, UserError, shortened
-from hf_fasttrain.utils.files import read_json, restore_folder
+from hf_fasttrain.utils.files import existing_path, read_json, reason, require_regular, restore_folder
 from hf_fasttrain.utils.remote import download_run, is_hub_url
 
 NO_RECIPE = "model: {name: own}\ntrain: {duration: 1 epoch, batch_size: 1}\n"  # of a run of own objects
@@ -122,7 +125,8 @@ def evaluate_run(
     network, spec = _load(folder, checkpoint) if given is None else (given.model, given.spec)
     network = on_device(network, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
     if given is None or given.has_names:
-        measured = _measured_split(recipe, spec, split, is_same_data=is_same_data)
+        began_with = _began_with(opened) if is_same_data else None
+        measured = _measured_split(recipe, spec, split, began_with, is_same_data=is_same_data)
     else:
         measured = _by_number(_other_split(recipe, spec, split), spec, recipe.data.dataset)
     for text in measured.notes:
@@ -218,35 +222,44 @@ def _weights_used(run: Path, weights: str | None, checkpoint: Path | None) -> di
 def _is_same_data(recipe: Recipe, trained: Recipe) -> bool:
     """Return whether two recipes have the same dataset, even if its path is written differently."""
     ours, theirs = recipe.data, trained.data
-    paths = [Path(data.dataset).expanduser().resolve() for data in (ours, theirs)]
+    paths = [os.path.realpath(os.path.expanduser(data.dataset)) for data in (ours, theirs)]
     same_source = ours.dataset == theirs.dataset or paths[0] == paths[1]
     return same_source and (ours.config, ours.revision) == (theirs.config, theirs.revision)
 
 
+def _began_with(run: Path) -> Any:
+    """Return the fingerprint of the data that a run began with, None if it is unknown."""
+    saved = read_settings(run).get("data.fingerprint")
+    return None if saved is None else saved.value
+
+
 def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
     """Return whether a split is the run's own training split at another path."""
-    saved = read_settings(run).get("data.fingerprint")
-    if saved is None or split.name not in TRAIN_NAMES:
+    began_with = _began_with(run)
+    if began_with is None or split.name not in TRAIN_NAMES:
         return False
     try:
-        return fingerprint(chosen_images(open_source(recipe), recipe)) == saved.value
+        return fingerprint(chosen_images(open_source(recipe), recipe)) == began_with
     except UserError:  # without the recipe's splits or columns
         return False
 
 
-def _measured_split(recipe: Recipe, spec: ModelSpec, split: str | None, *, is_same_data: bool) -> EvaluationSplit:
+def _measured_split(
+    recipe: Recipe, spec: ModelSpec, split: str | None, began_with: Any, *, is_same_data: bool
+) -> EvaluationSplit:
     """Return the split to measure, with labels in the model's numbering: as in training, or other data as a whole."""
-    measured = _run_split(recipe, spec, split) if is_same_data else _other_split(recipe, spec, split)
+    measured = _run_split(recipe, spec, split, began_with) if is_same_data else _other_split(recipe, spec, split)
     return with_model_classes(measured, spec.class_names, recipe.data.dataset)
 
 
-def _run_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> EvaluationSplit:
+def _run_split(recipe: Recipe, spec: ModelSpec, split: str | None, began_with: Any) -> EvaluationSplit:
     labelled = with_values(recipe, {"data.multi_label": spec.multi_label})
-    source = open_source(labelled, test_split=split, test_key="--split")
+    source, older = source_of_run(labelled, began_with, test_split=split, test_key="--split")
     chosen = source.test if split and source.test else source.evaluation
     used = {chosen.name, source.train.name}
     notes = note_on_test_split(source.split_names, used, recipe.data.dataset, "--split {} measures it")
-    return EvaluationSplit(chosen, source.class_names, notes)
+    left_out = source.inventory.note() if source.inventory else []
+    return EvaluationSplit(chosen, source.class_names, [*older, *left_out, *notes])
 
 
 def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> EvaluationSplit:
@@ -273,6 +286,9 @@ def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Evaluati
         image_column=data.image_column,
         label_column=data.label_column,
         required_columns=[getattr(data, key) for key in ("image_column", "label_column") if overridden(key)],
+        model_classes=spec.class_names,
+        inventory=data.inventory,
+        max_bad_fraction=data.max_bad_fraction,
     )
 
 
@@ -315,20 +331,21 @@ def predict_images(
     model: Given | None = None,
     device: str = "auto",
     on_bad_image: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
     `device`: auto (a GPU if there is one), cpu, cuda or cuda:1.
     `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `model`: of a run that no
-    recipe has made (see `open_given`). Folders stand for all image files below them. Images that can't be decoded are
-    skipped, and `on_bad_image` is called with the reason. Raises DataError without it, and for a path that does not
-    exist.
+    recipe has made (see `open_given`). Folders stand for all image files below them, as in training; `note` is called
+    with what is left out. Images that can't be decoded are skipped, and `on_bad_image` is called with the reason.
+    Raises DataError without it, and for a path that does not exist.
     """
     opened = open_run(run)
     given = given_model(opened, model, weights)
     folder = opened if given is not None else model_folder(opened, pushed=is_hub_url(str(run)))
     checkpoint = find_checkpoint(opened, weights, str(run))
-    files = [file for image in images for file in _image_files(image)]
+    files = [file for image in images for file in _image_files(image, note)]
     torch_device = choose_device(device)
     network, spec = _load(folder, checkpoint) if given is None else (given.model, given.spec)
     network = on_device(network, torch_device, channels_last=True)
@@ -363,13 +380,23 @@ def _input_of(file: Path, pre: Preprocessing, on_bad_image: Callable[[str], None
         return None
 
 
-def _image_files(image: str) -> list[Path]:
-    path = Path(image).expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{image}: no such file or folder")
-    files = sorted(file for file in path.rglob("*") if is_image_file(file))
-    if not files:
-        raise DataError(f"{image}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return files
+def _image_files(image: str, note: Callable[[str], None]) -> list[Path]:
+    path = existing_path(image)
+    if path is None or not os.path.exists(path):
+        dead = f"; it is a link to {os.readlink(path)}" if path is not None else ""
+        raise DataError(f"{image}: no such file or folder{dead}")
+    if not os.path.isdir(path):
+        try:
+            require_regular(path)
+        except OSError as error:
+            raise DataError(f"{image}: is {reason(error)}") from None
+        return [Path(path)]
+    names, left_out = images_below(list_folder(path))
+    inventory = Inventory(image)
+    inventory.add("", len(names), left_out)
+    if not names:
+        has = f"; left out: {described(inventory.all)}" if left_out else ""
+        raise DataError(f"{image}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))}){has}")
+    for text in inventory.note(""):
+        note(text)
+    return [Path(path, name) for name in names]

@@ -28,8 +28,9 @@ def check(
 
     loaded = load_recipe(recipe, overrides or [])
     _require_list_file(list_file, images=images)
-    from hf_fasttrain.cli.check_images import check_images
+    from hf_fasttrain.cli.check_images import check_images, print_left_out
     from hf_fasttrain.cli.memory_table import memory_table
+    from hf_fasttrain.data.source.inventory import TooManyLeftOut
     from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
     from hf_fasttrain.from_recipe.parts import build_parts
     from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
@@ -39,9 +40,13 @@ def check(
 
     folder = Path(output_dir(loaded))
     require_no_early_mistakes(loaded, folder, resume=True)
-    parts = build_parts(loaded)
-    build_trainer_without_folder(parts, keep_pixels=False)
     terminal = wide_terminal()
+    try:
+        parts = build_parts(loaded)
+    except TooManyLeftOut as error:
+        print_left_out(terminal, error.inventory)
+        raise
+    build_trainer_without_folder(parts, keep_pixels=False)
     title = f"{recipe}: every value, where it came from, and what it decides"
     settings = parts.settings.all()
     rows = [(key, json.dumps(setting.value), setting.origin, setting.tag) for key, setting in settings.items()]
@@ -53,6 +58,8 @@ def check(
         parts.settings.note(f"output_dir {folder} contains a run already: {how} continues it, a new one is refused")
     for note in [*parts.settings.notes, *parts.settings.weight_notes]:
         terminal.print_line(f"note: {note}")
+    if parts.source.inventory is not None:
+        print_left_out(terminal, parts.source.inventory)
     if images:
         value_range = parts.spec.preprocessing.value_range if parts.spec.preprocessing else None
         check_images(terminal, loaded, parts.source, list_file, value_range)

@@ -1,4 +1,4 @@
-"""The report of `check --images`: corrupt images, class balance, duplicates, sizes."""
+"""The reports of `check`: what is left out; with --images corrupt images, class balance, duplicates, sizes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hf_fasttrain.data.pixels.rgb import ValueRange
 from hf_fasttrain.data.source.copies import Copy, contradicting_copies
 from hf_fasttrain.data.source.dataset import Source, Split
+from hf_fasttrain.data.source.inventory import Inventory
 from hf_fasttrain.data.source.scan import (
     ClassBalance,
     CorruptImage,
@@ -56,6 +57,14 @@ def check_images(
             f"{counts}; training would stop, since data.max_bad_fraction is {limit}. Repair or remove them "
             "(--list FILE writes them all), or raise data.max_bad_fraction"
         )
+
+
+def print_left_out(terminal: Terminal, inventory: Inventory) -> None:
+    """Print everything that a folder holds beside the images that are used, and why it is left out."""
+    left_out = inventory.all
+    if left_out:
+        rows = [(entry.text, entry.reason.value[0]) for entry in left_out]
+        terminal.print(build_table(("path", "reason"), rows, title=f"left out of {inventory.root}: {len(left_out):,}"))
 
 
 def _scan(splits: list[Split], workers: int | str, value_range: ValueRange | None) -> list[SplitScan]:

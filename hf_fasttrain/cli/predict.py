@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_fasttrain.cli.arguments import ModelOption, PushedRunArgument, WeightsOption
+from hf_fasttrain.cli.terminal import print_note
 from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.printing import echo_json
 
@@ -26,7 +27,7 @@ def predict(
 
     bad: list[str] = []
     predictions = predict_images(
-        run, images, top=top, weights=weights, model=model, device=device, on_bad_image=bad.append
+        run, images, top=top, weights=weights, model=model, device=device, on_bad_image=bad.append, note=print_note
     )
     if as_json:
         echo_json(predictions, indent=2)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.data.source.dataset import open_splits
+from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.from_recipe.accelerator import require_trackers
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.models.model import timm_name
@@ -19,6 +19,7 @@ from hf_fasttrain.train.checkpointing import not_writable
 from hf_fasttrain.train.metrics import SINGLE_LABEL
 from hf_fasttrain.train.optim import require_optimizer
 from hf_fasttrain.utils.errors import RecipeError, UserError, nearest
+from hf_fasttrain.utils.files import existing_path
 from hf_fasttrain.utils.format import format_count
 from hf_fasttrain.utils.remote import is_hub_url
 
@@ -70,7 +71,7 @@ def _checks(
 
 def _is_missing(dataset: str) -> bool:
     """Return whether a data set is a path, and not a Hub name, that does not exist."""
-    return dataset.startswith((".", "/", "~")) and not os.path.lexists(os.path.expanduser(dataset))
+    return dataset.startswith((".", "/", "~")) and existing_path(dataset) is None
 
 
 def _unknown_metric(recipe: Recipe) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.data.source.classes import names_without_images
@@ -12,6 +11,7 @@ from hf_fasttrain.from_recipe.auto import decide, split
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.errors import DataError, shortened
+from hf_fasttrain.utils.files import existing_path
 
 
 def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Source:
@@ -95,6 +95,8 @@ def open_source(
         multi_label=data.multi_label,
         eval_fraction=data.eval_fraction,
         seed=recipe.seed,
+        inventory=data.inventory,
+        max_bad_fraction=data.max_bad_fraction,
     )
 
 
@@ -103,7 +105,7 @@ def local_settings(recipe: Recipe, dataset: Any) -> list[str]:
     model, data = recipe.model, recipe.data
     name = model.name.removeprefix("transformers:")
     paths = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}
-    keys = [key for key, value in paths.items() if isinstance(value, str) and Path(value).expanduser().exists()]
+    keys = [key for key, value in paths.items() if isinstance(value, str) and existing_path(value) is not None]
     if data.dataset == "digits":
         keys = [key for key in keys if key != "data.dataset"]
     return sorted({*keys, *(["data.dataset"] if dataset is not None else [])})

@@ -24,6 +24,7 @@ from hf_fasttrain.from_recipe.custom import CustomParts
 from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
 from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
+from hf_fasttrain.from_recipe.older_rows import refuse_new_rows
 from hf_fasttrain.from_recipe.optimization import (
     clip_of,
     loss_of,
@@ -59,6 +60,7 @@ from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.train.user_metrics import Metric, Predict
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
+from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.limits import FILES_PER_WORKER, THREADS_PER_WORKER, require_files, require_threads
 
 OTHER_THREADS, OTHER_FILES = 2, 10  # of training: for signals and checkpoints
@@ -86,10 +88,17 @@ def build_trainer(
     if loaded.hub is not None and launched_rank() == 0:
         require_login(loaded.hub.repo)  # before training something that could not be pushed
     first_start = read_first_start(folder) if resume else None
+    learnt = saved_state(folder).get("learnt", {}) if resume else {}
     if resume and (begun_with := settings_of_run(folder)) is not None:
         require_same_parts(begun_with, custom.settings, folder)
     presets = first_start.presets(loaded) if first_start else None
-    parts = build_parts(loaded, dataset=dataset, presets=presets, custom=custom)
+    try:
+        parts = build_parts(loaded, dataset=dataset, presets=presets, custom=custom)
+    except DataError as error:
+        refuse_new_rows(loaded, learnt, error)
+        raise
+    if dataset is None:
+        refuse_new_rows(loaded, learnt, parts.source)
     if replaced := open_run_folder(folder, parts.accelerator, resume=resume):
         parts.settings.note(
             f"output_dir {folder}: its run ended before its first checkpoint; {', '.join(replaced)} of it are replaced"

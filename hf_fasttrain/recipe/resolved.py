@@ -114,6 +114,7 @@ class ResolvedSettings:
             "data.dataset",
             "data.config",
             "data.revision",
+            "data.inventory",
         )
         values = {key: setting.value for key, setting in self.all().items() if setting.tag == "result"}
         values = {key: value for key, value in values.items() if key not in may_change}

@@ -141,10 +141,15 @@ class DataSection(Section):
     )
     max_bad_fraction: float = output(
         0.01,
-        "bad images are replaced by others; above this share of a split the run stops",
+        "bad images are replaced by others; the run stops above this share of a split, of bad or of left out ones",
         ge=0.0,
         le=1.0,
         examples=[0.001],
+    )
+    inventory: Literal["full", "old"] = result(
+        "full",
+        "what of a folder is read, see docs/data.md; old: by the rules of older versions, to resume a run of one",
+        examples=["old"],
     )
     decoder: Literal["simplejpeg", "pillow"] = speed(
         "simplejpeg",

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,27 +77,44 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     never end) and a file of 0 bytes (those of /proc claim to have none, and some of them wait) or of more than
     LARGEST_FILE (such as /proc/kcore).
     """
-    if not _regular_size(path):
+    if not _readable_size(path):
         raise OSError("0 bytes")
     return open(path, "rb")
 
 
 def read_regular(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> bytes:
     """Return the bytes of a regular file, which may be empty. Raises OSError for others, as `open_regular` does."""
-    size = _regular_size(path, most)
+    size = _readable_size(path, most)
     if not size:
         return b""
     with open(path, "rb") as file:
         return file.read(size)  # no more: what is read while somebody writes to it might not end
 
 
-def _regular_size(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> int:
+def _readable_size(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> int:
+    size = require_regular(path)
+    if size > most:
+        raise OSError(f"{size:,} bytes, too large to be read as a whole")
+    return size
+
+
+def require_regular(path: str | os.PathLike[str]) -> int:
+    """Return the size of a regular file in bytes. Raises OSError for a folder, a FIFO or a device."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{kind_of_file(status.st_mode)}, not a regular file")
-    if status.st_size > most:
-        raise OSError(f"{status.st_size:,} bytes, too large to be read as a whole")
     return status.st_size
+
+
+def existing_path(name: str) -> str | None:
+    """Return the path as it is on disk, None if there is none.
+
+    A path that exists as it is written comes first, also one that begins with ~; then ~ is the user's folder, and an
+    accent may be encoded in another way.
+    """
+    expanded = os.path.expanduser(name)
+    spelled = [unicodedata.normalize(form, expanded) for form in ("NFC", "NFD")]
+    return next((path for path in (name, expanded, *spelled) if os.path.lexists(path)), None)
 
 
 def kind_of_file(mode: int) -> str:

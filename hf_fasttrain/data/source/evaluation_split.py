@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.data.source.classes import match_names, names_without_images
-from hf_fasttrain.data.source.columns import find_columns
-from hf_fasttrain.data.source.dataset import Split, image_records, note_on_test_split, open_splits, require_split
+from hf_fasttrain.data.source.columns import find_columns, forms_of
+from hf_fasttrain.data.source.dataset import Split, image_records, note_on_test_split, require_split
 from hf_fasttrain.data.source.image_files import EVAL_NAMES, TRAIN_NAMES
 from hf_fasttrain.data.source.labels import read_labels, renumber
+from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.utils.errors import DataError, shortened
 
 
@@ -36,27 +37,42 @@ def load_evaluation_split(
     image_column: str = "auto",
     label_column: str = "auto",
     required_columns: Collection[str] = (),
+    model_classes: Collection[str] = (),
+    inventory: str = "full",
+    max_bad_fraction: float = 1.0,
 ) -> EvaluationSplit:
     """Return one split of a dataset, without holding anything out.
 
     It is `split` if given, else `preferred_split` if it exists, else the validation split, the only one, or train.
-    Column names that the split lacks count as auto, unless they are in `required_columns`. Class folders may be empty.
-    Raises DataError as `load_source` does.
+    Column names that the split lacks count as auto, unless they are in `required_columns`. Class folders may be empty;
+    those called like one of `model_classes` are class folders. Raises DataError as `load_source` does.
     """
-    splits = open_splits(dataset, config=config, revision=revision, empty_classes=True)
+    splits = open_splits(
+        dataset,
+        config=config,
+        revision=revision,
+        empty_classes=True,
+        known_classes=model_classes,
+        image_column=image_column,
+        inventory=inventory,
+    )
     name = _choose(splits, split, preferred_split, dataset)
-    features, where = splits[name].features, f"{dataset}, split '{name}'"
-    known = {*features, *required_columns}
+    forms, where = forms_of(splits[name]), f"{dataset}, split '{name}'"
+    known = {*forms, *required_columns}
     names = [column if column in known else "auto" for column in (image_column, label_column)]
     columns = find_columns(splits[name], *names, where=where)
     read = read_labels(
         {name: splits[name]}, columns.label, where=str(dataset), train=name, multi_label=multi_label, trains=False
     )
-    images = image_records(splits[name], columns.image)
+    images = image_records(splits[name], columns.image, str(dataset))
     if not len(images):
         raise DataError(f"{where} has no images")
     notes = note_on_test_split(splits, {name}, str(dataset), "--split {} measures it")
-    return EvaluationSplit(Split(name, images, read.labels[name]), read.class_names, [*read.notes, *notes])
+    return EvaluationSplit(
+        Split(name, images, read.labels[name]),
+        read.class_names,
+        [*splits.notes_on([name], max_bad_fraction), *read.notes, *notes],
+    )
 
 
 def _choose(splits: Mapping[str, Any], name: str | None, preferred: str, where: Any) -> str:

@@ -1,71 +1,70 @@
-"""Folders of image files: which files are images (IMAGE_SUFFIXES), names of split folders, and classes by folder.
+"""Names in folders of images: which files are images, which folders are splits, and what a system or a program left.
 
-A new file type needs its suffix here, and must be one that pixels/decode.py can decode.
+A new file type needs its suffix in IMAGE_FORMATS, and must be one that pixels/decode.py can decode.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
-
-from hf_fasttrain.utils.errors import DataError
-from hf_fasttrain.utils.files import is_hidden
-
-IMAGE_SUFFIXES = {
-    ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
-}  # fmt: skip
+# Pillow's name of a format -> its suffixes.
+IMAGE_FORMATS = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".mpo"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jpeg2000"),
+    "PNG": (".png", ".apng"),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+# Images, too, which are not read: their names are counted, so that no class of photos is left out unnoticed.
+UNREAD_SUFFIXES = frozenset(
+    {
+        *(".heic", ".heif", ".hif", ".avifs", ".jxl", ".jxr", ".wdp", ".exr", ".hdr", ".pfm", ".tga", ".qoi", ".pcx"),
+        *(".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf", ".emf", ".djvu", ".ico"),
+        *(".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".cur", ".dds", ".xbm", ".xpm", ".jbig2", ".jp3d", ".icns"),
+        *(".dcm", ".dicom", ".nii", ".mha", ".nrrd", ".fit", ".fits", ".fts"),  # of medicine and astronomy
+        *(
+            ".raw",
+            ".dng",
+            ".cr2",
+            ".cr3",
+            ".crw",
+            ".nef",
+            ".nrw",
+            ".arw",
+            ".srf",
+            ".sr2",
+            ".orf",
+            ".rw2",
+            ".raf",
+            ".pef",
+        ),
+        *(".srw", ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".rwl", ".iiq"),  # of cameras
+    }
+)
+TABLE_SUFFIXES = (".parquet", ".arrow")
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "val", "valid", "dev")
 TEST_NAMES = ("test", "testing")
 SPLIT_FOLDERS = {*TRAIN_NAMES, *EVAL_NAMES, *TEST_NAMES}
 SPLIT_OF = {name: names[0] for names in (TRAIN_NAMES, EVAL_NAMES, TEST_NAMES) for name in names}
 
-
-def scan_image_folder(root: Path, *, empty_classes: bool = False) -> dict[str, Any]:
-    """Return split -> dataset of a folder ``[split/]class/image.jpg``; classes are the folders in sorted order.
-
-    Reads names only: 100,000 files need 0.2 s, where `load_dataset("imagefolder")` needs 47 s and gives the same.
-    """
-    root = Path(os.path.abspath(root))  # the paths are part of the cache key of the pixels
-    folders = {entry.name: Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
-    split_folders = {name: path for name, path in folders.items() if name.lower() in SPLIT_FOLDERS}
-    with_classes = {name: path for name, path in split_folders.items() if _has_class_folders(path)}
-    if with_classes:
-        return {name.lower(): _scan_classes(path, empty_classes) for name, path in sorted(with_classes.items())}
-    return {"train": _scan_classes(root, empty_classes)}
+# In lower case. Besides these, whatever starts with a dot is hidden: .DS_Store, ._0.jpg, .ipynb_checkpoints.
+_MADE_BY_TOOLS = {
+    *("__macosx", "__pycache__", "icon\r", "temporary items", "network trash folder"),  # macOS, Python
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information"),  # Windows
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),  # network drives, Linux
+}
 
 
-def is_image_file(entry: os.DirEntry[str] | Path) -> bool:
-    """Return whether a directory entry has the name of an image."""
-    suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in IMAGE_SUFFIXES and not is_hidden(entry.name) and entry.is_file()
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file name in lower case, with its dot; something without a dot if it has none."""
+    return name[name.rfind(".") :].lower()
 
 
-def _has_class_folders(path: Path) -> bool:
-    with os.scandir(path) as entries:
-        return any(entry.is_dir() and not is_hidden(entry.name) for entry in entries)
-
-
-def _scan_classes(root: Path, empty_classes: bool) -> Any:
-    import datasets
-
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
-    if not classes:
-        raise DataError(
-            f"{root}: contains no class folders; an image folder is [train/]<class>/<image>, "
-            "a dataset on disk has .parquet or .arrow files"
-        )
-    files: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(entry.path for entry in os.scandir(root / name) if is_image_file(entry))
-        if not found and not empty_classes:
-            raise DataError(
-                f"{root / name}: class folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-                "add images or remove it"
-            )
-        files += found
-        labels += [label] * len(found)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
-    return datasets.Dataset.from_dict({"image": files, "label": labels}, features=features)
+def is_made_by_tool(name: str) -> bool:
+    """Return whether a file or folder is not the user's data, by its name: hidden, a thumbnail, a lock, a bin."""
+    lower = name.lower()
+    return lower.startswith((".", "~$")) or lower in _MADE_BY_TOOLS or lower.endswith((".lock", ".lck"))

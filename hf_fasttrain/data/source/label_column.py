@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.data.source.columns import element_of
+from hf_fasttrain.data.source.file_split import FileSplit
 from hf_fasttrain.utils.errors import DataError, shortened, shown
 
 
@@ -79,23 +80,37 @@ def read_column(dataset: Any, column: str, where: str) -> LabelColumn:
     are neither integers, strings nor booleans. Whole floats count as integers, because pandas turns an integer column
     with missing values into floats.
     """
+    if isinstance(dataset, FileSplit) and isinstance(dataset.columns.get(column), np.ndarray):
+        numbers, codes = np.unique(dataset.columns[column], return_inverse=True)
+        return LabelColumn(where, numbers.tolist(), codes.astype(np.int64), None, dataset.class_names)
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    table = dataset.select_columns([column]).with_format("arrow")[:]
-    array = table[column].combine_chunks()
-    if isinstance(array, pa.ExtensionArray):  # datasets' Array2D and others
-        array = array.storage
+    array = _array(dataset, column, where)
     _require_none_missing(array, where, None)
     lengths = None
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
         array = array.flatten()
         _require_none_missing(array, where, lengths)
-    names = getattr(element_of(dataset.features[column]), "names", None)
+    names = None
+    if not isinstance(dataset, FileSplit):
+        names = getattr(element_of(dataset.features[column]), "names", None)
     values, codes = _distinct(array, where)
     read = LabelColumn(where, values, codes, lengths, None if names is None else list(names))
     return _checked(read)
+
+
+def _array(dataset: Any, column: str, where: str) -> Any:
+    """Return a column as an Arrow array of plain types."""
+    import pyarrow as pa
+
+    if isinstance(dataset, FileSplit):
+        if column not in dataset.columns:
+            raise DataError(f"{where}: holds images, not labels; name data.label_column")
+        return dataset.columns[column]
+    array = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    return array.storage if isinstance(array, pa.ExtensionArray) else array  # datasets' Array2D and others
 
 
 def _require_none_missing(array: Any, where: str, lengths: np.ndarray | None) -> None:

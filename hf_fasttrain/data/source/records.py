@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 
+from hf_fasttrain.utils.errors import DataError, shown
 from hf_fasttrain.utils.private_apis import dataset_fingerprint, dataset_indices
 
 Record = dict[str, Any]  # {"bytes": memoryview | None, "path": str | None}, as HF's undecoded images
+
+
+Stamp = tuple[int, int, int]
+SAMPLED = 16  # paths that are looked for
+
+
+class ImageRecords(Protocol):
+    """The undecoded images of a data set, by row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Record:
+        """Return the record of a row."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes with the rows; it need not cover files behind paths, which `stamp` does."""
+
+    def stamp(self, row: int) -> Stamp:
+        """Return values that change with the image of a row."""
 
 
 class Records:
@@ -48,16 +71,12 @@ class Records:
         """HF datasets' fingerprint of the dataset; it does not cover files behind paths, which `stamp` does."""
         return dataset_fingerprint(self.dataset)
 
-    def stamp(self, row: int) -> tuple[int, int, int]:
+    def stamp(self, row: int) -> Stamp:
         """Return values that change with the image of a row: times and size of its file, or the number of bytes."""
         record = self[row]
         if record["bytes"] is not None:
             return 0, 0, len(record["bytes"])
-        try:
-            status = os.stat(record["path"])
-        except (OSError, TypeError, ValueError):
-            return -1, 0, 0
-        return status.st_mtime_ns, status.st_ctime_ns, status.st_size
+        return _stamp(record["path"])
 
     def _open(self) -> None:
         column = self.dataset.data.column("image")
@@ -67,6 +86,14 @@ class Records:
         filled = [chunk for chunk in column.chunks if len(chunk)]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in filled)])[:-1]
         self._chunks = [_Chunk(chunk) for chunk in filled]
+
+
+def _stamp(path: Any) -> Stamp:
+    try:
+        status = os.stat(path)
+    except (OSError, TypeError, ValueError):
+        return -1, 0, 0
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 class _Chunk:
@@ -102,3 +129,50 @@ class _Binary:
         if self.offsets is None or (self.missing is not None and self.missing[row]):
             return None
         return self.data[self.offsets[row] : self.offsets[row + 1]]
+
+
+def require_paths(records: ImageRecords, where: str) -> None:
+    """Raise DataError if images are paths, and none of a sample of them exists: addresses, texts of another meaning."""
+    sampled = np.unique(np.linspace(0, max(0, len(records) - 1), min(len(records), SAMPLED), dtype=np.int64))
+    found = [records[row] for row in sampled.tolist()]
+    paths = [record["path"] for record in found if record["bytes"] is None and record["path"] is not None]
+    if not paths or any(map(os.path.exists, paths)):
+        return
+    is_address = "://" in paths[0]
+    why = "addresses, which are not downloaded" if is_address else f"no paths of files: none of {len(paths)} exists"
+    raise DataError(
+        f"{where} holds {why}, such as {shown(paths[0])}; give encoded images, or paths, absolute or relative to the "
+        "table's folder"
+    )
+
+
+class FileRecords:
+    """The paths of image files below `root`, in order; an empty name is a missing image.
+
+    As compact as their names, and made without `datasets`. Names need not be UTF-8, as texts of Arrow must be.
+    """
+
+    def __init__(self, root: str, names: Iterable[str]) -> None:
+        self.root = root
+        self._names = os.fsencode("\0".join([*names, ""]))  # no name holds a \0
+        self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> Record:
+        """Return the record of a row."""
+        start = int(self._ends[row - 1]) + 1 if row else 0
+        name = os.fsdecode(self._names[start : self._ends[row]])
+        return {"bytes": None, "path": os.path.join(self.root, name) if name else None}
+
+    @property
+    def fingerprint(self) -> str:
+        """A fingerprint of all paths; it does not cover the files, which `stamp` does."""
+        hashed = xxhash.xxh3_128(os.fsencode(self.root) + b"\0")
+        hashed.update(self._names)
+        return hashed.hexdigest()
+
+    def stamp(self, row: int) -> Stamp:
+        """Return values that change with the image of a row: times and size of its file."""
+        return _stamp(self[row]["path"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,55 @@ def test_two_metadata_files_in_a_folder_are_refused(tmp_path: Path) -> None:
     write(tmp_path, ["a", "b"], "jsonl")
     with pytest.raises(DataError, match=r"has metadata.csv and metadata.jsonl; keep one of them"):
         load_source(str(tmp_path))
+
+
+def test_metadata_of_something_else_leave_class_folders_as_they_are(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write(tmp_path / name, ["x"] * 4)
+        (tmp_path / name / "metadata.csv").unlink()
+    (tmp_path / "metadata.csv").write_text("id,author\n1,me\n")
+    (tmp_path / "cat" / "metadata.jsonl").write_text("not even JSON\n")
+    source = load_source(str(tmp_path), eval_fraction=0.25)
+    assert (source.class_names, len(source.train)) == (["cat", "dog"], 6)
+    (note,) = source.notes
+    assert "2 tables or metadata of something else (cat/metadata.jsonl: no column file_name)" in note
+    (tmp_path / "metadata.csv").write_text("file_name,label\nIMG_1.NEF,x\nIMG_2.NEF,y\n")
+    with pytest.raises(
+        DataError, match=r"metadata.csv: none of the 2 images that it lists is there, such as IMG_1.NEF"
+    ):
+        load_source(str(tmp_path))
+
+
+def test_what_metadata_do_not_list_and_what_is_not_there_is_said(tmp_path: Path) -> None:
+    write(tmp_path, ["a", "b"] * 6)
+    lines = (tmp_path / "metadata.csv").read_text().splitlines()
+    (tmp_path / "metadata.csv").write_text("\n".join([*lines[:-1], "gone.png,a", lines[1]]))
+    source = load_source(str(tmp_path))
+    assert (
+        f"{tmp_path}: 12 images; left out: 1 image that metadata list, but is not there (gone.png), "
+        "1 image that metadata do not list (11.png)"
+    ) in source.notes
+    assert f"{tmp_path}: 1 images are listed more than once (0.png)" in source.notes
+    with pytest.raises(DataError, match="1 of 13 images of split 'train' are left out"):
+        load_source(str(tmp_path), max_bad_fraction=0.05)
+
+
+@pytest.mark.parametrize("written", ["sub\\{}é.png", "./x/../sub/{}é.png", "sub/{}é.png"])
+def test_paths_may_be_written_by_other_systems(written: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    rows = []
+    for number in range(4):
+        Image.new("RGB", (4, 4)).save(tmp_path / "sub" / unicodedata.normalize("NFD", f"{number}é.png"))
+        rows.append(f"{written.format(number)},{'ab'[number % 2]}")
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]), encoding="utf-8")
+    assert len(labels_of(load_source(str(tmp_path), eval_fraction=0.5))) == 4
+
+
+def test_metadata_of_an_unused_split_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "train", ["a", "b"] * 3)
+    write(tmp_path / "validation", ["a", "b"])
+    write(tmp_path / "test", ["a"])
+    (tmp_path / "test" / "metadata.csv").write_text('file_name,label\n"0.png,a\n')
+    assert len(load_source(str(tmp_path)).train) == 6
+    with pytest.raises(DataError, match="can't be read as csv"):
+        load_source(str(tmp_path), test_split="test")

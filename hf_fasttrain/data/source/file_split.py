@@ -1,0 +1,43 @@
+"""A split of image files: class folders, or the rows of metadata files. Made without `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_fasttrain.data.source.columns import Form, Kind
+from hf_fasttrain.data.source.records import FileRecords
+
+IMAGE, LABEL = "image", "label"  # the columns of class folders
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Columns of image files, and the others; each has a value for every row."""
+
+    images: dict[str, FileRecords]
+    columns: dict[str, Any]  # (N,) int64 class numbers, or an Arrow array
+    class_names: list[str] | None = None  # of class numbers
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """The form of each column."""
+        images = {name: Form(Kind.IMAGE, "Image") for name in self.images}
+        return images | {name: _form(values) for name, values in self.columns.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.images.values())))
+
+
+def _form(values: Any) -> Form:
+    if isinstance(values, np.ndarray):
+        return Form(Kind.CLASS, "ClassLabel")
+    return Form(Kind.OTHER, str(values.type))
+
+
+def class_folders(root: str, names: Sequence[str], labels: Sequence[int], class_names: list[str]) -> FileSplit:
+    """Return the split of images at `names` below `root`, with the number of each one's class."""
+    return FileSplit({IMAGE: FileRecords(root, names)}, {LABEL: np.array(labels, np.int64)}, class_names)

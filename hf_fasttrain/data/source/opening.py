@@ -1,0 +1,167 @@
+"""Opens a data set by name, folder or file, or as an object of `datasets`: its splits, each opened when it is used."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Collection, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_fasttrain.data.source.folder import open_folder
+from hf_fasttrain.data.source.image_files import TABLE_SUFFIXES, suffix_of
+from hf_fasttrain.data.source.old_folder import open_old_folder
+from hf_fasttrain.data.source.splits import Splits, opened
+from hf_fasttrain.data.source.tables import open_tables
+from hf_fasttrain.utils.clean import one_line
+from hf_fasttrain.utils.errors import DataError, first_line, nearest
+from hf_fasttrain.utils.files import existing_path
+
+
+def open_splits(
+    dataset: Any,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    empty_classes: bool = False,
+    known_classes: Collection[str] = (),
+    image_column: str = "auto",
+    inventory: str = "full",
+) -> Splits:
+    """Return the splits of a `Dataset`, a `DatasetDict`, a path, ``digits`` or a Hub name, by name.
+
+    `empty_classes` and `known_classes` are those of `open_folder`; `inventory` is full, or old: folders are read by the
+    rules of older versions.
+    """
+    if not isinstance(dataset, str | os.PathLike):
+        return opened(_splits_of_object(dataset))
+    name = os.fspath(dataset)
+    if name == "digits":
+        notes = ["digits is scikit-learn's data set; ./digits is the folder"] if os.path.isdir(name) else []
+        return Splits({"train": digits_dataset}, notes=notes)
+    path = existing_path(name)
+    if path is None and name.startswith((".", "/", "~")):
+        raise DataError(f"{one_line(name)}: no such file or folder{_siblings(Path(os.path.expanduser(name)))}")
+    if path is None:
+        return opened(_open_hub(name, config, revision))
+    if not os.path.exists(path):
+        raise DataError(f"{one_line(name)}: is a link to {one_line(os.readlink(path))}, which does not exist")
+    _require_text(name)
+    if os.path.isdir(path):
+        names = set(_names_in(path))
+        if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
+            return _open_saved(path)
+        if inventory == "old":
+            return open_old_folder(path, empty_classes=empty_classes)
+        rules: dict[str, Any] = {"known_classes": known_classes, "image_column": image_column}
+        return open_folder(path, empty_classes=empty_classes, **rules)
+    if suffix_of(path) in TABLE_SUFFIXES:
+        return Splits({"train": partial(open_tables, [path], image_column)})
+    raise DataError(f"{one_line(name)}: is a file; allowed are .parquet and .arrow files, folders and Hub names")
+
+
+def _require_text(name: str) -> None:
+    """Raise DataError for a path that is not UTF-8, which neither recipe.yaml nor resolved.yaml could hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{one_line(name)}: this path is not UTF-8, so a recipe can't hold it; rename it, or link to it (ln -s)"
+        ) from None
+
+
+def _names_in(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError as error:
+        raise DataError(f"{one_line(path)}: can't be listed: {error.strerror}") from None
+
+
+def _open_saved(path: str) -> Splits:
+    """Return the splits of a folder that `save_to_disk` has written."""
+    listed = os.path.join(path, "dataset_dict.json")
+    names = _json(listed)["splits"] if os.path.exists(listed) else []
+    if not names:
+        return Splits({"train": partial(_load_saved, path)})
+    return Splits({name: partial(_load_saved, os.path.join(path, name)) for name in names})
+
+
+def _load_saved(path: str) -> Any:
+    """Return a saved dataset. `load_from_disk` takes a path such as a::b for an address."""
+    import datasets
+    import pyarrow as pa
+    from datasets.table import MemoryMappedTable, concat_tables
+
+    try:
+        state, info = (_json(os.path.join(path, name)) for name in ("state.json", "dataset_info.json"))
+        files = [os.path.join(path, os.path.basename(file["filename"])) for file in state["_data_files"]]
+        table = concat_tables([MemoryMappedTable.from_file(file) for file in files])
+        return datasets.Dataset(table, info=datasets.DatasetInfo.from_dict(info), fingerprint=state["_fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise DataError(f"{one_line(path)}: can't be read as a saved data set: {first_line(error)}") from None
+
+
+def _json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _splits_of_object(dataset: Any) -> dict[str, Any]:
+    import datasets
+
+    splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
+    for split in splits.values():
+        if not isinstance(split, datasets.Dataset):
+            raise DataError(
+                f"the dataset passed in holds a {type(split).__name__}; allowed are datasets.Dataset and "
+                "DatasetDict (streaming datasets are not supported)"
+            )
+    return splits
+
+
+def _siblings(path: Path) -> str:
+    if not os.path.isdir(path.parent):
+        return f"; {path.parent} does not exist either"
+    return f" in {path.parent}.{nearest(path.name, os.listdir(path.parent))}"
+
+
+def _open_hub(name: str, config: str | None, revision: str | None) -> dict[str, Any]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return dict(datasets.load_dataset(name, config, revision=revision))
+    except (DatasetNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise DataError(
+            f"data.dataset: '{name}' is not a local file or folder, and could not be downloaded from the Hub: "
+            f"{str(error).splitlines()[0]} Give a path (./{name}), digits, or check name, data.config and network"
+        ) from None
+
+
+def digits_dataset() -> Any:
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 pixels, as an HF dataset (they ship with scikit-learn)."""
+    import datasets
+
+    images, labels, names = _digits_as_png()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@cache  # a process that opens several runs encodes them once
+def _digits_as_png() -> tuple[list[bytes], list[int], list[str]]:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = []
+    for pixels in np.round(digits.images * (255 / 16)).astype(np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    return images, digits.target.tolist(), [str(name) for name in digits.target_names]
