@@ -300,7 +300,7 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
         if program == "python":
             source = (ROOT / words[0]).read_text()
             assert not {option for option in given if f'"{option}"' not in source}, match[1]
-        elif words and words[0].startswith("RECIPE"):
+        elif words and words[0].startswith(("RECIPE", "RUN")):
             assert given <= options_of(["train"])
         elif words:
             assert given <= options_of(words), match[1]

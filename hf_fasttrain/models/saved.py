@@ -77,7 +77,9 @@ def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
     if pre.value_range is None:
         del values["preprocessing"]["value_range"]  # which older versions don't know
     else:
-        values["preprocessing"]["value_range"] = pre.value_range._asdict()
+        values["preprocessing"]["value_range"] = {
+            name: getattr(pre.value_range, name) for name in ("low", "high", "clips")
+        }
     (folder / SPEC_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -189,7 +189,8 @@ def test_ctrl_c_while_the_report_is_drawn_leaves_the_run_as_it_is(
     run = tmp_path / "run"
     assert exit_status([str(write_recipe(RECIPE)), f"output_dir={run}"]) == 0
     assert (
-        f"training is finished; Ctrl-C skipped the rest: hf-fasttrain report {run}, or push" in capsys.readouterr().out
+        f"training is finished; Ctrl-C skipped the rest: `hf-fasttrain report {run}`, or push"
+        in capsys.readouterr().out
     )
     assert (run / "result.json").exists()
 

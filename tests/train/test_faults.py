@@ -373,7 +373,7 @@ def test_a_token_is_refused_in_a_recipe_and_shown_nowhere(
         main([str(write_recipe()), f"model.args={{token: {TOKEN}}}", f"output_dir={tmp_path / 'run'}"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert "model contains a Hub token; remove it, and log in with `hf auth login`" in message
+    assert "model contains an access token; remove it: log in with `hf auth login`" in message
     with pytest.raises(SystemExit):
         main([f"data.dataset={TOKEN}"])
     assert TOKEN not in message + capsys.readouterr().err
@@ -399,7 +399,7 @@ def test_code_of_a_model_is_not_run_unless_the_recipe_allows_it(
     with pytest.raises(ModelError, match=r"needs its own Python code, which is not run unless the recipe sets"):
         make(write_recipe(), tmp_path / "run", f"model.name=transformers:{folder}")
     assert not witness.exists()
-    with pytest.raises(ImportError, match="seen"):
+    with pytest.raises(ModelError, match="ImportError: seen"):
         make(write_recipe(), tmp_path / "run", f"model.name=transformers:{folder}", "model.trust_remote_code=true")
     assert witness.exists()
 
