@@ -7,8 +7,7 @@ from __future__ import annotations
 
 # Pillow's name of a format -> its suffixes.
 IMAGE_FORMATS = {
-    "AVIF": (".avif",),
-    "BMP": (".bmp", ".dib"),
+    "BMP": (".bmp",),
     "GIF": (".gif",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".mpo"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jpeg2000"),
@@ -21,7 +20,23 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suf
 # Images, too, which are not read: their names are counted, so that no class of photos is left out unnoticed.
 UNREAD_SUFFIXES = frozenset(
     {
-        *(".heic", ".heif", ".hif", ".avifs", ".jxl", ".jxr", ".wdp", ".exr", ".hdr", ".pfm", ".tga", ".qoi", ".pcx"),
+        *(
+            ".heic",
+            ".heif",
+            ".hif",
+            ".avif",
+            ".avifs",
+            ".dib",
+            ".jxl",
+            ".jxr",
+            ".wdp",
+            ".exr",
+            ".hdr",
+            ".pfm",
+            ".tga",
+            ".qoi",
+            ".pcx",
+        ),
         *(".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf", ".emf", ".djvu", ".ico"),
         *(".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".cur", ".dds", ".xbm", ".xpm", ".jbig2", ".jp3d", ".icns"),
         *(".dcm", ".dicom", ".nii", ".mha", ".nrrd", ".fit", ".fits", ".fts"),  # of medicine and astronomy

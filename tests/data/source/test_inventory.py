@@ -56,8 +56,8 @@ PLAIN = classes()
 # layout -> (files, images that are read beside PLAIN: path -> class, what a note says)
 READ: dict[str, tuple[list[str], dict[str, str], str]] = {
     "suffixes": (
-        ["cat/a.jfif", "cat/b.JPE", "dog/c.avif", "dog/d.j2k", "dog/e.PNM"],
-        {"cat/a.jfif": "cat", "cat/b.JPE": "cat", "dog/c.avif": "dog", "dog/d.j2k": "dog", "dog/e.PNM": "dog"},
+        ["cat/a.jfif", "cat/b.JPE", "dog/c.webp", "dog/d.j2k", "dog/e.PNM"],
+        {"cat/a.jfif": "cat", "cat/b.JPE": "cat", "dog/c.webp": "dog", "dog/d.j2k": "dog", "dog/e.PNM": "dog"},
         "",
     ),
     "deeper folders": (
@@ -164,7 +164,7 @@ def test_splits_and_wrappers(layout: str, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[list[str], str]] = {
     "an empty class": (
         [*PLAIN, "bird/"],
-        r"bird: class folder without images \(.apng, .avif.*\); add images or remove",
+        r"bird: class folder without images \(.apng, .bmp.*\); add images or remove",
     ),
     "a class of photos that are not read": (
         [*PLAIN, "bird/a.heic"],
