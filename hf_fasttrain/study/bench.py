@@ -98,9 +98,10 @@ class Measurement:
         """Median share of time spent waiting for data."""
         return statistics.median(self.waits) if self.waits else 0.0
 
-    def speed_up(self, baseline: Measurement) -> Estimate:
-        """Return the speed-up over the baseline, from the rounds that both have."""
+    def speed_up(self, baseline: Measurement, since: int = 0) -> Estimate:
+        """Return the speed-up over the baseline, from the rounds that both have from `since` on (all if none is)."""
         both = [number for number in self.rounds if number in baseline.rounds]
+        both = [number for number in both if number >= since] or both
         return paired_ratio([baseline.rounds[n] for n in both], [self.rounds[n] for n in both])
 
     def add(self, number: int, report: Report) -> None:

@@ -104,7 +104,7 @@ class Doctor:
             tried=tuple(tried),
             advice=tuple(best_advice(baseline, tried, notes)),
             baseline=baseline,
-            not_tried=tuple(name for name in map(_name, (change for change, _ in ideas)) if name not in names),
+            not_tried=tuple(name for name in notes if name not in names),
             rough=rough,
         )
 

@@ -14,7 +14,7 @@ from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note, Start
-from hf_fasttrain.study.intervals import Estimate, paired_ratio
+from hf_fasttrain.study.intervals import Estimate
 from hf_fasttrain.study.load import free_share, rough_note
 from hf_fasttrain.study.messages import Ready, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware
@@ -43,10 +43,7 @@ class Candidate:
 
     def speed_up(self, since: int = 0) -> Estimate:
         """Return the speed-up over the reference, in the rounds from `since` (in all if there are none)."""
-        both = [number for number in self.measurement.rounds if number in self.reference.rounds]
-        both = [number for number in both if number >= since] or both
-        rounds, reference = self.measurement.rounds, self.reference.rounds
-        return paired_ratio([reference[number] for number in both], [rounds[number] for number in both])
+        return self.measurement.speed_up(self.reference, since)
 
     @property
     def images_per_second(self) -> float:

@@ -249,7 +249,7 @@ class Prefetcher:
     def _on_host(self, sent: Iterator[PixelBatch | _SentBatch | UserError], slots: _Slots | None) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
-            with WAITING.for_images():
+            with WAITING:
                 batch = next(sent, None)
             self._wait_seconds += time.perf_counter() - start
             if batch is None:
@@ -285,7 +285,7 @@ class Prefetcher:
             stream = torch.cuda.current_stream(self.device)
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record(stream)
-            with WAITING.for_images():
+            with WAITING:
                 copied = next(batches, None)
             if copied is None:
                 return

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 CLOSING_SECONDS = 10.0
@@ -19,21 +17,20 @@ class WaitCutShort(BaseException):
 
 
 class _Waiting:
-    """Since when the main thread has been waiting for images."""
+    """Since when the main thread has been waiting for images; a context manager that marks a wait.
+
+    It marks those of the main thread alone: signals reach no other one. Each batch is a wait, so no generator makes it.
+    """
 
     def __init__(self) -> None:
         self.since: float | None = None  # monotonic seconds; None: it is not waiting
 
-    @contextmanager
-    def for_images(self) -> Iterator[None]:
-        """Mark a wait. In the main thread alone: signals reach no other one."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.since = time.monotonic()
-        try:
-            yield
-        finally:
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.since = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
             self.since = None
 
     def cut_short(self) -> NoReturn:

@@ -131,7 +131,7 @@ def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
         try:
             try:
                 CHILD_SIGNAL.begin_waiting()
-                with WAITING.for_images():
+                with WAITING:
                     batches = iter(loader) if batches is None else batches
                     batch = next(batches)
             finally:

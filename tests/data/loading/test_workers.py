@@ -197,7 +197,7 @@ def test_processes_that_no_longer_answer_are_killed_when_the_wait_for_them_is_cu
     threading.Timer(0.3, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)).start()
     began = time.monotonic()
     cut_short = signal_handler(signal.SIGUSR1, lambda *_: WAITING.cut_short())
-    with pytest.raises(WaitCutShort), cut_short, WAITING.for_images():
+    with pytest.raises(WaitCutShort), cut_short, WAITING:
         next(answers)
     assert loaders() == []
     assert time.monotonic() - began < 2
