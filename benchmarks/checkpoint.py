@@ -1,20 +1,19 @@
-"""What saving costs: ResNet-50 with AdamW, `hf_fasttrain`'s checkpoints beside `accelerate.Accelerator.save_state`.
+"""The cost of saving: hf_fasttrain's checkpoints compared with `accelerate.Accelerator.save_state` (ResNet-50, AdamW).
 
     python benchmarks/checkpoint.py [--model resnet50] [--rounds 7] [--dir FOLDER] [--json FILE]
 
-stands_still  seconds that training stands still: until `Checkpoints.save` returns, which copies the state to the host
-              and leaves the writing to a thread; until `save_state` returns, which syncs nothing
-durable       seconds until the whole checkpoint survives a loss of power: until `Checkpoints.wait` returns; until
-              every file that `save_state` wrote, and its folder, is synced
-load          seconds of loading it and putting it back, its files in memory; ours verifies a hash over every byte
-load_cold     the same with its files dropped from memory, read from the disk
+blocked       seconds that training is blocked: until `Checkpoints.save` returns, which copies the state to the host and
+              leaves the writing to a thread; until `save_state` returns, which syncs nothing
+durable       seconds until the checkpoint survives a power failure: until `Checkpoints.wait` returns; until every file
+              that `save_state` wrote, and its folder, is synced
+load          seconds to load and restore it with its files in the page cache; ours verifies a hash over every byte
+load_cold     the same with its files dropped from the page cache and read from disk
 bytes         size of the checkpoint
 
-Both sides save the very same model and optimizer (fused AdamW, its moments filled by a step with random gradients), in
-turn, each round beginning with the other one. Each save goes to a new folder, after a sync of what was written before;
-folders are deleted outside of the clock. After each load all tensors are compared with those saved. The first round is
-thrown away. Ours looks for weights that are no numbers before it writes, which `save_state` does not; that is in
-`durable`.
+Both sides save the same model and optimizer (fused AdamW, its moments filled by a step with random gradients). They
+run alternately, and start in turn. Each save goes to a new folder, after a sync of earlier writes; deleting folders is
+not timed. After each load all tensors are compared with those saved. The first round is discarded. Ours also checks
+for NaN and inf in the weights before writing; that is included in `durable`.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ from hf_fasttrain.utils.environment import describe_machine, describe_versions
 from hf_fasttrain.utils.files import sync_files, sync_folder
 
 Row = dict[str, float]
-FIGURES = ("stands_still", "durable", "load", "load_cold", "bytes")
+FIGURES = ("blocked", "durable", "load", "load_cold", "bytes")
 STEP = 1
 
 
 class NoLoader:
-    """A loader without a position, as ours are."""
+    """A loader without a position, like the recipe's."""
 
     def state_dict(self) -> None:
         """Return nothing."""
@@ -65,7 +64,7 @@ class NoLoader:
 
 
 class Training:
-    """A model and its optimizer in the middle of training, prepared by Accelerate, which both sides save."""
+    """A model and its optimizer, prepared by Accelerate, which both sides save."""
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
@@ -83,41 +82,41 @@ class Training:
         self.expected = [tensor.clone() for tensor in self.tensors()]
 
     def tensors(self) -> list[Tensor]:
-        """Return all that has to be the same after loading."""
+        """Return all tensors that must be equal after loading."""
         moments = [value for state in self.stateful.optimizer.state.values() for value in state.values()]
         return [*self.model.state_dict().values(), *moments]
 
     def spoil(self) -> None:
-        """Change every tensor, so that loading has something to put back."""
+        """Zero every tensor, so that loading has to restore it."""
         for tensor in self.tensors():
             tensor.zero_()
 
     def require_expected(self, who: str) -> None:
-        """Exit if a tensor is not what it was."""
-        found = self.tensors()
-        if len(found) != len(self.expected) or not all(map(torch.equal, found, self.expected)):
-            raise SystemExit(f"{who}: what was loaded is not what was saved")
+        """Exit if a tensor has changed."""
+        tensors = self.tensors()
+        if len(tensors) != len(self.expected) or not all(map(torch.equal, tensors, self.expected)):
+            raise SystemExit(f"{who}: the loaded state differs from the saved one")
 
     def wait_for_device(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def save_ours(training: Training, folder: Path) -> tuple[float, float, Path]:
-    """Return the seconds that training stands still, those until all is on disk, and the checkpoint's folder."""
+    """Return the seconds that training is blocked, those until all is on disk, and the checkpoint's folder."""
     stateful = training.stateful
     checkpoints = Checkpoints(folder, stateful.processes, RunLog(None, show=False), keep=2)
-    about = {"state": {}, "learnt": {}, "recipe": "", "trackers": {}, "processes": 1}
+    metadata = {"state": {}, "learnt": {}, "recipe": "", "trackers": {}, "processes": 1}
     training.wait_for_device()
     start = time.perf_counter()
-    checkpoints.save(Snapshot(STEP, about, stateful.weights(), stateful.training()), None)
-    stood = time.perf_counter() - start
+    checkpoints.save(Snapshot(STEP, metadata, stateful.weights(), stateful.training()), None)
+    blocked = time.perf_counter() - start
     saved = checkpoints.wait()
     durable = time.perf_counter() - start
     if not saved:
         raise SystemExit(f"ours: not saved: {checkpoints.failed}")
-    return stood, durable, checkpoint_path(checkpoints.folder, STEP)
+    return blocked, durable, checkpoint_path(checkpoints.folder, STEP)
 
 
 def save_theirs(training: Training, folder: Path) -> tuple[float, float, Path]:
@@ -125,11 +124,11 @@ def save_theirs(training: Training, folder: Path) -> tuple[float, float, Path]:
     training.wait_for_device()
     start = time.perf_counter()
     training.accelerator.save_state(str(folder))
-    stood = time.perf_counter() - start
+    blocked = time.perf_counter() - start
     sync_files(folder)
     sync_folder(folder)
     sync_folder(folder.parent)
-    return stood, time.perf_counter() - start, folder
+    return blocked, time.perf_counter() - start, folder
 
 
 def load_ours(training: Training, folder: Path) -> None:
@@ -145,16 +144,13 @@ Load = Callable[[Training, Path], None]
 SIDES: dict[str, tuple[Save, Load]] = {"ours": (save_ours, load_ours), "save_state": (save_theirs, load_theirs)}
 
 
-# --- measuring -----------------------------------------------------------------------------------------------
-
-
 def measure_once(training: Training, name: str, folder: Path) -> Row:
-    """Save and load once and return the figures; the folder is deleted again."""
+    """Save and load once and return the figures; the folder is deleted afterwards."""
     save, load = SIDES[name]
-    os.sync()  # the disk is not still busy with what came before
-    stood, durable, saved = save(training, folder)
+    os.sync()  # earlier writes must not keep the disk busy
+    blocked, durable, saved = save(training, folder)
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    row = {"stands_still": stood, "durable": durable, "bytes": float(size)}
+    row = {"blocked": blocked, "durable": durable, "bytes": float(size)}
     row["load"] = timed_load(training, name, load, saved)
     drop_from_memory(saved)
     row["load_cold"] = timed_load(training, name, load, saved)
@@ -163,7 +159,7 @@ def measure_once(training: Training, name: str, folder: Path) -> Row:
 
 
 def timed_load(training: Training, name: str, load: Load, folder: Path) -> float:
-    """Return the seconds of loading a checkpoint, and require that it gives what was saved."""
+    """Return the seconds to load a checkpoint, and check that it equals what was saved."""
     training.spoil()
     training.wait_for_device()
     start = time.perf_counter()
@@ -175,7 +171,7 @@ def timed_load(training: Training, name: str, load: Load, folder: Path) -> float
 
 
 def drop_from_memory(folder: Path) -> None:
-    """Ask the system to forget the contents of files, which have been synced; Linux only."""
+    """Drop the contents of synced files from the page cache; Linux only."""
     for path in folder.rglob("*"):
         if path.is_file() and hasattr(os, "posix_fadvise"):
             descriptor = os.open(path, os.O_RDONLY)
@@ -192,59 +188,59 @@ def measure(training: Training, rounds: int, folder: Path) -> dict[str, list[Row
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             rows[name].append(measure_once(training, name, folder / f"{number}_{name}"))
-        still = ", ".join(f"{name} {runs[-1]['stands_still']:.3f} s" for name, runs in rows.items())
-        print(f"round {number}{'' if number else ', thrown away'}: {still}", file=sys.stderr, flush=True)
+        progress = ", ".join(f"{name} {runs[-1]['blocked']:.3f} s" for name, runs in rows.items())
+        print(f"round {number}{'' if number else ' (discarded)'}: {progress}", file=sys.stderr, flush=True)
     return {name: runs[1:] for name, runs in rows.items()}
 
 
 def spread(values: list[float]) -> Row:
-    """Return median, least and most."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def summarise(rows: dict[str, list[Row]]) -> dict[str, dict[str, Row]]:
-    """Return figure -> side -> median, least and most; and of the ratios ours / save_state of the rounds."""
+    """Return figure -> side -> median, minimum and maximum, and those of the rounds' ratios ours / save_state."""
     table = {}
     for figure in FIGURES:
         values = {name: [row[figure] for row in runs] for name, runs in rows.items()}
         ratios = [mine / theirs for mine, theirs in zip(values["ours"], values["save_state"], strict=True)]
-        table[figure] = {name: spread(found) for name, found in values.items()} | {"ratio": spread(ratios)}
+        table[figure] = {name: spread(column) for name, column in values.items()} | {"ratio": spread(ratios)}
     return table
 
 
 def print_table(table: dict[str, dict[str, Row]]) -> None:
-    """Print the figures of both sides, median (least - most), and their ratios."""
+    """Print the figures of both sides, median (min - max), and their ratios."""
 
-    def shown(row: Row, digits: int, scale: float = 1.0) -> str:
-        median, least, most = (row[key] / scale for key in ("median", "least", "most"))
-        return f"{median:.{digits}f} ({least:.{digits}f} - {most:.{digits}f})"
+    def cell(row: Row, digits: int, scale: float = 1.0) -> str:
+        median, low, high = (row[key] / scale for key in ("median", "least", "most"))
+        return f"{median:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
     print(f"{'':<14} {'ours':>24} {'save_state':>24} {'ours / save_state':>24}")
     for figure, row in table.items():
         size = figure == "bytes"
         label, scale, digits = ("MB", 1e6, 1) if size else (f"{figure} s", 1.0, 3)
-        sides = [f"{shown(row[name], digits, scale):>24}" for name in SIDES]
-        print(f"{label:<14} {sides[0]} {sides[1]} {shown(row['ratio'], 3):>24}")
+        sides = [f"{cell(row[name], digits, scale):>24}" for name in SIDES]
+        print(f"{label:<14} {sides[0]} {sides[1]} {cell(row['ratio'], 3):>24}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="resnet50", help="a timm model")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that are counted, after one that is not")
-    parser.add_argument("--dir", type=Path, help="folder on the disk to measure; default: a temporary one")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one discarded round")
+    parser.add_argument("--dir", type=Path, help="a folder on the disk to measure (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     if args.rounds < 1:
-        parser.error("--rounds is at least 1")
+        parser.error("--rounds must be at least 1")
     if args.dir:
         args.dir.mkdir(parents=True, exist_ok=True)
     training = Training(args.model)
     machine, versions = describe_machine(training.device, 1), describe_versions()
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=args.dir) as scratch:
         rows = measure(training, args.rounds, Path(scratch))
-        place = scratch
+        parent = scratch
     table = summarise(rows)
-    print(f"{args.model}, AdamW, {args.rounds} rounds, in {Path(place).parent}, {torch.get_num_threads()} threads")
+    print(f"{args.model}, AdamW, {args.rounds} rounds, in {Path(parent).parent}, {torch.get_num_threads()} threads")
     print(", ".join(f"{key} {value}" for key, value in (machine | versions).items()))
     print_table(table)
     if args.json:

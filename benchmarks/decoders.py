@@ -1,10 +1,10 @@
-"""Images/s of JPEG decoders and of resized crops on one core, and how far their pixels are from Pillow's.
+"""Images/s of JPEG decoders and of resized crops on one core, and how far their pixels differ from Pillow's.
 
     python benchmarks/decoders.py DIR [--images 500] [--rounds 5] [--size 224] [--short-side 256]
 
-DIR is a folder with JPEGs somewhere below it. The sides take turns; the figures are medians of the rounds, the
-differences the largest over all images. What is not installed (OpenCV is no dependency) is left out. `reduced` is
-`data.reduced_decode` followed by the resize to --short-side that it stands for, `whole` the same from all pixels.
+DIR is a folder with JPEGs in it or in subfolders. The sides take turns; figures are medians over rounds, differences
+the largest over all images. Libraries that are not installed are skipped (OpenCV is not a dependency). `reduced` is
+`data.reduced_decode` followed by the resize to --short-side, `resized` the same with a full decode.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Side = Callable[[Any], np.ndarray]
 
 
 def pillow(data: bytes) -> np.ndarray:
-    """Decode as Pillow does."""
+    """Decode with Pillow."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def decoders() -> dict[str, Side]:
-    """Return the decoders that are here; each from bytes to RGB pixels."""
+    """Return the decoders that are installed, each from bytes to RGB pixels."""
 
     def torchvision(data: bytes) -> np.ndarray:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -61,7 +61,7 @@ def decoders() -> dict[str, Side]:
 
 
 def resizers(size: int) -> dict[str, Side]:
-    """Return the ways from (pixels, box) to a square of `size` pixels."""
+    """Return the functions from (pixels, box) to a square of `size` pixels."""
     out = np.empty((size, size, 3), np.uint8)
 
     def cut(job: Any) -> np.ndarray:
@@ -93,8 +93,8 @@ def measure(title: str, sides: dict[str, Side], jobs: list[Any], rounds: int, re
         ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
         difference = ""
         if reference is not None:
-            apart = (abs(side(job).astype(int) - sides[reference](job).astype(int)).max() for job in jobs)
-            difference = f"  at most {max(apart)} of 255 from {reference}"
+            differences = (abs(side(job).astype(int) - sides[reference](job).astype(int)).max() for job in jobs)
+            difference = f"  at most {max(differences)} of 255 levels from {reference}"
         print(f"  {name:<18} {rate:8.0f} images/s  {ratio:5.2f}{difference}")
 
 
@@ -116,7 +116,7 @@ def main() -> None:
         random_box(p.shape[1::-1], (0.08, 1.0), (3 / 4, 4 / 3), row) for p, row in zip(decoded, draws, strict=True)
     ]
     short = args.short_side
-    whole: dict[str, Side] = {
+    resized: dict[str, Side] = {
         "whole": lambda one: resize_short_side(decode(one), short, "bilinear"),
         "reduced": lambda one: resize_short_side(decode(one, at_least=short), short, "bilinear"),
     }
@@ -128,7 +128,7 @@ def main() -> None:
         args.rounds,
         "Pillow",
     )
-    measure(f"decoded and brought to a short side of {short}", whole, data, args.rounds, None)
+    measure(f"decoded and resized to a short side of {short}", resized, data, args.rounds, None)
 
 
 if __name__ == "__main__":

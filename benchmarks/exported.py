@@ -1,15 +1,15 @@
-"""ExportResult models opened by timm, transformers and onnxruntime, against this package on the same photos.
+"""Exported models opened by timm, transformers and onnxruntime, compared with this package on the same photos.
 
     python benchmarks/exported.py DIR [--run RUN]... [--model NAME]... [--photos 50] [--size 224] [--steps 30]
 
-DIR is an image folder with splits. Each RUN, or a model trained for a few steps for each NAME, is exported with ONNX
-beside its folder. Processes that don't import this package then open it and classify photos of DIR, spread evenly over
-its files. Printed is the largest difference of a logit and of a score from what `hf-fasttrain evaluate` and `predict`
-make of the photo's file, and for how many photos the five best classes are the same, in order. The exporter's own
-figures are its seconds, for one export without and one with ONNX, and the logits of its check.
+DIR is an image folder with splits. Each RUN, or a model trained for a few steps for each NAME, is exported with ONNX.
+Processes that do not import this package then load it and classify photos of DIR, spread evenly over its files. The
+table gives the largest difference of a logit and of a score from `hf-fasttrain evaluate` and `predict`, and for how
+many photos the top five classes agree in order; then the seconds of an export without and with ONNX, and the logits of
+its check.
 
 The head of a model trained here is scaled so that logits spread by 3, as after a long training: differences of logits
-near 0 would say little. With too few steps, that scales rounding errors up too.
+near 0 would show little. With too few steps, this also scales rounding errors up.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ for path in sys.argv[2:]:
 
 
 def onnx_program() -> str:
-    """Return the card's program for onnxruntime, for many photos, printing all numbers."""
+    """Return the model card's program for onnxruntime, changed to classify many photos and print all numbers."""
     code = ONNX.format(imports="", file='sys.argv[1] + "/model.onnx"')
     head, body = code.split("\nimage = ", 1)
     body = ("image = " + body.split("\nfor number in")[0]).replace("sys.argv[1]", "path")
@@ -78,19 +78,19 @@ def onnx_program() -> str:
 PROGRAMS = {"timm": TIMM, "transformers": PIPELINE, "onnx": onnx_program()}
 
 
-def opened(program: str, folder: Path, photos: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and scores (B, K) of a process that does not know this package."""
+def their_predictions(program: str, folder: Path, photos: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and scores (B, K) from a process that does not import this package."""
     code = program + '\nassert "hf_fasttrain" not in sys.modules\n'
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-I", "-c", code, str(folder), *photos], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(done.stderr)
-    answers = torch.tensor([json.loads(line) for line in done.stdout.splitlines()])
+    if process.returncode:
+        sys.exit(process.stderr)
+    answers = torch.tensor([json.loads(line) for line in process.stdout.splitlines()])
     return answers[:, 0], answers[:, 1]
 
 
-def own(folder: Path, photos: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def our_predictions(folder: Path, photos: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits and scores (B, K) of this package."""
     model, spec = load_model(folder)
     assert spec.preprocessing is not None
@@ -100,19 +100,19 @@ def own(folder: Path, photos: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         )
     scores = []
     for row in predict_images(folder, photos, top=spec.num_classes):
-        by_name = {found["class"]: found["score"] for found in row["classes"]}
+        by_name = {entry["class"]: entry["score"] for entry in row["classes"]}
         scores.append([by_name[name] for name in spec.class_names])
     return logits, torch.tensor(scores)
 
 
 def compare(run: Path, photos: list[str]) -> None:
-    """Export a run and print how far everybody's numbers are from ours."""
+    """Export a run and print how far the other libraries' numbers differ from ours."""
     start = time.perf_counter()
     export_run(run, run / "exported")
     plain = time.perf_counter() - start
     exported = export_run(run, run / "exported", onnx=True)
     total = time.perf_counter() - start - plain
-    logits, scores = own(run / "model", photos)
+    logits, scores = our_predictions(run / "model", photos)
     print(
         f"{run.name}: export {plain:.1f} s, with ONNX {total:.1f} s, its check {exported.onnx_difference:.1e}; logits "
         f"{logits.min():.1f} to {logits.max():.1f}"
@@ -122,17 +122,17 @@ def compare(run: Path, photos: list[str]) -> None:
     for form in exported.forms:
         if form not in PROGRAMS:
             continue
-        theirs, their_scores = opened(PROGRAMS[form], exported.folder, photos)
+        theirs, their_scores = their_predictions(PROGRAMS[form], exported.folder, photos)
         top = min(5, logits.shape[1])
-        same = (theirs.topk(top).indices == logits.topk(top).indices).all(1).sum()
+        num_same = (theirs.topk(top).indices == logits.topk(top).indices).all(1).sum()
         print(
             f"  {form:<13} logits {(theirs - logits).abs().max():.1e}  scores "
-            f"{(their_scores - scores).abs().max():.1e}  same top {top}: {same} of {len(photos)}"
+            f"{(their_scores - scores).abs().max():.1e}  same top {top}: {num_same} of {len(photos)}"
         )
 
 
 def train(name: str, folder: Path, data: Path, size: int, steps: int) -> Path:
-    """Return the folder of a short training from new weights."""
+    """Return the folder of a short training from random weights."""
     run = folder / name.replace("transformers:", "transformers-")
     if name.startswith("transformers:") and not Path(name.removeprefix("transformers:")).exists():
         name = f"transformers:{configuration(name.removeprefix('transformers:'), folder)}"
@@ -155,7 +155,7 @@ def sharpen(folder: Path, data: Path) -> None:
     """Scale a model's head so that its logits of 16 photos spread by 3."""
     photos = image_files(data)
     model, spec = load_model(folder)
-    logits = own(folder, photos[:: max(1, len(photos) // 16)])[0]
+    logits = our_predictions(folder, photos[:: max(1, len(photos) // 16)])[0]
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(head_names(model))):
             parameter.data.sub_(logits.mean(0) if name.endswith("bias") else 0).mul_(3 / logits.std(0).mean())
@@ -172,8 +172,11 @@ def configuration(kind: str, folder: Path) -> Path:
         "num_attention_heads": 3,
         "intermediate_size": 768,
     }
-    made = {"vit": ViTConfig(**size), "convnext": ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 2, 1])}
-    made[kind].save_pretrained(folder / "configs" / kind)
+    configurations = {
+        "vit": ViTConfig(**size),
+        "convnext": ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 2, 1]),
+    }
+    configurations[kind].save_pretrained(folder / "configs" / kind)
     return folder / "configs" / kind
 
 

@@ -1,17 +1,17 @@
-"""Fine-tuning published weights on photos: accuracy, time and memory of recipes/finetune.yaml beside what people use.
+"""Fine-tuning published weights: accuracy, time and memory of recipes/finetune.yaml compared with common alternatives.
 
     python benchmarks/finetune.py --data DIR [DIR ...] --weights FILE [--seeds 5] [--sides plain ours ...] [--json FILE]
 
-plain        a script as people write it: timm, torchvision's ImageFolder, AdamW, one cycle, label smoothing
-hf_trainer   the same model and images in transformers.Trainer
-ours         `hf-fasttrain finetune` as shipped, with the same model, image size and images a step
-efficientnet `hf-fasttrain efficientnet` in as many epochs, with steps of as many images
+plain        a typical script: timm, torchvision's ImageFolder, AdamW, one cycle, label smoothing
+hf_trainer   the same model and images with transformers.Trainer
+ours         `hf-fasttrain finetune` as shipped, with the same model, image size and images per step
+efficientnet `hf-fasttrain efficientnet` with the same number of epochs and images per step
 
-DIR is an image folder; one without a validation split is cut in five, a fifth of each class for evaluation, the same
-for all sides. FILE holds published weights of --model, their head included (safetensors). The sides take turns, each
-run in a process of its own, each seed beginning with another side. CPU seconds are those of the process and of all
-its loader processes, start to end, with evaluation and whatever it writes; memory is the most that they had together.
-With --threads 1 and something else running beside it, accuracy is as good as ever, and the seconds are worth nothing.
+DIR is an image folder. Without a validation split, a stratified fifth of it is held out, the same for all sides. FILE
+has published weights of --model, with their head (safetensors). The sides take turns, each run in its own process,
+each seed starting with another side. CPU seconds are those of the process and its loader processes from start to end,
+including evaluation and writing; memory is their peak together. If other programs run at the same time, only the
+accuracy is meaningful.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from memory import PeakMemory
 
 SIDES = ("plain", "hf_trainer", "ours")
 PEERS = Path(__file__).with_name("finetune_peers.py")
-EVERY_SECONDS = 1.0  # between two looks at memory, which take 15 ms for each GB
+EVERY_SECONDS = 1.0  # between two measurements of memory, which take 15 ms per GB
 
 
 def with_splits(folder: Path, scratch: Path) -> Path:
@@ -41,20 +41,20 @@ def with_splits(folder: Path, scratch: Path) -> Path:
     names = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()}
     splits = {"train": names.get("train") or names.get("training")}
     splits["validation"] = next((names[n] for n in ("validation", "val", "valid", "dev", "test") if n in names), None)
-    made = scratch / folder.resolve().name
-    made.mkdir()
+    target = scratch / folder.resolve().name
+    target.mkdir()
     if all(splits.values()):
-        for name, place in splits.items():
-            assert place is not None
-            (made / name).symlink_to(place.resolve())
-        return made
+        for name, source in splits.items():
+            assert source is not None
+            (target / name).symlink_to(source.resolve())
+        return target
     root = splits["train"] or folder
     for kind in sorted(entry for entry in root.iterdir() if entry.is_dir()):
         for number, image in enumerate(sorted(file for file in kind.rglob("*") if file.is_file())):
-            place = made / ("validation" if number % 5 == 4 else "train") / kind.name
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{number}_{image.name}").symlink_to(image.resolve())
-    return made
+            source = target / ("validation" if number % 5 == 4 else "train") / kind.name
+            source.mkdir(parents=True, exist_ok=True)
+            (source / f"{number}_{image.name}").symlink_to(image.resolve())
+    return target
 
 
 def command(side: str, folder: Path, seed: int, run: Path, args: argparse.Namespace) -> list[str]:
@@ -62,8 +62,8 @@ def command(side: str, folder: Path, seed: int, run: Path, args: argparse.Namesp
     if side in ("plain", "hf_trainer"):
         options = {"model": args.model, "weights": args.weights, "size": args.size, "batch": args.batch, "seed": seed}
         options |= {"epochs": args.epochs, "threads": args.threads, "workers": args.workers}
-        given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, str(PEERS), side, str(folder), *given]
+        arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, str(PEERS), side, str(folder), *arguments]
     recipe = {"ours": "finetune", "efficientnet": "efficientnet"}[side]
     overrides = {
         "data.dataset": folder,
@@ -76,34 +76,37 @@ def command(side: str, folder: Path, seed: int, run: Path, args: argparse.Namesp
         "seed": seed,
         "output_dir": run,
     }
-    given = [f"{key}={value}" for key, value in overrides.items()] + args.override
-    return [sys.executable, "-m", "hf_fasttrain", recipe, *given]
+    arguments = [f"{key}={value}" for key, value in overrides.items()] + args.override
+    return [sys.executable, "-m", "hf_fasttrain", recipe, *arguments]
 
 
-def accuracy_of(side: str, run: Path, said: str) -> float:
-    """Return what a training reached, by what it said or wrote."""
+def accuracy_of(side: str, run: Path, output: str) -> float:
+    """Return the accuracy of a training from its output or its files."""
     if side in ("plain", "hf_trainer"):
-        return float(json.loads(said.strip().splitlines()[-1])["accuracy"])
+        return float(json.loads(output.strip().splitlines()[-1])["accuracy"])
     return float(json.loads((run / "result.json").read_text(encoding="utf-8"))["metrics"]["accuracy"])
 
 
 def train(side: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train once in a process of its own; return accuracy, seconds and MiB."""
+    """Train once in a separate process; return accuracy, seconds and MiB."""
     with tempfile.TemporaryDirectory(prefix="finetune-") as scratch:
         run = Path(scratch) / "run"
-        own = {"HF_FASTTRAIN_CACHE": f"{scratch}/pixels", "HF_FASTTRAIN_TUNINGS": f"{scratch}/tunings"}
-        own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
-        with tempfile.TemporaryFile("w+") as said:
+        environment = {"HF_FASTTRAIN_CACHE": f"{scratch}/pixels", "HF_FASTTRAIN_TUNINGS": f"{scratch}/tunings"}
+        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
+        with tempfile.TemporaryFile("w+") as output:
             start = time.perf_counter()
             process = subprocess.Popen(
-                command(side, folder, seed, run, args), stdout=said, stderr=subprocess.STDOUT, env=os.environ | own
+                command(side, folder, seed, run, args),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
             )
             with PeakMemory(process.pid, every_seconds=EVERY_SECONDS) as memory:
                 _, status, used = os.wait4(process.pid, 0)  # counts the loader processes that have ended too
             seconds = time.perf_counter() - start
             process.returncode = os.waitstatus_to_exitcode(status)
-            said.seek(0)
-            text = said.read()
+            output.seek(0)
+            text = output.read()
         if process.returncode:
             raise SystemExit(f"{side} on {folder.name}, seed {seed}: exit status {process.returncode}\n{text[-3000:]}")
         return {
@@ -120,16 +123,16 @@ def train(side: str, folder: Path, seed: int, args: argparse.Namespace) -> dict[
 
 def summary(runs: Sequence[dict[str, Any]], data: str, side: str) -> dict[str, float]:
     """Return means and spread of a side's runs on a dataset."""
-    own = [run for run in runs if run["data"] == data and run["side"] == side]
-    found = {key: statistics.median(run[key] for run in own) for key in ("wall_seconds", "peak_mib")}
-    accuracies = [run["accuracy"] for run in own]
+    selected = [run for run in runs if run["data"] == data and run["side"] == side]
+    medians = {key: statistics.median(run[key] for run in selected) for key in ("wall_seconds", "peak_mib")}
+    accuracies = [run["accuracy"] for run in selected]
     return {
-        **found,
-        "user_seconds": statistics.mean(run["user_seconds"] for run in own),
-        "system_seconds": statistics.mean(run["system_seconds"] for run in own),
+        **medians,
+        "user_seconds": statistics.mean(run["user_seconds"] for run in selected),
+        "system_seconds": statistics.mean(run["system_seconds"] for run in selected),
         "accuracy": statistics.mean(accuracies),
-        "spread": statistics.stdev(accuracies) if len(own) > 1 else 0.0,
-        "seeds": len(own),
+        "spread": statistics.stdev(accuracies) if len(selected) > 1 else 0.0,
+        "seeds": len(selected),
     }
 
 
@@ -167,8 +170,8 @@ def machine() -> str:
         describe_versions,
     )
 
-    found = describe_machine(torch.device("cpu"), 1)
-    return f"{found['processor']}, {found['cores']} cores, torch {describe_versions()['torch']}"
+    description = describe_machine(torch.device("cpu"), 1)
+    return f"{description['processor']}, {description['cores']} cores, torch {describe_versions()['torch']}"
 
 
 def main() -> None:
@@ -181,7 +184,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=[*SIDES, "efficientnet"], default=list(SIDES))
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--epochs", type=int, help="of all sides; by default those of the recipe as shipped")
+    parser.add_argument("--epochs", type=int, help="epochs of all sides (default: as in the recipe)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=1, help="loader processes of the peers")
     parser.add_argument("--override", action="append", default=[], help="section.key=value for the recipe")

@@ -1,9 +1,8 @@
-"""What people fine-tune with today: a script of their own, and transformers.Trainer. One run of one of them.
+"""Common ways to fine-tune, for finetune.py: a plain script and transformers.Trainer. Runs one of them once.
 
     python benchmarks/finetune_peers.py plain|hf_trainer DIR --weights FILE [...]
 
-`finetune.py` starts it. The last line that it prints is JSON: {"accuracy": of the last epoch's weights on the
-evaluation split}.
+The last line of the output is JSON: {"accuracy": of the last epoch's weights on the evaluation split}.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ CLOSEST_CROP = 0.35  # share of the area; torchvision's default of 0.08 ended lo
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """Return the published model with a new head, as `reset_classifier` makes it but for its scale.
+    """Return the published model with a new head: that of `reset_classifier`, with nn.Linear's initialisation.
 
-    timm draws the head of the EfficientNet family from U(-1/sqrt(K), 1/sqrt(K)), which harms; nn.Linear's own
-    initialisation is what most scripts have, as they put a new nn.Linear in the classifier's place.
+    timm initialises the head of the EfficientNet family from U(-1/sqrt(K), 1/sqrt(K)), which trains worse. Most scripts
+    replace the classifier by a new nn.Linear.
     """
     model: Any = timm.create_model(args.model)
     model.load_state_dict(load_file(args.weights))
     model.reset_classifier(num_classes)
     if not args.timm_head:
         model.get_classifier().reset_parameters()
-    made: nn.Module = model
-    return made
+    built: nn.Module = model
+    return built
 
 
 def datasets(args: argparse.Namespace, model: nn.Module) -> tuple[ImageFolder, ImageFolder]:
@@ -58,7 +57,7 @@ def datasets(args: argparse.Namespace, model: nn.Module) -> tuple[ImageFolder, I
 
 
 def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
-    """Return the share of a loader's images whose class the model names."""
+    """Return the share of a loader's images that the model classifies correctly."""
     model.eval()
     with torch.inference_mode():
         right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
@@ -66,7 +65,7 @@ def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
 
 
 def plain(args: argparse.Namespace) -> float:
-    """Train with a loop of one's own: AdamW, one cycle, label smoothing; evaluated after every epoch."""
+    """Train with a plain loop: AdamW, one cycle, label smoothing; evaluate after every epoch."""
     model = build_model(args, len(ImageFolder(args.folder / "train").classes))
     train_set, eval_set = datasets(args, model)
     train_loader = DataLoader(train_set, args.batch, shuffle=True, num_workers=args.workers)
@@ -74,7 +73,7 @@ def plain(args: argparse.Namespace) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, epochs=args.epochs, steps_per_epoch=len(train_loader))
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
-    reached = 0.0
+    final_accuracy = 0.0
     for _ in range(args.epochs):
         model.train()
         for images, labels in train_loader:
@@ -82,12 +81,12 @@ def plain(args: argparse.Namespace) -> float:
             criterion(model(images), labels).backward()
             optimizer.step()
             schedule.step()
-        reached = accuracy(model, eval_loader)
-    return reached
+        final_accuracy = accuracy(model, eval_loader)
+    return final_accuracy
 
 
 class WithLoss(nn.Module):
-    """A timm model as transformers.Trainer wants it."""
+    """A timm model in the form that transformers.Trainer expects."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class WithLoss(nn.Module):
 
 
 def hf_trainer(args: argparse.Namespace) -> float:
-    """Train with transformers.Trainer, its AdamW and its linear schedule; evaluated after every epoch."""
+    """Train with transformers.Trainer, its AdamW and its linear schedule; evaluate after every epoch."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -156,7 +155,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--crop-scale", type=float, default=CLOSEST_CROP)
-    parser.add_argument("--timm-head", action="store_true", help="keep the head as reset_classifier draws it")
+    parser.add_argument("--timm-head", action="store_true", help="keep the head's initialisation by reset_classifier")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -1,24 +1,24 @@
-"""What training costs on one NVIDIA GPU, and what its three usual techniques bring there, each alone.
+"""The speed of training on one NVIDIA GPU, and what its three usual techniques contribute, each alone.
 
     python benchmarks/gpu.py [--sections copy,train,ga,amp,pm,cifar10] [--json FILE] [--cifar10 FOLDER]
                              [--quick] [--budget-seconds 540] [--dry-run]
 
-Sections, each of which can be asked for alone:
+Sections, which can be run separately:
 
 copy      uint8 batches from pinned and from pageable memory to the GPU
 train     images/s at 224 px for model x precision x channels_last x compile: `Trainer.fit` (logging every 10 steps),
-          the bare PyTorch loop and the step of timm's train.py (which reads the loss in each step), all with
-          fused AdamW and the same uint8 batches on the GPU, normalised there in the step
-ga        gradient accumulation alone, beside the baseline: each batch in 4 parts, and an update for 4 batches
-amp       mixed precision alone, beside the same baseline: fp16, and bf16
-pm        pinned memory alone, beside the same baseline. Baseline: `Trainer.fit` in fp32 as PyTorch has it (TF32 in
-          convolutions), contiguous, whole batches copied from pageable memory in each step
-cifar10   seconds of training until the study's ResNet-50 (3x3 stem) first has 92 % of the test images right
+          a bare PyTorch loop and the step of timm's train.py (which reads the loss in each step), all with fused AdamW
+          and the same uint8 batches on the GPU, normalised in the step
+ga        gradient accumulation alone, compared with the baseline: each batch in 4 parts, and an update per 4 batches
+amp       mixed precision alone, compared with the baseline: fp16, and bf16
+pm        pinned memory alone, compared with the baseline. The baseline is `Trainer.fit` in PyTorch's default fp32 (TF32
+          in convolutions), contiguous, full batches copied from pageable memory in each step
+cifar10   seconds of training until the study's ResNet-50 (3x3 stem) reaches 92 % on the test images
 
-The sides take turns; each figure is the median of several windows, and the device is waited for only at their ends.
-Warm-up and compilation are reported apart; a side built later may find an earlier one's compiled code in the cache.
-The file of --json is written after each row, the most important of which come first; a row that fails or no longer fits
-the time says so, and keeps what it had measured. --dry-run trains tiny models on the CPU: whether all of it runs.
+The sides take turns; each figure is the median of several windows, at whose ends the device is synchronised. Warm-up
+and compilation are reported separately; a side that is built later may find compiled code of an earlier one in the
+cache. The file of --json is written after each row, the most important rows first. A row that fails or runs out of time
+says so, and keeps its measurements. --dry-run trains tiny models on the CPU, to see whether everything runs.
 """
 
 from __future__ import annotations
@@ -68,10 +68,7 @@ Row = dict[str, Any]
 
 
 class OutOfTime(BaseException):
-    """The budget ended in the middle of a row; no Exception, which much code on the way would answer itself."""
-
-
-# --- rows --------------------------------------------------------------------------------------------------
+    """The budget ended in the middle of a row. Not an Exception, which other code might catch."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +82,12 @@ class Task:
 
 
 def usual_settings(models: tuple[str, ...]) -> list[Setting]:
-    """Return what people run first."""
+    """Return the most common settings."""
     return [Setting(model, "bf16", channels_last=True) for model in models]
 
 
 def more_settings(models: tuple[str, ...]) -> list[Setting]:
-    """Return the other training rows: one thing changed, then all the rest, what is compiled last."""
+    """Return the other training rows: first one change each, then combinations; compiled ones come last."""
     changed = [Setting(model, precision, channels_last=True) for precision in ("tf32", "fp16") for model in models]
     changed += [Setting(model, "bf16", channels_last=True, compile=True) for model in models]
     changed += [Setting(model, "bf16") for model in models]
@@ -100,7 +97,7 @@ def more_settings(models: tuple[str, ...]) -> list[Setting]:
 
 
 def list_tasks(args: argparse.Namespace, bench: Bench, left: Callable[[], float]) -> list[Task]:
-    """Return the rows that are asked for, the most important first; `left` tells the seconds that are left."""
+    """Return the requested rows, the most important first; `left` returns the seconds that remain."""
     first, others = bench.models[:1], bench.models[1:]
     tasks = [
         Task("copy", "copy uint8 batches to the device", "copy", partial(measure_copies, bench)),
@@ -115,7 +112,7 @@ def list_tasks(args: argparse.Namespace, bench: Bench, left: Callable[[], float]
 
 
 def training_task(bench: Bench, setting: Setting) -> Task:
-    """Return the row of one setting, all sides in it."""
+    """Return the row of one setting, with all sides."""
     kind = "compile" if setting.compile else "eager"
     return Task("train", f"train {setting}", kind, partial(measure_training, bench, setting))
 
@@ -130,7 +127,7 @@ def technique_tasks(bench: Bench, models: tuple[str, ...]) -> list[Task]:
 
 
 def race_task(args: argparse.Namespace, left: Callable[[], float]) -> Task:
-    """Return the race; a dry run without CIFAR-10 has the digits that ship with scikit-learn."""
+    """Return the race; without CIFAR-10, a dry run uses scikit-learn's digits."""
     folder = args.cifar10 or ("digits" if args.dry_run else None)
     goal = args.goal if args.goal is not None else 0.0 if args.dry_run else GOAL
 
@@ -145,7 +142,7 @@ def race_task(args: argparse.Namespace, left: Callable[[], float]) -> Task:
 
 
 class Budget:
-    """Measures rows as long as they are likely to end in time; every row says how it ended.
+    """Measures rows as long as they are likely to finish in time; every row records how it ended.
 
     `guesses`: seconds of a row of each kind, until one has been measured.
     """
@@ -156,11 +153,11 @@ class Budget:
         self._guesses = dict(guesses)
 
     def left_seconds(self) -> float:
-        """Return the seconds until the end."""
+        """Return the remaining seconds."""
         return self.ends - time.monotonic()
 
     def run(self, task: Task) -> None:
-        """Measure one row and keep what came of it."""
+        """Measure one row and store the result."""
         row: Row = {"section": task.section, "row": task.name}
         self.rows.append(row)
         try:
@@ -192,14 +189,14 @@ class Budget:
 
 
 def first_line(error: Exception) -> str:
-    """Return what kind of error it is, and the first line of what it says."""
+    """Return an error's type and the first line of its message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after so many seconds."""
+    """Raise OutOfTime in the block after a number of seconds."""
 
     def ring(*_: Any) -> None:
         raise OutOfTime
@@ -213,11 +210,8 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# --- the table ---------------------------------------------------------------------------------------------
-
-
 def lines_of(row: Row) -> list[str]:
-    """Return a row as lines of the table."""
+    """Return the table lines of a row."""
     ended = [] if row["status"] == "ok" else [f"{row['row']:<46} {row['status']}"]
     if any("images_per_second" in side for side in row.get("sides", {}).values()):
         names = [OURS, *SIDES]
@@ -256,37 +250,34 @@ def _race_figures(row: Row) -> str:
     )
 
 
-# --- the command -------------------------------------------------------------------------------------------
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="which of them, separated by commas")
-    parser.add_argument("--json", type=Path, help="write the rows to this file, after each of them")
-    parser.add_argument("--models", help=f"instead of {','.join(MODELS)}")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="sections to measure, separated by commas")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, after each row")
+    parser.add_argument("--models", help=f"models, separated by commas (default: {','.join(MODELS)})")
     parser.add_argument("--cifar10", type=Path, help="folder with CIFAR-10's parquet files, splits train and test")
     parser.add_argument("--cifar10-override", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--cifar10-seconds", type=float, default=220, help="most seconds that this row may take")
-    parser.add_argument("--goal", type=float, help=f"accuracy that ends it; {GOAL}, of a dry run 0")
-    parser.add_argument("--batch", type=int, default=128, help="images of each step of the training rows")
-    parser.add_argument("--windows", type=int, default=5, help="windows of each side")
+    parser.add_argument("--cifar10-seconds", type=float, default=220, help="maximum seconds of this row")
+    parser.add_argument("--goal", type=float, help=f"accuracy at which it ends (default: {GOAL}; 0 with --dry-run)")
+    parser.add_argument("--batch", type=int, default=128, help="batch size of the training rows")
+    parser.add_argument("--windows", type=int, default=5, help="windows per side")
     parser.add_argument("--budget-seconds", type=float, default=540)
     parser.add_argument(
         "--quick", action="store_true", help="train in bf16 with channels_last only; ga, amp and pm of the first model"
     )
-    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU: does it run at all")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny models on the CPU, to check that it runs")
     args = parser.parse_args(arguments)
     args.sections = args.sections.split(",")
     if unknown := [name for name in args.sections if name not in SECTIONS]:
-        parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+        parser.error(f"unknown section: {', '.join(unknown)}; allowed: {', '.join(SECTIONS)}")
     if args.batch < 4 or args.batch % 4 or args.windows < 1:
-        parser.error("--batch is a multiple of 4, --windows at least 1")
+        parser.error("--batch must be a multiple of 4, --windows at least 1")
     return args
 
 
 def build_bench(args: argparse.Namespace) -> Bench:
-    """Return what is measured, on the GPU or, for a dry run, with next to nothing on the CPU."""
+    """Return the configuration of the measurement; for a dry run a minimal one on the CPU."""
     models = tuple(args.models.split(",")) if args.models else DRY_MODELS if args.dry_run else MODELS
     if args.dry_run:
         return Bench(
@@ -297,7 +288,7 @@ def build_bench(args: argparse.Namespace) -> Bench:
 
 
 def about(bench: Bench, arguments: list[str]) -> Row:
-    """Return what the figures hold for."""
+    """Return the conditions of the figures."""
     software = {**describe_versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     facts = {"command": ["benchmarks/gpu.py", *arguments], "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     return {**facts, "machine": describe_machine(bench.device, 1), "versions": software}
@@ -317,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     budget = Budget(args.budget_seconds, written, FIRST_GUESS)
     print(f"{header['machine']['device']}, torch {torch.__version__}, batch {bench.batch}, {bench.image_px} px")
-    print("images/s: median (least - most); then fit / this side, or this arm / baseline, of the windows in turn")
+    print("images/s: median (min - max); then the ratio fit / this side, or this arm / baseline, of paired windows")
     for task in list_tasks(args, bench, budget.left_seconds):
         budget.run(task)
     return 0

@@ -1,14 +1,14 @@
-"""Whether everything that needs an NVIDIA GPU is right, in a few minutes, and then how fast it is.
+"""Checks in a few minutes that everything that needs an NVIDIA GPU is correct, and then measures the speed.
 
     python benchmarks/gpu_check.py --out DIR [--minutes 6] [--only T3,T7] [--wheels FOLDER]
-    python benchmarks/gpu_check.py --out DIR --plant T7,T8     are planted defects seen? `all` for every row
-    python benchmarks/gpu_check.py --out DIR --dry-run         on the CPU, what can run there
+    python benchmarks/gpu_check.py --out DIR --plant T7,T8     whether planted defects are detected; `all`: every row
+    python benchmarks/gpu_check.py --out DIR --dry-run         run on the CPU the rows that can
 
-The rows are those of tests/gpu/gpu_rows.py, first what decides whether figures mean anything, last benchmarks/gpu.py
-with the minutes that are left. Each row's outcome is a line of DIR/results.jsonl, written to the disk when it is known;
-a second call with the same DIR leaves out what was green. Rows run in children of this process, which imports
-everything and touches no GPU: one that dies or hangs is one red row. Nothing is fetched from anywhere; `--wheels` is a
-folder of benchmarks/gpu_wheels.sh, from which missing packages are installed into a folder that is removed at the end.
+The rows are those of tests/gpu/gpu_rows.py: first those that decide whether the figures are valid, last
+benchmarks/gpu.py with the remaining minutes. Each row's outcome is a line of DIR/results.jsonl, written as soon as it
+is known; a second call with the same DIR skips green rows. Rows run in children of this process, which imports
+everything and does not touch the GPU: a child that dies or hangs is one red row. Nothing is downloaded; `--wheels` is a
+folder of benchmarks/gpu_wheels.sh, from which missing packages are installed into a temporary folder.
 
 The exit status is 0 if no row is red; with --plant, if each planted defect has turned its row red.
 """
@@ -40,7 +40,7 @@ LEAST_BENCHMARK = 40  # seconds
 
 
 class Results:
-    """The outcomes in a folder: results.jsonl, and the whole of each failure in failures.txt."""
+    """The outcomes in a folder: results.jsonl, and complete tracebacks in failures.txt."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class Results:
         return {line["row"] for line in ours if line["status"] == "green"}
 
     def about(self, facts: dict[str, Any]) -> None:
-        """Write what the outcomes hold for, unless it is there already."""
+        """Write the conditions of the outcomes, unless they are already there."""
         if {"about": facts} not in self.lines:
             self._append({"about": facts})
 
@@ -84,47 +84,47 @@ class Results:
 
 
 class Clock:
-    """The minutes of a call."""
+    """The time budget of a call."""
 
     def __init__(self, minutes: float) -> None:
         self.ends = time.monotonic() + 60 * minutes
 
     @property
     def left(self) -> float:
-        """Seconds that are left."""
+        """Remaining seconds."""
         return self.ends - time.monotonic()
 
     def limit(self, row: str) -> float:
-        """Return how many seconds a row may take that begins now; 0 if it can't end in time."""
+        """Return how many seconds a row that starts now may take; 0 if it can't end in time."""
         if self.left < BY_NAME[row].seconds:
             return 0.0
         return min(BY_NAME[row].limit_seconds, self.left)
 
 
 def chosen_rows(only: str) -> list[Row]:
-    """Return the rows asked for, in their order; SystemExit for a name that is none."""
+    """Return the requested rows in their order; SystemExit for an unknown name."""
     names = [name.strip() for name in only.split(",") if name.strip()]
-    wrong = [name for name in names if name not in BY_NAME]
-    if wrong:
-        raise SystemExit(f"no such row: {', '.join(wrong)}; there are {', '.join(BY_NAME)}")
+    unknown = [name for name in names if name not in BY_NAME]
+    if unknown:
+        raise SystemExit(f"unknown row: {', '.join(unknown)}; allowed: {', '.join(BY_NAME)}")
     return [row for row in ROWS if not names or row.name in names]
 
 
 def groups_of(rows: Sequence[Row]) -> Iterator[list[str]]:
-    """Yield the names of the rows that follow each other and share a process."""
+    """Yield the names of consecutive rows that share a process."""
     for _, group in groupby(rows, key=lambda row: row.group):
         yield [row.name for row in group]
 
 
 def num_gpus() -> int:
-    """Return the number of GPUs, as the driver says it: CUDA is not touched."""
-    return _said("nvidia-smi", "-L").count("GPU ")
+    """Return the number of GPUs from the driver, without touching CUDA."""
+    return _output("nvidia-smi", "-L").count("GPU ")
 
 
 def print_plan(rows: Sequence[Row], green: set[str], minutes: float, *, gpus: int) -> None:
-    """Print when each row would begin on an H100, and which do not fit; without `gpus` what a CPU can run."""
+    """Print when each row would start on an H100, and which do not fit; without `gpus` what a CPU can run."""
     at, group = float(START_SECONDS), ""
-    print(f"plan for {minutes:g} minutes; {START_SECONDS} s to import everything; seconds as on one H100")
+    print(f"plan for {minutes:g} minutes; {START_SECONDS} s to import everything; times of one H100")
     for row in rows:
         note = ""
         if row.name in green:
@@ -134,7 +134,7 @@ def print_plan(rows: Sequence[Row], green: set[str], minutes: float, *, gpus: in
         elif 0 < gpus < row.gpus:
             note = f"needs {row.gpus} GPUs"
         elif row.name == BENCHMARK:
-            note = f"with the {max(0.0, 60 * minutes - at):.0f} s that are left"
+            note = f"in the remaining {max(0.0, 60 * minutes - at):.0f} s"
         else:
             at += CHILD_SECONDS * (row.group != group)
             note = f"at {at:3.0f} s" if at + row.seconds <= 60 * minutes or not gpus else "no time left"
@@ -144,7 +144,7 @@ def print_plan(rows: Sequence[Row], green: set[str], minutes: float, *, gpus: in
 
 
 def run_rows(rows: Sequence[Row], results: Results, clock: Clock, *more: str, dry_run: bool, fork: bool) -> int:
-    """Run rows and write what comes of them; return how many are red. `more`: options of the benchmark."""
+    """Run rows and write their outcomes; return how many are red. `more`: options of the benchmark."""
     red = 0
     for names in groups_of(rows):
         outcomes = run_group(names, dry_run=dry_run, limit=clock.limit, fork=fork)
@@ -157,31 +157,31 @@ def run_rows(rows: Sequence[Row], results: Results, clock: Clock, *more: str, dr
 
 
 def run_benchmark(folder: Path, clock: Clock, *more: str, dry_run: bool) -> Outcome:
-    """Run the quick benchmark with `more` options for as long as there is time, its table in gpu.json and gpu.txt."""
+    """Run the quick benchmark with `more` options in the remaining time; its table goes to gpu.json and gpu.txt."""
     seconds = clock.left - 10
     if seconds < LEAST_BENCHMARK:
         return Outcome(BENCHMARK, NO_TIME)
     table = folder / "gpu.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--json", str(table)]
     command += ["--budget-seconds", str(int(seconds)), *(["--dry-run"] if dry_run else []), *more]
-    began = time.monotonic()
-    with (folder / "gpu.txt").open("w") as said:
+    start = time.monotonic()
+    with (folder / "gpu.txt").open("w") as log:
         try:
-            status = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, timeout=seconds + 5).returncode
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds + 5).returncode
         except subprocess.TimeoutExpired:
             status = None
-    took = time.monotonic() - began
+    elapsed = time.monotonic() - start
     last = "\n".join((folder / "gpu.txt").read_text().splitlines()[-6:])
     if status != 0:
-        how = "did not end in time" if status is None else f"ended with status {status}"
-        return Outcome(BENCHMARK, "red", took, f"benchmarks/gpu.py {how}\n{last}", text=last)
+        ending = "did not end in time" if status is None else f"ended with status {status}"
+        return Outcome(BENCHMARK, "red", elapsed, f"benchmarks/gpu.py {ending}\n{last}", text=last)
     rows = json.loads(table.read_text())["rows"]
     failed = [f"{row['row']}: {row['status']}" for row in rows if row["status"].startswith(("failed", "out of memory"))]
-    return Outcome(BENCHMARK, "red" if failed else "green", took, "\n".join(failed), text="\n".join(failed))
+    return Outcome(BENCHMARK, "red" if failed else "green", elapsed, "\n".join(failed), text="\n".join(failed))
 
 
 def run_planted(rows: Sequence[Row], results: Results, clock: Clock, *, dry_run: bool, fork: bool) -> int:
-    """Plant each defect of the rows and see whether it turns its row red; return how many were not seen."""
+    """Plant each defect of the rows and check that its row turns red; return how many were not detected."""
     from gpu_plants import PLANTS
 
     unseen = 0
@@ -205,7 +205,7 @@ def run_planted(rows: Sequence[Row], results: Results, clock: Clock, *, dry_run:
 
 
 def describe(dry_run: bool) -> dict[str, Any]:
-    """Return versions and card, without touching CUDA in this process."""
+    """Return versions and GPU, without touching CUDA in this process."""
     import torch
 
     from hf_fasttrain.utils.environment import describe_versions
@@ -213,14 +213,14 @@ def describe(dry_run: bool) -> dict[str, Any]:
     facts = {
         **describe_versions(),
         "cuda": torch.version.cuda,
-        "commit": _said("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
     }
     if not dry_run:
-        facts["card"] = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+        facts["card"] = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     return facts
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -230,18 +230,23 @@ def _said(*command: str) -> str:
 def parse() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results: at most 4 files")
-    parser.add_argument("--minutes", type=float, default=6.0, help="for everything, from now on")
-    parser.add_argument("--only", default="", metavar="T3,T7", help="these rows")
-    parser.add_argument("--plant", default="", metavar="T7", help="plant the defects of these rows, or of all")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, what can run there")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results (at most 4 files)")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the complete run")
+    parser.add_argument("--only", default="", metavar="T3,T7", help="run only these rows")
+    parser.add_argument(
+        "--plant",
+        default="",
+        metavar="T7",
+        help="plant the defects of these rows (without a value: of all) and expect them to fail",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU the rows that can")
     parser.add_argument("--cifar10", help="folder with CIFAR-10's parquet files, for benchmarks/gpu.py")
     parser.add_argument("--wheels", type=Path, help="folder of benchmarks/gpu_wheels.sh, for packages that are missing")
     return parser.parse_args()
 
 
 def set_environment(*, dry_run: bool) -> None:
-    """Set what this process, its children and the programs that they start need."""
+    """Set the environment of this process, its children and the programs that they start."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms; read when cuBLAS starts
@@ -275,22 +280,22 @@ def main() -> int:
         results.about({**describe(args.dry_run), "children": "forked" if fork else "started anew"})
         left = [row for row in rows if row.name not in green]
         if args.plant:
-            wrong = run_planted(left, results, clock, dry_run=args.dry_run, fork=fork)
+            failures = run_planted(left, results, clock, dry_run=args.dry_run, fork=fork)
         else:
             more = ("--cifar10", args.cifar10) if args.cifar10 else ()
-            wrong = run_rows(left, results, clock, *more, dry_run=args.dry_run, fork=fork)
+            failures = run_rows(left, results, clock, *more, dry_run=args.dry_run, fork=fork)
     print_sum(results, rows, planted=bool(args.plant))
-    return 1 if wrong else 0
+    return 1 if failures else 0
 
 
 def print_sum(results: Results, rows: Sequence[Row], *, planted: bool) -> None:
-    """Print how many rows, or planted defects, ended how."""
+    """Print how many rows, or planted defects, ended in which way."""
     last = {
         (line["row"], line.get("plant")): line["status"] for line in results.lines if line.get("mode") == results.mode
     }
     names = {row.name for row in rows}
-    ends = [status for (row, plant), status in last.items() if row in names and (plant is not None) == planted]
-    print(", ".join(f"{ends.count(status)} {status}" for status in sorted(set(ends))), f"; {results.path}")
+    statuses = [status for (row, plant), status in last.items() if row in names and (plant is not None) == planted]
+    print(", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses))), f"; {results.path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What gpu.py measures, one function for each kind of row; needs no GPU to be imported or tried out."""
+"""The measurements of gpu.py, one function for each kind of row; can be imported and tried without a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OURS = "fit"
 
 
 def forget_last() -> None:
-    """Free memory and compiled code, and accelerate's state: its precision is one for the whole process."""
+    """Free memory and compiled code, and accelerate's state, whose precision is process-wide."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
@@ -42,44 +42,41 @@ def forget_last() -> None:
 
 
 def free_memory() -> None:
-    """Give back the device memory that nobody holds any more."""
+    """Free the device memory that is no longer referenced."""
     if torch.cuda.is_available():  # a collection takes half a second
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def set_precision(setting_precision: str) -> None:
-    """Let convolutions round to TF32 and, for all but fp32, matrix products too: PyTorch's default has them exact.
+    """Allow TF32 in convolutions and, except for fp32, in matrix products, as is PyTorch's default for convolutions.
 
-    What autocast leaves in fp32 is done so as well. An earlier row may have left other settings.
+    This also affects what autocast leaves in fp32. An earlier row may have left other settings.
     """
     set_fp32_precision("highest" if setting_precision == "fp32" else "high", "high")
     torch.backends.cudnn.benchmark = True
 
 
 def spread_of(values: Iterable[float]) -> Row:
-    """Return median, least and most."""
+    """Return median, minimum and maximum."""
     numbers = list(values)
     return {"median": statistics.median(numbers), "least": min(numbers), "most": max(numbers)}
 
 
 def turn(names: list[str], index: int) -> list[str]:
-    """Return whose turn it is one after the other: each round begins with the next one."""
+    """Return the order of turns: each round starts with the next one."""
     return names[index % len(names) :] + names[: index % len(names)]
 
 
 def require_same(losses: dict[str, float], within: float) -> None:
-    """Raise RuntimeError if the first losses show that not all compute the same."""
+    """Raise RuntimeError if the first losses differ, so that the sides do not compute the same."""
     least, most = min(losses.values()), max(losses.values())
     if not most - least <= within * abs(most):
         raise RuntimeError(f"the sides do not compute the same: first losses {losses}")
 
 
-# --- training beside a bare loop and timm's ----------------------------------------------------------------
-
-
 def warm(bench: Bench, setting: Setting, build: Callable[[Bench, Setting], MakeStep]) -> tuple[MakeStep, Fit]:
-    """Return a program's step, past compilation and the choice of kernels, and what was seen on the way."""
+    """Return a program's step after compilation and kernel selection, and what was measured meanwhile."""
     before, began = bench.used_bytes(), time.perf_counter()
     step = build(bench, setting)
     seen = Fit(first_loss=float(step()))
@@ -149,12 +146,9 @@ def summarise(bench: Bench, seen: dict[str, Fit], number: int) -> dict[str, Row]
     return table
 
 
-# --- the study's techniques, each alone --------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: the baseline, or what differs from it."""
+    """One way to train: the baseline, or a difference from it."""
 
     precision: str = "fp32"  # with TF32 in convolutions, as is PyTorch's default
     micro_batches: int = 1  # of each update
@@ -175,9 +169,9 @@ TECHNIQUES: dict[str, dict[str, Arm]] = {
 
 
 def measure_technique(bench: Bench, technique: str, model: str, row: Row) -> None:
-    """Add images/s of the baseline and of one technique's arms to a row, each arm a `Trainer.fit` in each round.
+    """Add images/s of the baseline and of one technique's arms to a row; each arm is a `Trainer.fit` in each round.
 
-    Baseline: fp32, contiguous, whole batches, which lie in pageable memory of the host and are copied in each step.
+    The baseline: fp32, contiguous, full batches in pageable host memory that are copied in each step.
     """
     arms = dict(TECHNIQUES[technique])
     row |= {"technique": technique, "model": model, "batch": bench.batch, "image_px": bench.image_px}
@@ -196,7 +190,7 @@ def measure_technique(bench: Bench, technique: str, model: str, row: Row) -> Non
 
 
 def fit_arm(bench: Bench, model: str, arm: Arm, number: int) -> Fit:
-    """Return what a run of one arm with a window of `number` steps has taken, for each baseline's batch."""
+    """Return the seconds of a run of one arm with a window of `number` steps, per batch of the baseline."""
     forget_last()
     set_precision("fp32")
     setting, fit = Setting(model, arm.precision), Fit()
@@ -217,9 +211,6 @@ def compare(bench: Bench, arm: Arm, fits: list[Fit], baseline: list[Fit]) -> Row
         "first_loss": fits[0].first_loss,
         "skipped_steps": sum(fit.skipped_steps for fit in fits),
     }
-
-
-# --- copies ------------------------------------------------------------------------------------------------
 
 
 def measure_copies(bench: Bench, row: Row) -> None:

@@ -1,8 +1,8 @@
-"""Which packages a machine lacks for this project's GPU tests, and their installation from a folder of wheels.
+"""Finds the packages that a machine lacks for this project's GPU tests, and installs them from a folder of wheels.
 
     python benchmarks/gpu_packages.py [FOLDER]
 
-Only what is missing, or has a version that does not do, is installed; into a folder of its own, without the network.
+Only packages that are missing or have an unsuitable version are installed, into a separate folder, without a network.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TESTING = ("pytest>=8,<10",)
 
 
 def needed() -> list[Requirement]:
-    """Return what the project and its tests require."""
+    """Return the requirements of the project and its tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [Requirement(text) for text in (*project["dependencies"], *TESTING)]
 
 
 def requirements_of(wheel: Path) -> list[Requirement]:
-    """Return what a wheel requires here, without its extras."""
+    """Return a wheel's requirements on this machine, without its extras."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         about = Parser().parsestr(archive.read(name).decode())
@@ -55,7 +55,7 @@ def _applying(texts: Iterable[str]) -> list[Requirement]:
 
 @functools.cache
 def theirs(name: str) -> tuple[Requirement, ...]:
-    """Return what a package that is installed requires here, without its extras."""
+    """Return an installed package's requirements on this machine, without its extras."""
     return tuple(_applying(importlib.metadata.requires(name) or []))
 
 
@@ -68,35 +68,35 @@ def version_of(name: str) -> str | None:
 
 
 def lacking(requirements: Iterable[Requirement]) -> dict[str, str]:
-    """Return name -> what there is of the packages that don't satisfy requirements."""
-    found = dict[str, str]()
+    """Return name -> installed version of the packages that do not satisfy requirements."""
+    missing = dict[str, str]()
     for requirement in requirements:
         version = version_of(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            found[canonicalize_name(requirement.name)] = f"{version or MISSING}, wanted is {requirement}"
-    return found
+            missing[canonicalize_name(requirement.name)] = f"{version or MISSING}, required: {requirement}"
+    return missing
 
 
 def lacking_with_theirs(requirements: list[Requirement]) -> dict[str, str]:
-    """Return what is lacking of requirements, and of those of the packages that they name."""
-    lacks, seen, left = dict[str, str](), set[str](), list(requirements)
+    """Return the unsatisfied requirements, including those of the packages named in them."""
+    missing, seen, left = dict[str, str](), set[str](), list(requirements)
     while left:
         requirement = left.pop()
-        lacks |= lacking([requirement])
+        missing |= lacking([requirement])
         name = canonicalize_name(requirement.name)
         if name not in seen and version_of(name) is not None:
             seen.add(name)
             left += theirs(name)
-    return lacks
+    return missing
 
 
 def wheels_to_install(folder: Path) -> list[Path]:
-    """Return the wheels of a folder that are needed here: what is lacking, and what that requires."""
+    """Return the wheels of a folder that are needed here: the missing packages and their requirements."""
     by_name = {parse_wheel_filename(path.name)[0]: path for path in sorted(folder.glob("*.whl"))}
     requirements, chosen = needed(), dict[str, Path]()
     while True:
-        lacks = lacking_with_theirs(requirements)
-        new = {str(name): path for name, path in by_name.items() if name in lacks and name not in chosen}
+        missing = lacking_with_theirs(requirements)
+        new = {str(name): path for name, path in by_name.items() if name in missing and name not in chosen}
         if not new:
             return list(chosen.values())
         chosen |= new
@@ -104,30 +104,32 @@ def wheels_to_install(folder: Path) -> list[Path]:
 
 
 def install_missing(folder: Path | None, site: Path) -> dict[str, str]:
-    """Install from a folder of wheels what is lacking, for this process and those that it starts; say what was found.
+    """Install missing packages from a folder of wheels, for this process and its children; print a report.
 
-    Returns what is missing still. Another version than is wanted is only told: it may do.
+    Returns the packages that are still missing. Unsuitable versions are only reported: they may work.
     """
-    lacks = lacking_with_theirs(needed())
-    print(f"packages: {len(lacks)} are missing or have another version than is wanted")
-    _print(lacks)
+    problems = lacking_with_theirs(needed())
+    print(f"packages: {len(problems)} are missing or have an unsuitable version")
+    _print(problems)
     if folder is not None:
         wheels = wheels_to_install(folder)
         _install(wheels, site)
         print(f"installed from the folder of wheels: {', '.join(path.name for path in wheels) or 'nothing'}")
         if wheels:
-            lacks = lacking_with_theirs(needed())
-            print(f"packages: {len(lacks)} now")
-            _print(lacks)
-    missing = {name: what for name, what in lacks.items() if what.startswith(MISSING)}
+            problems = lacking_with_theirs(needed())
+            print(f"packages: {len(problems)} remain")
+            _print(problems)
+    missing = {name: problem for name, problem in problems.items() if problem.startswith(MISSING)}
     if missing:
-        print("fetch them with benchmarks/gpu_wheels.sh FOLDER where there is a network, and give --wheels FOLDER")
+        print(
+            "on a machine with a network, download them with benchmarks/gpu_wheels.sh FOLDER; then pass --wheels FOLDER"
+        )
     return missing
 
 
-def _print(lacks: dict[str, str]) -> None:
-    for name, what in sorted(lacks.items()):
-        print(f"  {name}: {what}")
+def _print(missing: dict[str, str]) -> None:
+    for name, problem in sorted(missing.items()):
+        print(f"  {name}: {problem}")
 
 
 def _install(wheels: list[Path], site: Path) -> None:

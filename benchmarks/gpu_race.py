@@ -1,4 +1,4 @@
-"""The race to a goal on CIFAR-10: the study's ResNet-50, trained from a recipe until enough test images are right."""
+"""The time to a target accuracy on CIFAR-10 of the study's ResNet-50, trained from a recipe."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CIFAR10_OVERRIDES = (
 
 
 class Race(Callback):
-    """Notes each evaluation's accuracy and the seconds of training that it took, and whether that is the goal."""
+    """Records the accuracy of each evaluation with the training seconds so far, and stops at the goal."""
 
     def __init__(self, goal: float, evaluations: list[dict[str, Any]]) -> None:
         self.goal, self.evaluations = goal, evaluations
         self.reached: dict[str, Any] | None = None  # the evaluation that reached the goal
 
     def after_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Note an evaluation; the clock has stood still meanwhile."""
+        """Record an evaluation; the training clock is stopped meanwhile."""
         seconds = trainer.throughput.train_seconds
         seen = {"step": trainer.state.step, "train_seconds": seconds, "accuracy": metrics["accuracy"]}
         self.evaluations.append(seen)
@@ -43,34 +43,34 @@ class Race(Callback):
 
 
 class RaceTrainer(Trainer):
-    """A trainer that keeps nothing."""
+    """A trainer that saves nothing."""
 
     def save(self) -> None:
         """Save nothing."""
 
 
 def race(folder: Path | str, overrides: list[str], goal: float, most_seconds: float, row: dict[str, Any]) -> None:
-    """Add the seconds of training until `goal` to a row, or what accuracy was got in `most_seconds`.
+    """Add the training seconds until `goal` to a row, or the accuracy reached in `most_seconds`.
 
-    `folder`: the dataset; `most_seconds` count building the trainer and evaluating too.
+    `folder`: the dataset; `most_seconds` include building the trainer and evaluating.
     """
     deadline = time.monotonic() + most_seconds  # building counts
     row |= {"goal": goal, "seconds_to_goal": None, "evaluations": [], "most_seconds": most_seconds}
     row["overrides"] = [*CIFAR10_OVERRIDES, *overrides]
     runner = Race(goal, row["evaluations"])
-    with tempfile.TemporaryDirectory() as place:
-        settings = [f"data.dataset={folder}", *row["overrides"], f"output_dir={place}/run"]
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = [f"data.dataset={folder}", *row["overrides"], f"output_dir={scratch}/run"]
         trainer = RaceTrainer.from_recipe(CIFAR10_RECIPE, settings, callbacks=[runner])
         try:
             is_late = run_until(trainer, runner, deadline)
         finally:  # whatever ends it
             row |= facts_of(trainer, runner)
     if runner.reached is None:
-        row["status"] = f"{goal:.0%} not reached: {'the time was up' if is_late else 'trained to the end'}"
+        row["status"] = f"{goal:.0%} not reached: {'out of time' if is_late else 'training ended'}"
 
 
 def run_until(trainer: Trainer, runner: Race, deadline: float) -> bool:
-    """Train until the goal is reached or the end; return whether the time was up before, of time.monotonic."""
+    """Train until the goal is reached or training ends; return whether the time (of time.monotonic) was up before."""
     if time.monotonic() > deadline:
         return True
     with trainer.running():

@@ -32,7 +32,7 @@ MakeStep = Callable[[], Tensor]  # makes one step and returns its loss, on the d
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how much is measured."""
+    """The configuration of the measurement."""
 
     device: torch.device
     models: tuple[str, ...]
@@ -45,35 +45,35 @@ class Bench:
 
     @property
     def cuda(self) -> bool:
-        """Whether this is the real thing."""
+        """Whether this runs on a GPU."""
         return self.device.type == "cuda"
 
     def wait(self) -> None:
-        """Wait for the device."""
+        """Synchronise the device."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def steps_of(self, step_seconds: float) -> int:
-        """Return how many steps a window has, if each takes so long."""
+        """Return the number of steps of a window, from the seconds of one step."""
         return self.log_every * max(1, round(self.window_seconds / step_seconds / self.log_every))
 
     def used_bytes(self) -> int:
-        """Return the device memory that tensors have now; 0 without a GPU."""
+        """Return the device memory that tensors use now; 0 without a GPU."""
         return torch.cuda.memory_allocated() if self.cuda else 0
 
     def max_bytes(self) -> int | None:
-        """Return the most device memory that tensors have had since `forget_most`, None without a GPU."""
+        """Return the peak device memory of tensors since `forget_most`, None without a GPU."""
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
     def forget_most(self) -> None:
-        """Let `max_bytes` begin anew."""
+        """Reset the peak of `max_bytes`."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained, by whichever program."""
+    """How a model is trained, whatever the program."""
 
     model: str
     precision: str = "fp32"
@@ -85,11 +85,8 @@ class Setting:
         return f"{self.model} {self.precision} {layout}{' compile' if self.compile else ''}"
 
 
-# --- what all sides have -----------------------------------------------------------------------------------
-
-
 def random_batches(bench: Bench, device: torch.device, number: int) -> list[tuple[Tensor, Tensor]]:
-    """Return a pool of uint8 batches (B, H, W, 3) and their labels, the same for the same device."""
+    """Return a pool of uint8 batches (B, H, W, 3) and their labels, the same ones on each device."""
     shape = (number, bench.image_px, bench.image_px, 3)
     torch.manual_seed(1)
     return [
@@ -102,14 +99,14 @@ def random_batches(bench: Bench, device: torch.device, number: int) -> list[tupl
 
 
 def device_batches(bench: Bench, setting: Setting) -> Batches:
-    """Yield for ever the `images` and `labels` of uint8 batches that lie on the device, normalised when asked for."""
+    """Yield without end normalised `images` and `labels` from uint8 batches on the device."""
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, bench.device, channels_last=setting.channels_last)
     for pixels, labels in itertools.cycle(random_batches(bench, bench.device, bench.batch)):
         yield normalize(pixels), labels
 
 
 def host_batches(bench: Bench, setting: Setting, number: int, *, pinned: bool) -> Batches:
-    """Yield for ever uint8 batches of `number` images that lie in the host's memory, copied and normalised."""
+    """Yield without end `number` images of uint8 batches in host memory, copied and normalised."""
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, bench.device, channels_last=setting.channels_last)
     pool = random_batches(bench, torch.device("cpu"), number)
     if pinned:
@@ -120,7 +117,7 @@ def host_batches(bench: Bench, setting: Setting, number: int, *, pinned: bool) -
 
 
 def built_model(bench: Bench, setting: Setting) -> nn.Module:
-    """Return the model on the device, in its memory layout, to be compiled at its first step if asked."""
+    """Return the model on the device, in its memory layout; compiled at its first step if the setting says so."""
     torch.manual_seed(0)  # all sides start from the same weights
     names = [str(i) for i in range(CLASSES)]
     model = build_model(ModelSpec(setting.model, names, bench.image_px)).to(bench.device).train()
@@ -132,12 +129,9 @@ def built_model(bench: Bench, setting: Setting) -> nn.Module:
 
 
 def autocast(bench: Bench, precision: str) -> AbstractContextManager[Any]:
-    """Return the context of a forward."""
+    """Return the autocast context of a forward pass."""
     dtype = DTYPES[precision]
     return nullcontext() if dtype is None else torch.autocast(bench.device.type, dtype)
-
-
-# --- the other programs ------------------------------------------------------------------------------------
 
 
 def bare(bench: Bench, setting: Setting) -> MakeStep:
@@ -160,7 +154,7 @@ def bare(bench: Bench, setting: Setting) -> MakeStep:
 
 
 def timm_train(bench: Bench, setting: Setting) -> MakeStep:
-    """Return one step as timm's train.py makes it: its optimizer factory, its scaler, its meter that reads the loss."""
+    """Return one step of timm's train.py, with its optimizer factory, its scaler, and its meter that reads the loss."""
     batches, model = device_batches(bench, setting), built_model(bench, setting)
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=LR, weight_decay=WEIGHT_DECAY, filter_bias_and_bn=False, fused=True
@@ -186,11 +180,8 @@ def timm_train(bench: Bench, setting: Setting) -> MakeStep:
     return step
 
 
-# --- ours --------------------------------------------------------------------------------------------------
-
-
 class KeepsFirstLoss(Trainer):
-    """A trainer that remembers the loss of its first step."""
+    """A trainer that stores the loss of its first step."""
 
     first_loss: Tensor | None = None
 
@@ -204,22 +195,22 @@ class KeepsFirstLoss(Trainer):
 
 @dataclass
 class Fit:
-    """What a `Trainer.fit` has shown of itself."""
+    """The measurements of a `Trainer.fit`."""
 
     windows: list[float] = field(default_factory=list)  # seconds of each
     warmup_seconds: float = 0.0
     step_seconds: float = 0.0  # right after the warm-up
-    peak_memory_bytes: int | None = None  # beyond what was there before
+    peak_memory_bytes: int | None = None  # in addition to what was in use before
     first_loss: float = 0.0
     skipped_steps: int = 0  # for which fp16's gradients were too large
 
 
 class TimedBatches:
-    """The loader that `Trainer.fit` is given: it times the steps that are made of its batches.
+    """The loader for `Trainer.fit`, which times the steps of its batches.
 
-    After a warm-up come `windows` windows of `number` steps. The clock of a window runs from the moment when its first
-    batch is asked for to the moment when the next one's is, and the device is waited for at both; so all that `fit`
-    does between two steps is in it. `others` is called before and after each window, for others to have their turns.
+    After a warm-up come `windows` windows of `number` steps. A window is timed from the request of its first batch to
+    the request of the next window's first batch, and the device is synchronised at both; so everything that `fit` does
+    between two steps is included. `others` is called before and after each window, except before the first.
     """
 
     def __init__(self, bench: Bench, batches: Batches, fit: Fit, number: int, windows: int) -> None:
@@ -229,7 +220,7 @@ class TimedBatches:
 
     @property
     def num_warmup(self) -> int:
-        """Steps that no window has."""
+        """Number of steps before the first window."""
         return 2 * self.bench.log_every
 
     def __len__(self) -> int:
@@ -262,7 +253,7 @@ class TimedBatches:
 
 
 def run_fit(bench: Bench, setting: Setting, loader: TimedBatches, *, micro_batches: int = 1) -> Fit:
-    """Train a new model by `Trainer.fit` to the end of `loader`; return what that has taken."""
+    """Train a new model with `Trainer.fit` to the end of `loader`; return its measurements."""
     precision = "no" if DTYPES[setting.precision] is None else setting.precision
     accelerator = Accelerator(cpu=not bench.cuda, mixed_precision=precision, gradient_accumulation_steps=micro_batches)
     model = built_model(bench, setting)
@@ -278,7 +269,7 @@ def run_fit(bench: Bench, setting: Setting, loader: TimedBatches, *, micro_batch
     )
     result = trainer.fit()
     if result.out_of_memory:
-        raise torch.OutOfMemoryError(f"fit had to make its micro-batches smaller: {result.out_of_memory}")
+        raise torch.OutOfMemoryError(f"fit had to reduce its micro-batch size: {result.out_of_memory}")
     assert trainer.first_loss is not None
     loader.fit.first_loss, loader.fit.skipped_steps = float(trainer.first_loss), result.skipped_steps
     return loader.fit

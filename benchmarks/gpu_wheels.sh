@@ -1,14 +1,14 @@
 #!/bin/sh
-# Fetch into a folder the wheels that a machine with PyTorch, torchvision, timm, transformers and accelerate may lack for
+# Download the wheels that a machine with PyTorch, torchvision, timm, transformers and accelerate may lack for
 # benchmarks/gpu_check.py, for Python 3.12 on Linux (x86-64):
 #
 #     sh benchmarks/gpu_wheels.sh FOLDER
 #
-# There, without a network: python benchmarks/gpu_check.py --wheels FOLDER --out DIR
+# On that machine, without a network: python benchmarks/gpu_check.py --wheels FOLDER --out DIR
 set -eu
 folder=${1:?usage: sh benchmarks/gpu_wheels.sh FOLDER}
 root=$(cd "$(dirname "$0")/.." && pwd)
-most=60000000 # bytes, with the checkout
+limit=60000000 # bytes, with the checkout
 
 fetch() {
     python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
@@ -20,17 +20,17 @@ fetch() {
 
 rm -f "$folder"/*.whl # two versions of a package can't be installed together
 fetch pydantic datasets evaluate simplejpeg ruamel.yaml plotly pytest pytest-timeout
-# What those require, as datasets and plotly of constraints.txt bound it.
+# Their requirements, within the bounds of the datasets and plotly versions in constraints.txt.
 fetch annotated-types typing-inspection 'typing-extensions>=4.16' 'dill>=0.4.1,<0.4.2' 'multiprocess>=0.70.19,<0.70.20' \
     'fsspec<=2026.9.0' narwhals iniconfig pluggy
-# pydantic wants one version of its core.
+# pydantic requires an exact version of pydantic-core.
 core=$(
     python3 - "$folder"/pydantic-*.whl <<'END'
 import re, sys, zipfile
 
 wheel = zipfile.ZipFile(sys.argv[1])
-about = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
-print(re.search(r"^Requires-Dist: (pydantic-core==[^ ;\n]+)", about, re.M)[1])
+metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
+print(re.search(r"^Requires-Dist: (pydantic-core==[^ ;\n]+)", metadata, re.M)[1])
 END
 )
 fetch "$core"
@@ -38,5 +38,5 @@ fetch "$core"
 ls "$folder"
 wheels=$(cat "$folder"/*.whl | wc -c)
 checkout=$(cd "$root" && git ls-files -z | xargs -0 cat | wc -c)
-echo "wheels $wheels bytes, checkout $checkout bytes, together $((wheels + checkout)) of $most"
-test $((wheels + checkout)) -le $most
+echo "wheels $wheels bytes, checkout $checkout bytes, total $((wheels + checkout)) of $limit"
+test $((wheels + checkout)) -le $limit

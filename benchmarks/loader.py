@@ -1,4 +1,4 @@
-"""Images/s of input pipelines, this project's and its peers': image files to shuffled, cropped, flipped batches.
+"""Images/s of input pipelines, ours and others: from image files to shuffled, cropped, flipped batches.
 
     python benchmarks/loader.py DIR [--rounds 3] [--workers 2] [--size 224] [--small] [--large] [--json FILE]
 
@@ -7,16 +7,15 @@ DIR is an image folder (DIR/train/<class>/*.jpg) or a folder of parquet files wi
 hf_example      datasets and torchvision's transforms, as in transformers' image classification example
 timm_loader     timm's create_dataset and create_loader
 torchvision_v2  torchvision's decoder and its v2 transforms on tensors
-dali            NVIDIA DALI on the processor, antialiased as the others are
-uncached        `hf_fasttrain`, each image decoded each time
-cached          `hf_fasttrain`, pixels kept, the short side at most --short-side (with --small: whole)
-stored_jpeg     `hf_fasttrain`, JPEGs of that short side and of --quality kept
+dali            NVIDIA DALI on the CPU, antialiased like the others
+uncached        `hf_fasttrain`, each image decoded every time
+cached          `hf_fasttrain`, pixels cached, the short side at most --short-side (with --small: full size)
+stored_jpeg     `hf_fasttrain`, JPEGs of that short side and of --quality cached
 
-All of them end at normalised float batches (B, 3, size, size) in the process that would train. The arms take turns,
-each run in a process of its own, each round beginning with another arm. A run's first epoch is the warm-up: it
-fills the page cache, and the caches; the clock counts the others. Memory is the most that the process and all its
-descendants had at once (PSS and files in memory), looked at while warming up and for a second after the clock has
-stopped, as looking takes time.
+All yield normalised float batches (B, 3, size, size) in the process that would train. The arms take turns, each run in
+its own process, each round starting with another arm. A run's first epoch is a warm-up that fills the page cache and
+the caches; only the others are timed. Memory is the peak of the process and its descendants together (PSS and files in
+memory), sampled during warm-up and for a second after the timing, because sampling takes time.
 """
 
 from __future__ import annotations
@@ -50,9 +49,6 @@ AFTERWARDS_SECONDS = 1.0
 LIBRARIES = ("pillow", "simplejpeg", "nvidia-dali-cuda130")
 
 
-# --- one run of one arm, in a process of its own -------------------------------------------------------------
-
-
 def measure(epochs: Epochs, number: int) -> dict[str, float]:
     """Return images and seconds of all but the first of `number` epochs."""
     for _batch in next(epochs):
@@ -69,45 +65,44 @@ def measure(epochs: Epochs, number: int) -> dict[str, float]:
 
 
 def run_arm(name: str, args: argparse.Namespace) -> None:
-    """Measure one arm and print what came of it as a line of JSON."""
+    """Measure one arm and print the result as a line of JSON."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        given = {f.name: getattr(args, f.name) for f in fields(Options) if f.name != "scratch"}
+        options = {f.name: getattr(args, f.name) for f in fields(Options) if f.name != "scratch"}
         try:
-            outcome: dict[str, Any] = measure(ARMS[name](Options(**given, scratch=Path(scratch))), args.epochs)
+            outcome: dict[str, Any] = measure(ARMS[name](Options(**options, scratch=Path(scratch))), args.epochs)
         except CannotRun as reason:
             outcome = {"cannot": str(reason)}
         print(json.dumps(outcome), flush=True)
 
 
-# --- all of them, in turn ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Arm:
-    """What the rounds brought."""
+    """The results of an arm over the rounds."""
 
     rates: list[float] = field(default_factory=list)  # images/s
     peaks: list[float] = field(default_factory=list)  # MiB
     images: int = 0  # in a run's timed epochs
-    notes: list[str] = field(default_factory=list)  # what the last run had to say
-    reason: str = ""  # why there are no figures
+    notes: list[str] = field(default_factory=list)  # of the last run
+    reason: str = ""  # why it was not measured
     failed: bool = False
 
     @property
     def median(self) -> float:
-        """Images/s in the middle."""
+        """Median images/s."""
         return statistics.median(self.rates)
 
 
 def start_arm(name: str, scratch: str) -> tuple[dict[str, Any], float]:
-    """Return what a run of an arm said, and its peak memory in MiB."""
+    """Return the output of one run of an arm, and its peak memory in MiB."""
     command = [sys.executable, __file__, *sys.argv[1:], "--arm", name]
-    own = {"TMPDIR": scratch, "HF_DATASETS_CACHE": f"{scratch}/datasets", "HF_HUB_OFFLINE": "1"}
+    environment = {"TMPDIR": scratch, "HF_DATASETS_CACHE": f"{scratch}/datasets", "HF_HUB_OFFLINE": "1"}
     last, notes = "", []
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | own)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | environment
+        )
         assert process.stdout is not None
         try:
             with PeakMemory(process.pid) as memory:
@@ -125,12 +120,12 @@ def start_arm(name: str, scratch: str) -> tuple[dict[str, Any], float]:
         if status == 0 and last.startswith("{"):
             return json.loads(last) | {"notes": notes}, memory.peak_mib
         errors.seek(0)
-        said = errors.read().strip().splitlines()
-    return {"failed": said[-1] if said else f"exit status {status}"}, memory.peak_mib
+        lines = errors.read().strip().splitlines()
+    return {"failed": lines[-1] if lines else f"exit status {status}"}, memory.peak_mib
 
 
 def run_rounds(names: list[str], rounds: int) -> dict[str, Arm]:
-    """Return what each arm brought; one that can't run or fails is left out of later rounds."""
+    """Return the results of each arm; one that can't run or fails is skipped in later rounds."""
     arms = {name: Arm() for name in names}
     with tempfile.TemporaryDirectory(prefix="loader-") as scratch:
         for index in range(rounds):
@@ -151,9 +146,6 @@ def run_rounds(names: list[str], rounds: int) -> dict[str, Arm]:
     return arms
 
 
-# --- what is said --------------------------------------------------------------------------------------------
-
-
 def ratio(arm: Arm, other: Arm | None) -> str:
     """Return the median of the rounds' ratios of images/s to another arm."""
     if other is None or other.reason:
@@ -162,7 +154,7 @@ def ratio(arm: Arm, other: Arm | None) -> str:
 
 
 def print_table(arms: dict[str, Arm]) -> None:
-    """Print images/s, median (least to most), ratios and memory."""
+    """Print images/s, median (min - max), ratios and memory."""
     print(f"{'arm':<14} {'images/s':>9} {'(least - most)':>17} {'/hf_example':>11} {'/dali':>10} {'peak MiB':>9}")
     for name, arm in arms.items():
         if arm.reason:
@@ -177,7 +169,7 @@ def print_table(arms: dict[str, Arm]) -> None:
 
 
 def report(arms: dict[str, Arm], args: argparse.Namespace) -> dict[str, Any]:
-    """Return the medians, and under `about` everything that they depend on."""
+    """Return the medians and, under `about`, the conditions of the measurement."""
     # Not above: the peers' processes begin with this file, and what it imports would be in their memory.
     from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
@@ -231,8 +223,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=2, help="of a run, the first one warm-up")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--short-side", type=int, default=256, help="of what is kept")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs kept")
+    parser.add_argument("--short-side", type=int, default=256, help="short side of cached images")
+    parser.add_argument("--quality", type=int, default=90, help="quality of cached JPEGs")
     parser.add_argument("--small", action="store_true", help="as for CIFAR: padded crop instead of a resized one")
     parser.add_argument("--large", action="store_true", help="only images above 100 kB")
     parser.add_argument("--min-images", type=int, default=3000, help="each image is repeated until they are so many")

@@ -1,6 +1,6 @@
-"""The input pipelines that loader.py measures, each as its own documentation sets it up, and this project's.
+"""The input pipelines that loader.py measures: the others as their documentation sets them up, and ours.
 
-Each imports what it needs only when it runs: what one imports must not count as memory of another.
+Each imports its libraries only when it runs, so that they do not count as memory of another.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Epochs = Iterator[Iterable[Batch]]
 
 
 class CannotRun(Exception):
-    """This pipeline is not installed here, or has no such form."""
+    """The pipeline is not installed, or does not support the options."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is read, and what becomes of it."""
+    """The options of a measurement."""
 
     folder: Path
     size: int
@@ -54,18 +54,15 @@ class Options:
         return any(any(self.folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
 
     def repeated(self, items: list[Any]) -> list[Any]:
-        """Return the items as often as it takes to have `min_images`."""
+        """Return the items repeated until there are at least `min_images`."""
         if not items:
             raise CannotRun("no images" + (f" of {LARGE_BYTES // 1000} kB" if self.large else ""))
         return items * math.ceil(max(1, self.min_images / len(items)))
 
 
-# --- what is read ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Photos:
-    """The files of an image folder, each as often as it is read in an epoch."""
+    """The files of an image folder, each as often as it is read per epoch."""
 
     paths: list[str]
     labels: list[int]
@@ -73,12 +70,12 @@ class Photos:
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """Path and label, as torchvision and timm keep them."""
+        """(path, label) pairs, as torchvision and timm use them."""
         return list(zip(self.paths, self.labels, strict=True))
 
 
 def list_photos(options: Options) -> Photos:
-    """Return the files of `train/<class>/` that are asked for."""
+    """Return the files of `train/<class>/` that the options select."""
     root, least = options.folder / "train", LARGE_BYTES if options.large else 0
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     found = [
@@ -92,7 +89,7 @@ def list_photos(options: Options) -> Photos:
 
 
 def open_dataset(options: Options, *, decode: bool) -> Any:
-    """Return the train split as `datasets` opens it, with the rows that are asked for."""
+    """Return the train split opened by `datasets`, with the rows that the options select."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -111,17 +108,14 @@ def encoded_bytes(record: dict[str, Any]) -> int:
     return len(record["bytes"]) if record["bytes"] else os.path.getsize(record["path"])
 
 
-# --- peers -------------------------------------------------------------------------------------------------
-
-
 def endless(loader: Iterable[Any]) -> Epochs:
-    """Return epoch after epoch of a loader."""
+    """Yield a loader's epochs without end."""
     while True:
         yield loader
 
 
 def torch_loader(dataset: Any, options: Options, collate: Callable[[Any], Batch] | None = None) -> Epochs:
-    """Return the epochs of PyTorch's own loader."""
+    """Return the epochs of PyTorch's DataLoader."""
     persistent = options.workers > 0
     return endless(
         DataLoader(
@@ -155,13 +149,13 @@ def hf_collate(examples: list[dict[str, Any]]) -> Batch:
 
 
 def hf_example(options: Options) -> Epochs:
-    """datasets and torchvision's first transforms, as in transformers' image classification example."""
+    """datasets and torchvision's v1 transforms, as in transformers' image classification example."""
     dataset = open_dataset(options, decode=True).with_transform(HfTransform(options))
     return torch_loader(dataset, options, hf_collate)
 
 
 def timm_loader(options: Options) -> Epochs:
-    """timm's reader, transforms and loader, without a prefetcher: that one is for GPUs."""
+    """timm's reader, transforms and loader, without its prefetcher, which is for GPUs."""
     from timm.data import create_dataset, create_loader
 
     if options.small:
@@ -190,7 +184,7 @@ def timm_loader(options: Options) -> Epochs:
 
 
 class DecodedRows(Dataset):
-    """Rows of a parquet file for torchvision, which has no dataset for them."""
+    """Rows of a parquet file for torchvision, which has no such dataset."""
 
     def __init__(self, dataset: Any, transform: Callable[[Tensor], Tensor]) -> None:
         self.dataset, self.transform = dataset, transform
@@ -208,14 +202,14 @@ class DecodedRows(Dataset):
 
 
 def read_rgb(path: str) -> Tensor:
-    """Return the pixels of a file by torchvision's decoder."""
+    """Return the pixels of a file from torchvision's decoder."""
     from torchvision.io import ImageReadMode, decode_image
 
     return decode_image(path, mode=ImageReadMode.RGB)
 
 
 def torchvision_v2(options: Options) -> Epochs:
-    """torchvision's decoder and second transforms, on tensors."""
+    """torchvision's decoder and v2 transforms, on tensors."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -230,7 +224,7 @@ def torchvision_v2(options: Options) -> Epochs:
 
 
 class EncodedBatches:
-    """Shuffled batches of encoded images of a parquet file, for DALI, which has no reader for them."""
+    """Shuffled batches of encoded images of a parquet file, for DALI, which has no such reader."""
 
     def __init__(self, dataset: Any, batch: int) -> None:
         self.dataset, self.batch = dataset, batch
@@ -243,7 +237,7 @@ class EncodedBatches:
 
 
 def dali(options: Options) -> Epochs:
-    """DALI on the processor, its threads in place of workers."""
+    """DALI on the CPU, with threads instead of workers."""
     try:
         from nvidia.dali.plugin.pytorch import DALIClassificationIterator
     except ImportError as error:
@@ -293,8 +287,6 @@ def dali_pipeline(options: Options) -> Any:
     return pipeline()
 
 
-# --- ours --------------------------------------------------------------------------------------------------
-
 RECIPE = """
 model: {name: test_resnet}  # never run
 data: {dataset: handed over, interpolation: bilinear}
@@ -303,19 +295,19 @@ augment: {flip: true}
 
 
 def recipe_overrides(options: Options, arm: str) -> list[str]:
-    """Return what the recipe of one of our arms says."""
-    kept = arm != "uncached"
-    there = [f"data.cache_dir={options.scratch}"] if kept and options.cache == "disk" else []
+    """Return the recipe overrides of one of our arms."""
+    is_cached = arm != "uncached"
+    cache_override = [f"data.cache_dir={options.scratch}"] if is_cached and options.cache == "disk" else []
     crop = ["padded", f"augment.crop_padding={PADDING}"] if options.small else ["random_resized"]
     return [
         f"data.image_size={options.size}",
         f"data.mean={list(MEAN)}",
         f"data.std={list(STD)}",
         f"data.workers={options.workers}",
-        f"data.cache={options.cache if kept else 'none'}",
-        f"data.short_side={options.short_side if kept and not options.small else 'null'}",
+        f"data.cache={options.cache if is_cached else 'none'}",
+        f"data.short_side={options.short_side if is_cached and not options.small else 'null'}",
         f"data.stored_quality={options.quality if arm == 'stored_jpeg' else 'null'}",
-        *there,
+        *cache_override,
         f"augment.crop={crop[0]}",
         *crop[1:],
         f"train.batch_size={options.batch}",
@@ -324,7 +316,7 @@ def recipe_overrides(options: Options, arm: str) -> list[str]:
 
 
 def our_dataset(options: Options) -> Any:
-    """Return the rows as a dataset to hand over, with a validation split that nobody reads."""
+    """Return the rows as a dataset, with a validation split that is not read."""
     import datasets
 
     if options.parquet:
@@ -338,7 +330,7 @@ def our_dataset(options: Options) -> Any:
 
 
 def ours(options: Options, arm: str) -> Epochs:
-    """This project's loader as its Trainer reads it: all epochs in one go, the next one begun while one ends."""
+    """Our loader as the Trainer reads it: all epochs in one go, the next one prefetched while one ends."""
     from hf_fasttrain.from_recipe.parts import build_parts
     from hf_fasttrain.from_recipe.trainer import build_train_loader
     from hf_fasttrain.recipe.load import parse_recipe
@@ -357,22 +349,22 @@ def ours(options: Options, arm: str) -> Epochs:
 
 
 def unchanged(pixels: Tensor) -> Tensor:
-    """Leave pixels as they go to a GPU."""
+    """Return pixels unchanged, as they would be copied to a GPU."""
     return pixels
 
 
 def uncached(options: Options) -> Epochs:
-    """Ours, each image decoded each time."""
+    """Ours, each image decoded every time."""
     return ours(options, "uncached")
 
 
 def cached(options: Options) -> Epochs:
-    """Ours, pixels kept."""
+    """Ours, with pixels cached."""
     return ours(options, "cached")
 
 
 def stored_jpeg(options: Options) -> Epochs:
-    """Ours, smaller JPEGs kept."""
+    """Ours, with smaller JPEGs cached."""
     return ours(options, "stored_jpeg")
 
 

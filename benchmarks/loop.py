@@ -1,17 +1,17 @@
-"""What the training loop itself costs: steps/s of a trivial model on in-memory batches, beside bare PyTorch.
+"""The overhead of the training loop: steps/s of a trivial model on in-memory batches, compared with bare PyTorch.
 
     python benchmarks/loop.py [--steps 1500] [--rounds 5] [--accum 1] [--seams] [--json FILE]
 
-Three arms (five with --seams), one after the other in each round, each round beginning with another one:
+Three arms (five with --seams) run alternately, each round starting with another one:
 
 bare        plain PyTorch with its DataLoader over single images and its default AdamW
-bare_same   plain PyTorch with the loader and the optimizer (fused AdamW) of `ours`: the loop's cost alone
+bare_same   plain PyTorch with the loader and the optimizer (fused AdamW) of `ours`: shows the loop's overhead alone
 ours        `hf_fasttrain.Trainer`, logging every 10 steps into a silent log
 step_loss   `ours` with the same loss as a `step_loss` that also returns a value to log
 callback    `ours` with a callback that has `before_step` and `after_step`
 
-The clock counts the loop, not the building of model, loader and trainer; each arm's first run is thrown away.
-One CPU thread, fp32.
+Only the loop is timed, not the building of model, loader and trainer; each arm's first run is discarded. One CPU
+thread, fp32.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SEAMS_AIM = 0.98  # least ratio arm / ours
 
 
 class Images(Dataset):
-    """In-memory images, one by one: what a DataLoader has to collate."""
+    """In-memory images, one by one, for a DataLoader to collate."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -66,7 +66,7 @@ class Images(Dataset):
 
 
 class Batches:
-    """The same images in shuffled batches, each cut out by one indexing."""
+    """The same images in shuffled batches, each selected by one indexing operation."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -80,7 +80,7 @@ class Batches:
 
 
 def build_model() -> nn.Module:
-    """Return a linear classifier: next to no arithmetic, so that the loop is what is measured."""
+    """Return a linear classifier, which needs so little arithmetic that the loop dominates."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CLASSES))
 
 
@@ -114,7 +114,7 @@ def bare_same(images: Tensor, labels: Tensor, accum: int) -> float:
 
 
 def ours(images: Tensor, labels: Tensor, accum: int, **parts: Any) -> float:
-    """Return the seconds of `Trainer.fit` with further `parts`, its logging and its result included."""
+    """Return the seconds of `Trainer.fit` with additional arguments `parts`, including its logging and its result."""
     model, loader = build_model(), Batches(images, labels)
     trainer = Trainer(
         model=model,
@@ -192,7 +192,7 @@ def ratio_of(name: str, rates: dict[str, list[float]]) -> list[float]:
 
 
 def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return arm -> median, least and most steps/s, and of its ratios to `ours`."""
+    """Return arm -> median, minimum and maximum steps/s, and the same of its ratios to `ours`."""
     table = {}
     for name, values in rates.items():
         row = {"median": statistics.median(values), "least": min(values), "most": max(values)}
@@ -203,8 +203,8 @@ def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def print_table(table: dict[str, dict[str, float]]) -> None:
-    """Print steps/s and ratios, median (least to most)."""
-    print(f"{'arm':<10} {'steps/s':>8} {'(least - most)':>16}   ratio")
+    """Print steps/s and ratios, median (min - max)."""
+    print(f"{'arm':<10} {'steps/s':>8} {'(min - max)':>16}   ratio")
     for name, row in table.items():
         line = f"{name:<10} {row['median']:8.0f} {row['least']:8.0f} - {row['most']:5.0f}"
         if "ratio" in row:
@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     if args.steps < 1 or args.rounds < 1 or not 1 <= args.accum <= BATCH // 2 or BATCH % (2 * args.accum):
-        parser.error(f"--steps and --rounds are at least 1, --accum one of 1, 2, 4, ... {BATCH // 2}")
+        parser.error(f"--steps and --rounds must be at least 1, --accum one of 1, 2, 4, ... {BATCH // 2}")
     torch.set_num_threads(1)
     rates = measure(ARMS | (SEAMS if args.seams else {}), args.steps, args.rounds, args.accum)
     table = summarise(rates)

@@ -1,4 +1,4 @@
-"""What memory other processes, or this one, take at most; Linux only, elsewhere there are no figures."""
+"""Peak memory of other processes, or of this one; Linux only."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def kilobytes(file: Path, field: str) -> int:
 
 
 def anonymous_files(pids: list[int]) -> int:
-    """Return the kilobytes of the files in memory (memfd) that processes have open, each once.
+    """Return the kilobytes of the in-memory files (memfd) that processes have open, each counted once.
 
-    What is read from them instead of mapped is in no process's PSS.
+    Pages that are read from them instead of mapped are not in any process's PSS.
     """
     sizes: dict[int, int] = {}
     for descriptor in (place for pid in pids for place in Path(f"/proc/{pid}/fd").glob("*")):
@@ -49,10 +49,10 @@ def anonymous_files(pids: list[int]) -> int:
 
 
 class PeakMemory:
-    """The most memory that a process and its descendants had at once, shared pages counted once: PSS and memfd files.
+    """Samples the memory of a process and its descendants (PSS and memfd files; shared pages count once) for its peak.
 
-    Not counted is the page cache of files on disk, which the kernel takes back when it needs to. A sample walks all
-    page tables (15 ms for each GB), half a core for big processes: pause it while a clock runs.
+    The page cache of files on disk, which the kernel can reclaim, does not count. A sample walks all page tables (15 ms
+    per GB), half a core for large processes, so pause the sampling while you measure time.
     """
 
     def __init__(self, pid: int, *, every_seconds: float = SAMPLE_SECONDS) -> None:
@@ -73,11 +73,11 @@ class PeakMemory:
         self._thread.join()
 
     def pause(self) -> None:
-        """Take no samples from now on."""
+        """Stop sampling."""
         self._awake.clear()
 
     def resume(self) -> None:
-        """Take samples again."""
+        """Continue sampling."""
         self._awake.set()
 
     def _sample(self) -> None:
@@ -89,7 +89,7 @@ class PeakMemory:
 
 
 class OwnGrowth:
-    """How far the resident memory of this process rose above where it was when this was made."""
+    """How far this process's resident memory has risen above its size when this object was created."""
 
     # Not getrusage: its ru_maxrss may be the parent's, from before exec.
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""What `hf-fasttrain check` forecasts of memory beside what training then takes at most, for models and micro-batches.
+"""The memory forecast of `hf-fasttrain check` compared with the peak of the training, for models and micro-batches.
 
     python benchmarks/memory_forecast.py FLOWERS [--models resnet50 ...] [--sizes 8 32]
 
-Each training is a process of its own: two micro-batches, an evaluation, everything that a run writes. The peak is the
-resident memory of the training process, as result.json has it. Exits with 1 if a forecast is more than 25 % from the
-peak. Memory is no matter of speed: other programs may run beside it.
+Each training runs in its own process: two micro-batches, an evaluation, and everything that a run writes. The peak is
+the resident memory of the training process, from result.json. Exits with 1 if a forecast is more than 25 % off. Other
+programs may run at the same time, since only memory is measured.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def train(dataset: str, model: str, size: int, overrides: list[str], folder: Pat
         "output_dir": folder,
     }
     command = [sys.executable, "-m", "hf_fasttrain", "resnet50", *(f"{k}={v}" for k, v in settings.items()), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{process.stdout}{process.stderr}")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     if result["out_of_memory"]:
         raise SystemExit(f"{model}, {size} images: memory ran out; choose smaller --sizes")
@@ -49,19 +49,19 @@ def train(dataset: str, model: str, size: int, overrides: list[str], folder: Pat
 
 
 def main() -> None:
-    """Print a table, a row for each training."""
+    """Print a table with a row for each training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
-    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, such as ema={decay: 0.99}")
-    asked = parser.parse_args()
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, e.g. ema={decay: 0.99}")
+    arguments = parser.parse_args()
     print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}")
     worst = 0.0
-    for model in asked.models:
-        for size in asked.sizes:
+    for model in arguments.models:
+        for size in arguments.sizes:
             with tempfile.TemporaryDirectory() as folder:
-                forecast, peak = train(asked.dataset, model, size, asked.set, Path(folder) / "run")
+                forecast, peak = train(arguments.dataset, model, size, arguments.set, Path(folder) / "run")
             worst = max(worst, abs(forecast / peak - 1))
             print(f"| {model} | {size} | {forecast / GB:.2f} | {peak / GB:.2f} | {forecast / peak:.2f} |", flush=True)
     sys.exit(worst > MOST_DIFFERENCE)

@@ -1,16 +1,16 @@
-"""What pushing while training costs: the same training without a Hub, and with one that is quick, slow, or hangs.
+"""The cost of pushing while training: without a Hub, and with one that is fast, slow, or hangs.
 
     python benchmarks/pushing.py [RECIPE] [section.key=value ...] [--rounds 3] [--slow 4] [--json FILE]
 
-Each side is `hf-fasttrain RECIPE` in a process of its own, with the tests' Hub on loopback in another; sides in turn,
-each round in another order. A checkpoint is saved every step of `--every`, without a Hub too, and pushed where there is
-one. The slow Hub takes `--slow` MB/s, the hanging one never answers an upload. Figures are medians of the rounds,
-ratios are medians of the rounds' ratios:
+Each side is `hf-fasttrain RECIPE` in its own process, with the tests' Hub on loopback in another. The sides take turns,
+in a different order each round. A checkpoint is saved every `--every` steps on all sides, and pushed if there is a Hub.
+The slow Hub accepts `--slow` MB/s; the one that hangs never answers an upload. Figures are medians over rounds, ratios
+medians of the rounds' ratios:
 
-images/s      of training steps (result.json), while something is uploaded most of the time
-pushed        commits that arrived while training and at the end
-end           seconds from the last line of metrics.jsonl to the process's end: waiting for the upload, which takes
-              `hub.wait` where the Hub hangs
+images/s      of training steps (result.json), while uploads are running most of the time
+pushed        commits that arrived during training and at the end
+end           seconds from the last line of metrics.jsonl to the end of the process: waiting for the upload, which takes
+              `hub.wait` if the Hub hangs
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BLOCK = 1 << 16
 
 
 class _SlowFile:
-    """Reads what is sent at so many bytes a second."""
+    """Reads at a limited number of bytes per second."""
 
     def __init__(self, file: Any, rate: float) -> None:
         self.file, self.rate = file, rate
@@ -61,7 +61,7 @@ class _SlowFile:
 
 
 def serve(pipe: Any, side: str, rate: float) -> None:
-    """Run a Hub until told to stop, then tell how many commits it has; it gives way, as in life it runs elsewhere."""
+    """Run a Hub until it is told to stop, then send the number of its commits. It has low priority."""
     lower_priority()
     with running_hub() as hub:
         if side == "hangs":
@@ -92,10 +92,10 @@ def train(side: str, arguments: argparse.Namespace, folder: Path) -> dict[str, f
     if side != "no Hub":
         hub = f"{{repo: me/bench, every: {arguments.every} steps, wait: {arguments.wait} minutes}}"
         command += [f"hub={hub}"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     ended = time.time()
-    if done.returncode:
-        sys.exit(f"{side}: the training ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    if process.returncode:
+        sys.exit(f"{side}: the training ended with {process.returncode}:\n{process.stdout}{process.stderr}")
     ours.send("stop")
     pushed = ours.recv()
     server.join()
@@ -121,12 +121,12 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows[side].append(train(side, arguments, Path(folder)))
             print(f"round {number + 1}, {side}: {rows[side][-1]}", file=sys.stderr)
-    print("| Hub | images/s | / no Hub (least - most) | pushed | end, s |\n| --- | ---: | ---: | ---: | ---: |")
-    for side, found in rows.items():
-        ratios = [row["images/s"] / base["images/s"] for row, base in zip(found, rows["no Hub"], strict=True)]
-        middle = {key: statistics.median(row[key] for row in found) for key in found[0]}
+    print("| Hub | images/s | / no Hub (min - max) | pushed | end, s |\n| --- | ---: | ---: | ---: | ---: |")
+    for side, side_rows in rows.items():
+        ratios = [row["images/s"] / base["images/s"] for row, base in zip(side_rows, rows["no Hub"], strict=True)]
+        medians = {key: statistics.median(row[key] for row in side_rows) for key in side_rows[0]}
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} - {max(ratios):.2f})"
-        print(f"| {side} | {middle['images/s']:.1f} | {spread} | {middle['pushed']:.0f} | {middle['end']:.1f} |")
+        print(f"| {side} | {medians['images/s']:.1f} | {spread} | {medians['pushed']:.0f} | {medians['end']:.1f} |")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -1,9 +1,9 @@
-"""The quickstart as shipped, over seeds and threads: the accuracy that the README promises, and how long it takes.
+"""The quickstart as shipped, over several seeds and threads: the accuracy in the README, and the time it takes.
 
     python benchmarks/quickstart.py [--seeds 5] [--threads 1 2] [--json FILE] [section.key=value ...]
 
-Each training is a process of its own, `python -m hf_fasttrain quickstart`, one after the other; seconds are those of
-the training steps (result.json). Nothing else should run beside it, where the seconds matter.
+Each training runs in its own process, `python -m hf_fasttrain quickstart`, one after the other. Seconds are those of
+the training steps (result.json); they are only meaningful if nothing else runs at the same time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def train(seed: int, threads: int, overrides: list[str]) -> dict[str, Any]:
     """Train once; return accuracy and seconds."""
     with tempfile.TemporaryDirectory(prefix="quickstart-") as folder:
         run = Path(folder) / "run"
-        given = [f"seed={seed}", f"output_dir={run}", f"accelerate.cpu_threads={threads}", *overrides]
-        own = {"OMP_NUM_THREADS": str(threads), "HF_FASTTRAIN_TUNINGS": f"{folder}/tunings"}
-        command = [sys.executable, "-m", "hf_fasttrain", "quickstart", *given]
-        subprocess.run(command, env=os.environ | own, check=True, stdout=subprocess.DEVNULL)
+        settings = [f"seed={seed}", f"output_dir={run}", f"accelerate.cpu_threads={threads}", *overrides]
+        environment = {"OMP_NUM_THREADS": str(threads), "HF_FASTTRAIN_TUNINGS": f"{folder}/tunings"}
+        command = [sys.executable, "-m", "hf_fasttrain", "quickstart", *settings]
+        subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     return {
         "seed": seed,
@@ -55,15 +55,15 @@ def main() -> None:
                 with args.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
     print(f"{datetime.now(UTC).date()}, {runs[0]['machine']}, torch {runs[0]['torch']}")
-    print("| threads | seeds | accuracy, mean | least | most | training s, median |")
+    print("| threads | seeds | accuracy, mean | min | max | training s, median |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for threads in args.threads:
-        own = [run for run in runs if run["threads"] == threads]
-        reached = [run["accuracy"] for run in own]
-        seconds = statistics.median(run["train_seconds"] for run in own)
+        selected = [run for run in runs if run["threads"] == threads]
+        accuracies = [run["accuracy"] for run in selected]
+        seconds = statistics.median(run["train_seconds"] for run in selected)
         print(
-            f"| {threads} | {len(own)} | {statistics.mean(reached):.4f} | {min(reached):.4f} | {max(reached):.4f} "
-            f"| {seconds:.0f} |"
+            f"| {threads} | {len(selected)} | {statistics.mean(accuracies):.4f} "
+            f"| {min(accuracies):.4f} | {max(accuracies):.4f} | {seconds:.0f} |"
         )
 
 

@@ -1,18 +1,18 @@
-"""Seconds until the first step is trained: a fresh start, and `--resume` in the middle of an epoch of 1,280,000 images.
+"""Seconds until the first step: a new run, and `--resume` in the middle of an epoch of 1,280,000 images.
 
     python benchmarks/resume_start.py [--rounds 5] [--workers 0 2] [--json FILE] [section.key=value ...]
 
 fresh   an empty run folder; the first step is step 0
 resume  a run folder with a checkpoint of step 10,000 of 20,000 in the first epoch; the first step is step 10,000
 
-The clock begins when everything is imported and the dataset is there, before `Trainer.from_recipe`, and ends with the
-first step. Each start is a process of its own, in a run folder of its own; the two take turns. `built` is the
-part until `from_recipe` returns: model, labels and order read, and the checkpoint put back.
+The clock starts before `Trainer.from_recipe`, with everything imported and the dataset loaded, and stops after the
+first step. Each start has its own process and run folder; the two take turns. `built` is the part until `from_recipe`
+returns: model, labels, order, and the restored checkpoint.
 
-The dataset is one Arrow chunk of 1,000 noisy PNGs, repeated 1,280 times without copying it; the model is timm's
-smallest ResNet at 32 px, so that nothing hides what resuming costs. The checkpoint is made beforehand: a run of three
-steps, whose step is set to 10,000 before it saves. A run that came there step by step would have other weights and no
-other place: order and augmentation depend on the step's number alone.
+The dataset is one Arrow chunk of 1,000 noisy PNGs, repeated 1,280 times without copying. The model is timm's smallest
+ResNet at 32 px, so that it does not hide the cost of resuming. The checkpoint comes from a run of three steps whose
+step is set to 10,000 before it saves. This changes only the weights: order and augmentation depend on the step's number
+alone.
 """
 
 from __future__ import annotations
@@ -40,11 +40,8 @@ MIDDLE = CHUNK * REPEATS // BATCH // 2  # step in the middle of the first epoch
 AIM = 1.2  # most resume / fresh
 
 
-# --- one start, in a process of its own ----------------------------------------------------------------------
-
-
 def make_chunk() -> tuple[Any, Any]:
-    """Return an Arrow array of encoded images and one of their labels, always the same."""
+    """Return an Arrow array of encoded images and one of their labels, always the same ones."""
     import datasets
     import numpy as np
     import pyarrow as pa
@@ -61,7 +58,7 @@ def make_chunk() -> tuple[Any, Any]:
 
 
 def make_dataset() -> Any:
-    """Return a `DatasetDict` of 1,280,000 images to train on and 1,000 to evaluate, in the memory of 1,000."""
+    """Return a `DatasetDict` of 1,280,000 training and 1,000 evaluation images that takes the memory of 1,000."""
     import datasets
     import pyarrow as pa
     from datasets.table import InMemoryTable
@@ -92,7 +89,7 @@ def recipe_text(run: Path, workers: int) -> str:
 
 
 def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
-    """Build a trainer and train until the arm has what it wants; print the figures as JSON."""
+    """Build a trainer and train as many steps as the arm needs; print the figures as JSON."""
     import datasets
     import timm
 
@@ -104,7 +101,7 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
     recipe = run.with_suffix(".yaml")
     recipe.write_text(recipe_text(run, workers), encoding="utf-8")
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     trainer = Trainer.from_recipe(recipe, overrides, dataset=dataset, resume=arm == "resume")
     built = time.perf_counter()
     steps: list[int] = []
@@ -125,19 +122,16 @@ def start(arm: str, run: Path, workers: int, overrides: list[str]) -> None:
     expected = MIDDLE if arm == "resume" else 0
     if steps[0] != expected:
         raise SystemExit(f"{arm}: the first step was {steps[0]}, expected {expected}")
-    print(json.dumps({"seconds": first - began, "built": built - began}), flush=True)
-
-
-# --- all of them, in turn ------------------------------------------------------------------------------------
+    print(json.dumps({"seconds": first - start, "built": built - start}), flush=True)
 
 
 def start_arm(arm: str, run: Path, workers: int, overrides: list[str]) -> Row:
-    """Return what one start in a new process took."""
+    """Return the seconds of one start in a new process."""
     command = [sys.executable, __file__, *overrides, "--arm", arm, "--run", str(run), "--workers", str(workers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stdout}{done.stderr}")
-    row: Row = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if process.returncode:
+        raise SystemExit(f"{arm} failed:\n{process.stdout}{process.stderr}")
+    row: Row = json.loads(process.stdout.splitlines()[-1])
     print(f"{workers} workers {arm:<8} {row['seconds']:8.3f} s", file=sys.stderr, flush=True)
     return row
 
@@ -159,12 +153,12 @@ def measure(rounds: int, workers: int, overrides: list[str]) -> dict[str, list[R
 
 
 def spread(values: list[float]) -> Row:
-    """Return median, least and most."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def summarise(rows: dict[str, list[Row]]) -> dict[str, Row]:
-    """Return arm -> median, least and most seconds, and those of the ratios and differences resume - fresh."""
+    """Return arm -> median, minimum and maximum seconds, and those of the ratios and differences resume - fresh."""
     table = {arm: spread([row["seconds"] for row in runs]) for arm, runs in rows.items()}
     table |= {f"{arm}_built": spread([row["built"] for row in runs]) for arm, runs in rows.items()}
     pairs = [(r["seconds"], f["seconds"]) for r, f in zip(rows["resume"], rows["fresh"], strict=True)]
@@ -174,7 +168,7 @@ def summarise(rows: dict[str, list[Row]]) -> dict[str, Row]:
 
 
 def print_table(table: dict[str, Row], workers: int) -> None:
-    """Print the figures, median (least - most), and whether the aim is met."""
+    """Print the figures, median (min - max), and whether the target is met."""
     for name, row in table.items():
         line = f"{workers} workers  {name:<14} {row['median']:8.3f} ({row['least']:.3f} - {row['most']:.3f})"
         if name == "ratio":
@@ -184,7 +178,7 @@ def print_table(table: dict[str, Row], workers: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, action="extend", nargs="+", help="loader processes; default: 0")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -196,7 +190,7 @@ def main() -> int:
         start(args.arm, args.run, every[0], args.overrides)
         return 0
     if args.rounds < 1 or min(every) < 0:
-        parser.error("--rounds is at least 1, --workers at least 0")
+        parser.error("--rounds must be at least 1, --workers at least 0")
     rows = {workers: measure(args.rounds, workers, args.overrides) for workers in every}
     tables = {workers: summarise(runs) for workers, runs in rows.items()}
 

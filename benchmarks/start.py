@@ -1,15 +1,15 @@
-"""Seconds until an image folder is open: `load_dataset("imagefolder")` for the first time and later, and ours.
+"""Seconds to open an image folder: `load_dataset("imagefolder")`, for the first time and later, and ours.
 
     python benchmarks/start.py [--files 100000] [--classes 100] [--rounds 3] [--json FILE]
 
-imagefolder_first  `load_dataset` with an empty cache folder: what a new dataset costs; measured once, it is slow
-imagefolder_later  the same again, now that its Arrow file lies in the cache folder
-ours               `hf_fasttrain.data.source.opening.open_splits`: reads the names, keeps nothing on disk
-ours_source        `load_source`: the same and what training needs beside it, labels read and 1 % held out
+imagefolder_first  `load_dataset` with an empty cache folder, as for a new dataset; measured once, because it is slow
+imagefolder_later  the same again, with its Arrow file in the cache folder
+ours               `hf_fasttrain.data.source.opening.open_splits`: reads file names, stores nothing on disk
+ours_source        `load_source`: the same and what training needs in addition: labels, and 1 % held out
 
-Makes a folder of small JPEGs in a temporary place. Each run is a process of its own, the arms take turns; the clock
-begins after the imports. Memory is how far the process's resident memory rose above where it was then. Afterwards
-columns, rows, class names, labels and the order of the files are compared.
+Creates a temporary folder of small JPEGs. Each run has its own process, and the arms take turns. The clock starts after
+the imports. Memory is the growth of the resident memory since then. Afterwards columns, rows, class names, labels and
+the order of files are compared.
 """
 
 from __future__ import annotations
@@ -42,11 +42,8 @@ Row = dict[str, Any]
 COMPARED = ("columns", "rows", "class_names", "labels", "files")
 
 
-# --- one start, in a process of its own ----------------------------------------------------------------------
-
-
 def imagefolder(folder: Path) -> Callable[[], Any]:
-    """Return what opens the folder with `datasets`, everything imported."""
+    """Return a function that opens the folder with `datasets`, with everything imported."""
     import datasets
     import datasets.packaged_modules.imagefolder.imagefolder
     import torch  # noqa: F401 - which load_dataset would import on the clock
@@ -56,7 +53,7 @@ def imagefolder(folder: Path) -> Callable[[], Any]:
 
 
 def ours(folder: Path) -> Callable[[], Any]:
-    """Return what opens the folder with this project, everything imported; that is not `datasets`."""
+    """Return a function that opens the folder with this package, with everything imported, without `datasets`."""
     import torch  # noqa: F401
 
     from hf_fasttrain.data.source.opening import open_splits
@@ -65,7 +62,7 @@ def ours(folder: Path) -> Callable[[], Any]:
 
 
 def ours_source(folder: Path) -> Callable[[], Any]:
-    """Return what makes the folder ready to be trained on with this project, everything imported."""
+    """Return a function that prepares the folder for training with this package, with everything imported."""
     ours(folder)
     from hf_fasttrain.data.source.dataset import load_source
 
@@ -76,19 +73,19 @@ ARMS = {"imagefolder_first": imagefolder, "imagefolder_later": imagefolder, "our
 
 
 def run_arm(name: str, folder: Path) -> None:
-    """Open the folder once and print as JSON what that took and what it gave."""
+    """Open the folder once and print time, memory and a description of the dataset as JSON."""
     start = ARMS[name](folder)
     growth = OwnGrowth()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     opened = start()
-    row: Row = {"seconds": time.perf_counter() - began, "growth_mib": growth.peak_mib()}
+    row: Row = {"seconds": time.perf_counter() - start_time, "growth_mib": growth.peak_mib()}
     if name != "ours_source":  # which is no longer one dataset
         row |= describe(opened)
     print(json.dumps(row), flush=True)
 
 
 def describe(dataset: Any) -> Row:
-    """Return what has to agree, long things as their digests."""
+    """Return the properties that must agree, long ones as digests."""
     if isinstance(dataset, FileSplit):
         paths = [dataset.images["image"][row]["path"] for row in range(len(dataset))]
         labels, names = dataset.columns["label"].tolist(), dataset.class_names or []
@@ -108,15 +105,12 @@ def describe(dataset: Any) -> Row:
 
 
 def digest(words: Any) -> str:
-    """Return a short name of a sequence of words."""
+    """Return a short hash of a sequence of words."""
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
-# --- all of them, in turn ------------------------------------------------------------------------------------
-
-
 def make_folder(root: Path, files: int, classes: int) -> None:
-    """Write `root/train/<class>/<number>.jpg`, a few hundred bytes each, as evenly as it goes."""
+    """Write `root/train/<class>/<number>.jpg`, a few hundred bytes each, spread evenly over the classes."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -129,11 +123,11 @@ def make_folder(root: Path, files: int, classes: int) -> None:
 
 
 def start_arm(name: str, folder: Path, cache: Path) -> Row:
-    """Return what one start in a new process took."""
+    """Return the figures of one run in a new process."""
     command = [sys.executable, __file__, "--arm", name, "--folder", str(folder)]
-    own = {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | own)
-    row = json.loads(done.stdout.splitlines()[-1])
+    environment = {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment)
+    row = json.loads(process.stdout.splitlines()[-1])
     print(f"{name:<18} {row['seconds']:8.3f} s", file=sys.stderr, flush=True)
     return row
 
@@ -154,7 +148,7 @@ def measure(files: int, classes: int, rounds: int) -> dict[str, list[Row]]:
 
 
 def summarise(rows: dict[str, list[Row]]) -> dict[str, Row]:
-    """Return arm -> median, least and most seconds, the most memory, and its seconds / those of `ours`."""
+    """Return arm -> median, minimum and maximum seconds, peak memory, and its seconds / those of `ours`."""
     medians = {name: statistics.median(run["seconds"] for run in runs) for name, runs in rows.items()}
     table = {}
     for name, runs in rows.items():
@@ -166,15 +160,15 @@ def summarise(rows: dict[str, list[Row]]) -> dict[str, Row]:
 
 
 def differences(rows: dict[str, list[Row]]) -> list[str]:
-    """Return in which respects ours is not what `load_dataset` gives."""
-    theirs = rows["imagefolder_first"][0]
-    mine = [run for name in ("imagefolder_later", "ours") for run in rows[name]]
-    return [field for field in COMPARED if any(run[field] != theirs[field] for run in mine)]
+    """Return in which properties ours differs from `load_dataset`."""
+    reference = rows["imagefolder_first"][0]
+    ours_rows = [run for name in ("imagefolder_later", "ours") for run in rows[name]]
+    return [field for field in COMPARED if any(run[field] != reference[field] for run in ours_rows)]
 
 
 def print_table(table: dict[str, Row], differing: list[str]) -> None:
-    """Print seconds, memory and ratios, and whether all gave the same."""
-    print(f"{'arm':<18} {'seconds':>8} {'(least - most)':>18} {'growth MiB':>10} {'/ours':>7}")
+    """Print seconds, memory and ratios, and whether all properties agree."""
+    print(f"{'arm':<18} {'seconds':>8} {'(min - max)':>18} {'growth MiB':>10} {'/ours':>7}")
     for name, row in table.items():
         spread = f"({row['least']:.3f} - {row['most']:.3f})"
         print(f"{name:<18} {row['median']:8.3f} {spread:>18} {row['growth_mib']:10.0f} {row['ratio']:7.1f}")
@@ -183,7 +177,7 @@ def print_table(table: dict[str, Row], differing: list[str]) -> None:
 
 
 def report(table: dict[str, Row], args: argparse.Namespace, differing: list[str]) -> Row:
-    """Return what is written to the JSON file."""
+    """Return the content of the JSON file."""
     import torch
 
     from hf_fasttrain.utils.environment import describe_machine, describe_versions
@@ -211,7 +205,7 @@ def main() -> int:
         run_arm(args.arm, args.folder)
         return 0
     if args.rounds < 1 or not 1 <= args.classes <= args.files:
-        parser.error("--rounds and --classes are at least 1, --files at least --classes")
+        parser.error("--rounds and --classes must be at least 1, --files at least --classes")
     rows = measure(args.files, args.classes, args.rounds)
     table, differing = summarise(rows), differences(rows)
     print(f"{args.files:,} files in {args.classes:,} classes, {args.rounds} rounds")

@@ -1,15 +1,15 @@
-"""Whether `ablate`, `tune` and `doctor` are right, on real training recipes.
+"""Checks the results of `ablate`, `tune` and `doctor` on real training recipes.
 
     python benchmarks/study.py grid RECIPE [section.key=value ...] [--budget 3m] [--rounds 5]
     python benchmarks/study.py repeat RECIPE [section.key=value ...] [--only NAME,NAME]
     python benchmarks/study.py doctor RECIPE [section.key=value ...]
 
-grid    `tune` within its budget, then every combination of precision, memory layout and micro-batch (with --compile
-        also compiled), and at the end tune's choice beside the grid's best two: it should be within 5 % of the best,
-        and the budget kept within 20 %. Precisions that the guard refuses are left out of the best.
-repeat  an ablation twice: every arm's intervals should overlap, and the baseline made twice should not differ
-doctor  the examination's sums, beside the same training looked into by nothing, and a real training that follows its
-        first advice, beside the forecast: within 5 % and 15 %
+grid    runs `tune` with its budget, then every combination of precision, memory layout and micro-batch (with --compile
+        also compiled), and finally compares tune's choice with the grid's best two: it should be within 5 % of the
+        best, and within 20 % of the budget. Precisions that the guard rejects do not count as the best.
+repeat  runs an ablation twice: the intervals of every arm should overlap, and the repeated baseline should not differ
+doctor  compares the sum of doctor's phases with the same training without timing, and its forecast with a training that
+        follows its first advice: they should agree within 5 % and 15 %
 """
 
 from __future__ import annotations
@@ -48,15 +48,12 @@ QUICK = Turn(min_steps=2, seconds=0.7)
 LONG = Turn(min_steps=3, seconds=2.0)
 
 
-def say(text: str) -> None:
+def print_note(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-# --- tune beside an exhaustive grid ------------------------------------------------------------------------
-
-
 def grid_of(found: TuneResult, *, compiled: bool) -> list[Config]:
-    """Return every combination of the settings that matter most."""
+    """Return every combination of the most important settings."""
     base = found.tried[0].config
     precisions = [{key: config[key] for key in space.MATH_KEYS} for config in space.precisions(base, hardware())]
     sizes = [None, *(c["accelerate.micro_batch_size"] for c in space.micro_batches(base, found.ready)[:1])]
@@ -74,7 +71,7 @@ def grid_of(found: TuneResult, *, compiled: bool) -> list[Config]:
 
 
 def judged(configs: list[Config], found: TuneResult, start: Starter) -> dict[str, bool]:
-    """Return which precisions train as fp32 does; those that tune had no time for are compared here."""
+    """Return which precisions train like fp32; those that tune had no time for are compared here."""
     verdicts = {name: verdict.is_good for name, verdict in found.guards.items()}
     base = {**found.tried[0].config, "accelerate.micro_batch_size": None, "data.cache": "none"}
     images = min(IMAGES, int(found.ready.settings["train.batch_size"]))
@@ -91,10 +88,10 @@ def judged(configs: list[Config], found: TuneResult, start: Starter) -> dict[str
 
 
 def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
-    seconds, began = parse_budget(budget), time.perf_counter()
-    found = tune(recipe, seconds, hardware(), note=say)
-    took = time.perf_counter() - began
-    print(f"tune: {took:.0f} s of {seconds:.0f} s ({took / seconds:.2f})")
+    seconds, start_time = parse_budget(budget), time.perf_counter()
+    found = tune(recipe, seconds, hardware(), note=print_note)
+    elapsed = time.perf_counter() - start_time
+    print(f"tune: {elapsed:.0f} s of {seconds:.0f} s ({elapsed / seconds:.2f})")
     print(f"  {space.difference(found.best.config, found.tried[0].config)}")
     for line in summary(found):
         print(f"  {line}")
@@ -102,7 +99,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
         print(f"  {name}: {verdict}")
     base = found.tried[0].config
     configs = grid_of(found, compiled=compiled)
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     with Starter(to_arm_request(recipe), on_gpu=hardware().gpu) as start:
         measured: list[tuple[Config, Measurement]] = []
         for config in configs:
@@ -115,7 +112,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
         able = [(c, m) for c, m in measured if m.is_measured]
         able.sort(key=lambda pair: pair[1].seconds_per_image)
         allowed = judged(configs, found, start)
-        print(f"grid of {len(configs)} arms: {time.perf_counter() - began:.0f} s")
+        print(f"grid of {len(configs)} arms: {time.perf_counter() - start_time:.0f} s")
         for config, measurement in able:
             refused = "" if allowed[space.precision_name(config, hardware().gpu)] else "  (refused by the guard)"
             print(f"  {1 / measurement.seconds_per_image:8.1f} images/s  {measurement.arm.name}{refused}")
@@ -123,7 +120,7 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
         finalists = [Measurement(Arm("tune's choice", overrides_of(found.best.config)))]
         finalists += [Measurement(Arm(m.arm.name, m.arm.overrides)) for _, m in best]
         with Bench(start, free_bytes=free_memory_bytes) as bench:
-            collect(finalists, bench, rounds=rounds, turn=LONG, note=say)
+            collect(finalists, bench, rounds=rounds, turn=LONG, note=print_note)
     ratios = [m.speed_up(finalists[0]) for m in finalists[1:]]
     for measurement, ratio in zip(finalists[1:], ratios, strict=True):
         print(f"  grid's {measurement.arm.name}: {measurement.images_per_second} images/s, / tune's choice {ratio}")
@@ -131,12 +128,9 @@ def grid(recipe: Recipe, budget: str, rounds: int, *, compiled: bool) -> None:
     print(f"tune's choice is {1 / worst:.3f} of the best arm: {'ok' if worst <= 1.05 else 'MISSED'}")
 
 
-# --- an ablation twice -------------------------------------------------------------------------------------
-
-
 def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
     plan = Plan(rounds=rounds, only=only, without=() if only else ("compile",))
-    first, second = (ablate(recipe, plan, command="", note=say)[0] for _ in range(2))
+    first, second = (ablate(recipe, plan, command="", note=print_note)[0] for _ in range(2))
     for a, b in zip(first.rows, second.rows, strict=True):
         if a.speed_up and b.speed_up:
             overlap = a.speed_up.low <= b.speed_up.high and b.speed_up.low <= a.speed_up.high
@@ -146,11 +140,8 @@ def repeat(recipe: Recipe, only: tuple[str, ...], rounds: int) -> None:
             print(f"{a.name}: {', '.join(texts)} {'ok' if overlap else 'APART'}")
 
 
-# --- the doctor's sums and forecasts -----------------------------------------------------------------------
-
-
 def compare_sums(recipe: Recipe, rounds: int = 7) -> None:
-    """Compare the phases' sum of a training that is looked into with the step of one that is not, in turns."""
+    """Compare the sum of a timed training's phases with the step time of an untimed one, alternately."""
     with Starter(to_arm_request(recipe), on_gpu=hardware().gpu) as start:
         profiled = start(Arm("profiled"), ArmOptions(profiled=True, stored_tuning=True))
         plain = start(Arm("plain"), ArmOptions(stored_tuning=True))
@@ -165,11 +156,11 @@ def compare_sums(recipe: Recipe, rounds: int = 7) -> None:
         plain.close()
     found = estimate(ratios)
     verdict = "ok" if abs(found.median - 1) <= 0.05 else "MISSED"
-    print(f"phases together / a step that nothing looks into: {found} {verdict}")
+    print(f"phases together / an untimed step: {found} {verdict}")
 
 
 def examine(recipe: Recipe, recipe_file: str) -> None:
-    diagnosis = doctor(recipe, hardware(), seconds=45, note=say)
+    diagnosis = doctor(recipe, hardware(), seconds=45, note=print_note)
     print(diagnosis.verdict)
     compare_sums(recipe)
     stages = sum(diagnosis.stages.values())
@@ -186,9 +177,9 @@ def examine(recipe: Recipe, recipe_file: str) -> None:
             steps += 3 * diagnosis.ready.steps_per_epoch
         overrides = [*recipe.source.overrides, *advice.overrides, f"train.duration={steps} steps", f"output_dir={run}"]
         command = [sys.executable, "-m", "hf_fasttrain", "train", recipe_file, *overrides, "log.every=5"]
-        done = subprocess.run([*command, "schedule.name=constant"], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stderr)
+        process = subprocess.run([*command, "schedule.name=constant"], capture_output=True, text=True, check=False)
+        if process.returncode:
+            sys.exit(process.stderr)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rates = [line["images_per_second"] for line in lines if line["kind"] == "train"]
         later = sorted(rates[len(rates) // 2 :])
@@ -202,22 +193,22 @@ def examine(recipe: Recipe, recipe_file: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("grid", "repeat", "doctor"))
+    parser.add_argument("study", choices=("grid", "repeat", "doctor"))
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--budget", default="3m")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", default="")
-    asked = parser.parse_args()
-    recipe = load_recipe(asked.recipe, asked.overrides)
-    print(f"{recipe.source.name} {' '.join(asked.overrides)}; {num_cores()} cores", flush=True)
-    if asked.what == "grid":
-        grid(recipe, asked.budget, asked.rounds, compiled=asked.compile)
-    elif asked.what == "repeat":
-        repeat(recipe, tuple(name for name in asked.only.split(",") if name), asked.rounds)
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(f"{recipe.source.name} {' '.join(arguments.overrides)}; {num_cores()} cores", flush=True)
+    if arguments.study == "grid":
+        grid(recipe, arguments.budget, arguments.rounds, compiled=arguments.compile)
+    elif arguments.study == "repeat":
+        repeat(recipe, tuple(name for name in arguments.only.split(",") if name), arguments.rounds)
     else:
-        examine(recipe, asked.recipe)
+        examine(recipe, arguments.recipe)
 
 
 if __name__ == "__main__":

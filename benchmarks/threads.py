@@ -1,21 +1,21 @@
-"""How OpenMP's threads should wait for each other: images/s alone, and beside a process that keeps a core busy.
+"""How OpenMP's threads should wait: images/s alone, and next to a process that keeps one core busy.
 
     python benchmarks/threads.py [--models test_vit ...] [--threads 1 2] [--workers 0 2] [--rounds 3] [--json FILE]
     python benchmarks/threads.py --table FILE
 
-A worker thread of OpenMP that has nothing to do spins for a while before it sleeps. Spinning is quickest where every
-thread has a core of its own; where something else needs the core, it takes time from the thread that is waited for.
-libgomp, which PyTorch's wheels for Linux bring along, reads how long to spin from the environment when torch is loaded.
+An idle OpenMP thread spins for a while before it sleeps. Spinning is fastest if every thread has its own core; if
+another process needs the core, spinning takes time from the thread that is waited for. libgomp, which PyTorch's wheels
+for Linux include, reads from the environment how long to spin when torch is loaded.
 
 arms: unset, OMP_WAIT_POLICY=PASSIVE, and GOMP_SPINCOUNT of --spins. Each is a process that has loaded torch with its
-own environment and trains cells (model, threads, workers) on the handwritten digits as `hf-fasttrain ablate` does:
-`Trainer.fit`, a new one for each round, first alone, then beside a process that counts. The small model has 4
-micro-batches a step. In each round all arms train a cell one after the other, in another order each time. Ratios are
-medians of the rounds' ratios: alone / unset alone, and busy / the same arm alone.
+environment and trains cells (model, threads, workers) on the handwritten digits as `hf-fasttrain ablate` does, with a
+new `Trainer.fit` in each round: first alone, then next to a process that counts. The small model has 4 micro-batches
+per step. In each round all arms train a cell one after the other, in a different order each time. Ratios are medians
+of the rounds' ratios: alone / unset alone, and busy / the same arm alone.
 
-The rest of the machine is watched: a turn during which other programs took more than a tenth of a core is made again,
-and left out of the table if none was better. With --json, runs are appended to a file, so that a table may be measured
-in pieces; --table prints it.
+The load of other programs is measured: a turn in which they took more than a tenth of a core is repeated, and left out
+of the table if no attempt was better. With --json, runs are appended to a file, so that a table can be measured in
+parts; --table prints it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def overrides(cell: Cell) -> list[str]:
-    """Return what a cell sets in the quickstart's recipe."""
+    """Return the recipe overrides of a cell."""
     model, threads, workers = cell
     size, batch, pieces = SIZES[model]
     values = {
@@ -61,16 +61,16 @@ def overrides(cell: Cell) -> list[str]:
 
 
 def serve() -> None:
-    """Train the cells that lines on stdin ask for; torch has this process's environment."""
+    """Train the cells requested on stdin, with torch loaded in this process's environment."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what training says
+    os.dup2(2, 1)  # the training's messages
     for line in sys.stdin:
         cell, seconds = json.loads(line)
         print(json.dumps(train(cell, seconds)), file=answers, flush=True)
 
 
 def train(cell: Cell, seconds: float) -> Row:
-    """Return images/s of a training alone and beside a busy process, and the cores that other programs took."""
+    """Return images/s of a training alone and next to a busy process, and the cores that other programs took."""
     from hf_fasttrain import load_recipe
     from hf_fasttrain.study.messages import Report, Turn, to_arm_request
     from hf_fasttrain.study.trial import Trial
@@ -100,14 +100,14 @@ def train(cell: Cell, seconds: float) -> Row:
 
 
 class Others:
-    """Tells how many cores other programs take, those of a virtual machine's neighbours included."""
+    """Measures how many cores other programs take, including a virtual machine's neighbours."""
 
     def watch(self) -> None:
-        """Begin to watch."""
+        """Start to measure."""
         self._began, self._used = time.perf_counter(), self._seconds()
 
     def taken(self) -> float:
-        """Return the cores that others took since `watch`."""
+        """Return the cores that others have taken since `watch`."""
         return (self._seconds() - self._used) / (time.perf_counter() - self._began)
 
     @staticmethod
@@ -123,15 +123,19 @@ class Server:
 
     def __init__(self, name: str, environment: dict[str, str]) -> None:
         self.name = name
-        given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+        inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         # KMP_BLOCKTIME, which libgomp does not read, says that the user has decided: the package sets nothing then.
-        own = {**given, "KMP_BLOCKTIME": "200", **environment}
+        settings = {**inherited, "KMP_BLOCKTIME": "200", **environment}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, "--serve"],
+            env=settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def train(self, cell: Cell, seconds: float) -> Row:
-        """Return what `train` gives there; SystemExit if the process has ended."""
+        """Return the result of `train` in that process; SystemExit if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([cell, seconds]) + "\n")
@@ -142,7 +146,7 @@ class Server:
         return dict(json.loads(line))
 
     def close(self) -> None:
-        """Let the process end."""
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -180,29 +184,29 @@ def print_table(rows: list[Row]) -> None:
     machine = describe_machine(torch.device("cpu"), 1)
     quiet = [row for row in rows if max(row["others_alone"], row["others_busy"]) <= QUIET]
     print(f"{datetime.now(UTC).date()}, {machine['processor']}, {machine['cores']} cores; ", end="")
-    print(f"{len(rows) - len(quiet)} of {len(rows)} runs left out: others took more than {QUIET} of a core\n")
+    print(f"{len(rows) - len(quiet)} of {len(rows)} runs excluded: other programs used more than {QUIET} of a core\n")
     print("| model | threads | workers | arm | rounds | alone, images/s | / unset | busy, images/s | busy / alone |")
     print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for cell in dict.fromkeys(tuple(row["cell"]) for row in quiet):
         own = [row for row in quiet if tuple(row["cell"]) == cell]
-        for name in sorted({row["arm"] for row in own}, key=place):
+        for name in sorted({row["arm"] for row in own}, key=position):
             print_row(cell, name, own)
 
 
 def print_row(cell: Sequence[Any], name: str, rows: list[Row]) -> None:
     """Print an arm's medians, and those of its ratios to the rounds' `unset`."""
-    mine = [row for row in rows if row["arm"] == name]
+    arm_rows = [row for row in rows if row["arm"] == name]
     unset = {row["round"]: row["alone"] for row in rows if row["arm"] == "unset"}
-    ratios = [row["alone"] / unset[row["round"]] for row in mine if row["round"] in unset]
+    ratios = [row["alone"] / unset[row["round"]] for row in arm_rows if row["round"] in unset]
     to_unset = f"{statistics.median(ratios):.2f}" if ratios else ""
-    alone, beside = (statistics.median(row[kind] for row in mine) for kind in ("alone", "busy"))
-    to_alone = statistics.median(row["busy"] / row["alone"] for row in mine)
-    shown = [*cell, name, len(mine), f"{alone:.1f}", to_unset, f"{beside:.1f}", f"{to_alone:.2f}"]
-    print(f"| {' | '.join(map(str, shown))} |")
+    alone, busy = (statistics.median(row[kind] for row in arm_rows) for kind in ("alone", "busy"))
+    to_alone = statistics.median(row["busy"] / row["alone"] for row in arm_rows)
+    cells = [*cell, name, len(arm_rows), f"{alone:.1f}", to_unset, f"{busy:.1f}", f"{to_alone:.2f}"]
+    print(f"| {' | '.join(map(str, cells))} |")
 
 
-def place(arm: str) -> int:
-    """Return where an arm stands in the table."""
+def position(arm: str) -> int:
+    """Return an arm's position in the table."""
     return {"unset": -2, "PASSIVE": -1}.get(arm) or int(arm.split()[-1].replace(",", ""))
 
 
@@ -233,9 +237,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--spins", type=int, nargs="*", default=[0, 100, 1000, 10_000, 100_000])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.5, help="least length of a turn")
+    parser.add_argument("--seconds", type=float, default=1.5, help="minimum length of a turn")
     parser.add_argument("--json", type=Path, help="append each run to this file, as a line")
-    parser.add_argument("--table", type=Path, help="measure nothing, print the table of such a file")
+    parser.add_argument("--table", type=Path, help="only print the table of a file written by --json")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

@@ -1,17 +1,17 @@
-"""Images/s of a user's transform in a recipe's loader, and in bare processes that only decode and transform.
+"""Images/s of a user's transform in a recipe's loader, compared with bare processes that only decode and transform.
 
     python benchmarks/transform.py DIR [--rounds 5] [--workers 2] [--size 224] [--json FILE]
 
-DIR is an image folder (DIR/train/<class>/*.jpg). The transform is albumentations' where it is installed, else plain
-numpy of about the same cost.
+DIR is an image folder (DIR/train/<class>/*.jpg). The transform is albumentations' if it is installed, else plain numpy
+of about the same cost.
 
-bare    processes that read, decode (Pillow) and transform their share of the files, and give nothing to anybody
-loader  `Trainer.from_recipe(transform=...)`: its training loader, to normalised batches in this process, nothing kept
-kept    the same with decoded pixels kept in memory
+bare    processes that read, decode (Pillow) and transform their share of the files, and send nothing
+loader  the training loader of `Trainer.from_recipe(transform=...)`, to normalised batches in this process, uncached
+kept    the same with decoded pixels cached in memory
 
-The arms take turns in one process, each round beginning with another one, after a first pass of each that is not
-counted. What a loader has made ready while others had their turn is read before its clock starts. A figure is the
-median of the rounds, a ratio that of the rounds' ratios to `bare`.
+The arms take turns in one process, each round starting with another one, after an untimed first pass of each. Batches
+that a loader has prefetched during other turns are consumed before its clock starts. Figures are medians over rounds,
+ratios medians of the rounds' ratios to `bare`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Pass = Callable[[], float]  # goes through the images once, and returns images/s
 
 @cache
 def pipeline() -> Any:
-    """Return an albumentations pipeline that ends at SIZE, None without albumentations."""
+    """Return an albumentations pipeline that ends with SIZE, None without albumentations."""
     if importlib.util.find_spec("albumentations") is None:
         return None
     import albumentations
@@ -57,7 +57,7 @@ def pipeline() -> Any:
 
 
 def transform(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a random square of an image, flipped, brighter or darker."""
+    """Return a random square crop of an image, possibly flipped, with random brightness."""
     if pipeline() is not None:
         pipeline().set_random_state(rng, random.Random(int(rng.integers(2**63))))
         return np.asarray(pipeline()(image=pixels)["image"])
@@ -66,12 +66,12 @@ def transform(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     square = Image.fromarray(pixels[top : top + side, left : left + side]).resize(
         (SIZE, SIZE), Image.Resampling.BILINEAR
     )
-    made = np.clip(np.asarray(square, np.float32) * rng.uniform(0.7, 1.3), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(made[:, ::-1]) if rng.random() < 0.5 else made
+    image = np.clip(np.asarray(square, np.float32) * rng.uniform(0.7, 1.3), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < 0.5 else image
 
 
 def work(files: list[Path], start: Any, done: Any) -> None:
-    """Read, decode and transform files, as often as `start` says so."""
+    """Read, decode and transform files, once for each item in `start`."""
     torch.set_num_threads(1)
     if (opencv := sys.modules.get("cv2")) is not None:
         opencv.setNumThreads(0)
@@ -82,25 +82,25 @@ def work(files: list[Path], start: Any, done: Any) -> None:
 
 
 def bare_arm(files: list[Path], workers: int) -> Pass:
-    """Return a pass over all files by processes that share them out."""
+    """Return a pass over all files by processes that share them."""
     context = multiprocessing.get_context("fork")
     done, starts = context.Queue(), [context.Queue() for _ in range(workers)]
     for index, start in enumerate(starts):
         context.Process(target=work, args=(files[index::workers], start, done), daemon=True).start()
 
     def one_pass() -> float:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         for start in starts:
             start.put(0)
         for _ in starts:
             done.get()
-        return len(files) / (time.perf_counter() - began)
+        return len(files) / (time.perf_counter() - start_time)
 
     return one_pass
 
 
 def loader_arm(args: argparse.Namespace, cache_mode: str, folder: Path) -> Pass:
-    """Return a pass over the training images by a recipe's loader, its processes kept from pass to pass."""
+    """Return a pass over the training images by a recipe's loader, whose processes persist between passes."""
     from hf_fasttrain import load_recipe
     from hf_fasttrain.data.loading.prefetch import num_slots
     from hf_fasttrain.from_recipe.custom import CustomParts
@@ -120,15 +120,15 @@ def loader_arm(args: argparse.Namespace, cache_mode: str, folder: Path) -> Pass:
 
     def one_pass() -> float:
         images_of(num_slots(args.workers, 64))
-        began = time.perf_counter()
-        return images_of(loader.steps_per_epoch) / (time.perf_counter() - began)
+        start_time = time.perf_counter()
+        return images_of(loader.steps_per_epoch) / (time.perf_counter() - start_time)
 
     return one_pass
 
 
 def rates(arms: dict[str, Pass], rounds: int) -> dict[str, list[float]]:
     """Return images/s of each arm in each round."""
-    found: dict[str, list[float]] = {name: [] for name in arms}
+    rates_by_arm: dict[str, list[float]] = {name: [] for name in arms}
     for name in arms:
         arms[name]()
     names = list(arms)
@@ -136,8 +136,8 @@ def rates(arms: dict[str, Pass], rounds: int) -> dict[str, list[float]]:
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             time.sleep(REFILL_SECONDS)
-            found[name].append(arms[name]())
-    return found
+            rates_by_arm[name].append(arms[name]())
+    return rates_by_arm
 
 
 def main() -> int:
@@ -156,14 +156,16 @@ def main() -> int:
         arms: dict[str, Pass] = {"bare": bare_arm(files, args.workers)}
         for name, mode in (("loader", "none"), ("kept", "memory")):
             arms[name] = loader_arm(args, mode, Path(scratch))
-        found = rates(arms, args.rounds)
+        rates_by_arm = rates(arms, args.rounds)
     print(f"{args.folder.name}: {len(files):,} images, {args.workers} workers, {args.rounds} rounds")
-    for name, values in found.items():
-        ratio = statistics.median(mine / bare for mine, bare in zip(values, found["bare"], strict=True))
+    for name, values in rates_by_arm.items():
+        ratio = statistics.median(mine / bare for mine, bare in zip(values, rates_by_arm["bare"], strict=True))
         spread = f"({min(values):.0f} - {max(values):.0f})"
         print(f"{name:<8} {statistics.median(values):8.0f} images/s {spread:>16}  {ratio:5.2f} of bare")
     if args.json:
-        args.json.write_text(json.dumps({"rates": found, "albumentations": pipeline() is not None}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"rates": rates_by_arm, "albumentations": pipeline() is not None}, indent=2) + "\n"
+        )
     return 0
 
 

@@ -1,14 +1,14 @@
-"""How long training waits for images: a tiny, fast model on a folder of photos, with three ways to load them.
+"""How long training waits for images: a tiny, fast model on a folder of photos, with three loaders.
 
     python benchmarks/waiting.py DIR [--rounds 3] [--epochs 3] [--workers 2] [--json FILE]
 
-example   the transformers example's way: datasets, torchvision's transforms and a DataLoader, given to our Trainer
-uncached  `hf_fasttrain`, each image decoded each time
-cached    `hf_fasttrain`, short side 256, pixels on disk since an earlier run
+example   as in transformers' example: datasets, torchvision's transforms and a DataLoader, passed to our Trainer
+uncached  `hf_fasttrain`, each image decoded every time
+cached    `hf_fasttrain`, short side 256, pixels cached on disk by an earlier run
 
-DIR is an image folder with the splits train and validation. All three train the same model (a convolution
-that cuts the image into patches, and a linear head: thousands of images/s even on one core) for the same steps with the
-same loop; what differs is where images come from. The sides take turns, each run in a process of its own.
+DIR is an image folder with the splits train and validation. All three train the same model (a convolution that cuts the
+image into patches, and a linear head: thousands of images/s even on one core) for the same steps with the same loop;
+only the loader differs. The sides take turns, each run in its own process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def write_recipe(args: argparse.Namespace, scratch: Path) -> Path:
-    """Return the recipe that all arms train by."""
+    """Return the recipe of all arms."""
     path = scratch / "waiting.yaml"
     path.write_text(
         "model: {name: test_resnet}  # only its data are used\n"
@@ -46,7 +46,7 @@ def write_recipe(args: argparse.Namespace, scratch: Path) -> Path:
 
 
 def example_loader(folder: Path, workers: int) -> Any:
-    """Return the transformers example's loader of the train split."""
+    """Return the training loader of transformers' example."""
     import datasets
     import torch
     from torchvision import transforms
@@ -94,10 +94,10 @@ def train_arm(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def run_arm(name: str) -> dict[str, float]:
-    """Return what a process of its own measured."""
+    """Return the figures of a run in a separate process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--arm", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:

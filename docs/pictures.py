@@ -1,11 +1,12 @@
-"""Makes the README's pictures from real runs: the terminal while training, a report, and a model card.
+"""Creates the README's pictures from real runs: the terminal during training, a report, and a model card.
 
-    pip install pyte && python docs/pictures.py terminal RECIPE [section.key=value ...]   -> docs/terminal.png
-    python docs/pictures.py report RUN                                                    -> docs/report.png
-    python docs/pictures.py card RUN                                                      -> docs/example_card/
+    pip install pyte playwright
+    python docs/pictures.py terminal RECIPE [section.key=value ...]   -> docs/terminal.png
+    python docs/pictures.py report RUN                                -> docs/report.png
+    python docs/pictures.py card RUN                                  -> docs/example_card/
 
-The terminal is a pseudo-terminal of 116 columns, drawn as it stands in the middle of the second epoch. The report is
-opened in Chromium. The card is what the tests' Hub on loopback got by `hf-fasttrain push`.
+The terminal is a pseudo-terminal of 116 columns, captured in the second epoch. The report is opened in Chromium. The
+card is that of `hf-fasttrain push` to the tests' Hub on loopback.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BROWSER = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgro
 
 
 def terminal(arguments: list[str]) -> None:
-    """Train in a pseudo-terminal and draw it in the second epoch."""
+    """Train in a pseudo-terminal and draw its content in the second epoch."""
     import pyte
     from rich.console import Console
     from rich.text import Text
@@ -47,12 +48,12 @@ def terminal(arguments: list[str]) -> None:
             os.chdir(folder)
             os.execvp(command[0], command)
         fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        shown = False
-        while not shown:
+        is_ready = False
+        while not is_ready:
             if select.select([master], [], [], 0.2)[0]:
                 stream.feed(os.read(master, 65536))
             lines = [line for line in screen.display if line.strip()]
-            shown = len(lines) > 3 and " 5" in lines[-3] and "epoch 2/" in lines[-3] and "images/s" in lines[-1]
+            is_ready = len(lines) > 3 and " 5" in lines[-3] and "epoch 2/" in lines[-3] and "images/s" in lines[-1]
         os.kill(child, 9)
         os.close(master)
         os.waitpid(child, 0)
@@ -68,10 +69,10 @@ def terminal(arguments: list[str]) -> None:
         if line.plain:
             console.print(line, no_wrap=True)
     with tempfile.TemporaryDirectory() as folder, _browser() as browser:
-        drawn = Path(folder) / "terminal.svg"
-        drawn.write_text(console.export_svg(title="hf_fasttrain"))
+        picture = Path(folder) / "terminal.svg"
+        picture.write_text(console.export_svg(title="hf_fasttrain"))
         page = browser.new_page(viewport={"width": 1430, "height": 380})
-        page.goto(drawn.as_uri())
+        page.goto(picture.as_uri())
         page.screenshot(path=DOCS / "terminal.png")
 
 
@@ -89,7 +90,7 @@ COLOURS = {"brown": "yellow", "brightblack": "bright_black", "red": "red", "mage
 
 
 def report(run: str) -> None:
-    """Draw the upper part of a run's report, light beside dark."""
+    """Draw the upper part of a run's report, light next to dark."""
     from PIL import Image
 
     pictures = []
@@ -100,14 +101,14 @@ def report(run: str) -> None:
             page.wait_for_timeout(3000)
             page.screenshot(path=f"{folder}/{scheme}.png")
             pictures.append(Image.open(f"{folder}/{scheme}.png").convert("RGB"))
-    both = Image.new("RGB", (2200, 1500))
+    canvas = Image.new("RGB", (2200, 1500))
     for number, picture in enumerate(pictures):
-        both.paste(picture, (1100 * number, 0))
-    both.resize((1650, 1125), Image.Resampling.LANCZOS).quantize(192).save(DOCS / "report.png", optimize=True)
+        canvas.paste(picture, (1100 * number, 0))
+    canvas.resize((1650, 1125), Image.Resampling.LANCZOS).quantize(192).save(DOCS / "report.png", optimize=True)
 
 
 def card(run: str) -> None:
-    """Push a run to the tests' Hub and keep the card and its pictures."""
+    """Push a run to the tests' Hub and save the card and its pictures."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from helpers.hub_server import TOKEN, running_hub
 
@@ -123,7 +124,7 @@ def card(run: str) -> None:
 
 
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:] or [""]
-    if what not in ("terminal", "report", "card") or not rest:
+    name, *rest = sys.argv[1:] or [""]
+    if name not in ("terminal", "report", "card") or not rest:
         sys.exit(__doc__)
-    {"terminal": terminal, "report": lambda r: report(*r), "card": lambda r: card(*r)}[what](rest)
+    {"terminal": terminal, "report": lambda r: report(*r), "card": lambda r: card(*r)}[name](rest)

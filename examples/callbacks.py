@@ -1,10 +1,10 @@
-"""Callbacks: what you want done while a run trains, without a subclass or a loop of your own.
+"""Callbacks: your own code during training, without a subclass or a custom loop.
 
     python examples/callbacks.py [section.key=value ...]
 
-Three of them on the quickstart: Adam's beta1 falls and rises again as the lr rises and falls, the largest norm of the
-gradients is remembered across a resume, and each evaluation is a line of a CSV file. The first takes part in training:
-`resume=True` needs it again. The others only watch.
+Three callbacks on the quickstart: one cycles Adam's beta1 against the lr, one records the largest gradient norm across
+resumes, and one writes each evaluation to a CSV file. The first changes training, so `resume=True` needs it again. The
+others only observe.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 
 class CycleMomentum(Callback):
-    """Lets Adam's beta1 go from `high` to `low` in the first 30 % of the steps, and back."""
+    """Decreases Adam's beta1 from `high` to `low` in the first 30 % of the steps, then increases it again."""
 
     def __init__(self, high: float = 0.95, low: float = 0.85) -> None:
         self.high, self.low = high, low
 
     def before_step(self, trainer: Trainer, at: At) -> None:
-        done = at.step / at.num_steps  # a function of the step alone: there is no state to save
+        done = at.step / at.num_steps  # a function of the step: no state to save
         share = done / 0.3 if done < 0.3 else (1 - done) / 0.7
         for group in trainer.optimizer.param_groups:
             group["betas"] = (self.high - share * (self.high - self.low), group["betas"][1])
 
 
 class LargestGradient(Callback):
-    """Remembers the largest norm of the gradients, in checkpoints too."""
+    """Records the largest gradient norm, also in checkpoints."""
 
-    takes_part = False  # it changes nothing: the run may be resumed without it
+    takes_part = False  # it only observes: the run can be resumed without it
 
     def __init__(self, every: int = 10) -> None:
         self.every, self.norm, self.step = every, 0.0, 0
@@ -81,7 +81,7 @@ class EvaluationTable(Callback):
 
 
 def main(overrides: Sequence[str]) -> Result:
-    """Train the quickstart with all three."""
+    """Train the quickstart with all three callbacks."""
     callbacks = [CycleMomentum(), LargestGradient(), EvaluationTable(Path("evaluations.csv"))]
     return Trainer.from_recipe("quickstart", overrides, callbacks=callbacks).fit()
 

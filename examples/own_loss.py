@@ -1,9 +1,10 @@
-"""A loss with weights of its own: ArcFace's, a centre for each class, learnt and resumed with the model.
+"""A loss with trainable weights: ArcFace with a centre per class, trained and resumed with the model.
 
     python examples/own_loss.py [RUN_FOLDER] [DURATION]
 
-The model gives embeddings. The loss holds the classes' centres (Deng et al., arXiv 1801.07698); since it is a module,
-it is moved, clipped, saved and restored with the model. Run it again with a longer DURATION: it continues.
+The model returns embeddings. The loss contains the centres of the classes (Deng et al., arXiv 1801.07698). Since it is
+a module, it is moved, clipped, saved and restored with the model. Run the program again with a longer DURATION to
+continue the run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hf_fasttrain import Result, Trainer
 
 
 class ArcFace(nn.Module):
-    """Cross-entropy of scaled cosines to the centres (K, D), the right class's angle enlarged by `margin` (radians)."""
+    """Cross-entropy of scaled cosines to the centres (K, D); `margin` (radians) enlarges the true class's angle."""
 
     def __init__(self, num_classes: int, size: int, scale: float = 16.0, margin: float = 0.2) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class ArcFace(nn.Module):
         return F.linear(F.normalize(embeddings), F.normalize(self.centres))
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor, at: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a micro-batch, and for the log the angle to the right centre."""
+        """Return the loss of a micro-batch, and the mean angle to the true centre for the log."""
         cosines = self.cosines(model(images)).clamp(-1 + 1e-6, 1 - 1e-6)
         angles = cosines.gather(1, labels[:, None]).acos()
         margin = self.margin if at.epoch else 0.0  # the first epoch is easier
@@ -69,7 +70,7 @@ def main(folder: str = "runs/own_loss", duration: str = "4 epochs") -> tuple[Res
         output_dir=folder,
         report=False,
     )
-    trainer.restore()  # says so and starts from the beginning where there is nothing to continue
+    trainer.restore()  # or starts a new run if there is none
     result = trainer.fit()
     print(f"accuracy {result.metrics['accuracy']:.3f} after {result.steps} steps")
     return result, arcface

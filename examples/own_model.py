@@ -1,9 +1,9 @@
-"""A model, loader and optimizer of your own, trained by `Trainer`: checkpoints, exact accumulation, evaluation.
+"""Your own model, loader and optimizer, trained by `Trainer`: checkpoints, exact accumulation, evaluation.
 
     python examples/own_model.py [RUN_FOLDER] [DURATION]
 
-A second run in the same folder is refused; `trainer.restore()` before `fit` would continue the first one: with this
-loader from the end of an epoch, with torchdata's StatefulDataLoader from any step.
+A second run in the same folder is refused. To continue the first one, call `trainer.restore()` before `fit`: with this
+loader it continues from the end of an epoch, with torchdata's StatefulDataLoader from any step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(folder: str = "runs/own_model", duration: str = "5 epochs") -> None:
         torch.optim.AdamW(model.parameters(), lr=3e-3),
         eval_loader=DataLoader(evaluation, batch_size=256),
         num_classes=10,
-        accumulation_steps=4,  # each batch in four parts: the same gradients, less memory
+        accumulation_steps=4,  # four micro-batches per batch: the same gradients, less memory
         duration=duration,
         output_dir=folder,
     )

@@ -7,4 +7,4 @@ shift
 tuned=$(basename "${recipe%.yaml}").tuned.yaml
 
 hf-fasttrain tune "$recipe" "$@" --budget 3m
-hf-fasttrain "$tuned" # the overrides above are written in it
+hf-fasttrain "$tuned" # includes the overrides above

@@ -1,9 +1,9 @@
-"""Two passes a step: sharpness-aware minimisation (SAM), written out, with gradient accumulation.
+"""Two passes per step: sharpness-aware minimisation (SAM) with gradient accumulation.
 
     python examples/two_passes.py [ACCUMULATION_STEPS] [DURATION]
 
-An optimizer that needs the gradients at other weights asks for them by calling the closure that it gets. They are those
-of the whole step, whatever the accumulation and the number of processes.
+An optimizer that needs the gradients at other weights calls the closure that it gets. The closure computes the
+gradients of the complete step, whatever the accumulation and the number of processes.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from hf_fasttrain import Trainer
 
 
 class SAM(torch.optim.SGD):
-    """SGD with the gradients of the worst weights within `rho` of the present ones (arXiv 2010.01412)."""
+    """SGD with the gradients of the worst weights within `rho` of the current ones (arXiv 2010.01412)."""
 
     needs_closure = True
 
     def __init__(self, params: Any, rho: float = 0.05, **options: Any) -> None:
         super().__init__(params, **options)
         for group in self.param_groups:
-            group["rho"] = rho  # an option of the groups: a resumed run refuses another one
+            group["rho"] = rho  # a group option, which must stay the same when the run is resumed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
-        """Climb along the gradients, take those of the same images there, come back and descend by them."""
+        """Step along the gradients, compute those of the same images there, go back and descend with them."""
         weights = [(p, group["rho"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p, _ in weights])
         before = [p.clone() for p, _ in weights]
         for p, rho in weights:
             p.add_(p.grad * (rho / (norm + 1e-12)))
-        closure()  # the same images and dropout masks; running statistics of batch norms stand still
+        closure()  # the same images and dropout masks; batch-norm statistics are not updated
         for (p, _), weight in zip(weights, before, strict=True):
             p.copy_(weight)
         super().step()

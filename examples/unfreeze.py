@@ -1,10 +1,10 @@
-"""Gradual unfreezing: the head is trained first, then the backbone too, at a tenth of the lr.
+"""Gradual unfreezing: trains the head first, then the backbone too, with a tenth of the lr.
 
     python examples/unfreeze.py [section.key=value ...]
 
-The recipe freezes the backbone (`model.freeze_backbone`), so that the optimizer has the head alone. A callback gives it
-the backbone's parameters in groups of their own. Clipping, batch norms and the exchange between processes follow. The
-callback has no state: a checkpoint keeps what is frozen and which groups there are, and a resumed run has them again.
+The recipe freezes the backbone (`model.freeze_backbone`), so the optimizer has only the head. A callback adds the
+backbone's parameters in new groups; clipping, batch norms and synchronisation between processes adapt. The callback
+needs no state: checkpoints store which parameters are frozen and which groups exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Unfreeze(Callback):
-    """Trains the frozen parameters too from an epoch on, at `lr_ratio` times the lr of the others."""
+    """Unfreezes all parameters at an epoch, with `lr_ratio` times the lr of the others."""
 
     def __init__(self, epoch: int = 1, lr_ratio: float = 0.1, weight_decay: float = 0.05) -> None:
         self.epoch, self.lr_ratio, self.weight_decay = epoch, lr_ratio, weight_decay
@@ -32,10 +32,8 @@ class Unfreeze(Callback):
         for parameter in frozen:
             parameter.requires_grad_(True)
         matrices, vectors = ([p for p in frozen if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
-        for parameters, weight_decay in (
-            (matrices, self.weight_decay),
-            (vectors, 0.0),
-        ):  # norms and biases do not decay
+        # norms and biases get no weight decay
+        for parameters, weight_decay in ((matrices, self.weight_decay), (vectors, 0.0)):
             group = {"params": parameters, "lr": trainer.lr * self.lr_ratio, "weight_decay": weight_decay}
             trainer.optimizer.add_param_group(group)
         if trainer.accelerator.is_main_process:
@@ -43,7 +41,7 @@ class Unfreeze(Callback):
 
 
 def main(overrides: Sequence[str]) -> Result:
-    """Fine-tune with a frozen backbone for an epoch, then as a whole."""
+    """Fine-tune the head for one epoch, then the complete model."""
     return Trainer.from_recipe("finetune", ["model.freeze_backbone=true", *overrides], callbacks=[Unfreeze()]).fit()
 
 

@@ -1,4 +1,4 @@
-"""An albumentations pipeline in the recipe's loader: exact over processes, workers and resuming, with cached pixels.
+"""An albumentations pipeline in the recipe's loader: reproducible with any processes, workers and resumes.
 
     pip install albumentations
     python examples/with_albumentations.py [KEY=VALUE ...]
@@ -24,7 +24,7 @@ SIZE = 32
 
 @cache
 def pipeline() -> Any:
-    """Return the pipeline: it ends at the image size, and leaves out Normalize and ToTensorV2, which follow anyway."""
+    """Return a pipeline that ends with the image size, without Normalize and ToTensorV2."""
     import albumentations
 
     return albumentations.Compose(
@@ -38,13 +38,13 @@ def pipeline() -> Any:
 
 
 def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the pixels (H, W, 3) uint8 after the pipeline, which draws from `rng` and nothing else."""
+    """Apply the pipeline to pixels (H, W, 3) uint8, with random numbers from `rng` only."""
     pipeline().set_random_state(rng, random.Random(int(rng.integers(2**63))))
     return pipeline()(image=pixels)["image"]
 
 
 def main(overrides: Sequence[str] = ()) -> None:
-    """Train the digits with the pipeline in the place of the recipe's crop and flip."""
+    """Train on digits with the pipeline instead of the recipe's crop and flip."""
     if importlib.util.find_spec("albumentations") is None:
         print("albumentations is not installed: pip install albumentations")
         return

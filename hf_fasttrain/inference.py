@@ -26,20 +26,20 @@ from hf_fasttrain.from_recipe.auto import evaluation_batch_size, resolve_machine
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_transform
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.from_recipe.older_rows import source_of_run
-from hf_fasttrain.from_recipe.source_from import chosen_images, open_source
+from hf_fasttrain.from_recipe.source_from import limit_images, open_source
 from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.from_recipe.value_range import KEY as VALUE_RANGE
 from hf_fasttrain.from_recipe.value_range import resolve_value_range
-from hf_fasttrain.models.given import Given, given_model
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
 from hf_fasttrain.models.saved import load_model
+from hf_fasttrain.models.user_model import ModelArgument, load_user_model
 from hf_fasttrain.recipe.load import load_recipe, origin_of, parse_recipe, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.checkpoint import checkpoint_step
 from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESULT_FILE, SPEC_FILE
-from hf_fasttrain.run_folder.finished import is_own_run
+from hf_fasttrain.run_folder.finished import needs_user_model
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
 from hf_fasttrain.utils.errors import DataError, RunError, UserError, shortened
 from hf_fasttrain.utils.files import existing_path, read_json, reason, require_regular, restore_folder
@@ -74,7 +74,7 @@ def model_folder(run: Path, *, pushed: bool = False) -> Path:
     """Return the model folder of a run folder, or the folder itself if it is one; a `pushed` run is always one."""
     restore_folder(run / MODEL_FOLDER)
     if not pushed:
-        is_own_run(run, None)
+        needs_user_model(run, None)
     for folder in (run,) if pushed else (run / MODEL_FOLDER, run):
         if (folder / SPEC_FILE).exists():
             return folder
@@ -89,7 +89,7 @@ def evaluate_run(
     *,
     split: str | None = None,
     weights: str | None = None,
-    model: Given | None = None,
+    model: ModelArgument | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a run's model; return its metrics by name with `dataset`, `split`, `num_images`, `weights` and `step`.
@@ -98,14 +98,14 @@ def evaluate_run(
     set. `overrides` change the run's recipe: data.dataset=FOLDER measures other images, those of its validation split,
     or all of them if it has no splits. Classes are matched to the model's by name; the model must know all of them.
     `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `model`: of a run that no
-    recipe has made (see `open_given`), measured on the data.dataset of the overrides. `note` is called with messages,
-    such as on bad images and on classes without images. If bad images were replaced by others, the result has their
-    number as `bad_images`.
+    recipe has made (see `open_user_model`), measured on the data.dataset of the overrides. `note` is called with
+    messages, such as on bad images and on classes without images. If bad images were replaced by others, the result has
+    their number as `bad_images`.
     """
     opened = open_run(run)
-    given = given_model(opened, model, weights)
-    folder = opened if given is not None else model_folder(opened, pushed=is_hub_url(str(run)))
-    if given is None and not (opened / RECIPE_FILE).exists():
+    user_model = load_user_model(opened, model, weights)
+    folder = opened if user_model is not None else model_folder(opened, pushed=is_hub_url(str(run)))
+    if user_model is None and not (opened / RECIPE_FILE).exists():
         raise RunError(f"{run}: contains no recipe.yaml; evaluate needs a run folder")
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
@@ -114,7 +114,7 @@ def evaluate_run(
             raise RunError(f"--split {split} and override '{override}' set the same thing; leave one out")
     checkpoint = find_checkpoint(opened, weights, str(run))
     source = str(run) if is_hub_url(str(run)) else opened / RECIPE_FILE
-    has_recipe = given is None or (opened / RECIPE_FILE).exists()
+    has_recipe = user_model is None or (opened / RECIPE_FILE).exists()
     loaded = load_recipe(source, overrides, metrics=None) if has_recipe else _recipe_of_own(run, overrides)
     is_same_data = has_recipe and _is_same_data(
         loaded, load_recipe(source, [text for text in overrides if not text.startswith("data.")], metrics=None)
@@ -122,9 +122,9 @@ def evaluate_run(
     settings = ResolvedSettings(loaded)
     recipe = resolve_machine(loaded, settings, Presets())
     accelerator = build_accelerator(recipe, settings)
-    network, spec = _load(folder, checkpoint) if given is None else (given.model, given.spec)
+    network, spec = _load(folder, checkpoint) if user_model is None else (user_model.model, user_model.spec)
     network = on_device(network, accelerator.device, channels_last=recipe.accelerate.channels_last is True)
-    if given is None or given.has_names:
+    if user_model is None or user_model.has_names:
         began_with = _began_with(opened) if is_same_data else None
         measured = _measured_split(recipe, spec, split, began_with, is_same_data=is_same_data)
     else:
@@ -153,7 +153,7 @@ def evaluate_run(
     loader = loaders.eval_loader(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
     metrics = evaluator(network, loader)
-    for text in (*evaluator.take_notes(), *_notes_on_users_functions(opened)):
+    for text in (*evaluator.new_notes(), *_notes_on_users_functions(opened)):
         note(text)
     context: dict[str, Any] = {
         "dataset": recipe.data.dataset,
@@ -239,7 +239,7 @@ def _was_trained_on(recipe: Recipe, split: Split, run: Path) -> bool:
     if began_with is None or split.name not in TRAIN_NAMES:
         return False
     try:
-        return fingerprint(chosen_images(open_source(recipe), recipe)) == began_with
+        return fingerprint(limit_images(open_source(recipe), recipe)) == began_with
     except UserError:  # without the recipe's splits or columns
         return False
 
@@ -328,26 +328,26 @@ def predict_images(
     *,
     top: int = 5,
     weights: str | None = None,
-    model: Given | None = None,
+    model: ModelArgument | None = None,
     device: str = "auto",
     on_bad_image: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
 
-    `device`: auto (a GPU if there is one), cpu, cuda or cuda:1.
-    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `model`: of a run that no
-    recipe has made (see `open_given`). Folders stand for all image files below them, as in training; `note` is called
-    with what is left out. Images that can't be decoded are skipped, and `on_bad_image` is called with the reason.
-    Raises DataError without it, and for a path that does not exist.
+    `device`: auto (a GPU if there is one), cpu, cuda or cuda:1. `weights`: last, best (of the best evaluation) or
+    step_N; by default those in RUN/model. `model`: of a run that no recipe has made (see `open_user_model`). Folders
+    stand for all image files below them, as in training; `note` is called with what is left out. Images that can't be
+    decoded are skipped, and `on_bad_image` is called with the reason. Raises DataError without it, and for a path that
+    does not exist.
     """
     opened = open_run(run)
-    given = given_model(opened, model, weights)
-    folder = opened if given is not None else model_folder(opened, pushed=is_hub_url(str(run)))
+    user_model = load_user_model(opened, model, weights)
+    folder = opened if user_model is not None else model_folder(opened, pushed=is_hub_url(str(run)))
     checkpoint = find_checkpoint(opened, weights, str(run))
     files = [file for image in images for file in _image_files(image, note)]
     torch_device = choose_device(device)
-    network, spec = _load(folder, checkpoint) if given is None else (given.model, given.spec)
+    network, spec = _load(folder, checkpoint) if user_model is None else (user_model.model, user_model.spec)
     network = on_device(network, torch_device, channels_last=True)
     pre = _preprocessing(spec)
     normalize = Normalize(pre.mean, pre.std, torch_device, channels_last=True)

@@ -1,4 +1,4 @@
-"""Small real data, and processes that are forked from one that has imported everything."""
+"""Small real data, and helpers for processes forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GPU_FOLDER = Path(__file__).parent / "gpu"
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out the tests that need a GPU, and where they are asked for the others."""
+    """Ignore the tests that need a GPU; if they are requested, ignore the others."""
     if GPU_TESTS:
         return True if collection_path.parent == GPU_FOLDER.parent and collection_path != GPU_FOLDER else None
     return True if collection_path == GPU_FOLDER else None
@@ -61,7 +61,7 @@ COLLECTED = pytest.StashKey[set[Path]]()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Remember the files in which tests were found."""
+    """Record the files in which tests were found."""
     item.config.stash.setdefault(COLLECTED, set()).add(item.path)
 
 
@@ -72,7 +72,7 @@ def collected_files(request: pytest.FixtureRequest) -> set[Path]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what was left out."""
+    """Report the tests that were not run."""
     if not GPU_TESTS:
         texts = (path.read_text() for path in GPU_FOLDER.glob("test_*.py"))
         number = sum(len(re.findall(r"^def test_", text, re.MULTILINE)) for text in texts)
@@ -86,7 +86,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Let every test meet accelerate and the environment as they are at the start of a process."""
+    """Reset accelerate and the environment to their state at the start of a process."""
     monkeypatch.setenv("HF_FASTTRAIN_TUNINGS", str(tmp_path / "tunings"))
     for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
         monkeypatch.delenv(name)
@@ -103,7 +103,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Return an image folder of 3 classes x 8 small JPEGs in train, 3 x 4 in validation, that can be told apart."""
+    """Return an image folder of 3 distinguishable classes: 3 x 8 small JPEGs in train, 3 x 4 in validation."""
     root = tmp_path / "photos"
     rng = np.random.default_rng(0)
     for split, number in (("train", 8), ("validation", 4)):
@@ -119,13 +119,13 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rising_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each evaluation measure a larger loss than the one before it: the first one is the best."""
+    """Make the loss rise with each evaluation, so that the first one is the best."""
     raise_losses(monkeypatch)
 
 
 @pytest.fixture
 def forked_arms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let studies fork their arms from this process, which has imported everything and may have planted delays."""
+    """Make studies fork their arms from this process, which has imported everything and may have planted delays."""
     monkeypatch.setattr(arm_process, "CPU_METHOD", "fork")
 
 
@@ -143,12 +143,12 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """Run a Hub on loopback that this process's client and its children's talk to, logged in."""
+    """Run a Hub on loopback, used by the clients of this process and its children, logged in."""
     with running_hub() as hub:
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        own = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
-        places = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "token")}
-        for name, value in {**own, **places, "HF_HUB_DISABLE_XET": True}.items():
+        settings = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+        paths = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "token")}
+        for name, value in {**settings, **paths, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)
         children = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         for name, value in {**children, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}.items():

@@ -1,8 +1,8 @@
-"""Kills trainings by SIGKILL at random moments, resumes them, and compares what comes out with one never stopped.
+"""Kills trainings by SIGKILL at random moments, resumes them, and compares the results with uninterrupted ones.
 
     python tests/kill_and_resume.py [--kills 8] [--seed 0] [--only NAME]
 
-Every kind of run below is trained once without a stop, and once more killed `--kills` times: at a random moment, or a
+Every kind of run below is trained once without a stop, and once killed `--kills` times: at a random moment, or a
 random moment after a checkpoint began to be written. All files of tensors of the last checkpoint (weights, moving
 average, optimizer, loss) and of the model folder must be the same bytes. `test_resume.py` runs a short form of it.
 """
@@ -56,16 +56,16 @@ KINDS: dict[str, tuple[int, list[str]]] = {  # name -> processes, overrides
 
 @dataclass
 class Report:
-    """What was done to a run."""
+    """What happened to a run."""
 
     kills: int = 0
-    while_writing: int = 0  # kills that left a half-written checkpoint
+    while_writing: int = 0  # kills that left an incomplete checkpoint
     resumed_from: list[int] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
 
 
 def import_everything() -> None:
-    """Import what a training needs, so that forked children do not have to; one thread for each of them."""
+    """Import what a training needs, so that forked children start at once; one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import conftest  # noqa: F401
     import datasets  # noqa: F401
@@ -77,7 +77,7 @@ def import_everything() -> None:
 
 
 def start(recipe: Path, kind: str, overrides: Sequence[str], log: Path, *, resume: bool) -> list[int]:
-    """Fork processes that train, and return their numbers; they start at once, since everything is imported."""
+    """Fork processes that train and return their ids; they start at once, since everything is imported."""
     from helpers.processes import free_port
 
     port, processes = free_port(), KINDS[kind][0]
@@ -113,20 +113,20 @@ def _fork(recipe: Path, kind: str, overrides: Sequence[str], rank: int, port: in
         os._exit(status)
 
 
-def ended(child: int) -> int | None:
+def poll(child: int) -> int | None:
     """Return the exit status of a process, None if it still runs."""
-    done, status = os.waitpid(child, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def finish(children: list[int], log: Path) -> None:
-    """Wait for processes that must end well."""
+    """Wait for processes, which must succeed."""
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert statuses == [0] * len(children), f"{statuses}\n{log.read_text()[-3000:]}"
 
 
 def kill(children: list[int], rng: random.Random) -> None:
-    """Kill processes, together or shortly one after the other."""
+    """Kill processes, at once or shortly after one another."""
     for child in rng.sample(children, len(children)):
         os.kill(child, signal.SIGKILL)
         time.sleep(rng.choice([0.0, 0.05]))
@@ -135,12 +135,12 @@ def kill(children: list[int], rng: random.Random) -> None:
 
 
 def kill_after(children: list[int], seconds: float, due: Callable[[], bool], rng: random.Random, log: Path) -> bool:
-    """Kill the processes `seconds` after `due` is true; return False if they came to their end before."""
-    began: float | None = None
-    while began is None or time.monotonic() - began < seconds:
-        if began is None and due():
-            began = time.monotonic()
-        if (status := ended(children[0])) is not None:
+    """Kill the processes `seconds` after `due` is true; return False if they ended before."""
+    due_at: float | None = None
+    while due_at is None or time.monotonic() - due_at < seconds:
+        if due_at is None and due():
+            due_at = time.monotonic()
+        if (status := poll(children[0])) is not None:
             assert status == 0, f"exit status {status}\n{log.read_text()[-3000:]}"
             for child in children[1:]:
                 os.waitpid(child, 0)
@@ -150,18 +150,18 @@ def kill_after(children: list[int], seconds: float, due: Callable[[], bool], rng
     return True
 
 
-def torment(name: str, folder: Path, kills: int, seed: int, steps: int = 24) -> Report:
-    """Train a kind of run without a stop and with kills, and return what was done and which files differ."""
+def train_with_kills(name: str, folder: Path, kills: int, seed: int, steps: int = 24) -> Report:
+    """Train a kind of run without and with kills; return what happened and which files differ."""
     recipe, log, rng = folder / "recipe.yaml", folder / "log.txt", random.Random(f"{name} {seed}")
     recipe.write_text(RECIPE)
     overrides = [f"train.duration={steps} steps", f"data.cache_dir={folder / 'cache'}", *KINDS[name][1]]
-    whole, cut = folder / "whole", folder / "cut"
+    plain_run, killed_run = folder / "whole", folder / "cut"
     began = time.monotonic()
-    finish(start(recipe, name, [*overrides, f"output_dir={whole}"], log, resume=False), log)
+    finish(start(recipe, name, [*overrides, f"output_dir={plain_run}"], log, resume=False), log)
     duration = time.monotonic() - began
-    report, checkpoints = Report(), cut / "checkpoints"
+    report, checkpoints = Report(), killed_run / "checkpoints"
     while report.kills < kills:
-        children = start(recipe, name, [*overrides, f"output_dir={cut}"], log, resume=cut.exists())
+        children = start(recipe, name, [*overrides, f"output_dir={killed_run}"], log, resume=killed_run.exists())
         if rng.random() < 0.5:
             killed = kill_after(children, rng.uniform(0.3, 0.9) * duration, lambda: True, rng, log)
         else:  # a random moment of writing a random checkpoint
@@ -169,17 +169,17 @@ def torment(name: str, folder: Path, kills: int, seed: int, steps: int = 24) -> 
             killed = kill_after(children, rng.uniform(0, 0.01), partial(is_writing, checkpoints, first), rng, log)
         report.while_writing += bool(steps_of(checkpoints, ".step_*.partial"))
         report.kills += killed
-        if not killed:  # it came to its end; torment another one
-            report.differing += differing(whole, cut, steps)
-            shutil.rmtree(cut)
-    finish(start(recipe, name, [*overrides, f"output_dir={cut}"], log, resume=cut.exists()), log)
+        if not killed:  # it finished; start another one
+            report.differing += differing(plain_run, killed_run, steps)
+            shutil.rmtree(killed_run)
+    finish(start(recipe, name, [*overrides, f"output_dir={killed_run}"], log, resume=killed_run.exists()), log)
     report.resumed_from = [int(step) for step in re.findall(r"resumed from \S*: step (\d+) of", log.read_text())]
-    report.differing += differing(whole, cut, steps)
+    report.differing += differing(plain_run, killed_run, steps)
     return report
 
 
 def steps_of(checkpoints: Path, pattern: str) -> list[int]:
-    """Return the steps of the checkpoint folders that a pattern finds."""
+    """Return the steps of the checkpoint folders that match a pattern."""
     return [int(re.sub(r"\D", "", path.name)) for path in checkpoints.glob(pattern)]
 
 
@@ -188,16 +188,16 @@ def is_writing(checkpoints: Path, first: int) -> bool:
     return max(steps_of(checkpoints, ".step_*.partial"), default=0) >= first
 
 
-def differing(whole: Path, cut: Path, steps: int) -> list[str]:
-    """Return the files of tensors that are not the same bytes in two runs."""
+def differing(plain_run: Path, killed_run: Path, steps: int) -> list[str]:
+    """Return the tensor files that differ between two runs."""
     last = f"checkpoints/step_{steps:08d}"
     names = ["model/model.safetensors", *(f"{last}/{kind}.safetensors" for kind in ("model", "ema", "training"))]
-    names += [f"{last}/loss.safetensors"] * (whole / last / "loss.safetensors").exists()
-    return [name for name in names if (whole / name).read_bytes() != (cut / name).read_bytes()]
+    names += [f"{last}/loss.safetensors"] * (plain_run / last / "loss.safetensors").exists()
+    return [name for name in names if (plain_run / name).read_bytes() != (killed_run / name).read_bytes()]
 
 
 def main() -> None:
-    """Torment every kind of run, and print a line for each."""
+    """Test every kind of run and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -207,7 +207,7 @@ def main() -> None:
     total = writing = wrong = 0
     for name in [options.only] if options.only else list(KINDS):
         with tempfile.TemporaryDirectory() as folder:
-            report = torment(name, Path(folder), options.kills, options.seed)
+            report = train_with_kills(name, Path(folder), options.kills, options.seed)
         total, writing = total + report.kills, writing + report.while_writing
         wrong += bool(report.differing)
         outcome = f"DIFFERS: {', '.join(report.differing)}" if report.differing else "the same bytes"

@@ -1,4 +1,4 @@
-"""Every benchmark can be imported and overrides nothing that is gone; gpu.py runs, on tiny models on the CPU."""
+"""Every benchmark can be imported and overrides only existing methods; gpu.py runs with tiny models on the CPU."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PROGRAMS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*
 
 
 def imported(name: str) -> Any:
-    """Return a benchmark, or a program of the docs, as a module; to be called in a child, whose `sys` it changes."""
+    """Return a benchmark, or a program of the docs, as a module; call it in a child, since it changes `sys`."""
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
     return importlib.import_module(name)
 
 
 def wrong_overrides(source: str, names: dict[str, Any]) -> list[str]:
-    """Return the private methods of subclasses of the package's classes that no base has, as Class.method.
+    """Return private methods of the package's subclasses that no base class has, as Class.method.
 
-    A subclass has no private methods of its own: one that looks like an override and is called by nobody would not be
-    seen. `names`: what the program's module has; classes in functions are looked at too.
+    Subclasses must have no other private methods: an override that is no longer called would not be detected.
+    `names`: the program's globals; classes in functions are checked too.
     """
     tree = ast.parse(source)
     known = dict(names)
@@ -56,7 +56,7 @@ def is_private(name: str) -> bool:
 
 
 def resolver(known: dict[str, Any]) -> Callable[[ast.expr], Any]:
-    """Return a function from a base in the source to that class, None if it has nothing to do with the package."""
+    """Return a function from a base class in the source to the class, None if it is not from the package."""
 
     def find(base: ast.expr) -> Any:
         if isinstance(base, ast.Attribute):
@@ -65,14 +65,14 @@ def resolver(known: dict[str, Any]) -> Callable[[ast.expr], Any]:
 
     def resolve(base: ast.expr) -> Any:
         value = find(base)
-        mine = isinstance(value, type) and any(cls.__module__.startswith("hf_fasttrain") for cls in value.__mro__)
-        return value if mine else None
+        is_ours = isinstance(value, type) and any(cls.__module__.startswith("hf_fasttrain") for cls in value.__mro__)
+        return value if is_ours else None
 
     return resolve
 
 
-def test_every_program_can_be_imported_and_overrides_private_methods_that_are_there() -> None:
-    def look() -> dict[str, list[str]]:
+def test_every_program_can_be_imported_and_overrides_existing_private_methods() -> None:
+    def work() -> dict[str, list[str]]:
         wrong = {}
         for path in PROGRAMS:
             module = imported(path.stem)
@@ -80,12 +80,12 @@ def test_every_program_can_be_imported_and_overrides_private_methods_that_are_th
             wrong[path.stem] = wrong_overrides(path.read_text(encoding="utf-8"), vars(module))
         return wrong
 
-    wrong = in_child(look)
+    wrong = in_child(work)
     assert len(wrong) > 20
     assert {name: methods for name, methods in wrong.items() if methods} == {}
 
 
-def test_an_override_of_a_private_method_that_is_gone_is_seen() -> None:
+def test_an_override_of_a_missing_private_method_is_detected() -> None:
     planted = """
 from hf_fasttrain import Trainer
 import hf_fasttrain.train.throughput as clock
@@ -103,15 +103,15 @@ def start():
 
     class Clock(clock.Throughput):
         def _lost(self): ...
-        def _mark(self): ...
+        def _new_lap(self): ...
 
 class Own:
     def _anything(self): ...
 """
     import hf_fasttrain.train.throughput
 
-    found = wrong_overrides(planted, {"clock": hf_fasttrain.train.throughput})
-    assert sorted(found) == ["Clock._lost", "Quiet._whisper", "Race._should_stop"]
+    overrides = wrong_overrides(planted, {"clock": hf_fasttrain.train.throughput})
+    assert sorted(overrides) == ["Clock._lost", "Quiet._whisper", "Race._should_stop"]
 
 
 def dry_run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -126,7 +126,7 @@ def dry_run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in rows}
 
 
-def test_gpu_sections_run_and_keep_what_they_measure(tmp_path: Path) -> None:
+def test_gpu_sections_run_and_save_their_measurements(tmp_path: Path) -> None:
     rows = dry_run(tmp_path, "--sections", "copy,train,ga,amp,pm", "--models", "test_resnet", "--quick")
     assert {row["status"] for row in rows.values()} == {"ok"}, rows
     assert [row["section"] for row in rows.values()] == ["copy", "train", "ga", "amp", "pm"]
@@ -151,8 +151,8 @@ def test_gpu_sections_run_and_keep_what_they_measure(tmp_path: Path) -> None:
     assert set(rows["pm test_resnet"]["not_run"]) == {"pinned"}
 
 
-def test_a_window_of_fit_has_all_that_happens_between_its_steps_and_the_others_their_turns() -> None:
-    def look() -> tuple[list[float], float, list[tuple[int, str]]]:
+def test_a_window_of_fit_covers_everything_between_its_steps_except_turns_of_others() -> None:
+    def work() -> tuple[list[float], float, list[tuple[int, str]]]:
         sides = imported("gpu_sides")
         bench = sides.Bench(torch.device("cpu"), (), 8, 2, windows=2, window_seconds=0.0, log_every=2)
         fit, turns = sides.Fit(), []
@@ -167,14 +167,14 @@ def test_a_window_of_fit_has_all_that_happens_between_its_steps_and_the_others_t
         assert number == len(loader)
         return fit.windows, fit.step_seconds, turns
 
-    windows, step_seconds, turns = in_child(look)
+    windows, step_seconds, turns = in_child(work)
     assert [4 * 0.005 <= seconds < 0.15 for seconds in windows] == [True, True]
     assert step_seconds >= 0.005
     assert turns == [(0, "before"), (0, "after"), (1, "before"), (1, "after")]
 
 
 def test_sides_that_compute_different_things_fail() -> None:
-    def look() -> str:
+    def work() -> str:
         measure = imported("gpu_measure")
         measure.require_same({"fit": 6.90, "bare": 6.95}, within=0.01)
         for losses in ({"fit": 6.9, "bare": 7.2}, {"fit": float("nan"), "bare": 6.9}):
@@ -182,7 +182,7 @@ def test_sides_that_compute_different_things_fail() -> None:
                 measure.require_same(losses, within=0.01)
         return "looked"
 
-    assert in_child(look) == "looked"
+    assert in_child(work) == "looked"
 
 
 def test_the_race_ends_with_the_evaluation_that_reaches_its_goal(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_race_ends_with_the_evaluation_that_reaches_its_goal(tmp_path: Path)
 
 
 def test_a_race_that_misses_its_goal_trains_to_the_end_or_to_its_deadline() -> None:
-    def look() -> tuple[dict[str, Any], dict[str, Any]]:
+    def work() -> tuple[dict[str, Any], dict[str, Any]]:
         gpu = imported("gpu")
         missed: dict[str, Any] = {}
         gpu.race("digits", [*gpu.DIGITS, *gpu.DRY_RACE], 1.01, 600.0, missed)
@@ -203,16 +203,16 @@ def test_a_race_that_misses_its_goal_trains_to_the_end_or_to_its_deadline() -> N
         gpu.race("digits", [*gpu.DIGITS, *gpu.DRY_RACE], 0.0, 0.0, late)
         return missed, late
 
-    missed, late = in_child(look)
+    missed, late = in_child(work)
     assert [seen["step"] for seen in missed["evaluations"]] == [2, 4, 6]
-    assert missed["status"] == "101% not reached: trained to the end"
+    assert missed["status"] == "101% not reached: training ended"
     assert missed["accuracy"] == missed["evaluations"][-1]["accuracy"]
     assert (late["evaluations"], late["steps"], late["accuracy"]) == ([], 0, None)
-    assert late["status"] == "0% not reached: the time was up"
+    assert late["status"] == "0% not reached: out of time"
 
 
 class Interrupting:
-    """An evaluation loader, during which a signal asks for a stop."""
+    """An evaluation loader that sends itself a stop signal."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -221,7 +221,7 @@ class Interrupting:
 
 
 def test_a_race_that_a_signal_stops_while_evaluating_has_no_evaluation() -> None:
-    def look() -> list[Any]:
+    def work() -> list[Any]:
         model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
         batch = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
         gpu_race, seen = imported("gpu_race"), []
@@ -238,11 +238,11 @@ def test_a_race_that_a_signal_stops_while_evaluating_has_no_evaluation() -> None
             gpu_race.run_until(trainer, runner, float("inf"))
         return seen
 
-    assert in_child(look) == []
+    assert in_child(work) == []
 
 
-def test_a_row_that_runs_out_of_time_keeps_what_it_had() -> None:
-    def look() -> list[list[dict[str, Any]]]:
+def test_a_row_that_runs_out_of_time_keeps_its_results() -> None:
+    def work() -> list[list[dict[str, Any]]]:
         gpu, written = imported("gpu"), []
 
         def measure(row: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def test_a_row_that_runs_out_of_time_keeps_what_it_had() -> None:
         budget.run(gpu.Task("copy", "late", "copy", measure))
         return written
 
-    written = in_child(look)
+    written = in_child(work)
     assert [len(rows) for rows in written] == [1, 2, 3]  # after each row
     failed, long, late = written[-1]
     assert failed["status"] == "failed: ValueError: one"

@@ -22,15 +22,15 @@ from hf_fasttrain import Trainer, Watch
 from hf_fasttrain.export.export import export_run
 from hf_fasttrain.hub.push import push_run
 from hf_fasttrain.inference import evaluate_run, predict_images
-from hf_fasttrain.models.given import open_given
 from hf_fasttrain.models.saved import load_model
+from hf_fasttrain.models.user_model import open_user_model
 from hf_fasttrain.models.weights import save_weights
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.errors import DataError, ModelError, RunError
 
 SIZE, CLASSES = 8, ["dark", "light"]
 ABOUT: dict[str, Any] = {"image_size": SIZE, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
-GIVE = r"was not made by a recipe, .*; give the model: --model package.module:function \(in Python model=...\)"
+GIVE = r"was not trained from a recipe, .*; pass the model: --model package.module:function \(in Python model=...\)"
 MODULE = """
 from torch import nn
 
@@ -51,7 +51,7 @@ def make() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the run of a linear model that tells dark images from light ones; its first evaluation is the best."""
+    """Return the run of a linear model that separates dark from light images; its first evaluation is the best."""
     folder = tmp_path_factory.mktemp("own") / "run"
     torch.manual_seed(0)
     labels = torch.arange(32) % 2
@@ -95,22 +95,22 @@ def test_a_missing_model_gives_a_message_that_explains_how_to_pass_it(run: Path,
         lambda: export_run(run),
         lambda: push_run(run, "me/own"),
     ]
-    for ask in asked:
+    for call in asked:
         with pytest.raises(RunError, match=GIVE):
-            ask()
+            call()
 
 
 def test_images_are_predicted_with_the_runs_weights(run: Path, photos: Path) -> None:
     model = make()
     model.load_state_dict(load_file(run / "model/model.safetensors"))
     path = photos / "light/2.png"
-    given = make()
-    before = given[1].weight.detach().clone()
-    (row,) = predict_images(run, [str(path)], model=(given, {**ABOUT, "class_names": CLASSES}), device="cpu")
+    user_model = make()
+    before = user_model[1].weight.detach().clone()
+    (row,) = predict_images(run, [str(path)], model=(user_model, {**ABOUT, "class_names": CLASSES}), device="cpu")
     expected = model(pixels_of(path)[None]).softmax(1)[0].tolist()
     assert row["classes"][0]["class"] == "light"
     assert row["classes"][0]["score"] == pytest.approx(expected[1], abs=1e-5)
-    assert torch.equal(given[1].weight, before)  # the caller's model stays as it is
+    assert torch.equal(user_model[1].weight, before)  # the caller's model is not changed
     (first,) = predict_images(run, [str(path)], model=lambda: (make(), ABOUT), weights="step_2", device="cpu")
     assert first["classes"][0]["class"] == "1"
     assert first["classes"][0]["score"] != row["classes"][0]["score"]
@@ -118,13 +118,13 @@ def test_images_are_predicted_with_the_runs_weights(run: Path, photos: Path) -> 
 
 def test_other_images_are_evaluated(run: Path, photos: Path) -> None:
     notes: list[str] = []
-    named = (make(), {**ABOUT, "class_names": ["light", "dark"]})  # the other way round
+    swapped = (make(), {**ABOUT, "class_names": ["light", "dark"]})  # the other way round
     data = [f"data.dataset={photos}", "data.workers=0"]
     measured = evaluate_run(run, data, model=(make(), ABOUT), note=notes.append)
     assert (measured["accuracy"], measured["num_images"], measured["step"]) == (0.875, 8, 4)
     assert "the model's outputs count as dark, light, in the order of the data" in notes
     reset_accelerate()
-    assert evaluate_run(run, data, model=named)["accuracy"] == 0.125
+    assert evaluate_run(run, data, model=swapped)["accuracy"] == 0.125
     reset_accelerate()
     with pytest.raises(RunError, match=r"no recipe says what to evaluate on; give data.dataset=FOLDER"):
         evaluate_run(run, model=(make(), ABOUT))
@@ -134,7 +134,7 @@ def test_other_images_are_evaluated(run: Path, photos: Path) -> None:
         evaluate_run(run, data, model=(make(), ABOUT))
 
 
-def test_the_command_line_imports_the_model_from_here(
+def test_the_command_line_imports_the_model_from_the_current_directory(
     run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own_model_of_a_test.py").write_text(MODULE)
@@ -161,14 +161,14 @@ def test_the_command_line_imports_the_model_from_here(
 
 
 def test_the_weights_are_exported_and_pushed(run: Path, tmp_path: Path, hub: Hub) -> None:
-    given = (make(), {**ABOUT, "class_names": CLASSES})
-    best = export_run(run, tmp_path / "best", weights="step_2", model=given)
+    user_model = (make(), {**ABOUT, "class_names": CLASSES})
+    best = export_run(run, tmp_path / "best", weights="step_2", model=user_model)
     assert best.forms == ["torch (load_state_dict)"]
     assert load_file(tmp_path / "best/model.safetensors").keys() == make().state_dict().keys()
-    again = export_run(run, tmp_path / "best", model=given)  # over the earlier one
-    exported = load_file(again.folder / "model.safetensors")
+    replaced = export_run(run, tmp_path / "best", model=user_model)  # replaces the earlier one
+    exported = load_file(replaced.folder / "model.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in load_file(run / "model/model.safetensors").items())
-    push_run(run, "me/own", model=given)
+    push_run(run, "me/own", model=user_model)
     files = hub.repos["me/own"].files
     assert {"README.md", "model.safetensors", "result.json", "metrics.jsonl", "hf_fasttrain.json"} <= files.keys()
     card = files["README.md"].decode()
@@ -177,38 +177,41 @@ def test_the_weights_are_exported_and_pushed(run: Path, tmp_path: Path, hub: Hub
     assert "hf-fasttrain predict" not in card
     (tmp_path / "pulled").mkdir()
     (tmp_path / "pulled/hf_fasttrain.json").write_bytes(files["hf_fasttrain.json"])
-    with pytest.raises(ModelError, match=r"its model is made by a program's own code \(model\)"):
+    with pytest.raises(ModelError, match=r"its model was built by your own code \(model\)"):
         load_model(tmp_path / "pulled")
     assert not (run / ".hub").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("user_model", "message"),
     [
-        (make, "model: image_size, mean, std of its images is not known; give .model, dict.image_size=224"),
+        (make, "model: image_size, mean, std of its images is not known; pass .model, dict.image_size=224"),
         (lambda: (make(), {**ABOUT, "size": 3}), "model: size is unknown; allowed are image_size, mean, std"),
-        (lambda: (make(), {**ABOUT, "class_names": ["a"]}), r"model: gives \(1, 2\) for an image, not \(1, 1\) logits"),
+        (
+            lambda: (make(), {**ABOUT, "class_names": ["a"]}),
+            r"model: returns \(1, 2\) for an image instead of \(1, 1\) logits",
+        ),
         (lambda: (make(), {**ABOUT, "image_size": 16}), "model: can't take an image of 16 px: "),
         (lambda: (nn.Linear(3, 2), ABOUT), "model.safetensors has weights of another model: "),
         (lambda: 3, r"model: must be a torch.nn.Module or \(module, dict\(image_size=224, .* got a int"),
     ],
 )
-def test_a_model_that_does_not_fit_the_run_is_refused(given: Any, message: str, run: Path) -> None:
+def test_a_model_that_does_not_fit_the_run_is_refused(user_model: Any, message: str, run: Path) -> None:
     with pytest.raises(RunError, match=message):
-        open_given(run, given, None)
+        open_user_model(run, user_model, None)
 
 
-def test_a_timm_model_knows_its_images(tmp_path: Path) -> None:
+def test_a_timm_model_needs_no_image_settings(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", num_classes=3)
     (tmp_path / "model").mkdir()
     save_weights(model, tmp_path / "model")
-    opened = open_given(tmp_path, model, None)
+    opened = open_user_model(tmp_path, model, None)
     assert (opened.spec.image_size, opened.spec.class_names, opened.has_names) == (160, ["0", "1", "2"], False)
 
 
 def test_a_recipe_run_with_a_known_model_refuses_another(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/hf_fasttrain.json").write_text("{}")
-    for ask in (predict_images, evaluate_run):
-        with pytest.raises(RunError, match="--model is for finished runs of a model of your own; leave it out"):
-            ask(tmp_path, [], model=make)
+    for call in (predict_images, evaluate_run):
+        with pytest.raises(RunError, match="--model is for finished runs of your own model; leave it out"):
+            call(tmp_path, [], model=make)

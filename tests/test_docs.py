@@ -1,4 +1,4 @@
-"""README, docs and examples: every command and snippet runs to its end, links resolve, the key table is up to date."""
+"""README, docs and examples: every command and snippet runs, links resolve, the key table is up to date."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ PAGES = sorted(
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"))
     if "example_card" not in path.parts  # written by `push`; tests of the hub run its snippets
 )
-# Pages whose snippets go on with the names of those before; elsewhere each stands alone.
+# Pages whose snippets use the names of earlier ones; on other pages each snippet runs alone.
 CONTINUED = {Path("docs/your-loop.md")}
-# Parameters of Trainer that recipes alone pass on.
+# Parameters of Trainer that only recipes use.
 NOT_DOCUMENTED = {"export", "learnt", "recipe_text", "launched", "bad_images", "log"}
 
-# Commands that are not run, by their beginning, and why.
+# Commands that are not run, by their first words, and the reason.
 NOT_RUN = {
     "pip install": "needs a network; .ci/run installs the project in a fresh environment",
     "pre-commit install": "changes the checkout",
@@ -68,7 +68,7 @@ NOT_RUN = {
     "hf-fasttrain predict runs/mine ": "a run of a custom model: tests/test_custom_model_runs.py has them",
     "hf-fasttrain evaluate runs/mine ": "a run of a custom model: tests/test_custom_model_runs.py has them",
 }
-# What makes a command short: these replace the command's own values.
+# Overrides that make a command short.
 SMALL = {
     "model.name": "test_resnet",
     "model.pretrained": "false",
@@ -95,32 +95,32 @@ class Block(NamedTuple):
 def blocks_of(page: Path) -> list[Block]:
     """Return the fenced blocks of a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in found]
+    matches = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in matches]
 
 
 def commands_of(text: str) -> list[str]:
-    """Return the commands of a shell block, without comments; those joined by && are several."""
+    """Return the commands of a shell block, without comments; && separates commands."""
     lines = text.replace("\\\n", " ").splitlines()
     bare = (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines)
     return [command.strip() for line in bare if line for command in line.split("&&")]
 
 
 def reason_not_to_run(command: str) -> str | None:
-    """Return why a command of the pages is not run; None for one that is."""
+    """Return why a command of the pages is not run, None if it is run."""
     return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
 
 
 @dataclass
 class Workspace:
-    """A folder as a user has it: a checkout's recipes, some photos, and the runs of the commands so far."""
+    """A user's folder: a checkout's recipes, some photos, and the runs of earlier commands."""
 
     folder: Path
     capture: pytest.CaptureFixture[str]
     printed: dict[str, str] = field(default_factory=dict)  # by command: a command of several pages is run once
 
     def run(self, command: str) -> str:
-        """Run a command to its end, with small figures, and return what it prints."""
+        """Run a command with small settings and return its output."""
         if command not in self.printed:
             self.printed[command] = self._run(command)
         return self.printed[command]
@@ -138,11 +138,11 @@ class Workspace:
             run_processes(call, arguments, num_processes=processes)
         else:
             call(arguments)
-        said = self.capture.readouterr()
-        return said.out + said.err
+        captured = self.capture.readouterr()
+        return captured.out + captured.err
 
     def _prepare(self, command: str, arguments: Sequence[str]) -> None:
-        """See to the runs that a command reads, and take away the one that it would write."""
+        """Create the runs that a command reads, and remove the one that it would write."""
         for run, recipe in TRAINED.items():
             if run in command and not (self.folder / run).exists():
                 self.run(f"hf-fasttrain {recipe}")
@@ -154,26 +154,26 @@ class Workspace:
 def call(arguments: list[str]) -> None:
     """Run the command line in this process; it must succeed."""
     reset_accelerate()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         main(arguments)
-    assert ended.value.code in (0, None), arguments
+    assert error.value.code in (0, None), arguments
 
 
 def small(arguments: list[str]) -> list[str]:
-    """Return a command with small figures."""
-    verb = arguments[0]
-    if verb not in ("train", "check", "doctor", "tune", "ablate"):
+    """Return a command with small settings."""
+    command = arguments[0]
+    if command not in ("train", "check", "doctor", "tune", "ablate"):
         return arguments
     kept = [text for text in arguments if text.split("=")[0] not in SMALL]
     resumed = "--resume" in arguments and any(text.startswith("train.duration=") for text in arguments)
-    figures = {**SMALL, "train.duration": "4 steps"} if resumed else SMALL
-    values = [f"{key}={value}" for key, value in figures.items()]
+    settings = {**SMALL, "train.duration": "4 steps"} if resumed else SMALL
+    values = [f"{key}={value}" for key, value in settings.items()]
     options = {
         "doctor": ["--seconds", "1"],
         "tune": ["--budget", "60s"],
         "ablate": ["--rounds", "1", "--seconds", "0.1", "--only", "channels_last"],
     }
-    return [*kept, *options.get(verb, []), *values]
+    return [*kept, *options.get(command, []), *values]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
-    """Return what the commands of all pages have printed so far."""
+    """Return the output of all commands so far."""
     return {}
 
 
@@ -207,7 +207,7 @@ def workspace(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> Workspace:
-    """Return the folder as the current one, with a Hub on loopback and studies that take no time."""
+    """Return the current folder, with a Hub on loopback and short studies."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_FASTTRAIN_CACHE", str(folder / "cache"))
     shorten_studies(monkeypatch)
@@ -215,7 +215,7 @@ def workspace(
 
 
 def shorten_studies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let studies take short turns, and end their searches as soon as they have begun."""
+    """Make studies take short turns and end their searches at once."""
     turn = Turn(2, 0.1)
     for module, names in ((doctor, ("PROFILE_TURN", "PART_TURN", "TRIAL_TURN")), (tune, ("TURN",))):
         for name in names:
@@ -225,7 +225,7 @@ def shorten_studies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_python(text: str, names: dict[str, Any]) -> None:
-    """Run a program with small figures; `names` are its globals."""
+    """Run a program with small settings; `names` are its globals."""
     values = ", ".join(repr(f"{key}={value}") for key, value in SMALL.items())
     for run in re.findall(r"runs/\w+", text) if "restore()" not in text else ():
         shutil.rmtree(run, ignore_errors=True)
@@ -234,7 +234,7 @@ def run_python(text: str, names: dict[str, Any]) -> None:
 
 
 def run_yaml(text: str, workspace: Workspace) -> None:
-    """Train a whole recipe; see that a part of one is valid in another."""
+    """Train a complete recipe; check that a fragment is valid within another."""
     if "model:" in text:
         path = Path(f"recipe_{abs(hash(text))}.yaml")
         path.write_text(text)
@@ -244,36 +244,36 @@ def run_yaml(text: str, workspace: Workspace) -> None:
     load_recipe("quickstart", overrides)
 
 
-def require_output(expected: str, printed: str, where: str) -> None:
-    """See that lines that a page shows were printed, in order; numbers may differ, and ... stands for anything."""
+def require_output(expected: str, printed: str, location: str) -> None:
+    """Require that the lines on a page were printed in this order; numbers may differ, and ... matches anything."""
     position = 0
     for line in expected.splitlines():
         words = re.escape(re.sub(r"\d[\d,.]*", "0", " ".join(line.split())))
         pattern = words.replace(re.escape("..."), ".*").replace("0", r"\d[\d,.]*").replace(r"\ ", r"\s+")
-        found = re.compile(pattern).search(printed, position)
-        assert found, f"{where}: not printed: {line}\n{printed}"
-        position = found.end()
+        result = re.compile(pattern).search(printed, position)
+        assert result, f"{location}: not printed: {line}\n{printed}"
+        position = result.end()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_every_snippet_runs_to_its_end(page: Path, workspace: Workspace) -> None:
-    said, names = "", {"__name__": "__main__"}
+def test_every_snippet_runs(page: Path, workspace: Workspace) -> None:
+    printed, names = "", {"__name__": "__main__"}
     for block in blocks_of(page):
-        where = f"{page}:{block.line}"
+        location = f"{page}:{block.line}"
         if block.language == "bash":
             commands = [command for command in commands_of(block.text) if not reason_not_to_run(command)]
-            said = "".join(map(workspace.run, commands))
+            printed = "".join(map(workspace.run, commands))
         elif block.language == "python":
             run_python(block.text, names if page in CONTINUED else {"__name__": "__main__"})
         elif block.language == "yaml":
             run_yaml(block.text, workspace)
         elif block.language == "text" and page != Path("docs/architecture.md"):
-            require_output(block.text, said, where)
+            require_output(block.text, printed, location)
         else:
-            assert block.language == "text", f"{where}: a block of {block.language or 'no language'} is not run"
+            assert block.language == "text", f"{location}: a block of {block.language or 'no language'} is not run"
 
 
-def test_what_is_not_run_is_in_a_page() -> None:
+def test_snippets_listed_as_not_run_exist() -> None:
     commands = [
         c for page in PAGES for block in blocks_of(page) if block.language == "bash" for c in commands_of(block.text)
     ]
@@ -296,18 +296,18 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
         r"(?:`|^)((?:hf-fasttrain|python (?:benchmarks|tests|docs|examples)/)[^`\n]*)", text, re.MULTILINE
     ):
         program, *words = shlex.split(match[1], comments=True)
-        given = {word.split("=")[0] for word in words if word.startswith("--")}
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
         if program == "python":
             source = (ROOT / words[0]).read_text()
-            assert not {option for option in given if f'"{option}"' not in source}, match[1]
+            assert not {option for option in options if f'"{option}"' not in source}, match[1]
         elif words and words[0].startswith(("RECIPE", "RUN")):
-            assert given <= options_of(["train"])
+            assert options <= options_of(["train"])
         elif words:
-            assert given <= options_of(words), match[1]
+            assert options <= options_of(words), match[1]
 
 
 def slugs_of(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as on GitHub."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -327,19 +327,19 @@ def test_links_resolve(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_files_in_the_text_exist(page: Path) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = re.findall(r"`((?:hf_fasttrain|tests|benchmarks|docs|recipes|examples|accelerate_configs)/[\w./-]*)", text)
-    for name in named:
+    names = re.findall(r"`((?:hf_fasttrain|tests|benchmarks|docs|recipes|examples|accelerate_configs)/[\w./-]*)", text)
+    for name in names:
         assert (ROOT / name).exists(), f"{page}: {name}"
 
 
 @pytest.mark.parametrize("script", ["make_recipe_table.py", "make_coming_from.py"])
 def test_generated_tables_are_up_to_date(script: str) -> None:
-    done = subprocess.run([sys.executable, ROOT / "docs" / script, "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, ROOT / "docs" / script, "--check"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def names_of_others() -> dict[str, Any]:
-    """Return the file that docs/coming-from.md is made from."""
+    """Return the data from which docs/coming-from.md is generated."""
     table: dict[str, Any] = YAML(typ="safe").load(ROOT / "docs/coming_from.yaml")
     return table
 
@@ -349,7 +349,7 @@ def as_list(value: Any) -> list[str]:
 
 
 def is_key(name: str) -> bool:
-    """Return whether a recipe may hold a key, or has a section of this name."""
+    """Return whether a recipe key or section of this name exists."""
     return any(key == name or key.startswith(f"{name}.") for key in all_keys())
 
 
@@ -373,7 +373,7 @@ def has_python_name(name: str) -> bool:
     return True
 
 
-def test_our_names_beside_those_of_other_libraries_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_names_in_coming_from_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     table = names_of_others()
     python = set(table["python_of"].values())
@@ -398,7 +398,7 @@ def test_our_names_beside_those_of_other_libraries_exist(tmp_path: Path, monkeyp
     assert not is_key("train.epochs")
 
 
-def test_each_name_of_another_library_stands_in_one_row() -> None:
+def test_each_name_of_another_library_is_in_one_row() -> None:
     for source in names_of_others()["sources"]:
         theirs = Counter(name for row in source["rows"] for name in as_list(row["from"]))
         assert max(theirs.values()) == 1, theirs.most_common(3)
@@ -409,7 +409,7 @@ def test_each_name_of_another_library_stands_in_one_row() -> None:
 
 
 def example(name: str) -> dict[str, Any]:
-    """Return an example's names, in a process that has just started."""
+    """Return an example's globals, in a process reset to its start."""
     reset_accelerate()
     path = ROOT / "examples" / name
     program: dict[str, Any] = {"__name__": "example"}
@@ -426,18 +426,18 @@ def test_a_loss_with_weights_is_resumed(workspace: Workspace) -> None:
     main = example("own_loss.py")["main"]
     main("runs/own_loss", "1 epoch")
     _, resumed = main("runs/own_loss", "2 epochs")
-    result, whole = main("runs/own_loss_whole", "2 epochs")
-    assert torch.equal(resumed.centres, whole.centres)
+    result, uninterrupted = main("runs/own_loss_whole", "2 epochs")
+    assert torch.equal(resumed.centres, uninterrupted.centres)
     assert result.metrics["accuracy"] > 0.5
     logged = [json.loads(line) for line in Path("runs/own_loss/metrics.jsonl").read_text().splitlines()]
     assert 0 < [line["angle"] for line in logged if line["kind"] == "train"][-1] < np.pi / 2
 
 
 def test_two_passes_do_not_depend_on_accumulation(workspace: Workspace) -> None:
-    """As a plain loop has it: the gradients of the whole batch, at its weights and at the worst ones near by."""
+    """As in a plain loop: the gradients of the complete batch, at its weights and at the perturbed ones."""
     program = example("two_passes.py")
-    split, whole = (program["main"](number, "1 epoch").state_dict() for number in ("4", "1"))
-    for name, weight in whole.items():
+    split, unsplit = (program["main"](number, "1 epoch").state_dict() for number in ("4", "1"))
+    for name, weight in unsplit.items():
         assert torch.allclose(split[name], weight, atol=1e-5), name
     model, batches = program["make_model"](), iter(program["loaders"]()[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -457,7 +457,7 @@ def test_two_passes_do_not_depend_on_accumulation(workspace: Workspace) -> None:
         optimizer.step()
         optimizer.zero_grad()
     for name, weight in model.state_dict().items():
-        assert torch.allclose(whole[name], weight, atol=1e-5), name
+        assert torch.allclose(unsplit[name], weight, atol=1e-5), name
 
 
 def test_callbacks_are_called(workspace: Workspace) -> None:
@@ -488,7 +488,7 @@ def test_albumentations_is_used_where_it_is_installed(workspace: Workspace) -> N
 
 
 def test_the_backbone_is_unfrozen_after_an_epoch(workspace: Workspace) -> None:
-    """Through a resume too, which finds it unfrozen."""
+    """Also after resuming, when it is already unfrozen."""
     small = [f"{key}={value}" for key, value in {**SMALL, "data.dataset": "digits", "train.batch_size": "256"}.items()]
     Trainer.from_recipe("finetune", [*small, "output_dir=runs/first"]).fit()  # weights to start from
     small += ["output_dir=runs/unfreeze", "model.pretrained=runs/first/model"]
@@ -516,14 +516,14 @@ def test_every_example_has_its_test() -> None:
 
 def test_the_documented_parameters_are_those_of_the_trainer() -> None:
     table = (ROOT / "docs/python-api.md").read_text().split("| parameter | meaning |")[1].split("\n\n")[0]
-    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if row else "")}
+    names = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if row else "")}
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    assert named <= known
-    assert known - named <= NOT_DOCUMENTED
+    assert names <= known
+    assert known - names <= NOT_DOCUMENTED
 
 
 def test_tune_then_train_gives_commands_that_run(workspace: Workspace) -> None:
-    """bash runs the script; what it would start is written down, and started here."""
+    """bash runs the script with a fake command that records its arguments; the commands are run here."""
     stub = workspace.folder / "bin/hf-fasttrain"
     stub.parent.mkdir()
     stub.write_text(

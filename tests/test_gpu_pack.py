@@ -1,4 +1,4 @@
-"""The pack of GPU tests, as far as a CPU can tell: its table, its children, its results, and that defects are seen."""
+"""The GPU tests, checked on a CPU: their table, processes and results, and that planted defects are detected."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from gpu_plants import PLANTS, Plant
 from gpu_rows import BENCHMARK, ROWS, row_of
 
 
-def test_each_test_is_of_a_row_and_each_row_has_tests_and_defects() -> None:
-    found = set()
+def test_each_test_has_a_row_and_each_row_has_tests_and_defects() -> None:
+    rows = set()
     for path in GPU_FOLDER.glob("test_*.py"):
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE):
             (row,) = [row for row in ROWS if row.name == row_of(name)]
             assert row.file == path.name
-            found.add(row.name)
-    assert found == {row.name for row in ROWS} - {BENCHMARK}
-    assert PLANTS.keys() == found
+            rows.add(row.name)
+    assert rows == {row.name for row in ROWS} - {BENCHMARK}
+    assert PLANTS.keys() == rows
     for row in ROWS:
         if row.on_cpu and row.name != BENCHMARK:
             assert any(plant.on_cpu for plant in PLANTS[row.name]), row.name
 
 
-def test_first_comes_what_decides_and_the_benchmark_last() -> None:
+def test_decisive_rows_run_first_and_the_benchmark_last() -> None:
     names = [row.name for row in ROWS]
     assert names[:8] == ["T14", "T1", "T1b", "T2", "T3", "T6", "T7", "T8"]
     assert names[-1] == BENCHMARK
     assert {f"T{number}" for number in range(1, 23)} <= set(names)
 
 
-def test_ordinary_runs_leave_them_out() -> None:
+def test_ordinary_runs_skip_gpu_tests() -> None:
     assert pytest_ignore_collect(GPU_FOLDER) is True
     assert pytest_ignore_collect(GPU_FOLDER.parent / "test_cli.py") is None
 
@@ -68,15 +68,15 @@ def test_rows_are_green_on_a_cpu() -> None:
     [(row, plant) for row in ("T2", "T7", "T11") for plant in PLANTS[row] if plant.on_cpu],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_planted_defects_are_seen(row: str, plant: Plant) -> None:
+def test_planted_defects_are_detected(row: str, plant: Plant) -> None:
     outcome = planted(row, plant.name)
     assert outcome.status == "red"
     assert re.search(plant.says, outcome.error)
 
 
-def test_a_row_that_dies_or_hangs_is_red_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(patch: pytest.MonkeyPatch) -> None:
-        if not os.fork():  # as a loader's process, it holds the pipe to the parent
+def test_a_row_that_dies_or_hangs_is_red_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exit_process(patch: pytest.MonkeyPatch) -> None:
+        if not os.fork():  # like a loader process, it holds the pipe to the parent
             time.sleep(60)
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_a_row_that_dies_or_hangs_is_red_and_the_others_go_on(monkeypatch: pytes
     def hang(patch: pytest.MonkeyPatch) -> None:
         time.sleep(60)
 
-    monkeypatch.setitem(PLANTS, "T11", [Plant("dies", die, ""), Plant("hangs", hang, "")])
+    monkeypatch.setitem(PLANTS, "T11", [Plant("dies", exit_process, ""), Plant("hangs", hang, "")])
     outcomes = list(run_group(["T8", "T11", "T9"], dry_run=True, plant="T11/dies"))
     assert [(o.row, o.status) for o in outcomes] == [("T8", "green"), ("T11", "red"), ("T9", "green")]
     assert outcomes[1].error.startswith("the process ended (signal SIGKILL)")
@@ -95,7 +95,7 @@ def test_a_row_that_dies_or_hangs_is_red_and_the_others_go_on(monkeypatch: pytes
     assert "took longer than" in outcomes[1].error
 
 
-def test_a_second_call_leaves_out_what_was_green(
+def test_a_second_run_skips_green_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = gpu_check.chosen_rows("T11,T8")
@@ -107,19 +107,19 @@ def test_a_second_call_leaves_out_what_was_green(
     assert [(line["row"], line["status"]) for line in lines] == [("T8", "green"), ("T11", "green"), ("T9", "red")]
     assert lines[2]["error"] == "E1\nE2"
     assert "all of it" in (tmp_path / "failures.txt").read_text()
-    again = gpu_check.Results(tmp_path, "cpu")
-    assert again.green() == {"T8", "T11"}
+    reopened = gpu_check.Results(tmp_path, "cpu")
+    assert reopened.green() == {"T8", "T11"}
     assert gpu_check.Results(tmp_path, "gpu").green() == set()
-    gpu_check.print_plan(gpu_check.chosen_rows(""), again.green(), 6, gpus=1)
+    gpu_check.print_plan(gpu_check.chosen_rows(""), reopened.green(), 6, gpus=1)
     plan = capsys.readouterr().out
     assert re.search(r"T11 .*green already", plan)
     assert re.search(r"M1 .*needs 2 GPUs", plan)
-    assert re.search(r"T22 .*with the \d+ s that are left", plan)
-    with pytest.raises(SystemExit, match="no such row: T99"):
+    assert re.search(r"T22 .*in the remaining \d+ s", plan)
+    with pytest.raises(SystemExit, match="unknown row: T99"):
         gpu_check.chosen_rows("T99")
 
 
-def test_what_does_not_fit_is_not_run(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_the_time_are_not_run(tmp_path: Path) -> None:
     results = gpu_check.Results(tmp_path, "cpu")
     clock = gpu_check.Clock(minutes=0.01)
     assert gpu_check.run_rows(gpu_check.chosen_rows("T11,T20,T22"), results, clock, dry_run=True, fork=True) == 0
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_not_run(tmp_path: Path) -> None:
 
 
 def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
-    """Write a wheel that holds nothing but what it says of itself."""
+    """Write a wheel that contains only metadata."""
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
         lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
         lines += [f"Requires-Dist: {requirement}" for requirement in requires]
@@ -145,10 +145,10 @@ def test_only_missing_packages_are_installed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(importlib.metadata, "version", version)
     wheel(tmp_path, "pydantic", "2.14.3", "annotated-types>=0.6", "numpy", "nowhere-else; extra == 'mail'")
     wheel(tmp_path, "annotated_types", "0.7.0")
-    wheel(tmp_path, "plotly", "7.1.0")  # another version is there
-    wheel(tmp_path, "numpy", "2.4.6")  # is there
+    wheel(tmp_path, "plotly", "7.1.0")  # another version is installed
+    wheel(tmp_path, "numpy", "2.4.6")  # is installed
     chosen = {path.name.split("-")[0] for path in gpu_packages.wheels_to_install(tmp_path)}
     assert chosen == {"pydantic", "annotated_types", "plotly"}
-    lacks = gpu_packages.lacking_with_theirs(gpu_packages.needed())
-    assert lacks["plotly"].startswith("1.0, wanted is plotly")
+    missing = gpu_packages.lacking_with_theirs(gpu_packages.needed())
+    assert missing["plotly"].startswith("1.0, required: plotly")
     assert "pydantic" in gpu_packages.install_missing(None, tmp_path)

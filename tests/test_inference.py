@@ -1,4 +1,4 @@
-"""`evaluate` measures what it says: the run's split, or other data as a whole, by the model's class names."""
+"""`evaluate`: the run's split, or all of other data, by the model's class names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES = ["blue", "green", "red"]
 
 @pytest.fixture
 def run(tmp_path: Path, image_folder: Path) -> Path:
-    """Return the folder of a run whose model was not trained: what it says is arbitrary, and always the same."""
+    """Return a run whose model was not trained: its predictions are arbitrary but constant."""
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
     spec = ModelSpec("test_resnet", CLASSES, 32)
@@ -45,22 +45,22 @@ def draw(folder: Path, classes: dict[str, int]) -> Path:
 
 
 def evaluate(run: Path, *overrides: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
-    """Return what was measured, and the notes."""
+    """Return the result and the notes."""
     notes: list[str] = []
     return evaluate_run(run, overrides, note=notes.append, **options), notes
 
 
-def test_another_folder_without_splits_is_measured_whole(run: Path, tmp_path: Path) -> None:
+def test_another_folder_without_splits_is_evaluated_completely(run: Path, tmp_path: Path) -> None:
     other = draw(tmp_path / "other", {"blue": 9, "green": 5, "red": 11})
     measured, notes = evaluate(run, f"data.dataset={other}")
     rows = predict_images(run, [str(other)], top=1)
-    right = [Path(row["image"]).parent.name == row["classes"][0]["class"] for row in rows]
-    assert measured["accuracy"] == pytest.approx(sum(right) / 25)
+    correct = [Path(row["image"]).parent.name == row["classes"][0]["class"] for row in rows]
+    assert measured["accuracy"] == pytest.approx(sum(correct) / 25)
     assert (measured["dataset"], measured["split"], measured["num_images"]) == (str(other), "train", 25)
     assert notes == []
 
 
-def test_table_and_json_say_what_was_measured(
+def test_table_and_json_name_the_evaluated_data_and_weights(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -75,7 +75,7 @@ def test_table_and_json_say_what_was_measured(
     assert (cells["dataset"], cells["split"], cells["num_images"]) == (str(other), "train", "4")
 
 
-def test_the_runs_own_data_is_measured_as_in_training(run: Path, image_folder: Path) -> None:
+def test_the_runs_data_is_evaluated_as_in_training(run: Path, image_folder: Path) -> None:
     measured, notes = evaluate(run)
     assert (measured["split"], measured["num_images"], notes) == ("validation", 12, [])
     shutil.rmtree(image_folder / "validation")
@@ -84,7 +84,7 @@ def test_the_runs_own_data_is_measured_as_in_training(run: Path, image_folder: P
         assert (measured["split"], measured["num_images"]) == ("held-out 10% of train", 2)
 
 
-def test_a_folder_without_some_classes_is_measured_with_a_note(run: Path, tmp_path: Path) -> None:
+def test_a_folder_without_some_classes_is_evaluated_with_a_note(run: Path, tmp_path: Path) -> None:
     other = draw(tmp_path / "other", {"blue": 3, "red": 4, "green": 0})
     measured, notes = evaluate(run, f"data.dataset={other}")
     assert measured["num_images"] == 7
@@ -102,22 +102,22 @@ def test_classes_are_matched_by_name_and_not_by_number(run: Path, tmp_path: Path
     other = draw(tmp_path / "other", {"Red": 4, "green": 3})
     measured = load_evaluation_split(str(other), multi_label=False)
     assert measured.class_names == ["Red", "green"]
-    moved = with_model_classes(measured, CLASSES, "other")
-    assert moved.split.labels.tolist() == [2] * 4 + [1] * 3
-    assert moved.notes[0] == "other: classes are matched to the model's: 'Red' is 'red'"
+    renamed = with_model_classes(measured, CLASSES, "other")
+    assert renamed.split.labels.tolist() == [2] * 4 + [1] * 3
+    assert renamed.notes[0] == "other: classes are matched to the model's: 'Red' is 'red'"
     rows = predict_images(run, [str(other)], top=1)
-    right = [Path(row["image"]).parent.name.lower() == row["classes"][0]["class"] for row in rows]
-    assert evaluate(run, f"data.dataset={other}")[0]["accuracy"] == pytest.approx(sum(right) / 7)
+    correct = [Path(row["image"]).parent.name.lower() == row["classes"][0]["class"] for row in rows]
+    assert evaluate(run, f"data.dataset={other}")[0]["accuracy"] == pytest.approx(sum(correct) / 7)
 
 
-def test_classes_that_the_model_does_not_know_are_refused_with_both_lists(run: Path, tmp_path: Path) -> None:
+def test_unknown_classes_are_refused_with_both_lists(run: Path, tmp_path: Path) -> None:
     other = draw(tmp_path / "other", {"blue": 1, "rose": 1})
     messages = r"its classes \(blue, rose\) are not the model's \(blue, green, red\): rose can't be matched"
     with pytest.raises(DataError, match=messages):
         evaluate(run, f"data.dataset={other}")
 
 
-def test_a_test_split_is_mentioned_and_measured_on_request(run: Path, tmp_path: Path) -> None:
+def test_a_test_split_is_mentioned_and_evaluated_on_request(run: Path, tmp_path: Path) -> None:
     classes = {"blue": 2, "green": 2, "red": 1}
     other = draw(tmp_path / "other" / "train", classes).parent
     draw(other / "test", {name: 2 * number for name, number in classes.items()})
@@ -135,22 +135,22 @@ def test_a_test_split_is_mentioned_and_measured_on_request(run: Path, tmp_path: 
         evaluate(run, "data.eval_split=train", split="test")
 
 
-def test_a_wrong_split_of_the_runs_own_data_is_named_by_the_option(run: Path) -> None:
+def test_a_wrong_split_of_the_runs_data_is_named_by_its_option(run: Path) -> None:
     with pytest.raises(DataError, match=r"--split: 'tset' is not a split of .*; it has train, validation"):
         evaluate(run, split="tset")
 
 
-def test_which_weights_were_measured_is_told_as_far_as_it_is_known(run: Path) -> None:
+def test_the_evaluated_weights_are_described_as_far_as_known(run: Path) -> None:
     assert evaluate(run)[0].keys() & {"weights", "step"} == set()
     (run / "result.json").write_text('{"steps": 9, "model": {"weights": "best", "step": 4, "ema": false}}')
     measured = evaluate(run)[0]
     assert (measured["weights"], measured["step"]) == ("best", 4)
 
 
-def test_settings_of_the_runs_own_data_do_not_hold_for_other_data(run: Path, tmp_path: Path) -> None:
+def test_settings_of_the_runs_data_do_not_apply_to_other_data(run: Path, tmp_path: Path) -> None:
     recipe = run / "recipe.yaml"
-    own = "workers: 0, eval_split: val, image_column: img, label_column: fine_label, test_split: test"
-    recipe.write_text(recipe.read_text().replace("workers: 0", own))
+    run_keys = "workers: 0, eval_split: val, image_column: img, label_column: fine_label, test_split: test"
+    recipe.write_text(recipe.read_text().replace("workers: 0", run_keys))
     other = draw(tmp_path / "other", {"blue": 1, "green": 1, "red": 1})
     assert evaluate(run, f"data.dataset={other}")[0]["num_images"] == 3
     with pytest.raises(DataError, match=r"data.label_column: 'class' is not a column"):
@@ -162,7 +162,7 @@ def test_settings_of_the_runs_own_data_do_not_hold_for_other_data(run: Path, tmp
         evaluate(run, f"data.dataset={other}", "data.eval_fraction=0.5")
 
 
-def test_images_that_the_run_was_trained_on_are_noted_where_they_have_moved(
+def test_moved_training_images_are_recognised_and_noted(
     image_folder: Path, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     trained = image_folder / "train"
@@ -184,15 +184,15 @@ def test_images_that_the_run_was_trained_on_are_noted_where_they_have_moved(
 def test_a_metric_that_raises_is_noted(run: Path, tmp_path: Path) -> None:
     from helpers.metric_module import MODULE
 
-    (tmp_path / "moody").mkdir()
+    (tmp_path / "flaky").mkdir()
     body = "if len(predictions) == 12:\n            raise ValueError('a dozen')\n        return {'f1': 1.0}"
-    (tmp_path / "moody" / "moody.py").write_text(MODULE.replace("BODY", body).replace("KIND", "number"))
-    measured, notes = evaluate(run, f"evaluate.metrics=[accuracy, {tmp_path / 'moody'}]")
-    assert "moody" not in measured
-    assert notes == ["metric 'moody' could not be computed and is left out: ValueError: a dozen"]
+    (tmp_path / "flaky" / "flaky.py").write_text(MODULE.replace("BODY", body).replace("KIND", "number"))
+    measured, notes = evaluate(run, f"evaluate.metrics=[accuracy, {tmp_path / 'flaky'}]")
+    assert "flaky" not in measured
+    assert notes == ["metric 'flaky' could not be computed and is skipped: ValueError: a dozen"]
 
 
-def test_several_splits_of_other_names_need_a_name(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+def test_several_splits_with_other_names_need_a_split_option(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     import datasets
 
     images = [Image.new("RGB", (4, 4))] * 2
@@ -202,11 +202,11 @@ def test_several_splits_of_other_names_need_a_name(tmp_path: Path, write_recipe:
         load_evaluation_split(str(tmp_path / "data"), multi_label=False)
 
 
-def test_images_that_others_stand_in_for_are_counted(run: Path, tmp_path: Path) -> None:
+def test_replaced_images_are_counted(run: Path, tmp_path: Path) -> None:
     other = draw(tmp_path / "other", {"blue": 9, "green": 5, "red": 11})
     assert "bad_images" not in evaluate(run, f"data.dataset={other}")[0]
-    broken = other / "red" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:60])
+    damaged = other / "red" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
     measured, notes = evaluate(run, f"data.dataset={other}", "data.max_bad_fraction=0.1")
     assert (measured["num_images"], measured["bad_images"]) == (25, 1)
     assert any("bad images are replaced" in note for note in notes)

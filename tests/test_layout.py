@@ -1,4 +1,4 @@
-"""The layout: imports run one way, importing does nothing, and nothing is left out of the wheel or of the tests."""
+"""The layout: imports run in one direction and have no side effects; wheel and test run are complete."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import hf_fasttrain
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_fasttrain"
-# A file imports its own folder and folders to the left.
+# A file may import from its folder and from folders to the left.
 ORDER = [
     *("before_torch", "utils", "run_folder", "recipe", "data", "models", "train", "report", "export", "hub"),
     *("from_recipe", "inference", "study", "cli", "__main__"),
 ]
 KNOW_THE_RECIPE = {"recipe", "from_recipe", "inference", "study", "cli"}
-DOORS = {  # imported when they are called, not when the file is: a trainer's way to what is built on trainers
+LAZY_IMPORTS = {  # imported inside functions: a trainer's methods that use what is built on trainers
     ("train.trainer", "from_recipe.trainer"),
     ("train.trainer", "hub.push"),
     ("train.trainer", "report.callback"),
@@ -43,7 +43,7 @@ def modules() -> dict[str, Path]:
 
 def imports(path: Path) -> set[str]:
     """Return the package's modules that a file imports, anywhere in it, but for type checking."""
-    found: set[str] = set()
+    imported: set[str] = set()
     tree = ast.parse(path.read_text())
     checked = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
     ignored = {id(inner) for node in checked for inner in ast.walk(node)}
@@ -51,23 +51,23 @@ def imports(path: Path) -> set[str]:
         module = (node.module or "") if isinstance(node, ast.ImportFrom) and id(node) not in ignored else ""
         if module.partition(".")[0] == "hf_fasttrain":
             base = module.removeprefix("hf_fasttrain").removeprefix(".")
-            named = {f"{base}.{alias.name}".removeprefix(".") for alias in node.names}
-            found |= {name if name in modules() else base for name in named}
-    return found - {"", "__init__"}
+            names = {f"{base}.{alias.name}".removeprefix(".") for alias in node.names}
+            imported |= {name if name in modules() else base for name in names}
+    return imported - {"", "__init__"}
 
 
 @cache
 def edges() -> set[tuple[str, str]]:
-    """Return (module, module that it imports), without the doors."""
+    """Return (module, imported module), without LAZY_IMPORTS."""
     known = {name: path for name, path in modules().items() if name not in ("", "__init__")}
-    return {(name, other) for name, path in known.items() for other in imports(path)} - DOORS
+    return {(name, other) for name, path in known.items() for other in imports(path)} - LAZY_IMPORTS
 
 
 def folder(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_imports_run_one_way() -> None:
+def test_imports_follow_the_order_of_folders() -> None:
     wrong = [pair for pair in edges() if ORDER.index(folder(pair[1])) > ORDER.index(folder(pair[0]))]
     crossing = Counter((folder(name), folder(other)) for name, other in edges() if folder(name) != folder(other))
     beyond_utils = sum(number for (_, other), number in crossing.items() if other != "utils")
@@ -75,37 +75,39 @@ def test_imports_run_one_way() -> None:
     assert not wrong, sorted(wrong)
 
 
-def test_each_door_is_one() -> None:
-    for name, other in DOORS:
+def test_imports_against_the_order_are_lazy() -> None:
+    for name, other in LAZY_IMPORTS:
         tree = ast.parse(modules()[name].read_text())
         at_top = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
         assert other in imports(modules()[name])
         assert f"hf_fasttrain.{other}" not in at_top
 
 
-def test_there_is_no_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     below = {name: {other for one, other in edges() if one == name} - {name} for name in modules()}
-    done: set[str] = set()
-    while len(done) < len(below):
-        free = {name for name, needed in below.items() if name not in done and needed <= done}
-        assert free, f"a circle among {sorted(set(below) - done)}"
-        done |= free
+    visited: set[str] = set()
+    while len(visited) < len(below):
+        free = {name for name, needed in below.items() if name not in visited and needed <= visited}
+        assert free, f"a circle among {sorted(set(below) - visited)}"
+        visited |= free
 
 
 def test_only_some_folders_know_the_recipe() -> None:
-    knowing = {(name, other) for name, other in edges() if folder(other) == "recipe"}
-    wrong = sorted((name, other) for name, other in knowing if folder(name) not in KNOW_THE_RECIPE)
+    importers = {(name, other) for name, other in edges() if folder(other) == "recipe"}
+    wrong = sorted((name, other) for name, other in importers if folder(name) not in KNOW_THE_RECIPE)
     assert not wrong
 
 
-def test_four_modules_lie_at_the_top() -> None:
+def test_only_the_expected_modules_are_at_the_top() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "before_torch", "inference"}
     assert (PACKAGE / "utils/__init__.py").read_text() == ""
 
 
 def test_files_are_short() -> None:
-    long = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if len(path.read_text().splitlines()) > 420}
-    assert not long
+    too_long = {
+        str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if len(path.read_text().splitlines()) > 420
+    }
+    assert not too_long
 
 
 @pytest.mark.parametrize("name", ["benchmarks", "examples", "docs", "tests"])
@@ -117,14 +119,14 @@ def test_programs_import_existing_modules(name: str) -> None:
 
 def tracked(*paths: str) -> list[str]:
     """Return the files that git knows under some paths."""
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files", *paths], capture_output=True, text=True, check=False)
-    if listed.returncode != 0:
+    process = subprocess.run(["git", "-C", ROOT, "ls-files", *paths], capture_output=True, text=True, check=False)
+    if process.returncode != 0:
         pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    return [name for name in process.stdout.splitlines() if (ROOT / name).is_file()]
 
 
-def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
-    """A folder whose name a tool ignores (build, runs) would be missing without a word."""
+def test_the_wheel_contains_every_file(tmp_path: Path) -> None:
+    """A folder whose name a tool ignores (build, runs) would be missing without an error."""
     from hatchling.builders.wheel import WheelBuilder
 
     wheel = next(iter(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])))
@@ -134,13 +136,13 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
 
 
 def test_each_folder_of_tests_is_collected(request: pytest.FixtureRequest, collected_files: set[Path]) -> None:
-    """In the folders that this run was given, every file of tests is found."""
-    given = [(request.config.invocation_params.dir / argument).resolve() for argument in request.config.args]
+    """In the folders of this run, every test file is collected."""
+    folders = [(request.config.invocation_params.dir / argument).resolve() for argument in request.config.args]
     names = [name for name in tracked("tests") if Path(name).name.startswith("test_") and "/gpu/" not in name]
     files = {ROOT / name for name in names}
-    wanted = {path for path in files if any(path.is_relative_to(folder) for folder in given)}
-    assert wanted == {path for path in collected_files if any(path.is_relative_to(folder) for folder in given)}
-    assert wanted
+    expected = {path for path in files if any(path.is_relative_to(folder) for folder in folders)}
+    assert expected == {path for path in collected_files if any(path.is_relative_to(folder) for folder in folders)}
+    assert expected
 
 
 def test_importing_is_without_side_effects() -> None:
@@ -156,9 +158,9 @@ def test_importing_is_without_side_effects() -> None:
         "from accelerate.state import PartialState\n"
         "assert PartialState._shared_state == {} and not torch.cuda.is_initialized()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == ""
 
 
 def test_all_that_is_printed_is_cleaned_in_one_place() -> None:
@@ -178,16 +180,16 @@ def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
         "heavy = {'torch', 'accelerate', 'datasets', 'timm', 'transformers', 'evaluate', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - began < 30  # not a benchmark: it only fails if something heavy is done
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert time.perf_counter() - start < 30  # not a benchmark: fails only if something heavy is imported
 
 
 def test_the_upload_process_does_not_import_torch() -> None:
     code = "import sys, hf_fasttrain.hub.worker\nassert not {'torch', 'numpy'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 def session(*arguments: str, **options: Any) -> Any:
@@ -198,7 +200,7 @@ def session(*arguments: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("given", "processes", "dist"),
+    ("config", "processes", "dist"),
     [
         (session("tests"), 2, "worksteal"),
         (session("tests/train", "tests/data"), 2, "worksteal"),
@@ -211,9 +213,9 @@ def session(*arguments: str, **options: Any) -> Any:
         (session("tests", capture="no"), None, "no"),
     ],
 )
-def test_folders_of_tests_run_in_two_processes_and_files_in_one(given: Any, processes: int | None, dist: str) -> None:
-    conftest.pytest_cmdline_main(given)
-    assert (given.option.numprocesses, given.option.dist) == (processes, dist)
+def test_folders_of_tests_run_in_two_processes_and_files_in_one(config: Any, processes: int | None, dist: str) -> None:
+    conftest.pytest_cmdline_main(config)
+    assert (config.option.numprocesses, config.option.dist) == (processes, dist)
 
 
 def test_processes_of_a_session_start_none_and_pytest_xdist_may_be_missing() -> None:

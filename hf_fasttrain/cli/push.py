@@ -35,4 +35,4 @@ def push(
         private = hub.get("private") if private is None else private
         license = license or hub.get("license")
         weights = weights or ("best" if hub.get("every") == "best" else None)
-    echo(push_run(run, name, private=private, license=license, weights=weights, model=model, tell=print_note))
+    echo(push_run(run, name, private=private, license=license, weights=weights, model=model, log=print_note))

@@ -42,10 +42,10 @@ def train(
         if not missing:
             _print_finished(trainer, folder)
             return
-        trainer.log.say(f"{folder}: trained to the end; now writing what is missing: {', '.join(missing)}")
+        trainer.log.print(f"{folder}: trained to the end; now writing what is missing: {', '.join(missing)}")
     else:
         started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
-        trainer.log.say(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
+        trainer.log.print(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
     try:
         with _memory_limit(trainer):
             result = trainer.fit()
@@ -56,9 +56,9 @@ def train(
     _end_trackers(trainer)
     if result.not_written:
         steps = trainer.state.step, _final_step(trainer)
-        trainer.log.say(describe_missing(folder, result.not_written, *steps, report=trainer.report))
+        trainer.log.print(describe_missing(folder, result.not_written, *steps, report=trainer.report))
         sys.exit(Stopped.NOT_WRITTEN)
-    _print_summary(trainer.log.say, folder, loaded, result)
+    _print_summary(trainer.log.print, folder, loaded, result)
 
 
 def _final_step(trainer: Trainer) -> int:
@@ -74,9 +74,9 @@ def _print_finished(trainer: Trainer, folder: Path) -> None:
 
     steps, pusher = trainer.state.step, getattr(trainer.publish, "pusher", None)
     early = f"\n{trainer.early_stop}; {how_to_continue()}" if trainer.early_stop else ""
-    trainer.log.say(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
+    trainer.log.print(f"{folder}: this run is finished ({steps} steps); nothing to do{early}")
     if pusher is not None and not is_pushed(folder, pusher.options.repo, steps):
-        trainer.log.say(f"not pushed to {pusher.options.repo} yet: {pusher.options.command(folder)}")
+        trainer.log.print(f"not pushed to {pusher.options.repo} yet: {pusher.options.command(folder)}")
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def _end_trackers(trainer: Trainer) -> None:
         try:
             tracker.finish()
         except Exception as error:  # noqa: BLE001 - a tracker's error; the run itself is complete
-            trainer.log.say(f"note: a tracker could not be ended: {error}")
+            trainer.log.print(f"note: a tracker could not be ended: {error}")
     trainer.processes.wait_for_main()
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.export.onnx_file import TOLERANCE, difference, quiet, require_onnx, scale_of, write_onnx
-from hf_fasttrain.models.given import Given, OpenedModel, given_model
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.models.saved import load_model, save_model
+from hf_fasttrain.models.user_model import ModelArgument, UserModel, load_user_model
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights
@@ -52,21 +52,21 @@ def export_run(
     *,
     onnx: bool = False,
     weights: str | None = None,
-    model: Given | None = None,
+    model: ModelArgument | None = None,
 ) -> ExportResult:
     """Write a finished run's model folder for timm, transformers and, with `onnx`, onnxruntime.
 
     `weights`: last, best (of the best evaluation) or step_N, the moving average where the run has one; by default those
     in RUN/model. Others come from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its
     users would, and must give the logits of evaluation to 1e-4 (relative to the largest one if that is above 1);
-    libraries that can't open it are in the notes. `model`: of a run that no recipe has made (see `open_given`): its
-    weights are written for torch. Raises RunError and keeps an earlier folder.
+    libraries that can't open it are in the notes. `model`: of a run that no recipe has made (see `open_user_model`):
+    its weights are written for torch. Raises RunError and keeps an earlier folder.
     """
     run = Path(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give the run folder of a training that has ended")
-    given = given_model(run, model, weights)
-    finished = read_run(run) if given is None else None
+    user_model = load_user_model(run, model, weights)
+    finished = read_run(run) if user_model is None else None
     checkpoint = find_checkpoint(run, weights)
     folder = _target(run, output, None if checkpoint is None else str(weights))
     if onnx:
@@ -74,8 +74,8 @@ def export_run(
     had_onnx = (folder / ONNX_FILE).exists()
     try:
         with new_folder(folder) as partial:
-            if given is not None:
-                exported = _write_given(given, run / MODEL_FOLDER, partial, onnx=onnx)
+            if user_model is not None:
+                exported = _export_user_model(user_model, run / MODEL_FOLDER, partial, onnx=onnx)
             else:
                 assert finished is not None
                 exported = _write(*_load(finished, checkpoint), partial, onnx=onnx)
@@ -96,17 +96,17 @@ def _write(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> Ex
     return _verify(model, spec, folder, onnx=onnx)
 
 
-def _write_given(given: OpenedModel, described: Path, folder: Path, *, onnx: bool) -> ExportResult:
+def _export_user_model(user_model: UserModel, described: Path, folder: Path, *, onnx: bool) -> ExportResult:
     """Write the weights of a user's model, its ONNX file, and its description if the folder `described` has one."""
-    copyfile(given.weights, folder / WEIGHTS_FILE)
+    copyfile(user_model.weights, folder / WEIGHTS_FILE)
     if (described / SPEC_FILE).is_file():  # of a recipe's run
         copyfile(described / SPEC_FILE, folder / SPEC_FILE)
     if not onnx:
         return ExportResult(folder, ["torch (load_state_dict)"], [], None)
-    pre = given.spec.preprocessing
+    pre = user_model.spec.preprocessing
     assert pre is not None
     images = preprocess(sample_photos(pre), pre)
-    difference = write_onnx(given.model, given.spec, pre, images, folder / ONNX_FILE)
+    difference = write_onnx(user_model.model, user_model.spec, pre, images, folder / ONNX_FILE)
     return ExportResult(folder, ["torch (load_state_dict)", "onnx"], [], difference)
 
 

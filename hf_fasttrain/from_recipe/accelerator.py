@@ -26,8 +26,8 @@ from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.limits import require_threads
 from hf_fasttrain.utils.private_apis import raise_recompile_limit, reset_precision
 
-# Variables that accelerate launch and torchrun always export, and nothing else does.
-LAUNCHER_MARKS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
+# Only accelerate launch and torchrun export these variables, and always do.
+LAUNCHER_VARIABLES = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
 # Variables of other ways to distribute a model, which are not supported.
 NOT_SUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -56,10 +56,10 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
     precision = _precision(recipe)
     reset_precision(precision)
     steps = recipe.accelerate.gradient_accumulation_steps
-    _note_overruled(recipe, precision, settings)
+    _note_overridden_settings(recipe, precision, settings)
     folder = output_dir(recipe)
     set_deterministic(recipe.accelerate.deterministic, torch.device("cuda" if uses_gpu() else "cpu"))
-    with _overruled_environment():
+    with _without_launcher_settings():
         accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=1 if steps == "auto" else steps,
@@ -96,38 +96,40 @@ def _precision(recipe: Recipe) -> str:
     precision: str = recipe.accelerate.mixed_precision
     if precision == "fp16" and not uses_gpu():
         raise RunError(
-            "accelerate.mixed_precision: fp16 needs a GPU, and there is none; allowed here are no, bf16 and auto"
+            "accelerate.mixed_precision: fp16 needs a GPU, and there is none; on a CPU, use no, bf16 or auto"
         )
     return precision
 
 
-def _note_overruled(recipe: Recipe, precision: str, settings: ResolvedSettings) -> None:
-    """Add a note for each setting of the launcher that the recipe overrules."""
-    launcher, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
-    if launcher not in (None, precision):
-        reason = {"fp16": ", which needs a GPU", "fp8": ", which is not supported"}.get(str(launcher), "")
+def _note_overridden_settings(recipe: Recipe, precision: str, settings: ResolvedSettings) -> None:
+    """Add a note for each setting of the launcher that the recipe overrides."""
+    launched, steps = launcher_precision(), recipe.accelerate.gradient_accumulation_steps
+    if launched not in (None, precision):
+        reason = {"fp16": ", which needs a GPU", "fp8": ", which is not supported"}.get(str(launched), "")
         reason = reason if settings.is_open("accelerate.mixed_precision") else ""
         settings.note(
-            f"the launch configuration says mixed precision {launcher}{reason}; the recipe's {precision} is used"
+            f"the launch configuration says mixed precision {launched}{reason}; the recipe's {precision} is used"
         )
-    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if launched not in ("1", "auto", str(steps)):
-        settings.note(f"the launch configuration says {launched} accumulation steps; the recipe's {steps} is used")
+    launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launcher_steps not in ("1", "auto", str(steps)):
+        settings.note(
+            f"the launch configuration says {launcher_steps} accumulation steps; the recipe's {steps} is used"
+        )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no" and recipe.accelerate.compile is not True:
         settings.note(f"the launch configuration says to compile with {backend}; the recipe's compile=false is used")
 
 
 @contextmanager
-def _overruled_environment() -> Iterator[None]:
-    """Hide environment variables that would overrule the recipe while an Accelerator is created.
+def _without_launcher_settings() -> Iterator[None]:
+    """Hide environment variables that would override the recipe while an Accelerator is created.
 
     Without OMP_NUM_THREADS, accelerate sets the threads of a distributed process to its share of all physical cores,
     including those that it may not use.
     """
-    overruling = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
-    previous = {name: os.environ.get(name) for name in (*overruling, THREADS_VARIABLE)}
-    for name in overruling:
+    variables = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
+    previous = {name: os.environ.get(name) for name in (*variables, THREADS_VARIABLE)}
+    for name in variables:
         os.environ.pop(name, None)
     os.environ[THREADS_VARIABLE] = str(torch.get_num_threads())
     try:
@@ -142,7 +144,7 @@ def _overruled_environment() -> Iterator[None]:
 
 def was_launched() -> bool:
     """Return whether accelerate launch or torchrun started this process, by their environment variables."""
-    return any(mark in os.environ for mark in ("ACCELERATE_MIXED_PRECISION", *LAUNCHER_MARKS))
+    return any(variable in os.environ for variable in ("ACCELERATE_MIXED_PRECISION", *LAUNCHER_VARIABLES))
 
 
 def launcher_precision() -> str | None:
@@ -162,18 +164,18 @@ def user_threads() -> int | None:
     A value that a launcher chose is not the user's: torchrun exports 1, `accelerate launch` 1 or the host's physical
     cores. It is the user's if the launcher was started with the variable or with --num_cpu_threads_per_process.
     """
-    value = _number(os.environ.get(THREADS_VARIABLE))
+    value = _parse_threads(os.environ.get(THREADS_VARIABLE))
     if value is None or not was_launched():
         return value
     launcher = _launcher()
     with suppress(psutil.Error, OSError):
         if launcher is not None:
-            passed = any(word.startswith("--num_cpu_threads_per_process") for word in launcher.cmdline())
-            return value if passed or _number(launcher.environ().get(THREADS_VARIABLE)) else None
-    return None if value in _launcher_defaults() else value
+            is_option_set = any(argument.startswith("--num_cpu_threads_per_process") for argument in launcher.cmdline())
+            return value if is_option_set or _parse_threads(launcher.environ().get(THREADS_VARIABLE)) else None
+    return None if value in _default_launcher_threads() else value
 
 
-def _number(text: str | None) -> int | None:
+def _parse_threads(text: str | None) -> int | None:
     """Return the outermost number of threads in a value of OMP_NUM_THREADS; None if it is not valid."""
     first = (text or "").split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else None
@@ -183,12 +185,12 @@ def _launcher() -> psutil.Process | None:
     """Return the closest parent process that no launcher started, None if it can't be inspected."""
     with suppress(psutil.Error, OSError):
         for process in psutil.Process().parents():
-            if not any(mark in process.environ() for mark in LAUNCHER_MARKS):
+            if not any(variable in process.environ() for variable in LAUNCHER_VARIABLES):
                 return process
     return None
 
 
-def _launcher_defaults() -> set[int]:
+def _default_launcher_threads() -> set[int]:
     """Return the numbers of threads that launchers choose by default."""
     physical = psutil.cpu_count(logical=False) or 1
     return {1, physical // local_processes()}
@@ -230,6 +232,6 @@ def use_cudnn_benchmark(device: torch.device) -> None:
 def allow_compiling(shapes: int) -> None:
     """Raise the compiler's limit to `shapes` batch shapes: those beyond its limit would run uncompiled to the end.
 
-    Twice as many, for the model and its moving average, and some for batches that are split when memory runs out.
+    The limit is doubled for the moving average, with some room for batches that are split when memory runs out.
     """
     raise_recompile_limit(2 * shapes + 8)

@@ -14,7 +14,7 @@ import torch
 
 from hf_fasttrain.data.pixels.rgb import default_range
 from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_processes, user_threads
-from hf_fasttrain.from_recipe.tunings import Presets, machine_here, stored_tuning
+from hf_fasttrain.from_recipe.tunings import Presets, current_machine, stored_tuning
 from hf_fasttrain.models.head import keeps_head
 from hf_fasttrain.models.memory_forecast import equal_micro_batch_size
 from hf_fasttrain.recipe.load import flatten, plain, with_values
@@ -126,7 +126,7 @@ def mixed_precision(*, gpu: bool, has_bf16: bool) -> Choice:
 
 def channels_last() -> Choice:
     """Return whether images have the memory layout NHWC."""
-    return Choice(True, "seldom slower")
+    return Choice(True, "rarely slower")
 
 
 def compiled() -> Choice:
@@ -146,10 +146,13 @@ def cpu_threads(*, user_threads: int | None, cores: int, processes: int) -> Choi
     return Choice(max(1, cores // processes), f"{cores} cores / {processes} processes")
 
 
-def micro_batch_size(*, whole: int, share: int, largest: int, limit: str = "") -> Choice:
-    """Return the micro-batch: `whole`, or less if a process's `share` of a step exceeds `largest`; `limit` says why."""
+def micro_batch_size(*, requested: int, share: int, largest: int, limit: str = "") -> Choice:
+    """Return the micro-batch: `requested`, or less if a process's `share` of a step exceeds `largest`.
+
+    `limit` explains `largest`.
+    """
     if share <= largest:
-        return Choice(whole, "images per process and forward")
+        return Choice(requested, "images per process and forward")
     reason = f"the fewest equal parts of {share} images of at most {largest}: {limit}"
     return Choice(equal_micro_batch_size(share, largest), reason)
 
@@ -165,11 +168,11 @@ def evaluation_batch_size(*, micro_batch_size: int, bytes_per_image: int = 0, ro
     `micro_batch_size`: of the training, 0 if unknown; `room`: bytes that evaluation may take, None if unknown, as on a
     GPU.
     """
-    usual = max(MIN_EVAL_BATCH, micro_batch_size)
-    most = usual if room is None else max(1, room // max(1, bytes_per_image))
-    if most < usual:
-        return Choice(most, "as many as fit into half of the free memory")
-    return Choice(usual, f"accelerate.micro_batch_size, at least {MIN_EVAL_BATCH}")
+    default = max(MIN_EVAL_BATCH, micro_batch_size)
+    largest = default if room is None else max(1, room // max(1, bytes_per_image))
+    if largest < default:
+        return Choice(largest, "as many as fit into half of the free memory")
+    return Choice(default, f"accelerate.micro_batch_size, at least {MIN_EVAL_BATCH}")
 
 
 def mode(*, watch: Watch) -> Choice:
@@ -229,12 +232,13 @@ def decide(settings: ResolvedSettings, key: str, **inputs: Any) -> Any:
 
 
 def resolve_machine(recipe: Recipe, settings: ResolvedSettings, presets: Presets | None = None) -> Recipe:
-    """Return the recipe with every `auto` replaced that launcher, tuning or hardware decide; nothing is measured.
+    """Return the recipe with each `auto` that launcher, tuning or hardware decide replaced; nothing is measured.
 
-    `presets` go before the rules; by default those of the stored tuning. Values in the recipe stay as they are.
+    `presets` take precedence over the rules; by default they are those of the stored tuning. Values that the recipe
+    sets do not change.
     """
     values, gpu = flatten(recipe), uses_gpu()
-    settings.record(MACHINE, machine_here(), "what `auto` was decided for")
+    settings.record(MACHINE, current_machine(), "what `auto` was decided for")
     presets = stored_tuning(recipe) if presets is None else presets
     decisions = {key: d for key, d in presets.decisions.items() if d.value is not None and is_open(key, values)}
     decisions |= _launcher_decisions(values)
@@ -263,5 +267,5 @@ def _note_tuned(decisions: dict[str, Decision], settings: ResolvedSettings) -> N
     for key, decision in decisions.items():
         if decision.kind == "tuned":
             by_reason.setdefault(decision.reason, []).append(f"{key}={plain(decision.value)}")
-    for reason, pairs in by_reason.items():
-        settings.note(f"auto, {reason}: {', '.join(pairs)}")
+    for reason, assignments in by_reason.items():
+        settings.note(f"auto, {reason}: {', '.join(assignments)}")

@@ -45,7 +45,7 @@ class CachePlan:
     mode: str  # none, memory, disk or device
     budget: int = 0
     reason: str = ""
-    need: int = 0  # bytes for all of them, estimated from a sample
+    need: int = 0  # bytes for all images, estimated from a sample
 
 
 class CachePlanner:
@@ -57,7 +57,7 @@ class CachePlanner:
         self.recipe, self.data, self.settings, self.accelerator = recipe, recipe.data, settings, accelerator
         self.processes, self.needed_memory = Processes(accelerator), needed_memory
         self.folder = cache_folder(recipe)
-        self._taken = {"memory": 0, "disk": 0}
+        self._reserved = {"memory": 0, "disk": 0}
         self._expected = {"memory": 0, "disk": 0}
 
     def plan(
@@ -84,9 +84,9 @@ class CachePlanner:
         reason = f"set by the user: {plan.reason}" if self.data.cache != "auto" and plan.reason else plan.reason
         self.settings.refine(key, plan.mode, reason)
         if self.data.cache == "auto" and plan.mode != "none":
-            where = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
+            location = {"memory": "memory", "disk": str(self.folder), "device": str(self.accelerator.device)}[plan.mode]
             self.settings.note(
-                f"data.cache=auto: decoded images of split '{split.name}' are kept in {where}: {plan.reason}"
+                f"data.cache=auto: decoded images of split '{split.name}' are kept in {location}: {plan.reason}"
             )
         if plan.mode in ("memory", "disk") and self.data.cache != "auto" and plan.need > plan.budget:
             self.settings.note(
@@ -110,9 +110,9 @@ class CachePlanner:
         if mode == "auto" and passes <= 1:
             return CachePlan("none", reason=cache(passes=passes).reason)
         need = estimated_bytes(split, preparation)
-        room = {mode: self._room(mode) for mode in ("memory", "disk")}
+        room = {mode: self._budget(mode) for mode in ("memory", "disk")}
         if mode == "auto":
-            on_disk = self._on_disk(split, preparation)
+            on_disk = self._cached_bytes(split, preparation)
             room["disk"] = room["disk"] + on_disk if can_write(self.folder) else 0
             fits = self._fits_device(preparation, need, batchable, share=rows / len(split))
             mode, reason = cache(passes=passes, needed=need, on_disk=on_disk, fits_device=fits, **room)
@@ -120,15 +120,15 @@ class CachePlanner:
                 return CachePlan("none", reason=reason, need=need)
         if mode == "device":
             assert preparation.center is not None
-            return self._in_device(rows * preparation.center.image_size**2 * 3)
+            return self._plan_device(rows * preparation.center.image_size**2 * 3)
         # A sample may mislead by any factor (icons and a few panoramas): it does not limit what may be cached.
         budget = with_margin(need) if evaluated is None else max(with_margin(need), room[mode] - evaluated)
         budget = min(room[mode], budget)
-        self._taken[mode] += budget
+        self._reserved[mode] += budget
         self._expected[mode] += min(budget, with_margin(need))
         return CachePlan(mode, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[mode])} to spare", need)
 
-    def _in_device(self, need: int) -> CachePlan:
+    def _plan_device(self, need: int) -> CachePlan:
         device = self.accelerator.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
         if need > free:
@@ -143,20 +143,20 @@ class CachePlanner:
         device = self.accelerator.device
         if not batchable or device.type != "cuda":
             return False
-        decoded = share * (need if preparation.stored_quality is None else 10 * need)
-        return decoded < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        decoded_bytes = share * (need if preparation.stored_quality is None else 10 * need)
+        return decoded_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
-    def _room(self, mode: str) -> int:
+    def _budget(self, mode: str) -> int:
         """Return the bytes that are left for the cache: of data.cache_gb, or of half the free memory or disk."""
         if not {"memory": IN_MEMORY, "disk": ON_DISK}[mode]:
             return 0
         if self.data.cache_gb != "auto":
-            return max(0, int(self.data.cache_gb * 1e9) - self._taken[mode])
+            return max(0, int(self.data.cache_gb * 1e9) - self._reserved[mode])
         if mode == "memory":
             budget = cache_gb(free=free_memory_bytes(), needed_elsewhere=self.needed_memory).value
         else:
             budget = cache_gb(free=free_disk_bytes(self.folder)).value
-        return max(0, budget - self._taken[mode])
+        return max(0, budget - self._reserved[mode])
 
     @property
     def memory_bytes(self) -> int:
@@ -180,7 +180,7 @@ class CachePlanner:
         """Return everything that determines a split's pixels; images that two splits share are cached once."""
         return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
 
-    def _on_disk(self, split: Split, preparation: Preparation) -> int:
+    def _cached_bytes(self, split: Split, preparation: Preparation) -> int:
         """Return how many bytes of the split's pixels are already cached on disk."""
         try:
             return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
@@ -195,22 +195,22 @@ def with_margin(need: int) -> int:
 
 def estimated_bytes(split: Split, preparation: Preparation) -> int:
     """Return the estimated bytes of the pixels of all images of a split, from the headers of a sample."""
-    sampled = np.linspace(0, len(split) - 1, min(len(split), SAMPLE_SIZE), dtype=np.int64)
+    sample = np.linspace(0, len(split) - 1, min(len(split), SAMPLE_SIZE), dtype=np.int64)
     sizes: list[int] = []
-    for record in split.records(sampled):
+    for record in split.records(sample):
         try:
             width, height = preparation.size(*image_size_of(record))
         except DECODING_ERRORS:
             continue
         sizes.append(width * height * 3)
     if preparation.stored_quality is not None:
-        sizes = _stored_sizes(split, preparation, sampled[:: SAMPLE_SIZE // 8])
+        sizes = _stored_sizes(split, preparation, sample[:: SAMPLE_SIZE // 8])
     return int(np.mean(sizes) * len(split)) if sizes else 0
 
 
-def _stored_sizes(split: Split, preparation: Preparation, sampled: Sequence[int] | np.ndarray) -> list[int]:
+def _stored_sizes(split: Split, preparation: Preparation, sample: Sequence[int] | np.ndarray) -> list[int]:
     sizes = []
-    for record in split.records(sampled):
+    for record in split.records(sample):
         try:
             sizes.append(len(preparation.encoded(record)[1] or b""))
         except DataError:

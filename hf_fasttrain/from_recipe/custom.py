@@ -1,4 +1,4 @@
-"""Parts that a user passes beside a recipe, each in the place of what a section of the recipe makes."""
+"""Custom parts: objects that a user passes to `Trainer.from_recipe` instead of what the recipe would build."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_fasttrain.train.step_loss import StepLoss
 from hf_fasttrain.utils.errors import RunError, first_line, shortened
 from hf_fasttrain.utils.qualified_name import qualified_name
 
-# The keys, by their beginnings, that have no effect beside a part; and those of them that have nevertheless.
+# Prefixes of the keys that a custom part replaces, and of those that keep their effect.
 REPLACED: dict[str, tuple[str, ...]] = {
     "model": ("model.",),
     "step_loss": ("train.class_weights", "train.bce", "augment.label_smoothing"),
@@ -33,7 +33,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
     "transform": ("augment.",),
     "sample_weights": ("train.sampling",),
 }
-STILL_USED = (
+EXCEPTIONS = (
     "model.freeze_backbone",
     "model.gradient_checkpointing",
     "augment.repeats",
@@ -62,7 +62,7 @@ class RecipeOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class CustomParts:
-    """What `Trainer.from_recipe` was given in the place of what the recipe's sections make; see there."""
+    """The custom parts of a training, described at `Trainer.from_recipe`; None: the recipe's part."""
 
     model: nn.Module | None = None
     step_loss: StepLoss | None = None
@@ -87,17 +87,17 @@ class CustomParts:
                 "metrics: must be a dict of functions by name: metrics={'mAP': f}, f(logits, labels) -> number"
             )
         if self.sample_weights is not None and not callable(self.sample_weights):
-            _numbers(self.sample_weights)
+            _as_numbers(self.sample_weights)
 
     @property
     def names(self) -> dict[str, str]:
-        """Part -> the name by which a run knows it again, of the parts that were given."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {part: name_of(value) for part, value in given.items() if value is not None}
+        """Part -> name under which a run records it, for the parts that were passed."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {part: name_of(value) for part, value in values.items() if value is not None}
 
     @property
     def settings(self) -> dict[str, str]:
-        """The names under the keys that a run stores them by, among the settings that change the result."""
+        """The names by the keys under which a run stores them, among the settings that change the result."""
         return {f"{CUSTOM}{part}": name for part, name in self.names.items()}
 
     def notes(self, recipe: Recipe) -> list[str]:
@@ -105,27 +105,27 @@ class CustomParts:
         notes = []
         for part, name in self.names.items():
             unused = [key for key in recipe.source.origins if is_replaced(key, part)]
-            if recipe.augment.crop != "random_resized":  # pixels are brought to the image size before
+            if recipe.augment.crop != "random_resized":  # images are cropped before the transform
                 unused = [key for key in unused if key != "augment.crop"]
             if part == "transform":
-                notes.append(f"transform={name} stands in the place of the recipe's crop, flip and colour operations")
+                notes.append(f"transform={name} replaces the recipe's crop, flip and colour operations")
             if unused:
-                notes.append(f"without effect beside {part}={name}: {shortened(sorted(unused))}")
+                notes.append(f"no effect with {part}={name}: {shortened(sorted(unused))}")
         return notes
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """Return what `optimizer` makes of the recipe's parameter groups. Raises RunError for anything else."""
+        """Return the user's optimizer for the recipe's parameter groups. Raises RunError if it is not an Optimizer."""
         assert self.optimizer is not None
         optimizer = self.optimizer(groups)
         if not isinstance(optimizer, Optimizer):
             raise RunError(
-                f"optimizer={qualified_name(self.optimizer)} returned a {type(optimizer).__name__}; give a function "
-                "that makes a torch.optim.Optimizer of the parameter groups it is called with"
+                f"optimizer={qualified_name(self.optimizer)} returned a {type(optimizer).__name__}; pass a function "
+                "that returns a torch.optim.Optimizer for the parameter groups it is called with"
             )
         return optimizer
 
     def build_schedule(self, num_steps: int) -> Schedule:
-        """Return the schedule for a training of `num_steps`. Raises RunError for what gives no factors."""
+        """Return the schedule for a training of `num_steps`. Raises RunError if it does not return factors."""
         assert self.schedule is not None
         name = qualified_name(self.schedule)
         try:
@@ -135,29 +135,30 @@ class CustomParts:
             raise RunError(f"schedule={name}: {first_line(error)}; {HINTS['schedule']}") from None
         if not all(map(math.isfinite, factors)):
             raise RunError(
-                f"schedule={name} returns {factors[0]} at first and {factors[1]} at last; {HINTS['schedule']}"
+                f"schedule={name} returns {factors[0]} for the first and {factors[1]} for the last update; "
+                f"{HINTS['schedule']}"
             )
         return schedule
 
     def build_sample_weights(self, split: Split) -> SampleWeights | None:
-        """Return the weights of a split's images, None without any. Raises RunError for what can't be drawn by."""
+        """Return the weights of a split's images, None without any. Raises RunError for invalid weights."""
         if self.sample_weights is None:
             return None
-        given = self.sample_weights(split.labels.copy()) if callable(self.sample_weights) else self.sample_weights
-        values = _numbers(given)
+        weights = self.sample_weights(split.labels.copy()) if callable(self.sample_weights) else self.sample_weights
+        values = _as_numbers(weights)
         if split.rows is not None and values.shape == (len(split.images),):
-            values = values[split.rows]  # of the whole data set, a part of which is held out
+            values = values[split.rows]  # they are for all rows; some are held out
         if values.shape != (len(split),):
             raise RunError(
-                f"sample_weights: shape {values.shape}, but split '{split.name}' has {len(split):,} images; give one "
-                "number for each, in their order, or a function of their labels"
+                f"sample_weights: shape {values.shape}, but split '{split.name}' has {len(split):,} images; pass one "
+                "number per image, in their order, or a function of their labels"
             )
         if not np.isfinite(values).all() or values.min() < 0 or not values.sum() > 0:
             raise RunError("sample_weights: must be finite, at least 0, and not all 0")
         return SampleWeights(values)
 
-    def require_sendable(self, workers: int) -> None:
-        """Raise RunError for a transform that loader processes could not be given."""
+    def require_picklable(self, workers: int) -> None:
+        """Raise RunError for a transform that can't be sent to loader processes."""
         method = torch.multiprocessing.get_start_method()
         if self.transform is None or not workers or method == "fork":
             return
@@ -172,23 +173,23 @@ class CustomParts:
 
 NO_CUSTOM_PARTS = CustomParts()
 HINTS = {
-    "optimizer": "give a function of the parameter groups: optimizer=lambda groups: torch.optim.SGD(groups)",
-    "schedule": "give a function of the number of steps that returns a function of the update, counted from 0, whose "
-    "value is a factor on lr: schedule=lambda num_steps: lambda update: 1 - update / num_steps",
-    "transform": "give a function (pixels, rng) -> pixels",
-    "step_loss": "give a function (model, images, targets, at) -> loss",
-    "predict": "give a function (model, images) -> logits",
+    "optimizer": "pass a function of the parameter groups: optimizer=lambda groups: torch.optim.SGD(groups)",
+    "schedule": "pass a function of the number of steps that returns a function from the update, counted from 0, to a "
+    "factor on lr: schedule=lambda num_steps: lambda update: 1 - update / num_steps",
+    "transform": "pass a function (pixels, rng) -> pixels",
+    "step_loss": "pass a function (model, images, targets, at) -> loss",
+    "predict": "pass a function (model, images) -> logits",
 }
 
 
 def is_replaced(key: str, part: str) -> bool:
-    """Return whether a key of a recipe has no effect beside a part."""
-    used = key.startswith(STILL_USED) and part in ("model", "transform")
-    return key.startswith(REPLACED.get(part, ("-",))) and not used
+    """Return whether a custom part makes a key of a recipe ineffective."""
+    is_still_used = key.startswith(EXCEPTIONS) and part in ("model", "transform")
+    return key.startswith(REPLACED.get(part, ("-",))) and not is_still_used
 
 
 def name_of(part: Any) -> str:
-    """Return the name of a part: of a function its qualified name, of a model or numbers a digest beside it."""
+    """Return the name of a part: a function's qualified name; for a model or numbers, a digest is added."""
     if isinstance(part, Mapping):
         return ", ".join(f"{name}: {qualified_name(value)}" for name, value in part.items())
     if isinstance(part, nn.Module):
@@ -197,11 +198,11 @@ def name_of(part: Any) -> str:
         return f"{qualified_name(part)} ({len(tensors)} tensors, {_digest(repr((modules, tensors)).encode())})"
     if callable(part):
         return qualified_name(part)
-    values = _numbers(part)
+    values = _as_numbers(part)
     return f"{values.size:,} numbers ({_digest(values.tobytes())})"
 
 
-def _numbers(weights: Any) -> np.ndarray:
+def _as_numbers(weights: Any) -> np.ndarray:
     try:
         return np.ascontiguousarray(weights, np.float64)
     except (TypeError, ValueError):

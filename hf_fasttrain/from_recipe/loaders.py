@@ -81,10 +81,10 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
     fills |= {fill: NormalFill(pre.mean, pre.std, per_pixel=fill == "pixel") for fill in ("pixel", "color")}
     policies = (augment.randaugment, augment.augmix, augment.color_jitter)
     randaugment, augmix, color_jitter = (policy.model_dump() if policy else None for policy in policies)
-    auto: dict[str, Any] | None = None
+    timm_policy: dict[str, Any] | None = None
     if augment.auto:
-        auto = {"policy": augment.auto, "image_size": size}
-        auto |= {"mean": pre.mean, "interpolation": pre.interpolation}
+        timm_policy = {"policy": augment.auto, "image_size": size}
+        timm_policy |= {"mean": pre.mean, "interpolation": pre.interpolation}
     return TrainTransform(
         image_size=size,
         seed=recipe.seed,
@@ -97,13 +97,15 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
         vflip=augment.vflip,
         erase_prob=augment.erase,
         erase_fill=fills[augment.erase_fill],
-        operations=Operations(auto, randaugment, augment.trivialaugment, augmix, augment.three_augment, color_jitter),
+        operations=Operations(
+            timm_policy, randaugment, augment.trivialaugment, augmix, augment.three_augment, color_jitter
+        ),
         growth=growth_of(recipe, steps_per_epoch),
     )
 
 
 def growth_of(recipe: Recipe, steps_per_epoch: int) -> Growth | None:
-    """Return how the image size grows, None if it stays."""
+    """Return how the image size grows, None if it is constant."""
     progressive = recipe.augment.progressive
     if progressive is None:
         return None
@@ -114,7 +116,7 @@ def growth_of(recipe: Recipe, steps_per_epoch: int) -> Growth | None:
 def build_transform(
     recipe: Recipe, pre: Preprocessing, steps_per_epoch: int, custom: CustomParts, split: Split
 ) -> TrainTransform | CustomTransform:
-    """Return what happens to the prepared training images of a split: the user's transform, or the augmentation."""
+    """Return the augmentation of a split's prepared training images: the user's transform, or the recipe's."""
     if custom.transform is None:
         return train_transform(recipe, pre, steps_per_epoch)
     return CustomTransform(
@@ -149,8 +151,8 @@ def _runs_on_device(transform: TrainTransform | CustomTransform) -> bool:
     """Return whether `augment_on_device` can do what a transform does."""
     if isinstance(transform, CustomTransform):
         return False
-    noisy = bool(transform.erase_prob) and not isinstance(transform.erase_fill, tuple)
-    return transform.crop != "random_resized" and not transform.operations and not noisy
+    erases_with_noise = bool(transform.erase_prob) and not isinstance(transform.erase_fill, tuple)
+    return transform.crop != "random_resized" and not transform.operations and not erases_with_noise
 
 
 class Loaders:
@@ -177,7 +179,7 @@ class Loaders:
         self.recipe, self.accelerator, self.pre, self.bad_images = recipe, accelerator, pre, bad_images
         self.device, self.custom = accelerator.device, custom
         self.workers, self.pinned = resolve_loading(settings, self.device)
-        custom.require_sendable(self.workers)
+        custom.require_picklable(self.workers)
         channels_last = recipe.accelerate.channels_last is True
         self.normalize = Normalize(pre.mean, pre.std, self.device, channels_last=channels_last)
         self.planner = CachePlanner(recipe, settings, accelerator, needed_memory)

@@ -42,7 +42,7 @@ class MicroBatch:
     """The number of images in a forward pass of a process, and the memory forecast."""
 
     size: int
-    forecast: Forecast | None = None  # on a GPU it is made only when needed
+    forecast: Forecast | None = None  # None on a GPU
 
 
 def resolve_micro_batch(
@@ -57,46 +57,50 @@ def resolve_micro_batch(
     """Return the micro-batch of a recipe for a training split of `num_images`, recorded with its reason."""
     accelerate, processes = recipe.accelerate, accelerator.num_processes
     accumulation = 1 if accelerate.gradient_accumulation_steps == "auto" else accelerate.gradient_accumulation_steps
-    whole = accelerate.micro_batch_size or micro_batch_size_for(recipe.train.batch_size, processes, accumulation)
+    requested = accelerate.micro_batch_size or micro_batch_size_for(recipe.train.batch_size, processes, accumulation)
     share = len(process_share(min(recipe.train.batch_size, num_images), processes, processes - 1))
     if accelerator.device.type != "cpu":
-        return MicroBatch(_decide(settings, whole, share, largest=share))
+        return MicroBatch(_decide(settings, requested, share, largest=share))
     try:
         forecast = forecast_memory(recipe, num_classes, model, accelerator, settings, custom)
     except Exception as error:
         if custom.step_loss is None:
             raise
         settings.note(f"memory is not forecast: the model can't be called with images alone ({first_line(error)})")
-        return MicroBatch(_decide(settings, whole, share, largest=share))
-    free, full = free_memory_bytes() // local_processes(), images_that_fill_cpu(recipe.data.size_in_training)
-    fits = max(2, 2 * (min(forecast.largest(free // 2), full // recipe.data.views) // 2))
+        return MicroBatch(_decide(settings, requested, share, largest=share))
+    free, cpu_images = free_memory_bytes() // local_processes(), images_that_fill_cpu(recipe.data.size_in_training)
+    fits = max(2, 2 * (min(forecast.largest(free // 2), cpu_images // recipe.data.views) // 2))
     largest = min(Processes(accelerator).gather([fits]))  # all processes split steps alike
-    enough = f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
-    limit = f"64 x (224 / image size)^2 images fill a CPU, and {enough}"
+    memory_text = (
+        f"half of the {format_bytes(free)} of free memory is enough for {forecast.largest(free // 2):,} images"
+    )
+    limit = f"64 x (224 / image size)^2 images fill a CPU, and {memory_text}"
     settings.record("largest_micro_batch", largest, limit)
-    size = _decide(settings, whole, share, largest, limit)
-    if size != whole and any(map(uses_batch_statistics, batch_norms(model))):
+    size = _decide(settings, requested, share, largest, limit)
+    if size != requested and any(map(uses_batch_statistics, batch_norms(model))):
         settings.note(
             f"{KEY}=auto: a step's {share} images are split into micro-batches of {size}, which fit this "
             f"machine's memory and cores; batch norm computes its statistics over {size} images. {KEY}=N sets "
             "another size"
         )
-    at_once = min(size, share)
-    settings.record("memory_forecast_bytes", forecast.peak(at_once), "the peak of a training process")
-    if forecast.needed(at_once) > free:
+    num_at_once = min(size, share)
+    settings.record("memory_forecast_bytes", forecast.peak(num_at_once), "the peak of a training process")
+    if forecast.needed(num_at_once) > free:
         settings.note(
-            f"{KEY}={size}: training will take about {format_bytes(forecast.needed(at_once))} more memory, and "
+            f"{KEY}={size}: training will take about {format_bytes(forecast.needed(num_at_once))} more memory, and "
             f"{format_bytes(free)} are free for each process here; lower {KEY}, data.image_size or the size of the "
             "model. A step that runs out of memory is retried with smaller micro-batches"
         )
     return MicroBatch(size, forecast)
 
 
-def _decide(settings: ResolvedSettings, whole: int, share: int, largest: int, limit: str = "") -> int:
-    """Return the micro-batch: as already decided, by the rule, or `whole` if the recipe sets it."""
+def _decide(settings: ResolvedSettings, requested: int, share: int, largest: int, limit: str = "") -> int:
+    """Return the micro-batch: as already decided, by the rule, or `requested` if the recipe sets it."""
     if settings.is_open(KEY):
-        return int(decide(settings, KEY, whole=whole, share=share, largest=largest, limit=limit))
-    return int(settings.record(KEY, whole, micro_batch_size(whole=whole, share=share, largest=share).reason))
+        return int(decide(settings, KEY, requested=requested, share=share, largest=largest, limit=limit))
+    return int(
+        settings.record(KEY, requested, micro_batch_size(requested=requested, share=share, largest=share).reason)
+    )
 
 
 def images_at_once(sampling_plan: SamplingPlan) -> int:
@@ -127,16 +131,16 @@ def forecast_memory(
         channels_last=recipe.accelerate.channels_last is True,
     )
     free_cached_memory(device)  # unused heap memory would be counted twice: as resident, and when it is used
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.nbytes for parameter in trained)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trainable)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     workers, _ = resolve_loading(settings, device)
-    waiting = num_slots(workers, 1)  # batches of uint8 pixels in flight, as many as with small batches
+    slots = num_slots(workers, 1)  # batches of uint8 pixels in flight, as many as with small batches
     pixels = 3 * size * size * recipe.data.views
     share = CUSTOM_STATE_SHARE
     if custom.optimizer is None:
         share = state_share(optimizer.name, momentum=optimizer.momentum, args=optimizer.args)
-    mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)
+    is_mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)
     return Forecast(
         resident=resident_bytes(),
         weights=weights,
@@ -144,7 +148,7 @@ def forecast_memory(
         optimizer=int(gradients * share),
         average=weights if recipe.ema else 0,
         activations=activations.of_views(recipe.data.views),
-        batch_per_image=pixels * ((waiting if device.type == "cpu" else 2) + (8 if mixed else 4)),
+        batch_per_image=pixels * ((slots if device.type == "cpu" else 2) + (8 if is_mixed else 4)),
         workers=workers,
         device=str(device),
     )
@@ -178,5 +182,5 @@ def decide_evaluation_batch(
 ) -> int:
     """Return the batch size of evaluation, in training and in `evaluate`; calls `memory` only if a rule decides."""
     key = "evaluate.batch_size"
-    measured = {} if settings.is_decided(key) else memory()
-    return int(decide(settings, key, micro_batch_size=micro_batch_size, **measured))
+    inputs = {} if settings.is_decided(key) else memory()
+    return int(decide(settings, key, micro_batch_size=micro_batch_size, **inputs))

@@ -28,7 +28,7 @@ from hf_fasttrain.models.model import (
 )
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.train.loss import described, loss_input
+from hf_fasttrain.train.loss import describe_output, loss_input
 from hf_fasttrain.utils.errors import ModelError, RunError, first_line
 from hf_fasttrain.utils.qualified_name import qualified_name
 
@@ -82,8 +82,8 @@ def _custom_model(
     keys = [key for key in ("data.mean", "data.std", "data.interpolation", "data.crop_pct") if settings.is_open(key)]
     if keys and not getattr(model, "pretrained_cfg", None):
         settings.note(
-            f"model={qualified_name(model)} does not say how its images were prepared (it has no pretrained_cfg), so "
-            f"ImageNet's values stand for {', '.join(keys)}"
+            f"model={qualified_name(model)} has no pretrained_cfg with its preprocessing: ImageNet's values are used "
+            f"for {', '.join(keys)}"
         )
     return _prepare(model, recipe, device, spec.num_classes), replace(spec, preprocessing=pre)
 
@@ -97,29 +97,32 @@ def _sizes(recipe: Recipe) -> dict[str, int]:
 
 
 def _require_custom_logits(model: nn.Module, custom: CustomParts, spec: ModelSpec, size: int) -> None:
-    """Raise ModelError unless the user's model, or `predict`, gives one logit for each class of an image."""
+    """Raise ModelError unless the user's model, or `predict`, returns one logit per class."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images, classes = torch.zeros(1, 3, size, size, device=device), spec.num_classes
     if custom.predict is None:
-        name, call = f"model={qualified_name(model)}", model.__call__
-        way = f"give it {classes} outputs, or pass predict, a function (model, images) -> logits (B, {classes})"
-        way += "; with a step_loss, evaluate.every=never trains without evaluations" * (custom.step_loss is not None)
+        name, forward = f"model={qualified_name(model)}", model.__call__
+        advice = f"give it {classes} outputs, or pass predict, a function (model, images) -> logits (B, {classes})"
+        if custom.step_loss is not None:
+            advice += "; with a step_loss, evaluate.every=never trains without evaluations"
     else:
-        name, call = f"predict={qualified_name(custom.predict)}", functools.partial(custom.predict, model)
-        way = f"return logits (B, {classes}) from it"
+        name, forward = f"predict={qualified_name(custom.predict)}", functools.partial(custom.predict, model)
+        advice = f"return logits (B, {classes}) from it"
     model.eval()
     with torch.no_grad():
         try:
-            output = call(images)
+            output = forward(images)
         except Exception as error:  # noqa: BLE001 - whatever the user's model raises
             raise ModelError(
                 f"{name}: failed for an image of {size} px: {type(error).__name__}: {first_line(error)}; change "
-                f"data.image_size or the model, or {way}"
+                f"data.image_size or the model, or {advice}"
             ) from None
     logits = loss_input(output) if custom.predict is None else output
     if not isinstance(logits, Tensor) or logits.shape != (1, classes):
-        what = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else described(logits)
-        raise ModelError(f"{name}: gives {what} for an image; the data has {classes} classes, so {way}")
+        description = (
+            f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else describe_output(logits)
+        )
+        raise ModelError(f"{name}: returns {description} for an image; the data has {classes} classes, so {advice}")
 
 
 def _spec(recipe: Recipe, source: Source) -> ModelSpec:
@@ -139,8 +142,8 @@ def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings
     pretrained = model_preprocessing(model, spec)
     values: dict[str, Any] = {}
     for name in ("mean", "std", "interpolation", "crop_pct"):
-        key, trained_with = f"data.{name}", getattr(pretrained, name)
-        value = decide(settings, key, value=list(trained_with) if isinstance(trained_with, tuple) else trained_with)
+        key, default = f"data.{name}", getattr(pretrained, name)
+        value = decide(settings, key, value=list(default) if isinstance(default, tuple) else default)
         if isinstance(value, list) and not settings.is_open(key):  # one number stands for all channels
             value = settings.record(key, value * (3 // len(value)))
         values[name] = tuple(value) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from typing import Any
 from hf_fasttrain.data.source.dataset import Source
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.data.source.inventory import short_path
-from hf_fasttrain.from_recipe.source_from import chosen_images, open_source
+from hf_fasttrain.from_recipe.source_from import limit_images, open_source
 from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.errors import DataError, RunError, UserError
@@ -23,7 +23,7 @@ def older_source(recipe: Recipe, began_with: Any) -> Source | None:
     if recipe.data.inventory == "old" or not isinstance(began_with, str):
         return None
     try:
-        source = chosen_images(open_source(with_values(recipe, OLD)), recipe)
+        source = limit_images(open_source(with_values(recipe, OLD)), recipe)
         return source if fingerprint(source) == began_with else None
     except UserError:
         return None
@@ -37,7 +37,7 @@ def source_of_run(recipe: Recipe, began_with: Any, **options: Any) -> tuple[Sour
     refused = None
     try:
         source = open_source(recipe, **options)
-        if not isinstance(began_with, str) or fingerprint(chosen_images(source, recipe)) == began_with:
+        if not isinstance(began_with, str) or fingerprint(limit_images(source, recipe)) == began_with:
             return source, []
     except DataError as error:
         refused = error

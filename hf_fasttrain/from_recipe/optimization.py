@@ -1,4 +1,4 @@
-"""What a recipe trains with: optimizer, clipping, schedule, loss and moving average, or the user's in their place."""
+"""Optimizer, clipping, schedule, loss and moving average of a recipe, or the user's instead of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
-from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, within
+from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, has_prefix
 from hf_fasttrain.train.plateau import ReduceLROnPlateau
 from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
 from hf_fasttrain.train.step_loss import module_of
@@ -31,18 +31,18 @@ def optimizer_of(parts: Parts) -> torch.optim.Optimizer:
     )
     loss = module_of(custom.step_loss) if custom.step_loss is not None else None
     if loss is not None:
-        of_model = set(map(id, parts.model.parameters()))
-        of_loss = build_param_groups(loss, lr=section.lr, weight_decay=section.weight_decay)
-        for group in of_loss:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_model]
-        groups += [group for group in of_loss if group["params"]]
+        model_ids = set(map(id, parts.model.parameters()))
+        loss_groups = build_param_groups(loss, lr=section.lr, weight_decay=section.weight_decay)
+        for group in loss_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in model_ids]
+        groups += [group for group in loss_groups if group["params"]]
     if custom.optimizer is not None:
         optimizer = custom.build_optimizer(groups)
         if not has_lr(optimizer, section.lr):
             parts.settings.note(
                 f"optimizer.lr={section.lr:g} has no effect: optimizer={custom.names['optimizer']} has its own"
             )
-            for group in optimizer.param_groups:  # their ratios follow from their rates
+            for group in optimizer.param_groups:  # their own rates determine the scales
                 group.pop("lr_scale", None)
         return optimizer
     return build_optimizer(section.name, groups, momentum=section.momentum, args=section.args)
@@ -55,8 +55,8 @@ def clip_of(parts: Parts) -> Clip | None:
         return clip_by_value(section.clip_value)
     if section.clip_agc is None:
         return None
-    named = parts.model.named_parameters()
-    return clip_adaptively(section.clip_agc, [parameter for name, parameter in named if within(name, heads)])
+    parameters = parts.model.named_parameters()
+    return clip_adaptively(section.clip_agc, [parameter for name, parameter in parameters if has_prefix(name, heads)])
 
 
 def schedule_of(parts: Parts, num_steps: int) -> Schedule:

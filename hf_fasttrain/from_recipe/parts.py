@@ -1,7 +1,4 @@
-"""The parts of a training, built from a recipe: accelerator, data, model, sampling plan.
-
-The rules of `auto` that decide them: auto.py.
-"""
+"""The parts of a training, built from a recipe: accelerator, data, model, sampling plan. auto.py resolves `auto`."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ def build_parts(
 ) -> Parts:
     """Return the parts of a recipe's training; nothing is written.
 
-    `presets` go before the rules of `auto`; by default those of a stored tuning of this machine and model.
+    `presets` take precedence over the rules of `auto`; by default they are those of a stored tuning.
     """
     loaded = load_recipe(recipe, overrides)
     require_no_early_mistakes(loaded, dataset=dataset, custom=custom)
@@ -68,11 +65,11 @@ def build_parts(
 
 
 def _require_step_loss(recipe: Recipe, custom: CustomParts) -> None:
-    """Raise RunError if the model would be called with several views of each image."""
+    """Raise RunError if the recipe's loss would call the model with several views of each image."""
     if recipe.data.views > 1 and custom.step_loss is None:
         raise RunError(
-            f"data.views={recipe.data.views}: images are (B, V, 3, H, W), which the recipe's loss can't give to the "
-            "model; pass step_loss to Trainer.from_recipe, a function of (model, images, targets, at), or set it to 1"
+            f"data.views={recipe.data.views}: images are (B, V, 3, H, W), which the recipe's loss does not support; "
+            "pass step_loss to Trainer.from_recipe, a function (model, images, targets, at) -> loss, or set it to 1"
         )
 
 
@@ -87,14 +84,14 @@ def _require_evaluation(recipe: Recipe, custom: CustomParts) -> None:
 
 
 def num_shapes(recipe: Recipe, spec: ModelSpec, sampling_plan: SamplingPlan) -> int:
-    """Return the largest number of batch shapes of a training and its evaluations."""
+    """Return the maximum number of batch shapes in a training and its evaluations."""
     assert spec.preprocessing is not None
     transform = train_transform(recipe, spec.preprocessing, sampling_plan.steps_per_epoch)
     epochs = 1 if transform.growth is None else transform.growth.until + 1
     sizes = {transform.size_at(epoch) for epoch in range(epochs)}
     steps = {0, sampling_plan.steps_per_epoch - 1}
-    numbers = {len(key.indices) for step in steps for key in sampling_plan.plan(step).micro_batches}
-    return len(sizes) * len(numbers) + 2  # evaluation: full batches and the last one
+    batch_sizes = {len(key.indices) for step in steps for key in sampling_plan.plan(step).micro_batches}
+    return len(sizes) * len(batch_sizes) + 2  # evaluation: full batches and the last one
 
 
 @dataclass

@@ -40,7 +40,7 @@ class ReportPictures:
     custom: CustomParts = NO_CUSTOM_PARTS
 
     def write(self, run: Path, log: Callable[[str], None], num_steps: int, predictions: Predictions | None) -> None:
-        """Write the gallery of a run that ended after `num_steps`; images that can't be read any more are logged.
+        """Write the gallery of a run that ended after `num_steps`; log images that can no longer be read.
 
         Raises OSError.
         """
@@ -111,21 +111,21 @@ class ReportPictures:
                 continue
             file = f"mistake_{number:02d}.jpg"
             images = Images(split, preparation)
-            used = np.array([row])
-            for _, image in images.pixels(np.array([row]), used, []):
+            source_rows = np.array([row])
+            for _, image in images.pixels(np.array([row]), source_rows, []):
                 pixels[file] = image
             truth = dict.fromkeys(self._class_names(predictions.labels[index]), 1.0)
-            name = self._name(split, int(used[0]))  # of the substitute if the image is bad
+            name = self._name(split, int(source_rows[0]))  # of the substitute if the image is bad
             loss = float(predictions.losses[index])
             pictures.append(Picture(file, name, truth, self._scores(predictions, index), loss))
         return pictures
 
     def _scores(self, predictions: Predictions, index: int) -> dict[str, float | None]:
         """Return the predicted classes with scores; multi-label: only the score of the worst class is known."""
-        named, confidence = self._class_names(predictions.predicted[index]), float(predictions.confidence[index])
+        names, confidence = self._class_names(predictions.predicted[index]), float(predictions.confidence[index])
         if not predictions.is_multi_label:
-            return dict.fromkeys(named, confidence)
-        scores: dict[str, float | None] = dict.fromkeys(named)
+            return dict.fromkeys(names, confidence)
+        scores: dict[str, float | None] = dict.fromkeys(names)
         worst = self.source.class_names[int(predictions.worst_class[index])]
         if worst in scores:
             scores[worst] = confidence

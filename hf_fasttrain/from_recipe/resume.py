@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_fasttrain.from_recipe.accelerator import user_threads
 from hf_fasttrain.from_recipe.auto import MACHINE
-from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Presets, machine_here
+from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Presets, current_machine
 from hf_fasttrain.recipe.load import flatten, plain
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open, read_settings
 from hf_fasttrain.recipe.schema import Recipe
@@ -33,51 +33,53 @@ class FirstStart:
 
         If the run did not record its machine, only those of a stored tuning are kept.
         """
-        if self._is_elsewhere():
+        if self._is_other_machine():
             return None
-        shared = set(SHARED_KEYS) if self._differs("processes") else set()
-        keys = self._tuned() if self.machine is None else set(self.decisions) - shared
+        shared = set(SHARED_KEYS) if self._has_changed("processes") else set()
+        keys = self._tuned_keys() if self.machine is None else set(self.decisions) - shared
         if not is_open(MICRO, flatten(recipe)) or MICRO not in keys:
             keys.discard(EVAL_BATCH)  # it follows from the micro-batch
-        if THREADS in keys - self._tuned() and user_threads():
-            keys.discard(THREADS)  # a stored tuning has priority over OMP_NUM_THREADS, a rule has not
+        if THREADS in keys - self._tuned_keys() and user_threads():
+            keys.discard(THREADS)  # OMP_NUM_THREADS takes precedence over a rule, but not over a stored tuning
         return Presets({key: self.decisions[key].keep() for key in sorted(keys)})
 
     def note_changes(self, settings: ResolvedSettings) -> None:
         """Note which settings differ from the first start although the recipe does not set them."""
         if self.machine is None:
             return
-        values, now = flatten(settings.recipe), settings.all()
+        values, current = flatten(settings.recipe), settings.all()
         open_keys = {key: d.value for key, d in self.decisions.items() if is_open(key, values)}
         kept = [
             f"{key}={plain(value)}"
             for key, value in open_keys.items()
-            if key in self.explicit and now[key].value == value
+            if key in self.explicit and current[key].value == value
         ]
         if kept:
-            settings.note(f"kept as this run began, though the recipe no longer sets it: {', '.join(kept)}")
+            settings.note(f"kept from this run's first start, though the recipe no longer sets it: {', '.join(kept)}")
         changed = [
-            f"{key}={plain(now[key].value)} ({plain(value)} before)"
+            f"{key}={plain(current[key].value)} ({plain(value)} before)"
             for key, value in open_keys.items()
-            if now[key].value != value
+            if current[key].value != value
         ]
-        here = machine_here()
-        differs = [f"{name} {self.machine.get(name)}, now {here[name]}" for name in here if self._differs(name)]
-        if differs:
-            subject = "`auto` is" if self._is_elsewhere() else "micro-batch and threads are"
-            outcome = ", ".join(changed) or "all as it was"
-            settings.note(f"this run began elsewhere ({'; '.join(differs)}): {subject} decided again: {outcome}")
+        machine = current_machine()
+        differences = [
+            f"{name} {self.machine.get(name)}, now {machine[name]}" for name in machine if self._has_changed(name)
+        ]
+        if differences:
+            affected = "`auto` is" if self._is_other_machine() else "micro-batch and threads are"
+            outcome = ", ".join(changed) or "nothing changes"
+            settings.note(f"this run started elsewhere ({'; '.join(differences)}): {affected} decided again: {outcome}")
         elif changed:
-            settings.note(f"changed since this run began, by the launcher or OMP_NUM_THREADS: {', '.join(changed)}")
+            settings.note(f"changed since this run started, by the launcher or OMP_NUM_THREADS: {', '.join(changed)}")
 
-    def _tuned(self) -> set[str]:
+    def _tuned_keys(self) -> set[str]:
         return {key for key, decision in self.decisions.items() if decision.kind == "tuned"}
 
-    def _differs(self, name: str) -> bool:
-        return self.machine is not None and self.machine.get(name) != machine_here()[name]
+    def _has_changed(self, name: str) -> bool:
+        return self.machine is not None and self.machine.get(name) != current_machine()[name]
 
-    def _is_elsewhere(self) -> bool:
-        return any(self._differs(name) for name in machine_here() if name != "processes")
+    def _is_other_machine(self) -> bool:
+        return any(self._has_changed(name) for name in current_machine() if name != "processes")
 
 
 def read_first_start(folder: Path) -> FirstStart | None:
@@ -85,11 +87,11 @@ def read_first_start(folder: Path) -> FirstStart | None:
     if not (folder / RESOLVED_FILE).exists():
         return None
     settings = read_settings(folder)
-    decided = {key: s for key, s in settings.items() if key in KEPT_KEYS or s.kind == "tuned"}
-    decided = {key: setting for key, setting in sorted(decided.items()) if setting.value not in (None, "auto")}
+    kept = {key: s for key, s in settings.items() if key in KEPT_KEYS or s.kind == "tuned"}
+    kept = {key: setting for key, setting in sorted(kept.items()) if setting.value not in (None, "auto")}
     machine = settings[MACHINE].value if MACHINE in settings else None
-    explicit = frozenset(key for key, setting in decided.items() if setting.kind in ("recipe", "override"))
-    decisions = {key: setting.decision for key, setting in decided.items()}
+    explicit = frozenset(key for key, setting in kept.items() if setting.kind in ("recipe", "override"))
+    decisions = {key: setting.decision for key, setting in kept.items()}
     return FirstStart(decisions, machine if isinstance(machine, dict) else None, explicit)
 
 

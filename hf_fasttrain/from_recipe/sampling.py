@@ -1,4 +1,4 @@
-"""How a run samples its training images: which in each step, how often, and in which micro-batches."""
+"""The sampling plan of a run: which images each step has, how often, and in which micro-batches."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def class_sample_weights(recipe: Recipe, split: Split) -> SampleWeights | None:
         return None
     if split.labels.ndim > 1:
         raise RunError(
-            f"train.sampling={recipe.train.sampling}: needs one class for each image, these have several; leave it "
-            "out, or pass sample_weights to Trainer.from_recipe"
+            f"train.sampling={recipe.train.sampling}: needs one class per image, these have several; leave it out, or "
+            "pass sample_weights to Trainer.from_recipe"
         )
     per_image = np.bincount(split.labels)[split.labels].astype(np.float64)
     return SampleWeights(per_image ** (-1.0 if recipe.train.sampling == "balanced" else -0.5))
@@ -43,7 +43,7 @@ def require_enough_images(recipe: Recipe, num_images: int, processes: int) -> No
         )
     if train.drop_last and num_images < train.batch_size:
         raise RunError(
-            f"train.drop_last leaves nothing: {num_images} images, train.batch_size={train.batch_size}; "
+            f"train.drop_last drops every step: {num_images} images, train.batch_size={train.batch_size}; "
             "lower the batch size or set train.drop_last=false"
         )
 
@@ -87,7 +87,7 @@ def resolve_sampling(
 
 
 def _require_equal_counts(sampling_plan: SamplingPlan) -> None:
-    """Raise RunError unless all processes have equally many forward passes: synchronised batch norm needs that."""
+    """Raise RunError unless all processes have equally many forward passes, as synchronised batch norm requires."""
     for step in {0, sampling_plan.steps_per_epoch - 1}:
         plans = [replace(sampling_plan, process_index=i).plan(step) for i in range(sampling_plan.num_processes)]
         counts = {len(plan.micro_batches) for plan in plans}

@@ -1,4 +1,4 @@
-"""A recipe's data: opened and checked, with its splits, columns and classes recorded."""
+"""Opens and checks the data of a recipe, and records its splits, columns and classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_fasttrain.data.source.classes import names_without_images
-from hf_fasttrain.data.source.dataset import Source, load_source, part_of
+from hf_fasttrain.data.source.dataset import Source, load_source, subset
 from hf_fasttrain.from_recipe.auto import decide, split
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
@@ -19,10 +19,10 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
 
     Raises DataError, also for a split with two uses.
     """
-    whole = open_source(recipe, dataset)
-    _require_unused_splits(whole)
-    source = chosen_images(whole, recipe)
-    _note_parts(recipe, whole, source, settings)
+    full = open_source(recipe, dataset)
+    _require_unused_splits(full)
+    source = limit_images(full, recipe)
+    _note_subsets(recipe, full, source, settings)
     if dataset is not None:
         settings.record("data.dataset", "passed as a Python object")
     for key, part in (("data.train_split", source.train), ("data.eval_split", source.evaluation)):
@@ -34,35 +34,35 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
         settings.note(note)
     if source.held_out:
         settings.note(
-            f"no validation split: {len(whole.evaluation):,} of {len(whole.train) + len(whole.evaluation):,} "
-            "training images are held out, each class alike (data.eval_fraction)"
+            f"no validation split: {len(full.evaluation):,} of {len(full.train) + len(full.evaluation):,} "
+            "training images are held out, stratified by class (data.eval_fraction)"
         )
     return source
 
 
-def chosen_images(source: Source, recipe: Recipe) -> Source:
-    """Return the data with as many training and evaluation images as a recipe uses."""
+def limit_images(source: Source, recipe: Recipe) -> Source:
+    """Return the data with no more training and evaluation images than the recipe's max_images."""
     train, evaluation = recipe.train.max_images, recipe.evaluate.max_images
     return replace(
         source,
-        train=source.train if train is None else part_of(source.train, train, recipe.seed),
-        evaluation=source.evaluation if evaluation is None else part_of(source.evaluation, evaluation, recipe.seed),
+        train=source.train if train is None else subset(source.train, train, recipe.seed),
+        evaluation=source.evaluation if evaluation is None else subset(source.evaluation, evaluation, recipe.seed),
     )
 
 
-def _note_parts(recipe: Recipe, whole: Source, source: Source, settings: ResolvedSettings) -> None:
-    """Note how many images of a split are used, and which classes are left without any."""
+def _note_subsets(recipe: Recipe, full: Source, source: Source, settings: ResolvedSettings) -> None:
+    """Note how many images of a split are used, and which classes lose all of theirs."""
     limits = {"train.max_images": recipe.train.max_images, "evaluate.max_images": recipe.evaluate.max_images}
-    pairs = ((whole.train, source.train), (whole.evaluation, source.evaluation))
-    for (key, most), (all_of, part) in zip(limits.items(), pairs, strict=True):
-        if most is None:
+    splits = ((full.train, source.train), (full.evaluation, source.evaluation))
+    for (key, limit), (full_split, part) in zip(limits.items(), splits, strict=True):
+        if limit is None:
             continue
-        if part is all_of:
-            settings.note(f"{key}={most:,} has no effect: split '{part.name}' has {len(part):,} images")
+        if part is full_split:
+            settings.note(f"{key}={limit:,} has no effect: split '{part.name}' has {len(part):,} images")
             continue
-        before, after = (set(names_without_images(s.labels, source.class_names)) for s in (all_of, part))
-        without = f", none of {shortened(sorted(after - before))}" if after - before else ""
-        settings.note(f"{key}: {most:,} of the {len(all_of):,} images of split '{part.name}'{without}")
+        before, after = (set(names_without_images(s.labels, source.class_names)) for s in (full_split, part))
+        lost_classes = f", none of {shortened(sorted(after - before))}" if after - before else ""
+        settings.note(f"{key}: {limit:,} of the {len(full_split):,} images of split '{part.name}'{lost_classes}")
 
 
 def _require_unused_splits(source: Source) -> None:
@@ -79,7 +79,7 @@ def open_source(
 ) -> Source:
     """Return the recipe's data set, or `dataset` read with its settings; `test_split` replaces the recipe's.
 
-    `test_key` names its setting in messages.
+    Messages call its setting `test_key`.
     """
     data = recipe.data
     return load_source(

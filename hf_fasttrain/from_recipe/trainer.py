@@ -74,14 +74,14 @@ def build_trainer(
     resume: bool = False,
     callbacks: Sequence[Any] | None = None,
     trainer_class: type[Trainer] = Trainer,
-    **parts_passed: Any,
+    **custom_parts: Any,
 ) -> Trainer:
     """Return the trainer of a recipe, with its run folder created and everything checked. Raises UserError.
 
-    The parts passed are those of `CustomParts`.
+    `custom_parts` are the fields of `CustomParts`.
     """
     require_allowed({"callbacks": callbacks})
-    custom = CustomParts(**parts_passed)
+    custom = CustomParts(**custom_parts)
     loaded = load_recipe(recipe, overrides, metrics=custom.metrics or ())
     folder = Path(output_dir(loaded))
     require_no_early_mistakes(loaded, folder, resume=resume, dataset=dataset, custom=custom)
@@ -111,7 +111,7 @@ def build_trainer(
         trainer.log.note(note)
     if resume:
         trainer.restore()
-    on_main(lambda: _describe_run(folder, parts.settings))
+    on_main(lambda: _write_settings(folder, parts.settings))
     return trainer
 
 
@@ -131,13 +131,13 @@ def assemble(
 ) -> Trainer:
     """Return the trainer of the parts; without a folder it writes nothing but the pixel cache (with `keep_pixels`).
 
-    `saved` are the plain values of the checkpoint to resume from: trackers continue their old runs.
+    `saved`: plain values of the checkpoint to resume from, so that trackers continue their runs.
     """
     recipe, settings, accelerator, source = parts.recipe, parts.settings, parts.accelerator, parts.source
     step_loss = parts.custom.step_loss
     num_steps = recipe.train.duration.to_steps(parts.sampling_plan.steps_per_epoch)
     spec = parts.spec
-    track = _tracking(parts, folder, saved or {}) if folder else None
+    track = _start_trackers(parts, folder, saved or {}) if folder else None
     log = RunLog(folder, main=Processes(accelerator).is_main, track=track)
     log.expected = FILES_WHILE_TRAINING if folder else ()
     data_set = settings.record("data.fingerprint", fingerprint(source), "of labels and a sample of the images")
@@ -175,7 +175,7 @@ def assemble(
     trainer.recipe_text, trainer.bad_images = recipe_text(recipe), bad_images
     if has_lr(trainer.optimizer, recipe.optimizer.lr):
         trainer.lr = recipe.optimizer.lr
-    trainer.step.applying.clip = clip_of(parts)
+    trainer.step.updater.clip = clip_of(parts)
     trainer.evaluation.start = min(num_steps, recipe.evaluate.start.to_steps(parts.sampling_plan.steps_per_epoch))
     trainer.final = decide(parts.settings, "checkpoint.final", early_stopping=stopping)
     trainer.export = lambda model, path: save_model(model, spec, path)
@@ -191,9 +191,9 @@ def assemble(
         trainer.checkpoints.keep = recipe.checkpoint.keep
         trainer.checkpoints.default_settings = default_values()
     if settings.launched:
-        trainer.stop.signals.heed_launcher()
-    if folder and (publish := _publish(parts, folder, log)):
-        trainer.publish_by(publish)
+        trainer.stop.signals.watch_launcher()
+    if folder and (publish := _publish_callback(parts, folder, log)):
+        trainer.set_publish_callback(publish)
     parts.kept_pixels = loaders.planner.memory_bytes
     trainer.reserved_memory = parts.kept_pixels + loaders.workers * WORKER_BYTES * local_processes()
     return trainer
@@ -222,7 +222,7 @@ def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> 
     return on_main(remove)
 
 
-def _describe_run(folder: Path, settings: ResolvedSettings) -> None:
+def _write_settings(folder: Path, settings: ResolvedSettings) -> None:
     try:
         write_settings(folder, settings)
     except OSError as error:
@@ -244,24 +244,24 @@ def _watches(parts: Parts) -> tuple[Watch, Watch | None]:
     return watches[0][2], watches[1][2] if stopping else None
 
 
-def _publish(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
-    """Return the callback that writes the report and pushes the run, None if the recipe has neither."""
+def _publish_callback(parts: Parts, folder: Path, log: RunLog) -> Publish | None:
+    """Return the callback that writes the report and pushes the run, None if the recipe wants neither."""
     recipe, spec = parts.recipe, parts.spec
-    show, pusher = None, None
+    write_pictures, pusher = None, None
     if recipe.log.report:
         assert spec.preprocessing is not None
         pictures = ReportPictures(recipe, parts.source, parts.sampling_plan, spec.preprocessing, parts.custom)
-        show = partial(pictures.write, folder, log.say)
+        write_pictures = partial(pictures.write, folder, log.print)
     if recipe.hub and Processes(parts.accelerator).is_main:
         device, processes = parts.accelerator.device, parts.accelerator.num_processes
         environment = {"machine": describe_machine(device, processes), "versions": describe_versions()}
         options = _push_options(recipe.hub, parts.sampling_plan.steps_per_epoch, on_cpu=device.type == "cpu")
         num_steps = recipe.train.duration.to_steps(parts.sampling_plan.steps_per_epoch)
         describe = partial(save_description, parts.model, spec)
-        pusher = Pusher(folder, options, describe, environment, log.say, num_steps)
-    if not show and not recipe.hub:
+        pusher = Pusher(folder, options, describe, environment, log.print, num_steps)
+    if not write_pictures and not recipe.hub:
         return None
-    return Publish(folder, log, report=recipe.log.report, show=show, pusher=pusher)
+    return Publish(folder, log, report=recipe.log.report, show=write_pictures, pusher=pusher)
 
 
 def _push_options(hub: HubSection, steps_per_epoch: int, *, on_cpu: bool) -> PushOptions:
@@ -324,7 +324,7 @@ def _planned_eval_batch(parts: Parts) -> int:
 
 def _eval_batch_size(parts: Parts, workers: int) -> int:
     accelerator, forecast = parts.accelerator, parts.forecast
-    if parts.custom.predict is not None:  # which may call the model in any way
+    if parts.custom.predict is not None:  # its memory is unknown
         return decide_evaluation_batch(parts.settings, parts.sampling_plan.micro_batch_size, dict)
     memory = partial(
         evaluation_memory,
@@ -343,18 +343,18 @@ def build_evaluator(
     accelerator: Accelerator,
     multi_label: bool,
     num_classes: int,
-    own: Mapping[str, Metric] | None = None,
+    user_metrics: Mapping[str, Metric] | None = None,
     predict: Predict | None = None,
 ) -> Evaluator:
-    """Return the evaluator of a recipe's metrics, and of the user's `own`; `predict` gives the logits of a model."""
+    """Return the evaluator of a recipe's metrics and of `user_metrics`; `predict` returns a model's logits."""
     watched = [watch.metric for watch in (recipe.checkpoint.best, recipe.early_stopping) if watch]
     built_in, external = resolve_metrics(recipe.evaluate.metrics, num_classes, multi_label=multi_label, watched=watched)
-    names: dict[str, Any] = {"metrics": built_in, "external": external, "own": own}
+    names: dict[str, Any] = {"metrics": built_in, "external": external, "own": user_metrics}
     return Evaluator(accelerator, num_classes, multi_label=multi_label, predict=predict, **names)
 
 
 def _num_evaluations(recipe: Recipe, num_steps: int, steps_per_epoch: int) -> int:
-    """Return how often the evaluation split is measured in a whole training."""
+    """Return the number of evaluations in a complete training."""
     if recipe.evaluate.every == "never":
         return 0
     every, start = recipe.evaluate.every.to_steps(steps_per_epoch), recipe.evaluate.start.to_steps(steps_per_epoch)
@@ -362,7 +362,7 @@ def _num_evaluations(recipe: Recipe, num_steps: int, steps_per_epoch: int) -> in
     return max(1, math.ceil(num_steps / every) - before)
 
 
-def _tracking(parts: Parts, folder: Path, saved: dict[str, Any]) -> Trackers | None:
+def _start_trackers(parts: Parts, folder: Path, saved: dict[str, Any]) -> Trackers | None:
     """Start the recipe's trackers and return them, None if there are none."""
     log, accelerator = parts.recipe.log, parts.accelerator
     if not log.trackers:

@@ -28,7 +28,7 @@ COMPUTE_KEYS = (
 )
 # Settings that were measured with one process and its data.
 SINGLE_PROCESS_KEYS = ("accelerate.micro_batch_size", "accelerate.cpu_threads")
-# Settings that cost time at first, and pay off in a training as long as the tuned one.
+# Settings that cost time at first, and pay off only in a training at least as long as the tuned one.
 LONG_KEYS = ("accelerate.compile", "data.cache")
 LOADER_KEYS = ("data.workers", "data.cache", "data.pin_memory")
 TUNED_KEYS = (*COMPUTE_KEYS, *SINGLE_PROCESS_KEYS, *LOADER_KEYS)
@@ -91,29 +91,32 @@ def stored_tuning(recipe: Recipe) -> Presets:
     tuning = find_tuning(*tuning_key(recipe))
     if tuning is None:
         return Presets()
-    is_alone = num_processes() == 1
+    is_single_process = num_processes() == 1
     tuned, duration = Duration.parse(tuning.duration), recipe.train.duration
-    as_long = duration.unit == tuned.unit and duration.count >= tuned.count
-    unusable = {*(() if is_alone else (*SINGLE_PROCESS_KEYS, *LOADER_KEYS)), *(() if as_long else LONG_KEYS)}
+    is_long_enough = duration.unit == tuned.unit and duration.count >= tuned.count
+    unusable = {
+        *(() if is_single_process else (*SINGLE_PROCESS_KEYS, *LOADER_KEYS)),
+        *(() if is_long_enough else LONG_KEYS),
+    }
     values = {key: value for key, value in tuning.values.items() if key not in unusable}
     return Presets({key: Decision(value, f"{TUNED} {tuning.date}", "tuned") for key, value in values.items()})
 
 
-def machine_here() -> dict[str, Any]:
+def current_machine() -> dict[str, Any]:
     """Return processor, cores, device and the number of training processes, of all machines together."""
-    described = describe_machine(torch.device("cuda" if uses_gpu() else "cpu"), num_processes())
+    machine = describe_machine(torch.device("cuda" if uses_gpu() else "cpu"), num_processes())
     return {
-        **{key: described[key] for key in ("processor", "cores", "device")},
-        "processes": described["num_processes"],
+        **{key: machine[key] for key in ("processor", "cores", "device")},
+        "processes": machine["num_processes"],
     }
 
 
 def tuning_key(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, Any]]:
     """Return machine, versions, model and data, by which a tuning is stored and found."""
-    machine = {key: value for key, value in machine_here().items() if key != "processes"}
+    machine = {key: value for key, value in current_machine().items() if key != "processes"}
     versions = {name: version for name, version in describe_versions().items() if name in VERSIONS}
     model = recipe.model.model_dump(mode="json", exclude={"pretrained", "drop_path", "trust_remote_code"})
     model |= {"image_size": recipe.data.size_in_training, "batch_size": recipe.train.batch_size}
-    shaping = ("dataset", "config", "train_split", "short_side", "stored_quality", "reduced_decode", "decoder")
-    data = {key: getattr(recipe.data, key) for key in shaping}
+    data_keys = ("dataset", "config", "train_split", "short_side", "stored_quality", "reduced_decode", "decoder")
+    data = {key: getattr(recipe.data, key) for key in data_keys}
     return machine, versions, model, {**data, "augment": recipe.augment.model_dump(mode="json", exclude_defaults=True)}

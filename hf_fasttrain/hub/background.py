@@ -46,7 +46,7 @@ class PushOptions:
 class Pusher:
     """Pushes checkpoints while training, one at a time, the newest first, and the run at its end.
 
-    `describe` writes a model folder without the weights, `environment` describes machine and versions, `say` prints
+    `describe` writes a model folder without the weights, `environment` describes machine and versions, `log` prints
     failures and the outcome. Errors of the Hub and the disk are never raised.
     """
 
@@ -56,11 +56,11 @@ class Pusher:
         options: PushOptions,
         describe: Callable[[Path], None],
         environment: Mapping[str, Any],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         num_steps: int | None = None,
     ) -> None:
         self.num_steps = num_steps
-        self.run, self.options, self.describe, self.environment, self.say = run, options, describe, environment, say
+        self.run, self.options, self.describe, self.environment, self.log = run, options, describe, environment, log
         pushed = read_json(run / PUSHED_FILE)
         self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == options.repo else 0
         self._lock = threading.Condition()
@@ -103,7 +103,7 @@ class Pusher:
     def _say_once(self, text: str) -> None:
         if text not in self._reported:
             self._reported.add(text)
-            self.say(text)
+            self.log(text)
 
     def _work(self) -> None:
         """Push until nothing is waiting; runs in a thread that mostly waits for the upload process."""
@@ -189,7 +189,7 @@ class Pusher:
         Ctrl-C.
         """
         deadline, command = time.monotonic() + self.options.wait_seconds, self.options.command(self.run)
-        self.say(f"pushing to {self.options.repo}: {self.options.wait_seconds / 60:g} minutes at most, Ctrl-C skips it")
+        self.log(f"pushing to {self.options.repo}: {self.options.wait_seconds / 60:g} minutes at most, Ctrl-C skips it")
         with self._lock:
             self._ending = True  # push the run itself, not the waiting checkpoint
             self._lock.notify_all()
@@ -207,11 +207,11 @@ class Pusher:
         self.close()
         if "address" in outcome:
             self._record_push(outcome["address"], step, finished=True)
-            self.say(f"pushed to {outcome['address']}")
+            self.log(f"pushed to {outcome['address']}")
             return
         timeout = f"push to {self.options.repo}: not done after {self.options.wait_seconds / 60:g} minutes (hub.wait)"
         why = str(outcome.get("error") or timeout)
-        self.say(f"trained to the end, but not pushed: {why}" + f"; then {command}" * (command not in why))
+        self.log(f"trained to the end, but not pushed: {why}" + f"; then {command}" * (command not in why))
 
     def _push_run(self, current: threading.Thread | None, deadline: float) -> dict[str, Any]:
         if current is not None:  # so that its large files are not sent twice

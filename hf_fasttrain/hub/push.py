@@ -32,7 +32,7 @@ from hf_fasttrain.utils.format import format_command
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 
 if TYPE_CHECKING:
-    from hf_fasttrain.models.given import Given, OpenedModel
+    from hf_fasttrain.models.user_model import ModelArgument, UserModel
 
 # Files that a push writes, and that a later push deletes if it does not have them. Other files are kept.
 PUSHED_FILES = {
@@ -50,51 +50,51 @@ def push_run(
     private: bool | None = None,
     license: str | None = None,
     weights: str | None = None,
-    model: Given | None = None,
+    model: ModelArgument | None = None,
     message: str = "Push a run of hf_fasttrain",
     command: str | None = None,
     original: str | None = None,
     patience: float = 60.0,
     stalled: float = STALLED_SECONDS,
-    tell: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Upload a finished run to the Hub repository OWNER/NAME, which is created if needed, and return its URL.
 
     One commit holds the model folder, recipe.yaml, result.json, metrics.jsonl, pictures and a model card, with local
     paths cut to their last component. Large files are sent first, and skipped if the Hub has them. Transient errors
     (429, 5xx, a broken connection, `stalled` seconds without a byte) are retried for `patience` seconds, and reported
-    by `tell`.
+    by `log`.
 
     `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `model`: of a run that no recipe
-    has made (see `open_given`). `original` is the run folder that `run` was staged from. Raises RunError if the run is
-    not finished or the Hub can't be written to, with the `command` that finishes it.
+    has made (see `open_user_model`). `original` is the run folder that `run` was staged from. Raises RunError if the
+    run is not finished or the Hub can't be written to, with the `command` that finishes it.
     """
     folder = Path(run)
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
-    given = _given_model(folder, model, weights) if model is not None else None
-    finished = read_run(folder) if given is None else None
+    user_model = _load_user_model(folder, model, weights) if model is not None else None
+    finished = read_run(folder) if user_model is None else None
     options = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
     options += ["--weights", weights] if weights is not None else []
     command = command or format_command("push", run, repo, *options)
     upload = Upload(repo, private, message, command, stalled)
     upload.require_possible()
-    with staged(folder, weights, given.spec if given is not None else None) as chosen:
+    with staged(folder, weights, user_model.spec if user_model is not None else None) as chosen:
         try:
             chosen_run = finished if finished is not None and chosen == folder else read_run(chosen)
             files = files_to_push(chosen_run, repo, license, [str(folder), *([original] if original else [])])
         except OSError as error:
             raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
-        return upload(files, patience, tell)
+        return upload(files, patience, log)
 
 
-def _given_model(folder: Path, model: Given, weights: str | None) -> OpenedModel | None:
-    from hf_fasttrain.models.given import given_model  # imports torch, which a push of a recipe's run does not need
+def _load_user_model(folder: Path, model: ModelArgument, weights: str | None) -> UserModel | None:
+    from hf_fasttrain.models.user_model import load_user_model  # imports torch, which a recipe's run does not need
 
-    return given_model(folder, model, weights)
+    return load_user_model(folder, model, weights)
 
 
-def hub_section(run: Path, model: Given | None = None) -> dict[str, Any]:
+def hub_section(run: Path, model: ModelArgument | None = None) -> dict[str, Any]:
     """Return the `hub` section of a run's recipe, an empty dict without one; `model`: see `push_run`."""
     if model is not None and not (run / RECIPE_FILE).is_file():
         return {}
@@ -179,7 +179,7 @@ class Upload:
                 f"push to {self.repo}: no token found; log in with `hf auth login` or set HF_TOKEN, then {self.command}"
             )
 
-    def __call__(self, files: dict[str, bytes | Path], patience: float, tell: Callable[[str], None]) -> str:
+    def __call__(self, files: dict[str, bytes | Path], patience: float, log: Callable[[str], None]) -> str:
         """Upload the files and return the repository's URL; RunError if that fails or takes too long."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError
@@ -196,7 +196,7 @@ class Upload:
             pause, why = max(pause, failure.retry_after), self._without_token(failure.reason)
             if not failure.is_transient or time.monotonic() + pause > deadline:
                 raise NotPushed(f"push to {self.repo}: {why}; then {self.command}", failure)
-            tell(f"push to {self.repo}: {why}; retrying in {pause:.0f} s")
+            log(f"push to {self.repo}: {why}; retrying in {pause:.0f} s")
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, 2 * pause)
 

@@ -18,26 +18,26 @@ HeadChoice = Literal["auto", "keep", "new"]
 def timm_head_names(model: nn.Module, num_classes: int = 0) -> list[str]:
     """Return the prefixes of the head's parameters from timm's configuration, or else by shape.
 
-    `num_classes`: of a model that does not say it.
+    `num_classes` is used if the model has no such attribute.
     """
     config: Any = getattr(model, "default_cfg", None) or {}
-    listed = config.get("classifier")
-    names = [listed] if isinstance(listed, str) else list(listed or ())
+    classifier = config.get("classifier")
+    names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     return names or _last_layer_of(model, int(getattr(model, "num_classes", 0) or num_classes))
 
 
 def transformers_head_names(model: nn.Module) -> list[str]:
     """Return the prefixes of the head's parameters in a classifier of transformers.
 
-    Heads are called classifier, head, fc, dist_head and more. The head is a module beside the base model with one
-    output for each class.
+    Heads are called classifier, head, fc, dist_head and so on. The head is a sibling of the base model with one output
+    per class.
     """
     if isinstance(inner := getattr(model, "timm_model", None), nn.Module):
         return [f"timm_model.{name}" for name in timm_head_names(inner)]
     num_classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     base = getattr(model, "base_model", model)
-    beside = [(name, child) for name, child in model.named_children() if child is not base]
-    heads = [name for name, child in beside if _output_layer(child, num_classes) is not None]
+    children = [(name, child) for name, child in model.named_children() if child is not base]
+    heads = [name for name, child in children if _output_layer(child, num_classes) is not None]
     if base is model:  # no base model: the head is the last module
         heads = heads[-1:]
     return heads or _last_layer_of(model, num_classes)
@@ -88,9 +88,9 @@ def zero_output_layers(model: nn.Module, layers: Iterable[str]) -> None:
 
 
 def class_order(theirs: Sequence[str] | None, ours: Sequence[str]) -> list[int] | None:
-    """Return for each of our classes its row in the weights' head; None unless both have the same class names.
+    """Return the row of each of our classes in the weights' head; None unless both have the same class names.
 
-    Spellings are matched: Rose and rose, 7 and 07.
+    Different spellings match: Rose and rose, 7 and 07.
     """
     if theirs is None or len(theirs) != len(ours):
         return None
@@ -117,7 +117,7 @@ def keeps_head(
 
 @torch.no_grad()
 def reorder_classes(weights: dict[str, Tensor], names: Iterable[str], order: Sequence[int] | None) -> None:
-    """Reorder the rows of a head's tensors in place; None: they stay."""
+    """Reorder the rows of a head's tensors in place, unless `order` is None."""
     for name in names if order is not None else ():
         assert order is not None
         weights[name] = weights[name][list(order)]
@@ -131,7 +131,7 @@ def kept_note(source: WeightsSource, class_names: Sequence[str]) -> str:
         written = f", written differently ({renamed})" if renamed else ""
         moved = "" if order == sorted(order) else ", in another order: its rows are reordered"
         return f"model.head: kept, because {source.name} has the same class names{written}{moved}"
-    reason = _why_not_same(source, class_names)
+    reason = _mismatch_reason(source, class_names)
     return f"model.head=keep: kept, though {reason}; output 0 now means '{class_names[0]}', and so on"
 
 
@@ -150,16 +150,16 @@ def new_note(
     `fits`: whether the weights' head, described by `head_text`, could have been kept.
     """
     is_unnamed = source.class_names is None
-    reason = f"because {_why_not_same(source, class_names)}"
+    reason = f"because {_mismatch_reason(source, class_names)}"
     if choice == "new":
         reason = "since model.head=new"
     elif is_unnamed and not fits:
         reason = f"because {source.name} has {head_text}, the dataset has {len(class_names):,} classes"
     hint = "; model.head=keep keeps it as it is" if choice == "auto" and is_unnamed and fits else ""
-    return f"model.head: new, all zeros, {reason}: {share_of(new, tensors)} not loaded{hint}"
+    return f"model.head: new, all zeros, {reason}: {describe_share(new, tensors)} not loaded{hint}"
 
 
-def _why_not_same(source: WeightsSource, class_names: Sequence[str]) -> str:
+def _mismatch_reason(source: WeightsSource, class_names: Sequence[str]) -> str:
     theirs = source.class_names
     if theirs is None:
         return f"{source.name} does not say which classes its head is for"
@@ -169,7 +169,7 @@ def _why_not_same(source: WeightsSource, class_names: Sequence[str]) -> str:
     return f"{source.name} is for other classes ({shortened(others, 3)})"
 
 
-def share_of(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+def describe_share(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
     """Return the number of listed tensors, their share of the model's weights, and their names, as text."""
     share = sum(tensors[name].numel() for name in names) / max(1, sum(tensor.numel() for tensor in tensors.values()))
     percent = f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"

@@ -50,7 +50,7 @@ def require_plain_args(args: dict[str, Any], *, trusted: bool) -> None:
         wrong += [key for key, _ in _fetched(args)]
     if wrong:
         raise ModelError(
-            f"model.args: {', '.join(wrong)} would load something else than the recipe says; remove it "
+            f"model.args: {', '.join(wrong)} would load something other than the recipe says; remove it "
             "(weights: model.pretrained; a model's own code and kernels: model.trust_remote_code)"
         )
     _require_modest_numbers(args, "model.args")

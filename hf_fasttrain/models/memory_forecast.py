@@ -136,7 +136,7 @@ def evaluation_bytes(model: nn.Module, image_size: int, device: torch.device, au
 
 
 def _are_logits(output: Any, targets: Tensor) -> bool:
-    """Return whether a model's output is logits; a model with a loss of its own may return anything."""
+    """Return whether a model's output is logits; with a custom loss, a model may return anything."""
     return isinstance(output, Tensor) and output.shape == targets.shape
 
 
@@ -159,8 +159,8 @@ class _ActivationMeter:
 
     def __enter__(self) -> _ActivationMeter:
         leaves = [module for module in self.model.modules() if next(module.children(), None) is None]
-        self._hooks = [leaf.register_forward_hook(self._look, with_kwargs=True) for leaf in leaves]
-        self._saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._hooks = [leaf.register_forward_hook(self._record_outputs, with_kwargs=True) for leaf in leaves]
+        self._saving = torch.autograd.graph.saved_tensors_hooks(self._record_saved, lambda tensor: tensor)
         self._saving.__enter__()
         return self
 
@@ -169,14 +169,14 @@ class _ActivationMeter:
         for hook in self._hooks:
             hook.remove()
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def _record_saved(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self._unsaved = 0
         if storage.data_ptr() not in self._model_storages:
             self._kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # without detach it would keep the graph alive that keeps it alive
+        return tensor.detach()  # a tensor with its graph would be a reference cycle
 
-    def _look(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _record_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         outputs = _tensors([output])
         sizes = _nbytes(outputs)
         self.largest = max(self.largest, _nbytes(_tensors([args, kwargs])) + sizes)

@@ -55,7 +55,7 @@ class Preprocessing:
     value_range: ValueRange | None = None  # of grey of more than 8 bits
 
 
-OWN = "own:"  # prefix of the name of a user's model
+USER_MODEL_PREFIX = "own:"  # prefix of the name of a user's model
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class ModelSpec:
         return len(self.class_names)
 
     @property
-    def is_own(self) -> bool:
-        """Whether the model is a user's object or made by a user's function: its name is `own:` and theirs."""
-        return self.name.startswith(OWN)
+    def is_user_model(self) -> bool:
+        """Whether the model is the user's object or the result of the user's function: its name starts with `own:`."""
+        return self.name.startswith(USER_MODEL_PREFIX)
 
     @property
     def is_transformers(self) -> bool:
@@ -223,7 +223,7 @@ def has_large_stem(model: nn.Module) -> bool:
 
 
 def spec_of_custom(model: nn.Module, spec: ModelSpec) -> ModelSpec:
-    """Return the spec of a user's model: timm's name of it if timm builds the same one, else its class as a name."""
+    """Return the spec of a user's model, named by timm if timm builds the same model, else by its class."""
     plain = replace(spec, drop_path=0.0, small_image_stem=False, trust_remote_code=False, args={})
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture")
@@ -233,11 +233,11 @@ def spec_of_custom(model: nn.Module, spec: ModelSpec) -> ModelSpec:
                 return replace(plain, name=name)
         except (ModelError, RuntimeError):
             pass
-    return replace(plain, name=f"{OWN}{qualified_name(model)}")
+    return replace(plain, name=f"{USER_MODEL_PREFIX}{qualified_name(model)}")
 
 
 def _structure(model: nn.Module) -> list[tuple[str, str]]:
-    """Return name -> description of the layers that have a say when a model is used."""
+    """Return (name, description) of each layer that affects inference."""
     layers = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
     return [(name, repr(layer)) for name, layer in layers if not re.match("Identity|Drop", type(layer).__name__)]
 
@@ -259,20 +259,20 @@ def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoic
         weights = current_names(spec, inner, without_wrapper(weights, inner), folder)
         load_pretrained(inner, weights, source, target, note)
     else:
-        weights, source, lacking = published_weights(spec)
-        load_pretrained(inner, weights, source, target, note, absent=lacking)
+        weights, source, missing = published_weights(spec)
+        load_pretrained(inner, weights, source, target, note, absent=missing)
     return classifier
 
 
 def head_names(model: nn.Module, num_classes: int = 0) -> list[str]:
-    """Return the prefixes of the parameters of the classification head; `num_classes`: if the model does not say it."""
+    """Return the prefixes of the head's parameters; `num_classes` is used if the model has no such attribute."""
     if isinstance(model, TransformersClassifier):
         return [f"model.{name}" for name in transformers_head_names(model.model)]
     return timm_head_names(model, num_classes)
 
 
 def freeze_backbone(model: nn.Module, num_classes: int = 0) -> None:
-    """Freeze everything but the head; `num_classes`: if the model does not say it."""
+    """Freeze everything but the head; `num_classes` is used if the model has no such attribute."""
     head = head_names(model, num_classes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_within(name, head))

@@ -13,11 +13,11 @@ from hf_fasttrain.models.head import (
     HeadChoice,
     WeightsSource,
     class_order,
+    describe_share,
     keeps_head,
     kept_note,
     new_note,
     reorder_classes,
-    share_of,
     zero_output_layers,
 )
 from hf_fasttrain.models.weights import convert, is_within, load_fitting
@@ -76,7 +76,7 @@ def load_pretrained(
         note(new_note(head.choice, source, head.class_names, new, model.state_dict(), fits=fits, head_text=head_text))
     others = [name for name in absent if name not in new]
     if others:
-        note(f"model.pretrained: {share_of(others, state)} are not in {source.name} and start at random")
+        note(f"model.pretrained: {describe_share(others, state)} are not in {source.name} and start at random")
 
 
 def adapt_published_head(model: nn.Module, source: WeightsSource, head: Head, note: Note, *, loaded: bool) -> None:
@@ -100,7 +100,7 @@ def adapt_published_head(model: nn.Module, source: WeightsSource, head: Head, no
 def _note_kept(model: nn.Module, source: WeightsSource, head: Head, new: Sequence[str], note: Note) -> None:
     note(kept_note(source, head.class_names))
     if new:
-        note(f"model.head: {share_of(new, model.state_dict())} are not in {source.name} and start at random")
+        note(f"model.head: {describe_share(new, model.state_dict())} are not in {source.name} and start at random")
 
 
 def _require_output_layers(model: nn.Module, head: Head) -> None:
@@ -128,7 +128,7 @@ def _drop(weights: dict[str, Tensor], state: Mapping[str, Tensor], head: Head, l
 
 def _require_most(state: Mapping[str, Tensor], absent: Sequence[str], source: WeightsSource) -> None:
     if sum(state[name].numel() for name in absent if name in state) > sum(t.numel() for t in state.values()) / 2:
-        raise ModelError(f"{source.name}: weights of another model: {share_of(absent, state)} are not in them")
+        raise ModelError(f"{source.name}: weights of another model: {describe_share(absent, state)} are not in them")
 
 
 def resize_positions(weights: dict[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

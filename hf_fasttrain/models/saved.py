@@ -16,6 +16,7 @@ from hf_fasttrain.data.pixels.resize import FILTERS
 from hf_fasttrain.data.pixels.rgb import ValueRange
 from hf_fasttrain.models.limits import building, limited_size
 from hf_fasttrain.models.model import (
+    USER_MODEL_PREFIX,
     ModelSpec,
     Preprocessing,
     build_model,
@@ -61,7 +62,7 @@ def _without_progress_bars() -> Iterator[None]:
 def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
     """Write everything that `save_model` writes except the weights.
 
-    A model with the small-image stem and a user's own get no config.json: timm would build a different model from it.
+    A model with the small-image stem and a user's model get no config.json: timm would build a different model from it.
     """
     pre = spec.preprocessing or model_preprocessing(model, spec)
     if isinstance(model, TransformersClassifier):
@@ -70,7 +71,7 @@ def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
         config.dtype = "float32"
         config.save_pretrained(folder)
         image_processor(pre).save_pretrained(folder)
-    elif not spec.small_image_stem and not spec.is_own:
+    elif not spec.small_image_stem and not spec.is_user_model:
         config = timm_config(model, spec)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     values = asdict(_self_contained(model, replace(spec, preprocessing=pre)))
@@ -86,9 +87,9 @@ def save_description(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
 def image_processor(pre: Preprocessing) -> Any:
     """Return transformers' image processor that does what `EvalTransform` and `Normalize` do.
 
-    PilBackend is the base of all its Pillow processors. By the name of any other one, AutoImageProcessor and the
-    pipeline take the torchvision variant where torchvision is installed. Measured with 50 photos at 224 px (ViT and
-    ResNet of random weights, heads times 20): logits differ by 0.001 to 0.4 then, by 0 with PilBackend.
+    PilBackend is the base of all its Pillow processors. With the name of any other one, AutoImageProcessor and the
+    pipeline use the torchvision variant if torchvision is installed. Measured with 50 photos at 224 px (ViT and
+    ResNet with random weights, heads scaled by 20): logits then differ by 0.001 to 0.4, with PilBackend by 0.
     """
     from transformers import PilBackend
 
@@ -155,7 +156,7 @@ def _self_contained(model: nn.Module, spec: ModelSpec) -> ModelSpec:
     """Return a spec that loads the folder anywhere, without the folder or Hub model that training started from."""
     import timm
 
-    if spec.is_transformers or spec.is_own or ("/" not in spec.name and not Path(spec.name).is_dir()):
+    if spec.is_transformers or spec.is_user_model or ("/" not in spec.name and not Path(spec.name).is_dir()):
         return spec
     architecture, args = _architecture(model, spec), _model_args(model, spec)
     if getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
@@ -172,11 +173,11 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     if not path.exists():
         raise ModelError(f"{folder}: no {SPEC_FILE}; give a run folder whose training has ended, or its model folder")
     spec = read_spec(path)
-    if spec.is_own:
+    if spec.is_user_model:
         raise ModelError(
-            f"{folder}: its model is made by a program's own code ({spec.name.removeprefix('own:')}), which is not in "
-            "the folder; for a run folder give the model, --model package.module:function (in Python model=...), else "
-            "load model.safetensors into it"
+            f"{folder}: its model was built by your own code ({spec.name.removeprefix(USER_MODEL_PREFIX)}), which is "
+            "not in the folder; for a run folder pass the model, --model package.module:function (in Python "
+            "model=...), or load model.safetensors into your model"
         )
     what = f"the model of {folder}"
     with limited_size(what, sorted(folder.glob("*.safetensors"))), building(what):

@@ -42,16 +42,16 @@ def seeded_random_states(device: torch.device, seed: int) -> Iterator[None]:
 def preserved_state(module: Any) -> Iterator[None]:
     """Restore buffers and attributes of a module and its submodules afterwards; other objects are not touched."""
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
-    attributes = [(vars(each), dict(vars(each))) for each in modules]
+    attributes = [(vars(m), dict(vars(m))) for m in modules]
     registries = [(registry, dict(registry)) for registry in map(buffer_registry, modules)]
     values = [(b, b.detach().clone()) for _, before in registries for b in before.values() if b is not None]
     try:
         yield
     finally:
-        for live, before in (*attributes, *registries):  # a buffer may have been replaced
-            for name in live.keys() - before.keys():
-                del live[name]
-            live.update(before)
+        for current, before in (*attributes, *registries):  # a buffer may have been replaced
+            for name in current.keys() - before.keys():
+                del current[name]
+            current.update(before)
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
@@ -59,7 +59,7 @@ def preserved_state(module: Any) -> Iterator[None]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Compile nothing, and let cuDNN look for no algorithms, for batches of a few images that never come again."""
+    """Disable compiling and cuDNN's search for algorithms, for batches of a few images that occur only once."""
     benchmark = torch.backends.cudnn.benchmark
     with ExitStack() as stack:
         if is_compiler_imported():
@@ -73,13 +73,13 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, *others: nn.Module) -> Iterator[None]:
-    """Restore buffers, attributes and modes of modules, and all random states, after a few images went through them."""
-    modes = [(module, module.training) for each in (model, *others) for module in each.modules()]
+    """Pass a few images through modules, then restore their buffers, attributes and modes and all random states."""
+    modes = [(module, module.training) for m in (model, *others) for module in m.modules()]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with ExitStack() as stack:
-            for each in (model, *others):
-                stack.enter_context(preserved_state(each))
+            for m in (model, *others):
+                stack.enter_context(preserved_state(m))
             stack.enter_context(seeded_random_states(device, 0))
             stack.enter_context(eager())
             yield

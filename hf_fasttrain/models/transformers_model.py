@@ -60,13 +60,13 @@ def open_classifier(spec: ModelSpec) -> TransformersClassifier:
 
 
 def published_weights(spec: ModelSpec) -> tuple[dict[str, Tensor], WeightsSource, list[str]]:
-    """Return a classifier's published weights with their class names, and the names of tensors that they lack."""
+    """Return a classifier's published weights, their source, and the names of tensors that are missing in them."""
     model, info = _open(spec)
-    lacking = [str(name) for name in info["missing_keys"]]
+    missing = [str(name) for name in info["missing_keys"]]
     head = transformers_head_names(model)
-    weights = {name: value for name, value in model.state_dict().items() if name not in lacking}
-    named = None if any(is_within(name, head) for name in lacking) else names_in(model.config.to_dict())
-    return weights, WeightsSource(_source_name(spec), named), lacking
+    weights = {name: value for name, value in model.state_dict().items() if name not in missing}
+    class_names = None if any(is_within(name, head) for name in missing) else names_in(model.config.to_dict())
+    return weights, WeightsSource(_source_name(spec), class_names), missing
 
 
 def current_names(
@@ -85,9 +85,9 @@ def current_names(
         renamed, info = type(classifier).from_pretrained(  # type: ignore[attr-defined]
             None, config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    known = {name: value.float() for name, value in renamed.state_dict().items() if name not in lacking}
-    return known | {name: weights[name] for name in info["unexpected_keys"] if name in weights}
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    current = {name: value.float() for name, value in renamed.state_dict().items() if name not in missing}
+    return current | {name: weights[name] for name in info["unexpected_keys"] if name in weights}
 
 
 def _config(spec: ModelSpec, origin: str, **options: Any) -> tuple[Any, str | None]:
@@ -119,8 +119,8 @@ def _open(spec: ModelSpec, **args: Any) -> tuple[Any, dict[str, Any]]:
                 _source_name(spec), config=config, output_loading_info=True, **options
             )
         except RuntimeError as error:
-            why = str(error).splitlines()[-1].strip()
-            raise ModelError(f"{_source_name(spec)}: weights and config.json do not fit each other: {why}") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise ModelError(f"{_source_name(spec)}: weights and config.json do not fit each other: {reason}") from None
     return model.float(), info
 
 

@@ -64,7 +64,9 @@ def load_fitting(
     *,
     architecture: str | None = None,
 ) -> None:
-    """Load tensors into a model. Raises ModelError for unknown or misshapen ones, and if others than `may_lack` miss.
+    """Load tensors into a model. Raises ModelError if any are unknown, of another shape, or missing from `weights`.
+
+    Those in `may_lack` may be missing.
 
     `architecture` is that of the weights, if known, for the message.
     """
@@ -88,7 +90,7 @@ def load_fitting(
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
-    """Return what identifies a tensor's memory: the same for all names of a shared tensor."""
+    """Return a key of a tensor's memory, the same for all names of a shared tensor."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
 
 

@@ -41,12 +41,12 @@ class ModelSection(Section):
     )
     pretrained: bool | str = result(
         False,
-        "true: the model's own weights from the Hub; or a local folder or .safetensors file, or hf://OWNER/NAME",
+        "true: the model's published weights from the Hub; or a local folder or .safetensors file, or hf://OWNER/NAME",
         examples=[True, "weights.safetensors", "runs/earlier", "hf://OWNER/NAME"],
     )
     head: Literal["auto", "keep", "new"] = result(
         "auto",
-        "the head of pretrained weights; auto: kept if it has the same class names, else new; new: starts at zero",
+        "the head of pretrained weights; auto: kept if it has the same class names, else new; new: initialised to zero",
     )
     drop_path: float = result(0.0, "stochastic depth rate", ge=0.0, lt=1.0, examples=[0.1])
     small_image_stem: bool = result(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
@@ -77,21 +77,22 @@ class DataSection(Section):
     image_column: str = result("auto", "auto: the image column found by type and name", examples=["image"])
     label_column: str = result("auto", "auto: the label column found by type and name", examples=["label"])
     multi_label: bool | None = result(
-        None, "whether an image may have several classes; null: if labels are lists, and not all with exactly one class"
+        None,
+        "whether an image may have several classes; null: if labels are lists that do not all have exactly one class",
     )
     image_size: int = result(
-        224, "height and width in pixels; the model's input too", ge=8, le=4096, examples=[224, 128]
+        224, "height and width of images in pixels, also the model's input size", ge=8, le=4096, examples=[224, 128]
     )
     train_size: int | None = result(
         None,
-        "height and width in training, in pixels; null: image_size, which evaluations always have",
+        "image size in training, in pixels; null: image_size, which evaluations always use",
         ge=8,
         le=4096,
         examples=[176],
     )
     views: int = result(
         1,
-        "training: augmentations of each image, as images (B, V, 3, H, W); above 1 for a step_loss of your own",
+        "training: augmented views per image, as images (B, V, 3, H, W); above 1 needs a custom step_loss",
         ge=1,
         examples=[2],
     )
@@ -132,13 +133,15 @@ class DataSection(Section):
         False, "decode JPEGs at least twice as large as short_side at 1/2, 1/4 or 1/8 of their size: faster"
     )
     cache: Literal["auto", "none", "memory", "disk", "device"] = speed(
-        "auto", "where decoded pixels are kept after the first epoch; auto: by data size, free memory and free disk"
+        "auto", "where decoded pixels are cached from the first epoch on; auto: by data size, free memory and free disk"
     )
     cache_dir: str | None = speed(
         None, "folder for cache=disk; null: $HF_FASTTRAIN_CACHE or ~/.cache/hf_fasttrain", examples=["/big/disk/pixels"]
     )
     cache_gb: Auto | Annotated[float, Field(gt=0.0)] = speed(
-        "auto", "most GB of pixels kept; auto: half of the free memory, or half of the free disk", examples=[20]
+        "auto",
+        "maximum size of the cache in GB; auto: half of the free memory, or half of the free disk",
+        examples=[20],
     )
     max_bad_fraction: float = output(
         0.01,
@@ -181,15 +184,15 @@ class TrainSection(Section):
     batch_size: int = result(..., "images per optimizer step, all processes together", ge=1, examples=[256])
     max_images: int | None = result(
         None,
-        "most images to train on: the first of a shuffle by the seed that keeps the classes' shares; null: all",
+        "maximum number of training images, a stratified subset that seed determines; null: all",
         ge=1,
         examples=[10000],
     )
     drop_last: bool = result(False, "skip the last step of an epoch if it is short")
     sampling: Literal["balanced", "sqrt"] | None = result(
         None,
-        "draw images with replacement; balanced: each class equally often, sqrt: as often as the root of its number of "
-        "images; null: each image once an epoch",
+        "draw images with replacement; balanced: all classes equally often, sqrt: each class in proportion to the "
+        "square root of its number of images; null: each image once per epoch",
     )
     class_weights: Literal["balanced"] | list[float] | dict[str, float] | None = result(
         None,
@@ -199,7 +202,7 @@ class TrainSection(Section):
     )
     bce: Annotated[BinaryCrossEntropy | None, OnOrOff] = result(
         None,
-        "binary cross-entropy over the classes (timm's --bce-loss), which several labels always have: {sum: false}",
+        "binary cross-entropy over the classes (timm's --bce-loss), which multi-label data always uses: {sum: false}",
     )
 
 
@@ -211,11 +214,11 @@ class AccelerateSection(Section):
     )
     gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = speed(
         "auto",
-        "micro-batches of each process per step; auto: as micro_batch_size says, else 1, on a CPU as memory allows",
+        "micro-batches per process and step; auto: by micro_batch_size if set, else 1, on a CPU as memory allows",
         examples=[4],
     )
     micro_batch_size: Annotated[int, Field(ge=2, multiple_of=2)] | None = speed(
-        None, "largest number of images per process and forward; even, since mixup pairs neighbours", examples=[64]
+        None, "maximum number of images per process and forward pass; even, since mixup pairs neighbours", examples=[64]
     )
     sync_batch_norm: bool = result(False, "batch-norm statistics over all GPUs")
     channels_last: Auto | bool = speed("auto", "memory layout NHWC; auto: a stored tuning, else true")
@@ -239,11 +242,11 @@ class AccelerateSection(Section):
 
 
 class EarlyStoppingSection(Section):
-    metric: str = result("accuracy", "watched metric of the evaluation", examples=["f1_macro"])
+    metric: str = result("accuracy", "evaluation metric to watch", examples=["f1_macro"])
     mode: Literal["auto", "max", "min"] = result(
         "auto", "whether higher or lower is better; auto: by the metric's name"
     )
-    patience: DurationField = result(Duration(5, "epochs"), "training without a better value before it stops")
+    patience: DurationField = result(Duration(5, "epochs"), "how long to train without a better value before stopping")
     min_delta: float = result(
         0.0, "by how much a value must exceed the best one to count as better", ge=0.0, examples=[0.001]
     )
@@ -252,11 +255,11 @@ class EarlyStoppingSection(Section):
 class EvaluateSection(Section):
     every: NeverField = result(
         Duration(1, "epochs"),
-        "how often; always at the end; never: not at all, for a step_loss of your own whose model has no logits",
+        "how often; always at the end; never: for a custom step_loss whose model has no logits",
     )
-    start: DurationField = result(Duration(0, "epochs"), "no evaluation before it, such as '10 epochs'")
+    start: DurationField = result(Duration(0, "epochs"), "no evaluation before this point, such as '10 epochs'")
     max_images: int | None = result(
-        None, "most images of the evaluation split, chosen as train.max_images are; null: all", ge=1, examples=[5000]
+        None, "maximum number of evaluation images, chosen like train.max_images; null: all", ge=1, examples=[5000]
     )
     metrics: Annotated[Auto | list[str], OneOrMore] = output(
         "auto",
@@ -268,7 +271,7 @@ class EvaluateSection(Section):
 
 
 class BestSection(Section):
-    metric: str = output("accuracy", "watched metric of the evaluation", examples=["f1_macro"])
+    metric: str = output("accuracy", "evaluation metric to watch", examples=["f1_macro"])
     mode: Literal["auto", "max", "min"] = output(
         "auto", "whether higher or lower is better; auto: by the metric's name"
     )
@@ -276,7 +279,7 @@ class BestSection(Section):
 
 class CheckpointSection(Section):
     every: IntervalField = output(Duration(1, "epochs"), "how often, also in minutes; always at the end and on signals")
-    keep: int = output(2, "newest checkpoints kept, beside the best", ge=1, examples=[5])
+    keep: int = output(2, "newest checkpoints to keep, in addition to the best", ge=1, examples=[5])
     best: BestSection = output(BestSection(), "{metric: accuracy, mode: auto}")
     final: Literal["auto", "best", "last"] = output(
         "auto", "weights saved in model/ at the end; auto: best with early_stopping, else last"
@@ -298,7 +301,7 @@ class HubSection(Section):
         "end", "best: each best evaluation's weights; end: the finished run; or how often, such as '5 epochs'"
     )
     private: bool | None = output(
-        None, "whether a new repository is private; null: as its owner's settings say", examples=[True]
+        None, "whether a new repository is private; null: the owner's default", examples=[True]
     )
     license: str | None = output(
         None,
@@ -306,7 +309,7 @@ class HubSection(Section):
         examples=["apache-2.0"],
     )
     wait: ClockField = output(
-        Duration(10, "minutes"), "how long to wait at the end for an upload, before it is stopped"
+        Duration(10, "minutes"), "how long to wait at the end for an upload before it is cancelled"
     )
 
 

@@ -8,7 +8,7 @@ from hf_fasttrain.recipe.fields import DurationField, OnOrOff, OrOff, PolicyFiel
 
 
 class RandAugment(Section):
-    num_ops: int = result(2, "operations for each image", ge=1, examples=[3])
+    num_ops: int = result(2, "operations per image", ge=1, examples=[3])
     magnitude: int = result(9, "strength, 0 to 30", ge=0, le=30, examples=[15])
 
 
@@ -16,7 +16,9 @@ class AugMix(Section):
     severity: int = result(3, "strength of the operations, 1 to 10", ge=1, le=10, examples=[5])
     mixture_width: int = result(3, "chains of operations that are mixed", ge=1, examples=[4])
     chain_depth: int = result(-1, "operations in a chain; -1: 1 to 3 at random", ge=-1, examples=[2])
-    alpha: float = result(1.0, "of the Dirichlet and Beta distributions that mix them", gt=0.0, examples=[0.5])
+    alpha: float = result(
+        1.0, "alpha of the Dirichlet and Beta distributions that mix the chains", gt=0.0, examples=[0.5]
+    )
 
 
 class ColorJitter(Section):
@@ -37,23 +39,25 @@ class AugmentSection(Section):
         "random_resized", "padded: pad by crop_padding and cut; center: as in evaluation"
     )
     crop_scale: list[float] = result(
-        [0.08, 1.0], "random_resized: share of the image's area, least and most", examples=[[0.35, 1.0]]
+        [0.08, 1.0], "random_resized: smallest and largest share of the image's area", examples=[[0.35, 1.0]]
     )
     crop_ratio: list[float] = result(
-        [0.75, 1.3333333333333333], "random_resized: width / height, least and most", examples=[[1.0, 1.0]]
+        [0.75, 1.3333333333333333], "random_resized: smallest and largest width / height", examples=[[1.0, 1.0]]
     )
     crop_padding: int = result(4, "padded: black pixels at each side", ge=0, examples=[8])
     flip: bool | Probability = result(
-        True, "mirror left-right: true: half of the time; or with this probability", examples=[False, 0.3]
+        True, "mirror left-right; true: with probability 0.5; or a probability", examples=[False, 0.3]
     )
     vflip: Probability = result(0.0, "probability that an image is mirrored top-bottom", examples=[0.5])
-    auto: PolicyField | None = result(None, "a policy of timm (--aa), by timm's parser: rand-m9-mstd0.5-inc1")
+    auto: PolicyField | None = result(None, "a timm policy (--aa), parsed by timm: rand-m9-mstd0.5-inc1")
     randaugment: Annotated[RandAugment | None, OnOrOff] = result(None, "{num_ops: 2, magnitude: 9}")
-    trivialaugment: bool = result(False, "one random operation of random strength for each image")
+    trivialaugment: bool = result(False, "one random operation of random strength per image")
     augmix: Annotated[AugMix | None, OnOrOff] = result(None, "chains of operations mixed with the image: {severity: 3}")
-    three_augment: bool = result(False, "one of greyscale, solarise and blur for each image (DeiT III)")
+    three_augment: bool = result(False, "one of greyscale, solarise and blur per image (DeiT III)")
     color_jitter: ColorJitter | None = result(None, "{brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.0}")
-    repeats: int = result(1, "times that an image appears in a step, each differently augmented", ge=1, examples=[3])
+    repeats: int = result(
+        1, "how often an image appears in a step, augmented differently each time", ge=1, examples=[3]
+    )
     progressive: Annotated[Progressive | None, OrOff] = result(
         None, "image size by epoch: {start_size: 128, until: 10 epochs}"
     )
@@ -64,7 +68,7 @@ class AugmentSection(Section):
     )
     mixup_switch_prob: Probability = result(0.5, "with both mixup and cutmix: probability of cutmix", examples=[0.8])
     mixup_mode: Literal["batch", "pair", "elem"] = result(
-        "batch", "whether mixup and cutmix are drawn for a whole step, each pair of images or each image"
+        "batch", "whether mixup and cutmix are drawn per step, per pair of images or per image"
     )
     mixup_until: DurationField | None = result(
         None, "when mixup and cutmix end (timm's --mixup-off-epoch), such as '80 epochs'; null: never"
@@ -73,6 +77,6 @@ class AugmentSection(Section):
     erase: Probability = result(0.0, "probability that a random box of an image is erased", examples=[0.25])
     erase_fill: Literal["black", "mean", "noise", "pixel", "color"] = result(
         "black",
-        "what erased boxes are filled with; mean: data.mean; noise: uniform; pixel: normal noise of data.mean and "
-        "data.std, color: one such colour for a box (timm's --remode pixel and rand)",
+        "fill of erased boxes; mean: data.mean; noise: uniform; pixel: normal noise with data.mean and "
+        "data.std, color: one such colour per box (timm's --remode pixel and rand)",
     )

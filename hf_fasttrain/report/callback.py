@@ -53,7 +53,7 @@ class Publish(Callback):
             self.publish(trainer.state.step, trainer.evaluation.predictions)
         except KeyboardInterrupt:
             command = format_command("report", self.run)
-            self.log.say(f"training is finished; Ctrl-C skipped the rest: `{command}`, or push")
+            self.log.print(f"training is finished; Ctrl-C skipped the rest: `{command}`, or push")
 
     def publish(self, step: int, predictions: Predictions | None) -> None:
         """Write the report of a run that ended after `step` steps, then push it."""
@@ -64,7 +64,7 @@ class Publish(Callback):
         lost = [name for name in (MODEL_FOLDER, RESULT_FILE) if self._is_lost(name)]
         if lost:
             command = self.pusher.options.command(self.run)
-            self.log.say(f"not pushed: {' and '.join(lost)} could not be written; when they are: {command}")
+            self.log.print(f"not pushed: {' and '.join(lost)} could not be written; when they are: {command}")
             return
         self.pusher.finished(step)
 
@@ -78,7 +78,7 @@ class Publish(Callback):
         except OSError as error:
             self.log.not_written(str(self.run / REPORT_FILE), error)
         except Exception as error:  # noqa: BLE001 - errors of drawing libraries
-            self.log.say(f"note: no report: {reason(error)}; `{format_command('report', self.run)}` writes it later")
+            self.log.print(f"note: no report: {reason(error)}; `{format_command('report', self.run)}` writes it later")
 
     def _is_lost(self, name: str) -> bool:
         return any(lost.startswith(f"{self.run / name}:") for lost in self.log.lost)

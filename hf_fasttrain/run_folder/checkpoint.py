@@ -196,15 +196,13 @@ def _is_complete(path: Path) -> bool:
 def newest_checkpoint(
     folder: Path,
     note: Callable[[str], None],
-    why_not: Callable[[Checkpoint], str | None] = lambda _: None,
+    reason_to_skip: Callable[[Checkpoint], str | None] = lambda _: None,
     before: int | None = None,
 ) -> Checkpoint | None:
     """Return the newest complete checkpoint of a folder that can be used, None if there is no complete one.
 
-    `before`: only those of earlier steps are looked at.
-
-    `note` is called for each newer one that is incomplete, corrupt, or not to be used (`why_not` says why). Raises
-    RunError if none can be read.
+    `before`: consider only earlier steps. `note` is called for each newer one that is incomplete, corrupt, or not to
+    be used (`reason_to_skip` says why). Raises RunError if none can be read.
     """
     restore_replaced(folder)
     found = sorted(_checkpoint_folders(folder, NAME), key=checkpoint_step, reverse=True)
@@ -219,7 +217,7 @@ def newest_checkpoint(
             corrupt.append(str(error))
             note(f"{error}: skipped")
             continue
-        reason_against = why_not(checkpoint)
+        reason_against = reason_to_skip(checkpoint)
         if reason_against is None:
             return checkpoint
         note(f"checkpoint {path} {reason_against}: skipped")

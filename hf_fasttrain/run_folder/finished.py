@@ -51,31 +51,31 @@ class FinishedRun:
         return isinstance(value, str) and (is_local_path(value) or os.path.exists(value))
 
 
-def is_own_run(run: Path, given: Any) -> bool:
-    """Return whether a finished run is of a user's own objects, so that the user must give its model.
+def needs_user_model(run: Path, model: Any) -> bool:
+    """Return whether the user must pass the model of a finished run, because no recipe describes it.
 
-    `given` is that model, or None. Raises RunError if it is missing, and for a model beside a run that has its own.
+    `model` is the argument that was passed, or None. Raises RunError if it is missing, or passed but not needed.
     """
     restore_folder(run / MODEL_FOLDER)
     has_weights = (run / MODEL_FOLDER / WEIGHTS_FILE).is_file()
     has_recipe = (run / RECIPE_FILE).is_file() or (run / MODEL_FOLDER / SPEC_FILE).is_file()
     finished = has_weights and (run / RESULT_FILE).is_file()
-    is_own = finished and not has_recipe
-    if finished and given is not None:  # a recipe's run may be of a model that was passed beside it
-        is_own |= str(read_json(run / MODEL_FOLDER / SPEC_FILE).get("name", "")).startswith("own:")
-    if is_own and given is None:
+    is_needed = finished and not has_recipe
+    if finished and model is not None:  # from_recipe(model=) may have trained the user's model
+        is_needed |= str(read_json(run / MODEL_FOLDER / SPEC_FILE).get("name", "")).startswith("own:")
+    if is_needed and model is None:
         raise RunError(
-            f"{run}: was not made by a recipe, so that its model can't be built from the folder; give the model: "
+            f"{run}: was not trained from a recipe, so its model can't be built from the folder; pass the model: "
             "--model package.module:function (in Python model=...), a function that returns it"
         )
-    if given is not None and not is_own:
-        raise RunError(f"{run}: --model is for finished runs of a model of your own; leave it out")
-    return is_own
+    if model is not None and not is_needed:
+        raise RunError(f"{run}: --model is for finished runs of your own model; leave it out")
+    return is_needed
 
 
 def read_run(run: Path) -> FinishedRun:
     """Return the content of a run folder. Raises RunError if the run is not finished."""
-    is_own_run(run, None)
+    needs_user_model(run, None)
     missing = [name for name in (f"{MODEL_FOLDER}/{SPEC_FILE}", RESULT_FILE) if not (run / name).is_file()]
     if missing:
         from hf_fasttrain.run_folder.folder import how_to_resume_run  # imports torch

@@ -1,4 +1,4 @@
-"""What each parameter of the Trainer may be: one rule for each, looked at before anything is made."""
+"""Checks of the Trainer's arguments, made before anything is built: RULES has one rule per parameter."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from hf_fasttrain.utils.duration import Duration, MissingUnit
 from hf_fasttrain.utils.errors import RunError, shown
 
 Parameters = ParamSpec("Parameters")
-Returned = TypeVar("Returned")
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is
+ReturnType = TypeVar("ReturnType")
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and a description of allowed values
 
 
-def checked(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """Check the arguments of a function by the rules of their names; RunError for those that a rule forbids."""
+def check_arguments(function: Callable[Parameters, ReturnType]) -> Callable[Parameters, ReturnType]:
+    """Decorate a function to check its arguments by the rules of their names. Raises RunError."""
     signature = inspect.signature(function)
 
     @wraps(function)
-    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> ReturnType:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         require_allowed(bound.arguments)
@@ -43,45 +43,45 @@ def checked(function: Callable[Parameters, Returned]) -> Callable[Parameters, Re
 
 
 def require_allowed(arguments: Mapping[str, Any]) -> None:
-    """Raise RunError, with all mistakes in one message, for arguments that a rule of their name or of two forbids."""
-    wrong = [
-        f"{name}: must be {allowed}, got {_described(arguments[name])}"
+    """Raise RunError, with all mistakes in one message, for arguments that RULES or COMBINATIONS do not allow."""
+    errors = [
+        f"{name}: must be {allowed}, got {_describe(arguments[name])}"
         for name, (is_allowed, allowed) in RULES.items()
         if name in arguments and not is_allowed(arguments[name])
     ]
-    wrong = wrong or [text for is_wrong, text in TOGETHER if is_wrong(arguments)]
-    if wrong:
-        raise RunError("\n".join(wrong))
+    errors = errors or [text for is_wrong, text in COMBINATIONS if is_wrong(arguments)]
+    if errors:
+        raise RunError("\n".join(errors))
 
 
 def parse_duration(name: str, value: Duration | str, *, minutes: bool = False) -> Duration:
-    """Return the duration that a parameter was given. Raises RunError that names the parameter."""
+    """Return the duration of a parameter. Raises RunError that names the parameter."""
     try:
         duration = Duration.parse(value, minutes=minutes)
     except MissingUnit as error:
-        raise RunError(f"{name}: got {_described(value)}; {error}") from None
+        raise RunError(f"{name}: got {_describe(value)}; {error}") from None
     except ValueError as error:
-        raise RunError(f"{name}: {error}, got {_described(value)}") from None
+        raise RunError(f"{name}: {error}, got {_describe(value)}") from None
     if not duration.count > 0:
-        raise RunError(f"{name}: must be more than 0, got {_described(value)}")
+        raise RunError(f"{name}: must be more than 0, got {_describe(value)}")
     if duration.unit not in ("epochs", "steps", "minutes" if minutes else "steps"):
         raise RunError(f"{name}: must be in epochs or steps{' or minutes' * minutes}, got '{duration}'")
     return duration
 
 
-def _described(value: Any) -> str:
-    """Return a plain value as it is written, and anything else by its kind."""
+def _describe(value: Any) -> str:
+    """Return the text of a plain value, and the type of any other."""
     if isinstance(value, type):
         return f"the class {value.__name__} itself"
-    plain = value is None or isinstance(value, bool | int | float | str | os.PathLike | Duration)
-    if plain or (isinstance(value, list | tuple | dict) and len(value) < 3):
+    is_plain = value is None or isinstance(value, bool | int | float | str | os.PathLike | Duration)
+    if is_plain or (isinstance(value, list | tuple | dict) and len(value) < 3):
         return shown(value)
     return f"a {type(value).__qualname__}"
 
 
-def whole_number(value: Any, least: int) -> bool:
-    """Return whether a value is a whole number of at least `least`; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def is_integer(value: Any, minimum: int) -> bool:
+    """Return whether a value is an integer, not a bool, of at least `minimum`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def _is_positive(value: Any) -> bool:
@@ -92,13 +92,13 @@ def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
-def _takes(value: Any, number: int) -> bool:
-    """Return whether a function or module can be called with a number of arguments, as far as its signature tells."""
+def _accepts_arguments(value: Any, number: int) -> bool:
+    """Return whether a function or module accepts a number of arguments, judging by its signature."""
     if not _is_function(value):
         return False
     try:
         signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
-    except ValueError:  # of a function without one
+    except ValueError:  # the function has no signature
         return True
     try:
         signature.bind(*range(number))
@@ -109,7 +109,7 @@ def _takes(value: Any, number: int) -> bool:
 
 @dataclass(frozen=True)
 class _Optional:
-    """A rule that None passes."""
+    """A rule that also allows None."""
 
     rule: Callable[[Any], bool]
 
@@ -118,20 +118,20 @@ class _Optional:
 
 
 def _is_data_set(value: Any) -> bool:
-    """Return whether a value gives single images, not batches."""
-    of_torch = isinstance(value, Dataset) and not isinstance(value, IterableDataset)
-    return of_torch or type(value).__module__.partition(".")[0] == "datasets"
+    """Return whether a value yields single images, not batches."""
+    is_torch_dataset = isinstance(value, Dataset) and not isinstance(value, IterableDataset)
+    return is_torch_dataset or type(value).__module__.partition(".")[0] == "datasets"
 
 
-def _gives_batches(value: Any) -> bool:
+def _yields_batches(value: Any) -> bool:
     is_text = isinstance(value, str | bytes | Mapping)
-    iterates = isinstance(value, Iterable) or hasattr(value, "__getitem__") or hasattr(value, "steps")
-    return iterates and not is_text and not _is_data_set(value) and not isinstance(value, type)
+    is_iterable = isinstance(value, Iterable) or hasattr(value, "__getitem__") or hasattr(value, "steps")
+    return is_iterable and not is_text and not _is_data_set(value) and not isinstance(value, type)
 
 
 def _has_batches(value: Any) -> bool:
-    """Return whether a value gives batches, and at least one as far as its length tells."""
-    if not _gives_batches(value):
+    """Return whether a value yields batches, and at least one if it has a length."""
+    if not _yields_batches(value):
         return False
     try:
         return len(value) > 0
@@ -139,22 +139,22 @@ def _has_batches(value: Any) -> bool:
         return True
 
 
-def _gives_factors(schedule: Any) -> bool:
-    """Return whether a schedule gives a number for the first update."""
+def _returns_factor(schedule: Any) -> bool:
+    """Return whether a schedule returns a number for the first update."""
     if not _is_function(schedule):
         return False
     try:
         factor = float(schedule(0))
-    except TypeError:  # of another number of arguments, or no number
+    except TypeError:  # it takes other arguments, or does not return a number
         return False
     return math.isfinite(factor)
 
 
-def _trains(optimizer: Any) -> bool:
+def _has_learning_rates(optimizer: Any) -> bool:
     return isinstance(optimizer, Optimizer) and all(float(group["lr"]) > 0 for group in optimizer.param_groups)
 
 
-def _in_a_list(callbacks: Any) -> bool:
+def _is_list(callbacks: Any) -> bool:
     return isinstance(callbacks, Sequence) and not isinstance(callbacks, str)
 
 
@@ -162,29 +162,29 @@ def _are_functions(metrics: Any) -> bool:
     return isinstance(metrics, Mapping) and all(map(callable, metrics.values()))
 
 
-AT_LEAST_ONE = "a whole number of at least 1"
+POSITIVE_INTEGER = "a whole number of at least 1"
 RULES: dict[str, Rule] = {
     "model": (lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
     "train_loader": (
-        _gives_batches,
-        "a loader, which gives batches: DataLoader(dataset, batch_size=64, shuffle=True), or a list of them",
+        _yields_batches,
+        "a loader that yields batches, such as DataLoader(dataset, batch_size=64, shuffle=True), or a list of batches",
     ),
     "optimizer": (
-        _trains,
-        "a torch.optim.Optimizer with an lr above 0 in each group (what should not be trained: requires_grad_(False))",
+        _has_learning_rates,
+        "a torch.optim.Optimizer with an lr above 0 in each group (to freeze parameters: requires_grad_(False))",
     ),
     "accelerator": (_Optional(lambda value: isinstance(value, Accelerator)), "an accelerate.Accelerator or None"),
     "accumulation_steps": (
-        lambda value: whole_number(value, 1),
-        f"{AT_LEAST_ONE}, the micro-batches that a batch is split into",
+        lambda value: is_integer(value, 1),
+        f"{POSITIVE_INTEGER}, the number of micro-batches per batch",
     ),
     "loss": (_is_function, "a function or module that maps (logits, targets) to their mean loss"),
     "step_loss": (
-        _Optional(lambda value: _takes(value, 4)),
+        _Optional(lambda value: _accepts_arguments(value, 4)),
         "a function or module that maps (model, images, targets, at) to their mean loss, or None",
     ),
     "schedule": (
-        _gives_factors,
+        _returns_factor,
         "a function of the update's number, counted from 0, that returns a factor on the optimizer's lr, like "
         "hf_fasttrain.build_schedule('cosine', num_steps=1000) or lambda update: 0.1 ** (update // 500)",
     ),
@@ -192,10 +192,10 @@ RULES: dict[str, Rule] = {
     "ema": (_Optional(lambda value: isinstance(value, Ema)), "Ema(model, decay=0.99) or None"),
     "eval_loader": (
         _Optional(_has_batches),
-        "a loader with at least one batch, as DataLoader(dataset, batch_size=256) is, or None",
+        "a loader with at least one batch, such as DataLoader(dataset, batch_size=256), or None",
     ),
     "num_classes": (
-        _Optional(lambda value: whole_number(value, 2)),
+        _Optional(lambda value: is_integer(value, 2)),
         "a whole number of at least 2, the number of the model's outputs, or None",
     ),
     "metrics": (
@@ -210,20 +210,20 @@ RULES: dict[str, Rule] = {
     ),
     "output_dir": (_Optional(lambda value: isinstance(value, str | os.PathLike)), "a path or None"),
     "report": (lambda value: isinstance(value, bool), "True or False"),
-    "callbacks": (_Optional(_in_a_list), "a list of callbacks: callbacks=[...]"),
+    "callbacks": (_Optional(_is_list), "a list of callbacks: callbacks=[...]"),
     "log": (_Optional(lambda value: isinstance(value, RunLog)), "a RunLog or None"),
-    "log_every": (lambda value: whole_number(value, 1), f"{AT_LEAST_ONE}, in steps"),
-    "seed": (_Optional(lambda value: whole_number(value, 0)), "a whole number of at least 0, or None"),
-    "overrides": (_in_a_list, 'a list of texts: overrides=["optimizer.lr=1e-4"]'),
+    "log_every": (lambda value: is_integer(value, 1), f"{POSITIVE_INTEGER}, in steps"),
+    "seed": (_Optional(lambda value: is_integer(value, 0)), "a whole number of at least 0, or None"),
+    "overrides": (_is_list, 'a list of strings: overrides=["optimizer.lr=1e-4"]'),
 }
-# What two parameters say together, in their values.
-TOGETHER: list[tuple[Callable[[Mapping[str, Any]], bool], str]] = [
+# Rules on two parameters together.
+COMBINATIONS: list[tuple[Callable[[Mapping[str, Any]], bool], str]] = [
     (
-        lambda given: given.get("step_loss") is not None and given.get("loss") is not F.cross_entropy,
-        "loss: has no effect beside a step_loss, which gives the loss itself; leave one of them out",
+        lambda arguments: arguments.get("step_loss") is not None and arguments.get("loss") is not F.cross_entropy,
+        "loss: has no effect with step_loss, which returns the loss itself; leave one of them out",
     ),
     (
-        lambda given: given.get("early_stopping") is not None and given.get("eval_loader") is None,
-        "early_stopping: watches the evaluations, and there are none; give an eval_loader too",
+        lambda arguments: arguments.get("early_stopping") is not None and arguments.get("eval_loader") is None,
+        "early_stopping: watches the evaluations, and there are none; pass an eval_loader too",
     ),
 ]

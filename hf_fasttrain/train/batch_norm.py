@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, which differ between processes: read, and averaged over the processes."""
+"""Running statistics of batch norms, which differ between processes, and their averages over the processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_fasttrain.utils.private_apis import batch_norm_class
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> running mean or variance of this process; shared modules under all names."""
+    """Return name -> running mean or variance of this process; shared modules appear under all their names."""
     norms = {id(norm) for norm in batch_norms(model)}
     return {
         f"{prefix}.{name}".lstrip("."): buffer

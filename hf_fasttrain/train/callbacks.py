@@ -1,4 +1,4 @@
-"""Callbacks, which are called on every process in the order in which they were passed."""
+"""Callbacks: the base class for users, and the calls to them, on every process in the order of the list."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StepReport(NamedTuple):
     loss: Tensor  # this process's part of the mean loss, 0-d, on the device; the sum over processes is the loss
     num_images: int  # over all processes
     lr: float
-    grad_norm: Tensor | None  # 0-d, on the device; None if fp16 has scaled it
+    grad_norm: Tensor | None  # 0-d, on the device; None if fp16 scaled the gradients and there is no clipping
 
 
 class Callback:
@@ -37,42 +37,42 @@ class Callback:
     for the device. An exception stops training with a CallbackError that names the callback; in `finished` and `close`
     the run is finished and the other callbacks are called first.
 
-    One that has `before_step`, `after_evaluation` or a state may change what is learned: a run that was trained with it
-    is resumed with it alone. One that only watches sets `takes_part` to False.
+    A callback with `before_step`, `after_evaluation` or a state may change what is learned, so a run that was trained
+    with it can be resumed only with it. A callback that only observes sets `takes_part` to False.
     """
 
-    takes_part = True  # if it has one of these methods
+    takes_part = True  # whether one with these methods may change training
 
     def before_step(self, trainer: Trainer, at: At) -> None:
-        """Before a step; the lr of the schedule is set, and may be changed, as what is frozen and optimized may be."""
+        """Called before a step, after the schedule's lr is set; may change lr, frozen parameters and param groups."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """After a step, before an evaluation or a checkpoint that is due after it."""
+        """Called after a step, before any evaluation and checkpoint of that step."""
 
     def after_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After the evaluation split was evaluated while training, before that is saved."""
+        """Called after an evaluation during training, before it is saved."""
 
     def after_save(self, trainer: Trainer, path: Path) -> None:
-        """When a checkpoint is complete on disk; it is kept at least until the next one."""
+        """Called when a checkpoint is complete on disk; it is kept at least until the next one."""
 
     def finished(self, trainer: Trainer, result: Result) -> None:
-        """When model, result.json and predictions are on disk."""
+        """Called when model, result.json and predictions are on disk."""
 
     def failed(self, trainer: Trainer, error: BaseException) -> None:
-        """When an exception has ended training, including Stopped, which a signal raises."""
+        """Called when an exception has ended training, including Stopped after a signal."""
 
     def close(self) -> None:
-        """When `running` is left, with or without an exception."""
+        """Called when `running` ends, with or without an exception."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to be saved: plain values, tensors, arrays, and lists, tuples, sets and dicts of them."""
+        """Return the state to save: plain values, tensors, arrays, and lists, tuples, sets and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` returned, its tensors on the CPU; before the optimizer's is restored."""
+        """Restore a state from `state_dict`, with tensors on the CPU; called before the optimizer is restored."""
 
 
-TAKING_PART = ("before_step", "after_evaluation", "state_dict", "load_state_dict")
+PARTICIPATION_METHODS = ("before_step", "after_evaluation", "state_dict", "load_state_dict")
 METHODS = tuple(name for name in vars(Callback) if callable(vars(Callback)[name]) and not name.startswith("_"))
 
 
@@ -97,17 +97,17 @@ class Callbacks:
             if _has(callback, "state_dict") != _has(callback, "load_state_dict"):
                 raise RunError(
                     f"callbacks[{number}] is {type(callback).__name__}, which has only one of state_dict and "
-                    "load_state_dict; give it both, or its state is lost when the run is resumed"
+                    "load_state_dict; define both, or its state is lost when the run is resumed"
                 )
-        self._index()
+        self._group_by_method()
 
-    def _index(self) -> None:
-        self._by_method = {name: [each for each in self.callbacks if _has(each, name)] for name in METHODS}
+    def _group_by_method(self) -> None:
+        self._by_method = {name: [callback for callback in self.callbacks if _has(callback, name)] for name in METHODS}
 
-    def put_first(self, callback: Callback) -> None:
+    def insert_first(self, callback: Callback) -> None:
         """Add a callback that is called before all others."""
         self.callbacks.insert(0, callback)
-        self._index()
+        self._group_by_method()
 
     def call(self, method: str, *arguments: Any) -> None:
         """Call a method of each callback that has it; CallbackError at the first failure."""
@@ -117,12 +117,12 @@ class Callbacks:
             except Stopped:
                 raise
             except Exception as error:
-                raise _failed(callback, method, error) from error
+                raise _callback_error(callback, method, error) from error
 
     def call_all(self, method: str, *arguments: Any) -> list[CallbackError]:
         """Call a method of each callback that has it, and return the errors of those that failed.
 
-        Ctrl-C is raised, in `failed` and `close` once all callbacks were called.
+        Ctrl-C is raised, in `callback_error` and `close` once all callbacks were called.
         """
         errors: list[CallbackError] = []
         interrupt: BaseException | None = None
@@ -130,36 +130,40 @@ class Callbacks:
             try:
                 getattr(callback, method)(*arguments)
             except (KeyboardInterrupt, SystemExit, Stopped) as error:
-                if method == "finished":  # which Ctrl-C shall end
+                if method == "finished":  # Ctrl-C skips the other callbacks
                     raise
                 interrupt = interrupt or error
             except Exception as error:  # noqa: BLE001 - user code; the other callbacks must still be called
-                failed = _failed(callback, method, error)
-                failed.__cause__ = error
-                errors.append(failed)
+                callback_error = _callback_error(callback, method, error)
+                callback_error.__cause__ = error
+                errors.append(callback_error)
         if interrupt is not None:
             raise interrupt
         return errors
 
     @property
-    def taking_part(self) -> list[str]:
-        """The names of the callbacks that may change what is learned."""
-        return [name for name, callback in self._named(*TAKING_PART).items() if getattr(callback, "takes_part", True)]
+    def participants(self) -> list[str]:
+        """Names of the callbacks that may change what is learned."""
+        return [
+            name
+            for name, callback in self._by_name(*PARTICIPATION_METHODS).items()
+            if getattr(callback, "takes_part", True)
+        ]
 
     def require_same(self, saved: Sequence[str], path: Path) -> None:
-        """Raise RunError unless those that take part are the ones that a checkpoint was saved with."""
-        names = self.taking_part
+        """Raise RunError unless the participants are those that a checkpoint was saved with."""
+        names = self.participants
         missing, extra = [n for n in saved if n not in names], [n for n in names if n not in saved]
         texts = []
         if missing:
             texts.append(
-                f"the run was trained with the callback {' and '.join(missing)}, which takes part in training and is "
-                f"missing now: give it again, callbacks=[{', '.join(missing)}(...)]"
+                f"the run was trained with the callback {' and '.join(missing)}, which may change training and is "
+                f"missing now: pass it again, callbacks=[{', '.join(missing)}(...)]"
             )
         if extra:
             texts.append(
-                f"the callback {' and '.join(extra)} takes part in training, and the run was trained without it: leave "
-                "it out; if it only watches, say so in it by takes_part = False"
+                f"the callback {' and '.join(extra)} may change training, and the run was trained without it: leave it "
+                "out; if it only observes, set takes_part = False in its class"
             )
         if texts:
             raise RunError(
@@ -168,82 +172,82 @@ class Callbacks:
             )
 
     def states(self, processes: Processes) -> list[dict[str, Any] | None]:
-        """Return name -> state of the callbacks that have one, for each process; None: as on the first one.
+        """Return name -> state of the callbacks that have one, for each process; None stands for the first one's.
 
         Called by all processes. Raises CallbackError for a state that can't be saved.
         """
         on_host = processes.is_distributed
-        mine = {n: _state_of(callback, on_host=on_host) for n, callback in self._named("state_dict").items()}
-        if not on_host or not mine:
-            return [mine]
-        digests = processes.gather([_digest(mine)])
+        own_states = {n: _state_of(callback, on_host=on_host) for n, callback in self._by_name("state_dict").items()}
+        if not on_host or not own_states:
+            return [own_states]
+        digests = processes.gather([_digest(own_states)])
         if len(set(digests)) == 1:
-            return [mine]
-        differs = digests[processes.index] != digests[0] or processes.is_main
-        return processes.gather([mine if differs else None])
+            return [own_states]
+        is_sent = digests[processes.index] != digests[0] or processes.is_main
+        return processes.gather([own_states if is_sent else None])
 
     def restore(
         self, saved: Sequence[dict[str, Any] | None], processes: Processes, note: Callable[[str], None]
     ) -> None:
-        """Restore what `states` returned: each process's own state, or the first one's where their number differs.
+        """Restore the result of `states`: each process's own state, or the first one's if their number has changed.
 
-        `note` is called where that is so, and for states without a callback and callbacks without a state.
+        `note` reports the latter, states without a callback and callbacks without a state.
         """
         first: dict[str, Any] = (saved[0] if saved else None) or {}
-        mine: dict[str, Any] = first
+        own_states: dict[str, Any] = first
         if len(saved) == processes.number:
-            mine = saved[processes.index] or first
+            own_states = saved[processes.index] or first
         elif len(saved) > 1:
             note(
-                f"the states of callbacks differed among {len(saved)} processes: {processes.number} have the first "
-                "one's now"
+                f"the states of callbacks differed among {len(saved)} processes: now {processes.number} processes have "
+                "the first one's"
             )
-        named = self._named("load_state_dict")
-        for name, callback in named.items():
-            if name not in mine:
-                note(f"callback {name}: the checkpoint has no state of it; it begins anew")
+        by_name = self._by_name("load_state_dict")
+        for name, callback in by_name.items():
+            if name not in own_states:
+                note(f"callback {name}: the checkpoint has no state of it; it starts without one")
                 continue
             try:
-                callback.load_state_dict(mine[name])
+                callback.load_state_dict(own_states[name])
             except Exception as error:
-                raise _failed(callback, "load_state_dict", error) from error
-        for name in mine.keys() - named.keys():
+                raise _callback_error(callback, "load_state_dict", error) from error
+        for name in own_states.keys() - by_name.keys():
             note(f"callback {name}: the checkpoint has a state of it, but it is not among the trainer's callbacks")
 
-    def _named(self, *methods: str) -> dict[str, Any]:
-        """Return the callbacks that have one of some methods, by class name; a second one of a class is NAME 2."""
-        named: dict[str, Any] = {}
+    def _by_name(self, *methods: str) -> dict[str, Any]:
+        """Return the callbacks with any of the methods, by class name; a second one of a class is called NAME 2."""
+        by_name: dict[str, Any] = {}
         for callback in self.callbacks:
             if not any(_has(callback, method) for method in methods):
                 continue
             name, number = type(callback).__qualname__, 1
-            while name in named:
+            while name in by_name:
                 number += 1
                 name = f"{type(callback).__qualname__} {number}"
-            named[name] = callback
-        return named
+            by_name[name] = callback
+        return by_name
 
 
 def _has(callback: Any, method: str) -> bool:
-    """Return whether a callback has a method that is not the base class's empty one."""
+    """Return whether a callback has a method, other than the base class's empty one."""
     attribute = getattr(callback, method, None)
     return callable(attribute) and getattr(attribute, "__func__", attribute) is not vars(Callback)[method]
 
 
-def _failed(callback: Any, method: str, error: Exception) -> CallbackError:
+def _callback_error(callback: Any, method: str, error: Exception) -> CallbackError:
     return CallbackError(
         f"callback {type(callback).__qualname__}.{method} failed: {type(error).__name__}: {first_lines(error)}"
     )
 
 
 def _state_of(callback: Any, *, on_host: bool) -> Any:
-    """Return a copy of a callback's state, with its own tensors in it, or with copies of them on the host."""
+    """Return a copy of a callback's state; `on_host`: with copies of its tensors on the host."""
     tensors: dict[str, Tensor] = {}
     try:
         packed = pack(callback.state_dict(), tensors, "its state")
     except Exception as error:
-        raise _failed(callback, "state_dict", error) from error
-    return unpack(packed, {name: each.detach().cpu() if on_host else each for name, each in tensors.items()})
+        raise _callback_error(callback, "state_dict", error) from error
+    return unpack(packed, {name: tensor.detach().cpu() if on_host else tensor for name, tensor in tensors.items()})
 
 
 def _digest(state: Any) -> str:

@@ -1,4 +1,4 @@
-"""All that a checkpoint holds of a training: gathered for saving, restored on resuming."""
+"""The state that a checkpoint holds: gathered for saving, restored on resume."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LOSS = "loss"  # file of a checkpoint with what the loss learns
 
 @dataclass
 class State:
-    """What changes while training, beside weights and optimizer."""
+    """The state of a training besides weights and optimizer."""
 
     step: int = 0  # optimizer steps done; the only clock
-    updates: int = 0  # steps whose update was made: fp16 skips some; lr and EMA follow this
+    updates: int = 0  # steps with an update (fp16 skips some); lr and EMA depend on it
     images: int = 0
     train_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -45,65 +45,68 @@ class State:
 
 
 class LossState:
-    """What a loss that is a module learns or counts beside the model, which it may hold.
+    """The weights and buffers of a loss module, without those of the model, which it may contain.
 
-    Frozen weights, a teacher's, belong to it from the first checkpoint before which they were changed on: a loss may
-    move them itself, as a momentum encoder's.
+    Frozen weights are included once they have changed: a loss may update them itself, as with a momentum encoder.
     """
 
     def __init__(self, module: nn.Module, names: set[str], frozen: set[str]) -> None:
         self.module, self.names, self._required = module, names, frozenset(names)
         tensors = module.state_dict()
-        self._frozen = {name: _fingerprint(tensors[name]) for name in frozen}
+        self._frozen = {name: _sum(tensors[name]) for name in frozen}
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return name -> buffer, as it is now."""
+        """Return name -> buffer."""
         return {name: b for name, b in self.module.named_buffers(remove_duplicate=False) if name in self.names}
 
     def copy(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
-        """Return the buffers with their values, for `put_back`."""
-        kept = []
+        """Return the buffers with their values, for `restore_buffers`."""
+        copies = []
         for name, buffer in self.buffers().items():
-            path, _, own = name.rpartition(".")
-            kept.append((buffer_registry(self.module.get_submodule(path)), own, buffer, buffer.detach().clone()))
-        return kept
+            path, _, key = name.rpartition(".")
+            copies.append((buffer_registry(self.module.get_submodule(path)), key, buffer, buffer.detach().clone()))
+        return copies
 
     @torch.no_grad()
-    def put_back(self, kept: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+    def restore_buffers(self, copies: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
         """Restore the buffers that `copy` has returned; a loss may have replaced some since."""
-        for registry, name, buffer, value in kept:
+        for registry, name, buffer, value in copies:
             buffer.copy_(value)
             registry[name] = buffer
 
     def weights(self) -> dict[str, Tensor]:
         """Return name -> tensor."""
         tensors = self.module.state_dict()
-        self.names |= {name for name, before in self._frozen.items() if _fingerprint(tensors[name]) != before}
+        self.names |= {name for name, old_sum in self._frozen.items() if _sum(tensors[name]) != old_sum}
         return {name: tensors[name] for name in tensors if name in self.names}
 
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take over saved tensors. Raises KeyError for those of another loss."""
+        """Load saved tensors. Raises KeyError for those of another loss."""
         if not self._required <= weights.keys() <= self._required | self._frozen.keys():
             raise KeyError(f"the loss has {sorted(self.names)}, and the checkpoint {sorted(weights)}")
         self.names |= weights.keys()
         self.module.load_state_dict(weights, strict=False)
 
 
-def _fingerprint(tensor: Tensor) -> Any:
-    """Return a number that changes with a tensor's values; waits for the device."""
+def _sum(tensor: Tensor) -> Any:
+    """Return the sum of a tensor, by which a change of its values is noticed; waits for the device."""
     with one_thread():
         return tensor.sum(dtype=torch.complex128 if tensor.is_complex() else torch.float64).item()
 
 
-def state_of(loss: nn.Module | None, model: nn.Module) -> LossState | None:
-    """Return the state of a loss beside its model's; None if it is no module, or has none."""
+def loss_state_of(loss: nn.Module | None, model: nn.Module) -> LossState | None:
+    """Return the state of a loss without that of the model; None if it is not a module or has no state."""
     if loss is None:
         return None
-    of_model = set(map(id, model.state_dict(keep_vars=True).values()))
+    model_ids = set(map(id, model.state_dict(keep_vars=True).values()))
     tensors = loss.state_dict(keep_vars=True).items()
-    own = {name: tensor for name, tensor in tensors if isinstance(tensor, Tensor) and id(tensor) not in of_model}
-    frozen = {name for name, tensor in own.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad}
-    return LossState(loss, own.keys() - frozen, frozen) if own else None
+    loss_tensors = {
+        name: tensor for name, tensor in tensors if isinstance(tensor, Tensor) and id(tensor) not in model_ids
+    }
+    frozen = {
+        name for name, tensor in loss_tensors.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    }
+    return LossState(loss, loss_tensors.keys() - frozen, frozen) if loss_tensors else None
 
 
 @dataclass(frozen=True)
@@ -123,30 +126,30 @@ class TrainingObjects:
         return {"model": self.model, **({"ema": self.ema.module} if self.ema is not None else {})}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of the model, and of its moving average; called by all processes.
+        """Return the tensors of the model, the moving average and the loss; called by all processes.
 
-        Batch-norm statistics in them are the means of all processes'; the processes' own go on as they are.
+        Their batch-norm statistics are averaged over the processes; those in the processes' models do not change.
         """
         modules = self._modules.items()
-        weights = {kind: {**m.state_dict(), **averaged_statistics(m, self.processes)} for kind, m in modules}
-        of_loss = self.loss.weights() if self.loss is not None else {}
-        return {**weights, LOSS: of_loss} if of_loss else weights
+        weights = {name: {**m.state_dict(), **averaged_statistics(m, self.processes)} for name, m in modules}
+        loss_weights = self.loss.weights() if self.loss is not None else {}
+        return {**weights, LOSS: loss_weights} if loss_weights else weights
 
     def training(self) -> dict[str, Any]:
-        """Return the states of optimizer and scaler, and what each process has of its own; called by all processes."""
-        own: dict[str, Any] = {"loader": self.loader.state_dict()}
+        """Return the states of optimizer and scaler, and the state of each process; called by all processes."""
+        process_state: dict[str, Any] = {"loader": self.loader.state_dict()}
         if self.processes.is_distributed:
             statistics = {kind: running_statistics(module) for kind, module in self._modules.items()}
-            own["statistics"] = {k: {n: t.cpu() for n, t in named.items()} for k, named in statistics.items()}
-            own[LOSS] = {n: t.cpu() for n, t in self.loss.buffers().items()} if self.loss is not None else {}
+            process_state["statistics"] = {k: {n: t.cpu() for n, t in named.items()} for k, named in statistics.items()}
+            process_state[LOSS] = {n: t.cpu() for n, t in self.loss.buffers().items()} if self.loss is not None else {}
         return {
             "optimizer": optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "own": self.processes.gather([own]),
+            "own": self.processes.gather([process_state]),
         }
 
     def restore_weights(self, checkpoint: Checkpoint) -> None:
-        """Take over the weights, the moving average and all statistics of a checkpoint of this training."""
+        """Load the weights, the moving average and the statistics of a checkpoint of this training."""
         with one_thread():
             for kind, module in self._modules.items():
                 module.load_state_dict(checkpoint.weights[kind])
@@ -156,14 +159,14 @@ class TrainingObjects:
                 raise KeyError("the checkpoint has the weights of a loss, and this loss has none")
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint; UnusableCheckpoint if it is of another model, or its states are damaged."""
+        """Load a checkpoint. Raises UnusableCheckpoint if it is of another model, or its states are damaged."""
         try:
             self.restore_weights(checkpoint)
             with one_thread():
                 restore_optimizer(self.optimizer, checkpoint.training["optimizer"])
             if self.scaler is not None and checkpoint.training["scaler"] is not None:
                 self.scaler.load_state_dict(checkpoint.training["scaler"])
-            self._restore_own(checkpoint.training["own"])
+            self._restore_process_states(checkpoint.training["own"])
         except RunError:
             raise
         except Exception as error:
@@ -172,43 +175,46 @@ class TrainingObjects:
             text = f"can't resume {checkpoint.path}: it is of another model or optimizer: {error}"
             raise UnusableCheckpoint(text) from None
 
-    def _restore_own(self, own: list[dict[str, Any]]) -> None:
-        """Take over what each process had of its own: statistics where there are as many processes as then."""
-        now = self.processes.number
-        if len(own) == now:
-            mine = own[self.processes.index]
-            for kind, statistics in mine.get("statistics", {}).items():
+    def _restore_process_states(self, states: list[dict[str, Any]]) -> None:
+        """Load the state of each process: statistics only if the number of processes is the same."""
+        num_processes = self.processes.number
+        if len(states) == num_processes:
+            state = states[self.processes.index]
+            for kind, statistics in state.get("statistics", {}).items():
                 self._modules[kind].load_state_dict(statistics, strict=False)
             if self.loss is not None:
-                self.loss.module.load_state_dict(mine.get(LOSS, {}), strict=False)
-            self.loader.load_state_dict(mine["loader"])
+                self.loss.module.load_state_dict(state.get(LOSS, {}), strict=False)
+            self.loader.load_state_dict(state["loader"])
         elif isinstance(self.loader, UserLoader):
-            self.loader.load_state_dict(own[0]["loader"], same_processes=False)
+            self.loader.load_state_dict(states[0]["loader"], same_processes=False)
 
     @property
     def can_resume_here(self) -> bool:
-        """Whether a checkpoint of the present step could be resumed: a user's loader may keep no position."""
+        """Whether a checkpoint of the current step could be resumed: a user's loader may not store its position."""
         return not isinstance(self.loader, UserLoader) or self.loader.can_resume_here
 
-    def why_not(self, checkpoint: Checkpoint) -> str | None:
-        """Return why training can't go on from a checkpoint, as far as a user's loader is concerned; None if it can."""
-        own, now = checkpoint.training["own"], self.processes.number
+    def reason_to_skip(self, checkpoint: Checkpoint) -> str | None:
+        """Return why a user's loader can't continue from a checkpoint, None if it can."""
+        states, num_processes = checkpoint.training["own"], self.processes.number
         if not isinstance(self.loader, UserLoader):
             return None
-        if self.loader.can_resume(own[0]["loader"], same_processes=len(own) == now):
+        if self.loader.can_resume(states[0]["loader"], same_processes=len(states) == num_processes):
             return None
-        position = own[0]["loader"] is not None and own[0]["loader"]["loader"] is not None
-        if position and self.loader.keeps_position:
-            return f"is within an epoch, and its position was saved by {len(own)} processes, now there are {now}"
+        has_position = states[0]["loader"] is not None and states[0]["loader"]["loader"] is not None
+        if has_position and self.loader.keeps_position:
+            return (
+                f"is within an epoch, and its position was saved by {len(states)} processes, now there are "
+                f"{num_processes}"
+            )
         return f"is within an epoch, and {NO_POSITION}"
 
     def require_finite(self, step: int) -> None:
-        """Raise RunError if a weight is no finite number; waits for the device."""
+        """Raise RunError if a weight is NaN or inf; waits for the device."""
         floating = [p for p in self.model.parameters() if p.is_floating_point()]
         with one_thread():
             largest = torch.nn.utils.get_total_norm([p.detach() for p in floating], float("inf"))
         if not torch.isfinite(largest):
             raise RunError(
-                f"weights are no finite numbers after step {step}: lower optimizer.lr or set optimizer.clip_norm; "
-                "the checkpoints are as they were"
+                f"weights are NaN or inf after step {step}: lower optimizer.lr or set optimizer.clip_norm; the "
+                "checkpoints have not changed"
             )

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: copied to the host at once, written by a thread while training continues."""
+"""Saving and loading checkpoints: copied to the host at once, written by a thread while training continues."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ class Checkpoints:
     ) -> None:
         # Called by the writing thread for each complete checkpoint, before it may be pruned; must not raise.
         self.saved: Callable[[Path, int, bool], None] | None = None  # (path, step, whether it is the best)
-        self.default_settings: dict[str, Any] = {}  # what a checkpoint was made with that is older than a setting
+        self.default_settings: dict[str, Any] = {}  # for checkpoints from before a setting existed
         self.saved_at = -1  # step of the last checkpoint, written or being written
         self.announced = 0  # step of the newest checkpoint that was announced to callbacks
-        self.resumable: set[int] = set()  # steps whose checkpoints training can go on from
+        self.resumable: set[int] = set()  # steps from whose checkpoints training can continue
         self._written = 0  # step of the newest checkpoint that this process has written
         self.run, self.folder = run, run / FOLDER
         self.processes, self.log, self.keep = processes, log, keep
@@ -92,7 +92,7 @@ class Checkpoints:
 
     @property
     def keep(self) -> int:
-        """The number of newest checkpoints that are kept, beside the best; RunError when it is set below 1."""
+        """The number of newest checkpoints to keep, in addition to the best. Setting it below 1 raises RunError."""
         return self._keep
 
     @keep.setter
@@ -157,7 +157,7 @@ class Checkpoints:
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
             if not snapshot.is_finite():  # the loss of the next steps will not be finite either, and will stop the run
-                self.failed = "its weights are no finite numbers"
+                self.failed = "its weights are NaN or inf"
             elif not self._try(snapshot) and self._free_space(best_step, snapshot.step):
                 self._try(snapshot)
             if self.failed is None:
@@ -168,7 +168,7 @@ class Checkpoints:
             else:
                 newest = complete_checkpoints(self.folder)
                 remaining = f"the newest is {newest[-1]}" if newest else "there is none yet"
-                self.log.say(f"checkpoint of step {snapshot.step} not written: {self.failed}; {remaining}")
+                self.log.print(f"checkpoint of step {snapshot.step} not written: {self.failed}; {remaining}")
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
 
@@ -184,7 +184,7 @@ class Checkpoints:
         return self.failed is None
 
     def _free_space(self, best_step: int | None, step: int) -> bool:
-        """If the disk is full, remove all checkpoints but the newest and the best; return whether any were."""
+        """If the disk is full, remove all checkpoints but the newest and the best; return whether any were removed."""
         if not self._full or len(complete_checkpoints(self.folder)) < 2:
             return False
         return self._prune(1, best_step, step)
@@ -229,7 +229,7 @@ class Checkpoints:
         try_to_write(lambda: write_json(path, result), lambda error: self.log.not_written(str(path), error))
 
     def can_load(self, step: int) -> bool:
-        """Return whether a step's checkpoint is on disk and undamaged, by reading it."""
+        """Read a step's checkpoint and return whether it is complete and undamaged."""
         path = checkpoint_path(self.folder, step)
         try:
             return path in complete_checkpoints(self.folder) and bool(load_checkpoint(path))
@@ -237,20 +237,20 @@ class Checkpoints:
             return False
 
     def newest(
-        self, why_not: Callable[[Checkpoint], str | None] = lambda _: None, before: int | None = None
+        self, reason_to_skip: Callable[[Checkpoint], str | None] = lambda _: None, before: int | None = None
     ) -> Checkpoint | None:
         """Return the newest complete checkpoint, of a step below `before`, the same on every process.
 
-        Damaged ones, and those that `why_not` has a reason against, are reported and skipped.
+        Damaged ones, and those for which `reason_to_skip` returns a reason, are reported and skipped.
         """
         return self._on_every_process(
-            lambda: newest_checkpoint(self.folder, self.log.say, why_not, before), "can't resume"
+            lambda: newest_checkpoint(self.folder, self.log.print, reason_to_skip, before), "can't resume"
         )
 
     def best(self, step: int) -> Checkpoint | None:
         """Return the best evaluation's checkpoint, the same on every process; None and a note if it can't be read."""
 
-        def look() -> Checkpoint | None:
+        def load() -> Checkpoint | None:
             restore_replaced(self.folder)
             path = checkpoint_path(self.folder, step)
             try:
@@ -258,28 +258,30 @@ class Checkpoints:
                     raise RunError(f"checkpoint {path} is gone")
                 return load_checkpoint(path)
             except RunError as error:
-                self.log.note(f"the best evaluation's weights can't be read: {error}; the run ends with the last ones")
+                self.log.note(
+                    f"the best evaluation's weights can't be read: {error}; the run ends with the last weights"
+                )
                 return None
 
-        return self._on_every_process(look, "can't load the best evaluation's weights")
+        return self._on_every_process(load, "can't load the best evaluation's weights")
 
-    def _on_every_process(self, look: Callable[[], Checkpoint | None], failed: str) -> Checkpoint | None:
-        """Return the checkpoint that `look` finds on the main process, on every process."""
+    def _on_every_process(self, load: Callable[[], Checkpoint | None], failure: str) -> Checkpoint | None:
+        """Return the checkpoint that `load` finds on the main process, on every process."""
         checkpoint: Checkpoint | None = None
 
-        def look_on_main() -> str | None:
+        def load_on_main() -> str | None:
             nonlocal checkpoint
-            checkpoint = look()
+            checkpoint = load()
             return checkpoint.path.name if checkpoint else None
 
-        name = on_main(look_on_main)
+        name = on_main(load_on_main)
         if name is None or checkpoint is not None:
             return checkpoint
         try:
             return load_checkpoint(self.folder / name)
         except RunError as error:
             local_error = RunError(
-                f"{failed}: {error} for process {self.processes.index}; share the disk of {self.run}"
+                f"{failure}: {error} for process {self.processes.index}; share the disk of {self.run}"
             )
             local_error.on_every_process = False
             raise local_error from None

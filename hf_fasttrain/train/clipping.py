@@ -16,11 +16,11 @@ def clip_by_value(largest: float) -> Clip:
 
 
 def clip_adaptively(factor: float, head: Sequence[nn.Parameter] = ()) -> Clip:
-    """Return timm's adaptive clipping (AGC, arXiv 2102.06171), which leaves the head alone, as timm and the paper do.
+    """Return timm's adaptive clipping (AGC, arXiv 2102.06171), without the head, as in timm and the paper.
 
     The gradient of each unit (a row of a weight) has at most `factor` times the norm of its weights.
     """
     from timm.utils.agc import adaptive_clip_grad
 
-    without = {id(parameter) for parameter in head}
-    return lambda parameters: adaptive_clip_grad([p for p in parameters if id(p) not in without], factor)
+    head_ids = {id(parameter) for parameter in head}
+    return lambda parameters: adaptive_clip_grad([p for p in parameters if id(p) not in head_ids], factor)

@@ -1,4 +1,4 @@
-"""Optimizers whose `step` calls a closure that gives the step's gradients once more: SAM, ASAM, LBFGS."""
+"""Support for optimizers whose `step` calls a closure that recomputes the gradients: SAM, ASAM, LBFGS."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from hf_fasttrain.train.checkpoint_state import LossState
 
 
-def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer's `step` can't do without a closure.
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer's `step` needs a closure.
 
-    Where the argument has no default (LBFGS), where the optimizer has the two halves of a step (`first_step` and
-    `second_step`, as the published SAM and ASAM have them), or `needs_closure = True`.
+    That is so if the argument has no default (LBFGS), if there are `first_step` and `second_step` (the published SAM
+    and ASAM), or if `needs_closure = True`.
     """
     if hasattr(optimizer, "needs_closure"):
         return bool(optimizer.needs_closure)
@@ -33,44 +33,44 @@ def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
     return required or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"))
 
 
-def wants_graph(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer differentiates the gradients, as timm marks it (adahessian)."""
+def needs_graph(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer differentiates the gradients, by timm's attribute (adahessian)."""
     return bool(getattr(optimizer, "is_second_order", False))
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
-    """Let attention be computed by a kernel that has a second derivative: the fused ones have none."""
+    """Compute attention with a kernel that has a second derivative: the fused ones have none."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager
-def kept_graph() -> Iterator[None]:
-    """Let backward keep its graph in the gradients without a warning: the update drops them."""
+def no_graph_warning() -> Iterator[None]:
+    """Silence torch's warning on gradients that keep their graph: the update drops them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*create_graph=True will create a reference cycle")
         yield
 
 
 @contextmanager
-def still_buffers(norms: Sequence[nn.Module], loss: LossState | None, optimizer: Any) -> Iterator[None]:
+def preserved_buffers(norms: Sequence[nn.Module], loss: LossState | None, optimizer: Any) -> Iterator[None]:
     """Restore running statistics and a loss's buffers afterwards, unless the optimizer has `moves_batch_norm = True`.
 
-    The published SAM does so: statistics are of the weights that are kept, not of those that it tries.
+    As in the published SAM, statistics then belong to the weights that are kept, not to those it tries.
     """
     if not (norms or loss) or getattr(optimizer, "moves_batch_norm", False):
         yield
         return
-    of_loss = loss.copy() if loss is not None else []
+    loss_buffers = loss.copy() if loss is not None else []
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
+    values = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
+            for buffer, value in zip(buffers, values, strict=True):
                 buffer.copy_(value)
         if loss is not None:
-            loss.put_back(of_loss)
+            loss.restore_buffers(loss_buffers)
 
 
 class Backup:
@@ -81,11 +81,11 @@ class Backup:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._weights = [parameter.detach().clone() for parameter in self._parameters]
         optimizers = [optimizer, *inner_optimizers(optimizer).values()]
-        self._states = [(each, {p: _copied(values) for p, values in each.state.items()}) for each in optimizers]
+        self._states = [(o, {p: _copy(values) for p, values in o.state.items()}) for o in optimizers]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put weights and states back."""
+        """Restore weights and states."""
         for parameter, weight in zip(self._parameters, self._weights, strict=True):
             parameter.copy_(weight)
         for optimizer, state in self._states:
@@ -93,10 +93,10 @@ class Backup:
             optimizer.state.update(state)
 
 
-def _copied(values: Any) -> Any:
+def _copy(values: Any) -> Any:
     """Return a copy of a parameter's state; its tensors are copied on their device."""
     if isinstance(values, dict):
-        return {name: _copied(value) for name, value in values.items()}
+        return {name: _copy(value) for name, value in values.items()}
     if isinstance(values, list):
-        return [_copied(value) for value in values]
+        return [_copy(value) for value in values]
     return values.detach().clone() if isinstance(values, Tensor) else copy.deepcopy(values)

@@ -1,4 +1,4 @@
-"""Communication between training processes beside gradients: small numbers, objects, and errors of the main process."""
+"""Communication between training processes except gradients: numbers, objects, and errors of the main process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ atexit.register(_host_groups.clear)  # a group that outlives the interpreter may
 def host_group() -> Any:
     """Return the gloo group of all processes, on the host; all processes must make the first call at the same point.
 
-    Beside NCCL, whose default timeout is ten minutes, it has HOST_TIMEOUT, since processes wait in it for the main one,
-    which may be writing or uploading; the default of gloo is half an hour.
+    With NCCL as the backend, the group gets HOST_TIMEOUT: processes wait in it for the main one, which may be writing
+    or uploading. gloo's default is half an hour, NCCL's ten minutes.
     """
     world = dist.group.WORLD
     if dist.get_backend() == "gloo":
@@ -52,11 +52,11 @@ class Processes:
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the elementwise maximum over processes."""
-        return self._reduced(dist.ReduceOp.MAX, numbers)
+        return self._all_reduce(dist.ReduceOp.MAX, numbers)
 
     def sum(self, number: int) -> int:
         """Return the sum over processes."""
-        return self._reduced(dist.ReduceOp.SUM, (number,))[0]
+        return self._all_reduce(dist.ReduceOp.SUM, (number,))[0]
 
     def wait(self) -> None:
         """Wait for all processes (a barrier)."""
@@ -64,14 +64,14 @@ class Processes:
             dist.barrier(group=host_group())
 
     def wait_for_main(self) -> None:
-        """Wait for all processes, at the end of a finished run; signals are left to the main process.
+        """Wait for all processes at the end of a run; only the main process handles signals.
 
-        Where another process has gone already, there is nothing to wait for.
+        If another process has exited already, return.
         """
         with ignored_signals() if not self.is_main else nullcontext(), suppress(RuntimeError):
             self.wait()
 
-    def _reduced(self, operation: Any, numbers: Sequence[int]) -> list[int]:
+    def _all_reduce(self, operation: Any, numbers: Sequence[int]) -> list[int]:
         if not self.is_distributed:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.int64)
@@ -90,20 +90,20 @@ class Processes:
     def rows_on_main(self, rows: Tensor | None) -> Tensor | None:
         """Return the rows (N, ...) of all processes on the main one, ordered by process; None on the others.
 
-        They lie on the host; a process without any gives None. Nothing is copied to a process that does not need it.
+        Rows are on the host; a process without any passes None. They are sent only to the main process.
         """
         if not self.is_distributed:
             return rows
-        every = self.gather([None if rows is None else (tuple(rows.shape), rows.dtype)])
+        layouts = self.gather([None if rows is None else (tuple(rows.shape), rows.dtype)])
         if not self.is_main:
             if rows is not None and rows.numel():
                 dist.send(rows.contiguous().view(-1).view(torch.uint8), 0, group=host_group())
             return None
         parts = [] if rows is None else [rows]
-        for index, about in enumerate(every[1:], start=1):
-            if about is None:
+        for index, layout in enumerate(layouts[1:], start=1):
+            if layout is None:
                 continue
-            part = torch.empty(about[0], dtype=about[1])
+            part = torch.empty(layout[0], dtype=layout[1])
             if part.numel():
                 dist.recv(part.view(-1).view(torch.uint8), index, group=host_group())
             parts.append(part)
@@ -115,7 +115,7 @@ class Processes:
             self.gather([value])[self.index - self._accelerator.local_process_index] if self.is_distributed else value
         )
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over processes of a tensor on the training device."""
         return self._accelerator.reduce(tensor, reduction="sum") if self.is_distributed else tensor
 
@@ -145,17 +145,17 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-def on_main(work: Callable[[], Value]) -> Value:
-    """Run `work` on the main process and return its result on all; a UserError is raised on every process."""
+def on_main(function: Callable[[], Value]) -> Value:
+    """Run `function` on the main process and return its result on all; its UserError is raised on all processes."""
     from accelerate.state import PartialState
 
     state = PartialState()
     if state.num_processes == 1:
-        return work()
+        return function()
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
-            outcome = [(True, work())]
+            outcome = [(True, function())]
         except UserError as error:
             outcome = [(False, error)]
     dist.broadcast_object_list(outcome, src=0, group=host_group(), device=torch.device("cpu"))

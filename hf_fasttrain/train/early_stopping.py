@@ -29,7 +29,7 @@ class EarlyStop:
     patience: int  # in steps
     waited: int  # steps without a better value
     stopped_at: int
-    num_steps: int  # of the whole training
+    num_steps: int  # of the training without early stopping
     min_delta: float = 0.0  # by how much a value must exceed the best one
 
     def as_json(self) -> dict[str, Any]:
@@ -77,19 +77,19 @@ def early_stop(watch: Watch | None, state: State, num_steps: int) -> EarlyStop |
 def adapt_state(watch: Watch | None, state: State, num_steps: int) -> str | None:
     """Adapt a restored state to changed settings; return a note on it, or None.
 
-    If another metric is watched now, its best value is searched from here on. If the patience was exhausted and the
-    duration is longer now, patience counts from here on, so that the run continues.
+    If another metric is watched now, its best value is tracked from here on. If the patience was exhausted and the
+    duration is longer now, patience counts from here, so that the run continues.
     """
     if watch is None:
-        state.watched = None  # later evaluations are not compared with it
+        state.watched = None  # so that later evaluations are not compared with it
         return None
-    before = state.watched
-    if before is not None and (before["metric"], before.get("mode", watch.mode)) != (watch.metric, watch.mode):
+    previous = state.watched
+    if previous is not None and (previous["metric"], previous.get("mode", watch.mode)) != (watch.metric, watch.mode):
         state.watched = None
-        old = f"{before['metric']} ({before['mode']})" if "mode" in before else before["metric"]
+        old_metric = f"{previous['metric']} ({previous['mode']})" if "mode" in previous else previous["metric"]
         return (
-            f"early_stopping watches {watch.metric} ({watch.mode}) now, it was {old}: patience counts from the next "
-            "evaluation on"
+            f"early_stopping now watches {watch.metric} ({watch.mode}), before {old_metric}: patience counts from the "
+            "next evaluation"
         )
     if waited_steps(watch, state) is None or num_steps <= state.num_steps:
         return None
@@ -97,5 +97,5 @@ def adapt_state(watch: Watch | None, state: State, num_steps: int) -> str | None
     state.patience_from = state.step
     return (
         f"{'this run had ' + str(stop) if stop else 'early_stopping.patience was exhausted'}; train.duration is longer "
-        f"now, so it continues, and patience counts from step {state.step:,} on"
+        f"now, so it continues, and patience counts from step {state.step:,}"
     )

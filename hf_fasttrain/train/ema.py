@@ -28,26 +28,26 @@ class Ema:
 
     @torch.no_grad()
     def attach(self, model: nn.Module) -> None:
-        """Average the weights of `model`, on its device; to be called again after the model was moved.
+        """Average the weights of `model`, on its device; call it again after moving the model.
 
         Raises RunError if `model` has other tensors than the copied one.
         """
-        averaged, live = _tensor_refs(self.module), _tensor_refs(model)
-        _require_same(averaged, live)
-        for name, ref in averaged.items():
-            _match_layout(_tensor(ref), _tensor(live[name]))
-        tensors = _unique({name: _tensor(ref) for name, ref in averaged.items()})
+        averages, sources = _tensor_refs(self.module), _tensor_refs(model)
+        _require_same(averages, sources)
+        for name, ref in averages.items():
+            _match_layout(_tensor(ref), _tensor(sources[name]))
+        tensors = _unique({name: _tensor(ref) for name, ref in averages.items()})
         names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-        self._averaged = [tensors[name] for name in names]
+        self._averages = [tensors[name] for name in names]
         # Live tensors are looked up in each update: moving a module makes new ones, even from "cpu" to "cpu:0".
-        self._live = [live[name] for name in names]
-        self._copied: dict[
+        self._sources = [sources[name] for name in names]
+        self._copies: dict[
             torch.dtype, tuple[list[Tensor], list[TensorRef]]
         ] = {}  # a fused copy needs tensors of one type
         for name in sorted(tensors.keys() - set(names)):
-            copies, refs = self._copied.setdefault(tensors[name].dtype, ([], []))
+            copies, refs = self._copies.setdefault(tensors[name].dtype, ([], []))
             copies.append(tensors[name])
-            refs.append(live[name])
+            refs.append(sources[name])
 
     def decay_at(self, num_updates: int) -> float:
         """Return the decay of update `num_updates`, counted from 0."""
@@ -56,20 +56,21 @@ class Ema:
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
         """Update the average with the model's current weights."""
-        live = [registry[key] for registry, key in self._live]
-        foreach_lerp(self._averaged, live, 1 - self.decay_at(num_updates))
-        for copies, refs in self._copied.values():
+        weights = [registry[key] for registry, key in self._sources]
+        foreach_lerp(self._averages, weights, 1 - self.decay_at(num_updates))
+        for copies, refs in self._copies.values():
             foreach_copy(copies, [_tensor(ref) for ref in refs])
 
     def slow_note(self, num_updates: int) -> str | None:
-        """Return a note if the average looks back over more updates than the training has, else None."""
+        """Return a note if the average covers more updates than the training has, else None."""
         horizon = round(1 / (1 - self.decay), 6) if self.decay < 1 else float("inf")
         if self.warmup or horizon <= num_updates:
             return None
         return (
-            f"the moving average looks back over {horizon:,.0f} updates (ema.decay={self.decay:g}), and training makes "
-            f"{num_updates:,}: {self.decay**num_updates:.0%} of the weights that are evaluated and saved are those it "
-            "began with; set ema.warmup=true (in Python: Ema(..., warmup=True)) or a lower ema.decay"
+            f"the moving average covers {horizon:,.0f} updates (ema.decay={self.decay:g}), but training makes only "
+            f"{num_updates:,}: the averaged weights, which are evaluated and saved, still contain "
+            f"{self.decay**num_updates:.0%} of the initial weights; set ema.warmup=true (in Python: "
+            "Ema(..., warmup=True)) or a lower ema.decay"
         )
 
 
@@ -83,7 +84,7 @@ def _tensor_refs(model: nn.Module) -> dict[str, TensorRef]:
 
 
 def _unique(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each tensor under one name only: a shared one must not be averaged twice in an update."""
+    """Return each tensor under one name only: a shared tensor must not be averaged twice in an update."""
     names = {(tensor.data_ptr(), tensor.shape, tensor.stride()): name for name, tensor in tensors.items()}
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     return {name: tensors[name] for name in {**dict.fromkeys(names.values()), **dict.fromkeys(empty)}}
@@ -95,15 +96,15 @@ def _tensor(ref: TensorRef) -> Tensor:
     return tensor
 
 
-def _require_same(averaged: dict[str, TensorRef], live: dict[str, TensorRef]) -> None:
-    names = averaged.keys() & live.keys()
+def _require_same(averages: dict[str, TensorRef], sources: dict[str, TensorRef]) -> None:
+    names = averages.keys() & sources.keys()
     different = sorted(
-        {*(averaged.keys() ^ live.keys()), *(n for n in names if _shape(averaged[n]) != _shape(live[n]))}
+        {*(averages.keys() ^ sources.keys()), *(n for n in names if _shape(averages[n]) != _shape(sources[n]))}
     )
     if different:
         raise RunError(
             f"ema averages another model: {len(different)} tensors are not in both or differ in shape "
-            f"({shortened(different, 3)}); make it from the model that is trained: ema=Ema(model, decay)"
+            f"({shortened(different, 3)}); create it from the model that is trained: ema=Ema(model, decay)"
         )
 
 
@@ -111,7 +112,7 @@ def _shape(ref: TensorRef) -> torch.Size:
     return _tensor(ref).shape
 
 
-def _match_layout(tensor: Tensor, live: Tensor) -> None:
+def _match_layout(tensor: Tensor, source: Tensor) -> None:
     """Move a tensor to the device, type and memory layout of another one."""
-    if (tensor.device, tensor.dtype, tensor.stride()) != (live.device, live.dtype, live.stride()):
-        tensor.data = torch.empty_like(live).copy_(tensor)
+    if (tensor.device, tensor.dtype, tensor.stride()) != (source.device, source.dtype, source.stride()):
+        tensor.data = torch.empty_like(source).copy_(tensor)

@@ -45,20 +45,20 @@ def raise_stopped(trainer: Trainer, number: int) -> NoReturn:
     if checkpoints is None:
         message += "; nothing is saved without an output_dir"
     elif saved:
-        message += "; it is saved" + _where_it_continues(trainer)
+        message += "; its state is saved" + _resume_text(trainer)
     else:
         message += f"; its state could not be saved: {checkpoints.failed}"
-    trainer.log.say(message)
+    trainer.log.print(message)
     raise stopped(number, message, step, result_of(trainer), saved=saved)
 
 
-def _where_it_continues(trainer: Trainer) -> str:
+def _resume_text(trainer: Trainer) -> str:
     if trainer.stateful.can_resume_here:
         return f": {how_to_resume()} continues"
     assert trainer.checkpoints is not None
     step = max(trainer.checkpoints.resumable, default=0)
-    where = f"continues from step {step}, the end of an epoch" if step else "begins the training anew"
-    return f", but train_loader keeps no position within an epoch: Trainer.restore() {where}"
+    action = f"continues from step {step}, the end of an epoch" if step else "starts the training over"
+    return f", but train_loader does not store its position within an epoch: Trainer.restore() {action}"
 
 
 def evaluate_final(trainer: Trainer) -> int:
@@ -95,35 +95,35 @@ def write_results(trainer: Trainer) -> Result:
 
 
 def call_finished(trainer: Trainer, result: Result) -> None:
-    """Call `finished` of the callbacks, and record what they could not write; Ctrl-C and SIGTERM skip the rest."""
-    failed: list[CallbackError] = []
+    """Call `finished` of the callbacks, and record what they could not write; Ctrl-C and SIGTERM skip the others."""
+    errors: list[CallbackError] = []
     try:
         with interruptible():
-            failed = trainer.callbacks.call_all("finished", trainer, result)
+            errors = trainer.callbacks.call_all("finished", trainer, result)
     except KeyboardInterrupt:
-        trainer.log.say("trained to the end; the callbacks that were left are not called")
+        trainer.log.print("trained to the end; the remaining callbacks are skipped")
     lost = trainer.log.lost
     if trainer.checkpoints is not None and trainer.processes.is_main and lost != result.not_written:
         result.not_written = list(lost)
         trainer.checkpoints.write_result(asdict(result))
-    for error in failed:
+    for error in errors:
         trainer.log.alert(f"the run is finished, but {error}")
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
 
 
-def _best_of(trainer: Trainer) -> dict[str, Any] | None:
-    """Return the best evaluation with the path of its checkpoint in the run folder, None where it is not kept."""
+def _best_evaluation(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the best evaluation with the path of its checkpoint in the run folder; None: not on disk."""
     best, checkpoints = trainer.state.best, trainer.checkpoints
     if best is None:
         return None
     path = checkpoint_path(checkpoints.folder, best["step"]) if checkpoints is not None else None
-    kept = checkpoints is not None and path in complete_checkpoints(checkpoints.folder)
-    return {**best, "path": f"{CHECKPOINTS_FOLDER}/{path.name}" if kept and path is not None else None}
+    is_kept = checkpoints is not None and path in complete_checkpoints(checkpoints.folder)
+    return {**best, "path": f"{CHECKPOINTS_FOLDER}/{path.name}" if is_kept and path is not None else None}
 
 
 def result_of(trainer: Trainer) -> Result:
-    """Return the result of a run, so far if it has not ended."""
+    """Return the result of a run so far."""
     trainer.throughput.save(trainer.state)
     state, seconds = trainer.state, max(trainer.throughput.train_seconds, 1e-9)
     final = trainer.final_model or FinalModel("last", state.step, state.metrics)
@@ -131,7 +131,7 @@ def result_of(trainer: Trainer) -> Result:
         metrics=final.metrics or {},
         test_metrics=trainer.evaluation.test_metrics,
         model={"weights": final.weights, "step": final.step, "ema": trainer.ema is not None},
-        best=_best_of(trainer),
+        best=_best_evaluation(trainer),
         last={"step": state.step, "metrics": state.metrics},
         steps=state.step,
         skipped_steps=state.step - state.updates,
@@ -150,5 +150,5 @@ def result_of(trainer: Trainer) -> Result:
         machine=describe_machine(trainer.device, trainer.processes.number),
         versions=describe_versions(),
         notes=trainer.log.notes,
-        **trainer.evaluation.evaluator.own_functions(),
+        **trainer.evaluation.evaluator.user_function_names(),
     )

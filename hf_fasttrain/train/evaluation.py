@@ -1,4 +1,4 @@
-"""Evaluates a model on a split, exactly for any number of processes; and manages the evaluations of a run."""
+"""Evaluation of a model on a split, exact for any number of processes, and the evaluations of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.early_stopping import record_of
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import logits_of
-from hf_fasttrain.train.metrics import MULTI_LABEL, SINGLE_LABEL, ExternalMetrics, Metrics, built_in_metrics, in_words
+from hf_fasttrain.train.metrics import (
+    MULTI_LABEL,
+    SINGLE_LABEL,
+    ExternalMetrics,
+    Metrics,
+    built_in_metrics,
+    describe_error,
+)
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.train.user_metrics import Metric, Predict, UserMetrics
@@ -30,14 +37,14 @@ from hf_fasttrain.utils.errors import RunError, shown
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.process_memory import relax_memory_limit
 
-TRIED_IMAGES = 8  # before the first step
+SAMPLE_SIZE = 8  # before the first step
 
 
 class Evaluator:
     """Computes the metrics of a model; used for all evaluations of a run.
 
-    Without `num_classes` and `multi_label` the logits (N, K) and labels, (N,) or multi-hot (N, K), say it. `own` are
-    metrics of the user's by name, and `predict` gives the logits of `model` for `images`; see `Trainer`.
+    `num_classes` and `multi_label` default to what the logits (N, K) and labels, (N,) or multi-hot (N, K), show. `own`
+    are the user's metrics by name, and `predict` returns the logits of `model` for `images`; see `Trainer`.
     """
 
     def __init__(
@@ -59,7 +66,7 @@ class Evaluator:
         self.max_images: int | None = None  # per forward, after memory ran out
         self.watched: Sequence[str] = ()  # metrics that are measured even where they say little
         self.collects = False  # whether to store predictions for `predictions`
-        self._collected: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
+        self._columns: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
 
     @torch.no_grad()
     def __call__(
@@ -70,9 +77,9 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return metric name -> value over all processes' batches of `images` and `labels`.
 
-        `model` is in evaluation mode. Processes wait for each other at the end only, so their shares may differ in
-        size or be empty. Returns an empty dict if `should_stop` was true on any process. A batch that does not fit into
-        memory is split, and so are all later ones.
+        `model` must be in evaluation mode. Processes wait for each other only at the end, so their shares may differ in
+        size or be empty. Returns an empty dict if `should_stop` was true on any process. If a batch does not fit into
+        memory, it and all later ones are split.
         """
         counts: Metrics | None = None
         interrupted = torch.zeros((), device=self.accelerator.device)
@@ -92,29 +99,29 @@ class Evaluator:
                     collector.add(logits, labels)
         except WaitCutShort:
             interrupted += 1
-        if self.processes.add_up(interrupted):
+        if self.processes.reduce_sum(interrupted):
             self.external.clear()
             self.own.clear()
             return {}
-        agreed = self._agreed(counts)
-        values = agreed.compute(self.processes.add_up)  # waits for the device
-        self._collected = collector.columns() if collector is not None else None
-        names = built_in_metrics(agreed.num_classes, multi_label=agreed.multi_label, watched=self.watched)
+        counts = self._counts_or_empty(counts)
+        values = counts.compute(self.processes.reduce_sum)  # waits for the device
+        self._columns = collector.columns() if collector is not None else None
+        names = built_in_metrics(counts.num_classes, multi_label=counts.multi_label, watched=self.watched)
         built_in = {name: values[name] for name in self.metrics or names}
-        own = self.own.compute(self.processes, getattr(loader, "rows", None))
-        return {**built_in, **self.external.compute(self.processes.gather), **own}
+        user_values = self.own.compute(self.processes, getattr(loader, "rows", None))
+        return {**built_in, **self.external.compute(self.processes.gather), **user_values}
 
     def _counts(self, num_classes: int, *, multi_label: bool) -> Metrics:
         classes = num_classes if self.num_classes is None else self.num_classes
-        several = multi_label if self.multi_label is None else self.multi_label
-        return Metrics(classes, self.accelerator.device, multi_label=several)
+        is_multi_label = multi_label if self.multi_label is None else self.multi_label
+        return Metrics(classes, self.accelerator.device, multi_label=is_multi_label)
 
-    def _agreed(self, counts: Metrics | None) -> Metrics:
-        """Return the counts of a process, which may have had no images to learn the number of classes from."""
+    def _counts_or_empty(self, counts: Metrics | None) -> Metrics:
+        """Return `counts`, or zero counts for a process without images, with the other processes' number of classes."""
         if self.num_classes is not None and self.multi_label is not None:
             return counts or self._counts(self.num_classes, multi_label=self.multi_label)
-        mine = (0, False) if counts is None else (counts.num_classes, counts.multi_label)
-        num_classes, multi_label = self.processes.largest(*mine)
+        own_counts = (0, False) if counts is None else (counts.num_classes, counts.multi_label)
+        num_classes, multi_label = self.processes.largest(*own_counts)
         return counts or self._counts(num_classes, multi_label=bool(multi_label))
 
     def names(self, *, multi_label: bool) -> list[str]:
@@ -123,68 +130,68 @@ class Evaluator:
         return [*built_in, *self.external.modules, *self.own.functions]
 
     @torch.no_grad()
-    def require_sound(self, model: nn.Module, images: Any, labels: Any) -> None:
-        """Raise RunError if a metric of the user's, `predict` or labels of some images of a split are not as needed."""
+    def require_valid(self, model: nn.Module, images: Any, labels: Any) -> None:
+        """Raise RunError if the user's metrics, `predict` or the labels fail or are invalid for a few images."""
         try:
             logits = self.logits(model, images)
         except Exception as error:
             if self.predict is None or isinstance(error, RunError):
                 raise
             raise RunError(
-                f"predict fails on {len(images)} images of the evaluation split: {in_words(error)}"
+                f"predict fails on {len(images)} images of the evaluation split: {describe_error(error)}"
             ) from error
         if not isinstance(labels, Tensor):
-            raise RunError(f"the evaluation split has labels {shown(labels)}; give one tensor, (B,) or (B, K)")
+            raise RunError(f"the evaluation split has labels {shown(labels)}; return one tensor, (B,) or (B, K)")
         counts = self._counts(logits.shape[1], multi_label=labels.ndim == 2)
         counts.update(logits, labels)
         counts.compute()
-        mistake = self.own.mistake(logits, labels)
-        if mistake is not None:
-            raise RunError(mistake)
+        message = self.own.error_on_batch(logits, labels)
+        if message is not None:
+            raise RunError(message)
 
     @property
-    def is_of_user(self) -> bool:
-        """Whether functions of the user's take part."""
+    def has_user_functions(self) -> bool:
+        """Whether the user has passed metrics or `predict`."""
         return bool(self.own.functions) or self.predict is not None
 
-    def own_functions(self) -> dict[str, Any]:
+    def user_function_names(self) -> dict[str, Any]:
         """Return the fields of a `Result` that name the user's functions."""
         predict = None
         if self.predict is not None:
             predict = getattr(self.predict, "__qualname__", type(self.predict).__qualname__)
         return {"own_metrics": list(self.own.functions), "predict": predict}
 
-    def may_lack(self, name: str) -> bool:
-        """Return whether a metric is left out of passes in which it can't be computed."""
+    def may_be_missing(self, name: str) -> bool:
+        """Return whether a metric may be missing from an evaluation because it could not be computed."""
         return name in self.external.modules or name in self.own.functions
 
-    def take_notes(self) -> list[str]:
-        """Return a sentence for each metric that the last pass has left out, once."""
-        return [*self.external.left_out.take_notes(), *self.own.left_out.take_notes()]
+    def new_notes(self) -> list[str]:
+        """Return a sentence for each metric that failed for the first time in the last pass."""
+        return [*self.external.failed.new_notes(), *self.own.failed.new_notes()]
 
     def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
         """Return the predictions of the last pass, of all processes; None if they were not stored.
 
         `rows`: indices of this process's images in the split. Called by all processes.
         """
-        local, self._collected = self._collected, None
+        local, self._columns = self._columns, None
         parts = [part for part in self.processes.gather([local]) if part is not None and len(part)]
         if not parts:
             return None
         number = len(local[0]) if local else 0
         local_rows = rows if rows is not None and len(rows) == number else None
-        every = [
+        all_rows = [
             part
             for part in self.processes.gather([None if local_rows is None else list(local_rows)])
             if part is not None
         ]
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         number = len(columns[0])
-        indices = torch.tensor([row for part in every for row in part] or [-1] * number)
+        indices = torch.tensor([row for part in all_rows for row in part] or [-1] * number)
         return Predictions(step, split, indices if len(indices) == number else torch.full((number,), -1), *columns)
 
     def logits(self, model: nn.Module, images: Any) -> Tensor:
-        """Return the logits (B, K) of a model for a tree of B images. Raises RunError for what has another shape."""
+        """Return the logits (B, K) of a model for a tree of B images. Raises RunError for outputs of another shape."""
         number = num_images(images)
         while True:
             try:
@@ -212,14 +219,14 @@ class Evaluator:
             logits = self.predict(model, images)
         number = num_images(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != number:
-            what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else shown(logits)
-            whose, give = ("the model gives", "give Trainer predict=, a function (model, images) -> logits")
+            description = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else shown(logits)
+            subject, advice = ("the model returns", "pass predict= to Trainer, a function (model, images) -> logits")
             if self.predict is not None:
-                whose, give = "predict returned", "return them from it"
+                subject, advice = "predict returned", "return them from it"
             raise RunError(
-                f"{whose} {what} for {number} images, where logits ({number}, K) are needed, one for each class: "
-                f"{give}; of a single logit z it may return torch.nn.functional.pad(z.view(-1, 1), (1, 0)), two "
-                "classes of the same probabilities"
+                f"{subject} {description} for {number} images instead of logits ({number}, K), one per class: "
+                f"{advice}; for a single logit z, return torch.nn.functional.pad(z.view(-1, 1), (1, 0)), two classes "
+                "with the same probabilities"
             )
         return logits
 
@@ -257,8 +264,8 @@ class Evaluation:
         self.test_metrics: dict[str, float] | None = None
         self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
         self.seconds = 0.0  # of the last evaluation
-        self._is_tried_out = False
-        self._collected_at = -1  # step whose predictions the evaluator has
+        self._has_tried = False
+        self._columns_step = -1  # step whose predictions the evaluator has
 
     @property
     def loaders(self) -> tuple[Any, Any]:
@@ -266,8 +273,8 @@ class Evaluation:
         return self.eval_loader, self.test_loader
 
     @property
-    def has_begun(self) -> bool:
-        """Whether evaluations are made after this step."""
+    def has_started(self) -> bool:
+        """Whether evaluations have started by this step."""
         return self.state.step >= self.start
 
     @property
@@ -276,39 +283,41 @@ class Evaluation:
         return self.eval_loader is not None and self.state.evaluated_at != self.state.step
 
     def try_out(self, model: nn.Module) -> None:
-        """Find mistakes in what a user gave for evaluations, by a few images of the split, before the first step.
+        """Check the user's functions for evaluation on a few images of the split, before the first step.
 
-        Called by all processes; leaves model, random states and loader as they are. Raises RunError on all of them.
+        Called by all processes. Model, random states and loader do not change. Raises RunError on all processes.
         """
         loader, evaluator = self.eval_loader, self.evaluator
-        if self._is_tried_out or loader is None or type(evaluator) is not Evaluator:
+        if self._has_tried or loader is None or type(evaluator) is not Evaluator:
             return
-        self._is_tried_out = True
-        if isinstance(loader, EvalLoader) and not evaluator.is_of_user:
+        self._has_tried = True
+        if isinstance(loader, EvalLoader) and not evaluator.has_user_functions:
             return
         if isinstance(loader, UserEvalLoader) and loader.is_consumed_once:
-            self.log.note(f"the {loader.name} is an iterator, which gives its images once: nothing is tried out on it")
+            self.log.note(
+                f"the {loader.name} is an iterator, which yields its images once: metrics are not tried on it"
+            )
             return
-        mistake: RunError | None = None
+        own_error: RunError | None = None
         with self.throughput.stopped(), undisturbed(model):
             model.eval()
-            sample = loader.sample(TRIED_IMAGES)
+            sample = loader.sample(SAMPLE_SIZE)
             try:
                 if sample is not None:
-                    evaluator.require_sound(model, *sample)
+                    evaluator.require_valid(model, *sample)
                     self._require_watched(evaluator.names(multi_label=sample[1].ndim == 2))
             except RunError as error:
-                mistake = error
-        found = [text for text in evaluator.processes.gather([mistake and str(mistake)]) if text]
-        if found:
-            raise mistake or RunError(found[0])
+                own_error = error
+        messages = [text for text in evaluator.processes.gather([own_error and str(own_error)]) if text]
+        if messages:
+            raise own_error or RunError(messages[0])
 
-    def _require_watched(self, known: Sequence[str]) -> None:
+    def _require_watched(self, names: Sequence[str]) -> None:
         for watch in (self.best, self.early_stopping):
-            if watch is not None and watch.metric not in known:
+            if watch is not None and watch.metric not in names:
                 raise RunError(
-                    f"'{watch.metric}' is watched, but the evaluation measures only {', '.join(known)}; watch one of "
-                    "them"
+                    f"'{watch.metric}' is watched, but the evaluation measures only {', '.join(names)}; watch one of "
+                    "these"
                 )
 
     def measure(self, evaluate: Evaluate, loader: Any, *, is_last: bool) -> dict[str, float]:
@@ -316,19 +325,19 @@ class Evaluation:
 
         Stores predictions if this may be the last evaluation. Returns an empty dict if interrupted by a signal.
         """
-        last = is_last or self.early_stopping is not None  # or may be
+        last = is_last or self.early_stopping is not None  # which may make it the last
         self.evaluator.collects = self.keeps_predictions and last and loader is self.eval_loader
         name = getattr(loader, "name", "evaluation split")
         relax_memory_limit()  # steps may have used all memory up to the limit, and oneDNN compiles new kernels here
         with self.throughput.stopped():
             start_time, max_images = time.perf_counter(), self.evaluator.max_images
-            with self.log.doing(f"evaluating: {name}"):
+            with self.log.activity(f"evaluating: {name}"):
                 metrics = evaluate(loader)
             if self.evaluator.max_images != max_images:
                 self.log.note(
                     f"out of memory while evaluating: batches of {self.evaluator.max_images} images from now on"
                 )
-            for note in self.evaluator.take_notes():
+            for note in self.evaluator.new_notes():
                 self.log.note(note)
             if metrics:
                 self.seconds, epoch = time.perf_counter() - start_time, self.state.step / self.steps_per_epoch
@@ -340,7 +349,7 @@ class Evaluation:
         state = self.state
         state.metrics, state.evaluated_at = metrics, state.step
         if self.evaluator.collects:
-            self._collected_at = state.step
+            self._columns_step = state.step
         if self.early_stopping and self._improves(self.early_stopping, state.watched):
             state.watched = record_of(self.early_stopping, state)
         if not self._improves(self.best, state.best):
@@ -351,24 +360,24 @@ class Evaluation:
 
     def _improves(self, watch: Watch, record: dict[str, Any] | None) -> bool:
         if watch.metric not in self.state.metrics:
-            if self.evaluator.may_lack(watch.metric):
+            if self.evaluator.may_be_missing(watch.metric):
                 self.log.note(f"'{watch.metric}' is watched; evaluations without it are not compared with the best")
                 return False
             self._require_watched(list(self.state.metrics))
         return watch.is_better(self.state.metrics[watch.metric], record["value"] if record else None)
 
-    def final_metrics(self, evaluate: Evaluate, step: int, known: dict[str, float] | None) -> dict[str, float]:
+    def final_metrics(self, evaluate: Evaluate, step: int, previous: dict[str, float] | None) -> dict[str, float]:
         """Return the metrics of the final weights, those after `step`, and store their predictions.
 
-        They are computed unless both are known already. Returns an empty dict if interrupted by a signal.
+        They are computed unless both are known already (`previous`). Returns an empty dict if interrupted by a signal.
         """
-        metrics = known or {}
+        metrics = previous or {}
         self.evaluator.collects = self.keeps_predictions
-        if not metrics or (self.keeps_predictions and self._collected_at != step):
+        if not metrics or (self.keeps_predictions and self._columns_step != step):
             metrics = evaluate(self.eval_loader)
         self.evaluator.collects = False
         if metrics and self.keeps_predictions:
             name, rows = getattr(self.eval_loader, "name", "evaluation split"), getattr(self.eval_loader, "rows", None)
             self.predictions = self.evaluator.predictions(step, name, rows)
-            self._collected_at = -1  # they are not stored twice
+            self._columns_step = -1  # they are not stored twice
         return metrics

@@ -35,7 +35,7 @@ def resolve_final(choice: str, early_stopping: Watch | None) -> str:
 
 
 def final_step(final: str, state: State, checkpoints: Checkpoints | None) -> int:
-    """Return the step of the weights that a finished run's model folder should have, as far as they are kept."""
+    """Return the step of the weights that belong into a finished run's model folder, if they are still on disk."""
     best = state.best["step"] if state.best else state.step
     if final != "best" or best == state.step or checkpoints is None:
         return state.step
@@ -63,41 +63,41 @@ def load_final(
     if checkpoint is None:
         return last
     stateful.restore_weights(checkpoint)
-    log.say(f"the run ends with the weights of step {best.step:,}, its best evaluation")
+    log.print(f"the run ends with the weights of step {best.step:,}, its best evaluation")
     return best
 
 
 def with_metric(best: dict[str, Any] | None, watch: Watch) -> tuple[dict[str, Any] | None, str | None]:
-    """Return a resumed run's best evaluation as a changed `watch` sees it, and a note if that is another metric."""
+    """Return a resumed run's best evaluation by the current `watch`, and a note if the watched metric has changed."""
     if best is None or best["metric"] == watch.metric:
         return best, None
     value = best.get("metrics", {}).get(watch.metric)
-    note = f"best evaluation: {watch.metric} decides now, {best['metric']} did before"
+    note = f"best evaluation: now chosen by {watch.metric}, before by {best['metric']}"
     if value is None:
-        return None, f"{note}; the evaluations so far are not compared"
+        return None, f"{note}; earlier evaluations are ignored"
     return {
         **best,
         "metric": watch.metric,
         "value": value,
-    }, f"{note}; of the evaluations so far, step {best['step']:,}'s counts"
+    }, f"{note}; of the earlier evaluations, only that of step {best['step']:,} is compared"
 
 
 def which_weights(run: Path, result: Result) -> str:
     """Describe the weights in RUN/model and, if the best and the last ones differ, how to export the others."""
     best, last, step = result.best, result.last["step"], result.model["step"]
-    of = "moving average of the weights" if result.model.get("ema") else "weights"
+    kind = "moving average of the weights" if result.model.get("ema") else "weights"
     if best is None:
-        return f"{of} of step {step:,}"
+        return f"{kind} of step {step:,}"
     metric = best["metric"]
-    figures = {last: result.last["metrics"].get(metric), best["step"]: best["value"]}
-    shown = {at: "" if value is None else f" ({metric} {value:.4f})" for at, value in figures.items()}
+    values = {last: result.last["metrics"].get(metric), best["step"]: best["value"]}
+    texts = {number: "" if value is None else f" ({metric} {value:.4f})" for number, value in values.items()}
     if best["step"] == last:
-        return f"{of} of step {step:,}, the last and the best{shown[last]}"
-    words = {best["step"]: "the best evaluation", last: "the last"}
+        return f"{kind} of step {step:,}, the last and the best{texts[last]}"
+    names = {best["step"]: "the best evaluation", last: "the last"}
     other = best["step"] if step == last else last
     name = "last" if other == last else "best"
     command = format_command("export", run, "--weights", name, "--output", "FOLDER")
     return (
-        f"{of} of {words[step]}, step {step:,}{shown[step]}; {words[other]}, step {other:,}{shown[other]}, "
-        f"by\n      {command}"
+        f"{kind} of {names[step]}, step {step:,}{texts[step]}; to export {names[other]}, step {other:,}{texts[other]}:"
+        f"\n      {command}"
     )

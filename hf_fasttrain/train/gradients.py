@@ -1,4 +1,4 @@
-"""The gradients of a step: of the mean loss over its images, for any micro-batches and number of processes."""
+"""The gradients of a step's mean loss, whatever its micro-batches and the number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_fasttrain.data.loading.loader import Step, Timer
 from hf_fasttrain.data.loading.trees import Tree, leaves, num_images, zeros_like
 from hf_fasttrain.models.model import batch_norms, set_train_mode
-from hf_fasttrain.train.closure import kept_graph, twice_differentiable
+from hf_fasttrain.train.closure import no_graph_warning, twice_differentiable
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.loss import loss_input
 from hf_fasttrain.train.step_loss import (
@@ -29,19 +29,19 @@ from hf_fasttrain.train.step_loss import (
     named_parameters,
     wraps_loss,
 )
-from hf_fasttrain.train.unused_parameters import find_use
+from hf_fasttrain.train.unused_parameters import find_parameter_use
 from hf_fasttrain.utils.errors import RunError, StepOutOfMemory, first_line, shortened
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import replace_prepared
 
-MOST_WEIGHTS = 100  # cached: batches of a user's loader may have any sizes
+MAX_CACHED_WEIGHTS = 100  # a user's loader may have batches of any size
 
 
 class Gradients:
-    """Adds up gradients over a step's micro-batches and the processes.
+    """Accumulates gradients over a step's micro-batches and the processes.
 
-    `model` is `raw_model` as the accelerator has wrapped it. Where `wraps_loss(step_loss)`, it is so without
-    DistributedDataParallel, which then wraps model and loss together.
+    `model` is `raw_model` wrapped by the accelerator. If `wraps_loss(step_loss)`, DistributedDataParallel wraps model
+    and loss together instead.
     """
 
     def __init__(
@@ -54,68 +54,68 @@ class Gradients:
     ) -> None:
         self.accelerator, self.model, self.processes = accelerator, model, processes
         self.step_loss, self.loss_module = step_loss, module_of(step_loss)
-        self.values: Shares = {}  # this process's part of what the step loss returned for the log
+        self.values: Shares = {}  # this process's part of the values that the step loss returned for the log
         self.timer: Timer | None = None
         self.keeps_graph = False  # for an optimizer that differentiates the gradients
-        self._weights: dict[tuple[Any, ...], Tensor] = {}  # of micro-batches, as `_weight_like` has made them
+        self._weights: dict[tuple[Any, ...], Tensor] = {}  # of micro-batches, cached by `_weight_like`
         self.raw_model, self.norms = raw_model, batch_norms(raw_model)
         self.parameters = [p for p in self.named_parameters().values() if p.requires_grad]
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         if self._ddp is not None:
-            _keep_buffers(self._ddp)
-        self._knows_use = True  # whether it is known which parameters get gradients
+            _disable_buffer_broadcast(self._ddp)
+        self._is_use_known = True  # whether it is known which parameters get gradients
         if wraps_loss(step_loss) and processes.is_distributed:
             self._ddp = self._distributed(ModelAndLoss(model, step_loss), init_sync=True)
-            self._knows_use = isinstance(step_loss, LossOfLogits)
+            self._is_use_known = isinstance(step_loss, LossOfLogits)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of the model, and of a loss that is a module with the prefix `loss.`."""
         return named_parameters(self.raw_model, self.loss_module)
 
-    def leave_out_unused(self, step: Step) -> list[str]:
+    def freeze_unused(self, step: Step) -> list[str]:
         """Freeze the parameters that forward does not use; return notes on them.
 
-        Called by all processes before the first step, which is not consumed, and before one from which on other
-        parameters require gradients.
+        Called by all processes before the first step, which is not consumed, and before a step for which parameters
+        were frozen or unfrozen.
         """
         trainable = {name: p for name, p in self.named_parameters().items() if p.requires_grad}
         use = None
-        if trainable and isinstance(self.step_loss, LossOfLogits):  # of another, which may keep what it has seen,
-            first = step.micro_batches.peek()  # the step itself shows it
-            use = find_use(self.raw_model, self.step_loss.loss, trainable, first, self.processes)
+        if trainable and isinstance(self.step_loss, LossOfLogits):  # a step_loss may have side effects: the step shows
+            batch = step.micro_batches.peek()
+            use = find_parameter_use(self.raw_model, self.step_loss.loss, trainable, batch, self.processes)
         for name in use.never if use else ():
             trainable[name].requires_grad_(False)
-        present = [parameter for parameter in trainable.values() if parameter.requires_grad]
-        skips = bool(use and use.sometimes) and self.processes.is_distributed
-        if present and (skips or self._searches or {*map(id, present)} != {*map(id, self.parameters)}):
-            self._wrap_again(search=skips)
-            self._knows_use = isinstance(self.step_loss, LossOfLogits) or self._ddp is None
-        self.parameters[:] = present  # in place: other objects share this list
+        remaining = [parameter for parameter in trainable.values() if parameter.requires_grad]
+        needs_search = bool(use and use.sometimes) and self.processes.is_distributed
+        if remaining and (needs_search or self._finds_unused or {*map(id, remaining)} != {*map(id, self.parameters)}):
+            self._wrap_again(search=needs_search)
+            self._is_use_known = isinstance(self.step_loss, LossOfLogits) or self._ddp is None
+        self.parameters[:] = remaining  # in place: other objects share this list
         notes = [use.never_note(len(trainable))] if use and use.never else []
-        return [*notes, use.sometimes_note()] if use and skips else notes
+        return [*notes, use.sometimes_note()] if use and needs_search else notes
 
     @property
-    def _searches(self) -> bool:
+    def _finds_unused(self) -> bool:
         """Whether DDP searches for unused parameters in each step."""
         return self._ddp is not None and self._ddp.find_unused_parameters
 
     def _wrap_again(self, *, search: bool = False) -> None:
-        """Wrap the model in DDP again for the current trainable parameters; with `search`, DDP searches unused ones."""
-        old = self._ddp
-        if old is None:
+        """Wrap the model in DDP again for the current trainable parameters; `search`: DDP searches for unused ones."""
+        old_ddp = self._ddp
+        if old_ddp is None:
             return
-        self._ddp = self._distributed(old.module, search=search or old.find_unused_parameters)
-        if self.model is old:
+        self._ddp = self._distributed(old_ddp.module, search=search or old_ddp.find_unused_parameters)
+        if self.model is old_ddp:
             self.model = self._ddp
-            replace_prepared(self.accelerator, old, self._ddp)
+            replace_prepared(self.accelerator, old_ddp, self._ddp)
 
     def _distributed(
         self, module: nn.Module, *, search: bool = False, init_sync: bool = False
     ) -> DistributedDataParallel:
-        """Return DDP around a module, as the accelerator would make it."""
+        """Return a module wrapped in DDP, with the accelerator's options."""
         handler, device = self.accelerator.ddp_handler, self.accelerator.device
         options: dict[str, Any] = handler.to_kwargs() if handler is not None else {}
-        options.pop("broadcast_buffers", None)  # which warns; nothing is synchronised here
+        options.pop("broadcast_buffers", None)  # passing it warns
         if search:
             options |= {"find_unused_parameters": True, "static_graph": False}
         devices = [device.index] if device.type == "cuda" else None
@@ -123,53 +123,53 @@ class Gradients:
         wrapped = DistributedDataParallel(module, **options)
         if handler is not None:
             handler.register_comm_hook(wrapped)
-        _keep_buffers(wrapped)
+        _disable_buffer_broadcast(wrapped)
         return wrapped
 
-    def add_up(self, step: Step, at: At, *, agree: bool = False) -> Tensor:
-        """Add up the step's gradients, and return this process's part of its mean loss, 0-d.
+    def accumulate(self, step: Step, at: At, *, check_memory: bool = False) -> Tensor:
+        """Accumulate the step's gradients, and return this process's part of its mean loss, 0-d.
 
-        Several processes exchange gradients in their last backward. With `agree` they first find out whether memory
-        was enough on all of them: if not, StepOutOfMemory is raised on all of them, and nothing was exchanged.
+        Several processes exchange gradients in their last backward. With `check_memory` they first agree on whether
+        memory sufficed on all of them; if not, all raise StepOutOfMemory, and nothing was exchanged.
         """
         self.values = {}
-        if not agree and self._knows_use:
+        if not check_memory and self._is_use_known:
             total = self._local_gradients(step, at, exchange=True)
             if total is None:
                 total = self._join_without_images(step, at)
             if self._ddp is not None:
                 self._require_exchanged(step)
             return total
-        short, total = None, None
+        error_text, total = None, None
         try:
             total = self._local_gradients(step, at, exchange=False)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            short = first_line(error)
-        if self._searches:  # what it takes for used in a backward without exchange would count in the next one
+            error_text = first_line(error)
+        if self._finds_unused:  # it would carry its findings from a backward without exchange into the next one
             self._wrap_again()
-        if self.processes.any_process(short is not None):
-            raise StepOutOfMemory(short or "another process had too little memory")
+        if self.processes.any_process(error_text is not None):
+            raise StepOutOfMemory(error_text or "another process had too little memory")
         self._exchange(has_images=total is not None)
         return torch.zeros((), device=self.accelerator.device) if total is None else total
 
     def _local_gradients(self, step: Step, at: At, *, exchange: bool) -> Tensor | None:
-        """Add up the gradients of this process's images, and return its part of the loss; None if it has none."""
+        """Accumulate the gradients of this process's images; return its part of the loss, None without images."""
         total: Tensor | None = None
-        several = self.processes.is_distributed
+        is_distributed = self.processes.is_distributed
         for number, (images, targets) in enumerate(step.micro_batches, start=1):
             count = images.shape[0] if isinstance(images, Tensor) else num_images(images)
-            alone = count == 1 and bool(self.norms)  # one image has no batch statistics
-            if alone:
+            is_single_image = count == 1 and bool(self.norms)  # one image has no batch statistics
+            if is_single_image:
                 self._freeze_batch_norm()
             weight = count / step.num_images
-            if several and not (exchange and number == step.num_micro_batches):
+            if is_distributed and not (exchange and number == step.num_micro_batches):
                 with self.accelerator.no_sync(self._ddp):
                     loss = self._micro_batch(images, targets, weight, at)
             else:
                 loss = self._micro_batch(images, targets, weight, at)
-            if alone:
+            if is_single_image:
                 self.set_train_mode()
             if total is not None:
                 total.add_(loss, alpha=weight)
@@ -178,9 +178,9 @@ class Gradients:
         return total
 
     def _micro_batch(self, images: Tree, targets: Tree, weight: float, at: At) -> Tensor:
-        """Make the forward and the backward of a micro-batch; return its loss, detached."""
+        """Run forward and backward of a micro-batch; return its loss, detached."""
         timer = self.timer
-        if timer is None:  # contexts that do nothing would take time
+        if timer is None:  # no contexts: they would take time
             loss = self._forward(images, targets, weight, at)
             self._backward(loss, weight)
         else:
@@ -191,20 +191,20 @@ class Gradients:
         return loss.detach() if not loss.ndim else loss.detach().view(())
 
     def _forward(self, images: Tree, targets: Tree, weight: float, at: At) -> Tensor:
-        """Return the loss of a micro-batch; what the step loss returns beside it is added to `values`."""
+        """Return the loss of a micro-batch, and add the step loss's other values to `values`."""
         loss = self._loss(images, targets, at)
         if not isinstance(loss, Tensor):
             loss, values = checked(loss)
             add_values(self.values, values, weight, loss.device)
         if not loss.requires_grad:
             raise RunError(
-                "the loss of a batch needs no gradient: nothing that is trained has part in it; compute it from the "
+                "the loss of a batch does not require gradients, so nothing would be trained; compute it from the "
                 "model's output without .detach(), .item() and torch.no_grad()"
             )
         return loss
 
     def _loss(self, images: Tree, targets: Tree, at: At) -> Any:
-        """Return what the step loss gives for a micro-batch."""
+        """Return the step loss's result for a micro-batch."""
         if self.keeps_graph:
             with twice_differentiable():
                 return self.step_loss(self.model, images, targets, at)
@@ -213,13 +213,13 @@ class Gradients:
         return self._ddp(images, targets, at)
 
     def _backward(self, loss: Tensor, weight: float = 1.0) -> None:
-        """Add the gradients of `weight` times a loss; undoes the divisions by DDP and Accelerator.
+        """Add the gradients of `weight` times a loss; compensates the divisions by DDP and Accelerator.
 
-        The backward begins with the weight, which is what the backward of a product would pass on: a product for each
-        micro-batch, on the graph, would take longer.
+        The weight is passed to backward as the initial gradient. Multiplying the loss by it would add an operation to
+        the graph of each micro-batch and take longer.
         """
         if self.keeps_graph:
-            with kept_graph():
+            with no_graph_warning():
                 loss.backward(self._weight_like(loss, weight), create_graph=True)
         elif self.accelerator.scaler is None:
             loss.backward(self._weight_like(loss, weight))
@@ -228,18 +228,18 @@ class Gradients:
             self.accelerator.backward(scaled * self.accelerator.gradient_accumulation_steps)
 
     def _weight_like(self, loss: Tensor, weight: float) -> Tensor:
-        """Return a loss's weight times the number of processes, as a tensor like the loss."""
+        """Return the weight of a loss times the number of processes, as a tensor like the loss."""
         key = (weight, loss.dtype, loss.device, loss.shape)
-        found = self._weights.get(key)
-        if found is None:
+        cached = self._weights.get(key)
+        if cached is None:
             checked(loss)
-            if len(self._weights) >= MOST_WEIGHTS:
+            if len(self._weights) >= MAX_CACHED_WEIGHTS:
                 self._weights.clear()
-            found = self._weights[key] = torch.ones_like(loss) * self.processes.number * weight
-        return found
+            cached = self._weights[key] = torch.ones_like(loss) * self.processes.number * weight
+        return cached
 
     def _join_without_images(self, step: Step, at: At) -> Tensor:
-        """Take part in the exchange of gradients with weight zero, and without moving batch-norm statistics."""
+        """Take part in the exchange of gradients with weight zero, without updating batch-norm statistics."""
         if self._ddp is self.model:
             options: Any = {"device": self.accelerator.device, "dtype": self.parameters[0].dtype}
             images = torch.zeros(2, *step.image_shape, **options) if step.like is None else zeros_like(step.like, 2)
@@ -254,14 +254,14 @@ class Gradients:
 
     @torch.no_grad()
     def _exchange(self, *, has_images: bool) -> None:
-        """Give every process the mean of all processes' gradients, as DDP does: divided first, then summed."""
-        here = [parameter.grad is not None for parameter in self.parameters]
-        present = self.processes.largest(*here)
-        if not self._knows_use:
-            self._knows_use = True
-            if self.processes.any_process(has_images and not all(here)):
+        """Average the gradients over the processes as DDP does: divided first, then summed."""
+        has_gradient = [parameter.grad is not None for parameter in self.parameters]
+        is_needed = self.processes.largest(*has_gradient)
+        if not self._is_use_known:
+            self._is_use_known = True
+            if self.processes.any_process(has_images and not all(has_gradient)):
                 self._wrap_again(search=True)
-        for parameter in compress(self.parameters, present):
+        for parameter in compress(self.parameters, is_needed):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             mean = parameter.grad.div_(self.processes.number).contiguous()
@@ -269,15 +269,15 @@ class Gradients:
             parameter.grad.copy_(mean)
 
     def _require_exchanged(self, step: Step) -> None:
-        """Raise RunError if a gradient is missing, so that DDP has left others unsynchronised."""
-        if self._ddp is None or self._ddp.static_graph or self._searches:
+        """Raise RunError if a gradient is missing, because DDP then leaves others unsynchronised."""
+        if self._ddp is None or self._ddp.static_graph or self._finds_unused:
             return
         if any(parameter.grad is None for parameter in self.parameters):
             names = [n for n, p in self.named_parameters().items() if p.requires_grad and p.grad is None]
             error = RunError(
-                f"step {step.index + 1}: forward no longer uses {shortened(names, 3)}, so that the processes could not "
-                "exchange their gradients; the checkpoints are as they were: use all parameters in every step, or "
-                "freeze those with requires_grad_(False) before training"
+                f"step {step.index + 1}: forward no longer uses {shortened(names, 3)}, so the processes could not "
+                "exchange their gradients; the checkpoints have not changed: use all parameters in every step, or "
+                "freeze these with requires_grad_(False) before training"
             )
             error.on_every_process = False
             raise error
@@ -287,10 +287,10 @@ class Gradients:
             norm.eval()
 
     def set_train_mode(self) -> None:
-        """Training mode, but batch norms whose weights are frozen keep their statistics."""
+        """Set training mode, except for batch norms with frozen weights."""
         set_train_mode(self.model, self.norms)
 
 
-def _keep_buffers(wrapped: DistributedDataParallel) -> None:
-    """Keep each process's buffers: running statistics are averaged, and processes may make unequally many forwards."""
+def _disable_buffer_broadcast(wrapped: DistributedDataParallel) -> None:
+    """Don't broadcast buffers: statistics are averaged elsewhere, and processes may run unequally many forwards."""
     wrapped.broadcast_buffers = False

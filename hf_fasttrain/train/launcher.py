@@ -1,4 +1,4 @@
-"""How many processes a launcher has started, and an Accelerator that knows all of them."""
+"""The number of processes that a launcher started, and the Accelerator of a Trainer."""
 
 from __future__ import annotations
 
@@ -27,34 +27,36 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
 
 
-def accelerator_for(given: Accelerator | None, accumulation_steps: int, train_loader: Any) -> Accelerator:
-    """Return the given Accelerator, or a new one, which all launched processes share.
+def resolve_accelerator(
+    user_accelerator: Accelerator | None, accumulation_steps: int, train_loader: Any
+) -> Accelerator:
+    """Return the user's Accelerator, or a new one for all launched processes.
 
-    Under `torchrun` accelerate looks for other processes on a CPU only if it is told that it is one. Raises RunError
-    for an Accelerator that does not know the other processes: each would train a model of its own.
+    Under `torchrun` on a CPU, accelerate finds the other processes only with `cpu=True`. Raises RunError for an
+    Accelerator that does not know the other processes: each would train its own model.
     """
-    accelerator = given or Accelerator(cpu=num_processes() > 1 and not uses_gpu())
+    accelerator = user_accelerator or Accelerator(cpu=num_processes() > 1 and not uses_gpu())
     if accelerator.num_processes != num_processes():
         raise RunError(
-            f"a launcher has started {num_processes()} processes, and the Accelerator knows of "
-            f"{accelerator.num_processes}: each would train a model of its own; make it before anything else of "
-            "accelerate is used, on a CPU as Accelerator(cpu=True), or leave it to Trainer"
+            f"a launcher has started {num_processes()} processes, but the Accelerator knows of "
+            f"{accelerator.num_processes}: each would train its own model; create it before using anything else of "
+            "accelerate, on a CPU as Accelerator(cpu=True), or let Trainer create it"
         )
     steps = accelerator.gradient_accumulation_steps
     if steps not in (1, accumulation_steps) and not isinstance(train_loader, TrainLoader):
         raise RunError(
-            f"accelerator: its gradient_accumulation_steps={steps} has no effect, since a batch of train_loader is one "
-            f"whole step; accumulation_steps={steps} splits it into {steps}"
+            f"accelerator: its gradient_accumulation_steps={steps} has no effect, since a batch of train_loader is a "
+            f"complete step; pass accumulation_steps={steps} to split it into {steps} micro-batches"
         )
     return accelerator
 
 
 def shared_data_note(name: str, loader: Any, processes: int) -> str | None:
-    """Return a note on a DataLoader that gives every one of several processes all images, else None."""
+    """Return a note on a DataLoader that gives each of several processes all images, else None."""
     sampler = loader.sampler if isinstance(loader, DataLoader) else None
     if processes == 1 or type(sampler) not in (RandomSampler, SequentialSampler):
         return None
     return (
-        f"{name}: its DataLoader gives each of {processes} processes all images of its data set; unless that is "
-        "this process's part already, give it sampler=DistributedSampler(dataset)"
+        f"{name}: its DataLoader gives each of {processes} processes all images of its dataset; unless the dataset is "
+        "already this process's part, pass sampler=DistributedSampler(dataset) to it"
     )

@@ -25,7 +25,7 @@ Track = Callable[[dict[str, float], int], None]
 
 
 class _Display(Progress):
-    """Two bars, over the epoch and over the run, and a line of figures below them."""
+    """Two bars, for the epoch and for the run, and a status line below them."""
 
     facts = "starting"
 
@@ -39,43 +39,45 @@ class _Display(Progress):
             refresh_per_second=4,
             expand=True,
         )
-        self.num_steps, self.steps_per_epoch, self._moved = num_steps, steps_per_epoch, 0.0
+        self.num_steps, self.steps_per_epoch, self._updated_at = num_steps, steps_per_epoch, 0.0
         self._epochs = -(-num_steps // steps_per_epoch)
         self._seconds_per_step: float | None = None
-        self._more_seconds = 0.0
+        self._evaluation_seconds = 0.0
         self._epoch, self._run = self.add_task("epoch", left=""), self.add_task("run", total=num_steps, left="")
-        self.move(done, always=True)
+        self.show_step(done, always=True)
 
     def get_renderables(self) -> Iterator[Any]:
-        """Give the bars, then the figures."""
+        """Yield the bars, then the status line."""
         yield self.make_tasks_table(self.tasks)
         yield Text(self.facts, overflow="ellipsis", no_wrap=True)
 
-    def move(self, step: int, *, always: bool = False) -> None:
+    def show_step(self, step: int, *, always: bool = False) -> None:
         """Show that `step` steps are done; at most ten times a second."""
         now = time.monotonic()
-        if not always and now - self._moved < 0.1:
+        if not always and now - self._updated_at < 0.1:
             return
-        self._moved = now
+        self._updated_at = now
         epoch = min(step // self.steps_per_epoch, self._epochs - 1)
-        first = epoch * self.steps_per_epoch
-        steps = min(self.steps_per_epoch, self.num_steps - first)  # the last one may be cut short
-        described = f"epoch {epoch + 1}/{self._epochs}"
+        first_step = epoch * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.num_steps - first_step)  # the last epoch may be shorter
+        description = f"epoch {epoch + 1}/{self._epochs}"
         self.update(
             self._epoch,
-            description=described,
-            completed=step - first,
+            description=description,
+            completed=step - first_step,
             total=steps,
-            left=self._left(first + steps - step),
+            left=self._time_left_text(first_step + steps - step),
         )
-        self.update(self._run, completed=step, left=self._left(self.num_steps - step, self._more_seconds))
+        self.update(
+            self._run, completed=step, left=self._time_left_text(self.num_steps - step, self._evaluation_seconds)
+        )
 
-    def pace(self, seconds_per_step: float, more_seconds: float, facts: str) -> None:
-        """Show figures, and estimate the time left at this speed, plus `more_seconds` of evaluations."""
-        self._seconds_per_step, self._more_seconds, self.facts = seconds_per_step, more_seconds, facts
+    def show_speed(self, seconds_per_step: float, evaluation_seconds: float, facts: str) -> None:
+        """Show the status, and estimate the time left at this speed, plus `evaluation_seconds` of evaluations."""
+        self._seconds_per_step, self._evaluation_seconds, self.facts = seconds_per_step, evaluation_seconds, facts
 
-    def _left(self, steps: int, more_seconds: float = 0.0) -> str:
-        return "" if self._seconds_per_step is None else _time_left(steps * self._seconds_per_step + more_seconds)
+    def _time_left_text(self, steps: int, evaluation_seconds: float = 0.0) -> str:
+        return "" if self._seconds_per_step is None else _time_left(steps * self._seconds_per_step + evaluation_seconds)
 
 
 class _Terminal(Terminal):
@@ -88,8 +90,8 @@ class _Terminal(Terminal):
 class RunLog:
     """Writes to the terminal and, with a folder, to metrics.jsonl; silent where `main` is False.
 
-    `track` is given (values, step) for trackers such as TensorBoard. A write error is reported once, kept in
-    `lost`, and does not stop training.
+    `track` is called with (values, step) for trackers such as TensorBoard. A write error is reported once, recorded
+    in `lost`, and does not stop training.
     """
 
     def __init__(
@@ -103,52 +105,52 @@ class RunLog:
         self.folder, self.main, self.track, self._show = folder, main, track, show
         self.console = _Terminal(quiet=not (main and show), soft_wrap=True)
         self.notes: list[str] = []
-        self.lost: list[str] = []  # results that are not on disk, each with the reason
-        self.expected: tuple[str, ...] = ()  # files that the run folder must have in the end
+        self.lost: list[str] = []  # results that could not be written, each with the reason
+        self.expected: tuple[str, ...] = ()  # files that the run folder must have at the end
         self._display: _Display | None = None
-        self._said = 0.0
-        self._left_out = self._has_told_thinned = False
+        self._printed_at = 0.0
+        self._has_skipped_lines = self._has_reported_skipping = False
 
     def note(self, text: str) -> None:
-        """Print a note once, and keep it for result.json."""
+        """Print a note once, and store it for result.json."""
         text = without_secrets(text)
         if text not in self.notes:
             self.notes.append(text)
-            self.say(f"note: {text}")
+            self.print(f"note: {text}")
 
     def alert(self, text: str) -> None:
-        """Print a note that only this process may have; on standard error if it is not the main one."""
+        """Print a note that may concern only this process; on standard error if it is not the main one."""
         if self.main:
             self.note(text)
         elif self._show:
             with suppress(OSError):
                 echo(f"note: {text}", err=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line; ignores a closed terminal."""
         with suppress(OSError):
             self.console.print(text)
 
-    def not_written(self, what: str, error: BaseException) -> None:
+    def not_written(self, name: str, error: BaseException) -> None:
         """Record that a result could not be written, and report it once."""
-        if not any(lost.startswith(f"{what}:") for lost in self.lost):
-            self.lost.append(f"{what}: {reason(error)}")
-            self.say(f"not written: {self.lost[-1]}")
+        if not any(lost.startswith(f"{name}:") for lost in self.lost):
+            self.lost.append(f"{name}: {reason(error)}")
+            self.print(f"not written: {self.lost[-1]}")
 
-    def hurry(self, cause: str) -> None:
+    def report_signal(self, name: str) -> None:
         """Report a signal; called from another thread while a step is running."""
-        again = "; Ctrl-C again exits at once" if cause == "Ctrl-C" else ""
+        hint = "; Ctrl-C again exits at once" if name == "Ctrl-C" else ""
         with suppress(OSError):
-            self.console.show_cursor(True)  # before a second Ctrl-C, which ends the process at once
-        self.say(f"{cause}: finishing the step, then saving{again}")
+            self.console.show_cursor(True)  # now: a second Ctrl-C ends the process at once
+        self.print(f"{name}: finishing the step, then saving{hint}")
 
-    def slow_data(self, seconds: float) -> None:
+    def report_slow_data(self, seconds: float) -> None:
         """Report that images have been awaited for so long; called from another thread."""
-        self.say(f"waiting for images for {seconds:.0f} s: the disk or file server that holds them may not answer")
+        self.print(f"waiting for images for {seconds:.0f} s: the disk or file server that holds them may not answer")
 
     @contextmanager
     def progress(self, num_steps: int, done: int, steps_per_epoch: int) -> Iterator[None]:
-        """Show bars over epoch and run while training, on a terminal; lines otherwise."""
+        """Show progress bars for epoch and run in a terminal, otherwise lines."""
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
@@ -162,28 +164,28 @@ class RunLog:
             self._display = None
 
     def at_step(self, step: int) -> None:
-        """Move the bars after a step; nothing is read from the device."""
+        """Update the bars after a step; nothing is read from the device."""
         if self._display is not None:
             with suppress(OSError):
-                self._display.move(step)
+                self._display.show_step(step)
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Show below the bars what is done instead of training."""
+    def activity(self, text: str) -> Iterator[None]:
+        """Show another activity than training below the bars."""
         if self._display is None:
             yield
             return
-        before, self._display.facts = self._display.facts, what
+        previous, self._display.facts = self._display.facts, text
         try:
             yield
         finally:
-            self._display.facts = before
+            self._display.facts = previous
 
     def train_line(self, step: int, num_steps: int, values: Mapping[str, float], pace: float | None = None) -> None:
         """Record the training's state: loss, lr, images/s, share of time spent waiting for data, memory.
 
-        `pace` are the seconds per step by which the time left was estimated; None: those of this line. Without a
-        display, lines are shown every SHOWN_EVERY seconds, which the first line after one that was left out says.
+        `pace`: seconds per step for the estimate of the remaining time; None: those of this line. Without a terminal,
+        a line is printed every SHOWN_EVERY seconds; the first one after a skipped line says so.
         """
         self._write({"kind": "train", "step": step, **values})
         if self.console.quiet:
@@ -193,23 +195,24 @@ class RunLog:
         facts = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {rate}  waiting {waiting}  {memory}"
         if self._display is not None:
             pace = values["seconds_per_step"] if pace is None else pace
-            self._display.pace(pace, max(0.0, values["eta_seconds"] - (num_steps - step) * pace), facts)
+            evaluation_seconds = values["eta_seconds"] - (num_steps - step) * pace
+            self._display.show_speed(pace, max(0.0, evaluation_seconds), facts)
             with suppress(OSError):
-                self._display.move(step, always=True)
-        elif time.monotonic() - self._said >= SHOWN_EVERY or step == num_steps:
-            self._said = time.monotonic()
-            self.say(
+                self._display.show_step(step, always=True)
+        elif time.monotonic() - self._printed_at >= SHOWN_EVERY or step == num_steps:
+            self._printed_at = time.monotonic()
+            self.print(
                 f"step {step}/{num_steps}  epoch {values['epoch']:.2f}  {facts}  {_time_left(values['eta_seconds'])}"
-                f"{self._thinned()}"
+                f"{self._skipping_note()}"
             )
         else:
-            self._left_out = True
+            self._has_skipped_lines = True
 
-    def _thinned(self) -> str:
-        """Return, once, that lines of the log were not shown."""
-        if not self._left_out or self._has_told_thinned:
+    def _skipping_note(self) -> str:
+        """Return, once, a note that not all log lines are printed."""
+        if not self._has_skipped_lines or self._has_reported_skipping:
             return ""
-        self._has_told_thinned = True
+        self._has_reported_skipping = True
         return f"  (a line every {SHOWN_EVERY:.0f} s{f'; {METRICS_FILE} has all' if self.folder else ''})"
 
     def eval_line(
@@ -218,8 +221,8 @@ class RunLog:
         """Record an evaluation that took `seconds`, after `train_seconds` of training, in one line."""
         line = {"kind": "evaluation", "step": step, "epoch": epoch, "split": split, **values}
         self._write({**line, "train_seconds": train_seconds})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.say(f"evaluation after epoch {epoch:.2f} ({split}): {shown}  ({format_duration(seconds)})")
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.print(f"evaluation after epoch {epoch:.2f} ({split}): {text}  ({format_duration(seconds)})")
 
     def tracker_ids(self) -> dict[str, str]:
         """Return the ids with which trackers resume a run."""
@@ -247,10 +250,10 @@ class RunLog:
             try:
                 self.track(numbers, values["step"])
             except Exception as error:  # noqa: BLE001 - others' code, and training does not depend on it
-                self.note(f"log.trackers: values from step {values['step']} on are missing there: {reason(error)}")
+                self.note(f"log.trackers: values from step {values['step']} on are missing: {reason(error)}")
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+    def drop_lines_after(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after `step`, which a resumed run writes again."""
         if not self.main or self.folder is None or not (path := self.folder / METRICS_FILE).exists():
             return
         kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
@@ -259,7 +262,7 @@ class RunLog:
 
 
 def last_steps(folder: Path) -> dict[str, int]:
-    """Return the last step of each kind of figures in metrics.jsonl, by the prefix that trackers know it by."""
+    """Return the last step of each kind of line in metrics.jsonl, by its prefix in trackers."""
     lines = read_lines(folder / METRICS_FILE)
     return {
         prefix: max((line.get("step", 0) for line in lines if line.get("kind") == kind), default=0)

@@ -17,14 +17,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, K), targets -> mean over
 
 
 def loss_input(output: Any) -> Any:
-    """Return what a loss gets of a model's output: its logits if it has some, else all of it (two heads, say)."""
+    """Return the part of a model's output that a loss gets: its logits if it has any, else all of it."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) else output
 
 
-def logits_of(output: Any, remedy: str = "give Trainer predict=, a function (model, images) -> logits") -> Tensor:
+def logits_of(output: Any, remedy: str = "pass predict= to Trainer, a function (model, images) -> logits") -> Tensor:
     """Return a model's logits (B, K): its output, or that output's `logits`, as an attribute or in a mapping.
 
     Raises RunError, which ends with `remedy`, for anything else.
@@ -32,13 +32,13 @@ def logits_of(output: Any, remedy: str = "give Trainer predict=, a function (mod
     logits = loss_input(output)
     if isinstance(logits, Tensor):
         return logits
-    raise RunError(f"the model gives {described(output)}, where logits are needed, one tensor (B, K): {remedy}")
+    raise RunError(f"the model returns {describe_output(output)} instead of logits, one tensor (B, K): {remedy}")
 
 
-def described(output: Any) -> str:
-    """Return what messages call an output that is no tensor."""
+def describe_output(output: Any) -> str:
+    """Return a description of an output that is not a tensor, for messages."""
     if isinstance(output, tuple | list):
-        return f"a {type(output).__name__} of {len(output)} ({', '.join(type(each).__name__ for each in output)})"
+        return f"a {type(output).__name__} of {len(output)} ({', '.join(type(value).__name__ for value in output)})"
     if isinstance(output, Mapping):
         return f"a {type(output).__name__} of {', '.join(map(repr, output))}"
     return f"an output of type {type(output).__name__}"
@@ -48,8 +48,9 @@ class ClassificationLoss(nn.Module):
     """Mean over the images of cross-entropy, or of binary cross-entropy averaged over classes (multi-label, `binary`).
 
     Binary cross-entropy may be summed over the classes, and its targets set to 1 above `target_threshold`, else to 0.
-    `targets` are (B,) int64 labels or (B, K) probabilities. Class weights (K,) multiply, and the sum is divided by
-    the number of images, not by the weights' sum: only so is the loss of a step the mean of its micro-batches'.
+    `targets` are (B,) int64 labels or (B, K) probabilities. Class weights (K,) multiply the losses; their sum is
+    divided by the number of images, not by the sum of the weights, so that the loss of a step is the mean of its
+    micro-batches' losses.
     """
 
     class_weights: Tensor | None
@@ -67,7 +68,7 @@ class ClassificationLoss(nn.Module):
         super().__init__()
         self.multi_label, self.label_smoothing, self.binary = multi_label, label_smoothing, binary or multi_label
         self.target_threshold, self.sum_classes = target_threshold, sum_classes
-        self.register_buffer("class_weights", class_weights, persistent=False)  # of the data, not learnt
+        self.register_buffer("class_weights", class_weights, persistent=False)  # they follow from the data
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = self.class_weights
@@ -81,12 +82,12 @@ class ClassificationLoss(nn.Module):
         return total / len(logits)
 
     def _binary_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return targets (B, K) of the logits' type, smoothed and set to 0 and 1 as the settings say."""
+        """Return targets (B, K) with the logits' dtype, after label smoothing and the target threshold."""
         if targets.ndim == 1:
             targets = F.one_hot(targets, logits.shape[1])
         floor = self.label_smoothing / (2 if self.multi_label else logits.shape[1])
-        exact = logits.dtype if self.target_threshold is None else torch.float32  # bf16 could round past the threshold
-        targets = targets.to(exact) * (1 - self.label_smoothing) + floor
+        dtype = logits.dtype if self.target_threshold is None else torch.float32  # bf16 could round past the threshold
+        targets = targets.to(dtype) * (1 - self.label_smoothing) + floor
         return targets if self.target_threshold is None else (targets > self.target_threshold).to(logits.dtype)
 
 
@@ -96,9 +97,9 @@ KNOWN_LOSSES = (ClassificationLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
 
 @torch.no_grad()
 def loss_of_uniform_logits(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor | None:
-    """Return the loss of a model that finds all classes equally likely; None for a custom loss."""
-    known = isinstance(loss, KNOWN_LOSSES) or loss in (F.cross_entropy, F.binary_cross_entropy_with_logits)
-    return loss(torch.zeros_like(logits), targets) if known else None
+    """Return the loss of uniform logits; None for a custom loss."""
+    is_known = isinstance(loss, KNOWN_LOSSES) or loss in (F.cross_entropy, F.binary_cross_entropy_with_logits)
+    return loss(torch.zeros_like(logits), targets) if is_known else None
 
 
 def first_loss_note(first: float, uniform: float) -> str | None:
@@ -106,10 +107,9 @@ def first_loss_note(first: float, uniform: float) -> str | None:
     if not first > LARGE_FIRST_LOSS * uniform > 0:
         return None
     return (
-        f"the first loss is {first:.3g}, {first / uniform:.0f} times that of a model which finds all classes equally "
-        f"likely ({uniform:.3g}): usually the head is of other classes or too large at first (model.head=new with "
-        "pretrained weights), the images are not as the weights expect them (data.mean, data.std), or optimizer.lr is "
-        "too high"
+        f"the first loss is {first:.3g}, {first / uniform:.0f} times that of uniform logits ({uniform:.3g}): usually "
+        "the head is for other classes or its initial weights are too large (model.head=new with pretrained weights), "
+        "the preprocessing does not match the weights (data.mean, data.std), or optimizer.lr is too high"
     )
 
 
@@ -135,8 +135,8 @@ def resolve_class_weights(
         raw = np.asarray(weighting, np.float64)
     else:
         raise DataError(
-            f"train.class_weights has {format_count(len(weighting), 'number')}; the data set has {len(counts)} "
-            "classes: give one number of at least 0 for each, or some by name: {class name: weight}"
+            f"train.class_weights has {format_count(len(weighting), 'number')}; the dataset has {len(counts)} "
+            "classes: set one number of at least 0 for each, or some by name: {class name: weight}"
         )
     if raw.min() < 0 or not raw.any():
         raise DataError("train.class_weights must be numbers of at least 0, and not all of them 0")

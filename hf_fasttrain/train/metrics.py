@@ -1,4 +1,4 @@
-"""Evaluation metrics, exact over any number of processes: counts are added, nothing is padded or gathered."""
+"""Built-in metrics and those of the evaluate library, exact for any number of processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Metrics:
 
     def __init__(self, num_classes: int, device: torch.device, *, multi_label: bool = False) -> None:
         self.num_classes, self.multi_label = num_classes, multi_label
-        # images, sum of losses, right, right among the top five, labels that are no class
+        # images, sum of losses, correct, correct in the top five, invalid labels
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)
         # per class: predicted and true, predicted, true
         self.classes = torch.zeros(3, num_classes, dtype=torch.float64, device=device)
@@ -56,22 +56,22 @@ class Metrics:
         self.classes += classes
 
     def _require_shapes(self, logits: Tensor, labels: Tensor) -> None:
-        """Raise RunError unless logits and labels are of the number of classes."""
+        """Raise RunError unless logits and labels match the number of classes."""
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise RunError(
                 f"the model's outputs for a batch are of shape {tuple(logits.shape)}, and num_classes is "
                 f"{self.num_classes}: there must be one logit for each class, ({len(labels)}, {self.num_classes})"
             )
-        wanted = logits.shape if self.multi_label else logits.shape[:1]
-        if labels.shape != wanted or (labels.is_floating_point() and not self.multi_label):
+        expected = logits.shape if self.multi_label else logits.shape[:1]
+        if labels.shape != expected or (labels.is_floating_point() and not self.multi_label):
             kind = "0 or 1 for each class" if self.multi_label else f"class numbers from 0 to {self.num_classes - 1}"
             raise RunError(
                 f"the labels of an evaluation batch are {str(labels.dtype).removeprefix('torch.')} of shape "
-                f"{tuple(labels.shape)}; must be {kind}, of shape {tuple(wanted)}"
+                f"{tuple(labels.shape)}; must be {kind}, of shape {tuple(expected)}"
             )
 
     def _update_single(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
-        outside = (labels < 0) | (labels >= self.num_classes)  # told at the end, without a wait for the device
+        invalid = (labels < 0) | (labels >= self.num_classes)  # reported at the end, to avoid a sync
         labels = labels.clamp(0, self.num_classes - 1)
         predicted = logits.argmax(1)
         right = predicted == labels
@@ -82,81 +82,82 @@ class Metrics:
         classes[0].scatter_add_(0, labels, right.to(torch.float64))
         classes[1].scatter_add_(0, predicted, ones)
         classes[2].scatter_add_(0, labels, ones)
-        return [losses, right.sum(), (top == labels[:, None]).any(1).sum(), outside.sum()], classes
+        return [losses, right.sum(), (top == labels[:, None]).any(1).sum(), invalid.sum()], classes
 
     def _update_multi(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
         predicted, true = logits >= 0, labels > 0.5
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / self.num_classes
         right = (predicted == true).all(1).sum()
         classes = torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)])
-        others = ((labels != 0) & (labels != 1)).any(1).sum()  # told at the end
-        return [losses, right, torch.zeros_like(right), others], classes.to(torch.float64)
+        invalid = ((labels != 0) & (labels != 1)).any(1).sum()  # reported at the end
+        return [losses, right, torch.zeros_like(right), invalid], classes.to(torch.float64)
 
     def compute(self, add: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, float]:
         """Return every metric by name; `add` sums a tensor of counts over all processes.
 
-        Raises RunError if a label was none of the classes, or if no process has counted an image.
+        Raises RunError if a label is not one of the classes, or if there were no images.
         """
         counts = add(torch.cat([self.totals, self.classes.flatten()])).cpu()
-        images, loss, right, top5, outside = counts[:5].tolist()
+        images, loss, right, top5, invalid = counts[:5].tolist()
         if not images:
-            raise RunError("no images to evaluate: an iterator gives its images once; give a list or a DataLoader")
-        if outside and self.multi_label:
+            raise RunError("no images to evaluate: an iterator yields its images once; pass a list or a DataLoader")
+        if invalid and self.multi_label:
             raise RunError(
-                f"labels of {outside:,.0f} of {images:,.0f} images of the evaluation split have other numbers than 0 "
-                f"and 1: give class numbers (B,), or 0 or 1 for each class, (B, {self.num_classes})"
+                f"labels of {invalid:,.0f} of {images:,.0f} images of the evaluation split are not 0 or 1: return "
+                f"class numbers (B,), or 0 or 1 for each class, (B, {self.num_classes})"
             )
-        if outside:
+        if invalid:
             raise RunError(
-                f"{outside:,.0f} of {images:,.0f} labels of the evaluation split are not from 0 to "
-                f"{self.num_classes - 1}, and num_classes is {self.num_classes}: give the number of classes that the "
-                "labels have, and a model with as many outputs"
+                f"{invalid:,.0f} of {images:,.0f} labels of the evaluation split are not from 0 to "
+                f"{self.num_classes - 1}, and num_classes is {self.num_classes}: set it to the number of classes in "
+                "the labels, and use a model with as many outputs"
             )
         both, predicted, true = counts[5:].view(3, self.num_classes)
         f1 = 2 * both / (predicted + true).clamp(min=1)
-        occurs = torch.ones_like(f1, dtype=torch.bool) if self.multi_label else (predicted + true) > 0
-        values = {"loss": loss / images, "accuracy": right / images, "f1_macro": f1[occurs].mean().item()}
+        is_counted = torch.ones_like(f1, dtype=torch.bool) if self.multi_label else (predicted + true) > 0
+        values = {"loss": loss / images, "accuracy": right / images, "f1_macro": f1[is_counted].mean().item()}
         return values if self.multi_label else {**values, "top5_accuracy": top5 / images}
 
 
-class LeftOut:
-    """The metrics that the last pass could not compute; each error is told once."""
+class FailedMetrics:
+    """The metrics that the last pass could not compute; each is reported once."""
 
     def __init__(self) -> None:
         self.errors: dict[str, str] = {}  # name -> error
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
-    def take_notes(self) -> list[str]:
-        """Return a sentence for each metric that was left out for the first time."""
-        new = {name: error for name, error in self.errors.items() if name not in self._told}
-        self._told |= new.keys()
-        return [f"metric '{name}' could not be computed and is left out: {error}" for name, error in new.items()]
+    def new_notes(self) -> list[str]:
+        """Return a sentence for each metric that failed for the first time."""
+        new = {name: error for name, error in self.errors.items() if name not in self._reported}
+        self._reported |= new.keys()
+        return [f"metric '{name}' could not be computed and is skipped: {error}" for name, error in new.items()]
 
 
 class ExternalMetrics:
     """Metrics of the `evaluate` library, by Hub name or local path, computed from all predictions together.
 
-    A metric that raises is omitted from that pass; `left_out` has the errors.
+    A metric that raises is skipped in that pass; `failed` has the errors.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.modules = {metric_name(name): _load_evaluate(name) for name in names}
         self.predictions: list[Any] = []
         self.references: list[Any] = []
-        self.left_out = LeftOut()
+        self.failed = FailedMetrics()
 
     def try_out(self, num_classes: int, *, multi_label: bool) -> None:
-        """Compute every metric of a few made-up images. Raises RecipeError for one that raises or gives no number."""
+        """Compute every metric on synthetic predictions. Raises RecipeError if one fails or returns no number."""
         if not self.modules:
             return
-        self.update(*_trial(num_classes, multi_label=multi_label))
+        self.update(*_synthetic_batch(num_classes, multi_label=multi_label))
         number = len(self.references)
         self.compute()
         kind = "with several labels" if multi_label else "with one label each"
-        for name, error in self.left_out.errors.items():
+        for name, error in self.failed.errors.items():
             raise RecipeError(
-                f"evaluate.metrics: '{name}' fails on {number} images {kind} of {num_classes} classes: {error}; leave "
-                "it out, or name a module of your own that calls it with what it needs, such as average='macro'"
+                f"evaluate.metrics: '{name}' fails on {number} synthetic images {kind} of {num_classes} classes: "
+                f"{error}; leave it out, or name your own module that calls it with its arguments, such as "
+                "average='macro'"
             )
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -184,33 +185,33 @@ class ExternalMetrics:
         results, failures = {}, {}
         for name, module in self.modules.items():
             try:
-                results[name] = _only_number(module.compute(predictions=predictions, references=references))
+                results[name] = _first_number(module.compute(predictions=predictions, references=references))
             except Exception as error:  # noqa: BLE001 - others' code; the run does not depend on it
-                failures[name] = in_words(error)
+                failures[name] = describe_error(error)
                 reset_metric(module)
-        self.left_out.errors = dict(gather(list(failures.items())))
-        return {name: value for name, value in results.items() if name not in self.left_out.errors}
+        self.failed.errors = dict(gather(list(failures.items())))
+        return {name: value for name, value in results.items() if name not in self.failed.errors}
 
 
-def _trial(num_classes: int, *, multi_label: bool) -> tuple[Tensor, Tensor]:
-    """Return logits (N, K) and labels of made-up images: of each class (of 100 at most) one right and one wrong."""
+def _synthetic_batch(num_classes: int, *, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """Return synthetic logits (N, K) and labels: of each class (at most 100) one right and one wrong prediction."""
     classes = torch.arange(min(num_classes, 100))
     labels, predicted = classes.repeat(2), torch.cat([classes, classes.roll(1)])
     logits = F.one_hot(predicted, num_classes) - 0.5
     return logits, F.one_hot(labels, num_classes).float() if multi_label else labels
 
 
-def _only_number(values: Any) -> float:
-    """Return the first value of a module's answer as a number. Raises TypeError if there is none."""
+def _first_number(values: Any) -> float:
+    """Return the first value of a module's result as a number. Raises TypeError if there is none."""
     value = next(iter(values.values()), None) if isinstance(values, dict) else values
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise TypeError(f"it gives {shown(values)}, where one number is needed") from None
+        raise TypeError(f"it returns {shown(values)} instead of one number") from None
 
 
-def in_words(error: Exception) -> str:
-    """Return an error's kind and first line."""
+def describe_error(error: Exception) -> str:
+    """Return an error's type and first line."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -236,8 +237,8 @@ def _load_evaluate(name: str) -> Any:
     except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
         raise RecipeError(
             f"evaluate.metrics: '{name}' is not built in ({', '.join(SINGLE_LABEL)}) and can't be loaded by the "
-            f"evaluate library from a local path or the Hub: {in_words(error)}{nearest(name, SINGLE_LABEL)}"
+            f"evaluate library from a local path or the Hub: {describe_error(error)}{nearest(name, SINGLE_LABEL)}"
         ) from None
     if getattr(module, "module_type", "") not in ("metric", "comparison", "measurement"):
-        raise RecipeError(f"evaluate.metrics: '{name}' is no metric of the evaluate library")
+        raise RecipeError(f"evaluate.metrics: '{name}' is not a metric of the evaluate library")
     return module

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def free_cached_memory(device: torch.device) -> None:
-    """Free the memory that failed forwards and backwards have left."""
+    """Free the memory of failed forward and backward passes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -37,9 +37,9 @@ def _size(step: Step) -> int:
 class Memory:
     """Whether steps fit into memory, and the backup that is needed to retry one that did not.
 
-    Forwards change a model's buffers (batch-norm statistics and counts); parameters and optimizer change in the update
-    alone. Random states need no copy: every step seeds them. The copy of the buffers is a fused operation for each
-    type of them: 0.1 ms a step for ResNet-50 on a CPU, nothing for models without buffers.
+    A forward pass changes a model's buffers (batch-norm statistics and counts); only the update changes parameters and
+    optimizer. Random states need no copy: every step seeds them. Copying the buffers takes one fused operation per
+    dtype: 0.1 ms per step for ResNet-50 on a CPU, nothing for models without buffers.
     """
 
     def __init__(
@@ -51,68 +51,68 @@ class Memory:
         loss: LossState | None = None,
     ) -> None:
         self.parameters, self.norms, self.processes = parameters, norms, processes
-        self.loss, self._of_loss = loss, loss.copy() if loss is not None else []
-        self._meets_in_forward = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-        by_type: dict[torch.dtype, list[Tensor]] = {}  # a fused operation takes tensors of one type
+        self.loss, self._loss_buffers = loss, loss.copy() if loss is not None else []
+        self._syncs_in_forward = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        by_type: dict[torch.dtype, list[Tensor]] = {}  # fused operations need tensors of one dtype
         for buffer in buffers:
             if buffer.numel():
                 by_type.setdefault(buffer.dtype, []).append(buffer)
-        self._buffers = [(live, [torch.empty_like(buffer) for buffer in live]) for live in by_type.values()]
-        self._fits_px = 0  # image size for which all processes have had enough memory
-        self._failed_in = "gradients"
-        self._weights: list[Tensor] | None = None  # on the host, while the first update is made
+        self._buffers = [(tensors, [torch.empty_like(buffer) for buffer in tensors]) for tensors in by_type.values()]
+        self._fitting_px = 0  # largest image size that has fitted on all processes
+        self._phase = "gradients"
+        self._weights: list[Tensor] | None = None  # a copy on the host during the first update
         self._has_updated = False
 
     def is_uncertain(self, step: Step) -> bool:
-        """Return whether several processes do not know yet that images of this size fit, and can find out.
+        """Return whether processes should check that images of this size fit before they exchange gradients.
 
-        Synchronised batch norm meets in the forward, where a process that fails leaves the others waiting.
+        They can't check with synchronised batch norm: a process that fails in forward leaves the others waiting.
         """
-        return self.processes.is_distributed and _size(step) > self._fits_px and not self._meets_in_forward
+        return self.processes.is_distributed and _size(step) > self._fitting_px and not self._syncs_in_forward
 
     def fits(self, step: Step) -> None:
         """Record that a step fits on all processes."""
-        self._fits_px = max(self._fits_px, _size(step))
+        self._fitting_px = max(self._fitting_px, _size(step))
 
     def keep(self) -> None:
         """Back up the buffers before a step."""
         if self._buffers:
             with torch.no_grad():
-                for live, backup in self._buffers:
-                    foreach_copy(backup, live)
+                for tensors, backup in self._buffers:
+                    foreach_copy(backup, tensors)
         if self.loss is not None:
-            self._of_loss = self.loss.copy()
+            self._loss_buffers = self.loss.copy()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the buffers before the step, and the weights if its update was the first."""
-        for live, backup in self._buffers:
-            foreach_copy(live, backup)
+        """Restore the buffers, and the weights if it was the first update that failed."""
+        for tensors, backup in self._buffers:
+            foreach_copy(tensors, backup)
         if self.loss is not None:
-            self.loss.put_back(self._of_loss)
+            self.loss.restore_buffers(self._loss_buffers)
         for parameter, weight in zip(self.parameters, self._weights or (), strict=False):
             parameter.copy_(weight)
-        self._weights, self._failed_in = None, "gradients"
+        self._weights, self._phase = None, "gradients"
 
-    def begin_update(self, *, empty: bool) -> None:
-        """Record that the optimizer's step begins; `empty` if it has no state yet.
+    def begin_update(self, *, is_state_empty: bool) -> None:
+        """Record that the optimizer's step begins; `is_state_empty`: the optimizer has no state yet.
 
-        Making that state is where memory runs out: for the first update the weights are kept on the host. (Fused
-        kernels change weights without counting their versions, so that nothing else tells whether they have.)
+        Memory runs out when that state is created, so the weights are copied to the host before the first update.
+        (Fused kernels do not count versions, so there is no other way to know whether they have changed weights.)
         """
-        first, self._failed_in = empty and not self._has_updated, "update"
-        if first:
-            self._failed_in = "first update"
+        is_first, self._phase = is_state_empty and not self._has_updated, "update"
+        if is_first:
+            self._phase = "first update"
             self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     def end_update(self) -> None:
-        """Record that the optimizer's step has ended: what comes after it can't be undone either."""
-        self._weights, self._failed_in = None, "update"
+        """Record that the optimizer's step has ended; a later failure can't be undone either."""
+        self._weights, self._phase = None, "update"
 
     def updated(self, *, applied: bool) -> None:
-        """Record that an update is complete; `applied`: the optimizer has not skipped it, and has made its state."""
-        self._has_updated, self._failed_in = self._has_updated or applied, "gradients"
+        """Record that an update is complete; `applied`: the optimizer did not skip it and has a state."""
+        self._has_updated, self._phase = self._has_updated or applied, "gradients"
 
     def failed_in(self) -> str:
-        """Return where a step has failed: "gradients", "first update" (which `restore` undoes), or "update"."""
-        return self._failed_in
+        """Return the phase in which a step failed: "gradients", "first update" (which `restore` undoes) or "update"."""
+        return self._phase

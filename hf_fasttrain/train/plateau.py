@@ -36,7 +36,7 @@ class ReduceLROnPlateau(Callback):
         """Record a better value, or lower `trainer.lr` if the last one is `watch.patience` steps old."""
         name, step = self.watch.metric, trainer.state.step
         if name not in metrics:
-            if trainer.evaluation.evaluator.may_lack(name):  # in this evaluation
+            if trainer.evaluation.evaluator.may_be_missing(name):  # in this evaluation
                 return
             raise RunError(f"'{name}' is not among the metrics of the evaluation: {', '.join(metrics)}")
         if self.watch.is_better(metrics[name], self.best):
@@ -49,14 +49,14 @@ class ReduceLROnPlateau(Callback):
         self.first_lr = before if self.first_lr is None else self.first_lr
         trainer.lr = max(before * self.factor, self.first_lr * self.min_lr_ratio)
         if trainer.lr < before:
-            trainer.log.say(
+            trainer.log.print(
                 f"step {step:,}: lr {before:.3g} is lowered to {trainer.lr:.3g}, {self.watch.metric} has not improved "
                 f"since step {self.since:,}"
             )
         self.since = step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is known of the watched metric and of the first lr."""
+        """Return the watched metric's best value and step, and the first lr."""
         return {"best": self.best, "since": self.since, "first_lr": self.first_lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How a trainer goes back to the newest checkpoint of its run folder, and what it says of that."""
+"""Resuming: restores a trainer from the newest checkpoint in its run folder, or loads the best weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_fasttrain.train.checkpointing import Checkpoints, lock_run, unlock_run
 from hf_fasttrain.train.early_stopping import adapt_state
 from hf_fasttrain.train.final_weights import FinalModel, with_metric
 from hf_fasttrain.train.log import METRICS_FILE, last_steps
-from hf_fasttrain.train.own_settings import MAY_CHANGE, comparable
+from hf_fasttrain.train.user_settings import MAY_CHANGE, comparable_settings
 from hf_fasttrain.utils.errors import RunError, UnusableCheckpoint, first_line
 
 if TYPE_CHECKING:
@@ -20,38 +20,38 @@ if TYPE_CHECKING:
 def restore(trainer: Trainer) -> None:
     """Restore a trainer; see `Trainer.restore`. The run folder stays locked for the training that follows."""
     if trainer.session.is_open:
-        raise RunError("restore() within running(): call it before, the steps of this loop are loaded already")
+        raise RunError("restore() inside running(): call it before, the steps of this loop are loaded already")
     if trainer.checkpoints is None:
         raise RunError("nothing to resume: the trainer has no output_dir")
     lock_run(trainer.checkpoints.run)
     try:
-        if not _take_over_newest(trainer, trainer.checkpoints):
-            trainer.checkpoints.saved_at = 0  # what is there was looked at
-            trainer.log.say(f"nothing to resume in {trainer.output_dir}: training starts afresh")
-            trainer.log.forget_after(0)
+        if not _load_newest(trainer, trainer.checkpoints):
+            trainer.checkpoints.saved_at = 0  # the folder has been checked
+            trainer.log.print(f"nothing to resume in {trainer.output_dir}: training starts from the beginning")
+            trainer.log.drop_lines_after(0)
         trainer.retry.restore()
     except RunError:
         unlock_run(trainer.checkpoints.run)
         raise
 
 
-def _take_over_newest(trainer: Trainer, checkpoints: Checkpoints) -> bool:
-    """Take over the newest checkpoint that fits; return whether there is one at all.
+def _load_newest(trainer: Trainer, checkpoints: Checkpoints) -> bool:
+    """Load the newest checkpoint that fits; return whether there is any checkpoint.
 
-    One that does not fit is passed over as a corrupt one is. Raises its error if no other does.
+    Those that do not fit are skipped like corrupt ones. Raises the first one's error if none fits.
     """
-    first: UnusableCheckpoint | None = None
+    first_error: UnusableCheckpoint | None = None
     before: int | None = None
-    while (checkpoint := checkpoints.newest(trainer.stateful.why_not, before)) is not None:
+    while (checkpoint := checkpoints.newest(trainer.stateful.reason_to_skip, before)) is not None:
         try:
-            _take_over(trainer, checkpoint)
+            _load(trainer, checkpoint)
         except UnusableCheckpoint as error:
-            trainer.log.say(f"{error}: skipped")
-            first, before = first or error, checkpoint_step(checkpoint.path)
+            trainer.log.print(f"{error}: skipped")
+            first_error, before = first_error or error, checkpoint_step(checkpoint.path)
         else:
             return True
-    if first is not None:
-        raise first
+    if first_error is not None:
+        raise first_error
     return False
 
 
@@ -59,30 +59,27 @@ def load_best(trainer: Trainer) -> int:
     """Load the best evaluation's weights; see `Trainer.load_best`."""
     state, checkpoints = trainer.state, trainer.checkpoints
     if trainer.session.is_open:
-        raise RunError("load_best() within running(): the steps that follow would be made from there; call it after")
+        raise RunError("load_best() inside running(): later steps would continue from these weights; call it after")
     if state.best is None:
-        raise RunError("load_best(): there is no best evaluation yet; give Trainer an eval_loader, and train first")
+        raise RunError("load_best(): there is no best evaluation yet; pass eval_loader to Trainer, and train first")
     best = FinalModel("best", int(state.best["step"]), state.best.get("metrics"))
-    held = trainer.final_model.step if trainer.final_model is not None else state.step
-    if held == best.step:
+    model_step = trainer.final_model.step if trainer.final_model is not None else state.step
+    if model_step == best.step:
         return best.step
     checkpoint = None
     if checkpoints is not None:
         checkpoints.wait()
         checkpoint = checkpoints.best(best.step)
     if checkpoint is None:
-        where = "no checkpoints are kept without an output_dir" if checkpoints is None else "its checkpoint is gone"
-        raise RunError(f"load_best(): the weights of step {best.step:,}, the best evaluation, are not there: {where}")
+        reason = "no checkpoints are kept without an output_dir" if checkpoints is None else "its checkpoint is gone"
+        raise RunError(f"load_best(): the weights of step {best.step:,}, the best evaluation, are missing: {reason}")
     trainer.stateful.restore_weights(checkpoint)
     trainer.final_model = best
     return best.step
 
 
 def continue_after_finish(trainer: Trainer) -> None:
-    """Give the model its last weights where `finish` has loaded the best evaluation's, and let it be saved again.
-
-    Raises RunError if the last weights are not on disk.
-    """
+    """Load the last weights if `finish` has loaded those of the best evaluation. Raises RunError if they are gone."""
     final, trainer.final_model = trainer.final_model, None
     if final is None or final.step == trainer.state.step:
         return
@@ -95,25 +92,25 @@ def continue_after_finish(trainer: Trainer) -> None:
     trainer.stateful.restore_weights(checkpoint)
 
 
-def _take_over(trainer: Trainer, checkpoint: Checkpoint) -> None:
+def _load(trainer: Trainer, checkpoint: Checkpoint) -> None:
     _require_same_settings(trainer, checkpoint)
-    taking_part = checkpoint.state.get("callbacks")
-    if isinstance(taking_part, list):  # older versions kept states alone
-        trainer.callbacks.require_same(taking_part, checkpoint.path)
+    participants = checkpoint.state.get("callbacks")
+    if isinstance(participants, list):  # older versions stored only states
+        trainer.callbacks.require_same(participants, checkpoint.path)
     state = State(**checkpoint.state["state"])
     if state.step > trainer.num_steps:
         raise RunError(
-            f"can't resume {checkpoint.path}: {_duration_of(trainer)} is {trainer.num_steps:,} steps, and "
-            f"{state.step:,} are done already; give a longer one"
+            f"can't resume {checkpoint.path}: {_duration_name(trainer)} is {trainer.num_steps:,} steps, and "
+            f"{state.step:,} are done already; set a longer one"
         )
-    given = trainer.step.given_seed
-    state.seed = (given or 0) if state.seed is None else state.seed
-    if given not in (None, state.seed):
+    user_seed = trainer.step.user_seed
+    state.seed = (user_seed or 0) if state.seed is None else state.seed
+    if user_seed not in (None, state.seed):
         raise RunError(
-            f"can't resume {checkpoint.path}: seed is {given} now, and {state.seed} in the run; leave it out"
+            f"can't resume {checkpoint.path}: seed is {user_seed} now, and {state.seed} in the run; leave it out"
         )
     _restore_states(trainer, checkpoint)
-    vars(trainer.state).update(vars(state))  # in place: others hold it
+    vars(trainer.state).update(vars(state))  # in place: other objects share it
     trainer.lr = state.base_lr or trainer.lr
     trainer.final_model = None
     trainer.state.best, note = with_metric(state.best, trainer.evaluation.best)
@@ -136,12 +133,12 @@ def _restore_states(trainer: Trainer, checkpoint: Checkpoint) -> None:
         if trainable and (note := trainer.step.restore_trainable(trainable)):
             trainer.log.note(note)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        text = f"can't resume {checkpoint.path}: what is trained can't be told from it: {first_line(error)}"
+        text = f"can't resume {checkpoint.path}: its trainable parameters can't be read: {first_line(error)}"
         raise UnusableCheckpoint(text) from None
     trainer.stateful.restore(checkpoint)
 
 
-def _duration_of(trainer: Trainer) -> str:
+def _duration_name(trainer: Trainer) -> str:
     return "train.duration" if trainer.recipe_text else "duration"
 
 
@@ -151,30 +148,30 @@ def _require_same_settings(trainer: Trainer, checkpoint: Checkpoint) -> None:
     saved = {**{key: defaults[key] for key in current.keys() & defaults}, **checkpoint.state["learnt"]}
     if trainer.recipe_text:
         require_same_settings(saved, current, checkpoint.path)
-    elif saved:  # older versions kept nothing of own objects
-        saved, current = comparable(saved, current)
+    elif saved:  # older versions stored no settings of user objects
+        saved, current = comparable_settings(saved, current)
         weights = f"load {checkpoint.path / 'model.safetensors'} into the model"
         require_same_settings(saved, current, checkpoint.path, f"another output_dir, and {weights}. {MAY_CHANGE}")
 
 
 def _note_differences(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Say where the run goes on, and what is different now."""
+    """Report where the run continues and what has changed."""
     state, log, processes = trainer.state, trainer.log, checkpoint.state["processes"]
-    log.forget_after(state.step)
+    log.drop_lines_after(state.step)
     if log.main and log.folder is not None:
         last = last_steps(log.folder)["train"]  # each checkpoint has its line
         if last < state.step:
             log.note(
-                f"{METRICS_FILE} has no figures of steps {last + 1:,} to {state.step:,}: they did not reach the disk"
+                f"{METRICS_FILE} has no lines for steps {last + 1:,} to {state.step:,}: they did not reach the disk"
             )
-    then = f" of {processes} processes" if processes != trainer.processes.number else ""
-    log.say(f"resumed from {checkpoint.path}{then}: step {state.step} of {trainer.num_steps}")
+    old_processes = f" of {processes} processes" if processes != trainer.processes.number else ""
+    log.print(f"resumed from {checkpoint.path}{old_processes}: step {state.step} of {trainer.num_steps}")
     if state.num_steps != trainer.num_steps:
         lr = trainer.lr * trainer.schedule(state.updates)
         log.note(
-            f"{_duration_of(trainer)} is {trainer.num_steps:,} steps now, it was {state.num_steps:,}: after step "
+            f"{_duration_name(trainer)} is now {trainer.num_steps:,} steps, before {state.num_steps:,}: after step "
             f"{state.step:,} lr follows the new schedule, {lr:.3g} after {state.lr:.3g}"
         )
-    going_on = adapt_state(trainer.evaluation.early_stopping, state, trainer.num_steps)
-    if going_on:
-        log.note(going_on)
+    early_stopping_note = adapt_state(trainer.evaluation.early_stopping, state, trainer.num_steps)
+    if early_stopping_note:
+        log.note(early_stopping_note)

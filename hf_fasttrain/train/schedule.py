@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on lr as a function of the step alone."""
+"""Learning-rate schedules: the factor on lr as a function of the number of updates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Schedule = Callable[[int], float]  # step, counted from 0 -> factor on lr
 
 
 def constant(step: int) -> float:
-    """Return 1: lr stays as it is."""
+    """Return 1: lr is constant."""
     return 1.0
 
 
@@ -22,8 +22,8 @@ def constant(step: int) -> float:
 class Warmup:
     """A linear rise over `warmup_steps`, then `after` (called with the step counted from the start).
 
-    It begins at `start_ratio` and reaches 1 at step `warmup_steps`, as timm's warm-up and torch's LinearLR. Without one
-    it begins at 1 / `warmup_steps` and reaches 1 a step earlier.
+    It starts at `start_ratio` and reaches 1 at step `warmup_steps`, like timm's warmup and torch's LinearLR. Without
+    `start_ratio` it starts at 1 / `warmup_steps` and reaches 1 one step earlier.
     """
 
     warmup_steps: int
@@ -42,7 +42,7 @@ class Warmup:
 class Cosine:
     """Half a cosine from 1 at `start_step` to `min_ratio` at the end (Loshchilov and Hutter, arXiv 1608.03983).
 
-    With `cycles` above 1 it falls so often, each time equally long and from 1: warm restarts.
+    With `cycles` above 1 it restarts from 1 after cycles of equal length (warm restarts).
     """
 
     num_steps: int
@@ -52,14 +52,14 @@ class Cosine:
 
     def __call__(self, step: int) -> float:
         after, length = step - self.start_step, max(1, self.num_steps - self.start_step)
-        # whole numbers up to the division: no rounding moves a restart
+        # integers up to the division, so that rounding can't move a restart
         done = after * self.cycles % length / length if after < length else 1.0
         return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """From 1 at `start_step` to `min_ratio` at the end, by the `power` of the share that is left; power 1: a line."""
+    """From 1 at `start_step` to `min_ratio` at the end: (remaining share) ** `power`; linear with power 1."""
 
     num_steps: int
     start_step: int = 0
@@ -75,7 +75,7 @@ class Polynomial:
 class OneCycle:
     """Cosine rise from 1 / `div` to 1, cosine fall to 1 / `div` / `final_div`: torch's OneCycleLR (arXiv 1708.07120).
 
-    With `rise_steps` 0 it begins at 1.
+    With `rise_steps` 0 it starts at 1.
     """
 
     num_steps: int
@@ -147,18 +147,18 @@ def resolve_warmup(
 ) -> WarmupSteps:
     """Return the warmup steps of a schedule; a warmup as long as the training is cut to 10 % of it."""
     if warmup == "auto":
-        reason = "30% of the training" if name == "onecycle" else f"{name} has none of its own"
+        reason = "30% of the training" if name == "onecycle" else f"{name} has none by default"
         return WarmupSteps(default_warmup_steps(name, num_steps), reason)
     steps = warmup.to_steps(steps_per_epoch, num_steps)
     if steps < num_steps:
         return WarmupSteps(steps, f"{warmup} of {num_steps:,} steps" if warmup.unit == "percent" else "")
     cut = num_steps // 10
-    shortened = f"10% of it, {cut:,} step{'s' * (cut != 1)}" if cut else "none, as 10% of it is less than a step"
+    text = f"10% of it, {cut:,} step{'s' * (cut != 1)}" if cut else "none, as 10% of it is less than a step"
     return WarmupSteps(
         cut,
         f"{warmup} does not fit into {num_steps:,} steps, cut to {'10%' if cut else 'none'}",
-        f"schedule.warmup={warmup} is {steps:,} step{'s' * (steps != 1)}, as long as the whole training of "
-        f"{num_steps:,} or longer: cut to {shortened}; to choose another: schedule.warmup=5%, or 0",
+        f"schedule.warmup={warmup} is {steps:,} step{'s' * (steps != 1)}, not shorter than the training of "
+        f"{num_steps:,}: cut to {text}; to choose another: schedule.warmup=5%, or 0",
     )
 
 
@@ -179,8 +179,8 @@ def build_schedule(
 ) -> Schedule:
     """Return the schedule of a name: cosine, linear, polynomial, onecycle, exponential, step, multistep or constant.
 
-    `warmup_steps`: 0 for none; None for the default of the schedule. `start_ratio`: where the warm-up begins, by
-    default 1 / warmup_steps, and 0 for linear and polynomial, as in transformers. `milestones`: steps, for multistep.
+    `warmup_steps`: 0 for none; None for the schedule's default. `start_ratio`: first factor of the warmup, by default
+    1 / warmup_steps, and 0 for linear and polynomial, as in transformers. `milestones`: steps, for multistep.
     """
     if warmup_steps is None:
         warmup_steps = default_warmup_steps(name, num_steps)

@@ -17,7 +17,7 @@ from hf_fasttrain.train.checkpointing import lock_run, unlock_run
 from hf_fasttrain.train.ending import stop_run
 from hf_fasttrain.train.launcher import shared_data_note
 from hf_fasttrain.train.steps import Steps
-from hf_fasttrain.train.stop import MOST_WAIT, only_one, signal_name
+from hf_fasttrain.train.stop import MOST_WAIT, exclusive_training, signal_name
 from hf_fasttrain.utils.errors import PeerGone, RunError, RunFailure
 from hf_fasttrain.utils.library_errors import is_peer_gone
 from hf_fasttrain.utils.signals import SIGNALS
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One `Trainer.running` after the other; no two at once in a process."""
+    """The resources of `Trainer.running`, which may be entered repeatedly, but not twice at once in a process."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.is_open = False  # whether steps can be run
-        self.is_released = False  # whether finish() has ended the run, and running() is not left yet
+        self.is_released = False  # whether finish() has ended the run, but running() has not ended yet
         self.deaths = WorkerDeaths(lambda text: trainer.log.alert(f"after step {trainer.state.step:,} {text}"))
         self._resources = ExitStack()
 
@@ -40,34 +40,34 @@ class Session:
         """Raise RunError outside of `running`, and after `finish`."""
         if self.is_released:
             raise RunError(
-                f"{method} after finish(), which has ended the run: leave running(), and enter it again to go on"
+                f"{method} after finish(), which has ended the run: leave running() and enter it again to continue"
             )
         if not self.is_open:
             raise RunError(f"{method} outside of running(): use it as `with trainer.running(): ...`, or call fit()")
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def open(self) -> Iterator[None]:
         """Acquire all resources; see `Trainer.running`."""
-        signals, late = self.trainer.stop.signals, 0
-        with only_one(self.trainer.output_dir), self._run_folder():
+        signals, last_signal = self.trainer.stop.signals, 0
+        with exclusive_training(self.trainer.output_dir), self._run_folder():
             start_step = self.trainer.state.step
             try:
                 with ExitStack() as self._resources:
                     self._open(self._resources)
                     with self._cut_short():
                         yield
-                    late = signals.received if self.is_open else 0
+                    last_signal = signals.received if self.is_open else 0
             except BaseException as error:
-                self._failed(error)
-                failure = self._failure(error, start_step)
+                self._call_failed(error)
+                failure = self._failure_with_step(error, start_step)
                 if failure is not None:
                     raise failure from None
                 raise
             finally:
                 self.is_open = self.is_released = False
                 self._close()
-        if late in SIGNALS:
-            signal.raise_signal(late)  # a signal after the last step, which was not handled
+        if last_signal in SIGNALS:
+            signal.raise_signal(last_signal)  # a signal after the last step, which was not handled
 
     @contextmanager
     def _cut_short(self) -> Iterator[None]:
@@ -82,7 +82,7 @@ class Session:
             pass  # handled outside of the handler, which keeps tensors alive
         number = self.trainer.stop.signals.received
         reason = f"no images have arrived for {MOST_WAIT:.0f} s after {signal_name(number)}"
-        self.trainer.log.say(f"{reason}: the step is given up")
+        self.trainer.log.print(f"{reason}: the step is given up")
         with suppress(WaitCutShort):  # of a user's loader, whose sampler is asked for its position
             if not self.trainer.processes.is_distributed:
                 stop_run(self.trainer, number)
@@ -104,10 +104,10 @@ class Session:
             return
         is_new = self.trainer.state.step == 0 and checkpoints.saved_at != 0
         if is_new and complete_checkpoints(checkpoints.folder):
-            raise RunError(f"{checkpoints.run}: holds checkpoints; call restore(), or give another output_dir")
+            raise RunError(f"{checkpoints.run}: contains checkpoints; call restore(), or pass another output_dir")
         self.trainer.processes.wait()  # no process writes before all have checked
         if not lock_run(checkpoints.run):
-            log.note(f"{checkpoints.run}: its file system has no locks; nothing keeps a second run out of it")
+            log.note(f"{checkpoints.run}: its file system has no locks, so a second run there is not prevented")
         try:
             yield
         finally:
@@ -126,12 +126,12 @@ class Session:
             trainer.log.note(note)
         trainer.step.accumulation.set_train_mode()
         bars = trainer.log.progress(trainer.num_steps, trainer.state.step, trainer.train_loader.steps_per_epoch)
-        for each in (trainer.stop.signals, CHILD_SIGNAL.noted(), bars, trainer.throughput.running()):
-            resources.enter_context(each)
+        for context in (trainer.stop.signals, CHILD_SIGNAL.deferred(), bars, trainer.throughput.running()):
+            resources.enter_context(context)
         self.is_open = True
 
     def _notes(self) -> Iterator[str]:
-        """Yield what should be known of a user's loaders before the first step."""
+        """Yield notes on a user's loaders before the first step."""
         trainer = self.trainer
         for name, loader in (("train_loader", trainer.train_loader), ("eval_loader", trainer.evaluation.eval_loader)):
             if isinstance(loader, UserLoader | UserEvalLoader):
@@ -142,8 +142,9 @@ class Session:
             return
         if train.steps_per_epoch > 1:
             yield (
-                "train_loader keeps no position within an epoch: restore() continues from the newest checkpoint of an "
-                f"epoch's end (each {train.steps_per_epoch:,} steps); from any one with torchdata's StatefulDataLoader"
+                "train_loader does not store its position within an epoch: restore() continues from the newest "
+                f"checkpoint at the end of an epoch ({train.steps_per_epoch:,} steps); torchdata's StatefulDataLoader "
+                "can continue from any checkpoint"
             )
 
     def _close_loaders(self) -> None:
@@ -151,18 +152,18 @@ class Session:
             if hasattr(loader, "close"):
                 loader.close()
 
-    def _failed(self, error: BaseException) -> None:
-        """Call `failed` of the callbacks, once nothing is being written."""
+    def _call_failed(self, error: BaseException) -> None:
+        """Call `callback_error` of the callbacks, once nothing is being written."""
         if self.trainer.checkpoints is not None:
             self.trainer.checkpoints.wait_for_thread()
         if self.is_open:
-            for failed in self.trainer.callbacks.call_all("failed", self.trainer, error):
-                self.trainer.log.alert(str(failed))
+            for callback_error in self.trainer.callbacks.call_all("failed", self.trainer, error):
+                self.trainer.log.alert(str(callback_error))
 
-    def _failure(self, error: BaseException, start_step: int) -> RunFailure | None:
+    def _failure_with_step(self, error: BaseException, start_step: int) -> RunFailure | None:
         """Return the failure with the last saved step if a process has died; None for other errors."""
         if self.trainer.processes.is_distributed and is_peer_gone(error):
-            error = PeerGone("another training process has ended; if it could, it has said why")
+            error = PeerGone("another training process has ended; its output may show why")
         if not isinstance(error, RunFailure):
             return None
         checkpoints = self.trainer.checkpoints
@@ -172,11 +173,11 @@ class Session:
         """Close the callbacks, and wait for what is being written."""
         is_failing = sys.exception() is not None
         try:
-            failed = self.trainer.callbacks.call_all("close")
+            errors = self.trainer.callbacks.call_all("close")
         finally:
             if self.trainer.checkpoints is not None:
                 self.trainer.checkpoints.wait()
-        if failed and not is_failing:
-            raise failed[0]
-        for error in failed:
+        if errors and not is_failing:
+            raise errors[0]
+        for error in errors:
             self.trainer.log.alert(str(error))

@@ -20,38 +20,38 @@ from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
 from hf_fasttrain.utils.limits import start_thread
 from hf_fasttrain.utils.signals import SIGNALS
 
-LAUNCHER_GONE = 1000  # used in place of a signal number
-MOST_STEPS = 10  # between a signal and the reaction, with several processes
+LAUNCHER_GONE = 1000  # used instead of a signal number
+MAX_STEPS = 10  # from a signal to the stop, with several processes
 END = b"\0"
-TWICE_SECONDS = 0.2  # nobody presses Ctrl-C twice as fast; a child being forked may echo the first one
-SECONDS_BETWEEN = 1.0  # that these steps may take
+MIN_PRESS_SECONDS = 0.2  # between two Ctrl-C; a child that is being forked may repeat the first one at once
+MAX_SECONDS = 1.0  # for MAX_STEPS
 SLOW_WAIT = 60.0
 MOST_WAIT = 3.0  # seconds after a signal for which images are still awaited; docker kills after 10
 
 
 class StopSignals:
-    """Remembers the first signal that asks for a stop, while it is entered; a second Ctrl-C ends the process at once.
+    """Records the first signal that asks for a stop, within its `with` block; a second Ctrl-C ends the process.
 
-    `hurry` is called, in a thread of its own, with the name of the signal. That thread hears signals even while the
-    main one is in a long operation, where Python's handlers do not run. A launcher that dies (`accelerate launch`
-    passes no SIGTERM on) counts as a signal, if it is heeded. Outside of Python's main thread no signals can be caught.
-    A wait for images that goes on after the signal ends with WaitCutShort; without one, `slow` is called once, in the
-    thread, when it has lasted SLOW_WAIT seconds.
+    `on_signal` is called with the name of the signal in a separate thread, which receives signals even while the main
+    thread is in a long operation, where Python's handlers do not run. After `watch_launcher`, the death of the launcher
+    counts as a signal (`accelerate launch` does not forward SIGTERM). Signals can be caught only in the main thread.
+    A wait for images that goes on after the signal ends with WaitCutShort; without a signal, `on_slow_data` is called
+    once, in the thread, when the wait has lasted SLOW_WAIT seconds.
     """
 
     def __init__(
         self,
-        hurry: Callable[[str], None] = lambda name: None,
-        slow: Callable[[float], None] = lambda seconds: None,
+        on_signal: Callable[[str], None] = lambda name: None,
+        on_slow_data: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._hurry, self._slow, self._received, self._since = hurry, slow, 0, 0.0
-        self._slow_since: float | None = None  # the wait that `slow` was called for
+        self._on_signal, self._on_slow_data, self._received, self._since = on_signal, on_slow_data, 0, 0.0
+        self._slow_since: float | None = None  # the wait that `on_slow_data` was called for
         self._parent: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._wakeup = -1
 
-    def heed_launcher(self) -> None:
+    def watch_launcher(self) -> None:
         """Treat the end of the launcher, this process's parent, as a signal."""
         self._parent = os.getppid()
 
@@ -68,8 +68,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup does
-            self._before = {number: signal.signal(number, self._note) for number in heard}
+            numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+            self._previous = {number: signal.signal(number, self._handle) for number in numbers}
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -77,74 +77,76 @@ class StopSignals:
             start_thread(self._thread)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        self._before = {}
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup)
-            os.write(self._pipe[1], END)  # to the thread; loader workers may hold a copy of this end
+            os.write(self._pipe[1], END)  # ends the thread; loader workers may have a copy of this file descriptor
             os.close(self._pipe[1])
             self._pipe = None
-            self._thread.join(timeout=1.0)  # it may be about to note a signal, which the next training would obey
+            self._thread.join(timeout=1.0)  # it may be about to record a signal, which would stop the next training
         self._received = 0
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._is_stuck():
             WAITING.cut_short()
         self._receive(number)
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel ends a process that hangs, Python could not
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel can end a process that hangs, Python can't
 
     def _is_stuck(self) -> bool:
         return bool(self._received) and WAITING.seconds(self._since) > MOST_WAIT
 
     def _listen(self, pipe: int) -> None:
-        first: float | None = None  # when Ctrl-C was heard
+        first_press: float | None = None  # time of the first Ctrl-C
         is_reported = False
-        while (heard := self._heard(pipe)) != END:
-            number = heard[0]
+        while (byte := self._read_pipe(pipe)) != END:
+            number = byte[0]
             if number not in SIGNALS:
                 continue
             now = time.perf_counter()
-            if number == signal.SIGINT and first is not None and now - first > TWICE_SECONDS:
+            if number == signal.SIGINT and first_press is not None and now - first_press > MIN_PRESS_SECONDS:
                 os._exit(Stopped.CTRL_C)
-            if number == signal.SIGINT and first is None:
-                first = now
+            if number == signal.SIGINT and first_press is None:
+                first_press = now
             self._receive(number)
             if not is_reported:
                 is_reported = True
-                self._hurry(signal_name(number))
+                self._on_signal(signal_name(number))
         os.close(pipe)
 
-    def _heard(self, pipe: int) -> bytes:
+    def _read_pipe(self, pipe: int) -> bytes:
         """Wait for the number of a signal, or END; meanwhile interrupt a main thread that waits for images in vain."""
-        again = next((number for number in self._before if number != signal.SIGINT), None)
+        repeated = next((number for number in self._previous if number != signal.SIGINT), None)
         poll = select.poll()
         poll.register(pipe, select.POLLIN)
         while not poll.poll(500):  # milliseconds
-            if self.received and again is not None and self._is_stuck():
-                signal.pthread_kill(threading.main_thread().ident or 0, again)  # its handler raises in that thread
+            if self.received and repeated is not None and self._is_stuck():
+                signal.pthread_kill(threading.main_thread().ident or 0, repeated)  # its handler raises in that thread
             elif WAITING.seconds(0) > SLOW_WAIT and self._slow_since != WAITING.since:
                 self._slow_since = WAITING.since
-                self._slow(SLOW_WAIT)
+                self._on_slow_data(SLOW_WAIT)
         return os.read(pipe, 1)
 
 
-_trains: dict[int, str] = {}  # process id -> what trains in it; a process that is forked has an id of its own
+_running: dict[int, str] = {}  # process id -> description of the training in it
 
 
 @contextmanager
-def only_one(output_dir: Path | None) -> Iterator[None]:
-    """Let one training at a time run in this process: signals and random states are the process's. RunError if not."""
-    running = _trains.get(os.getpid())
+def exclusive_training(output_dir: Path | None) -> Iterator[None]:
+    """Raise RunError if a training is running in this process: signals and random states belong to the process."""
+    running = _running.get(os.getpid())
     if running is not None:
         raise RunError(f"a Trainer is running in this process already ({running}); end its running() or fit() first")
-    _trains[os.getpid()] = f"output_dir {output_dir}" if output_dir else "without output_dir"
+    _running[os.getpid()] = f"output_dir {output_dir}" if output_dir else "without output_dir"
     try:
         yield
     finally:
-        del _trains[os.getpid()]
+        del _running[os.getpid()]
 
 
 def signal_name(number: int) -> str:
@@ -164,22 +166,22 @@ def stopped(number: int, message: str, step: int, result: Result, *, saved: bool
 
 
 class StopRequest(NamedTuple):
-    """The request after a step, the same on every process."""
+    """The requests after a step, the same on every process."""
 
     stop: int = 0  # number of the signal
     save: bool = False
-    on_disk: int = 0  # step of the newest checkpoint that is complete
+    on_disk: int = 0  # step of the newest complete checkpoint
 
     def __bool__(self) -> bool:
         return bool(self.stop) or self.save
 
 
 class StopRequests:
-    """Tells at step boundaries whether to save or to stop.
+    """Decides at step boundaries whether to save or to stop.
 
-    Alone, at once. Several processes agree every few steps, at most MOST_STEPS and about a second apart: on a stop if
-    any of them was signalled, on saving if `minutes` have passed on the main process's clock, and on which checkpoint
-    is complete: the main process, which writes them, knows it.
+    A single process decides after every step. Several processes agree every few steps, at most MAX_STEPS and about a
+    second apart: to stop if any of them received a signal, to save if `minutes` have passed on the main process's
+    clock, and on the newest complete checkpoint, which only the main process knows.
     """
 
     def __init__(
@@ -192,32 +194,37 @@ class StopRequests:
         self._on_disk = on_disk
         self.processes, self.signals = processes, signals
         self._seconds = None if minutes is None else 60 * minutes
-        self._saved = self._agreed = time.monotonic()
-        self._next: int | None = None  # step at which the processes agree next
-        self._between = 1
+        self._saved_at = self._agreed_at = time.monotonic()
+        self._next_step: int | None = None  # step at which the processes agree next
+        self._interval = 1
 
     def saved(self) -> None:
         """Restart the clock of `minutes`."""
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def pending(self) -> bool:
-        """Return whether this process was signalled; others may not have been."""
+        """Return whether this process has received a signal; others may not have."""
         return bool(self.signals.received)
 
     def at_step(self, step: int) -> StopRequest:
-        """Return what is requested after a step; called by all processes after every step."""
+        """Return the requests after a step; called by all processes after every step."""
         if not self.processes.is_distributed:
             return StopRequest(self.signals.received, self._is_due(), self._on_disk())
-        if self._next is not None and step < self._next:
+        if self._next_step is not None and step < self._next_step:
             return StopRequest()
         now = time.monotonic()
-        per_step = (now - self._agreed) / self._between
-        most = int(max(1, min(MOST_STEPS, SECONDS_BETWEEN / max(per_step, 1e-6)))) if self._next is not None else 1
-        main = self.processes.is_main
-        stop, save, self._between, on_disk = self.processes.largest(
-            self.signals.received, int(main and self._is_due()), most if main else 0, self._on_disk() if main else 0
+        seconds_per_step = (now - self._agreed_at) / self._interval
+        interval = (
+            int(max(1, min(MAX_STEPS, MAX_SECONDS / max(seconds_per_step, 1e-6)))) if self._next_step is not None else 1
         )
-        self._agreed, self._next = now, step + self._between
+        is_main = self.processes.is_main
+        stop, save, self._interval, on_disk = self.processes.largest(
+            self.signals.received,
+            int(is_main and self._is_due()),
+            interval if is_main else 0,
+            self._on_disk() if is_main else 0,
+        )
+        self._agreed_at, self._next_step = now, step + self._interval
         return StopRequest(stop, bool(save), on_disk)
 
     def now(self) -> int:
@@ -225,4 +232,4 @@ class StopRequests:
         return self.processes.largest(self.signals.received)[0]
 
     def _is_due(self) -> bool:
-        return self._seconds is not None and time.monotonic() - self._saved >= self._seconds
+        return self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds

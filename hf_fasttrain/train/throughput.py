@@ -39,9 +39,9 @@ class Throughput:
     """
 
     def __init__(self, device: torch.device, waited: Callable[[], float]) -> None:
-        self.device, self._waited = device, waited
+        self.device, self._loader_seconds = device, waited
         self.images, self.train_seconds, self.wait_seconds = 0, 0.0, 0.0  # of the whole run
-        self._since: float | None = None
+        self._started_at: float | None = None
         self._wait_mark = self._loss = 0.0
         self._recent_seconds = self._recent_steps = 0.0
         self._new_lap()
@@ -50,10 +50,10 @@ class Throughput:
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._images: list[int] = []  # of each loss
-        self._values: dict[str, Tensor] = {}  # sums over the images of what the step loss has returned for the log
-        self._of_value: dict[str, float] = {}  # over how many images
-        self._at: list[int] = []  # which step of the lap each loss is of
-        self._steps = self._seen = 0  # steps and images, skipped ones too
+        self._values: dict[str, Tensor] = {}  # sums over the images of the step loss's values for the log
+        self._value_images: dict[str, float] = {}  # number of images in each sum
+        self._step_numbers: list[int] = []  # number, within the lap, of each loss's step
+        self._steps = self._num_images = 0  # including skipped steps
         self._seconds = self._wait = 0.0
 
     def add(
@@ -67,39 +67,39 @@ class Throughput:
     ) -> None:
         """Count a step: this process's part of its mean loss (0-d), its images on all processes, its gradients' norm.
 
-        `values`: this process's part of means for the log, and of how much of the step's images. All of a step that
-        fp16 skipped may be NaN or inf, and is ignored.
+        `values`: name -> (this process's part of a mean for the log, share of the step's images in it). Values of a
+        step that fp16 skipped are ignored: they may be NaN or inf.
         """
         self.images += num_images
-        self._steps, self._seen = self._steps + 1, self._seen + num_images
+        self._steps, self._num_images = self._steps + 1, self._num_images + num_images
         if skipped:
             return
         self._losses.append(loss)
-        self._at.append(self._steps)
+        self._step_numbers.append(self._steps)
         self._images.append(num_images)
         if grad_norm is not None:
             self._norms.append(grad_norm)
         for name, (value, share) in values.items() if values else ():
             total = self._values.get(name)
             self._values[name] = value * num_images if total is None else total.add_(value, alpha=num_images)
-            self._of_value[name] = self._of_value.get(name, 0.0) + share * num_images
+            self._value_images[name] = self._value_images.get(name, 0.0) + share * num_images
 
     @property
     def has_steps(self) -> bool:
         """Whether there were steps since the last lap; the same on all processes."""
         return self._steps > 0
 
-    def first_loss(self, add_up: Callable[[Tensor], Tensor]) -> float | None:
-        """Return the mean loss of the present lap's first step, None if there is none; called by all processes."""
-        return float(add_up(torch.stack(self._losses[:1]).float().sum())) if self._losses else None
+    def first_loss(self, reduce_sum: Callable[[Tensor], Tensor]) -> float | None:
+        """Return the mean loss of the current lap's first step, None if there is none; called by all processes."""
+        return float(reduce_sum(torch.stack(self._losses[:1]).float().sum())) if self._losses else None
 
-    def lap(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return what happened since the last lap; `add_up` sums a tensor over processes.
+    def lap(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return loss, gradient norm and speed since the last lap; `reduce_sum` sums a tensor over processes.
 
         If the loss is NaN or inf on any process, the lap is kept for `first_not_finite`.
         """
-        loss, norm = self._totals(add_up)
-        self._mark()
+        loss, norm = self._totals(reduce_sum)
+        self._update_clock()
         seconds = max(self._seconds, 1e-9)
         fading = math.exp(-seconds / RECENT_SECONDS)
         self._recent_seconds = fading * self._recent_seconds + seconds
@@ -107,7 +107,7 @@ class Throughput:
         values = {
             "loss": loss / sum(self._images) if self._images else self._loss,  # mean over the images
             **({"grad_norm": norm} if self._norms else {}),  # of the last step
-            "images_per_second": self._seen / seconds,
+            "images_per_second": self._num_images / seconds,
             "data_wait_fraction": min(1.0, self._wait / seconds),
             "seconds_per_step": seconds / max(1, self._steps),
         }
@@ -118,25 +118,25 @@ class Throughput:
 
     @property
     def recent_seconds_per_step(self) -> float:
-        """Seconds per step in the laps of about the last minute; older ones fade away."""
+        """Seconds per step over about the last minute, as an exponentially weighted mean."""
         return self._recent_seconds / max(1.0, self._recent_steps)
 
-    def _totals(self, add_up: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    def _totals(self, reduce_sum: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """Return the sum of the losses of all images in this lap, nan if a norm is not finite; and the last norm."""
-        numbers = [number.float() for number in (*self._losses, *self._norms)]
-        read = torch.stack(numbers).tolist() if numbers else []
-        losses, norms = read[: len(self._losses)], read[len(self._losses) :]
+        scalars = [scalar.float() for scalar in (*self._losses, *self._norms)]
+        values = torch.stack(scalars).tolist() if scalars else []
+        losses, norms = values[: len(self._losses)], values[len(self._losses) :]
         local = float(sum(loss * images for loss, images in zip(losses, self._images, strict=True)))
-        total = float(add_up(torch.tensor(local, device=self.device)))
+        total = float(reduce_sum(torch.tensor(local, device=self.device)))
         return total if all(map(math.isfinite, norms)) else math.nan, norms[-1] if norms else 0.0
 
-    def first_not_finite(self, add_up: Callable[[Tensor], Tensor]) -> NotFinite | None:
+    def first_not_finite(self, reduce_sum: Callable[[Tensor], Tensor]) -> NotFinite | None:
         """Return the first step of the lap with NaN or inf; called by all processes."""
-        losses = add_up(torch.stack(self._losses).float()).tolist()
+        losses = reduce_sum(torch.stack(self._losses).float()).tolist()
         norms = torch.stack(self._norms).tolist() if self._norms else [None] * len(losses)
-        for at, loss, norm in zip(self._at, losses, norms, strict=True):
+        for number, loss, norm in zip(self._step_numbers, losses, norms, strict=True):
             if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
-                return NotFinite(self._steps - at, loss, norm)
+                return NotFinite(self._steps - number, loss, norm)
         return None
 
     def save(self, state: State) -> None:
@@ -148,18 +148,18 @@ class Throughput:
         self.images, self.train_seconds, self.wait_seconds = state.images, state.train_seconds, state.wait_seconds
 
     def means(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
-        """Return the present lap's means of the step loss's values, before `lap`; called by all processes.
+        """Return the current lap's means of the step loss's values; call it before `lap`, on all processes.
 
         `gather` joins lists of all processes. A value is averaged over the images for which it was returned.
         """
         names = list(self._values)
-        numbers = torch.stack(list(self._values.values())).tolist() if names else []
-        local = {name: (number, self._of_value[name]) for name, number in zip(names, numbers, strict=True)}
+        totals = torch.stack(list(self._values.values())).tolist() if names else []
+        local = {name: (total, self._value_images[name]) for name, total in zip(names, totals, strict=True)}
         sums: dict[str, float] = {}
         images: dict[str, float] = {}
-        for each in gather([local]):
-            for name, (number, count) in each.items():
-                sums[name] = sums.get(name, 0.0) + number
+        for process_sums in gather([local]):
+            for name, (total, count) in process_sums.items():
+                sums[name] = sums.get(name, 0.0) + total
                 images[name] = images.get(name, 0.0) + count
         return {name: sums[name] / images[name] for name in sums}
 
@@ -170,14 +170,14 @@ class Throughput:
         try:
             yield
         except BaseException:
-            self._since = None  # don't synchronise a device that may have failed: that would hide the error
+            self._started_at = None  # don't synchronise a device that may have failed: that would hide the error
             raise
         self._stop()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Stop the clock, if it runs."""
-        if self._since is None:
+        """Stop the clock if it is running."""
+        if self._started_at is None:
             yield
             return
         self._stop()
@@ -187,19 +187,19 @@ class Throughput:
             self._start()
 
     def _start(self) -> None:
-        self._since, self._wait_mark = time.perf_counter(), self._waited()
+        self._started_at, self._wait_mark = time.perf_counter(), self._loader_seconds()
 
     def _stop(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._mark()
-        self._since = None
+        self._update_clock()
+        self._started_at = None
 
-    def _mark(self) -> None:
-        if self._since is None:
+    def _update_clock(self) -> None:
+        if self._started_at is None:
             return
-        now, waited = time.perf_counter(), self._waited()
-        seconds, wait = now - self._since, waited - self._wait_mark
+        now, waited = time.perf_counter(), self._loader_seconds()
+        seconds, wait = now - self._started_at, waited - self._wait_mark
         self.train_seconds, self._seconds = self.train_seconds + seconds, self._seconds + seconds
         self.wait_seconds, self._wait = self.wait_seconds + wait, self._wait + wait
-        self._since, self._wait_mark = now, waited
+        self._started_at, self._wait_mark = now, waited

@@ -19,11 +19,11 @@ READ_ID: dict[str, Callable[[Any], str]] = {
     "mlflow": lambda run: run.info.run_id,
     "trackio": lambda run: run.name,
 }
-KEEP_CONFIG = ("mlflow", "tensorboard")  # a second configuration is an error in one, another run in the other
+KEEP_CONFIG = ("mlflow", "tensorboard")  # writing the configuration again is an error (mlflow) or starts another run
 
 
 class Trackers:
-    """Sends (values, step) to the trackers of an Accelerator. One that fails is removed."""
+    """Sends (values, step) to the trackers of an Accelerator. A tracker that fails is removed."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class Trackers:
     ) -> None:
         """Start the trackers; `ids` are the tracker runs to continue from `step`.
 
-        `sent`: the last step that was logged before the run was resumed, by the first part of the values' names
-        ("train", "eval"). Steps until there are not sent again to trackers that would show them twice.
-        Raises RunError if one of them can't be started.
+        `sent`: the last step that was logged before the run was resumed, by the prefix of the values' names ("train",
+        "eval"). Earlier steps are not sent again to trackers that would show them twice. Raises RunError if a tracker
+        can't be started.
         """
         options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}} if step else {}
         for name, run in ids.items():
@@ -77,14 +77,15 @@ class Trackers:
             raise RunError("; ".join(failed))
 
     def ids(self) -> dict[str, str]:
-        """Return tracker name -> id of its run, of those that can be resumed by an id, including failed ones."""
+        """Return tracker name -> id of its run for trackers that resume by an id, including failed ones."""
         return dict(self._ids)
 
 
 def _logged_steps(tracker: Any, sent: Mapping[str, int]) -> dict[str, int]:
-    """Return the last steps that a tracker run has and would duplicate if they were sent again.
+    """Return the last steps of a tracker run that would appear twice if they were sent again.
 
-    TensorBoard purges and Weights & Biases ignores what it has; MLflow writes at once, trackio twice a second.
+    TensorBoard purges steps that it has, and Weights & Biases ignores them; MLflow writes at once, trackio twice a
+    second.
     """
     if tracker.name == "mlflow":
         return dict(sent)

@@ -1,4 +1,4 @@
-"""The loop: exact gradients over a step's images, whatever the accumulation and the number of processes."""
+"""The Trainer: the training loop, on one page. A step's gradients and update are in step.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.models.weights import save_weights
 from hf_fasttrain.run_folder.checkpoint import Snapshot, checkpoint_path
 from hf_fasttrain.run_folder.result import Result, Watch
-from hf_fasttrain.train.arguments import checked, parse_duration
+from hf_fasttrain.train.arguments import check_arguments, parse_duration
 from hf_fasttrain.train.batch_norm import average_batch_norm
 from hf_fasttrain.train.callbacks import Callbacks, StepReport
 from hf_fasttrain.train.checkpoint_state import State, TrainingObjects
@@ -30,11 +30,10 @@ from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.ending import call_finished, evaluate_final, raise_stopped, save_last, stop_run, write_results
 from hf_fasttrain.train.evaluation import Evaluation, Evaluator
 from hf_fasttrain.train.final_weights import FinalModel, resolve_final
-from hf_fasttrain.train.launcher import accelerator_for
+from hf_fasttrain.train.launcher import resolve_accelerator
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import Loss
 from hf_fasttrain.train.optim import keep_lr_ratios, set_lr
-from hf_fasttrain.train.own_settings import own_settings
 from hf_fasttrain.train.progress import Progress
 from hf_fasttrain.train.resume import continue_after_finish, load_best, restore
 from hf_fasttrain.train.retry import Retry
@@ -46,6 +45,7 @@ from hf_fasttrain.train.steps import Steps
 from hf_fasttrain.train.stop import StopRequests, StopSignals
 from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.train.user_metrics import Metric, Predict
+from hf_fasttrain.train.user_settings import user_settings
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
@@ -59,22 +59,18 @@ if TYPE_CHECKING:
 class Trainer:
     """Trains `model` with `optimizer` over the steps of `train_loader`.
 
-    `Trainer.from_recipe` makes one from a recipe. With your own objects, a batch of `train_loader` is (images,
+    `Trainer.from_recipe` builds one from a recipe. With your own objects, a batch of `train_loader` is (images,
     targets), this process's share of one step, which is split into `accumulation_steps` micro-batches; both are
-    tensors, or tuples, lists and dicts of them. `loss` maps (logits, targets) to the mean over their images;
-    `step_loss`, in its place, (model, images, targets, at) to that mean, or to (mean, {name: value for the log}).
-    `eval_loader` gives (images, labels), on all processes together each image once. The model is moved to the
-    accelerator's device and wrapped; don't prepare anything yourself.
-    Before the first step two images of noise show which parameters forward does not use: they are frozen, and named.
-
-    What is rarely changed are attributes, to be set before `fit`: `final` (which weights the run ends with, and
-    output_dir/model has: best or last; by default best with `early_stopping`), `checkpoints.keep` (beside the best
-    one), `evaluation.test_loader` (measured once, with those weights), `export` (writes the model into a folder).
-
-    Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped when a signal has ended training.
+    tensors, or tuples, lists and dicts of them. `loss` maps (logits, targets) to the mean over their images.
+    `step_loss` replaces it and maps (model, images, targets, at) to that mean, or to (mean, {name: value to log}).
+    `eval_loader` yields (images, labels), over all processes each image once. The model is moved to the device and
+    wrapped; don't prepare anything yourself. Parameters that forward does not use are found with two noise images
+    before the first step, frozen and reported. docs/python-api.md describes each parameter, and the less common
+    settings, which are attributes. Raises RunError (a ValueError) for what can't be trained or resumed, and Stopped
+    when a signal ends training.
     """
 
-    @checked
+    @check_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -104,26 +100,26 @@ class Trainer:
         log_every: int = 10,
         seed: int | None = None,
     ) -> None:
-        self.accelerator = accelerator_for(accelerator, accumulation_steps, train_loader)
+        self.accelerator = resolve_accelerator(accelerator, accumulation_steps, train_loader)
         self.device = set_current_device(self.accelerator)
         self.processes, self.state = Processes(self.accelerator), State()
-        parts = (self.accelerator, model, optimizer, step_loss or LossOfLogits(loss), self.processes, self.state)
-        self.step = TrainStep(*parts, seed=seed, clip_norm=clip_norm, ema=ema)
+        objects = (self.accelerator, model, optimizer, step_loss or LossOfLogits(loss), self.processes, self.state)
+        self.step = TrainStep(*objects, seed=seed, clip_norm=clip_norm, ema=ema)
         self.raw_model, self.optimizer, self.ema = self.step.raw_model, self.step.optimizer, ema
         self.lr, self.schedule, self.log_every = keep_lr_ratios(optimizer), schedule, log_every
-        self.train_loader = UserLoader.wrap(train_loader, self.device, accumulation_steps, **self.step.for_loader)
+        self.train_loader = UserLoader.wrap(train_loader, self.device, accumulation_steps, **self.step.loader_options)
         steps_per_epoch = self.train_loader.steps_per_epoch
         self.num_steps = parse_duration("duration", duration).to_steps(steps_per_epoch)
         self.step.steps_per_epoch, self.step.num_steps = steps_per_epoch, self.num_steps
         self.evaluate_every = parse_duration("evaluate_every", evaluate_every).to_steps(steps_per_epoch)
-        saving = parse_duration("checkpoint_every", checkpoint_every, minutes=True)
-        minutes = saving.count if saving.unit == "minutes" else None
-        self.checkpoint_every = self.num_steps if minutes is not None else saving.to_steps(steps_per_epoch)
+        checkpoint_interval = parse_duration("checkpoint_every", checkpoint_every, minutes=True)
+        minutes = checkpoint_interval.count if checkpoint_interval.unit == "minutes" else None
+        self.checkpoint_every = self.num_steps if minutes is not None else checkpoint_interval.to_steps(steps_per_epoch)
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.report = report and output_dir is not None
         self.log = log or RunLog(self.output_dir, main=self.processes.is_main)
-        if ema is not None and (slow := ema.slow_note(self.num_steps)):
-            self.log.note(slow)
+        if ema is not None and (ema_note := ema.slow_note(self.num_steps)):
+            self.log.note(ema_note)
         self.throughput = Throughput(self.device, lambda: self.train_loader.wait_seconds)
         self.evaluation = Evaluation(
             Evaluator(self.accelerator, num_classes, own=metrics, predict=predict),
@@ -138,45 +134,49 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(self.output_dir, self.processes, self.log) if self.output_dir else None
         on_disk = self.checkpoints.newest_written if self.checkpoints else lambda: 0
-        self.stop = StopRequests(self.processes, StopSignals(self.log.hurry, self.log.slow_data), minutes, on_disk)
+        self.stop = StopRequests(
+            self.processes, StopSignals(self.log.report_signal, self.log.report_slow_data), minutes, on_disk
+        )
         stateful = (self.raw_model, ema, self.optimizer, self.accelerator.scaler, self.train_loader)
         self.stateful = TrainingObjects(self.processes, *stateful, self.step.loss_state)
         self.retry = Retry(
             self.step, self.train_loader, lambda: self.evaluation.loaders, self.state, self.log, self.output_dir
         )
-        self.upcoming: Steps  # the steps that are left, while it runs
+        self.upcoming: Steps  # the remaining steps, while running
         self.callbacks = Callbacks(callbacks or ())
         self.publish: Publish | None = None  # the built-in callback: report, then push
         self.progress, self.session = Progress(self), Session(self)
         self.final, self.recipe_text = "auto", ""
-        self.final_model: FinalModel | None = None  # what the model holds since the run has ended
+        self.final_model: FinalModel | None = None  # the weights in the model after the run has ended
         self.export: Callable[[nn.Module, Path], None] = save_weights
-        self.resume_settings = own_settings(self, optimizer, step_loss or loss, clip_norm)  # a resumed run has the same
+        self.resume_settings = user_settings(
+            self, optimizer, step_loss or loss, clip_norm
+        )  # a resumed run has the same
         self.bad_images: BadImages | None = None
-        self.reserved_memory = 0  # bytes of this machine's memory that the loaders will take beside this process
+        self.reserved_memory = 0  # bytes of this machine's memory that the loaders will need
 
     @classmethod
-    @checked
+    @check_arguments
     def from_recipe(
         cls, recipe: Recipe | str | Path, overrides: Sequence[str] = (), **options: Unpack[RecipeOptions]
     ) -> Trainer:
         """Return the trainer of a recipe (file, name or `Recipe`) with `section.key=value` overrides.
 
         `dataset`: a `datasets.Dataset` or `DatasetDict` to use instead of the recipe's data.dataset. With `resume`,
-        `fit` goes on from the newest complete checkpoint in the recipe's output_dir. `callbacks`: see `Callback`.
+        `fit` continues from the newest complete checkpoint in the recipe's output_dir. `callbacks`: see `Callback`.
 
-        The others stand in the place of what sections of the recipe make, as docs/python-api.md says: `model`,
-        `step_loss`, `optimizer=f(groups)`, `schedule=f(num_steps)`, `metrics`, `predict`, `transform=f(pixels, rng)`
-        and `sample_weights`. A resumed run must be given the same ones.
+        The other options replace parts that the recipe would build (docs/python-api.md): `model`, `step_loss`,
+        `optimizer=f(groups)`, `schedule=f(num_steps)`, `metrics`, `predict`, `transform=f(pixels, rng)` and
+        `sample_weights`. Pass the same ones when you resume.
         """
         from hf_fasttrain.from_recipe.trainer import build_trainer
 
         return build_trainer(recipe, overrides, trainer_class=cls, **options)
 
     def fit(self) -> Result:
-        """Train to the end and return how it ended.
+        """Train to the end and return the result.
 
-        Raises Stopped when a signal has stopped it before, with its state saved.
+        Raises Stopped if a signal ends training early; the state is saved.
         """
         with self.running():
             for _ in self.iterate():
@@ -184,23 +184,23 @@ class Trainer:
             return self.finish()
 
     def running(self) -> AbstractContextManager[None]:
-        """Hold the run folder, listen to signals and let the clock run, for a loop over `iterate`.
+        """Return a context manager that locks the run folder, handles signals and runs the clock, for `iterate`.
 
-        All of that ends with it, and loader processes too, whether the loop came to its end, was left by `break` or by
-        an exception: another trainer may run then. Raises RunError where one is running in this process already.
+        When the block ends, by `break` or an exception too, everything is released, including loader processes, and
+        another trainer may run. Raises RunError if one is already running in this process.
         """
         self.final = resolve_final(self.final, self.evaluation.early_stopping)
         if self.publish is None and self.report and self.output_dir is not None:
             from hf_fasttrain.report.callback import Publish
 
-            self.publish_by(Publish(self.output_dir, self.log))
-        return self.session.opened()
+            self.set_publish_callback(Publish(self.output_dir, self.log))
+        return self.session.open()
 
     def iterate(self) -> Iterator[StepReport]:
-        """Make the steps that are left, and yield each when all that is due after it is done.
+        """Run the remaining steps; each is yielded after its evaluation and checkpoint.
 
-        Within `running` alone. Goes on where an earlier loop was left. A signal ends it: the state is saved, and
-        Stopped is raised, which is a KeyboardInterrupt too if it was Ctrl-C.
+        Only inside `running`. Continues where an earlier loop ended. After a signal the state is saved and Stopped is
+        raised, which is also a KeyboardInterrupt after Ctrl-C.
         """
         self.session.require_open("iterate()")
         return self._make_steps()
@@ -208,8 +208,8 @@ class Trainer:
     def _make_steps(self) -> Iterator[StepReport]:
         if not self.is_finished:
             continue_after_finish(self)
-        if self.state.step and self._due(self.evaluate_every) and not self.is_finished:  # not done before a stop
-            stop = self._evaluate() if self.evaluation.has_begun else 0
+        if self.state.step and self._is_due(self.evaluate_every) and not self.is_finished:  # not done before a stop
+            stop = self._evaluate() if self.evaluation.has_started else 0
             self.save()
             if stop:
                 stop_run(self, stop)
@@ -217,7 +217,7 @@ class Trainer:
             self.state.lr = self.lr * self.schedule(self.state.updates)
             set_lr(self.step.optimizer, self.state.lr, self.lr)
             self.callbacks.call("before_step", self, self.step.at(step))
-            self.step.follow_changes(self.state.lr, self.lr)
+            self.step.detect_changes(self.state.lr, self.lr)
             if not self.step.is_settled:
                 if type(self).evaluate is Trainer.evaluate:
                     self.evaluation.try_out(self.trained_model)
@@ -229,12 +229,12 @@ class Trainer:
             self.log.at_step(self.state.step)
             request = self.stop.at_step(self.state.step)
             stop = request.stop
-            if self._due(self.log_every, self.evaluate_every, self.checkpoint_every) or request:
-                self.progress.log_training()  # which stops a run whose loss is no number before that is saved
+            if self._is_due(self.log_every, self.evaluate_every, self.checkpoint_every) or request:
+                self.progress.log_training()  # raises if the loss is NaN or inf, before that is saved
             self.callbacks.call("after_step", self, report)
-            if self._due(self.evaluate_every) and self.evaluation.has_begun and not stop:
+            if self._is_due(self.evaluate_every) and self.evaluation.has_started and not stop:
                 stop = self._evaluate()
-            if self._due(self.checkpoint_every) or request.save or stop:
+            if self._is_due(self.checkpoint_every) or request.save or stop:
                 self.save()
             self.announce_saved(request.on_disk)
             if stop:
@@ -244,15 +244,15 @@ class Trainer:
                 break
 
     def finish(self) -> Result:
-        """End the run after the steps that are made: evaluate, write model, result and report, tell the callbacks.
+        """End the run: evaluate, write model, result and report, call the callbacks.
 
-        Within `running` alone. After a `break` the run ends with the model as it is; resumed, it goes on from there.
-        Raises Stopped when a signal has broken the evaluation off, and CallbackError, at last, if a callback failed.
+        Only inside `running`. After a `break` the run ends with the current model; a resumed run continues from there.
+        Raises Stopped if a signal interrupts the evaluation, and at the end CallbackError if a callback failed.
         """
         self.session.require_open("finish()")
         if self.early_stop:
-            self.log.say(f"{self.early_stop}; {how_to_continue()}" if self.output_dir else str(self.early_stop))
-        self.progress.log_rest()
+            self.log.print(f"{self.early_stop}; {how_to_continue()}" if self.output_dir else str(self.early_stop))
+        self.progress.log_remaining()
         self.stateful.require_finite(self.state.step)
         stop = self._evaluate()
         save_last(self)
@@ -264,17 +264,17 @@ class Trainer:
         call_finished(self, result)
         return result
 
-    def publish_by(self, publish: Publish) -> None:
-        """Let a built-in callback report and push the run, before the other callbacks are called."""
+    def set_publish_callback(self, publish: Publish) -> None:
+        """Set the built-in callback that reports and pushes the run; it is called before the others."""
         self.publish = publish
-        self.callbacks.put_first(publish)
+        self.callbacks.insert_first(publish)
         if self.checkpoints is not None:
             self.checkpoints.saved = publish.saved
 
     def train_step(self, step: Step) -> Tensor:
-        """Make one optimizer step; return this process's part of the mean loss over its images, 0-d, on the device.
+        """Run one optimizer step; return this process's part of its mean loss, 0-d, on the device.
 
-        The parts add up over processes. Nothing waits for the device but fp16, for its scale.
+        The sum over processes is the loss. Only fp16 waits for the device, for its loss scale.
         """
         loss = self.step.gradients(step)
         self.step.update()
@@ -282,21 +282,21 @@ class Trainer:
 
     @property
     def model(self) -> nn.Module:
-        """The model that gives the logits of training: what the accelerator has made of `raw_model`."""
+        """The model that is called in training: `raw_model` wrapped by the accelerator."""
         return self.step.model
 
-    def _due(self, *every: int) -> bool:
+    def _is_due(self, *every: int) -> bool:
         step = self.state.step
         return step == self.num_steps or 0 in [step % number for number in every]
 
     @property
     def has_stopped_early(self) -> bool:
-        """Whether the last evaluation came `patience` steps after the best one, or later."""
+        """Whether the last evaluation was at least `patience` steps after the best one."""
         return waited_steps(self.evaluation.early_stopping, self.state) is not None
 
     @property
     def early_stop(self) -> EarlyStop | None:
-        """How early stopping has ended training; None if it has not."""
+        """How early stopping ended training; None if it did not."""
         return early_stop(self.evaluation.early_stopping, self.state, self.num_steps)
 
     @property
@@ -306,27 +306,27 @@ class Trainer:
 
     @property
     def trained_model(self) -> nn.Module:
-        """The model that is evaluated and saved: the moving average where there is one."""
+        """The model that is evaluated and saved: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.raw_model
 
     def evaluate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
-        """Return the metrics of the present model on `loader`, by default the evaluation split.
+        """Return the metrics of the current model on `loader`, by default the evaluation split.
 
-        While training, an empty dict if a signal has broken it off.
+        During training, returns an empty dict if a signal interrupts it.
         """
-        chosen = self.evaluation.eval_loader if loader is None else UserEvalLoader.wrap(loader, self.device)
-        if chosen is None:
-            raise RunError("nothing to evaluate; give Trainer an eval_loader, or evaluate() one")
-        if not self._holds_earlier_weights:  # saved as means already
-            for model in dict.fromkeys((self.raw_model, self.trained_model)):  # on all processes in this order
+        eval_loader = self.evaluation.eval_loader if loader is None else UserEvalLoader.wrap(loader, self.device)
+        if eval_loader is None:
+            raise RunError("nothing to evaluate; pass eval_loader to Trainer, or a loader to evaluate()")
+        if not self._has_earlier_weights:  # those were averaged when they were saved
+            for model in dict.fromkeys((self.raw_model, self.trained_model)):  # in this order on all processes
                 average_batch_norm(model, self.processes)
         self.trained_model.eval()
-        metrics = self.evaluation.evaluator(self.trained_model, chosen, self.stop.pending)
+        metrics = self.evaluation.evaluator(self.trained_model, eval_loader, self.stop.pending)
         self.step.accumulation.set_train_mode()
         return metrics
 
     def _evaluate(self) -> int:
-        """Evaluate, unless that was done after this step; return the signal that broke it off, or 0."""
+        """Evaluate, unless that was done after this step; return the signal that interrupted it, or 0."""
         if not self.evaluation.is_due:
             return 0
         is_last = self.state.step == self.num_steps
@@ -334,48 +334,48 @@ class Trainer:
         if not metrics:
             return self.stop.now()
         if self.checkpoints is not None:
-            self.checkpoints.saved_at = -1  # a checkpoint of this step would not know it
+            self.checkpoints.saved_at = -1  # an earlier checkpoint of this step does not contain the evaluation
         is_best = self.evaluation.compare(metrics)
-        self.callbacks.call("after_evaluation", self, metrics)  # whose states are saved with it
+        self.callbacks.call("after_evaluation", self, metrics)  # before saving, which includes their states
         if is_best:
             self.save()
         return 0
 
     @property
-    def _holds_earlier_weights(self) -> bool:
-        """Whether the model has the weights of an earlier step, with which the run ends."""
+    def _has_earlier_weights(self) -> bool:
+        """Whether the model has the weights of an earlier step, because the run ends with the best ones."""
         return self.final_model is not None and self.final_model.step != self.state.step
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the present step, unless it is there or there is no run folder.
+        """Start to write a checkpoint of the current step, unless it exists or there is no run folder.
 
-        Nor once the model has the best evaluation's weights, which are of another step.
+        Does nothing if the model has the weights of another step, those of the best evaluation.
         """
         checkpoints, step = self.checkpoints, self.state.step
-        if checkpoints is None or checkpoints.saved_at == step or self._holds_earlier_weights:
+        if checkpoints is None or checkpoints.saved_at == step or self._has_earlier_weights:
             return
-        self.announce_saved()  # the one before, which may be removed now
+        self.announce_saved()  # the previous one, before it may be pruned
         self.stop.saved()
         with self.throughput.stopped():
             self.throughput.save(self.state)
             self.state.base_lr = self.lr  # which a callback may have changed
-            about = {
+            description = {
                 "state": asdict(self.state),
                 "learnt": self.resume_settings,
                 "recipe": self.recipe_text,
                 "trackers": self.log.tracker_ids(),
                 "processes": self.processes.number,
-                "callbacks": self.callbacks.taking_part,
+                "callbacks": self.callbacks.participants,
             }
             states = {"trainable": self.step.trainable_state(), "callbacks": self.callbacks.states(self.processes)}
             best = self.state.best["step"] if self.state.best else None
-            snapshot = Snapshot(step, about, self.stateful.weights(), self.stateful.training() | states)
+            snapshot = Snapshot(step, description, self.stateful.weights(), self.stateful.training() | states)
             checkpoints.save(snapshot, best, resumable=self.stateful.can_resume_here)
 
     def announce_saved(self, on_disk: int | None = None) -> None:
-        """Tell the callbacks of a checkpoint that has become complete, the one of step `on_disk`.
+        """Call `after_save` for the newest complete checkpoint, that of step `on_disk`.
 
-        All processes call it at the same place; without `on_disk` they wait for what is being written.
+        Called by all processes at the same point; without `on_disk` they wait for what is being written.
         """
         checkpoints = self.checkpoints
         if checkpoints is None:
@@ -388,11 +388,11 @@ class Trainer:
             self.callbacks.call("after_save", self, checkpoint_path(checkpoints.folder, on_disk))
 
     def restore(self) -> None:
-        """Go back to the newest complete checkpoint, before `running`; say so and start afresh if there is none."""
+        """Restore the newest complete checkpoint; call it before `running`. Without one, training starts over."""
         restore(self)
 
     def load_best(self) -> int:
-        """Load the best evaluation's weights outside of `running`; return their step. RunError if they are not kept."""
+        """Load the best evaluation's weights, outside `running`; return their step. RunError if they are gone."""
         return load_best(self)
 
     def push_to_hub(
@@ -404,15 +404,15 @@ class Trainer:
         weights: str | None = None,
         model: Any = None,
     ) -> str:
-        """Upload the finished run to a Hub repository, in one commit, and return its address.
+        """Upload the finished run to a Hub repository in one commit, and return its URL.
 
-        `private`: of a new repository; None: as its owner's settings say. `license` stands in the card. `weights`:
-        last, best (of the best evaluation) or step_N; None: those in output_dir/model. `model`: of own objects, see
-        `open_given`. Raises RunError with the command that finishes it.
+        `private`: for a new repository; None: as in its owner's settings. `license`: for the model card. `weights`:
+        last, best (of the best evaluation) or step_N; None: those in output_dir/model. `model`: needed for a run of
+        your own model, see `open_user_model`. Raises RunError with the command that completes the push.
         """
         from hf_fasttrain.hub.push import push_run
 
         if (run := self.output_dir) is None:
             raise RunError("nothing to push: the trainer has no output_dir")
         options: dict[str, Any] = {"private": private, "license": license, "weights": weights, "model": model}
-        return on_main(lambda: push_run(run, repo, **options, tell=self.log.say))
+        return on_main(lambda: push_run(run, repo, **options, log=self.log.print))

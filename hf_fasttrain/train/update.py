@@ -1,4 +1,4 @@
-"""The update of a step: gradients clipped, optimizer stepped, moving average moved."""
+"""The update of a step: clips the gradients, steps the optimizer, updates the moving average."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_fasttrain.train.clipping import Clip
-from hf_fasttrain.train.closure import Backup, still_buffers, wants_closure
+from hf_fasttrain.train.closure import Backup, needs_closure, preserved_buffers
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.out_of_memory import Memory
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.private_apis import has_loss_scale
 
-LEAST_SCALE = 2.0**-8  # fp16's loss scale; below it, forwards themselves overflow
+MIN_LOSS_SCALE = 2.0**-8  # of fp16; with a smaller one, the forward pass itself overflows
 
 
 class Update:
-    """Applies updates with an optimizer, Accelerate's if fp16 scales the loss. Only fp16 waits for the device."""
+    """Applies updates with an optimizer (with fp16, Accelerate's wrapper). Only fp16 waits for the device."""
 
     def __init__(
         self,
@@ -33,29 +33,29 @@ class Update:
         ema: Ema | None = None,
     ) -> None:
         self.accelerator, self.optimizer, self.parameters, self.memory = accelerator, optimizer, parameters, memory
-        self._trained = parameters  # shared: it changes when parameters are frozen or unfrozen
+        self._trainable = parameters  # shared: it changes when parameters are frozen or unfrozen
         self.clip_norm, self.ema = clip_norm, ema
-        self.wants_closure = wants_closure(optimizer)
+        self.needs_closure = needs_closure(optimizer)
         self._backup: Backup | None = None  # while an optimizer calls its closure
-        self.clip: Clip | None = None  # instead of by the norm
+        self.clip: Clip | None = None  # clipping other than by the norm
         self._ignored: Sequence[nn.Parameter] = ()
-        self.grad_norm: Tensor | None = None  # of the last update, on the device; None where fp16 has scaled it
+        self.grad_norm: Tensor | None = None  # of the last update, on the device; None: fp16 without clipping
         self.skipped = False  # whether fp16's last gradients overflowed
         self._scale: float | None = None  # fp16's loss scale after the last update
 
-    def __call__(self, number: int, step: int, again: Callable[[], Tensor]) -> None:
-        """Make update `number` after step index `step`; one that fp16's overflow prevents is `skipped`.
+    def __call__(self, number: int, step: int, recompute: Callable[[], Tensor]) -> None:
+        """Apply update `number` for step index `step`; `skipped` is set if fp16 overflows.
 
-        `again()` adds up the step's gradients once more and returns its loss, for an optimizer that wants a closure.
+        `recompute()` computes the step's gradients again and returns its loss, for an optimizer with a closure.
         """
         scaler = self.accelerator.scaler
         self.grad_norm = self._clip()
         if scaler is not None and self._scale is None:
             self._scale = scaler.get_scale()
-        if self.wants_closure:
-            self._step_with(again)
+        if self.needs_closure:
+            self._step_with_closure(recompute)
         else:
-            self.memory.begin_update(empty=not self.optimizer.state)
+            self.memory.begin_update(is_state_empty=not self.optimizer.state)
             self.optimizer.step()
             self.memory.end_update()
         self.skipped = scaler is not None and self._has_skipped(scaler, step)
@@ -64,13 +64,13 @@ class Update:
         self.memory.updated(applied=not self.skipped)
         self.zero_grad()
 
-    def _step_with(self, again: Callable[[], Tensor]) -> None:
-        """Step an optimizer that changes weights, asks for the gradients there, and changes them again."""
+    def _step_with_closure(self, recompute: Callable[[], Tensor]) -> None:
+        """Step an optimizer that changes the weights, calls a closure for their gradients, and changes them again."""
 
         def closure() -> Tensor:
             self.zero_grad()
-            with torch.enable_grad(), still_buffers(self.memory.norms, self.memory.loss, self.optimizer):
-                loss = again()
+            with torch.enable_grad(), preserved_buffers(self.memory.norms, self.memory.loss, self.optimizer):
+                loss = recompute()
             self._clip()
             return loss
 
@@ -83,7 +83,7 @@ class Update:
         """Ignore and drop the gradients of parameters that the optimizer does not have."""
         ignored = {id(parameter) for parameter in parameters}
         self._ignored = parameters
-        self.parameters = [p for p in self._trained if id(p) not in ignored] if ignored else self._trained
+        self.parameters = [p for p in self._trainable if id(p) not in ignored] if ignored else self._trainable
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -92,14 +92,14 @@ class Update:
             parameter.grad = None
 
     def _clip(self) -> Tensor | None:
-        """Clip the gradients if `clip_norm` or `clip` is set, and return the norm that they had."""
-        scaled = self.accelerator.scaler is not None
+        """Clip the gradients if `clip_norm` or `clip` is set, and return their norm before clipping."""
+        is_scaled = self.accelerator.scaler is not None
         if self.clip_norm is not None:
-            clip = self.accelerator.clip_grad_norm_ if scaled else torch.nn.utils.clip_grad_norm_
+            clip = self.accelerator.clip_grad_norm_ if is_scaled else torch.nn.utils.clip_grad_norm_
             return clip(self.parameters, self.clip_norm)
-        if scaled and self.clip is None:
+        if is_scaled and self.clip is None:
             return None
-        if scaled:
+        if is_scaled:
             self.accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip is not None:
@@ -107,20 +107,20 @@ class Update:
         return norm
 
     def _has_skipped(self, scaler: Any, step: int) -> bool:
-        """Return whether fp16's last step overflowed, by its shrunken scale; waits for the device.
+        """Return whether fp16's last step overflowed, which reduces its loss scale; waits for the device.
 
-        Accelerate's own flag misses what a fused optimizer skips in its kernel.
+        Accelerate's flag misses updates that a fused optimizer skips in its kernel.
         """
-        before, self._scale = self._scale, scaler.get_scale()
-        if self._scale < LEAST_SCALE:
+        previous, self._scale = self._scale, scaler.get_scale()
+        if self._scale < MIN_LOSS_SCALE:
             raise RunError(
                 f"fp16 overflows at step {step + 1} even with a loss scale of {self._scale}; set "
-                "accelerate.mixed_precision=bf16 or no, or lower optimizer.lr; the checkpoints are as they were"
+                "accelerate.mixed_precision=bf16 or no, or lower optimizer.lr; the checkpoints have not changed"
             )
-        return before is not None and self._scale < before
+        return previous is not None and self._scale < previous
 
     def undo(self) -> None:
-        """Undo a failed step: drop its gradients, and revert its update if that was the first one."""
+        """Undo a failed step: drop its gradients, and revert its update if it was the first one."""
         self.zero_grad()
         if self._backup is not None:
             self._backup.restore()
@@ -128,6 +128,6 @@ class Update:
         elif self.memory.failed_in() == "first update":
             self.optimizer.state.clear()  # it may be incomplete
         scaler = self.accelerator.scaler
-        if scaler is not None and has_loss_scale(scaler):  # before the first loss there is nothing to undo
-            scaler.update(scaler.get_scale())  # it may have unscaled the gradients that are gone
+        if scaler is not None and has_loss_scale(scaler):  # it has none before the first loss
+            scaler.update(scaler.get_scale())  # resets its state: it may have unscaled the dropped gradients
         self.memory.restore()

@@ -1,4 +1,4 @@
-"""The verbs, from a trained run to its predictions."""
+"""The commands, from a trained run to its predictions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hf_fasttrain.recipe.validate import all_keys
 
 
 def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what a command prints that must succeed."""
+    """Run a command that must succeed and return its output."""
     reset_accelerate()
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main(arguments)
     output = capsys.readouterr()
-    assert caught.value.code == 0, output
+    assert error.value.code == 0, output
     return output.out
 
 
@@ -31,7 +31,7 @@ def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def run(
     write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> Path:
-    """Return a run that has learnt to tell three colours apart."""
+    """Return a run that has learnt to distinguish three colours."""
     folder = tmp_path / "run"
     arguments = ["train", str(write_recipe()), f"data.dataset={image_folder}", f"output_dir={folder}"]
     arguments += ["train={duration: 25 epochs, batch_size: 12}", "augment.crop=center", "optimizer.lr=5e-3"]
@@ -50,9 +50,9 @@ def test_evaluate_predict_and_resume(run: Path, image_folder: Path, capsys: pyte
     trained = json.loads((run / "result.json").read_text())["metrics"]
     assert trained["accuracy"] == 1.0
     measured = json.loads(call(["evaluate", str(run), "--json"], capsys))
-    about = {name: measured.pop(name) for name in ("dataset", "split", "num_images", "weights", "step")}
+    description = {name: measured.pop(name) for name in ("dataset", "split", "num_images", "weights", "step")}
     expected = {"dataset": str(image_folder), "split": "validation", "num_images": 12, "weights": "last", "step": 50}
-    assert about == expected
+    assert description == expected
     assert measured == pytest.approx(trained, rel=1e-5)
     on_train = json.loads(call(["evaluate", str(run), "--json", "--split", "train"], capsys))
     assert on_train["loss"] != trained["loss"]
@@ -84,16 +84,16 @@ def test_predict_refuses_files_that_are_not_images(
         str(tmp_path / "none.jpg"): "no such file or folder",
     }
     for image, expected in cases.items():
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit) as error:
             main(["predict", str(run), image])
-        assert caught.value.code == 2
+        assert error.value.code == 2
         assert expected in capsys.readouterr().err
     (image_folder / "validation" / "red").rename(image_folder / "validation" / "rose")
     (image_folder / "train" / "red").rename(image_folder / "train" / "rose")
     reset_accelerate()
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main(["evaluate", str(run)])
-    assert caught.value.code == 2
+    assert error.value.code == 2
     assert "its classes (blue, green, rose) are not the model's (blue, green, red)" in capsys.readouterr().err
 
 

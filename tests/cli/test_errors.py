@@ -16,12 +16,12 @@ from hf_fasttrain.models.model import ModelSpec, build_model
 from hf_fasttrain.models.weights import save_weights
 
 
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def message_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the message of a command that must fail with exit status 2 and without a traceback."""
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main(arguments)
     output = capsys.readouterr()
-    assert caught.value.code == 2, output
+    assert error.value.code == 2, output
     assert "Traceback" not in output.err
     assert output.err.count("error:") == 1
     return output.err
@@ -232,9 +232,11 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG_RECIPES)
-def test_wrong_recipes(case: str, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_recipes_are_refused(
+    case: str, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     text, overrides, expected = WRONG_RECIPES[case]
-    message = fails([str(write_recipe(text)), *overrides], capsys)
+    message = message_of([str(write_recipe(text)), *overrides], capsys)
     assert_says(message, expected)
 
 
@@ -244,12 +246,12 @@ def assert_says(message: str, pattern: str) -> None:
     assert re.search(pattern, message), message
 
 
-def test_all_mistakes_come_at_once_with_their_lines(
+def test_all_mistakes_are_reported_at_once_with_their_lines(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "model: {nam: x}\ndata: {dataset: digits}\ntrain: {duration: 3, batch_size: 4}\noptimizer:\n  lrr: 1\n"
     text += "augment: {trivialaugment: true, randaugment: {}}\n"
-    message = fails([str(write_recipe(text)), "seed=-1"], capsys)
+    message = message_of([str(write_recipe(text)), "seed=-1"], capsys)
     assert_says(message, "small.yaml with the overrides has 6 mistakes")
     for expected in (
         "line 1: model.nam is",
@@ -292,7 +294,7 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
         ["train.batch_size=3", "accelerate.gradient_accumulation_steps=3"],
         "train.batch_size=3 is too small for 1 processes x 3 accumulation",
     ),
-    "nothing left": (["train.drop_last=true", "train.batch_size=5000"], "train.drop_last leaves nothing"),
+    "nothing left": (["train.drop_last=true", "train.batch_size=5000"], "train.drop_last drops every step"),
     "fp16 without a GPU": (["accelerate.mixed_precision=fp16"], "fp16 needs a GPU"),
     "sync_batch_norm without a GPU": (["accelerate.sync_batch_norm=true"], "sync_batch_norm needs GPUs"),
     "no such optimizer": (["optimizer.name=adamv"], "which timm does not know. Did you mean 'adam"),
@@ -305,7 +307,7 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
         ["model.name=transformers:TMP/tiny", "model.drop_path=0.1"],
         "drop_path and small_image_stem are for timm",
     ),
-    "class weights of another data set": (["train.class_weights=[1, 2]"], "has 2 numbers; the data set has 10"),
+    "class weights of another data set": (["train.class_weights=[1, 2]"], "has 2 numbers; the dataset has 10"),
     "unknown metric": (["evaluate.metrics=[accuracy, acuracy]"], "'acuracy' is not built in"),
     "top5 of multi-label": (["evaluate.metrics=[accuracy, top5_accuracy]", "data.dataset=TMP/multi"], "no meaning"),
     "output_dir is a file": (["output_dir=TMP/notes.txt"], "is a file; choose another output_dir"),
@@ -323,7 +325,7 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "model without logits": (["model.args={features_only: true}"], "instead of .1, 10. logits"),
     "wrong layer name": (["model.args={act_layer: nope}"], "does not take .*nope"),
     "one beta": (["optimizer.args={betas: [0.9]}"], "can't be built with optimizer.args"),
-    "lr said twice": (["optimizer.args={lr: 1}"], "optimizer.args: lr would be overruled"),
+    "lr said twice": (["optimizer.args={lr: 1}"], "optimizer.args: lr has its own key"),
     "watched metric": (["checkpoint.best.metric=f1"], "'f1', which evaluate.metrics does not measure"),
     "endless": (["train.duration=9999999999999 steps"], "is too long; must be below"),
     "no such recipe value": (["model.gradient_checkpointing=true", "model.name=dla46_c"], "does not support it"),
@@ -331,7 +333,7 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.fixture
-def wrong_things(tmp_path: Path) -> Path:
+def wrong_files(tmp_path: Path) -> Path:
     """Return a folder of things that are wrong in one way each."""
     import datasets
     import numpy as np
@@ -363,20 +365,20 @@ def wrong_things(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", WRONG_RUNS)
-def test_wrong_runs(
+def test_invalid_run_folders_are_refused(
     case: str,
     write_recipe: Callable[..., Path],
     image_folder: Path,
-    wrong_things: Path,
+    wrong_files: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     overrides, expected = WRONG_RUNS[case]
     output = [] if any(o.startswith("output_dir") for o in overrides) else [f"output_dir={tmp_path / 'run'}"]
-    places = {"FOLDERR": f"{image_folder}s", "FOLDER": str(image_folder), "TMP": str(wrong_things)}
-    for name, place in places.items():
-        overrides = [override.replace(name, place) for override in overrides]
-    message = fails([str(write_recipe()), *output, *overrides], capsys)
+    locations = {"FOLDERR": f"{image_folder}s", "FOLDER": str(image_folder), "TMP": str(wrong_files)}
+    for name, location in locations.items():
+        overrides = [override.replace(name, location) for override in overrides]
+    message = message_of([str(write_recipe()), *output, *overrides], capsys)
     assert_says(message, expected)
     assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "result.json").exists()
 
@@ -389,7 +391,7 @@ LABELS: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize("case", LABELS)
-def test_wrong_labels(
+def test_invalid_labels_are_refused(
     case: str, write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyarrow as pa
@@ -401,7 +403,7 @@ def test_wrong_labels(
     images = [{"bytes": b"", "path": None}] * 4
     table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
     pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": classes}), tmp_path / "train.parquet")
-    message = fails(
+    message = message_of(
         [str(write_recipe()), f"data.dataset={tmp_path / 'train.parquet'}", f"output_dir={tmp_path / 'run'}"], capsys
     )
     assert_says(message, expected)
@@ -418,7 +420,7 @@ def test_wrong_labels(
         ({"image": "IMAGES", "label": [5, 10**11]}, "look like ids, not classes"),
     ],
 )
-def test_wrong_columns(
+def test_invalid_columns_are_refused(
     columns: dict[str, Any],
     expected: str,
     write_recipe: Callable[..., Path],
@@ -431,17 +433,19 @@ def test_wrong_columns(
     images = [Image.new("RGB", (4, 4))] * 2
     table = {name: images if values == "IMAGES" else values for name, values in columns.items()}
     datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path / "data"))
-    message = fails([str(write_recipe()), f"data.dataset={tmp_path / 'data'}"], capsys)
+    message = message_of([str(write_recipe()), f"data.dataset={tmp_path / 'data'}"], capsys)
     assert_says(message, expected)
 
 
-def test_no_permission(write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_permissions_are_reported(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Writing below /proc is refused even to root."""
-    message = fails([str(write_recipe()), "output_dir=/proc/no/run"], capsys)
+    message = message_of([str(write_recipe()), "output_dir=/proc/no/run"], capsys)
     assert_says(message, "output_dir /proc/no/run: can't be written")
 
 
-def test_trackers_that_are_not_installed(
+def test_trackers_that_are_not_installed_are_refused(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch")
@@ -449,19 +453,19 @@ def test_trackers_that_are_not_installed(
 
     if is_wandb_available():
         pytest.skip("wandb is installed here")
-    message = fails([str(write_recipe()), "log.trackers=[wandb]", f"output_dir={tmp_path / 'run'}"], capsys)
+    message = message_of([str(write_recipe()), "log.trackers=[wandb]", f"output_dir={tmp_path / 'run'}"], capsys)
     assert_says(message, "log.trackers: wandb not installed; pip install")
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_launch_configurations_that_are_not_built(
+def test_unsupported_launch_configurations_are_refused(
     variable: str,
     write_recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(variable, "true")
-    assert_says(fails([str(write_recipe())], capsys), "asks for .*, which is not supported")
+    assert_says(message_of([str(write_recipe())], capsys), "asks for .*, which is not supported")
 
 
 @pytest.mark.parametrize(
@@ -477,14 +481,14 @@ def test_launch_configurations_that_are_not_built(
         (["recipes", "copy", "vitt"], "no shipped recipe 'vitt'.* Did you mean 'vit'"),
     ],
 )
-def test_wrong_commands(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_says(fails(arguments, capsys), expected)
+def test_invalid_commands_are_refused(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_says(message_of(arguments, capsys), expected)
 
 
-def test_recipes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_that_are_not_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert_says(fails([str(path)], capsys), "can't be read as text")
+    assert_says(message_of([str(path)], capsys), "can't be read as text")
 
 
 def test_an_object_passed_as_data_must_be_a_dataset() -> None:
@@ -500,9 +504,9 @@ def test_only_the_main_process_prints(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(os.environ, "RANK", "1")
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main([str(write_recipe()), "seed=x"])
-    assert caught.value.code == 2
+    assert error.value.code == 2
     assert capsys.readouterr().err == ""
 
 
@@ -512,5 +516,5 @@ def test_copy_does_not_overwrite(
     monkeypatch.chdir(tmp_path)
     assert exit_status(["recipes", "copy", "quickstart"]) == 0
     assert (tmp_path / "quickstart.yaml").exists()
-    assert_says(fails(["recipes", "copy", "quickstart"], capsys), "exists already")
+    assert_says(message_of(["recipes", "copy", "quickstart"], capsys), "exists already")
     shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""Finished runs exported, and opened by timm, transformers and onnxruntime where this package is not imported."""
+"""Exported runs, loaded by timm, transformers and onnxruntime without this package."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from sklearn.datasets import load_sample_images
 
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    whole = [Image.fromarray(image) for image in load_sample_images().images]
-    made = []
+    sources = [Image.fromarray(image) for image in load_sample_images().images]
+    photo_list = []
     for number in range(20):
         width, height = (int(side) for side in rng.integers(31, 260, 2))
         left, top = int(rng.integers(0, 640 - width)), int(rng.integers(0, 427 - height))
-        image = whole[number % 2].crop((left, top, left + width, top + height))
+        image = sources[number % 2].crop((left, top, left + width, top + height))
         path, options = folder / f"{number}.jpg", {}
         if number in (3, 14):
             exif = Image.Exif()
@@ -94,8 +94,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             path = path.with_suffix(".png")
             image = image.convert({7: "RGBA", 8: "P", 9: "LA"}[number])
         image.save(path, **options)
-        made.append(str(path))
-    return made
+        photo_list.append(str(path))
+    return photo_list
 
 
 def evaluated(run: Path, photos: list[str]) -> torch.Tensor:
@@ -123,7 +123,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_run(run: Path, spec: ModelSpec, result: dict[str, Any] | None = None) -> nn.Module:
-    """Write what a finished training leaves: a model whose logits differ from image to image by units."""
+    """Write a finished run: a model whose logits differ clearly between images."""
     torch.manual_seed(0)
     model = build_model(spec).eval()
     spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
@@ -140,8 +140,8 @@ def write_run(run: Path, spec: ModelSpec, result: dict[str, Any] | None = None) 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> dict[str, tuple[Path, ExportResult]]:
-    """Return run folder and what export says of it, for each of PARTS."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
+    """Return the run folder and the result of its export, for each of PARTS."""
+    folder, results = tmp_path_factory.mktemp("runs"), {}
     for name, (model, pre, options) in PARTS.items():
         model = model.replace("transformers:", f"transformers:{configs}/")
         write_run(folder / name, ModelSpec(model, CLASSES, 48, preprocessing=pre, **options))
@@ -154,23 +154,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> dict[str, t
 
     exported = in_child(export_all)
     for name, one in zip(PARTS, exported, strict=True):
-        made[name] = (folder / name, one)
-    return made
+        results[name] = (folder / name, one)
+    return results
 
 
-def require_same(got: str, expected: torch.Tensor, what: str) -> None:
-    logits = torch.tensor([json.loads(line) for line in got.splitlines()])
-    assert (logits - expected).abs().max() < 1e-4, what
-    assert torch.equal(logits.topk(5).indices, expected.topk(5).indices), what
-    assert expected.std(0).mean() > 0.1, f"{what}: the photos look all the same to it"
+def require_same(actual: str, expected: torch.Tensor, label: str) -> None:
+    logits = torch.tensor([json.loads(line) for line in actual.splitlines()])
+    assert (logits - expected).abs().max() < 1e-4, label
+    assert torch.equal(logits.topk(5).indices, expected.topk(5).indices), label
+    assert expected.std(0).mean() > 0.1, f"{label}: the photos look all the same to it"
 
 
-def require_named(got: str, logits: torch.Tensor, multi_label: bool, what: str) -> None:
+def require_named(actual: str, logits: torch.Tensor, multi_label: bool, label: str) -> None:
     scores = logits.sigmoid() if multi_label else logits.softmax(0)
-    found = [line.split("  ", 1) for line in got.splitlines()]
-    assert [name for _, name in found] == [CLASSES[number] for number in scores.topk(5).indices], what
-    shown = torch.tensor([float(score) for score, _ in found])
-    assert (shown - scores.topk(5).values).abs().max() < 1e-4, what
+    entries = [line.split("  ", 1) for line in actual.splitlines()]
+    assert [name for _, name in entries] == [CLASSES[number] for number in scores.topk(5).indices], label
+    shown = torch.tensor([float(score) for score, _ in entries])
+    assert (shown - scores.topk(5).values).abs().max() < 1e-4, label
 
 
 def test_timm_and_transformers_give_the_logits_of_evaluation(
@@ -178,7 +178,7 @@ def test_timm_and_transformers_give_the_logits_of_evaluation(
 ) -> None:
     jobs: list[Job] = []
     checks = []
-    few = [photos[number] for number in (0, 3, 7)]
+    sample = [photos[number] for number in (0, 3, 7)]
     for name, (run, exported) in runs.items():
         expected, multi = evaluated(run, photos), bool(PARTS[name][2].get("multi_label"))
         model_dir = str(exported.folder)
@@ -188,24 +188,25 @@ def test_timm_and_transformers_give_the_logits_of_evaluation(
         }
         for form in set(programs) & set(exported.forms):
             logits, snippet = programs[form]
-            jobs += [(logits, [[model_dir, *photos]]), (snippet, [[photo] for photo in few])]
+            jobs += [(logits, [[model_dir, *photos]]), (snippet, [[photo] for photo in sample])]
             checks.append((f"{form}: {name}", expected, multi))
     assert len(checks) == 9
     answers = run_forked(jobs)
-    for what, expected, multi in checks:
-        require_same(answers.pop(0), expected, what)
-        for photo in few:
-            require_named(answers.pop(0), expected[photos.index(photo)], multi, what)
+    for label, expected, multi in checks:
+        require_same(answers.pop(0), expected, label)
+        for photo in sample:
+            require_named(answers.pop(0), expected[photos.index(photo)], multi, label)
 
 
 @needs_onnx
 def test_onnxruntime_gives_the_logits_of_evaluation(
     runs: dict[str, tuple[Path, ExportResult]], photos: list[str]
 ) -> None:
-    shown = "print(json.dumps(logits.tolist()))\n"
+    print_logits = "print(json.dumps(logits.tolist()))\n"
     exports = {name: run for name, run in runs.items() if name not in WITHOUT_ONNX}
     jobs = [
-        (onnx_snippet(f"{run}/model/model.onnx") + shown, [[photo] for photo in photos]) for run, _ in exports.values()
+        (onnx_snippet(f"{run}/model/model.onnx") + print_logits, [[photo] for photo in photos])
+        for run, _ in exports.values()
     ]
     answers, imported = run_fresh(jobs)
     assert imported == []
@@ -219,11 +220,13 @@ def test_onnxruntime_gives_the_logits_of_evaluation(
         assert exported.onnx_difference < 1e-4
 
 
-def test_forms_and_files(runs: dict[str, tuple[Path, ExportResult]]) -> None:
+def test_each_format_writes_its_files(runs: dict[str, tuple[Path, ExportResult]]) -> None:
     for name, (run, exported) in runs.items():
         onnx = ["onnx"] if HAS_ONNX and name not in WITHOUT_ONNX else []
-        forms = [] if name == "small stem" else ["transformers"] if name.startswith("hf") else ["timm", "transformers"]
-        assert exported.forms == [*forms, *onnx, "hf_fasttrain"], (name, exported.notes)
+        formats = (
+            [] if name == "small stem" else ["transformers"] if name.startswith("hf") else ["timm", "transformers"]
+        )
+        assert exported.forms == [*formats, *onnx, "hf_fasttrain"], (name, exported.notes)
         assert (run / "model" / "config.json").exists() == (name != "small stem")
         assert (run / "model" / "preprocessor_config.json").exists() == name.startswith("hf")
         assert exported.folder == run / "model"
@@ -248,8 +251,8 @@ def test_transformers_crops_are_rounded_down(photos: list[str]) -> None:
     ours = EvalTransform(48, "bicubic", 48 / 57.5, "center_floor")
     for photo in photos:
         pixels = read_pixels(photo)
-        got = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
-        assert np.array_equal(got.transpose(1, 2, 0), ours(pixels)), photo
+        actual = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(actual.transpose(1, 2, 0), ours(pixels)), photo
 
 
 def test_a_model_built_from_a_folder_is_loaded_without_it(tmp_path: Path) -> None:
@@ -259,14 +262,14 @@ def test_a_model_built_from_a_folder_is_loaded_without_it(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "first")
     exported = export_run(tmp_path / "second")
     assert exported.forms == ["timm", "transformers", "hf_fasttrain"]
-    found = load_model(tmp_path / "second" / "model")[1]
-    assert (found.name, found.args) == ("test_vit", {"global_pool": "avg"})
+    loaded_spec = load_model(tmp_path / "second" / "model")[1]
+    assert (loaded_spec.name, loaded_spec.args) == ("test_vit", {"global_pool": "avg"})
 
 
 def test_a_model_that_a_tool_misreads_is_noted_and_timms_config_removed(
     tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torchvision's rounding is none of transformers'; and a timm that builds something else is not let to."""
+    """Torchvision rounds differently from transformers; a timm that would build another model gets no config."""
     write_run(tmp_path / "hf", ModelSpec(f"transformers:{configs / 'vit'}", CLASSES, 48, preprocessing=CENTER))
     exported = export_run(tmp_path / "hf")
     assert exported.forms == ["hf_fasttrain"]
@@ -283,7 +286,7 @@ def test_a_model_that_a_tool_misreads_is_noted_and_timms_config_removed(
     assert load_model(tmp_path / "timm" / "model")[1].name == "test_resnet"
 
 
-def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
+def test_a_model_with_custom_code(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"}
@@ -291,7 +294,7 @@ def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
     (folder / "own.py").write_text(OWN_CODE)
     spec = ModelSpec(f"transformers:{folder}", CLASSES, 48, trust_remote_code=True, preprocessing=CENTER)
     write_run(tmp_path / "run", spec)
-    for _ in range(2):  # over its own files too
+    for _ in range(2):  # also over its own files
         exported = export_run(tmp_path / "run")
     assert exported.forms == ["hf_fasttrain"]
     assert exported.notes == [
@@ -336,11 +339,11 @@ def trained_run(tmp_path: Path, configs: Path) -> Path:
 
 
 @pytest.mark.parametrize(("weights", "factor"), [("best", 3), ("step_2", 3), ("step_4", 4)])
-def test_weights_of_checkpoints(trained_run: Path, tmp_path: Path, weights: str, factor: int) -> None:
+def test_weights_of_checkpoints_are_exported(trained_run: Path, tmp_path: Path, weights: str, factor: int) -> None:
     exported = export_run(trained_run, tmp_path / "out", weights=weights)
     assert exported.folder == tmp_path / "out"
-    was, got = (load_model(folder)[0].state_dict() for folder in (trained_run / "model", tmp_path / "out"))
-    assert all(torch.equal(got[name], was[name] * factor) for name in was)
+    original, actual = (load_model(folder)[0].state_dict() for folder in (trained_run / "model", tmp_path / "out"))
+    assert all(torch.equal(actual[name], original[name] * factor) for name in original)
 
 
 def test_the_best_evaluation_may_be_the_last(trained_run: Path, tmp_path: Path) -> None:
@@ -350,11 +353,11 @@ def test_the_best_evaluation_may_be_the_last(trained_run: Path, tmp_path: Path) 
     assert files[0] == files[1]
 
 
-def test_mistakes(trained_run: Path, tmp_path: Path) -> None:
+def test_wrong_requests_are_refused(trained_run: Path, tmp_path: Path) -> None:
     def refused(text: str, run: Path = trained_run, output: Path | None = tmp_path / "out", **options: Any) -> None:
-        with pytest.raises(RunError, match=text) as caught:
+        with pytest.raises(RunError, match=text) as error:
             export_run(run, output, **options)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error.value)
 
     refused(r"nowhere: no such folder; give the run folder", tmp_path / "nowhere")
     refused(r"is not a finished run, it has no model/hf_fasttrain\.json", tmp_path)
@@ -384,7 +387,7 @@ def test_mistakes(trained_run: Path, tmp_path: Path) -> None:
 
 
 @needs_onnx
-def test_an_earlier_onnx_file_that_is_not_written_anew_is_named(trained_run: Path) -> None:
+def test_an_earlier_onnx_file_that_is_not_replaced_is_named(trained_run: Path) -> None:
     (trained_run / "model" / "model.onnx").write_bytes(b"an earlier one")
     assert "model.onnx of an earlier export was removed; --onnx writes it again" in export_run(trained_run).notes
 
@@ -396,7 +399,7 @@ def test_a_folder_with_other_files_is_not_replaced(trained_run: Path) -> None:
     assert (trained_run / "model" / ".git").is_dir()
 
 
-def test_a_link_to_a_folder_stays_one(trained_run: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_folder_stays_a_link(trained_run: Path, tmp_path: Path) -> None:
     (trained_run / "model").rename(tmp_path / "elsewhere")
     (trained_run / "model").symlink_to(tmp_path / "elsewhere")
     for _ in range(2):
@@ -418,7 +421,7 @@ def test_the_current_directory_is_never_replaced(
         write_report([trained_run], Path("."))
 
 
-def test_mistakes_about_onnx(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_onnx_requests_are_refused(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in (trained_run / "model").iterdir()}
 
     def refused(text: str) -> None:
@@ -427,20 +430,20 @@ def test_mistakes_about_onnx(trained_run: Path, monkeypatch: pytest.MonkeyPatch)
         assert {path.name: path.read_bytes() for path in (trained_run / "model").iterdir()} == before
 
     def refused_after_an_export() -> None:
-        made, real = [], torch.onnx.export
+        photo_list, real = [], torch.onnx.export
 
         def export_once(*arguments: Any, **options: Any) -> Any:
-            made.append(made[0] if made else real(*arguments, **options))
-            return made[0]
+            photo_list.append(photo_list[0] if photo_list else real(*arguments, **options))
+            return photo_list[0]
 
         monkeypatch.setattr(torch.onnx, "export", export_once)
         with monkeypatch.context() as patched:
-            patched.setattr(onnx_file, "difference", lambda got, expected: math.nan)
+            patched.setattr(onnx_file, "difference", lambda actual, expected: math.nan)
             refused(r"model\.onnx: onnxruntime's logits differ from torch's by nan; leave --onnx out")
         monkeypatch.setattr(onnx_file, "_verify", lambda *_: 1 / 0)
         refused(r"model\.onnx: onnxruntime can't run this model \(division by zero\)")
 
-    def fails(*_: Any, **__: Any) -> None:
+    def raise_error(*_: Any, **__: Any) -> None:
         raise torch.onnx.OnnxExporterError("no such operator\nand so on")
 
     if HAS_ONNX:
@@ -448,11 +451,11 @@ def test_mistakes_about_onnx(trained_run: Path, monkeypatch: pytest.MonkeyPatch)
         with monkeypatch.context() as patched:
             patched.setattr(onnx_file, "LARGEST_BYTES", 1000)
             refused(r"its weights are above 2 GB, the most that one ONNX file holds; leave --onnx out")
-        monkeypatch.setattr(torch.onnx, "export", fails)
+        monkeypatch.setattr(torch.onnx, "export", raise_error)
         refused(r"torch can't export this model to ONNX \(no such operator.*\); leave --onnx out")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'hf_fasttrain\[onnx\]'")
 
 
-def test_the_terminal_stays_clean(runs: dict[str, tuple[Path, ExportResult]]) -> None:
+def test_onnx_export_prints_nothing(runs: dict[str, tuple[Path, ExportResult]]) -> None:
     assert {(run.parent / "printed").read_text() for run, _ in runs.values()} == {""}

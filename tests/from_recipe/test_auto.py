@@ -1,4 +1,4 @@
-"""The rules of `auto`: one table of them, one place that records what they decide, one number wherever it is asked."""
+"""The rules of `auto`: one table, one record of decisions, the same value everywhere."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ GB = 10**9
 
 @pytest.fixture
 def settings() -> ResolvedSettings:
-    """Return the settings of a recipe that gives nothing but what it must."""
+    """Return the settings of a recipe with only its required keys."""
     sections = {"model": {"name": "a"}, "data": {"dataset": "b"}, "train": {"duration": "1 step", "batch_size": 2}}
     return ResolvedSettings(Recipe.model_validate({**sections, "early_stopping": {}}))
 
 
-def test_every_key_that_may_be_auto_has_its_rule_in_the_table(settings: ResolvedSettings) -> None:
+def test_every_key_that_may_be_auto_has_a_rule(settings: ResolvedSettings) -> None:
     keys = {key for key in flatten(settings.recipe) if settings.is_open(key)}
     assert keys == {*RULES, *DECIDED_ELSEWHERE}
     assert "accelerate.micro_batch_size" in keys
@@ -49,17 +49,17 @@ def test_a_rule_decides_once_and_its_reason_is_recorded(settings: ResolvedSettin
     assert settings.all()["data.workers"] == recorded
 
 
-def test_what_is_given_or_decided_before_goes_before_the_rule(settings: ResolvedSettings) -> None:
+def test_given_and_earlier_values_take_precedence_over_the_rule(settings: ResolvedSettings) -> None:
     recipe = settings.recipe.model_copy(update={"data": settings.recipe.data.model_copy(update={"workers": 7})})
-    given = ResolvedSettings(recipe)
-    assert decide(given, "data.workers", gpu=False, cores=1, processes=1) == 7
+    explicit = ResolvedSettings(recipe)
+    assert decide(explicit, "data.workers", gpu=False, cores=1, processes=1) == 7
     settings.decisions["data.workers"] = Decision(5, "tuned on 2026-01-02", "tuned").keep()
     assert decide(settings, "data.workers", gpu=False, cores=1, processes=1) == 5
     assert settings.all()["data.workers"].origin == "default: tuned on 2026-01-02, as this run began"
 
 
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that is going to have the batch sizes of evaluations."""
+    """Return a list to which evaluations append their batch sizes."""
     sizes: list[int] = []
     real = Loaders.eval_loader
 
@@ -71,7 +71,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_training_and_evaluate_have_one_rule_of_the_batch_that_is_evaluated(
+def test_training_and_evaluate_share_the_rule_for_the_evaluation_batch_size(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, run, path = evaluated(monkeypatch), tmp_path / "run", write_recipe()
@@ -95,7 +95,7 @@ def test_training_and_evaluate_have_one_rule_of_the_batch_that_is_evaluated(
     assert sizes[2] == sizes[3] == 40
 
 
-def test_loaders_leave_memory_for_the_batches_that_the_recipe_has_evaluated(write_recipe: Callable[..., Path]) -> None:
+def test_loaders_leave_memory_for_evaluation_batches(write_recipe: Callable[..., Path]) -> None:
     needed = []
     for size in ("32", "320"):
         parts = build_parts(load_recipe(write_recipe(), ["data.workers=2", f"evaluate.batch_size={size}"]))
@@ -116,10 +116,10 @@ classes: {value: 10, origin: of the label column, tag: fact}
 
 
 def test_settings_of_an_older_run_are_read(tmp_path: Path) -> None:
-    """They had other tags, and only words said who had decided."""
+    """They had other tags and recorded the origin of a value only as text."""
     (tmp_path / "resolved.yaml").write_text(OLD)
-    found = read_settings(tmp_path)
-    assert [(s.tag, s.kind, s.kept) for s in found.values()] == [
+    settings = read_settings(tmp_path)
+    assert [(s.tag, s.kind, s.kept) for s in settings.values()] == [
         ("speed", "recipe", False),
         ("result", "override", False),
         ("output", "recipe", False),
@@ -129,12 +129,12 @@ def test_settings_of_an_older_run_are_read(tmp_path: Path) -> None:
         ("speed", "default", True),
         ("fact", "fact", False),
     ]
-    assert found["accelerate.mixed_precision"].decision == Decision("bf16", "tuned on 2026-01-02", "tuned")
-    assert found["accelerate.channels_last"].decision.keep().reason == "seldom slower, as this run began"
+    assert settings["accelerate.mixed_precision"].decision == Decision("bf16", "tuned on 2026-01-02", "tuned")
+    assert settings["accelerate.channels_last"].decision.keep().reason == "seldom slower, as this run began"
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "a: 3"])
-def test_settings_that_can_not_be_read_are_none(tmp_path: Path, text: str) -> None:
+def test_unreadable_settings_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "resolved.yaml").write_text(text)
     assert read_settings(tmp_path) == {}
 

@@ -66,7 +66,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: f
 
 
 def batches_of(trainer: Trainer, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images and labels of whole steps."""
+    """Yield the images and labels of steps."""
     for step in trainer.train_loader.steps(0, stop):
         images, labels = zip(*step.micro_batches, strict=True)
         yield torch.cat(images), torch.cat(labels)
@@ -76,12 +76,12 @@ def jitter(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a random square of an image, brighter or darker; draws from each kind of generator."""
     top, left = rng.integers(0, 3, 2)
     factor = 0.5 + torch.rand(()).item() + 0.1 * np.random.rand()
-    pixels[...] = np.clip(pixels * factor, 0, 255)  # in place: its own copy
+    pixels[...] = np.clip(pixels * factor, 0, 255)  # in place, on its own copy
     return pixels[top : top + 24, left : left + 24]
 
 
 def transformed_by_hand(epoch: int, index: int, repeat: int, seed: int = 0) -> np.ndarray:
-    """Return the pixels of an image as a plain loop makes them."""
+    """Return the pixels of an image as a plain loop would compute them."""
     split = load_source("digits", eval_fraction=0.02).train
     rng = keyed_rng(seed, TRANSFORM_STREAM, epoch, index, repeat)
     common = int(rng.integers(2**32))
@@ -113,7 +113,7 @@ def test_a_transform_gives_the_pixels_of_a_plain_loop(recipe: Path, tmp_path: Pa
         np.random.set_state(("MT19937", np.array(states[1], np.uint32), 624))
 
 
-def test_a_transform_leaves_the_generators_of_training_alone(recipe: Path, tmp_path: Path) -> None:
+def test_a_transform_does_not_touch_the_generators_of_training(recipe: Path, tmp_path: Path) -> None:
     trainer = build(recipe, tmp_path, transform=jitter)
     np.random.seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
@@ -123,20 +123,20 @@ def test_a_transform_leaves_the_generators_of_training_alone(recipe: Path, tmp_p
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_a_transform_holds_through_caches_workers_and_resume(
+def test_a_transform_does_not_depend_on_caches_workers_or_resuming(
     recipe: Path, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     monkeypatch.setenv("HF_FASTTRAIN_CACHE", str(tmp_path / "pixels"))
-    few = ["train.duration=6 steps", f"data.dataset={image_folder}"]  # three epochs
-    plain = build(recipe, tmp_path / "plain", *few, "data.cache=none", transform=jitter)
+    short_run = ["train.duration=6 steps", f"data.dataset={image_folder}"]  # three epochs
+    plain = build(recipe, tmp_path / "plain", *short_run, "data.cache=none", transform=jitter)
     plain.fit()
-    first = build(recipe, tmp_path / "run", *few, f"data.cache={cache}", "data.workers=2", transform=jitter)
+    first = build(recipe, tmp_path / "run", *short_run, f"data.cache={cache}", "data.workers=2", transform=jitter)
     with first.running():
         for report in first.iterate():
             if report.step == 4:
                 break
     second = build(
-        recipe, tmp_path / "run", *few, f"data.cache={cache}", "data.workers=1", transform=jitter, resume=True
+        recipe, tmp_path / "run", *short_run, f"data.cache={cache}", "data.workers=1", transform=jitter, resume=True
     )
     assert second.state.step == 4
     second.fit()
@@ -199,7 +199,7 @@ def test_a_transform_does_not_run_on_the_device(recipe: Path, tmp_path: Path) ->
 def plain_loop(
     trainer: Trainer, make: Callable[[list], torch.optim.Optimizer], factors: list[float]
 ) -> dict[str, Tensor]:
-    """Return the weights after the steps of a loop of five lines."""
+    """Return the weights after training by a plain loop of five lines."""
     model, lr = trainer.raw_model, 0.02
     optimizer = make(trainer.optimizer.param_groups)
     for (images, labels), factor in zip(batches_of(trainer, len(factors)), factors, strict=True):
@@ -226,8 +226,8 @@ def falling(num_steps: int) -> Callable[[int], float]:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_an_optimizer_and_a_schedule_train_as_in_a_plain_loop(recipe: Path, tmp_path: Path, micro_batches: int) -> None:
     overrides = [f"accelerate.gradient_accumulation_steps={micro_batches}", "optimizer.backbone_lr_scale=0.5"]
-    by_hand = build(recipe, tmp_path / "plain", *overrides, optimizer=slow_sgd)
-    expected = plain_loop(by_hand, slow_sgd, [1.0, 0.75, 0.5, 0.25])
+    plain_run = build(recipe, tmp_path / "plain", *overrides, optimizer=slow_sgd)
+    expected = plain_loop(plain_run, slow_sgd, [1.0, 0.75, 0.5, 0.25])
     trainer = build(recipe, tmp_path / "run", *overrides, optimizer=slow_sgd, schedule=falling)
     assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.5}
     scales = {(group["lr_scale"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
@@ -258,8 +258,8 @@ def small_net() -> nn.Module:
 def test_a_model_trains_as_in_a_plain_loop(recipe: Path, tmp_path: Path, micro_batches: int) -> None:
     overrides = [f"accelerate.gradient_accumulation_steps={micro_batches}", "schedule.name=constant"]
     trainer = build(recipe, tmp_path / "run", *overrides, model=small_net(), optimizer=slow_sgd)
-    by_hand = build(recipe, tmp_path / "plain", *overrides, model=small_net(), optimizer=slow_sgd)
-    expected = plain_loop(by_hand, slow_sgd, [1.0] * 4)
+    plain_run = build(recipe, tmp_path / "plain", *overrides, model=small_net(), optimizer=slow_sgd)
+    expected = plain_loop(plain_run, slow_sgd, [1.0] * 4)
     trainer.fit()
     assert_same(expected, weights_of(trainer), rtol=1e-4, atol=1e-5)
 
@@ -285,8 +285,8 @@ def test_a_custom_model_is_passed_again_to_use_its_run(
 ) -> None:
     trainer = build(recipe, tmp_path, "data.mean=auto", model=small_net())
     trainer.fit()
-    assert "ImageNet's values stand for data.mean, data.interpolation, data.crop_pct" in "\n".join(trainer.log.notes)
-    with pytest.raises(ModelError, match=r"code \(torch.nn.modules.container.Sequential\), .* give the model, --model"):
+    assert "ImageNet's values are used for data.mean, data.interpolation, data.crop_pct" in "\n".join(trainer.log.notes)
+    with pytest.raises(ModelError, match=r"code \(torch.nn.modules.container.Sequential\), .* pass the model, --model"):
         evaluate_run(tmp_path)
     reset_accelerate()
     measured = evaluate_run(tmp_path, model=small_net)
@@ -332,15 +332,15 @@ def of_no_such_head(model: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))}, r"gives logits of shape \(1, 7\) .* 10 classes"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))}, r"returns logits of shape \(1, 7\) .* 10 classes"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(5, 10))}, "failed for an image of 32 px: RuntimeError"),
         (
             {"model": small_net(), "predict": first_four},
-            r"predict=.*first_four: gives logits .* 10 classes, so return logits \(B, 10\) from it",
+            r"predict=.*first_four: returns logits .* 10 classes, so return logits \(B, 10\) from it",
         ),
         (
             {"model": small_net(), "predict": twice},
-            r"predict=.*twice: gives a tuple of 2 \(Tensor, Tensor\) .* so return logits \(B, 10\) from it",
+            r"predict=.*twice: returns a tuple of 2 \(Tensor, Tensor\) .* so return logits \(B, 10\) from it",
         ),
         (
             {"model": small_net(), "predict": of_no_such_head},
@@ -353,7 +353,7 @@ def of_no_such_head(model: nn.Module, images: Tensor) -> Tensor:
         ),
         ({"optimizer": lambda groups: 3}, "returned a int"),
         ({"schedule": lambda num_steps: 0.5}, "a function of the number of steps that returns a function"),
-        ({"schedule": lambda num_steps: lambda update: float("nan")}, "returns nan at first"),
+        ({"schedule": lambda num_steps: lambda update: float("nan")}, "returns nan for the first"),
         ({"metrics": [len]}, "metrics: must be a dict of functions by name"),
         ({"sample_weights": [1.0, 2.0]}, r"sample_weights: shape \(2,\), but split 'train' has"),
         ({"sample_weights": lambda labels: -1.0 * labels}, "must be finite, at least 0"),
@@ -380,22 +380,22 @@ def fit_weighted(recipe: Path, folder: Path) -> tuple[dict[str, Tensor], list[in
 
 
 def test_weighted_samples_are_the_same_with_one_and_two_processes(recipe: Path, tmp_path: Path) -> None:
-    alone, labels = fit_weighted(recipe, tmp_path / "one")
+    single, labels = fit_weighted(recipe, tmp_path / "one")
     (first, some), (second, others) = run_processes(fit_weighted, recipe, tmp_path / "two")
     assert sorted(labels) == sorted(some + others)
     assert 0.3 < labels.count(3) / len(labels) < 0.6  # 8 of 17
     assert_same(first, second)
-    assert_same(alone, first, rtol=1e-4, atol=1e-5)
+    assert_same(single, first, rtol=1e-4, atol=1e-5)
 
 
-def test_an_array_of_the_whole_data_set_is_cut_to_its_training_part(recipe: Path, tmp_path: Path) -> None:
+def test_weights_of_the_complete_dataset_are_reduced_to_its_training_part(recipe: Path, tmp_path: Path) -> None:
     labels = np.array(load_source("digits", eval_fraction=0.02).train.images.dataset.num_rows * [0.0])
     labels[::7] = 1.0
     trainer = build(recipe, tmp_path, sample_weights=labels)
     rows = load_source("digits", eval_fraction=0.02).train.rows
     assert rows is not None
-    drawn = {int(row) for step in range(20) for row in rows[trainer.train_loader.image_indices(step)]}
-    assert {row % 7 for row in drawn} == {0}
+    sampled = {int(row) for step in range(20) for row in rows[trainer.train_loader.image_indices(step)]}
+    assert {row % 7 for row in sampled} == {0}
 
 
 @pytest.mark.parametrize(("sampling", "shares"), [("balanced", [1 / 2, 1 / 2]), ("sqrt", [3 / 4, 1 / 4])])
@@ -407,8 +407,8 @@ def test_sampling_by_class(recipe: Path, tmp_path: Path, sampling: str, shares: 
     dataset = datasets.DatasetDict(train=images, validation=images)
     trainer = build(recipe, tmp_path, f"train.sampling={sampling}", dataset=dataset)
     labels = np.array([0] * 180 + [1] * 20)
-    drawn = np.concatenate([labels[trainer.train_loader.image_indices(step)] for step in range(400)])
-    assert np.bincount(drawn) / len(drawn) == pytest.approx(shares, abs=0.03)
+    sampled = np.concatenate([labels[trainer.train_loader.image_indices(step)] for step in range(400)])
+    assert np.bincount(sampled) / len(sampled) == pytest.approx(shares, abs=0.03)
 
 
 def slower(num_steps: int, power: int = 1) -> Callable[[int], float]:
@@ -441,7 +441,7 @@ PARTS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_resumed_run_wants_the_same_part(recipe: Path, tmp_path: Path, part: str, capsys: Any) -> None:
+def test_a_resumed_run_needs_the_same_part(recipe: Path, tmp_path: Path, part: str, capsys: Any) -> None:
     ours, other = PARTS[part]
     trainer = build(recipe, tmp_path / "run", "train.duration=2 steps", **{part: ours})
     trainer.fit()
@@ -457,8 +457,8 @@ def test_a_resumed_run_wants_the_same_part(recipe: Path, tmp_path: Path, part: s
     assert (
         f"in Python, with the same parts: Trainer.from_recipe(..., resume=True, {part}=...)" in capsys.readouterr().err
     )
-    again = build(*longer, resume=True, **{part: ours})
-    assert again.fit().steps == 3
+    resumed = build(*longer, resume=True, **{part: ours})
+    assert resumed.fit().steps == 3
 
 
 def test_a_part_that_the_run_did_not_start_with_is_refused(recipe: Path, tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_the_same_par
 def test_settings_without_effect_are_reported_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     text = RECIPE.replace("flip: false", "flip: false, erase: 0.5, mixup: 0.2, color_jitter: {hue: 0.1}")
     trainer = build(write_recipe(text), tmp_path, "schedule.warmup=1 steps", transform=jitter, schedule=falling)
-    notes = [note for note in trainer.log.notes if "without effect" in note]
+    notes = [note for note in trainer.log.notes if "no effect with" in note]
     assert [note.partition(": ")[2] for note in notes] == [
         "schedule.warmup",
         "augment.color_jitter.hue, augment.erase, augment.flip",
@@ -495,14 +495,14 @@ def with_hint(model: nn.Module, images: Tensor, labels: Tensor, at: Any) -> tupl
 
 
 def consistent(model: nn.Module, images: Tensor, labels: Tensor, at: Any) -> Tensor:
-    """Return cross-entropy of the first of two views, and how far the second is from it."""
+    """Return the cross-entropy of the first of two views, plus the distance of the second from it."""
     assert images.ndim == 5
     first, second = model(images[:, 0]), model(images[:, 1])
     return F.cross_entropy(first, labels) + (first - second).square().mean(1).mean()
 
 
 class Margin(nn.Module):
-    """Cross-entropy of logits with a bias of its own for each class."""
+    """Cross-entropy of logits, with a learnt bias for each class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -513,7 +513,7 @@ class Margin(nn.Module):
 
 
 def by_hand(trainer: Trainer, step_loss: Any, steps: int) -> dict[str, Tensor]:
-    """Return the weights after the steps of a plain loop over whole batches."""
+    """Return the weights after training by a plain loop over complete batches."""
     for number, (images, labels) in enumerate(batches_of(trainer, steps), start=1):
         trainer.optimizer.zero_grad()
         returned = step_loss(trainer.raw_model, images, labels, SimpleNamespace(step=number))
@@ -561,10 +561,10 @@ def fit_unequal_shares(name: str, recipe: Path, folder: Path) -> dict[str, Tenso
 
 @pytest.mark.parametrize("name", ["views", "margin"])
 def test_one_and_two_processes_with_unequal_shares_train_alike(recipe: Path, tmp_path: Path, name: str) -> None:
-    alone = fit_unequal_shares(name, recipe, tmp_path / "one")
+    single = fit_unequal_shares(name, recipe, tmp_path / "one")
     first, second = run_processes(fit_unequal_shares, name, recipe, tmp_path / "two")
     assert_same(first, second)
-    assert_same(alone, first, rtol=1e-4, atol=1e-5)
+    assert_same(single, first, rtol=1e-4, atol=1e-5)
 
 
 def features_net() -> nn.Module:
@@ -595,11 +595,11 @@ def test_a_model_without_class_logits_is_trained_without_evaluations(recipe: Pat
     assert load_file(tmp_path / "run/model/model.safetensors")["4.weight"].shape == (7, 24)
     with pytest.raises(RunError, match=r"metrics and predict: evaluate.every is never, and only evaluations use them"):
         build(recipe, tmp_path / "no", *overrides, **parts, metrics={"margin": mean_margin}, predict=mirrored_too)
-    with pytest.raises(RunError, match=r"gives \(1, 7\) for an image, not \(1, 10\) logits"):
+    with pytest.raises(RunError, match=r"returns \(1, 7\) for an image instead of \(1, 10\) logits"):
         evaluate_run(tmp_path / "run", model=features_net)
 
 
-def test_the_optimizer_has_the_weights_of_a_method_s_module(recipe: Path, tmp_path: Path) -> None:
+def test_the_optimizer_trains_the_module_of_a_bound_method(recipe: Path, tmp_path: Path) -> None:
     loss = Margin()
     trainer = build(recipe, tmp_path, step_loss=loss.forward)
     assert any(p is loss.bias for group in trainer.optimizer.param_groups for p in group["params"])
@@ -610,7 +610,7 @@ def test_views_without_a_step_loss_are_refused(recipe: Path, tmp_path: Path) -> 
         build(recipe, tmp_path, "data.views=2")
 
 
-def test_the_report_of_a_run_with_views_shows_what_was_trained_on(recipe: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_run_with_views_shows_the_training_images(recipe: Path, tmp_path: Path) -> None:
     step_loss, overrides = loss_of("views")
     build(recipe, tmp_path, *overrides, "log.report=true", step_loss=step_loss, transform=jitter).fit()
     assert len(list((tmp_path / "report").rglob("training_*.jpg"))) > 0

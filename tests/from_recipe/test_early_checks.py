@@ -31,9 +31,9 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
     }
     if missing := {"wandb", "trackio", "mlflow"} - {tracker.value for tracker in get_available_trackers()}:
         wrong[f"log.trackers={min(missing)}"] = f"log.trackers: {min(missing)} not installed"
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError) as error:
         check(*wrong, folder=tmp_path / "file")
-    first, *lines = str(caught.value).splitlines()
+    first, *lines = str(error.value).splitlines()
     assert first == f"small has {len(wrong) + 1} mistakes:"
     for text in ("output_dir .*file: is a file; choose another", *wrong.values()):
         assert sum(bool(re.search(text, line)) for line in lines) == 1, text

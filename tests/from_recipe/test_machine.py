@@ -1,4 +1,4 @@
-"""Machine settings left to `auto`: rules, stored tunings, what contradicts them, and what a resumed run keeps."""
+"""Machine settings set to `auto`: rules, stored tunings, what overrides them, and what a resumed run keeps."""
 
 from __future__ import annotations
 
@@ -59,25 +59,25 @@ def by_rule(settings: ResolvedSettings) -> bool:
 
 
 def test_without_a_tuning_rules_decide(recipe: Path) -> None:
-    found, settings = resolved(recipe)
-    assert (found.accelerate.channels_last, found.accelerate.compile) == (True, False)
-    assert (found.accelerate.matmul_precision, found.accelerate.conv_precision) == ("high", "high")
-    assert found.data.workers == "auto"  # resolved with the device
+    plan, settings = resolved(recipe)
+    assert (plan.accelerate.channels_last, plan.accelerate.compile) == (True, False)
+    assert (plan.accelerate.matmul_precision, plan.accelerate.conv_precision) == ("high", "high")
+    assert plan.data.workers == "auto"  # resolved with the device
     assert settings.notes == []
-    assert settings.all()["accelerate.channels_last"].origin == "default: seldom slower"
+    assert settings.all()["accelerate.channels_last"].origin == "default: rarely slower"
 
 
 def test_a_stored_tuning_decides_what_is_auto(recipe: Path) -> None:
     store(recipe)
-    found, settings = resolved(recipe)
-    values = flatten(found)
+    plan, settings = resolved(recipe)
+    values = flatten(plan)
     assert {key: values[key] for key in VALUES} == VALUES
     (note,) = settings.notes
     assert note.startswith("auto, tuned on 2026-01-02: accelerate.mixed_precision=bf16")
     assert settings.all()["data.workers"].origin == "default: tuned on 2026-01-02"
 
 
-def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
+def test_parts_are_built_from_the_tuning_and_report_it(recipe: Path) -> None:
     store(recipe)
     parts = build_parts(recipe)
     assert parts.accelerator.mixed_precision == "bf16"
@@ -97,54 +97,54 @@ def test_parts_are_built_by_it_and_say_so(recipe: Path) -> None:
         "augment.flip=false",
     ],
 )
-def test_a_tuning_is_for_its_model_step_and_data(recipe: Path, override: str) -> None:
+def test_a_tuning_applies_only_to_its_model_step_and_data(recipe: Path, override: str) -> None:
     store(recipe)
-    found, settings = resolved(recipe, override)
-    assert found.accelerate.mixed_precision == "no"
+    plan, settings = resolved(recipe, override)
+    assert plan.accelerate.mixed_precision == "no"
     assert by_rule(settings)
     assert settings.notes == []
 
 
-def test_what_is_learnt_otherwise_may_differ(recipe: Path) -> None:
+def test_a_tuning_applies_with_other_learning_settings(recipe: Path) -> None:
     store(recipe)
-    found, _ = resolved(recipe, "optimizer.lr=0.1", "train.duration=9 epochs", "seed=3")
-    assert found.accelerate.mixed_precision == "bf16"
+    plan, _ = resolved(recipe, "optimizer.lr=0.1", "train.duration=9 epochs", "seed=3")
+    assert plan.accelerate.mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize(("duration", "kept"), [("3 epochs", True), ("1 epoch", False), ("100 steps", False)])
-def test_what_pays_late_is_for_trainings_as_long(recipe: Path, duration: str, kept: bool) -> None:
+def test_settings_that_pay_off_late_apply_only_to_trainings_as_long(recipe: Path, duration: str, kept: bool) -> None:
     store(recipe, **{"accelerate.compile": True})
-    found, _ = resolved(recipe, f"train.duration={duration}")
-    assert found.accelerate.mixed_precision == "bf16"
-    assert (found.accelerate.compile, found.data.cache) == ((True, "memory") if kept else (False, "auto"))
+    plan, _ = resolved(recipe, f"train.duration={duration}")
+    assert plan.accelerate.mixed_precision == "bf16"
+    assert (plan.accelerate.compile, plan.data.cache) == ((True, "memory") if kept else (False, "auto"))
 
 
-def test_a_tuning_is_for_its_machine_and_versions(recipe: Path) -> None:
+def test_a_tuning_applies_only_to_its_machine_and_versions(recipe: Path) -> None:
     machine, versions, model, data = tuning_key(load_recipe(recipe))
     store_tuning(Tuning({**machine, "cores": 999}, versions, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
     store_tuning(Tuning(machine, {**versions, "torch": "1.0"}, model, data, VALUES, "2026-01-02", 1.0, "2 epochs"))
     assert by_rule(resolved(recipe)[1])
 
 
-def test_what_the_recipe_says_itself_is_as_it_says(recipe: Path) -> None:
+def test_keys_set_in_the_recipe_take_precedence(recipe: Path) -> None:
     store(recipe)
-    found, settings = resolved(recipe, "accelerate.channels_last=true", "accelerate.gradient_accumulation_steps=1")
-    assert found.accelerate.channels_last is True
-    assert found.accelerate.micro_batch_size is None
-    assert found.accelerate.mixed_precision == "bf16"
+    plan, settings = resolved(recipe, "accelerate.channels_last=true", "accelerate.gradient_accumulation_steps=1")
+    assert plan.accelerate.channels_last is True
+    assert plan.accelerate.micro_batch_size is None
+    assert plan.accelerate.mixed_precision == "bf16"
     assert "channels_last" not in settings.notes[0]
 
 
-def test_several_processes_take_what_holds_for_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_use_the_settings_that_apply_to_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(recipe)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found, _ = resolved(recipe)
-    assert found.accelerate.mixed_precision == "bf16"
-    assert (found.accelerate.micro_batch_size, found.data.workers) == (None, "auto")
+    plan, _ = resolved(recipe)
+    assert plan.accelerate.mixed_precision == "bf16"
+    assert (plan.accelerate.micro_batch_size, plan.data.workers) == (None, "auto")
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"values": 3}'])
-def test_a_damaged_tuning_is_none(recipe: Path, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_tuning_is_ignored(recipe: Path, damage: str, tmp_path: Path) -> None:
     store(recipe)
     (path,) = (tmp_path / "tunings").iterdir()
     path.write_text(damage)
@@ -152,8 +152,8 @@ def test_a_damaged_tuning_is_none(recipe: Path, damage: str, tmp_path: Path) -> 
     assert by_rule(resolved(recipe)[1])
 
 
-def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) -> None:
-    """A tuning that comes later, or goes, changes no run that has begun."""
+def test_a_resumed_run_keeps_its_settings(recipe: Path, tmp_path: Path) -> None:
+    """A tuning that is stored or deleted later does not change a run that has started."""
     run = f"output_dir={tmp_path / 'run'}"
     store(recipe, **{"data.cache": "none"})
     first = Trainer.from_recipe(recipe, [run, "train.duration=2 steps", "schedule.name=constant"])
@@ -169,17 +169,17 @@ def test_a_resumed_run_keeps_what_it_began_with(recipe: Path, tmp_path: Path) ->
     assert (fact.value, fact.origin) == ("bf16", "default: tuned on 2026-01-02, as this run began")
 
 
-def test_a_run_without_tuning_takes_none_when_resumed(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_without_tuning_uses_none_when_resumed(recipe: Path, tmp_path: Path) -> None:
     run = f"output_dir={tmp_path / 'run'}"
     Trainer.from_recipe(recipe, [run, "train.duration=2 steps", "schedule.name=constant"]).fit()
     store(recipe)
-    again = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
-    assert again.accelerator.mixed_precision == "no"
+    resumed = Trainer.from_recipe(recipe, [run, "train.duration=4 steps", "schedule.name=constant"], resume=True)
+    assert resumed.accelerator.mixed_precision == "no"
     assert not any("tuned" in fact.origin for fact in read_settings(tmp_path / "run").values())
     assert read_first_start(tmp_path / "nowhere") is None
 
 
-def test_values_are_put_into_a_recipe(recipe: Path) -> None:
+def test_values_are_set_in_a_recipe(recipe: Path) -> None:
     loaded = load_recipe(recipe)
     changed = with_values(loaded, {"data.workers": 3, "seed": 5, "accelerate.compile": True})
     assert (changed.data.workers, changed.seed, changed.accelerate.compile) == (3, 5, True)
@@ -187,7 +187,7 @@ def test_values_are_put_into_a_recipe(recipe: Path) -> None:
     assert changed.source == loaded.source
 
 
-def test_products_are_rounded_as_asked() -> None:
+def test_matmul_precision_is_set_as_requested() -> None:
     try:
         set_fp32_precision("medium", "medium")
         assert torch.get_float32_matmul_precision() == "medium"
@@ -203,7 +203,7 @@ WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"),
+    ("user_environment", "spins"),
     [
         ({}, "1000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
@@ -211,14 +211,16 @@ WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
         ({"KMP_BLOCKTIME": "0"}, "None"),
     ],
 )
-def test_commands_let_threads_sleep_soon_unless_the_user_says_how_they_wait(given: dict[str, str], spins: str) -> None:
+def test_commands_limit_spinning_unless_the_user_configured_it(user_environment: dict[str, str], spins: str) -> None:
     program = (
         "import os, sys, hf_fasttrain, hf_fasttrain.__main__ as module; print(os.environ.get('GOMP_SPINCOUNT'))\n"
         "try: module.main(['--help'])\n"
         "except SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    messages = done.stdout.splitlines()
-    assert messages[0] == given.get("GOMP_SPINCOUNT", "None")  # importing sets nothing
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | user_environment
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    messages = process.stdout.splitlines()
+    assert messages[0] == user_environment.get("GOMP_SPINCOUNT", "None")  # importing sets nothing
     assert messages[-1] == f"{spins} False"

@@ -1,4 +1,4 @@
-"""What a run leaves for its report: predictions, pictures, the page; and nothing of it can harm the run."""
+"""What a run writes for its report: predictions, pictures, the page; failures there do not affect the run."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def trained(write_recipe: Callable[..., Path], run: Path, *overrides: str) -> Tr
 def test_predictions_are_those_of_the_last_evaluation(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     trainer = trained(write_recipe, tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
-    found = Predictions.load(tmp_path / "run" / PREDICTIONS_FILE)
-    assert found.step == 4
-    assert found.split == "held-out 10% of train"
-    assert sorted(found.rows.tolist()) == list(range(len(found.rows)))
-    assert accuracy_score(found.labels, found.predicted) == pytest.approx(result["accuracy"])
-    assert found.losses.mean().item() == pytest.approx(result["loss"], rel=1e-5)
+    predictions = Predictions.load(tmp_path / "run" / PREDICTIONS_FILE)
+    assert predictions.step == 4
+    assert predictions.split == "held-out 10% of train"
+    assert sorted(predictions.rows.tolist()) == list(range(len(predictions.rows)))
+    assert accuracy_score(predictions.labels, predictions.predicted) == pytest.approx(result["accuracy"])
+    assert predictions.losses.mean().item() == pytest.approx(result["loss"], rel=1e-5)
     labels = trainer.evaluation.eval_loader.prefetcher.images.images.split.labels
-    assert (labels[found.rows] == found.labels.numpy()).all()
+    assert (labels[predictions.rows] == predictions.labels.numpy()).all()
 
 
 def test_several_processes_give_the_same_predictions(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -79,35 +79,35 @@ def test_the_report_and_its_pictures_are_written(write_recipe: Callable[..., Pat
     trained(write_recipe, run, "augment.mixup=1.0")
     assert "<!DOCTYPE html>" in (run / "report.html").read_text()[:100]
     assert {"curves.png", "confusion.png", "gallery.json"} <= {path.name for path in (run / "report").iterdir()}
-    gallery, found = Gallery.load(run), Predictions.load(run / PREDICTIONS_FILE)
+    gallery, predictions = Gallery.load(run), Predictions.load(run / PREDICTIONS_FILE)
     assert gallery.class_names == [str(digit) for digit in range(10)]
     assert len(gallery.training) == 16
     assert any(len(picture.truth) == 2 for picture in gallery.training)  # mixed
     assert all(sum(picture.truth.values()) == pytest.approx(1.0, abs=0.02) for picture in gallery.training)
-    assert len(gallery.mistakes) == min(24, int(found.is_wrong.sum()))
+    assert len(gallery.mistakes) == min(24, int(predictions.is_wrong.sum()))
     losses = [picture.loss for picture in gallery.mistakes]
     assert losses == sorted(losses, reverse=True)
     for picture in (*gallery.training, *gallery.mistakes):
         assert Image.open(run / "report" / picture.file).size == (160, 160)
 
 
-def test_training_pictures_are_what_the_model_was_given(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_training_pictures_are_the_models_input(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     overrides = ["augment.mixup=1.0", "augment.erase=0.5", f"output_dir={tmp_path / 'run'}"]
     reset_accelerate()
     trainer = build_trainer(write_recipe(RECIPE), overrides)
     images, targets = next(next(trainer.train_loader.steps(0, 1)).micro_batches)
     pixels: dict[str, np.ndarray] = {}
     pictures = trainer.publish.show.func.__self__
-    step, made = pictures.training(4, pixels)
+    step, shown = pictures.training(4, pixels)
     assert step == 1
     mean, std = torch.tensor(pictures.pre.mean), torch.tensor(pictures.pre.std)
-    for number, picture in enumerate(made):
-        given = images[number].permute(1, 2, 0) * std + mean
-        assert np.abs(pixels[picture.file] - given.numpy() * 255).max() <= 0.5001
+    for number, picture in enumerate(shown):
+        original = images[number].permute(1, 2, 0) * std + mean
+        assert np.abs(pixels[picture.file] - original.numpy() * 255).max() <= 0.5001
         assert picture.truth == {str(i): round(float(t), 4) for i, t in enumerate(targets[number]) if t > 0.01}
 
 
-def test_a_run_that_was_stopped_before_its_end_was_written_has_predictions(
+def test_a_run_stopped_before_its_result_was_written_has_predictions(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -122,7 +122,7 @@ def test_a_run_that_was_stopped_before_its_end_was_written_has_predictions(
     assert (run / "report.html").exists()
 
 
-def test_a_run_that_stopped_early_shows_images_of_a_step_that_was_made(
+def test_a_run_that_stopped_early_shows_images_of_a_step_that_was_trained(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -142,9 +142,9 @@ def test_a_trainer_without_a_recipe_writes_a_report(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"eval_loader": data, "num_classes": 3, "log_every": 1}
     Trainer(model, data, optimizer, output_dir=tmp_path / "own", **options).fit()
-    found = Predictions.load(tmp_path / "own" / PREDICTIONS_FILE)
-    assert found.labels.tolist() == labels.tolist()
-    assert set(found.rows.tolist()) == {-1}
+    predictions = Predictions.load(tmp_path / "own" / PREDICTIONS_FILE)
+    assert predictions.labels.tolist() == labels.tolist()
+    assert set(predictions.rows.tolist()) == {-1}
     assert (tmp_path / "own" / "report.html").exists()
     reset_accelerate()
     Trainer(model, data, optimizer, output_dir=tmp_path / "without", report=False, **options).fit()
@@ -159,16 +159,16 @@ def test_a_report_can_be_switched_off(write_recipe: Callable[..., Path], tmp_pat
     }  # fmt: skip
 
 
-def test_a_report_that_fails_harms_nothing(
+def test_a_report_that_fails_does_not_affect_the_run(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def broken(runs: list[Path]) -> Path:
+    def failing_report(runs: list[Path]) -> Path:
         raise KeyError("somebody's drawing")
 
-    monkeypatch.setattr("hf_fasttrain.report.report.write_page", broken)
+    monkeypatch.setattr("hf_fasttrain.report.report.write_page", failing_report)
     run = tmp_path / "run"
     assert exit_status([str(write_recipe(RECIPE)), f"output_dir={run}"]) == 0
     messages = capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_a_report_that_fails_harms_nothing(
     assert (run / "result.json").exists()
 
 
-def test_ctrl_c_while_the_report_is_drawn_leaves_the_run_as_it_is(
+def test_ctrl_c_during_the_report_does_not_change_the_run(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -195,7 +195,7 @@ def test_ctrl_c_while_the_report_is_drawn_leaves_the_run_as_it_is(
     assert (run / "result.json").exists()
 
 
-def test_images_that_are_gone_cost_only_the_pictures(
+def test_missing_images_cost_only_the_pictures(
     write_recipe: Callable[..., Path], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reset_accelerate()
@@ -224,21 +224,22 @@ def test_multi_label_predictions(tmp_path: Path) -> None:
     collector = Collector()
     for part in (slice(0, 4), slice(4, 6)):
         collector.add(logits[part], labels[part])
-    made = Predictions(3, "validation", torch.arange(6), *collector.columns())
-    made.save(tmp_path / PREDICTIONS_FILE)
-    found = Predictions.load(tmp_path / PREDICTIONS_FILE)
-    assert found.is_multi_label
-    assert torch.equal(found.labels, labels.bool())
-    assert torch.equal(found.predicted, logits >= 0)
+    predictions = Predictions(3, "validation", torch.arange(6), *collector.columns())
+    predictions.save(tmp_path / PREDICTIONS_FILE)
+    predictions = Predictions.load(tmp_path / PREDICTIONS_FILE)
+    assert predictions.is_multi_label
+    assert torch.equal(predictions.labels, labels.bool())
+    assert torch.equal(predictions.predicted, logits >= 0)
     scores = logits.sigmoid()
-    assert torch.allclose(found.confidence, (scores - labels).abs().amax(1))
+    assert torch.allclose(predictions.confidence, (scores - labels).abs().amax(1))
     assert all(
-        abs(scores[i, found.worst_class[i]] - labels[i, found.worst_class[i]]) == found.confidence[i] for i in range(6)
+        abs(scores[i, predictions.worst_class[i]] - labels[i, predictions.worst_class[i]]) == predictions.confidence[i]
+        for i in range(6)
     )
     reference = [log_loss(labels[:, k], scores[:, k], labels=[0, 1]) for k in range(4)]
-    assert found.losses.mean().item() == pytest.approx(float(np.mean(reference)), rel=1e-5)
-    wrong = (found.predicted != found.labels).any(1)
-    assert all(wrong[place] for place in found.worst(10))
+    assert predictions.losses.mean().item() == pytest.approx(float(np.mean(reference)), rel=1e-5)
+    wrong = (predictions.predicted != predictions.labels).any(1)
+    assert all(wrong[index] for index in predictions.worst(10))
 
 
 def test_broken_predictions_are_named(tmp_path: Path) -> None:
@@ -247,17 +248,17 @@ def test_broken_predictions_are_named(tmp_path: Path) -> None:
         Predictions.load(tmp_path / PREDICTIONS_FILE)
 
 
-def test_a_gallery_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_gallery_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Gallery.load(tmp_path) == Gallery()
-    made = Gallery(["a", "b"], [Picture("t.jpg", "a/1.jpg", {"a": 0.7, "b": 0.3})], 9, [], 0, "")
-    made.save(tmp_path, {"t.jpg": np.zeros((200, 400, 3), np.uint8)})
-    assert Gallery.load(tmp_path) == made
+    gallery = Gallery(["a", "b"], [Picture("t.jpg", "a/1.jpg", {"a": 0.7, "b": 0.3})], 9, [], 0, "")
+    gallery.save(tmp_path, {"t.jpg": np.zeros((200, 400, 3), np.uint8)})
+    assert Gallery.load(tmp_path) == gallery
     assert Image.open(tmp_path / "report" / "t.jpg").size == (160, 80)
 
 
-@pytest.mark.parametrize(("size", "wanted"), [((32, 32), (160, 160)), ((100, 50), (100, 50)), ((20, 10), (160, 80))])
-def test_thumbnails_are_seen_well(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("size", "expected"), [((32, 32), (160, 160)), ((100, 50), (100, 50)), ((20, 10), (160, 80))])
+def test_thumbnails_have_a_readable_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
     import io
 
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
-    assert Image.open(io.BytesIO(thumbnail(pixels))).size == wanted
+    assert Image.open(io.BytesIO(thumbnail(pixels))).size == expected

@@ -1,4 +1,4 @@
-"""What `auto` decided when a run began stays when it is resumed, unless the user or the machine says otherwise."""
+"""Decisions of `auto` are kept when a run is resumed, unless the user or the machine requires others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ruamel.yaml import YAML
 
 from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.from_recipe import auto, resume, tunings
-from hf_fasttrain.from_recipe.tunings import Tuning, machine_here, store_tuning, tuning_key
+from hf_fasttrain.from_recipe.tunings import Tuning, current_machine, store_tuning, tuning_key
 from hf_fasttrain.recipe.resolved import read_settings
 
-# What the rules say of a machine with two cores, and what a tuning says otherwise.
+# What the rules decide on a machine with two cores, and what a tuning decides instead.
 RULED: dict[str, Any] = {
     "accelerate.mixed_precision": "no",
     "accelerate.channels_last": True,
@@ -40,7 +40,7 @@ TUNED: dict[str, Any] = {
 def start(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[dict[str, Any], list[str]]]:
-    """Return what builds the run's trainer, by default resumed, and returns its settings and notes."""
+    """Return a function that builds the run's trainer, by default resumed, and returns its settings and notes."""
     recipe = write_recipe(
         "model: {name: test_vit}\ndata: {dataset: digits, image_size: 32, workers: 0}\n"
         "train: {duration: 2 steps, batch_size: 16}\n"
@@ -59,66 +59,66 @@ def start(
 
 
 def settings(tmp_path: Path) -> dict[str, Any]:
-    found = read_settings(tmp_path / "run")
-    return {key: found[key].value for key in RULED}
+    current = read_settings(tmp_path / "run")
+    return {key: current[key].value for key in RULED}
 
 
 def store(tmp_path: Path) -> None:
-    """Let a tuning say otherwise from now on."""
+    """Store a tuning with other values."""
     (recipe,) = tmp_path.glob("*.yaml")
     store_tuning(Tuning(*tuning_key(load_recipe(recipe)), TUNED, "2026-01-02", 100.0, "2 epochs"))
 
 
-def test_a_resumed_run_keeps_what_rules_decided_whatever_they_say_now(
+def test_a_resumed_run_keeps_earlier_decisions_of_rules(
     start: Callable[..., tuple[dict[str, Any], list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert start(resume=False)[0] == RULED
     store(tmp_path)
     monkeypatch.setitem(auto.RULES, "accelerate.channels_last", lambda: auto.Choice(False, "another rule"))
     monkeypatch.setattr(auto, "num_cores", lambda: 1)
-    for _ in range(2):  # what was kept is kept again
-        found, notes = start()
-        assert found == RULED
-        assert not any("began" in note or "tuned" in note for note in notes)
+    for _ in range(2):  # what was kept once is kept again
+        current, notes = start()
+        assert current == RULED
+        assert not any("started" in note or "tuned" in note for note in notes)
         origin = read_settings(tmp_path / "run")["accelerate.channels_last"].origin
-        assert origin == "default: seldom slower, as this run began"
+        assert origin == "default: rarely slower, as this run began"
 
 
-def test_what_the_user_gives_on_resume_is_as_given(
+def test_settings_given_on_resume_take_precedence(
     start: Callable[..., tuple[dict[str, Any], list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(resume=False)
-    given = ["accelerate.mixed_precision=bf16", "accelerate.micro_batch_size=4", "accelerate.cpu_threads=1"]
-    found, notes = start(*given)
+    overrides = ["accelerate.mixed_precision=bf16", "accelerate.micro_batch_size=4", "accelerate.cpu_threads=1"]
+    current, notes = start(*overrides)
     changed = {"accelerate.mixed_precision": "bf16", "accelerate.micro_batch_size": 4, "accelerate.cpu_threads": 1}
-    assert found == {**RULED, **changed}
-    assert not any("began" in note for note in notes)
-    found, notes = start("accelerate.cpu_threads=2")  # what was given before stays, and is said
-    assert found == {**RULED, **changed, "accelerate.cpu_threads": 2}
+    assert current == {**RULED, **changed}
+    assert not any("started" in note for note in notes)
+    current, notes = start("accelerate.cpu_threads=2")  # earlier given values stay, and are reported
+    assert current == {**RULED, **changed, "accelerate.cpu_threads": 2}
     kept_values = "accelerate.micro_batch_size=4, accelerate.mixed_precision=bf16"
-    assert f"kept as this run began, though the recipe no longer sets it: {kept_values}" in notes
+    assert f"kept from this run's first start, though the recipe no longer sets it: {kept_values}" in notes
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found, _ = start("accelerate.gradient_accumulation_steps=2", "accelerate.mixed_precision=no")
-    assert found == {**RULED, "accelerate.micro_batch_size": 8, "accelerate.cpu_threads": 1}
+    current, _ = start("accelerate.gradient_accumulation_steps=2", "accelerate.mixed_precision=no")
+    assert current == {**RULED, "accelerate.micro_batch_size": 8, "accelerate.cpu_threads": 1}
 
 
-def test_another_machine_decides_anew_and_says_what_became_of_it(
+def test_another_machine_decides_again_and_reports_the_changes(
     start: Callable[..., tuple[dict[str, Any], list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(resume=False)
-    here = machine_here()
+    machine = current_machine()
     for module in (auto, resume, tunings):
-        monkeypatch.setattr(module, "machine_here", lambda: {**here, "processor": "another", "cores": 99})
+        monkeypatch.setattr(module, "current_machine", lambda: {**machine, "processor": "another", "cores": 99})
     store(tmp_path)
-    found, notes = start()
-    assert found == {**RULED, **TUNED}
-    (note,) = (text for text in notes if "began" in text)
-    assert note.startswith(f"this run began elsewhere (processor {here['processor']}, now another; cores")
+    current, notes = start()
+    assert current == {**RULED, **TUNED}
+    (note,) = (text for text in notes if "started" in text)
+    assert note.startswith(f"this run started elsewhere (processor {machine['processor']}, now another; cores")
     assert "`auto` is decided again: accelerate.channels_last=false (true before)" in note
-    assert not any("began elsewhere" in text for text in start()[1])  # it goes on here now
+    assert not any("started elsewhere" in text for text in start()[1])  # it continues on this machine
 
 
-def test_other_processes_share_a_step_and_the_cores_anew(
+def test_another_number_of_processes_shares_steps_and_cores_again(
     start: Callable[..., tuple[dict[str, Any], list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start("accelerate.mixed_precision=bf16", resume=False)
@@ -127,15 +127,15 @@ def test_other_processes_share_a_step_and_the_cores_anew(
     facts["machine"]["value"]["processes"] = 2
     facts["accelerate.micro_batch_size"]["value"] = 8
     YAML(typ="safe", pure=True).dump(facts, path)
-    found, notes = start()
-    assert found == {**RULED, "accelerate.mixed_precision": "bf16"}
+    current, notes = start()
+    assert current == {**RULED, "accelerate.mixed_precision": "bf16"}
     assert (
-        "this run began elsewhere (processes 2, now 1): micro-batch and threads are decided again: "
+        "this run started elsewhere (processes 2, now 1): micro-batch and threads are decided again: "
         "accelerate.micro_batch_size=16 (8 before)"
     ) in notes
 
 
-def test_a_run_that_wrote_no_machine_down_keeps_its_tuning_alone(
+def test_a_run_without_a_recorded_machine_keeps_only_its_tuning(
     start: Callable[..., tuple[dict[str, Any], list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(tmp_path)
@@ -150,33 +150,34 @@ def test_a_run_that_wrote_no_machine_down_keeps_its_tuning_alone(
     assert start()[0] == {**RULED, **TUNED}
 
 
-def test_the_launchers_precision_goes_before_a_tuning_and_after_the_recipe(
+def test_the_launchers_precision_ranks_between_recipe_and_tuning(
     start: Callable[..., tuple[dict[str, Any], list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert start(resume=False)[0] == {**RULED, "accelerate.mixed_precision": "bf16"}
     origin = read_settings(tmp_path / "run")["accelerate.mixed_precision"].origin
     assert origin == "default: of the launch configuration"
-    found, notes = start("accelerate.mixed_precision=no")
-    assert found["accelerate.mixed_precision"] == "no"
+    current, notes = start("accelerate.mixed_precision=no")
+    assert current["accelerate.mixed_precision"] == "no"
     assert "the launch configuration says mixed precision bf16; the recipe's no is used" in notes
-    found, notes = start()
-    assert found["accelerate.mixed_precision"] == "bf16"
+    current, notes = start()
+    assert current["accelerate.mixed_precision"] == "bf16"
     assert (
-        "changed since this run began, by the launcher or OMP_NUM_THREADS: accelerate.mixed_precision=bf16 (no before)"
+        "changed since this run started, by the launcher or OMP_NUM_THREADS: "
+        "accelerate.mixed_precision=bf16 (no before)"
     ) in notes
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # exported always
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # always exported
     assert start()[0]["accelerate.mixed_precision"] == "bf16"
 
 
-@pytest.mark.parametrize(("stated", "why"), [("fp16", "which needs a GPU"), ("fp8", "which is not supported")])
-def test_a_launchers_precision_that_can_not_be_had_is_said(
+@pytest.mark.parametrize(("stated", "reason"), [("fp16", "which needs a GPU"), ("fp8", "which is not supported")])
+def test_an_unavailable_precision_of_the_launcher_is_reported(
     stated: str,
-    why: str,
+    reason: str,
     start: Callable[..., tuple[dict[str, Any], list[str]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", stated)
-    found, notes = start(resume=False)
-    assert found["accelerate.mixed_precision"] == "no"
-    assert f"the launch configuration says mixed precision {stated}, {why}; the recipe's no is used" in notes
+    current, notes = start(resume=False)
+    assert current["accelerate.mixed_precision"] == "no"
+    assert f"the launch configuration says mixed precision {stated}, {reason}; the recipe's no is used" in notes

@@ -1,4 +1,4 @@
-"""Threads on a CPU: the recipe's, the user's OMP_NUM_THREADS, or a share of the cores; launchers' own are no wish."""
+"""CPU threads: the recipe's, the user's OMP_NUM_THREADS, or a share of the cores; launchers' defaults do not count."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def set_threads(recipe: Path, *overrides: str) -> tuple[int, str]:
-    """Set the threads of a recipe; return their number, and where it came from."""
+    """Set the threads of a recipe; return their number and its origin."""
     loaded = load_recipe(recipe, overrides)
     settings = ResolvedSettings(loaded)
     accelerator._set_threads(resolve_machine(loaded, settings))
@@ -38,22 +38,22 @@ def set_threads(recipe: Path, *overrides: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "expected_threads"),
     [("3", 3), ("3,2", 3), (" 3 ", 3), (None, 2), ("", 2), ("0", 2), ("-1", 2), ("many", 2)],
 )
-def test_threads_are_those_of_omp_num_threads_or_the_cores(
-    value: str | None, found: int, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_threads_are_omp_num_threads_or_the_number_of_cores(
+    value: str | None, expected_threads: int, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
     torch.set_num_threads(1)
-    why = "OMP_NUM_THREADS of the user" if found == 3 else "2 cores / 1 processes"
-    assert set_threads(write_recipe()) == (found, f"default: {why}")
-    assert torch.get_num_threads() == found
+    origin = "OMP_NUM_THREADS of the user" if expected_threads == 3 else "2 cores / 1 processes"
+    assert set_threads(write_recipe()) == (expected_threads, f"default: {origin}")
+    assert torch.get_num_threads() == expected_threads
 
 
-def test_the_recipes_threads_go_before_omp_num_threads(write_recipe: Callable[..., Path]) -> None:
+def test_the_recipes_threads_take_precedence_over_omp_num_threads(write_recipe: Callable[..., Path]) -> None:
     assert set_threads(write_recipe(), "accelerate.cpu_threads=2") == (2, "override")
     assert torch.get_num_threads() == 2
 
@@ -68,7 +68,7 @@ def test_processes_of_a_machine_share_its_cores(
 
 
 def start_waiting(words: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a process that waits for input; before its first output, its environment could not be read yet."""
+    """Start a process that waits for input; its environment can be read only after its first output."""
     command = ["sh", "-c", "echo started; read line", *words]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -77,7 +77,7 @@ def start_waiting(words: list[str], environment: dict[str, str]) -> subprocess.P
 
 
 @pytest.mark.parametrize(
-    ("given", "flags", "exported", "found"),
+    ("given", "flags", "exported", "expected_threads"),
     [
         ({}, [], "1", None),
         ({}, [], "48", None),  # physical cores of the host
@@ -87,15 +87,15 @@ def start_waiting(words: list[str], environment: dict[str, str]) -> subprocess.P
     ],
 )
 @pytest.mark.parametrize("between", [False, True])
-def test_what_a_launcher_exports_is_the_users_only_if_the_launcher_had_it_from_there(
+def test_omp_num_threads_is_the_users_only_if_the_launcher_inherited_it(
     given: dict[str, str],
     flags: list[str],
     exported: str,
-    found: int | None,
+    expected_threads: int | None,
     between: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Real processes stand for the launcher and for one, like mpirun, that it starts ours by."""
+    """Real processes act as the launcher and, like mpirun, as a process between the launcher and ours."""
     launched = {**LAUNCHED, "OMP_NUM_THREADS": exported}
     started = [(given, flags)] if not between else [(launched, []), (given, flags)]
     above = [start_waiting(words, env) for env, words in started]
@@ -103,15 +103,15 @@ def test_what_a_launcher_exports_is_the_users_only_if_the_launcher_had_it_from_t
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     try:
-        assert user_threads() == found
+        assert user_threads() == expected_threads
     finally:
         for one in above:
             one.communicate(b"")
 
 
-@pytest.mark.parametrize(("exported", "found"), [("1", None), ("48", None), ("5", 5)])
-def test_where_the_launcher_can_not_be_looked_at_its_own_choices_are_known(
-    exported: str, found: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("exported", "expected_threads"), [("1", None), ("48", None), ("5", 5)])
+def test_known_defaults_of_launchers_are_recognised(
+    exported: str, expected_threads: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(process: psutil.Process) -> dict[str, str]:
         raise psutil.AccessDenied(process.pid)
@@ -119,23 +119,23 @@ def test_where_the_launcher_can_not_be_looked_at_its_own_choices_are_known(
     monkeypatch.setattr(psutil.Process, "environ", refuse)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("OMP_NUM_THREADS", exported)
-    assert user_threads() == found
+    assert user_threads() == expected_threads
 
 
-def threads_beside_accelerate(recipe: Path, wish: str) -> tuple[int, int, str | None]:
+def threads_beside_accelerate(recipe: Path, omp_num_threads: str) -> tuple[int, int, str | None]:
     os.environ.pop("OMP_NUM_THREADS", None)
-    loaded: Recipe = load_recipe(recipe, [f"accelerate.cpu_threads={wish}"])
+    loaded: Recipe = load_recipe(recipe, [f"accelerate.cpu_threads={omp_num_threads}"])
     settings = ResolvedSettings(loaded)
     built = build_accelerator(resolve_machine(loaded, settings), settings)
     assert settings.all()["accelerate.cpu_threads"].value == torch.get_num_threads()
-    built.wait_for_everyone()  # the first process has what they meet by
+    built.wait_for_everyone()  # the first process has the address at which they meet
     return built.num_processes, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 
 
-@pytest.mark.parametrize(("wish", "found"), [("3", 3), ("auto", 1)])
+@pytest.mark.parametrize(("omp_num_threads", "expected_threads"), [("3", 3), ("auto", 1)])
 def test_accelerate_does_not_overrule_threads_where_omp_num_threads_is_unset(
-    wish: str, found: int, write_recipe: object
+    omp_num_threads: str, expected_threads: int, write_recipe: object
 ) -> None:
     recipe = write_recipe()  # type: ignore[operator]
-    for seen in run_processes(threads_beside_accelerate, recipe, wish):
-        assert seen == (2, found, None)
+    for seen in run_processes(threads_beside_accelerate, recipe, omp_num_threads):
+        assert seen == (2, expected_threads, None)

@@ -1,4 +1,4 @@
-"""Shows GPUs to the tests of this folder, which run only if HF_FASTTRAIN_GPU_TESTS=1, and plants defects in them."""
+"""Fixtures of the GPU tests, which run only if HF_FASTTRAIN_GPU_TESTS=1, and their planted defects."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gpu_rows import BY_NAME, row_of
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave all tests out unless they are asked for."""
+    """Skip all tests unless they are requested."""
     if os.environ.get(ENABLED) != "1":
-        here = [item for item in items if row_of(item.name)]
-        config.hook.pytest_deselected(items=here)
-        items[:] = [item for item in items if item not in here]
+        gpu_items = [item for item in items if row_of(item.name)]
+        config.hook.pytest_deselected(items=gpu_items)
+        items[:] = [item for item in items if item not in gpu_items]
 
 
 @pytest.fixture(autouse=True)
 def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plant the defect that is asked for in the tests of its row."""
+    """Plant the requested defect in the tests of its row."""
     row, _, name = os.environ.get(PLANT, "").partition("/")
     if row and row == row_of(request.node.name):
         find(row, name).apply(monkeypatch)
@@ -32,7 +32,7 @@ def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Return the first GPU, or in a dry run the CPU; a test that can't run there is skipped."""
+    """Return the first GPU, or in a dry run the CPU; skip a test that can't run on it."""
     row = BY_NAME[row_of(request.node.name)]
     if os.environ.get(DRY_RUN):
         if not row.on_cpu or request.node.get_closest_marker("needs_gpu"):
@@ -47,7 +47,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture(autouse=True)
 def clean_settings() -> Iterator[None]:
-    """Put back what a test has set in torch, and give the GPU's memory back."""
+    """Restore torch's settings after a test and free the GPU's memory."""
     yield
     forget_settings()
 
@@ -59,5 +59,5 @@ def run(tmp_path: Path) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the markers of this folder."""
+    """Register the markers of this folder."""
     config.addinivalue_line("markers", "needs_gpu: can't run on a CPU, though other tests of its row can")

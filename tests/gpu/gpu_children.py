@@ -1,6 +1,6 @@
 """Runs rows in a child of a process that has imported everything and not touched CUDA.
 
-A child that dies, hangs or breaks its context costs one row: the rest of its group goes on in a new child.
+A child that dies, hangs or breaks its context loses one row: the rest of its group runs in a new child.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ class Outcome:
     status: str  # green, red, skipped, not run: ...
     seconds: float = 0.0
     error: str = ""  # its first lines
-    facts: dict[str, Any] = field(default_factory=dict)  # what its tests have recorded
-    text: str = ""  # the whole of a failure
+    facts: dict[str, Any] = field(default_factory=dict)  # recorded by its tests
+    text: str = ""  # the complete text of a failure
 
 
 def import_everything() -> None:
-    """Import what the tests need, so that children start at once. CUDA is not touched."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else looking for a GPU makes forked children unable to use it
+    """Import what the tests need, so that children start at once. Does not touch CUDA."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # otherwise asking for a GPU makes forked children unable to use it
+    )
     import datasets  # noqa: F401
     import pytest  # noqa: F401
     import sklearn.datasets  # noqa: F401
@@ -85,10 +87,10 @@ def run_group(
     limit: Callable[[str], float] = lambda row: BY_NAME[row].limit_seconds,
     fork: bool = True,
 ) -> Iterator[Outcome]:
-    """Yield the outcomes of rows, run in one child as long as nothing goes wrong in it.
+    """Yield the outcomes of rows, run in one child until one of them fails.
 
-    `limit` says how many seconds a row may take from now on; 0: it is not begun. After a red row, whatever it left in
-    the child's context, the others get a new child.
+    `limit` returns the seconds that a row may take from now on; 0: it is not started. After a red row, which may have
+    damaged the child's context, the others get a new child.
     """
     left = list(rows)
     while left:
@@ -107,7 +109,7 @@ def run_group(
 
 
 class _Child:
-    """A process that runs rows and tells what comes of them."""
+    """A process that runs rows and reports their outcomes."""
 
     def __init__(self, rows: Sequence[str], *, dry_run: bool, plant: str, fork: bool) -> None:
         self.rows, self._buffer = list(rows), b""
@@ -139,10 +141,10 @@ class _Child:
         )
         os.close(sending)
         self.pid = process.pid
-        process.returncode = 0  # it is waited for here
+        process.returncode = 0  # this process waits for it
 
     def outcomes(self, limit: Callable[[str], float]) -> Iterator[Outcome]:
-        """Yield what the child tells; a row in which it dies, or that takes too long, is red."""
+        """Yield the child's outcomes; a row in which it dies, or that takes too long, is red."""
         started, row = time.monotonic(), self.rows[0]
         until = started + limit(row)
         done: list[str] = []
@@ -167,37 +169,37 @@ class _Child:
     def _message(self, until: float) -> dict[str, Any] | None:
         """Return the child's next message; {} if it has ended, None when it is too late."""
         while b"\n" not in self._buffer:
-            ended = self._ending()  # looked at first: what it wrote before is read yet
+            exit_info = self._ending()  # checked first, so that everything written before is still read
             left = until - time.monotonic()
-            ready, _, _ = select.select([self._receiving], [], [], 0 if ended else max(0.0, min(0.2, left)))
-            piece = os.read(self._receiving, 1 << 16) if ready else b""
-            if not piece and (ready or ended):
+            ready, _, _ = select.select([self._receiving], [], [], 0 if exit_info else max(0.0, min(0.2, left)))
+            chunk = os.read(self._receiving, 1 << 16) if ready else b""
+            if not chunk and (ready or exit_info):
                 return {}
-            if not piece and left <= 0:
+            if not chunk and left <= 0:
                 return None
-            self._buffer += piece
+            self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
 
     def _ending(self, *, wait: bool = False) -> Any:
-        """Return how the child has ended, None if it has not; its loaders may hold the pipe for longer."""
+        """Return how the child has ended, None if it is running; its loaders may hold the pipe longer."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG))
 
     def _lost(self, row: str, seconds: float, *, died: bool) -> Outcome:
-        said = Path(self.log.name).read_text(errors="replace")[-MOST_TEXT:]
+        output = Path(self.log.name).read_text(errors="replace")[-MOST_TEXT:]
         if not died and seconds < BY_NAME[row].limit_seconds - 1:
             return Outcome(row, NO_TIME, seconds)
         if not died:
-            return Outcome(row, "red", seconds, f"took longer than {seconds:.0f} s", text=said)
+            return Outcome(row, "red", seconds, f"took longer than {seconds:.0f} s", text=output)
         ending = self._ending(wait=True)
         exited = ending.si_code == os.CLD_EXITED
-        how = f"status {ending.si_status}" if exited else f"signal {signal.Signals(ending.si_status).name}"
-        error = "\n".join([f"the process ended ({how})", *said.strip().splitlines()[-LINES:]])
-        return Outcome(row, "red", seconds, error, text=said)
+        reason = f"status {ending.si_status}" if exited else f"signal {signal.Signals(ending.si_status).name}"
+        error = "\n".join([f"the process ended ({reason})", *output.strip().splitlines()[-LINES:]])
+        return Outcome(row, "red", seconds, error, text=output)
 
     def end(self) -> None:
-        """End the child and all that it has started."""
+        """End the child and all processes that it has started."""
         for kill in (os.killpg, os.kill):
             with suppress(ProcessLookupError):
                 kill(self.pid, signal.SIGKILL)
@@ -208,12 +210,12 @@ class _Child:
 
 
 def _be_child(rows: Sequence[str], sending: int, folder: str, log: int, environment: dict[str, str]) -> None:
-    """Run rows in this process, which has been forked for it, and leave it."""
+    """Run rows in this process, which was forked for them, and exit."""
     try:
-        os.setpgid(0, 0)  # to be ended with all that it starts
+        os.setpgid(0, 0)  # so that all its processes can be ended
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and not to outlive its parent
-        gc.freeze()  # what was there before the fork is never looked at by the garbage collector
+        gc.freeze()  # the garbage collector never visits objects from before the fork
         os.environ.update(environment)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -227,7 +229,7 @@ def _be_child(rows: Sequence[str], sending: int, folder: str, log: int, environm
 
 
 def run_rows(rows: Sequence[str], sending: int, folder: str) -> None:
-    """Run the tests of rows with pytest, in a folder, and write what comes of each to the pipe."""
+    """Run the tests of rows with pytest, in a folder, and write their outcomes to the pipe."""
     import pytest
 
     reporter = _Reporter(rows, sending)
@@ -252,12 +254,12 @@ def run_rows(rows: Sequence[str], sending: int, folder: str) -> None:
 
 
 class _Reporter:
-    """A pytest plugin: chooses the tests of rows, in their order, and tells the parent how each row ends."""
+    """A pytest plugin: selects the tests of rows, in their order, and sends each row's outcome to the parent."""
 
     def __init__(self, rows: Sequence[str], sending: int) -> None:
         self.rows, self.sending = list(rows), sending
         self.untold = list(rows)
-        self.not_collected = ""  # why test files could not be read
+        self.not_collected = ""  # why test files could not be collected
         self._row = ""
         self._reports: list[Any] = []
         self._began = 0.0
@@ -272,17 +274,17 @@ class _Reporter:
         os.write(self.sending, json.dumps(message).encode() + b"\n")
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Keep why a test file could not be read."""
+        """Record why a test file could not be collected."""
         if report.failed:
             self.not_collected = report.longreprtext[-MOST_TEXT:]
 
     def pytest_collection_modifyitems(self, session: Any, config: Any, items: list[Any]) -> None:
-        """Leave the wanted rows' tests, in the rows' order."""
+        """Keep only the requested rows' tests, in the rows' order."""
         chosen = [item for item in items if row_of(item.name) in self.rows]
         items[:] = sorted(chosen, key=lambda item: self.rows.index(row_of(item.name)))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Tell how the last row has ended, if this test is of another one."""
+        """Send the outcome of the last row if this test belongs to another one."""
         row = row_of(nodeid.rsplit("::")[-1])
         if row != self._row:
             self._finish()
@@ -290,11 +292,11 @@ class _Reporter:
             self._write({"begins": row})
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Keep what pytest says of a test's parts."""
+        """Record pytest's reports of a test."""
         self._reports.append(report)
 
     def pytest_sessionfinish(self) -> None:
-        """Tell of the last row."""
+        """Send the outcome of the last row."""
         self._finish()
 
     def _finish(self) -> None:
@@ -312,19 +314,19 @@ def summed_up(row: str, reports: Sequence[Any], seconds: float) -> Outcome:
         return Outcome(row, "red", seconds, "\n".join(lines[:LINES]), facts, text)
     skipped = [report for report in reports if report.skipped]
     if skipped and not any(report.passed and report.when == "call" for report in reports):
-        why = skipped[0].longrepr[2] if isinstance(skipped[0].longrepr, tuple) else str(skipped[0].longrepr)
-        return Outcome(row, "skipped", seconds, why.removeprefix("Skipped: "), facts)
+        reason = skipped[0].longrepr[2] if isinstance(skipped[0].longrepr, tuple) else str(skipped[0].longrepr)
+        return Outcome(row, "skipped", seconds, reason.removeprefix("Skipped: "), facts)
     return Outcome(row, "green", seconds, "", facts)
 
 
 def _error_lines(report: Any) -> list[str]:
-    """Return which test failed, where, and the first lines of what it says."""
+    """Return the failed test, its location, and the first lines of its error."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         return [report.nodeid, *report.longreprtext.splitlines()[-LINES:]]
-    place = f"{Path(crash.path).name}:{crash.lineno}"
-    return [f"{report.nodeid.rsplit('::')[-1]} at {place}", *crash.message.splitlines()[: LINES - 1]]
+    location = f"{Path(crash.path).name}:{crash.lineno}"
+    return [f"{report.nodeid.rsplit('::')[-1]} at {location}", *crash.message.splitlines()[: LINES - 1]]
 
 
-if __name__ == "__main__":  # where forked children can't use the GPU
+if __name__ == "__main__":  # if forked children can't use the GPU
     run_rows(sys.argv[3:], int(sys.argv[1]), sys.argv[2])

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: small trainings, memory that runs out, and waiting that is seen."""
+"""Helpers of the GPU tests: small trainings, limited memory, detection of synchronisation."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ evaluate: {every: 1000 steps}
 checkpoint: {every: 1000 steps}
 log: {report: false, every: 1}
 """
-READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")  # operations that give the host a value
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")  # operations that return a value to the host
 
 
 def forget_settings() -> None:
-    """Put torch's settings back, and free what tests have left on the GPU."""
+    """Restore torch's settings and free the GPU memory that tests still hold."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
     set_fp32_precision("highest", "high")  # torch's own defaults
@@ -62,17 +62,17 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
-    """Return all floating-point tensors as one, float64."""
+    """Return all floating-point tensors as one float64 vector."""
     return torch.cat([tensor.double().flatten() for tensor in tensors.values() if tensor.is_floating_point()])
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Return the norm of a difference as a share of the second one's norm."""
+    """Return the norm of a difference relative to the norm of the second."""
     return float((one - other).norm() / other.norm())
 
 
 class ReadsValues(TorchDispatchMode):
-    """Raises where the host reads a value from a tensor: with a GPU it would wait for it."""
+    """Raises where the host reads a value from a tensor, which would wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in READS:
@@ -81,13 +81,13 @@ class ReadsValues(TorchDispatchMode):
 
 
 def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Return what F.one_hot does, which reads its labels on a CPU, but not on a GPU."""
+    """F.one_hot without reading the labels, which it does on a CPU but not on a GPU."""
     return torch.eye(num_classes, dtype=torch.int64)[labels]
 
 
 @contextmanager
 def nothing_waits(device: torch.device) -> Iterator[None]:
-    """Raise RuntimeError where the host waits for the device; on a CPU where it would, as far as values are read."""
+    """Raise RuntimeError where the host waits for the device; on a CPU where it reads values."""
     if device.type == "cpu":
         with ReadsValues(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "one_hot", _one_hot)
@@ -101,18 +101,18 @@ def nothing_waits(device: torch.device) -> Iterator[None]:
 
 
 def allocated(device: torch.device) -> int:
-    """Return the bytes of all tensors on the device; on a CPU of those that Python knows."""
+    """Return the bytes of all tensors on the device; on a CPU of those that Python references."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    tensors = (value for value in gc.get_objects() if issubclass(type(value), Tensor))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def peak_of(device: torch.device, work: Callable[[], Any]) -> int:
-    """Return the bytes that `work` needs at most beside what is there; 0 on a CPU."""
+    """Return the peak bytes of `work` in addition to those allocated before; 0 on a CPU."""
     if device.type == "cpu":
         work()
         return 0
@@ -123,7 +123,7 @@ def peak_of(device: torch.device, work: Callable[[], Any]) -> int:
 
 
 def allow(device: torch.device, more_bytes: int | None) -> None:
-    """Let this process have no more than so many bytes beside what is allocated now; None: all."""
+    """Limit this process to so many bytes in addition to those allocated now; None: no limit."""
     if device.type == "cpu":
         return
     gc.collect()
@@ -133,18 +133,18 @@ def allow(device: torch.device, more_bytes: int | None) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
-def fail_above(model: nn.Module, most: int) -> None:
-    """On a CPU, let forwards of more images than that fail as if there were no memory for them."""
+def fail_above(model: nn.Module, max_images: int) -> None:
+    """On a CPU, make forwards of more images fail as if out of memory."""
 
-    def look(module: nn.Module, args: tuple[Tensor]) -> None:
-        if len(args[0]) > most:
+    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > max_images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    model.register_forward_pre_hook(look)
+    model.register_forward_pre_hook(hook)
 
 
 class Wide(nn.Module):
-    """A model with batch norm whose memory is that of a few large activations: 4 KB x `width` for each image."""
+    """A model with batch norm and a few large activations: 4 KB x `width` per image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def wide_batches(number: int, size: int = 64) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def own_trainer(
+def user_trainer(
     device: torch.device,
     model: nn.Module,
     batches: Any,
@@ -176,7 +176,7 @@ def own_trainer(
     lr: float = 0.01,
     **options: Any,
 ) -> Trainer:
-    """Return a trainer of own objects that writes nothing."""
+    """Return a trainer of user objects that writes nothing."""
     reset_accelerate()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -189,22 +189,22 @@ def own_trainer(
 
 
 def overflow(gradient: Tensor) -> Tensor:
-    """Return a gradient whose large numbers are none, as fp16's are above 65,504."""
+    """Return a gradient whose large values are inf, as those of fp16 above 65,504."""
     return torch.where(gradient.abs() > 2.0**100, torch.inf, gradient)
 
 
 def scaled_trainer(device: torch.device, scale: float, backoff: float, **options: Any) -> Trainer:
-    """Return a trainer in fp16; on a CPU in fp32 with a loss that is scaled just so."""
+    """Return a trainer in fp16; on a CPU in fp32 with a loss scaled in the same way."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 30 * 30, 10))
     batches = wide_batches(4, 16)
-    trainer = own_trainer(device, model, batches, precision="fp16" if device.type == "cuda" else "no", **options)
+    trainer = user_trainer(device, model, batches, precision="fp16" if device.type == "cuda" else "no", **options)
     if device.type == "cpu":
         next(model.parameters()).register_hook(overflow)
         scaler = torch.amp.GradScaler("cpu")
         trainer.accelerator.scaler = scaler
         wrapped = AcceleratedOptimizer(trainer.step.optimizer, device_placement=False, scaler=scaler)
-        trainer.step.applying.optimizer = wrapped
+        trainer.step.updater.optimizer = wrapped
     scaler = trainer.accelerator.scaler
     scaler._init_scale = scale
     scaler.set_backoff_factor(backoff)

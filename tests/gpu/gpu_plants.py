@@ -1,4 +1,4 @@
-"""Defects that are planted to see each row turn red: small changes to the package, undone after the test."""
+"""Planted defects, each of which must turn a row red: small changes to the package, undone after the test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Apply = Callable[[pytest.MonkeyPatch], None]
 
 @dataclass(frozen=True)
 class Plant:
-    """A defect: what it is, how it is planted, and a pattern for what a row says when it turns red by it."""
+    """A defect: its description, how it is planted, and a pattern that the failing row's message must match."""
 
     name: str
     apply: Apply
@@ -71,8 +71,8 @@ def norm_is_read(patch: pytest.MonkeyPatch) -> None:
 
     real = Update.__call__
 
-    def update(self: Update, number: int, step: int) -> None:
-        real(self, number, step)
+    def update(self: Update, *arguments: Any) -> None:
+        real(self, *arguments)
         float(self.grad_norm)  # type: ignore[arg-type]
 
     patch.setattr(Update, "__call__", update)
@@ -345,7 +345,7 @@ def statistics_stay(patch: pytest.MonkeyPatch) -> None:
     real = Retry._make_smaller
 
     def make_smaller(self: Retry, *args: Any) -> Any:
-        for norm in self.step.norms:  # as a forward that got as far would have
+        for norm in self.step.norms:  # as a forward that got this far would have
             norm.running_var.add_(1.0)  # type: ignore[operator]
         for live, kept in self.step.memory._buffers:
             for tensor, copy in zip(live, kept, strict=True):
@@ -399,29 +399,29 @@ def weights_stay(patch: pytest.MonkeyPatch) -> None:
 def pieces_left_out(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.train.evaluation import Evaluator
 
-    real = Evaluator._logits
+    real = Evaluator.logits
 
     def logits(self: Evaluator, model: Any, images: Tensor) -> Tensor:
-        made = real(self, model, images)
+        outputs = real(self, model, images)
         if self.max_images is not None:
-            made[self.max_images :] = made[: len(made) - self.max_images]
-        return made
+            outputs[self.max_images :] = outputs[: len(outputs) - self.max_images]
+        return outputs
 
-    patch.setattr(Evaluator, "_logits", logits)
+    patch.setattr(Evaluator, "logits", logits)
 
 
 @plant("T9", "batches become too small", "== 32")
 def too_small(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.train.evaluation import Evaluator
 
-    real = Evaluator._logits
+    real = Evaluator.logits
 
     def logits(self: Evaluator, model: Any, images: Tensor) -> Tensor:
-        made = real(self, model, images)
+        outputs = real(self, model, images)
         self.max_images = 8 if self.max_images else None
-        return made
+        return outputs
 
-    patch.setattr(Evaluator, "_logits", logits)
+    patch.setattr(Evaluator, "logits", logits)
 
 
 @plant("T21", "the peak is that of another device", "the peak is another|peak_memory_bytes", on_cpu=False)
@@ -481,7 +481,7 @@ def not_compiled(patch: pytest.MonkeyPatch) -> None:
 
 
 class _Outer(torch.nn.Module):
-    """Stands before a model, as what torch.compile returns does."""
+    """A wrapper around a model, like the one that torch.compile returns."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -570,7 +570,7 @@ plant("M1", "gradients are not exchanged", "the processes differ|other weights t
 def unused_not_looked_for(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.train.gradients import Gradients
 
-    patch.setattr(Gradients, "leave_out_unused", lambda self, step: [])
+    patch.setattr(Gradients, "freeze_unused", lambda self, step: [])
 
 
 @plant("T18", "a resumed run begins anew", "assert \\(0, ")

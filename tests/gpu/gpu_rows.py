@@ -1,4 +1,4 @@
-"""The table of the tests that need a GPU: which there are, in which order, where and for how long. Imports nothing."""
+"""The table of GPU tests: their order, files and durations. Imports nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ NAME = re.compile(r"test_([tm])0*(\d+)(b?)_")
 
 @dataclass(frozen=True)
 class Row:
-    """What is asserted together. Its tests are the functions of `file` whose names begin with test_t07_ for T7.
+    """A row of the table. Its tests are the functions of `file` whose names begin with test_t07_ for T7.
 
-    Rows of a group share a process. `seconds`: about how long it takes on one H100.
+    Rows of a group share a process. `seconds`: its approximate duration on one H100.
     """
 
     name: str
@@ -20,21 +20,21 @@ class Row:
     file: str
     group: str
     seconds: float
-    on_cpu: bool = True  # whether its logic, or a part of it, can run on a CPU
+    on_cpu: bool = True  # whether it can run, at least in part, on a CPU
     gpus: int = 1
 
     @property
     def limit_seconds(self) -> float:
-        """After how long the row has failed."""
+        """Time limit of the row."""
         return 20 + 3 * self.seconds
 
 
 STEPS, FEEDS, MEMORY, RUNS, PROCESSES = (
     f"test_gpu_{name}.py" for name in ("steps", "feeds", "memory", "runs", "processes")
 )
-BENCHMARK = "T22"  # benchmarks/gpu.py, with the time that is left
+BENCHMARK = "T22"  # benchmarks/gpu.py, in the remaining time
 
-# In the order in which they run: first what decides whether figures mean anything, the long ones last.
+# In the order in which they run: first the checks on which all measurements depend, long ones last.
 ROWS = (
     Row("T14", "fp32 flags can be read; products are as precise as asked", STEPS, "first", 2),
     Row("T1", "a step does not wait for the GPU", STEPS, "first", 8),
@@ -68,6 +68,6 @@ BY_NAME = {row.name: row for row in ROWS}
 
 
 def row_of(function: str) -> str:
-    """Return the name of the row that a test function belongs to, "" for none."""
-    found = NAME.match(function)
-    return f"{found[1].upper()}{found[2]}{found[3]}" if found else ""
+    """Return the name of a test function's row, "" if it has none."""
+    match = NAME.match(function)
+    return f"{match[1].upper()}{match[2]}{match[3]}" if match else ""

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA's streams that works as late as the program allows: what is not waited for has not happened."""
+"""A fake of CUDA's streams that works as late as possible: work that nobody waits for is not done."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hf_fasttrain.data.loading import prefetch as feed_module
 
-UNKNOWN = 238  # what a kernel sees of memory whose copy has not been made
+UNKNOWN = 238  # what a kernel reads from memory before its copy is done
 
 
 class Stream:
-    """Work in order, done only when somebody waits for it who may."""
+    """A queue of work, done only when another stream or the host waits for it."""
 
     def __init__(self, device: Any = None) -> None:
         self.work: list[Callable[[], Any]] = []
@@ -33,7 +33,7 @@ class Stream:
 
 
 class Event:
-    """A place in a stream's work."""
+    """A position in a stream's queue."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.stream, self.place = Stream(), 0
@@ -55,7 +55,7 @@ class Event:
 
 
 class _Cuda:
-    """What the feed uses of torch.cuda."""
+    """The part of torch.cuda that the feed uses."""
 
     def __init__(self) -> None:
         self.present, self.own = Stream(), threading.local()
@@ -88,7 +88,7 @@ class _Torch:
 
 
 class LateStreams:
-    """Lets the feed work with tensors on the host for those of a GPU; knows which the present stream has recorded."""
+    """Makes the feed use host tensors as if on a GPU; records which tensors the current stream uses."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.device = torch.device("cuda")
@@ -100,7 +100,7 @@ class LateStreams:
             if not (args and isinstance(args[0], torch.device) and args[0].type == "cuda"):
                 return real(tensor, *args, non_blocking=non_blocking, **options)
             copy = torch.full_like(tensor, UNKNOWN if tensor.dtype == torch.uint8 else -1)
-            if non_blocking:  # the source is read only when the copy is made
+            if non_blocking:  # the source is read when the copy is done
                 cuda.current_stream().work.append(lambda: copy.copy_(tensor))
             else:
                 copy.copy_(tensor)

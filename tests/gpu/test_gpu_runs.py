@@ -1,4 +1,4 @@
-"""Whole runs: checkpoints and resume, compiling, the study's arms and stopwatch, and which kernels a step has."""
+"""Complete runs: checkpoints and resume, compilation, studies' arms and stopwatch, and the kernels of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import timm
 import timm.optim  # raises the compiler's limit
 import torch
 import torch._dynamo
-from gpu_kit import distance, flat, make, own_trainer
+from gpu_kit import distance, flat, make, user_trainer
 from helpers.processes import reset_accelerate
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from hf_fasttrain.study.trial import Trial
 
 
 def tensors_in(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dictionaries and lists, by their places."""
+    """Yield the tensors of nested dictionaries and lists by their paths."""
     if isinstance(tree, Tensor):
         yield path, tree
     elif isinstance(tree, dict):
@@ -41,13 +41,13 @@ def tensors_in(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(item, f"{path}/{number}")
 
 
-class Remembers(Trainer):
-    """Keeps copies of everything that is saved, made when saving begins."""
+class CopiesSaves(Trainer):
+    """Copies everything that is saved when saving begins."""
 
     def save(self) -> None:
         live = {"weights": self.stateful.weights(), "optimizer": self.step.optimizer.state_dict()}
         self.__dict__.setdefault("copies", {})[self.state.step] = {
-            place: tensor.detach().to("cpu", copy=True) for place, tensor in tensors_in(live)
+            key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors_in(live)
         }
         super().save()
 
@@ -57,20 +57,20 @@ RESUMED = ["model.drop_path=0.1", "ema={decay: 0.9}", "augment.mixup=0.5", "acce
 
 def test_t10_checkpoints_hold_the_live_tensors(device: torch.device, run: Path) -> None:
     options = ["train.duration=6 steps", "checkpoint.every=2 steps", "checkpoint.keep=9"]
-    trainer = make(run, *RESUMED, *options, kind=Remembers)
+    trainer = make(run, *RESUMED, *options, kind=CopiesSaves)
     trainer.fit()
     for step in (2, 4, 6):
         checkpoint = load_checkpoint(run / "checkpoints" / f"step_{step:08d}")
         saved = {"weights": checkpoint.weights, "optimizer": checkpoint.training["optimizer"]}
-        found, expected = dict(tensors_in(saved)), trainer.__dict__["copies"][step]
-        assert found.keys() == expected.keys()
-        assert len(found) > 50
-        other = [place for place, tensor in found.items() if not torch.equal(tensor, expected[place])]
+        loaded, expected = dict(tensors_in(saved)), trainer.__dict__["copies"][step]
+        assert loaded.keys() == expected.keys()
+        assert len(loaded) > 50
+        other = [key for key, tensor in loaded.items() if not torch.equal(tensor, expected[key])]
         assert other == [], "not the live tensors"
 
 
 def resumed_and_whole(run: Path, *options: str) -> tuple[Tensor, Tensor]:
-    """Return the weights of a run that is broken off and resumed, and of one that is not."""
+    """Return the weights of a run that is interrupted and resumed, and of one that is not."""
     options = (*RESUMED, *options, "train.duration=6 steps", "checkpoint.every=3 steps")
     make(run.with_name("whole"), *options).fit()
     trainer = make(run, *options)
@@ -93,19 +93,19 @@ def resumed_and_whole(run: Path, *options: str) -> tuple[Tensor, Tensor]:
 
 
 def test_t10_a_resumed_run_ends_with_the_same_bits(device: torch.device, run: Path) -> None:
-    resumed, whole = resumed_and_whole(run, "accelerate.deterministic=true")
-    assert torch.equal(resumed, whole), "other bits"
+    resumed, uninterrupted = resumed_and_whole(run, "accelerate.deterministic=true")
+    assert torch.equal(resumed, uninterrupted), "other bits"
 
 
-def test_t10_a_resumed_run_ends_close_by_without_that(device: torch.device, run: Path) -> None:
-    resumed, whole = resumed_and_whole(run)
-    assert distance(resumed, whole) < 1e-2, "other weights"
+def test_t10_without_deterministic_algorithms_a_resumed_run_ends_close(device: torch.device, run: Path) -> None:
+    resumed, uninterrupted = resumed_and_whole(run)
+    assert distance(resumed, uninterrupted) < 1e-2, "other weights"
 
 
 def test_t13_every_shape_is_compiled(
     device: torch.device, run: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four sizes, each with a whole and a short batch, and two shapes of evaluation: ten of 24 and 12 images."""
+    """Four sizes, each with a full and a short batch, and two shapes of evaluation: ten of 24 and 12 images."""
     shapes: list[tuple[int, ...]] = []
 
     def counted(graph: Any, inputs: list[Any]) -> Any:
@@ -121,7 +121,7 @@ def test_t13_every_shape_is_compiled(
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: real(self, backend=counted, **options))
     config = torch._dynamo.config
     monkeypatch.setattr(config, "recompile_limit", 8)  # PyTorch's own
-    monkeypatch.setattr(config, "accumulated_recompile_limit", config.accumulated_recompile_limit)  # to be put back
+    monkeypatch.setattr(config, "accumulated_recompile_limit", config.accumulated_recompile_limit)  # to be restored
     monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     options = [f"data.dataset={image_folder}", "data.image_size=64", "train.batch_size=16", "train.duration=4 epochs"]
@@ -131,9 +131,9 @@ def test_t13_every_shape_is_compiled(
     names = set(timm.create_model("test_resnet", num_classes=3).state_dict())
     assert set(trainer.raw_model.state_dict()) == names, "other names"
     assert set(load_file(run / "model" / "model.safetensors")) == names, "other names"
-    wanted = {(number, 3, size, size) for size in (16, 32, 48, 64) for number in (16, 8)}
-    wanted |= {(8, 3, 64, 64), (4, 3, 64, 64)}  # of evaluation
-    assert wanted <= set(shapes), f"not compiled: {wanted - set(shapes)}"
+    expected = {(number, 3, size, size) for size in (16, 32, 48, 64) for number in (16, 8)}
+    expected |= {(8, 3, 64, 64), (4, 3, 64, 64)}  # of evaluation
+    assert expected <= set(shapes), f"not compiled: {expected - set(shapes)}"
 
 
 STUDY = """
@@ -144,7 +144,7 @@ accelerate: {mixed_precision: "no"}
 """
 
 
-def asked(device: torch.device, *overrides: str) -> ArmRequest:
+def arm_request(device: torch.device, *overrides: str) -> ArmRequest:
     """Return the recipe of a study: ResNet-50 on a GPU."""
     large = ["model.name=resnet50", "data.image_size=224", "accelerate.mixed_precision=bf16", "train.batch_size=64"]
     return ArmRequest(STUDY, "study.yaml", "study", (*(large if device.type == "cuda" else []), *overrides))
@@ -152,7 +152,7 @@ def asked(device: torch.device, *overrides: str) -> ArmRequest:
 
 def test_t16_phases_add_up_to_the_step(device: torch.device, record_property: Callable[..., None]) -> None:
     reset_accelerate()
-    trial = Trial(asked(device), ArmOptions(watched=True))
+    trial = Trial(arm_request(device), ArmOptions(profiled=True))
     turns, reports = iter([Turn(min_steps=3), Turn(min_steps=8), None]), list[Report]()
 
     def next_turn(report: Report | None) -> Turn | None:
@@ -169,13 +169,13 @@ def test_t16_phases_add_up_to_the_step(device: torch.device, record_property: Ca
 
 @pytest.fixture
 def starter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starter]:
-    """Return what starts arms, as the studies do; on a CPU they are forked from this process."""
+    """Return a starter of arms, as studies have it; on a CPU arms are forked from this process."""
     monkeypatch.setattr(arm_process, "CPU_METHOD", "fork")
-    with Starter(asked(device), on_gpu=device.type == "cuda") as start:
+    with Starter(arm_request(device), on_gpu=device.type == "cuda") as start:
         yield start
 
 
-def test_t17_an_arm_stands_still_and_goes_on(device: torch.device, starter: Starter) -> None:
+def test_t17_an_arm_pauses_and_continues(device: torch.device, starter: Starter) -> None:
     arm = starter(Arm("one"), ArmOptions())
     try:
         assert torch.device(arm.ready.device).type == device.type
@@ -191,7 +191,7 @@ def test_t17_an_arm_stands_still_and_goes_on(device: torch.device, starter: Star
 
 
 @pytest.mark.needs_gpu
-def test_t17_two_arms_leave_memory(
+def test_t17_two_arms_free_their_memory(
     device: torch.device, starter: Starter, record_property: Callable[..., None]
 ) -> None:
     arms = [starter(Arm(name), ArmOptions()) for name in ("one", "two")]
@@ -215,7 +215,9 @@ WANTED = {"resnet": "batch norm", "efficientnet": "batch norm", "vit": "attentio
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet", "vit"])
-def test_t19_kernels(kind: str, precision: str, device: torch.device, record_property: Callable[..., None]) -> None:
+def test_t19_kernels_are_listed(
+    kind: str, precision: str, device: torch.device, record_property: Callable[..., None]
+) -> None:
     cuda = device.type == "cuda"
     if precision == "fp16" and (not cuda or kind != "resnet"):
         pytest.skip("needs a GPU" if not cuda else "bf16 is enough")
@@ -226,31 +228,31 @@ def test_t19_kernels(kind: str, precision: str, device: torch.device, record_pro
     labels = torch.arange(number, device=device) % 10
     torch.backends.cudnn.benchmark = cuda
     options: dict[str, Any] = {"precision": precision, "name": "AdamW", "lr": 1e-4, "duration": "3 steps"}
-    trainer = own_trainer(device, model, [(batch, labels)] * 6, **options)
+    trainer = user_trainer(device, model, [(batch, labels)] * 6, **options)
     trainer.fit()
     steps = trainer.train_loader.steps(3, 6)
     trainer.train_step(next(steps))
     _wait(device)
     with torch.profiler.profile() as profiler:
-        began = time.perf_counter()
+        start = time.perf_counter()
         for step in steps:
             trainer.train_step(step)
-        host = time.perf_counter() - began
+        host = time.perf_counter() - start
         _wait(device)
-        whole = time.perf_counter() - began
+        total = time.perf_counter() - start
     events = profiler.key_averages()
     on_gpu = {e.key: e.self_device_time_total for e in events if e.device_type == torch.profiler.DeviceType.CUDA}
-    named = on_gpu if cuda else {e.key: e.self_cpu_time_total for e in events}
-    found = {
-        family: {key[:100]: round(time_us / 2000, 3) for key, time_us in named.items() if re.search(pattern, key, re.I)}
+    times = on_gpu if cuda else {e.key: e.self_cpu_time_total for e in events}
+    kernels = {
+        family: {key[:100]: round(time_us / 2000, 3) for key, time_us in times.items() if re.search(pattern, key, re.I)}
         for family, pattern in FAMILIES.items()
     }
     launches = sum(e.count for e in events if "LaunchKernel" in e.key)
-    largest = sorted(named.items(), key=lambda item: -item[1])[:5]
-    facts = {"host ms": host * 500, "ms": whole * 500, "GPU ms": sum(on_gpu.values()) / 2000, "launches": launches / 2}
+    largest = sorted(times.items(), key=lambda item: -item[1])[:5]
+    facts = {"host ms": host * 500, "ms": total * 500, "GPU ms": sum(on_gpu.values()) / 2000, "launches": launches / 2}
     facts |= {"ms of the largest": {key[:100]: round(time_us / 2000, 3) for key, time_us in largest}}
-    record_property(f"{name} {precision}", {**facts, **found})
-    assert found[WANTED[kind]], f"no {WANTED[kind]} was seen"
+    record_property(f"{name} {precision}", {**facts, **kernels})
+    assert kernels[WANTED[kind]], f"no {WANTED[kind]} was seen"
     assert not cuda or launches > 100
 
 

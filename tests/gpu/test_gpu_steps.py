@@ -1,4 +1,4 @@
-"""One step: its arithmetic, its memory layout, its random numbers, and that it does not wait."""
+"""One step: its arithmetic, memory layout and random numbers, and that it does not wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_kit import (
     flat,
     make,
     nothing_waits,
-    own_trainer,
+    user_trainer,
     weights_of,
     wide_batches,
 )
@@ -38,7 +38,7 @@ def test_t14_flags_can_be_read(matmul: str, conv: str, device: torch.device) -> 
         pass
 
 
-def test_t14_products_are_as_precise_as_asked(device: torch.device, record_property: Callable[..., None]) -> None:
+def test_t14_matmul_precision_is_as_requested(device: torch.device, record_property: Callable[..., None]) -> None:
     generator = torch.Generator().manual_seed(0)
     size = 1024 if device.type == "cuda" else 256
     one, other = (torch.randn(size, size, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -54,12 +54,12 @@ def test_t14_products_are_as_precise_as_asked(device: torch.device, record_prope
         }
         record_property(f"errors {precision}", errors)
         assert max(errors.values()) < (1e-5 if precision == "highest" else 3e-3), "products are rounded"
-        if precision == "high" and device.type == "cuda":  # a convolution may have other algorithms
+        if precision == "high" and device.type == "cuda":  # a convolution may use other algorithms
             assert errors["matmul"] > 1e-4, "TF32 is not used"
 
 
 class Watched(Trainer):
-    """Makes all steps but the first with nothing that waits."""
+    """Forbids waiting in all steps but the first."""
 
     def train_step(self, step: Step) -> Tensor:
         if step.index == 0:
@@ -80,8 +80,8 @@ def test_t01_a_step_does_not_wait(data: str, device: torch.device, run: Path) ->
     assert result.out_of_memory == []
 
 
-def test_t04_weights_are_those_of_a_cpu(device: torch.device, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The movement of three steps; a norm of differences, since single small ones mean nothing."""
+def test_t04_weights_equal_those_of_a_cpu(device: torch.device, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares the update of three steps by the norm of the difference, since single small values mean nothing."""
     options = ["model.name=test_vit", "optimizer.name=sgd", "optimizer.lr=0.05", "train.duration=3 steps"]
     moved = {}
     with monkeypatch.context() as patch:
@@ -96,14 +96,18 @@ def test_t04_weights_are_those_of_a_cpu(device: torch.device, run: Path, monkeyp
     assert distance(moved["device"], moved["cpu"]) < 1e-3
 
 
-def gradients(run: Path, pieces: int, precision: str) -> Tensor:
-    """Return the first step's gradients, made of so many micro-batches."""
+def gradients(run: Path, num_micro_batches: int, precision: str) -> Tensor:
+    """Return the first step's gradients, from the given number of micro-batches."""
     options = ["model.name=test_vit", f"accelerate.mixed_precision={precision}", "augment.mixup=0.5"]
-    trainer = make(run.with_name(f"{pieces}-{precision}"), *options, f"accelerate.gradient_accumulation_steps={pieces}")
+    trainer = make(
+        run.with_name(f"{num_micro_batches}-{precision}"),
+        *options,
+        f"accelerate.gradient_accumulation_steps={num_micro_batches}",
+    )
     trainer.step.accumulation.set_train_mode()
     (step,) = trainer.train_loader.steps(0, 1)
-    assert step.num_micro_batches == pieces
-    trainer.step.accumulation.add_up(step)
+    assert step.num_micro_batches == num_micro_batches
+    trainer.step.accumulation.accumulate(step, trainer.step.at(step))
     return torch.cat([p.grad.double().flatten().cpu() for p in trainer.step.parameters if p.grad is not None])
 
 
@@ -117,13 +121,13 @@ def test_t05_gradients_of_micro_batches_in_bf16(device: torch.device, run: Path)
     assert cosine > 0.999
 
 
-def test_t11_an_average_made_before_the_model_is_moved(device: torch.device) -> None:
+def test_t11_an_average_created_before_the_model_is_moved(device: torch.device) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 30 * 30, 10))
     ema = Ema(model, 0.5, warmup=False)
     first = flat(weights_of(model))
-    model.to(memory_format=torch.channels_last)  # as moving to a GPU, it gives parameters other memory
-    trainer = own_trainer(device, model, wide_batches(1, 16), ema=ema)
+    model.to(memory_format=torch.channels_last)  # like moving to a GPU, it gives parameters new memory
+    trainer = user_trainer(device, model, wide_batches(1, 16), ema=ema)
     trainer.fit()
     assert {tensor.device.type for tensor in ema.module.state_dict().values()} == {device.type}
     expected = (first + flat(weights_of(model))) / 2
@@ -170,7 +174,7 @@ def test_t12_no_kernel_changes_the_layout(device: torch.device, run: Path) -> No
 
 
 class Draws(nn.Module):
-    """Drops values at random, and keeps what it dropped."""
+    """Drops values at random and records the masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,17 +191,17 @@ class Draws(nn.Module):
 def test_t20_dropout_repeats_after_resume(device: torch.device, run: Path) -> None:
     def trained(steps: int, begin: int = 0) -> list[Tensor]:
         model = Draws()
-        trainer = own_trainer(device, model, wide_batches(4, 8), duration=f"{steps} steps")
+        trainer = user_trainer(device, model, wide_batches(4, 8), duration=f"{steps} steps")
         trainer.state.step = begin
-        torch.rand(steps, device=device)  # whatever happened before
+        torch.rand(steps, device=device)  # independent of earlier work
         model.masks.clear()
         trainer.fit()
         return model.masks[-(steps - begin) :]
 
-    whole, resumed = trained(4), trained(4, begin=2)
-    assert len(whole) == 4
-    assert not torch.equal(whole[2], whole[3])
-    assert all(torch.equal(a, b) for a, b in zip(whole[2:], resumed, strict=True)), "other masks"
+    uninterrupted, resumed = trained(4), trained(4, begin=2)
+    assert len(uninterrupted) == 4
+    assert not torch.equal(uninterrupted[2], uninterrupted[3])
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted[2:], resumed, strict=True)), "other masks"
 
 
 def test_t20_the_device_has_an_index(device: torch.device, run: Path) -> None:

@@ -1,10 +1,10 @@
-"""How much damage is found, and whether sound photos pass: the long form of test_damage.py.
+"""How much damage is found, and whether intact photos pass: the long form of test_integrity.py.
 
-    python tests/damaged_images.py [--folder PHOTOS] [--photos 10] [--flips 300]
+    python -m tests.helpers.damaged_images [--folder PHOTOS] [--photos 10] [--flips 300]
 
-Makes some 60 unusual but sound JPEGs of each photo (of a folder, or of drawn ones) and counts how many are refused, by
-both decoders. Then changes one byte at a time in images of each format and prints which share is refused, comes out
-unharmed, or is read with other pixels: most formats have no checksums.
+Makes about 60 unusual but intact JPEGs of each photo (of a folder, or generated) and counts how many each decoder
+refuses. Then changes one byte at a time in images of each format and prints which fraction is refused, is decoded
+unchanged, or is decoded to other pixels: most formats have no checksums.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VISIBLE = 8  # of 255 levels
 
 
 def drawn_photo(seed: int, width: int = 88, height: int = 72) -> Image.Image:
-    """Return a smooth colour picture without black in it."""
+    """Return a smooth colour picture without black."""
     rng = np.random.default_rng(seed)
     small = rng.integers(30, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -52,7 +52,7 @@ def segment(marker: int, payload: bytes) -> bytes:
 
 
 def adobe(transform: int) -> bytes:
-    """Return the marker that tells a JPEG's colour transform."""
+    """Return the marker of a JPEG's colour transform."""
     return segment(0xEE, b"Adobe" + bytes([0, 100, 0, 0, 0, 0, transform]))
 
 
@@ -73,9 +73,9 @@ def sound_jpegs(photo: Image.Image, seed: int = 0) -> dict[str, bytes]:
     plain, restarts = save(photo, quality=90), save(photo, restart_marker_blocks=2)
     pixels, profile = np.asarray(photo), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     thumbnail = save(photo.resize((24, 20)))
-    junk = np.random.default_rng(seed).integers(0, 255, 37, dtype=np.uint8).tobytes()
+    random_bytes = np.random.default_rng(seed).integers(0, 255, 37, dtype=np.uint8).tobytes()
     cmyk = save(photo.convert("CMYK"))
-    found = {
+    jpegs = {
         "plain": plain,
         "progressive": save(photo, progressive=True),
         "optimized": save(photo, optimize=True, quality=35),
@@ -97,48 +97,51 @@ def sound_jpegs(photo: Image.Image, seed: int = 0) -> dict[str, bytes]:
         "restart markers in each row": save(photo, restart_marker_rows=1),
         "progressive with restart markers": save(photo, progressive=True, restart_marker_rows=1),
         "colour profile": save(photo, icc_profile=profile),
-        "broken colour profile": save(photo, icc_profile=junk),
+        "broken colour profile": save(photo, icc_profile=random_bytes),
         "long profile": save(photo, icc_profile=b"x" * 140_000),
         "comment": save(photo, comment=b"\xff\xd9 a flower \xff\xda"),
         "resolution": save(photo, dpi=(300, 300)),
         "several pages": save(photo, "MPO", save_all=True, append_images=[photo.rotate(180)]),
         "EXIF thumbnail": plain[:2] + segment(0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + thumbnail) + plain[2:],
-        "broken EXIF": plain[:2] + segment(0xE1, b"Exif\0\0" + junk) + plain[2:],
+        "broken EXIF": plain[:2] + segment(0xE1, b"Exif\0\0" + random_bytes) + plain[2:],
         "rotated by XMP": save(photo, xmp=b'<x><rdf:Description tiff:Orientation="6"/></x>'),
-        "unknown segments": plain[:2] + segment(0xEB, junk) + segment(0xED, b"Photoshop 3.0\0" + junk) + plain[2:],
+        "unknown segments": plain[:2]
+        + segment(0xEB, random_bytes)
+        + segment(0xED, b"Photoshop 3.0\0" + random_bytes)
+        + plain[2:],
         "thumbnail in an APP segment": plain[:2] + segment(0xE5, thumbnail) + plain[2:],
         "padding before markers": re.sub(rb"\xff(?=[\xc0\xc4\xdb\xda])", b"\xff" * 3, plain, count=4),
         "padding before the end": plain[:-2] + b"\xff\xff\xff" + END,
-        "bytes before the end": plain[:-2] + junk + END,
+        "bytes before the end": plain[:-2] + random_bytes + END,
         "zeros before the end": plain[:-2] + bytes(512) + END,
-        "bytes before the end, restarts": restarts[:-2] + junk + END,
-        "bytes before the end, CMYK": cmyk[:-2] + junk + END,
-        "bytes before the end, rotated": save(photo, exif=exif(8))[:-2] + junk + END,
+        "bytes before the end, restarts": restarts[:-2] + random_bytes + END,
+        "bytes before the end, CMYK": cmyk[:-2] + random_bytes + END,
+        "bytes before the end, rotated": save(photo, exif=exif(8))[:-2] + random_bytes + END,
         "bytes before a restart": restarts.replace(b"\xff\xd0", b"abc\xff\xd0", 1),
-        "bytes between segments": plain[:20] + junk.replace(b"\xff", b"") + plain[20:],
+        "bytes between segments": plain[:20] + random_bytes.replace(b"\xff", b"") + plain[20:],
         "thumbnail behind": plain + thumbnail,
-        "trailing bytes": plain + junk,
+        "trailing bytes": plain + random_bytes,
         "trailing zeros": plain + bytes(4096),
         "trailing text": plain + b"SEFHe\0\0\0SEFT",
-        "trailing video": plain + b"\0\0\0\x18ftypmp42" + junk * 40,
+        "trailing video": plain + b"\0\0\0\x18ftypmp42" + random_bytes * 40,
         "half an image behind": plain + plain[: len(plain) // 2],
-        "trailing bytes, rotated": save(photo, exif=exif(6)) + junk,
-        "trailing bytes, CMYK": cmyk + junk,
+        "trailing bytes, rotated": save(photo, exif=exif(6)) + random_bytes,
+        "trailing bytes, CMYK": cmyk + random_bytes,
         "one pixel": save(photo.resize((1, 1))),
         "one row": save(photo.resize((50, 1))),
         "odd size": save(photo.resize((51, 37)), subsampling=1),
     }
     for sampling in ("444", "422", "420", "440", "411"):
-        found[f"sampled {sampling}"] = simplejpeg.encode_jpeg(pixels, colorsubsampling=sampling)
+        jpegs[f"sampled {sampling}"] = simplejpeg.encode_jpeg(pixels, colorsubsampling=sampling)
     for orientation in (*range(1, 9), 0, 99):
-        found[f"orientation {orientation}"] = save(photo, exif=exif(orientation))
-    return found
+        jpegs[f"orientation {orientation}"] = save(photo, exif=exif(orientation))
+    return jpegs
 
 
-def refused_jpegs(found: dict[str, bytes]) -> list[str]:
-    """Return what is refused, or decoded to other pixels by one decoder than by the other, and why."""
+def refused_jpegs(jpegs: dict[str, bytes]) -> list[str]:
+    """Return the JPEGs that are refused, or decoded differently by the two decoders, with the reason."""
     wrong = []
-    for name, data in found.items():
+    for name, data in jpegs.items():
         try:
             ours, theirs = (decode(data, pillow=pillow) for pillow in (False, True))
             decode(data, at_least=20)
@@ -151,7 +154,7 @@ def refused_jpegs(found: dict[str, bytes]) -> list[str]:
 
 
 def adam7_png(pixels: np.ndarray) -> bytes:
-    """Return an interlaced PNG, in chunks of 2 kB; Pillow writes none."""
+    """Return an interlaced PNG in chunks of 2 kB, which Pillow can't write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -160,7 +163,7 @@ def adam7_png(pixels: np.ndarray) -> bytes:
     rows = [row for y, x, dy, dx in passes for row in pixels[y::dy, x::dx]]
     packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 1)
-    parts = [chunk(b"IDAT", packed[place : place + 2048]) for place in range(0, len(packed), 2048)]
+    parts = [chunk(b"IDAT", packed[offset : offset + 2048]) for offset in range(0, len(packed), 2048)]
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(parts) + chunk(b"IEND", b"")
 
 
@@ -196,21 +199,21 @@ def images_of_all_formats(photo: Image.Image) -> dict[str, bytes]:
 
 
 def with_one_byte_changed(data: bytes, number: int, seed: int = 0) -> Iterator[bytes]:
-    """Yield an image's bytes `number` times with one of them changed, anywhere but in the first ten."""
+    """Yield an image's bytes `number` times with one byte changed, except in the first ten."""
     rng = np.random.default_rng(seed)
-    for place, change in zip(rng.integers(10, len(data), number), rng.integers(1, 256, number), strict=True):
-        yield data[:place] + bytes([data[place] ^ int(change)]) + data[place + 1 :]
+    for offset, change in zip(rng.integers(10, len(data), number), rng.integers(1, 256, number), strict=True):
+        yield data[:offset] + bytes([data[offset] ^ int(change)]) + data[offset + 1 :]
 
 
-def outcome(data: bytes, sound: np.ndarray) -> str:
-    """Return what becomes of a damaged image: refused, the same, or by how much of its pixels it is another."""
+def outcome(data: bytes, original: np.ndarray) -> str:
+    """Return the outcome for a damaged image: refused, unchanged, or the fraction of changed pixels."""
     try:
         pixels = read_pixels(data)
     except DataError:
         return "refused"
-    if pixels.shape != sound.shape:
+    if pixels.shape != original.shape:
         return "other size"
-    share = (np.abs(pixels.astype(int) - sound) > VISIBLE).any(2).mean()
+    share = (np.abs(pixels.astype(int) - original) > VISIBLE).any(2).mean()
     return "same" if not share else "under 1 %" if share < 0.01 else "more"
 
 
@@ -233,14 +236,14 @@ def main() -> None:
     photos = list(_photos(args.folder, args.photos))
     number, wrong = 0, []
     for seed, photo in enumerate(photos):
-        found = sound_jpegs(photo, seed)
-        number += len(found)
-        wrong += refused_jpegs(found)
+        jpegs = sound_jpegs(photo, seed)
+        number += len(jpegs)
+        wrong += refused_jpegs(jpegs)
     print(f"{number} sound JPEGs: {len(wrong)} refused or decoded differently", *wrong, sep="\n  ")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes there
     for name, data in images_of_all_formats(photos[0]).items():
-        sound = read_pixels(data)
-        counts = Counter(outcome(changed, sound) for changed in with_one_byte_changed(data, args.flips))
+        original = read_pixels(data)
+        counts = Counter(outcome(changed, original) for changed in with_one_byte_changed(data, args.flips))
         shares = ", ".join(f"{kind} {count / args.flips:.0%}" for kind, count in counts.most_common())
         print(f"{name}, one byte of {len(data):,} changed: {shares}")
 

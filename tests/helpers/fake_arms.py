@@ -1,4 +1,4 @@
-"""Arms that only pretend to train, on a clock that only pretends to run: the arithmetic of studies, in no time."""
+"""Fake arms on a fake clock: the arithmetic of studies without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FACTS: dict[str, Any] = {
 
 
 def ready(**changes: Any) -> Ready:
-    """Return a training of 100 epochs of 1,000 images, with some values changed."""
+    """Return the ready message of a training of 100 epochs of 1,000 images, with some values changed."""
     values: dict[str, Any] = {
         "device": "cpu",
         "settings": dict(FACTS),
@@ -48,7 +48,7 @@ def ready(**changes: Any) -> Ready:
 
 
 class Clock:
-    """Tells the time that fake arms have spent."""
+    """Returns the time that fake arms have spent."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -57,12 +57,12 @@ class Clock:
         return self.now
 
 
-Speed = Callable[[dict[str, str]], float]  # settings -> seconds of an image; ArmFailed may be raised
+Speed = Callable[[dict[str, str]], float]  # settings -> seconds per image; may raise ArmFailed
 
 
 @dataclass
 class Fakes:
-    """Starts fake arms: `speed` says how long they need for an image, `compiling` for the first step."""
+    """Starts fake arms: `speed` returns the seconds per image, `compiling` those of the first step."""
 
     speed: Speed
     clock: Clock = field(default_factory=Clock)
@@ -86,7 +86,7 @@ class Fakes:
 
 @dataclass
 class FakeArm:
-    """A training that takes the time that `Fakes.speed` says."""
+    """A training that takes the time returned by `Fakes.speed`."""
 
     fakes: Fakes
     arm: Arm

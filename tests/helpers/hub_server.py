@@ -1,4 +1,4 @@
-"""A small Hub on loopback, for the real client: repositories, preupload, LFS, commits, downloads, and all its moods."""
+"""A small Hub on loopback for the real client: repositories, preupload, LFS, commits, downloads, and faults."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Repo:
 
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
-    commits: list[dict[str, Any]] = field(default_factory=list)  # summary, and path -> bytes of what came
-    versions: dict[str, dict[str, bytes]] = field(default_factory=dict)  # name of a commit -> all files then
+    commits: list[dict[str, Any]] = field(default_factory=list)  # summary, and path -> bytes received
+    versions: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> all its files
 
     @property
     def sha(self) -> str:
@@ -35,7 +35,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with requests whose "METHOD /path" holds `part`, for the next `times` of them."""
+    """A fault of the next `times` requests whose "METHOD /path" contains `part`."""
 
     part: str
     status: int = 500
@@ -46,16 +46,16 @@ class Fault:
 
 @dataclass
 class Hub:
-    """What the server holds and what it was asked. `refuse` maps part of a path to the status it answers with."""
+    """The server's repositories and received requests. `refuse` maps part of a path to a response status."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)  # LFS: sha256 -> bytes
     requests: list[tuple[str, str]] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)  # payloads of repos/create
-    cards: list[str] = field(default_factory=list)  # READMEs handed to the validation
+    cards: list[str] = field(default_factory=list)  # READMEs sent to the validation
     refuse: dict[str, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-    received: dict[str, int] = field(default_factory=dict)  # LFS: sha256 -> how often its bytes came whole
+    received: dict[str, int] = field(default_factory=dict)  # LFS: sha256 -> number of complete uploads
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
@@ -63,7 +63,7 @@ class Hub:
 
 @contextmanager
 def running_hub(token: str = TOKEN) -> Iterator[Hub]:
-    """Run a Hub on a free port; it writes only for `token`."""
+    """Run a Hub on a free port; only `token` may write."""
     hub = Hub()
 
     class BoundHandler(Handler):
@@ -85,7 +85,7 @@ def running_hub(token: str = TOKEN) -> Iterator[Hub]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as the Hub's API does, as far as the client asks."""
+    """The part of the Hub's API that the client uses."""
 
     hub: Hub
     token: str
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
     )
 
     def answer(self) -> None:
-        """Find the route of a request and answer it."""
+        """Route a request and respond."""
         path = self.path.split("?")[0]
         fault = self.next_fault(f"{self.command} {path}")
         if fault is not None and fault.kind == "cut":
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {self.token}"
 
     def next_fault(self, request: str) -> Fault | None:
-        """Return the fault that is due for a request, and count it."""
+        """Return the fault for a request, if any, and count it."""
         with self.hub.lock:
             fault = next((fault for fault in self.hub.faults if fault.times > 0 and fault.part in request), None)
             if fault is not None:
@@ -151,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         return fault
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def send_bytes(self, content: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -166,12 +166,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_bytes(json.dumps(values).encode(), status, Content_Type="application/json", **headers)
 
     def create(self) -> None:
-        asked = json.loads(self.body)
-        self.hub.created.append(asked)
-        name = f"{asked['organization']}/{asked['name']}"
+        request = json.loads(self.body)
+        self.hub.created.append(request)
+        name = f"{request['organization']}/{request['name']}"
         exists = name in self.hub.repos
         if not exists:
-            self.hub.repos[name] = Repo(private=asked.get("visibility") == "private" or asked.get("private") is True)
+            self.hub.repos[name] = Repo(
+                private=request.get("visibility") == "private" or request.get("private") is True
+            )
         answer = {"url": f"{self.hub.url}/{name}", "name": name}
         self.send_json(
             {**answer, "error": "You already created this model repo"} if exists else answer, 200 + 209 * exists
@@ -215,10 +217,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, name: str) -> None:
         objects = []
-        for wanted in json.loads(self.body)["objects"]:
-            answer = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.hub.stored:
-                upload = {"href": f"{self.hub.url}/storage/{wanted['oid']}"}
+        for item in json.loads(self.body)["objects"]:
+            answer = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.hub.stored:
+                upload = {"href": f"{self.hub.url}/storage/{item['oid']}"}
                 answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify"}}
             objects.append(answer)
         self.send_json({"transfer": "basic", "objects": objects})
@@ -232,13 +234,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_bytes(b"")
 
     def verify(self) -> None:
-        asked = json.loads(self.body)
-        content = self.hub.stored.get(asked["oid"])
-        right = content is not None and len(content) == asked["size"]
-        self.send_json({}, 200 if right else 404)
+        request = json.loads(self.body)
+        content = self.hub.stored.get(request["oid"])
+        is_complete = content is not None and len(content) == request["size"]
+        self.send_json({}, 200 if is_complete else 404)
 
     def commit(self, name: str) -> None:
-        repo, files, gone, summary = self.hub.repos[name], {}, set(), ""
+        repo, files, deleted, summary = self.hub.repos[name], {}, set(), ""
         for line in self.body.splitlines():
             item = json.loads(line)
             value = item["value"]
@@ -249,11 +251,11 @@ class Handler(BaseHTTPRequestHandler):
             elif item["key"] == "lfsFile":
                 files[value["path"]] = self.hub.stored[value["oid"]]
             elif item["key"] == "deletedFile":
-                gone.add(value["path"])
+                deleted.add(value["path"])
             else:
                 self.send_json({"error": f"unknown operation {item['key']}"}, 400)
                 return
-        repo.files = {path: content for path, content in {**repo.files, **files}.items() if path not in gone}
+        repo.files = {path: content for path, content in {**repo.files, **files}.items() if path not in deleted}
         repo.commits.append({"summary": summary, "files": files})
         repo.versions[repo.sha] = dict(repo.files)
         url = f"{self.hub.url}/{name}/commit/{repo.sha}"

@@ -1,4 +1,4 @@
-"""A metric of `evaluate` that lies in a folder."""
+"""A metric of `evaluate` in a local folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has imported everything, and accelerate as a new process has it."""
+"""Processes forked from one that has imported everything, with accelerate as in a new process."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LAUNCHER_VARIABLES = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
 
 def reset_accelerate() -> None:
-    """Forget accelerate's process-wide state, as in a process that has just started."""
+    """Reset accelerate's process-wide state, as in a new process."""
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     GradientState._reset_state()
 
 
 def run_processes(function: Callable[..., Any], *args: Any, num_processes: int = 2) -> list[Any]:
-    """Return what `function(*args)` returns in each of `num_processes` processes that meet over gloo.
+    """Return the results of `function(*args)` in `num_processes` processes connected over gloo.
 
     The children are forked: they start in a tenth of a second, where torchrun needs ten to import torch.
     """
@@ -39,7 +39,7 @@ def run_processes(function: Callable[..., Any], *args: Any, num_processes: int =
 
 
 def results_of_children(folder: Path, number: int) -> list[Any]:
-    """Return what the children that ended in `end_child` have returned; a child's exception is an AssertionError."""
+    """Return the results of children that ended in `end_child`; a child's exception becomes an AssertionError."""
     outcomes = [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(number)]
     for ok, value in outcomes:
         assert ok, f"{value.strip().splitlines()[-1]}\n{value}"
@@ -47,7 +47,7 @@ def results_of_children(folder: Path, number: int) -> list[Any]:
 
 
 def end_child(work: Callable[[], Any], file: Path) -> NoReturn:
-    """Write what `work()` returns or raises to a file, and end this forked process."""
+    """Write the result or exception of `work()` to a file and end this forked process."""
     try:
         reset_accelerate()
         outcome: tuple[bool, Any] = (True, work())
@@ -59,19 +59,19 @@ def end_child(work: Callable[[], Any], file: Path) -> NoReturn:
 
 
 def in_child(function: Callable[[], Any]) -> Any:
-    """Return what `function()` returns in a forked process; after torch's ONNX export no fork could train."""
+    """Return the result of `function()` in a forked process; after torch's ONNX export no fork could train."""
     return run_processes(function, num_processes=1)[0]
 
 
 def free_port() -> int:
-    """Return a port at which processes may meet."""
+    """Return a free port for a process group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def join_processes(rank: int, world: int, port: int) -> None:
-    """Let this process be one of several that meet over gloo, as launchers do it."""
+    """Make this process one of several connected over gloo, as launchers do."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
 
@@ -80,6 +80,6 @@ def _fork(function: Callable[..., Any], args: Any, rank: int, world: int, port: 
     child = os.fork()
     if child:
         return child
-    gc.freeze()  # collecting what was inherited would copy all of it
+    gc.freeze()  # garbage collection would copy all inherited memory
     join_processes(rank, world, port)
     end_child(lambda: function(*args), folder / str(rank))

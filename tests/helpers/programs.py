@@ -30,9 +30,9 @@ def run_all(jobs: Sequence[Job]) -> list[str]:
 def run_fresh(jobs: Sequence[Job], folder: Path | None = None) -> tuple[list[str], list[str]]:
     """Return what programs print in a new process, and which of PACKAGES were imported: seconds for each of them."""
     command = [sys.executable, "-I", __file__]
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr
-    answers, imported = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, cwd=folder, check=False)
+    assert process.returncode == 0, process.stderr
+    answers, imported = json.loads(process.stdout.splitlines()[-1])
     return answers, imported
 
 

@@ -1,4 +1,4 @@
-"""Runs of the tests: a small recipe, the command line called in this process, and what a run folder holds."""
+"""Helpers for runs: a small recipe, the command line in this process, and the contents of run folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_fasttrain.train.metrics import Metrics
 
 
 def num_kept(cache: PixelCache) -> int:
-    """Return for how many rows a cache has an entry."""
+    """Return the number of rows in a cache."""
     entries = np.memmap(cache.index_path, ENTRY, "r", offset=HEADER_BYTES, shape=(cache.num_rows,))
     return int(np.count_nonzero(entries["length"]))
 
@@ -43,7 +43,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def raise_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do what `rising_loss` says."""
+    """Make the loss rise with each evaluation; see the fixture `rising_loss`."""
     real, count = Metrics.compute, itertools.count(1)
 
     def compute(self: Metrics, *add: Any) -> dict[str, float]:
@@ -53,8 +53,8 @@ def raise_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exit_status(arguments: list[str]) -> int:
-    """Run the command line in this process, as if it were the first to; return its exit status."""
+    """Run the command line in this process as in a new one; return its exit status."""
     reset_accelerate()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         main(arguments)
-    return int(ended.value.code or 0)
+    return int(error.value.code or 0)

@@ -1,4 +1,4 @@
-"""A run folder as a finished training leaves it, written without training."""
+"""The run folder of a finished training, written without training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, build_model
 from hf_fasttrain.models.saved import save_model
 
-CLASS_NAMES = ["/a/airfield", "/b/ballroom", "rose"]  # names of classes that look like paths stay what they are
+CLASS_NAMES = ["/a/airfield", "/b/ballroom", "rose"]  # class names that look like paths are not changed
 
 
 METRICS = {"loss": 0.5, "accuracy": 0.8125, "top5_accuracy": 1.0, "f1_macro": 0.7931}
@@ -29,7 +29,7 @@ train: {{duration: 2 steps, batch_size: 16}}
 
 
 def write_run(run: Path, home: Path, name: str = "test_resnet", **options: object) -> Path:
-    """Write what a finished training leaves in its run folder, with local paths wherever there may be some."""
+    """Write the run folder of a finished training, with local paths wherever they may occur."""
     spec = ModelSpec(name, CLASS_NAMES, 32, preprocessing=Preprocessing(32), **options)
     torch.manual_seed(0)
     save_model(build_model(spec), spec, run / "model")

@@ -30,7 +30,7 @@ from hf_fasttrain.utils.errors import RunError
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that holds a run in `runs/small`; the tests read it and change only copies."""
+    """Return a folder with a run in `runs/small`; tests read it and change only copies."""
     home = tmp_path_factory.mktemp("somebody")
     write_run(home / "runs" / "small", home)
     return home
@@ -46,7 +46,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
-def test_bytes_arrive_as_they_went_in_one_commit(hub: Hub, run: Path) -> None:
+def test_files_arrive_unchanged_in_one_commit(hub: Hub, run: Path) -> None:
     address = push_run(run, "me/flowers")
     assert address == f"{hub.url}/me/flowers"
     repo = hub.repos["me/flowers"]
@@ -61,7 +61,7 @@ def test_bytes_arrive_as_they_went_in_one_commit(hub: Hub, run: Path) -> None:
     assert hub.cards == [repo.files["README.md"].decode()]
 
 
-def test_nothing_pushed_holds_a_local_path(hub: Hub, run: Path, workspace: Path) -> None:
+def test_pushed_files_contain_no_local_path(hub: Hub, run: Path, workspace: Path) -> None:
     push_run(run, "me/flowers")
     files = hub.repos["me/flowers"].files
     for name, content in files.items():
@@ -75,7 +75,7 @@ def test_nothing_pushed_holds_a_local_path(hub: Hub, run: Path, workspace: Path)
     assert json.loads(files["hf_fasttrain.json"])["class_names"] == CLASS_NAMES
 
 
-def test_settings_that_were_local_paths_in_training_are_scrubbed_everywhere(hub: Hub, copied: Path) -> None:
+def test_local_paths_of_training_are_removed_everywhere(hub: Hub, copied: Path) -> None:
     from huggingface_hub import ModelCard
 
     (copied / "recipe.yaml").write_text(
@@ -97,14 +97,14 @@ def test_settings_that_were_local_paths_in_training_are_scrubbed_everywhere(hub:
     assert "data/flowers" not in card.content
 
 
-def test_a_token_in_a_comment_is_blotted_out(hub: Hub, copied: Path) -> None:
+def test_a_token_in_a_comment_is_masked(hub: Hub, copied: Path) -> None:
     with (copied / "recipe.yaml").open("a") as file:
         file.write(f"# {TOKEN}\n")
     push_run(copied, "me/flowers")
     assert all(TOKEN.encode() not in content for content in hub.repos["me/flowers"].files.values())
 
 
-def test_a_licence_that_the_hub_does_not_know(hub: Hub, run: Path) -> None:
+def test_an_unknown_license_is_refused(hub: Hub, run: Path) -> None:
     with pytest.raises(
         RunError, match=r"the Hub rejects the model card \(.*\); correct its license, dataset or model names"
     ):
@@ -114,7 +114,7 @@ def test_a_licence_that_the_hub_does_not_know(hub: Hub, run: Path) -> None:
     assert not any(repo.commits for repo in hub.repos.values())
 
 
-def test_both_splits_stand_in_the_index_and_the_authors_repository_does_not(hub: Hub, copied: Path) -> None:
+def test_the_index_has_both_splits_and_not_the_authors_repository(hub: Hub, copied: Path) -> None:
     from huggingface_hub import ModelCard
 
     (copied / "recipe.yaml").write_text(
@@ -124,8 +124,8 @@ def test_both_splits_stand_in_the_index_and_the_authors_repository_does_not(hub:
     push_run(copied, "me/flowers")
     card = ModelCard(hub.repos["me/flowers"].files["README.md"].decode())
     assert card.data.datasets == ["cifar10"]
-    found = {(r.metric_name, r.dataset_split, r.metric_value) for r in card.data.eval_results}
-    assert {("accuracy", None, 0.8125), ("accuracy", "test", 0.75)} <= found
+    results = {(r.metric_name, r.dataset_split, r.metric_value) for r in card.data.eval_results}
+    assert {("accuracy", None, 0.8125), ("accuracy", "test", 0.75)} <= results
     assert "accelerate launch -m hf_fasttrain recipe.yaml hub=null\n" in card.text
 
 
@@ -147,7 +147,7 @@ def test_an_existing_repository_gets_another_commit(hub: Hub, run: Path) -> None
     assert len(hub.stored) == 1
 
 
-def test_card_says_figures_loading_and_training(hub: Hub, run: Path) -> None:
+def test_the_card_describes_results_loading_and_training(hub: Hub, run: Path) -> None:
     from huggingface_hub import ModelCard
 
     push_run(run, "me/flowers")
@@ -264,12 +264,12 @@ def expected_answer(run: Path, image: Path) -> list[list[str]]:
     return [[f"{guess['score']:.5f}", guess["class"]] for guess in row["classes"]]
 
 
-def test_the_card_s_programs_open_the_pushed_model(hub: Hub, copied: Path, image: Path) -> None:
+def test_the_cards_programs_load_the_pushed_model(hub: Hub, copied: Path, image: Path) -> None:
     in_child(lambda: export_run(copied, onnx=True))
     push_run(copied, "me/flowers")
     files = hub.repos["me/flowers"].files
     assert files["model.onnx"] == (copied / "model" / "model.onnx").read_bytes()
-    assert not any(place in files["model.onnx"] for place in (b"site-packages", b"/hf_fasttrain/", b'File "'))
+    assert not any(text in files["model.onnx"] for text in (b"site-packages", b"/hf_fasttrain/", b'File "'))
     answers, _ = run_fresh(programs_of(files["README.md"], image), image.parent)
     assert len(answers) == 3  # timm, transformers, onnxruntime
     for answer in answers:
@@ -279,7 +279,7 @@ def test_the_card_s_programs_open_the_pushed_model(hub: Hub, copied: Path, image
     assert b"hf-fasttrain predict hf://me/flowers IMAGE..." in files["README.md"]
 
 
-def test_a_model_with_another_stem_is_loaded_by_us(hub: Hub, tmp_path: Path, image: Path) -> None:
+def test_a_model_with_another_stem_is_loaded_by_this_package(hub: Hub, tmp_path: Path, image: Path) -> None:
     run = write_run(tmp_path / "run", tmp_path, "resnet18", small_image_stem=True)
     push_run(run, "me/small")
     files = hub.repos["me/small"].files
@@ -356,7 +356,7 @@ def test_a_relative_path_is_local_if_it_exists(tmp_path: Path, monkeypatch: pyte
     assert scrub.text("data/flowers/rose/1.jpg: broken, mydata/flowers") == "1.jpg: broken, mydata/flowers"
 
 
-def test_a_recipe_stays_yaml_of_the_same_types() -> None:
+def test_a_recipe_stays_yaml_with_the_same_types() -> None:
     text = "data: {dataset: /home/me/2024}  # years\n"
     clean = Scrubber([]).yaml(text, YAML(typ="safe", pure=True).load(text))
     assert YAML(typ="safe", pure=True).load(clean) == {"data": {"dataset": "2024"}}
@@ -370,34 +370,34 @@ def test_an_unfinished_run_is_refused(hub: Hub, copied: Path, name: str) -> None
     assert hub.created == []
 
 
-def test_a_broken_result_is_named(copied: Path) -> None:
+def test_a_damaged_result_is_named(copied: Path) -> None:
     (copied / "result.json").write_text("{")
     with pytest.raises(RunError, match=r"result\.json: can't be read .*fix it or train again"):
         push_run(copied, "me/flowers")
 
 
 @pytest.mark.parametrize("repo", ["flowers", "me/my flowers", "me/a--b", "datasets/me/flowers", ""])
-def test_a_bad_name_is_refused(hub: Hub, run: Path, repo: str) -> None:
+def test_an_invalid_repository_name_is_refused(hub: Hub, run: Path, repo: str) -> None:
     with pytest.raises(RunError, match=rf"'{repo}' is not a valid Hub repository name; write OWNER/NAME"):
         push_run(run, repo)
     assert hub.created == []
 
 
-def test_without_a_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_token_is_explained(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(RunError, match="me/flowers: no token found; log in with `hf auth login` or set HF_TOKEN"):
         push_run(run, "me/flowers")
 
 
-def test_with_a_wrong_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_is_explained(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "y" * 34)
-    with pytest.raises(RunError, match=r"does not accept the token \(401\); log in with `hf auth login`") as caught:
+    with pytest.raises(RunError, match=r"does not accept the token \(401\); log in with `hf auth login`") as error:
         push_run(run, "me/flowers")
-    assert "yyy" not in str(caught.value)
+    assert "yyy" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("where", "status", "message"),
+    ("part", "status", "message"),
     [
         ("create", 403, r"the token has no write access \(403.*\); .* write access to me, or give another OWNER/NAME"),
         ("preupload", 403, r"the token has no write access \(403.*\)"),
@@ -408,11 +408,11 @@ def test_with_a_wrong_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
         ("commit", 400, r"refused it \(.*refused by the test.*\); correct that"),
     ],
 )
-def test_refusals_of_the_hub_are_explained(hub: Hub, run: Path, where: str, status: int, message: str) -> None:
-    hub.refuse = {f"/{where}": status} if where != "create" else {"/api/": status}
-    with pytest.raises(RunError, match=message) as caught:
+def test_refusals_of_the_hub_are_explained(hub: Hub, run: Path, part: str, status: int, message: str) -> None:
+    hub.refuse = {f"/{part}": status} if part != "create" else {"/api/": status}
+    with pytest.raises(RunError, match=message) as error:
         push_run(run, "me/flowers", patience=0.0)
-    assert str(caught.value).count("\n") == 0
+    assert str(error.value).count("\n") == 0
     assert not any(repo.commits for repo in hub.repos.values())
 
 
@@ -425,26 +425,26 @@ def test_an_unreachable_hub_is_explained(hub: Hub, run: Path, monkeypatch: pytes
             push_run(run, "me/flowers", private=True, patience=0.0)
 
 
-def test_offline_mode_is_named(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_explained(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RunError, match=r"HF_HUB_OFFLINE is set; unset it; then hf-fasttrain push .* me/flowers$"):
         push_run(run, "me/flowers")
 
 
-def test_the_command_with_hf_endpoint_set(run: Path, tmp_path: Path) -> None:
+def test_the_command_uses_hf_endpoint(run: Path, tmp_path: Path) -> None:
     with running_hub() as hub:
         hub_env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         env = {**os.environ, **hub_env, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, "-m", "hf_fasttrain", "push", str(run), "me/flowers", "--private"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"{hub.url}/me/flowers\n"
-        assert TOKEN not in done.stdout + done.stderr
+        process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout == f"{hub.url}/me/flowers\n"
+        assert TOKEN not in process.stdout + process.stderr
         repo = hub.repos["me/flowers"]
         assert repo.private
         assert len(repo.commits) == 1
         assert repo.files["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
-        done = subprocess.run(command, env={**env, "HF_TOKEN": "hf_no"}, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: push to me/flowers: ")
-        assert "Traceback" not in done.stderr
+        process = subprocess.run(command, env={**env, "HF_TOKEN": "hf_no"}, capture_output=True, text=True, timeout=60)
+        assert process.returncode == 2
+        assert process.stderr.startswith("error: push to me/flowers: ")
+        assert "Traceback" not in process.stderr

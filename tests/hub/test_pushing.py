@@ -1,4 +1,4 @@
-"""Pushing while training: whatever the Hub does, training ends well, nothing is lost, and a later push finishes."""
+"""Pushing while training: for any fault of the Hub, training succeeds, nothing is lost, and a later push completes."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-class Said(list[str]):
-    """What a pusher has said."""
+class Messages(list[str]):
+    """Collects a pusher's messages."""
 
     def __call__(self, text: str) -> None:
         self.append(text)
 
 
-def pusher_of(run: Path, messages: Said, **options: object) -> Pusher:
-    about = {"machine": {"device": "cpu"}, "versions": {}}
-    return Pusher(run, PushOptions("me/digits", **{"every": 1, **options}), lambda folder: None, about, messages)
+def pusher_of(run: Path, messages: Messages, **options: object) -> Pusher:
+    metadata = {"machine": {"device": "cpu"}, "versions": {}}
+    return Pusher(run, PushOptions("me/digits", **{"every": 1, **options}), lambda folder: None, metadata, messages)
 
 
 def weights_of(run: Path) -> bytes:
@@ -96,12 +96,12 @@ def test_steps_are_pushed_as_they_are_saved(hub: Hub, write_recipe: Callable[...
     trainer = build_trainer(write_recipe(RECIPE), [f"output_dir={run}", "hub.every=2 steps", "train.duration=4 steps"])
     real = trainer.checkpoints.saved
 
-    def saved_and_waited(*args: object) -> None:
+    def save_and_wait(*args: object) -> None:
         real(*args)
         if (thread := trainer.publish.pusher._thread) is not None:
             thread.join(60)
 
-    trainer.checkpoints.saved = saved_and_waited
+    trainer.checkpoints.saved = save_and_wait
     trainer.fit()
     repo = hub.repos["me/digits"]
     assert [commit["summary"] for commit in repo.commits] == ["Step 2", "Push a run of hf_fasttrain"]
@@ -115,7 +115,7 @@ def test_steps_are_pushed_as_they_are_saved(hub: Hub, write_recipe: Callable[...
     assert load_model(tmp_path / "early" / "model")[1].num_classes == 10
 
 
-def test_a_transformers_model_is_pushed_under_its_own_names(
+def test_a_transformers_model_is_pushed_with_its_own_names(
     hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     from transformers import ViTConfig
@@ -128,9 +128,9 @@ def test_a_transformers_model_is_pushed_under_its_own_names(
     trainer = build_trainer(write_recipe(RECIPE), [*overrides, "train.duration=2 steps"])
     trainer.fit()
     (tmp_path / "got").write_bytes(hub.repos["me/digits"].files["model.safetensors"])
-    own, got = load_file(run / "model" / "model.safetensors"), load_file(tmp_path / "got")
-    assert own.keys() == got.keys()
-    assert all((got[name] == tensor).all() for name, tensor in own.items())
+    local, actual = load_file(run / "model" / "model.safetensors"), load_file(tmp_path / "got")
+    assert local.keys() == actual.keys()
+    assert all((actual[name] == tensor).all() for name, tensor in local.items())
     assert "preprocessor_config.json" in hub.repos["me/digits"].files
 
 
@@ -146,7 +146,7 @@ def test_only_the_main_process_pushes(hub: Hub, write_recipe: Callable[..., Path
     assert hub.repos["me/digits"].files["model.safetensors"] == weights_of(run)
 
 
-def test_a_run_that_is_stopped_leaves_no_upload(hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_stopped_run_leaves_no_upload_behind(hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     reset_accelerate()
     hub.faults = [Fault("POST /api", times=99, kind="hang")]
     run = tmp_path / "run"
@@ -219,7 +219,7 @@ LASTING = {
 @pytest.mark.parametrize("name", LASTING)
 def test_permanent_errors_are_reported_and_a_later_push_finishes(hub: Hub, run: Path, name: str) -> None:
     fault, message = LASTING[name]
-    hub.faults, messages = [fault], Said()
+    hub.faults, messages = [fault], Messages()
     seconds = 3.0 if fault.kind == "hang" else 10.0  # of which 10 are kept for the process to start and report
     pusher_of(run, messages, private=True, wait_seconds=seconds).finished(2)
     announced, text = messages
@@ -237,7 +237,7 @@ def test_permanent_errors_are_reported_and_a_later_push_finishes(hub: Hub, run: 
 
 
 def test_uploaded_files_are_not_sent_again(hub: Hub, run: Path) -> None:
-    hub.faults, messages = [Fault("/commit/main", 400, times=999)], Said()
+    hub.faults, messages = [Fault("/commit/main", 400, times=999)], Messages()
     pusher_of(run, messages).finished(2)
     assert "not pushed" in messages[1]
     (name,) = hub.received
@@ -248,7 +248,7 @@ def test_uploaded_files_are_not_sent_again(hub: Hub, run: Path) -> None:
 
 
 def make_checkpoint(run: Path, step: int) -> Path:
-    """Write what a checkpoint's folder holds, as far as a push looks at it."""
+    """Write the files of a checkpoint that a push reads."""
     from hf_fasttrain.run_folder.checkpoint import Snapshot, save_checkpoint
 
     state = {
@@ -264,15 +264,15 @@ def make_checkpoint(run: Path, step: int) -> Path:
     return save_checkpoint(run / "checkpoints", Snapshot(step, {"state": state}, {"model": weights}, {}))
 
 
-def described_pusher(run: Path, messages: Said, **options: object) -> Pusher:
+def described_pusher(run: Path, messages: Messages, **options: object) -> Pusher:
     pusher = pusher_of(run, messages, **options)
     texts = {path.name: path.read_bytes() for path in (run / "model").glob("*.json")}
     pusher.describe = lambda folder: [(folder / name).write_bytes(text) for name, text in texts.items()]
     return pusher
 
 
-def test_of_those_that_wait_the_newest_is_pushed(hub: Hub, run: Path) -> None:
-    hub.faults, messages = [Fault("POST /api/repos/create", kind="hang")], Said()
+def test_the_newest_waiting_checkpoint_is_pushed(hub: Hub, run: Path) -> None:
+    hub.faults, messages = [Fault("POST /api/repos/create", kind="hang")], Messages()
     pusher = described_pusher(run, messages, stalled_seconds=3.0)
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
     while not hub.requests:
@@ -288,8 +288,8 @@ def test_of_those_that_wait_the_newest_is_pushed(hub: Hub, run: Path) -> None:
     assert messages == []
 
 
-def test_pushes_rest_while_training_needs_the_cores(hub: Hub, run: Path) -> None:
-    pusher = described_pusher(run, Said(), rest=1000.0)
+def test_pushes_pause_while_training_needs_the_cores(hub: Hub, run: Path) -> None:
+    pusher = described_pusher(run, Messages(), rest=1000.0)
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
     join(pusher)
     assert pusher._pause_until > time.monotonic() + 100
@@ -301,7 +301,7 @@ def test_pushes_rest_while_training_needs_the_cores(hub: Hub, run: Path) -> None
 
 
 def test_a_checkpoint_may_be_pruned_while_it_is_pushed(hub: Hub, run: Path) -> None:
-    messages = Said()
+    messages = Messages()
     pusher, checkpoint = described_pusher(run, messages), make_checkpoint(run, 1)
     content = (checkpoint / "model.safetensors").read_bytes()
     pusher.saved(checkpoint, 1, best=True)
@@ -312,10 +312,10 @@ def test_a_checkpoint_may_be_pruned_while_it_is_pushed(hub: Hub, run: Path) -> N
     assert hub.repos["me/digits"].files["model.safetensors"] == content
 
 
-def test_a_push_that_failed_is_tried_again_while_training(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_push_is_retried_while_training(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_fasttrain.hub.background.PAUSES", (0.1, 0.1))
     monkeypatch.setattr("hf_fasttrain.hub.background.PATIENCE_SECONDS", 0.0)
-    hub.faults, messages = [Fault("POST /api/repos/create", 500)], Said()
+    hub.faults, messages = [Fault("POST /api/repos/create", 500)], Messages()
     pusher = described_pusher(run, messages)
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
     thread = pusher._thread
@@ -327,22 +327,22 @@ def test_a_push_that_failed_is_tried_again_while_training(hub: Hub, run: Path, m
     assert messages[0].endswith("; training continues, retried later")
 
 
-def test_a_full_disk_stops_nothing(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    messages = Said()
+def test_a_full_disk_does_not_stop_training(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = Messages()
     pusher = described_pusher(run, messages)
     checkpoint = make_checkpoint(run, 1)
 
-    def full(folder: Path) -> None:
+    def raise_disk_full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    pusher.describe = full
+    pusher.describe = raise_disk_full
     for step in (1, 2):
         pusher.saved(checkpoint, step, best=True)
     assert messages == ["hub: could not prepare an upload to me/digits: No space left on device; training continues"]
 
 
-def test_ctrl_c_ends_the_waiting(hub: Hub, run: Path) -> None:
-    hub.faults, messages = [Fault("POST /api", times=99, kind="hang")], Said()
+def test_ctrl_c_ends_the_wait_for_a_push(hub: Hub, run: Path) -> None:
+    hub.faults, messages = [Fault("POST /api", times=99, kind="hang")], Messages()
     pusher = pusher_of(run, messages)
     threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
     pusher.finished(2)
@@ -363,12 +363,12 @@ def test_an_uploader_that_dies_is_named(run: Path, hub: Hub, monkeypatch: pytest
     monkeypatch.setattr(
         subprocess, "Popen", lambda command, **options: real([command[0], "-c", "raise SystemExit('gone')"], **options)
     )
-    messages = Said()
+    messages = Messages()
     pusher_of(run, messages).finished(2)
     assert "the upload failed (gone); then hf-fasttrain push" in messages[1]
 
 
-def test_the_best_evaluation_s_weights_are_not_the_last_ones(hub: Hub, run: Path) -> None:
+def test_the_best_weights_are_pushed_rather_than_the_last(hub: Hub, run: Path) -> None:
     checkpoint = make_checkpoint(run, 1)
     result = json.loads((run / "result.json").read_text())
     best = {"metric": "accuracy", "value": 0.1, "step": 1}
@@ -386,12 +386,12 @@ def test_the_best_evaluation_s_weights_are_not_the_last_ones(hub: Hub, run: Path
         push_run(run, "me/digits", weights="newest")
 
 
-def test_a_run_continued_after_its_end_is_described_as_it_is(hub: Hub, run: Path) -> None:
-    pusher = described_pusher(run, Said())  # an earlier end's result.json is there
+def test_a_run_continued_after_its_end_is_described_correctly(hub: Hub, run: Path) -> None:
+    pusher = described_pusher(run, Messages())  # result.json of the earlier end exists
     pusher.saved(make_checkpoint(run, 5), 5, best=True)
     join(pusher)
-    told = json.loads(hub.repos["me/digits"].files["result.json"])
-    assert (told["steps"], told["num_steps"], told["images"]) == (5, 9, 80)
+    result = json.loads(hub.repos["me/digits"].files["result.json"])
+    assert (result["steps"], result["num_steps"], result["images"]) == (5, 9, 80)
     assert "these are the weights after step 5 of 9" in hub.repos["me/digits"].files["README.md"].decode()
 
 
@@ -400,23 +400,23 @@ def join(pusher: Pusher) -> None:
         thread.join(60)
 
 
-def test_results_that_are_not_written_are_not_pushed(hub: Hub, run: Path) -> None:
+def test_results_that_could_not_be_written_are_not_pushed(hub: Hub, run: Path) -> None:
     from hf_fasttrain.report.callback import Publish
     from hf_fasttrain.train.log import RunLog
 
-    messages, log = Said(), RunLog(run)
-    log.say = messages  # type: ignore[method-assign]
+    messages, log = Messages(), RunLog(run)
+    log.print = messages  # type: ignore[method-assign]
     log.lost = [f"{run / 'model'}: No space left on device"]
     Publish(run, log, report=False, pusher=pusher_of(run, messages)).publish(2, None)
     assert messages == [f"not pushed: model could not be written; when they are: hf-fasttrain push {run} me/digits"]
     assert hub.requests == []
 
 
-def test_an_error_in_making_ready_is_said_and_training_goes_on(run: Path) -> None:
+def test_an_error_while_staging_is_reported_and_training_continues(run: Path) -> None:
     from hf_fasttrain.report.callback import Publish
     from hf_fasttrain.train.log import RunLog
 
-    messages = Said()
+    messages = Messages()
     pusher = pusher_of(run, messages)
     pusher.describe = lambda folder: {}["a key"]
     Publish(run, RunLog(run), pusher=pusher).saved(make_checkpoint(run, 1), 1, best=True)
@@ -424,25 +424,25 @@ def test_an_error_in_making_ready_is_said_and_training_goes_on(run: Path) -> Non
 
 
 def test_nothing_is_staged_after_the_end(run: Path) -> None:
-    pusher = described_pusher(run, Said())
+    pusher = described_pusher(run, Messages())
     pusher.close()
     pusher.saved(make_checkpoint(run, 1), 1, best=True)
     assert not (run / ".hub").exists()
 
 
 def test_the_last_step_is_pushed_once(run: Path) -> None:
-    pusher = described_pusher(run, Said())
+    pusher = described_pusher(run, Messages())
     pusher.num_steps = 3
     assert pusher._is_due(3, best=True)
     pusher.saved(make_checkpoint(run, 3), 3, best=True)
     assert not (run / ".hub").exists()
 
 
-def test_another_repository_s_pushes_do_not_count(run: Path) -> None:
+def test_pushes_to_another_repository_do_not_count(run: Path) -> None:
     (run / "hub.json").write_text(json.dumps({"repo": "you/digits", "step": 100}))
-    assert pusher_of(run, Said())._is_due(1, best=False)
+    assert pusher_of(run, Messages())._is_due(1, best=False)
     (run / "hub.json").write_text(json.dumps({"repo": "me/digits", "step": 100}))
-    assert not pusher_of(run, Said())._is_due(1, best=False)
+    assert not pusher_of(run, Messages())._is_due(1, best=False)
 
 
 def test_an_uploader_ends_when_its_training_is_killed(hub: Hub, run: Path) -> None:
@@ -464,10 +464,10 @@ def test_an_uploader_ends_when_its_training_is_killed(hub: Hub, run: Path) -> No
     assert not uploader.is_running() or uploader.status() == psutil.STATUS_ZOMBIE
 
 
-def test_sigterm_while_a_push_is_waited_for_leaves_it_off(hub: Hub, run: Path) -> None:
+def test_sigterm_during_the_wait_for_a_push_cancels_it(hub: Hub, run: Path) -> None:
     from hf_fasttrain.utils.signals import interruptible
 
-    hub.faults, messages = [Fault("POST /api", times=99, kind="hang")], Said()
+    hub.faults, messages = [Fault("POST /api", times=99, kind="hang")], Messages()
     pusher = pusher_of(run, messages)
     threading.Thread(target=lambda: (wait_for_requests(hub), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     with interruptible():
@@ -489,19 +489,19 @@ def test_the_command_uses_the_recipes_push_options(
     hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (run / "recipe.yaml").read_text()
-    asked: list[object] = []
+    requests: list[object] = []
     monkeypatch.setattr(
-        "hf_fasttrain.hub.push.push_run", lambda *args, **options: asked.append((args, options)) or "address"
+        "hf_fasttrain.hub.push.push_run", lambda *args, **options: requests.append((args, options)) or "address"
     )
     assert exit_status(["push", str(run)]) == 2
     assert "its recipe has no hub.repo; give the repository: hf-fasttrain push" in capsys.readouterr().err
     (run / "recipe.yaml").write_text(text + "hub: {repo: me/x, every: best, private: true, license: mit}\n")
     assert exit_status(["push", str(run)]) == 0
-    (args, options) = asked[0]
+    (args, options) = requests[0]
     assert args == (run, "me/x")
     assert {key: options[key] for key in ("private", "license", "weights")} == {
         "private": True, "license": "mit", "weights": "best",
     }  # fmt: skip
     assert exit_status(["push", str(run), "me/other"]) == 0
-    assert asked[1][1]["private"] is None
-    assert asked[1][1]["weights"] is None  # those in RUN/model
+    assert requests[1][1]["private"] is None
+    assert requests[1][1]["weights"] is None  # those in RUN/model

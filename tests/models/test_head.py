@@ -1,4 +1,4 @@
-"""The head of pretrained weights: found, kept for the same class names, else begun at zero."""
+"""The head of pretrained weights: found, kept for the same class names, otherwise initialised to zero."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def logits_layers(model: nn.Module, num_classes: int) -> list[nn.Module]:
 
 
 def first_losses(model: nn.Module, num_classes: int, image_size: int) -> list[float]:
-    """Return the first loss as a share of uniform logits': plain, mixed and smoothed, multi-label."""
+    """Return the first loss relative to that of uniform logits: plain, mixed and smoothed, multi-label."""
     images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 2
     labels = torch.arange(4) % num_classes
     mixed = 0.6 * nn.functional.one_hot(labels, num_classes) + 0.4 * nn.functional.one_hot(labels.flip(0), num_classes)
@@ -71,11 +71,11 @@ def first_losses(model: nn.Module, num_classes: int, image_size: int) -> list[fl
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_head_begins_with_the_loss_of_uniform_logits(family: str, tmp_path: Path) -> None:
+def test_the_first_loss_of_a_new_head_is_that_of_uniform_logits(family: str, tmp_path: Path) -> None:
     name, size, args = FAMILIES[family]
     seven = build_model(spec(name, SEVEN, size, args=args))
     for norm in (m for m in seven.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d) and m.weight is not None):
-        nn.init.constant_(norm.weight, 2.0)  # as large features as trained ones have
+        nn.init.constant_(norm.weight, 2.0)  # features as large as those of trained models
     save_weights(seven, tmp_path)
     messages: list[str] = []
     file = str(tmp_path / "model.safetensors")
@@ -89,7 +89,7 @@ def test_a_new_head_begins_with_the_loss_of_uniform_logits(family: str, tmp_path
     assert f"{len(changed)} of {len(ours)} tensors" in messages[0]
     assert changed[0] in messages[0]
     assert "has a head for 7 classes, the dataset has 5 classes" in messages[0]
-    assert "model.head=keep" not in messages[0]  # it would not fit
+    assert "model.head=keep" not in messages[0]  # its shape would not fit
     assert first_losses(model, 5, size) == pytest.approx([1.0] * 3, rel=0.2)
 
 
@@ -113,7 +113,7 @@ def hub_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return transformers_models(tmp_path_factory.mktemp("transformers"))
 
 
-def test_new_heads_of_transformers_begin_at_zero_and_are_listed(hub_models: list[str]) -> None:
+def test_new_heads_of_transformers_start_at_zero_and_are_listed(hub_models: list[str]) -> None:
     for name, size, heads in zip(hub_models, (32, 64), (["classifier"], ["head", "dist_head"]), strict=True):
         assert head_names(build_model(spec(name, FIVE, size))) == [f"model.{head}" for head in heads]
         folder = name.removeprefix("transformers:")
@@ -124,7 +124,7 @@ def test_new_heads_of_transformers_begin_at_zero_and_are_listed(hub_models: list
             assert all(f"{head}.weight, {head}.bias" in messages[0] for head in heads)
 
 
-def test_from_scratch_the_head_stays_as_its_library_draws_it(hub_models: list[str]) -> None:
+def test_from_scratch_the_head_keeps_its_librarys_initialisation(hub_models: list[str]) -> None:
     for name in ("test_efficientnet", hub_models[0]):
         (layer,) = logits_layers(build_model(spec(name, FIVE)), 5)
         assert layer.weight.std() > 0
@@ -132,9 +132,9 @@ def test_from_scratch_the_head_stays_as_its_library_draws_it(hub_models: list[st
 
 def saved(folder: Path, classes: list[str], name: str = "test_efficientnet") -> tuple[str, torch.Tensor]:
     """Return a model folder of these classes and its head's weight."""
-    asked = spec(name, classes)
-    model = build_model(asked)
-    save_model(model, asked, folder)
+    model_spec = spec(name, classes)
+    model = build_model(model_spec)
+    save_model(model, model_spec, folder)
     (layer,) = logits_layers(model, len(classes))
     return str(folder), layer.weight.detach().clone()
 
@@ -145,15 +145,15 @@ def head_of(model: nn.Module, num_classes: int) -> torch.Tensor:
 
 
 def test_a_head_is_kept_for_the_same_class_names_in_any_order(tmp_path: Path, hub_models: list[str]) -> None:
-    """Of a model folder, a bare file in it, a folder of timm, and published models of timm and transformers."""
+    """From a model folder, a single file in it, a folder of timm, and published models of timm and transformers."""
     folder, weight = saved(tmp_path / "model", FIVE)
-    (tmp_path / "model" / "hf_fasttrain.json").unlink()  # timm's config.json says them too
-    places: list[tuple[str, bool | str]] = [
+    (tmp_path / "model" / "hf_fasttrain.json").unlink()  # also in timm's config.json
+    sources: list[tuple[str, bool | str]] = [
         ("test_efficientnet", folder),
         ("test_efficientnet", f"{folder}/model.safetensors"),
         (folder, True),
     ]
-    for name, pretrained in places:
+    for name, pretrained in sources:
         messages: list[str] = []
         assert torch.equal(head_of(build_model(spec(name, FIVE), pretrained, note=messages.append), 5), weight)
         assert messages[0].startswith("model.head: kept, because")
@@ -165,7 +165,7 @@ def test_a_head_is_kept_for_the_same_class_names_in_any_order(tmp_path: Path, hu
     assert torch.equal(kept, theirs.flip(0))
 
 
-def test_names_that_are_written_differently_are_the_same(tmp_path: Path) -> None:
+def test_class_names_with_other_spellings_match(tmp_path: Path) -> None:
     folder, weight = saved(tmp_path / "model", ["Rose", "lily", "007"])
     messages: list[str] = []
     model = build_model(spec("test_efficientnet", ["7", "lily", "rose"]), folder, note=messages.append)
@@ -173,17 +173,17 @@ def test_names_that_are_written_differently_are_the_same(tmp_path: Path) -> None
     assert "the same class names, written differently ('7' is '007', 'rose' is 'Rose'), in another order" in messages[0]
     messages.clear()
     build_model(spec("test_efficientnet", ["rose", "lily", "Rose"]), folder, note=messages.append)
-    assert "is for other classes" in messages[0]  # two that would be the same
+    assert "is for other classes" in messages[0]  # two names that would be the same
 
 
-def test_weights_of_another_model_are_refused_by_its_name(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused_with_its_name(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "model", FIVE)
     messages = r"weights of another model: \d+ tensors missing \(.*\), \d+ tensors unknown .* \(these are of test_eff"
     with pytest.raises(ModelError, match=messages):
         build_model(spec("test_resnet", FIVE), folder)
 
 
-def test_as_many_classes_of_other_names_get_a_new_head(tmp_path: Path, hub_models: list[str]) -> None:
+def test_the_same_number_of_classes_with_other_names_gets_a_new_head(tmp_path: Path, hub_models: list[str]) -> None:
     folder, _ = saved(tmp_path / "model", FIVE)
     for name, pretrained, others in (
         ("test_efficientnet", folder, ["v", "w", "x", "y", "q"]),
@@ -212,15 +212,15 @@ def test_keep_and_new_override_auto(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_loaded_with_its_head(tmp_path: Path, hub_models: list[str]) -> None:
     for number, name in enumerate(("test_efficientnet", hub_models[0])):
-        asked = spec(name, FIVE)
-        model = build_model(asked)
-        save_model(model, asked, tmp_path / str(number))
-        again = load_model(tmp_path / str(number))[0]
-        assert head_of(again, 5).any()
-        assert torch.equal(head_of(again, 5), head_of(model, 5))
+        model_spec = spec(name, FIVE)
+        model = build_model(model_spec)
+        save_model(model, model_spec, tmp_path / str(number))
+        reloaded = load_model(tmp_path / str(number))[0]
+        assert head_of(reloaded, 5).any()
+        assert torch.equal(head_of(reloaded, 5), head_of(model, 5))
 
 
-def test_positions_of_transformers_are_resized_and_other_misfits_refused(hub_models: list[str]) -> None:
+def test_transformers_position_embeddings_are_resized_and_other_shapes_refused(hub_models: list[str]) -> None:
     vit, messages = hub_models[0], list[str]()
     table = "model.vit.embeddings.position_embeddings"
     before = build_model(spec(vit, SEVEN), True).state_dict()[table]
@@ -236,8 +236,8 @@ def test_positions_of_transformers_are_resized_and_other_misfits_refused(hub_mod
         build_model(spec(vit, SEVEN, args={"intermediate_size": 24}), True)
 
 
-def test_weights_that_a_published_model_lacks_are_said(hub_models: list[str], tmp_path: Path) -> None:
-    """A model of transformers may lack its last norm and its head, which begin anew, but not its body."""
+def test_weights_missing_in_a_published_model_are_reported(hub_models: list[str], tmp_path: Path) -> None:
+    """A model of transformers may lack its last norm and head, which are initialised, but not its body."""
     from safetensors.torch import save_file
 
     folder = Path(hub_models[0].removeprefix("transformers:"))
@@ -269,10 +269,10 @@ def notes_of(run: Path) -> list[str]:
     return list(json.loads((run / "result.json").read_text())["notes"])
 
 
-def test_a_run_notes_its_head_and_resumes_with_it(
+def test_a_run_reports_its_head_and_resumes_with_it(
     write_recipe: Callable[..., Path], tmp_path: Path, image_folder: Path
 ) -> None:
-    """From other classes: new; from a checkpoint of the same classes: kept; without weights the key is idle."""
+    """From other classes: new; from a checkpoint of the same classes: kept; without weights the key has no effect."""
     digits, photos = tmp_path / "digits", tmp_path / "photos_run"
     build_trainer(write_recipe(), [f"output_dir={digits}", "model.head=new"]).fit()
     assert "model.head has no effect with model.pretrained=false" in notes_of(digits)
@@ -281,18 +281,18 @@ def test_a_run_notes_its_head_and_resumes_with_it(
     assert any("is for 10 classes, the dataset has 3" in note for note in notes_of(photos))
     resumed = build_trainer(write_recipe(), start, resume=True)  # its head is the checkpoint's
     assert not any(note.startswith("model.head") for note in resumed.log.notes)
-    fresh = build_trainer(write_recipe(), [*start, f"output_dir={tmp_path / 'fresh'}"], resume=True)
-    assert any("is for 10 classes" in note for note in fresh.log.notes)  # nothing to resume: it begins with it
+    restarted = build_trainer(write_recipe(), [*start, f"output_dir={tmp_path / 'restarted'}"], resume=True)
+    assert any("is for 10 classes" in note for note in restarted.log.notes)  # nothing to resume: it starts from it
     (checkpoint,) = (digits / "checkpoints").glob("step_*")
     trainer = build_trainer(write_recipe(), [f"output_dir={tmp_path / 'again'}", f"model.pretrained={checkpoint}"])
     assert torch.equal(trainer.raw_model.fc.weight, load_file(checkpoint / "model.safetensors")["fc.weight"])
     assert any("has the same class names" in note for note in trainer.log.notes)
 
 
-def test_a_first_loss_of_three_times_that_of_uniform_logits_is_said(
+def test_a_first_loss_of_three_times_that_of_uniform_logits_is_reported(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A head of large weights, as timm draws them for few classes, is worth a line; a usual one is not."""
+    """A head with large weights, as timm initialises it for few classes, gets a note; a usual one does not."""
     messages: list[list[str]] = []
     for factor in (400.0, 1.0):
         trainer = build_trainer(write_recipe(), [f"output_dir={tmp_path / str(factor)}", "train.duration=1 steps"])
@@ -301,7 +301,7 @@ def test_a_first_loss_of_three_times_that_of_uniform_logits_is_said(
         trainer.fit()
         messages.append([note for note in notes_of(tmp_path / str(factor)) if note.startswith("the first loss is")])
     assert len(messages[0]) == 1
-    assert "times that of a model which finds all classes equally likely (2.3)" in messages[0][0]
+    assert "times that of uniform logits (2.3)" in messages[0][0]
     assert messages[1] == []
 
 

@@ -1,4 +1,4 @@
-"""What training will take of memory is forecast, and on a CPU decides how a step is cut."""
+"""The forecast of training's memory, which on a CPU determines the micro-batch size."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ def bf16() -> Any:
 
 def test_saved_tensors_are_counted_once_and_without_parameters() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1000), nn.ReLU(), nn.Linear(1000, 3))
-    found = measured(model, size=8)
-    assert found.fixed == 0
-    # The images, the rectified activations, which two operations keep, log-probabilities and targets of the loss.
-    assert found.per_image == pytest.approx(4 * (192 + 1000 + 3 + 3), abs=8)
-    assert found.workspace_per_image == pytest.approx(2 * 4 * (1000 + 1000))
+    forecast = measured(model, size=8)
+    assert forecast.fixed == 0
+    # The images, the rectified activations, which two operations save, log-probabilities and targets of the loss.
+    assert forecast.per_image == pytest.approx(4 * (192 + 1000 + 3 + 3), abs=8)
+    assert forecast.workspace_per_image == pytest.approx(2 * 4 * (1000 + 1000))
 
 
 def test_copies_of_weights_do_not_grow_with_the_images() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1000), nn.ReLU(), nn.Linear(1000, 3))
-    found = measured(model, size=8, autocast=bf16)
-    assert found.fixed == 2 * 3 * 1000  # the second layer's, for the gradient of what comes before
-    assert found.per_image == pytest.approx(2 * (192 + 1000), rel=0.05)
+    forecast = measured(model, size=8, autocast=bf16)
+    assert forecast.fixed == 2 * 3 * 1000  # the second layer's, for the gradient of its input
+    assert forecast.per_image == pytest.approx(2 * (192 + 1000), rel=0.05)
 
 
-def test_nothing_is_changed_by_it() -> None:
+def test_a_forecast_changes_nothing() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3, drop_path_rate=0.5).eval()
     model.compile(backend=lambda graph, inputs: pytest.fail("it was compiled"))
@@ -102,15 +102,15 @@ def test_a_measured_forward_has_no_side_effects() -> None:
     assert (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]) == states
 
 
-def test_frozen_and_checkpointed_models_keep_less() -> None:
-    whole, frozen, checkpointed = (timm.create_model("test_vit", num_classes=3, img_size=32) for _ in range(3))
+def test_frozen_and_checkpointed_models_save_fewer_activations() -> None:
+    plain, frozen, checkpointed = (timm.create_model("test_vit", num_classes=3, img_size=32) for _ in range(3))
     freeze_backbone(frozen)
     checkpointed.set_grad_checkpointing(True)
-    kept = measured(whole)
+    kept = measured(plain)
     assert measured(frozen).per_image < kept.per_image / 20
     assert measured(frozen).workspace_per_image == kept.workspace_per_image
     assert measured(checkpointed).per_image < kept.per_image / 2
-    assert measured(checkpointed).workspace_per_image > 2 * kept.workspace_per_image  # a layer is made once more
+    assert measured(checkpointed).workspace_per_image > 2 * kept.workspace_per_image  # one layer is recomputed
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_an_optimizers_state_is_known_before_it_is_allocated(name: str, share: f
 
 
 class Wide(nn.Module):
-    """Keeps 1 MB for each image of 16 px in each of its layers."""
+    """Saves 1 MB of activations per 16 px image in each layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,10 +134,10 @@ class Wide(nn.Module):
 
 
 def leave_a_grown_heap() -> torch.Tensor:
-    """Let the heap keep 200 MB that nothing is in any more, as earlier work does; hold the tensor that comes back."""
-    with suppress(AttributeError, OSError):  # glibc's M_MMAP_THRESHOLD: blocks below 32 MB lie in the heap
+    """Grow the heap by 200 MB of free memory, as earlier work does; keep the returned tensor alive."""
+    with suppress(AttributeError, OSError):  # glibc's M_MMAP_THRESHOLD: blocks below 32 MB are in the heap
         ctypes.CDLL(None).mallopt(-3, 32 << 20)
-    *blocks, last = [torch.ones(5 << 20) for _ in range(11)]  # the last one lies above the others
+    *blocks, last = [torch.ones(5 << 20) for _ in range(11)]  # the last one is above the others
     del blocks
     return last
 
@@ -145,10 +145,10 @@ def leave_a_grown_heap() -> torch.Tensor:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
 def test_free_heap_memory_is_not_counted(write_recipe: Callable[..., Path]) -> None:
     def grown() -> tuple[int, int]:
-        found = [resident_in_forecast(load_recipe(write_recipe())), resident_bytes()]
+        sizes = [resident_in_forecast(load_recipe(write_recipe())), resident_bytes()]
         last = leave_a_grown_heap()
-        kept = resident_bytes() - found[1]
-        counted = resident_in_forecast(load_recipe(write_recipe())) - found[0]
+        kept = resident_bytes() - sizes[1]
+        counted = resident_in_forecast(load_recipe(write_recipe())) - sizes[0]
         return kept, counted - last.nbytes
 
     kept, counted = in_child(grown)
@@ -166,9 +166,9 @@ def peak_and_forecast() -> tuple[int, int]:
     kept = leave_a_grown_heap()
     model = Wide().train()
     activations = measured(model, size=16)
-    free_cached_memory(CPU)  # else what training takes would partly be there already, and not count as growth
+    free_cached_memory(CPU)  # otherwise training would partly reuse existing memory, which is not counted as growth
     forecast = Forecast(resident_bytes(), 0, 0, 0, 0, activations, 0, 0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     loss = model(torch.randn(8, 3, 16, 16)).sum()
     loss.backward()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -189,17 +189,17 @@ def test_a_process_uses_the_forecast_memory() -> None:
     [(256, 64, 64), (256, 38, 32), (250, 64, 50), (254, 64, 64), (100, 64, 50), (7, 4, 4), (255, 64, 64), (6, 2, 2),
      (2, 2, 2), (1, 2, 2), (10, 100, 10), (96, 34, 32)],
 )  # fmt: skip
-def test_the_fewest_equal_even_pieces(images: int, largest: int, size: int) -> None:
+def test_a_batch_is_split_into_the_fewest_equal_even_micro_batches(images: int, largest: int, size: int) -> None:
     assert equal_micro_batch_size(images, largest) == size
 
 
-def test_as_many_pixels_whatever_the_image_size() -> None:
+def test_a_micro_batch_has_as_many_pixels_at_any_image_size() -> None:
     assert [images_that_fill_cpu(size) for size in (224, 112, 448, 1024, 4096, 32)] == [64, 256, 16, 4, 2, 3136]
 
 
 @pytest.fixture
 def parts_with(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Parts]:
-    """Return a function that builds a recipe's parts on a machine with so much free memory."""
+    """Return a function that builds a recipe's parts on a machine with the given free memory."""
 
     def build(free: int, *overrides: str) -> Parts:
         monkeypatch.setattr(memory, "free_memory_bytes", lambda: free)
@@ -214,11 +214,11 @@ def least(parts: Parts, images: int) -> int:
     return parts.forecast.needed(images)
 
 
-def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_with: Callable[..., Parts]) -> None:
-    enough = parts_with(1000 * GB)
-    assert enough.sampling_plan.micro_batch_size == 256
-    assert not [note for note in enough.settings.notes if "micro_batch" in note]
-    free = 2 * least(enough, 70)
+def test_auto_uses_the_fewest_micro_batches_that_fit_half_of_the_free_memory(parts_with: Callable[..., Parts]) -> None:
+    unlimited = parts_with(1000 * GB)
+    assert unlimited.sampling_plan.micro_batch_size == 256
+    assert not [note for note in unlimited.settings.notes if "micro_batch" in note]
+    free = 2 * least(unlimited, 70)
     parts = parts_with(free)
     assert parts.sampling_plan.micro_batch_size == 64
     assert least(parts, 64) <= free // 2 < least(parts, 128)
@@ -232,41 +232,43 @@ def test_auto_takes_the_fewest_pieces_that_fit_half_of_the_free_memory(parts_wit
     assert parts.settings.all()["memory_forecast_bytes"].value == parts.forecast.peak(64)  # type: ignore[union-attr]
 
 
-def test_training_takes_the_memory_of_its_own_image_size(parts_with: Callable[..., Parts]) -> None:
-    both = [parts_with(1000 * GB, "data.image_size=64", "data.train_size=32"), parts_with(1000 * GB)]
+def test_the_forecast_uses_the_training_image_size(parts_with: Callable[..., Parts]) -> None:
+    forecasts = [parts_with(1000 * GB, "data.image_size=64", "data.train_size=32"), parts_with(1000 * GB)]
     for name in ("activations", "batch_per_image"):
-        smaller, plain = (getattr(parts.forecast, name) for parts in both)
+        smaller, plain = (getattr(parts.forecast, name) for parts in forecasts)
         assert smaller == plain
 
 
-def test_auto_fills_a_cpu_and_no_more(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_no_more_than_a_cpu_can_use(
+    parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "images_that_fill_cpu", lambda size: 66)
     parts = parts_with(1000 * GB, "model.name=test_vit")
     assert parts.sampling_plan.micro_batch_size == 64
     assert not [
         note for note in parts.settings.notes if "micro_batch" in note
-    ]  # no batch norm: nothing is learnt by it
-    whole = parts_with(1000 * GB, "model.name=test_vit", "data.eval_fraction=0.96")  # 71 images are less than a step
-    assert whole.sampling_plan.micro_batch_size == 36
+    ]  # no batch norm: the note would not matter
+    smaller = parts_with(1000 * GB, "model.name=test_vit", "data.eval_fraction=0.96")  # 71 images are less than a step
+    assert smaller.sampling_plan.micro_batch_size == 36
 
 
-def test_a_set_micro_batch_is_never_changed_but_noted_if_memory_is_short(parts_with: Callable[..., Parts]) -> None:
-    for wish, size in (("accelerate.micro_batch_size=128", 128), ("accelerate.gradient_accumulation_steps=1", 256)):
-        parts = parts_with(1 << 20, wish)
+def test_a_set_micro_batch_is_kept_with_a_note_if_memory_is_short(parts_with: Callable[..., Parts]) -> None:
+    for override, size in (("accelerate.micro_batch_size=128", 128), ("accelerate.gradient_accumulation_steps=1", 256)):
+        parts = parts_with(1 << 20, override)
         assert parts.sampling_plan.micro_batch_size == size
         (note,) = [note for note in parts.settings.notes if "micro_batch" in note]
         assert note.startswith(f"accelerate.micro_batch_size={size}: training will take about ")
         assert "1.05 MB are free" in note
-        assert not [note for note in parts_with(1000 * GB, wish).settings.notes if "micro_batch" in note]
+        assert not [note for note in parts_with(1000 * GB, override).settings.notes if "micro_batch" in note]
 
 
-def alone(model: nn.Module, micro_batch_size: int) -> int:
-    """Return how many images evaluation takes at once where nothing is trained."""
+def batch_size_without_training(model: nn.Module, micro_batch_size: int) -> int:
+    """Return the evaluation batch size without training."""
     needed = memory.evaluation_memory(model, 32, CPU)
     return int(evaluation_batch_size(micro_batch_size=micro_batch_size, **needed).value)
 
 
-def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_uses_the_same_forecast(parts_with: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_with(1000 * GB, "model.name=test_vit", "train.batch_size=8")
     build_trainer_without_folder(parts, keep_pixels=False)
     assert parts.settings.all()["evaluate.batch_size"].value == 32
@@ -277,9 +279,9 @@ def test_evaluation_obeys_the_same_forecast(parts_with: Callable[..., Parts], mo
     assert 2 <= parts.settings.all()["evaluate.batch_size"].value <= 10
     assert "as many as fit into half of the free memory" in parts.settings.all()["evaluate.batch_size"].origin
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 20 * per_image)
-    assert 1 <= alone(parts.model, 64) <= 10
+    assert 1 <= batch_size_without_training(parts.model, 64) <= 10
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: GB)
-    assert alone(parts.model, 64) == 64
+    assert batch_size_without_training(parts.model, 64) == 64
 
 
 def sizes(recipe: str) -> tuple[int, int]:
@@ -289,7 +291,7 @@ def sizes(recipe: str) -> tuple[int, int]:
     return parts.sampling_plan.micro_batch_size, local_processes()
 
 
-def test_processes_share_the_memory_and_cut_alike(write_recipe: Callable[..., Path]) -> None:
+def test_processes_share_the_memory_and_split_alike(write_recipe: Callable[..., Path]) -> None:
     first, second = run_processes(sizes, str(write_recipe()))
     assert first == second
     assert first[0] < 512
@@ -308,8 +310,8 @@ def test_pixels_are_not_cached_in_memory_that_training_needs(parts_with: Callabl
     from hf_fasttrain.from_recipe.cache_plan import CachePlanner
 
     parts = parts_with(1000 * GB)
-    alone, beside = (CachePlanner(parts.recipe, parts.settings, parts.accelerator, needed) for needed in (0, 4 * GB))
-    assert alone._room("memory") - beside._room("memory") == pytest.approx(2 * GB, abs=0.5 * GB)
+    single, beside = (CachePlanner(parts.recipe, parts.settings, parts.accelerator, needed) for needed in (0, 4 * GB))
+    assert single._budget("memory") - beside._budget("memory") == pytest.approx(2 * GB, abs=0.5 * GB)
 
 
 def group(folder: Path, **files: object) -> None:
@@ -328,7 +330,7 @@ def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.M
     group(tmp_path / "memory" / "job" / "part", memory_limit_in_bytes=2**62, memory_usage_in_bytes=1000000)
     assert free_memory_bytes() > everything // 2
     group(tmp_path / "memory" / "job", memory_limit_in_bytes=9000000, memory_usage_in_bytes=1000000, memory_stat=stat)
-    assert free_memory_bytes() == 8000000 + 300000 + 100000  # cached files are given up
+    assert free_memory_bytes() == 8000000 + 300000 + 100000  # cached files can be dropped
     (tmp_path / "own").write_text("0::/job\n")
     group(tmp_path / "job", memory_max="max", memory_high="max", memory_current=1000000)
     assert free_memory_bytes() > everything // 2

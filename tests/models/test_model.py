@@ -1,4 +1,4 @@
-"""Models: built, started from weights, saved and loaded; and the optimizer's parameter groups."""
+"""Models: building, initial weights, saving and loading; and the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -56,36 +56,36 @@ def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext"])
 def test_timm_models_are_saved_and_loaded_and_open_in_timm(name: str, tmp_path: Path) -> None:
-    asked = spec(name)
-    model = build_model(asked).eval()
-    save_model(model, asked, tmp_path)
+    model_spec = spec(name)
+    model = build_model(model_spec).eval()
+    save_model(model, model_spec, tmp_path)
     images = torch.randn(2, 3, 32, 32)
-    again, found = load_model(tmp_path)
-    assert found.class_names == CLASSES
+    reloaded, loaded_spec = load_model(tmp_path)
+    assert loaded_spec.class_names == CLASSES
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
-        assert torch.equal(again(images), model(images))
+        assert torch.equal(reloaded(images), model(images))
         assert torch.equal(theirs(images), model(images))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["label_names"] == CLASSES
 
 
 def test_transformers_models(transformers_folder: Path, tmp_path: Path) -> None:
-    asked = spec(f"transformers:{transformers_folder}")
-    model = build_model(asked, pretrained=True).eval()
+    model_spec = spec(f"transformers:{transformers_folder}")
+    model = build_model(model_spec, pretrained=True).eval()
     assert isinstance(model, TransformersClassifier)
-    torch.nn.init.normal_(model.model.classifier[1].weight)  # it begins at zero
+    torch.nn.init.normal_(model.model.classifier[1].weight)  # it is initialised to zero
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 3)
-    pre = model_preprocessing(model, asked)
+    pre = model_preprocessing(model, model_spec)
     assert pre.mean == (0.1, 0.2, 0.3)
     assert (pre.interpolation, pre.crop_pct) == ("bicubic", 0.7)
-    save_model(model, asked, tmp_path / "saved")
-    again, _ = load_model(tmp_path / "saved")
+    save_model(model, model_spec, tmp_path / "saved")
+    reloaded, _ = load_model(tmp_path / "saved")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(again(images), model(images))
-    started = build_model(asked, pretrained=str(transformers_folder))
+        assert torch.equal(reloaded(images), model(images))
+    started = build_model(model_spec, pretrained=str(transformers_folder))
     body = "model.resnet.embedder.embedder.convolution.weight"
     assert torch.equal(started.state_dict()[body], model.state_dict()[body])
 
@@ -137,7 +137,7 @@ def test_preprocessing_is_that_of_the_model() -> None:
 
 
 def test_preprocessing_of_image_processors(tmp_path: Path) -> None:
-    """DeiT resizes to 256 and cuts 224; ViT squashes to a square; without normalising, mean is 0 and std 1."""
+    """DeiT resizes to 256 and crops 224; ViT resizes to a square; without normalisation, mean is 0 and std 1."""
     from transformers import DeiTImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
     found = {}
@@ -150,8 +150,8 @@ def test_preprocessing_of_image_processors(tmp_path: Path) -> None:
         config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
         ResNetForImageClassification(config).save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
-        asked = spec(f"transformers:{tmp_path / name}")
-        found[name] = model_preprocessing(build_model(asked), asked)
+        model_spec = spec(f"transformers:{tmp_path / name}")
+        found[name] = model_preprocessing(build_model(model_spec), model_spec)
     assert (found["deit"].crop_pct, found["deit"].crop_mode) == (0.875, "center_floor")
     assert (found["vit"].crop_pct, found["vit"].crop_mode) == (1.0, "squash")
     assert (found["raw"].mean, found["raw"].std) == ((0.0,) * 3, (1.0,) * 3)
@@ -160,12 +160,12 @@ def test_preprocessing_of_image_processors(tmp_path: Path) -> None:
     assert np.array_equal(squashed, np.asarray(wide.resize((16, 16), Image.Resampling.BILINEAR)))
 
 
-@pytest.mark.parametrize(("cut", "resized"), [(224, 256), (64, 93), (112, 200), (128, 186), (224, 224)])
-def test_a_processor_s_sizes_come_back_from_its_crop_share(cut: int, resized: int) -> None:
+@pytest.mark.parametrize(("crop", "resized"), [(224, 256), (64, 93), (112, 200), (128, 186), (224, 224)])
+def test_an_image_processors_sizes_follow_from_its_crop_fraction(crop: int, resized: int) -> None:
     from transformers import BitImageProcessor
 
-    processor = BitImageProcessor(size={"shortest_edge": resized}, crop_size={"height": cut, "width": cut})
-    assert math.floor(cut / _processor_crop_pct(processor)) == resized
+    processor = BitImageProcessor(size={"shortest_edge": resized}, crop_size={"height": crop, "width": crop})
+    assert math.floor(crop / _processor_crop_pct(processor)) == resized
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
@@ -191,15 +191,15 @@ def test_lr_scales_of_head_and_layers() -> None:
     assert sorted(set(lrs.values())) == pytest.approx([0.2, 2.0])
     groups = build_param_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    named = dict(model.named_parameters())
-    assert scales[id(named["head.weight"])] == 1.0
-    assert scales[id(named["blocks.1.attn.qkv.weight"])] == 2 * scales[id(named["blocks.0.attn.qkv.weight"])]
+    parameters = dict(model.named_parameters())
+    assert scales[id(parameters["head.weight"])] == 1.0
+    assert scales[id(parameters["blocks.1.attn.qkv.weight"])] == 2 * scales[id(parameters["blocks.0.attn.qkv.weight"])]
 
 
 def test_class_weights_have_mean_one_over_the_training_set() -> None:
     counts = np.array([90, 9, 1])
-    for wish in ("balanced", [1.0, 5.0, 20.0]):
-        weights = resolve_class_weights(wish, counts)
+    for class_weights in ("balanced", [1.0, 5.0, 20.0]):
+        weights = resolve_class_weights(class_weights, counts)
         assert weights is not None
         assert (weights.numpy() * counts).sum() / counts.sum() == pytest.approx(1)
     balanced = resolve_class_weights("balanced", np.array([4, 2, 0]))
@@ -242,10 +242,10 @@ def test_binary_cross_entropy_is_timms(threshold: float | None, sum_classes: boo
     mixed = torch.nn.functional.one_hot(labels, 3).float()
     mixed = 0.3 * mixed + 0.7 * mixed.flip(0)
     torch.testing.assert_close(ours(logits, mixed), timms(logits, mixup_target(labels, 3, 0.3, 0.1)))
-    several = (torch.rand(6, 3) < 0.5).float()
+    multi_targets = (torch.rand(6, 3) < 0.5).float()
     ours = ClassificationLoss(label_smoothing=0.1, multi_label=True, **options)
     timms = BinaryCrossEntropy(smoothing=0.0, **options)
-    torch.testing.assert_close(ours(logits, several), timms(logits, 0.9 * several + 0.05))
+    torch.testing.assert_close(ours(logits, multi_targets), timms(logits, 0.9 * multi_targets + 0.05))
 
 
 def test_splits_columns_and_classes(image_folder: Path, tmp_path: Path) -> None:
@@ -266,11 +266,11 @@ def test_splits_columns_and_classes(image_folder: Path, tmp_path: Path) -> None:
     found = load_source(str(tmp_path / "train.parquet"), eval_fraction=0.25)
     assert (found.columns.image, found.columns.label) == ("img", "fine_label")
     assert np.bincount(found.evaluation.labels).tolist() == [2, 2, 2]
-    handed = load_source({"train": reference["train"], "dev": reference["validation"]})
-    assert handed.evaluation.name == "dev"
+    from_dict = load_source({"train": reference["train"], "dev": reference["validation"]})
+    assert from_dict.evaluation.name == "dev"
 
 
-def test_splits_that_number_their_classes_otherwise(image_folder: Path) -> None:
+def test_splits_with_different_class_numbers_are_matched_by_name(image_folder: Path) -> None:
     """The validation split lacks the first class: its own numbers are one lower."""
     import shutil
 
@@ -318,12 +318,12 @@ def test_checkpointed_and_compiled_models_train_to_the_same_weights(options: dic
     from helpers.processes import reset_accelerate
 
     weights = []
-    for number, on in enumerate((False, True)):
+    for number, enabled in enumerate((False, True)):
         reset_accelerate()
         switch = f"model.{next(iter(options))}" if "gradient_checkpointing" in options else "accelerate.compile"
         overrides = ["model.name=test_vit", f"output_dir={tmp_path / str(number)}", "train.duration=2 steps"]
         overrides += ["data.workers=0", "train.batch_size=8", "data.eval_fraction=0.02", "optimizer.name=sgd"]
-        overrides += ["data.eval_fraction=0.01", f"{switch}={'true' if on else 'false'}"]
+        overrides += ["data.eval_fraction=0.01", f"{switch}={'true' if enabled else 'false'}"]
         trainer = Trainer.from_recipe("quickstart", overrides)
         trainer.fit()
         weights.append(trainer.raw_model.state_dict())

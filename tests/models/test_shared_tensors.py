@@ -1,4 +1,4 @@
-"""Tensors of several names are saved, loaded, averaged and exported; files are readable as the umask says."""
+"""Tensors with several names are saved, loaded, averaged and exported; files have the umask's permissions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log: {report: false}
 
 @pytest.fixture
 def group_umask() -> Iterator[None]:
-    """Let new files be the group's too: neither a library's 0600 nor the usual 0644."""
+    """Make new files writable for the group: neither a library's 0600 nor the usual 0644."""
     before = os.umask(0o002)
     yield
     os.umask(before)
@@ -55,7 +55,7 @@ def test_a_model_whose_blocks_share_modules_is_trained_saved_opened_by_timm_and_
     trainer = Trainer.from_recipe(write_recipe(COAT), [f"output_dir={run}"])
     trainer.fit()
     state = trainer.trained_model.state_dict()
-    assert len({tensor.data_ptr() for tensor in state.values()}) < len(state)  # or this test is about nothing
+    assert len({tensor.data_ptr() for tensor in state.values()}) < len(state)  # otherwise this test checks nothing
     opened, spec = load_model(run / "model")
     theirs = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
     for model in (opened, theirs, build_model(spec, str(run))):
@@ -81,14 +81,14 @@ class Tied(nn.Module):
         return self.same_norm(self.second(self.norm(self.first(values))))
 
 
-def test_tensors_of_two_names_come_back_from_files_of_all_names_or_of_one(tmp_path: Path) -> None:
+def test_tensors_with_two_names_are_loaded_from_files_with_both_or_one(tmp_path: Path) -> None:
     model = Tied()
     save_weights(model, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert weights.keys() == model.state_dict().keys()
-    once = {name: value for name, value in weights.items() if "same" not in name and name != "second.weight"}
-    save_file(once, tmp_path / "once.safetensors")
-    save_file({k: v for k, v in once.items() if k != "first.weight"}, tmp_path / "short.safetensors")
+    single = {name: value for name, value in weights.items() if "same" not in name and name != "second.weight"}
+    save_file(single, tmp_path / "once.safetensors")
+    save_file({k: v for k, v in single.items() if k != "first.weight"}, tmp_path / "short.safetensors")
     for name in ("model", "once"):
         other = Tied()
         load_weights(other, tmp_path / f"{name}.safetensors")
@@ -111,9 +111,9 @@ def test_shared_tensors_are_averaged_once_an_update() -> None:
         assert torch.allclose(averaged[name], before[name] + 0.1), name
 
 
-def test_running_statistics_of_a_shared_norm_have_all_its_names() -> None:
-    """A checkpoint holds the processes' mean under each: the name that is read last would bring back one process's."""
-    names = {f"{norm}.running_{what}" for norm in ("norm", "same_norm") for what in ("mean", "var")}
+def test_running_statistics_of_a_shared_norm_are_saved_under_all_its_names() -> None:
+    """A checkpoint has the processes' mean under each name, or the name loaded last would restore one process's."""
+    names = {f"{norm}.running_{statistic}" for norm in ("norm", "same_norm") for statistic in ("mean", "var")}
     assert running_statistics(Tied()).keys() == names
 
 
@@ -128,11 +128,11 @@ def test_a_transformers_model_with_shared_layers_is_saved(tmp_path: Path, group_
     (tmp_path / "saved").mkdir()
     save_model(model, spec, tmp_path / "saved")
     sync_files(tmp_path / "saved")
-    again, _ = load_model(tmp_path / "saved")
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    reloaded, _ = load_model(tmp_path / "saved")
+    assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert modes(tmp_path / "saved") == {"f664"}
 
 
-def test_a_cache_on_disk_can_be_read_as_the_umask_says(tmp_path: Path, group_umask: None) -> None:
+def test_a_cache_on_disk_has_the_permissions_of_the_umask(tmp_path: Path, group_umask: None) -> None:
     open_cache(tmp_path / "pixels" / "one", 4, 1 << 20, {})
     assert modes(tmp_path / "pixels") == {"d775", "f664"}

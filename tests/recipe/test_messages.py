@@ -21,9 +21,9 @@ def read(*overrides: str, text: str = RECIPE) -> Recipe:
 
 
 def message(*overrides: str, text: str = RECIPE) -> str:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError) as error:
         read(*overrides, text=text)
-    return str(caught.value)
+    return str(error.value)
 
 
 # short form -> the same value in full
@@ -161,9 +161,9 @@ def test_a_mistake_is_laid_to_the_override_that_makes_it(overrides: tuple[str, .
 def test_mistakes_of_the_file_stay_its_own() -> None:
     text = RECIPE + "\naugment: {trivialaugment: true, randaugment: {}}\n"
     assert message(text=text).startswith("small.yaml has 1 mistake:\n  small.yaml, line ")
-    both = message("seed=x", text=text)
-    assert both.startswith("small.yaml with the overrides has 2 mistakes:")
-    assert re.search(r"small.yaml, line \d+: augment.trivialaugment and", both)
+    reported = message("seed=x", text=text)
+    assert reported.startswith("small.yaml with the overrides has 2 mistakes:")
+    assert re.search(r"small.yaml, line \d+: augment.trivialaugment and", reported)
 
 
 def test_all_malformed_overrides_are_named() -> None:

@@ -40,7 +40,7 @@ def test_every_recipe_is_shipped() -> None:
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipe_trains_two_steps_on_tiny_images(name: str, tmp_path: Path, image_folder: Path) -> None:
-    """With the smallest model of the same family, so that the recipe's every other setting is tried."""
+    """With the smallest model of the same family, so that all other settings of the recipe are used."""
     recipe = load_recipe(name)
     has_test = recipe.data.test_split is not None
     if has_test:
@@ -95,7 +95,7 @@ def test_names_paths_and_overrides(write_recipe: Callable[..., Path]) -> None:
     assert origin_of(recipe, "optimizer.momentum") == "default"
 
 
-def test_a_recipe_object_takes_overrides(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_recipe_object_accepts_overrides(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     read = load_recipe(write_recipe(), ["train.batch_size=4"])
     for recipe in (read, Recipe.model_validate(read.model_dump())):
         trainer = Trainer.from_recipe(recipe, ["train.duration=3 steps", f"output_dir={tmp_path / recipe.source.name}"])
@@ -122,12 +122,12 @@ def test_yaml_is_version_1_2(write_recipe: Callable[..., Path]) -> None:
     assert recipe.model.args == {"a": "no"}
 
 
-def test_a_recipe_survives_writing_and_reading(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_recipe_is_unchanged_by_writing_and_reading(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = write_recipe()
     assert recipe_text(load_recipe(path)) == path.read_text()
     changed = load_recipe(path, ["optimizer.lr=1e-5", "augment.randaugment={num_ops: 1}", "ema={}"])
-    again = load_recipe(write_recipe(recipe_text(changed), "again.yaml"))
-    assert flatten(again) == flatten(changed)
+    reloaded = load_recipe(write_recipe(recipe_text(changed), "again.yaml"))
+    assert flatten(reloaded) == flatten(changed)
 
 
 def test_the_example_of_every_key_is_a_valid_value_other_than_its_default() -> None:
@@ -163,7 +163,7 @@ def test_every_key_is_tagged_and_described() -> None:
     assert {"output_dir", "log.every", "hub.repo", "checkpoint.keep", "evaluate.metrics"} <= tags["output"]
 
 
-def test_the_schema_on_disk_is_the_programs() -> None:
+def test_the_schema_on_disk_is_up_to_date() -> None:
     assert json.loads((recipes_folder() / "recipe.schema.json").read_text()) == json_schema()
 
 
@@ -193,9 +193,9 @@ def test_check_prints_every_value_with_its_origin(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main(["check", str(write_recipe()), "optimizer.lr=0.5"])
-    assert caught.value.code == 0
+    assert error.value.code == 0
     output = capsys.readouterr().out
     for key in load_and_flatten(write_recipe()):
         assert key in output

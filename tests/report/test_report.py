@@ -1,4 +1,4 @@
-"""The report: what it reads, what it reckons, and what a browser makes of the page."""
+"""The report: what it reads, what it computes, and how a browser shows the page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NASTY = ["</script><script>alert(1)</script>", 'it\'s "quoted" & <b>bold</b>', "
 
 
 def write_metrics(run: Path, steps: int, *, every: int = 1, old: bool = False, resumed: bool = False) -> None:
-    """Write metrics.jsonl as a run of so many steps does, with ten evaluations."""
+    """Write metrics.jsonl as a run of the given steps does, with ten evaluations."""
     random, lines = np.random.default_rng(0), []
     noise = random.normal(0, 0.05, (steps // every + 1, 3)).tolist()
     for number, step in enumerate(range(every, steps + 1, every)):
@@ -51,10 +51,10 @@ def write_metrics(run: Path, steps: int, *, every: int = 1, old: bool = False, r
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def predictions_of(num_classes: int, each: int = 20) -> Predictions:
-    """Return predictions of an uneven split; every class is now and then taken for its neighbour in a shuffled ring."""
+def predictions_of(num_classes: int, per_class: int = 20) -> Predictions:
+    """Return predictions of an unbalanced split; each class is sometimes confused with another one."""
     random = np.random.default_rng(1)
-    labels = np.repeat(np.arange(num_classes), random.integers(each // 2, each * 2, num_classes))
+    labels = np.repeat(np.arange(num_classes), random.integers(per_class // 2, per_class * 2, num_classes))
     ring = random.permutation(num_classes)
     after = np.empty(num_classes, np.int64)
     after[ring] = np.roll(ring, 1)
@@ -79,19 +79,21 @@ def write_gallery(run: Path, names: list[str], pictures: int = 12) -> None:
     Gallery(names, training, 1, mistakes, 90, "validation").save(run, pixels)
 
 
-def make_run(folder: Path, num_classes: int = 10, steps: int = 90, names: list[str] | None = None, **more: Any) -> Path:
-    """Write a run folder in the form in which training leaves it."""
+def make_run(
+    folder: Path, num_classes: int = 10, steps: int = 90, names: list[str] | None = None, **options: Any
+) -> Path:
+    """Write a run folder as training does."""
     folder.mkdir(parents=True)
     names = names or [f"species number {n}" if num_classes > 10 else f"class {n}" for n in range(num_classes)]
-    lr = more.pop("lr", 0.001)
-    write_metrics(folder, steps, **more)
+    lr = options.pop("lr", 0.001)
+    write_metrics(folder, steps, **options)
     (folder / "recipe.yaml").write_text("data: {dataset: /home/me/flowers}\n")
     resolved = {
         "seed": (0, "default", "learnt"), "model.name": ("resnet18", "recipe", "learnt"),
         "data.dataset": ("/home/me/flowers", "recipe", "learnt"), "optimizer.lr": (lr, "override", "learnt"),
         "data.workers": (2, "default: cores", "machine"), "output_dir": (str(folder), "override", "machine"),
         "data.mean": ([0.5, 0.5, 0.5], "default: the model's configuration", "learnt"),
-        "model.args": ({}, "default", "learnt"), "log.every": (more.get("every", 1), "default", "machine"),
+        "model.args": ({}, "default", "learnt"), "log.every": (options.get("every", 1), "default", "machine"),
     }  # fmt: skip
     lines = [f"{k}: {json.dumps({'value': v, 'origin': o, 'tag': t})}" for k, (v, o, t) in resolved.items()]
     (folder / "resolved.yaml").write_text("\n".join(lines) + "\n")
@@ -121,27 +123,33 @@ def make_run(folder: Path, num_classes: int = 10, steps: int = 90, names: list[s
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])
-def test_class_figures_are_those_of_scikit_learn(num_classes: int) -> None:
+def test_per_class_metrics_are_those_of_scikit_learn(num_classes: int) -> None:
     from sklearn import metrics
 
     from hf_fasttrain.report.classes import class_figures, confusion_matrix
 
-    found = predictions_of(num_classes)
-    figures, labels = class_figures(found, num_classes), range(num_classes)
-    wanted = metrics.precision_recall_fscore_support(found.labels, found.predicted, labels=labels, zero_division=0)
-    for ours, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
+    predictions = predictions_of(num_classes)
+    class_metrics, labels = class_figures(predictions, num_classes), range(num_classes)
+    reference = metrics.precision_recall_fscore_support(
+        predictions.labels, predictions.predicted, labels=labels, zero_division=0
+    )
+    for ours, theirs in zip(
+        (class_metrics.precision, class_metrics.recall, class_metrics.f1, class_metrics.support), reference, strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-    counts = confusion_matrix(found, num_classes).counts
-    np.testing.assert_array_equal(counts, metrics.confusion_matrix(found.labels, found.predicted, labels=labels))
+    counts = confusion_matrix(predictions, num_classes).counts
+    np.testing.assert_array_equal(
+        counts, metrics.confusion_matrix(predictions.labels, predictions.predicted, labels=labels)
+    )
 
 
-def test_figures_of_classes_that_never_occur_are_zero() -> None:
+def test_metrics_of_classes_that_never_occur_are_zero() -> None:
     from hf_fasttrain.report.classes import class_figures
 
     one = torch.tensor([0])
-    figures = class_figures(Predictions(1, "v", one, one, one, one.float(), one.float(), one), 3)
-    assert figures.f1.tolist() == [1.0, 0.0, 0.0]
-    assert figures.support.tolist() == [1, 0, 0]
+    class_metrics = class_figures(Predictions(1, "v", one, one, one, one.float(), one.float(), one), 3)
+    assert class_metrics.f1.tolist() == [1.0, 0.0, 0.0]
+    assert class_metrics.support.tolist() == [1, 0, 0]
 
 
 def multi_label_predictions() -> Predictions:
@@ -151,19 +159,21 @@ def multi_label_predictions() -> Predictions:
     return Predictions(5, "validation", rows, labels, predicted, ones, ones, torch.zeros(40, dtype=torch.int64))
 
 
-def test_multi_label_figures_are_those_of_scikit_learn() -> None:
+def test_multi_label_class_metrics_are_those_of_scikit_learn() -> None:
     from sklearn import metrics
 
     from hf_fasttrain.report.classes import class_figures
 
-    found = multi_label_predictions()
-    figures = class_figures(found, 4)
-    wanted = metrics.precision_recall_fscore_support(found.labels, found.predicted, zero_division=0)
-    for ours, theirs in zip((figures.precision, figures.recall, figures.f1, figures.support), wanted, strict=True):
+    predictions = multi_label_predictions()
+    class_metrics = class_figures(predictions, 4)
+    reference = metrics.precision_recall_fscore_support(predictions.labels, predictions.predicted, zero_division=0)
+    for ours, theirs in zip(
+        (class_metrics.precision, class_metrics.recall, class_metrics.f1, class_metrics.support), reference, strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
-def test_confused_classes_are_neighbours_and_are_listed() -> None:
+def test_confused_classes_are_adjacent_and_listed() -> None:
     from hf_fasttrain.report.classes import cluster_classes, confusion_matrix, most_confused
 
     labels = np.repeat(np.arange(40), 10)
@@ -178,28 +188,28 @@ def test_confused_classes_are_neighbours_and_are_listed() -> None:
     assert pairs[0] == (0, 20, 3, 0.3)
 
 
-def test_a_matrix_too_large_keeps_the_most_confused_classes() -> None:
+def test_a_large_matrix_keeps_the_most_confused_classes() -> None:
     from hf_fasttrain.report.charts import confusion_chart
     from hf_fasttrain.report.classes import confusion_matrix
 
     labels = torch.tensor([0, 1, 2, 3, 3])
     predicted = torch.tensor([0, 1, 3, 2, 3])
-    found = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
-    confusion = confusion_matrix(found, 4, largest=2)
+    predictions = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
+    confusion = confusion_matrix(predictions, 4, largest=2)
     assert confusion.classes.tolist() == [2, 3]
     assert confusion.counts.tolist() == [[0, 1], [1, 1]]
     caption = confusion_chart(confusion, ["a", "b", "c", "d"]).caption
-    shown = "Only the 2 most confused classes are shown; 2 are left out."
-    assert caption == f"60.0% of all images are classified correctly. {shown}"
+    message = "Only the 2 most confused classes are shown; 2 are left out."
+    assert caption == f"60.0% of all images are classified correctly. {message}"
 
 
-def test_images_taken_for_a_class_that_is_not_shown_count() -> None:
+def test_images_predicted_as_a_hidden_class_count() -> None:
     from hf_fasttrain.report.classes import confusion_matrix, most_confused
 
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([0, 1, 1, 2, 0, 0, 2])
-    found = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
-    confusion = confusion_matrix(found, 3, largest=2)
+    predictions = Predictions(1, "v", labels, labels, predicted, labels.float(), labels.float(), predicted)
+    confusion = confusion_matrix(predictions, 3, largest=2)
     assert confusion.classes.tolist() == [0, 1]
     assert confusion.support.tolist() == [4, 2]
     assert confusion.shares.tolist() == [[0.25, 0.5], [1.0, 0.0]]
@@ -207,7 +217,7 @@ def test_images_taken_for_a_class_that_is_not_shown_count() -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 5, 2000, 2001, 1_000_000])
-def test_points_hide_nothing(lines: int) -> None:
+def test_reduced_curves_keep_extremes(lines: int) -> None:
     from hf_fasttrain.report.points import downsample
 
     values = np.random.default_rng(0).normal(size=lines)
@@ -258,7 +268,7 @@ def record_of(run: Path) -> Any:
     return read_record(run)
 
 
-def test_metrics_of_old_and_torn_lines(tmp_path: Path) -> None:
+def test_old_and_incomplete_metric_lines_are_read(tmp_path: Path) -> None:
     lines = [
         '{"kind": "train", "step": 1, "loss": 2.0, "memory_bytes": 7}', "torn {", "[1]", '{"kind": "train"}', "",
         '{"kind": "train", "step": 2, "loss": NaN, "lr": null}', '{"kind": "train", "step": 2, "loss": 1.0}',
@@ -297,16 +307,16 @@ def test_unreadable_files_are_reported_and_the_rest_is_shown(tmp_path: Path) -> 
 def test_a_run_folder_with_few_files(tmp_path: Path, kept_file: str) -> None:
     from hf_fasttrain.report.report import write_report
 
-    whole = make_run(tmp_path / "whole")
+    complete = make_run(tmp_path / "whole")
     run = tmp_path / "bare"
     run.mkdir()
-    shutil.copy(whole / kept_file, run / kept_file)
+    shutil.copy(complete / kept_file, run / kept_file)
     page = write_report([run]).read_text()
     assert ("has not finished" in page) == (kept_file != "result.json")
-    assert write_report([run, whole], tmp_path / "both.html").exists()
+    assert write_report([run, complete], tmp_path / "both.html").exists()
 
 
-def test_a_run_that_goes_on_after_its_end_has_not_ended(tmp_path: Path) -> None:
+def test_a_run_continued_after_its_end_has_not_ended(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=90)
     before = json.loads((run / "result.json").read_text())["metrics"]
     assert record_of(run).is_finished
@@ -319,7 +329,7 @@ def test_a_run_that_goes_on_after_its_end_has_not_ended(tmp_path: Path) -> None:
     assert record.metrics == {"loss": 0.1, "accuracy": 0.99}
 
 
-def test_a_single_line_of_the_log_is_seen(tmp_path: Path) -> None:
+def test_a_single_log_line_is_visible(tmp_path: Path) -> None:
     from hf_fasttrain.report.charts import curve_charts
 
     run = make_run(tmp_path / "run")
@@ -336,7 +346,7 @@ def test_targets_of_several_classes_are_all_named() -> None:
     assert _format_target({"dog": 0.3, "cat": 0.7}) == "cat 70%, dog 30%"
 
 
-def test_that_every_image_could_be_decoded_is_said_only_if_it_is_known(tmp_path: Path) -> None:
+def test_the_report_says_that_all_images_were_decoded_only_if_known(tmp_path: Path) -> None:
     from hf_fasttrain.report.report import write_report
 
     run = make_run(tmp_path / "run")
@@ -376,10 +386,10 @@ def test_files_of_a_run(tmp_path: Path) -> None:
             assert min(picture.size) > 700
     assert (run / "report/gallery.json").exists()
     before = (run / "report.html").read_text()
-    write_report([run])  # our own report is replaced
+    write_report([run])  # an earlier report is replaced
     assert (run / "report.html").read_text() == before
-    elsewhere = write_report([run], tmp_path / "page.html")
-    assert elsewhere.read_text() == before
+    other_page = write_report([run], tmp_path / "page.html")
+    assert other_page.read_text() == before
 
 
 def test_pictures_without_data_are_not_drawn(tmp_path: Path) -> None:
@@ -420,11 +430,11 @@ def test_a_page_sends_nothing_and_turns_no_text_around(tmp_path: Path) -> None:
     ours = page.split("<script>")[0]  # before plotly's own
     assert "\\u202egpj.exe" in ours
     assert not {"\u202e", "\u2066"} & set(ours)
-    figures = re.search(r'id="figures">(.*?)</script>', ours)[1]
-    assert "\u202e" not in str(json.loads(figures))
+    embedded = re.search(r'id="figures">(.*?)</script>', ours)[1]
+    assert "\u202e" not in str(json.loads(embedded))
 
 
-def test_secrets_are_blotted_out(tmp_path: Path) -> None:
+def test_secrets_are_masked(tmp_path: Path) -> None:
     from hf_fasttrain.report.report import write_report
 
     token = "hf_" + "abcdefghij" * 3
@@ -452,11 +462,11 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_file_that_is_not_a_report_is_not_replaced(tmp_path: Path) -> None:
     from hf_fasttrain.report.report import write_report
 
-    run, mine = make_run(tmp_path / "run"), tmp_path / "mine.html"
-    mine.write_text("<html>mine</html>")
+    run, other_file = make_run(tmp_path / "run"), tmp_path / "mine.html"
+    other_file.write_text("<html>mine</html>")
     with pytest.raises(RunError, match=r"mine\.html: is not a report and would be overwritten; move it"):
-        write_report([run], mine)
-    assert mine.read_text() == "<html>mine</html>"
+        write_report([run], other_file)
+    assert other_file.read_text() == "<html>mine</html>"
     with pytest.raises(
         RunError, match="the report could not be written: No such file or directory; choose another output"
     ):
@@ -465,7 +475,7 @@ def test_a_file_that_is_not_a_report_is_not_replaced(tmp_path: Path) -> None:
         write_report([run], run)
 
 
-def test_runs_are_named_by_the_shortest_unique_ends_of_their_paths(tmp_path: Path) -> None:
+def test_runs_are_named_by_the_shortest_unique_suffixes_of_their_paths(tmp_path: Path) -> None:
     from hf_fasttrain.report.sections import run_names
 
     assert run_names([tmp_path / "a/x", tmp_path / "b/y"]) == ["x", "y"]
@@ -539,7 +549,7 @@ def test_the_worst_classes_come_first() -> None:
 
 
 def test_figures_are_valid_for_plotly(tmp_path: Path) -> None:
-    """Every trace and layout has only what plotly knows, and every curve has a colour of the page."""
+    """Every trace and layout is valid for plotly, and every curve has a colour of the page."""
     from plotly.graph_objects import Figure
 
     from hf_fasttrain.report.charts import comparison_charts, curve_charts, throughput_charts
@@ -569,7 +579,7 @@ def contrast(first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize(("theme", "position"), [("light", 0), ("dark", 1)])
-def test_texts_and_curves_stand_out(theme: str, position: int) -> None:
+def test_texts_and_curves_have_enough_contrast(theme: str, position: int) -> None:
     from importlib.resources import files
 
     folder = files("hf_fasttrain.report") / "page"
@@ -604,29 +614,29 @@ def test_a_million_steps_and_a_thousand_classes_fit_in_10_mb(large: Path) -> Non
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Return headless Chromium; skip where there is none."""
+    """Return headless Chromium; skip the test without it."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with playwright.sync_playwright() as running:
-        if found is None and not os.path.exists(running.chromium.executable_path):
+        if executable is None and not os.path.exists(running.chromium.executable_path):
             pytest.skip("no Chromium is installed")
         quiet = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
                  "disable-component-update", "disable-sync"]  # fmt: skip
-        browser = running.chromium.launch(executable_path=found, args=[f"--{name}" for name in quiet])
+        browser = running.chromium.launch(executable_path=executable, args=[f"--{name}" for name in quiet])
         yield browser
         browser.close()
 
 
 @dataclass
-class Opened:
-    """A page, and what went wrong on it."""
+class OpenPage:
+    """A page and its errors."""
 
     page: Any
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def until(self, condition: str) -> None:
-        """Wait until a JavaScript expression is true; playwright's own way needs eval, which the page forbids."""
+        """Wait until a JavaScript expression is true; playwright's method needs eval, which the page forbids."""
         deadline = time.monotonic() + WAIT_SECONDS
         while not self.page.evaluate(condition):
             assert time.monotonic() < deadline, condition
@@ -639,18 +649,18 @@ class Opened:
         )
 
     def drag(self, chart: str, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Draw a box on a chart, in shares of its plot area."""
+        """Drag a box on a chart, in fractions of its plot area."""
         area = self.page.locator(f"#chart-{chart} .nsewdrag").first
         area.scroll_into_view_if_needed()
         box = area.bounding_box()
-        places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (start, end)]
-        self.page.mouse.move(*places[0])
+        points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (start, end)]
+        self.page.mouse.move(*points[0])
         self.page.mouse.down()
-        self.page.mouse.move(*places[1], steps=4)
+        self.page.mouse.move(*points[1], steps=4)
         self.page.mouse.up()
 
     def hover(self, chart: str, x: float = 0.5, y: float = 0.5) -> str:
-        """Return what is said at a place of a chart."""
+        """Return the hover text at a position of a chart."""
         area = self.page.locator(f"#chart-{chart} .nsewdrag").first
         area.scroll_into_view_if_needed()
         box = area.bounding_box()
@@ -661,65 +671,67 @@ class Opened:
         return " ".join(self.page.locator(f"#chart-{chart} .hoverlayer text").all_text_contents())
 
     def colours(self) -> tuple[str, str]:
-        """Return the background's colour and a curve's."""
+        """Return the colours of the background and of a curve."""
         style = "getComputedStyle(document.body).backgroundColor"
         line = "document.querySelector('#chart-loss .js-line[style*=\"stroke-width: 1.6\"]').style.stroke"
         return tuple(self.page.evaluate(f"[{style}, {line}]"))
 
 
-Open = Callable[..., Opened]
+Open = Callable[..., OpenPage]
 
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Open]:
-    """Return a function that opens a page; in the end nothing may have gone wrong on it."""
+    """Return a function that opens a page; at the end it must have no errors."""
     pages = []
 
-    def open_page(path: Path, **more: Any) -> Opened:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", **more})
+    def open_page(path: Path, **options: Any) -> OpenPage:
+        context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", **options}
+        )
         context.set_default_timeout(1000 * WAIT_SECONDS)
-        found = Opened(context.new_page())
-        pages.append(found)
-        found.page.on("console", lambda m: found.errors.append(m.text) if m.type in ("error", "warning") else None)
-        found.page.on("pageerror", lambda error: found.errors.append(str(error)))
-        found.page.on("dialog", lambda dialog: (found.errors.append(dialog.message), dialog.dismiss()))
+        view = OpenPage(context.new_page())
+        pages.append(view)
+        view.page.on("console", lambda m: view.errors.append(m.text) if m.type in ("error", "warning") else None)
+        view.page.on("pageerror", lambda error: view.errors.append(str(error)))
+        view.page.on("dialog", lambda dialog: (view.errors.append(dialog.message), dialog.dismiss()))
 
-        def meet(route: Any) -> None:
+        def handle(route: Any) -> None:
             if route.request.url == path.as_uri():
                 route.continue_()
             else:
-                found.requests.append(route.request.url)
+                view.requests.append(route.request.url)
                 route.abort()
 
-        context.route(lambda url: not url.startswith(("data:", "blob:")), meet)
-        found.page.goto(path.as_uri())
+        context.route(lambda url: not url.startswith(("data:", "blob:")), handle)
+        view.page.goto(path.as_uri())
         every = "document.querySelectorAll('.plot').length === document.querySelectorAll('.plot[data-drawn]').length"
-        found.until(every)
-        return found
+        view.until(every)
+        return view
 
     yield open_page
-    for found in pages:
-        assert found.errors == []
-        assert found.requests == []
-        found.page.context.close()
+    for opened_page in pages:
+        assert opened_page.errors == []
+        assert opened_page.requests == []
+        opened_page.page.context.close()
 
 
-def drawn(page: Any) -> dict[str, bool]:
-    """Return whether each chart has a curve, an area or a picture in it."""
-    marks = ".js-line, .point, .js-fill, .heatmaplayer image"
+def has_graphics(page: Any) -> dict[str, bool]:
+    """Return whether each chart contains a curve, an area or a picture."""
+    selector = ".js-line, .point, .js-fill, .heatmaplayer image"
     counts = (
-        f"[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.querySelectorAll('{marks}').length])"
+        f"[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.querySelectorAll('{selector}').length])"
     )
     return {name: number > 0 for name, number in page.evaluate(counts)}
 
 
 @pytest.fixture(scope="module")
-def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the report of a run with 10 classes whose names are as bad as names can be."""
+def ten_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the report of a run with 10 classes with difficult names."""
     from hf_fasttrain.report.report import write_report
 
     names = [*NASTY, *(f"class {n}" for n in range(3, 10))]
-    return write_report([make_run(tmp_path_factory.mktemp("ten") / "run", 10, names=names, resumed=True)])
+    return write_report([make_run(tmp_path_factory.mktemp("ten_classes") / "run", 10, names=names, resumed=True)])
 
 
 SINGLE = {"loss", "metrics", "lr", "grad-norm", "step-time", "images-per-second", "confusion"}
@@ -728,76 +740,76 @@ SINGLE = {"loss", "metrics", "lr", "grad-norm", "step-time", "images-per-second"
 def test_two_classes_in_a_browser(tmp_path: Path, opened: Open) -> None:
     from hf_fasttrain.report.report import write_report
 
-    found = opened(write_report([make_run(tmp_path / "run", 2, names=["cat", "dog"])]))
-    assert drawn(found.page) == dict.fromkeys(SINGLE, True)
-    matrix = found.page.locator("#chart-confusion")
+    view = opened(write_report([make_run(tmp_path / "run", 2, names=["cat", "dog"])]))
+    assert has_graphics(view.page) == dict.fromkeys(SINGLE, True)
+    matrix = view.page.locator("#chart-confusion")
     assert matrix.locator(".heatmap-label").count() == 4  # every count is written
-    assert "cat" in found.hover("confusion", 0.25, 0.25)
-    assert not found.page.locator("#matrix-order").is_visible()
+    assert "cat" in view.hover("confusion", 0.25, 0.25)
+    assert not view.page.locator("#matrix-order").is_visible()
 
 
-def test_ten_classes_in_a_browser(ten: Path, opened: Open) -> None:
-    found = opened(ten)
-    assert drawn(found.page) == dict.fromkeys(SINGLE, True)
+def test_ten_classes_in_a_browser(ten_classes: Path, opened: Open) -> None:
+    view = opened(ten_classes)
+    assert has_graphics(view.page) == dict.fromkeys(SINGLE, True)
     for name in NASTY:
-        assert found.page.get_by_text(name, exact=True).count() > 0
-    assert "</script>" in found.hover("confusion", 0.05, 0.05)
-    tooltip = found.hover("loss")
+        assert view.page.get_by_text(name, exact=True).count() > 0
+    assert "</script>" in view.hover("confusion", 0.05, 0.05)
+    tooltip = view.hover("loss")
     assert re.search(r"step \d+", tooltip)
     assert "training" in tooltip
-    assert "images/s" in found.hover("step-time")
-    assert found.page.locator("#chart-loss .shapelayer path").count() == 1  # where it was resumed
-    buttons = found.page.locator("#chart-loss .modebar-btn")
+    assert "images/s" in view.hover("step-time")
+    assert view.page.locator("#chart-loss .shapelayer path").count() == 1  # where it was resumed
+    buttons = view.page.locator("#chart-loss .modebar-btn")
     assert {button.get_attribute("data-title") for button in buttons.all()} == {
         "Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes",
     }  # fmt: skip
-    assert found.page.locator("#mistakes img").count() == found.page.locator("#training-images img").count() == 12
-    assert found.page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert view.page.locator("#mistakes img").count() == view.page.locator("#training-images img").count() == 12
+    assert view.page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
 
 
-def test_curves_zoom_and_change_their_axis(ten: Path, opened: Open) -> None:
-    found = opened(ten)
-    before = found.ranges("loss")
-    found.drag("loss", (0.2, 0.2), (0.6, 0.7))
-    zoomed = found.ranges("loss")
+def test_curves_zoom_and_switch_their_axis(ten_classes: Path, opened: Open) -> None:
+    view = opened(ten_classes)
+    before = view.ranges("loss")
+    view.drag("loss", (0.2, 0.2), (0.6, 0.7))
+    zoomed = view.ranges("loss")
     assert before[0] < zoomed[0] < zoomed[1] < before[1]
-    found.page.locator("#theme").click()
-    assert found.ranges("loss") == zoomed  # a new theme keeps what one looks at
-    found.page.locator("#chart-loss .nsewdrag").first.dblclick()
-    found.until(f"document.getElementById('chart-loss').layout.xaxis.range[1] > {before[1] - 1}")
-    found.page.get_by_role("button", name="Epochs").first.click()
-    assert max(found.ranges("lr")[:2]) < 11
-    assert re.search(r"epoch \d+\.\d\d", found.hover("loss"))
-    assert found.page.locator('[data-axis="epochs"][aria-pressed="true"]').count() == 2
-    found.page.get_by_role("button", name="Steps").first.click()
-    assert max(found.ranges("lr")[:2]) > 80
+    view.page.locator("#theme").click()
+    assert view.ranges("loss") == zoomed  # a new theme keeps the zoom
+    view.page.locator("#chart-loss .nsewdrag").first.dblclick()
+    view.until(f"document.getElementById('chart-loss').layout.xaxis.range[1] > {before[1] - 1}")
+    view.page.get_by_role("button", name="Epochs").first.click()
+    assert max(view.ranges("lr")[:2]) < 11
+    assert re.search(r"epoch \d+\.\d\d", view.hover("loss"))
+    assert view.page.locator('[data-axis="epochs"][aria-pressed="true"]').count() == 2
+    view.page.get_by_role("button", name="Steps").first.click()
+    assert max(view.ranges("lr")[:2]) > 80
 
 
 def test_a_thousand_classes_in_a_browser(large: Path, opened: Open) -> None:
-    found = opened(large)
-    assert drawn(found.page) == dict.fromkeys(SINGLE, True)
-    matrix = found.page.locator("#chart-confusion")
-    assert "strongest of 4 × 4 cells" in found.hover("confusion", 0.5001, 0.5001)
+    view = opened(large)
+    assert has_graphics(view.page) == dict.fromkeys(SINGLE, True)
+    matrix = view.page.locator("#chart-confusion")
+    assert "strongest of 4 × 4 cells" in view.hover("confusion", 0.5001, 0.5001)
     assert matrix.locator(".ytick text").count() == 0
-    found.drag("confusion", (0.5, 0.5), (0.515, 0.515))
-    assert matrix.locator(".ytick text").count() in range(12, 20)  # near enough to be named
+    view.drag("confusion", (0.5, 0.5), (0.515, 0.515))
+    assert matrix.locator(".ytick text").count() in range(12, 20)  # near enough to show its text
     assert matrix.locator(".heatmap-label").count() > 10
-    low, high = found.ranges("confusion")[:2]
+    low, high = view.ranges("confusion")[:2]
     assert high - low < 20
-    assert "species number" in found.hover("confusion")
+    assert "species number" in view.hover("confusion")
     matrix.locator(".nsewdrag").first.dblclick()
-    found.until("document.getElementById('chart-confusion').layout.xaxis.range[1] === 999.5")
+    view.until("document.getElementById('chart-confusion').layout.xaxis.range[1] === 999.5")
     assert matrix.locator(".ytick text").count() == 0
-    found.page.locator("#matrix-order").select_option("original")
-    assert "strongest of 4 × 4 cells" in found.hover("confusion", 0.5001, 0.5001)
-    found.page.get_by_label("Find a class").fill("number 99")
-    assert found.page.locator("#classes-table tbody tr:visible").count() == 11
-    assert found.page.locator("#classes .count").text_content() == "11 of 1,000"
+    view.page.locator("#matrix-order").select_option("original")
+    assert "strongest of 4 × 4 cells" in view.hover("confusion", 0.5001, 0.5001)
+    view.page.get_by_label("Find a class").fill("number 99")
+    assert view.page.locator("#classes-table tbody tr:visible").count() == 11
+    assert view.page.locator("#classes .count").text_content() == "11 of 1,000"
 
 
-def test_tables_sort_by_mouse_and_keyboard(ten: Path, opened: Open) -> None:
-    found = opened(ten)
-    table = found.page.locator("#classes-table")
+def test_tables_sort_by_mouse_and_keyboard(ten_classes: Path, opened: Open) -> None:
+    view = opened(ten_classes)
+    table = view.page.locator("#classes-table")
 
     def column(position: int) -> list[float]:
         return [float(text) for text in table.locator(f"tbody td:nth-child({position})").all_text_contents()]
@@ -811,7 +823,7 @@ def test_tables_sort_by_mouse_and_keyboard(ten: Path, opened: Open) -> None:
     f1.locator("button").click()
     assert column(5) == sorted(column(5), reverse=True)
     f1.locator("button").focus()
-    found.page.keyboard.press("Enter")
+    view.page.keyboard.press("Enter")
     assert f1.get_attribute("aria-sort") == "ascending"
     assert column(5) == sorted(column(5))
     table.locator("thead th").first.locator("button").click()
@@ -819,31 +831,31 @@ def test_tables_sort_by_mouse_and_keyboard(ten: Path, opened: Open) -> None:
     assert [name for name in names if name.startswith("class")] == [f"class {n}" for n in range(3, 10)]
 
 
-def test_dark_mode(ten: Path, opened: Open) -> None:
-    found = opened(ten)
-    button = found.page.locator("#theme")
-    light = found.colours()
+def test_dark_mode(ten_classes: Path, opened: Open) -> None:
+    view = opened(ten_classes)
+    button = view.page.locator("#theme")
+    light = view.colours()
     button.click()
-    dark = found.colours()
+    dark = view.colours()
     assert dark[0] != light[0]
     assert dark[1] != light[1]
     assert button.get_attribute("aria-pressed") == "true"
     button.click()
-    assert found.colours() == light
+    assert view.colours() == light
 
 
-def test_a_change_of_the_systems_theme_is_followed(ten: Path, opened: Open) -> None:
-    found = opened(ten)
-    light = found.colours()
-    found.page.emulate_media(color_scheme="dark")
-    found.until(
+def test_a_change_of_the_systems_theme_is_followed(ten_classes: Path, opened: Open) -> None:
+    view = opened(ten_classes)
+    light = view.colours()
+    view.page.emulate_media(color_scheme="dark")
+    view.until(
         f"document.querySelector('#chart-loss .js-line[style*=\"stroke-width: 1.6\"]').style.stroke !== '{light[1]}'"
     )
-    assert found.colours()[0] != light[0]
+    assert view.colours()[0] != light[0]
 
 
-def test_accessible_names_for_screen_readers(ten: Path, opened: Open) -> None:
-    page = opened(ten).page
+def test_accessible_names_for_screen_readers(ten_classes: Path, opened: Open) -> None:
+    page = opened(ten_classes).page
     assert page.locator("html").get_attribute("lang") == "en"
     for chart in page.locator(".plot").all():
         assert chart.get_attribute("role") == "img"
@@ -855,17 +867,17 @@ def test_accessible_names_for_screen_readers(ten: Path, opened: Open) -> None:
         assert table.locator("thead th[scope=col]").count() == table.locator("thead th").count()
         assert table.locator("tbody th[scope=row]").count() == table.locator("tbody tr").count()
     assert page.locator("img:not([alt])").count() == page.locator("img[alt='']").count() == 0
-    named = page.evaluate(
+    labels = page.evaluate(
         "[...document.querySelectorAll('button, input, select')]"
         ".every(e => e.textContent || e.labels?.length || e.ariaLabel)"
     )
-    assert named
+    assert labels
 
 
-def test_the_page_fits_a_phone(ten: Path, opened: Open) -> None:
-    found = opened(ten, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
-    assert found.page.evaluate("document.documentElement.scrollWidth") == 390
-    widths = found.page.evaluate("[...document.querySelectorAll('.plot svg.main-svg')].map(s => s.clientWidth)")
+def test_the_page_fits_a_phone(ten_classes: Path, opened: Open) -> None:
+    view = opened(ten_classes, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    assert view.page.evaluate("document.documentElement.scrollWidth") == 390
+    widths = view.page.evaluate("[...document.querySelectorAll('.plot svg.main-svg')].map(s => s.clientWidth)")
     assert max(widths) <= 390
 
 
@@ -873,15 +885,15 @@ def test_several_runs_in_a_browser(tmp_path: Path, opened: Open) -> None:
     from hf_fasttrain.report.report import write_report
 
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=0.003, old=True), make_run(tmp_path / "c", steps=120)]
-    found = opened(write_report(runs, tmp_path / "several.html"))
-    assert all(drawn(found.page).values())
+    view = opened(write_report(runs, tmp_path / "several.html"))
+    assert all(has_graphics(view.page).values())
     lines = "document.getElementById('chart-loss').data.map(t => [t.name, t.line.dash, t.line.color])"
-    shown = found.page.evaluate(lines)
-    assert [name for name, _, _ in shown] == ["a", "b", "c"]
-    assert len({dash for _, dash, _ in shown}) == len({colour for _, _, colour in shown}) == 3
-    assert shown == found.page.evaluate(lines.replace("loss", "images-per-second"))
-    tooltip = found.hover("eval-accuracy")
+    curves = view.page.evaluate(lines)
+    assert [name for name, _, _ in curves] == ["a", "b", "c"]
+    assert len({dash for _, dash, _ in curves}) == len({colour for _, _, colour in curves}) == 3
+    assert curves == view.page.evaluate(lines.replace("loss", "images-per-second"))
+    tooltip = view.hover("eval-accuracy")
     assert all(name in tooltip for name in "abc")
-    found.page.locator("#results-table th", has_text="steps").locator("button").click()
-    assert found.page.locator("#results-table tbody th").first.text_content() == "c"
-    assert found.page.locator("#differences-table tbody tr").count() == 1
+    view.page.locator("#results-table th", has_text="steps").locator("button").click()
+    assert view.page.locator("#results-table tbody th").first.text_content() == "c"
+    assert view.page.locator("#differences-table tbody tr").count() == 1

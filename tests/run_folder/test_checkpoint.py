@@ -1,4 +1,4 @@
-"""What a checkpoint holds comes back as it was, or the one before does: whatever the disk does."""
+"""A checkpoint is restored exactly, or the one before it, for any failure of the disk."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_state_is_restored_from_json_and_tensors(tree: Any) -> None:
     assert torch.equal(back["a"][1], torch.arange(3))
 
 
-def test_random_states_and_arrays_come_back() -> None:
+def test_random_states_and_arrays_are_restored() -> None:
     import random
 
     tensors: dict[str, torch.Tensor] = {}
@@ -92,8 +92,8 @@ def test_safetensors_reads_our_files(tmp_path: Path) -> None:
     assert back["scalar"] == 2.5
 
 
-def test_an_optimizer_of_channels_last_weights_goes_on_bitwise() -> None:
-    """Its state is saved contiguous; a fused kernel would pair wrong numbers if it stayed so."""
+def test_an_optimizer_of_channels_last_weights_continues_bitwise() -> None:
+    """Its state is saved contiguous; a fused kernel would combine the wrong elements if it stayed so."""
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
         for number in numbers:
@@ -107,16 +107,16 @@ def test_an_optimizer_of_channels_last_weights_goes_on_bitwise() -> None:
         model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         return model, torch.optim.AdamW(model.parameters(), fused=True)
 
-    whole, optimizer = build()
-    steps(whole, optimizer, range(4))
-    cut, optimizer = build()
-    steps(cut, optimizer, range(2))
-    saved = Snapshot(2, {}, {"model": cut.state_dict()}, {"optimizer": optimizer.state_dict()}).to_host()
+    uninterrupted, optimizer = build()
+    steps(uninterrupted, optimizer, range(4))
+    restored, optimizer = build()
+    steps(restored, optimizer, range(2))
+    saved = Snapshot(2, {}, {"model": restored.state_dict()}, {"optimizer": optimizer.state_dict()}).to_host()
     resumed, optimizer = build()
     resumed.load_state_dict(saved.tensors["model"])
     restore_optimizer(optimizer, unpack(saved.state["training"], saved.tensors["training"])["optimizer"])
     steps(resumed, optimizer, range(2, 4))
-    assert torch.equal(resumed.weight, whole.weight)
+    assert torch.equal(resumed.weight, uninterrupted.weight)
 
 
 def test_names_of_tensors_do_not_collide() -> None:
@@ -127,7 +127,7 @@ def test_names_of_tensors_do_not_collide() -> None:
 
 
 def test_damaged_checkpoints_of_later_steps_do_not_displace_good_ones(tmp_path: Path) -> None:
-    """A resume has skipped step 200: what is saved after it must not be pruned in its favour."""
+    """A resume has skipped step 200: later saves must not be deleted in its favour."""
     for step in (100, 200):
         save_checkpoint(tmp_path, snapshot(step))
     (tmp_path / "step_00000200" / "model.safetensors").write_bytes(b"damaged")
@@ -172,16 +172,16 @@ CALLS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdi
 
 
 @contextmanager
-def at_call(number: int, happens: Callable[..., Any]) -> Iterator[list[str]]:
-    """Let something else happen at the operating system's call `number` (from 0); yields the names of the calls."""
+def at_call(number: int, action: Callable[..., Any]) -> Iterator[list[str]]:
+    """Replace the operating system's call `number` (from 0) by something else; yields the names of the calls."""
     real = {name: getattr(os, name) for name in CALLS}
-    made: list[str] = []
+    calls: list[str] = []
 
     def wrapped(name: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            made.append(name)
-            if len(made) - 1 == number:
-                return happens(real[name], *args)
+            calls.append(name)
+            if len(calls) - 1 == number:
+                return action(real[name], *args)
             return real[name](*args, **options)
 
         return call
@@ -189,21 +189,21 @@ def at_call(number: int, happens: Callable[..., Any]) -> Iterator[list[str]]:
     for name in CALLS:
         setattr(os, name, wrapped(name))
     try:
-        yield made
+        yield calls
     finally:
         for name in CALLS:
             setattr(os, name, real[name])
 
 
 def fails_with(code: int) -> Callable[..., Any]:
-    def happens(real: Callable[..., Any], *args: Any) -> Any:
+    def action(real: Callable[..., Any], *args: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
-    return happens
+    return action
 
 
 def writes_half(real: Callable[..., Any], *args: Any) -> Any:
-    """Write a part, and say so; a call that writes nothing fails."""
+    """Write a part and return its length; a call that writes nothing fails."""
     if real is os_write:
         return real(args[0], args[1][: max(1, len(args[1]) // 2)])
     raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -236,9 +236,9 @@ def prepared(folder: Path) -> Path:
 
 def calls_of_a_save(folder: Path) -> list[str]:
     prepared(folder)
-    with at_call(-1, fails_with(errno.EIO)) as made:
+    with at_call(-1, fails_with(errno.EIO)) as calls:
         save_and_prune(folder, 4)
-    return list(made)
+    return list(calls)
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
@@ -259,13 +259,13 @@ def test_whatever_call_of_a_save_fails_the_newest_checkpoint_loads(fault: str, t
         assert newest is not None
         assert newest.state["step"] == 4 or (failed and newest.state["step"] == 3)
         assert is_whole(load_checkpoint(folder / "step_00000001"))  # the best
-        save_and_prune(folder, 5)  # and the next save meets nothing of it
+        save_and_prune(folder, 5)  # and it does not affect the next save
         assert {path.name for path in complete_checkpoints(folder)} >= {"step_00000001", "step_00000005"}
         assert not list(folder.glob(".step*"))
 
 
 def test_killed_at_any_call_of_a_save_the_newest_checkpoint_loads(tmp_path: Path) -> None:
-    def dies(real: Callable[..., Any], *args: Any) -> Any:
+    def kill(real: Callable[..., Any], *args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
     folder = tmp_path / "checkpoints"
@@ -273,9 +273,9 @@ def test_killed_at_any_call_of_a_save_the_newest_checkpoint_loads(tmp_path: Path
         prepared(folder)
         child = os.fork()
         if not child:
-            with at_call(number, dies):
+            with at_call(number, kill):
                 save_and_prune(folder, 4)
-            os._exit(1)  # it must not come to this
+            os._exit(1)  # must not be reached
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         newest = newest_checkpoint(folder, lambda text: None)
         assert is_whole(newest)
@@ -286,7 +286,7 @@ def test_killed_at_any_call_of_a_save_the_newest_checkpoint_loads(tmp_path: Path
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
-def test_a_line_is_appended_whole_or_not_at_all(fault: str, tmp_path: Path) -> None:
+def test_a_line_is_appended_completely_or_not_at_all(fault: str, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     append_line(path, '{"n": 1}')
     for number in range(2):  # open, write
@@ -300,7 +300,7 @@ def test_a_line_is_appended_whole_or_not_at_all(fault: str, tmp_path: Path) -> N
         assert all(len(line) == len('{"n": 1}') for line in path.read_text().splitlines())
 
 
-def test_names_of_a_marker_stay_in_their_folder(tmp_path: Path) -> None:
+def test_names_in_a_marker_cannot_leave_the_folder(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, snapshot(1))
     (tmp_path / "elsewhere").write_text("secret")
     marker = (path / "COMPLETE").read_text().replace("model.safetensors", "../elsewhere")

@@ -1,4 +1,4 @@
-"""A run is finished when it owes nothing: model, result.json, predictions, report; --resume makes what is missing."""
+"""A run is finished when model, result.json, predictions and report exist; --resume writes what is missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OWED = ["model", "result.json", "predictions.safetensors", "report.html"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a finished run whose page is only its head."""
+    """Return a finished run whose report has only a head."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "small.yaml").write_text(RECIPE)
     reset_accelerate()
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quick(patched: pytest.MonkeyPatch) -> None:
-    """Let reports be drawn without charts and pictures."""
+    """Write reports without charts and pictures."""
     patched.setattr("hf_fasttrain.report.report.DRAWINGS", {})
     patched.setattr("hf_fasttrain.report.report.to_html", lambda page, mark: f"<html>{mark}</html>")
     patched.setattr("hf_fasttrain.report.report._require_replaceable", lambda path: None)
@@ -52,7 +52,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def resume(run: Path, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """Return a function that resumes the run by the command line and returns what it said."""
+    """Return a function that resumes the run by the command line and returns its messages."""
 
     def command() -> str:
         assert exit_status(["train", str(write_recipe()), *SMALL, f"output_dir={run}", "--resume"]) == 0
@@ -62,7 +62,7 @@ def resume(run: Path, write_recipe: Callable[..., Path], capsys: pytest.CaptureF
 
 
 def fails_for(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """Let the disk take no file whose path has a part in it."""
+    """Make writing fail for files whose path contains a text."""
     real = os.open
 
     def opened(path: Any, flags: int, *args: Any, **options: Any) -> int:
@@ -79,13 +79,13 @@ def test_a_complete_run_needs_nothing(run: Path, resume: Callable[[], str]) -> N
 
 @pytest.mark.parametrize("name", OWED)
 def test_resume_writes_missing_results(run: Path, resume: Callable[[], str], name: str) -> None:
-    was = {path: path.read_bytes() for path in (run / "model").iterdir()}
+    before = {path: path.read_bytes() for path in (run / "model").iterdir()}
     path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     messages = resume()
     assert f"trained to the end; now writing what is missing: {name}" in messages
     assert all((run / name).exists() for name in OWED)
-    assert {path: path.read_bytes() for path in (run / "model").iterdir()} == was
+    assert {path: path.read_bytes() for path in (run / "model").iterdir()} == before
     assert "nothing to do" in resume()
 
 
@@ -104,7 +104,7 @@ def test_resume_writes_results_that_a_full_disk_prevented(
     assert (run / "model" / SPEC_FILE).exists()
 
 
-def test_a_training_of_which_nothing_is_saved_is_not_promised_back(tmp_path: Path) -> None:
+def test_a_training_without_a_checkpoint_is_not_promised_to_resume(tmp_path: Path) -> None:
     messages = describe_missing(tmp_path, [f"{tmp_path / 'model'}: No space left on device"], 5, 5, report=True)
     assert messages.splitlines()[1:] == [
         f"  {tmp_path / 'model'}: No space left on device",
@@ -123,7 +123,7 @@ def no_space(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["predictions.safetensors", "report.html", "result.json"])
-def test_a_full_disk_ends_with_74_whatever_was_lost(
+def test_a_full_disk_ends_with_status_74_for_any_lost_file(
     run: Path,
     write_recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -141,27 +141,27 @@ def test_a_full_disk_ends_with_74_whatever_was_lost(
         assert name in json.loads((run / "result.json").read_text())["not_written"][0]
 
 
-def test_a_report_of_an_earlier_end_is_written_again(run: Path, resume: Callable[[], str]) -> None:
+def test_an_outdated_report_is_written_again(run: Path, resume: Callable[[], str]) -> None:
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps({**result, "notes": ["another end"]}))
     assert "writing what is missing: report.html" in resume()
 
 
-def test_the_folder_is_held_until_the_last_file_is_written(
+def test_the_folder_stays_locked_until_the_last_file_is_written(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_fasttrain.report.callback import Publish
     from hf_fasttrain.run_folder import lock
 
-    held = []
-    monkeypatch.setattr(Publish, "publish", lambda *_: held.append(len(lock._locks)))
+    locked = []
+    monkeypatch.setattr(Publish, "publish", lambda *_: locked.append(len(lock._locks)))
     reset_accelerate()
     before = len(lock._locks)
     Trainer.from_recipe(write_recipe(), [*SMALL, f"output_dir={tmp_path / 'run'}"]).fit()
-    assert (held, len(lock._locks)) == ([before + 1], before)
+    assert (locked, len(lock._locks)) == ([before + 1], before)
 
 
-def test_a_push_that_is_owed_is_known(run: Path) -> None:
+def test_an_outstanding_push_is_recorded(run: Path) -> None:
     assert not is_pushed(run, "me/x", 1)
     (run / "hub.json").write_text(json.dumps({"repo": "me/x", "step": 1, "finished": False}))
     assert not is_pushed(run, "me/x", 1)  # a checkpoint of that step was
@@ -189,7 +189,7 @@ def test_a_folder_exists_at_any_moment_while_it_is_replaced(tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_names_are_exchanged_at_once(tmp_path: Path) -> None:
+def test_two_folders_are_exchanged_atomically(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -203,7 +203,7 @@ def test_names_are_exchanged_at_once(tmp_path: Path) -> None:
 def test_a_kill_between_two_renames_loses_no_model(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, again: str
 ) -> None:
-    monkeypatch.setattr(files, "exchange", lambda a, b: False)  # a system that can't
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)  # a system without it
     real, calls = os.rename, []
 
     def rename(*args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ablations: their arms, their figures, their files, and what happens when something fails."""
+"""Ablations: their arms, results, files and failures."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def settings_of(arm: Arm) -> dict[str, str]:
     return dict(override.partition("=")[::2] for override in arm.overrides)
 
 
-def by_name(found: Sequence[Any]) -> dict[str, Any]:
-    return {technique.name: technique for technique in found}
+def by_name(items: Sequence[Any]) -> dict[str, Any]:
+    return {technique.name: technique for technique in items}
 
 
 def test_every_technique_has_its_name() -> None:
     assert [technique.name for technique in techniques(ready(), CPU)] == list(NAMES)
 
 
-def test_accumulation_is_shown_both_ways() -> None:
+def test_accumulation_is_an_arm_with_larger_steps_and_one_with_smaller_micro_batches() -> None:
     """The study's recipes have steps of 256 in two micro-batches of 128."""
     values = {**FACTS, "train.batch_size": 256, "accelerate.gradient_accumulation_steps": 2}
-    described = ready(settings=values, micro_batch_size=128)
-    arms = {p.arm.name: settings_of(p.arm) for p in build_arms(techniques(described, CPU))}
+    message = ready(settings=values, micro_batch_size=128)
+    arms = {p.arm.name: settings_of(p.arm) for p in build_arms(techniques(message, CPU))}
     baseline = arms["baseline"]
     assert (baseline["train.batch_size"], baseline["accelerate.micro_batch_size"]) == ("128", "null")
     larger = arms["+ GA: steps of 2 x 128"]
     assert (larger["train.batch_size"], larger["accelerate.micro_batch_size"]) == ("256", "128")
-    pieces = arms["+ GA: steps of 128 in micro-batches of 64"]
-    assert (pieces["train.batch_size"], pieces["accelerate.micro_batch_size"]) == ("128", "64")
+    smaller = arms["+ GA: steps of 128 in micro-batches of 64"]
+    assert (smaller["train.batch_size"], smaller["accelerate.micro_batch_size"]) == ("128", "64")
     assert arms["everything"]["train.batch_size"] == "256"
 
 
@@ -66,8 +66,8 @@ def test_the_baseline_is_plain_and_each_arm_differs_in_one_thing() -> None:
     every = techniques(ready(), CPU)
     plans = build_arms(every)
     base = settings_of(plans[0].arm)
-    alone = [plan for plan in build_arms(select_techniques(every, ["amp_bf16"], [])) if plan.kind == "baseline"]
-    assert settings_of(alone[0].arm) == {"accelerate.mixed_precision": "no"}  # nothing else is changed
+    single = [plan for plan in build_arms(select_techniques(every, ["amp_bf16"], [])) if plan.kind == "baseline"]
+    assert settings_of(single[0].arm) == {"accelerate.mixed_precision": "no"}  # nothing else is changed
     expected = {
         "accelerate.mixed_precision": "no",
         "accelerate.channels_last": "false",
@@ -90,15 +90,15 @@ def test_the_baseline_is_plain_and_each_arm_differs_in_one_thing() -> None:
         assert changed, plan.arm.name
 
 
-def test_what_can_make_no_difference_is_not_applicable() -> None:
-    here = by_name(techniques(ready(is_jpeg=False, num_images=40), CPU))
-    assert here["pinned_memory"].not_applicable == "no GPU"
-    assert here["amp_fp16"].not_applicable == "no GPU"
-    assert here["decoder"].not_applicable == "no image of a sample is a JPEG"
-    assert here["ga_larger_step"].not_applicable == "there are only 40 training images"
-    there = by_name(techniques(ready(), GPU))
-    assert not any(technique.not_applicable for technique in there.values())
-    assert not there["amp_fp16"].in_everything  # bf16 is
+def test_techniques_that_cannot_matter_are_not_applicable() -> None:
+    on_cpu = by_name(techniques(ready(is_jpeg=False, num_images=40), CPU))
+    assert on_cpu["pinned_memory"].not_applicable == "no GPU"
+    assert on_cpu["amp_fp16"].not_applicable == "no GPU"
+    assert on_cpu["decoder"].not_applicable == "no image of a sample is a JPEG"
+    assert on_cpu["ga_larger_step"].not_applicable == "there are only 40 training images"
+    on_gpu = by_name(techniques(ready(), GPU))
+    assert not any(technique.not_applicable for technique in on_gpu.values())
+    assert not on_gpu["amp_fp16"].in_everything  # bf16 is
     old = by_name(techniques(ready(), GPU._replace(bf16=False, compiler=False)))
     assert old["amp_bf16"].not_applicable == "the GPU has no bf16"
     assert old["amp_fp16"].in_everything
@@ -108,9 +108,9 @@ def test_what_can_make_no_difference_is_not_applicable() -> None:
     reduced = by_name(techniques(ready(settings={**FACTS, "data.reduced_decode": True}), CPU))
     assert reduced["decoder"].not_applicable == "data.reduced_decode has one decoder only"
     assert reduced["decoder"].off == {"data.decoder": "simplejpeg"}
-    once = by_name(techniques(ready(steps=32), CPU))
-    assert once["cache"].not_applicable == "each image is read once"
-    removed = [plan.technique.name for plan in build_arms(list(here.values())) if plan.kind == "removed"]
+    one_step = by_name(techniques(ready(steps=32), CPU))
+    assert one_step["cache"].not_applicable == "each image is read once"
+    removed = [plan.technique.name for plan in build_arms(list(on_cpu.values())) if plan.kind == "removed"]
     assert "pinned_memory" not in removed
 
 
@@ -125,7 +125,7 @@ def test_techniques_are_chosen_by_name() -> None:
 
 
 def speed(settings: dict[str, str]) -> float:
-    """Return seconds of an image: bf16 twice as fast, channels_last 1.25 times, compiling fails."""
+    """Return seconds per image: bf16 is twice as fast, channels_last 1.25 times, compilation fails."""
     if settings.get("accelerate.compile") == "true":
         raise ArmFailed("BackendCompilerFailed: no compiler | here")
     seconds = 0.02
@@ -142,11 +142,11 @@ def measured(tmp_path: Path, fakes: Fakes | None = None, overrides: Sequence[str
     recipe, fakes = load_recipe(path, overrides), fakes or Fakes(speed)
     arms = plan_arms(fakes, PLAN, CPU)
     with Bench(fakes, clock=fakes.clock) as bench:
-        found, complete = measure_arms(arms, bench, PLAN, lambda text: None)
-    return study.describe(recipe, arms, found, PLAN, command="hf-fasttrain ablate small", complete=complete), complete
+        result, complete = measure_arms(arms, bench, PLAN, lambda text: None)
+    return study.describe(recipe, arms, result, PLAN, command="hf-fasttrain ablate small", complete=complete), complete
 
 
-def test_the_figures_are_those_of_the_arms(tmp_path: Path) -> None:
+def test_the_results_are_those_of_the_arms(tmp_path: Path) -> None:
     ablation, complete = measured(tmp_path)
     rows = {row.name: row for row in ablation.rows}
     assert complete
@@ -155,10 +155,10 @@ def test_the_figures_are_those_of_the_arms(tmp_path: Path) -> None:
     assert rows["+ channels_last"].speed_up.median == pytest.approx(1.25)
     assert rows["baseline, again"].speed_up.median == pytest.approx(1)
     assert rows["+ AMP: bf16"].speed_up.confidence >= 0.95
-    failed, senseless = rows["+ torch.compile"], rows["+ PM: pinned memory"]
+    failed, invalid = rows["+ torch.compile"], rows["+ PM: pinned memory"]
     assert (failed.status, failed.images_per_second) == ("failed", None)
     assert "no compiler" in failed.reason
-    assert (senseless.status, senseless.images_per_second) == ("n/a", None)
+    assert (invalid.status, invalid.images_per_second) == ("n/a", None)
     assert rows["everything"].status == "failed"  # it compiles
     assert rows["everything - torch.compile"].speed_up.median == pytest.approx(2.5)
     assert rows["+ GA: steps of 2 x 32"].note.startswith("the same micro-batch with a larger step")
@@ -172,7 +172,7 @@ def test_a_recipe_that_cant_run_here_is_one_message(tmp_path: Path) -> None:
         measured(tmp_path, Fakes(speed))
 
 
-def test_ctrl_c_leaves_what_has_been_measured(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     fakes = Fakes(speed)
 
     def before(arm: Arm) -> None:
@@ -189,15 +189,15 @@ def test_ctrl_c_leaves_what_has_been_measured(tmp_path: Path) -> None:
 
 
 class Links(HTMLParser):
-    """Collects what a page would fetch."""
+    """Collects the links of a page."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = [v for k, v in attrs if k in ("src", "href") and v and not v.startswith("#")]
-        self.found += [*named, *([tag] if tag in ("script", "link", "iframe") else [])]
+        links = [v for k, v in attrs if k in ("src", "href") and v and not v.startswith("#")]
+        self.found += [*links, *([tag] if tag in ("script", "link", "iframe") else [])]
 
 
 def test_all_files_are_written_and_open_offline(tmp_path: Path) -> None:
@@ -208,8 +208,8 @@ def test_all_files_are_written_and_open_offline(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         f"ablation.{kind}" for kind in ("json", "md", "png", "svg", "html")
     }
-    again = study.load_ablation(folder / "ablation.json")
-    assert again == ablation
+    reloaded = study.load_ablation(folder / "ablation.json")
+    assert reloaded == ablation
     assert Image.open(folder / "ablation.png").size[0] > 1000
     xml.dom.minidom.parse(str(folder / "ablation.svg"))
     page = (folder / "ablation.html").read_text()
@@ -239,7 +239,7 @@ def test_the_markdown_is_one_table(tmp_path: Path) -> None:
     ablation, _ = measured(tmp_path)
     lines = [line for line in to_markdown(ablation).splitlines() if line.startswith("|")]
     bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
-    assert bars == {7}  # a | in an error's text is no column
+    assert bars == {7}  # a | in an error's text starts no column
     assert len(lines) == 2 + len(ablation.rows)
     console = Terminal(width=160, record=True, file=(tmp_path / "x").open("w"))
     print_ablation(console, ablation)
@@ -276,9 +276,9 @@ def write_run(run: Path, accuracies: list[float], seconds: float) -> None:
     run.mkdir(parents=True)
     metrics = {"accuracy": accuracies[-1], "f1_macro": accuracies[-1] - 0.1}
     (run / "result.json").write_text(json.dumps({"metrics": metrics, "test_metrics": None, "train_seconds": seconds}))
-    each = seconds / len(accuracies)
+    per_training = seconds / len(accuracies)
     lines = [
-        {"kind": "evaluation", "split": "validation", "accuracy": value, "train_seconds": each * (number + 1)}
+        {"kind": "evaluation", "split": "validation", "accuracy": value, "train_seconds": per_training * (number + 1)}
         for number, value in enumerate(accuracies)
     ]
     lines.append({"kind": "evaluation", "split": "test", "accuracy": 1.0, "train_seconds": 0.1})
@@ -304,10 +304,10 @@ def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     ablation, _ = measured(tmp_path)
     calls: list[list[str]] = []
     messages: list[str] = []
-    found, complete = train_all(ablation, "small.yaml", tmp_path, 2, messages.append, fake_training(calls))
-    rows = {row.name: row for row in found.rows}
+    result, complete = train_all(ablation, "small.yaml", tmp_path, 2, messages.append, fake_training(calls))
+    rows = {row.name: row for row in result.rows}
     assert complete
-    assert found.target_accuracy == pytest.approx(0.90)  # its least successful seed's
+    assert result.target_accuracy == pytest.approx(0.90)  # its least successful seed's
     base, fast = rows["baseline"].full, rows["+ AMP: bf16"].full
     assert base.accuracy == pytest.approx(0.91)
     assert base.accuracy_std == pytest.approx(0.01414, abs=1e-4)
@@ -320,14 +320,14 @@ def test_full_trains_every_arm_with_every_seed(tmp_path: Path) -> None:
     assert rows["+ PM: pinned memory"].full is None
     number = len(calls)
     train_all(ablation, "small.yaml", tmp_path, 2, messages.append, fake_training(calls))
-    again = calls[number:]
-    assert all("accelerate.channels_last=true" in call for call in again)  # the others are read
+    later_calls = calls[number:]
+    assert all("accelerate.channels_last=true" in call for call in later_calls)  # the others are read
     assert row_cells(rows["baseline"], full=True)[-1] == "1 min 00 s (2 of 2 seeds)"
-    write_ablation(found, tmp_path)
+    write_ablation(result, tmp_path)
     assert "0.9100 +- 0.0141" in (tmp_path / "ablation.md").read_text()
 
 
-def test_full_does_without_accuracy(tmp_path: Path) -> None:
+def test_full_works_without_accuracy(tmp_path: Path) -> None:
     ablation, _ = measured(tmp_path)
 
     def train(overrides: Sequence[str], log: Path) -> str:
@@ -336,29 +336,34 @@ def test_full_does_without_accuracy(tmp_path: Path) -> None:
         (run / "result.json").write_text(json.dumps({"metrics": {"loss": 0.3}, "train_seconds": 10.0}))
         return ""
 
-    found, _ = train_all(ablation, "small.yaml", tmp_path, 1, lambda text: None, train)
-    full = found.rows[0].full
-    assert (full.accuracy, full.accuracy_std, full.f1_macro, full.seeds_at_target) == (None, None, None, 0)
-    write_ablation(found, tmp_path)
-    assert study.load_ablation(tmp_path / "ablation.json") == found
+    result, _ = train_all(ablation, "small.yaml", tmp_path, 1, lambda text: None, train)
+    training = result.rows[0].full
+    assert (training.accuracy, training.accuracy_std, training.f1_macro, training.seeds_at_target) == (
+        None,
+        None,
+        None,
+        0,
+    )
+    write_ablation(result, tmp_path)
+    assert study.load_ablation(tmp_path / "ablation.json") == result
 
 
-def test_full_ends_by_ctrl_c_with_what_is_there(tmp_path: Path) -> None:
+def test_full_keeps_finished_trainings_after_ctrl_c(tmp_path: Path) -> None:
     ablation, _ = measured(tmp_path)
     calls: list[list[str]] = []
     train = fake_training(calls)
 
-    def broken_off(overrides: Sequence[str], log: Path) -> str:
+    def interrupted_training(overrides: Sequence[str], log: Path) -> str:
         if len(calls) == 1:
             raise KeyboardInterrupt
         return train(overrides, log)
 
-    found, complete = train_all(ablation, "small.yaml", tmp_path, 1, lambda text: None, broken_off)
+    result, complete = train_all(ablation, "small.yaml", tmp_path, 1, lambda text: None, interrupted_training)
     assert not complete
-    assert found.rows[0].full is not None
+    assert result.rows[0].full is not None
 
 
-def test_an_earlier_ablation_goes_on_only_for_the_same_recipe(tmp_path: Path) -> None:
+def test_an_earlier_ablation_continues_only_for_the_same_recipe(tmp_path: Path) -> None:
     ablation, _ = measured(tmp_path)
     write_ablation(ablation, tmp_path)
     recipe = load_recipe(tmp_path / "small.yaml")
@@ -368,13 +373,13 @@ def test_an_earlier_ablation_goes_on_only_for_the_same_recipe(tmp_path: Path) ->
         study.load_earlier(tmp_path, load_recipe(tmp_path / "small.yaml", ["seed=3"]))
 
 
-def test_the_command_line_makes_a_whole_ablation(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
-    """Real arms and real trainings to the end, by the program itself."""
+def test_the_command_line_runs_a_complete_ablation(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+    """Real arms and complete trainings by the real command."""
     recipe, folder = write_recipe(), tmp_path / "out"
     command = [sys.executable, "-m", "hf_fasttrain", "ablate", str(recipe), "--only", "channels_last,pinned_memory"]
     command += ["--rounds", "2", "--seconds", "0.1", "--full", "--seeds", "1", "--output", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     ablation = study.load_ablation(folder / "ablation.json")
     rows = {row.name: row for row in ablation.rows}
     assert list(rows) == ["baseline", "baseline, again", "+ PM: pinned memory", "+ channels_last"]
@@ -382,9 +387,9 @@ def test_the_command_line_makes_a_whole_ablation(tmp_path: Path, write_recipe: C
     assert rows["+ channels_last"].speed_up is not None
     assert 0 <= rows["+ channels_last"].full.accuracy <= 1
     assert rows["baseline"].full.seeds == 1
-    assert "no GPU" in done.stdout
-    assert "Traceback" not in done.stderr
-    assert "leaked" not in done.stderr
+    assert "no GPU" in process.stdout
+    assert "Traceback" not in process.stderr
+    assert "leaked" not in process.stderr
 
 
 def test_ctrl_c_on_the_command_line_keeps_what_was_measured(

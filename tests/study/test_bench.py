@@ -1,4 +1,4 @@
-"""The measuring instrument: its statistics, its rounds, arms that fail, memory that runs short."""
+"""The measurement of arms: statistics, rounds, failing arms, short memory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ TURN = Turn(min_steps=2, seconds=1.0)
 
 
 def quiet(text: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
-def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+def test_the_interval_contains_the_median_with_its_probability() -> None:
     rng = np.random.default_rng(0)
     for n in (3, 6, 9, 15):
-        found = [estimate(sample) for sample in rng.lognormal(size=(4000, n)).tolist()]  # whose true median is 1
-        hits = np.mean([each.low <= 1 <= each.high for each in found])
-        assert hits == pytest.approx(found[0].confidence, abs=0.015)
-        assert found[0].confidence >= 0.95 or n < 6
+        intervals = [estimate(sample) for sample in rng.lognormal(size=(4000, n)).tolist()]  # whose true median is 1
+        hits = np.mean([interval.low <= 1 <= interval.high for interval in intervals])
+        assert hits == pytest.approx(intervals[0].confidence, abs=0.015)
+        assert intervals[0].confidence >= 0.95 or n < 6
 
 
 def test_the_interval_is_the_sign_tests() -> None:
@@ -50,14 +50,14 @@ def test_every_round_gives_each_arm_one_turn_while_the_machine_slows_down() -> N
     fakes = Fakes(lambda settings: (0.01 if "a" in settings else 0.02) * (1 + clock.now / 100), clock)
     arms = [Arm("fast", ("a=1",)), Arm("slow", ("b=1",)), Arm("slow, again", ("b=1",))]
     with Bench(fakes, clock=clock) as bench:
-        fast, slow, again = measure(arms, bench, rounds=9, turn=TURN, note=quiet)
+        fast, slow, repeated = measure(arms, bench, rounds=9, turn=TURN, note=quiet)
     assert list(fast.rounds) == list(range(9)) == list(slow.rounds)
     assert fast.speed_up(slow).median == pytest.approx(2, rel=0.1)
-    same = again.speed_up(slow)
+    same = repeated.speed_up(slow)
     assert same.median == pytest.approx(1, abs=0.06)
     assert same.low <= 1 <= same.high
     assert fakes.alive == 0
-    assert len(fakes.started) == 3 * 9  # each turn in a process of its own
+    assert len(fakes.started) == 3 * 9  # each turn in a separate process
 
 
 def test_the_order_of_a_round_changes() -> None:
@@ -79,11 +79,11 @@ def test_an_arm_that_fails_is_a_row_and_the_others_go_on() -> None:
     fakes, notes = Fakes(speed), []
     arms = [Arm("fine"), Arm("broken", ("broken=1",)), Arm("senseless", (), "no GPU")]
     with Bench(fakes, clock=fakes.clock) as bench:
-        fine, broken, senseless = measure(arms, bench, rounds=2, turn=TURN, note=notes.append)
+        fine, failing, invalid = measure(arms, bench, rounds=2, turn=TURN, note=notes.append)
     assert fine.is_measured
-    assert not broken.is_measured
-    assert broken.failed == "out of memory: 3 GiB"
-    assert senseless.failed == "no GPU"
+    assert not failing.is_measured
+    assert failing.failed == "out of memory: 3 GiB"
+    assert invalid.failed == "no GPU"
     assert "senseless" not in [arm.name for arm in fakes.started]
     assert "broken: out of memory: 3 GiB" in notes
 
@@ -105,7 +105,7 @@ def test_an_arm_may_fail_in_a_later_round() -> None:
     assert fakes.alive == 0
 
 
-def test_arms_that_wait_longest_make_room() -> None:
+def test_arms_that_waited_longest_are_closed_first() -> None:
     fakes = Fakes(lambda settings: 0.01)
     bench = Bench(fakes, clock=fakes.clock, free_bytes=lambda: 110 - 30 * fakes.alive)
     measurements = [Measurement(Arm(name)) for name in "abcd"]
@@ -113,13 +113,13 @@ def test_arms_that_wait_longest_make_room() -> None:
         assert bench.warm_up(measurement)
         measurement.host_bytes = 30
     assert fakes.alive == 3  # 1.5 times the largest must be free
-    bench.turn(measurements[0], 0, TURN)  # begins anew
+    bench.turn(measurements[0], 0, TURN)  # starts again
     assert [arm.name for arm in fakes.started] == ["a", "b", "c", "d", "a"]
     bench.close()
     assert fakes.alive == 0
 
 
-def test_out_of_memory_beside_others_is_tried_alone() -> None:
+def test_out_of_memory_next_to_other_arms_is_retried_alone() -> None:
     fakes = Fakes(lambda settings: 0.01)
 
     def speed(settings: dict[str, str]) -> float:
@@ -134,7 +134,7 @@ def test_out_of_memory_beside_others_is_tried_alone() -> None:
     assert measurements[2].failed == ""
 
 
-def test_compiling_is_counted_apart() -> None:
+def test_compilation_is_counted_separately() -> None:
     fakes = Fakes(lambda settings: 0.01, compiling=50.0)
     with Bench(fakes, clock=fakes.clock) as bench:
         eager, compiled = measure(
@@ -145,7 +145,7 @@ def test_compiling_is_counted_apart() -> None:
     assert compiled.speed_up(eager).median == pytest.approx(1)
 
 
-def test_a_bench_leaves_nothing_behind_on_ctrl_c() -> None:
+def test_a_bench_closes_all_arms_on_ctrl_c() -> None:
     fakes = Fakes(lambda settings: 0.01)
 
     def before(arm: Arm) -> None:
@@ -158,7 +158,7 @@ def test_a_bench_leaves_nothing_behind_on_ctrl_c() -> None:
     assert fakes.alive == 0
 
 
-def test_a_measurement_remembers_its_peaks() -> None:
+def test_a_measurement_keeps_its_peak_memory() -> None:
     fakes = Fakes(lambda settings: 0.01)
     with Bench(fakes, clock=fakes.clock) as bench:
         (one,) = measure([Arm("a")], bench, rounds=4, turn=TURN, note=quiet)

@@ -1,4 +1,4 @@
-"""The doctor: planted delays are found and named, sums are right, verdicts say what was measured."""
+"""doctor: planted delays are found, phases add up, and verdicts match the measurements."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def slow(function: Callable[..., Any], seconds: float = DELAY) -> Callable[..., 
 
 
 def watch(*overrides: str, steps: int = 4) -> Report:
-    """Return what a profiled training's second turn reports."""
-    looked = Trial(ArmRequest(TEXT, "small.yaml", "small", overrides), ArmOptions(profiled=True))
+    """Return the report of a profiled training's second turn."""
+    profiled = Trial(ArmRequest(TEXT, "small.yaml", "small", overrides), ArmOptions(profiled=True))
     reports: list[Report] = []
 
     def next_turn(report: Report | None) -> Turn | None:
@@ -58,7 +58,7 @@ def watch(*overrides: str, steps: int = 4) -> Report:
             reports.append(report)
         return [Turn(min_steps=3), Turn(min_steps=steps, max_steps=steps), None][len(reports)]
 
-    looked.run(next_turn)
+    profiled.run(next_turn)
     return reports[-1]
 
 
@@ -79,14 +79,14 @@ def test_a_delay_in_the_loader_is_found(
     stages = split_loading(report)
     assert max(stages, key=lambda each: stages[each]) == stage
     assert 0.95 * DELAY <= stages[stage] < 2 * DELAY
-    if per_image or not workers:  # otherwise a worker is ahead
+    if per_image or not workers:  # otherwise a worker would be ahead
         assert report.wait_seconds > 0.3 * report.seconds
 
 
 def test_a_delay_in_the_optimizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Update, "__call__", slow(Update.__call__, 10 * DELAY))
     _, phases = split_step(watch(steps=2))
-    assert max(phases, key=lambda each: phases[each]) == "optimizer"
+    assert max(phases, key=lambda name: phases[name]) == "optimizer"
     assert 10 * DELAY <= phases["optimizer"] < 20 * DELAY
 
 
@@ -101,8 +101,8 @@ def test_phases_add_up_to_the_step() -> None:
     assert report.stage_images >= 12 * 16 - 16
 
 
-def test_kept_pixels_are_read_not_decoded() -> None:
-    looked = Trial(
+def test_cached_pixels_are_read_not_decoded() -> None:
+    profiled = Trial(
         ArmRequest(TEXT, "small.yaml", "small", ("data.cache=memory", "data.workers=0")), ArmOptions(profiled=True)
     )
     reports: list[Report] = []
@@ -110,9 +110,9 @@ def test_kept_pixels_are_read_not_decoded() -> None:
     def next_turn(report: Report | None) -> Turn | None:
         if report is not None:
             reports.append(report)
-        return [Turn(min_steps=looked.ready.period), Turn(min_steps=4), None][len(reports)]
+        return [Turn(min_steps=profiled.ready.period), Turn(min_steps=4), None][len(reports)]
 
-    looked.run(next_turn)
+    profiled.run(next_turn)
     first, later = map(split_loading, reports)
     assert first["decode"] > first["read"]
     assert later["decode"] == 0
@@ -127,7 +127,7 @@ def measurement(name: str, seconds: float, **values: Any) -> Measurement:
 
 def diagnosis(**changes: Any) -> Diagnosis:
     base = measurement("as it is", 1 / 700)
-    tried = [measurement("data.cache=memory", 1 / 5200), measurement("data.workers=4", 1 / 705)]
+    measurements = [measurement("data.cache=memory", 1 / 5200), measurement("data.workers=4", 1 / 705)]
     values: dict[str, Any] = {
         "ready": ready(settings={**FACTS, "data.workers": 2}),
         "images_per_second": base.images_per_second,
@@ -148,56 +148,56 @@ def diagnosis(**changes: Any) -> Diagnosis:
         "device_bytes": 0,
         "host_bytes": 2**30,
         "total_seconds": base.forecast(base.seconds_per_image),
-        "tried": tuple(tried),
+        "tried": tuple(measurements),
         "baseline": base,
-        "advice": tuple(best_advice(base, tried, {"data.cache=memory": "from the second epoch on"})),
+        "advice": tuple(best_advice(base, measurements, {"data.cache=memory": "from the second epoch on"})),
     }
     return Diagnosis(**{**values, **changes})
 
 
-def test_a_loader_that_is_too_slow_gets_its_sentence() -> None:
+def test_a_slow_loader_is_named_as_the_bottleneck() -> None:
     assert diagnosis().verdict == (
         "The model processes 1,900 images/s, the loader delivers 700 on 2 workers: 63% waiting, most of the loader's "
         "time for decoding (2.00 ms per image, 71%); `data.cache=memory` gives 5,190 here."
     )
 
 
-def test_a_model_that_is_the_limit_gets_its_sentence() -> None:
-    found = diagnosis(wait_fraction=0.01, compute_alone=710.0, loader_alone=4000.0, advice=())
-    assert found.verdict == (
+def test_a_slow_model_is_named_as_the_bottleneck() -> None:
+    result = diagnosis(wait_fraction=0.01, compute_alone=710.0, loader_alone=4000.0, advice=())
+    assert result.verdict == (
         "The model is the bottleneck: it processes 710 images/s, the loader could deliver 4,000 on 2 workers; "
         "1% waiting, most of "
         "a step for the backward pass (9.0 of 45.0 ms); none of 2 overrides that were tried is faster."
     )
 
 
-def test_halves_that_slow_each_other_down_are_told_apart() -> None:
-    found = diagnosis(wait_fraction=0.0, compute_alone=1500.0, loader_alone=1200.0, advice=())
-    assert "; together they reach only 698: they share the processor's cores; none of 2 overrides" in found.verdict
+def test_loader_and_model_that_slow_each_other_down_are_recognised() -> None:
+    result = diagnosis(wait_fraction=0.0, compute_alone=1500.0, loader_alone=1200.0, advice=())
+    assert "; together they reach only 698: they share the processor's cores; none of 2 overrides" in result.verdict
 
 
-def test_forecasts_follow_from_the_pace() -> None:
-    found = diagnosis()
-    assert found.epoch_seconds == pytest.approx(1000 / 700, rel=0.01)
-    assert found.total_seconds == pytest.approx(100 * 1000 / 700, rel=0.01)
-    text = "\n".join(lines(found))
+def test_forecasts_follow_from_the_measured_rates() -> None:
+    result = diagnosis()
+    assert result.epoch_seconds == pytest.approx(1000 / 700, rel=0.01)
+    assert result.total_seconds == pytest.approx(100 * 1000 / 700, rel=0.01)
+    text = "\n".join(lines(result))
     assert "Memory: 1.07 GB of the host" in text
     assert "data.cache=memory (from the second epoch on): 5,190 images/s, 7.43 (7.43 - 7.43) times as fast" in text
     assert "Tried without gain: data.workers=4: 703 images/s" in text
-    assert "GB of the GPU" in "\n".join(lines(replace(found, device_bytes=2**31)))
+    assert "GB of the GPU" in "\n".join(lines(replace(result, device_bytes=2**31)))
 
 
-def test_advice_is_never_noise() -> None:
+def test_differences_within_noise_are_no_advice() -> None:
     base = measurement("as it is", 0.01)
     noisy = measurement("data.workers=8", 0.01)
     noisy.rounds = dict(enumerate([0.008, 0.012, 0.007, 0.013, 0.009, 0.0095]))
     failed = replace(measurement("data.workers=9", 0.001), failed="out of memory")
-    sure = [measurement(f"data.workers={n}", 0.01 / n) for n in (2, 3, 4)]
-    found = best_advice(base, [noisy, failed, *sure], {})
-    assert [advice.text for advice in found] == ["data.workers=4", "data.workers=3"]
+    clear_gains = [measurement(f"data.workers={n}", 0.01 / n) for n in (2, 3, 4)]
+    result = best_advice(base, [noisy, failed, *clear_gains], {})
+    assert [advice.text for advice in result] == ["data.workers=4", "data.workers=3"]
 
 
-def test_everything_is_plain_values() -> None:
+def test_the_result_consists_of_plain_values() -> None:
     values = json.loads(json.dumps(diagnosis().as_json()))
     assert values["advice"][0]["overrides"] == ["data.cache=memory"]
     assert sum(values["phases_seconds"].values()) == pytest.approx(values["step_seconds"])
@@ -213,42 +213,42 @@ def test_tables_are_printed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an examination take less time than it is worth."""
+    """Shorten the measurements of doctor."""
     for name, turn in (("PROFILE_TURN", Turn(3, 0.4)), ("PART_TURN", Turn(3, 0.2)), ("TRIAL_TURN", Turn(2, 0.1))):
         monkeypatch.setattr(study, name, turn)
     monkeypatch.setattr(study, "MAX_ROUNDS", 4)
 
 
-def test_a_slow_decoder_is_found_by_the_whole_examination(
+def test_a_slow_decoder_is_found_by_doctor(
     forked_arms: None, short_turns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In real processes, forked from this one so that they have the planted delay; keeping pixels is advised."""
+    """In real processes, forked from this one so that they have the planted delay; it must advise caching pixels."""
     monkeypatch.setattr(prepare, "read_pixels", slow(prepare.read_pixels))
     monkeypatch.setattr(trial, "SAMPLE_IMAGES", 64)
-    asked = ArmRequest(TEXT, "small.yaml", "small", ("train.batch_size=4", "model.name=test_vit"))
-    with Starter(asked, on_gpu=False) as start:
-        found = Doctor(start, CPU, 2, seconds=20.0, note=lambda text: None).examine()
-    assert found.is_waiting
-    assert found.largest_stage == "decode"
-    assert "waiting, most of the loader's time for decoding" in found.verdict
-    assert ("data.cache=memory",) in [advice.overrides for advice in found.advice]
-    assert found.loader_alone < 1 / DELAY * 1.2  # one worker
-    assert found.compute_alone > found.loader_alone
-    assert found.speed_up_of(found.tried[0]).median > 1
+    request = ArmRequest(TEXT, "small.yaml", "small", ("train.batch_size=4", "model.name=test_vit"))
+    with Starter(request, on_gpu=False) as start:
+        result = Doctor(start, CPU, 2, seconds=20.0, note=lambda text: None).examine()
+    assert result.is_waiting
+    assert result.largest_stage == "decode"
+    assert "waiting, most of the loader's time for decoding" in result.verdict
+    assert ("data.cache=memory",) in [advice.overrides for advice in result.advice]
+    assert result.loader_alone < 1 / DELAY * 1.2  # one worker
+    assert result.compute_alone > result.loader_alone
+    assert result.speed_up_of(result.tried[0]).median > 1
 
 
 def test_without_time_for_more_a_training_is_profiled_and_no_override_tried(
     forked_arms: None, short_turns: None
 ) -> None:
-    asked = ArmRequest(TEXT, "small.yaml", "small", ("train.batch_size=4",))
-    with Starter(asked, on_gpu=False) as start:
-        found = Doctor(start, CPU, 2, seconds=0.1, note=lambda text: None, free_share=lambda: 0.6).examine()
-    assert not found.tried
-    assert "data.workers=2" in found.not_tried
-    assert sum(found.phases.values()) == pytest.approx(found.step_seconds)
-    assert found.images_per_step / found.step_seconds == pytest.approx(found.images_per_second.median)
-    assert lines(found)[-2].startswith("Not tried for lack of time (--seconds): ")
-    assert lines(found)[-1].startswith("Rough: other programs used the cores meanwhile (busy threads got 60% of")
+    request = ArmRequest(TEXT, "small.yaml", "small", ("train.batch_size=4",))
+    with Starter(request, on_gpu=False) as start:
+        result = Doctor(start, CPU, 2, seconds=0.1, note=lambda text: None, free_share=lambda: 0.6).examine()
+    assert not result.tried
+    assert "data.workers=2" in result.not_tried
+    assert sum(result.phases.values()) == pytest.approx(result.step_seconds)
+    assert result.images_per_step / result.step_seconds == pytest.approx(result.images_per_second.median)
+    assert lines(result)[-2].startswith("Not tried for lack of time (--seconds): ")
+    assert lines(result)[-1].startswith("Rough: other programs used the cores meanwhile (busy threads got 60% of")
 
 
 def test_figures_are_rough_only_where_others_use_the_cores() -> None:
@@ -259,9 +259,9 @@ def test_figures_are_rough_only_where_others_use_the_cores() -> None:
 
 
 def test_a_recipe_that_cant_run_here_is_one_message(forked_arms: None) -> None:
-    asked = ArmRequest(TEXT, "small.yaml", "small", ("model.name=no_such_model",))
+    request = ArmRequest(TEXT, "small.yaml", "small", ("model.name=no_such_model",))
     with (
-        Starter(asked, on_gpu=False) as start,
+        Starter(request, on_gpu=False) as start,
         pytest.raises(RunError, match=r"could not be profiled here: .*"),
     ):
         Doctor(start, CPU, 2, seconds=1.0, note=lambda text: None).examine()
@@ -275,7 +275,7 @@ def test_a_trace_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         doctor(None, CPU, seconds=1, note=print, trace=tmp_path / "t.json")  # type: ignore[arg-type]
 
 
-def test_the_command_line_examines(
+def test_the_command_line_runs_doctor(
     tmp_path: Path,
     write_recipe: Callable[..., Path],
     forked_arms: None,

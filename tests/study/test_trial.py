@@ -1,4 +1,4 @@
-"""Trainings run in turns: what is measured is the training itself, and its arms are processes that stand still."""
+"""Trial trainings: the measured steps are those of training, and arms are processes stopped between turns."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def arm_request(*overrides: str) -> ArmRequest:
 
 
 def reports_of(trial: Trial, turns: list[Turn]) -> list[Report]:
-    found: list[Report] = []
+    reports: list[Report] = []
 
     def next_turn(report: Report | None) -> Turn | None:
         if report is not None:
-            found.append(report)
-        return turns[len(found)] if len(found) < len(turns) else None
+            reports.append(report)
+        return turns[len(reports)] if len(reports) < len(turns) else None
 
     trial.run(next_turn)
-    return found
+    return reports
 
 
-def test_a_trial_makes_the_steps_of_the_training_itself(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+def test_a_trial_makes_the_same_steps_as_training(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     """The same losses, and the same weights, as the ordinary training of the same recipe."""
     trainer = Trainer.from_recipe(write_recipe(TEXT), ["log.every=1", f"output_dir={tmp_path / 'run'}"])
     trainer.fit()
@@ -66,36 +66,36 @@ def test_a_trial_makes_the_steps_of_the_training_itself(tmp_path: Path, write_re
         assert torch.equal(value, plain[name]), name
 
 
-def test_turns_last_as_long_as_they_are_told() -> None:
+def test_turns_last_as_long_as_requested() -> None:
     trial = Trial(arm_request())
     turns = [Turn(min_steps=5, seconds=0.0), Turn(min_steps=1, seconds=0.3), Turn(min_steps=1, seconds=9, max_steps=2)]
-    steps, seconds, most = reports_of(trial, turns)
+    steps, seconds, capped = reports_of(trial, turns)
     assert len(steps.step_seconds) == 5
     assert seconds.seconds >= 0.3
-    assert len(most.step_seconds) == 2
+    assert len(capped.step_seconds) == 2
     assert sum(seconds.step_seconds) == pytest.approx(seconds.seconds, rel=0.05)
 
 
-def test_what_is_ready_says_what_the_settings_became() -> None:
-    found = Trial(arm_request("train.duration=2 epochs", "accelerate.gradient_accumulation_steps=2")).ready
-    assert found.settings["accelerate.mixed_precision"] == "no"
-    assert (found.micro_batch_size, found.has_batch_norm, found.is_jpeg) == (8, True, False)
-    assert found.steps == 2 * found.steps_per_epoch
-    assert found.short_last_step
+def test_the_ready_message_has_the_resolved_settings() -> None:
+    ready_message = Trial(arm_request("train.duration=2 epochs", "accelerate.gradient_accumulation_steps=2")).ready
+    assert ready_message.settings["accelerate.mixed_precision"] == "no"
+    assert (ready_message.micro_batch_size, ready_message.has_batch_norm, ready_message.is_jpeg) == (8, True, False)
+    assert ready_message.steps == 2 * ready_message.steps_per_epoch
+    assert ready_message.short_last_step
 
 
-def test_a_pass_is_short_where_pixels_are_kept() -> None:
+def test_a_pass_is_short_if_pixels_are_cached() -> None:
     cached = Trial(arm_request("data.cache=memory", "train.duration=3 epochs"))
     assert cached.ready.keeps_pixels
     assert cached.ready.period == 256 // 16
     first, later = reports_of(cached, [Turn(min_steps=3, drain=True), Turn(min_steps=2)])
     assert first.fill_seconds > 0
     assert later.fill_seconds is None
-    assert first.images == 48  # those that filled the cache were not trained on
+    assert first.images == 48  # the images that filled the cache were not trained on
     assert num_kept(cached.loader.prefetcher.images.images.cache) == 256
 
 
-def test_what_workers_made_ahead_is_used_up() -> None:
+def test_prefetched_batches_are_used_up() -> None:
     trial = Trial(arm_request("data.workers=1"))
     original_make = trial.loader.prefetcher.images.make
 
@@ -113,8 +113,8 @@ def test_passes_are_the_first_steps_again_with_other_randomness() -> None:
     order = Passes(num_images=100, batch_size=10, micro_batch_size=10, period=3)
     plain = SamplingPlan(num_images=100, batch_size=10, micro_batch_size=10)
     for step in range(6):
-        (key,), (same,) = order.plan(step).micro_batches, plain.plan(step % 3).micro_batches
-        assert np.array_equal(key.indices, same.indices)
+        (key,), (plain_key,) = order.plan(step).micro_batches, plain.plan(step % 3).micro_batches
+        assert np.array_equal(key.indices, plain_key.indices)
         assert key.epoch == step // 3
 
 
@@ -129,7 +129,7 @@ def test_out_of_memory_ends_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
         reports_of(trial, [Turn()])
 
 
-def test_halves_are_measured_alone() -> None:
+def test_loader_and_model_are_measured_alone() -> None:
     trial = Trial(arm_request("data.workers=1"))
     loader = trial.loader_alone(Turn(min_steps=4, seconds=0.1))
     compute = trial.compute_alone(Turn(min_steps=3, seconds=0.1))
@@ -150,7 +150,7 @@ def test_the_first_gradient_is_written(tmp_path: Path) -> None:
     assert trial.trainer.state.lr == trial.trainer.lr
 
 
-def test_dropout_is_taken_out_for_comparing() -> None:
+def test_dropout_is_disabled_for_comparisons() -> None:
     trial = Trial(arm_request("model.name=test_vit", "model.drop_path=0.3"), ArmOptions(without_dropout=True))
     rates = [m.drop_prob for m in trial.trainer.raw_model.modules() if hasattr(m, "drop_prob")]
     assert rates
@@ -159,7 +159,7 @@ def test_dropout_is_taken_out_for_comparing() -> None:
 
 @pytest.fixture
 def starter(forked_arms: None) -> Any:
-    """Starts arms."""
+    """Return a starter of real arms."""
     with Starter(arm_request(), on_gpu=False) as start:
         yield start
 
@@ -169,7 +169,7 @@ def states(pid: int) -> set[str]:
     return {process.status() for process in [parent, *parent.children(recursive=True)]}
 
 
-def test_an_arm_and_its_loader_processes_stand_still_between_turns(starter: Starter) -> None:
+def test_an_arm_and_its_loader_processes_are_stopped_between_turns(starter: Starter) -> None:
     arm = starter(Arm("a", ("data.workers=2",)), ArmOptions())
     pid = arm._process.pid
     try:
@@ -185,7 +185,7 @@ def test_an_arm_and_its_loader_processes_stand_still_between_turns(starter: Star
     assert not psutil.pid_exists(pid)
 
 
-def test_what_is_wrong_in_an_arm_is_one_line(starter: Starter) -> None:
+def test_an_error_in_an_arm_is_one_line(starter: Starter) -> None:
     for overrides, text in (
         (("train.batch_size=0",), "train.batch_size is 0"),
         (("model.name=no_such_model",), "no_such_model"),
@@ -195,7 +195,7 @@ def test_what_is_wrong_in_an_arm_is_one_line(starter: Starter) -> None:
             starter(Arm("wrong", overrides), ArmOptions())
 
 
-def test_an_arm_that_dies_is_told_apart(starter: Starter) -> None:
+def test_the_death_of_an_arm_is_recognised(starter: Starter) -> None:
     arm = starter(Arm("a"), ArmOptions())
     os.kill(arm._process.pid, signal.SIGKILL)
     with pytest.raises(ArmFailed, match="killed, possibly out of memory"):
@@ -203,7 +203,7 @@ def test_an_arm_that_dies_is_told_apart(starter: Starter) -> None:
     arm.close()
 
 
-def test_a_turn_has_its_limit(starter: Starter) -> None:
+def test_a_turn_has_a_time_limit(starter: Starter) -> None:
     arm = starter(Arm("a"), ArmOptions())
     try:
         with pytest.raises(ArmFailed, match="not done after 0 s, which is all the time it had"):
@@ -224,7 +224,7 @@ def test_a_starter_removes_what_arms_wrote(starter: Starter) -> None:
 
 
 def test_a_cache_on_the_device_is_filled_by_the_passes_alone() -> None:
-    """Most of the images are in no pass; fetching must end all the same."""
+    """Most images are in no pass; fetching must end nevertheless."""
     trial = Trial(
         arm_request("data.cache=device", "data.workers=0", "augment={crop: padded}", "train.duration=3 epochs")
     )
@@ -233,7 +233,7 @@ def test_a_cache_on_the_device_is_filled_by_the_passes_alone() -> None:
     assert (first.images, later.images) == (48, 32)
 
 
-def test_where_not_all_pixels_can_be_kept_it_is_measured_as_if_none_were() -> None:
+def test_if_not_all_pixels_fit_the_cache_it_is_measured_without_one() -> None:
     trial = Trial(arm_request("data.cache=memory", "data.cache_gb=0.0001", "train.duration=3 epochs"))
     assert not trial.ready.keeps_pixels
     assert trial.ready.period > 80
@@ -255,8 +255,8 @@ with Starter(ArmRequest(sys.argv[1], "small.yaml", "small"), on_gpu=False) as st
 """
 
 
-def test_arms_end_when_the_one_that_asked_is_killed() -> None:
-    """Those that stand still too: the kernel wakes them."""
+def test_arms_end_when_their_parent_is_killed() -> None:
+    """Stopped ones too: the kernel wakes them."""
     with subprocess.Popen([sys.executable, "-c", PARENT, TEXT], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
@@ -278,19 +278,19 @@ def test_a_trace_is_written(starter: Starter, tmp_path: Path) -> None:
     assert '"traceEvents"' in (tmp_path / "trace.json").read_text()
 
 
-def test_studies_want_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="it measures on one device; start it without a launcher"):
         require_one_process()
 
 
-def test_studies_want_processes_that_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_need_processes_that_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "SIGSTOP")
     with pytest.raises(RunError, match="needs to stop processes"):
         require_one_process()
 
 
-def test_a_recipe_is_asked_with_its_overrides(write_recipe: Callable[..., Path]) -> None:
+def test_the_request_has_the_recipes_overrides(write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(write_recipe(), ["train.batch_size=8"])
     assert to_arm_request(recipe).load().train.batch_size == 8
 

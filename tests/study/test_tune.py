@@ -1,4 +1,4 @@
-"""Tuning on a fake clock: what is found, the guard on precision, the budget, and the recipe that is written."""
+"""Tuning on a fake clock: the search, the guard on precision, the budget, and the tuned recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPU = Hardware(gpu=True, bf16=True, compiler=True)
 
 
 def speed_of(**faster: float) -> Callable[[dict[str, str]], float]:
-    """Return a speed function: `section__key__value=factor` for each setting that changes it."""
+    """Return a speed function from `section__key__value=factor` of each setting that changes it."""
 
     def speed(settings: dict[str, str]) -> float:
         seconds = 0.02
@@ -57,19 +57,19 @@ def test_the_fastest_settings_are_found() -> None:
             data__cache__memory=1.3,
         )
     )
-    found = search(fakes)
-    best = found.best.config
+    result = search(fakes)
+    best = result.best.config
     assert best["accelerate.mixed_precision"] == "bf16"
     assert best["accelerate.channels_last"] is False
     assert best["accelerate.micro_batch_size"] == 16
     assert best["data.workers"] == 2
     assert best["data.cache"] == "memory"
-    assert found.speed_up.median == pytest.approx(2 * 1.2 * 1.1 * 1.15 * 1.3, rel=0.01)
+    assert result.speed_up.median == pytest.approx(2 * 1.2 * 1.1 * 1.15 * 1.3, rel=0.01)
     assert fakes.alive == 0
 
 
 def test_settings_that_help_only_together_are_found_in_layouts() -> None:
-    """bf16 is slower as it is, and faster with the other memory layout."""
+    """bf16 is slower by itself and faster with the other memory layout."""
 
     def speed(settings: dict[str, str]) -> float:
         bf16, last = settings.get("accelerate.mixed_precision") == "bf16", settings.get("accelerate.channels_last")
@@ -78,17 +78,17 @@ def test_settings_that_help_only_together_are_found_in_layouts() -> None:
     assert search(Fakes(speed)).best.config["accelerate.mixed_precision"] == "bf16"
 
 
-def test_what_is_slower_is_left_alone() -> None:
-    found = search(Fakes(speed_of(accelerate__mixed_precision__bf16=0.7, accelerate__channels_last__false=0.5)))
-    assert found.best is found.baseline
-    assert found.speed_up is None
+def test_slower_settings_are_not_chosen() -> None:
+    result = search(Fakes(speed_of(accelerate__mixed_precision__bf16=0.7, accelerate__channels_last__false=0.5)))
+    assert result.best is result.baseline
+    assert result.speed_up is None
 
 
 def test_noise_is_not_taken_for_speed() -> None:
     """Twice as fast in one turn and slower in the next is no gain."""
     rng = np.random.default_rng(0)
-    found = search(Fakes(lambda settings: 0.02 * float(rng.uniform(0.9, 1.1))))
-    assert found.best is found.baseline
+    result = search(Fakes(lambda settings: 0.02 * float(rng.uniform(0.9, 1.1))))
+    assert result.best is result.baseline
 
 
 def test_settings_are_compared_within_rounds_when_the_machine_changes_its_speed() -> None:
@@ -99,12 +99,12 @@ def test_settings_are_compared_within_rounds_when_the_machine_changes_its_speed(
         return speed_of(channels_last=0.8)(settings) * (8 if fakes.clock.now < 4.0 else 1)
 
     fakes.speed = speed
-    found = Tuner(fakes, 180, CPU, 2, note=lambda text: None, clock=fakes.clock).run()
-    assert found.baseline is not None
-    measured = [candidate for candidate in found.tried if candidate.measurement.is_measured]
+    result = Tuner(fakes, 180, CPU, 2, note=lambda text: None, clock=fakes.clock).run()
+    assert result.baseline is not None
+    measured = [candidate for candidate in result.tried if candidate.measurement.is_measured]
     rates = {candidate.measurement.arm.name: candidate.images_per_second for candidate in measured}
-    assert max(rates.values()) == found.best.images_per_second >= rates["as it is"]
-    slower = [c for c in measured if c is not found.best and c.speed_up().median < 1.01]
+    assert max(rates.values()) == result.best.images_per_second >= rates["as it is"]
+    slower = [c for c in measured if c is not result.best and c.speed_up().median < 1.01]
     assert all(candidate.images_per_second < 1.01 * rates["as it is"] for candidate in slower)
 
 
@@ -116,18 +116,18 @@ def test_a_precision_that_does_not_train_as_fp32_is_refused() -> None:
         if settings.get("accelerate.mixed_precision") == "bf16"
         else np.ones(8, np.float32)
     )
-    found = search(fakes, messages=messages)
-    assert found.best.config["accelerate.mixed_precision"] == "no"
+    result = search(fakes, messages=messages)
+    assert result.best.config["accelerate.mixed_precision"] == "no"
     assert any("mixed_precision=bf16: gradient cosine" in text and "not used" in text for text in messages)
 
 
-def test_a_precision_whose_loss_goes_elsewhere_is_refused() -> None:
+def test_a_precision_whose_loss_diverges_from_fp32_is_refused() -> None:
     fakes = Fakes(speed_of(accelerate__mixed_precision__bf16=2.0))
     fakes.losses = lambda settings: 2.2 if settings.get("accelerate.mixed_precision") == "bf16" else 2.0
     assert search(fakes).best.config["accelerate.mixed_precision"] == "no"
 
 
-def test_the_guard_needs_numbers() -> None:
+def test_the_guard_needs_finite_losses() -> None:
     fine = LossCurve(np.ones(4, np.float32), (2.0, 1.0))
     assert compare(fine, fine).is_good
     assert not compare(LossCurve(np.zeros(4, np.float32), (2.0, 1.0)), fine).is_good
@@ -137,7 +137,7 @@ def test_the_guard_needs_numbers() -> None:
     assert compare(LossCurve(fine.gradient, (2.1, 1.0)), fine).loss_difference == pytest.approx(0.1 / 3)
 
 
-def test_a_precision_that_was_asked_for_needs_no_guard() -> None:
+def test_a_requested_precision_needs_no_guard() -> None:
     fakes = Fakes(
         speed_of(accelerate__mixed_precision__bf16=2.0),
         ready=ready(settings={**FACTS, "accelerate.mixed_precision": "bf16"}),
@@ -146,42 +146,42 @@ def test_a_precision_that_was_asked_for_needs_no_guard() -> None:
     assert search(fakes).best.config["accelerate.mixed_precision"] == "bf16"
 
 
-def test_compiling_is_taken_where_it_pays() -> None:
+def test_compilation_is_chosen_if_it_pays_off() -> None:
     faster = speed_of(accelerate__compile__true=1.5)
-    long = search(Fakes(faster), budget=900)
-    assert long.best.config["accelerate.compile"] is True
-    assert long.best.forecast() == pytest.approx(100 * 1000 * 0.02 / 1.5 + 2 * 60, rel=0.01)  # two shapes
+    long_budget = search(Fakes(faster), budget=900)
+    assert long_budget.best.config["accelerate.compile"] is True
+    assert long_budget.best.forecast() == pytest.approx(100 * 1000 * 0.02 / 1.5 + 2 * 60, rel=0.01)  # two shapes
     short = search(Fakes(faster, ready=ready(steps=32)), budget=900)
     assert short.best.config["accelerate.compile"] is False
     assert any("too short to pay for it" in text for text in short.skipped)
 
 
-def test_compiling_that_takes_longer_than_it_saves_is_not_taken() -> None:
-    found = search(Fakes(speed_of(accelerate__compile__true=1.1), compiling=100, ready=ready(steps=1600)), budget=900)
-    assert found.best.config["accelerate.compile"] is False
-    assert any(candidate.config["accelerate.compile"] for candidate in found.tried)
+def test_compilation_that_takes_longer_than_it_saves_is_not_chosen() -> None:
+    result = search(Fakes(speed_of(accelerate__compile__true=1.1), compiling=100, ready=ready(steps=1600)), budget=900)
+    assert result.best.config["accelerate.compile"] is False
+    assert any(candidate.config["accelerate.compile"] for candidate in result.tried)
 
 
 @pytest.mark.parametrize("budget", [30.0, 60.0, 180.0, 900.0])
 @pytest.mark.parametrize(("image_seconds", "start"), [(0.002, 2.0), (0.02, 6.0), (0.01, 9.0)])
 def test_the_budget_is_kept(budget: float, image_seconds: float, start: float) -> None:
     fakes = Fakes(lambda settings: image_seconds, start_seconds=start)
-    found = search(fakes, budget=budget)
-    assert fakes.clock.now <= 1.2 * budget, found.skipped
-    assert found.seconds == fakes.clock.now
+    result = search(fakes, budget=budget)
+    assert fakes.clock.now <= 1.2 * budget, result.skipped
+    assert result.seconds == fakes.clock.now
     if budget < 100:
-        assert found.skipped
+        assert result.skipped
 
 
-def test_compiling_that_does_not_end_does_not_break_the_budget() -> None:
+def test_compilation_that_does_not_end_does_not_break_the_budget() -> None:
     fakes = Fakes(speed_of(accelerate__compile__true=3.0), compiling=10_000.0)
-    found = search(fakes, budget=300)
+    result = search(fakes, budget=300)
     assert fakes.clock.now <= 1.2 * 300
-    assert found.best.config["accelerate.compile"] is False
-    assert any("not done after" in candidate.measurement.failed for candidate in found.tried)
+    assert result.best.config["accelerate.compile"] is False
+    assert any("not done after" in candidate.measurement.failed for candidate in result.tried)
 
 
-def test_a_budget_that_does_not_do_is_one_message() -> None:
+def test_a_budget_that_is_too_short_is_one_message() -> None:
     with pytest.raises(RunError, match=r"own first steps took 56\.4 s; give at least 8m"):
         search(Fakes(lambda settings: 1.0), budget=60)
 
@@ -193,7 +193,7 @@ def test_budgets_are_times(text: str, seconds: float) -> None:
     assert parse_budget(text) == seconds
 
 
-def test_budgets_that_are_none() -> None:
+def test_invalid_budgets_are_refused() -> None:
     with pytest.raises(RunError, match="--budget soon: must be a time such as 3m, 90s or 1h"):
         parse_budget("soon")
     with pytest.raises(RunError, match="--budget 5s: too short to measure anything; give at least 20s"):
@@ -216,7 +216,7 @@ def memory_for(images: int) -> Callable[[dict[str, str]], float]:
     return speed
 
 
-def test_where_the_recipe_does_not_fit_a_smaller_micro_batch_is_found() -> None:
+def test_a_smaller_micro_batch_is_found_if_the_recipe_does_not_fit() -> None:
     fakes = Fakes(memory_for(8))
     plain = fakes.speed
 
@@ -226,12 +226,12 @@ def test_where_the_recipe_does_not_fit_a_smaller_micro_batch_is_found() -> None:
             raise ArmFailed("out of memory with micro-batches of 32 images", out_of_memory=True)
 
     fakes.before_turn = before
-    found = search(fakes)
-    assert found.baseline is None
-    assert found.best.config["accelerate.micro_batch_size"] == 8
+    result = search(fakes)
+    assert result.baseline is None
+    assert result.best.config["accelerate.micro_batch_size"] == 8
 
 
-def test_nothing_fits() -> None:
+def test_a_model_that_does_not_fit_at_all_is_one_message() -> None:
     fakes = Fakes(lambda settings: 0.02)
 
     def before(arm: Arm) -> None:
@@ -242,15 +242,15 @@ def test_nothing_fits() -> None:
         search(fakes)
 
 
-def test_an_arm_that_fails_is_left_out() -> None:
+def test_an_arm_that_fails_is_excluded() -> None:
     def speed(settings: dict[str, str]) -> float:
         if settings.get("accelerate.channels_last") == "false":
             raise ArmFailed("RuntimeError: no such kernel")
         return 0.01 if settings.get("accelerate.mixed_precision") == "bf16" else 0.02
 
-    found = search(Fakes(speed))
-    assert found.best.config["accelerate.mixed_precision"] == "bf16"
-    assert any(candidate.measurement.failed == "RuntimeError: no such kernel" for candidate in found.tried)
+    result = search(Fakes(speed))
+    assert result.best.config["accelerate.mixed_precision"] == "bf16"
+    assert any(candidate.measurement.failed == "RuntimeError: no such kernel" for candidate in result.tried)
 
 
 def test_an_arm_may_fail_in_its_first_measured_turn() -> None:
@@ -262,9 +262,9 @@ def test_an_arm_may_fail_in_its_first_measured_turn() -> None:
             raise ArmFailed("its process ended (signal 11)")
 
     fakes.before_turn = before
-    found = search(fakes)
-    assert found.best.config["accelerate.channels_last"] is False
-    assert any(candidate.measurement.failed for candidate in found.tried)
+    result = search(fakes)
+    assert result.best.config["accelerate.channels_last"] is False
+    assert any(candidate.measurement.failed for candidate in result.tried)
 
 
 def test_ctrl_c_gives_the_best_so_far() -> None:
@@ -275,18 +275,18 @@ def test_ctrl_c_gives_the_best_so_far() -> None:
             raise KeyboardInterrupt
 
     fakes.before_turn = before
-    found = search(fakes)
-    assert not found.complete
-    assert found.best.config["accelerate.mixed_precision"] == "bf16"
-    assert found.best.config["data.cache"] == "none"
+    result = search(fakes)
+    assert not result.complete
+    assert result.best.config["accelerate.mixed_precision"] == "bf16"
+    assert result.best.config["data.cache"] == "none"
     assert fakes.alive == 0
 
 
 def test_a_gpu_has_other_settings_to_try() -> None:
     fakes = Fakes(speed_of(accelerate__mixed_precision__fp16=2.0, data__pin_memory__true=1.3))
-    found = search(fakes, hardware=GPU)
-    assert found.best.config["accelerate.mixed_precision"] == "fp16"
-    assert found.best.config["data.pin_memory"] is True
+    result = search(fakes, hardware=GPU)
+    assert result.best.config["accelerate.mixed_precision"] == "fp16"
+    assert result.best.config["data.pin_memory"] is True
     assert all("cpu_threads" not in arm.name for arm in fakes.started)
 
 
@@ -296,17 +296,17 @@ def test_one_epoch_needs_no_cache() -> None:
     assert [c["data.cache"] for c in space.caches(config, ready())] == ["memory"]
 
 
-def test_accumulation_that_was_asked_for_may_be_taken_back() -> None:
-    there = ready(settings={**FACTS, "accelerate.gradient_accumulation_steps": 4}, micro_batch_size=8)
-    config = space.first_config(there)
+def test_requested_accumulation_may_be_removed() -> None:
+    request = ready(settings={**FACTS, "accelerate.gradient_accumulation_steps": 4}, micro_batch_size=8)
+    config = space.first_config(request)
     assert config["accelerate.micro_batch_size"] == 8
-    assert [c["accelerate.micro_batch_size"] for c in space.micro_batches(config, there)] == [None, 4]
+    assert [c["accelerate.micro_batch_size"] for c in space.micro_batches(config, request)] == [None, 4]
 
 
-def test_the_forecast_counts_the_first_pass_apart() -> None:
-    found = search(Fakes(lambda settings: 0.02))
-    measurement = replace(found.baseline.measurement, ready=ready(keeps_pixels=True), first_pass_seconds=0.5)
-    candidate = Candidate(found.baseline.config, measurement, measurement)
+def test_the_forecast_counts_the_first_pass_separately() -> None:
+    result = search(Fakes(lambda settings: 0.02))
+    measurement = replace(result.baseline.measurement, ready=ready(keeps_pixels=True), first_pass_seconds=0.5)
+    candidate = Candidate(result.baseline.config, measurement, measurement)
     assert candidate.forecast() == pytest.approx(1000 * 0.5 + 99_000 * 0.02)
 
 
@@ -357,7 +357,7 @@ def test_a_model_without_batch_norm_has_no_mark(write_recipe: Callable[..., Path
     assert "batch-norm" not in text
 
 
-def test_an_output_that_exists_is_kept(
+def test_an_existing_output_is_kept(
     tmp_path: Path, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_recipe(RECIPE)
@@ -386,7 +386,7 @@ def test_the_command_line_tunes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Real arms, as many as some seconds are enough for; the recipe trains, and `auto` knows what was found."""
+    """Real arms, for some seconds; the tuned recipe trains, and `auto` uses the stored tuning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_fasttrain.study.tune.MIN_BUDGET", 1.0)
     text = "model: {name: test_resnet}\ndata: {dataset: digits, image_size: 32}\n"

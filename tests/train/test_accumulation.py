@@ -1,4 +1,4 @@
-"""Promise 2: gradients are those of the mean loss over a step's images, whatever the split."""
+"""Guarantee 2: gradients are those of the mean loss over a step's images, for any split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES = ("hard", "mixed", "multi_label", "weighted", "bce")
 
 
 class Images:
-    """Random pixels and labels, made from a fixed seed."""
+    """Random pixels and labels from a fixed seed."""
 
     def __init__(self, num_images: int, case: str) -> None:
         rng = np.random.default_rng(7)
@@ -80,7 +80,7 @@ def train(
     num_images: int = NUM_IMAGES,
     batch_size: int = BATCH,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Return the weights and the logged losses after training by Trainer on this process's share."""
+    """Return the weights and logged losses after training by Trainer on this process's share."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     order = SamplingPlan(
         num_images=num_images,
@@ -114,7 +114,7 @@ def train(
 
 
 def reference(case: str, *, num_steps: int = 5) -> tuple[dict[str, Tensor], list[float]]:
-    """Return weights and losses of a loop in plain PyTorch: whole steps, the mean loss written out."""
+    """Return weights and losses of a plain PyTorch loop: complete steps with their mean loss."""
     images, model = Images(NUM_IMAGES, case), make_model(torch.float32)
     order = SamplingPlan(num_images=NUM_IMAGES, batch_size=BATCH, micro_batch_size=1000)
     normalize, loss = NormalizeAs(torch.float32), make_loss(case)
@@ -148,9 +148,9 @@ def reference(case: str, *, num_steps: int = 5) -> tuple[dict[str, Tensor], list
     return {name: value.detach() for name, value in model.state_dict().items()}, losses
 
 
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     for name, value in expected.items():
-        assert (got[name] - value).norm() <= tolerance * value.norm(), name
+        assert (actual[name] - value).norm() <= tolerance * value.norm(), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -164,18 +164,18 @@ def test_accumulation_gives_the_weights_of_whole_steps(case: str, accumulation: 
 
 @pytest.mark.parametrize("case", CASES)
 def test_accumulation_is_exact_in_float64_with_adamw(case: str) -> None:
-    whole, _ = train(case, 1, optimizer="adamw", dtype=torch.float64)
+    unsplit, _ = train(case, 1, optimizer="adamw", dtype=torch.float64)
     for accumulation in (2, 4, 5):
         split, _ = train(case, accumulation, optimizer="adamw", dtype=torch.float64)
-        assert_same(split, whole, 1e-9)
+        assert_same(split, unsplit, 1e-9)
 
 
-def test_a_wrong_share_would_be_seen() -> None:
-    """The comparison can fail: a short window weighted like a full one gives other weights."""
-    whole, _ = train("hard", 1)
+def test_a_wrong_weighting_of_micro_batches_would_be_detected() -> None:
+    """The comparison can fail: a short micro-batch weighted like a full one gives other weights."""
+    unsplit, _ = train("hard", 1)
     other, _ = train("hard", 1, num_images=NUM_IMAGES - 1)
     with pytest.raises(AssertionError):
-        assert_same(other, whole, 1e-5)
+        assert_same(other, unsplit, 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -189,9 +189,9 @@ def test_two_processes_give_the_weights_of_one(case: str, accumulation: int) -> 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_two_processes_are_exact_in_float64_with_adamw(accumulation: int) -> None:
-    whole, _ = train("mixed", 1, optimizer="adamw", dtype=torch.float64)
+    unsplit, _ = train("mixed", 1, optimizer="adamw", dtype=torch.float64)
     for weights, _ in run_processes(train_float64, "mixed", accumulation):
-        assert_same(weights, whole, 1e-9)
+        assert_same(weights, unsplit, 1e-9)
 
 
 def train_float64(case: str, accumulation: int) -> tuple[dict[str, Tensor], list[float]]:
@@ -200,9 +200,9 @@ def train_float64(case: str, accumulation: int) -> tuple[dict[str, Tensor], list
 
 def test_a_last_step_with_fewer_images_than_processes() -> None:
     """37 + 1 images: in the second step three of four processes have none."""
-    whole, losses = train("hard", 1, num_images=BATCH + 1, num_steps=4)
+    unsplit, losses = train("hard", 1, num_images=BATCH + 1, num_steps=4)
     for weights, split_losses in run_processes(train_with_a_single_last_image, num_processes=4):
-        assert_same(weights, whole, 1e-5)
+        assert_same(weights, unsplit, 1e-5)
         assert split_losses == pytest.approx(losses, rel=1e-5)
 
 
@@ -223,7 +223,7 @@ def norms_after_a_step_without_images() -> tuple[Tensor, Tensor]:
     return model[1].running_mean.clone(), model[0].weight.detach().clone()
 
 
-def test_a_process_without_images_leaves_batch_norm_alone() -> None:
+def test_a_process_without_images_does_not_change_batch_norm() -> None:
     (empty, weight0), (full, weight1) = run_processes(norms_after_a_step_without_images)
     assert torch.equal(empty, torch.zeros(4))
     assert not torch.equal(full, torch.zeros(4))
@@ -231,7 +231,7 @@ def test_a_process_without_images_leaves_batch_norm_alone() -> None:
 
 
 def test_a_step_of_one_image_keeps_batch_norm_statistics() -> None:
-    """One image has no batch statistics: the running ones normalise it, and stay."""
+    """One image has no batch statistics: the running ones normalise it and do not change."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
     data = [(torch.randn(1, 3, 1, 1), torch.tensor([2]))]
     before = model[1].weight.detach().clone()
@@ -262,7 +262,7 @@ def test_a_user_loader_with_uneven_shares_and_accumulation() -> None:
         assert_same(weights, whole, 1e-5)
 
 
-def test_a_loss_that_is_no_single_number_is_refused() -> None:
+def test_a_loss_that_is_not_a_scalar_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     data = [(torch.randn(8, 3, 2, 2), torch.randint(3, (8,)))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -272,24 +272,24 @@ def test_a_loss_that_is_no_single_number_is_refused() -> None:
 
 
 class Twice(Trainer):
-    """Goes through each step's micro-batches twice."""
+    """Iterates over each step's micro-batches twice."""
 
     same = 0
 
     def train_step(self, step: Step) -> Tensor:
-        found = []
+        actual = []
         for _ in range(2):
             self.step.optimizer.zero_grad()
             loss = self.step.gradients(step)
-            found.append([loss.detach(), *(p.grad.clone() for p in self.step.parameters)])
-        assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+            actual.append([loss.detach(), *(p.grad.clone() for p in self.step.parameters)])
+        assert all(torch.equal(first, second) for first, second in zip(*actual, strict=True))
         self.same += 1
         self.step.update()
         return loss
 
 
-def two_passes(accumulation: int, case: str, own: bool) -> dict[str, Tensor]:
-    """Train with two passes a step over a TrainLoader, or over a loader of one's own; return the weights."""
+def two_passes(accumulation: int, case: str, user_loader: bool) -> dict[str, Tensor]:
+    """Train with two passes per step over a TrainLoader or a user loader; return the weights."""
     accelerator = Accelerator(cpu=True)
     processes, index = accelerator.num_processes, accelerator.process_index
     images, normalize = Images(NUM_IMAGES, case), NormalizeAs(torch.float32)
@@ -299,7 +299,7 @@ def two_passes(accumulation: int, case: str, own: bool) -> dict[str, Tensor]:
     model = nn.Sequential(make_model(torch.float32), nn.Dropout(0.5))
     mixing = Mixing(0.8, 1.0, NUM_CLASSES) if case == "mixed" else None
     loader: Any = TrainLoader(prefetcher, order, normalize, mixing, lambda _: SIZE)
-    if own:
+    if user_loader:
         loader = [(normalize(images.pixels)[index::processes], images.labels[index::processes])] * 3
     trainer = Twice(
         model,
@@ -316,15 +316,15 @@ def two_passes(accumulation: int, case: str, own: bool) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("case", "own"), [("hard", True), ("mixed", False)])
-def test_a_steps_micro_batches_can_be_iterated_again(case: str, own: bool) -> None:
-    """The same gradients bit by bit in the second pass, dropout's masks and mixing included."""
+@pytest.mark.parametrize(("case", "user_loader"), [("hard", True), ("mixed", False)])
+def test_a_steps_micro_batches_can_be_iterated_again(case: str, user_loader: bool) -> None:
+    """The second pass gives bitwise the same gradients, including dropout masks and mixing."""
     for accumulation in (1, 3):
-        two_passes(accumulation, case, own)
-        run_processes(two_passes, accumulation, case, own)
+        two_passes(accumulation, case, user_loader)
+        run_processes(two_passes, accumulation, case, user_loader)
 
 
-def test_the_halves_of_a_step_are_its_whole() -> None:
+def test_forward_backward_and_update_equal_the_complete_step() -> None:
     class Halves(Trainer):
         def train_step(self, step: Step) -> Tensor:
             loss = self.step.gradients(step)

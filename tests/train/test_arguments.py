@@ -1,4 +1,4 @@
-"""A Trainer of own objects that are none, or the wrong ones: one message at construction, which names the parameter."""
+"""Missing or wrong arguments of a Trainer: one message at construction, which names the parameter."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"eval_loader": []}, r"eval_loader: must be a loader with at least one batch, .* got \[\]"),
     ({"eval_loader": DataLoader(IMAGES, 8, sampler=[])}, "eval_loader: .* got a DataLoader"),
     ({"eval_loader": IMAGES}, r"eval_loader: .* as DataLoader\(dataset, .* got a TensorDataset"),
-    ({"train_loader": IMAGES}, r"train_loader: must be a loader, .*DataLoader\(dataset, .* got a TensorDataset"),
+    (
+        {"train_loader": IMAGES},
+        r"train_loader: must be a loader that yields batches, .*DataLoader\(dataset, .* got a TensorDataset",
+    ),
     ({"train_loader": datasets.Dataset.from_dict({"image": [1]})}, "train_loader: .* got a Dataset"),
     ({"train_loader": "images"}, "train_loader: .* got 'images'"),
     ({"train_loader": DataLoader}, "train_loader: .* got the class DataLoader itself"),
     ({"loss": "cross_entropy"}, "loss: must be a function or module that maps .* got 'cross_entropy'"),
     ({"step_loss": 3}, "step_loss: must be a function or module that maps .model, images, targets, at. .* got 3"),
-    ({"step_loss": print, "loss": nn.L1Loss()}, "loss: has no effect beside a step_loss"),
+    ({"step_loss": print, "loss": nn.L1Loss()}, "loss: has no effect with step_loss"),
     ({"loss": nn.CrossEntropyLoss}, "loss: .* got the class CrossEntropyLoss itself"),
     ({"callbacks": Callback()}, r"callbacks: must be a list of callbacks: callbacks=\[...\], got a Callback"),
     ({"log_every": 0}, "log_every: must be a whole number of at least 1, in steps, got 0"),
@@ -60,7 +63,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"best": "loss"}, r"best: must be a Watch, like Watch\('loss'\), got 'loss'"),
     ({"early_stopping": 5}, r"early_stopping: must be a Watch with a patience .*patience=500\), or None, got 5"),
     ({"early_stopping": Watch("loss")}, "early_stopping: must be a Watch with a patience in steps, .* got a Watch"),
-    ({"early_stopping": Watch("loss", patience=2), "eval_loader": None}, "early_stopping: .* give an eval_loader too"),
+    ({"early_stopping": Watch("loss", patience=2), "eval_loader": None}, "early_stopping: .* pass an eval_loader too"),
     ({"accelerator": 1}, "accelerator: must be an accelerate.Accelerator or None, got 1"),
     ({"output_dir": 3, "log": None}, "output_dir: must be a path or None, got 3"),
     ({"duration": 2}, "duration: got 2; a number needs a unit; write '2 epochs' or '2 steps'"),
@@ -86,32 +89,32 @@ def build_trainer(**options: Any) -> Trainer:
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RunError, match=message) as caught:
+    with pytest.raises(RunError, match=message) as error:
         build_trainer(**options)
-    assert isinstance(caught.value, ValueError)
-    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    assert isinstance(error.value, ValueError)
+    assert error.value.__context__ is None or error.value.__suppress_context__
 
 
-def test_each_parameter_has_a_rule_and_several_mistakes_are_told_at_once() -> None:
-    named = set(inspect.signature(Trainer).parameters) | set(inspect.signature(Trainer.from_recipe).parameters)
+def test_each_parameter_has_a_rule_and_all_mistakes_are_reported_at_once() -> None:
+    parameters = set(inspect.signature(Trainer).parameters) | set(inspect.signature(Trainer.from_recipe).parameters)
     of_others = {"duration", "evaluate_every", "checkpoint_every", "recipe", "options"}
-    assert named - of_others - set(RULES) == set()
-    assert set(RULES) <= named
+    assert parameters - of_others - set(RULES) == set()
+    assert set(RULES) <= parameters
     with pytest.raises(RunError, match=r"accumulation_steps: .*\nema: .*\nlog_every: "):
         build_trainer(accumulation_steps=0, ema=0.99, log_every=0)
 
 
-def test_values_of_other_kinds_that_mean_the_same_are_taken(tmp_path: Path) -> None:
+def test_values_of_other_types_with_the_same_meaning_are_accepted(tmp_path: Path) -> None:
     schedule = build_schedule("cosine", num_steps=2)
     options: dict[str, Any] = {"accumulation_steps": np.int64(2), "clip_norm": np.float32(1), "callbacks": None}
     trainer = build_trainer(**options, schedule=schedule, output_dir=str(tmp_path / "run"), report=False, log=None)
     assert trainer.fit().steps == 1
 
 
-def test_an_optimizer_that_trains_nothing_of_the_model_is_refused() -> None:
+def test_an_optimizer_without_parameters_of_the_model_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     other = copy.deepcopy(model)
-    with pytest.raises(RunError, match=r"of another one; make it from model.parameters"):
+    with pytest.raises(RunError, match=r"for another model; create it from model.parameters"):
         build_trainer(model=model, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
     with pytest.raises(RunError, match=r"optimizer: must be a torch.optim.Optimizer with an lr above 0 in each group"):
         build_trainer(model=model, optimizer=torch.optim.SGD([{"params": model[1].parameters(), "lr": 0.0}], lr=0.1))
@@ -121,7 +124,7 @@ def test_an_optimizer_that_trains_nothing_of_the_model_is_refused() -> None:
     for frozen in (model, other):
         frozen.requires_grad_(False)
         with pytest.raises(
-            RunError, match="optimizer: none of its 2 parameters requires gradients: nothing would be trained"
+            RunError, match="optimizer: none of its 2 parameters requires gradients, so nothing would be trained"
         ):
             build_trainer(model=model, optimizer=torch.optim.SGD(frozen.parameters(), lr=0.1))
 
@@ -146,10 +149,10 @@ def test_at_least_one_checkpoint_is_kept(number: Any, tmp_path: Path) -> None:
         (5, torch.arange(8) % 3, r"outputs for a batch are of shape \(8, 5\), and num_classes is 3"),
         (3, torch.arange(8) % 4, "2 of 8 labels of the evaluation split are not from 0 to 2, and num_classes is 3"),
         (3, torch.full((8,), -1), "8 of 8 labels of the evaluation split are not from 0 to 2"),
-        (3, torch.rand(8, 3), "labels of 8 of 8 images of the evaluation split have other numbers than 0 and 1"),
+        (3, torch.rand(8, 3), "labels of 8 of 8 images of the evaluation split are not 0 or 1"),
     ],
 )
-def test_a_number_of_classes_that_does_not_fit_is_told(outputs: int, labels: torch.Tensor, message: str) -> None:
+def test_a_number_of_classes_that_does_not_fit_is_refused(outputs: int, labels: torch.Tensor, message: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, outputs))
     trainer = build_trainer(
         model=model,
@@ -160,15 +163,17 @@ def test_a_number_of_classes_that_does_not_fit_is_told(outputs: int, labels: tor
         trainer.evaluate()
 
 
-def test_an_accelerator_that_would_split_steps_otherwise_is_refused() -> None:
+def test_an_accelerator_that_splits_steps_differently_is_refused() -> None:
     reset_accelerate()
     accelerator = Accelerator(gradient_accumulation_steps=4)
-    with pytest.raises(RunError, match=r"gradient_accumulation_steps=4 has no effect, .* accumulation_steps=4 splits"):
+    with pytest.raises(
+        RunError, match=r"gradient_accumulation_steps=4 has no effect, .* pass accumulation_steps=4 to split"
+    ):
         build_trainer(accelerator=accelerator)
     build_trainer(accelerator=accelerator, accumulation_steps=4)
     reset_accelerate()
 
 
 def test_overrides_are_a_list(write_recipe: Callable[..., Path]) -> None:
-    with pytest.raises(RunError, match=r"overrides: must be a list of texts: .* got \'optimizer.lr=1\'"):
+    with pytest.raises(RunError, match=r"overrides: must be a list of strings: .* got \'optimizer.lr=1\'"):
         Trainer.from_recipe(write_recipe(), "optimizer.lr=1")

@@ -1,4 +1,4 @@
-"""Callbacks: called on every process in the order given, saved with checkpoints, and named when they fail."""
+"""Callbacks: called on every process in their order, saved with checkpoints, and named when they fail."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from hf_fasttrain.utils.errors import RunError, Stopped
 CALLED: list[tuple[Any, ...]] = []
 
 
-class Watching(Callback):
-    """Notes what it is called with."""
+class Recorder(Callback):
+    """Records its calls."""
 
     name = "a"
 
@@ -58,8 +58,8 @@ class Watching(Callback):
         CALLED.append((self.name, "close"))
 
 
-class Watching2(Watching):
-    """Another one."""
+class OtherRecorder(Recorder):
+    """Another class of callback."""
 
     name = "b"
 
@@ -67,27 +67,27 @@ class Watching2(Watching):
 def calls(folder: Path) -> list[tuple[Any, ...]]:
     CALLED.clear()
     options = {"checkpoint_every": "2 steps", "evaluate_every": "3 steps"}
-    small_trainer(folder, steps=3, callbacks=[Watching(), Watching2()], **options).fit()
+    small_trainer(folder, steps=3, callbacks=[Recorder(), OtherRecorder()], **options).fit()
     return list(CALLED)
 
 
 def test_callbacks_are_called_in_order_on_every_process(tmp_path: Path) -> None:
-    alone = calls(tmp_path / "one")
+    single = calls(tmp_path / "one")
     first, second = run_processes(calls, tmp_path / "two")
-    assert [name for name, *_ in alone[:4]] == ["a", "b", "a", "b"]
-    assert [call[1:] for call in alone if call[0] == "a"] == [call[1:] for call in alone if call[0] == "b"]
-    mine = [call[1:] for call in alone if call[0] == "a" and call[1] != "after_save"]
+    assert [name for name, *_ in single[:4]] == ["a", "b", "a", "b"]
+    assert [call[1:] for call in single if call[0] == "a"] == [call[1:] for call in single if call[0] == "b"]
+    calls_of_a = [call[1:] for call in single if call[0] == "a" and call[1] != "after_save"]
     steps = [(("before_step", n), ("after_step", n, 8, 0.1)) for n in (1, 2, 3)]
-    assert mine == [*sum(steps, ()), ("after_evaluation", 3), ("finished", 3), ("close",)]
+    assert calls_of_a == [*sum(steps, ()), ("after_evaluation", 3), ("finished", 3), ("close",)]
     assert first == second
-    images = [(*call[:3], 16, 0.1) if call[1] == "after_step" else call for call in alone if call[1] != "after_save"]
+    images = [(*call[:3], 16, 0.1) if call[1] == "after_step" else call for call in single if call[1] != "after_save"]
     assert [call for call in first if call[1] != "after_save"] == images
-    for found in (alone, first):  # when they are on disk, which may be a step later
-        assert [call[2] for call in found if call[:2] == ("a", "after_save")] == ["step_00000002", "step_00000003"]
+    for run_calls in (single, first):  # once they are on disk, which may be a step later
+        assert [call[2] for call in run_calls if call[:2] == ("a", "after_save")] == ["step_00000002", "step_00000003"]
 
 
 class Counting:
-    """Counts steps; no subclass of Callback."""
+    """Counts steps; not a subclass of Callback."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -127,42 +127,42 @@ def test_the_state_of_callbacks_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         counted(tmp_path, first, second).fit()
     saved = complete_checkpoints(tmp_path / "checkpoints")[-1]
-    state = {"steps": [1, 2, 3]}  # the evaluation after them was broken off
+    state = {"steps": [1, 2, 3]}  # the evaluation after them was interrupted
     assert read_state(saved)["callbacks"] == ["Counting", "Counting 2"]
     assert load_checkpoint(saved).training["callbacks"] == [{"Counting": state, "Counting 2": state}]
-    again, other = Counting(), Counting()
-    counted(tmp_path, again, other, resume=True).fit()
-    assert again.steps == other.steps == [1, 2, 3, 4, 5, 6]
+    resumed, other = Counting(), Counting()
+    counted(tmp_path, resumed, other, resume=True).fit()
+    assert resumed.steps == other.steps == [1, 2, 3, 4, 5, 6]
 
 
-class OnlyWatching(Counting):
-    """Counts for itself."""
+class Observer(Counting):
+    """Counts steps without taking part in training."""
 
     takes_part = False
 
 
-def test_a_callback_that_only_watches_may_come_and_go(tmp_path: Path) -> None:
+def test_a_callback_that_only_observes_may_be_added_or_removed(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        counted(tmp_path, OnlyWatching()).fit()
+        counted(tmp_path, Observer()).fit()
     assert read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["callbacks"] == []
     trainer = counted(tmp_path, resume=True)
     assert trainer.log.notes == [
-        "callback OnlyWatching: the checkpoint has a state of it, but it is not among the trainer's callbacks"
+        "callback Observer: the checkpoint has a state of it, but it is not among the trainer's callbacks"
     ]
     trainer.fit()
-    again = OnlyWatching()
-    trainer = counted(tmp_path, again, resume=True)
-    assert trainer.log.notes == ["callback OnlyWatching: the checkpoint has no state of it; it begins anew"]
-    assert again.steps == []
+    resumed_callback = Observer()
+    trainer = counted(tmp_path, resumed_callback, resume=True)
+    assert trainer.log.notes == ["callback Observer: the checkpoint has no state of it; it starts without one"]
+    assert resumed_callback.steps == []
 
 
 def test_a_run_is_resumed_with_the_callbacks_that_took_part_in_it(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         counted(tmp_path, Counting()).fit()
     for callbacks, message in (
-        ([], r"trained with the callback Counting, which takes part in training .*callbacks=\[Counting\(\.\.\.\)\]"),
-        ([Counting(), Counting()], "the callback Counting 2 takes part in training, and the run was trained without"),
-        ([Watching()], r"Counting, which takes part .* the callback Watching takes part .* takes_part = False"),
+        ([], r"trained with the callback Counting, which may change training .*callbacks=\[Counting\(\.\.\.\)\]"),
+        ([Counting(), Counting()], "the callback Counting 2 may change training, and the run was trained without"),
+        ([Recorder()], r"Counting, which may change .* the callback Recorder may change .* takes_part = False"),
     ):
         with pytest.raises(RunError, match=message):
             counted(tmp_path, *callbacks, resume=True)
@@ -173,33 +173,33 @@ def test_a_run_is_resumed_with_the_callbacks_that_took_part_in_it(tmp_path: Path
 def test_a_callback_that_fails_while_training_is_named_and_ends_it(method: str, tmp_path: Path) -> None:
     CALLED.clear()
     methods = {"load_state_dict": lambda *_: None} if method == "state_dict" else {}
-    broken = type("Broken", (), {method: lambda *_: {}["a key"], **methods})()
-    with pytest.raises(CallbackError) as caught:
+    failing = type("Broken", (), {method: lambda *_: {}["a key"], **methods})()
+    with pytest.raises(CallbackError) as error:
         small_trainer(
-            tmp_path, callbacks=[broken, Watching()], checkpoint_every="2 steps", evaluate_every="2 steps"
+            tmp_path, callbacks=[failing, Recorder()], checkpoint_every="2 steps", evaluate_every="2 steps"
         ).fit()
-    assert str(caught.value) == f"callback Broken.{method} failed: KeyError: 'a key'"
-    assert isinstance(caught.value.__cause__, KeyError)
-    assert caught.value.status == 1
+    assert str(error.value) == f"callback Broken.{method} failed: KeyError: 'a key'"
+    assert isinstance(error.value.__cause__, KeyError)
+    assert error.value.status == 1
     assert CALLED[-2:] == [("a", "failed", "CallbackError"), ("a", "close")]
     assert small_trainer().fit().steps == 6
 
 
 @pytest.mark.parametrize("method", ["finished", "close"])
-def test_a_run_is_finished_before_a_callback_that_fails_ends_the_program(method: str, tmp_path: Path) -> None:
+def test_a_run_is_finished_before_a_failing_callback_ends_the_program(method: str, tmp_path: Path) -> None:
     CALLED.clear()
-    broken = type("Broken", (), {method: lambda *_: {}["a key"]})()
+    failing = type("Broken", (), {method: lambda *_: {}["a key"]})()
     with pytest.raises(CallbackError, match=rf"callback Broken.{method} failed: KeyError: 'a key'"):
-        small_trainer(tmp_path, callbacks=[broken, Watching()], report=True).fit()
+        small_trainer(tmp_path, callbacks=[failing, Recorder()], report=True).fit()
     assert (tmp_path / "report.html").exists()
     assert CALLED[-2:] == [("a", "finished", 6), ("a", "close")]
     assert steps_of(tmp_path)[-1] == 6
 
 
 def test_a_callback_that_fails_after_an_error_does_not_hide_it(tmp_path: Path) -> None:
-    broken = type("Broken", (), dict.fromkeys(("failed", "close"), lambda *_: {}["a key"]))()
+    failing = type("Broken", (), dict.fromkeys(("failed", "close"), lambda *_: {}["a key"]))()
     ending = type("Ending", (), {"before_step": lambda *_: (_ for _ in ()).throw(ZeroDivisionError)})()
-    trainer = small_trainer(tmp_path, callbacks=[broken, ending])
+    trainer = small_trainer(tmp_path, callbacks=[failing, ending])
     with pytest.raises(CallbackError, match=r"Ending.before_step failed: ZeroDivisionError"):
         trainer.fit()
     assert [note for note in trainer.log.notes if "callback" in note] == [
@@ -208,7 +208,7 @@ def test_a_callback_that_fails_after_an_error_does_not_hide_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", ["failed", "close"])
-def test_ctrl_c_in_a_callback_is_raised_once_the_others_were_called(method: str, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_callback_is_raised_after_the_others_were_called(method: str, tmp_path: Path) -> None:
     called = []
 
     def interrupted(*_: Any) -> None:
@@ -221,7 +221,7 @@ def test_ctrl_c_in_a_callback_is_raised_once_the_others_were_called(method: str,
         trainer.fit()
     assert called == ["failed", "close"]
     assert trainer.checkpoints is not None
-    assert small_trainer(tmp_path / "other").fit().steps == 6  # nothing is held
+    assert small_trainer(tmp_path / "other").fit().steps == 6  # no lock or handler is held
 
 
 def test_a_state_that_only_pickle_could_save_is_refused(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_an_object_without_callback_methods_is_refused() -> None:
 
     for wrong in (Misspelt(), print):
         with pytest.raises(RunError, match=r"callbacks\[1\] is \w+, which has none of the methods of a callback"):
-            small_trainer(callbacks=[Watching(), wrong])
+            small_trainer(callbacks=[Recorder(), wrong])
     assert METHODS == (
         "before_step", "after_step", "after_evaluation", "after_save", "finished", "failed", "close", "state_dict",
         "load_state_dict",
@@ -248,5 +248,5 @@ def test_an_object_without_callback_methods_is_refused() -> None:
 
 def test_a_recipe_is_trained_with_callbacks(write_recipe: Any, tmp_path: Path) -> None:
     CALLED.clear()
-    Trainer.from_recipe(write_recipe(), [f"output_dir={tmp_path / 'run'}"], callbacks=[Watching()]).fit()
+    Trainer.from_recipe(write_recipe(), [f"output_dir={tmp_path / 'run'}"], callbacks=[Recorder()]).fit()
     assert CALLED[-2:] == [("a", "finished", 2), ("a", "close")]

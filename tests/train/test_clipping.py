@@ -1,4 +1,4 @@
-"""Clipping by value and adaptive clipping against timm's, in a plain loop."""
+"""Clipping by value and adaptive clipping, compared with timm's in a plain loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def train(mode: str, accumulation: int) -> tuple[dict[str, Tensor], float]:
-    """Return the weights and the last step's norm by Trainer on this process's share."""
+    """Return the weights and the last step's gradient norm after training by Trainer on this process's share."""
     model = make_model()
     share = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = Trainer(
@@ -45,14 +45,14 @@ def train(mode: str, accumulation: int) -> tuple[dict[str, Tensor], float]:
     clip = (
         clip_by_value(LIMITS[mode]) if mode == "value" else clip_adaptively(LIMITS[mode], list(model[-1].parameters()))
     )
-    trainer.step.applying.clip = clip
+    trainer.step.updater.clip = clip
     trainer.fit()
     assert trainer.step.grad_norm is not None
     return {name: value.detach() for name, value in model.state_dict().items()}, float(trainer.step.grad_norm)
 
 
 def reference(mode: str) -> tuple[dict[str, Tensor], float]:
-    """Return the same of a plain loop; timm's AGC leaves the last layer alone."""
+    """Return the same of a plain loop; timm's AGC skips the last layer."""
     model, norm = make_model(), torch.zeros(())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for images, labels in batches():
@@ -67,7 +67,7 @@ def reference(mode: str) -> tuple[dict[str, Tensor], float]:
 
 @pytest.mark.parametrize("mode", LIMITS)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_it_is_timms_with_and_without_accumulation(mode: str, accumulation: int) -> None:
+def test_clipping_is_timms_with_and_without_accumulation(mode: str, accumulation: int) -> None:
     reset_accelerate()
     (weights, norm), (expected, expected_norm) = train(mode, accumulation), reference(mode)
     for name, value in expected.items():
@@ -83,28 +83,28 @@ def test_two_processes_clip_as_one() -> None:
 
 
 @pytest.mark.parametrize(("key", "limit"), [("clip_value", 1e-3), ("clip_agc", 1e-2)])
-def test_a_recipe_clips_so_and_agc_leaves_the_head_alone(
+def test_a_recipe_clips_and_agc_skips_the_head(
     key: str, limit: float, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     trainer = Trainer.from_recipe(write_recipe(), [f"optimizer.{key}={limit}", f"output_dir={tmp_path / 'run'}"])
     step = next(iter(trainer.train_loader.steps(0, 1)))
     trainer.step.gradients(step)
-    named = dict(trainer.raw_model.named_parameters())
-    before: dict[str, Any] = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
-    clip = trainer.step.applying.clip
+    parameters = dict(trainer.raw_model.named_parameters())
+    before: dict[str, Any] = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    clip = trainer.step.updater.clip
     assert clip is not None
     clip(trainer.step.parameters)
     if key == "clip_value":
         expected = {name: grad.clamp(-limit, limit) for name, grad in before.items()}
     else:
-        copies = {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
+        copies = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
         for name, copy in copies.items():
             copy.grad = before[name].clone()
         adaptive_clip_grad([copy for name, copy in copies.items() if not name.startswith("fc.")], limit)
         expected = {name: copy.grad for name, copy in copies.items() if copy.grad is not None}
     changed = set()
     for name, value in expected.items():
-        assert torch.equal(named[name].grad, value)  # type: ignore[arg-type]
+        assert torch.equal(parameters[name].grad, value)  # type: ignore[arg-type]
         changed |= {name} if not torch.equal(value, before[name]) else set()
     assert changed
     assert ("fc.weight" in changed) == (key == "clip_value")

@@ -17,14 +17,14 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from hf_fasttrain import Ema, RunError, Trainer
-from hf_fasttrain.train.closure import wants_closure
+from hf_fasttrain.train.closure import needs_closure
 from hf_fasttrain.train.log import RunLog
 
 CLASSES, BATCH = 3, 12
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimisation as published: two halves of a step, a base optimizer with the same groups."""
+    """Sharpness-aware minimisation as published: two steps, and a base optimizer with the same groups."""
 
     def __init__(self, params: Any, base_optimizer: Any, rho: float = 0.05, **options: Any) -> None:
         super().__init__(params, {"rho": rho, **options})
@@ -83,7 +83,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 
 
 def plain(name: str, *, norm: bool = False, clip: float | None = None) -> dict[str, Tensor]:
-    """Return the weights of a loop in plain PyTorch, as each optimizer's documentation has it."""
+    """Return the weights of a plain PyTorch loop, as in each optimizer's documentation."""
     model = make_model(norm=norm)
     optimizer = OPTIMIZERS[name](model.parameters())
     norms = [module for module in model if isinstance(module, nn.BatchNorm2d)]
@@ -125,12 +125,12 @@ def build(name: str, accumulation: int = 1, folder: Path | None = None, **option
     model = make_model(norm=options.pop("norm", False), dropout=options.pop("dropout", False)).to(dtype)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     per = BATCH // accelerator.num_processes
-    mine = slice(accelerator.process_index * per, (accelerator.process_index + 1) * per)
+    share = slice(accelerator.process_index * per, (accelerator.process_index + 1) * per)
     if options.pop("averaged", False):
         options["ema"] = Ema(model, 0.5)
     return Trainer(
         model,
-        StatefulLoader([(images[mine].to(dtype), labels[mine]) for images, labels in data()]),
+        StatefulLoader([(images[share].to(dtype), labels[share]) for images, labels in data()]),
         OPTIMIZERS[name](model.parameters()),
         accelerator=accelerator,
         accumulation_steps=accumulation,
@@ -164,7 +164,7 @@ def test_two_processes_give_the_weights_of_one(name: str) -> None:
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9)
 
 
-def test_every_gradient_is_clipped_and_batch_norm_stands_still_in_the_second_pass() -> None:
+def test_every_gradient_is_clipped_and_batch_norm_is_frozen_in_the_second_pass() -> None:
     expected = plain("sam", norm=True, clip=0.2)
     for key, value in fitted("sam", 1, norm=True, clip_norm=0.2).items():
         assert torch.equal(value, expected[key]), key
@@ -176,10 +176,10 @@ def test_every_gradient_is_clipped_and_batch_norm_stands_still_in_the_second_pas
 
 
 @pytest.mark.parametrize("name", ["sam", "lbfgs", "adahessian"])
-def test_a_run_is_resumed_with_the_state_of_the_optimizers_within(name: str, tmp_path: Path) -> None:
-    """In float32: LBFGS's sums round otherwise where memory is not aligned, and its line search magnifies that."""
+def test_a_run_is_resumed_with_the_state_of_nested_optimizers(name: str, tmp_path: Path) -> None:
+    """In float32: LBFGS's sums round differently if memory is not aligned, and its line search amplifies it."""
     options: dict[str, Any] = {"dropout": True, "averaged": True, "dtype": torch.float32}
-    whole = fitted(name, 3, folder=tmp_path / "whole", **options)
+    uninterrupted = fitted(name, 3, folder=tmp_path / "whole", **options)
     first = build(name, 3, tmp_path / "run", checkpoint_every="2 steps", **options)
     with first.running():
         for report in first.iterate():
@@ -190,11 +190,11 @@ def test_a_run_is_resumed_with_the_state_of_the_optimizers_within(name: str, tmp
     assert second.state.step == 2
     second.fit()
     for key, value in second.trained_model.state_dict().items():
-        assert torch.equal(value, whole[key]), key
+        assert torch.equal(value, uninterrupted[key]), key
 
 
 class FailsOnce(nn.Module):
-    """Runs out of memory in the forward of a number."""
+    """Runs out of memory in the given forward."""
 
     def __init__(self, inner: nn.Module, number: int) -> None:
         super().__init__()
@@ -210,11 +210,11 @@ class FailsOnce(nn.Module):
 @pytest.mark.parametrize("name", ["sam", "lbfgs"])
 @pytest.mark.parametrize("forward", [2, 4, 6])
 def test_memory_that_runs_out_in_any_pass_undoes_all_of_them(name: str, forward: int) -> None:
-    """Forward 2 and 4 are second passes of steps 1 and 2 with SAM; the weights have been moved then."""
+    """Forwards 2 and 4 are the second passes of steps 1 and 2 with SAM, when the weights are perturbed."""
     expected = plain(name, norm=False)
     model = make_model()
     trainer = Trainer(
-        FailsOnce(model, forward + 1),  # one forward shows which parameters are used
+        FailsOnce(model, forward + 1),  # one forward finds the parameters that are used
         data(),
         OPTIMIZERS[name](model.parameters()),
         duration="4 steps",
@@ -247,26 +247,26 @@ def test_an_optimizer_with_modes_is_refused() -> None:
         Trainer(model, data(), ScheduleFree(model.parameters(), lr=0.1))
 
 
-def test_which_optimizers_want_a_closure() -> None:
+def test_optimizers_that_need_a_closure_are_recognised() -> None:
     parameters = [nn.Parameter(torch.zeros(2))]
-    assert wants_closure(SAM(parameters, torch.optim.SGD, lr=0.1))
-    assert wants_closure(torch.optim.LBFGS(parameters))
+    assert needs_closure(SAM(parameters, torch.optim.SGD, lr=0.1))
+    assert needs_closure(torch.optim.LBFGS(parameters))
     for name in ("sgd", "adamw", "lamb", "muon", "adahessian", "lookahead_adamw"):
-        assert not wants_closure(create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], opt=name, lr=0.1)), name
+        assert not needs_closure(create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], opt=name, lr=0.1)), name
 
 
 def _two_of_adahessian() -> None:
     build("adahessian").fit()
 
 
-def test_gradients_of_gradients_can_not_be_exchanged() -> None:
+def test_second_order_gradients_are_refused_with_several_processes() -> None:
     with pytest.raises(AssertionError, match="Adahessian differentiates gradients"):
         run_processes(_two_of_adahessian)
 
 
-def test_fp16_scales_one_loss_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_scales_one_loss_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
     model = make_model()
-    with pytest.raises(RunError, match="SAM makes several passes a step, and fp16"):
+    with pytest.raises(RunError, match="SAM makes several passes per step, which fp16"):
         Trainer(model, data(), OPTIMIZERS["sam"](model.parameters()), accelerator=accelerator)

@@ -22,13 +22,13 @@ OVERRIDES += ["model.name=test_vit", "optimizer.name=sgd", "accelerate.mixed_pre
 
 
 def launch(command: list[str], expected_status: int = 0, **environment: str) -> str:
-    """Return what a launcher prints."""
+    """Return the output of a launcher."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_"))}
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=clean | environment, timeout=280
     )
-    assert done.returncode == expected_status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert process.returncode == expected_status, process.stdout + process.stderr
+    return process.stdout + process.stderr
 
 
 def test_torchrun_with_two_processes_and_accelerate_launch_give_the_same_weights(
@@ -44,14 +44,14 @@ def test_torchrun_with_two_processes_and_accelerate_launch_give_the_same_weights
     for name, command in commands.items():
         run = tmp_path / name
         printed = launch([*command, *module, f"output_dir={run}"])
-        assert printed.count("note: no validation split") == 1  # the main process alone speaks
+        assert printed.count("note: no validation split") == 1  # only the main process prints
         assert printed.count("evaluation after epoch") == 1
         models[name] = load_file(run / "model" / "model.safetensors")
         result = json.loads((run / "result.json").read_text())
         assert result["images"] == 18
         processes = result["machine"]["num_processes"]
         assert processes == (2 if name == "torchrun" else 1)
-        threads = read_settings(run)["accelerate.cpu_threads"]  # launchers export numbers of their own
+        threads = read_settings(run)["accelerate.cpu_threads"]  # launchers export their own numbers
         assert threads.origin == f"default: {num_cores()} cores / {processes} processes"
     for name, value in models["accelerate"].items():
         np.testing.assert_allclose(models["torchrun"][name], value, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Early stopping: said when it ends a run, in closing lines and report, and a run that it has ended can go on."""
+"""Early stopping: reported when it happens, at the end and in the report; such a run can be continued."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def six_batches() -> StatefulLoader:
 
 
 class Scripted(Trainer):
-    """Evaluates to a given course of accuracies, by step."""
+    """Evaluates to given accuracies, by step."""
 
     course: Sequence[float] = ()
 
@@ -48,17 +48,17 @@ class Scripted(Trainer):
 
 
 def run(
-    folder: Path, watch: Watch | None, *course: float, duration: int = 9, resume: bool = False, show: bool = False
+    folder: Path, watch: Watch | None, *accuracies: float, duration: int = 9, resume: bool = False, show: bool = False
 ) -> Trainer:
-    """Train a linear model with one evaluation a step; the course begins after no step."""
+    """Train a linear model with an evaluation after each step; the first accuracy is that before training."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    trainer = type("Course", (Scripted,), {"course": course})(
+    trainer = type("Course", (Scripted,), {"course": accuracies})(
         model,
         six_batches(),
         torch.optim.SGD(model.parameters(), lr=0.1),
         duration=f"{duration} steps",
-        eval_loader=[None],  # nobody looks at it
+        eval_loader=[None],  # not watched
         num_classes=3,
         evaluate_every="1 step",
         checkpoint_every="1 step",
@@ -81,7 +81,7 @@ def weight(trainer: Trainer) -> Tensor:
 BEST_AT_TWO = (0, 0.5, 0.75, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7)
 
 
-def test_it_is_said_at_the_moment_with_metric_best_value_step_patience_and_how_to_go_on(
+def test_early_stopping_is_reported_with_metric_best_value_step_patience_and_how_to_continue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = run(tmp_path, TWO, *BEST_AT_TWO, show=True)
@@ -99,46 +99,44 @@ def test_it_is_said_at_the_moment_with_metric_best_value_step_patience_and_how_t
     }  # fmt: skip
 
 
-def test_a_run_whose_patience_ends_with_it_has_not_stopped_early(
+def test_patience_that_runs_out_at_the_last_step_is_no_early_stop(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = run(tmp_path, TWO, *BEST_AT_TWO, duration=4, show=True)
     assert trainer.early_stop is None
     assert "stopped early" not in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["early_stopping"] is None
-    assert run(tmp_path, TWO, *BEST_AT_TWO, duration=5, resume=True).state.step == 5  # longer, so it goes on
+    assert run(tmp_path, TWO, *BEST_AT_TWO, duration=5, resume=True).state.step == 5  # longer, so it continues
 
 
 @pytest.mark.parametrize("watch", [None, replace(TWO, patience=9)], ids=["null", "longer patience"])
-def test_it_goes_on_without_or_with_a_longer_patience_as_if_it_had_never_stopped(
-    watch: Watch | None, tmp_path: Path
-) -> None:
-    whole = run(tmp_path / "whole", None, *BEST_AT_TWO)
+def test_with_longer_or_no_patience_it_continues_as_if_never_stopped(watch: Watch | None, tmp_path: Path) -> None:
+    uninterrupted = run(tmp_path / "whole", None, *BEST_AT_TWO)
     assert run(tmp_path / "cut", TWO, *BEST_AT_TWO).state.step == 4
     assert run(tmp_path / "cut", TWO, *BEST_AT_TWO, resume=True).state.step == 4  # nothing has changed
     resumed = run(tmp_path / "cut", watch, *BEST_AT_TWO, resume=True)
     assert resumed.state.step == 9
-    assert torch.equal(weight(resumed), weight(whole))
+    assert torch.equal(weight(resumed), weight(uninterrupted))
     assert resumed.state.resumed_at == [4]
     assert json.loads((tmp_path / "cut" / "result.json").read_text())["stopped_early"] is False
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_a_gain_of_less_than_min_delta_is_none(mode: str, tmp_path: Path) -> None:
-    course = (0, 0.5, 0.75, 0.755, 0.759, 0.7595, 0.9, 0.9, 0.9, 0.9)
+def test_a_gain_below_min_delta_does_not_count(mode: str, tmp_path: Path) -> None:
+    accuracies = (0, 0.5, 0.75, 0.755, 0.759, 0.7595, 0.9, 0.9, 0.9, 0.9)
     metric = "accuracy" if mode == "max" else "loss"  # 1 - accuracy
-    stopped = run(tmp_path, Watch(metric, patience=3, min_delta=0.01), *course)
+    stopped = run(tmp_path, Watch(metric, patience=3, min_delta=0.01), *accuracies)
     assert stopped.state.step == 5
     value = "above 0.7500" if mode == "max" else "below 0.2500"
     assert f"{metric} has not been more than 0.01 {value}, its best value (step 2), for 3" in str(stopped.early_stop)
     assert stopped.state.best is not None
     assert stopped.state.best["step"] == 5  # the best checkpoint is the best one
-    assert run(tmp_path / "any", Watch(metric, patience=3), *course).state.step == 9
+    assert run(tmp_path / "any", Watch(metric, patience=3), *accuracies).state.step == 9
     with pytest.raises(RunError, match=rf"Watch\('{metric}'\): min_delta must be at least 0, got -0\.1"):
         Watch(metric, min_delta=-0.1)
 
 
-def test_with_a_longer_duration_patience_counts_from_there(tmp_path: Path) -> None:
+def test_with_a_longer_duration_patience_starts_again(tmp_path: Path) -> None:
     run(tmp_path, TWO, *BEST_AT_TWO)
     resumed = run(tmp_path, TWO, *BEST_AT_TWO, duration=10, resume=True)
     assert resumed.state.step == 6
@@ -146,7 +144,7 @@ def test_with_a_longer_duration_patience_counts_from_there(tmp_path: Path) -> No
     assert note == (
         "this run had stopped early after step 4 of 9: accuracy has not been above 0.7500, its best value (step 2), "
         "for 2 steps; early_stopping.patience is 2; train.duration is longer now, so it continues, and patience "
-        "counts from step 4 on"
+        "counts from step 4"
     )
     assert run(tmp_path, TWO, *BEST_AT_TWO, duration=10, resume=True).state.step == 6  # not longer than before
     assert run(tmp_path, TWO, *BEST_AT_TWO, duration=8, resume=True).state.step == 6
@@ -171,12 +169,12 @@ def test_a_shorter_patience_ends_a_resumed_run_and_says_so(tmp_path: Path, capsy
     )
 
 
-def test_another_metric_is_watched_from_there_on() -> None:
+def test_another_metric_is_watched_after_resuming() -> None:
     watched = {"metric": "accuracy", "mode": "max", "value": 0.75, "step": 2}
     state = State(step=4, evaluated_at=4, metrics={"accuracy": 0.7, "loss": 0.3}, watched=watched, num_steps=9)
-    told = adapt_state(Watch("loss", "min", 2), state, 9)
-    assert told == (
-        "early_stopping watches loss (min) now, it was accuracy (max): patience counts from the next evaluation on"
+    notes = adapt_state(Watch("loss", "min", 2), state, 9)
+    assert notes == (
+        "early_stopping now watches loss (min), before accuracy (max): patience counts from the next evaluation"
     )
     assert state.watched is None
     older = replace(state, watched={"metric": "accuracy", "value": 0.75, "step": 2})  # of an older version
@@ -221,8 +219,8 @@ def test_checkpoints_of_older_versions_let_early_stopping_change(tmp_path: Path)
         require_same_settings(saved, {"seed": 1}, tmp_path)
 
 
-def test_the_report_says_it_whatever_result_json_holds(tmp_path: Path) -> None:
-    told = {
+def test_the_report_mentions_early_stopping_without_result_json(tmp_path: Path) -> None:
+    result = {
         "metric": "accuracy",
         "mode": "max",
         "value": 0.75,
@@ -231,7 +229,7 @@ def test_the_report_says_it_whatever_result_json_holds(tmp_path: Path) -> None:
         "waited": 1,
         "num_steps": 9,
     }
-    page = page_of_run(Record(tmp_path, result={"steps": 4, "early_stopping": {**told, "stopped_at": 4}}))
+    page = page_of_run(Record(tmp_path, result={"steps": 4, "early_stopping": {**result, "stopped_at": 4}}))
     messages = (
         "after step 4 of 9, since accuracy had not been above 75.00% (step 2) for 1 step; early_stopping.patience was "
         "1,200"
@@ -239,8 +237,8 @@ def test_the_report_says_it_whatever_result_json_holds(tmp_path: Path) -> None:
     assert page.warnings == [f"Training stopped early: {messages}."]
     (environment,) = [section for section in page.sections if section.id == "environment"]
     assert messages in str(environment.tables)
-    with_delta = describe_early_stop({**told, "stopped_at": 4, "min_delta": 0.01})
+    with_delta = describe_early_stop({**result, "stopped_at": 4, "min_delta": 0.01})
     assert with_delta is not None
     assert "since accuracy had not been more than 0.01 above 75.00% (step 2)" in with_delta
-    for damaged in (None, "yes", told, {**told, "stopped_at": "x"}):
+    for damaged in (None, "yes", result, {**result, "stopped_at": "x"}):
         assert describe_early_stop(damaged) is None

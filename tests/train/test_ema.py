@@ -1,4 +1,4 @@
-"""The moving average is that of the trained weights: wherever the model was moved, on any number of processes."""
+"""The moving average is that of the trained weights, also of a moved model and on several processes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def averages(model: nn.Module, decay: float, start: dict[str, Tensor]) -> dict[s
     }
 
 
-class Referred(Trainer):
-    """Keeps a plain average beside the trainer's own."""
+class WithReferenceAverage(Trainer):
+    """Keeps a plain average next to the trainer's."""
 
     def train_step(self, step: Step) -> Tensor:
         if step.index == 0:
@@ -53,7 +53,7 @@ def train(*, seed_by_process: bool = False) -> tuple[dict[str, Tensor], dict[str
     labels = torch.arange(8 * STEPS) % 3
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     data = [(x[share], y[share]) for x, y in zip(images.split(8), labels.split(8), strict=True)]
-    trainer = Referred(
+    trainer = WithReferenceAverage(
         model,
         data,
         torch.optim.SGD(model.parameters(), lr=0.5),
@@ -65,23 +65,23 @@ def train(*, seed_by_process: bool = False) -> tuple[dict[str, Tensor], dict[str
         log=(log := RunLog(show=False)),
     )
     losses: list[float] = []
-    log.eval_line = lambda *about: losses.append(about[3]["loss"])  # type: ignore[method-assign]
+    log.eval_line = lambda *args: losses.append(args[3]["loss"])  # type: ignore[method-assign]
     trainer.fit()
     assert trainer.ema is not None
     return trainer.ema.module.state_dict(), trainer.expected, losses
 
 
 def test_two_processes_average_and_evaluate_as_one_does() -> None:
-    whole, expected, losses = train()
-    torch.testing.assert_close(whole, expected)
+    single, expected, losses = train()
+    torch.testing.assert_close(single, expected)
     assert len({round(loss, 6) for loss in losses}) == 3
-    weights = {name for name in whole if "running" not in name and "tracked" not in name}
+    weights = {name for name in single if "running" not in name and "tracked" not in name}
     for average, plain, split_losses in run_processes(train):
         torch.testing.assert_close({n: average[n] for n in weights}, {n: plain[n] for n in weights})
         assert len({round(loss, 6) for loss in split_losses}) == 3
 
 
-def test_processes_that_begin_with_other_weights_average_those_of_the_main_one() -> None:
+def test_processes_with_different_initial_weights_average_those_of_the_main_process() -> None:
     def average() -> dict[str, Tensor]:
         return train(seed_by_process=True)[0]
 
@@ -113,11 +113,11 @@ def test_a_moved_model_is_averaged(move: str, attached: bool) -> None:
     ema.update(0)
     torch.testing.assert_close(ema.module.state_dict(), averages(model, 0.5, start))
     if attached:
-        lie = {name: (value.dtype, value.stride()) for name, value in model.state_dict().items()}
-        assert {name: (value.dtype, value.stride()) for name, value in ema.module.state_dict().items()} == lie
+        layout = {name: (value.dtype, value.stride()) for name, value in model.state_dict().items()}
+        assert {name: (value.dtype, value.stride()) for name, value in ema.module.state_dict().items()} == layout
 
 
-def test_tied_weights_move_once() -> None:
+def test_tied_weights_are_averaged_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     ema = Ema(model, 0.5, warmup=False)
@@ -132,22 +132,24 @@ def test_an_average_of_another_model_is_refused() -> None:
     model, data = small_model(), [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     other = Ema(nn.Sequential(*small_model()[:-1], nn.Linear(4, 5)), 0.9)
-    with pytest.raises(RunError, match=r"2 tensors are not in both or differ in shape \(5\.bias, 5\.weight\); make it"):
+    with pytest.raises(
+        RunError, match=r"2 tensors are not in both or differ in shape \(5\.bias, 5\.weight\); create it"
+    ):
         Trainer(model, data, optimizer, ema=other)
 
 
-def test_an_average_slower_than_training_is_said(write_recipe: Callable[..., Path]) -> None:
-    """decay 0.9 looks back over 10 updates."""
+def test_an_average_slower_than_training_is_reported(write_recipe: Callable[..., Path]) -> None:
+    """With decay 0.9 the average covers about 10 updates."""
     model = nn.Linear(2, 2)
     assert Ema(model, 0.9, warmup=False).slow_note(10) is None
     assert Ema(model, 0.9, warmup=True).slow_note(5) is None
-    assert "over inf updates" in str(Ema(model, 1.0, warmup=False).slow_note(5))
+    assert "covers inf updates" in str(Ema(model, 1.0, warmup=False).slow_note(5))
     override = "ema={decay: 0.9, warmup: false}"
     trainer = Trainer.from_recipe(write_recipe(), [override, f"output_dir={write_recipe().parent / 'run'}"])
     expected = (
-        r"the moving average looks back over 10 updates (ema.decay=0.9), and training makes 2: 81% of the weights that "
-        "are evaluated and saved are those it began with; set ema.warmup=true (in Python: Ema(..., warmup=True)) or a "
-        "lower ema.decay"
+        "the moving average covers 10 updates (ema.decay=0.9), but training makes only 2: the averaged weights, which "
+        "are evaluated and saved, still contain 81% of the initial weights; set ema.warmup=true (in Python: "
+        "Ema(..., warmup=True)) or a lower ema.decay"
     )
     assert trainer.log.notes.count(expected) == 1
     longer = [override, "train.duration=10 steps", f"output_dir={write_recipe().parent / 'longer'}"]

@@ -1,4 +1,4 @@
-"""Metrics of the evaluate library that raise: refused before training, left out later, the run kept."""
+"""Metrics of the evaluate library that raise: refused before training, skipped later; the run continues."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ BROKEN = {
     "f1_of_two": ('return {"f1": float(f1_score(references, predictions))}', "ValueError: Target is multiclass"),
     "f1_of_each": (
         'return {"f1": f1_score(references, predictions, average=None)}',
-        r"TypeError: it gives \{'f1': array\(.*where one number is needed",
+        r"TypeError: it returns \{'f1': array\(.*instead of one number",
     ),
-    "nothing": ("return {}", r"it gives \{\}, where one number is needed"),
+    "nothing": ("return {}", r"it returns \{\} instead of one number"),
     "no_message": ("raise KeyError", "of 3 classes: KeyError; leave it out"),
     "no_such_name": ("return undefined", "NameError: name 'undefined' is not defined"),
 }
@@ -54,19 +54,21 @@ BROKEN = {
 def test_a_metric_that_fails_is_refused_before_training(name: str, write_metric: Callable[..., str]) -> None:
     body, expected = BROKEN[name]
     metric = write_metric(name, body)
-    with pytest.raises(RecipeError, match=f"evaluate.metrics: '{name}' fails on 6 images with one label .*{expected}"):
+    with pytest.raises(
+        RecipeError, match=f"evaluate.metrics: '{name}' fails on 6 synthetic images with one label .*{expected}"
+    ):
         Evaluator(Accelerator(cpu=True), 3, external=[metric])
 
 
-def test_a_metric_that_suits_the_number_of_classes_is_kept(write_metric: Callable[..., str]) -> None:
+def test_a_metric_for_the_number_of_classes_is_accepted(write_metric: Callable[..., str]) -> None:
     metric = write_metric("f1_of_two", BROKEN["f1_of_two"][0])
-    assert Evaluator(Accelerator(cpu=True), 2, external=[metric]).take_notes() == []
+    assert Evaluator(Accelerator(cpu=True), 2, external=[metric]).new_notes() == []
     shape = write_metric("shape", "return {'places': np.array(predictions).shape[1]}", "datasets.Sequence(number)")
     external = ExternalMetrics([shape])
     external.try_out(4, multi_label=True)
     external.update(torch.zeros(2, 4), torch.zeros(2, 4))
     assert external.compute() == {"shape": 4.0}
-    with pytest.raises(RecipeError, match="'shape' fails on 8 images with one label each of 4 classes"):
+    with pytest.raises(RecipeError, match="'shape' fails on 8 synthetic images with one label each of 4 classes"):
         external.try_out(4, multi_label=False)
 
 
@@ -77,7 +79,10 @@ def test_the_command_line_refuses_it_in_one_message(
     arguments = [f"evaluate.metrics=[accuracy, {metric}]", f"output_dir={tmp_path / 'run'}"]
     assert exit_status([str(write_recipe()), *arguments]) == 2
     messages = capsys.readouterr().err
-    assert "error: evaluate.metrics: 'f1_of_two' fails on 20 images with one label each of 10 classes" in messages
+    assert (
+        "error: evaluate.metrics: 'f1_of_two' fails on 20 synthetic images with one label each of 10 classes"
+        in messages
+    )
     assert "Traceback" not in messages
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -89,12 +94,12 @@ def test_a_metric_that_raises_when_it_is_imported_is_refused(write_metric: Calla
         ExternalMetrics([metric])
 
 
-def moody(write_metric: Callable[..., str], counter: Path, failing: set[int]) -> str:
-    """Return a metric that is its number of calls, and raises in some of them; the first is the try before training."""
+def flaky(write_metric: Callable[..., str], counter: Path, failing: set[int]) -> str:
+    """Return a metric whose value is its number of calls; raises in some of them. The first call precedes training."""
     body = f"counter = Path({str(counter)!r})\ncalls = len(counter.read_text()) if counter.exists() else 0\n"
     body += "counter.write_text('x' * (calls + 1))\n"
     body += f"if calls in {failing!r}:\n    raise ValueError(f'no value in call {{calls}}')\nreturn {{'calls': calls}}"
-    return write_metric("moody", body)
+    return write_metric("flaky", body)
 
 
 def train(metric: str, output_dir: Path, **options: Any) -> tuple[Any, Trainer]:
@@ -123,29 +128,29 @@ def train(metric: str, output_dir: Path, **options: Any) -> tuple[Any, Trainer]:
 def test_a_metric_that_raises_in_training_is_reported_once_and_skipped(
     write_metric: Callable[..., str], tmp_path: Path
 ) -> None:
-    metric = moody(write_metric, tmp_path / "calls", {2, 3})
+    metric = flaky(write_metric, tmp_path / "calls", {2, 3})
     result, _ = train(metric, tmp_path / "run")
     assert result.steps == 4
-    assert [note for note in result.notes if "moody" in note] == [
-        "metric 'moody' could not be computed and is left out: ValueError: no value in call 2"
+    assert [note for note in result.notes if "flaky" in note] == [
+        "metric 'flaky' could not be computed and is skipped: ValueError: no value in call 2"
     ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("moody") for line in lines if line["kind"] == "evaluation"] == [1, None, None, 4]
+    assert [line.get("flaky") for line in lines if line["kind"] == "evaluation"] == [1, None, None, 4]
     assert all("accuracy" in line for line in lines if line["kind"] == "evaluation")
     assert len(complete_checkpoints(tmp_path / "run" / "checkpoints")) >= 1
 
 
-def test_a_watched_metric_that_raises_ends_neither_the_run_nor_its_best(
+def test_a_watched_metric_that_raises_does_not_end_the_run_or_lose_the_best(
     write_metric: Callable[..., str], tmp_path: Path
 ) -> None:
-    metric = moody(write_metric, tmp_path / "calls", {2, 3, 4})
-    watch = {"best": Watch("moody", "max"), "early_stopping": Watch("moody", "max", patience=1)}
+    metric = flaky(write_metric, tmp_path / "calls", {2, 3, 4})
+    watch = {"best": Watch("flaky", "max"), "early_stopping": Watch("flaky", "max", patience=1)}
     result, trainer = train(metric, tmp_path / "run", **watch)
     assert (result.steps, result.stopped_early) == (4, False)
     assert result.best is not None
     assert (result.best["value"], result.best["step"]) == (1.0, 1)
-    messages = [note for note in result.notes if "moody" in note]
-    assert messages[1:] == ["'moody' is watched; evaluations without it are not compared with the best"]
+    messages = [note for note in result.notes if "flaky" in note]
+    assert messages[1:] == ["'flaky' is watched; evaluations without it are not compared with the best"]
     assert trainer.is_finished
 
 
@@ -155,7 +160,7 @@ def failing_on_the_last_process(metric: str) -> tuple[dict[str, float], list[str
     external.update(torch.eye(3), torch.arange(3))
     if accelerator.process_index == 1:
         external.modules["calls"].compute = None
-    return external.compute(Processes(accelerator).gather), external.left_out.take_notes()
+    return external.compute(Processes(accelerator).gather), external.failed.new_notes()
 
 
 def test_a_metric_that_raises_on_one_process_is_skipped_on_all(write_metric: Callable[..., str]) -> None:
@@ -163,5 +168,5 @@ def test_a_metric_that_raises_on_one_process_is_skipped_on_all(write_metric: Cal
     for values, failures in run_processes(failing_on_the_last_process, metric):
         assert values == {}
         assert failures == [
-            "metric 'calls' could not be computed and is left out: TypeError: 'NoneType' object is not callable"
+            "metric 'calls' could not be computed and is skipped: TypeError: 'NoneType' object is not callable"
         ]

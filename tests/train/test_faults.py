@@ -1,4 +1,4 @@
-"""What goes wrong beside training: losses that are no numbers, full disks, folders that vanish, runs in one folder."""
+"""Faults around training: losses that are not finite, full disks, deleted folders, two runs in one folder."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ def make(recipe: Path, run: Path, *overrides: str, resume: bool = False, kind: t
 
 
 class Broken(Trainer):
-    """Makes the loss, or a gradient, no number in the step of an index."""
+    """Makes the loss or a gradient NaN in one step."""
 
     at, gradient = 4, False
 
     def train_step(self, step: Step) -> Tensor:
         if step.index == self.at:
             kind = nn.Module.register_full_backward_hook if self.gradient else nn.Module.register_forward_hook
-            spoil = (lambda m, i, o: (i[0] * float("nan"),)) if self.gradient else (lambda m, i, o: o * float("nan"))
+            hook = (lambda m, i, o: (i[0] * float("nan"),)) if self.gradient else (lambda m, i, o: o * float("nan"))
             last = list(self.raw_model.modules())[-1]
-            with kind(last, spoil):
+            with kind(last, hook):
                 return super().train_step(step)
         return super().train_step(step)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loss_or_gradient_that_is_no_number_names_step_lr_and_images(
+def test_a_loss_or_gradient_that_is_not_finite_names_step_lr_and_images(
     gradient: bool, workers: int, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     kind = type("BrokenHere", (Broken,), {"gradient": gradient})
     options = ["checkpoint.every=2 steps", "log.every=6", f"data.workers={workers}", "accelerate.micro_batch_size=6"]
     trainer = make(write_recipe(), tmp_path / "run", *options, kind=kind)
     expected = trainer.train_loader.image_indices(4)
-    what = r"the gradients' norm is nan" if gradient else r"the loss is nan"
-    with pytest.raises(RunError, match=rf"{what} at step 5, lr 0\.00025: lower optimizer\.lr") as caught:
+    problem = r"the gradients' norm is nan" if gradient else r"the loss is nan"
+    with pytest.raises(RunError, match=rf"{problem} at step 5, lr 0\.00025: lower optimizer\.lr") as error:
         trainer.fit()
-    listed = str(caught.value).split("by row: ")[1]
-    assert [int(row) for row in listed.split(", ")] == expected.tolist()
+    images = str(error.value).split("by row: ")[1]
+    assert [int(row) for row in images.split(", ")] == expected.tolist()
     assert len(expected) == 16
     assert steps_of(tmp_path / "run") == [2, 4]
     for path in complete_checkpoints(tmp_path / "run" / "checkpoints"):
@@ -71,7 +71,7 @@ def test_a_loss_or_gradient_that_is_no_number_names_step_lr_and_images(
 
 
 def broken_on_one(recipe: str, run: str) -> str:
-    """Only one process's part of the loss is no number; all of them stop, and say the same."""
+    """The loss is NaN on one process only; all of them stop with the same message."""
 
     class One(Broken):
         at = 2
@@ -80,9 +80,9 @@ def broken_on_one(recipe: str, run: str) -> str:
             return super().train_step(step) if self.processes.index else Trainer.train_step(self, step)
 
     trainer = make(Path(recipe), Path(run), kind=One)
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError) as error:
         trainer.fit()
-    return str(caught.value)
+    return str(error.value)
 
 
 def test_processes_stop_together(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_processes_stop_together(write_recipe: Callable[..., Path], tmp_path: Pa
     assert first.startswith("the loss is nan at step 3, ")
 
 
-def test_ordinary_steps_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check reads nothing from the device between two log lines: neither .item() nor a bool of a tensor."""
     reads: list[str] = []
     for name in ("item", "__bool__", "__float__", "tolist", "cpu", "numpy"):
@@ -119,7 +119,7 @@ def test_ordinary_steps_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert reads  # at the end
 
 
-def test_fp16_that_overflows_for_ever_is_one_message() -> None:
+def test_fp16_that_keeps_overflowing_is_one_message() -> None:
     from accelerate.optimizer import AcceleratedOptimizer
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -129,13 +129,13 @@ def test_fp16_that_overflows_for_ever_is_one_message() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     trainer.accelerator.scaler = scaler
     wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
-    trainer.step.applying.optimizer = wrapped
+    trainer.step.updater.optimizer = wrapped
     with pytest.raises(RunError, match=r"fp16 overflows at step 13 even with a loss scale of 0\.00195"):
         trainer.fit()
 
 
 def full_below(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """Let no file whose path holds `part` be opened for writing any more."""
+    """Make opening files whose path contains `part` for writing fail."""
     real = os.open
 
     def opened(path: Any, flags: int, *args: Any, **options: Any) -> int:
@@ -159,9 +159,9 @@ def test_a_full_disk_does_not_stop_training_and_is_reported_at_the_end(
     full_below(monkeypatch, part)
     reset_accelerate()
     arguments = [str(write_recipe()), *SMALL, "checkpoint.every=1 steps", f"output_dir={run}", "--resume"]
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main(arguments)
-    assert caught.value.code == 74
+    assert error.value.code == 74
     printed = capsys.readouterr().out
     assert "trained to the end, but not everything is on disk:" in printed
     assert "No space left on device" in printed
@@ -175,11 +175,11 @@ def test_a_full_disk_does_not_stop_training_and_is_reported_at_the_end(
     monkeypatch.undo()
     result = make(write_recipe(), run, "train.duration=7 steps", resume=True).fit()
     assert result.not_written == []
-    gap = "metrics.jsonl has no figures of steps 3 to 6: they did not reach the disk"
+    gap = "metrics.jsonl has no lines for steps 3 to 6: they did not reach the disk"
     assert (gap in result.notes) == (part == "metrics.jsonl")
 
 
-def test_a_model_that_can_not_be_written_leaves_the_old_one(
+def test_a_model_that_cannot_be_written_keeps_the_old_one(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -187,21 +187,21 @@ def test_a_model_that_can_not_be_written_leaves_the_old_one(
     before = (run / "model" / "model.safetensors").read_bytes()
     trainer = make(write_recipe(), run, resume=True)
 
-    def torn(model: nn.Module, folder: Path) -> None:
+    def fail_half_way(model: nn.Module, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"to")
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    trainer.export = torn
+    trainer.export = fail_half_way
     result = trainer.fit()
     assert [text.split(": ")[1] for text in result.not_written] == ["Input/output error"]
     assert (run / "model" / "model.safetensors").read_bytes() == before
     assert not list(run.glob(".model*"))
 
 
-def test_a_full_disk_gets_room_by_dropping_older_checkpoints(
+def test_older_checkpoints_are_deleted_when_the_disk_is_full(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that has room for two checkpoints, where three are to be kept."""
+    """The disk has room for two checkpoints, while three are to be kept."""
     run = tmp_path / "run"
     real = os.open
 
@@ -217,7 +217,7 @@ def test_a_full_disk_gets_room_by_dropping_older_checkpoints(
     assert steps_of(run) == [5, 6]
 
 
-def test_an_output_folder_that_vanishes(
+def test_a_deleted_output_folder_is_reported(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Vanishing(Trainer):
@@ -231,8 +231,8 @@ def test_an_output_folder_that_vanishes(
     result = make(write_recipe(), tmp_path / "run", "checkpoint.every=2 steps", kind=Vanishing).fit()
     assert steps_of(tmp_path / "run") == [4, 6]
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-    gone = ["metrics.jsonl: No such file or directory", "recipe.yaml: is gone", "resolved.yaml: is gone"]
-    assert [text.rpartition("/")[2] for text in result.not_written] == gone
+    missing = ["metrics.jsonl: No such file or directory", "recipe.yaml: is gone", "resolved.yaml: is gone"]
+    assert [text.rpartition("/")[2] for text in result.not_written] == missing
     assert json.loads((tmp_path / "run" / "result.json").read_text())["not_written"] == result.not_written
 
 
@@ -247,7 +247,7 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_on_disk(
         return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", opened)
-    losses = iter([3.0, 2.0, 1.0, 5.0, 6.0, 7.0])  # the third is the best, and can't be written
+    losses = iter([3.0, 2.0, 1.0, 5.0, 6.0, 7.0])  # the third is the best and can't be written
     monkeypatch.setattr(Trainer, "evaluate", lambda self, loader: {"loss": next(losses)})
     best = "checkpoint={every: 1 steps, keep: 1, best: {metric: loss, mode: min}}"
     result = make(write_recipe(), run, best, "evaluate.every=1 steps").fit()
@@ -256,14 +256,14 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_on_disk(
     assert steps_of(run) == [2, 6]
 
 
-def test_a_reader_that_goes_away_stops_nothing(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_stop_training(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """As in `hf-fasttrain RECIPE | head -1`."""
-    reads, writes = os.pipe()
+    read_end, writes = os.pipe()
     child = os.fork()
     if not child:
         status = 1
         try:
-            os.close(reads)
+            os.close(read_end)
             os.dup2(writes, 1)
             sys.stdout = os.fdopen(1, "w", buffering=1)
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -272,14 +272,14 @@ def test_a_reader_that_goes_away_stops_nothing(write_recipe: Callable[..., Path]
         finally:
             os._exit(status)
     os.close(writes)
-    os.read(reads, 1)
-    os.close(reads)
+    os.read(read_end, 1)
+    os.close(read_end)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert steps_of(tmp_path / "run") == [6]
 
 
 def test_a_terminal_that_hangs_up_leaves_the_right_status(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """The progress bar's terminal is gone when SIGHUP comes."""
+    """The progress bar's terminal no longer exists when SIGHUP arrives."""
     child, terminal = os.forkpty()
     if not child:
         status = 1
@@ -300,19 +300,19 @@ def test_a_terminal_that_hangs_up_leaves_the_right_status(write_recipe: Callable
     assert len(steps_of(tmp_path / "run")) == 1
 
 
-def test_a_closed_terminal_stops_nothing(
+def test_a_closed_terminal_does_not_stop_training(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(write_recipe(), tmp_path / "run")
 
-    def gone(*args: Any, **options: Any) -> None:
+    def fail_write(*args: Any, **options: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(trainer.log.console, "print", gone)
+    monkeypatch.setattr(trainer.log.console, "print", fail_write)
     assert trainer.fit().steps == 6
 
 
-def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     run, ready = tmp_path / "run", tmp_path / "ready"
@@ -339,12 +339,12 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(
         )
         with pytest.raises(RunError, match=refused):
             make(write_recipe(), run, resume=resume)
-    os.kill(child, signal.SIGKILL)  # its loader process lives on for a moment
+    os.kill(child, signal.SIGKILL)  # its loader process lives a moment longer
     os.waitpid(child, 0)
     assert make(write_recipe(), run, resume=True).fit().steps == 6
 
 
-def test_a_file_system_without_locks_is_said_and_used(
+def test_a_file_system_without_locks_is_reported_and_used(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl
@@ -357,7 +357,7 @@ def test_a_file_system_without_locks_is_said_and_used(
     assert any("its file system has no locks" in note for note in result.notes)
 
 
-def test_a_run_that_could_not_begin_leaves_its_folder_free(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_that_could_not_start_unlocks_its_folder(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.class_weights"):
         make(write_recipe(), tmp_path / "run", "train.class_weights=[1.0]")
     assert make(write_recipe(), tmp_path / "run").fit().steps == 6
@@ -369,9 +369,9 @@ TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 def test_a_token_is_refused_in_a_recipe_and_shown_nowhere(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as error:
         main([str(write_recipe()), f"model.args={{token: {TOKEN}}}", f"output_dir={tmp_path / 'run'}"])
-    assert caught.value.code == 2
+    assert error.value.code == 2
     message = capsys.readouterr().err
     assert "model contains an access token; remove it: log in with `hf auth login`" in message
     with pytest.raises(SystemExit):
@@ -379,7 +379,7 @@ def test_a_token_is_refused_in_a_recipe_and_shown_nowhere(
     assert TOKEN not in message + capsys.readouterr().err
 
 
-def test_a_token_does_not_get_into_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_contain_no_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path)
     log.note(f"refused by the Hub: {TOKEN}")
     assert log.notes == ["refused by the Hub: hf_***"]
@@ -391,27 +391,27 @@ def test_code_of_a_model_is_not_run_unless_the_recipe_allows_it(
 ) -> None:
     from hf_fasttrain.utils.errors import ModelError
 
-    folder, witness = tmp_path / "model", tmp_path / "was_run"
+    folder, marker = tmp_path / "model", tmp_path / "was_run"
     folder.mkdir()
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps({"model_type": "own-kind", "auto_map": auto}))
-    (folder / "own.py").write_text(f"open({str(witness)!r}, 'w').close()\nraise ImportError('seen')\n")
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ImportError('seen')\n")
     with pytest.raises(ModelError, match=r"needs its own Python code, which is not run unless the recipe sets"):
         make(write_recipe(), tmp_path / "run", f"model.name=transformers:{folder}")
-    assert not witness.exists()
+    assert not marker.exists()
     with pytest.raises(ModelError, match="ImportError: seen"):
         make(write_recipe(), tmp_path / "run", f"model.name=transformers:{folder}", "model.trust_remote_code=true")
-    assert witness.exists()
+    assert marker.exists()
 
 
-def test_yaml_makes_no_objects(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_yaml_creates_no_objects(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     from hf_fasttrain.utils.errors import RecipeError
 
-    witness = tmp_path / "was_run"
-    text = f"model: !!python/object/apply:os.system ['touch {witness}']\n"
+    marker = tmp_path / "was_run"
+    text = f"model: !!python/object/apply:os.system ['touch {marker}']\n"
     with pytest.raises(RecipeError):
         make(write_recipe(text), tmp_path / "run")
-    assert not witness.exists()
+    assert not marker.exists()
 
 
 def test_images_of_a_step_do_not_depend_on_processes(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""With which weights a run ends: its last ones, or those of its best evaluation; and how later commands choose."""
+"""The final weights of a run: the last ones or those of the best evaluation; and the choice by later commands."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def checkpoint(run: Path, step: int, kind: str = "model") -> dict[str, torch.Ten
     return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{kind}.safetensors")
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of 4 steps that ended with the weights of the first one, the best; its report is not drawn."""
+    """Return a run of 4 steps that ended with the weights of the first, the best; without a report."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "small.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patched:
@@ -71,29 +71,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """Return a copy of a run of 4 steps that ended with the weights of the first one, the best."""
+    """Return a copy of the run of 4 steps that ended with the weights of the first, the best."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_the_run_ends_with_the_best_weights_and_their_figures(run: Path) -> None:
+def test_the_run_ends_with_the_best_weights_and_their_metrics(run: Path) -> None:
     result = result_of(run)
     assert result["model"] == {"weights": "best", "step": 1, "ema": False}
-    assert same(weights(run), checkpoint(run, 1))
+    assert equal(weights(run), checkpoint(run, 1))
     assert result["metrics"] == result["best"]["metrics"]
     assert (result["metrics"]["loss"], result["best"]["step"]) == (1.0, 1)
     assert (result["last"]["metrics"]["loss"], result["last"]["step"], result["steps"]) == (4.0, 4, 4)
     predictions = Predictions.load(run / PREDICTIONS_FILE)
     assert predictions.step == 1
-    right = (predictions.labels == predictions.predicted).float().mean().item()
-    assert right == pytest.approx(result["metrics"]["accuracy"])
+    accuracy = (predictions.labels == predictions.predicted).float().mean().item()
+    assert accuracy == pytest.approx(result["metrics"]["accuracy"])
 
 
-def test_the_moving_average_is_the_best_one_s(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_moving_average_is_that_of_the_best_step(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     trainer = make(write_recipe(), tmp_path / "run", BEST, "ema={decay: 0.5}")
     trainer.fit()
     average = checkpoint(tmp_path / "run", 1, "ema")
-    assert same(weights(tmp_path / "run"), average)
-    assert same({**trainer.trained_model.state_dict()}, average)
+    assert equal(weights(tmp_path / "run"), average)
+    assert equal({**trainer.trained_model.state_dict()}, average)
 
 
 def test_the_last_weights_stay_by_default(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_last_weights_stay_by_default(write_recipe: Callable[..., Path], tmp
     make(write_recipe(), run, "checkpoint.best.metric=loss").fit()
     result = result_of(run)
     assert result["model"] == {"weights": "last", "step": 4, "ema": False}
-    assert same(weights(run), checkpoint(run, 4))
+    assert equal(weights(run), checkpoint(run, 4))
     assert result["metrics"] == result["last"]["metrics"] != result["best"]["metrics"]
 
 
@@ -117,10 +117,10 @@ def test_early_stopping_ends_with_the_best_weights(write_recipe: Callable[..., P
         "step": 3,
         "ema": False,
     }  # it may change when the run is resumed
-    assert same(weights(run), checkpoint(run, 3))
+    assert equal(weights(run), checkpoint(run, 3))
 
 
-def test_a_longer_training_goes_on_from_the_last_weights(
+def test_a_longer_training_continues_from_the_last_weights(
     run: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     longer = ["train.duration=6 steps", "checkpoint.keep=9"]
@@ -128,7 +128,7 @@ def test_a_longer_training_goes_on_from_the_last_weights(
     make(write_recipe(), tmp_path / "whole", BEST, *longer).fit()
     assert steps_of(run)[-1] == 6
     for step in (4, 6):
-        assert same(checkpoint(run, step), checkpoint(tmp_path / "whole", step))
+        assert equal(checkpoint(run, step), checkpoint(tmp_path / "whole", step))
 
 
 def test_nothing_is_saved_with_the_best_weights_as_if_they_were_the_last(run: Path, write_recipe: Any) -> None:
@@ -139,11 +139,11 @@ def test_nothing_is_saved_with_the_best_weights_as_if_they_were_the_last(run: Pa
     trainer.save()
     assert trainer.checkpoints is not None
     trainer.checkpoints.wait()
-    assert same(checkpoint(run, 4), before)
+    assert equal(checkpoint(run, 4), before)
 
 
 @pytest.mark.parametrize("fault", ["gone", "corrupt"])
-def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
+def test_without_the_best_checkpoint_the_last_weights_are_kept(
     run: Path, write_recipe: Callable[..., Path], fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "checkpoints" / "step_00000001"
@@ -155,16 +155,16 @@ def test_where_the_best_checkpoint_cannot_be_had_the_last_weights_stay(
     result = make(write_recipe(), run, BEST, resume=True).fit()
     assert result.model == {"weights": "last", "step": 4, "ema": False}
     assert result.metrics == result.last["metrics"]
-    assert same(weights(run), checkpoint(run, 4))
+    assert equal(weights(run), checkpoint(run, 4))
     messages = f"the best evaluation's weights can't be read: checkpoint {path} is {fault}"
     assert messages in capsys.readouterr().out
     assert any(messages in note for note in result.notes)
-    again = make(write_recipe(), run, BEST, resume=True)
-    owed = final_step(again.final, again.state, again.checkpoints)
-    assert owed == 4  # nothing is owed, and the ending not made again
+    resumed = make(write_recipe(), run, BEST, resume=True)
+    missing_step = final_step(resumed.final, resumed.state, resumed.checkpoints)
+    assert missing_step == 4  # nothing is missing, and the end is not repeated
 
 
-def test_all_processes_measure_the_best_weights(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_all_processes_evaluate_the_best_weights(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe()
 
     def train() -> dict[str, Any]:
@@ -174,9 +174,9 @@ def test_all_processes_measure_the_best_weights(write_recipe: Callable[..., Path
         return {name: tensor.clone() for name, tensor in trainer.trained_model.state_dict().items()}
 
     one, two = run_processes(train)
-    assert same(one, two)
-    assert same(weights(tmp_path / "run"), one)
-    assert same(weights(tmp_path / "run"), checkpoint(tmp_path / "run", 1))
+    assert equal(one, two)
+    assert equal(weights(tmp_path / "run"), one)
+    assert equal(weights(tmp_path / "run"), checkpoint(tmp_path / "run", 1))
 
 
 def test_test_metrics_are_those_of_the_model(
@@ -197,7 +197,7 @@ def test_another_metric_may_choose_when_the_run_is_resumed(
     assert trainer.state.best is not None
     assert trainer.state.best["metric"] == "accuracy"
     assert trainer.state.best["value"] == result_of(run)["best"]["metrics"]["accuracy"]
-    assert "best evaluation: accuracy decides now, loss did before" in capsys.readouterr().out
+    assert "best evaluation: now chosen by accuracy, before by loss" in capsys.readouterr().out
 
 
 def test_commands_use_the_requested_weights(run: Path, tmp_path: Path) -> None:
@@ -212,13 +212,13 @@ def test_commands_use_the_requested_weights(run: Path, tmp_path: Path) -> None:
     last = result_of(run)["last"]["metrics"]
     assert evaluate_run(run, weights="last")["accuracy"] == pytest.approx(last["accuracy"])
     export_run(run, tmp_path / "last", weights="last")
-    assert same(load_file(tmp_path / "last" / "model.safetensors"), checkpoint(run, 4))
-    export_run(run, weights="best")  # those that RUN/model has
+    assert equal(load_file(tmp_path / "last" / "model.safetensors"), checkpoint(run, 4))
+    export_run(run, weights="best")  # those in RUN/model
     with pytest.raises(RunError, match=r"model holds the weights that result\.json describes; give another folder"):
         export_run(run, weights="last")
 
 
-def test_weights_that_are_nowhere_are_refused(run: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_exist_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"run: no checkpoint of step 2 \(weights=step_2\); available: step_1, step_3"):
         predict_images(run, [str(run)], weights="step_2")
     with pytest.raises(RunError, match="weights=newest: allowed are last, best and step_N"):
@@ -227,7 +227,7 @@ def test_weights_that_are_nowhere_are_refused(run: Path, tmp_path: Path) -> None
         predict_images(run / "model", [str(run)], weights="last")
 
 
-def test_the_closing_lines_say_which_weights_lie_in_the_model_folder(
+def test_the_last_lines_say_which_weights_are_in_the_model_folder(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -236,7 +236,7 @@ def test_the_closing_lines_say_which_weights_lie_in_the_model_folder(
     messages = " ".join(capsys.readouterr().out.split())
     assert "the run ends with the weights of step 1, its best evaluation" in messages
     assert (
-        "the classifier: weights of the best evaluation, step 1 (loss 1.0000); the last, step 2 (loss 2.0000)"
+        "the classifier: weights of the best evaluation, step 1 (loss 1.0000); to export the last, step 2 (loss 2.0000)"
         in messages
     )
     assert f"hf-fasttrain export {run} --weights last --output FOLDER" in messages
@@ -250,7 +250,7 @@ def test_the_report_says_that_a_best_of_several_is_optimistic(run: Path) -> None
     assert tile.startswith("best (step 1), ")
 
 
-def test_the_best_weights_are_loaded_by_hand_and_training_goes_on_from_the_last(tmp_path: Path) -> None:
+def test_the_best_weights_can_be_loaded_and_training_continues_from_the_last(tmp_path: Path) -> None:
     options: dict[str, Any] = {"best": Watch("loss"), "evaluate_every": "1 step", "checkpoint_every": "1 step"}
     trainer = small_trainer(tmp_path / "run", steps=4, **options)
     with pytest.raises(RunError, match="there is no best evaluation yet"):
@@ -265,16 +265,16 @@ def test_the_best_weights_are_loaded_by_hand_and_training_goes_on_from_the_last(
     assert trainer.evaluate()["accuracy"] == result.best["metrics"]["accuracy"]
     trainer.num_steps = 5
     with trainer.running():
-        with pytest.raises(RunError, match=r"load_best\(\) within running\(\)"):
+        with pytest.raises(RunError, match=r"load_best\(\) inside running\(\)"):
             trainer.load_best()
         next(iter(trainer.iterate()))
     assert not all(map(torch.equal, trainer.raw_model.parameters(), last))
     (tmp_path / "run/checkpoints/step_00000001/COMPLETE").unlink()
-    with pytest.raises(RunError, match="the weights of step 1, the best evaluation, are not there: its checkpoint is"):
+    with pytest.raises(RunError, match="the weights of step 1, the best evaluation, are missing: its checkpoint is"):
         trainer.load_best()
-    alone = small_trainer(None, steps=4, **{**options, "checkpoint_every": "1 epoch"})
-    without = alone.fit()
-    assert without.best is not None
-    assert without.best["path"] is None
+    single = small_trainer(None, steps=4, **{**options, "checkpoint_every": "1 epoch"})
+    unsaved = single.fit()
+    assert unsaved.best is not None
+    assert unsaved.best["path"] is None
     with pytest.raises(RunError, match="no checkpoints are kept without an output_dir"):
-        alone.load_best()
+        single.load_best()

@@ -1,4 +1,4 @@
-"""What training does on a GPU, as far as a CPU can tell: by arithmetic, by plain objects, by fake CUDA tensors."""
+"""Training on a GPU, checked on a CPU: by arithmetic, plain objects and fake CUDA tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_fasttrain import Trainer, load_recipe
 from hf_fasttrain.data.loading.batch import Mixing, Normalize, augment_on_device
 from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 from hf_fasttrain.data.loading.loader import MicroBatches, Step
-from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher, _pinned, batches_ahead, num_slots
+from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher, _pin, batches_ahead, num_slots
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.loading.user_loader import UserLoader
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
@@ -62,7 +62,7 @@ def make(recipe: Path, run: Path, *overrides: str) -> Trainer:
 
 
 def half_trainer(**options: Any) -> tuple[Trainer, torch.optim.Optimizer]:
-    """Return a trainer whose losses are scaled as fp16's are, and its optimizer."""
+    """Return a trainer whose losses are scaled as with fp16, and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     data = [(8 * torch.randn(8, 3, 2, 2), torch.randint(3, (8,))) for _ in range(3)]
@@ -70,39 +70,39 @@ def half_trainer(**options: Any) -> tuple[Trainer, torch.optim.Optimizer]:
     trainer = Trainer(model, data, optimizer, log=RunLog(show=False))
     scaler = torch.amp.GradScaler("cpu", **{"init_scale": 2.0**10, **options})
     trainer.accelerator.scaler = scaler
-    trainer.step.applying.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    trainer.step.updater.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
     return trainer, optimizer
 
 
-def test_memory_may_run_out_before_fp16_has_scaled_anything() -> None:
-    def trained(fails: bool) -> Tensor:
+def test_out_of_memory_before_fp16_scaled_anything_is_handled() -> None:
+    def trained(fail: bool) -> Tensor:
         trainer, _ = half_trainer()
         calls = []
 
-        def look(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any) -> None:
             calls.append(1)
-            if fails and len(calls) == 1:
+            if fail and len(calls) == 1:
                 raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-        trainer.step.is_settled = True  # else the search for unused parameters makes the first forward
-        trainer.raw_model.register_forward_pre_hook(look)
-        assert bool(trainer.fit().out_of_memory) == fails
+        trainer.step.is_settled = True  # otherwise the search for unused parameters makes the first forward
+        trainer.raw_model.register_forward_pre_hook(hook)
+        assert bool(trainer.fit().out_of_memory) == fail
         return next(trainer.raw_model.parameters()).detach()
 
     torch.testing.assert_close(trained(True), trained(False))
 
 
 def test_after_a_skipped_update_the_first_real_one_can_be_undone() -> None:
-    """It is the one that makes Adam's state."""
+    """It is the one that creates Adam's state."""
     trainer, optimizer = half_trainer(init_scale=2.0**127, backoff_factor=2.0**-100)  # the first gradients overflow
     calls = []
 
-    def fails(*_: Any) -> None:
+    def raise_error(*_: Any) -> None:
         calls.append(1)
         if len(calls) == 1:
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-    optimizer.register_step_pre_hook(fails)
+    optimizer.register_step_pre_hook(raise_error)
     result = trainer.fit()
     assert result.skipped_steps >= 1
     assert [event["step"] for event in result.out_of_memory] == [result.skipped_steps + 1]
@@ -112,19 +112,19 @@ def test_errors_that_a_smaller_batch_does_not_fix_are_not_out_of_memory(monkeypa
     assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."))
     assert is_out_of_memory(RuntimeError("CUDA out of memory."))
 
-    def fails(tensor: Tensor) -> Tensor:
+    def raise_error(tensor: Tensor) -> Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(Tensor, "pin_memory", fails)
+    monkeypatch.setattr(Tensor, "pin_memory", raise_error)
     with pytest.raises(RunError, match=r"24 bytes of the host's memory can't be pinned .*data\.pin_memory=false"):
-        _pinned(torch.zeros(6))
+        _pin(torch.zeros(6))
 
 
 def test_a_failed_device_keeps_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(device: Any) -> None:
+    def raise_error(device: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", raise_error)
     with pytest.raises(ValueError, match="the first error"), Throughput(CUDA, lambda: 0.0).running():
         raise ValueError("the first error")
 
@@ -144,7 +144,7 @@ def test_tf32_flags_can_be_read_for_any_precision(matmul: str, conv: str) -> Non
 
 
 @pytest.mark.parametrize(("messages", "index"), [("cuda", 1), ("cuda:2", 2)])
-def test_a_gpu_has_its_number_and_is_the_present_one(
+def test_a_gpu_has_an_index_and_is_the_current_device(
     messages: str, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     present: list[torch.device] = []
@@ -157,7 +157,7 @@ def test_a_gpu_has_its_number_and_is_the_present_one(
     assert present == [torch.device("cuda", index)]
 
 
-def test_dropout_is_seeded_on_the_gpu_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_seeded_on_the_training_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = half_trainer()
     generators = [torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)]
     monkeypatch.setattr(torch.cuda, "default_generators", generators)
@@ -179,7 +179,7 @@ def test_a_run_on_a_cpu_next_to_a_gpu_sets_its_threads(
     assert torch.get_num_threads() == 1
 
 
-def test_the_same_bits_each_time_on_request(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_training_is_bitwise_repeatable_on_request(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     def flags() -> tuple[bool, bool, str | None]:
         return (
             torch.are_deterministic_algorithms_enabled(),
@@ -188,18 +188,18 @@ def test_the_same_bits_each_time_on_request(write_recipe: Callable[..., Path], t
         )
 
     def built() -> list[tuple[bool, bool, str | None]]:
-        found = [flags()]
+        states = [flags()]
         make(write_recipe(), tmp_path / "run", "accelerate.deterministic=true").fit()
-        found.append(flags())
+        states.append(flags())
         make(write_recipe(), tmp_path / "other")
-        return [*found, flags()]
+        return [*states, flags()]
 
     before, during, after = in_child(built)
     assert before[:2] == after[:2] == (False, False)
     assert during == (True, True, ":4096:8")
 
 
-def test_on_a_gpu_cudnn_tries_its_algorithms_only_where_bits_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_benchmark_is_off_for_deterministic_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("benchmark", "deterministic"):
         monkeypatch.setattr(torch.backends.cudnn, name, False)
     try:
@@ -214,18 +214,18 @@ def test_on_a_gpu_cudnn_tries_its_algorithms_only_where_bits_may_differ(monkeypa
 GROWING = ["augment.progressive={start_size: 16, until: 5 epochs, multiple: 2}", "data.image_size=32"]
 
 
-def test_shapes_are_counted_as_training_makes_them(write_recipe: Callable[..., Path]) -> None:
+def test_the_shapes_of_training_are_counted(write_recipe: Callable[..., Path]) -> None:
     options = [*GROWING, "train.duration=6 epochs", "train.batch_size=600", "accelerate.micro_batch_size=256"]
     parts = build_parts(load_recipe(write_recipe(), options))
     loaders = build_loaders(parts, BadImages(None, 0.5, lambda text: None), keep_pixels=False)
     num_steps = 6 * parts.sampling_plan.steps_per_epoch
     loader = loaders.train_loader(parts.source.train, parts.sampling_plan, num_steps, parts.spec.num_classes)
-    found = set()
+    sizes = set()
     for index in range(num_steps):
         plan = parts.sampling_plan.plan(index)
-        found |= {(len(key.indices), loader.size_at(plan.epoch)) for key in plan.micro_batches}
-    assert len(found) > 8  # more than the compiler would take by itself
-    assert num_shapes(parts.recipe, parts.spec, parts.sampling_plan) == len(found) + 2
+        sizes |= {(len(key.indices), loader.size_at(plan.epoch)) for key in plan.micro_batches}
+    assert len(sizes) > 8  # more than the compiler's default limit
+    assert num_shapes(parts.recipe, parts.spec, parts.sampling_plan) == len(sizes) + 2
 
 
 class Doubling(nn.Module):
@@ -233,8 +233,8 @@ class Doubling(nn.Module):
         return 2 * images
 
 
-def test_no_shape_is_left_uncompiled() -> None:
-    """The compiler's limit is 8 shapes; of those above it, only a warning would tell."""
+def test_every_shape_is_compiled() -> None:
+    """The compiler's limit is 8 shapes; beyond it there is only a warning."""
     import torch._dynamo
 
     def compiled(shapes: int) -> int:
@@ -264,7 +264,7 @@ def test_the_average_of_a_compiled_model_is_compiled_too(write_recipe: Callable[
         assert (trainer.ema.module._compiled_call_impl is not None) == compiled
 
 
-def test_numbers_of_all_processes_are_added_up_on_the_host(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_numbers_of_all_processes_are_summed_on_the_host(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = write_recipe()
 
     def summed() -> tuple[int, bool]:
@@ -291,18 +291,18 @@ def test_batches_on_the_host_are_limited_by_their_images(write_recipe: Callable[
     assert [batches_ahead(16, images) for images in (8, 64, 128, 256, 1000)] == [4, 4, 2, 1, 1]
     assert (num_slots(16, 256), num_slots(2, 32), num_slots(0, 32)) == (18, 10, 1)
     parts = build_parts(load_recipe(write_recipe(), ["data.workers=2"]))
-    without = build_parts(load_recipe(write_recipe(), ["data.workers=0"]))
-    parts.forecast = without.forecast = None  # as on a GPU
-    needed = [build_loaders(p, BadImages(None, 0.5, print)).planner.needed_memory for p in (parts, without)]
+    no_workers = build_parts(load_recipe(write_recipe(), ["data.workers=0"]))
+    parts.forecast = no_workers.forecast = None  # as on a GPU
+    needed = [build_loaders(p, BadImages(None, 0.5, print)).planner.needed_memory for p in (parts, no_workers)]
     size, micro = parts.spec.image_size, parts.sampling_plan.micro_batch_size
     assert needed == [3 * size**2 * (num_slots(2, micro) * micro + num_slots(2, max(32, micro)) * max(32, micro)), 0]
-    given = build_parts(load_recipe(write_recipe(), ["data.workers=2", "evaluate.batch_size=200"]))
-    given.forecast = None
-    planned = build_loaders(given, BadImages(None, 0.5, print)).planner.needed_memory
+    with_batch_size = build_parts(load_recipe(write_recipe(), ["data.workers=2", "evaluate.batch_size=200"]))
+    with_batch_size.forecast = None
+    planned = build_loaders(with_batch_size, BadImages(None, 0.5, print)).planner.needed_memory
     assert planned == 3 * size**2 * (num_slots(2, micro) * micro + num_slots(2, 200) * 200)
 
 
-def test_images_take_the_devices_memory_when_they_are_read_and_give_it_back() -> None:
+def test_images_allocate_device_memory_when_read_and_free_it() -> None:
     split = load_source("digits", eval_fraction=0.02).train
     images = ImageBatches(Images(split, Preparation(center=EvalTransform(16)), None))
     prefetcher = DevicePrefetcher(images, CPU, 16, rows=range(10, 40), workers=0, pin_memory=False)
@@ -325,14 +325,14 @@ def test_images_take_the_devices_memory_when_they_are_read_and_give_it_back() ->
     assert prefetcher._pixels is None
 
 
-def test_evaluation_images_on_the_device_make_room_for_a_step(
+def test_cached_evaluation_images_are_freed_for_a_step(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["data.cache=device", "augment.crop=padded", "train.duration=4 steps", "evaluate.every=2 steps"]
     trainer = make(write_recipe(), tmp_path / "run", *options)
     before = trainer.train_loader.micro_batch_size
 
-    def look(module: nn.Module, args: Any) -> None:
+    def hook(module: nn.Module, args: Any) -> None:
         if (
             module.training
             and trainer.state.step == 2
@@ -340,14 +340,14 @@ def test_evaluation_images_on_the_device_make_room_for_a_step(
         ):
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-    trainer.raw_model.register_forward_pre_hook(look)
+    trainer.raw_model.register_forward_pre_hook(hook)
     result = trainer.fit()
     assert (result.out_of_memory, result.micro_batch_size) == ([], before)
     assert "GB of evaluation images are no longer kept on cpu, and the step is made again" in capsys.readouterr().out
 
 
 class Waits(TorchDispatchMode):
-    """Lists what makes the host wait for a device: values that are read, and copies between devices that block."""
+    """Lists operations that make the host wait for a device: reads of values and blocking copies between devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ class Net(nn.Sequential):
 
 
 def waits_on_a_fake_gpu() -> dict[str, list[str]]:
-    """Return what waits in the steps of a training on fake CUDA tensors, whose values can't be read at all."""
+    """Return the operations that wait in steps of a training on fake CUDA tensors, whose values can't be read."""
     for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
         del os.environ[name]
     reset_accelerate()
@@ -402,7 +402,9 @@ def waits_on_a_fake_gpu() -> dict[str, list[str]]:
         )
         trainer.step.seed_masks = lambda step: None  # type: ignore[method-assign]
 
-        def backward(loss: Tensor, weight: float) -> None:  # gradients as the engine, which needs a device, leaves them
+        def backward(
+            loss: Tensor, weight: float
+        ) -> None:  # gradients as the autograd engine, which needs a device, would set them
             for parameter in trainer.step.parameters:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -421,7 +423,7 @@ def waits_on_a_fake_gpu() -> dict[str, list[str]]:
             trainer.throughput.add(loss, 16, trainer.step.grad_norm, skipped=trainer.step.skipped)
 
         trainer.step.accumulation.set_train_mode()
-        for index in range(3):  # in the first one the weights are kept on the host
+        for index in range(3):  # in the first one the weights are copied to the host
             watched(f"step {index}", lambda index=index: make_step(index))
         transform, key = TrainTransform(32, crop="padded", erase_prob=1.0), MicroBatchKey(0, np.arange(8))
         kept, rows = torch.zeros((20, 32, 32, 3), dtype=torch.uint8, device=CUDA), torch.arange(8, device=CUDA)
@@ -441,14 +443,14 @@ def waits_on_a_fake_gpu() -> dict[str, list[str]]:
 
 
 def test_no_step_waits_for_the_device() -> None:
-    found = in_child(waits_on_a_fake_gpu)
-    assert found["step 0"]  # the weights of the first update go to the host
-    assert found["step 1"] == found["step 2"] == found["crops"] == found["metrics"] == []
-    assert len(found["crops, colour not there"]) == 1
-    assert len(found["evaluation"]) == 1
+    waits = in_child(waits_on_a_fake_gpu)
+    assert waits["step 0"]  # the weights of the first update are copied to the host
+    assert waits["step 1"] == waits["step 2"] == waits["crops"] == waits["metrics"] == []
+    assert len(waits["crops, colour not there"]) == 1
+    assert len(waits["evaluation"]) == 1
 
 
-def test_buffers_of_an_average_are_copied_at_once() -> None:
+def test_buffers_of_an_average_are_copied_together() -> None:
     model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(20)))
     ema, names = Ema(model, 0.9), []
 
@@ -475,12 +477,12 @@ def test_the_device_of_predictions_can_be_chosen(
     assert "device 'cuda:1': there is no such device here; allowed are auto, cpu" in capsys.readouterr().err
 
 
-def test_the_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_used_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert [str(choose_device(wish)) for wish in ("auto", "cpu", "cuda", "cuda:1")] == [
+    assert [str(choose_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")] == [
         "cuda:0",
         "cpu",
         "cuda",
@@ -490,7 +492,7 @@ def test_the_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
         choose_device("cuda:2")
 
 
-def test_weights_lie_as_the_images_do() -> None:
+def test_weights_have_the_memory_format_of_the_images() -> None:
     conv = on_device(nn.Conv2d(3, 8, 3), CPU, channels_last=True).weight  # type: ignore[attr-defined]
     assert conv.is_contiguous(memory_format=torch.channels_last)
     assert not conv.is_contiguous()

@@ -1,4 +1,4 @@
-"""A program of one's own under a launcher: one model for all processes, and seeds that torch.manual_seed sets."""
+"""A user's program under a launcher: one model for all processes, and seeds set by torch.manual_seed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ IMAGES = TensorDataset(torch.arange(24.0).reshape(24, 1) / 24, torch.arange(24) 
 
 
 def as_under_torchrun() -> None:
-    """Leave what torchrun sets, and nothing of `accelerate launch`."""
+    """Keep only the environment that torchrun sets, without that of `accelerate launch`."""
     del os.environ["ACCELERATE_USE_CPU"]
 
 
 def trained_by_torchrun(share: bool) -> tuple[int, Tensor, list[str]]:
     as_under_torchrun()
-    torch.manual_seed(int(os.environ["RANK"]))  # other weights on each process at first
+    torch.manual_seed(int(os.environ["RANK"]))  # different initial weights on each process
     model = nn.Linear(1, 3)
     sampler = DistributedSampler(IMAGES, 2, int(os.environ["RANK"])) if share else None
     loader = DataLoader(IMAGES, 4, sampler=sampler)
@@ -44,25 +44,27 @@ def test_torchrun_on_a_cpu_trains_one_model() -> None:
     assert notes == []
 
 
-def test_a_loader_that_gives_all_images_to_each_process_is_told() -> None:
+def test_a_loader_that_gives_all_images_to_each_process_is_refused() -> None:
     (_, _, notes), _ = run_processes(trained_by_torchrun, False)
     (note,) = notes
-    assert note.startswith("train_loader: its DataLoader gives each of 2 processes all images of its data set")
+    assert note.startswith("train_loader: its DataLoader gives each of 2 processes all images of its dataset")
 
 
 def blind_accelerator() -> str:
     as_under_torchrun()
     accelerator = Accelerator()
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError) as error:
         small_trainer(accelerator=accelerator)
-    with pytest.raises(RunError, match=r"make it before anything else of accelerate is used"):
+    with pytest.raises(RunError, match=r"create it before using anything else of accelerate"):
         small_trainer()
-    return str(caught.value)
+    return str(error.value)
 
 
-def test_an_accelerator_that_is_blind_to_the_other_processes_is_refused() -> None:
+def test_an_accelerator_unaware_of_the_other_processes_is_refused() -> None:
     message, _ = run_processes(blind_accelerator)
-    assert message.startswith("a launcher has started 2 processes, and the Accelerator knows of 1: each would train a")
+    assert message.startswith(
+        "a launcher has started 2 processes, but the Accelerator knows of 1: each would train its"
+    )
 
 
 def losses(torchs_seed: int, **options: Any) -> list[float]:
@@ -81,7 +83,7 @@ def losses(torchs_seed: int, **options: Any) -> list[float]:
     return seen
 
 
-def test_masks_and_order_follow_torchs_seed_unless_one_is_given() -> None:
+def test_dropout_and_order_follow_torchs_seed_unless_one_is_given() -> None:
     assert losses(1) == losses(1)
     assert losses(1)[3:] != pytest.approx(losses(2)[3:])
     assert losses(1, seed=5)[3:] == pytest.approx(losses(2, seed=5)[3:])
@@ -94,7 +96,7 @@ def seeds() -> int:
     return int(trainer.state.seed or 0)
 
 
-def test_all_processes_have_the_main_ones_seed() -> None:
+def test_all_processes_use_the_main_processs_seed() -> None:
     assert run_processes(seeds) == [7, 7]
 
 
@@ -110,8 +112,8 @@ def test_a_restored_run_keeps_its_seed(tmp_path: Path) -> None:
 
     build_trainer().fit()
     torch.manual_seed(12)
-    again = build_trainer(duration="2 epochs")
-    again.restore()
-    assert again.state.seed == 11
+    resumed = build_trainer(duration="2 epochs")
+    resumed.restore()
+    assert resumed.state.seed == 11
     with pytest.raises(RunError, match="seed is 12 now, and 11 in the run; leave it out"):
         build_trainer(duration="2 epochs", seed=12).restore()

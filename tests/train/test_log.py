@@ -1,4 +1,4 @@
-"""What a run says: bars on a terminal, one line an interval elsewhere, nothing from other processes."""
+"""The run log: progress bars on a terminal, one line per interval elsewhere, nothing from other processes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ VALUES = {
 
 
 def terminal(log: RunLog, width: int = 100) -> io.StringIO:
-    """Let the log believe that it writes to a terminal, and return what it writes to."""
+    """Return a stream that the log takes for a terminal."""
     written = io.StringIO()
     log.console = _Terminal(file=written, force_terminal=True, width=width, highlight=False, color_system=None)
     return written
 
 
 def last_frame(written: io.StringIO) -> str:
-    """Return what stands on the terminal at the end, without its control codes."""
+    """Return the final content of the terminal without control codes."""
     frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\x00", written.getvalue()).split("\x00")
     return "\n".join(frame for frame in frames if frame.strip())
 
 
 def bars_after(step: int) -> str:
-    """Return what stands on the terminal after a step of 100, in epochs of 40."""
+    """Return the content of the terminal after a step of 100, in epochs of 40."""
     log = RunLog()
     written = terminal(log)
     with log.progress(num_steps=100, done=0, steps_per_epoch=40):
@@ -43,23 +43,23 @@ def bars_after(step: int) -> str:
 
 
 def test_progress_bars_show_epoch_and_run_with_the_remaining_time() -> None:
-    shown = bars_after(50)
-    assert re.search(r"epoch 2/3 .* 25% 1 min 00 s left", shown), shown  # 30 of 40 steps of 2 s
-    assert re.search(r"run +.* 50% 2 min 10 s left", shown)
-    assert "loss 0.2500  lr 1.00e-03  1,230 images/s  waiting 3%  3.22 GB" in shown
+    bars = bars_after(50)
+    assert re.search(r"epoch 2/3 .* 25% 1 min 00 s left", bars), bars  # 30 of 40 steps of 2 s
+    assert re.search(r"run +.* 50% 2 min 10 s left", bars)
+    assert "loss 0.2500  lr 1.00e-03  1,230 images/s  waiting 3%  3.22 GB" in bars
 
 
 def test_the_last_epoch_may_be_short() -> None:
     assert re.search(r"epoch 3/3 .* 100%", bars_after(100))
 
 
-def test_bars_move_between_lines_and_a_resumed_run_begins_where_it_was() -> None:
+def test_bars_move_between_lines_and_continue_after_resuming() -> None:
     log = RunLog()
     terminal(log)
     with log.progress(num_steps=100, done=30, steps_per_epoch=50):
         display = log._display
         assert [task.completed for task in display.tasks] == [30, 30]
-        display._moved = 0.0
+        display._updated_at = 0.0
         log.at_step(31)
         assert [task.completed for task in display.tasks] == [31, 31]
         log.at_step(32)  # within a tenth of a second: not worth drawing
@@ -71,12 +71,12 @@ def test_evaluation_and_saving_are_shown_in_the_progress() -> None:
     terminal(log)
     with log.progress(10, 0, 10):
         log.train_line(5, 10, VALUES)
-        with log.doing("evaluating: validation"):
+        with log.activity("evaluating: validation"):
             assert log._display.facts == "evaluating: validation"
         assert log._display.facts.startswith("loss")
 
 
-def test_a_narrow_terminal_cuts_the_figures() -> None:
+def test_a_narrow_terminal_cuts_the_numbers() -> None:
     log = RunLog()
     written = terminal(log, width=40)
     with log.progress(10, 0, 10):
@@ -85,7 +85,7 @@ def test_a_narrow_terminal_cuts_the_figures() -> None:
     assert max(len(line) for line in last_frame(written).splitlines()) <= 40
 
 
-def test_without_a_terminal_one_line_an_interval(
+def test_without_a_terminal_one_line_is_printed_per_interval(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -128,12 +128,12 @@ def test_the_time_left_is_steady_when_single_laps_are_not(monkeypatch: pytest.Mo
     assert counts.recent_seconds_per_step == pytest.approx(1.0, abs=0.1)
 
 
-def test_other_processes_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(main=False)
-    with log.progress(10, 0, 10), log.doing("evaluating"):
+    with log.progress(10, 0, 10), log.activity("evaluating"):
         log.train_line(10, 10, VALUES)
         log.at_step(10)
-        log.say("hello")
+        log.print("hello")
         log.eval_line(10, 1.0, "validation", {"accuracy": 1.0}, 0.1, 1.0)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

@@ -55,13 +55,13 @@ def verdict(loss: Any, model: nn.Module, images: Any, targets: Any) -> str:
     before, states = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     modes = [module.training for module in model.modules()]
     try:
-        found = mean_note(loss, model, images, targets, AT) or "mean"
+        verdict = mean_note(loss, model, images, targets, AT) or "mean"
     except RunError as error:
-        found = str(error)
+        verdict = str(error)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(states, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
-    return UNKNOWN if found.startswith(UNKNOWN) else found
+    return UNKNOWN if verdict.startswith(UNKNOWN) else verdict
 
 
 def batch(number: int = IMAGES) -> tuple[Tensor, Tensor]:

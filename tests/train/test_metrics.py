@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, which the `evaluate` modules of the same names call."""
+"""Metrics compared with scikit-learn, which the `evaluate` modules of the same names call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_fasttrain.train.metrics import ExternalMetrics, Metrics, resolve_metrics
 from hf_fasttrain.utils.errors import RecipeError, RunError
 
 CPU = torch.device("cpu")
-# What evaluate's own f1 module does, with the average fixed.
+# Like evaluate's f1 module, with a fixed average.
 MODULE = """
 import datasets
 import evaluate
@@ -47,7 +47,7 @@ def random_batches(num_classes: int, sizes: list[int], multi_label: bool = False
         if multi_label:
             labels = (torch.rand(size, num_classes, generator=generator) < 0.4).float()
         else:
-            labels = torch.randint(0, num_classes - 1, (size,), generator=generator)  # one class never occurs
+            labels = torch.randint(0, num_classes - 1, (size,), generator=generator)  # one class does not occur
         batches.append((logits, labels))
     return batches
 
@@ -63,22 +63,22 @@ def measured(batches: list[tuple[Tensor, Tensor]], num_classes: int, multi_label
 def test_single_label_metrics_are_scikit_learns(num_classes: int) -> None:
     batches = random_batches(num_classes, [16, 16, 5])
     logits, labels = (torch.cat(part) for part in zip(*batches, strict=True))
-    got, predicted = measured(batches, num_classes), logits.argmax(1)
-    assert got["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
-    assert got["f1_macro"] == pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"))
-    assert got["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    actual, predicted = measured(batches, num_classes), logits.argmax(1)
+    assert actual["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
+    assert actual["f1_macro"] == pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"))
+    assert actual["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     order = np.argsort(-logits.numpy(), axis=1)[:, :5]
-    assert got["top5_accuracy"] == pytest.approx(np.mean([y in row for y, row in zip(labels, order, strict=True)]))
+    assert actual["top5_accuracy"] == pytest.approx(np.mean([y in row for y, row in zip(labels, order, strict=True)]))
 
 
 def test_multi_label_metrics_are_scikit_learns() -> None:
     batches = random_batches(6, [16, 9], multi_label=True)
     logits, labels = (torch.cat(part) for part in zip(*batches, strict=True))
-    got, predicted = measured(batches, 6, multi_label=True), (logits >= 0).int()
-    assert got["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
-    assert got["f1_macro"] == pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"))
-    assert got["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels).item(), rel=1e-6)
-    assert "top5_accuracy" not in got
+    actual, predicted = measured(batches, 6, multi_label=True), (logits >= 0).int()
+    assert actual["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
+    assert actual["f1_macro"] == pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"))
+    assert actual["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels).item(), rel=1e-6)
+    assert "top5_accuracy" not in actual
 
 
 def test_an_evaluate_module_by_local_path_agrees_with_the_built_in_metric(tmp_path: Path) -> None:
@@ -120,12 +120,12 @@ def evaluate_five_images() -> dict[str, float]:
 
 
 def test_five_images_on_two_processes_count_as_five() -> None:
-    alone = evaluate_five_images()
-    assert (alone["accuracy"] * 5) % 1 == pytest.approx(0, abs=1e-9)
-    for got in run_processes(evaluate_five_images):
-        assert got == pytest.approx(alone)
-    for got in run_processes(evaluate_five_images, num_processes=4):
-        assert got == pytest.approx(alone)
+    single = evaluate_five_images()
+    assert (single["accuracy"] * 5) % 1 == pytest.approx(0, abs=1e-9)
+    for actual in run_processes(evaluate_five_images):
+        assert actual == pytest.approx(single)
+    for actual in run_processes(evaluate_five_images, num_processes=4):
+        assert actual == pytest.approx(single)
 
 
 def averaged_norm() -> Tensor:
@@ -145,11 +145,11 @@ def test_logits_are_found_in_a_models_output() -> None:
     logits = torch.randn(2, 3)
     for output in (logits, SimpleNamespace(logits=logits, loss=None), {"logits": logits}, OrderedDict(logits=logits)):
         assert logits_of(output) is logits
-    for wrong, described in (
+    for wrong, description in (
         ((logits, logits), r"a tuple of 2 \(Tensor, Tensor\)"),
         ({"out": logits, "aux": logits}, "a dict of 'out', 'aux'"),
         (SimpleNamespace(logits=None), "an output of type SimpleNamespace"),
         (None, "an output of type NoneType"),
     ):
-        with pytest.raises(RunError, match=f"the model gives {described}, where logits are needed.*predict="):
+        with pytest.raises(RunError, match=f"the model returns {description} instead of logits.*predict="):
             logits_of(wrong)

@@ -1,4 +1,4 @@
-"""Memory that runs out: the step is made again in smaller pieces, with the same images and the same outcome."""
+"""Out of memory: the step is retried with smaller micro-batches, the same images and the same result."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hf_fasttrain.run_folder.checkpoint import read_state
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.errors import NotEnoughMemory, PeerGone, RunError
 
-# Said by torch 2.11 of the hooks by which these tests let a backward fail.
+# A warning of torch 2.11 about the hooks by which these tests make a backward fail.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-# A model without batch norm and dropout: how a step is cut changes nothing but rounding.
+# A model without batch norm and dropout: splitting a step changes nothing but rounding.
 EXACT = ["model.name=test_vit", "optimizer.name=sgd", "optimizer.lr=0.05", "accelerate.mixed_precision=no"]
 SMALL = ["data.eval_fraction=0.05", "augment.mixup=0.5", "log.every=1", "train.duration=5 steps"]
 SMALL += ["evaluate.every=5 steps", "checkpoint.every=2 steps"]
@@ -30,7 +30,7 @@ CUDA_MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 class Short(Trainer):
-    """Has memory for `most` images in a forward while training, from step `since` on; `fails` in which process."""
+    """From step `since` on, has memory for `most` images in a training forward; `fails`: in which process."""
 
     most, since, process, backward = 1000, 0, None, False  # type: ignore[var-annotated]
 
@@ -41,8 +41,8 @@ class Short(Trainer):
             self.raw_model.register_full_backward_pre_hook(self.look_backward)
 
     def is_short(self, images: int) -> bool:
-        mine = self.process in (None, self.accelerator.process_index)
-        return mine and self.raw_model.training and self.state.step >= self.since and images > self.most
+        is_here = self.process in (None, self.accelerator.process_index)
+        return is_here and self.raw_model.training and self.state.step >= self.since and images > self.most
 
     def look(self, module: nn.Module, args: tuple[Tensor]) -> None:
         if not self.backward and self.is_short(len(args[0])):
@@ -90,16 +90,16 @@ def test_weights_are_those_of_a_run_with_enough_memory(
 def test_batch_norm_and_random_states_are_restored(
     workers: int, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Bitwise: a run that was cut smaller at its start is the one that was asked to have such micro-batches."""
+    """Bitwise: a run whose first step was split equals one with such micro-batches from the start."""
     options = ["model.drop_path=0.1", f"data.workers={workers}", "ema={decay: 0.9}"]
     make(write_recipe(), tmp_path / "short", *options, most=8).fit()
     make(write_recipe(), tmp_path / "asked", *options, "accelerate.micro_batch_size=8").fit()
-    short, asked = weights(tmp_path / "short"), weights(tmp_path / "asked")
-    assert any("running_var" in name for name in asked)
-    assert all(torch.equal(short[name], value) for name, value in asked.items())
+    short, requested = weights(tmp_path / "short"), weights(tmp_path / "asked")
+    assert any("running_var" in name for name in requested)
+    assert all(torch.equal(short[name], value) for name, value in requested.items())
 
 
-def test_a_resumed_run_begins_with_the_smaller_micro_batch(
+def test_a_resumed_run_starts_with_the_smaller_micro_batch(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(write_recipe(), tmp_path / "run", *EXACT, most=4).fit()
@@ -107,12 +107,12 @@ def test_a_resumed_run_begins_with_the_smaller_micro_batch(
     assert longer.train_loader.micro_batch_size == 4
     assert "memory ran out earlier in this run: micro-batches of 4 images" in capsys.readouterr().out
     assert longer.fit().micro_batch_size == 4
-    asked = [*EXACT, "train.duration=8 steps", "accelerate.micro_batch_size=6"]
-    other = make(write_recipe(), tmp_path / "run", *asked, resume=True)
-    assert other.train_loader.micro_batch_size == 6  # the user knows better
+    options = [*EXACT, "train.duration=8 steps", "accelerate.micro_batch_size=6"]
+    other = make(write_recipe(), tmp_path / "run", *options, resume=True)
+    assert other.train_loader.micro_batch_size == 6  # the user's choice
 
 
-def test_pairs_are_taken_apart_at_last(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_pairs_are_split_as_the_last_resort(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make(write_recipe(), tmp_path / "enough", *EXACT).fit()
     result = make(write_recipe(), tmp_path / "short", *EXACT, most=1).fit()
     assert result.micro_batch_size == 1
@@ -128,34 +128,36 @@ def test_an_image_that_does_not_fit_is_one_message(write_recipe: Callable[..., P
         make(write_recipe(), tmp_path / "two", most=1).fit()
 
 
-def test_evaluation_goes_on_in_smaller_batches(
+def test_evaluation_continues_with_smaller_batches(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    enough = make(write_recipe(), tmp_path / "enough", *EXACT).fit()
+    reference = make(write_recipe(), tmp_path / "enough", *EXACT).fit()
     trainer = make(write_recipe(), tmp_path / "short", *EXACT)
     sizes = []
 
-    def look(module: nn.Module, args: tuple[Tensor]) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
         if not module.training:
             if len(args[0]) > 5:
                 raise torch.OutOfMemoryError(CUDA_MESSAGE)
             sizes.append(len(args[0]))
 
-    trainer.raw_model.register_forward_pre_hook(look)
+    trainer.raw_model.register_forward_pre_hook(hook)
     result = trainer.fit()
     assert max(sizes) == 4
-    assert result.metrics == pytest.approx(enough.metrics, rel=1e-6)
+    assert result.metrics == pytest.approx(reference.metrics, rel=1e-6)
     assert capsys.readouterr().out.count("out of memory while evaluating: batches of 4 images from now on") == 1
 
 
-def test_an_image_that_does_not_fit_in_evaluation(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_image_that_does_not_fit_in_evaluation_is_one_message(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     trainer = make(write_recipe(), tmp_path / "run", *EXACT)
 
-    def look(module: nn.Module, args: tuple[Tensor]) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
         if not module.training:
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-    trainer.raw_model.register_forward_pre_hook(look)
+    trainer.raw_model.register_forward_pre_hook(hook)
     with pytest.raises(RunError, match=r"a single image does not fit in evaluation; lower data\.image_size"):
         trainer.fit()
 
@@ -178,31 +180,31 @@ def test_batches_of_user_loaders_are_split_too() -> None:
 
 
 def test_a_started_update_is_not_retried(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """The optimizer's step has changed weights before memory ran out: nothing of it may be saved."""
+    """The optimizer has changed weights before memory ran out: nothing of it may be saved."""
     trainer = make(write_recipe(), tmp_path / "run", *EXACT, "optimizer.name=adamw")
     step, calls = trainer.step.optimizer.step, []
 
-    def fails() -> None:
+    def raise_error() -> None:
         calls.append(1)
         step()
         if len(calls) == 4:
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-    trainer.step.optimizer.step = fails
-    with pytest.raises(NotEnoughMemory, match=r"at step 4 .* resume=True .* continues .*micro-batches of 8") as caught:
+    trainer.step.optimizer.step = raise_error
+    with pytest.raises(NotEnoughMemory, match=r"at step 4 .* resume=True .* continues .*micro-batches of 8") as error:
         trainer.fit()
-    assert caught.value.status == 75
+    assert error.value.status == 75
     resumed = make(write_recipe(), tmp_path / "run", *EXACT, "optimizer.name=adamw", resume=True)
     assert (resumed.state.step, resumed.train_loader.micro_batch_size) == (2, 8)
 
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_first_update_is_retried(changed: bool, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Where the optimizer's state is made, whether or not weights have changed before memory ran out."""
+    """The update that creates the optimizer's state, whether or not weights changed before memory ran out."""
     trainer = make(write_recipe(), tmp_path / "run", *EXACT)
     step, calls = trainer.step.optimizer.step, []
 
-    def fails() -> None:
+    def raise_error() -> None:
         calls.append(1)
         if len(calls) == 1:
             if changed:
@@ -210,31 +212,33 @@ def test_a_first_update_is_retried(changed: bool, write_recipe: Callable[..., Pa
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
         step()
 
-    trainer.step.optimizer.step = fails
+    trainer.step.optimizer.step = raise_error
     assert trainer.fit().out_of_memory == [{"step": 1, "before": 16, "after": 8}]
     make(write_recipe(), tmp_path / "enough", *EXACT).fit()
     require_close(tmp_path / "run", tmp_path / "enough")
 
 
-def test_a_first_update_that_left_half_a_state_is_retried(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Adam makes its two averages one after the other; memory may run out between them."""
+def test_a_first_update_that_left_an_incomplete_state_is_retried(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Adam allocates its two averages one after the other; memory may run out between them."""
     options = [*EXACT, "optimizer.name=adamw", "optimizer.lr=1e-3"]
     trainer = make(write_recipe(), tmp_path / "run", *options)
     step, calls = trainer.step.optimizer.step, []
 
-    def fails() -> None:
+    def raise_error() -> None:
         calls.append(1)
         if len(calls) == 1:
             trainer.step.optimizer.state[trainer.step.parameters[0]] = {"step": torch.zeros(())}
             raise torch.OutOfMemoryError(CUDA_MESSAGE)
         step()
 
-    trainer.step.optimizer.step = fails
+    trainer.step.optimizer.step = raise_error
     assert trainer.fit().out_of_memory == [{"step": 1, "before": 16, "after": 8}]
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1e6])
-def test_gradients_that_fp16_had_unscaled_are_scaled_anew(clip_norm: float | None) -> None:
+def test_gradients_unscaled_before_a_retry_are_scaled_again(clip_norm: float | None) -> None:
     from accelerate.optimizer import AcceleratedOptimizer
 
     def trained(fail: bool) -> Tensor:
@@ -246,33 +250,33 @@ def test_gradients_that_fp16_had_unscaled_are_scaled_anew(clip_norm: float | Non
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         trainer.accelerator.scaler = scaler
         wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
-        trainer.step.applying.optimizer = wrapped
+        trainer.step.updater.optimizer = wrapped
         calls = []
 
-        def fails(*_: Any) -> None:
+        def raise_error(*_: Any) -> None:
             calls.append(1)
             if fail and len(calls) == 1:
                 raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-        optimizer.register_step_pre_hook(fails)
+        optimizer.register_step_pre_hook(raise_error)
         assert bool(trainer.fit().out_of_memory) == fail
         return model[1].weight.detach()
 
     torch.testing.assert_close(trained(True), trained(False))
 
 
-def test_an_average_that_did_not_fit_does_not_apply_a_step_twice(
+def test_out_of_memory_in_the_average_does_not_apply_a_step_twice(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     trainer = make(write_recipe(), tmp_path / "run", *EXACT, "ema={decay: 0.9}")
     assert trainer.ema is not None
     calls: list[int] = []
 
-    def fails(update: int) -> None:
+    def raise_error(update: int) -> None:
         calls.append(update)
         raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
-    trainer.ema.update = fails  # type: ignore[method-assign]
+    trainer.ema.update = raise_error  # type: ignore[method-assign]
     with pytest.raises(NotEnoughMemory):
         trainer.fit()
     assert calls == [0]
@@ -283,7 +287,7 @@ def fit_short(recipe: str, run: str, most: int, since: int) -> Any:
         result = make(Path(recipe), Path(run), *EXACT, "data.workers=1", most=most, since=since, process=1).fit()
     except NotEnoughMemory as error:
         return str(error)
-    except (RuntimeError, PeerGone) as error:  # the other process has gone
+    except (RuntimeError, PeerGone) as error:  # the other process has ended
         return f"left alone: {error}"
     return result.out_of_memory, result.images
 
@@ -296,20 +300,18 @@ def test_processes_agree_on_smaller_micro_batches(write_recipe: Callable[..., Pa
     require_close(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_process_that_is_alone_under_a_launcher_makes_a_failed_backward_again(
-    write_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_single_launched_process_retries_a_failed_backward(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     options = [*EXACT, "train.duration=1 steps"]
-    found = in_child(
+    result = in_child(
         lambda: make(write_recipe(), tmp_path / "run", *options, most=8, backward=True).fit().out_of_memory
     )
-    assert found == [{"step": 1, "before": 16, "after": 8}]
+    assert result == [{"step": 1, "before": 16, "after": 8}]
 
 
 def test_a_later_failure_of_one_process_saves_nothing_inconsistent_and_resume_starts_smaller(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The other process waits for gradients that do not come; what it does then does not matter."""
+    """The other process waits for gradients that do not arrive; what it then does is irrelevant."""
     first, second = run_processes(fit_short, str(write_recipe()), str(tmp_path / "run"), 4, 3)
     assert "out of memory at step 4 with micro-batches of 8 images" in second
     assert first.startswith("left alone")
@@ -325,10 +327,10 @@ def resume_after(recipe: str, run: str) -> tuple[int, int, int]:
 
 
 def fit_in_little_memory() -> Any:
-    """Train with a limit on the process's memory that a whole batch's activations do not fit under."""
+    """Train with a memory limit of the process below the activations of a complete batch."""
 
     class Wide(nn.Module):
-        """Needs 40 MB for each image: a real allocation, which really fails."""
+        """Needs 40 MB per image: a real allocation that really fails."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -349,14 +351,14 @@ def fit_in_little_memory() -> Any:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of memory")
-def test_real_memory_that_runs_out() -> None:
+def test_really_running_out_of_memory() -> None:
     ((halved, images),) = run_processes(fit_in_little_memory, num_processes=1)
     assert images == 96
     assert halved[0] == {"step": 1, "before": 32, "after": 16}
 
 
-def test_a_failed_step_is_seen_by_the_trainer_that_overrides_it(tmp_path: Path) -> None:
-    """An own `train_step` is made again as well."""
+def test_an_overridden_step_method_sees_failed_attempts(tmp_path: Path) -> None:
+    """An overridden `train_step` is retried as well."""
     seen = []
 
     class Own(Trainer):

@@ -1,4 +1,4 @@
-"""What several training processes ask each other, and one alone itself."""
+"""Collective operations on several processes and on one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def collective_results() -> dict[str, Any]:
         "main": (processes.is_main, processes.is_local_main),
         "gathered": processes.gather([processes.index, "said"]),
         "from_local_main": processes.from_local_main({"index": processes.index}),
-        "sum": processes.add_up(number).item(),
+        "sum": processes.reduce_sum(number).item(),
         "mean": processes.mean(number).item(),
         "largest": processes.largest(processes.index, -processes.index),
         "any": processes.any_process(processes.index == 1),
@@ -39,17 +39,17 @@ def collective_results() -> dict[str, Any]:
     }
 
 
-def test_one_process_answers_itself() -> None:
+def test_collectives_work_with_one_process() -> None:
     assert collective_results() == {
         "main": (True, True), "gathered": [0, "said"], "from_local_main": {"index": 0}, "sum": 0, "mean": 0,
         "largest": [0, 0], "any": False, "kept": 0,
     }  # fmt: skip
 
 
-def test_several_processes_agree() -> None:
+def test_collectives_agree_on_several_processes() -> None:
     first, second = run_processes(collective_results)
     assert (first["main"], second["main"]) == ((True, True), (False, False))
-    assert (first["kept"], second["kept"]) == (0, 2)  # sums are new tensors
+    assert (first["kept"], second["kept"]) == (0, 2)  # sums must be new tensors
     for process in (first, second):
         assert {name: process[name] for name in process if name not in ("main", "kept")} == {
             "gathered": [0, "said", 1, "said"], "from_local_main": {"index": 0}, "sum": 2, "mean": 1,
@@ -69,12 +69,12 @@ def fail(trainer: Trainer, step: Step) -> torch.Tensor:
     raise RunError("planted")
 
 
-def ended(arguments: list[str]) -> dict[str, Any]:
-    """Return how a command has ended in this process, and when."""
-    status, when = exit_status(arguments), time.monotonic()
+def run_command(arguments: list[str]) -> dict[str, Any]:
+    """Return how and when a command ended in this process."""
+    status, ended_at = exit_status(arguments), time.monotonic()
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     threads = [name for name in names if "gloo" in name]
-    return {"status": status, "when": when, "threads": threads, "group": dist.is_initialized()}
+    return {"status": status, "when": ended_at, "threads": threads, "group": dist.is_initialized()}
 
 
 ENDS: dict[str, tuple[Callable[..., torch.Tensor] | None, int]] = {
@@ -85,12 +85,12 @@ ENDS: dict[str, tuple[Callable[..., torch.Tensor] | None, int]] = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads")
-@pytest.mark.parametrize("how", ENDS)
-def test_processes_leave_together_and_no_thread_of_their_group_outlives_a_command(
-    how: str, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ending", ENDS)
+def test_processes_end_together_and_leave_no_thread_of_their_group(
+    ending: str, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread that drops a tensor while the interpreter is shutting down would abort the process."""
-    train_step, status = ENDS[how]
+    train_step, status = ENDS[ending]
     published = tmp_path / "published"
 
     def publish(self: Publish, *arguments: Any) -> None:
@@ -101,8 +101,8 @@ def test_processes_leave_together_and_no_thread_of_their_group_outlives_a_comman
     if train_step is not None:
         monkeypatch.setattr(Trainer, "train_step", train_step)
     command = [str(write_recipe()), "data.eval_fraction=0.02", "log.report=true", f"output_dir={tmp_path / 'run'}"]
-    processes = run_processes(ended, command)
+    processes = run_processes(run_command, command)
     for process in processes:
         assert (process["status"], process["threads"], process["group"]) == (status, [], False)
-    if how == "finished":
+    if ending == "finished":
         assert min(process["when"] for process in processes) > float(published.read_text())

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on: killed at any moment, with other processes, a longer duration, data that moved."""
+"""Resuming: after a kill at any moment, with other processes, a longer duration, moved data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import RECIPE, weights
-from kill_and_resume import WITH_LOSS, import_everything, torment
+from kill_and_resume import WITH_LOSS, import_everything, train_with_kills
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,8 +31,8 @@ def make(recipe: Path, run: Path, *overrides: str, resume: bool = False, small: 
     return Trainer.from_recipe(recipe, [*small, f"output_dir={run}", *overrides], resume=resume)
 
 
-def break_off(trainer: Trainer, at: int) -> None:
-    """Train until the step of an index would begin."""
+def train_until(trainer: Trainer, at: int) -> None:
+    """Train until the given step would begin."""
     make_step = trainer.train_step
 
     def train_step(step: Step) -> Tensor:
@@ -64,28 +64,28 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("kind", [WITH_LOSS, "two workers, cache in memory", "two processes with two workers"])
-def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_and_resumed_ends_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
     """The short form of kill_and_resume.py."""
-    report = torment(kind, tmp_path, kills=2, seed=1, steps=12)
+    report = train_with_kills(kind, tmp_path, kills=2, seed=1, steps=12)
     assert report.kills == 2
     assert report.differing == []
 
 
 def fit_steps(recipe: str, run: str, duration: str, resume: bool) -> int:
-    """Train on as many processes as there are; stop where the whole training of 8 steps is at `duration`."""
+    """Train on all processes; stop a training of 8 steps at `duration`."""
 
     reset_accelerate()
     trainer = Trainer.from_recipe(recipe, [*EXACT, f"output_dir={run}", "train.duration=8 steps"], resume=resume)
-    began = trainer.state.step
+    first_step = trainer.state.step
     if int(duration) < 8:
-        break_off(trainer, int(duration))
+        train_until(trainer, int(duration))
     else:
         trainer.fit()
-    return began
+    return first_step
 
 
 @pytest.mark.parametrize("processes", [(2, 1, 2), (1, 2, 1)])
-def test_stopped_on_some_processes_and_resumed_on_others(
+def test_a_run_is_resumed_on_another_number_of_processes(
     processes: tuple[int, int, int], write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = str(write_recipe())
@@ -105,20 +105,20 @@ def test_stopped_on_some_processes_and_resumed_on_others(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # the same images in the same steps
 
 
-def test_a_longer_duration_follows_the_new_schedule_and_says_both_rates(
+def test_a_longer_duration_follows_the_new_schedule_and_reports_both_learning_rates(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warmup = "schedule.warmup=25%"  # 1 step, then 2: what is asked for is still the same
+    warmup = "schedule.warmup=25%"  # 1 step, then 2: the setting is the same
     make(write_recipe(), tmp_path / "run", warmup, "train.duration=4 steps").fit()
     capsys.readouterr()
     trainer = make(write_recipe(), tmp_path / "run", warmup, "train.duration=8 steps", resume=True)
     messages = (
-        "train.duration is 8 steps now, it was 4: after step 4 lr follows the new schedule, 0.00075 after 0.00025"
+        "train.duration is now 8 steps, before 4: after step 4 lr follows the new schedule, 0.00075 after 0.00025"
     )
     assert messages in capsys.readouterr().out
     result = trainer.fit()
     assert (result.steps, result.resumed_at) == (8, [4])
-    with pytest.raises(RunError, match=r"train\.duration is 6 steps, and 8 are done already; give a longer one"):
+    with pytest.raises(RunError, match=r"train\.duration is 6 steps, and 8 are done already; set a longer one"):
         make(write_recipe(), tmp_path / "run", warmup, "train.duration=6 steps", resume=True)
 
 
@@ -155,7 +155,7 @@ def test_checkpoints_that_do_not_fit_are_passed_over(
         saved = load_checkpoint(path)
         weights, training = saved.weights, saved.training
         if path == paths[1]:  # of another shape
-            weights = {kind: {name: torch.zeros(1) for name in named} for kind, named in weights.items()}
+            weights = {kind: {name: torch.zeros(1) for name in names} for kind, names in weights.items()}
         elif path == paths[2]:  # a group without a sound option
             groups = [{**group, "betas": "x"} for group in training["optimizer"]["param_groups"]]
             training = {**training, "optimizer": {**training["optimizer"], "param_groups": groups}}
@@ -173,14 +173,14 @@ def test_checkpoints_that_do_not_fit_are_passed_over(
     assert trainer.fit().steps == 8
 
 
-def test_a_run_from_before_a_key_was_added_had_its_default(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_older_than_a_key_has_its_default(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make(write_recipe(), tmp_path / "run").fit()
     (newest,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     checkpoint = load_checkpoint(newest)
     settings = {k: v for k, v in checkpoint.state["learnt"].items() if k != "schedule.power"}
     assert len(settings) == len(checkpoint.state["learnt"]) - 1
-    about = {**checkpoint.state, "learnt": settings}
-    save_checkpoint(newest.parent, Snapshot(2, about, checkpoint.weights, checkpoint.training))
+    metadata = {**checkpoint.state, "learnt": settings}
+    save_checkpoint(newest.parent, Snapshot(2, metadata, checkpoint.weights, checkpoint.training))
     longer = "train.duration=3 steps"
     with pytest.raises(RunError, match=r"  schedule\.power: 1\.0 in the run, 2\.0 now"):
         make(write_recipe(), tmp_path / "run", longer, "schedule.power=2", resume=True)
@@ -198,7 +198,7 @@ def test_a_run_from_before_a_key_was_added_had_its_default(write_recipe: Callabl
 def test_machine_fields_may_change(
     changed: list[str], uninterrupted: dict[str, Tensor], write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    break_off(make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", small=EXACT), 3)
+    train_until(make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", small=EXACT), 3)
     resumed = make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", *changed, resume=True, small=EXACT)
     assert resumed.state.step == 2
     resumed.fit()
@@ -221,9 +221,9 @@ def test_a_new_run_starts_from_the_weights_of_a_checkpoint(write_recipe: Callabl
     make(write_recipe(), tmp_path / "run", "ema={decay: 0.5}").fit()
     (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     saved = load_file(checkpoint / "model.safetensors")
-    for number, place in enumerate((checkpoint, checkpoint.parent, checkpoint / "model.safetensors")):
+    for number, source in enumerate((checkpoint, checkpoint.parent, checkpoint / "model.safetensors")):
         run = tmp_path / f"new{number}"
-        other = make(write_recipe(), run, f"model.pretrained={place}", "seed=5", "optimizer.lr=0.1")
+        other = make(write_recipe(), run, f"model.pretrained={source}", "seed=5", "optimizer.lr=0.1")
         assert all(torch.equal(value, saved[name]) for name, value in other.raw_model.state_dict().items())
     averaged = make(write_recipe(), tmp_path / "averaged", f"model.pretrained={checkpoint / 'ema.safetensors'}")
     expected = load_file(checkpoint / "ema.safetensors")["fc.weight"]
@@ -261,7 +261,7 @@ def test_the_content_of_a_checkpoint(write_recipe: Callable[..., Path], tmp_path
     assert set(files) == {"model.safetensors", "ema.safetensors", "training.safetensors", "state.json"}
 
 
-def test_a_resumed_run_is_in_the_metrics(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_resuming_is_recorded_in_the_metrics(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     make(write_recipe(), tmp_path / "run", "train.duration=2 steps").fit()
     make(write_recipe(), tmp_path / "run", "train.duration=3 steps", resume=True).fit()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -270,11 +270,11 @@ def test_a_resumed_run_is_in_the_metrics(write_recipe: Callable[..., Path], tmp_
 
 
 @pytest.mark.usefixtures("rising_loss")
-def test_a_run_that_stopped_early_is_not_trained_on(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_that_stopped_early_is_not_continued(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     stopping = "early_stopping={metric: loss, patience: 2 steps}"
     options = ["evaluate.every=1 steps", stopping, "optimizer.lr=1e-2", "train.duration=30 steps"]
     first = make(write_recipe(), tmp_path / "run", *options).fit()
     assert first.stopped_early
-    (tmp_path / "run" / "result.json").unlink()  # as if it was killed before its end was written down
-    again = make(write_recipe(), tmp_path / "run", *options, resume=True).fit()
-    assert again.steps == first.steps
+    (tmp_path / "run" / "result.json").unlink()  # as if it was killed before its end was recorded
+    result = make(write_recipe(), tmp_path / "run", *options, resume=True).fit()
+    assert result.steps == first.steps

@@ -1,4 +1,4 @@
-"""A loop of one's own over `running` and `iterate`: however it is left, nothing is held and the next one starts."""
+"""A user's loop over `running` and `iterate`: after any exit nothing is held and the next one starts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SMALL = ["model.name=test_vit", "data.eval_fraction=0.05", "train.duration=4 ste
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 
 
-def held() -> list[Any]:
-    """Return what a running trainer holds of this process, in values that can be compared."""
+def process_state() -> list[Any]:
+    """Return the process-wide state that a running trainer changes, as comparable values."""
     threads = [thread.name for thread in threading.enumerate() if thread.name in ("checkpoint", "hub")]
     children = [child.pid for child in psutil.Process().children()]
     return [dict(lock._locks), [signal.getsignal(number) for number in SIGNALS], threads, children]
@@ -51,11 +51,11 @@ def test_a_users_loop_trains_as_fit_does(write_recipe: Callable[..., Path], tmp_
     assert [number for number, _, _ in seen] == [1, 2, 3, 4]
     assert result.steps == 4
     assert not result.stopped_early
-    expected, got = weights(tmp_path / "fit"), weights(tmp_path / "loop")
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    expected, actual = weights(tmp_path / "fit"), weights(tmp_path / "loop")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_a_step_is_yielded_after_all_that_is_due(tmp_path: Path) -> None:
+def test_a_step_is_yielded_after_evaluation_and_saving(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path / "run", checkpoint_every="2 steps", evaluate_every="2 steps")
     with trainer.running():
         for step in trainer.iterate():
@@ -66,39 +66,43 @@ def test_a_step_is_yielded_after_all_that_is_due(tmp_path: Path) -> None:
             assert steps_of(tmp_path / "run")[-1:] == [step.step - step.step % 2][: step.step // 2]
 
 
-class OwnError(Exception):
+class UserLoopError(Exception):
     """What a loop raises."""
 
 
-@pytest.mark.parametrize("way", ["break", "exception", "Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("exit_kind", ["break", "exception", "Ctrl-C", "SIGTERM"])
 def test_after_any_exit_from_a_loop_the_next_trainer_starts(
-    way: str, write_recipe: Callable[..., Path], tmp_path: Path
+    exit_kind: str, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    before = held()
+    before = process_state()
     trainer = Trainer.from_recipe(write_recipe(), [*SMALL, "data.workers=1", f"output_dir={tmp_path / 'run'}"])
-    raised: dict[str, type[BaseException]] = {"exception": OwnError, "Ctrl-C": KeyboardInterrupt, "SIGTERM": Stopped}
+    raised: dict[str, type[BaseException]] = {
+        "exception": UserLoopError,
+        "Ctrl-C": KeyboardInterrupt,
+        "SIGTERM": Stopped,
+    }
     caught: BaseException | None = None
     try:
         with trainer.running():
-            assert held() != before
+            assert process_state() != before
             for step in trainer.iterate():
-                if step.step == 2 and way == "break":
+                if step.step == 2 and exit_kind == "break":
                     break
-                if step.step == 2 and way == "exception":
-                    raise OwnError
+                if step.step == 2 and exit_kind == "exception":
+                    raise UserLoopError
                 if step.step == 2:
-                    os.kill(os.getpid(), signal.SIGINT if way == "Ctrl-C" else signal.SIGTERM)
-                assert step.step < 3  # the next step is made, and saved
-    except (OwnError, KeyboardInterrupt, Stopped) as error:
+                    os.kill(os.getpid(), signal.SIGINT if exit_kind == "Ctrl-C" else signal.SIGTERM)
+                assert step.step < 3  # the next step is made and saved
+    except (UserLoopError, KeyboardInterrupt, Stopped) as error:
         caught = error  # with its traceback, as a notebook keeps it
-    assert isinstance(caught, raised.get(way, type(None)))
-    assert held() == before
+    assert isinstance(caught, raised.get(exit_kind, type(None)))
+    assert process_state() == before
     if isinstance(caught, Stopped):
         assert steps_of(tmp_path / "run") == [3]
-        assert (caught.step, caught.status) == (3, 130 if way == "Ctrl-C" else 75)
+        assert (caught.step, caught.status) == (3, 130 if exit_kind == "Ctrl-C" else 75)
         assert caught.result is not None
         assert caught.result.steps == 3
-        assert str(caught).startswith(f"stopped by {way} after step 3 of 4; it is saved: resume=True")
+        assert str(caught).startswith(f"stopped by {exit_kind} after step 3 of 4; its state is saved: resume=True")
     assert small_trainer(tmp_path / "next").fit().steps == 6
     del trainer, caught
 
@@ -109,7 +113,7 @@ def test_a_loop_left_by_break_can_be_finished(tmp_path: Path) -> None:
         for step in trainer.iterate():
             if step.step == 2:
                 break
-        for step in trainer.iterate():  # goes on where the first loop was left
+        for step in trainer.iterate():  # continues where the first loop was left
             assert step.step == 3
             break
         result = trainer.finish()
@@ -119,15 +123,15 @@ def test_a_loop_left_by_break_can_be_finished(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_fit_goes_on_where_a_loop_was_left() -> None:
-    trainer, whole = small_trainer(), small_trainer()
+def test_fit_continues_where_a_loop_was_left() -> None:
+    trainer, uninterrupted = small_trainer(), small_trainer()
     with trainer.running():
         for step in trainer.iterate():
             if step.step == 3:
                 break
     assert trainer.fit().steps == 6
-    whole.fit()
-    assert torch.equal(trainer.raw_model[1].weight, whole.raw_model[1].weight)
+    uninterrupted.fit()
+    assert torch.equal(trainer.raw_model[1].weight, uninterrupted.raw_model[1].weight)
 
 
 def test_trainers_run_one_after_the_other(tmp_path: Path) -> None:
@@ -156,32 +160,32 @@ def test_a_loop_outside_of_running_is_refused() -> None:
 
 def test_a_signal_after_the_last_step_is_passed_on() -> None:
     trainer = small_trainer()
-    with pytest.raises(KeyboardInterrupt) as caught, trainer.running():  # noqa: PT012 - a loop
+    with pytest.raises(KeyboardInterrupt) as error, trainer.running():  # noqa: PT012 - a loop
         for step in trainer.iterate():
             if step.step == 6:
                 os.kill(os.getpid(), signal.SIGINT)
-    assert not isinstance(caught.value, Interrupted)
+    assert not isinstance(error.value, Interrupted)
 
 
 def test_fit_raises_stopped_and_says_how_to_resume(tmp_path: Path) -> None:
-    """No SystemExit: a program of one's own decides what comes next."""
+    """No SystemExit: the user's program decides what to do next."""
 
     class Signalled:
         def before_step(self, trainer: Trainer, at: At) -> None:
             if at.step == 3:  # the end of an epoch, from which the loader can be resumed
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped) as caught:
+    with pytest.raises(Stopped) as error:
         small_trainer(tmp_path / "run", callbacks=[Signalled()]).fit()
-    assert not isinstance(caught.value, SystemExit | KeyboardInterrupt)
-    assert str(caught.value) == (
-        "stopped by SIGTERM after step 3 of 6; it is saved: resume=True (or Trainer.restore()) continues"
+    assert not isinstance(error.value, SystemExit | KeyboardInterrupt)
+    assert str(error.value) == (
+        "stopped by SIGTERM after step 3 of 6; its state is saved: resume=True (or Trainer.restore()) continues"
     )
-    assert caught.value.result is not None
-    assert (caught.value.cause, caught.value.step, caught.value.result.steps) == ("SIGTERM", 3, 3)
+    assert error.value.result is not None
+    assert (error.value.cause, error.value.step, error.value.result.steps) == ("SIGTERM", 3, 3)
 
 
-def test_what_a_loop_left_unlogged_is_logged_at_the_end(tmp_path: Path) -> None:
+def test_steps_not_yet_logged_are_logged_at_the_end(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path / "run", steps=20, evaluate_every="20 steps", checkpoint_every="20 steps")
     with trainer.running():
         for step in trainer.iterate():
@@ -195,7 +199,7 @@ def test_what_a_loop_left_unlogged_is_logged_at_the_end(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "train"] == [10, 14, 20]
 
 
-def test_a_second_finish_is_told_what_it_is() -> None:
+def test_a_second_finish_is_refused() -> None:
     trainer = small_trainer()
     with trainer.running():
         for _ in trainer.iterate():
@@ -208,8 +212,8 @@ def test_a_second_finish_is_told_what_it_is() -> None:
         trainer.finish()
 
 
-def loop_and_tell(pipe: int) -> None:
-    """Loop until Ctrl-C comes, and tell what became of it."""
+def loop_until_interrupted(pipe: int) -> None:
+    """Loop until Ctrl-C and write what happened."""
     trainer = small_trainer()
     try:
         with trainer.running():
@@ -221,21 +225,21 @@ def loop_and_tell(pipe: int) -> None:
         os.write(pipe, f"{type(error).__name__}: {error}\n".encode())
 
 
-def test_ctrl_c_comes_up_in_the_loop_of_another_process() -> None:
-    reads, writes = os.pipe()
+def test_ctrl_c_is_raised_in_the_loop() -> None:
+    read_end, writes = os.pipe()
     child = os.fork()
     if not child:
         try:
-            loop_and_tell(writes)
+            loop_until_interrupted(writes)
         finally:
             os._exit(0)
     os.close(writes)
-    with os.fdopen(reads) as lines:
+    with os.fdopen(read_end) as lines:
         assert [next(lines) for _ in range(3)] == ["1\n", "2\n", "3\n"]
         os.kill(child, signal.SIGINT)
-        told = lines.read()
+        output = lines.read()
     os.waitpid(child, 0)
-    assert told == "Interrupted: stopped by Ctrl-C after step 4 of 6; nothing is saved without an output_dir\n"
+    assert output == "Interrupted: stopped by Ctrl-C after step 4 of 6; nothing is saved without an output_dir\n"
 
 
 CELLS = [
@@ -278,9 +282,9 @@ def test_ctrl_c_in_a_notebook_is_a_keyboard_interrupt_and_the_next_cell_trains()
 def test_after_a_finish_with_the_best_weights_training_continues_from_the_last_and_is_saved(
     tmp_path: Path, rising_loss: None
 ) -> None:
-    whole = small_trainer(tmp_path / "whole", evaluate_every="1 step")
-    whole.final = "last"
-    whole.fit()
+    uninterrupted = small_trainer(tmp_path / "whole", evaluate_every="1 step")
+    uninterrupted.final = "last"
+    uninterrupted.fit()
     every: dict[str, Any] = {"evaluate_every": "1 step", "checkpoint_every": "1 step"}
     trainer = small_trainer(tmp_path / "run", best=Watch("loss"), **every)
     trainer.final = "best"
@@ -292,17 +296,17 @@ def test_after_a_finish_with_the_best_weights_training_continues_from_the_last_a
     trainer.final = "last"
     assert trainer.fit().model["step"] == 6
     assert steps_of(tmp_path / "run") == [1, 5, 6]
-    for ours, theirs in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+    for ours, theirs in zip(trainer.model.parameters(), uninterrupted.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("at", ["loss", "callback"])
-def test_a_step_that_failed_leaves_nothing_for_the_next_training(tmp_path: Path, at: str) -> None:
-    whole, calls = small_trainer(), itertools.count(1)
-    whole.fit()
+def test_a_failed_step_does_not_affect_the_next_training(tmp_path: Path, at: str) -> None:
+    uninterrupted, calls = small_trainer(), itertools.count(1)
+    uninterrupted.fit()
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if next(calls) == 8 and at == "loss":  # the second micro-batch of a step, after two of the search
+        if next(calls) == 8 and at == "loss":  # the second micro-batch of a step, after two calls of the search
             raise ZeroDivisionError
         return torch.nn.functional.cross_entropy(logits, labels)
 
@@ -317,11 +321,11 @@ def test_a_step_that_failed_leaves_nothing_for_the_next_training(tmp_path: Path,
     with pytest.raises((ZeroDivisionError, CallbackError)):
         trainer.fit()
     trainer.fit()
-    for ours, theirs in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+    for ours, theirs in zip(trainer.model.parameters(), uninterrupted.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_a_second_pass_begins_with_no_gradients(tmp_path: Path) -> None:
+def test_a_second_pass_starts_without_gradients(tmp_path: Path) -> None:
     class TwoPasses(Trainer):
         def train_step(self, step: Any) -> torch.Tensor:
             self.step.gradients(step)
@@ -337,7 +341,7 @@ def test_a_second_pass_begins_with_no_gradients(tmp_path: Path) -> None:
 
 
 def test_gradients_that_a_step_adds_are_not_divided_by_the_accumulation() -> None:
-    """By accelerate's backward too, which would divide by an Accelerator's accumulation steps."""
+    """Also by accelerate's backward, which would divide by an Accelerator's accumulation steps."""
 
     class Decays(Trainer):
         def train_step(self, step: Any) -> torch.Tensor:
@@ -355,7 +359,7 @@ def test_gradients_that_a_step_adds_are_not_divided_by_the_accumulation() -> Non
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_an_update_without_gradients_is_told() -> None:
+def test_an_update_without_gradients_is_refused() -> None:
     class Skips(Trainer):
         def train_step(self, step: Any) -> torch.Tensor:
             self.step.update()
@@ -365,17 +369,17 @@ def test_an_update_without_gradients_is_told() -> None:
         small_trainer(kind=Skips).fit()
 
 
-def test_a_nan_loss_gives_one_message_without_a_recipe() -> None:
+def test_a_broken_gives_one_message_without_a_recipe() -> None:
     def broken(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits, labels) + torch.tensor(0.0).log() * 0
 
-    with pytest.raises(RunError, match=r"the loss is nan at step 1, lr 0.1: look at the loss .*, lower the lr, or set"):
+    with pytest.raises(RunError, match=r"the loss is nan at step 1, lr 0.1: check the loss .*, lower the lr, or set"):
         small_trainer(loss=broken).fit()
 
 
 def test_restoring_within_a_loop_is_refused(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path / "run")
-    with trainer.running(), pytest.raises(RunError, match=r"restore\(\) within running\(\): call it before"):
+    with trainer.running(), pytest.raises(RunError, match=r"restore\(\) inside running\(\): call it before"):
         trainer.restore()
 
 

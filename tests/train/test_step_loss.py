@@ -28,7 +28,7 @@ Batch = tuple[Any, Any]
 
 
 class TwoInputs(nn.Module):
-    """Logits of an image and of numbers beside it; `features` is a method of its own."""
+    """Logits of an image and additional numbers; `features` is a separate method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TwoInputs(nn.Module):
 
 
 class Centers(nn.Module):
-    """A loss with weights: the distance from the centre of an image's class, which is learnt, and a count."""
+    """A loss with weights: the distance to the learnt centre of an image's class, and a count."""
 
     count: Tensor
 
@@ -91,7 +91,7 @@ def with_values(model: TwoInputs, images: Any, targets: Tensor, at: At) -> tuple
 
 
 def plain(step_loss: Any, data: Sequence[Batch], clip: float | None = None) -> tuple[dict[str, Tensor], list[float]]:
-    """Return weights and the losses of a loop in plain PyTorch."""
+    """Return weights and losses of a plain PyTorch loop."""
     torch.manual_seed(0)
     model = TwoInputs()
     parameters = [*model.parameters(), *(step_loss.parameters() if isinstance(step_loss, nn.Module) else ())]
@@ -113,7 +113,7 @@ def plain(step_loss: Any, data: Sequence[Batch], clip: float | None = None) -> t
 def trained(
     step_loss: Any, accumulation: int = 1, folder: Path | None = None, steps: int = STEPS, **options: Any
 ) -> Trainer:
-    """Return the trainer of the same training."""
+    """Return the trainer after the same training."""
     torch.manual_seed(0)
     model, accelerator = TwoInputs(), Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     parameters = [*model.parameters(), *(step_loss.parameters() if isinstance(step_loss, nn.Module) else ())]
@@ -163,10 +163,10 @@ def test_a_step_loss_gives_the_weights_and_losses_of_a_plain_loop(
     assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(losses, rel=1e-5)
 
 
-def test_values_beside_the_loss_are_means_over_the_images_of_all_processes(tmp_path: Path) -> None:
+def test_values_returned_with_the_loss_are_means_over_the_images_of_all_processes(tmp_path: Path) -> None:
     def once(folder: Path) -> None:
         trainer = trained(with_values, 2, folder)
-        trainer.log_every = 2  # 5 steps: two laps of 2, one of 1
+        trainer.log_every = 2  # 5 steps: two log intervals of 2, one of 1
         trainer.fit()
 
     run_processes(once, tmp_path)
@@ -224,7 +224,7 @@ def _with_more_unlabelled_images(accumulation: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def test_several_unlabelled_images_for_each_labelled_one_are_cut_in_proportion() -> None:
+def test_several_unlabelled_images_per_labelled_one_are_split_in_proportion() -> None:
     (whole,) = run_processes(_with_more_unlabelled_images, 1, num_processes=1)
     for weights in (
         *run_processes(_with_more_unlabelled_images, 5, num_processes=1),
@@ -369,7 +369,7 @@ def _searches_after_an_empty_step() -> bool:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     trainer = Trainer(model, data, optimizer, step_loss=with_values, **options)
     trainer.fit()
-    return trainer.step.accumulation._searches
+    return trainer.step.accumulation._finds_unused
 
 
 def test_a_first_step_without_images_does_not_make_later_ones_search_unused_parameters() -> None:
@@ -405,7 +405,7 @@ def _notes(trainer: Trainer) -> list[str]:
     return trainer.log.notes
 
 
-def test_what_a_step_loss_may_not_return() -> None:
+def test_invalid_results_of_a_step_loss_are_refused() -> None:
     def trainer(returned: Any) -> Trainer:
         return trained(lambda model, images, targets, at: returned(model(images["pixels"], images["meta"])))
 
@@ -426,7 +426,7 @@ class Pair(NamedTuple):
     names: list[str]
 
 
-def test_trees_are_cut() -> None:
+def test_trees_are_split() -> None:
     tree = {"a": Pair(torch.arange(5), list("vwxyz")), "b": (torch.arange(10).view(5, 2), None)}
     parts = list(cut(tree, [2, 3]))
     assert parts[0]["a"].names == ["v", "w"]
@@ -441,13 +441,13 @@ def test_trees_are_cut() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ([torch.zeros(12), torch.zeros(11)], r"the targets of a batch of 12 images hold a tensor of shape \(11,\)"),
-        ({"id": 7}, "hold int"),
-        ((torch.zeros(12), ["a", "b"]), "hold list of 2 strings"),
-        (torch.zeros(18), r"needs 12 \(.*first tensor\), or a multiple of that"),
+        ([torch.zeros(12), torch.zeros(11)], r"the targets of a batch of 12 images have a tensor of shape \(11,\)"),
+        ({"id": 7}, "have int;"),
+        ((torch.zeros(12), ["a", "b"]), "have list of 2 strings"),
+        (torch.zeros(18), r"must be 12 \(.*first tensor\) or a multiple of it"),
     ],
 )
-def test_a_batch_that_can_not_be_cut_is_refused(targets: Any, message: str) -> None:
+def test_a_batch_that_cannot_be_split_is_refused(targets: Any, message: str) -> None:
     torch.manual_seed(0)
     model = TwoInputs()
     trainer = Trainer(
@@ -458,7 +458,7 @@ def test_a_batch_that_can_not_be_cut_is_refused(targets: Any, message: str) -> N
 
 
 class Momentum(nn.Module):
-    """A loss that moves a teacher and replaces a buffer, as a momentum encoder's does, and learns a scale."""
+    """A loss that updates a teacher and replaces a buffer, like a momentum encoder, and learns a scale."""
 
     center: Tensor
 
@@ -493,7 +493,7 @@ def _with_momentum(folder: Path | None, resume_at: int = 0, **options: Any) -> d
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_teacher_that_moves_and_a_buffer_that_is_replaced_are_resumed(processes: int, tmp_path: Path) -> None:
+def test_a_moving_teacher_and_a_replaced_buffer_are_resumed(processes: int, tmp_path: Path) -> None:
     whole = run_processes(_with_momentum, tmp_path / "whole", num_processes=processes)
     resumed = run_processes(_with_momentum, tmp_path / "resumed", 3, num_processes=processes)
     for one, other in zip(whole, resumed, strict=True):
@@ -501,7 +501,7 @@ def test_a_teacher_that_moves_and_a_buffer_that_is_replaced_are_resumed(processe
             assert torch.equal(other[name], value), name
 
 
-def test_a_loss_that_moves_buffers_sees_a_retried_step_and_a_second_pass_once() -> None:
+def test_a_loss_that_updates_buffers_counts_retries_and_second_passes_once() -> None:
     class Short(Momentum):
         left = 3
 
@@ -576,13 +576,15 @@ def _foreign() -> list[str]:
 
 def test_optimized_parameters_of_neither_module_are_reported_and_refused_with_several_processes() -> None:
     ((note,),) = run_processes(_foreign, num_processes=1)
-    assert "1 parameters that are neither the model's nor the loss's: they are trained, but neither" in note
-    with pytest.raises(AssertionError, match=r"do not exchange their gradients; give the loss as a torch\.nn\.Module"):
+    assert "1 parameters that are neither the model's nor the loss's: they are trained, but not" in note
+    with pytest.raises(
+        AssertionError, match=r"do not exchange their gradients; pass a loss that is a torch\.nn\.Module"
+    ):
         run_processes(_foreign)
 
 
 class Holding(nn.Module):
-    """A loss that holds the model, as a LightningModule does."""
+    """A loss that contains the model, like a LightningModule."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -615,7 +617,7 @@ def test_a_loss_without_gradient_or_with_other_arguments_is_refused() -> None:
 
     with pytest.raises(RunError, match=r"step_loss: must be .* maps \(model, images, targets, at\)"):
         trained(three)
-    with pytest.raises(RunError, match="the loss of a batch needs no gradient"):
+    with pytest.raises(RunError, match="the loss of a batch does not require gradients"):
         trained(lambda model, images, targets, at: model(images["pixels"], images["meta"]).mean().detach()).fit()
 
 
@@ -623,5 +625,5 @@ def test_a_list_of_single_images_must_be_stacked() -> None:
     model = TwoInputs()
     images = [torch.zeros(3, 4 + number, 4) for number in range(5)]
     loader = [(images, torch.zeros(5, dtype=torch.long))]
-    with pytest.raises(DataError, match=r"has to be stacked to one tensor \(B, 3, H, W\), in one size"):
+    with pytest.raises(DataError, match=r"stack a list of tensors, one per image, to one tensor \(B, 3, H, W\)"):
         Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=LR), step_loss=with_values).fit()

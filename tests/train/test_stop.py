@@ -1,4 +1,4 @@
-"""Signals, clocks and launchers that end: the step is finished, the state saved, and the processes agree."""
+"""Signals, time limits and dying launchers: the step is finished, the state saved, and the processes agree."""
 
 from __future__ import annotations
 
@@ -57,24 +57,26 @@ def signalled(
     [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
     ids=lambda value: str(getattr(value, "name", value)),
 )
-def test_a_signal_finishes_the_step_saves_and_resume_goes_on(
+def test_a_signal_finishes_the_step_and_saves_and_resume_continues(
     number: int, code: int, write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["train.duration=6 steps", *RARELY]
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    with pytest.raises(Stopped) as caught:
+    with pytest.raises(Stopped) as error:
         signalled(write_recipe(), tmp_path / "cut", {3: [number]}, *options).fit()
-    assert caught.value.status == code
-    assert caught.value.step == 4
+    assert error.value.status == code
+    assert error.value.step == 4
     assert steps_of(tmp_path / "cut") == [4]
     assert before == {n: signal.getsignal(n) for n in before}
-    assert "after step 4 of 6; it is saved: resume=True (or Trainer.restore()) continues" in capsys.readouterr().out
+    assert (
+        "after step 4 of 6; its state is saved: resume=True (or Trainer.restore()) continues" in capsys.readouterr().out
+    )
     assert not (tmp_path / "cut" / "result.json").exists()
     result = signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
     assert result.resumed_at == [4]
     signalled(write_recipe(), tmp_path / "whole", {}, *options).fit()
-    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("where", ["in a step", "in an evaluation"])
@@ -112,7 +114,7 @@ def test_images_that_never_arrive_do_not_keep_a_signal_from_saving(
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Return the exit status of a forked process that does something; negative for a signal."""
+    """Return the exit status of `work` in a forked process; negative for a signal."""
     child = os.fork()
     if not child:
         status = 1
@@ -126,18 +128,18 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_second_ctrl_c_leaves_at_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_second_ctrl_c_stops_at_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     at = {1: [signal.SIGINT, signal.SIGINT]}
     assert in_child(lambda: signalled(write_recipe(), tmp_path / "run", at, *RARELY) and None) == 0
     assert in_child(lambda: signalled(write_recipe(), tmp_path / "two", at, *RARELY).fit() and None) == -signal.SIGINT
     assert steps_of(tmp_path / "two") == []
 
 
-def test_ctrl_c_is_heard_during_a_long_operation(tmp_path: Path) -> None:
-    """Python's handlers run after it only; the second Ctrl-C must not wait for that."""
+def test_ctrl_c_works_during_a_long_operation(tmp_path: Path) -> None:
+    """Python's handlers run only after it; the second Ctrl-C must not wait."""
     child = os.fork()
     if not child:
-        size = 6000  # one thread needs many seconds for the product; the factors are made before
+        size = 6000  # one thread needs many seconds for the product; the factors are created before
         left, right = torch.ones(size, size), torch.ones(size, 4 * size)
         with StopSignals(lambda cause: (tmp_path / "told").write_text(cause) and None):
             (tmp_path / "ready").touch()
@@ -153,10 +155,10 @@ def test_ctrl_c_is_heard_during_a_long_operation(tmp_path: Path) -> None:
     assert (tmp_path / "told").read_text() == "Ctrl-C"
 
 
-def test_a_signal_to_all_processes_of_a_run_leaves_the_workers_to_finish_the_step(
+def test_a_signal_to_all_processes_lets_workers_finish_the_step(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """As a terminal sends Ctrl-C, and schedulers SIGTERM: to the loader's workers too."""
+    """Terminals send Ctrl-C, and schedulers SIGTERM, to the loader's workers too."""
 
     class Group(Signalled):
         def train_step(self, step: Step) -> Tensor:
@@ -194,7 +196,7 @@ def test_processes_stop_after_the_same_step_at_most_ten_after_the_signal(
 
 
 def stop_in_the_middle(recipe: str, run: str, at: int | None, resume: bool) -> int:
-    """Two processes with batch norm, whose running statistics differ between the points where they are averaged."""
+    """Two processes with batch norm, whose running statistics differ between averagings."""
     options = ["model.name=test_resnet", "train.duration=8 steps", "evaluate.every=4 steps", "checkpoint.every=4 steps"]
     signals = {} if at is None else {at: [signal.SIGTERM]}
     trainer = signalled(Path(recipe), Path(run), signals, *options, resume=resume)
@@ -204,18 +206,18 @@ def stop_in_the_middle(recipe: str, run: str, at: int | None, resume: bool) -> i
         return stopped.step
 
 
-def test_saving_out_of_turn_changes_no_statistics(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    recipe, cut = str(write_recipe()), str(tmp_path / "cut")
+def test_an_unscheduled_save_changes_no_statistics(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, stopped_run = str(write_recipe()), str(tmp_path / "cut")
     run_processes(stop_in_the_middle, recipe, str(tmp_path / "whole"), None, False)
-    (stopped, _) = run_processes(stop_in_the_middle, recipe, cut, 1, False)
+    (stopped, _) = run_processes(stop_in_the_middle, recipe, stopped_run, 1, False)
     assert stopped not in (4, 8)
-    assert run_processes(stop_in_the_middle, recipe, cut, None, True) == [8, 8]
-    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert run_processes(stop_in_the_middle, recipe, stopped_run, None, True) == [8, 8]
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert any("running_var" in name for name in expected)
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_minutes_on_the_clock(
+def test_saving_every_some_minutes(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -242,7 +244,7 @@ def save_by_clock_of_main(recipe: str, run: str) -> None:
     Slow.from_recipe(recipe, [*overrides, "checkpoint={every: 0.008 minutes, keep: 9}"]).fit()
 
 
-def test_the_main_process_tells_the_minutes(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_main_processs_clock_decides(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     run_processes(save_by_clock_of_main, str(write_recipe()), str(tmp_path / "run"))
     assert 2 <= len(steps_of(tmp_path / "run")) <= 9
 
@@ -261,16 +263,16 @@ def test_an_interrupted_evaluation_is_repeated_first_on_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "__call__", interrupted)
-        with pytest.raises(Stopped) as caught:
+        with pytest.raises(Stopped) as error:
             trainer.fit()
-    assert caught.value.step == 3
+    assert error.value.step == 3
     signalled(write_recipe(), tmp_path / "cut", {}, *options, resume=True).fit()
     lines = [
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("whole", "cut")
     ]
     resumed = read_state(tmp_path / "cut" / "checkpoints" / "step_00000003")
-    assert resumed["state"]["evaluated_at"] == 3  # saved anew, with what was found
+    assert resumed["state"]["evaluated_at"] == 3  # saved again, with the result
     evaluations = [[(line["step"], line["loss"]) for line in run if line["kind"] == "evaluation"] for run in lines]
     assert evaluations[0] == evaluations[1]
     assert [step for step, _ in evaluations[0]] == [3, 6]
@@ -279,13 +281,13 @@ def test_an_interrupted_evaluation_is_repeated_first_on_resume(
 
 
 def test_a_launcher_that_dies_counts_as_a_signal(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """`accelerate launch` passes no SIGTERM on: its training process would go on, and nobody would know."""
+    """`accelerate launch` does not forward SIGTERM: its training process would continue unnoticed."""
     status = tmp_path / "status"
 
     def train() -> None:
         overrides = [*SMALL, *RARELY, "train.duration=500 steps", f"output_dir={tmp_path / 'run'}"]
         trainer = Trainer.from_recipe(write_recipe(), overrides)
-        trainer.stop.signals.heed_launcher()
+        trainer.stop.signals.watch_launcher()
         (tmp_path / "ready").touch()
         trainer.fit()
 
@@ -312,7 +314,7 @@ def test_a_launcher_that_dies_counts_as_a_signal(write_recipe: Callable[..., Pat
 def test_launched_processes_know_their_parent() -> None:
     signals = StopSignals()
     assert signals._parent is None
-    signals.heed_launcher()
+    signals.watch_launcher()
     assert signals._parent == os.getppid()
     assert signals.received == 0
 
@@ -346,7 +348,7 @@ def test_fit_again_continues_with_the_next_batch_of_a_user_loader() -> None:
 
 
 class Two:
-    """Two processes of which one always asks for nothing."""
+    """Two processes, one of which never requests anything."""
 
     is_distributed, is_main, number, index = True, True, 2, 0
 
@@ -358,20 +360,20 @@ class Two:
         return list(numbers)
 
 
-def test_slow_steps_are_agreed_on_one_by_one_and_fast_ones_at_most_ten_at_once(
+def test_processes_agree_after_each_slow_step_and_at_most_every_ten_fast_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("hf_fasttrain.train.stop.time.monotonic", lambda: now[0])
-    for seconds, most in ((3.0, 30), (0.001, 5)):
+    for seconds, max_exchanges in ((3.0, 30), (0.001, 5)):
         two = Two()
         requests = StopRequests(two, StopSignals())  # type: ignore[arg-type]
-        asked_at = []
+        exchanged_at = []
         for step in range(1, 31):
             now[0] += seconds
             before = two.exchanges
             assert not requests.at_step(step)
             if two.exchanges > before:
-                asked_at.append(step)
-        assert len(asked_at) <= most
-        assert max(b - a for a, b in zip([0, *asked_at], [*asked_at, 31], strict=True)) <= 10
+                exchanged_at.append(step)
+        assert len(exchanged_at) <= max_exchanges
+        assert max(b - a for a, b in zip([0, *exchanged_at], [*exchanged_at, 31], strict=True)) <= 10

@@ -1,4 +1,4 @@
-"""Trackers: a resumed run goes on in its old tracker runs, and one that fails stops nothing."""
+"""Trackers: a resumed run continues its tracker runs, and a failing tracker does not stop training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Killed(Trainer):
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let trackers write below `tmp_path`, and nowhere else."""
+    """Make trackers write only below `tmp_path`."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -40,7 +40,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     yield
     if "mlflow" in sys.modules:
-        sys.modules["mlflow"].end_run()  # a test that fails must not leave its run to the next
+        sys.modules["mlflow"].end_run()  # a failing test must not leave its run to the next one
 
 
 def make(
@@ -72,7 +72,7 @@ def saved_ids(run: Path) -> list[dict[str, str]]:
 
 
 def steps_of(tracker: str, run: Path, name: str) -> list[int]:
-    """Return the steps at which a tracker's only run holds a figure."""
+    """Return the steps at which a tracker's only run has a value."""
     project = f"test_{run.parent.name}"
     if tracker == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,8 +82,8 @@ def steps_of(tracker: str, run: Path, name: str) -> list[int]:
     if tracker == "mlflow":
         import mlflow
 
-        (found,) = mlflow.search_runs(experiment_names=[project], output_format="list")
-        return sorted(metric.step for metric in mlflow.MlflowClient().get_metric_history(found.info.run_id, name))
+        (tracker_run,) = mlflow.search_runs(experiment_names=[project], output_format="list")
+        return sorted(metric.step for metric in mlflow.MlflowClient().get_metric_history(tracker_run.info.run_id, name))
     from trackio.sqlite_storage import SQLiteStorage
 
     (record,) = SQLiteStorage.get_run_records(project)
@@ -106,7 +106,7 @@ def test_a_resumed_run_continues_its_tracker_run_without_duplicate_steps(
     assert steps_of(tracker, run, "train/loss") == [1, 2, 3, 4, 5, 6]
     assert steps_of(tracker, run, "eval/loss") == [3, 6]
     ids = saved_ids(run)
-    assert all(found == ids[0] for found in ids)
+    assert all(run_id == ids[0] for run_id in ids)
 
 
 @pytest.mark.usefixtures("offline")
@@ -129,7 +129,7 @@ def test_a_longer_run_keeps_its_tracker_run(tracker: str, write_recipe: Callable
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("tracker", ["tensorboard", *BY_ID])
-def test_a_failing_tracker_is_noted_once_and_training_goes_on(
+def test_a_failing_tracker_is_noted_once_and_training_continues(
     tracker: str, write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip(tracker)
@@ -153,7 +153,7 @@ def test_a_failing_tracker_is_noted_once_and_training_goes_on(
     assert capsys.readouterr().out.count("no route to host") == 1
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert saved_ids(run)[-1].keys() == {tracker} - {"tensorboard"}  # it is gone on with when the run is resumed
+    assert saved_ids(run)[-1].keys() == {tracker} - {"tensorboard"}  # it is continued when the run is resumed
 
 
 @pytest.mark.usefixtures("offline")

@@ -1,4 +1,4 @@
-"""The loop's promises: resume, early stopping, moving average, precision, what is written."""
+"""The trainer's guarantees: resume, early stopping, moving average, precision, files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_folder_is_whole(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_folder_is_complete(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = make(write_recipe, run, "train.duration=4 steps", "evaluate.every=2 steps", "log.report=true").fit()
     assert {path.name for path in run.iterdir()} == {
@@ -57,8 +57,8 @@ def test_a_run_folder_is_whole(write_recipe: Callable[..., Path], tmp_path: Path
     assert 0 <= written["data_wait_fraction"] <= 1
     assert [line["step"] for line in lines(run) if line["kind"] == "train"] == [1, 2, 3, 4]
     assert [line["step"] for line in lines(run) if line["kind"] == "evaluation"] == [2, 4]
-    again = load_recipe(run / "recipe.yaml")
-    assert again.train.duration.count == 4
+    reloaded = load_recipe(run / "recipe.yaml")
+    assert reloaded.train.duration.count == 4
     assert "no GPU" in (run / "resolved.yaml").read_text()
 
 
@@ -82,14 +82,14 @@ def test_resumed_weights_are_bitwise_those_of_an_uninterrupted_run(
     resumed = make(write_recipe, tmp_path / "cut", *options, resume=True)
     assert resumed.state.step == 4
     result = resumed.fit()
-    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert result.images == 96
     losses = [[line["loss"] for line in lines(tmp_path / run) if line["kind"] == "train"] for run in ("whole", "cut")]
     assert losses[0] == losses[1]
 
 
-def test_resume_without_checkpoint_starts_afresh_and_says_so(
+def test_resume_without_a_checkpoint_starts_again_and_reports_it(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make(write_recipe, tmp_path / "run", resume=True)
@@ -168,7 +168,7 @@ def test_a_test_split_is_evaluated_once_at_the_end_and_never_watched(
     assert all("held-out" in split for split in splits[:-1])
 
 
-def test_a_loss_that_is_no_number_stops_the_run(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     trainer = make(write_recipe, tmp_path / "run", "train.duration=3 steps")
     with torch.no_grad():
         next(trainer.raw_model.parameters()).fill_(float("nan"))
@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_stops_the_run(write_recipe: Callable[..., Path
         trainer.fit()
 
 
-def test_bf16_losses_follow_fp32s(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_bf16_losses_follow_those_of_fp32(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """20 steps: within 5 % of the fp32 loss at every step (measured: at most 1 %)."""
     losses = {}
     for precision in ("no", "bf16"):
@@ -253,7 +253,7 @@ def test_user_objects_with_missing_arguments_are_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, data, optimizer, log=RunLog(show=False))
     trainer.fit()
-    with pytest.raises(RunError, match="nothing to evaluate; give Trainer an eval_loader"):
+    with pytest.raises(RunError, match="nothing to evaluate; pass eval_loader to Trainer"):
         trainer.evaluate()
     with pytest.raises(RunError, match="nothing to push: the trainer has no output_dir"):
         trainer.push_to_hub("me/x")
@@ -281,7 +281,7 @@ def test_a_mode_that_would_choose_the_worst_is_refused() -> None:
         Watch("sharpness")
     with pytest.raises(RunError, match="mode is 'most'; must be auto, max or min"):
         Watch("loss", "most")
-    assert Watch("error_free_share", "max").mode == "max"  # a guess by words yields to what is said
+    assert Watch("error_free_share", "max").mode == "max"  # an explicit mode overrides the guess
 
 
 def test_the_resolved_mode_is_recorded(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(write_recipe: Callable[..., P
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
-def test_weights_that_are_no_numbers_are_not_saved(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     options = ["optimizer.lr=1e30", "optimizer.name=sgd", "log.every=100", "checkpoint.every=1 steps", "ema=null"]
     trainer = make(write_recipe, tmp_path / "run", "train.duration=9 steps", *options)
     with pytest.raises(RunError, match=r"the loss is (nan|inf) at step"):
@@ -372,7 +372,7 @@ def test_groups_keep_the_ratio_of_their_learning_rates() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5e-4, 0.5e-2])
 
 
-def test_settings_without_effect_are_said(
+def test_settings_without_effect_are_reported(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(write_recipe, tmp_path / "run", "schedule.gamma=0.5", "augment.crop_padding=2", "optimizer.momentum=0.5")
@@ -382,7 +382,7 @@ def test_settings_without_effect_are_said(
     assert "optimizer.momentum has no effect with optimizer.name=adamw" in output
 
 
-def test_a_recipe_may_take_a_part_of_the_images_and_evaluate_late(
+def test_a_recipe_may_use_part_of_the_images_and_evaluate_late(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["train.max_images=40", "evaluate.max_images=20", "evaluate.start=2 epochs", "train.duration=4 epochs"]
@@ -394,11 +394,11 @@ def test_a_recipe_may_take_a_part_of_the_images_and_evaluate_late(
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [6, 9, 12]
     trainer = make(write_recipe, tmp_path / "late", *overrides[:2], "evaluate.start=9 epochs", "train.duration=1 epoch")
-    assert trainer.fit().metrics["accuracy"] >= 0  # at the end in any case
+    assert trainer.fit().metrics["accuracy"] >= 0  # always at the end
 
 
 class StatefulLoader:
-    """Batches 0 to 4, with a position that can be saved, as torchdata's loader has it."""
+    """Batches 0 to 4, with a position that can be saved, like torchdata's loader."""
 
     def __init__(self) -> None:
         self.next = 0
@@ -434,16 +434,16 @@ def test_a_user_loader_with_a_state_is_resumed(stop: int, tmp_path: Path) -> Non
         trainer.fit()
         return model[1].weight.detach()
 
-    whole = trained("whole", 8)
+    uninterrupted = trained("whole", 8)
     trained("cut", stop)
-    with pytest.raises(RunError, match=r"holds checkpoints; call restore\(\)"):
+    with pytest.raises(RunError, match=r"contains checkpoints; call restore\(\)"):
         trained("cut", 8)
-    assert torch.equal(trained("cut", 8, resume=True), whole)
+    assert torch.equal(trained("cut", 8, resume=True), uninterrupted)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: bool) -> None:
-    """The loss scaler's logic, which runs on a CPU too: the first scale is too large, halved ones are not."""
+    """The loss scaler's logic, also on a CPU: the first scale is too large, halved ones are not."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -453,7 +453,7 @@ def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
     trainer.accelerator.scaler = scaler
     wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
-    trainer.step.applying.optimizer = wrapped
+    trainer.step.updater.optimizer = wrapped
     before = model[1].weight.detach().clone()
     result = trainer.fit()
     assert 1 <= result.skipped_steps < 12
@@ -464,9 +464,9 @@ def test_a_scaled_step_that_overflows_is_skipped_and_lr_does_not_advance(fused: 
     assert not torch.equal(model[1].weight, before)
 
 
-def test_the_trainer_stays_on_one_page() -> None:
-    """Each parameter is one that somebody with a model and a loader would set; what does the work has its own file."""
-    # step_loss, metrics and predict are new, the evaluator has become an attribute
+def test_the_trainer_stays_small() -> None:
+    """Each parameter is one that somebody with a model and a loader would set; the implementation is in other files."""
+    # public methods
     assert len(inspect.signature(Trainer.__init__).parameters) - 1 <= 25
     methods = [
         name for name, value in vars(Trainer).items() if callable(value) or isinstance(value, property | classmethod)

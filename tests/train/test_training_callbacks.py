@@ -41,7 +41,7 @@ def model_with_a_frozen_layer(*, norm: bool = False) -> nn.Sequential:
 
 
 class Stop(Callback):
-    """Stops the run once, after the step that follows one."""
+    """Stops the run once, after the step that follows the given one."""
 
     takes_part = False
 
@@ -54,7 +54,7 @@ class Stop(Callback):
 
 
 class Norms(Callback):
-    """Keeps the norms of the gradients."""
+    """Records the norms of the gradients."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -85,7 +85,7 @@ def trainer_of(model: nn.Sequential, folder: Path | None, *callbacks: Any, **opt
 
 
 def trained(folder: Path | None, stop: int, *callbacks: Any, norm: bool = False, **options: Any) -> Trainer:
-    """Train to the end, with a stop and a resume in between if `stop` is a step."""
+    """Train to the end; if `stop` is a step, stop and resume there."""
 
     def make() -> Trainer:
         model = model_with_a_frozen_layer(norm=norm)
@@ -104,7 +104,7 @@ def trained(folder: Path | None, stop: int, *callbacks: Any, norm: bool = False,
 
 
 def plain_loop(change: Any, *, norm: bool = False) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    """Return weights, averaged weights and norms of gradients of a loop that anybody would write."""
+    """Return weights, averaged weights and gradient norms of a plain loop."""
     model = model_with_a_frozen_layer(norm=norm)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, half)
@@ -112,7 +112,7 @@ def plain_loop(change: Any, *, norm: bool = False) -> tuple[list[Tensor], list[T
     for step in range(STEPS):
         change(model, optimizer, schedule, step + 1)
         model.train()
-        model[1].train(not norm or model[1].weight.requires_grad)  # a frozen batch norm stands still
+        model[1].train(not norm or model[1].weight.requires_grad)  # a frozen batch norm does not change
         images, labels = batches[step % 3]
         F.cross_entropy(model(images), labels).backward()
         norms.append(float(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.7)))
@@ -126,7 +126,7 @@ def plain_loop(change: Any, *, norm: bool = False) -> tuple[list[Tensor], list[T
 
 
 class Unfreeze(Callback):
-    """Trains the first layer too from step 3 on, at a quarter of the lr: for once, without a state."""
+    """Trains the first layer too from step 3 on, at a quarter of the lr; has no state."""
 
     def before_step(self, trainer: Trainer, at: At) -> None:
         if at.step == 3:
@@ -155,35 +155,33 @@ def unfrozen(folder: Path, stop: int, accumulation: int, options: dict[str, Any]
     }
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_unfreezing_is_what_a_plain_loop_makes_of_it_through_a_resume_too(
-    processes: int, accumulation: int, tmp_path: Path
-) -> None:
+def test_unfreezing_equals_a_plain_loop_also_after_resuming(processes: int, accumulation: int, tmp_path: Path) -> None:
     weights, average, norms = plain_loop(unfreeze)
     arguments = (accumulation, {})
-    whole = run_processes(unfrozen, tmp_path / "whole", 0, *arguments, num_processes=processes)
+    uninterrupted = run_processes(unfrozen, tmp_path / "whole", 0, *arguments, num_processes=processes)
     resumed = run_processes(unfrozen, tmp_path / "resumed", 4, *arguments, num_processes=processes)
-    for run in whole:
+    for run in uninterrupted:
         assert_close(run["weights"], weights)
         assert_close(run["average"], average)
         assert run["norms"] == pytest.approx(norms, rel=1e-5)
         assert run["lr"] == pytest.approx([0.2 * half(6), 0.05 * half(6)])
-    for before, after in zip(whole, resumed, strict=True):
+    for before, after in zip(uninterrupted, resumed, strict=True):
         assert all(map(torch.equal, before["weights"], after["weights"]))
         assert all(map(torch.equal, before["average"], after["average"]))
         assert before["norms"] == after["norms"]
     assert resumed[0]["notes"][-1:] == [
-        "2 parameters were frozen or unfrozen when the checkpoint was saved, and are so again (0.weight, 0.bias)"
+        "2 parameters are frozen or unfrozen again, as when the checkpoint was saved (0.weight, 0.bias)"
     ]
 
 
-def test_a_batch_norm_that_is_unfrozen_moves_from_then_on(tmp_path: Path) -> None:
+def test_an_unfrozen_batch_norm_updates_its_statistics(tmp_path: Path) -> None:
     weights, _, norms = plain_loop(unfreeze, norm=True)
     runs = [unfrozen(tmp_path / str(stop), stop, 1, {"norm": True}) for stop in (0, 4)]
     for run in runs:
@@ -196,7 +194,7 @@ def mean_step_loss(model: nn.Module, images: Tensor, targets: Tensor, at: At) ->
     return F.cross_entropy(model(images), targets)
 
 
-def test_unfreezing_under_a_step_loss_is_exchanged_too(tmp_path: Path) -> None:
+def test_unfrozen_gradients_of_a_step_loss_are_exchanged(tmp_path: Path) -> None:
     weights, _, norms = plain_loop(unfreeze)
     for run in run_processes(unfrozen, tmp_path, 0, 3, {"step_loss": mean_step_loss}):
         assert_close(run["weights"], weights)
@@ -204,7 +202,7 @@ def test_unfreezing_under_a_step_loss_is_exchanged_too(tmp_path: Path) -> None:
 
 
 class Freeze(Callback):
-    """Freezes the first layer, which the optimizer has, up to step 3 and from step 6 on."""
+    """Freezes the first layer, which is in the optimizer, until step 3 and from step 6 on."""
 
     def before_step(self, trainer: Trainer, at: At) -> None:
         model: Any = trainer.raw_model
@@ -223,7 +221,7 @@ def frozen_in_the_optimizer(folder: Path, stop: int) -> list[Tensor]:
     return list(trainer.raw_model.state_dict().values())
 
 
-def test_parameters_that_the_optimizer_has_may_be_frozen_and_unfrozen(tmp_path: Path) -> None:
+def test_parameters_of_the_optimizer_may_be_frozen_and_unfrozen(tmp_path: Path) -> None:
     def change(model: Any, optimizer: Any, schedule: Any, step: int) -> None:
         model[0].requires_grad_(3 <= step < 6)
         if step == 1:
@@ -235,11 +233,11 @@ def test_parameters_that_the_optimizer_has_may_be_frozen_and_unfrozen(tmp_path: 
     for processes in (1, 2):
         for stop in (0, 4):
             folder = tmp_path / f"{processes}-{stop}"
-            for found in run_processes(frozen_in_the_optimizer, folder, stop, num_processes=processes):
-                assert_close(found, expected)
+            for actual in run_processes(frozen_in_the_optimizer, folder, stop, num_processes=processes):
+                assert_close(actual, expected)
 
 
-def test_going_back_to_a_checkpoint_undoes_what_was_unfrozen_since(tmp_path: Path) -> None:
+def test_restoring_a_checkpoint_undoes_later_unfreezing(tmp_path: Path) -> None:
     model = model_with_a_frozen_layer()
     trainer = trainer_of(model, tmp_path, Unfreeze(), Stop(1))
     with pytest.raises(Stopped):
@@ -300,20 +298,20 @@ def all_unfrozen() -> tuple[list[int], list[bool], Tensor, list[str]]:
     return settled, needs, model.body.weight.detach(), trainer.log.notes
 
 
-def test_what_forward_does_not_use_stays_frozen_however_often_it_is_unfrozen() -> None:
+def test_parameters_that_forward_does_not_use_stay_frozen() -> None:
     first, second = run_processes(all_unfrozen)
-    alone = all_unfrozen()
-    for settled, needs, weight, notes in (first, second, alone):
-        assert settled == [0, 2]  # looked for twice, not in every step
+    single = all_unfrozen()
+    for settled, needs, weight, notes in (first, second, single):
+        assert settled == [0, 2]  # searched twice, not in every step
         assert needs == [True, True, False, False, True, True]
-        torch.testing.assert_close(weight, alone[2], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weight, single[2], rtol=1e-5, atol=1e-6)
         assert [note[:40] for note in notes] == [
             "forward does not use 2 of the model's 4 ",
             "forward does not use 2 of the model's 6 ",
         ]
 
 
-def test_memory_that_runs_out_after_unfreezing_costs_nothing_but_the_size_of_micro_batches(tmp_path: Path) -> None:
+def test_out_of_memory_after_unfreezing_only_reduces_micro_batches(tmp_path: Path) -> None:
     model = model_with_a_frozen_layer()
     weight, sizes = model[0].weight, []
 
@@ -332,7 +330,7 @@ def test_memory_that_runs_out_after_unfreezing_costs_nothing_but_the_size_of_mic
 
 
 class Momentum(Callback):
-    """Lets momentum rise, and sets the lr of every step itself."""
+    """Increases momentum and sets the lr of every step."""
 
     def before_step(self, trainer: Trainer, at: At) -> None:
         for group in trainer.optimizer.param_groups:
@@ -344,10 +342,10 @@ def test_momentum_and_lr_of_a_step_may_be_set(tmp_path: Path) -> None:
         optimizer.param_groups[0].update({"momentum": step / 10, "lr": 0.3 / step})
 
     expected = plain_loop(change)
-    whole, resumed = (trained(tmp_path / str(stop), stop, Momentum) for stop in (0, 4))
-    assert_close(list(whole.raw_model.state_dict().values()), expected[0])
-    assert_close(list(whole.trained_model.state_dict().values()), expected[1])
-    assert all(map(torch.equal, whole.raw_model.parameters(), resumed.raw_model.parameters()))
+    uninterrupted, resumed = (trained(tmp_path / str(stop), stop, Momentum) for stop in (0, 4))
+    assert_close(list(uninterrupted.raw_model.state_dict().values()), expected[0])
+    assert_close(list(uninterrupted.trained_model.state_dict().values()), expected[1])
+    assert all(map(torch.equal, uninterrupted.raw_model.parameters(), resumed.raw_model.parameters()))
 
 
 class LowerBaseLr(Callback):
@@ -359,9 +357,9 @@ class LowerBaseLr(Callback):
 
 
 def test_the_lr_of_the_trainer_may_be_changed_and_is_resumed(tmp_path: Path) -> None:
-    whole, resumed = (trained(tmp_path / str(stop), stop, LowerBaseLr) for stop in (0, 4))
-    assert (whole.lr, resumed.lr) == (0.1, 0.1)
-    assert all(map(torch.equal, whole.raw_model.parameters(), resumed.raw_model.parameters()))
+    uninterrupted, resumed = (trained(tmp_path / str(stop), stop, LowerBaseLr) for stop in (0, 4))
+    assert (uninterrupted.lr, resumed.lr) == (0.1, 0.1)
+    assert all(map(torch.equal, uninterrupted.raw_model.parameters(), resumed.raw_model.parameters()))
 
 
 def test_batch_norms_with_frozen_weights_are_named_once() -> None:
@@ -385,13 +383,13 @@ def test_reduce_lr_on_plateau_is_torchs_and_is_resumed(stop: int, tmp_path: Path
     for value in values:
         torchs.step(value)
         expected.append(torchs.get_last_lr()[0])
-    found = []
+    rates = []
 
     class Recording(Callback):
         takes_part = False
 
         def after_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-            found.append(trainer.lr)
+            rates.append(trainer.lr)
 
     def run() -> Trainer:
         plateau = ReduceLROnPlateau(Watch("loss", patience=2), factor=0.5, min_lr_ratio=0.3)
@@ -407,7 +405,7 @@ def test_reduce_lr_on_plateau_is_torchs_and_is_resumed(stop: int, tmp_path: Path
     trainer = run()
     trainer.restore()
     trainer.fit()
-    assert found == pytest.approx(expected)
+    assert rates == pytest.approx(expected)
     assert len({*expected}) == 3
 
 
@@ -446,14 +444,14 @@ class Plateau(Callback):
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
-def test_a_plateau_lowers_the_lr_the_same_through_a_resume(stop: int, tmp_path: Path) -> None:
-    courses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0, 5: 1.5, 6: 1.2, 7: 0.5}
+def test_reducing_the_lr_on_a_plateau_is_resumed(stop: int, tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0, 5: 1.5, 6: 1.2, 7: 0.5}
 
     def run(stop: int) -> tuple[list[Tensor], float]:
         evaluated = list(share_of_batches())
 
         def metric(logits: Tensor, labels: Tensor) -> float:
-            return courses[max(1, current[-1].state.step)]
+            return losses[max(1, current[-1].state.step)]
 
         current: list[Trainer] = []
 
@@ -486,15 +484,15 @@ def test_a_plateau_lowers_the_lr_the_same_through_a_resume(stop: int, tmp_path: 
         nn.utils.clip_grad_norm_(reference.parameters(), 0.7)
         optimizer.step()
         optimizer.zero_grad()
-        plateau.step(courses[step + 1])
-    (whole, lr), (resumed, resumed_lr) = run(0), run(stop)
-    assert_close(whole, list(reference.state_dict().values()))
+        plateau.step(losses[step + 1])
+    (uninterrupted, lr), (resumed, resumed_lr) = run(0), run(stop)
+    assert_close(uninterrupted, list(reference.state_dict().values()))
     assert lr == resumed_lr == 0.2 / 8
-    assert all(map(torch.equal, whole, resumed))
+    assert all(map(torch.equal, uninterrupted, resumed))
 
 
 class Bank(Callback):
-    """A memory bank: this process's last images, of which the next step's loss depends."""
+    """A memory bank of this process's last images, on which the next step's loss depends."""
 
     def __init__(self) -> None:
         self.bank, self.seen = torch.zeros(4, 6), {0}
@@ -516,12 +514,12 @@ class Bank(Callback):
 def banked(folder: Path, stop: int) -> tuple[Tensor, set[int]]:
     bank = None
 
-    def made() -> Bank:
+    def make_bank() -> Bank:
         nonlocal bank
         bank = Bank()
         return bank
 
-    trained(folder, stop, made)
+    trained(folder, stop, make_bank)
     assert bank is not None
     return bank.bank, bank.seen
 
@@ -529,12 +527,12 @@ def banked(folder: Path, stop: int) -> tuple[Tensor, set[int]]:
 def test_a_memory_bank_of_each_process_is_saved_and_restored(tmp_path: Path) -> None:
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        whole = run_processes(banked, folder / "whole", 0, num_processes=processes)
+        uninterrupted = run_processes(banked, folder / "whole", 0, num_processes=processes)
         resumed = run_processes(banked, folder / "resumed", 4, num_processes=processes)
-        for rank, ((bank, seen), (again, seen_again)) in enumerate(zip(whole, resumed, strict=True)):
-            assert torch.equal(bank, again)
+        for rank, ((bank, seen), (resumed_bank, resumed_seen)) in enumerate(zip(uninterrupted, resumed, strict=True)):
+            assert torch.equal(bank, resumed_bank)
             assert bank[:, 0].tolist() == [step * (rank + 1.0) for step in (4, 5, 6, 7)]
-            assert seen == seen_again == {*range(8)}
+            assert seen == resumed_seen == {*range(8)}
     saved = load_checkpoint(complete_checkpoints(tmp_path / "2" / "whole" / "checkpoints")[-1]).training["callbacks"]
     assert [set(each) for each in saved] == [{"Bank"}, {"Bank"}]
 
@@ -555,4 +553,4 @@ class SameState(Callback):
         return {"ones": torch.ones(3)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes nothing over."""
+        """Ignores the state."""

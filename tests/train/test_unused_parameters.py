@@ -1,4 +1,4 @@
-"""Parameters that forward does not use are frozen and named; looking for them changes nothing else."""
+"""Parameters that forward does not use are frozen and reported; the search changes nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_fasttrain import Trainer
 from hf_fasttrain.data.loading.loader import Step
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.train.unused_parameters import ParameterUse, find_use
+from hf_fasttrain.train.unused_parameters import ParameterUse, find_parameter_use
 from hf_fasttrain.utils.errors import RunError
 
 IMAGES = torch.randn(24, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ class Model(nn.Module):
 
 
 class SkipsAtRandom(Model):
-    """Leaves `spare` out every other time, as layer drop does."""
+    """Skips `spare` in half of the calls, like layer drop."""
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(self.flat(images))
@@ -49,7 +49,7 @@ class SkipsAtRandom(Model):
 
 
 class DropsPaths(Model):
-    """Multiplies `spare`'s branch by zero for most images, as stochastic depth does."""
+    """Multiplies `spare`'s branch by zero for most images, like stochastic depth."""
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(self.flat(images))
@@ -63,7 +63,7 @@ class Checkpointed(Model):
 
 
 class TwoOutputs(Model):
-    """Gives a second output, of `spare`, while training."""
+    """Returns a second output, of `spare`, while training."""
 
     def forward(self, images: Tensor) -> Any:
         features = self.body(self.flat(images))
@@ -75,7 +75,7 @@ class Fails(Model):
         raise IndexError("no such row")
 
 
-class Restless(Model):
+class ChangesState(Model):
     """Changes buffers, attributes and random states in forward."""
 
     def __init__(self) -> None:
@@ -95,19 +95,19 @@ def use_of(model: nn.Module, loss: Any = F.cross_entropy, images: Tensor = IMAGE
     reset_accelerate()
     parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
     processes = Processes(Accelerator(cpu=True))
-    return find_use(model, loss, parameters, (images, LABELS[: len(images)]), processes)
+    return find_parameter_use(model, loss, parameters, (images, LABELS[: len(images)]), processes)
 
 
 SPARE = ["spare.weight", "spare.bias"]
 
 
-@pytest.mark.parametrize("model", [Model, Checkpointed, Restless])
+@pytest.mark.parametrize("model", [Model, Checkpointed, ChangesState])
 def test_parameters_that_are_never_used_are_found(model: Callable[[], nn.Module]) -> None:
     assert use_of(model()) == ParameterUse(SPARE, [])
     assert use_of(model(), images=IMAGES[:1]) == ParameterUse(SPARE, [])
 
 
-def test_a_gradient_of_zeros_is_one() -> None:
+def test_a_gradient_of_zeros_counts_as_used() -> None:
     assert use_of(DropsPaths()) == ParameterUse([], [])
 
 
@@ -115,20 +115,22 @@ def test_randomly_skipped_parameters_count_as_sometimes_used() -> None:
     assert use_of(SkipsAtRandom()) == ParameterUse([], SPARE)
 
 
-def test_an_output_that_the_loss_does_not_reach_is_not_used() -> None:
-    assert use_of(TwoOutputs(), lambda both, labels: F.cross_entropy(both[0], labels)) == ParameterUse(SPARE, [])
-    assert use_of(TwoOutputs(), lambda both, labels: F.cross_entropy(sum(both)[:, :3], labels)) is None  # 3 + 4 classes
-    both = lambda pair, labels: F.cross_entropy(pair[0], labels) + F.cross_entropy(pair[1], labels)  # noqa: E731
-    assert use_of(TwoOutputs(), both) == ParameterUse([], [])
+def test_an_output_that_the_loss_ignores_is_not_used() -> None:
+    assert use_of(TwoOutputs(), lambda outputs, labels: F.cross_entropy(outputs[0], labels)) == ParameterUse(SPARE, [])
+    assert (
+        use_of(TwoOutputs(), lambda outputs, labels: F.cross_entropy(sum(outputs)[:, :3], labels)) is None
+    )  # 3 + 4 classes
+    outputs = lambda pair, labels: F.cross_entropy(pair[0], labels) + F.cross_entropy(pair[1], labels)  # noqa: E731
+    assert use_of(TwoOutputs(), outputs) == ParameterUse([], [])
 
 
-def test_models_that_cannot_be_probed_are_left_to_the_step() -> None:
+def test_models_that_cannot_be_probed_are_checked_in_the_step() -> None:
     assert use_of(Fails()) is None
     assert use_of(nn.Sequential(nn.Flatten(), nn.Linear(5, 2))) is None
-    assert use_of(nn.Sequential(Model(), Detached())) is None  # nothing at all gets a gradient
+    assert use_of(nn.Sequential(Model(), Detached())) is None  # no parameter gets a gradient
     updated = Model()
     updated.body.weight.register_post_accumulate_grad_hook(lambda weight: weight.zero_())
-    assert use_of(updated) is None  # a backward would train
+    assert use_of(updated) is None  # a backward would change weights
 
 
 class Detached(nn.Module):
@@ -142,7 +144,7 @@ def test_frozen_parameters_are_not_named() -> None:
     assert use_of(model) == ParameterUse(["spare.bias"], [])
 
 
-def test_images_of_whole_numbers_are_taken_as_they_are() -> None:
+def test_integer_images_are_not_converted() -> None:
     class Converts(Model):
         def forward(self, images: Tensor) -> Any:
             assert images.dtype == torch.uint8
@@ -155,9 +157,9 @@ def random_states() -> list[Any]:
     return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), np.random.rand()]
 
 
-def test_looking_changes_nothing() -> None:
-    """Neither statistics, buffers and attributes that forward replaces, gradients, nor random states."""
-    model = Restless()
+def test_probing_changes_nothing() -> None:
+    """Statistics, replaced buffers and attributes, gradients and random states are unchanged."""
+    model = ChangesState()
     model.head.weight.grad = torch.ones(3, 4)
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     np.random.seed(3)
@@ -207,29 +209,26 @@ def train(model: nn.Module, duration: str = "2 epochs", before: Any = None) -> t
     return {name: value.detach() for name, value in model.state_dict().items()}, trainer.log.notes
 
 
-NOTE = (
-    "forward does not use 2 of the model's 6 trainable parameters (spare.weight, spare.bias): frozen, they stay as "
-    "they are"
-)
+NOTE = "forward does not use 2 of the model's 6 trainable parameters (spare.weight, spare.bias): they are frozen"
 
 
 @pytest.mark.parametrize("model", [Model, Checkpointed])
 def test_two_processes_train_a_model_with_unused_parameters_as_one_does(model: Callable[[], nn.Module]) -> None:
     start = model().state_dict()
-    whole, notes = train(model())
+    single, notes = train(model())
     assert notes == [NOTE]
-    assert torch.equal(whole["spare.weight"], start["spare.weight"])  # weight decay does not move it
+    assert torch.equal(single["spare.weight"], start["spare.weight"])  # weight decay does not change it
     for weights, messages in run_processes(train, model()):
-        torch.testing.assert_close(weights, whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weights, single, rtol=1e-4, atol=1e-4)
         assert torch.equal(weights["spare.weight"], start["spare.weight"])
         assert messages == [NOTE]
 
 
-def test_processes_stay_together_where_layers_are_skipped_at_random() -> None:
+def test_processes_stay_in_step_if_layers_are_skipped_at_random() -> None:
     for weights, notes in run_processes(train, SkipsAtRandom(), "12 steps"):
         assert not torch.equal(weights["spare.weight"], SkipsAtRandom().spare.weight)
         (note,) = notes
-        assert note.startswith("forward does not always use spare.weight, spare.bias: the processes search for unused")
+        assert note.startswith("forward does not always use spare.weight, spare.bias: DDP searches for unused")
 
 
 def test_one_process_may_skip_layers_at_random() -> None:
@@ -243,10 +242,10 @@ def freeze_body(trainer: Trainer) -> None:
 
 
 def test_parameters_may_be_frozen_after_the_trainer_was_built() -> None:
-    whole, _ = train(Model(), before=freeze_body)
-    assert torch.equal(whole["body.weight"], Model().body.weight)
+    single, _ = train(Model(), before=freeze_body)
+    assert torch.equal(single["body.weight"], Model().body.weight)
     for weights, _ in run_processes(train, Model(), "2 epochs", freeze_body):
-        torch.testing.assert_close(weights, whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weights, single, rtol=1e-4, atol=1e-4)
 
 
 class Forgets(Model):
@@ -262,28 +261,26 @@ class Forgets(Model):
 
 def fit_that_forgets(run: str) -> str:
     trainer = trainer_of(Forgets(), duration="6 steps", output_dir=run, checkpoint_every="1 steps")
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError) as error:
         trainer.fit()
-    return str(caught.value)
+    return str(error.value)
 
 
 def test_gradients_that_were_not_exchanged_are_never_applied(tmp_path: Path) -> None:
     for message in run_processes(fit_that_forgets, str(tmp_path / "run")):
-        assert message.startswith(
-            "step 5: forward no longer uses spare.weight, spare.bias, so that the processes could"
-        )
+        assert message.startswith("step 5: forward no longer uses spare.weight, spare.bias, so the processes could")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "step_00000004"
 
 
-def test_the_first_step_sees_the_images_and_random_numbers_that_it_would_have_seen() -> None:
-    """Bitwise: a model with dropout and batch norm, looked at or not."""
+def test_probing_does_not_change_the_images_or_random_numbers_of_the_first_step() -> None:
+    """Bitwise: a model with dropout and batch norm, probed or not."""
 
     def skip(trainer: Watched) -> None:
         trainer.step.is_settled = True
 
-    looked, _ = train(Restless(), before=lambda _: (random.seed(1), np.random.seed(1)))
-    plain, _ = train(Restless(), before=lambda trainer: (random.seed(1), np.random.seed(1), skip(trainer)))
-    assert all(torch.equal(looked[name], value) for name, value in plain.items())
+    probed, _ = train(ChangesState(), before=lambda _: (random.seed(1), np.random.seed(1)))
+    plain, _ = train(ChangesState(), before=lambda trainer: (random.seed(1), np.random.seed(1), skip(trainer)))
+    assert all(torch.equal(probed[name], value) for name, value in plain.items())
 
 
 def fit_dino(recipe: Path, folder: Path, output_dir: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -299,18 +296,18 @@ def test_dinov2_with_its_mask_token_trains_on_two_processes(write_recipe: Callab
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1}
     Dinov2Config(**sizes, image_size=32, patch_size=16).save_pretrained(tmp_path / "dino")
-    whole, notes = fit_dino(write_recipe(), tmp_path / "dino", tmp_path / "one")
+    single, notes = fit_dino(write_recipe(), tmp_path / "dino", tmp_path / "one")
     (first, second) = run_processes(fit_dino, write_recipe(), tmp_path / "dino", tmp_path / "two")
     torch.testing.assert_close(first[0], second[0], rtol=0, atol=0)
-    torch.testing.assert_close(first[0], whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first[0], single, rtol=1e-5, atol=1e-6)
     assert notes == first[1] == second[1]
-    assert "(model.dinov2.embeddings.mask_token): frozen, they stay as they are" in notes[0]
+    assert "(model.dinov2.embeddings.mask_token): they are frozen" in notes[0]
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     expected = (
         r"the optimizer holds 6 parameters that are not the model's, and not 6 that are \(body\.weight, .*\): it was "
-        r"made before the model was changed, or of another one; make it from model\.parameters\(\) of the model"
+        r"created before the model was changed, or for another model; create it from model\.parameters\(\) of the model"
     )
     with pytest.raises(RunError, match=expected):
         trainer_of(Model(), torch.optim.SGD(Model().parameters(), lr=0.1))
@@ -322,7 +319,7 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
 
 
 class Replaces(Model):
-    """Has new parameters after each move, as where torch can't change them in place."""
+    """Has new parameters after each move, as if torch couldn't change them in place."""
 
     def to(self, *args: Any, **options: Any) -> Any:
         for module in self.modules():
@@ -339,14 +336,14 @@ def test_parameters_replaced_by_moving_the_model_are_trained() -> None:
     torch.testing.assert_close(moved.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def test_parameters_that_the_optimizer_lacks_are_named_and_not_counted() -> None:
-    """Clipping by the norm of the head's gradients alone; what the optimizer lacks adds nothing up."""
+def test_parameters_missing_from_the_optimizer_are_named_and_not_counted() -> None:
+    """Clips by the norm of the head's gradients alone; gradients outside the optimizer do not count."""
     model = Model()
     trainer = trainer_of(model, torch.optim.SGD(model.head.parameters(), lr=0.1), clip_norm=1.0)
     trainer.fit()
     assert trainer.log.notes[1] == (
-        "the optimizer has not been given 2 of the model's 4 trainable parameters (body.weight, body.bias): they stay "
-        "as they are"
+        "the optimizer does not have 2 of the model's 4 trainable parameters (body.weight, body.bias): they do not "
+        "change"
     )
     assert all(parameter.grad is None for parameter in model.parameters())
     frozen = Model()

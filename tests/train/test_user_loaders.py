@@ -1,4 +1,4 @@
-"""A user's plain DataLoader: resumed at an epoch's end, left within one, and its processes ended with the loop."""
+"""A user's plain DataLoader: resumed at the end of an epoch, left within one, and its processes ended with the loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGES = TensorDataset(torch.arange(20.0).reshape(20, 1) / 20, torch.arange(20) 
 
 
 class Noisy(Dataset[Any]):
-    """Images with noise from Python's generator, as augmentations in the main process draw it."""
+    """Images with noise from Python's generator, like augmentations in the main process."""
 
     def __len__(self) -> int:
         return 20
@@ -52,7 +52,7 @@ def sampled() -> DataLoader[Any]:
     return DataLoader(IMAGES, 4, sampler=DistributedSampler(IMAGES, 1, 0, shuffle=True, seed=9))
 
 
-def listed() -> list[Any]:
+def list_loader() -> list[Any]:
     return list(DataLoader(IMAGES, 4))
 
 
@@ -72,53 +72,57 @@ def same_weights(one: Trainer, other: Trainer) -> bool:
 
 
 def left_at(trainer: Trainer, step: int) -> None:
-    """Train to a step, leave the loop, and wait for what is being written."""
+    """Train to a step, leave the loop, and wait for writing."""
     with trainer.running():
         for report in trainer.iterate():
             if report.step == step:
                 break
 
 
-@pytest.mark.parametrize("loader", [plain, with_generator, noisy, sampled, listed])
+@pytest.mark.parametrize("loader", [plain, with_generator, noisy, sampled, list_loader])
 def test_a_plain_loader_is_resumed_at_an_epochs_end_as_if_never_stopped(loader: Any, tmp_path: Path) -> None:
-    whole = build_trainer(loader, 3 * STEPS)
-    whole.fit()
+    uninterrupted = build_trainer(loader, 3 * STEPS)
+    uninterrupted.fit()
     left_at(build_trainer(loader, 3 * STEPS, tmp_path / "run", checkpoint_every="1 epoch"), 2 * STEPS)
     resumed = build_trainer(loader, 3 * STEPS, tmp_path / "run")
     random.seed(99)
     resumed.restore()
     assert resumed.state.step == 2 * STEPS
     resumed.fit()
-    assert same_weights(resumed, whole)
+    assert same_weights(resumed, uninterrupted)
 
 
 def test_steps_after_the_last_full_epoch_are_repeated_and_reported_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = build_trainer(plain, 3 * STEPS)
-    whole.fit()
+    uninterrupted = build_trainer(plain, 3 * STEPS)
+    uninterrupted.fit()
     options: dict[str, Any] = {"checkpoint_every": "1 step", "log": None}
     first = build_trainer(plain, 3 * STEPS, tmp_path / "run", **options)
     left_at(first, 2 * STEPS + 3)
     (note,) = [note for note in first.log.notes if "train_loader" in note]
     assert note == (
-        "train_loader keeps no position within an epoch: restore() continues from the newest checkpoint of an epoch's "
-        "end (each 5 steps); from any one with torchdata's StatefulDataLoader"
+        "train_loader does not store its position within an epoch: restore() continues from the newest checkpoint at "
+        "the end of an epoch (5 steps); torchdata's StatefulDataLoader can continue from any checkpoint"
     )
-    assert steps_of(tmp_path / "run") == [10, 12, 13]  # the one that can be resumed is kept beside the newest two
+    assert steps_of(tmp_path / "run") == [
+        10,
+        12,
+        13,
+    ]  # the one that can be resumed is kept in addition to the newest two
     capsys.readouterr()
     resumed = build_trainer(plain, 3 * STEPS, tmp_path / "run", log=None)
     resumed.restore()
     expected_message = capsys.readouterr().out
-    assert expected_message.count("is within an epoch, and train_loader keeps no position") == 2
+    assert expected_message.count("is within an epoch, and train_loader does not store its position") == 2
     assert "step 10 of 15" in expected_message
     resumed.fit()
-    assert same_weights(resumed, whole)
+    assert same_weights(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("step", "expected_message"),
-    [(3, "Trainer.restore() begins the training anew"), (8, "continues from step 5, the end of an epoch")],
+    [(3, "Trainer.restore() starts the training over"), (8, "continues from step 5, the end of an epoch")],
 )
 def test_a_stop_promises_only_what_a_restore_can_do(step: int, expected_message: str, tmp_path: Path) -> None:
     class Signalled:
@@ -128,23 +132,23 @@ def test_a_stop_promises_only_what_a_restore_can_do(step: int, expected_message:
             if at.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped) as caught:
+    with pytest.raises(Stopped) as error:
         build_trainer(plain, 3 * STEPS, tmp_path / "run", callbacks=[Signalled()]).fit()
-    assert str(caught.value) == (
-        f"stopped by SIGTERM after step {step} of 15; it is saved, but train_loader keeps no position within an epoch: "
-        f"{'' if step == 3 else 'Trainer.restore() '}{expected_message}"
+    assert str(error.value) == (
+        f"stopped by SIGTERM after step {step} of 15; its state is saved, but train_loader does not store its position "
+        f"within an epoch: {'' if step == 3 else 'Trainer.restore() '}{expected_message}"
     )
-    again = build_trainer(plain, 3 * STEPS, tmp_path / "run")
-    again.restore()
-    assert again.state.step == step // STEPS * STEPS
-    again.fit()
-    whole = build_trainer(plain, 3 * STEPS)
-    whole.fit()
-    assert same_weights(again, whole)
+    resumed = build_trainer(plain, 3 * STEPS, tmp_path / "run")
+    resumed.restore()
+    assert resumed.state.step == step // STEPS * STEPS
+    resumed.fit()
+    uninterrupted = build_trainer(plain, 3 * STEPS)
+    uninterrupted.fit()
+    assert same_weights(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_loaders_processes_end_with_the_loop_and_the_next_one_goes_on(persistent: bool) -> None:
+def test_a_loaders_processes_end_with_the_loop_and_the_next_loop_continues(persistent: bool) -> None:
     def workers() -> DataLoader[Any]:
         return plain(num_workers=1, persistent_workers=persistent)
 
@@ -152,14 +156,14 @@ def test_a_loaders_processes_end_with_the_loop_and_the_next_one_goes_on(persiste
         return {child.pid for child in psutil.Process().children()}
 
     before = children()
-    whole = build_trainer(workers, 2 * STEPS, eval_loader=workers(), num_classes=3)
-    whole.fit()
+    uninterrupted = build_trainer(workers, 2 * STEPS, eval_loader=workers(), num_classes=3)
+    uninterrupted.fit()
     assert children() == before
     parts = build_trainer(workers, 2 * STEPS)
     for stop in (2, 5, 8, 10):
         left_at(parts, stop)
         assert children() == before
-    assert same_weights(parts, whole)
+    assert same_weights(parts, uninterrupted)
     failing = build_trainer(workers, 2 * STEPS)
     with pytest.raises(ZeroDivisionError), failing.running():  # noqa: PT012 - a loop
         next(failing.iterate())
@@ -167,7 +171,7 @@ def test_a_loaders_processes_end_with_the_loop_and_the_next_one_goes_on(persiste
     assert children() == before
 
 
-def test_an_image_that_fails_costs_no_other_image() -> None:
+def test_an_image_that_fails_loses_no_other_image() -> None:
     class Fails(Dataset[Any]):
         calls = 0
 
@@ -180,13 +184,13 @@ def test_an_image_that_fails_costs_no_other_image() -> None:
                 raise ZeroDivisionError
             return IMAGES[index]
 
-    whole = build_trainer(plain, 2 * STEPS)
-    whole.fit()
+    uninterrupted = build_trainer(plain, 2 * STEPS)
+    uninterrupted.fit()
     trainer = build_trainer(lambda: DataLoader(Fails(), 4, shuffle=True), 2 * STEPS)
     with pytest.raises(ZeroDivisionError):
         trainer.fit()
     trainer.fit()
-    assert same_weights(trainer, whole)
+    assert same_weights(trainer, uninterrupted)
 
 
 def saved_by_two(folder: Path) -> None:
@@ -197,13 +201,13 @@ def saved_by_two(folder: Path) -> None:
 
 def test_at_an_epochs_end_the_number_of_processes_may_change(tmp_path: Path) -> None:
     run_processes(saved_by_two, tmp_path / "run")
-    alone = build_trainer(plain, 2 * STEPS, tmp_path / "run")
-    alone.restore()
-    assert alone.state.step == STEPS
-    assert alone.fit().steps == 2 * STEPS
+    single = build_trainer(plain, 2 * STEPS, tmp_path / "run")
+    single.restore()
+    assert single.state.step == STEPS
+    assert single.fit().steps == 2 * STEPS
 
 
-def test_set_epoch_is_called_of_the_loader_and_its_samplers() -> None:
+def test_set_epoch_is_called_on_the_loader_and_its_samplers() -> None:
     epochs: list[int] = []
 
     class Counted(DistributedSampler[Any]):
@@ -216,10 +220,10 @@ def test_set_epoch_is_called_of_the_loader_and_its_samplers() -> None:
 
 
 class Reloaded:
-    """A loader that keeps a position, of a run that had none."""
+    """A loader with a position, for a run that had none."""
 
     def __init__(self) -> None:
-        self.batches = listed()
+        self.batches = list_loader()
 
     def __len__(self) -> int:
         return STEPS
@@ -234,20 +238,20 @@ class Reloaded:
         raise AssertionError
 
 
-def test_an_epochs_end_is_one_for_any_loader(tmp_path: Path) -> None:
-    build_trainer(listed, STEPS, tmp_path / "run").fit()
-    again = build_trainer(Reloaded, 2 * STEPS, tmp_path / "run")
-    again.restore()
-    again.fit()
-    whole = build_trainer(listed, 2 * STEPS)
-    whole.fit()
-    assert same_weights(again, whole)
+def test_the_end_of_an_epoch_is_recognised_for_any_loader(tmp_path: Path) -> None:
+    build_trainer(list_loader, STEPS, tmp_path / "run").fit()
+    resumed = build_trainer(Reloaded, 2 * STEPS, tmp_path / "run")
+    resumed.restore()
+    resumed.fit()
+    uninterrupted = build_trainer(list_loader, 2 * STEPS)
+    uninterrupted.fit()
+    assert same_weights(resumed, uninterrupted)
 
 
 def test_a_state_within_an_epoch_is_refused_by_a_loader_without_a_position() -> None:
-    loader = UserLoader(listed(), torch.device("cpu"))
+    loader = UserLoader(list_loader(), torch.device("cpu"))
     state = {"loader": None, "passed": 3, "steps_per_epoch": STEPS}
-    with pytest.raises(RunError, match="can't resume within an epoch: train_loader keeps no position"):
+    with pytest.raises(RunError, match="can't resume within an epoch: train_loader does not store its position"):
         loader.load_state_dict(state)
     with pytest.raises(RunError, match="its position was saved by another number of processes"):
         loader.load_state_dict(state, same_processes=False)

@@ -27,7 +27,7 @@ SEEN: list[tuple[Tensor, Tensor]] = []
 
 
 def mean_average_precision(logits: Tensor, labels: Tensor) -> float:
-    """Return the mean over the classes, of one label or several."""
+    """Return the mean average precision over the classes, of single or multiple labels."""
     assert (logits.dtype, logits.device.type, labels.device.type) == (torch.float32, "cpu", "cpu")
     SEEN.append((logits, labels))
     true = labels if labels.ndim == 2 else F.one_hot(labels, logits.shape[1])
@@ -43,7 +43,7 @@ def split(number: int = 23, *, multi_label: bool = False) -> tuple[Tensor, Tenso
 
 
 def trained_with_map(multi_label: bool) -> tuple[dict[str, float], float]:
-    """Return the metrics at the end, and the mAP of the same weights by hand; processes have unlike shares."""
+    """Return the final metrics, and the mAP of the same weights computed by hand; processes have unequal shares."""
     images, labels = split(multi_label=multi_label)
     trainer = small_trainer(
         num_classes=None,
@@ -54,7 +54,7 @@ def trained_with_map(multi_label: bool) -> tuple[dict[str, float], float]:
         best=Watch("mAP"),
     )
     ema = Ema(trainer.raw_model, 0.5)
-    trainer.ema = trainer.step.applying.ema = ema
+    trainer.ema = trainer.step.updater.ema = ema
     index, number = trainer.processes.index, trainer.processes.number
     share = slice(0, 23) if number == 1 else slice(0, 17) if index == 0 else slice(17, 23)
     trainer.evaluation.eval_loader.loader = [
@@ -74,18 +74,18 @@ def test_a_metric_is_exact_with_a_moving_average_and_over_processes(multi_label:
 
 
 def gathered(share: slice) -> list[Any]:
-    """Return what the main process is given of rows that lie on all of them."""
+    """Return the rows of all processes as the main process gets them."""
     from accelerate import Accelerator
 
     processes = Processes(Accelerator(cpu=True))
-    given = []
+    received = []
     for rows in (torch.arange(6.0).view(3, 2)[share], torch.tensor([True, False, True])[share], None):
-        mine = rows if processes.is_main else None if rows is None else torch.cat([rows, rows])
-        given.append(processes.rows_on_main(mine))
-    return given
+        local_rows = rows if processes.is_main else None if rows is None else torch.cat([rows, rows])
+        received.append(processes.rows_on_main(local_rows))
+    return received
 
 
-def test_rows_of_all_processes_come_to_the_main_one() -> None:
+def test_rows_of_all_processes_reach_the_main_process() -> None:
     (numbers, flags, nothing), others = run_processes(gathered, slice(0, 3))
     assert numbers.tolist() == torch.arange(6.0).view(3, 2).repeat(3, 1).tolist()
     assert (flags.tolist(), nothing, others) == ([True, False, True] * 3, None, [None] * 3)
@@ -99,18 +99,20 @@ def in_order_of_rows(rows: list[list[int]]) -> list[int]:
     from hf_fasttrain.train.user_metrics import UserMetrics
 
     accelerator = Accelerator(cpu=True)
-    own, mine = UserMetrics({"order": lambda logits, labels: SEEN.append((logits, labels)) or 0}), rows
-    own.update(torch.tensor(mine[accelerator.process_index]).float().view(-1, 1), torch.zeros(len(mine[0])))
-    assert own.compute(Processes(accelerator), mine[accelerator.process_index]) == {"order": 0.0}
+    metrics, local_rows = UserMetrics({"order": lambda logits, labels: SEEN.append((logits, labels)) or 0}), rows
+    metrics.update(
+        torch.tensor(local_rows[accelerator.process_index]).float().view(-1, 1), torch.zeros(len(local_rows[0]))
+    )
+    assert metrics.compute(Processes(accelerator), local_rows[accelerator.process_index]) == {"order": 0.0}
     return SEEN[-1][0].flatten().int().tolist() if accelerator.is_main_process else []
 
 
-def test_images_come_in_the_order_of_their_rows_whatever_process_had_them() -> None:
+def test_images_are_in_the_order_of_their_rows_for_any_number_of_processes() -> None:
     assert run_processes(in_order_of_rows, [[4, 1, 3], [5, 0, 2]])[0] == [0, 1, 2, 3, 4, 5]
 
 
-def test_it_chooses_the_best_step_and_stops_early(tmp_path: Path) -> None:
-    values = iter([0.0, 0.1, 0.5, 0.4, 0.4, 0.4])  # the first: tried out
+def test_a_user_metric_chooses_the_best_step_and_stops_early(tmp_path: Path) -> None:
+    values = iter([0.0, 0.1, 0.5, 0.4, 0.4, 0.4])  # the first: the check before training
     trainer = small_trainer(
         tmp_path,
         metrics={"rise": lambda logits, labels: torch.tensor(next(values))},
@@ -131,11 +133,11 @@ def test_it_chooses_the_best_step_and_stops_early(tmp_path: Path) -> None:
 
 def test_best_and_early_stopping_watch_it_through_a_resume(tmp_path: Path) -> None:
     def trainer(values: list[float], duration: int = 12) -> Trainer:
-        given = iter(values)
+        received = iter(values)
         return small_trainer(
             tmp_path,
             duration,
-            metrics={"rise": lambda logits, labels: next(given)},
+            metrics={"rise": lambda logits, labels: next(received)},
             predict=lambda model, images: model(images.flip(-1)),
             best=Watch("rise", "max"),
             early_stopping=Watch("rise", "max", patience=4),
@@ -143,7 +145,7 @@ def test_best_and_early_stopping_watch_it_through_a_resume(tmp_path: Path) -> No
             checkpoint_every="3 steps",
         )
 
-    first = trainer([0.0, 0.1, 0.5, 0.4])  # the first: tried out
+    first = trainer([0.0, 0.1, 0.5, 0.4])  # the first: the check before training
     with first.running():
         next(report for report in first.iterate() if report.step == 3)
     second = trainer([0.0, 0.4, 0.5, 0.4, 0.9])
@@ -156,7 +158,7 @@ def test_best_and_early_stopping_watch_it_through_a_resume(tmp_path: Path) -> No
 
 
 class TwoHeads(nn.Module):
-    """Gives logits and features."""
+    """Returns logits and features."""
 
     def __init__(self, outputs: int = 3) -> None:
         super().__init__()
@@ -199,7 +201,7 @@ def test_predict_gives_the_logits_of_a_model_with_several_outputs_or_one_logit()
     assert metrics["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(z, data[0][1].float()).item(), rel=1e-6)
     assert metrics["accuracy"] == ((z > 0) == data[0][1]).double().mean().item()
     assert metrics["auc"] == roc_auc_score(data[0][1], z)
-    assert trainer.evaluation.evaluator.own_functions() == {"own_metrics": ["auc"], "predict": "one_logit"}
+    assert trainer.evaluation.evaluator.user_function_names() == {"own_metrics": ["auc"], "predict": "one_logit"}
 
 
 def test_images_may_be_trees_of_tensors_and_are_split_when_memory_is_short() -> None:
@@ -219,15 +221,15 @@ def test_images_may_be_trees_of_tensors_and_are_split_when_memory_is_short() -> 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "raises": (
         {"metrics": {"top": lambda logits, labels: logits[:, 9].sum()}},
-        r"metrics: 'top' fails on 6 images of the evaluation split \(IndexError: .*\) and on made-up ones of each "
+        r"metrics: 'top' fails on 6 images of the evaluation split \(IndexError: .*\) and on synthetic logits of each "
         r"class, logits \(9, 3\) and labels \(9,\) torch.int64 .*called with logits \(N, 3\) float32 and the labels",
     ),
     "no number": (
         {"metrics": {"fine": lambda *_: 1, "each": lambda logits, labels: logits.mean(0)}},
-        r"metrics: 'each' fails .*TypeError: it returns tensor.*where one number is needed.* must return one number",
+        r"metrics: 'each' fails .*TypeError: it returns tensor.*instead of one number.* must return one number",
     ),
-    "nothing": ({"metrics": {"none": lambda *_: None}}, "it returns None, where one number is needed"),
-    "text": ({"metrics": {"text": lambda *_: "0.5"}}, "it returns '0.5', where one number is needed"),
+    "nothing": ({"metrics": {"none": lambda *_: None}}, "it returns None instead of one number"),
+    "text": ({"metrics": {"text": lambda *_: "0.5"}}, "it returns '0.5' instead of one number"),
     "watched": (
         {"best": Watch("mAP")},
         "'mAP' is watched, but the evaluation measures only loss, accuracy, top5_accuracy, f1_macro",
@@ -235,7 +237,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "classes": ({"num_classes": 4}, r"outputs for a batch are of shape \(6, 3\), and num_classes is 4"),
     "predict": (
         {"predict": lambda model, images: model(images).sum()},
-        r"predict returned a tensor of shape \(\) for 6 images, where logits \(6, K\) are needed",
+        r"predict returned a tensor of shape \(\) for 6 images instead of logits \(6, K\)",
     ),
     "predict raises": (
         {"predict": lambda model, images: model(images).logits},
@@ -260,14 +262,14 @@ def test_a_mistake_is_found_before_the_first_step(name: str) -> None:
     with pytest.raises(RunError, match=message):
         trainer.fit()
     assert trainer.state.step == 0
-    with pytest.raises(RunError, match=r"gives a tuple of 2 \(Tensor, Tensor\), where logits are needed.*predict="):
+    with pytest.raises(RunError, match=r"returns a tuple of 2 \(Tensor, Tensor\) instead of logits.*predict="):
         trainer_of(TwoHeads(), lambda outputs, labels: F.cross_entropy(outputs[0], labels)).fit()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": {"accuracy": len}}, "metrics: 'accuracy' can't be a metric's name; taken are loss, accuracy"),
+        ({"metrics": {"accuracy": len}}, "metrics: 'accuracy' can't be a metric's name; reserved are loss, accuracy"),
         ({"metrics": {"step": len}}, "metrics: 'step' can't be a metric's name"),
         ({"metrics": {1: len}}, "metrics: 1 can't be a metric's name"),
         ({"metrics": {"f": 0.5}}, "metrics: must be a dict of functions of all logits .*, got {'f': 0.5}"),
@@ -285,16 +287,16 @@ def test_invalid_metrics_are_refused_at_construction(options: dict[str, Any], me
 
 def failing_on_one_process() -> str:
     images, labels = split(6)
-    nothing = [(images[:0], labels[:0])]
-    trainer = small_trainer(eval_loader=nothing, metrics={"broken": lambda *_: None})
+    empty = [(images[:0], labels[:0])]
+    trainer = small_trainer(eval_loader=empty, metrics={"broken": lambda *_: None})
     if trainer.processes.index == 1:
         trainer.evaluation.eval_loader.loader = [(images, labels)]
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError) as error:
         trainer.fit()
-    return str(caught.value)
+    return str(error.value)
 
 
-def test_a_mistake_that_one_process_finds_ends_all_of_them() -> None:
+def test_a_mistake_on_one_process_ends_all() -> None:
     first, second = run_processes(failing_on_one_process)
     assert first == second
     assert first.startswith("metrics: 'broken' fails on 6 images")
@@ -313,23 +315,23 @@ def test_a_metric_that_needs_every_class_is_not_refused_for_a_first_batch_of_one
 def test_a_metric_that_fails_later_is_skipped_and_reported_once() -> None:
     calls: list[int] = []
 
-    def moody(logits: Tensor, labels: Tensor) -> float:
+    def flaky(logits: Tensor, labels: Tensor) -> float:
         calls.append(len(labels))
-        if len(calls) in (3, 4):  # the first is the try
+        if len(calls) in (3, 4):  # the first is the check before training
             raise ValueError("no positives")
         return len(calls)
 
-    trainer = small_trainer(metrics={"moody": moody}, best=Watch("moody", "max"), evaluate_every="1 step", steps=4)
+    trainer = small_trainer(metrics={"flaky": flaky}, best=Watch("flaky", "max"), evaluate_every="1 step", steps=4)
     result = trainer.fit()
     assert result.best is not None
     assert (result.best["step"], calls[0], set(calls[1:])) == (4, 8, {24})
-    assert [note for note in result.notes if "moody" in note] == [
-        "metric 'moody' could not be computed and is left out: ValueError: no positives",
-        "'moody' is watched; evaluations without it are not compared with the best",
+    assert [note for note in result.notes if "flaky" in note] == [
+        "metric 'flaky' could not be computed and is skipped: ValueError: no positives",
+        "'flaky' is watched; evaluations without it are not compared with the best",
     ]
 
 
-def test_trying_out_leaves_the_training_as_it_is() -> None:
+def test_trying_a_metric_does_not_change_training() -> None:
     def weights(**options: Any) -> list[Tensor]:
         torch.manual_seed(3)
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
@@ -340,11 +342,11 @@ def test_trying_out_leaves_the_training_as_it_is() -> None:
         return list(model.state_dict().values())
 
     drawing = {"random": lambda logits, labels: float(torch.rand(()))}  # the metric is called in evaluations too
-    plain, tried = weights(eval_loader=None), weights(metrics=drawing)
-    assert all(map(torch.equal, plain, tried))
+    plain, with_metrics = weights(eval_loader=None), weights(metrics=drawing)
+    assert all(map(torch.equal, plain, with_metrics))
 
 
-def test_nothing_is_tried_out_on_an_iterator_whose_images_come_once() -> None:
+def test_metrics_are_not_tried_on_a_one_time_iterator() -> None:
     images, labels = split(6)
 
     def once() -> Iterator[tuple[Tensor, Tensor]]:
@@ -355,9 +357,9 @@ def test_nothing_is_tried_out_on_an_iterator_whose_images_come_once() -> None:
     result = trainer.fit()
     assert result.metrics["images"] == 6
     assert [note for note in result.notes if "iterator" in note] == [
-        "the evaluation split is an iterator, which gives its images once: nothing is tried out on it"
+        "the evaluation split is an iterator, which yields its images once: metrics are not tried on it"
     ]
-    with pytest.raises(RunError, match="no images to evaluate: an iterator gives its images once"):
+    with pytest.raises(RunError, match="no images to evaluate: an iterator yields its images once"):
         trainer.evaluate()
 
 
@@ -371,7 +373,7 @@ def test_recipes_take_custom_metrics_and_evaluate_reports_that_it_lacks_them(
 ) -> None:
     recipe, run = write_recipe(), tmp_path / "run"
     trainer = Trainer.from_recipe(recipe, [f"output_dir={run}", "evaluate.metrics=[accuracy]", "data.workers=1"])
-    options = {"own": {"mAP": mean_average_precision}, "predict": one_of_one}
+    options = {"user_metrics": {"mAP": mean_average_precision}, "predict": one_of_one}
     trainer.evaluation.evaluator = build_evaluator(load_recipe(recipe), trainer.accelerator, False, 10, **options)
     SEEN.clear()
     result = trainer.fit()

@@ -1,4 +1,4 @@
-"""Numbers as text, at the edges too."""
+"""Formatting of numbers, including edge cases."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_rates(rate: object, text: str) -> None:
         (-0.2, 0, "-20%"), (NAN, 1, "nan"), (INF, 1, "inf"), (None, 1, "–"),
     ],
 )  # fmt: skip
-def test_a_share_that_is_not_all_is_not_100_percent(share: object, digits: int, text: str) -> None:
+def test_a_fraction_below_one_is_not_100_percent(share: object, digits: int, text: str) -> None:
     assert format_percent(share, digits) == text
 
 
@@ -90,7 +90,7 @@ def test_numbers(value: object, text: str) -> None:
     assert format_number(value) == text
 
 
-def test_amounts_with_their_noun() -> None:
+def test_numbers_with_a_noun() -> None:
     assert [format_count(n, "run") for n in (0, 1, 2000)] == ["0 runs", "1 run", "2,000 runs"]
     assert format_count(2, "class", "classes") == "2 classes"
 
@@ -99,7 +99,7 @@ def test_ratios_with_their_interval() -> None:
     assert format_interval(2, 1.999, 2.004) == "2.00 (2.00 - 2.00)"
 
 
-def test_what_is_a_finite_number() -> None:
+def test_finite_numbers_are_recognised() -> None:
     assert all(map(is_finite, (0, -1.5, np.int64(3), np.float32(0.5))))
     assert not any(map(is_finite, (True, None, "1", NAN, INF)))
 

@@ -1,4 +1,4 @@
-"""Errors that only their text tells apart: each text that libraries are known by, and what is not taken for it."""
+"""Errors recognised by their text: each known text of a library, and texts that must not match."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from hf_fasttrain.utils.library_errors import (
      "unable to mmap 9 bytes from file </x>: Cannot allocate memory (12)", "std::bad_alloc",
      "could not create a primitive", "could not execute a primitive"],
 )  # fmt: skip
-def test_other_words_for_memory_that_ran_out(text: str) -> None:
+def test_other_messages_of_out_of_memory(text: str) -> None:
     assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError(text))
 
 
-def test_classes_of_memory_that_ran_out() -> None:
+def test_exception_classes_of_out_of_memory() -> None:
     for error in (MemoryError(), torch.OutOfMemoryError(), StepOutOfMemory("1 of 2"), OSError(12, "")):
         assert is_out_of_memory(error)
     assert not is_out_of_memory(OSError(28, "out of memory"))
-    assert not is_out_of_memory(NotEnoughMemory("out of memory at step 2"))  # it has been dealt with
+    assert not is_out_of_memory(NotEnoughMemory("out of memory at step 2"))  # it has been handled
 
 
 @pytest.mark.parametrize(
@@ -53,26 +53,26 @@ def test_decoders_without_memory(text: str) -> None:
     ["[..] Connection closed by peer [127.0.0.1]:15275", "remote process exited or there", "[..] Broken pipe",
      "read: Connection reset by peer"],
 )  # fmt: skip
-def test_what_backends_say_of_a_process_that_is_gone(text: str) -> None:
+def test_backends_messages_about_a_dead_process(text: str) -> None:
     assert is_peer_gone(RuntimeError(text))
     assert not is_peer_gone(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_peer_gone(ValueError(text))
 
 
-def test_what_a_loader_says_of_its_dead_process() -> None:
+def test_a_loaders_message_about_its_dead_process() -> None:
     assert is_dead_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \n"))
     assert is_dead_worker(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"))
     assert not is_dead_worker(RuntimeError("Caught RuntimeError in DataLoader worker process 0."))
 
 
-def test_what_transformers_says_of_code_that_a_model_brings() -> None:
+def test_transformers_message_about_a_models_code() -> None:
     with pytest.raises(ValueError, match="custom code") as refused:
         resolve_trust_remote_code(False, "owner/model", has_local_code=False, has_remote_code=True)
     assert is_remote_code_refused(refused.value)
     assert not is_remote_code_refused(ValueError("Unrecognized model in owner/model"))
 
 
-def test_what_the_hub_says_of_a_card() -> None:
+def test_the_hubs_message_about_a_card() -> None:
     assert is_card_refused(ValueError('Invalid metadata in README.md.\n- "license" must be one of ...'))
     assert not is_card_refused(RuntimeError("Invalid metadata"))
 
@@ -92,7 +92,7 @@ def test_what_the_hub_says_of_a_card() -> None:
         ("Unsupported marker type 0xc9", "unknown"),
     ],
 )
-def test_what_libjpeg_warns_of(text: str, kind: str) -> None:
+def test_libjpegs_warnings(text: str, kind: str) -> None:
     assert jpeg_warning_kind(ValueError(text)) == kind
 
 

@@ -1,4 +1,4 @@
-"""Private APIs of libraries: each does what the package needs of it, and stands in one file."""
+"""Private APIs of libraries: each works as the package needs it, and is used in one file only."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ PACKAGE = Path(hf_fasttrain.__file__).parent
 
 
 @contextmanager
-def relies_on(what: str, *functions: Callable[..., object]) -> Iterator[None]:
-    """Fail with the library's API and the functions that use it, whatever way it has changed."""
+def relies_on(api: str, *functions: Callable[..., object]) -> Iterator[None]:
+    """On any error, fail with the name of the library's API and the functions that use it."""
     names = ", ".join(function.__name__ for function in functions)
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a changed API may raise anything
-        why = f"({names}): {type(error).__name__}: {error}"
-        pytest.fail(f"{what} has changed: mend hf_fasttrain.utils.private_apis {why}")
+        message = f"({names}): {type(error).__name__}: {error}"
+        pytest.fail(f"{api} has changed: mend hf_fasttrain.utils.private_apis {message}")
 
 
 def test_fused_operations_change_tensors_in_place() -> None:
@@ -55,14 +55,14 @@ def test_fused_operations_change_tensors_in_place() -> None:
         assert [target.tolist() for target in targets] == [[0.75, 0.75], [1.5, 1.5, 1.5]]
 
 
-def test_registries_hold_what_a_state_dict_holds() -> None:
+def test_module_registries_contain_the_state_dict() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
     model[0].register_buffer("left_out", torch.zeros(1), persistent=False)
     model[0].register_parameter("none", None)
     with relies_on("nn.Module._parameters, _buffers or _non_persistent_buffers_set", private_apis.saved_tensors):
-        found = [(f"{name}.{key}", registry[key]) for name, module in model.named_modules()
+        entries = [(f"{name}.{key}", registry[key]) for name, module in model.named_modules()
                  for registry, key in private_apis.saved_tensors(module)]  # fmt: skip
-        assert {name: id(tensor) for name, tensor in found} == {
+        assert {name: id(tensor) for name, tensor in entries} == {
             name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()
         }
     with relies_on("nn.Module._buffers", private_apis.buffer_registry):
@@ -97,7 +97,7 @@ assert "torch._dynamo" not in sys.modules
         subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_hooks_on_gradients_are_seen() -> None:
+def test_hooks_on_gradients_are_detected() -> None:
     with relies_on("Tensor._post_accumulate_grad_hooks", private_apis.has_gradient_hooks):
         parameter = nn.Parameter(torch.ones(1))
         assert not private_apis.has_gradient_hooks(parameter)
@@ -105,7 +105,7 @@ def test_hooks_on_gradients_are_seen() -> None:
         assert private_apis.has_gradient_hooks(parameter)
 
 
-def test_base_classes_have_their_subclasses() -> None:
+def test_base_classes_of_batch_norm_and_dropout() -> None:
     with relies_on("torch.nn.modules.batchnorm._BatchNorm", private_apis.batch_norm_class):
         for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
             assert issubclass(kind, private_apis.batch_norm_class())
@@ -116,22 +116,22 @@ def test_base_classes_have_their_subclasses() -> None:
             assert kind(p=0.5).p == 0.5
 
 
-def test_what_refers_to_memory_is_counted() -> None:
+def test_references_to_memory_are_counted() -> None:
     with relies_on("torch._C._storage_Use_Count", private_apis.is_memory_free):
-        held = [torch.ones(4)]
-        assert private_apis.is_memory_free(held[0])
-        view = held[0][:2]
-        assert not private_apis.is_memory_free(held[0])
+        tensors = [torch.ones(4)]
+        assert private_apis.is_memory_free(tensors[0])
+        view = tensors[0][:2]
+        assert not private_apis.is_memory_free(tensors[0])
         del view
         weight = torch.ones(4, requires_grad=True)
-        graph = (held[0].view(4) * weight).sum()
-        assert not private_apis.is_memory_free(held[0])
+        graph = (tensors[0].view(4) * weight).sum()
+        assert not private_apis.is_memory_free(tensors[0])
         del graph
-        assert private_apis.is_memory_free(held[0])
+        assert private_apis.is_memory_free(tensors[0])
 
 
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
-def test_filters_write_into_memory(name: str) -> None:
+def test_filters_write_into_given_memory(name: str) -> None:
     with relies_on(f"torch.ops.aten._upsample_{name}2d_aa", private_apis.antialiased_filters):
         pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), np.uint8))
         out = torch.empty(1, 3, 5, 7, dtype=torch.uint8)
@@ -140,7 +140,7 @@ def test_filters_write_into_memory(name: str) -> None:
         assert torch.equal(out, expected)
 
 
-def test_the_compiler_takes_limits() -> None:
+def test_the_compilers_limits_are_set() -> None:
     with relies_on("torch._dynamo.config", private_apis.raise_recompile_limit, private_apis.is_compiler_imported):
         from torch._dynamo import config
 
@@ -155,7 +155,7 @@ def test_the_compiler_takes_limits() -> None:
             config.recompile_limit, config.accumulated_recompile_limit = before
 
 
-def test_loss_scales_are_known_and_set() -> None:
+def test_loss_scales_are_read_and_set() -> None:
     with relies_on("GradScaler._scale, _init_scale", private_apis.has_loss_scale, private_apis.set_first_loss_scale):
         scaler = torch.amp.GradScaler("cpu")
         private_apis.set_first_loss_scale(scaler, 8.0)
@@ -164,8 +164,8 @@ def test_loss_scales_are_known_and_set() -> None:
         assert private_apis.has_loss_scale(scaler)
 
 
-def test_torchs_handler_of_ended_children_is_kept_out() -> None:
-    """In a process of its own: torch sets the handler once."""
+def test_torchs_sigchld_handler_is_not_installed() -> None:
+    """In a separate process: torch sets the handler once."""
 
     def load() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -219,7 +219,7 @@ def test_a_loaders_process_that_has_died_is_noticed() -> None:
         private_apis.shut_down_workers(loader, iterator)
 
 
-def test_a_process_takes_another_precision() -> None:
+def test_the_precision_of_accelerates_state_is_changed() -> None:
     with relies_on("AcceleratorState._shared_state, _reset_state", private_apis.reset_precision):
         Accelerator(cpu=True)
         private_apis.reset_precision("no")
@@ -228,7 +228,7 @@ def test_a_process_takes_another_precision() -> None:
         assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
 
 
-def test_a_wrapper_takes_anothers_place() -> None:
+def test_a_prepared_wrapper_is_replaced() -> None:
     with relies_on("Accelerator._models", private_apis.replace_prepared):
         accelerator = Accelerator(cpu=True)
         old, new = accelerator.prepare_model(nn.Linear(1, 1)), nn.Linear(1, 1)
@@ -237,17 +237,17 @@ def test_a_wrapper_takes_anothers_place() -> None:
         assert present is new
 
 
-def test_data_sets_show_fingerprint_and_indices() -> None:
-    whole = datasets.Dataset.from_dict({"number": [0, 1, 2]})
+def test_datasets_have_a_fingerprint_and_indices() -> None:
+    dataset = datasets.Dataset.from_dict({"number": [0, 1, 2]})
     with relies_on("Dataset._fingerprint", private_apis.dataset_fingerprint):
-        assert private_apis.dataset_fingerprint(whole) == private_apis.dataset_fingerprint(whole) != ""
-        assert private_apis.dataset_fingerprint(whole.select([2, 0])) != private_apis.dataset_fingerprint(whole)
+        assert private_apis.dataset_fingerprint(dataset) == private_apis.dataset_fingerprint(dataset) != ""
+        assert private_apis.dataset_fingerprint(dataset.select([2, 0])) != private_apis.dataset_fingerprint(dataset)
     with relies_on("Dataset._indices", private_apis.dataset_indices):
-        assert private_apis.dataset_indices(whole) is None
-        assert private_apis.dataset_indices(whole.select([2, 0])).column(0).to_pylist() == [2, 0]
+        assert private_apis.dataset_indices(dataset) is None
+        assert private_apis.dataset_indices(dataset.select([2, 0])).column(0).to_pylist() == [2, 0]
 
 
-def test_a_metric_begins_anew(tmp_path: Path) -> None:
+def test_a_metric_is_reset(tmp_path: Path) -> None:
     (tmp_path / "count").mkdir()
     (tmp_path / "count/count.py").write_text(
         "import datasets\nimport evaluate\n"
@@ -267,7 +267,7 @@ def test_a_metric_begins_anew(tmp_path: Path) -> None:
         assert metric.compute(predictions=[1, 2, 3]) == {"count": 3}
 
 
-def test_the_hubs_client_is_made() -> None:
+def test_the_hubs_client_is_created() -> None:
     with relies_on("huggingface_hub.utils._http", private_apis.hub_client_factory):
         client = private_apis.hub_client_factory()()
         client.timeout = 3.0
@@ -283,7 +283,7 @@ def test_timms_filters_are_found() -> None:
         assert private_apis.timm_weights_filter(nn.Linear(1, 1)) is None
 
 
-def test_trackio_says_how_far_it_is() -> None:
+def test_trackios_progress_is_read() -> None:
     with relies_on("trackio.Run._next_step", private_apis.trackio_last_step):
         assert private_apis.trackio_last_step(SimpleNamespace(_next_step=4)) == 3
         assert private_apis.trackio_last_step(SimpleNamespace()) == -1
@@ -292,7 +292,7 @@ def test_trackio_says_how_far_it_is() -> None:
 
 
 def test_a_fork_server_ends_with_its_parent(tmp_path: Path) -> None:
-    """Though a process that it has started goes on."""
+    """Even if a process that it started continues."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import multiprocessing, os, time\n"
@@ -369,14 +369,18 @@ def test_each_function_has_its_test() -> None:
 
 def test_no_other_file_uses_private_apis() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "private_apis.py"]
-    own = {name for path in files for name in own_names(ast.parse(path.read_text()))} | {"_exit"}  # os._exit is public
+    package_names = {name for path in files for name in own_names(ast.parse(path.read_text()))} | {
+        "_exit"
+    }  # os._exit is public
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
-            assert not foreign_names(node) - own, f"{path}:{node.lineno}: {ast.unparse(node)}: into private_apis.py"
+            assert not foreign_names(node) - package_names, (
+                f"{path}:{node.lineno}: {ast.unparse(node)}: into private_apis.py"
+            )
 
 
 def own_names(tree: ast.AST) -> Iterator[str]:
-    """Yield what the package's own classes and modules call private."""
+    """Yield the private names of the package's classes and modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -387,14 +391,14 @@ def own_names(tree: ast.AST) -> Iterator[str]:
 
 
 def foreign_names(node: ast.AST) -> set[str]:
-    """Return the private names that a piece of code takes from elsewhere."""
-    found: list[str] = []
+    """Return the private names of other libraries that the code uses."""
+    private_names: list[str] = []
     if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
-        found = [node.attr]
+        private_names = [node.attr]
     elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
-        found = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        private_names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
     elif isinstance(node, ast.Import):
-        found = [part for alias in node.names for part in alias.name.split(".")]
+        private_names = [part for alias in node.names for part in alias.name.split(".")]
     elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr") and len(node.args) > 1:
-        found = [node.args[1].value] if isinstance(node.args[1], ast.Constant) else []
-    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+        private_names = [node.args[1].value] if isinstance(node.args[1], ast.Constant) else []
+    return {name for name in private_names if name.startswith("_") and not name.startswith("__")}

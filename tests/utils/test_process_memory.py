@@ -1,4 +1,4 @@
-"""Memory that runs out is told as that: under the command line's limit, in loader processes, in decoders."""
+"""Out of memory is reported as such: under the command line's limit, in loader processes, in decoders."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def in_full_child(function: Callable[[], Any]) -> Any:
 
 
 def take_too_much() -> list[Any]:
-    before, found = limit(), []
+    before, results = limit(), []
     workers = Workers(lambda request: limit(), 1, 1, WorkerDeaths())
     with limited_memory(100 << 20):
-        found.append(limit() < before or before == resource.RLIM_INFINITY)
+        results.append(limit() < before or before == resource.RLIM_INFINITY)
         torch.ones(20 << 18)  # 20 MiB
         for allocate in (lambda: torch.ones(400 << 18), lambda: bytearray(400 << 20), lambda: np.ones(50 << 20)):
             try:
                 allocate()
             except (RuntimeError, MemoryError) as error:
-                found.append(is_out_of_memory(error))
-        found.append(list(workers.answers([0])) == [before])
-    found.append(limit() == before)
+                results.append(is_out_of_memory(error))
+        results.append(list(workers.answers([0])) == [before])
+    results.append(limit() == before)
     torch.ones(400 << 18)
-    return found
+    return results
 
 
 @linux
@@ -88,7 +88,7 @@ def train_in_little_memory(recipe: str, run: str) -> tuple[int, Any]:
 
 
 @linux
-def test_a_command_goes_on_in_smaller_pieces_where_a_wish_does_not_fit(
+def test_a_command_continues_with_smaller_micro_batches_if_memory_is_short(
     write_recipe: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before, run = limit(), tmp_path / "run"
@@ -99,7 +99,7 @@ def test_a_command_goes_on_in_smaller_pieces_where_a_wish_does_not_fit(
 
 
 def evaluate_at_the_limit(recipe: str, run: str) -> bool:
-    """Return whether an evaluation gets the reserved memory after a step has used all the other."""
+    """Return whether an evaluation gets the reserved memory after a step has used all the rest."""
     trainer = Trainer.from_recipe(recipe, ["data.eval_fraction=0.02", f"output_dir={run}"])
     evaluation = trainer.evaluation
     with limited_memory(200 << 20):
@@ -109,7 +109,7 @@ def evaluate_at_the_limit(recipe: str, run: str) -> bool:
 
 
 @linux
-def test_an_evaluation_after_steps_that_used_all_memory_has_some(
+def test_an_evaluation_after_steps_that_used_all_memory_gets_some(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     assert in_full_child(lambda: evaluate_at_the_limit(str(write_recipe()), str(tmp_path / "run")))
@@ -131,7 +131,7 @@ def test_out_of_memory_elsewhere_is_one_message(
     assert capsys.readouterr().err.startswith("error: out of memory: image x; end other programs")
 
 
-def test_a_step_that_raises_it_is_made_again_smaller(
+def test_a_step_that_runs_out_of_memory_is_retried_smaller(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, sizes = Trainer.train_step, []
@@ -187,8 +187,8 @@ def test_a_large_image_in_little_memory_is_no_bad_image() -> None:
     assert in_full_child(decode_in_little_memory) == "MemoryError"
 
 
-def fails(times: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let decoding find no memory so many times, in whichever process."""
+def fail_decoding(times: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make decoding run out of memory the given number of times, in any process."""
     real = decode.decode
 
     def short(data: Any, **options: Any) -> Any:
@@ -210,21 +210,21 @@ def trained(recipe: Path, run: Path, images: Path, workers: int) -> Trainer:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_is_made_a_second_time_and_then_given_up_in_one_message(
+def test_a_batch_is_loaded_a_second_time_and_then_fails_with_one_message(
     workers: int, image_folder: Path, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails(1, tmp_path, monkeypatch)
+    fail_decoding(1, tmp_path, monkeypatch)
     trainer = trained(write_recipe(), tmp_path / "once", image_folder, workers)
     assert trainer.bad_images is not None
     assert trainer.bad_images.count == 0
-    fails(3, tmp_path, monkeypatch)
+    fail_decoding(3, tmp_path, monkeypatch)
     with pytest.raises(NotEnoughMemory, match=r"out of memory twice while loading a batch: image .*\.jpg: no memory"):
         trained(write_recipe(), tmp_path / "twice", image_folder, workers)
     assert not (tmp_path / "twice" / "bad_images.jsonl").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_check_images_tells_it_too(
+def test_check_images_reports_it_too(
     workers: int,
     image_folder: Path,
     write_recipe: Callable[..., Path],

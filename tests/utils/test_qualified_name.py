@@ -1,4 +1,4 @@
-"""Names of functions and objects that another start of the program finds again."""
+"""Names of functions and objects that are the same in another start of the program."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def maker(factor: int) -> Any:
     return inner
 
 
-def test_functions_classes_and_objects_are_known_by_module_and_name() -> None:
+def test_functions_classes_and_objects_are_identified_by_module_and_name() -> None:
     assert qualified_name(maker) == f"{HERE}.maker"
     assert qualified_name(maker(1)) == f"{HERE}.maker.<locals>.inner"
     assert qualified_name(Scaled) == qualified_name(Scaled(2.0)) == f"{HERE}.Scaled"
@@ -44,13 +44,13 @@ def test_functions_classes_and_objects_are_known_by_module_and_name() -> None:
     assert qualified_name(len) == "builtins.len"
 
 
-def test_partials_are_known_by_their_arguments_too() -> None:
+def test_partials_are_identified_by_their_arguments_too() -> None:
     assert qualified_name(functools.partial(maker, 3)) == f"partial({HERE}.maker, 3)"
     assert qualified_name(functools.partial(maker, factor=(1, "a"))) == f"partial({HERE}.maker, factor=[1, 'a'])"
     assert qualified_name(functools.partial(maker, Scaled(1.0))) == f"partial({HERE}.maker, {HERE}.Scaled)"
 
 
-def test_a_lambda_is_known_by_its_source() -> None:
+def test_a_lambda_is_identified_by_its_source() -> None:
     first, second = (lambda pixels, rng: pixels[::-1]), (lambda pixels, rng: pixels[:, ::-1])
     nested = lambda pixels, rng: [  # noqa: E731
         (lambda value: value + 1)(each) for each in pixels
@@ -70,5 +70,5 @@ def test_the_program_itself_has_the_name_of_its_file(tmp_path: Path) -> None:
         "def strong(): pass\n"
         "if __name__ == '__main__': print(qualified_name(strong))\n"
     )
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "mine.strong"
+    process = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "mine.strong"

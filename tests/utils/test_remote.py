@@ -1,4 +1,4 @@
-"""hf://OWNER/NAME: trained by, evaluated, asked and started from, against a Hub on loopback."""
+"""hf://OWNER/NAME: as recipe, for evaluation and prediction, and as initial weights, from a Hub on loopback."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def pushed(hub: Hub, write_recipe: Callable[..., Path], tmp_path: Path) -> Path:
     return run
 
 
-def test_a_pushed_run_is_evaluated_and_asked(pushed: Path, tmp_path: Path) -> None:
+def test_a_pushed_run_is_evaluated_and_predicts(pushed: Path, tmp_path: Path) -> None:
     reset_accelerate()
-    here = evaluate_run(pushed)
+    local = evaluate_run(pushed)
     reset_accelerate()
-    there = evaluate_run("hf://me/digits")
-    assert there == here
+    remote = evaluate_run("hf://me/digits")
+    assert remote == local
     image = tmp_path / "photo.png"
     Image.effect_noise((40, 30), 60).save(image)
     assert predict_images("hf://me/digits", [str(image)]) == predict_images(pushed, [str(image)])
@@ -47,8 +47,8 @@ def test_a_pushed_run_is_evaluated_and_asked(pushed: Path, tmp_path: Path) -> No
 def test_a_pushed_recipe_trains_the_same(pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert exit_status(["hf://me/digits", "data.workers=0"]) == 0
-    again = tmp_path / "runs" / "digits"  # named by the repository, not by where it was trained
-    first, second = (load_file(run / "model" / "model.safetensors") for run in (pushed, again))
+    rerun = tmp_path / "runs" / "digits"  # named after the repository, not the training folder
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (pushed, rerun))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -56,8 +56,8 @@ def test_training_starts_from_pushed_weights(pushed: Path, write_recipe: Callabl
     reset_accelerate()
     trainer = build_trainer(write_recipe(RECIPE), [f"output_dir={tmp_path / 'b'}", "model.pretrained=hf://me/digits"])
     saved = load_file(pushed / "model" / "model.safetensors")
-    own = trainer.raw_model.state_dict()
-    assert all(torch.equal(own[name], saved[name]) for name in saved)
+    state = trainer.raw_model.state_dict()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
 
 
 def test_a_revision_is_that_commit(pushed: Path, hub: Hub) -> None:
@@ -74,7 +74,7 @@ def test_a_revision_is_that_commit(pushed: Path, hub: Hub) -> None:
         download_file("hf://me/digits@nothing", "hf_fasttrain.json")
 
 
-def test_where_it_was_written_and_pushed_is_not_taken_over(pushed: Path, hub: Hub) -> None:
+def test_output_folder_and_repository_of_a_pushed_recipe_are_not_adopted(pushed: Path, hub: Hub) -> None:
     text = RECIPE.replace("report: false", "report: false, trackers: [tensorboard], project: theirs")
     text = text.replace("workers: 0", "workers: 0, cache_dir: /somewhere")
     text += "hub: {repo: me/digits, every: best}\noutput_dir: runs/first\n"
@@ -97,7 +97,7 @@ def test_where_it_was_written_and_pushed_is_not_taken_over(pushed: Path, hub: Hu
         ("evaluate: {metrics: [accuracy, somebody/metric]}", "evaluate.metrics=[accuracy, somebody/metric]"),
     ],
 )
-def test_code_from_the_hub_is_run_only_if_it_is_asked_for_here(
+def test_code_from_the_hub_is_run_only_if_requested(
     hub: Hub,
     pushed: Path,
     line: str,
@@ -120,7 +120,7 @@ def test_a_pushed_model_with_code_is_not_opened(hub: Hub, pushed: Path) -> None:
         predict_images("hf://me/digits", ["x.png"])
 
 
-def test_only_the_description_at_the_root_counts(hub: Hub, pushed: Path, tmp_path: Path) -> None:
+def test_only_the_config_at_the_root_counts(hub: Hub, pushed: Path, tmp_path: Path) -> None:
     repo = hub.repos["me/digits"]
     files = repo.versions[repo.sha]
     files["model/hf_fasttrain.json"] = files["hf_fasttrain.json"].replace(b'code": false', b'code": true')
@@ -133,28 +133,28 @@ def test_only_the_description_at_the_root_counts(hub: Hub, pushed: Path, tmp_pat
 
 @pytest.mark.parametrize("line", ["{weights_only: false}", "{checkpoint_path: x}", "{attn_implementation: a/kernel}"])
 @pytest.mark.parametrize("name", ["test_resnet", "transformers:somebody/vit"])
-def test_what_would_load_something_else_is_no_argument_of_a_model(
+def test_arguments_that_would_load_another_model_are_refused(
     write_recipe: Callable[..., Path], tmp_path: Path, line: str, name: str
 ) -> None:
     reset_accelerate()
-    with pytest.raises(ModelError, match=r"model.args: .* would load something else than the recipe says; remove it"):
+    with pytest.raises(ModelError, match=r"model.args: .* would load something other than the recipe says; remove it"):
         build_trainer(
             write_recipe(RECIPE), [f"output_dir={tmp_path / 'r'}", f"model.args={line}", f"model.name={name}"]
         )
 
 
-def test_a_timm_name_on_the_hub_starts_from_what_was_pushed(
+def test_a_timm_name_on_the_hub_starts_from_the_pushed_weights(
     hub: Hub, pushed: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     push_run(pushed, "timm/digits")
     reset_accelerate()
     overrides = [f"output_dir={tmp_path / 'b'}", "model.name=timm/digits", "model.pretrained=true"]
     trainer = build_trainer(write_recipe(RECIPE), overrides)
-    saved, own = load_file(pushed / "model" / "model.safetensors"), trainer.raw_model.state_dict()
-    assert all(torch.equal(own[name], saved[name]) for name in saved)
+    saved, state = load_file(pushed / "model" / "model.safetensors"), trainer.raw_model.state_dict()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
 
 
-def test_a_description_of_another_version_is_named(hub: Hub, pushed: Path) -> None:
+def test_a_config_of_another_version_is_named(hub: Hub, pushed: Path) -> None:
     spec = pushed / "model" / "hf_fasttrain.json"
     spec.write_text(json.dumps({**json.loads(spec.read_text()), "from_the_future": 1}))
     with pytest.raises(ModelError, match=r"can't be read as a model's description \(.*from_the_future"):
@@ -162,14 +162,14 @@ def test_a_description_of_another_version_is_named(hub: Hub, pushed: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "place", ["hf://flowers", "hf://", "hf://me/a/b", "hf://me/a--b", "hf://../x", "hf://me/x.git"]
+    "location", ["hf://flowers", "hf://", "hf://me/a/b", "hf://me/a--b", "hf://../x", "hf://me/x.git"]
 )
-def test_a_bad_place_is_named(place: str) -> None:
+def test_an_invalid_location_is_named(location: str) -> None:
     with pytest.raises(RunError, match=r"is not a Hub URL; write hf://OWNER/NAME or hf://OWNER/NAME@REVISION"):
-        parse_hub_url(place)
+        parse_hub_url(location)
 
 
-def test_names_are_judged_as_the_hub_does() -> None:
+def test_names_are_checked_as_by_the_hub() -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -197,7 +197,7 @@ def test_names_are_judged_as_the_hub_does() -> None:
     assert all(is_repo_name(name) for name in ("me/x", "me/x.y", "me/x-y_z", "Me2/X", "me/" + "x" * 93))
 
 
-def test_what_is_not_there_is_named(hub: Hub) -> None:
+def test_missing_repositories_and_files_are_named(hub: Hub) -> None:
     with pytest.raises(RunError, match="hf://me/none: was not found, or is private; check the name, and log in"):
         load_recipe("hf://me/none")
     with pytest.raises(RunError, match="hf://me/none: was not found, or is private"):
@@ -206,7 +206,7 @@ def test_what_is_not_there_is_named(hub: Hub) -> None:
         weights_file("hf://me/none")
 
 
-def test_a_repository_of_others_has_no_recipe(hub: Hub, pushed: Path) -> None:
+def test_a_repository_of_another_tool_has_no_recipe(hub: Hub, pushed: Path) -> None:
     del hub.repos["me/digits"].files["recipe.yaml"]
     with pytest.raises(RunError, match=r"hf://me/digits: recipe.yaml was not found; the repository was not pushed by"):
         load_recipe("hf://me/digits")
@@ -221,7 +221,7 @@ def test_a_hub_that_does_not_answer_is_named(hub: Hub, monkeypatch: pytest.Monke
         load_recipe("hf://me/x")
 
 
-def test_the_command_line_says_it_in_one_line(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_reports_it_in_one_line(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["evaluate", "hf://me/none"]) == 2
     assert capsys.readouterr().err.startswith("error: hf://me/none: was not found, or is private")
     assert exit_status(["hf://nothing"]) == 2

@@ -32,7 +32,7 @@ def test_what_an_encoding_lacks_is_written_as_escapes(
     PrintableStream(stream).write(TEXT)
     assert written.getvalue() == expected
     monkeypatch.setattr(sys, "stdout", stream)
-    RunLog().say(TEXT)
+    RunLog().print(TEXT)
     assert written.getvalue() == expected + expected + b"\n"
 
 

@@ -66,10 +66,10 @@ def test_aliases_and_merge_keys() -> None:
     ],
 )
 def test_anything_else_is_one_error(text: str, problem: str) -> None:
-    with pytest.raises(InvalidYaml, match=problem) as caught:
+    with pytest.raises(InvalidYaml, match=problem) as error:
         read_yaml(text)
-    assert len(str(caught.value)) < 300
-    assert "\n" not in str(caught.value)
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_written_is_read() -> None:

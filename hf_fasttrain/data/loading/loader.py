@@ -16,12 +16,12 @@ from hf_fasttrain.data.loading.prefetch import Batch, Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan, StepPlan, process_share
 
 Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> context in which its work runs
-_NOTHING = nullcontext()
+_NULL_CONTEXT = nullcontext()
 
 
 def no_timer(phase: str) -> AbstractContextManager[Any]:
     """Time nothing."""
-    return _NOTHING
+    return _NULL_CONTEXT
 
 
 @dataclass
@@ -51,8 +51,8 @@ class MicroBatches:
 
         An optimizer that needs the gradients of a step more than once can afford that: its activations are larger.
         """
-        kept = list(self)
-        self._pass, self._make = iter(kept), kept.__iter__
+        batches = list(self)
+        self._pass, self._make = iter(batches), batches.__iter__
 
     def __iter__(self) -> Iterator[Batch]:
         if self._is_started:
@@ -115,14 +115,14 @@ class TrainLoader:
 
     def image_indices(self, step: int) -> np.ndarray:
         """Return the indices of a step's images in the split, over all processes and in order."""
-        (whole,) = (
+        (key,) = (
             replace(
                 self.sampling_plan, num_processes=1, process_index=0, micro_batch_size=2 * self.sampling_plan.batch_size
             )
             .plan(step)
             .micro_batches
         )
-        return whole.indices
+        return key.indices
 
     @property
     def wait_seconds(self) -> float:

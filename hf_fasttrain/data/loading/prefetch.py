@@ -1,4 +1,4 @@
-"""Batches of uint8 pixels on the device: loaded by worker processes, pinned, copied ahead of their use."""
+"""Batches of uint8 pixels on the device: loaded by worker processes, pinned, and copied before they are needed."""
 
 from __future__ import annotations
 
@@ -146,10 +146,10 @@ class _BatchDataset:
 
         Retried once when memory runs out: other processes may have released theirs in the meantime.
         """
-        result = self._try(request)
+        result = self._attempt(request)
         if isinstance(result, str):
             gc.collect()  # outside of the handler, whose traceback keeps the failed batch alive
-            result = self._try(request)
+            result = self._attempt(request)
         if isinstance(result, str):
             result = NotEnoughMemory(
                 f"out of memory twice while loading a batch: {result}; lower data.workers or data.cache_gb, or remove "
@@ -157,7 +157,7 @@ class _BatchDataset:
             )
         return result
 
-    def _try(self, request: _BatchRequest) -> PixelBatch | UserError | str:
+    def _attempt(self, request: _BatchRequest) -> PixelBatch | UserError | str:
         """Return the batch, the error in its images, or the text of an out-of-memory error."""
         try:
             return self.images.make(request.key, self._buffer(request))
@@ -254,20 +254,20 @@ class Prefetcher:
             self._wait_seconds += time.perf_counter() - start
             if batch is None:
                 return
-            yield self._checked(_received(batch, slots))
+            yield self._unwrap(_receive(batch, slots))
             _release(batch, slots)
 
     def _copy_to_device(
         self, batch: PixelBatch | _SentBatch | UserError, slots: _Slots | None
     ) -> tuple[PixelBatch | UserError, torch.cuda.Event | None]:
         """Start copying on a separate stream; called by the background thread."""
-        host = _received(batch, slots)
+        host = _receive(batch, slots)
         if isinstance(host, UserError):
             return host, None
         tensors = (host.pixels, host.labels)
         with torch.cuda.device(self.device):  # the current device is per thread, initially GPU 0
             if self.pin_memory:
-                tensors = _pinned(host.pixels), _pinned(host.labels)
+                tensors = _pin(host.pixels), _pin(host.labels)
             stream = self._copy_stream
             with torch.cuda.stream(stream):
                 pixels, labels = (tensor.to(self.device, non_blocking=self.pin_memory) for tensor in tensors)
@@ -290,7 +290,7 @@ class Prefetcher:
             if copied is None:
                 return
             batch, done = copied
-            pixels, labels = self._checked(batch)
+            pixels, labels = self._unwrap(batch)
             assert done is not None
             stream.wait_event(done)
             after.record(stream)
@@ -300,7 +300,7 @@ class Prefetcher:
                 tensor.record_stream(stream)  # its memory is not reused before this stream has finished with it
             yield pixels, labels
 
-    def _checked(self, batch: PixelBatch | UserError) -> Batch:
+    def _unwrap(self, batch: PixelBatch | UserError) -> Batch:
         if isinstance(batch, UserError):
             raise batch
         for event in batch.events:
@@ -309,7 +309,7 @@ class Prefetcher:
         return batch.pixels, batch.labels
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def _pin(tensor: Tensor) -> Tensor:
     """Return a copy in pinned memory; RunError if that fails, since smaller batches on the GPU would not help."""
     try:
         return tensor.pin_memory()
@@ -320,7 +320,7 @@ def _pinned(tensor: Tensor) -> Tensor:
         ) from None
 
 
-def _received(batch: PixelBatch | _SentBatch | UserError, slots: _Slots | None) -> PixelBatch | UserError:
+def _receive(batch: PixelBatch | _SentBatch | UserError, slots: _Slots | None) -> PixelBatch | UserError:
     if not isinstance(batch, _SentBatch):
         return batch
     if batch.pixels is not None:

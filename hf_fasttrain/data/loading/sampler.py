@@ -34,18 +34,18 @@ def keyed_uniforms(
     """
     repeats = np.broadcast_to(np.asarray(repeats), np.shape(indices))
     with np.errstate(over="ignore"):
-        state = _mixed(np.uint64(seed) ^ (np.uint64(stream) * _GOLDEN))
+        state = _mix_bits(np.uint64(seed) ^ (np.uint64(stream) * _GOLDEN))
         for part in (np.uint64(epoch), np.asarray(indices).astype(np.uint64), repeats.astype(np.uint64)):
-            state = _mixed(state + (part + np.uint64(1)) * _GOLDEN)
+            state = _mix_bits(state + (part + np.uint64(1)) * _GOLDEN)
         steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
-        numbers = _mixed(state[:, None] + steps)
+        numbers = _mix_bits(state[:, None] + steps)
     return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mixed(z: np.ndarray | np.uint64) -> np.ndarray:
+def _mix_bits(z: np.ndarray | np.uint64) -> np.ndarray:
     """Return SplitMix64's output function of 64-bit words; overflow is intended."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -18,22 +18,24 @@ from hf_fasttrain.data.loading.loader import EvalLoader, MicroBatches, Step, Tra
 from hf_fasttrain.data.loading.prefetch import Batch
 from hf_fasttrain.data.loading.sampler import cut_micro_batches
 from hf_fasttrain.data.loading.trees import Tree, first_leaf, num_images
-from hf_fasttrain.data.loading.user_batch import pair_of
-from hf_fasttrain.data.loading.worker_deaths import batches_of_user
+from hf_fasttrain.data.loading.user_batch import images_and_targets
+from hf_fasttrain.data.loading.worker_deaths import iterate_user_loader
 from hf_fasttrain.utils.errors import DataError, RunError
 from hf_fasttrain.utils.private_apis import shut_down_workers, would_start_persistent_workers
 
-NO_POSITION = "train_loader keeps no position (no state_dict, no load_state_dict; torchdata's StatefulDataLoader has)"
+NO_POSITION = (
+    "train_loader does not store its position (state_dict and load_state_dict; torchdata's StatefulDataLoader has them)"
+)
 
 
 class UserLoader:
     """Steps from a loader that the user passes in: each of its batches is this process's share of one step.
 
-    A batch is (images, targets), or a mapping with one entry of images and one of labels (see `pair_of`); images and
-    targets are tensors, or tuples, lists and mappings of them. The loaders of all processes must yield the same number
-    of batches, which may differ in size or be empty. At an epoch's end any loader can be resumed: ``set_epoch`` is
-    called of it and of its sampler. Within one it takes a loader with ``state_dict`` and ``load_state_dict``, such as
-    torchdata's StatefulDataLoader.
+    A batch is (images, targets), or a mapping with one entry of images and one of labels (see `images_and_targets`);
+    images and targets are tensors, or tuples, lists and mappings of them. The loaders of all processes must yield the
+    same number of batches, which may differ in size or be empty. Any loader can be resumed at the end of an epoch:
+    ``set_epoch`` is called on it and on its sampler. To resume within an epoch, it needs ``state_dict`` and
+    ``load_state_dict``, like torchdata's StatefulDataLoader.
     """
 
     def __init__(
@@ -52,22 +54,22 @@ class UserLoader:
         self.wait_seconds = 0.0
         self.micro_batch_size = 0  # the largest so far
         self.size_setting = f"accumulation_steps {accumulation_steps}"
-        self._cut: int | None = None
-        self._knows_form = False
+        self._size_limit: int | None = None
+        self._is_checked = False
         self._batches: Iterator[Any] = iter(())
         self._current: Batch | None = None
         self._next_step = 0  # the step of the next batch
-        self._passed = 0  # batches of the present pass over the loader
-        self._is_left = False  # whether the pass must be opened again, and gone to where it was left
-        self._left: Any = None  # the loader's own state there, if it has one
+        self._num_batches = 0  # consumed in the current pass over the loader
+        self._must_reopen = False  # whether the pass must be opened again and advanced to `_num_batches`
+        self._loader_state: Any = None  # the loader's state at that point, if it has one
         self._is_restored = False  # whether a state was loaded since the last step
-        self._at_start: dict[str, Any] = {}  # states of random generators when the pass began
+        self._start_states: dict[str, Any] = {}  # states of random generators at the start of the pass
         try:
             self.steps_per_epoch = len(loader)
         except TypeError:
-            raise DataError("train_loader has no length; give it a __len__: the number of steps in an epoch") from None
+            raise DataError("train_loader has no length; define __len__: the number of steps per epoch") from None
         if not self.steps_per_epoch:
-            raise DataError("train_loader is empty; give it at least one batch")
+            raise DataError("train_loader is empty; it needs at least one batch")
 
     @classmethod
     def wrap(
@@ -80,10 +82,10 @@ class UserLoader:
         total: Callable[[int], int] | None,
         begin_epoch: Callable[[int], None] = lambda epoch: None,
     ) -> Any:
-        """Return the loader itself if it gives steps already, else a UserLoader around it.
+        """Return the loader itself if it already yields steps, else a UserLoader around it.
 
         `total` sums a number over all processes without waiting for the device; None with one process. `begin_epoch`
-        is called before the loader is iterated over, with the epoch's number.
+        is called with the epoch's number before each pass over the loader.
         """
         if isinstance(loader, TrainLoader | UserLoader):
             return loader
@@ -97,53 +99,53 @@ class UserLoader:
 
     @property
     def can_resume_here(self) -> bool:
-        """Whether training could go on from a checkpoint of the present step."""
-        return self.keeps_position or self._passed % self.steps_per_epoch == 0
+        """Whether training could continue from a checkpoint of the current step."""
+        return self.keeps_position or self._num_batches % self.steps_per_epoch == 0
 
     def can_resume(self, state: Any, *, same_processes: bool = True) -> bool:
-        """Return whether training can go on from a saved state: one with a position, or of an epoch's end.
+        """Return whether training can continue from a saved state: one with a position, or at the end of an epoch.
 
-        A position is of one process; with another number of them only an epoch can be begun.
+        Positions are per process; with another number of processes, training can only continue at an epoch's end.
         """
         if not isinstance(state, dict):
-            return False  # of an older version, for a loader without a position
-        return _is_at_end(state) or (same_processes and self.keeps_position and state["loader"] is not None)
+            return False  # from an older version, for a loader without a position
+        return _is_end_of_epoch(state) or (same_processes and self.keeps_position and state["loader"] is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loader's own state, how far the epoch is, and what its order and augmentation are drawn from.
+        """Return the loader's state, its position in the epoch, and the states of random generators.
 
-        Those are the states of Python's and numpy's generators, and of the loader's own. torch's is not included:
-        every step and every epoch seeds it.
+        These are Python's, numpy's and the loader's generators. torch's is not included: every step and every epoch
+        seeds it.
         """
-        own = self._left
-        if own is None and self.keeps_position:
-            own = self.loader.state_dict()
-        elif own is None and self._passed == self.steps_per_epoch:
-            more = next(self._batches, None)  # a sampler draws from its generator when it ends
-            self._batches = self._batches if more is None else itertools.chain([more], self._batches)
-        position = {"passed": self._passed, "steps_per_epoch": self.steps_per_epoch}
-        return {"loader": own, **position, **_random_state(self.loader)}
+        loader_state = self._loader_state
+        if loader_state is None and self.keeps_position:
+            loader_state = self.loader.state_dict()
+        elif loader_state is None and self._num_batches == self.steps_per_epoch:
+            batch = next(self._batches, None)  # a sampler draws from its generator when it ends
+            self._batches = self._batches if batch is None else itertools.chain([batch], self._batches)
+        position = {"passed": self._num_batches, "steps_per_epoch": self.steps_per_epoch}
+        return {"loader": loader_state, **position, **_random_state(self.loader)}
 
     def load_state_dict(self, state: Any, *, same_processes: bool = True) -> None:
-        """Restore what `state_dict` returned; RunError for one that training can't go on from."""
+        """Restore a state of `state_dict`. Raises RunError if training can't continue from it."""
         if not self.can_resume(state, same_processes=same_processes):
-            why = "its position was saved by another number of processes" if not same_processes else NO_POSITION
-            raise RunError(f"can't resume within an epoch: {why}")
+            reason = "its position was saved by another number of processes" if not same_processes else NO_POSITION
+            raise RunError(f"can't resume within an epoch: {reason}")
         self._batches, self._current, self._is_restored = iter(()), None, True
-        self._is_left, self._left, self._passed = False, None, 0
+        self._must_reopen, self._loader_state, self._num_batches = False, None, 0
         if not same_processes:
             return
         _set_random_state(self.loader, state)
         if self.keeps_position and state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])
-            self._is_left, self._left, self._passed = True, state["loader"], state.get("passed", 0)
+            self._must_reopen, self._loader_state, self._num_batches = True, state["loader"], state.get("passed", 0)
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Yield the steps from `start` to before `stop`, iterating over the loader once per epoch."""
         if start == self._next_step - 1 and self._current is not None:
-            return self.retry(start, stop)  # an exception has ended the loop before this batch was trained on
+            return self.retry(start, stop)  # an exception ended the loop before this batch was trained on
         if start != self._next_step and not self._is_restored:
-            self._batches, self._is_left, self._left, self._passed = iter(()), False, None, 0
+            self._batches, self._must_reopen, self._loader_state, self._num_batches = iter(()), False, None, 0
         self._is_restored = False
         return self._steps(start, stop)
 
@@ -155,21 +157,21 @@ class UserLoader:
 
     def cut_to(self, micro_batch_size: int) -> None:
         """Limit the size of micro-batches from now on."""
-        self.micro_batch_size = self._cut = micro_batch_size
+        self.micro_batch_size = self._size_limit = micro_batch_size
 
     def image_indices(self, step: int) -> None:
-        """Return None: which images a step has is known to the loader only."""
+        """Return None: only the loader knows which images a step has."""
 
     def close(self) -> None:
-        """End the loader's processes. Steps that follow go on within the epoch, where the loader was left.
+        """End the loader's processes. Later steps continue from the same position in the epoch.
 
-        One without a position of its own is gone through again up to there, in the same order.
+        A loader that does not store its position is iterated again up to there, in the same order.
         """
         if not getattr(self.loader, "num_workers", 0):
             return
-        if self._passed % self.steps_per_epoch and not self._is_left:
-            self._left = self.loader.state_dict() if self.keeps_position else None
-        self._is_left = True
+        if self._num_batches % self.steps_per_epoch and not self._must_reopen:
+            self._loader_state = self.loader.state_dict() if self.keeps_position else None
+        self._must_reopen = True
         if isinstance(self._batches, Generator):
             self._batches.close()
         shut_down_workers(self.loader)
@@ -179,21 +181,21 @@ class UserLoader:
             start_time = time.perf_counter()
             batch = self._next_batch(index // self.steps_per_epoch)
             if batch is None:
-                raise DataError(f"train_loader gave no batch for step {index}")
+                raise DataError(f"train_loader yielded no batch for step {index}")
             self._current, self._next_step = to_device(batch, self.device, "train_loader"), index + 1
             self._require_rows(*self._current)
             self.wait_seconds += time.perf_counter() - start_time
             yield self._step(index, *self._current)
 
     def _require_rows(self, images: Tree, targets: Tree) -> None:
-        """Raise DataError, at the first batch, for what can't be cut into micro-batches."""
-        if not self._knows_form:
+        """Raise DataError if the first batch can't be split into micro-batches."""
+        if not self._is_checked:
             trees.require_equal_lengths(num_images(images), images=images, targets=targets)
-            self._knows_form = True
+            self._is_checked = True
 
     def _next_batch(self, epoch: int) -> Any:
         try:
-            if self._is_left:
+            if self._must_reopen:
                 self._reopen(epoch)
             batch = next(self._batches, None)
             for _ in range(2 if batch is None else 0):  # a loader restored at the end of an epoch yields nothing
@@ -202,56 +204,56 @@ class UserLoader:
                 if batch is not None:
                     break
         except BaseException:
-            self._is_left = True  # its iterator has ended with the exception
+            self._must_reopen = True  # the exception has ended its iterator
             raise
-        self._passed += 1
+        self._num_batches += 1
         return batch
 
     def _open(self, epoch: int) -> None:
-        """Begin a pass over the loader."""
+        """Start a pass over the loader."""
         part: Any
         for part in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if epoch and not self.keeps_position and would_start_persistent_workers(self.loader):
-            before = _random_state(self.loader)
-            iter(self.loader)  # they draw a seed once, after which an epoch's order would be another
-            _set_random_state(self.loader, before)
+            states = _random_state(self.loader)
+            iter(self.loader)  # they draw a seed once, which would change the epoch's order
+            _set_random_state(self.loader, states)
         self.begin_epoch(epoch)
-        self._at_start = {"torch": torch.get_rng_state(), **_random_state(self.loader)}
-        self._batches, self._passed = batches_of_user(self.loader, "train_loader"), 0
+        self._start_states = {"torch": torch.get_rng_state(), **_random_state(self.loader)}
+        self._batches, self._num_batches = iterate_user_loader(self.loader, "train_loader"), 0
 
     def _reopen(self, epoch: int) -> None:
-        """Begin a pass that was left once more, and go to where it was left."""
-        state, passed, self._is_left, self._left = self._left, self._passed, False, None
+        """Start an interrupted pass again, and advance to its position."""
+        state, num_batches, self._must_reopen, self._loader_state = self._loader_state, self._num_batches, False, None
         self._batches = iter(())
-        if passed % self.steps_per_epoch == 0:
-            return  # the next epoch is begun
+        if num_batches % self.steps_per_epoch == 0:
+            return  # the next epoch starts
         if state is None and self.keeps_position:
-            state = self.loader.state_dict()  # an exception has ended the pass
+            state = self.loader.state_dict()  # an exception ended the pass
         if state is not None:
             self.loader.load_state_dict(state)
             self._open(epoch)
         else:
-            now = _random_state(self.loader)
-            torch.set_rng_state(self._at_start["torch"])
-            _set_random_state(self.loader, self._at_start)
+            states = _random_state(self.loader)
+            torch.set_rng_state(self._start_states["torch"])
+            _set_random_state(self.loader, self._start_states)
             self._open(epoch)
-            for _ in range(passed):
+            for _ in range(num_batches):
                 next(self._batches, None)
-            _set_random_state(self.loader, {**now, "generators": []})
-        self._passed = passed
+            _set_random_state(self.loader, {**states, "generators": []})
+        self._num_batches = num_batches
 
     def _step(self, index: int, images: Tree, targets: Tree) -> Step:
         number = num_images(images)
         total = self.total(number) if self.total else number
         shape = tuple((images if isinstance(images, Tensor) else first_leaf(images)).shape[1:])
         pairs = (number + 1) // 2
-        size = self._cut or 2 * max(1, -(-pairs // self.accumulation_steps))
-        self.micro_batch_size = max(self.micro_batch_size, size) if self._cut is None else size
-        if number and self.accumulation_steps == 1 and self._cut is None:
-            whole = ((images, targets),)
-            return Step(index, total, 1, MicroBatches(iter(whole), whole.__iter__), shape)
+        size = self._size_limit or 2 * max(1, -(-pairs // self.accumulation_steps))
+        self.micro_batch_size = max(self.micro_batch_size, size) if self._size_limit is None else size
+        if number and self.accumulation_steps == 1 and self._size_limit is None:
+            batches = ((images, targets),)
+            return Step(index, total, 1, MicroBatches(iter(batches), batches.__iter__), shape)
         sizes = _sizes(number, size, self.join_single)
 
         def make() -> Iterator[Batch]:
@@ -261,14 +263,16 @@ class UserLoader:
         return Step(index, total, len(sizes), MicroBatches(make(), make), shape, like)
 
 
-def _is_at_end(state: Mapping[str, Any]) -> bool:
+def _is_end_of_epoch(state: Mapping[str, Any]) -> bool:
     return "passed" in state and state["passed"] % state["steps_per_epoch"] == 0
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
     """Return a loader's own random generators, each once."""
-    found = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+    generators = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+    return list(
+        {id(generator): generator for generator in generators if isinstance(generator, torch.Generator)}.values()
+    )
 
 
 def _random_state(loader: Any) -> dict[str, Any]:
@@ -301,7 +305,7 @@ class UserEvalLoader:
         return loader if loader is None or isinstance(loader, EvalLoader | UserEvalLoader) else cls(loader, device)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in batches_of_user(self.loader, self.name):
+        for batch in iterate_user_loader(self.loader, self.name):
             yield to_device(batch, self.device, "eval_loader")
 
     def close(self) -> None:
@@ -310,7 +314,7 @@ class UserEvalLoader:
 
     @property
     def is_consumed_once(self) -> bool:
-        """Whether the loader is an iterator: its images come once."""
+        """Whether the loader is an iterator, which yields its images once."""
         return isinstance(self.loader, Iterator)
 
     def sample(self, number: int) -> Batch | None:
@@ -322,5 +326,5 @@ class UserEvalLoader:
 
 def to_device(batch: Any, device: torch.device, name: str) -> Batch:
     """Move a batch of the loader `name` to the device, and return its images and targets."""
-    images, targets = pair_of(batch, name)
+    images, targets = images_and_targets(batch, name)
     return trees.to_device(images, device), trees.to_device(targets, device)

@@ -1,4 +1,4 @@
-"""Loader processes that die: how, how often in a run, and when torch's signal handler may raise because of it."""
+"""Deaths of loader processes: their causes, their number in a run, and when torch's signal handler may raise."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEATHS_BY_SIGNAL = {  # signal -> description, remedy
 
 
 def describe_death(exit_code: int | None) -> tuple[str, str]:
-    """Return how a process ended, by its exit code (negative: a signal's number), and what to do about it."""
+    """Return why a process ended, by its exit code (negative: a signal's number), and a remedy."""
     if exit_code is None or exit_code >= 0:
         return f"it exited with status {exit_code}", "data.workers=0 shows why"
     try:
@@ -50,7 +50,7 @@ def describe_death(exit_code: int | None) -> tuple[str, str]:
 
 
 class WorkerDeaths:
-    """Counts the loader processes that have died since a run was started: it survives one.
+    """Counts the loader processes that have died since the start of a run, which survives one death.
 
     `note` is called with a message about the first.
     """
@@ -60,13 +60,13 @@ class WorkerDeaths:
         self.exit_code: int | None = None  # of the last one
 
     def add(self, exit_code: int | None) -> None:
-        """Count a death; raise LoaderDied if there have been too many."""
+        """Count a death. Raises LoaderDied if there were too many."""
         self.number, self.exit_code = self.number + 1, exit_code
-        how, remedy = describe_death(exit_code)
+        description, remedy = describe_death(exit_code)
         if self.number > MAX_DEATHS:
-            raise LoaderDied(f"a second loader process died ({how}): {remedy}")
+            raise LoaderDied(f"a second loader process died ({description}): {remedy}")
         self.note(
-            f"a loader process died ({how}); another one takes over, and nothing is lost. A second death stops "
+            f"a loader process died ({description}); another one takes over, and nothing is lost. A second death stops "
             f"the run: {remedy}"
         )
 
@@ -83,29 +83,29 @@ class _ChildSignal:
         self._user_handler: Any = None  # the user's handler, which is unrelated to loaders
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Restrict torch's handler to waits for batches."""
         if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.getsignal(signal.SIGCHLD)
-        self._user_handler = before if callable(before) and not is_torch_child_handler(before) else None
+        previous = signal.getsignal(signal.SIGCHLD)
+        self._user_handler = previous if callable(previous) and not is_torch_child_handler(previous) else None
         try:
-            with no_torch_child_handler(), signal_handler(signal.SIGCHLD, self._note):
+            with no_torch_child_handler(), signal_handler(signal.SIGCHLD, self._handle):
                 yield
         finally:
             self._pending, self._user_handler = False, None
 
     def begin_waiting(self) -> None:
-        """Begin a wait for a batch; RuntimeError if a process has died."""
+        """Start waiting for a batch. Raises RuntimeError if a process has died."""
         self._waiting = True
         self._check_workers()
 
     def end_waiting(self) -> None:
-        """End a wait for a batch."""
+        """Stop waiting for a batch."""
         self._waiting = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._pending = True
         if self._user_handler is not None:
             self._user_handler(number, frame)
@@ -121,10 +121,10 @@ class _ChildSignal:
 CHILD_SIGNAL = _ChildSignal()
 
 
-def batches_of_user(loader: Iterable[Any], name: str) -> Iterator[Any]:
-    """Yield the batches of a user's loader; LoaderDied if one of its processes has died.
+def iterate_user_loader(loader: Iterable[Any], name: str) -> Iterator[Any]:
+    """Yield the batches of a user's loader. Raises LoaderDied if one of its processes has died.
 
-    Closed before the last one, it ends the loader's processes.
+    Closing the generator early ends the loader's processes.
     """
     batches: Iterator[Any] | None = None
     while True:

@@ -1,4 +1,4 @@
-"""Loader processes: they answer requests in order, and one that dies is replaced."""
+"""Loader processes, which answer requests in order; one that dies is replaced."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Workers:
                 answer = self._answer_of(index)
                 for request in islice(requests, 1):
                     self._workers[index].send(request)
-                if isinstance(answer, _Failed):
+                if isinstance(answer, _Failure):
                     raise RuntimeError(f"a loader process failed:\n{answer.traceback}")
                 if isinstance(answer, _NotStarted):
                     raise self._not_started(index, answer.reason)
@@ -155,15 +155,15 @@ class _Worker:
         context = torch.multiprocessing.get_context()
         self.pending: deque[Any] = deque()
         with _STARTING:
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, work, index), daemon=True)
+            self._connection, child_end = context.Pipe()
+            self._process = context.Process(target=_serve, args=(child_end, work, index), daemon=True)
             try:
                 self._process.start()
             except BaseException:
                 self._connection.close()
                 raise
             finally:
-                theirs.close()
+                child_end.close()
 
     def send(self, request: Any) -> None:
         """Send a request; a dead process is noticed when its answer is awaited."""
@@ -215,7 +215,7 @@ class _Worker:
             forget_child(self._process)
 
 
-class _Failed(NamedTuple):
+class _Failure(NamedTuple):
     """Sent instead of an answer; an exception itself may not be picklable."""
 
     traceback: str
@@ -255,7 +255,7 @@ def _run(work: Callable[[Any], Any], request: Any) -> Any:
     try:
         return work(request)
     except Exception:  # noqa: BLE001 - raised again by the reader
-        return _Failed(traceback.format_exc())
+        return _Failure(traceback.format_exc())
 
 
 def _listen(connection: Connection, requests: queue.SimpleQueue[Any], ended: threading.Event, parent: int) -> None:

@@ -102,10 +102,10 @@ class PixelCache:
             yield from [None] * len(rows)
             return
         entries = self._index[rows]
-        trusted = (entries["check"] == self._verified[rows]).tolist()
+        verified = (entries["check"] == self._verified[rows]).tolist()
         columns = (entries[name].tolist() for name in ENTRY.names or ())
-        for row, known, offset, check, length, height, width, form in zip(
-            rows.tolist(), trusted, *columns, strict=True
+        for row, is_verified, offset, check, length, height, width, form in zip(
+            rows.tolist(), verified, *columns, strict=True
         ):
             if not length:
                 yield None
@@ -114,7 +114,7 @@ class PixelCache:
             if len(data) != length:
                 yield None
                 continue
-            if not known:
+            if not is_verified:
                 if check != checksum(data, row, offset, form, height, width, stamp_of(row)):
                     yield None
                     continue
@@ -251,8 +251,8 @@ def _create(folder: Path, num_rows: int, about: dict[str, Any]) -> None:
         finally:
             os.close(file)
         (partial / PIXELS_FILE).touch()
-        facts = {**about, "format": FORMAT, "num_rows": num_rows, "made": time.strftime("%Y-%m-%d %H:%M:%S")}
-        (partial / ABOUT_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        description = {**about, "format": FORMAT, "num_rows": num_rows, "made": time.strftime("%Y-%m-%d %H:%M:%S")}
+        (partial / ABOUT_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
         if folder.exists() and not _is_valid(folder / INDEX_FILE, num_rows):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(FileExistsError, NotADirectoryError):
@@ -315,8 +315,8 @@ class CacheEntry:
         cut = f"{center.get('crop_mode')} cut to {center.get('image_size')} px" if center else None
         short = self.about.get("short_side")
         quality = self.about.get("stored_quality")
-        words = (f"short side {short}" if short else None, cut, f"JPEG quality {quality}" if quality else None)
-        return ", ".join(word for word in words if word) or "whole images"
+        parts = (f"short side {short}" if short else None, cut, f"JPEG quality {quality}" if quality else None)
+        return ", ".join(part for part in parts if part) or "whole images"
 
     @property
     def last_used_text(self) -> str:
@@ -326,9 +326,9 @@ class CacheEntry:
 
 def default_cache_dir() -> Path:
     """Return the default folder of caches: $HF_FASTTRAIN_CACHE, else in the user's cache folder."""
-    named = os.environ.get("HF_FASTTRAIN_CACHE")
-    if named:
-        return Path(named)
+    folder = os.environ.get("HF_FASTTRAIN_CACHE")
+    if folder:
+        return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "hf_fasttrain" / "pixels"
 

@@ -52,12 +52,12 @@ class CustomTransform:
             index = int(key.indices[row])
             rng = keyed_rng(self.seed, TRANSFORM_STREAM, key.epoch, index, int(repeats[row]))
             with seeded_globals(int(rng.integers(2**32))):
-                made = self._call(pixels.copy(), rng, index)  # a copy: the same pixels may be used and kept elsewhere
-            resize(made, (size, size), self.interpolation, out=out[row])
+                result = self._call(pixels.copy(), rng, index)  # a copy: the same pixels may be used and kept elsewhere
+            resize(result, (size, size), self.interpolation, out=out[row])
 
     def _call(self, pixels: Pixels, rng: np.random.Generator, index: int) -> Pixels:
         try:
-            made: Any = self.function(pixels, rng)
+            result: Any = self.function(pixels, rng)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -66,15 +66,15 @@ class CustomTransform:
                 f"transform={self.name} failed for {self._image(index)}: {type(error).__name__}: {first_line(error)} "
                 f"({frame.filename}, line {frame.lineno})"
             ) from None
-        is_square = isinstance(made, np.ndarray) and made.ndim == 3 and made.shape[0] == made.shape[1] > 0
-        if not is_square or made.dtype != np.uint8 or made.shape[2] != 3:
-            what = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else f"a {type(made).__name__}"
+        is_square = isinstance(result, np.ndarray) and result.ndim == 3 and result.shape[0] == result.shape[1] > 0
+        if not is_square or result.dtype != np.uint8 or result.shape[2] != 3:
+            kind = f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else f"a {type(result).__name__}"
             raise RunError(
-                f"transform={self.name} returned {what} for {self._image(index)}; return pixels as a numpy array, "
+                f"transform={self.name} returned {kind} for {self._image(index)}; return pixels as a numpy array, "
                 f"uint8 (S, S, 3): end with a crop or resize to {self.image_size} x {self.image_size}, and leave out "
-                "normalisation and tensors, which follow by themselves"
+                "normalisation and conversion to a tensor, which follow"
             )
-        return made
+        return result
 
     def _image(self, index: int) -> str:
         path = self.split.records([index])[0]["path"]

@@ -122,11 +122,11 @@ def timm_policy(policy: str, image_size: int, mean: Sequence[float], interpolati
         make, options["translate_pct"] = auto_augment.augment_and_mix_transform, 0.3
     try:
         with seeded_globals(0):
-            made = make(policy, options)
-            made(Image.new("RGB", (8, 8)))  # more operations than there are, say, fail only when they are drawn
+            operation = make(policy, options)
+            operation(Image.new("RGB", (8, 8)))  # more operations than there are, say, fail only when they are drawn
     except (AssertionError, ValueError, TypeError) as error:
         raise RecipeError(f"augment.auto={policy}: timm does not accept it: {error}") from None
-    return made
+    return operation
 
 
 def three_augment(image: Image.Image) -> Image.Image:

@@ -34,18 +34,20 @@ def match_names(labels: Iterable[str], class_names: Sequence[str]) -> NameMatch:
 
     If two labels match the same class, both are unknown, except one that is exactly the name of the class.
     """
-    found = list(dict.fromkeys(labels))
+    distinct = list(dict.fromkeys(labels))
     exact = {name: number for number, name in enumerate(class_names)}
-    numbers = {label: exact[label] for label in found if label in exact}
+    numbers = {label: exact[label] for label in distinct if label in exact}
     for key in (_meaning, _meaning_of_flag):
-        left = [label for label in found if label not in numbers]
-        if left:
-            known = _unique(class_names, key)
+        remaining = [label for label in distinct if label not in numbers]
+        if remaining:
+            unique = _unique(class_names, key)
             taken = set(numbers.values())
-            new = {label: known[key(label)] for label in left if key(label) in known}
-            times = Counter(new.values())
-            numbers |= {label: number for label, number in new.items() if number not in taken and times[number] == 1}
-    unknown = [label for label in found if label not in numbers]
+            matches = {label: unique[key(label)] for label in remaining if key(label) in unique}
+            counts = Counter(matches.values())
+            numbers |= {
+                label: number for label, number in matches.items() if number not in taken and counts[number] == 1
+            }
+    unknown = [label for label in distinct if label not in numbers]
     renamed = {label: class_names[n] for label, n in numbers.items() if class_names[n] != label}
     return NameMatch(numbers, unknown, renamed)
 
@@ -77,8 +79,8 @@ def _meaning_of_flag(name: str) -> str:
 def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:
     """Return pairs of names that differ in form only, such as cat and Cat, or 7 and 007."""
     first: dict[str, str] = {}
-    found = [(first.setdefault(_meaning(name), name), name) for name in names]
-    return [pair for pair in found if pair[0] != pair[1]]
+    pairs = [(first.setdefault(_meaning(name), name), name) for name in names]
+    return [pair for pair in pairs if pair[0] != pair[1]]
 
 
 def names_without_images(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:

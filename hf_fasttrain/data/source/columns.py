@@ -104,32 +104,32 @@ def find_columns(dataset: Any, image_column: str, label_column: str, *, where: s
 
 
 def _find(forms: Mapping[str, Form], column: str, kind: str, candidates: Sequence[str], where: str) -> str:
-    listed = ", ".join(f"{name} ({form.text})" for name, form in forms.items())
+    column_list = ", ".join(f"{name} ({form.text})" for name, form in forms.items())
     if column != "auto":
         if column not in forms:
             hint = nearest(column, forms)
-            raise DataError(f"data.{kind}_column: '{column}' is not a column of {where}; it has {listed}.{hint}")
+            raise DataError(f"data.{kind}_column: '{column}' is not a column of {where}; it has {column_list}.{hint}")
         return column
     if len(candidates) == 1:
         return candidates[0]
     problem = f"several columns may be the {kind}s: {', '.join(candidates)}" if candidates else f"no {kind} column"
-    raise DataError(f"{where}: {problem}; set data.{kind}_column. Its columns are {listed}")
+    raise DataError(f"{where}: {problem}; set data.{kind}_column. Its columns are {column_list}")
 
 
 def _image_candidates(forms: Mapping[str, Form]) -> list[str]:
     """Return the columns of images by their form, or else by their names: those of an unfit form last."""
     typed = [name for name, form in forms.items() if form.kind is Kind.IMAGE and not form.text.startswith("struct")]
-    named = [name for name in typed if name in IMAGE_NAMES]
+    usual_names = [name for name in typed if name in IMAGE_NAMES]
     if typed:
-        return named if len(typed) > 1 and named else typed
+        return usual_names if len(typed) > 1 and usual_names else typed
     possible = [name for name in forms if name in IMAGE_NAMES]
     return [name for name in possible if forms[name].kind in CAN_BE_IMAGES] or possible
 
 
 def _label_candidates(forms: Mapping[str, Form], image: str) -> list[str]:
-    rest = {name: form for name, form in forms.items() if name != image}
-    named = [name for name in rest if name in LABEL_NAMES]
-    return named or [name for name, form in rest.items() if form.kind is Kind.CLASS]
+    others = {name: form for name, form in forms.items() if name != image}
+    usual_names = [name for name in others if name in LABEL_NAMES]
+    return usual_names or [name for name, form in others.items() if form.kind is Kind.CLASS]
 
 
 def element_of(feature: Any) -> Any:

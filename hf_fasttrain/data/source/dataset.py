@@ -85,34 +85,34 @@ def load_source(
     train_name = _choose_train(splits, train_split, where)
     eval_name = _choose_eval(splits, eval_split, train_name, where)
     columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
-    wanted = {name for name in (train_name, eval_name, test_split) if name is not None}
+    used = {name for name in (train_name, eval_name, test_split) if name is not None}
     if test_split is not None:
         require_split(splits, test_split, test_key, where)
-    for name in wanted:
+    for name in used:
         require_columns(splits[name], columns, where=str(where), split=name, train=train_name)
         if not len(splits[name]):
             raise DataError(f"{where}: split '{name}' has no images")
-    opened = {name: splits[name] for name in splits if name in wanted}
-    _require_no_transform(opened)
-    read = read_labels(opened, columns.label, where=str(where), train=train_name, multi_label=multi_label)
-    images = {name: image_records(splits[name], columns.image, str(where)) for name in wanted}
-    by_name = {name: Split(name, images[name], read.labels[name]) for name in wanted}
+    used_splits = {name: splits[name] for name in splits if name in used}
+    _require_no_transform(used_splits)
+    labels = read_labels(used_splits, columns.label, where=str(where), train=train_name, multi_label=multi_label)
+    images = {name: image_records(splits[name], columns.image, str(where)) for name in used}
+    by_name = {name: Split(name, images[name], labels.by_split[name]) for name in used}
     train = by_name[train_name]
     if eval_name is None:
         train, evaluation = hold_out(train, eval_fraction, seed)
     else:
         evaluation = by_name[eval_name]
     test = by_name[test_split] if test_split else None
-    notes = [*splits.notes_on(wanted, max_bad_fraction), *read.notes]
-    notes += [*_notes_on_classes([train, evaluation, *([test] if test else [])], read.class_names)]
-    notes += _notes_on_columns(opened[train_name], columns, where)
-    notes += note_on_test_split(splits, wanted, str(where), "data.test_split={} measures it once, at the end")
-    unused = [name for name in splits if name not in {*wanted, *TEST_NAMES}]
+    notes = [*splits.notes_on(used, max_bad_fraction), *labels.notes]
+    notes += [*_notes_on_classes([train, evaluation, *([test] if test else [])], labels.class_names)]
+    notes += _notes_on_columns(used_splits[train_name], columns, where)
+    notes += note_on_test_split(splits, used, str(where), "data.test_split={} measures it once, at the end")
+    unused = [name for name in splits if name not in {*used, *TEST_NAMES}]
     if unused:
         notes.append(f"{where} has other splits, which are not used: {shortened(unused)}")
     rest: dict[str, Any] = {"held_out": eval_name is None, "split_names": list(splits), "notes": notes}
     rest["inventory"] = splits.inventory
-    return Source(train, evaluation, test, read.class_names, read.multi_label, columns, **rest)
+    return Source(train, evaluation, test, labels.class_names, labels.multi_label, columns, **rest)
 
 
 def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> list[str]:
@@ -181,12 +181,12 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
         groups = [np.arange(len(split))]
     # Round the running count, not each class's share: with many small classes the total is still right.
     drawn: list[np.ndarray] = []
-    seen = chosen = 0
+    total = num_held = 0
     for group in groups:
-        seen += len(group)
-        number = min(round(seen * fraction) - chosen, len(group) - 1)
+        total += len(group)
+        number = min(round(total * fraction) - num_held, len(group) - 1)
         drawn.append(rng.permutation(group)[: max(0, number)])
-        chosen += len(drawn[-1])
+        num_held += len(drawn[-1])
     held_rows = np.sort(np.concatenate(drawn))
     if not len(held_rows):
         raise DataError(
@@ -200,12 +200,12 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return part(split.name, rest), part(f"held-out {fraction:.0%} of {split.name}", held_rows)
 
 
-def part_of(split: Split, most: int, seed: int) -> Split:
+def subset(split: Split, max_images: int, seed: int) -> Split:
     """Return at most so many images of a split: the first of a shuffle by the seed that keeps the classes' shares.
 
     More images contain the fewer ones. Images with several labels are shuffled regardless of them.
     """
-    if most >= len(split):
+    if max_images >= len(split):
         return split
     order = np.random.default_rng([seed, len(split), 1]).permutation(len(split))
     if split.labels.ndim == 1:
@@ -213,10 +213,10 @@ def part_of(split: Split, most: int, seed: int) -> Split:
         by_class = np.argsort(labels, kind="stable")
         counts = np.bincount(labels)
         rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
-        place = np.empty(len(labels))  # of an image among those of its class, from 0 to 1
-        place[by_class] = (rank + 0.5) / np.repeat(counts, counts)
-        order = order[np.argsort(place, kind="stable")]
-    rows = np.sort(order[:most])
+        position = np.empty(len(labels))  # of an image among those of its class, from 0 to 1
+        position[by_class] = (rank + 0.5) / np.repeat(counts, counts)
+        order = order[np.argsort(position, kind="stable")]
+    rows = np.sort(order[:max_images])
     return Split(split.name, split.images, split.labels[rows], split.rows_of(rows))
 
 

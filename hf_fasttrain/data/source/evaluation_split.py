@@ -58,10 +58,10 @@ def load_evaluation_split(
     )
     name = _choose(splits, split, preferred_split, dataset)
     forms, where = forms_of(splits[name]), f"{dataset}, split '{name}'"
-    known = {*forms, *required_columns}
-    names = [column if column in known else "auto" for column in (image_column, label_column)]
+    valid = {*forms, *required_columns}
+    names = [column if column in valid else "auto" for column in (image_column, label_column)]
     columns = find_columns(splits[name], *names, where=where)
-    read = read_labels(
+    labels = read_labels(
         {name: splits[name]}, columns.label, where=str(dataset), train=name, multi_label=multi_label, trains=False
     )
     images = image_records(splits[name], columns.image, str(dataset))
@@ -69,9 +69,9 @@ def load_evaluation_split(
         raise DataError(f"{where} has no images")
     notes = note_on_test_split(splits, {name}, str(dataset), "--split {} measures it")
     return EvaluationSplit(
-        Split(name, images, read.labels[name]),
-        read.class_names,
-        [*splits.notes_on([name], max_bad_fraction), *read.notes, *notes],
+        Split(name, images, labels.by_split[name]),
+        labels.class_names,
+        [*splits.notes_on([name], max_bad_fraction), *labels.notes, *notes],
     )
 
 
@@ -88,12 +88,12 @@ def _choose(splits: Mapping[str, Any], name: str | None, preferred: str, where: 
     return default
 
 
-def with_model_classes(measured: EvaluationSplit, model_classes: Sequence[str], where: str) -> EvaluationSplit:
-    """Return the split with its labels renumber to the model's classes, matched by name.
+def with_model_classes(evaluation: EvaluationSplit, model_classes: Sequence[str], where: str) -> EvaluationSplit:
+    """Return the split with its labels renumbered to the model's classes, matched by name.
 
     Raises DataError if images have a class that the model does not know; classes without images are noted.
     """
-    names, labels = measured.class_names, measured.split.labels
+    names, labels = evaluation.class_names, evaluation.split.labels
     absent = set(names_without_images(labels, names))
     used = [name for name in names if name not in absent]
     matched = match_names(used, model_classes)
@@ -104,13 +104,15 @@ def with_model_classes(measured: EvaluationSplit, model_classes: Sequence[str], 
         )
     numbers = {number: matched.numbers[name] for number, name in enumerate(names) if name in matched.numbers}
     numbered = renumber(labels, numbers, len(model_classes))
-    notes = list(measured.notes)
+    notes = list(evaluation.notes)
     if matched.renamed:
         notes.append(f"{where}: classes are matched to the model's: {matched.describe()}")
     missing = names_without_images(numbered, model_classes)
     if missing:
-        notes.append(_note_on_missing(missing, len(model_classes), f"{where}, split '{measured.split.name}'", numbered))
-    return EvaluationSplit(replace(measured.split, labels=numbered), list(model_classes), notes)
+        notes.append(
+            _note_on_missing(missing, len(model_classes), f"{where}, split '{evaluation.split.name}'", numbered)
+        )
+    return EvaluationSplit(replace(evaluation.split, labels=numbered), list(model_classes), notes)
 
 
 def _note_on_missing(missing: list[str], num_classes: int, where: str, labels: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from hf_fasttrain.utils.errors import DataError, shortened
 class Labels:
     """The labels of several splits in one numbering."""
 
-    labels: dict[str, np.ndarray]  # split -> (N,) int64, or (N, K) float32 of 0 and 1
+    by_split: dict[str, np.ndarray]  # split -> (N,) int64, or (N, K) float32 of 0 and 1
     class_names: list[str]
     multi_label: bool
     notes: list[str] = field(default_factory=list)  # decisions that may surprise the user
@@ -180,10 +180,10 @@ def _hot(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> np.ndarray:
     hot = np.zeros((len(read), num_classes), dtype=np.float32)
     hot[read.rows, lookup[read.codes]] = 1.0
     if read.lengths is not None:
-        twice = np.flatnonzero(hot.sum(1) < read.lengths)
-        if len(twice):
+        repeated = np.flatnonzero(hot.sum(1) < read.lengths)
+        if len(repeated):
             raise DataError(
-                f"{read.where}: row {twice[0]} names a class twice; give lists of the classes that an image has, "
+                f"{read.where}: row {repeated[0]} names a class twice; give lists of the classes that an image has, "
                 "such as [0, 3] or ['dog', 'cat'], or 0/1 vectors of one length"
             )
     return hot

@@ -101,9 +101,9 @@ def scan_split(
             progress(part.num_images)
     except LoaderDied:
         rows = chunks[len(parts)]  # answers come in order: this is the chunk that was awaited
-        how, remedy = describe_death(deaths.exit_code)
+        cause, remedy = describe_death(deaths.exit_code)
         raise LoaderDied(
-            f"split '{split.name}': a process that decoded images died, and so did a second one ({how}), at rows "
+            f"split '{split.name}': a process that decoded images died, and so did a second one ({cause}), at rows "
             f"{rows[0]} to {rows[-1]}: {remedy}"
         ) from None
     return _joined(split.name, parts)
@@ -124,8 +124,8 @@ def _scan_decoded(split: Split, value_range: ValueRange | None, rows: np.ndarray
             data = _encoded_bytes(record)
             pixels = read_pixels({"bytes": data, "path": record["path"]}, value_range=value_range)
         except DataError as error:
-            why = error.reason if isinstance(error, ImageError) else str(error)
-            scan.bad.append(CorruptImage(split.name, int(row), record["path"], why))
+            text = error.reason if isinstance(error, ImageError) else str(error)
+            scan.bad.append(CorruptImage(split.name, int(row), record["path"], text))
             continue
         scan.hashes[index] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
         scan.heights[index], scan.widths[index] = pixels.shape[:2]
@@ -207,9 +207,9 @@ def find_duplicates(scans: Sequence[SplitScan]) -> Duplicates:
     train, first = np.unique(ids[0], return_index=True)
     overlaps = []
     for scan, group, good in list(zip(scans, ids, rows, strict=True))[1:]:
-        also = np.isin(group, train)
-        partners = rows[0][first[np.searchsorted(train, group[also])]]
-        overlaps.append(Overlap(scans[0].name, scan.name, np.stack([partners, good[also]], axis=1)))
+        is_shared = np.isin(group, train)
+        partners = rows[0][first[np.searchsorted(train, group[is_shared])]]
+        overlaps.append(Overlap(scans[0].name, scan.name, np.stack([partners, good[is_shared]], axis=1)))
     return Duplicates(within, overlaps)
 
 

@@ -1,4 +1,4 @@
-"""The same images, order and augmentation, however they are loaded."""
+"""Images, order and augmentation do not depend on how they are loaded."""
 
 from __future__ import annotations
 
@@ -66,42 +66,42 @@ def load_steps(
     ("workers", "micro", "parts", "mode"),
     [(2, 22, 1, "batch"), (0, 2, 1, "elem"), (0, 6, 2, "batch"), (1, 4, 3, "pair"), (0, 6, 2, "elem")],
 )
-def test_same_batches_whatever_workers_micro_batches_and_processes(
+def test_batches_do_not_depend_on_workers_micro_batches_and_processes(
     digits: Source, workers: int, micro: int, parts: int, mode: str
 ) -> None:
-    torch.manual_seed(workers)  # the global generator has no say
+    torch.manual_seed(workers)  # the global generator has no effect
     expected = load_steps(digits, mode=mode)
-    got = load_steps(digits, workers=workers, micro=micro, parts=parts, mode=mode)
-    for (images, targets), (other_images, other_targets) in zip(expected, got, strict=True):
+    actual = load_steps(digits, workers=workers, micro=micro, parts=parts, mode=mode)
+    for (images, targets), (other_images, other_targets) in zip(expected, actual, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(targets, other_targets)
 
 
 @pytest.mark.parametrize(("workers", "micro", "parts"), [(0, 22, 1), (2, 6, 2)])
-def test_views_are_augmentations_of_the_same_images_of_their_own(
+def test_views_are_independent_augmentations_of_the_same_images(
     digits: Source, workers: int, micro: int, parts: int
 ) -> None:
     expected = load_steps(digits)
-    got = load_steps(digits, workers=workers, micro=micro, parts=parts, views=2)
-    again = load_steps(digits, views=2)
-    for (images, targets), (both, same), (other, _) in zip(expected, got, again, strict=True):
+    actual = load_steps(digits, workers=workers, micro=micro, parts=parts, views=2)
+    repeated = load_steps(digits, views=2)
+    for (images, targets), (both, same), (other, _) in zip(expected, actual, repeated, strict=True):
         assert both.shape == (len(images), 2, 3, 32, 32)
         assert torch.equal(targets, same)
         assert torch.equal(both, other)
         assert not torch.equal(both[:, 0], both[:, 1])
 
 
-def test_augmentation_changes_with_the_epoch_and_leaves_torch_generator_alone() -> None:
+def test_augmentation_changes_with_the_epoch_and_does_not_touch_torchs_generator() -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     transform = TrainTransform(32, operations=Operations(trivialaugment=True))
     state = torch.get_rng_state()
-    first, again, next_epoch = transform(image, 0, 5), transform(image, 0, 5), transform(image, 1, 5)
-    assert np.array_equal(first, again)
+    first, same_again, next_epoch = transform(image, 0, 5), transform(image, 0, 5), transform(image, 1, 5)
+    assert np.array_equal(first, same_again)
     assert not np.array_equal(first, next_epoch)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_steps_start_anywhere(digits: Source) -> None:
+def test_loading_can_start_at_any_step(digits: Source) -> None:
     transform = TrainTransform(32)
     prefetcher = Prefetcher(
         ImageBatches(Images(digits.train, Preparation()), transform), CPU, workers=0, pin_memory=False
@@ -136,12 +136,12 @@ def test_normalize_is_the_plain_formula() -> None:
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0)])
-def test_mixing_pairs_neighbours_and_targets_say_how_much(mixup: float, cutmix: float) -> None:
+def test_mixing_pairs_neighbours_and_targets_record_the_fraction(mixup: float, cutmix: float) -> None:
     images = torch.stack([torch.full((3, 16, 16), float(i)) for i in range(5)])
     mixing = Mixing(mixup, cutmix, 5)
     for step in range(20):
         mixed, targets = mixing(images, torch.arange(5), step)
-        assert torch.equal(mixed[4], images[4])  # the odd last one
+        assert torch.equal(mixed[4], images[4])  # the last one has no partner
         for i in range(4):
             share = targets[i, i].item()
             assert targets[i, i ^ 1].item() == pytest.approx(1 - share, abs=1e-6)
@@ -164,9 +164,9 @@ def test_training_and_evaluation_may_have_different_sizes(
     if crop == "random_resized":
         recipe.write_text(recipe.read_text().replace("vflip", "progressive: {start_size: 16, until: 1 epoch}, vflip"))
     weights = []
-    for kept in ("none", cache):
-        trainer = Trainer.from_recipe(recipe, [f"data.cache={kept}", f"output_dir={tmp_path / kept}"])
-        if kept == "none":
+    for mode in ("none", cache):
+        trainer = Trainer.from_recipe(recipe, [f"data.cache={mode}", f"output_dir={tmp_path / mode}"])
+        if mode == "none":
             shapes = [step.image_shape for step in trainer.train_loader.steps(0, 6)]
             assert shapes == [(3, size, size) for size in sizes for _ in range(3)]
             assert next(iter(trainer.evaluation.eval_loader))[0].shape[1:] == (3, 32, 32)
@@ -180,7 +180,7 @@ def test_training_and_evaluation_may_have_different_sizes(
 
 @pytest.mark.parametrize("mode", ["pair", "elem"])
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
-def test_each_pair_or_image_is_mixed_by_its_own_draw(mixup: float, cutmix: float, mode: Any) -> None:
+def test_each_pair_or_image_is_mixed_by_a_separate_draw(mixup: float, cutmix: float, mode: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(401, 3, 16, 16, generator=generator).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 5, (401,), generator=generator)
@@ -254,7 +254,7 @@ def test_a_user_loader_is_iterated_by_epochs_and_resume_needs_its_state() -> Non
     loader = UserLoader(data, CPU)
     values = [next(step.micro_batches)[0][0, 0, 0, 0].item() for step in loader.steps(0, 7)]
     assert values == [0, 1, 2, 0, 1, 2, 0]
-    with pytest.raises(RunError, match=r"train_loader keeps no position .no state_dict, no load_state_dict"):
+    with pytest.raises(RunError, match=r"train_loader does not store its position .state_dict and load_state_dict;"):
         loader.load_state_dict(None)
     with pytest.raises(DataError, match="train_loader is empty"):
         UserLoader([], CPU)
@@ -291,12 +291,12 @@ IMAGES, LABELS = torch.zeros(4, 3, 4, 4), torch.arange(4)
         ({"image": IMAGES, "images": IMAGES, "label": LABELS}, "is a mapping with image, images, label; a batch is"),
         (
             {"image": IMAGES, "label": LABELS, "path": ["a"] * 4, "weight": torch.ones(4)},
-            "has path, weight beside image and label, and nothing would be done with that; leave it out",
+            "has path, weight in addition to image and label, which would not be used; drop it",
         ),
         ("a", "is a str; a batch is"),
     ],
 )
-def test_what_is_no_batch_is_told_and_nothing_is_dropped(batch: Any, message: str) -> None:
+def test_items_that_are_not_batches_are_errors_and_nothing_is_dropped(batch: Any, message: str) -> None:
     with pytest.raises(DataError, match="a batch of train_loader " + message):
         next(UserLoader([batch], CPU).steps(0, 1))
     with pytest.raises(DataError, match="a batch of eval_loader " + message):
@@ -317,27 +317,27 @@ def test_the_background_iterator_keeps_order_and_raises_errors() -> None:
         list(BackgroundIterator(iter([1, 0]), lambda x: 1 / x))
 
 
-def test_ahead_is_two_ahead_and_can_be_stopped() -> None:
-    begun: list[int] = []
-    ahead = BackgroundIterator(iter(range(1000)), lambda x: begun.append(x) or x)
+def test_the_background_iterator_is_two_items_ahead_and_can_be_stopped() -> None:
+    started: list[int] = []
+    ahead = BackgroundIterator(iter(range(1000)), lambda x: started.append(x) or x)
     assert next(iter(ahead)) == 0
     deadline = time.monotonic() + 5
-    while len(begun) < 4 and time.monotonic() < deadline:
+    while len(started) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert begun == [0, 1, 2, 3]  # the first, two in the queue, and the one that waits for its place
+    assert started == [0, 1, 2, 3]  # the first, two in the queue, and one that waits for a place in it
     ahead.stop()
     assert not ahead._thread.is_alive()
 
 
-def test_a_batch_that_somebody_keeps_is_not_written_over() -> None:
+def test_a_batch_still_referenced_is_not_overwritten() -> None:
     normalize = Normalize([0.5] * 3, [0.25] * 3, CPU, channels_last=True)
     pixels = [torch.full((4, 8, 8, 3), i, dtype=torch.uint8) for i in range(6)]
-    kept = [normalize(batch) for batch in pixels]
-    assert [round(batch[0, 0, 0, 0].item() * 0.25 * 255 + 127.5) for batch in kept] == list(range(6))
-    places = set()
+    batches = [normalize(batch) for batch in pixels]
+    assert [round(batch[0, 0, 0, 0].item() * 0.25 * 255 + 127.5) for batch in batches] == list(range(6))
+    addresses = set()
     for batch in pixels:
-        places.add(normalize(batch).data_ptr())
-    assert len(places) <= 2
+        addresses.add(normalize(batch).data_ptr())
+    assert len(addresses) <= 2
     weight = torch.ones(3, 1, 1, requires_grad=True)
     losses = [(normalize(batch) * weight).sum() for batch in pixels]  # the graph holds the batches
     for number, loss in enumerate(losses):
@@ -345,7 +345,7 @@ def test_a_batch_that_somebody_keeps_is_not_written_over() -> None:
         assert gradient[0].item() == pytest.approx(4 * 64 * (number / 255 - 0.5) / 0.25, rel=1e-4)
 
 
-def test_batches_stay_right_when_workers_write_ahead(digits: Source) -> None:
+def test_batches_stay_correct_when_workers_write_ahead(digits: Source) -> None:
     """Each batch is compared while the workers already fill the next ones."""
     images = ImageBatches(Images(digits.train, Preparation()), TrainTransform(32))
     keys = [MicroBatchKey(0, np.arange(start, start + 8)) for start in range(0, 800, 8)]
@@ -353,12 +353,12 @@ def test_batches_stay_right_when_workers_write_ahead(digits: Source) -> None:
     opened = prefetcher.open(keys, 8, persistent=True)
     for rounds in range(2):
         for number, ((pixels, labels), key) in enumerate(zip(opened, keys, strict=True)):
-            made = images.make(key)
+            batch = images.make(key)
             time.sleep(0.002)
-            assert torch.equal(pixels, made.pixels)
-            assert torch.equal(labels, made.labels)
+            assert torch.equal(pixels, batch.pixels)
+            assert torch.equal(labels, batch.labels)
             if rounds == 0 and number == 30:
-                break  # the second time begins anew, with all slots free
+                break  # the second pass starts again, with all slots free
 
 
 def test_a_batch_larger_than_its_slot_is_loaded(digits: Source) -> None:
@@ -392,17 +392,17 @@ checkpoint: {every: 4 steps}
 """
 
 
-def test_everything_together_is_the_same_on_workers_pieces_caches_and_after_a_stop(
+def test_all_augmentations_together_do_not_depend_on_workers_micro_batches_caches_or_resuming(
     image_folder: Path, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     recipe = write_recipe(AUGMENTED.replace("FOLDER", str(image_folder)))
-    ways = {
+    variants = {
         "plain": ["data.workers=0", "data.cache=none"],
         "workers": ["data.workers=2", "data.cache=memory"],
         "stopped": ["data.workers=1", "data.cache=none", "train.duration=4 steps", "schedule.name=constant"],
     }
     weights = {}
-    for name, overrides in ways.items():
+    for name, overrides in variants.items():
         trainer = Trainer.from_recipe(recipe, ["schedule.name=constant", f"output_dir={tmp_path / name}", *overrides])
         shapes = [tuple(step.image_shape) for step in trainer.train_loader.steps(0, 8)] if name == "plain" else []
         assert shapes in ([], [(3, size, size) for size in (32, 32, 32, 40, 40, 40, 48, 48)])

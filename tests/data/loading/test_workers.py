@@ -1,4 +1,4 @@
-"""Loader processes that are killed: another one takes the place of the first, and nothing that is learnt changes."""
+"""Killed loader processes: the first one is replaced, and the trained weights do not change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan
 from hf_fasttrain.data.loading.waiting import WAITING, WaitCutShort
-from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths, batches_of_user, describe_death
+from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths, describe_death, iterate_user_loader
 from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import Images
@@ -53,14 +53,14 @@ def double(request: Any) -> Any:
     return 2 * request
 
 
-def die(number: int = signal.SIGKILL) -> None:
+def kill_self(number: int = signal.SIGKILL) -> None:
     faulthandler.disable()  # pytest's
     os.kill(os.getpid(), number)
-    time.sleep(10)  # a signal to oneself may take a moment
+    time.sleep(10)  # a signal to this process may take a moment
 
 
 def loaders() -> list[int]:
-    """Return the loader processes of this one."""
+    """Return the loader processes of this process."""
     return [int(child.pid or 0) for child in multiprocessing.active_children()]
 
 
@@ -75,12 +75,12 @@ def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int
     def work(request: int) -> int:
         if request == at and not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
-            die()
+            kill_self()
         return 2 * request
 
-    told: list[str] = []
-    assert list(Workers(work, number, 4, WorkerDeaths(told.append)).answers(range(21))) == [2 * n for n in range(21)]
-    (text,) = told
+    notes: list[str] = []
+    assert list(Workers(work, number, 4, WorkerDeaths(notes.append)).answers(range(21))) == [2 * n for n in range(21)]
+    (text,) = notes
     assert text == (
         f"a loader process died ({KILLED}); another one takes over, and nothing is lost. A second death stops "
         "the run: lower data.workers or data.cache_gb"
@@ -96,27 +96,27 @@ def test_a_process_killed_at_its_start_is_replaced() -> None:
     assert deaths.number == 1
 
 
-def test_a_process_killed_in_the_middle_of_an_answer_is_noticed_at_once(tmp_path: Path) -> None:
-    """Where all write to one pipe, as a DataLoader's do, the reader would wait for the rest for ever."""
+def test_a_process_killed_while_answering_is_noticed_at_once(tmp_path: Path) -> None:
+    """If all wrote to one pipe, as a DataLoader's processes do, the reader would wait for the rest for ever."""
 
     def work(request: int) -> np.ndarray:
         if request == 3 and not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
 
-            def half(self: Connection, answer: Any) -> None:
+            def send_half(self: Connection, answer: Any) -> None:
                 os.write(self.fileno(), struct.pack("!i", len(answer)) + bytes(answer[:9]))
-                die()
+                kill_self()
 
-            Connection._send_bytes = half  # type: ignore[attr-defined]
+            Connection._send_bytes = send_half  # type: ignore[attr-defined]
         return np.full(1000, request)
 
-    began = time.monotonic()
+    start = time.monotonic()
     assert [int(a[999]) for a in Workers(work, 2, 2, WorkerDeaths()).answers(range(8))] == list(range(8))
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize(
-    ("number", "how", "remedy"),
+    ("number", "cause", "remedy"),
     [
         (signal.SIGKILL, KILLED, "lower data.workers or data.cache_gb"),
         (signal.SIGBUS, "a bus error, as when shared memory or a disk is full", "give /dev/shm more room"),
@@ -127,33 +127,33 @@ def test_a_process_killed_in_the_middle_of_an_answer_is_noticed_at_once(tmp_path
         ),
     ],
 )
-def test_a_second_death_is_one_message_with_cause_and_remedy(number: int, how: str, remedy: str) -> None:
-    with pytest.raises(LoaderDied) as caught:
-        list(Workers(lambda request: die(number), 1, 2, WorkerDeaths()).answers(range(3)))
-    assert str(caught.value).startswith(f"a second loader process died ({how}): {remedy}")
+def test_a_second_death_is_one_message_with_cause_and_remedy(number: int, cause: str, remedy: str) -> None:
+    with pytest.raises(LoaderDied) as error:
+        list(Workers(lambda request: kill_self(number), 1, 2, WorkerDeaths()).answers(range(3)))
+    assert str(error.value).startswith(f"a second loader process died ({cause}): {remedy}")
 
 
-def test_other_ends_are_described_too() -> None:
+def test_other_causes_of_death_are_described_too() -> None:
     assert describe_death(3) == ("it exited with status 3", "data.workers=0 shows why")
     assert describe_death(-signal.SIGUSR2) == ("killed by SIGUSR2", "lower data.workers")
     assert describe_death(-250)[0] == "killed by signal 250"
 
 
-def test_large_requests_and_answers_do_not_wait_for_each_other() -> None:
-    """More than a pipe takes, in both directions."""
+def test_large_requests_and_answers_do_not_deadlock() -> None:
+    """More than a pipe's buffer, in both directions."""
     requests = [np.full(100_000, number) for number in range(12)]
     answers = Workers(double, 2, 4, WorkerDeaths()).answers(requests)
     assert [int(answer[-1]) for answer in answers] == [2 * number for number in range(12)]
 
 
-def test_processes_end_at_once_though_nobody_has_read_their_answers() -> None:
+def test_processes_end_at_once_even_if_their_answers_were_not_read() -> None:
     pool = Workers(double, 2, 4, WorkerDeaths())
     pool.answers([np.zeros(200_000)] * 8, keep=True)
-    began = time.monotonic()
+    start = time.monotonic()
     pool.close()
     assert loaders() == []
-    assert time.monotonic() - began < 3
-    answers = pool.answers(range(3))  # which starts them anew; dropped before the first is read
+    assert time.monotonic() - start < 3
+    answers = pool.answers(range(3))  # which starts them again; closed before the first item is read
     del answers, pool
     assert loaders() == []
 
@@ -163,7 +163,7 @@ def test_an_error_in_a_process_is_raised_with_its_traceback() -> None:
         list(Workers(double, 1, 2, WorkerDeaths()).answers([1, {}]))
 
 
-def test_a_system_without_room_for_a_process_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_started_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Any) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -205,16 +205,16 @@ def test_processes_that_no_longer_answer_are_killed_when_the_wait_for_them_is_cu
 
 def test_processes_end_when_their_training_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "CHECK_SECONDS", 0.05)
-    reads, writes = os.pipe()
+    read_end, writes = os.pipe()
     child = os.fork()
     if not child:
         pool = Workers(lambda request: time.sleep(60), 2, 4, WorkerDeaths())
         pool.answers(range(8))
-        die()
+        kill_self()
     os.close(writes)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert os.read(reads, 1) == b""  # the last holder of the other end is gone
-    os.close(reads)
+    assert os.read(read_end, 1) == b""  # the last holder of the other end is gone
+    os.close(read_end)
 
 
 @pytest.fixture(scope="module")
@@ -278,40 +278,40 @@ def make(
 @pytest.mark.parametrize(
     ("steps", "evaluations"), [((0,), ()), ((2,), ()), ((), (4,))], ids=["first step", "a step", "an evaluation"]
 )
-def test_training_after_a_death_is_that_without_to_the_bit(
+def test_training_after_a_death_is_bitwise_unchanged(
     steps: tuple[int, ...], evaluations: tuple[int, ...], digits: Source
 ) -> None:
     kind = type("KillingHere", (Killing,), {"steps": steps, "evaluations": evaluations})
     plain, killed = make(digits, 0), make(digits, 2, kind)
-    expected, got = plain.fit(), killed.fit()
+    expected, actual = plain.fit(), killed.fit()
     assert torch.equal(killed.raw_model[1].weight, plain.raw_model[1].weight)  # type: ignore[index]
-    assert (got.metrics, got.best, got.images) == (expected.metrics, expected.best, expected.images)
-    (note,) = got.notes
+    assert (actual.metrics, actual.best, actual.images) == (expected.metrics, expected.best, expected.images)
+    (note,) = actual.notes
     assert re.match(rf"after step [0-5] a loader process died \({KILLED}\); another one takes over", note)
 
 
 def test_the_status_after_a_second_death_depends_on_saved_checkpoints(digits: Source, tmp_path: Path) -> None:
     always = type("Always", (Killing,), {"steps": tuple(range(99))})
-    twice = type("Twice", (Killing,), {"steps": (0, 6)})
-    with pytest.raises(LoaderDied) as caught:
-        make(digits, 1, twice, tmp_path / "saved", duration=12).fit()
+    killing_twice = type("Twice", (Killing,), {"steps": (0, 6)})
+    with pytest.raises(LoaderDied) as error:
+        make(digits, 1, killing_twice, tmp_path / "saved", duration=12).fit()
     last = steps_of(tmp_path / "saved")[-1]
     assert last >= 6
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"a second loader process died ({KILLED}): lower data.workers or data.cache_gb; "
         f"resume=True (or Trainer.restore()) continues from step {last}"
     )
-    assert caught.value.status == Stopped.RESUMABLE
+    assert error.value.status == Stopped.RESUMABLE
     load_checkpoint(complete_checkpoints(tmp_path / "saved" / "checkpoints")[-1])
 
     resumed = make(digits, 1, always, tmp_path / "saved", duration=99, every=99)
     resumed.restore()
-    with pytest.raises(LoaderDied, match=rf"continues from step {last}$") as caught:
+    with pytest.raises(LoaderDied, match=rf"continues from step {last}$") as error:
         resumed.fit()
-    assert caught.value.status == 1  # a scheduler that starts it again at 75 would do so for ever
-    with pytest.raises(LoaderDied, match=r"; nothing was saved yet$") as caught:
+    assert error.value.status == 1  # a scheduler that restarts it at status 75 would do so for ever
+    with pytest.raises(LoaderDied, match=r"; nothing was saved yet$") as error:
         make(digits, 1, always, tmp_path / "nothing", duration=99, every=99).fit()
-    assert caught.value.status == 1
+    assert error.value.status == 1
 
 
 def test_the_command_line_ends_a_second_death_with_one_message(
@@ -320,7 +320,7 @@ def test_the_command_line_ends_a_second_death_with_one_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ImageBatches, "make", lambda *_: die(signal.SIGBUS))
+    monkeypatch.setattr(ImageBatches, "make", lambda *_: kill_self(signal.SIGBUS))
     recipe = write_recipe(RECIPE.replace("workers: 0", "workers: 1"))
     assert exit_status([str(recipe), f"output_dir={tmp_path / 'run'}"]) == 1
     printed = capsys.readouterr()
@@ -333,7 +333,7 @@ def test_the_command_line_ends_a_second_death_with_one_message(
 
 
 def killed_on_one(source: Source) -> tuple[bool, Tensor, str]:
-    """Train undisturbed, then with a kill on the second process; return whether the weights are the same."""
+    """Train without and with a kill on the second process; return whether the weights are the same."""
     at = int(os.environ["RANK"])
     plain, killed = (make(source, 1, kind, share=(2, at)) for kind in (Trainer, Killing))
     killed.log.__init__(main=not at)  # type: ignore[misc] - this one speaks
@@ -345,7 +345,7 @@ def killed_on_one(source: Source) -> tuple[bool, Tensor, str]:
     return torch.equal(first, second), second, err.getvalue()
 
 
-def test_a_process_whose_loader_died_keeps_up_with_the_others(digits: Source) -> None:
+def test_a_process_whose_loader_died_stays_in_step_with_the_others(digits: Source) -> None:
     (same, first, messages), (same_too, second, said_too) = run_processes(killed_on_one, digits)
     assert same
     assert same_too
@@ -356,41 +356,39 @@ def test_a_process_whose_loader_died_keeps_up_with_the_others(digits: Source) ->
 
 
 def killed_twice_on_one(source: Source, run: str) -> tuple[str, int, str]:
-    """Return how a run ends whose second process loses two of its loader's."""
+    """Return the end of a run whose second process loses two loader processes."""
     at = int(os.environ["RANK"])
     steps = (3, 4, 5, 6, 7, 8) if at else ()
     trainer = make(source, 1, type("Twice", (Killing,), {"steps": steps}), Path(run), duration=40, share=(2, at))
-    with pytest.raises(RunFailure) as caught:
+    with pytest.raises(RunFailure) as error:
         trainer.fit()
-    return type(caught.value).__name__, caught.value.status, str(caught.value)
+    return type(error.value).__name__, error.value.status, str(error.value)
 
 
-def test_a_second_death_on_one_process_is_no_traceback_on_the_others(digits: Source, tmp_path: Path) -> None:
+def test_a_second_death_on_one_process_prints_no_traceback_on_the_others(digits: Source, tmp_path: Path) -> None:
     (first, status, messages), (second, status_too, said_too) = run_processes(
         killed_twice_on_one, digits, str(tmp_path)
     )
     assert (first, second, status, status_too) == ("PeerGone", "LoaderDied", 75, 75)
     newest = f"; resume=True (or Trainer.restore()) continues from step {steps_of(tmp_path)[-1]}"
-    assert messages == f"another training process has ended; if it could, it has said why{newest}"
-    assert re.search(
-        r"; resume=True \(or Trainer.restore\(\)\) continues from step \d+$", said_too
-    )  # as it saw it, earlier
+    assert messages == f"another training process has ended; its output may show why{newest}"
+    assert re.search(r"; resume=True \(or Trainer.restore\(\)\) continues from step \d+$", said_too)  # as before
 
 
 def test_a_death_is_noticed_by_a_thread_that_reads_ahead(tmp_path: Path) -> None:
-    """As on a GPU, where a thread takes the batches."""
+    """As on a GPU, where a thread receives the batches."""
 
     def work(request: int) -> int:
         if request == 5 and not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
-            die()
+            kill_self()
         return 2 * request
 
     assert list(BackgroundIterator(Workers(work, 2, 4, WorkerDeaths()).answers(range(20)), str)) == [
         str(2 * n) for n in range(20)
     ]
     with pytest.raises(LoaderDied):
-        list(BackgroundIterator(Workers(lambda request: die(), 2, 4, WorkerDeaths()).answers(range(20)), str))
+        list(BackgroundIterator(Workers(lambda request: kill_self(), 2, 4, WorkerDeaths()).answers(range(20)), str))
 
 
 class Rows(torch.utils.data.Dataset):
@@ -414,42 +412,42 @@ class KillingInUpdate(Trainer):
 
 
 @pytest.fixture
-def own_trainer(no_process_is_left: None) -> Iterator[Callable[..., Trainer]]:
+def user_trainer(no_process_is_left: None) -> Iterator[Callable[..., Trainer]]:
     """Return a function that makes a trainer with a DataLoader."""
-    made: list[Trainer] = []
+    trainers: list[Trainer] = []
 
     def build(*args: Any, **options: Any) -> Trainer:
-        made.append(build_own_trainer(*args, **options))
-        return made[0]
+        trainers.append(build_user_trainer(*args, **options))
+        return trainers[0]
 
     yield build
-    made[0].train_loader._batches.close()  # which is kept for a `fit` that goes on
+    trainers[0].train_loader._batches.close()  # which is kept for the next `fit`
 
 
-def build_own_trainer(kind: type[Trainer], **options: Any) -> Trainer:
+def build_user_trainer(kind: type[Trainer], **options: Any) -> Trainer:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     loader = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return kind(model, loader, optimizer, num_classes=3, log=RunLog(show=False), **options)
 
 
-def test_a_death_in_a_user_loader_is_raised_between_two_steps(own_trainer: Callable[..., Trainer]) -> None:
+def test_a_death_in_a_user_loader_is_raised_between_two_steps(user_trainer: Callable[..., Trainer]) -> None:
     before = signal.getsignal(signal.SIGCHLD)
-    trainer = own_trainer(KillingInUpdate)
+    trainer = user_trainer(KillingInUpdate)
     with pytest.raises(LoaderDied, match=r"a loader process of train_loader died, possibly out of memory \(DataLo"):
         trainer.fit()
     assert (trainer.state.step, trainer.state.updates) == (2, 2)
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
-def test_a_death_in_a_user_evaluation_loader_is_one_message_too(own_trainer: Callable[..., Trainer]) -> None:
+def test_a_death_in_a_user_evaluation_loader_is_one_message_too(user_trainer: Callable[..., Trainer]) -> None:
     class Dying(Rows):
         def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            if index >= 4:  # not in the look at the first batch, before training
-                die()
+            if index >= 4:  # not in the check of the first batch, before training
+                kill_self()
             return super().__getitem__(index)
 
-    trainer = own_trainer(Trainer, eval_loader=torch.utils.data.DataLoader(Dying(), batch_size=2, num_workers=1))
+    trainer = user_trainer(Trainer, eval_loader=torch.utils.data.DataLoader(Dying(), batch_size=2, num_workers=1))
     with pytest.raises(LoaderDied, match="a loader process of evaluation split died"):
         trainer.fit()
     assert trainer.state.step == 6
@@ -459,7 +457,7 @@ class Batch:
     """A batch whose process is killed while it is received: the connection breaks before the process has ended."""
 
     def __init__(self, rows: list[Any]) -> None:
-        threading.Timer(0.3, die).start()
+        threading.Timer(0.3, kill_self).start()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return (broken_connection, ())
@@ -472,14 +470,14 @@ def broken_connection() -> None:
 def test_a_connection_that_breaks_since_a_process_of_a_user_loader_dies_is_one_message() -> None:
     loader = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=1, collate_fn=Batch)
     with (
-        CHILD_SIGNAL.noted(),  # as while training
+        CHILD_SIGNAL.deferred(),  # as while training
         pytest.raises(LoaderDied, match=r"a loader process of training split died.*Connection reset by peer"),
     ):
-        next(batches_of_user(loader, "training split"))
+        next(iterate_user_loader(loader, "training split"))
 
 
-def test_a_users_handler_of_sigchld_is_called_while_training(own_trainer: Callable[..., Trainer]) -> None:
-    heard: list[int] = []
+def test_a_users_handler_of_sigchld_is_called_while_training(user_trainer: Callable[..., Trainer]) -> None:
+    signals: list[int] = []
 
     class Child(Trainer):
         def train_step(self, step: Step) -> Tensor:
@@ -488,15 +486,15 @@ def test_a_users_handler_of_sigchld_is_called_while_training(own_trainer: Callab
             os.waitpid(child, 0)
             return super().train_step(step)
 
-    before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: signals.append(number))
     try:
-        own_trainer(Child, duration="1 steps").fit()
+        user_trainer(Child, duration="1 steps").fit()
     finally:
         signal.signal(signal.SIGCHLD, before)
-    assert signal.SIGCHLD in heard
+    assert signal.SIGCHLD in signals
 
 
-def test_check_images_outlives_a_death_and_names_the_rows_of_a_second(
+def test_check_images_survives_a_death_and_names_the_rows_of_a_second(
     image_folder: Path,
     write_recipe: Callable[..., Path],
     tmp_path: Path,
@@ -511,7 +509,7 @@ def test_check_images_outlives_a_death_and_names_the_rows_of_a_second(
         died = len(list(tmp_path.glob("died*")))
         if died < times:
             (tmp_path / f"died{died}").touch()
-            die(signal.SIGSEGV)
+            kill_self(signal.SIGSEGV)
         return real(split, value_range, rows)
 
     monkeypatch.setattr(scan, "_scan_decoded", dying)

@@ -1,4 +1,4 @@
-"""What is drawn for an image, and what is done with it."""
+"""The random numbers of an image, and the augmentations made with them."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def mixed(z: int) -> int:
     st.lists(st.integers(0, 10**9), min_size=1, max_size=5),
     st.integers(0, 3),
 )
-def test_numbers_of_an_image_are_splitmix64_of_its_key(
+def test_random_numbers_of_an_image_are_splitmix64_of_its_key(
     seed: int, stream: int, epoch: int, indices: list[int], repeat: int
 ) -> None:
     golden = 0x9E3779B97F4A7C15
-    found = keyed_uniforms(seed, stream, epoch, np.array(indices), repeat, 3)
+    actual = keyed_uniforms(seed, stream, epoch, np.array(indices), repeat, 3)
     for row, index in enumerate(indices):
         state = mixed(seed ^ (stream * golden & MASK))
         for part in (epoch, index, repeat):
             state = mixed((state + (part + 1) * golden) & MASK)
         plain = [(mixed((state + (i + 1) * golden) & MASK) >> 11) / 2**53 for i in range(3)]
-        assert found[row].tolist() == plain
+        assert actual[row].tolist() == plain
 
 
 def test_numbers_are_uniform_and_independent() -> None:
@@ -69,17 +69,17 @@ def test_numbers_are_uniform_and_independent() -> None:
     st.integers(0, 10**6),
 )
 def test_a_box_lies_in_the_image_and_keeps_area_and_ratio(
-    width: int, height: int, least: float, narrow: float, index: int
+    width: int, height: int, min_area: float, narrow: float, index: int
 ) -> None:
     draws = keyed_uniforms(0, CROP_STREAM, 0, np.array([index]), 0, 4 * BOX_TRIES)[0]
-    left, top, right, bottom = random_box((width, height), (least, 1.0), (narrow, 1 / narrow), draws)
+    left, top, right, bottom = random_box((width, height), (min_area, 1.0), (narrow, 1 / narrow), draws)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     w, h = right - left, bottom - top
     area = width * height
-    if w * h > 400:  # rounding to whole pixels bends small boxes
+    if w * h > 400:  # rounding to integer pixels changes the ratio of small boxes
         assert narrow * 0.8 <= w / h <= 1.25 / narrow or (w == width and h == height)
-        assert w * h >= 0.8 * least * area or w in (1, width) or h in (1, height)
+        assert w * h >= 0.8 * min_area * area or w in (1, width) or h in (1, height)
 
 
 def test_boxes_are_distributed_as_torchvisions() -> None:
@@ -104,7 +104,7 @@ def written(transform: TrainTransform, key: MicroBatchKey) -> np.ndarray:
     return out
 
 
-def test_padded_crop_and_flip_are_the_plain_thing() -> None:
+def test_padded_crop_and_flip_equal_numpys() -> None:
     transform = TrainTransform(16, crop="padded", crop_padding=3)
     key = MicroBatchKey(2, np.arange(12))
     padded = np.pad(IMAGES, ((0, 0), (3, 3), (3, 3), (0, 0)))
@@ -121,10 +121,10 @@ def test_padded_crop_and_flip_are_the_plain_thing() -> None:
         assert np.array_equal(image, plain[::-1] if chosen[row] else plain)
     many = MicroBatchKey(0, np.arange(4000))
     for probability in (0.1, 0.9):
-        some = TrainTransform(16, flip=probability, vflip=probability)
-        assert abs(some.flips(many).mean() - probability) < 0.03
-        assert abs(some.vflips(many).mean() - probability) < 0.03
-        assert abs((some.flips(many) & some.vflips(many)).mean() - probability**2) < 0.03  # independent
+        flipping = TrainTransform(16, flip=probability, vflip=probability)
+        assert abs(flipping.flips(many).mean() - probability) < 0.03
+        assert abs(flipping.vflips(many).mean() - probability) < 0.03
+        assert abs((flipping.flips(many) & flipping.vflips(many)).mean() - probability**2) < 0.03  # independent
     assert set(np.unique(transform.shifts(many))) == set(range(-3, 4))
     assert abs(transform.flips(many).mean() - 0.5) < 0.03
 
@@ -143,17 +143,17 @@ def test_the_device_makes_the_same_pixels(case: str) -> None:
     transform = TrainTransform(16, seed=5, **CASES[case])
     for epoch in range(3):
         key = MicroBatchKey(epoch, np.array([3, 0, 11, 5, 3, 7, 8]), np.array([0, 0, 0, 0, 1, 0, 0]))
-        found = augment_on_device(torch.from_numpy(IMAGES), torch.from_numpy(key.indices), transform, key)
-        assert np.array_equal(found.numpy(), written(transform, key))
+        actual = augment_on_device(torch.from_numpy(IMAGES), torch.from_numpy(key.indices), transform, key)
+        assert np.array_equal(actual.numpy(), written(transform, key))
 
 
 def test_each_image_is_augmented_by_its_key_alone() -> None:
     operations = Operations(trivialaugment=True, color_jitter={"brightness": 0.4, "hue": 0.1})
     transform = TrainTransform(16, operations=operations, erase_prob=0.5, erase_fill=None)
-    whole = written(transform, MicroBatchKey(1, np.arange(12)))
+    complete = written(transform, MicroBatchKey(1, np.arange(12)))
     for row in (0, 5, 11):
-        assert np.array_equal(transform(IMAGES[row], 1, row), whole[row])
-    assert not np.array_equal(transform(IMAGES[0], 1, 0, repeat=1), whole[0])
+        assert np.array_equal(transform(IMAGES[row], 1, row), complete[row])
+    assert not np.array_equal(transform(IMAGES[0], 1, 0, repeat=1), complete[0])
 
 
 OPERATIONS: dict[str, dict[str, Any]] = {
@@ -166,7 +166,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_follow_their_seed_and_leave_torch_generator_alone(name: str) -> None:
+def test_operations_follow_their_seed_and_do_not_touch_torchs_generator(name: str) -> None:
     operations = Operations(**OPERATIONS[name])
     state = torch.get_rng_state()
     results = [operations(IMAGES[0], seed).tobytes() for seed in range(12)]
@@ -181,7 +181,7 @@ POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m6-n3-p0.7-tweights", "original-mstd0.
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_policy_of_timm_gives_timms_pixels_and_leaves_all_generators_alone(policy: str) -> None:
+def test_a_policy_of_timm_gives_timms_pixels_and_does_not_touch_any_generator(policy: str) -> None:
     from timm.data.transforms_factory import transforms_imagenet_train
 
     mean = (0.485, 0.456, 0.406)
@@ -191,23 +191,23 @@ def test_a_policy_of_timm_gives_timms_pixels_and_leaves_all_generators_alone(pol
     auto = {"policy": policy, "image_size": 16, "mean": mean, "interpolation": "bicubic"}
     operations = Operations(auto=auto)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    found = [operations(IMAGES[0], seed) for seed in range(2**33, 2**33 + 20)]
+    actual = [operations(IMAGES[0], seed) for seed in range(2**33, 2**33 + 20)]
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    for seed, pixels in zip(range(20), found, strict=True):
+    for seed, pixels in zip(range(20), actual, strict=True):
         random.seed(2**33 + seed)
         np.random.seed(seed)
         assert np.array_equal(pixels, np.asarray(timms(Image.fromarray(IMAGES[0]))))
     random.setstate(before[0])
-    assert len({pixels.tobytes() for pixels in found}) > 2
+    assert len({pixels.tobytes() for pixels in actual}) > 2
 
 
-def test_a_policy_that_timm_can_not_draw_is_refused_before_training() -> None:
+def test_a_policy_that_timm_cannot_sample_is_refused_before_training() -> None:
     with pytest.raises(RecipeError, match=r"augment\.auto=rand-n99-tweights: timm does not accept it: Cannot take"):
         Operations(auto={"policy": "rand-n99-tweights", "image_size": 16, "mean": (0, 0, 0), "interpolation": "box"})
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand"])
-def test_normal_noise_is_that_of_timm_within_the_range_of_pixels(mode: str) -> None:
+def test_normal_noise_is_timms_clipped_to_the_range_of_pixels(mode: str) -> None:
     from timm.data.random_erasing import RandomErasing
 
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
@@ -245,13 +245,13 @@ def test_erasing_fills_a_box_of_two_to_a_third_of_the_area() -> None:
     changed = (written(noise, key) != IMAGES).any(-1).mean()
     assert 0.05 < changed < 0.34
     assert len(transform.erased(MicroBatchKey(0, np.arange(4000)), 16)) == 4000
-    some = TrainTransform(16, erase_prob=0.25).erased(MicroBatchKey(0, np.arange(4000)), 16)
-    assert abs(len(some) / 4000 - 0.25) < 0.03
+    boxes = TrainTransform(16, erase_prob=0.25).erased(MicroBatchKey(0, np.arange(4000)), 16)
+    assert abs(len(boxes) / 4000 - 0.25) < 0.03
 
 
 def test_progressive_sizes_grow_with_the_epoch() -> None:
     transform = TrainTransform(224, growth=Growth(128, until=4, multiple=32))
     assert [transform.size_at(epoch) for epoch in range(6)] == [128, 160, 192, 192, 224, 224]
     assert transform(IMAGES[0], 0, 0).shape == (128, 128, 3)
-    odd = TrainTransform(48, growth=Growth(40, until=3, multiple=1))
-    assert [odd.size_at(epoch) for epoch in range(4)] == [40, 43, 45, 48]
+    fine_steps = TrainTransform(48, growth=Growth(40, until=3, multiple=1))
+    assert [fine_steps.size_at(epoch) for epoch in range(4)] == [40, 43, 45, 48]

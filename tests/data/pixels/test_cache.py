@@ -1,4 +1,4 @@
-"""Kept pixels are the right ones or none, whoever writes them and whatever happens."""
+"""Caches of pixels: correct pixels or none, for any writer and after any failure."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def read(cache: PixelCache, num_rows: int, stamp: tuple[int, int, int] = STAMP) 
 
 
 def read_images(images: Images, rows: np.ndarray, events: list[Any] | None = None) -> list[np.ndarray]:
-    """Return the pixels of images that are all different."""
+    """Return the pixels of different images."""
     return [pixels for _, pixels in images.pixels(rows, rows.copy(), [] if events is None else events)]
 
 
 def num_right(cache: PixelCache, num_rows: int, size: int = 12) -> int:
-    """Return how many rows are there; all of them are right."""
+    """Return the number of cached rows; all of them must be correct."""
     found = read(cache, num_rows)
     for row, pixels in enumerate(found):
         assert pixels is None or np.array_equal(pixels, pixels_of(row, size))
@@ -87,18 +87,18 @@ def test_cached_pixels_are_returned(make_cache: Callable[..., PixelCache]) -> No
     fill(cache, [3, 0, 19])
     assert num_right(cache, 20) == num_kept(cache) == 3
     assert cache.used_bytes() == sum(pixels_of(row).nbytes for row in (3, 0, 19))
-    again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)  # another process of the machine
-    assert num_right(again, 20) == 3
-    fill(again, range(20))
+    reopened = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)  # another process of the machine
+    assert num_right(reopened, 20) == 3
+    fill(reopened, range(20))
     assert num_right(cache, 20) == 20
 
 
 def test_the_budget_is_respected_and_reported(make_cache: Callable[..., PixelCache]) -> None:
-    each = pixels_of(0).nbytes
-    cache = make_cache(20, 3 * each + 5)
+    num_bytes = pixels_of(0).nbytes
+    cache = make_cache(20, 3 * num_bytes + 5)
     fill(cache, range(0, 20, 3))  # all of one size
     assert num_right(cache, 20) == 3
-    assert cache.used_bytes() <= 3 * each + 5
+    assert cache.used_bytes() <= 3 * num_bytes + 5
     assert cache.problem is not None
     assert "are used up" in cache.problem
 
@@ -106,24 +106,24 @@ def test_the_budget_is_respected_and_reported(make_cache: Callable[..., PixelCac
 def test_a_changed_image_is_decoded_again(make_cache: Callable[..., PixelCache]) -> None:
     cache = make_cache()
     fill(cache, range(20))
-    again = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)
-    assert read(again, 20, stamp=(0, 5, 8)) == [None] * 20
-    again.add([StoredPixels(4, (0, 5, 8), pixels_of(5))])  # made anew
-    found = read(again, 20, stamp=(0, 5, 8))
+    reopened = PixelCache(cache.index_path, cache.pixels_path, 20, 10**9)
+    assert read(reopened, 20, stamp=(0, 5, 8)) == [None] * 20
+    reopened.add([StoredPixels(4, (0, 5, 8), pixels_of(5))])  # created again
+    found = read(reopened, 20, stamp=(0, 5, 8))
     assert [row for row, pixels in enumerate(found) if pixels is not None] == [4]
     assert np.array_equal(found[4], pixels_of(5))
 
 
 @pytest.mark.parametrize("damage", ["pixels", "truncated", "entry", "shifted", "swapped", "random index"])
-def test_damage_is_noticed(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_detected(damage: str, tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "kept", 20, 10**9, {})
     fill(cache, range(20))
     index, data = tmp_path / "kept" / "index", tmp_path / "kept" / "pixels"
     entries = np.fromfile(index, ENTRY, offset=HEADER_BYTES)
     bytes_ = bytearray(data.read_bytes())
     if damage == "pixels":
-        for place in range(0, len(bytes_), 200):
-            bytes_[place] ^= 1
+        for offset in range(0, len(bytes_), 200):
+            bytes_[offset] ^= 1
         data.write_bytes(bytes_)
     elif damage == "truncated":
         os.truncate(data, len(bytes_) // 2)
@@ -139,10 +139,10 @@ def test_damage_is_noticed(damage: str, tmp_path: Path) -> None:
     with index.open("r+b") as file:
         file.seek(HEADER_BYTES)
         file.write(entries.tobytes())
-    again = open_cache(tmp_path / "kept", 20, 10**9, {})
-    assert num_right(again, 20) <= 14
-    fill(again, range(20))
-    assert num_right(again, 20) == 20
+    reopened = open_cache(tmp_path / "kept", 20, 10**9, {})
+    assert num_right(reopened, 20) <= 14
+    fill(reopened, range(20))
+    assert num_right(reopened, 20) == 20
 
 
 @pytest.mark.parametrize("wrong", [b"", b"nonsense" * 100, b"hfftpix0" + (20).to_bytes(8, "little") + bytes(10_000)])
@@ -161,7 +161,7 @@ def test_a_cache_for_other_rows_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_a_cache_deleted_under_its_users_is_said(tmp_path: Path, image_folder: Path) -> None:
+def test_a_cache_deleted_while_in_use_is_reported(tmp_path: Path, image_folder: Path) -> None:
     source = load_source(str(image_folder))
     cache = open_cache(tmp_path / "kept", 24, 10**9, {})
     remove_cache(list_caches(tmp_path)[0])
@@ -170,8 +170,8 @@ def test_a_cache_deleted_under_its_users_is_said(tmp_path: Path, image_folder: P
     rows = np.arange(4)
     expected = read_images(Images(source.train, Preparation()), rows)
     for _ in range(2):
-        found = read_images(images, rows, events)
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        pixels = read_images(images, rows, events)
+        assert all(np.array_equal(a, b) for a, b in zip(pixels, expected, strict=True))
     (notes_seen,) = events
     assert "data.cache of split 'train': can't be opened: " in notes_seen
 
@@ -186,7 +186,7 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(0)
 
 
-def test_a_writer_killed_half_way_leaves_right_pixels_or_none(tmp_path: Path) -> None:
+def test_a_writer_killed_half_way_leaves_correct_pixels_or_none(tmp_path: Path) -> None:
     folder, num_rows, size = tmp_path / "kept", 1500, 200
 
     def write() -> None:
@@ -204,8 +204,8 @@ def test_a_writer_killed_half_way_leaves_right_pixels_or_none(tmp_path: Path) ->
     assert num_right(open_cache(folder, num_rows, 10**9, {}), num_rows, size) == num_rows
 
 
-def test_a_disk_that_is_full_is_said_and_nothing_wrong_is_read(tmp_path: Path, image_folder: Path) -> None:
-    """The limit on the size of a file stops a write in its middle, as a full disk does."""
+def test_a_full_disk_is_reported_and_no_wrong_pixels_are_read(tmp_path: Path, image_folder: Path) -> None:
+    """The limit on the size of a file stops a write half way, as a full disk does."""
     source = load_source(str(image_folder))
     preparation = Preparation(center=EvalTransform(64))
     plain = np.stack(read_images(Images(source.train, preparation), np.arange(24)))
@@ -257,7 +257,7 @@ def batches(
     return [(pixels.clone(), labels.clone()) for pixels, labels in prefetcher.open(keys, 16)]
 
 
-def same(a: list[tuple[torch.Tensor, torch.Tensor]], b: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+def equal(a: list[tuple[torch.Tensor, torch.Tensor]], b: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
     )
@@ -274,7 +274,7 @@ CROPS = {
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("kind", ["none", "memory", "disk", "device"])
 @pytest.mark.parametrize("case", CROPS)
-def test_the_same_pixels_whichever_way(case: str, kind: str, workers: int, digits: Source, tmp_path: Path) -> None:
+def test_pixels_do_not_depend_on_the_cache(case: str, kind: str, workers: int, digits: Source, tmp_path: Path) -> None:
     preparation, transform = CROPS[case]
     if kind == "device" and preparation.center is None:
         pytest.skip("random crops of images of any size are not made on the device")
@@ -286,16 +286,16 @@ def test_the_same_pixels_whichever_way(case: str, kind: str, workers: int, digit
     elif kind == "disk":
         cache = open_cache(tmp_path / "kept", rows, 10**8, {})
     options = {"workers": workers, "device": kind == "device"}
-    assert same(batches(digits.train, preparation, transform, cache, **options), expected)
+    assert equal(batches(digits.train, preparation, transform, cache, **options), expected)
     if cache is not None:
         assert num_kept(cache) == 60
-        broken = replace(preparation, reduced_decode=False)
-        object.__setattr__(broken, "encoded", None)  # nothing is decoded any more
-        assert same(batches(digits.train, broken, transform, cache, **options), expected)
+        changed = replace(preparation, reduced_decode=False)
+        object.__setattr__(changed, "encoded", None)  # nothing is decoded again
+        assert equal(batches(digits.train, changed, transform, cache, **options), expected)
 
 
 def fill_from_process(folder: Path) -> bool:
-    """Go through all images on 2 workers of this process, whose share another one has."""
+    """Read all images with 2 workers of this process; another process reads its share."""
     source = load_source("digits", eval_fraction=0.02)
     preparation = Preparation(center=EvalTransform(16))
     cache = open_cache(folder, len(source.train.images), 10**9, {})
@@ -304,8 +304,8 @@ def fill_from_process(folder: Path) -> bool:
     keys = [MicroBatchKey(0, np.arange(start, start + 20)) for start in range(20 * rank, 400, 30)]  # they overlap
     plain = ImageBatches(Images(source.train, preparation))
     return all(
-        torch.equal(found[0], plain.make(key).pixels)
-        for found, key in zip(prefetcher.open(keys, 20), keys, strict=True)
+        torch.equal(pixels[0], plain.make(key).pixels)
+        for pixels, key in zip(prefetcher.open(keys, 20), keys, strict=True)
     )
 
 
@@ -351,15 +351,15 @@ def test_training_is_the_same_with_every_cache(image_folder: Path, tmp_path: Pat
 
     changed = image_folder / "train" / "red" / "0.jpg"  # the next run sees the new image
     Image.fromarray(RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(changed)
-    fresh = train(recipe, tmp_path / "fresh", "data.cache=none")
+    uncached = train(recipe, tmp_path / "fresh", "data.cache=none")
     reused = train(recipe, tmp_path / "reused", "data.cache=disk")
-    for a, b in zip(fresh.raw_model.parameters(), reused.raw_model.parameters(), strict=True):
+    for a, b in zip(uncached.raw_model.parameters(), reused.raw_model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(weights["none"], torch.cat([p.flatten() for p in fresh.raw_model.parameters()]))
+    assert not torch.equal(weights["none"], torch.cat([p.flatten() for p in uncached.raw_model.parameters()]))
     assert len(list_caches(tmp_path / "kept")) == 2
 
 
-def test_a_cache_that_is_too_small_is_said(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+def test_a_cache_that_is_too_small_is_reported(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
     trainer = train(recipe, tmp_path / "run", "data.cache=memory", "data.cache_gb=0.00002")
     assert any("data.cache=memory: split 'train' needs" in note for note in trainer.log.notes)
@@ -393,7 +393,7 @@ def train_one_of_two(recipe: Path, output: Path, kind: str) -> tuple[list[torch.
     trainer.fit()
     cache = trainer.train_loader.prefetcher.images.images.cache
     kept = num_kept(cache) if cache else 0
-    trainer.accelerator.wait_for_everyone()  # the cache in memory is the main process's, and goes with it
+    trainer.accelerator.wait_for_everyone()  # the cache in memory belongs to the main process and ends with it
     return [p.detach().clone() for p in trainer.raw_model.parameters()], kept
 
 
@@ -407,11 +407,11 @@ def test_a_full_disk_does_not_hide_cached_pixels(
     trainer = train(recipe, tmp_path / "second")
     assert trainer.train_loader.prefetcher.images.images.cache.pixels_path.startswith(str(tmp_path / "kept"))
     assert any("data.cache=auto: decoded images of split 'train' are kept in " in note for note in trainer.log.notes)
-    none = train(recipe, tmp_path / "third", "data.short_side=16")  # other pixels, for which there is no room
-    assert none.train_loader.prefetcher.images.images.cache is None
+    uncached = train(recipe, tmp_path / "third", "data.short_side=16")  # other pixels, which do not fit
+    assert uncached.train_loader.prefetcher.images.images.cache is None
 
 
-def test_check_makes_no_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+def test_check_creates_no_cache(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
     recipe = write_recipe(RECIPE.format(folder=image_folder, cache_dir=tmp_path / "kept"))
     assert exit_status(["check", str(recipe), "data.cache=disk"]) == 0
     assert not (tmp_path / "kept").exists()
@@ -423,38 +423,40 @@ def test_two_processes_share_one_cache_in_memory(image_folder: Path, tmp_path: P
     kept = run_processes(train_one_of_two, recipe, tmp_path / "kept_run", "memory")
     for (weights, _), (expected, _) in zip(kept, plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
-    assert [number for _, number in kept] == [24, 24]  # both see what either has kept
+    assert [number for _, number in kept] == [24, 24]  # both see what either has cached
 
 
 def test_caches_are_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = tmp_path / "pixels"
+    cache_dir = tmp_path / "pixels"
     names = []
     for short, days in ((100, 40), (200, 2)):
         content = {"short_side": short, "fingerprint": "f"}
         names.append(cache_key(content))
-        fill(open_cache(where / names[-1], 20, 10**9, {"dataset": "flowers", "split": "train", **content}), range(20))
-        for file in (where / names[-1]).iterdir():
+        fill(
+            open_cache(cache_dir / names[-1], 20, 10**9, {"dataset": "flowers", "split": "train", **content}), range(20)
+        )
+        for file in (cache_dir / names[-1]).iterdir():
             os.utime(file, (time.time() - days * 86400,) * 2)
     assert names[0] != names[1]
-    (where / ".hf_fasttrain-new-left").mkdir()
-    (where / "mine").mkdir()  # no cache, though it has a file of that name
-    (where / "mine" / "index").write_text("")
-    exit_status(["cache", "--dir", str(where)])
-    listed = capsys.readouterr().out
-    assert [line.split()[0] for line in listed.splitlines()[:3]] == [names[1], names[0], ".hf_fasttrain-new-left"]
-    assert "flowers (train, 20 images): short side 100" in listed
-    assert "incomplete" in listed
+    (cache_dir / ".hf_fasttrain-new-left").mkdir()
+    (cache_dir / "mine").mkdir()  # not a cache, despite a file of that name
+    (cache_dir / "mine" / "index").write_text("")
+    exit_status(["cache", "--dir", str(cache_dir)])
+    output = capsys.readouterr().out
+    assert [line.split()[0] for line in output.splitlines()[:3]] == [names[1], names[0], ".hf_fasttrain-new-left"]
+    assert "flowers (train, 20 images): short side 100" in output
+    assert "incomplete" in output
     for arguments, message in (
-        (["clean", "--dir", str(where)], "no cache selected: give names"),
-        (["clean", "--dir", str(where), "nosuch"], "no cache 'nosuch' in"),
+        (["clean", "--dir", str(cache_dir)], "no cache selected: give names"),
+        (["clean", "--dir", str(cache_dir), "nosuch"], "no cache 'nosuch' in"),
     ):
         assert exit_status(["cache", *arguments]) == 2
         assert message in capsys.readouterr().err
-    exit_status(["cache", "clean", "--dir", str(where), "--unused-days", "30"])
+    exit_status(["cache", "clean", "--dir", str(cache_dir), "--unused-days", "30"])
     assert f"deleted {names[0]}: flowers (train, 20 images)" in capsys.readouterr().out
-    assert (where / names[1]).exists()
-    exit_status(["cache", "--dir", str(where), "clean", "--all"])
-    assert [path.name for path in where.iterdir()] == ["mine"]
+    assert (cache_dir / names[1]).exists()
+    exit_status(["cache", "--dir", str(cache_dir), "clean", "--all"])
+    assert [path.name for path in cache_dir.iterdir()] == ["mine"]
 
 
 def test_memory_does_not_grow_over_twenty_epochs(digits: Source) -> None:
@@ -469,11 +471,11 @@ def test_memory_does_not_grow_over_twenty_epochs(digits: Source) -> None:
         if number % 27 == 26:
             sizes.append(private_bytes())
     assert len(sizes) == 22
-    assert sizes[-1] - sizes[1] < 8 << 20  # an epoch's pixels are 21 MB, of which nothing may stay
+    assert sizes[-1] - sizes[1] < 8 << 20  # an epoch's pixels are 21 MB; none of it may remain
 
 
 def private_bytes() -> int:
-    """Return the memory that only this process and its children hold."""
+    """Return the private memory of this process and its children."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     total = 0
     for process in (os.getpid(), *map(int, children)):

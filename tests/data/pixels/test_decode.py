@@ -1,4 +1,4 @@
-"""Every form of image comes out as right RGB."""
+"""Every kind of image is decoded to the correct RGB pixels."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def pixels(record: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
-def test_lossless_forms_keep_their_pixels(form: str) -> None:
+def test_lossless_formats_keep_their_pixels(form: str) -> None:
     assert np.array_equal(pixels(encoded(Image.fromarray(COLOUR), form)), COLOUR)
     assert np.array_equal(pixels(encoded(Image.fromarray(COLOUR), "WEBP", lossless=True)), COLOUR)
 
 
-def test_grey_is_repeated() -> None:
+def test_grey_is_repeated_in_all_channels() -> None:
     assert np.array_equal(pixels(encoded(Image.fromarray(GREY))), np.repeat(GREY[..., None], 3, 2))
 
 
@@ -82,15 +82,15 @@ def test_palette_and_transparency() -> None:
 def test_alpha_is_dropped() -> None:
     alpha = np.dstack([COLOUR, GREY])
     assert np.array_equal(pixels(encoded(Image.fromarray(alpha))), COLOUR)
-    both = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(255 - GREY)])
-    assert np.array_equal(pixels(encoded(both))[..., 0], GREY)
+    merged = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(255 - GREY)])
+    assert np.array_equal(pixels(encoded(merged))[..., 0], GREY)
 
 
-def test_one_bit() -> None:
+def test_one_bit_images() -> None:
     assert np.array_equal(pixels(encoded(Image.fromarray(GREY > 100)))[..., 0], (GREY > 100) * np.uint8(255))
 
 
-def test_cmyk_jpeg() -> None:
+def test_cmyk_jpegs() -> None:
     solid = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     red = pixels(encoded(solid, "JPEG", quality=100)).mean((0, 1))
     assert red[0] > 245
@@ -118,7 +118,7 @@ def test_a_file_that_is_not_an_image_is_a_clear_error(data: bytes) -> None:
 def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")  # which would wait for a writer
     (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "zero.jpg").symlink_to("/dev/zero")  # which would be read until memory ends
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")  # which would be read until memory runs out
     (tmp_path / "proc.jpg").symlink_to("/proc/self/status")  # which claims to have no bytes
     expected = {"fifo.jpg": "a FIFO, not a", "folder.jpg": "a folder, not a", "zero.jpg": "a device, not a"}
     for name, reason in {**expected, "proc.jpg": "0 bytes", "gone.jpg": "No such file", "a\0b": "null"}.items():
@@ -154,7 +154,7 @@ JPEGS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", JPEGS)
-def test_the_fast_way_gives_pillows_pixels(name: str) -> None:
+def test_the_fast_decoder_gives_pillows_pixels(name: str) -> None:
     data = JPEGS[name]
     plain = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert inspect_header(data)[:2] == (b"Exif" in data, False)
@@ -169,7 +169,7 @@ def test_every_exif_orientation_of_a_jpeg(orientation: int) -> None:
     assert np.array_equal(decode(data), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
 
 
-def test_an_orientation_in_xmp_counts_too() -> None:
+def test_an_orientation_in_xmp_is_applied_too() -> None:
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = jpeg(PHOTO, xmp=xmp)
     plain = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
@@ -177,7 +177,7 @@ def test_an_orientation_in_xmp_counts_too() -> None:
     assert np.array_equal(decode(data), plain)
 
 
-def test_damaged_exif_is_pillows_business() -> None:
+def test_damaged_exif_is_treated_as_by_pillow() -> None:
     data = jpeg(PHOTO, exif=orientation_exif(1))
     data = data.replace(b"Exif\0\0", b"Exif\0\0\xff\xff\xff", 1)
     assert read_pixels({"bytes": data, "path": None}).shape == PHOTO.shape
@@ -199,7 +199,7 @@ def test_a_decompression_bomb_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("form", ["WEBP", "GIF", "PNG", "TIFF"])
-def test_of_several_frames_the_first(form: str) -> None:
+def test_the_first_of_several_frames_is_read(form: str) -> None:
     frames = [Image.fromarray(PHOTO[i:, i:][:40, :40]).quantize(64).convert("RGB") for i in (0, 5)]
     options = {"lossless": True} if form == "WEBP" else {}
     record = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
@@ -214,11 +214,11 @@ def test_reduced_decoding_keeps_both_sides_long_enough() -> None:
     assert decode(data, at_least=101).shape == (200, 320, 3)
     assert decode(data, at_least=201).shape == (400, 640, 3)
     assert decode(data, at_least=401).shape == (400, 640, 3)
-    half = np.asarray(Image.fromarray(large).resize((320, 200), Image.Resampling.BOX)).astype(int)
-    assert abs(decode(data, at_least=200) - half).mean() < 3
+    expected_half = np.asarray(Image.fromarray(large).resize((320, 200), Image.Resampling.BOX)).astype(int)
+    assert abs(decode(data, at_least=200) - expected_half).mean() < 3
 
 
-def test_a_missing_image_says_so() -> None:
+def test_a_missing_image_is_a_clear_error() -> None:
     with pytest.raises(DataError, match=r"image is missing \(null\); remove it"):
         read_pixels({"bytes": None, "path": None})
     with pytest.raises(DataError, match=r"image nowhere.jpg: can't be decoded: .*No such file"):

@@ -1,4 +1,4 @@
-"""Bad images are replaced, told and counted; rows of all kinds of datasets are read."""
+"""Bad images are replaced, reported and counted; rows of all kinds of datasets are read."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ STAND_INS = {3: 4, 5: 7, 6: 7, 9: 0}
 
 
 def fetch(images: Images, indices: list[int]) -> tuple[list[int], list[int], list[Event]]:
-    """Return the red value of each image, the indices used, and what was told."""
+    """Return the red value of each image, the indices used, and the notes."""
     used, events = np.zeros(len(indices), np.int64), []
-    pixels = {place: found[0, 0, 0] for place, found in images.pixels(np.array(indices), used, events)}
-    reds = [int(pixels[place]) for place in range(len(indices))]
+    pixels = {position: found[0, 0, 0] for position, found in images.pixels(np.array(indices), used, events)}
+    reds = [int(pixels[position]) for position in range(len(indices))]
     return reds, used.tolist(), events
 
 
@@ -62,7 +62,7 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_with_its_label() -> None:
     assert "0 bytes" in reasons[0]
     assert "missing (null)" in reasons[2]
     assert "not an image" in reasons[3]
-    reds, used, events = fetch(images, [9, 3])  # known by now
+    reds, used, events = fetch(images, [9, 3])  # already known
     assert (reds, used, events) == ([0, 4], [0, 4], [])
 
 
@@ -111,7 +111,9 @@ def test_too_many_bad_images_stop_the_run_with_a_list(tmp_path: Path) -> None:
     assert len((tmp_path / "bad_images.jsonl").read_text().splitlines()) == 3
 
 
-def test_training_goes_on_past_a_bad_image_and_counts_it(image_folder: Path, tmp_path: Path, write_recipe: Any) -> None:
+def test_training_continues_after_a_bad_image_and_counts_it(
+    image_folder: Path, tmp_path: Path, write_recipe: Any
+) -> None:
     (image_folder / "train" / "red" / "0.jpg").write_bytes(b"not an image")
     recipe = write_recipe(
         f"model: {{name: test_resnet}}\n"
@@ -142,7 +144,7 @@ def test_repeated_images_are_decoded_once() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "paths", "parquet", "selected", "concatenated", "sliced"])
-def test_records_are_those_of_the_data_set(kind: str, tmp_path: Path) -> None:
+def test_records_are_those_of_the_dataset(kind: str, tmp_path: Path) -> None:
     rows: list[Any] = [{"bytes": content, "path": f"ä{i}.png"} for i, content in enumerate(GOOD)]
     if kind == "paths":
         for i, content in enumerate(GOOD):
@@ -164,13 +166,13 @@ def test_records_are_those_of_the_data_set(kind: str, tmp_path: Path) -> None:
     records = Records(dataset)
     assert len(records) == len(dataset)
     for row, expected in enumerate(dataset["image"]):
-        found = records[row]
-        wanted = expected or {"bytes": None, "path": None}
-        assert (None if found["bytes"] is None else bytes(found["bytes"])) == wanted["bytes"]
-        assert found["path"] == wanted["path"]
+        record = records[row]
+        expected_record = expected or {"bytes": None, "path": None}
+        assert (None if record["bytes"] is None else bytes(record["bytes"])) == expected_record["bytes"]
+        assert record["path"] == expected_record["path"]
 
 
-def test_a_held_out_part_points_into_its_data_set(image_folder: Path) -> None:
+def test_a_held_out_split_refers_to_rows_of_its_dataset(image_folder: Path) -> None:
     source = load_source(str(image_folder / "train"), eval_fraction=0.25)
     assert source.train.images is source.evaluation.images
     rows = np.concatenate([source.train.rows_of(np.arange(18)), source.evaluation.rows_of(np.arange(6))])
@@ -180,7 +182,7 @@ def test_a_held_out_part_points_into_its_data_set(image_folder: Path) -> None:
             assert f"/{source.class_names[split.labels[index]]}/" in record["path"]
 
 
-def test_transforms_see_the_stand_in_with_the_key_of_the_image() -> None:
+def test_transforms_get_the_substitute_with_the_key_of_the_image() -> None:
     transform = TrainTransform(8, crop="padded", flip=False)
-    made = ImageBatches(Images(split_of(BAD), Preparation()), transform).make(MicroBatchKey(0, np.array([3])))
-    assert np.array_equal(made.pixels[0].numpy(), transform(np.full((8, 8, 3), (4, 0, 0), np.uint8), 0, 3))
+    batch = ImageBatches(Images(split_of(BAD), Preparation()), transform).make(MicroBatchKey(0, np.array([3])))
+    assert np.array_equal(batch.pixels[0].numpy(), transform(np.full((8, 8, 3), (4, 0, 0), np.uint8), 0, 3))

@@ -1,4 +1,4 @@
-"""A damaged image is refused, whatever Pillow makes of it, and a sound one is not."""
+"""Damaged images are refused, even those that Pillow decodes, and intact ones are not."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def libjpeg_warning(data: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("name", WITH_CHECKSUMS)
-def test_one_changed_byte_is_refused_or_changes_nothing_where_there_are_checksums(
+def test_with_checksums_one_changed_byte_is_refused_or_changes_no_pixel(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sound = read_pixels(FORMATS[name])
-    outcomes = [outcome(data, sound) for data in with_one_byte_changed(FORMATS[name], 60)]
+    original = read_pixels(FORMATS[name])
+    outcomes = [outcome(data, original) for data in with_one_byte_changed(FORMATS[name], 60)]
     assert outcomes.count("refused") >= 20
     assert set(outcomes) <= {"refused", "same"}
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("JPEG,") and name != "JPEG"])
 def test_images_that_pillow_rejects_are_rejected(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """It forgets what was left to be decoded before it raises: asked again, it gives what it has, the rest black."""
+    """After raising, Pillow forgets the undecoded rest: a second load returns the decoded part, with the rest black."""
     data = FORMATS[name]
     damaged = [*with_one_byte_changed(data, 25, seed=1), *(data[: len(data) * part // 10] for part in range(1, 10))]
     for changed in damaged:
@@ -80,14 +80,14 @@ def test_a_wrong_checksum_that_pillow_skips_is_found() -> None:
         read_pixels(changed)
 
 
-def test_of_an_animation_the_first_frame_alone_must_be_whole() -> None:
+def test_only_the_first_frame_of_an_animation_must_be_intact() -> None:
     data = FORMATS["PNG, animated"]
-    place = data.index(b"fdAT") + 400
-    changed = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+    offset = data.index(b"fdAT") + 400
+    changed = data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :]
     assert np.array_equal(read_pixels(changed), np.asarray(PHOTO))
 
 
-def test_a_jpeg_inside_of_a_tiff_is_judged_as_any() -> None:
+def test_a_jpeg_in_a_tiff_is_checked_like_any_other() -> None:
     data = bytearray(FORMATS["TIFF, JPEG"])
     offsets = Image.open(io.BytesIO(data)).tag_v2[273], Image.open(io.BytesIO(data)).tag_v2[279]
     middle = offsets[0][0] + offsets[1][0] // 2
@@ -97,16 +97,16 @@ def test_a_jpeg_inside_of_a_tiff_is_judged_as_any() -> None:
         read_pixels(bytes(data))
 
 
-def test_load_truncated_images_of_a_library_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_truncated_images_set_by_a_library_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for name, data in FORMATS.items():
-        cut = data[: len(data) // 2]
+        truncated = data[: len(data) // 2]
         with pytest.raises(DataError, match="can't be decoded"):
-            read_pixels(cut)
+            read_pixels(truncated)
         if name.startswith("JPEG,"):
             with pytest.raises(DataError, match="can't be decoded"):
-                read_pixels(cut, pillow=True)
-    assert ImageFile.LOAD_TRUNCATED_IMAGES  # it is given back
+                read_pixels(truncated, pillow=True)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES  # it is restored
 
 
 def test_pillow_stays_strict_until_the_last_thread_has_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_a_jpeg_with_parts_missing_is_damaged(kind: str, decoder: str) -> None:
     [
         (lambda data: data.replace(b"\xff\xd1", b"\xff\xd4", 1), "found marker 0xd4 instead of RST1"),
         (
-            lambda data: data[: (place := data.index(b"\xff\xd0") + 2)] + b"\xff\0" * 9 + data[place:],
+            lambda data: data[: (offset := data.index(b"\xff\xd0") + 2)] + b"\xff\0" * 9 + data[offset:],
             "bad Huffman code",
         ),
     ],
@@ -181,20 +181,20 @@ def test_a_wrong_restart_marker_and_a_bad_code_are_damage(
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("change", ["cut", "wrong restart marker"])
-def test_damage_behind_a_harmless_warning_is_found(change: str, decoder: str) -> None:
-    """libjpeg tells its first warning alone."""
+def test_damage_after_a_harmless_warning_is_found(change: str, decoder: str) -> None:
+    """libjpeg reports only its first warning."""
     data = SOUND["bytes before a restart"]
     if change == "cut":
         damaged = data[: data.rindex(b"\xff\xd0") + 6] + END
     else:
-        place = data.rindex(b"\xff\xd1")
-        damaged = data[:place] + b"\xff\xd5" + data[place + 2 :]
+        offset = data.rindex(b"\xff\xd1")
+        damaged = data[:offset] + b"\xff\xd5" + data[offset + 2 :]
     assert "extraneous bytes" in str(libjpeg_warning(damaged))
     with pytest.raises(DataError, match=r"premature end of data segment|found marker"):
         read_pixels(damaged, **DECODERS[decoder])
 
 
-def test_no_sound_photo_is_refused() -> None:
+def test_no_intact_photo_is_refused() -> None:
     assert refused_jpegs(SOUND) == []
 
 
@@ -208,30 +208,30 @@ def test_no_sound_photo_is_refused() -> None:
         ("JFIF of the future", "unknown JFIF revision"),
     ],
 )
-def test_harmless_warnings_leave_the_pixels_as_they_are(name: str, warning: str) -> None:
+def test_harmless_warnings_do_not_change_pixels(name: str, warning: str) -> None:
     assert warning in str(libjpeg_warning(SOUND[name]))
     plain = SOUND["restart markers" if "restart" in name else "plain"]
     assert np.array_equal(decode(SOUND[name]), decode(plain))
 
 
-def test_odd_parameters_of_a_scan_are_harmless() -> None:
-    place = SOUND["plain"].index(b"\xff\xda") + 13
-    odd = SOUND["plain"][: place - 1] + b"\0" + SOUND["plain"][place:]
-    assert "Invalid SOS parameters" in str(libjpeg_warning(odd))
-    assert np.array_equal(decode(odd), decode(SOUND["plain"]))
+def test_unusual_parameters_of_a_scan_are_harmless() -> None:
+    offset = SOUND["plain"].index(b"\xff\xda") + 13
+    modified = SOUND["plain"][: offset - 1] + b"\0" + SOUND["plain"][offset:]
+    assert "Invalid SOS parameters" in str(libjpeg_warning(modified))
+    assert np.array_equal(decode(modified), decode(SOUND["plain"]))
     with pytest.raises(DataError, match=r"[Pp]remature end"):
-        read_pixels(odd[:-60] + END)
+        read_pixels(modified[:-60] + END)
 
 
 def test_pillow_decodes_complete_jpegs_that_simplejpeg_cannot_read() -> None:
     data = save(PHOTO.resize((96, 72)), keep_rgb=True, subsampling=0)  # of one Huffman table, so in any order of blocks
-    place = data.index(b"\xff\xc0") + 11
-    odd = bytearray(data)
-    odd[place : place + 9 : 3] = b"\x31\x11\x11"  # the channels at 3 x 1, 1 x 1 and 1 x 1
-    assert "subsampling" in str(libjpeg_warning(odd))
-    assert np.array_equal(decode(bytes(odd)), np.asarray(Image.open(io.BytesIO(odd))))
+    offset = data.index(b"\xff\xc0") + 11
+    modified = bytearray(data)
+    modified[offset : offset + 9 : 3] = b"\x31\x11\x11"  # the channels at 3 x 1, 1 x 1 and 1 x 1
+    assert "subsampling" in str(libjpeg_warning(modified))
+    assert np.array_equal(decode(bytes(modified)), np.asarray(Image.open(io.BytesIO(modified))))
     with pytest.raises(DataError, match="premature end of data segment"):
-        read_pixels(bytes(odd[: len(odd) // 2]) + END)
+        read_pixels(bytes(modified[: len(modified) // 2]) + END)
 
 
 def test_pixels_of_cmyk_and_rotated_jpegs_are_pillows() -> None:
@@ -239,7 +239,7 @@ def test_pixels_of_cmyk_and_rotated_jpegs_are_pillows() -> None:
         assert np.array_equal(decode(SOUND[name]), decode(SOUND[name], pillow=True)), name
 
 
-def test_reduced_decoding_turns_too() -> None:
+def test_reduced_decoding_applies_the_orientation() -> None:
     photo = PHOTO.resize((352, 288))
     upright, turned = save(photo), save(photo, exif=exif(6))
     assert np.array_equal(decode(turned, at_least=100), np.rot90(decode(upright, at_least=100), -1))
@@ -253,7 +253,7 @@ def test_a_normal_header_is_not_changed() -> None:
     assert libjpeg_warning(unknown) is None
 
 
-def test_markers_inside_of_segments_do_not_count() -> None:
+def test_markers_inside_segments_are_ignored() -> None:
     data = SOUND["plain"][:2] + segment(0xE5, b"\xff\xd3\xff\xd9\xff\xda") + SOUND["plain"][2:]
     assert np.array_equal(decode_complete(data, decode), decode(SOUND["plain"]))
 

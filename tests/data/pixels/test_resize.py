@@ -1,4 +1,4 @@
-"""Resized pixels against Pillow's, and against the filter written out."""
+"""Resized pixels against Pillow's, and against a plain implementation of the filter."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weights(old: int, new: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(224, 224), (64, 96), (31, 17)])
-def test_bicubic_is_the_filter_on_rows_and_then_on_columns(size: tuple[int, int]) -> None:
+def test_bicubic_filters_rows_and_then_columns(size: tuple[int, int]) -> None:
     for number, (width, height) in enumerate(((320, 240), (101, 133), (64, 64))):
         pixels = photo(width, height, number)
         rows = np.clip(np.floor(np.einsum("ij,hjc->hic", weights(width, size[0]), pixels.astype(float)) + 0.5), 0, 255)
@@ -63,14 +63,14 @@ def test_other_filters_are_pillows(name: str) -> None:
     assert np.array_equal(resize(pixels, (40, 50), name), pillow(pixels, (40, 50), name))
 
 
-def test_a_box_is_cut_before_it_is_filtered() -> None:
+def test_a_box_is_cropped_before_it_is_filtered() -> None:
     pixels, box = photo(90, 70), (10, 5, 70, 60)
-    cut = np.ascontiguousarray(pixels[5:60, 10:70])
+    cropped = np.ascontiguousarray(pixels[5:60, 10:70])
     out = np.zeros((32, 32, 3), np.uint8)
-    assert np.array_equal(resize(pixels, (32, 32), "bilinear", box), resize(cut, (32, 32), "bilinear"))
+    assert np.array_equal(resize(pixels, (32, 32), "bilinear", box), resize(cropped, (32, 32), "bilinear"))
     assert resize(pixels, (32, 32), "bilinear", box, out) is out
-    assert np.array_equal(resize(pixels, (60, 55), "bilinear", box), cut)  # the right size already
-    frozen = cut.copy()
+    assert np.array_equal(resize(pixels, (60, 55), "bilinear", box), cropped)  # already of the right size
+    frozen = cropped.copy()
     frozen.flags.writeable = False
     assert np.array_equal(resize(frozen, (32, 32), "bilinear"), out)
 

@@ -1,4 +1,4 @@
-"""Labels mean what they say: one-hot vectors, integers with gaps, texts like numbers, other spellings."""
+"""Labels are read as meant: one-hot vectors, integers with gaps, texts that look like numbers, other spellings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from helpers.runs import exit_status
 from PIL import Image
 
 from hf_fasttrain.data.source.classes import match_names
-from hf_fasttrain.data.source.dataset import Split, load_source, part_of
+from hf_fasttrain.data.source.dataset import Split, load_source, subset
 from hf_fasttrain.data.source.labels import Labels, read_labels
 from hf_fasttrain.utils.errors import DataError
 
-# Texts of which pandas, or Arrow's JSON reader, makes numbers, dates, flags or nothing.
+# Texts that pandas, or Arrow's JSON reader, converts to numbers, dates, booleans or null.
 LOOK_LIKE_OTHERS = ["007", "1e3", "2024-01-01", "N/A", "NA", "None", "True", "nan", "null"]
 
 
@@ -41,33 +41,33 @@ def column(values: list[Any], feature: Any = None) -> Any:
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
 @pytest.mark.parametrize("kind", [int, float, bool])
-def test_one_hot_vectors_are_one_class_for_each_image(num_classes: int, kind: type) -> None:
-    truth = np.arange(12) % num_classes
-    vectors = [[kind(label == place) for place in range(num_classes)] for label in truth]
+def test_one_hot_vectors_are_single_labels(num_classes: int, kind: type) -> None:
+    classes = np.arange(12) % num_classes
+    vectors = [[kind(label == index) for index in range(num_classes)] for label in classes]
     for feature in (
         None,
         datasets.List(datasets.Value({int: "int64", float: "float32", bool: "bool"}[kind]), num_classes),
     ):
-        got = read(vectors, vectors[:3], feature=feature)
-        assert (got.multi_label, got.class_names) == (False, [str(i) for i in range(num_classes)])
-        assert got.labels["train"].tolist() == truth.tolist()
-        assert got.labels["validation"].tolist() == truth[:3].tolist()
-        assert len(got.notes) == 1
+        actual = read(vectors, vectors[:3], feature=feature)
+        assert (actual.multi_label, actual.class_names) == (False, [str(i) for i in range(num_classes)])
+        assert actual.by_split["train"].tolist() == classes.tolist()
+        assert actual.by_split["validation"].tolist() == classes[:3].tolist()
+        assert len(actual.notes) == 1
         assert (
             "0/1 vectors with exactly one class in every row: each image has one class; data.multi_label=true"
-            in (got.notes[0])
+            in (actual.notes[0])
         )
     forced = read(vectors, multi_label=True)
-    assert forced.labels["train"].tolist() == np.eye(num_classes)[truth].tolist()
+    assert forced.by_split["train"].tolist() == np.eye(num_classes)[classes].tolist()
     assert forced.notes == []
 
 
 def test_vectors_with_several_ones_in_any_split_are_multi_label() -> None:
-    got = read([[1, 0], [0, 1]], [[1, 1], [0, 0]])
-    assert got.multi_label
-    assert got.labels["train"].tolist() == [[1, 0], [0, 1]]
-    assert got.labels["validation"].tolist() == [[1, 1], [0, 0]]
-    assert got.notes == [
+    actual = read([[1, 0], [0, 1]], [[1, 1], [0, 0]])
+    assert actual.multi_label
+    assert actual.by_split["train"].tolist() == [[1, 0], [0, 1]]
+    assert actual.by_split["validation"].tolist() == [[1, 1], [0, 0]]
+    assert actual.notes == [
         "data, split 'validation', column 'label': 0/1 vectors with 2 classes in row 0: read as multi-label"
     ]
     with pytest.raises(
@@ -76,31 +76,31 @@ def test_vectors_with_several_ones_in_any_split_are_multi_label() -> None:
         read([[1, 0], [0, 1]], [[1, 1], [0, 0]], multi_label=False)
 
 
-def test_lists_with_one_class_in_every_row_are_one_class_for_each_image() -> None:
+def test_lists_of_one_class_each_are_single_labels() -> None:
     for lists, names in (([["dog"], ["cat"], ["emu"]], ["cat", "dog", "emu"]), ([[4], [3], [9]], ["3", "4", "9"])):
-        got = read(lists)
-        assert (got.multi_label, got.class_names, got.labels["train"].tolist()) == (False, names, [1, 0, 2])
-        assert "lists with exactly one class in every row" in got.notes[0]
-        assert "data.multi_label=true" in got.notes[0]
+        actual = read(lists)
+        assert (actual.multi_label, actual.class_names, actual.by_split["train"].tolist()) == (False, names, [1, 0, 2])
+        assert "lists with exactly one class in every row" in actual.notes[0]
+        assert "data.multi_label=true" in actual.notes[0]
         assert read(lists, multi_label=True).multi_label
-    several = read([["dog"], ["cat"]], [["dog", "cat"]])
-    assert (several.multi_label, several.notes) == (True, [])
-    assert several.labels["validation"].tolist() == [[1, 1]]
+    multi_label = read([["dog"], ["cat"]], [["dog", "cat"]])
+    assert (multi_label.multi_label, multi_label.notes) == (True, [])
+    assert multi_label.by_split["validation"].tolist() == [[1, 1]]
 
 
 def test_lists_of_class_numbers_stay_multi_label() -> None:
-    got = read([[0, 2], [1], [], [2, 1]])
-    assert got.multi_label
-    assert got.labels["train"].tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]]
-    named = datasets.List(datasets.ClassLabel(names=["a", "b"]))
-    assert read([[0, 1], [0]], feature=named).labels["train"].tolist() == [[1, 1], [1, 0]]
+    actual = read([[0, 2], [1], [], [2, 1]])
+    assert actual.multi_label
+    assert actual.by_split["train"].tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]]
+    multi = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    assert read([[0, 1], [0]], feature=multi).by_split["train"].tolist() == [[1, 1], [1, 0]]
 
 
 def test_single_labels_can_be_trained_as_multi_label() -> None:
-    assert read(["b", "a"], multi_label=True).labels["train"].tolist() == [[0, 1], [1, 0]]
+    assert read(["b", "a"], multi_label=True).by_split["train"].tolist() == [[0, 1], [1, 0]]
 
 
-def test_every_class_in_every_image_is_refused() -> None:
+def test_multi_label_data_with_every_class_in_every_image_is_refused() -> None:
     feature = datasets.List(datasets.ClassLabel(names=["a", "b"]))
     with pytest.raises(DataError, match=r"every image has every class \(a, b\), so there is nothing to learn"):
         read([[0, 1], [1, 0]], feature=feature)
@@ -118,38 +118,38 @@ def test_every_class_in_every_image_is_refused() -> None:
         ([1000001, 1000002], ["1000001", "1000002"]),
     ],
 )
-def test_integers_that_do_not_count_from_zero_are_names(values: list[Any], names: list[str]) -> None:
-    got = read(values * 2, values)
-    assert got.class_names == names
-    assert [names[label] for label in got.labels["train"]] == [str(int(value)) for value in values] * 2
-    assert len(got.notes) == 1
-    assert f"integer labels with gaps: {', '.join(names)} are {len(names)} classes by these names" in got.notes[0]
+def test_integers_that_do_not_start_at_zero_are_names(values: list[Any], names: list[str]) -> None:
+    actual = read(values * 2, values)
+    assert actual.class_names == names
+    assert [names[label] for label in actual.by_split["train"]] == [str(int(value)) for value in values] * 2
+    assert len(actual.notes) == 1
+    assert f"integer labels with gaps: {', '.join(names)} are {len(names)} classes by these names" in actual.notes[0]
 
 
-def test_a_number_missing_among_those_from_zero_on_is_a_class_without_images(tmp_path: Path) -> None:
+def test_a_missing_integer_is_a_class_without_images(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [0, 1, 3, 4] * 3)
     source = load_source(str(tmp_path / "train.parquet"))
     assert source.class_names == ["0", "1", "2", "3", "4"]
     assert "split 'train' has no image of 2" in source.notes
 
 
-def test_a_negative_label_may_stand_for_no_class() -> None:
+def test_a_negative_label_may_mean_no_class() -> None:
     assert "remove rows with a negative label if it means unlabelled" in read([-1, 0, 1]).notes[0]
 
 
-def test_classes_that_may_mean_the_same_are_said() -> None:
-    got = read(["cat", "Cat ", "dog", "007", "7"])
-    assert len(got.class_names) == 5
-    assert got.notes == [
+def test_classes_that_may_mean_the_same_are_reported() -> None:
+    actual = read(["cat", "Cat ", "dog", "007", "7"])
+    assert len(actual.class_names) == 5
+    assert actual.notes == [
         "data, split 'train', column 'label': '007' and '7', 'Cat ' and 'cat' are different classes, though they may "
         "mean the same"
     ]
 
 
-def test_integers_from_zero_on_and_flags_need_no_note() -> None:
+def test_integers_from_zero_and_booleans_need_no_note() -> None:
     assert (read([0, 1, 2, 1]).class_names, read([0, 1, 2]).notes) == (["0", "1", "2"], [])
     flags = read([True, False, True])
-    assert (flags.class_names, flags.labels["train"].tolist(), flags.notes) == (["False", "True"], [1, 0, 1], [])
+    assert (flags.class_names, flags.by_split["train"].tolist(), flags.notes) == (["False", "True"], [1, 0, 1], [])
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_missing_labels_are_named_with_their_row(values: list[Any], row: int) ->
 
 
 @pytest.mark.parametrize("values", [[[0.9, 0.1], [0.2, 0.8]], [[[0, 1]], [[1, 0]]], [b"cat", b"dog"], [1e300, 1.0]])
-def test_labels_that_are_no_classes_are_refused(values: list[Any]) -> None:
+def test_labels_that_are_not_classes_are_refused(values: list[Any]) -> None:
     with pytest.raises(DataError, match="labels must be integers or texts; got "):
         read(values)
 
 
-def test_unlabelled_images_of_a_class_label_are_named() -> None:
+def test_unlabelled_images_of_a_classlabel_column_are_named() -> None:
     with pytest.raises(DataError, match="row 1 has label -1, which means unlabelled; remove such rows; allowed"):
         read([0, -1], feature=datasets.ClassLabel(names=["a", "b"]))
 
@@ -196,10 +196,10 @@ def test_unlabelled_images_of_a_class_label_are_named() -> None:
     ],
 )
 def test_other_spellings_are_matched_by_meaning(train: list[Any], evaluation: list[Any], expected: list[str]) -> None:
-    got = read(train, evaluation)
-    assert [got.class_names[label] for label in got.labels["train"]] == [str(value) for value in train]
-    assert [got.class_names[label] for label in got.labels["validation"]] == expected
-    messages = [note for note in got.notes if "validation" in note]
+    actual = read(train, evaluation)
+    assert [actual.class_names[label] for label in actual.by_split["train"]] == [str(value) for value in train]
+    assert [actual.class_names[label] for label in actual.by_split["validation"]] == expected
+    messages = [note for note in actual.notes if "validation" in note]
     flat = [value[0] if isinstance(value, list) else value for value in evaluation]
     spelt = [str(int(value) if isinstance(value, float) else value) for value in flat]
     assert len(messages) == (spelt != expected)
@@ -225,16 +225,16 @@ def test_labels_without_a_clear_class_are_refused_with_both_values(
 
 
 def test_class_labels_of_two_splits_are_matched_by_name_and_numbers_by_number() -> None:
-    named, turned = datasets.ClassLabel(names=["cat", "dog"]), datasets.ClassLabel(names=["dog", "cat"])
-    assert read([0, 1], [0, 1], feature=named, other=turned).labels["validation"].tolist() == [1, 0]
+    by_name, turned = datasets.ClassLabel(names=["cat", "dog"]), datasets.ClassLabel(names=["dog", "cat"])
+    assert read([0, 1], [0, 1], feature=by_name, other=turned).by_split["validation"].tolist() == [1, 0]
     plain = datasets.Value("int64")
-    got = read([0, 1], [1, 0], feature=named, other=plain)
-    assert got.labels["validation"].tolist() == [1, 0]
-    assert "labels are matched to split 'train' by number, since this split has no names" in got.notes[0]
-    got = read([0, 1], [1, 0], feature=plain, other=named)
-    assert (got.labels["validation"].tolist(), len(got.notes)) == ([1, 0], 1)
+    actual = read([0, 1], [1, 0], feature=by_name, other=plain)
+    assert actual.by_split["validation"].tolist() == [1, 0]
+    assert "labels are matched to split 'train' by number, since this split has no names" in actual.notes[0]
+    actual = read([0, 1], [1, 0], feature=plain, other=by_name)
+    assert (actual.by_split["validation"].tolist(), len(actual.notes)) == ([1, 0], 1)
     counted = datasets.ClassLabel(names=["1", "2", "3"])
-    assert read([0, 1, 2], [1, 3], feature=counted, other=plain).labels["validation"].tolist() == [0, 2]
+    assert read([0, 1, 2], [1, 3], feature=counted, other=plain).by_split["validation"].tolist() == [0, 2]
     with pytest.raises(
         DataError, match=r"its integers \(1, 2\) may be numbers or names of the classes of split 'train'"
     ):
@@ -247,7 +247,7 @@ def test_an_exact_name_wins_over_one_that_means_the_same() -> None:
     assert matched.renamed == {"x": "X"}
 
 
-def test_class_names_of_tables_and_folders_stand_as_they_are(tmp_path: Path) -> None:
+def test_class_names_of_tables_and_folders_are_not_changed(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 4))
     folders = [name for name in LOOK_LIKE_OTHERS if "/" not in name]
     for name in folders:
@@ -263,7 +263,7 @@ def test_class_names_of_tables_and_folders_stand_as_they_are(tmp_path: Path) -> 
         assert load_source(str(tmp_path / "train.parquet")).class_names == LOOK_LIKE_OTHERS
 
 
-def test_classes_without_images_and_decisions_on_labels_are_said_before_training(
+def test_classes_without_images_and_decisions_about_labels_are_reported_before_training(
     tmp_path: Path, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
@@ -314,41 +314,41 @@ def test_a_split_without_labels_is_named_with_its_columns(tmp_path: Path) -> Non
         load_source(str(tmp_path))
 
 
-def test_a_part_of_a_split_keeps_the_shares_of_its_classes_and_is_within_each_larger_one() -> None:
+def test_a_subset_keeps_the_class_balance_and_is_part_of_each_larger_subset() -> None:
     labels = np.repeat([2, 0, 1], [60, 30, 10])
     images: Any = None
     split = Split("train", images, labels, np.arange(100) + 7)
-    parts = {most: part_of(split, most, 5) for most in range(1, 101)}
+    parts = {percent: subset(split, percent, 5) for percent in range(1, 101)}
     smaller: set[int] = set()
-    for most, part in parts.items():
-        assert len(part) == most
-        rows = part.rows_of(np.arange(most))
+    for percent, part in parts.items():
+        assert len(part) == percent
+        rows = part.rows_of(np.arange(percent))
         assert smaller < set(rows.tolist())
         smaller = set(rows.tolist())
         assert np.array_equal(labels[rows - 7], part.labels)
-        assert abs(np.bincount(part.labels, minlength=3) - np.array([0.3, 0.1, 0.6]) * most).max() <= 1
+        assert abs(np.bincount(part.labels, minlength=3) - np.array([0.3, 0.1, 0.6]) * percent).max() <= 1
     assert parts[100] is split
-    assert not np.array_equal(parts[10].rows, part_of(split, 10, 6).rows)
-    several = Split("train", images, np.zeros((50, 3), np.float32))
-    assert len(set(part_of(several, 20, 0).rows_of(np.arange(20)).tolist())) == 20
+    assert not np.array_equal(parts[10].rows, subset(split, 10, 6).rows)
+    multi_label = Split("train", images, np.zeros((50, 3), np.float32))
+    assert len(set(subset(multi_label, 20, 0).rows_of(np.arange(20)).tolist())) == 20
 
 
 def with_more_columns() -> datasets.Dataset:
-    """Return a dataset with an image, a label and two columns more."""
+    """Return a dataset with an image, a label and two more columns."""
     images = [Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)) for number in range(4)]
     return datasets.Dataset.from_dict(
         {"image": images, "label": [0, 1, 0, 1], "age": [1, 2, 3, 4], "place": ["a"] * 4}
     ).cast_column("image", datasets.Image())
 
 
-def test_columns_that_are_not_used_are_named() -> None:
+def test_unused_columns_are_named() -> None:
     source = load_source(with_more_columns(), eval_fraction=0.5)
     assert "the dataset passed in: not used: columns age, place (images: image, labels: label)" in source.notes
     assert load_source(with_more_columns().remove_columns(["age", "place"]), eval_fraction=0.5).notes == []
 
 
 @pytest.mark.parametrize("method", ["set_transform", "with_transform"])
-def test_a_transform_of_the_data_set_is_refused_not_dropped(method: str) -> None:
+def test_a_transform_of_the_dataset_is_refused_not_dropped(method: str) -> None:
     dataset = with_more_columns()
     dataset = getattr(dataset, method)(lambda rows: rows) or dataset
     with pytest.raises(DataError, match=r"split 'train' .* has a transform .* transform=f.* reset_format"):

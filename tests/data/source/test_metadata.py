@@ -1,4 +1,4 @@
-"""Folders with metadata.csv, .jsonl or .parquet: classes as they stand there, splits by folder."""
+"""Folders with metadata.csv, .jsonl or .parquet: class names as in the file, splits by folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from hf_fasttrain.data.source.dataset import Source, load_source
 from hf_fasttrain.utils.errors import DataError
 
-# Texts of which pandas, or Arrow's JSON reader, makes numbers, dates, flags or nothing.
+# Texts that pandas, or Arrow's JSON reader, converts to numbers, dates, booleans or null.
 LOOK_LIKE_OTHERS = ["007", "1e3", "2024-01-01", "N/A", "NA", "None", "True", "nan", "null"]
 
 
@@ -38,16 +38,16 @@ def write(folder: Path, labels: Sequence[Any], suffix: str = "csv", *, inside: s
 
 def labels_of(source: Source) -> dict[str, str]:
     """Return file name -> class name of both splits."""
-    found = {}
+    class_of = {}
     for split in (source.train, source.evaluation):
         for record, label in zip(split.records(range(len(split))), split.labels, strict=True):
             assert Path(record["path"]).is_file()
-            found[Path(record["path"]).name] = source.class_names[label]
-    return found
+            class_of[Path(record["path"]).name] = source.class_names[label]
+    return class_of
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_classes_stand_as_they_are_in_the_file(suffix: str, tmp_path: Path) -> None:
+def test_class_names_are_those_of_the_file(suffix: str, tmp_path: Path) -> None:
     labels = LOOK_LIKE_OTHERS * 2
     write(tmp_path, labels, suffix)
     source = load_source(str(tmp_path))
@@ -56,7 +56,7 @@ def test_classes_stand_as_they_are_in_the_file(suffix: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_integers_are_classes_in_their_own_order(suffix: str, tmp_path: Path) -> None:
+def test_integers_are_classes_in_numerical_order(suffix: str, tmp_path: Path) -> None:
     labels = [10, 9, 2] * 4
     write(tmp_path, labels, suffix)
     source = load_source(str(tmp_path))

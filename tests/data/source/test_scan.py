@@ -1,4 +1,4 @@
-"""Every image decoded before a training: what is corrupt, repeated, unusual, too small or missing."""
+"""The check of all images before training: corrupt, duplicate, unusual, too small or missing ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def encoded(image: Image.Image = COLOUR, form: str = "PNG", **options: Any) -> b
 
 
 def small_png(width: int, height: int, bits: int) -> bytes:
-    """Return an RGB PNG that says it has this size and depth, with black pixels for 1 x 1."""
+    """Return an RGB PNG whose header has this size and depth, with black pixels for 1 x 1."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -70,29 +70,29 @@ def scan(split: Split, workers: int = 0) -> SplitScan:
     return scan_split(split, workers=workers, progress=lambda number: None)
 
 
-def as_dict(found: SplitScan) -> dict[str, Any]:
-    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(found).items()}
+def as_dict(result: SplitScan) -> dict[str, Any]:
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(result).items()}
 
 
 def test_every_kind_of_corruption_is_found() -> None:
-    whole = {form: encoded(form=form) for form in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")}
+    intact = {form: encoded(form=form) for form in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")}
     bad = {
         "0 bytes": b"",
         "not an image": b"<html>404</html>",
         "decompression bomb": small_png(20_000, 20_000, bits=8),
         "missing": None,
-        "truncated": whole["JPEG"][:-200],
-        **{form: data[: len(data) // 2] for form, data in whole.items()},
+        "truncated": intact["JPEG"][:-200],
+        **{form: data[: len(data) // 2] for form, data in intact.items()},
     }
-    found = scan(split_of([whole["PNG"], *bad.values(), whole["JPEG"]]))
-    assert [image.row for image in found.bad] == list(range(1, len(bad) + 1))
-    assert all(image.split == "train" and image.path is None for image in found.bad)
-    reasons = dict(zip(bad, (image.error for image in found.bad), strict=True))
+    result = scan(split_of([intact["PNG"], *bad.values(), intact["JPEG"]]))
+    assert [image.row for image in result.bad] == list(range(1, len(bad) + 1))
+    assert all(image.split == "train" and image.path is None for image in result.bad)
+    reasons = dict(zip(bad, (image.error for image in result.bad), strict=True))
     for kind in ("0 bytes", "not an image", "decompression bomb", "missing", "truncated"):
         assert kind in reasons[kind]
     assert not any("repair it" in reason or "object at 0x" in reason for reason in reasons.values()), reasons
-    assert found.good.tolist() == [0, len(bad) + 1]
-    assert found.bad_fraction == len(bad) / (len(bad) + 2)
+    assert result.good.tolist() == [0, len(bad) + 1]
+    assert result.bad_fraction == len(bad) / (len(bad) + 2)
 
 
 def test_files_are_named(image_folder: Path) -> None:
@@ -100,29 +100,29 @@ def test_files_are_named(image_folder: Path) -> None:
     (red / "3.jpg").write_bytes((red / "3.jpg").read_bytes()[:300])
     source = load_source(str(image_folder))
     (red / "5.jpg").unlink()
-    found = scan(source.train)
-    assert [(image.row, image.path) for image in found.bad] == [(19, f"{red}/3.jpg"), (21, f"{red}/5.jpg")]
-    assert "truncated" in found.bad[0].error.lower()
-    assert found.bad[1].error == "can't be read: No such file or directory"
+    result = scan(source.train)
+    assert [(image.row, image.path) for image in result.bad] == [(19, f"{red}/3.jpg"), (21, f"{red}/5.jpg")]
+    assert "truncated" in result.bad[0].error.lower()
+    assert result.bad[1].error == "can't be read: No such file or directory"
     assert image_names(source.train, np.array([19, 0])) == [f"{red}/3.jpg", f"{image_folder}/train/blue/0.jpg"]
     assert image_names(source.train, np.array([], np.int64)) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_all_chunks_are_scanned_whoever_scans_them(workers: int) -> None:
+def test_all_chunks_are_scanned_with_any_number_of_workers(workers: int) -> None:
     number = 2 * CHUNK + 5
     images: list[bytes | None] = [encoded(COLOUR.crop((0, 0, 9 + i % 20, 12))) for i in range(number)]
     images[70] = b"no"
     split = split_of(images)
-    state, told = torch.get_rng_state(), []
-    found = scan_split(split, workers=workers, progress=told.append)
+    state, progress = torch.get_rng_state(), []
+    result = scan_split(split, workers=workers, progress=progress.append)
     assert torch.equal(torch.get_rng_state(), state)
-    assert told == [CHUNK, CHUNK, 5]
-    assert found.bad == [CorruptImage("train", 70, None, "not an image")]
-    assert found.num_images == number
-    assert found.widths.tolist() == [0 if i == 70 else 9 + i % 20 for i in range(number)]
-    assert found.encoded_bytes.tolist() == [0 if i == 70 else len(data or b"") for i, data in enumerate(images)]
-    assert as_dict(found) == as_dict(scan(split))
+    assert progress == [CHUNK, CHUNK, 5]
+    assert result.bad == [CorruptImage("train", 70, None, "not an image")]
+    assert result.num_images == number
+    assert result.widths.tolist() == [0 if i == 70 else 9 + i % 20 for i in range(number)]
+    assert result.encoded_bytes.tolist() == [0 if i == 70 else len(data or b"") for i, data in enumerate(images)]
+    assert as_dict(result) == as_dict(scan(split))
 
 
 def test_a_worker_that_dies_is_one_message() -> None:
@@ -134,12 +134,12 @@ def test_a_worker_that_dies_is_one_message() -> None:
         scan(Killed("train", Records(None), np.zeros(3, np.int64)), workers=1)
 
 
-def test_no_images() -> None:
-    found = scan(split_of([]))
-    assert (found.num_images, found.bad_fraction, len(found.good)) == (0, 0.0, 0)
-    broken = split_of([b"", b""])
-    found = scan(broken)
-    lines = describe_scan(found, class_balance(broken, ["a"]), find_duplicates([found]), 32)
+def test_a_split_without_images_is_reported() -> None:
+    result = scan(split_of([]))
+    assert (result.num_images, result.bad_fraction, len(result.good)) == (0, 0.0, 0)
+    damaged = split_of([b"", b""])
+    result = scan(damaged)
+    lines = describe_scan(result, class_balance(damaged, ["a"]), find_duplicates([result]), 32)
     assert (lines["corrupt"], lines["width: min, median, max"], lines["formats"]) == ("2", "none", "none")
 
 
@@ -163,30 +163,30 @@ def test_formats_and_peculiarities() -> None:
         "several frames": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "one frame": encoded(form="GIF"),
     }
-    found = scan(split_of(list(images.values())))
-    assert found.bad == []
-    assert found.formats == Counter(JPEG=4, PNG=3, TIFF=2, GIF=2)
-    assert found.modes["CMYK"] == 1
+    result = scan(split_of(list(images.values())))
+    assert result.bad == []
+    assert result.formats == Counter(JPEG=4, PNG=3, TIFF=2, GIF=2)
+    assert result.modes["CMYK"] == 1
     expected = {"CMYK": 1, "palette": 3, "16-bit": 2, "32-bit": 1, "EXIF rotation": 2, "several frames": 1}
-    assert found.unusual == Counter(expected)
+    assert result.unusual == Counter(expected)
     turned = [name.startswith("EXIF") for name in images]
-    assert found.widths.tolist() == [20 if turn else 30 for turn in turned]
-    assert found.heights.tolist() == [30 if turn else 20 for turn in turned]
+    assert result.widths.tolist() == [20 if turn else 30 for turn in turned]
+    assert result.heights.tolist() == [30 if turn else 20 for turn in turned]
 
 
-def test_sixteen_bit_colour_is_seen() -> None:
-    """Pillow opens it as 8-bit RGB, and can't write it."""
-    found = scan(split_of([small_png(1, 1, bits=16)]))
-    assert (found.bad, found.unusual) == ([], Counter({"16-bit": 1}))
+def test_sixteen_bit_colour_is_reported() -> None:
+    """Pillow opens it as 8-bit RGB and can't write it."""
+    result = scan(split_of([small_png(1, 1, bits=16)]))
+    assert (result.bad, result.unusual) == ([], Counter({"16-bit": 1}))
 
 
 def test_sizes_and_bytes() -> None:
     images = [encoded(Image.new("RGB", size)) for size in ((40, 32), (100, 20), (31, 50))]
     split = split_of([*images, b"no"])
-    found = scan(split)
-    assert found.num_smaller(32) == 2
-    assert found.decoded_bytes.tolist() == [3840, 6000, 4650, 0]
-    lines = describe_scan(found, class_balance(split, ["a"]), find_duplicates([found]), 32)
+    result = scan(split)
+    assert result.num_smaller(32) == 2
+    assert result.decoded_bytes.tolist() == [3840, 6000, 4650, 0]
+    lines = describe_scan(result, class_balance(split, ["a"]), find_duplicates([result]), 32)
     assert lines["width: min, median, max"] == "31, 40, 100"
     assert lines["height: min, median, max"] == "20, 32, 50"
     assert lines["short side below 32 px, upscaled"] == "2"
@@ -194,12 +194,14 @@ def test_sizes_and_bytes() -> None:
     assert lines["encoded: mean, total"].endswith(f", {format_bytes(sum(map(len, images)))}")
 
 
-@pytest.mark.parametrize(("side", "shown"), [(1000, "3.00 MB, 6.00 MB"), (20_000, "1.20 GB, 2.40 GB")])
-def test_large_amounts_have_larger_units(side: int, shown: str) -> None:
+@pytest.mark.parametrize(("side", "text"), [(1000, "3.00 MB, 6.00 MB"), (20_000, "1.20 GB, 2.40 GB")])
+def test_large_sizes_have_larger_units(side: int, text: str) -> None:
     widths = np.full(2, side)
-    found = SplitScan("train", [], np.zeros((2, 2), np.uint64), widths, widths, widths, Counter(), Counter(), Counter())
-    lines = describe_scan(found, class_balance(split_of([b"", b""]), ["a"]), find_duplicates([found]), 32)
-    assert lines["decoded (RGB): mean, total"] == shown
+    result = SplitScan(
+        "train", [], np.zeros((2, 2), np.uint64), widths, widths, widths, Counter(), Counter(), Counter()
+    )
+    lines = describe_scan(result, class_balance(split_of([b"", b""]), ["a"]), find_duplicates([result]), 32)
+    assert lines["decoded (RGB): mean, total"] == text
 
 
 def test_duplicates_within_and_between_splits() -> None:
@@ -209,15 +211,15 @@ def test_duplicates_within_and_between_splits() -> None:
         split_of([b"", d, c, d, a], "validation"),
         split_of([e], "test"),
     ]
-    found = find_duplicates([scan(split) for split in splits])
-    assert found.within == {"train": 2, "validation": 1, "test": 0}
-    assert [(overlap.train, overlap.other) for overlap in found.overlaps] == [
+    result = find_duplicates([scan(split) for split in splits])
+    assert result.within == {"train": 2, "validation": 1, "test": 0}
+    assert [(overlap.train, overlap.other) for overlap in result.overlaps] == [
         ("train", "validation"),
         ("train", "test"),
     ]
-    assert found.overlaps[0].pairs.tolist() == [[5, 2], [0, 4]]
-    assert found.overlaps[1].pairs.tolist() == []
-    assert image_names(splits[1], found.overlaps[0].pairs[:, 1]) == ["validation row 2", "validation row 4"]
+    assert result.overlaps[0].pairs.tolist() == [[5, 2], [0, 4]]
+    assert result.overlaps[1].pairs.tolist() == []
+    assert image_names(splits[1], result.overlaps[0].pairs[:, 1]) == ["validation row 2", "validation row 4"]
 
 
 def test_copies_with_different_labels_are_named() -> None:
@@ -226,9 +228,9 @@ def test_copies_with_different_labels_are_named() -> None:
         split_of([a, b, a, b"", b, c], labels=np.array([0, 1, 2, 0, 1, 0])),
         split_of([b"", c, d, b], "validation", np.array([2, 1, 0, 1])),
     ]
-    number, found = contradicting_copies(splits, [scan(split) for split in splits], ["cat", "dog", "emu"])
+    number, result = contradicting_copies(splits, [scan(split) for split in splits], ["cat", "dog", "emu"])
     assert number == 2
-    assert sorted(found) == [
+    assert sorted(result) == [
         [("train row 0", "cat"), ("train row 2", "emu")],
         [("train row 5", "cat"), ("validation row 1", "dog")],
     ]
@@ -239,44 +241,44 @@ def test_copies_with_several_labels_each() -> None:
     a, b = (encoded(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(2))
     labels = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]], np.float32)
     split = split_of([a, a, b, b, a], labels=labels)
-    number, found = contradicting_copies([split], [scan(split)], ["cat", "dog", "emu"])
-    assert (number, found) == (1, [[("train row 0", "cat + dog"), ("train row 1", "no class")]])
+    number, result = contradicting_copies([split], [scan(split)], ["cat", "dog", "emu"])
+    assert (number, result) == (1, [[("train row 0", "cat + dog"), ("train row 1", "no class")]])
 
 
 def test_contradicting_copies_are_those_of_a_plain_search() -> None:
     labels, contents = RNG.integers(0, 3, 300), RNG.integers(0, 120, 300)
     split, ones = split_of([b""] * 300, labels=labels), np.ones(300, np.int64)
     hashes = np.stack([contents, contents], axis=1).astype(np.uint64)
-    found = SplitScan("train", [], hashes, ones, ones, ones, Counter(), Counter(), Counter())
+    result = SplitScan("train", [], hashes, ones, ones, ones, Counter(), Counter(), Counter())
     labels_of = {content: set(labels[contents == content].tolist()) for content in set(contents.tolist())}
-    number, shown = contradicting_copies([split], [found], ["a", "b", "c"], most=7)
+    number, text = contradicting_copies([split], [result], ["a", "b", "c"], most=7)
     assert number == sum(len(known) > 1 for known in labels_of.values())
-    assert len(shown) == 7
+    assert len(text) == 7
 
 
-def test_a_tenth_of_many_hashes() -> None:
+def test_duplicates_among_many_hashes_are_found() -> None:
     hashes = RNG.integers(0, 40, (1000, 2)).astype(np.uint64)
     ones = np.ones(1000, np.int64)
     scans = [
         SplitScan(name, [], part, ones[: len(part)], ones[: len(part)], ones, Counter(), Counter(), Counter())
         for name, part in (("train", hashes[:700]), ("validation", hashes[700:]))
     ]
-    found = find_duplicates(scans)
+    result = find_duplicates(scans)
     known = set(map(tuple, hashes[:700].tolist()))
     also = [row for row, key in enumerate(hashes[700:].tolist()) if tuple(key) in known]
-    assert found.within["train"] == 700 - len(known)
-    assert found.overlaps[0].pairs[:, 1].tolist() == also
-    assert all((hashes[left] == hashes[700 + right]).all() for left, right in found.overlaps[0].pairs)
+    assert result.within["train"] == 700 - len(known)
+    assert result.overlaps[0].pairs[:, 1].tolist() == also
+    assert all((hashes[left] == hashes[700 + right]).all() for left, right in result.overlaps[0].pairs)
 
 
-def test_class_balance() -> None:
+def test_class_balance_is_reported() -> None:
     names = ["a", "b", "c", "d", "e", "f", "g", "h"]
     balance = class_balance(split_of([b""] * 12, labels=np.array([0, 0, 0, 1, 1, 2, 3, 4, 4, 6, 6, 6])), names)
     assert balance.counts.tolist() == [3, 2, 1, 1, 2, 0, 3, 0]
     assert balance.missing == ["f", "h"]
     assert balance.rarest() == [("c", 1), ("d", 1), ("b", 2), ("e", 2), ("a", 3)]
-    several = np.array([[1, 0, 1], [1, 0, 0]], np.float32)
-    balance = class_balance(split_of([b"", b""], labels=several), names[:3])
+    multi_label = np.array([[1, 0, 1], [1, 0, 0]], np.float32)
+    balance = class_balance(split_of([b"", b""], labels=multi_label), names[:3])
     assert (balance.counts.tolist(), balance.missing) == ([2, 0, 1], ["b"])
 
 
@@ -292,10 +294,10 @@ def check(
 
     def run(*arguments: str) -> tuple[int, str, str]:
         reset_accelerate()
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit) as error:
             main(["check", str(write_recipe()), f"data.dataset={image_folder}", *arguments])
         output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
+        return int(error.value.code or 0), output.out, output.err
 
     return run
 
@@ -341,7 +343,7 @@ def test_corrupt_images_are_listed_and_refused(
     assert row_of(printed, "corrupt")[1:] == ["21", "0"]
 
 
-def test_leaks_and_missing_classes_are_said(check: Callable[..., tuple[int, str, str]], image_folder: Path) -> None:
+def test_leaks_and_missing_classes_are_reported(check: Callable[..., tuple[int, str, str]], image_folder: Path) -> None:
     train, validation = image_folder / "train", image_folder / "validation"
     shutil.rmtree(validation / "green")
     for number in range(4):
@@ -364,7 +366,7 @@ def test_leaks_and_missing_classes_are_said(check: Callable[..., tuple[int, str,
     assert row_of(printed, "classes without")[1:] == ["0", "1"]
 
 
-def test_wrong_use_of_list(check: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_wrong_uses_of_list_are_refused(check: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     (tmp_path / "there").write_text("")
     cases = {
         ("--list", "x.jsonl"): "--list writes what --images finds; give both",
@@ -380,7 +382,7 @@ def test_wrong_use_of_list(check: Callable[..., tuple[int, str, str]], tmp_path:
 def test_images_without_paths_of_a_held_out_part() -> None:
     source: Source = load_source("digits")
     scans = [scan(source.train, workers=2), scan(source.evaluation)]
-    assert [found.bad for found in scans] == [[], []]
-    assert sum(found.num_images for found in scans) == 1797
+    assert [result.bad for result in scans] == [[], []]
+    assert sum(result.num_images for result in scans) == 1797
     assert scans[0].formats == Counter(PNG=scans[0].num_images)
     assert find_duplicates(scans).within.keys() == {"train", "held-out 10% of train"}

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hf_fasttrain import Ema, Trainer, build_schedule
 from hf_fasttrain.run_folder.checkpoint import checkpoint_path
 from hf_fasttrain.train.log import RunLog
-from hf_fasttrain.train.own_settings import name_of, plain
+from hf_fasttrain.train.user_settings import name_of, plain_value
 from hf_fasttrain.utils.errors import RunError
 
 IMAGES = TensorDataset(torch.randn(24, 4), torch.arange(24) % 3)
@@ -29,12 +29,12 @@ def three_times(logits: Tensor, labels: Tensor) -> Tensor:
     return 3 * F.cross_entropy(logits, labels)
 
 
-def halves(update: int) -> float:
+def halve_lr(update: int) -> float:
     return 0.5**update
 
 
 class Warm(nn.Module):
-    """A loss with a setting of its own, and a counter that changes while it trains."""
+    """A loss with a setting, and a counter that changes during training."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ CHANGED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
         "loss.label_smoothing: 0.0 in the run, 0.1 now",
     ),
-    ({}, {"schedule": halves}, "schedule: 'hf_fasttrain.train.schedule.constant' in the run, '.*halves' now"),
+    ({}, {"schedule": halve_lr}, "schedule: 'hf_fasttrain.train.schedule.constant' in the run, '.*halve_lr' now"),
     (
         {"schedule": build_schedule("cosine", num_steps=6, warmup_steps=1)},
         {"schedule": build_schedule("exponential", num_steps=6, warmup_steps=1)},
@@ -98,34 +98,34 @@ CHANGED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("before", "now", "message"), CHANGED)
-def test_what_decides_the_result_is_refused_with_both_values(
+def test_changed_result_settings_of_a_trainer_are_refused_with_both_values(
     before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     build_trainer(tmp_path / "run", 6, **before).fit()
-    with pytest.raises(RunError, match=message) as caught:
+    with pytest.raises(RunError, match=message) as error:
         build_trainer(tmp_path / "run", 12, **now).restore()
     weights = checkpoint_path(tmp_path / "run/checkpoints", 6) / "model.safetensors"
-    assert f"another output_dir, and load {weights} into the model. duration, evaluate_every," in str(caught.value)
-    again = build_trainer(tmp_path / "run", 12, **before)
-    again.restore()
-    assert again.fit().steps == 12
+    assert f"another output_dir, and load {weights} into the model. duration, evaluate_every," in str(error.value)
+    resumed = build_trainer(tmp_path / "run", 12, **before)
+    resumed.restore()
+    assert resumed.fit().steps == 12
 
 
-def test_what_only_decides_how_it_is_computed_may_change(tmp_path: Path) -> None:
+def test_settings_that_do_not_affect_the_result_may_change(tmp_path: Path) -> None:
     build_trainer(tmp_path / "run", 3, of_optimizer={"foreach": True}).fit()
     changed: dict[str, Any] = {"accumulation_steps": 2, "evaluate_every": "1 step", "log_every": 1}
-    again = build_trainer(tmp_path / "run", 6, of_optimizer={"foreach": False}, **changed)
-    again.restore()
-    assert again.fit().steps == 6
+    resumed = build_trainer(tmp_path / "run", 6, of_optimizer={"foreach": False}, **changed)
+    resumed.restore()
+    assert resumed.fit().steps == 6
 
 
 def test_a_run_of_an_older_version_is_restored_as_before(tmp_path: Path) -> None:
     first = build_trainer(tmp_path / "run", 3)
     first.resume_settings = {}
     first.fit()
-    again = build_trainer(tmp_path / "run", 6, of_optimizer={"lr": 0.2})
-    again.restore()
-    assert again.fit().steps == 6
+    resumed = build_trainer(tmp_path / "run", 6, of_optimizer={"lr": 0.2})
+    resumed.restore()
+    assert resumed.fit().steps == 6
 
 
 def test_a_duration_shorter_than_the_run_is_refused_by_its_python_name(tmp_path: Path) -> None:
@@ -134,15 +134,15 @@ def test_a_duration_shorter_than_the_run_is_refused_by_its_python_name(tmp_path:
         build_trainer(tmp_path / "run", 3).restore()
 
 
-def test_names_are_those_that_an_import_would_use(tmp_path: Path) -> None:
-    assert name_of(three_times).endswith("test_own_settings.three_times")
+def test_names_are_those_used_to_import_them(tmp_path: Path) -> None:
+    assert name_of(three_times).endswith("test_user_settings.three_times")
     assert name_of(functools.partial(three_times, labels=1)) == name_of(three_times)
     assert name_of(Warm(1.0)) == name_of(Warm)
     assert name_of(math.sqrt) == "math.sqrt"
-    assert plain([torch.tensor(0.5), (1, None), print]) == [0.5, [1, None], "builtins.print"]
+    assert plain_value([torch.tensor(0.5), (1, None), print]) == [0.5, [1, None], "builtins.print"]
     script = tmp_path / "mine.py"
     script.write_text(
-        "from hf_fasttrain.train.own_settings import name_of\n"
+        "from hf_fasttrain.train.user_settings import name_of\n"
         "def loss(): ...\n"
         "if __name__ == '__main__':\n"
         "    import mine\n"
