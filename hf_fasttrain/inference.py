@@ -37,12 +37,14 @@ from hf_fasttrain.models.user_model import ModelArgument, load_user_model
 from hf_fasttrain.recipe.load import load_recipe, origin_of, parse_recipe, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.recipe.validate import is_allowed
 from hf_fasttrain.run_folder.checkpoint import checkpoint_step
 from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESULT_FILE, SPEC_FILE
 from hf_fasttrain.run_folder.finished import needs_user_model
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
+from hf_fasttrain.run_folder.schemas import ResultFile, SpecFile, read_if_sound
 from hf_fasttrain.utils.errors import DataError, RunError, UserError, shortened
-from hf_fasttrain.utils.files import existing_path, read_json, reason, require_regular, restore_folder
+from hf_fasttrain.utils.files import existing_path, expand_user, reason, require_regular, restore_folder
 from hf_fasttrain.utils.remote import download_run, is_hub_url
 
 NO_RECIPE = "model: {name: own}\ntrain: {duration: 1 epoch, batch_size: 1}\n"  # of a run of own objects
@@ -56,13 +58,13 @@ def open_run(run: str | Path) -> Path:
     Raises RunError for a pushed model that needs its own Python code.
     """
     if not is_hub_url(str(run)):
-        return Path(run).expanduser()
+        return expand_user(run)
     folder = download_run(str(run))
     if not (folder / SPEC_FILE).is_file():
         raise RunError(
             f"{run}: contains no model of hf_fasttrain ({SPEC_FILE}); give a repository that hf_fasttrain pushed"
         )
-    if read_json(folder / SPEC_FILE).get("trust_remote_code"):
+    if read_if_sound(folder / SPEC_FILE, SpecFile).get("trust_remote_code"):
         raise RunError(
             f"{run}: its model needs its own Python code; `hf download` it to a folder, read that code, then give the "
             "folder"
@@ -167,7 +169,7 @@ def evaluate_run(
 
 def _notes_on_users_functions(run: Path) -> list[str]:
     """Return notes on what evaluated the run while it was trained, and is the user's own code."""
-    result = read_json(run / RESULT_FILE)
+    result = read_if_sound(run / RESULT_FILE, ResultFile)
     names, predict = result.get("own_metrics"), result.get("predict")
     notes = []
     if isinstance(names, list) and names:
@@ -206,14 +208,14 @@ def _trained_micro_batch(run: Path, recipe: Recipe) -> int:
     current = recipe.accelerate.micro_batch_size
     recorded = read_settings(run).get("accelerate.micro_batch_size")
     value = current if current or recorded is None else recorded.value
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) and is_allowed("accelerate.micro_batch_size", value) else 0
 
 
 def _weights_used(run: Path, weights: str | None, checkpoint: Path | None) -> dict[str, Any]:
     """Return name and step of the weights that were measured, as far as they are known."""
     if checkpoint is not None:
         return {"weights": weights, "step": checkpoint_step(checkpoint)}
-    result = read_json(run / RESULT_FILE)
+    result = read_if_sound(run / RESULT_FILE, ResultFile)
     model = result.get("model")
     used = {"weights": model.get("weights") if isinstance(model, dict) else None, "step": step_in_model(result)}
     return {name: value for name, value in used.items() if value is not None}

@@ -27,8 +27,9 @@ from hf_fasttrain.models.user_model import ModelArgument, UserModel, load_user_m
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights
+from hf_fasttrain.run_folder.schemas import ConfigFile, SpecFile, read_file, read_if_sound
 from hf_fasttrain.utils.errors import RunError, first_lines
-from hf_fasttrain.utils.files import new_folder, read_json, reason, sync_files
+from hf_fasttrain.utils.files import expand_user, new_folder, reason, sync_files
 
 EXPORTED_FILES = re.compile(  # names of the files that `save_model` and this module write
     rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
@@ -113,7 +114,7 @@ def _export_user_model(user_model: UserModel, described: Path, folder: Path, *, 
 def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     """Return the folder to write; RunError if it holds other files, or if `weights` would replace those of the run."""
     model = run / MODEL_FOLDER
-    folder = model if output is None else Path(output).expanduser().absolute()
+    folder = model if output is None else expand_user(output).absolute()
     if weights is not None and folder.resolve() == model.resolve():
         raise RunError(
             f"{model} holds the weights that result.json describes; give another folder for weights={weights} "
@@ -128,7 +129,7 @@ def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     if not folder.is_dir() or (names and SPEC_FILE not in names and not is_given):
         raise RunError(f"{folder} exists and is not a model folder of hf_fasttrain; give another output")
     code_suffix = (
-        ".py" if read_json(folder / SPEC_FILE).get("trust_remote_code") else None
+        ".py" if read_if_sound(folder / SPEC_FILE, SpecFile).get("trust_remote_code") else None
     )  # of a model with remote code
     others = [name for name in names if not EXPORTED_FILES.fullmatch(name) and Path(name).suffix != code_suffix]
     if others:
@@ -167,7 +168,7 @@ def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> E
 def _try_openers(
     spec: ModelSpec, folder: Path, photos: list[Image.Image], expected: Tensor
 ) -> tuple[list[str], list[str]]:
-    config = read_json(folder / CONFIG_FILE)
+    config = read_file(folder / CONFIG_FILE, ConfigFile) if (folder / CONFIG_FILE).is_file() else {}
     if not config:
         return [], ["timm and transformers can't build this model's small-image stem; hf_fasttrain and ONNX can"]
     if "auto_map" in config:

@@ -32,6 +32,7 @@ from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.environment import free_memory_bytes
 from hf_fasttrain.utils.errors import DataError
+from hf_fasttrain.utils.files import expand_user
 from hf_fasttrain.utils.format import format_bytes
 
 SAMPLE_SIZE = 64  # images whose headers are read to estimate the memory of all
@@ -220,7 +221,7 @@ def _stored_sizes(split: Split, preparation: Preparation, sample: Sequence[int] 
 
 def cache_folder(recipe: Recipe) -> Path:
     """Return the folder of data.cache=disk."""
-    return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else default_cache_dir()
+    return expand_user(recipe.data.cache_dir) if recipe.data.cache_dir else default_cache_dir()
 
 
 def can_write(folder: Path) -> bool:

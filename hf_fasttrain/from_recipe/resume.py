@@ -12,6 +12,7 @@ from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Presets, current_mach
 from hf_fasttrain.recipe.load import flatten, plain
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open, read_settings
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.recipe.validate import is_allowed
 from hf_fasttrain.run_folder.file_names import RESOLVED_FILE
 from hf_fasttrain.run_folder.folder import saved_state
 
@@ -88,7 +89,11 @@ def read_first_start(folder: Path) -> FirstStart | None:
         return None
     settings = read_settings(folder)
     kept = {key: s for key, s in settings.items() if key in KEPT_KEYS or s.kind == "tuned"}
-    kept = {key: setting for key, setting in sorted(kept.items()) if setting.value not in (None, "auto")}
+    kept = {
+        key: setting
+        for key, setting in sorted(kept.items())
+        if setting.value not in (None, "auto") and is_allowed(key, setting.value)
+    }
     machine = settings[MACHINE].value if MACHINE in settings else None
     explicit = frozenset(key for key, setting in kept.items() if setting.kind in ("recipe", "override"))
     decisions = {key: setting.decision for key, setting in kept.items()}

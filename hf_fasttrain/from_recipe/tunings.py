@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 
 from hf_fasttrain.recipe.resolved import TUNED, Decision
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.recipe.validate import is_allowed
+from hf_fasttrain.run_folder.schemas import TuningFile, read_if_sound
 from hf_fasttrain.train.launcher import num_processes, uses_gpu
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
-from hf_fasttrain.utils.files import read_json, write_json
+from hf_fasttrain.utils.files import write_json
 
 # Settings that are valid for any number of processes.
 COMPUTE_KEYS = (
@@ -73,12 +75,14 @@ def find_tuning(
     machine: dict[str, Any], versions: dict[str, str], model: dict[str, Any], data: dict[str, Any]
 ) -> Tuning | None:
     """Return the stored tuning of the same machine, versions, model and data, None if there is none."""
-    values = read_json(_path(machine, versions, model, data))
+    values = read_if_sound(_path(machine, versions, model, data), TuningFile)
     try:
         tuning = Tuning(**values)
-    except TypeError:  # missing, or of another version
+        Duration.parse(tuning.duration)
+    except (TypeError, ValueError):  # missing, or of another version
         return None
-    return tuning if isinstance(tuning.values, dict) else None
+    usable = {key: value for key, value in tuning.values.items() if key in TUNED_KEYS and is_allowed(key, value)}
+    return replace(tuning, values=usable)
 
 
 def _path(*parts: dict[str, Any]) -> Path:

@@ -16,7 +16,8 @@ from typing import Any
 
 from hf_fasttrain.hub.staging import result_while_training, stage
 from hf_fasttrain.run_folder.file_names import PUSHED_FILE, STAGING_FOLDER
-from hf_fasttrain.utils.files import read_json, reason, try_to_write, write_json
+from hf_fasttrain.run_folder.schemas import PushedFile, read_if_sound
+from hf_fasttrain.utils.files import reason, try_to_write, write_json
 from hf_fasttrain.utils.format import format_command
 
 PATIENCE_SECONDS = 300.0  # how long one push retries transient errors
@@ -61,7 +62,7 @@ class Pusher:
     ) -> None:
         self.num_steps = num_steps
         self.run, self.options, self.describe, self.environment, self.log = run, options, describe, environment, log
-        pushed = read_json(run / PUSHED_FILE)
+        pushed = read_if_sound(run / PUSHED_FILE, PushedFile)
         self._pushed_step = int(pushed.get("step", 0)) if pushed.get("repo") == options.repo else 0
         self._lock = threading.Condition()
         self._waiting: tuple[Path, int] | None = None  # a staged run and its step

@@ -13,10 +13,10 @@ from hf_fasttrain.hub.pictures import PICTURES
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, RECIPE_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun
 from hf_fasttrain.run_folder.kept_weights import step_in_model
+from hf_fasttrain.run_folder.schemas import ConfigFile, read_if_sound
 from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
 from hf_fasttrain.utils.clean import cut, markdown, markdown_block, markdown_code
 from hf_fasttrain.utils.errors import shortened
-from hf_fasttrain.utils.files import read_json
 from hf_fasttrain.utils.format import (
     NOTHING,
     format_bytes,
@@ -96,9 +96,10 @@ def _base_model(run: FinishedRun) -> str | None:
     name = name.removeprefix("transformers:").removeprefix("hf-hub:")
     if is_hub_name(name):
         return name
-    config = read_json(run.folder / MODEL_FOLDER / CONFIG_FILE)
+    config = read_if_sound(run.folder / MODEL_FOLDER / CONFIG_FILE, ConfigFile)
     tag = (config.get("pretrained_cfg") or {}).get("tag")
-    return f"timm/{config['architecture']}.{tag}" if tag and not is_local_path(name) else None
+    architecture = config.get("architecture")
+    return f"timm/{architecture}.{tag}" if tag and architecture and not is_local_path(name) else None
 
 
 def _dataset(run: FinishedRun) -> str:

@@ -24,6 +24,7 @@ from hf_fasttrain.run_folder.file_names import (
     WEIGHTS_FILE,
 )
 from hf_fasttrain.run_folder.finished import FinishedRun, read_run
+from hf_fasttrain.run_folder.schemas import ConfigFile, read_file
 from hf_fasttrain.run_folder.scrub import Scrubber, strings
 from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.errors import RunError
@@ -150,7 +151,7 @@ def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> b
     name, config = str(run.spec["name"]), run.folder / MODEL_FOLDER / CONFIG_FILE
     if scrub.value(name) == name or name.startswith("transformers:") or not config.is_file():
         return pushed
-    architecture = json.loads(config.read_text(encoding="utf-8")).get("architecture")
+    architecture = read_file(config, ConfigFile).get("architecture")
     spec = {**scrub.tree(run.spec), "name": architecture or scrub.value(name)}
     return (json.dumps(spec, indent=2) + "\n").encode()
 

@@ -25,8 +25,10 @@ from hf_fasttrain.run_folder.file_names import (
 )
 from hf_fasttrain.run_folder.finished import metrics_of
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint
+from hf_fasttrain.run_folder.metrics_file import read_metrics
+from hf_fasttrain.run_folder.schemas import ResultFile, read_if_sound
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import read_json, read_lines, reason, write_json
+from hf_fasttrain.utils.files import reason, safetensors_header, write_json
 
 if TYPE_CHECKING:
     from hf_fasttrain.models.model import ModelSpec
@@ -80,7 +82,9 @@ def staged(run: Path, weights: str | None, spec: ModelSpec | None = None) -> Ite
         (run / STAGING_FOLDER).mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="chosen_", dir=run / STAGING_FOLDER))
         result = (
-            read_json(run / RESULT_FILE) if checkpoint is None else result_with_weights(run, checkpoint, str(weights))
+            read_if_sound(run / RESULT_FILE, ResultFile)
+            if checkpoint is None
+            else result_with_weights(run, checkpoint, str(weights))
         )
         stage(run, checkpoint or run / MODEL_FOLDER, folder, describe, result)
     except OSError as error:
@@ -109,7 +113,7 @@ def _copy_description(model: Path, folder: Path) -> None:
 def result_with_weights(run: Path, checkpoint: Path, weights: str) -> dict[str, Any]:
     """Return a finished run's result as if the weights of a checkpoint were in RUN/model."""
     step, metrics = _step_and_metrics(run, _state_of(checkpoint))
-    result = read_json(run / RESULT_FILE)
+    result = read_if_sound(run / RESULT_FILE, ResultFile)
     model = {**(result.get("model") or {}), "weights": weights, "step": step}
     return {**result, "metrics": metrics, "test_metrics": None, "model": model}
 
@@ -146,7 +150,7 @@ def _step_and_metrics(run: Path, state: Mapping[str, Any]) -> tuple[int, dict[st
     if state.get("evaluated_at") == step:
         return step, dict(state.get("metrics", {}))
     return step, next(
-        (metrics_of(line) for line in read_lines(run / METRICS_FILE) if _is_evaluation_after(line, step)), {}
+        (metrics_of(line) for line in read_metrics(run / METRICS_FILE) if _is_evaluation_after(line, step)), {}
     )
 
 
@@ -156,7 +160,11 @@ def _is_evaluation_after(line: Mapping[str, Any], step: int) -> bool:
 
 def link_weights(source: Path, target: Path) -> None:
     """Link a checkpoint's weights into a model folder; rewrite the file if its tensors have a wrapper's prefix."""
-    if _is_wrapped(source):
+    try:
+        is_wrapped = _is_wrapped(source)
+    except ValueError as error:
+        raise OSError(f"{source} is damaged: {error}") from None
+    if is_wrapped:
         _unwrap(source, target)
         return
     try:
@@ -166,8 +174,7 @@ def link_weights(source: Path, target: Path) -> None:
 
 
 def _is_wrapped(path: Path) -> bool:
-    with path.open("rb") as file:
-        names = json.loads(file.read(int.from_bytes(file.read(8), "little"))).keys() - {"__metadata__"}
+    names = safetensors_header(path).keys() - {"__metadata__"}
     return bool(names) and all(name.startswith("model.") for name in names)
 
 

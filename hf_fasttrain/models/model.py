@@ -35,6 +35,7 @@ from hf_fasttrain.models.weights import (
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE
 from hf_fasttrain.run_folder.schemas import ConfigFile, read_file
 from hf_fasttrain.utils.errors import ModelError, nearest, shown
+from hf_fasttrain.utils.files import expand_user
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import batch_norm_class
 from hf_fasttrain.utils.qualified_name import qualified_name
@@ -131,7 +132,7 @@ def timm_name(name: str) -> str:
         return name
     if name.startswith("timm/"):
         return f"hf-hub:{name}"
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_dir():
         if not (path / CONFIG_FILE).exists():
             raise ModelError(f"model.name: folder {name} has no config.json; give a folder that timm saved")

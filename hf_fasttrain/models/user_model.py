@@ -18,8 +18,8 @@ from hf_fasttrain.models.weights import read_weights
 from hf_fasttrain.run_folder.file_names import EMA_FILE, MODEL_FOLDER, SPEC_FILE, WEIGHTS_FILE
 from hf_fasttrain.run_folder.finished import needs_user_model
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint
+from hf_fasttrain.run_folder.schemas import SpecFile, read_if_sound
 from hf_fasttrain.utils.errors import RunError, first_lines, shortened
-from hf_fasttrain.utils.files import read_json
 
 PREPROCESSING_KEYS = tuple(field.name for field in fields(Preprocessing))
 INFO_KEYS = (*PREPROCESSING_KEYS, "class_names", "multi_label")
@@ -147,7 +147,7 @@ def _spec_of(model: nn.Module, info: dict[str, Any], name: str) -> tuple[ModelSp
 
 def _info_from_run(run: Path) -> dict[str, Any]:
     """Return the info that a recipe's run saved about the user's model, an empty dict for other runs."""
-    values = read_json(run / MODEL_FOLDER / SPEC_FILE)
+    values = read_if_sound(run / MODEL_FOLDER / SPEC_FILE, SpecFile)
     classes = {key: values[key] for key in ("class_names", "multi_label") if key in values}
     return {**(values.get("preprocessing") or {}), **classes}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_fasttrain.run_folder.checkpoint import write_safetensors
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, SPEC_FILE, STATE_FILE, WEIGHTS_FILE
 from hf_fasttrain.utils.errors import ModelError, RunError, shortened
-from hf_fasttrain.utils.files import NewFile, read_json
+from hf_fasttrain.utils.files import NewFile, expand_user, read_json
 from hf_fasttrain.utils.private_apis import timm_weights_filter
 from hf_fasttrain.utils.remote import download_file, is_hub_url
 
@@ -22,7 +22,7 @@ def weights_file(location: str) -> Path:
     """Return the .safetensors file of a location: a file, model folder, run, checkpoints, or hf:// URL."""
     if is_hub_url(location):
         return download_file(location, WEIGHTS_FILE)
-    path = Path(location).expanduser()
+    path = expand_user(location)
     if path.is_dir():
         files = [path / name for name in (WEIGHTS_FILE, f"{MODEL_FOLDER}/{WEIGHTS_FILE}") if (path / name).exists()]
         files += sorted(path.glob("step_*/model.safetensors"))[-1:]  # the newest of a run's checkpoints

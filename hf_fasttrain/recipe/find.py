@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE
 from hf_fasttrain.utils.errors import RecipeError, nearest
+from hf_fasttrain.utils.files import expand_user
 
 
 def recipes_folder() -> Path:
@@ -33,7 +34,7 @@ def recipe_header(path: Path) -> str:
 
 def find_recipe(recipe: str) -> Path:
     """Return a recipe's file by its path, by its run folder or by a shipped recipe's name. Raises RecipeError."""
-    path = Path(recipe).expanduser()
+    path = expand_user(recipe)
     if len(recipe) > 1000:
         raise RecipeError(f"{recipe[:60]}...: is not the name of a recipe file; it has {len(recipe)} characters")
     if (path / RECIPE_FILE).is_file():

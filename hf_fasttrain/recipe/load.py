@@ -20,6 +20,7 @@ from hf_fasttrain.run_folder.file_names import RECIPE_FILE
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
 from hf_fasttrain.utils.clean import cut, holds_secret, one_line
 from hf_fasttrain.utils.errors import RecipeError, shown
+from hf_fasttrain.utils.files import expand_user
 from hf_fasttrain.utils.format import format_count
 from hf_fasttrain.utils.remote import download_file, is_hub_url, parse_hub_url
 from hf_fasttrain.utils.yaml import MAX_CHARACTERS, MAX_DEPTH, InvalidYaml, read_yaml, write_yaml
@@ -43,7 +44,7 @@ def load_recipe(
     if is_hub_url(str(recipe)):
         loaded = _load_pushed(str(recipe), overrides, metrics)
     else:
-        path, folder = find_recipe(str(recipe)), Path(recipe).expanduser()
+        path, folder = find_recipe(str(recipe)), expand_user(recipe)
         name = path.resolve().parent.name if folder.is_dir() else path.stem
         loaded = parse_recipe(_read_file(path), overrides, where=str(path), name=name, metrics=metrics)
         if path.parent == folder:
@@ -332,7 +333,7 @@ def origin_of(recipe: Recipe, key: str) -> str:
 
 def output_dir(recipe: Recipe) -> str:
     """Return the recipe's run folder: its output_dir, else runs/<recipe name>."""
-    return os.path.expanduser(recipe.output_dir or os.path.join("runs", recipe.source.name))
+    return str(expand_user(recipe.output_dir or os.path.join("runs", recipe.source.name)))
 
 
 def plain(value: Any) -> str:

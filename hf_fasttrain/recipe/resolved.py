@@ -11,8 +11,9 @@ from hf_fasttrain.recipe.load import flatten, origin_of, recipe_text, tag_of
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE, RESOLVED_FILE
+from hf_fasttrain.run_folder.schemas import read_settings_file
 from hf_fasttrain.utils.files import write_atomically
-from hf_fasttrain.utils.yaml import InvalidYaml, read_yaml, write_yaml
+from hf_fasttrain.utils.yaml import write_yaml
 
 KEPT = "as this run began"  # suffix of the reason if a resumed run keeps a value; in the files of older runs too
 TUNED = "tuned on"  # prefix of the reason of a value from a stored tuning; in the files of older runs too
@@ -145,12 +146,10 @@ def _as_yaml(setting: Setting) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Setting]:
     """Return the settings in resolved.yaml, also of older versions; an empty dict if it can't be read."""
     try:
-        tree, _ = read_yaml((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, InvalidYaml):
+        entries = read_settings_file(folder / RESOLVED_FILE)
+    except (OSError, ValueError):
         return {}
-    if not isinstance(tree, dict):
-        return {}
-    return {str(key): _read_setting(str(key), values) for key, values in tree.items() if isinstance(values, dict)}
+    return {key: _read_setting(key, values) for key, values in entries.items()}
 
 
 def _read_setting(key: str, values: dict[str, Any]) -> Setting:

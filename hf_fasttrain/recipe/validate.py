@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hf_fasttrain.recipe.conflicts import conflicts
 from hf_fasttrain.recipe.fields import POLICY_PATTERN
@@ -193,6 +193,21 @@ def model_at(key: KeyPath) -> type[BaseModel] | None:
         field = model.model_fields.get(part) if model else None
         model = _section_of(field.annotation) if field else None
     return model
+
+
+def is_allowed(key: str, value: Any) -> bool:
+    """Return whether a recipe may have a value for a dotted key; False for an unknown key."""
+    *above, name = key.split(".")
+    section = model_at(tuple(above))
+    field = section.model_fields.get(name) if section else None
+    if field is None:
+        return False
+    form: Any = Annotated[field.annotation, field]  # the field's bounds are not part of its annotation
+    try:
+        TypeAdapter(form).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _description(key: KeyPath) -> str:

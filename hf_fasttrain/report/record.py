@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 
 from hf_fasttrain.run_folder.file_names import (
     BAD_IMAGES_FILE,
+    GALLERY_FOLDER,
     METRICS_FILE,
     MODEL_FOLDER,
     PREDICTIONS_FILE,
@@ -24,12 +24,13 @@ from hf_fasttrain.run_folder.file_names import (
 )
 from hf_fasttrain.run_folder.finished import metrics_of
 from hf_fasttrain.run_folder.gallery import Gallery
+from hf_fasttrain.run_folder.metrics_file import parse_metrics_line, read_bad_images
 from hf_fasttrain.run_folder.predictions import Predictions
+from hf_fasttrain.run_folder.schemas import ResultFile, SpecFile, read_file, read_settings_file
 from hf_fasttrain.run_folder.scrub import Scrubber
-from hf_fasttrain.utils.errors import RunError, first_lines
-from hf_fasttrain.utils.files import read_json, read_lines
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.files import lines_of, reason
 from hf_fasttrain.utils.format import format_count, is_finite
-from hf_fasttrain.utils.yaml import read_yaml
 
 TRAIN_FIGURES = (
     "step", "epoch", "loss", "grad_norm", "lr", "images_per_second", "data_wait_fraction", "seconds_per_step",
@@ -37,6 +38,7 @@ TRAIN_FIGURES = (
 )  # fmt: skip
 OLD_NAMES = {"peak_memory_bytes": "memory_bytes"}  # in files of older versions
 OLD_TAGS = {"learnt": "result", "machine": "speed"}  # in files of older versions
+MAX_SPLITS, MAX_METRICS = 20, 60  # shown
 TrainFigures = dict[str, np.ndarray]
 
 
@@ -163,11 +165,11 @@ def read_record(run: Path) -> Record:
     return Record(
         folder=run,
         train=train,
-        evaluations=by_kind["evaluation"],
+        evaluations=_few(by_kind["evaluation"], problems),
         resumes=by_kind["resume"],
-        result=_read_object(run / RESULT_FILE, problems),
+        result=_read_object(run / RESULT_FILE, ResultFile, problems),
         resolved=_read_resolved(run / RESOLVED_FILE, problems),
-        spec=_read_object(run / MODEL_FOLDER / SPEC_FILE, problems),
+        spec=_read_object(run / MODEL_FOLDER / SPEC_FILE, SpecFile, problems),
         predictions=_read_predictions(run / PREDICTIONS_FILE, problems),
         gallery=_read_gallery(run, problems),
         bad_images=_read_bad_images(run / BAD_IMAGES_FILE, problems),
@@ -179,23 +181,16 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[TrainFigures, list[d
     """Return the training figures and all other lines. A million lines take 7 seconds and 150 MB on 2 cores."""
     rows, others, bad = array("d"), [], 0
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                    step, kind = line["step"], line["kind"]
-                    if not isinstance(step, int):
-                        raise TypeError
-                except (ValueError, KeyError, TypeError):
-                    bad += bool(text.strip())
-                    continue
-                if kind == "train":
-                    rows.extend(_row(line))
-                elif kind != "evaluation" or isinstance(line.get("split"), str):
-                    others.append(line)
+        for text in lines_of(path) if path.exists() and path.stat().st_size else ():
+            line = parse_metrics_line(text)
+            if line is None:
+                bad += bool(text.strip())
+            elif line["kind"] == "train":
+                rows.extend(_row(line))
+            else:
+                others.append(line)
     except OSError as error:
-        if path.exists():
-            problems.append(f"{path.name} can't be read: {error.strerror}")
+        problems.append(f"{path.name} can't be read: {reason(error)}")
     if bad:
         problems.append(f"{path.name}: {format_count(bad, 'unreadable line')} skipped")
     table = np.array(rows, dtype=np.float64).reshape(-1, len(TRAIN_FIGURES))
@@ -209,33 +204,33 @@ def _row(line: dict[str, Any]) -> array[float]:
     values = [line.get(name, line.get(OLD_NAMES.get(name, ""), np.nan)) for name in TRAIN_FIGURES]
     try:
         return array("d", values)
-    except TypeError:
+    except (TypeError, OverflowError):
         return array("d", [value if is_finite(value) else np.nan for value in values])
 
 
-def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    found = read_json(path)
-    if not found and path.exists():
-        problems.append(f"{path.name} can't be read")
-    return found
+def _read_object(path: Path, schema: Any, problems: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return read_file(path, schema)
+    except RunError as error:
+        problems.append(str(error).replace(str(path), path.name))
+        return {}
 
 
 def _read_resolved(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        found, _ = read_yaml(path.read_text(encoding="utf-8"))
-        return {
-            str(key): {
-                "value": entry["value"],
-                "origin": entry["origin"],
-                "tag": OLD_TAGS.get(entry["tag"], entry["tag"]),
-            }
-            for key, entry in found.items()
-        }
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        problems.append(f"{path.name} can't be read: {first_lines(error)}")
+        entries = read_settings_file(path).items()
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} can't be read: {reason(error)}")
         return {}
+    shown: dict[str, dict[str, Any]] = {}
+    for key, entry in entries:
+        tag = entry.get("tag", "fact")
+        shown[key] = {"value": entry.get("value"), "origin": entry.get("origin", ""), "tag": OLD_TAGS.get(tag, tag)}
+    return shown
 
 
 def _read_predictions(path: Path, problems: list[str]) -> Predictions | None:
@@ -251,14 +246,25 @@ def _read_predictions(path: Path, problems: list[str]) -> Predictions | None:
 def _read_gallery(run: Path, problems: list[str]) -> Gallery:
     try:
         return Gallery.load(run)
-    except (TypeError, AttributeError) as error:
-        problems.append(f"gallery.json can't be read: {first_lines(error)}")
+    except RunError as error:
+        problems.append(str(error).replace(f"{run / GALLERY_FOLDER}/", ""))
         return Gallery()
 
 
 def _read_bad_images(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     try:
-        return read_lines(path)
+        return read_bad_images(path)
     except OSError as error:
-        problems.append(f"{path.name} can't be read: {error.strerror}")
+        problems.append(f"{path.name} can't be read: {reason(error)}")
         return []
+
+
+def _few(lines: list[dict[str, Any]], problems: list[str]) -> list[dict[str, Any]]:
+    """Return the evaluations of the first splits and their first metrics; a page can't show any number of curves."""
+    splits = list(dict.fromkeys(line["split"] for line in lines))
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    if len(splits) <= MAX_SPLITS and len(names) <= MAX_METRICS:
+        return lines
+    problems.append(f"{METRICS_FILE} has {len(splits):,} splits and {len(names):,} metrics: only the first are shown")
+    kept, known = set(splits[:MAX_SPLITS]), {*names[:MAX_METRICS], "kind", "step", "epoch", "split"}
+    return [{key: line[key] for key in line.keys() & known} for line in lines if line["split"] in kept]

@@ -13,6 +13,7 @@ from hf_fasttrain.report.format import describe_early_stop, format_metric, forma
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER
 from hf_fasttrain.run_folder.gallery import Picture
+from hf_fasttrain.utils.files import read_regular
 from hf_fasttrain.utils.format import (
     NOTHING,
     format_bytes,
@@ -24,6 +25,7 @@ from hf_fasttrain.utils.format import (
 )
 
 MAX_BAD_IMAGES = 200  # shown
+MAX_PICTURE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -248,12 +250,13 @@ def environment_differences(records: Sequence[Record], names: Sequence[str]) -> 
 
 
 def _source(run: Path, picture: Picture) -> str | None:
-    """Return a picture as a data: URL, None if it is missing. Only files next to gallery.json are read."""
+    """Return a picture as a data: URL, None without one. Only JPEGs next to gallery.json are read, and no links."""
     path = run / GALLERY_FOLDER / Path(picture.file).name
     try:
-        return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    except OSError:
+        data = b"" if path.is_symlink() else read_regular(path, MAX_PICTURE_BYTES)
+    except (OSError, ValueError):
         return None
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" if data.startswith(b"\xff\xd8\xff") else None
 
 
 def _format_target(values: dict[str, float]) -> str:

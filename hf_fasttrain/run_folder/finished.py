@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +17,17 @@ from hf_fasttrain.run_folder.file_names import (
     SPEC_FILE,
     WEIGHTS_FILE,
 )
+from hf_fasttrain.run_folder.schemas import (
+    ResultFile,
+    SpecFile,
+    read_file,
+    read_if_sound,
+    read_recipe_file,
+    read_settings_file,
+)
 from hf_fasttrain.run_folder.scrub import is_local_path
-from hf_fasttrain.utils.errors import RunError, first_lines
-from hf_fasttrain.utils.files import read_json, restore_folder
-from hf_fasttrain.utils.yaml import read_yaml
+from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.files import reason, restore_folder
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def needs_user_model(run: Path, model: Any) -> bool:
     finished = has_weights and (run / RESULT_FILE).is_file()
     is_needed = finished and not has_recipe
     if finished and model is not None:  # from_recipe(model=) may have trained the user's model
-        is_needed |= str(read_json(run / MODEL_FOLDER / SPEC_FILE).get("name", "")).startswith("own:")
+        is_needed |= str(read_if_sound(run / MODEL_FOLDER / SPEC_FILE, SpecFile).get("name", "")).startswith("own:")
     if is_needed and model is None:
         raise RunError(
             f"{run}: was not trained from a recipe, so its model can't be built from the folder; pass the model: "
@@ -84,21 +90,17 @@ def read_run(run: Path) -> FinishedRun:
             f"{run}: is not a finished run, it has no {' and no '.join(missing)}; give the run folder of a finished "
             f"training, or finish it first: {how_to_resume_run(run)}"
         )
-    path = run / MODEL_FOLDER / SPEC_FILE
+    spec = read_file(run / MODEL_FOLDER / SPEC_FILE, SpecFile)
+    result = read_file(run / RESULT_FILE, ResultFile)
+    text, recipe = read_recipe_file(run / RECIPE_FILE)
+    path = run / RESOLVED_FILE
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        path = run / RESULT_FILE
-        result = json.loads(path.read_text(encoding="utf-8"))
-        path = run / RECIPE_FILE
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        recipe = read_yaml(text)[0] or {}
-        path = run / RESOLVED_FILE
-        settings = read_yaml(path.read_text(encoding="utf-8"))[0] if path.is_file() else None
+        settings = read_settings_file(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read ({first_lines(error)}); fix it or train again") from None
-    settings = settings if isinstance(settings, dict) else {}
-    local = (settings.get("local") or {}).get("value")
-    passed = {key.removeprefix(CUSTOM): str(settings[key]["value"]) for key in settings if key.startswith(CUSTOM)}
+        raise RunError(f"{path}: can't be read ({reason(error)}); fix it or train again") from None
+    local = settings.get("local", {}).get("value")
+    local = [str(key) for key in local] if isinstance(local, list) else None
+    passed = {key.removeprefix(CUSTOM): str(settings[key].get("value")) for key in settings if key.startswith(CUSTOM)}
     return FinishedRun(run, spec, result, recipe, text, local, passed)
 
 

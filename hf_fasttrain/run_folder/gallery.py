@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from hf_fasttrain.run_folder.file_names import GALLERY_FILE, GALLERY_FOLDER
-from hf_fasttrain.utils.files import new_folder, read_json, sync_files, write_json
+from hf_fasttrain.run_folder.schemas import GalleryFile, read_file
+from hf_fasttrain.utils.files import new_folder, sync_files, write_json
 
 THUMBNAIL_PX = 160  # longer side
 
@@ -40,10 +40,13 @@ class Gallery:
 
     @classmethod
     def load(cls, run: Path) -> Gallery:
-        """Return the gallery of a run folder; an empty one if there is none."""
-        values: dict[str, Any] = read_json(run / GALLERY_FOLDER / GALLERY_FILE)
+        """Return the gallery of a run folder; an empty one if there is none. Raises RunError for a damaged one."""
+        path = run / GALLERY_FOLDER / GALLERY_FILE
+        if not path.exists():
+            return cls()
+        values = GalleryFile.model_validate(read_file(path, GalleryFile)).model_dump()
         for name in ("training", "mistakes"):
-            values[name] = [Picture(**item) for item in values.get(name, [])]
+            values[name] = [Picture(**item) for item in values[name]]
         return cls(**values)
 
     def save(self, run: Path, pixels: dict[str, np.ndarray]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fasttrain.run_folder.file_names import CHECKPOINTS_FOLDER, RESULT_FILE
+from hf_fasttrain.run_folder.schemas import ResultFile, read_if_sound
 from hf_fasttrain.utils.errors import RunError, first_lines
-from hf_fasttrain.utils.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ def find_checkpoint(run: Path, weights: str | None, name: str = "") -> Path | No
         return None
     from hf_fasttrain.run_folder.checkpoint import checkpoint_path, checkpoint_step, complete_checkpoints
 
-    result, name = read_json(run / RESULT_FILE), name or str(run)
+    result, name = read_if_sound(run / RESULT_FILE, ResultFile), name or str(run)
     if not (run / RESULT_FILE).is_file():
         raise RunError(f"{name}: has no {RESULT_FILE}, which says which weights are {weights}; give the run folder")
     step, checkpoints = resolve_step(name, result, weights), complete_checkpoints(run / CHECKPOINTS_FOLDER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from hf_fasttrain.run_folder.file_names import (
     SPEC_FILE,
 )
 from hf_fasttrain.run_folder.kept_weights import step_in_model
-from hf_fasttrain.utils.files import digest_of, read_json, restore_folder
+from hf_fasttrain.run_folder.schemas import PushedFile, ResultFile, read_if_sound
+from hf_fasttrain.utils.files import digest_of, restore_folder, safetensors_header
 
 RESULT_MARK = '<meta name="hf_fasttrain-result" content="{}">'  # names the result.json that a report was made from
 
@@ -34,7 +34,7 @@ def missing_results(run: Path, steps: int, model_step: int, *, report: bool) -> 
     `model_step` is the step of the weights that RUN/model should hold; `report`: whether the run has predictions and a
     report. Results that result.json lists as not written are missing too.
     """
-    result = read_json(run / RESULT_FILE)
+    result = read_if_sound(run / RESULT_FILE, ResultFile)
     restore_folder(run / MODEL_FOLDER)
     is_there = {
         MODEL_FOLDER: _is_model(run / MODEL_FOLDER) and step_in_model(result) in (None, model_step),
@@ -83,7 +83,7 @@ def _names(not_written: list[str]) -> list[str]:
 
 def is_pushed(run: Path, repo: str, steps: int) -> bool:
     """Return whether the finished run of `steps` was pushed to a Hub repository."""
-    pushed = read_json(run / PUSHED_FILE)
+    pushed = read_if_sound(run / PUSHED_FILE, PushedFile)
     return pushed.get("repo") == repo and pushed.get("step") == steps and bool(pushed.get("finished", True))
 
 
@@ -94,10 +94,8 @@ def _is_model(folder: Path) -> bool:
 def _is_of_step(path: Path, step: int) -> bool:
     """Return whether a file of predictions exists and is of a step's weights."""
     try:
-        with path.open("rb") as file:
-            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return int(header["__metadata__"]["step"]) == step
-    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+        return int(safetensors_header(path)["__metadata__"]["step"]) == step
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

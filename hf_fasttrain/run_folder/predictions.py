@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_fasttrain.run_folder.schemas import MAX_CLASSES
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import write_atomically
 
@@ -67,12 +68,31 @@ class Predictions:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                _require_rows(tensors)
                 return cls(int(metadata["step"]), metadata["split"], **tensors)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, OverflowError) as error:
             raise RunError(
                 f"{path}: can't be read as predictions ({str(error).splitlines()[0]}); remove it, or write it again by "
                 "evaluating"
             ) from None
+
+
+def _require_rows(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors have a row for each image, and classes that there may be."""
+    labels, predicted = tensors["labels"], tensors["predicted"]
+    number = len(labels) if labels.ndim in (1, 2) else -1
+    kind = torch.bool if labels.ndim == 2 else torch.int64
+    if labels.shape != predicted.shape or {labels.dtype, predicted.dtype} != {kind}:
+        raise ValueError("labels and predicted are not of one kind")
+    for name in ("rows", "confidence", "losses", "worst_class"):
+        if tensors[name].shape != (number,):
+            raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, not ({number},)")
+    if labels.ndim == 2 and labels.shape[1] > MAX_CLASSES:
+        raise ValueError(f"{labels.shape[1]:,} classes; allowed are {MAX_CLASSES:,}")
+    if labels.ndim == 1 and number:
+        lowest, highest = int(min(labels.min(), predicted.min())), int(max(labels.max(), predicted.max()))
+        if lowest < 0 or highest >= MAX_CLASSES:
+            raise ValueError(f"classes from {lowest} to {highest}; allowed are 0 to {MAX_CLASSES - 1:,}")
 
 
 class Collector:

@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from hf_fasttrain.utils.clean import cut, one_line
 from hf_fasttrain.utils.errors import RunError, shown
-from hf_fasttrain.utils.files import read_object, reason
-from hf_fasttrain.utils.yaml import read_yaml_file
+from hf_fasttrain.utils.files import read_object, read_text, reason
+from hf_fasttrain.utils.yaml import MAX_CHARACTERS, read_yaml, read_yaml_file
 
 MAX_CLASSES = 100_000
 MAX_IMAGE_SIZE = 4096  # as in a recipe
+MAX_RECIPE_BYTES = 4 * MAX_CHARACTERS
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # exact as a float too
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -199,7 +200,7 @@ class TrainingState(_Part):
     train_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lr: float = 0.0
-    base_lr: float | None = None
+    base_lr: float = 0.0
     num_steps: Count = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     evaluated_at: Annotated[int, Field(ge=-1, lt=2**53)] = -1
@@ -271,6 +272,39 @@ class BadImagePart(_Part):
     path: Text | None = None
     error: Text = ""
     substitute: Count | None = None
+
+
+class TuningFile(_Part):
+    """`Tuning` (from_recipe/tunings.py)."""
+
+    what = "a stored tuning"
+    machine: dict[Name, Any]
+    versions: dict[Name, Name]
+    model: dict[Name, Any]
+    data: dict[Name, Any]
+    values: dict[Name, Any]
+    date: Name
+    images_per_second: float
+    duration: Name
+
+
+class CacheFile(_Part):
+    """about.json of a cache of pixels."""
+
+    class CenterPart(_Part):
+        """How images are cut to the size of evaluation."""
+
+        crop_mode: Name | None = None
+        image_size: Count | None = None
+
+    what = "a cache's description"
+    format: int
+    num_rows: Count
+    dataset: Text | None = None
+    split: Name | None = None
+    center: CenterPart | None = None
+    short_side: Count | None = None
+    stored_quality: Count | None = None
 
 
 class SettingPart(_Part):
@@ -348,10 +382,19 @@ def read_file(path: Path, schema: type[_Part]) -> dict[str, Any]:
     try:
         values: dict[str, Any] = require(schema, read_object(path))
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path}: can't be read as {schema.what}: {reason(error)}; copy it again, or train again"
-        ) from None
+        raise RunError(f"{path}: can't be read as {schema.what} ({reason(error)}); fix it or train again") from None
     return values
+
+
+def read_recipe_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return a run's recipe as text and as a tree; both are empty if there is none. Raises RunError."""
+    if not path.is_file():
+        return "", {}
+    try:
+        text = read_text(path, MAX_RECIPE_BYTES)
+        return text, require(RecipePart, read_yaml(text)[0] or {})
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: can't be read ({reason(error)}); fix it or train again") from None
 
 
 def read_if_sound(path: Path, schema: type[_Part]) -> dict[str, Any]:

@@ -73,9 +73,9 @@ class Scrubber:
         """Return a JSON text without local paths; the same bytes if there are none."""
         try:
             tree = json.loads(content)
-        except ValueError:  # a line cut short when the run was killed
+            clean = self.tree(tree)
+        except (ValueError, RecursionError):  # a line cut short when the run was killed
             return self.text(content.decode(errors="replace")).encode()
-        clean = self.tree(tree)
         if clean == tree or json.dumps(clean) == json.dumps(tree):  # NaN is not equal to itself
             return content
         return (json.dumps(clean, indent=2 if content.count(b"\n") > 1 else None) + "\n").encode()

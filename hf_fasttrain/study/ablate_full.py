@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_fasttrain.run_folder.file_names import METRICS_FILE, RESULT_FILE
+from hf_fasttrain.run_folder.metrics_file import read_metrics
+from hf_fasttrain.run_folder.schemas import ResultFile, read_if_sound
 from hf_fasttrain.study.ablate import Ablation, FullTraining, Row
 from hf_fasttrain.study.bench import Note
-from hf_fasttrain.utils.files import read_json, read_lines
 
 UNPUBLISHED = ("log.report=false", "hub=null")  # of the arms
 Train = Callable[[Sequence[str], Path], str]  # (overrides, log file) -> error message, or an empty one
@@ -91,8 +92,8 @@ class EndedTraining:
     @classmethod
     def read(cls, run: Path) -> EndedTraining:
         """Read a run folder."""
-        result = read_json(run / RESULT_FILE)
-        lines = [line for line in read_lines(run / METRICS_FILE) if line.get("kind") == "evaluation"]
+        result = read_if_sound(run / RESULT_FILE, ResultFile)
+        lines = [line for line in read_metrics(run / METRICS_FILE) if line["kind"] == "evaluation"]
         split = lines[0].get("split") if lines else None
         accuracy_curve = [
             (line["train_seconds"], line["accuracy"])

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.data.loading.loader import Step
-from hf_fasttrain.utils.files import read_json, try_to_write, write_json
+from hf_fasttrain.run_folder.schemas import MicroBatchFile, read_if_sound
+from hf_fasttrain.utils.files import try_to_write, write_json
 
 CUT_FILE = "micro_batch.json"
 
@@ -73,6 +74,6 @@ def remember_cut(run: Path | None, size_setting: str, micro_batch_size: int) -> 
 
 def remembered_cut(run: Path | None, size_setting: str) -> int | None:
     """Return the micro-batch size that `remember_cut` stored for the same setting, None if there is none."""
-    record = read_json(run / CUT_FILE) if run is not None else {}
+    record = read_if_sound(run / CUT_FILE, MicroBatchFile) if run is not None else {}
     size = record.get("micro_batch_size")
     return size if record.get("wished") == size_setting and isinstance(size, int) and size > 0 else None

@@ -17,10 +17,13 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from hf_fasttrain.utils.errors import RunError, shown
+
 Bytes = bytes | memoryview
 BLOCK = 32 << 20  # bytes per write
 LARGEST_FILE = 1 << 30  # bytes of a file that is read as a whole, such as an image
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 32 << 20, 100  # of a file that is read back
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 MAX_LINE = 1 << 20  # characters of a line of a JSON-lines file
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes the halves of a character
 
@@ -210,6 +213,21 @@ def _whole_characters(value: Any) -> Any:
     return value
 
 
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Return the header of a .safetensors file. Raises OSError, and ValueError if it has none of at most 100 MB."""
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size:,} bytes")
+        try:
+            header = json.loads(file.read(size))
+        except RecursionError:
+            raise ValueError("a header that is nested too deeply") from None
+    if not isinstance(header, dict):
+        raise ValueError("a header that is not a JSON object")
+    return header
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty dict if the file is missing or can't be read."""
     try:
@@ -351,6 +369,14 @@ def try_to_write(write: Callable[[], object], on_error: Callable[[BaseException]
         on_error(error)
         return False
     return True
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """Return a path with the home folder for `~`. Raises RunError for a user without one, unless the path exists."""
+    expanded = os.path.expanduser(path)
+    if str(expanded).startswith("~") and not os.path.lexists(Path(expanded).parts[0]):
+        raise RunError(f"{shown(os.fspath(path))}: there is no such user, or no home folder; write the path out")
+    return Path(expanded)
 
 
 def is_hidden(name: str) -> bool:

@@ -21,7 +21,10 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 def is_finite(value: Any) -> TypeGuard[float]:
     """Return whether a value is a finite number, of Python or NumPy; a bool does not count."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float, of a damaged file
+        return False
 
 
 def _not_finite(value: Any) -> str:

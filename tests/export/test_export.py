@@ -347,7 +347,9 @@ def test_weights_of_checkpoints_are_exported(trained_run: Path, tmp_path: Path, 
 
 
 def test_the_best_evaluation_may_be_the_last(trained_run: Path, tmp_path: Path) -> None:
-    (trained_run / "result.json").write_text(json.dumps({"steps": 9, "best": {"step": 9}}))
+    (trained_run / "result.json").write_text(
+        json.dumps({"steps": 9, "best": {"metric": "loss", "value": 0.5, "step": 9}})
+    )
     export_run(trained_run, tmp_path / "out", weights="best")
     files = [(folder / "model.safetensors").read_bytes() for folder in (trained_run / "model", tmp_path / "out")]
     assert files[0] == files[1]

@@ -15,11 +15,12 @@ from hf_fasttrain.cli import main
 from hf_fasttrain.recipe.conflicts import without_effect
 from hf_fasttrain.recipe.explain import all_explained
 from hf_fasttrain.recipe.find import recipe_header, recipes_folder, shipped_recipes
-from hf_fasttrain.recipe.load import _apply_override, flatten, json_schema, origin_of, recipe_text, tag_of
+from hf_fasttrain.recipe.load import _apply_override, flatten, json_schema, origin_of, output_dir, recipe_text, tag_of
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.recipe.validate import all_keys
+from hf_fasttrain.recipe.validate import all_keys, is_allowed
 from hf_fasttrain.utils.duration import Duration
-from hf_fasttrain.utils.errors import RecipeError
+from hf_fasttrain.utils.errors import RecipeError, RunError
+from hf_fasttrain.utils.files import expand_user
 
 SMALLER = {
     "resnet18": "test_resnet",
@@ -241,3 +242,29 @@ def test_a_learning_rate_of_a_frozen_backbone_is_noted(write_recipe: Callable[..
 def test_a_value_range_is_two_numbers_in_order(value: str, write_recipe: Callable[..., Path]) -> None:
     with pytest.raises(RecipeError, match=r"data\.value_range.* give two numbers, the smaller one \(black\) first"):
         load_recipe(write_recipe(), [f"data.value_range={value}"])
+
+
+def test_the_home_of_a_user_that_does_not_exist_is_one_message(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = r"^'?~nosuch/x.*there is no such user, or no home folder; write the path out$"
+    with pytest.raises(RunError, match=message):
+        load_recipe("~nosuch/x.yaml")
+    with pytest.raises(RunError, match=message):
+        output_dir(load_recipe(write_recipe(), ["output_dir=~nosuch/x"]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~nosuch").mkdir()
+    assert expand_user("~nosuch/x") == Path("~nosuch/x")  # a folder of this name exists
+    assert expand_user("~/x") == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("evaluate.batch_size", 64, True), ("evaluate.batch_size", 0, False), ("evaluate.batch_size", "../x", False),
+        ("data.workers", 3, True), ("data.workers", [], False), ("train.duration", "1 epoch", True),
+        ("train.duration", {}, False), ("data.mean", [0.5, 0.5, 0.5], True), ("data.no", 1, False), ("", 1, False),
+    ],
+)  # fmt: skip
+def test_whether_a_recipe_may_have_a_value(key: str, value: Any, allowed: bool) -> None:
+    assert is_allowed(key, value) == allowed

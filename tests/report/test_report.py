@@ -98,7 +98,7 @@ def make_run(
     lines = [f"{k}: {json.dumps({'value': v, 'origin': o, 'tag': t})}" for k, (v, o, t) in resolved.items()]
     (folder / "resolved.yaml").write_text("\n".join(lines) + "\n")
     (folder / "model").mkdir()
-    spec = {"name": "resnet18", "num_classes": num_classes, "class_names": names, "multi_label": False}
+    spec = {"name": "resnet18", "class_names": names, "image_size": 224, "multi_label": False}
     (folder / "model/hf_fasttrain.json").write_text(json.dumps(spec))
     result = {
         "metrics": {"loss": 0.6, "accuracy": 0.92, "f1_macro": 0.9}, "test_metrics": {"accuracy": 0.9, "loss": 0.7},
@@ -280,7 +280,7 @@ def test_old_and_incomplete_metric_lines_are_read(tmp_path: Path) -> None:
     assert record.train["step"].tolist() == [1, 2]
     assert record.train["loss"].tolist() == [3.0, 1.0]
     assert np.isnan(record.train["grad_norm"]).all()
-    assert record.problems == ["metrics.jsonl: 3 unreadable lines skipped"]
+    assert record.problems == ["metrics.jsonl: 4 unreadable lines skipped"]  # the last one has no split
     assert record.epochs_per_step == 0.25
     assert (record.metric_names, record.splits, record.last_step) == (["accuracy"], ["v"], 2)
     assert not len(record.metric_curve("loss", "v")[0])
@@ -300,7 +300,7 @@ def test_unreadable_files_are_reported_and_the_rest_is_shown(tmp_path: Path) -> 
         assert f"{name} can't be read" in messages or f"{name}: can't be read" in messages
     page = write_report([run]).read_text()
     assert "has not finished; this is its state up to step 90" in page
-    assert "gallery.json can&#39;t be read" in page
+    assert "gallery.json: can&#39;t be read as a list of pictures (training.0.file is missing" in page
 
 
 @pytest.mark.parametrize("kept_file", ["metrics.jsonl", "recipe.yaml", "result.json"])

@@ -278,10 +278,16 @@ def write_run(run: Path, accuracies: list[float], seconds: float) -> None:
     (run / "result.json").write_text(json.dumps({"metrics": metrics, "test_metrics": None, "train_seconds": seconds}))
     per_training = seconds / len(accuracies)
     lines = [
-        {"kind": "evaluation", "split": "validation", "accuracy": value, "train_seconds": per_training * (number + 1)}
-        for number, value in enumerate(accuracies)
+        {
+            "kind": "evaluation",
+            "step": step,
+            "split": "validation",
+            "accuracy": value,
+            "train_seconds": per_training * step,
+        }
+        for step, value in enumerate(accuracies, 1)
     ]
-    lines.append({"kind": "evaluation", "split": "test", "accuracy": 1.0, "train_seconds": 0.1})
+    lines.append({**lines[-1], "split": "test", "accuracy": 1.0, "train_seconds": 0.1})
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_fasttrain.run_folder.file_names import BAD_IMAGES_FILE
+from hf_fasttrain.run_folder.metrics_file import read_bad_images
 from hf_fasttrain.utils.errors import DataError
-from hf_fasttrain.utils.files import append_line, read_lines, reason
+from hf_fasttrain.utils.files import append_line, reason
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class BadImages:
             self.note(f"{self.path} can't be written ({reason(error)}): not all bad images are listed there")
 
     def _listed(self) -> set[tuple[str, int]]:
-        return set() if self.path is None else {(line["split"], line["index"]) for line in read_lines(self.path)}
+        return set() if self.path is None else {(line["split"], line["index"]) for line in read_bad_images(self.path)}
 
     def _require_few(self, split: str, num_images: int) -> None:
         bad = [event for event in self._bad.values() if event.split == split]
