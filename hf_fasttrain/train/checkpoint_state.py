@@ -191,7 +191,9 @@ class TrainingObjects:
     @property
     def can_resume_here(self) -> bool:
         """Whether a checkpoint of the current step could be resumed: a user's loader may not store its position."""
-        return not isinstance(self.loader, UserLoader) or self.loader.can_resume_here
+        if not isinstance(self.loader, UserLoader):
+            return True
+        return self.loader.is_between_epochs if self.processes.has_left_others else self.loader.can_resume_here
 
     def reason_to_skip(self, checkpoint: Checkpoint) -> str | None:
         """Return why a user's loader can't continue from a checkpoint, None if it can."""

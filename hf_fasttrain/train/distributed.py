@@ -47,8 +47,13 @@ class Processes:
         self.number, self.index = accelerator.num_processes, accelerator.process_index
         self.is_main, self.is_distributed = accelerator.is_main_process, accelerator.num_processes > 1
         self.is_local_main = accelerator.is_local_main_process  # main process of this machine
+        self.has_left_others = False
         if self.is_distributed:
             host_group()  # created by all processes here
+
+    def leave_others(self) -> None:
+        """Communicate no more: the others have ended, or this process ends without them."""
+        self.number, self.is_distributed, self.has_left_others = 1, False, True
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the elementwise maximum over processes."""

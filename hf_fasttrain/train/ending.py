@@ -58,7 +58,10 @@ def _resume_text(trainer: Trainer) -> str:
     assert trainer.checkpoints is not None
     step = max(trainer.checkpoints.resumable, default=0)
     action = f"continues from step {step}, the end of an epoch" if step else "starts the training over"
-    return f", but train_loader does not store its position within an epoch: Trainer.restore() {action}"
+    lacking = "train_loader does not store its position within an epoch"
+    if trainer.processes.has_left_others:
+        lacking = "the positions of the other processes' train_loader are lost"
+    return f", but {lacking}: Trainer.restore() {action}"
 
 
 def evaluate_final(trainer: Trainer) -> int:

@@ -15,8 +15,16 @@ from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.train.step import TrainStep
 from hf_fasttrain.train.steps import Steps, remember_cut, remembered_cut, smaller
-from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, StepOutOfMemory, first_line, how_to_resume
-from hf_fasttrain.utils.library_errors import is_out_of_memory
+from hf_fasttrain.utils.errors import (
+    PEER_GONE,
+    GradientsNotExchanged,
+    NotEnoughMemory,
+    RunError,
+    StepOutOfMemory,
+    first_line,
+    how_to_resume,
+)
+from hf_fasttrain.utils.library_errors import is_out_of_memory, is_peer_gone
 
 Outcome = TypeVar("Outcome")
 
@@ -67,6 +75,10 @@ class Retry:
                 self.step.undo()  # the state before it is saved
                 raise
             except (RuntimeError, MemoryError) as error:
+                undoable = self.processes.is_distributed and self.step.memory.failed_in() == "gradients"
+                if undoable and is_peer_gone(error):
+                    self.step.undo()
+                    raise GradientsNotExchanged(PEER_GONE) from None
                 if not is_out_of_memory(error):
                     raise
                 what, agreed = first_line(error), isinstance(error, StepOutOfMemory)

@@ -14,11 +14,11 @@ from hf_fasttrain.data.loading.waiting import WaitCutShort
 from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
 from hf_fasttrain.train.checkpointing import lock_run, unlock_run
-from hf_fasttrain.train.ending import stop_run
+from hf_fasttrain.train.ending import result_of, stop_run
 from hf_fasttrain.train.launcher import shared_data_note
 from hf_fasttrain.train.steps import Steps
-from hf_fasttrain.train.stop import MOST_WAIT, exclusive_training, signal_name
-from hf_fasttrain.utils.errors import PeerGone, RunError, RunFailure
+from hf_fasttrain.train.stop import MOST_WAIT, exclusive_training, signal_name, stopped
+from hf_fasttrain.utils.errors import PEER_GONE, GradientsNotExchanged, PeerGone, RunError, RunFailure
 from hf_fasttrain.utils.library_errors import is_peer_gone
 from hf_fasttrain.utils.signals import SIGNALS
 
@@ -73,19 +73,28 @@ class Session:
     def _cut_short(self) -> Iterator[None]:
         """If a signal has come and images have not, save the last complete step and raise Stopped.
 
-        Several processes can't: the others wait for this one's gradients. RunFailure ends them all.
+        Several processes can't agree on that, since the others wait for this one's gradients: each of them ends when
+        its images or another one's gradients don't arrive, and the main one saves alone.
         """
+        trainer, signals = self.trainer, self.trainer.stop.signals
         try:
             yield
             return
-        except WaitCutShort:
-            pass  # handled outside of the handler, which keeps tensors alive
-        number = self.trainer.stop.signals.received
-        reason = f"no images have arrived for {MOST_WAIT:.0f} s after {signal_name(number)}"
-        self.trainer.log.print(f"{reason}: the step is given up")
+        except WaitCutShort:  # handled outside of the handler, which keeps tensors alive
+            reason = f"no images have arrived for {MOST_WAIT:.0f} s after {signal_name(signals.received)}"
+        except GradientsNotExchanged:
+            if not signals.received:
+                raise
+            reason = "another training process has ended"
+        number = signals.received
+        (trainer.log.print if trainer.processes.is_main else trainer.log.alert)(f"{reason}: the step is given up")
+        if trainer.processes.is_distributed:
+            trainer.processes.leave_others()
         with suppress(WaitCutShort):  # of a user's loader, whose sampler is asked for its position
-            if not self.trainer.processes.is_distributed:
-                stop_run(self.trainer, number)
+            if trainer.processes.is_main:
+                stop_run(trainer, number)
+            message = f"{reason}; the main process saves, if it can"
+            raise stopped(number, message, trainer.state.step, result_of(trainer), saved=True)
         failure = RunFailure(f"{reason}; a disk or file server may not answer")
         failure.on_every_process = False
         raise failure
@@ -163,7 +172,7 @@ class Session:
     def _failure_with_step(self, error: BaseException, start_step: int) -> RunFailure | None:
         """Return the failure with the last saved step if a process has died; None for other errors."""
         if self.trainer.processes.is_distributed and is_peer_gone(error):
-            error = PeerGone("another training process has ended; its output may show why")
+            error = PeerGone(PEER_GONE)
         if not isinstance(error, RunFailure):
             return None
         checkpoints = self.trainer.checkpoints

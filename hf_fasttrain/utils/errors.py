@@ -118,6 +118,11 @@ class PeerGone(RunFailure):
     """Another training process has ended."""
 
 
+class GradientsNotExchanged(PeerGone):
+    """Another training process has ended before a step's gradients were exchanged; the step is undone."""
+
+
+PEER_GONE = "another training process has ended; its output may show why"
 _called_from_python = True
 
 

@@ -195,6 +195,48 @@ def test_processes_stop_after_the_same_step_at_most_ten_after_the_signal(
     assert steps_of(tmp_path / "run") == [first[0]]
 
 
+def wait_in_vain(recipe: str, run: str, who: int) -> tuple[str, int, float]:
+    """Both processes are signalled in their third step, for which the images of one of them never arrive."""
+    make, calls = ImageBatches.make, itertools.count(1)
+
+    def stuck(self: ImageBatches, key: Any, buffer: Any = None) -> Any:
+        if self.transform is not None and next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60 if int(os.environ["RANK"]) == who else 0)
+        return make(self, key, buffer)
+
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stop, "MOST_WAIT", 0.2)
+        patch.setattr(ImageBatches, "make", stuck)
+        with pytest.raises(Stopped) as caught:
+            signalled(Path(recipe), Path(run), {}, *RARELY, "train.duration=4 steps").fit()
+    return str(caught.value), caught.value.status, time.monotonic() - began
+
+
+@pytest.mark.parametrize("who", [0, 1], ids=["main", "other"])
+def test_the_main_process_saves_alone_if_the_images_of_one_never_arrive(
+    who: int, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, cut, whole = str(write_recipe()), str(tmp_path / "cut"), str(tmp_path / "whole")
+    ended = run_processes(wait_in_vain, recipe, cut, who)
+
+    assert ended[0][0].startswith("stopped by SIGTERM after step 2 of 4; its state is saved")
+    assert [status for _, status, _ in ended] == [75, 75]
+    assert max(seconds for *_, seconds in ended) < 20
+    assert steps_of(Path(cut)) == [2]
+    if who == 0:
+        return
+    assert run_processes(train_to_the_end, recipe, cut, True) == [4, 4]
+    run_processes(train_to_the_end, recipe, whole, False)
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def train_to_the_end(recipe: str, run: str, resume: bool) -> int:
+    return signalled(Path(recipe), Path(run), {}, *RARELY, "train.duration=4 steps", resume=resume).fit().steps
+
+
 def stop_in_the_middle(recipe: str, run: str, at: int | None, resume: bool) -> int:
     """Two processes with batch norm, whose running statistics differ between averagings."""
     options = ["model.name=test_resnet", "train.duration=8 steps", "evaluate.every=4 steps", "checkpoint.every=4 steps"]

@@ -100,7 +100,12 @@ class UserLoader:
     @property
     def can_resume_here(self) -> bool:
         """Whether training could continue from a checkpoint of the current step."""
-        return self.keeps_position or self._num_batches % self.steps_per_epoch == 0
+        return self.keeps_position or self.is_between_epochs
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether the current step is the last one of its epoch."""
+        return self._num_batches % self.steps_per_epoch == 0
 
     def can_resume(self, state: Any, *, same_processes: bool = True) -> bool:
         """Return whether training can continue from a saved state: one with a position, or at the end of an epoch.
