@@ -224,7 +224,7 @@ def _weights_used(run: Path, weights: str | None, checkpoint: Path | None) -> di
 def _is_same_data(recipe: Recipe, trained: Recipe) -> bool:
     """Return whether two recipes have the same dataset, even if its path is written differently."""
     ours, theirs = recipe.data, trained.data
-    paths = [os.path.realpath(os.path.expanduser(data.dataset)) for data in (ours, theirs)]
+    paths = [os.path.realpath(existing_path(data.dataset) or data.dataset) for data in (ours, theirs)]
     same_source = ours.dataset == theirs.dataset or paths[0] == paths[1]
     return same_source and (ours.config, ours.revision) == (theirs.config, theirs.revision)
 

@@ -14,6 +14,7 @@ from hf_fasttrain.cli.terminal import is_main
 from hf_fasttrain.utils.errors import UserError, on_command_line
 from hf_fasttrain.utils.limits import raise_file_limit, require_threads_of_libraries
 from hf_fasttrain.utils.printing import echo
+from hf_fasttrain.utils.standard_folders import require_temporary_folder, require_working_folder, set_home
 from hf_fasttrain.utils.streams import flush_stdout, repair_standard_streams
 from hf_fasttrain.utils.system_errors import explain_system_error
 
@@ -52,12 +53,21 @@ def main(argv: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> Any:
     """Run a command and return its exit status."""
     if arguments and arguments[0] not in WITHOUT_LIBRARIES:
-        raise_file_limit()
-        require_threads_of_libraries()
+        _prepare_for_libraries()
     try:
         return app(arguments, prog_name="hf-fasttrain", standalone_mode=False) or 0
     except SystemExit as ended:
         return ended.code
+
+
+def _prepare_for_libraries() -> None:
+    """Check and set what libraries need when they are imported."""
+    require_working_folder()
+    require_temporary_folder()
+    if (note := set_home()) is not None and is_main():
+        echo(f"note: {note}", err=True)
+    raise_file_limit()
+    require_threads_of_libraries()
 
 
 def _print_usage(error: Any, arguments: list[str]) -> int:

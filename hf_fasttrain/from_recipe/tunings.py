@@ -18,7 +18,8 @@ from hf_fasttrain.run_folder.schemas import TuningFile, read_if_sound
 from hf_fasttrain.train.launcher import num_processes, uses_gpu
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.environment import describe_machine, describe_versions
-from hf_fasttrain.utils.files import write_json
+from hf_fasttrain.utils.files import expand_user, write_json
+from hf_fasttrain.utils.standard_folders import home_folder
 
 # Settings that are valid for any number of processes.
 COMPUTE_KEYS = (
@@ -60,7 +61,8 @@ class Tuning:
 
 def tunings_dir() -> Path:
     """Return the folder of the stored tunings: $HF_FASTTRAIN_TUNINGS or ~/.cache/hf_fasttrain/tunings."""
-    return Path(os.environ.get("HF_FASTTRAIN_TUNINGS", "~/.cache/hf_fasttrain/tunings")).expanduser()
+    named = os.environ.get("HF_FASTTRAIN_TUNINGS")
+    return expand_user(named) if named else home_folder() / ".cache" / "hf_fasttrain" / "tunings"
 
 
 def store_tuning(tuning: Tuning) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,47 @@ from hf_fasttrain.run_folder.file_names import (
     TRACKERS_FOLDER,
 )
 from hf_fasttrain.utils.errors import RunError, how_to_resume, resume_option
+from hf_fasttrain.utils.files import kind_of_file, reason
 from hf_fasttrain.utils.format import format_command
 
 FILES_OF_UNSAVED = (*FILES_WHILE_TRAINING, BAD_IMAGES_FILE, TRACKERS_FOLDER)
 
 
 def require_free(folder: Path, *, resume: bool) -> None:
-    """Raise RunError if the path is not a folder, or if it holds a run and `resume` is False.
+    """Raise RunError if the path can't be a run folder, or if it holds a run and `resume` is False.
 
     A run that was stopped before it saved anything does not count: see `is_unsaved`.
     """
     try:
-        exists = folder.exists()
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
+        if folder.exists():
+            os.listdir(folder)
+            _require_kinds(folder)
+        is_taken = bool(run_files_in(folder)) and not resume and not is_unsaved(folder)
     except OSError as error:
-        raise RunError(f"output_dir {folder}: can't be used: {error.strerror}; choose another output_dir") from None
-    if exists and not folder.is_dir():
-        raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
-    files = run_files_in(folder)
-    if files and not resume and not is_unsaved(folder):
+        raise RunError(f"output_dir {folder}: can't be used: {reason(error)}; choose another output_dir") from None
+    if is_taken:
         raise holds_run(folder)
+
+
+def _require_kinds(folder: Path) -> None:
+    """Raise RunError if something else has the name of a run's file: a FIFO, a device, a link that leads nowhere."""
+    for name in (*RUN_FILES, BAD_IMAGES_FILE, CHECKPOINTS_FOLDER):
+        path, wanted = folder / name, stat.S_ISDIR if name == CHECKPOINTS_FOLDER else stat.S_ISREG
+        if not os.path.lexists(path):
+            continue
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if not path.is_symlink():
+                raise
+            found = f"a link to {os.readlink(path)}: {reason(error)}"
+        else:
+            if wanted(mode):
+                continue
+            found = kind_of_file(mode)
+        raise RunError(f"output_dir {folder}: {name} is {found}; remove it, or choose another output_dir")
 
 
 def holds_run(folder: Path) -> RunError:

@@ -16,6 +16,7 @@ import torch
 
 from hf_fasttrain.data.loading.prefetch import ImageBatches, PixelBatch, Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
+from hf_fasttrain.data.loading.shared_memory import SharedMemory
 from hf_fasttrain.data.loading.workers import worker_index
 from hf_fasttrain.data.pixels.decode import Pixels
 from hf_fasttrain.data.pixels.images import Images
@@ -36,7 +37,8 @@ class Stopwatch:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         # A row for each worker, so that they need no lock.
-        self.table = torch.zeros((MAX_WORKERS, len(STAGES) + 2), dtype=torch.float64).share_memory_()
+        self.counters = SharedMemory(MAX_WORKERS, 8 * (len(STAGES) + 2))
+        self.table = _table_in(self.counters)
         self._before = self.table.clone()
 
     def reset(self) -> None:
@@ -89,30 +91,34 @@ def watch_compute(trainer: Trainer, watch: Stopwatch) -> None:
 
 def watch_loader(prefetcher: Prefetcher, watch: Stopwatch) -> None:
     """Time the stages of a prefetcher's workers."""
-    prefetcher.wrap_images(lambda images: _TimedBatches(images, watch.table))
+    prefetcher.wrap_images(lambda images: _TimedBatches(images, watch.counters))
+
+
+def _table_in(memory: SharedMemory) -> torch.Tensor:
+    return memory.rows.view(torch.float64)
 
 
 class _Row:
     """This worker's row of the table."""
 
-    def __init__(self, table: torch.Tensor) -> None:
-        self.table = table
+    def __init__(self, counters: SharedMemory) -> None:
+        self.counters = counters
         self._row: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"table": self.table, "_row": None}
+        return {"counters": self.counters, "_row": None}
 
     def add(self, column: int, amount: float) -> None:
         if self._row is None:
-            self._row = self.table[(worker_index() or 0) % MAX_WORKERS].numpy()
+            self._row = _table_in(self.counters)[(worker_index() or 0) % MAX_WORKERS].numpy()
         self._row[column] += amount
 
 
 class _TimedBatches(ImageBatches):
     """Wraps `ImageBatches` and times its stages."""
 
-    def __init__(self, batches: ImageBatches, table: torch.Tensor) -> None:
-        row = _Row(table)
+    def __init__(self, batches: ImageBatches, counters: SharedMemory) -> None:
+        row = _Row(counters)
         source = batches.images
         images = Images(source.split, _TimedPreparation(source.preparation, row), source.cache)  # type: ignore[arg-type]
         if source.cache is not None:

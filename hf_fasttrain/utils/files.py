@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from hf_fasttrain.utils.errors import RunError, shown
+from hf_fasttrain.utils.standard_folders import has_home
 
 Bytes = bytes | memoryview
 BLOCK = 32 << 20  # bytes per write
@@ -115,7 +116,7 @@ def existing_path(name: str) -> str | None:
     A path that exists as it is written comes first, also one that begins with ~; then ~ is the user's folder, and an
     accent may be encoded in another way.
     """
-    expanded = os.path.expanduser(name)
+    expanded = _expanded(name)
     spelled = [unicodedata.normalize(form, expanded) for form in ("NFC", "NFD")]
     return next((path for path in (name, expanded, *spelled) if os.path.lexists(path)), None)
 
@@ -320,7 +321,10 @@ def append_line(path: Path, text: str) -> None:
     data = text.encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):  # a FIFO would take it, and wait for a reader when it is full
+            raise OSError(f"{kind_of_file(status.st_mode)}, not a regular file")
+        size = status.st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a power loss cut off the last line
             data = b"\n" + data
         try:
@@ -338,7 +342,7 @@ def append_line(path: Path, text: str) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, skipping incomplete lines; an empty list if there is no file."""
-    if not path.exists() or not path.stat().st_size:
+    if not path.is_file() or not path.stat().st_size:
         return []
     return [value for line in lines_of(path) if (value := parse_line(line)) is not None]
 
@@ -373,10 +377,15 @@ def try_to_write(write: Callable[[], object], on_error: Callable[[BaseException]
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
     """Return a path with the home folder for `~`. Raises RunError for a user without one, unless the path exists."""
-    expanded = os.path.expanduser(path)
-    if str(expanded).startswith("~") and not os.path.lexists(Path(expanded).parts[0]):
-        raise RunError(f"{shown(os.fspath(path))}: there is no such user, or no home folder; write the path out")
+    text = os.fspath(path)
+    expanded = _expanded(text)
+    if expanded.startswith("~") and not os.path.lexists(Path(expanded).parts[0]):
+        raise RunError(f"{shown(text)}: there is no such user, or no home folder; write the path out")
     return Path(expanded)
+
+
+def _expanded(path: str) -> str:
+    return path if path.split("/")[0] == "~" and not has_home() else os.path.expanduser(path)
 
 
 def is_hidden(name: str) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 LAUNCHER_VARIABLES = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
@@ -61,6 +62,39 @@ def end_child(work: Callable[[], Any], file: Path) -> NoReturn:
 def in_child(function: Callable[[], Any]) -> Any:
     """Return the result of `function()` in a forked process; after torch's ONNX export no fork could train."""
     return run_processes(function, num_processes=1)[0]
+
+
+UNKNOWN_USER = 65533  # an id without an entry in /etc/passwd
+can_become_others = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+def as_unknown_user(work: Callable[[], Any], folder: Path) -> Any:
+    """Return what `work` returns in a process of that user, who may write to `folder` and has no home."""
+    for path in (folder, *folder.parents[:2]):
+        path.chmod(0o777)
+
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        outcome: tuple[bool, Any] = (False, None)
+        try:
+            os.setgroups([])
+            os.setgid(UNKNOWN_USER)
+            os.setuid(UNKNOWN_USER)
+            for name in ("HOME", "HF_FASTTRAIN_CACHE", "HF_FASTTRAIN_TUNINGS", "XDG_CACHE_HOME"):
+                os.environ.pop(name, None)
+            tempfile.tempdir = str(folder)
+            outcome = (True, work())
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
+            outcome = (False, traceback.format_exc())
+        finally:
+            os.write(writer, pickle.dumps(outcome))
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        ok, value = pickle.loads(pipe.read())
+    os.waitpid(child, 0)
+    assert ok, value
+    return value
 
 
 def free_port() -> int:

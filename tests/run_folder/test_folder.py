@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.processes import as_unknown_user, can_become_others
 
 from hf_fasttrain.run_folder.folder import is_unsaved, remove_unsaved, require_free, resume_command
+from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.utils.errors import RunError, on_command_line
 
 
@@ -47,3 +52,51 @@ def test_the_command_that_resumes_a_run_is_complete(killed: Path, monkeypatch: p
         assert resume_command(killed) == f"hf-fasttrain '{killed}' --resume"
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert resume_command(killed) is None
+
+
+def link(target: str) -> Callable[[Path], object]:
+    return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (Path.mkdir, "a folder"),
+        (os.mkfifo, "a FIFO"),
+        (link("nowhere"), "a link to nowhere: No such file or directory"),
+        (link("metrics.jsonl"), "a link to metrics.jsonl: Too many levels of symbolic links"),
+        (link("/dev/full"), "a device"),
+    ],
+)
+def test_something_else_in_the_place_of_a_runs_file_is_named_before_training(
+    killed: Path, make: Callable[[Path], object], what: str, resume: bool
+) -> None:
+    (killed / "metrics.jsonl").unlink()
+    make(killed / "metrics.jsonl")
+    with pytest.raises(RunError, match=rf"my run: metrics.jsonl is {what}; remove it, or choose another output_dir$"):
+        require_free(killed, resume=resume)
+    log = RunLog(killed, show=False)  # as if it had come while training
+    log.resume_line(1, "step_00000001", 1)
+    assert what == "a link to nowhere: No such file or directory" or "metrics.jsonl: " in log.lost[0]
+
+
+def test_a_link_to_a_file_elsewhere_is_a_file(killed: Path, tmp_path: Path) -> None:
+    (killed / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    (killed / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    require_free(killed, resume=False)
+    RunLog(killed, show=False).resume_line(1, "step_00000001", 1)
+    assert json.loads((tmp_path / "elsewhere").read_text())["step"] == 1
+
+
+@can_become_others
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111, 0o222])
+def test_a_folder_without_permissions_is_one_message(killed: Path, mode: int) -> None:
+    def work() -> str:
+        with pytest.raises(RunError) as caught:
+            require_free(killed, resume=False)
+        return str(caught.value)
+
+    killed.chmod(mode)
+    message = as_unknown_user(work, killed.parent)
+    assert message == f"output_dir {killed}: can't be used: Permission denied; choose another output_dir"

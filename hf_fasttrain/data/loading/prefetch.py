@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import mmap
 import sys
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from hf_fasttrain.data.loading.background import BackgroundIterator
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
+from hf_fasttrain.data.loading.shared_memory import SharedMemory
 from hf_fasttrain.data.loading.waiting import WAITING, WaitCutShort
 from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths
 from hf_fasttrain.data.loading.workers import Workers
@@ -90,16 +90,11 @@ def _pixels(buffer: Tensor | None, number: int, height: int, width: int) -> Tens
 class _Slots:
     """A ring of shared memory that the workers write batches into.
 
-    Fresh memory for each batch costs more than moving the pixels: its pages are new in both processes. Forked workers
-    inherit these slots, so they need no space in /dev/shm, which is small in containers.
+    Fresh memory for each batch costs more than moving the pixels: its pages are new in both processes.
     """
 
     def __init__(self, number: int, slot_bytes: int) -> None:
-        if torch.multiprocessing.get_start_method() == "fork":
-            shared = mmap.mmap(-1, number * slot_bytes)
-            self.memory = torch.frombuffer(shared, dtype=torch.uint8).view(number, slot_bytes)
-        else:
-            self.memory = torch.empty((number, slot_bytes), dtype=torch.uint8).share_memory_()
+        self.memory = SharedMemory(number, slot_bytes)
         self.free: deque[int] = deque(range(number))
 
 
@@ -130,7 +125,7 @@ class _SlotSampler:
         if self.slots is None:
             yield from (_BatchRequest(key, None) for key in self.keys)
             return
-        self.slots.free = deque(range(len(self.slots.memory)))
+        self.slots.free = deque(range(len(self.slots.memory.rows)))
         for key in self.keys:
             yield _BatchRequest(key, self.slots.free.popleft())
 
@@ -138,7 +133,7 @@ class _SlotSampler:
 class _BatchDataset:
     """Builds the batch of each request: in a worker, into its slot, or in this process if there are no workers."""
 
-    def __init__(self, images: ImageBatches, memory: Tensor | None) -> None:
+    def __init__(self, images: ImageBatches, memory: SharedMemory | None) -> None:
         self.images, self.memory = images, memory
 
     def load(self, request: _BatchRequest) -> PixelBatch | UserError:
@@ -178,7 +173,7 @@ class _BatchDataset:
         return _SentBatch(request.slot, shape, labels, batch.events, None if in_slot else batch.pixels.numpy())
 
     def _buffer(self, request: _BatchRequest) -> Tensor | None:
-        return None if request.slot is None or self.memory is None else self.memory[request.slot]
+        return None if request.slot is None or self.memory is None else self.memory.rows[request.slot]
 
 
 class Prefetcher:
@@ -327,7 +322,7 @@ def _receive(batch: PixelBatch | _SentBatch | UserError, slots: _Slots | None) -
         return PixelBatch(torch.from_numpy(batch.pixels), torch.from_numpy(batch.labels), batch.events)
     assert slots is not None
     assert batch.slot is not None
-    pixels = slots.memory[batch.slot][: math.prod(batch.shape)].view(batch.shape)
+    pixels = slots.memory.rows[batch.slot][: math.prod(batch.shape)].view(batch.shape)
     return PixelBatch(pixels, torch.from_numpy(batch.labels), batch.events)
 
 

@@ -26,6 +26,7 @@ import xxhash
 from hf_fasttrain.data.pixels.decode import Pixels, decode
 from hf_fasttrain.utils.errors import DataError, shortened
 from hf_fasttrain.utils.format import format_bytes
+from hf_fasttrain.utils.standard_folders import home_folder
 
 try:
     import fcntl
@@ -329,7 +330,7 @@ def default_cache_dir() -> Path:
     folder = os.environ.get("HF_FASTTRAIN_CACHE")
     if folder:
         return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache"
     return Path(base) / "hf_fasttrain" / "pixels"
 
 

@@ -19,7 +19,7 @@ from hf_fasttrain.data.source.splits import Splits, opened
 from hf_fasttrain.data.source.tables import open_tables
 from hf_fasttrain.utils.clean import one_line
 from hf_fasttrain.utils.errors import DataError, first_line, nearest
-from hf_fasttrain.utils.files import existing_path
+from hf_fasttrain.utils.files import existing_path, expand_user
 
 
 def open_splits(
@@ -45,7 +45,7 @@ def open_splits(
         return Splits({"train": digits_dataset}, notes=notes)
     path = existing_path(name)
     if path is None and name.startswith((".", "/", "~")):
-        raise DataError(f"{one_line(name)}: no such file or folder{_siblings(Path(os.path.expanduser(name)))}")
+        raise DataError(f"{one_line(name)}: no such file or folder{_siblings(expand_user(name))}")
     if path is None:
         return opened(_open_hub(name, config, revision))
     if not os.path.exists(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,8 @@ def unreadable(files: Sequence[str], error: Exception) -> DataError:
 
     cause = error.__cause__ or error
     cache = str(datasets.config.HF_DATASETS_CACHE)
-    if isinstance(cause, OSError) and str(cause.filename or "").startswith((cache, os.path.dirname(cache))):
+    in_cache = str(getattr(cause, "filename", None) or "").startswith((cache, os.path.dirname(cache)))
+    if isinstance(cause, OSError) and (in_cache or cause.errno in (errno.ENOSPC, errno.EDQUOT)):
         return DataError(
             f"{one_line(cache)}: the cache of `datasets`, into which tables are converted, can't be written "
             f"({reason(cause)}); set HF_DATASETS_CACHE to a folder that can be"

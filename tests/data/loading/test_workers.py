@@ -32,6 +32,7 @@ from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.loader import EvalLoader, Step, TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan
+from hf_fasttrain.data.loading.shared_memory import SharedMemory
 from hf_fasttrain.data.loading.waiting import WAITING, WaitCutShort
 from hf_fasttrain.data.loading.worker_deaths import CHILD_SIGNAL, WorkerDeaths, describe_death, iterate_user_loader
 from hf_fasttrain.data.loading.workers import Workers
@@ -523,3 +524,31 @@ def test_check_images_survives_a_death_and_names_the_rows_of_a_second(
         printed := capsys.readouterr().err
     )
     assert "at rows 0 to 23: " in printed
+
+
+class _Writes:
+    """Fills a row of shared memory in a loader process."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self.memory = memory
+
+    def __call__(self, row: int) -> int:
+        self.memory.rows[row] = row + 1
+        return os.getpid()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loader_processes_share_memory_without_using_dev_shm(method: str) -> None:
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(method, force=True)
+    used = set(os.listdir("/dev/shm"))
+    try:
+        memory = SharedMemory(3, 5)
+        workers = Workers(_Writes(memory), 1, 1, WorkerDeaths(print))
+        processes = set(workers.answers([0, 2], keep=True))
+        assert set(os.listdir("/dev/shm")) == used
+        workers.close()
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
+    assert os.getpid() not in processes
+    assert memory.rows.tolist() == [[1] * 5, [0] * 5, [3] * 5]
