@@ -6,6 +6,7 @@ DIR is an image folder (DIR/train/<class>/*.jpg). The transform is albumentation
 of about the same cost.
 
 bare    processes that read, decode (Pillow) and transform their share of the files, and send nothing
+torch   torch's DataLoader over a Dataset that does the same and normalises, to batches in this process
 loader  the training loader of `Trainer.from_recipe(transform=...)`, to normalised batches in this process, uncached
 kept    the same with decoded pixels cached in memory
 
@@ -33,8 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
-SIZE = 224
+SIZE, BATCH = 224, 64
 REFILL_SECONDS = 2.0  # between turns: loaders fill their queues
 Pass = Callable[[], float]  # goes through the images once, and returns images/s
 
@@ -73,8 +75,7 @@ def transform(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def work(files: list[Path], start: Any, done: Any) -> None:
     """Read, decode and transform files, once for each item in `start`."""
     torch.set_num_threads(1)
-    if (opencv := sys.modules.get("cv2")) is not None:
-        opencv.setNumThreads(0)
+    _one_opencv_thread(0)
     while (number := start.get()) is not None:
         for index, file in enumerate(files):
             transform(np.asarray(Image.open(file).convert("RGB")), np.random.default_rng([number, index]))
@@ -99,6 +100,45 @@ def bare_arm(files: list[Path], workers: int) -> Pass:
     return one_pass
 
 
+class Photos(Dataset):
+    """Decoded, transformed and normalised images, as they are usually written for a DataLoader."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.mean, self.std = (torch.full((3, 1, 1), 0.5) for _ in range(2))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        pixels = transform(np.asarray(Image.open(self.files[index]).convert("RGB")), np.random.default_rng(index))
+        return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+
+
+def torch_arm(files: list[Path], workers: int) -> Pass:
+    """Return a pass over all files by torch's DataLoader, whose processes persist between passes."""
+    loader = DataLoader(
+        Photos(files),
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=True,
+        worker_init_fn=_one_opencv_thread,
+    )
+
+    def one_pass() -> float:
+        start_time = time.perf_counter()
+        return sum(len(images) for images in loader) / (time.perf_counter() - start_time)
+
+    return one_pass
+
+
+def _one_opencv_thread(worker: int) -> None:
+    if (opencv := sys.modules.get("cv2")) is not None:
+        opencv.setNumThreads(0)
+
+
 def loader_arm(args: argparse.Namespace, cache_mode: str, folder: Path) -> Pass:
     """Return a pass over the training images by a recipe's loader, whose processes persist between passes."""
     from hf_fasttrain import load_recipe
@@ -110,7 +150,7 @@ def loader_arm(args: argparse.Namespace, cache_mode: str, folder: Path) -> Pass:
     recipe = folder / "transform.yaml"
     recipe.write_text(
         f"model: {{name: test_resnet}}\ndata: {{dataset: {args.folder}, image_size: {SIZE}, workers: {args.workers}, "
-        f"cache: {cache_mode}}}\ntrain: {{duration: 1000 epochs, batch_size: 64, drop_last: true}}\n"
+        f"cache: {cache_mode}}}\ntrain: {{duration: 1000 epochs, batch_size: {BATCH}, drop_last: true}}\n"
     )
     loader = build_train_loader(build_parts(load_recipe(recipe), custom=CustomParts(transform=transform)))
     steps = loader.steps(0, 1000 * loader.steps_per_epoch)
@@ -119,7 +159,7 @@ def loader_arm(args: argparse.Namespace, cache_mode: str, folder: Path) -> Pass:
         return sum(len(images) for _ in range(number) for images, _ in next(steps).micro_batches)
 
     def one_pass() -> float:
-        images_of(num_slots(args.workers, 64))
+        images_of(num_slots(args.workers, BATCH))
         start_time = time.perf_counter()
         return images_of(loader.steps_per_epoch) / (time.perf_counter() - start_time)
 
@@ -153,7 +193,7 @@ def main() -> int:
         parser.error(f"{args.folder}/train: no images in class folders")
     pipeline()  # before any process is forked
     with tempfile.TemporaryDirectory() as scratch:
-        arms: dict[str, Pass] = {"bare": bare_arm(files, args.workers)}
+        arms: dict[str, Pass] = {"bare": bare_arm(files, args.workers), "torch": torch_arm(files, args.workers)}
         for name, mode in (("loader", "none"), ("kept", "memory")):
             arms[name] = loader_arm(args, mode, Path(scratch))
         rates_by_arm = rates(arms, args.rounds)

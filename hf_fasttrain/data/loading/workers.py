@@ -86,7 +86,7 @@ class Workers:
         finally:
             if isinstance(sys.exception(), WaitCutShort):
                 self.close(seconds=0.0)  # they don't answer
-            elif not keep:
+            elif not keep and not sys.is_finalizing():  # then modules are being emptied, and the processes are daemons
                 self.close()
 
     def _answer_of(self, index: int) -> Any:
