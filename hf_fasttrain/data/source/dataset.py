@@ -84,10 +84,11 @@ def load_source(
     where = dataset if isinstance(dataset, str) else "the dataset passed in"
     train_name = _choose_train(splits, train_split, where)
     eval_name = _choose_eval(splits, eval_split, train_name, where)
-    columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
-    used = {name for name in (train_name, eval_name, test_split) if name is not None}
     if test_split is not None:
         require_split(splits, test_split, test_key, where)
+    used = {name for name in (train_name, eval_name, test_split) if name is not None}
+    splits.use(used)
+    columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
     for name in used:
         require_columns(splits[name], columns, where=str(where), split=name, train=train_name)
         if not len(splits[name]):

@@ -57,6 +57,7 @@ def load_evaluation_split(
         inventory=inventory,
     )
     name = _choose(splits, split, preferred_split, dataset)
+    splits.use([name])
     forms, where = forms_of(splits[name]), f"{dataset}, split '{name}'"
     valid = {*forms, *required_columns}
     names = [column if column in valid else "auto" for column in (image_column, label_column)]

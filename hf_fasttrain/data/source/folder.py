@@ -22,6 +22,7 @@ from hf_fasttrain.data.source.image_files import (
     suffix_of,
 )
 from hf_fasttrain.data.source.inventory import (
+    PERMISSION_SAMPLE,
     Folder,
     Inventory,
     LeftOut,
@@ -31,6 +32,7 @@ from hf_fasttrain.data.source.inventory import (
     images_below,
     list_folder,
     short_path,
+    split_by_permission,
     walk,
 )
 from hf_fasttrain.data.source.metadata import METADATA_FILES, Metadata, names_images
@@ -270,6 +272,8 @@ class _Opening:
         names, labels, deeper = list[str](), list[int](), list[str]()
         for label, (name, below) in enumerate(classes.items()):
             found, more = images_below(below, at=f"{at}{name}/", above=line)
+            found, denied = split_by_permission(self.root, found, max(2, PERMISSION_SAMPLE // len(classes)))
+            more += denied
             if not found and not self.empty_classes:
                 self._refuse_empty(f"{at}{name}", below, more)
             names += found

@@ -20,6 +20,8 @@ from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.format import format_count
 
+PERMISSION_SAMPLE = 1000  # images of a split whose permissions are looked at, at least two of each class
+
 
 class Reason(Enum):
     """Why something in a folder is not read: one, and several of its kind. The most important ones first."""
@@ -29,6 +31,7 @@ class Reason(Enum):
     FORMAT = "image of a format that is not read", "images of formats that are not read"
     SPECIAL = "FIFO, device or socket", "FIFOs, devices or sockets"
     UNREADABLE = "folder that can't be listed", "folders that can't be listed"
+    DENIED = "image without read permission", "images without read permission"
     MISSING = "image that metadata list, but is not there", "images that metadata list, but are not there"
     NO_CLASS = "image outside of class folders", "images outside of class folders"
     NO_SPLIT = "folder beside the splits", "folders beside the splits"
@@ -240,6 +243,23 @@ def images_below(folder: Folder, *, at: str = "", above: Iterable[Folder] = ()) 
         names += [path + name for name in inner.images]
         left_out += here(inner, path)
     return sorted(names, key=(lambda name: name.split("/")) if folder.subfolders else None), left_out
+
+
+def split_by_permission(root: str, images: Sequence[str], sample: int) -> tuple[list[str], list[LeftOut]]:
+    """Return the images below `root` that this user may read, and what is left out.
+
+    To ask for each file takes 0.2 s for 100,000, on a file server minutes. So `sample` of them are looked at, evenly
+    spaced with the last, and all of them only if one of those can't be read.
+    """
+
+    def may_read(image: str) -> bool:
+        return os.access(os.path.join(root, image), os.R_OK)
+
+    if all(map(may_read, [*images[:: -(-len(images) // sample)], images[-1]] if images else ())):
+        return list(images), []
+    readable = set(filter(may_read, images))
+    denied = [LeftOut(image, Reason.DENIED, is_image=True) for image in images if image not in readable]
+    return [image for image in images if image in readable], denied
 
 
 def here(folder: Folder, at: str) -> list[LeftOut]:

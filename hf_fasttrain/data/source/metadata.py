@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.data.source.file_split import FileSplit
-from hf_fasttrain.data.source.inventory import Folder, LeftOut, Reason, images_below, short_path
+from hf_fasttrain.data.source.inventory import (
+    PERMISSION_SAMPLE,
+    Folder,
+    LeftOut,
+    Reason,
+    images_below,
+    short_path,
+    split_by_permission,
+)
 from hf_fasttrain.data.source.records import FileRecords
 from hf_fasttrain.utils.clean import one_line
 from hf_fasttrain.utils.errors import DataError, shortened, shown
@@ -118,7 +126,8 @@ class Metadata:
         others = [replace(entry, is_image=False) for entry in left_out if entry.path not in files | listed]
         others += [LeftOut(name, Reason.UNLISTED) for name in found if name not in listed]
         missing = [LeftOut(name, Reason.MISSING, is_image=True) for name in sorted(listed) if not self._names.has(name)]
-        return [*missing, *(entry for entry in others if self._split(entry.path) == split)]
+        _, denied = split_by_permission(self.root, sorted(filter(self._names.has, listed)), PERMISSION_SAMPLE)
+        return [*missing, *denied, *(entry for entry in others if self._split(entry.path) == split)]
 
     def _table(self, file: str) -> tuple[Table, list[str]]:
         """Return a file's table, with columns of paths below the root for those of file names; and their names."""

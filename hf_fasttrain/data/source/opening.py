@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.data.source.folder import open_folder
+from hf_fasttrain.data.source.hub_splits import open_hub
 from hf_fasttrain.data.source.image_files import TABLE_SUFFIXES, suffix_of
 from hf_fasttrain.data.source.old_folder import open_old_folder
 from hf_fasttrain.data.source.splits import Splits, opened
 from hf_fasttrain.data.source.tables import open_tables
 from hf_fasttrain.utils.clean import one_line
-from hf_fasttrain.utils.errors import DataError, first_line, nearest
+from hf_fasttrain.utils.errors import DataError, RunError, first_line, nearest
 from hf_fasttrain.utils.files import existing_path, expand_user
 
 
@@ -45,9 +46,9 @@ def open_splits(
         return Splits({"train": digits_dataset}, notes=notes)
     path = existing_path(name)
     if path is None and name.startswith((".", "/", "~")):
-        raise DataError(f"{one_line(name)}: no such file or folder{_siblings(expand_user(name))}")
+        raise _no_such_path(name)
     if path is None:
-        return opened(_open_hub(name, config, revision))
+        return open_hub(name, config, revision)
     if not os.path.exists(path):
         raise DataError(f"{one_line(name)}: is a link to {one_line(os.readlink(path))}, which does not exist")
     _require_text(name)
@@ -123,24 +124,17 @@ def _splits_of_object(dataset: Any) -> dict[str, Any]:
     return splits
 
 
+def _no_such_path(name: str) -> DataError:
+    try:
+        return DataError(f"{one_line(name)}: no such file or folder{_siblings(expand_user(name))}")
+    except RunError as error:  # ~ without a home folder
+        return DataError(str(error))
+
+
 def _siblings(path: Path) -> str:
     if not os.path.isdir(path.parent):
         return f"; {path.parent} does not exist either"
     return f" in {path.parent}.{nearest(path.name, os.listdir(path.parent))}"
-
-
-def _open_hub(name: str, config: str | None, revision: str | None) -> dict[str, Any]:
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return dict(datasets.load_dataset(name, config, revision=revision))
-    except (DatasetNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise DataError(
-            f"data.dataset: '{name}' is not a local file or folder, and could not be downloaded from the Hub: "
-            f"{str(error).splitlines()[0]} Give a path (./{name}), digits, or check name, data.config and network"
-        ) from None
 
 
 def digits_dataset() -> Any:

@@ -20,9 +20,11 @@ class Splits(Mapping[str, Any]):
         openers: Mapping[str, Callable[[], Any]],
         inventory: Inventory | None = None,
         notes: Sequence[str] = (),
+        use: Callable[[Iterable[str]], object] = list,
     ) -> None:
         self._openers, self._opened = dict(openers), dict[str, Any]()
         self.inventory, self.notes = inventory, notes
+        self.use = use  # to be called with the names of all splits that will be opened, before the first one is
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._opened:

@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.processes import as_unknown_user, can_become_others
 from helpers.runs import exit_status
 from PIL import Image
 
+from hf_fasttrain.data.source import folder as folder_module
 from hf_fasttrain.data.source import inventory
 from hf_fasttrain.data.source.dataset import Source, load_source
 from hf_fasttrain.data.source.evaluation_split import load_evaluation_split
@@ -273,7 +275,7 @@ def test_paths_that_lead_nowhere_or_to_no_folder(tmp_path: Path, monkeypatch: py
         "./link": "is a link to /nowhere",
         "./a\0b": "no such file or folder",
         "./" + "a" * 300: "no such file or folder",
-        "~no one/x": "~no one/x: no such file or folder; ~no one does not exist either",
+        "~no one/x": "'~no one/x': there is no such user, or no home folder; write the path out",
         "/dev/zero": "is a file; allowed are",
         "fifo.parquet": "a FIFO, not a regular file",
     }
@@ -376,3 +378,32 @@ def test_pixels_of_class_folders_with_odd_names_are_trained_on(
     assert exit_status(["train", str(write_recipe()), *options, "log.report=true"]) == 0
     assert "ch\\xe2t" in (tmp_path / "run" / "report.html").read_text()
     assert "\\xe9.png" in capsys.readouterr().out
+
+
+@can_become_others
+def test_images_without_read_permission_are_left_out_before_training(tmp_path: Path) -> None:
+    write(tmp_path, *classes(number=30))
+    for path in [*tmp_path.rglob("*")]:
+        path.chmod(0o755)
+    for path in sorted(tmp_path.glob("cat/*"))[10:]:
+        path.chmod(0)
+
+    def opened() -> tuple[int, list[str], str]:
+        source = load(tmp_path)
+        with pytest.raises(DataError) as caught:
+            load(tmp_path, max_bad_fraction=0.1)
+        return len(source.train) + len(source.evaluation), source.notes, str(caught.value)
+
+    total, notes, refused = as_unknown_user(opened, tmp_path)
+    assert total == 40
+    assert any("40 images; left out: 20 images without read permission (cat/" in note for note in notes)
+    assert "20 of 60 images of split 'train' are left out (20 images without read permission" in refused
+
+
+def test_only_a_sample_of_the_permissions_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, *classes(number=30))
+    looked_at: list[str] = []
+    monkeypatch.setattr(inventory.os, "access", lambda path, mode: looked_at.append(path) or True)
+    monkeypatch.setattr(folder_module, "PERMISSION_SAMPLE", 10)
+    assert len(load(tmp_path).train)
+    assert [len([path for path in looked_at if f"/{name}/" in path]) for name in ("cat", "dog")] == [6, 6]
