@@ -23,7 +23,7 @@ from hf_fasttrain.utils.format import format_bytes
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.process_memory import limited_memory
 
-MAX_NUMBER = 10_000_000  # of an integer in a description
+MAX_NUMBER = 2_000_000  # of an integer in a description: the longest list that is made of it takes seconds
 MAX_TENSORS = 100_000  # of a model
 # What transformers computes itself. It downloads what has a "/" in its name, deepgemm and sonicmoe, and a kernel for
 # FlashAttention if the package is not installed.
