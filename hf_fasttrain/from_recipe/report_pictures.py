@@ -99,7 +99,9 @@ class ReportPictures:
         names = self.source.class_names
         if target.ndim == 0:
             return {names[int(target)]: 1.0}
-        return {names[i]: round(float(target[i]), 4) for i in target.argsort(descending=True) if target[i] > MIN_SHARE}
+        shown = (target > MIN_SHARE).nonzero().flatten()
+        shown = shown[target[shown].argsort(descending=True, stable=True)]
+        return {names[i]: round(float(target[i]), 4) for i in shown.tolist()}
 
     def mistakes(self, predictions: Predictions, pixels: dict[str, np.ndarray]) -> list[Picture]:
         """Return the wrongly predicted images with the highest losses, as the model saw them."""

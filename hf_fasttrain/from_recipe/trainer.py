@@ -52,7 +52,7 @@ from hf_fasttrain.train.arguments import require_allowed
 from hf_fasttrain.train.checkpointing import lock_run, not_writable
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.evaluation import Evaluator
-from hf_fasttrain.train.log import RunLog, last_steps
+from hf_fasttrain.train.log import RunLog, last_tracked_steps
 from hf_fasttrain.train.metrics import resolve_metrics
 from hf_fasttrain.train.optim import has_lr
 from hf_fasttrain.train.trackers import Trackers
@@ -373,5 +373,5 @@ def _start_trackers(parts: Parts, folder: Path, saved: dict[str, Any]) -> Tracke
         if isinstance(setting.value, str | int | float | bool | list)
     }
     ids = {name: run for name, run in saved.get("trackers", {}).items() if name in log.trackers}
-    sent = last_steps(folder) if saved else {}
+    sent = last_tracked_steps(folder) if saved else {}
     return Trackers(accelerator, log.project, config, ids=ids, step=saved.get("step", 0), sent=sent)

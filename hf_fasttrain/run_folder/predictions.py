@@ -96,10 +96,15 @@ def _require_rows(tensors: dict[str, Tensor]) -> None:
 
 
 class Collector:
-    """Collects the predictions of an evaluation batch by batch, on the device."""
+    """Collects the predictions of an evaluation batch by batch, on the device.
 
-    def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, ...]] = []
+    Its columns are made once for `num_images`, and grow if there are more. Small tensors of each batch would
+    lie between the large ones of the next batches, and keep the allocator from using their memory again.
+    """
+
+    def __init__(self, num_images: int = 0) -> None:
+        self._capacity, self._filled = num_images, 0
+        self._columns: list[Tensor] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch of `logits` (B, K) and `labels`, (B,) or multi-hot (B, K). No sync with the device."""
@@ -107,14 +112,30 @@ class Collector:
         if labels.ndim == 1:
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
             confidence, predicted = logits.softmax(1).max(1)
-            self._parts.append((labels, predicted, confidence, losses, predicted))
+            self._store(labels, predicted, confidence, losses, predicted)
             return
         true = labels > 0.5
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, true.float(), reduction="none").mean(1)
         confidence, worst = (logits.sigmoid() - true.float()).abs().max(1)
-        self._parts.append((true, logits >= 0, confidence, losses, worst))
+        self._store(true, logits >= 0, confidence, losses, worst)
+
+    def _store(self, *parts: Tensor) -> None:
+        end = self._filled + len(parts[0])
+        if not self._columns:
+            self._capacity = max(self._capacity, end)
+            self._columns = [part.new_empty((self._capacity, *part.shape[1:])) for part in parts]
+        if end > self._capacity:
+            self._capacity = max(2 * self._capacity, end)
+            old = self._columns
+            self._columns = [column.new_empty((self._capacity, *column.shape[1:])) for column in old]
+            for column, before in zip(self._columns, old, strict=True):
+                column[: self._filled] = before[: self._filled]
+        for column, part in zip(self._columns, parts, strict=True):
+            column[self._filled : end] = part
+        self._filled = end
 
     def columns(self) -> tuple[Tensor, ...]:
         """Return this process's tensors of `Predictions` but for the rows, on the CPU, and reset the collector."""
-        parts, self._parts = self._parts, []
-        return tuple(torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        columns, self._columns = self._columns, []
+        number, self._filled = self._filled, 0
+        return tuple(column[:number].cpu() for column in columns)

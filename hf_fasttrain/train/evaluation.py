@@ -83,7 +83,8 @@ class Evaluator:
         """
         counts: Metrics | None = None
         interrupted = torch.zeros((), device=self.accelerator.device)
-        collector = Collector() if self.collects else None
+        rows = getattr(loader, "rows", None)
+        collector = Collector(len(rows) if rows is not None else 0) if self.collects else None
         try:
             for images, labels in loader:
                 if should_stop():
@@ -108,7 +109,7 @@ class Evaluator:
         self._columns = collector.columns() if collector is not None else None
         names = built_in_metrics(counts.num_classes, multi_label=counts.multi_label, watched=self.watched)
         built_in = {name: values[name] for name in self.metrics or names}
-        user_values = self.own.compute(self.processes, getattr(loader, "rows", None))
+        user_values = self.own.compute(self.processes, rows)
         return {**built_in, **self.external.compute(self.processes.gather), **user_values}
 
     def _counts(self, num_classes: int, *, multi_label: bool) -> Metrics:

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from hf_fasttrain.run_folder.file_names import METRICS_FILE
-from hf_fasttrain.run_folder.metrics_file import read_metrics
+from hf_fasttrain.run_folder.metrics_file import drop_lines_after, last_steps
 from hf_fasttrain.utils.clean import without_secrets
-from hf_fasttrain.utils.files import append_line, reason, try_to_write, write_atomically
+from hf_fasttrain.utils.files import append_line, reason, try_to_write
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent
 from hf_fasttrain.utils.printing import echo
 from hf_fasttrain.utils.terminal import Terminal
@@ -257,18 +257,13 @@ class RunLog:
         """Drop the lines of metrics.jsonl after `step`, which a resumed run writes again."""
         if not self.main or self.folder is None or not (path := self.folder / METRICS_FILE).exists():
             return
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        text = "".join(f"{json.dumps(line)}\n" for line in kept)
-        try_to_write(lambda: write_atomically(path, text), lambda error: self.not_written(str(path), error))
+        try_to_write(lambda: drop_lines_after(path, step), lambda error: self.not_written(str(path), error))
 
 
-def last_steps(folder: Path) -> dict[str, int]:
+def last_tracked_steps(folder: Path) -> dict[str, int]:
     """Return the last step of each kind of line in metrics.jsonl, by its prefix in trackers."""
-    lines = list(read_metrics(folder / METRICS_FILE))
-    return {
-        prefix: max((line.get("step", 0) for line in lines if line.get("kind") == kind), default=0)
-        for kind, prefix in PREFIXES.items()
-    }
+    steps = last_steps(folder / METRICS_FILE, PREFIXES)
+    return {PREFIXES[kind]: step for kind, step in steps.items()}
 
 
 def _time_left(seconds: float) -> str:

@@ -9,7 +9,7 @@ from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.checkpointing import Checkpoints, lock_run, unlock_run
 from hf_fasttrain.train.early_stopping import adapt_state
 from hf_fasttrain.train.final_weights import FinalModel, with_metric
-from hf_fasttrain.train.log import METRICS_FILE, last_steps
+from hf_fasttrain.train.log import METRICS_FILE, last_tracked_steps
 from hf_fasttrain.train.user_settings import MAY_CHANGE, comparable_settings
 from hf_fasttrain.utils.errors import RunError, UnusableCheckpoint, first_line
 
@@ -159,7 +159,7 @@ def _note_differences(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state, log, processes = trainer.state, trainer.log, checkpoint.state["processes"]
     log.drop_lines_after(state.step)
     if log.main and log.folder is not None:
-        last = last_steps(log.folder)["train"]  # each checkpoint has its line
+        last = last_tracked_steps(log.folder)["train"]  # each checkpoint has its line
         if last < state.step:
             log.note(
                 f"{METRICS_FILE} has no lines for steps {last + 1:,} to {state.step:,}: they did not reach the disk"

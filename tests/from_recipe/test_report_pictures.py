@@ -218,6 +218,24 @@ def test_missing_images_cost_only_the_pictures(
     assert len(Predictions.load(run / PREDICTIONS_FILE).labels) == 12
 
 
+@pytest.mark.parametrize("expected", [0, 4, 10, 100])
+def test_predictions_are_stored_in_columns_that_are_made_once(expected: int) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(10, 4), torch.randint(0, 4, (10,))
+    collector, capacities = Collector(expected), set()
+    for start in range(0, 10, 2):
+        collector.add(logits[start : start + 2], labels[start : start + 2])
+        capacities.add(collector._capacity)
+    columns = collector.columns()
+    assert capacities == ({expected} if expected >= 10 else {4, 8, 16} if expected else {2, 4, 8, 16})
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    confidence, predicted = logits.softmax(1).max(1)
+    for column, reference in zip(columns, (labels, predicted, confidence, losses, predicted), strict=True):
+        assert column.dtype == reference.dtype
+        assert torch.allclose(column, reference)
+    assert collector.columns() == ()
+
+
 def test_multi_label_predictions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 4), (torch.rand(6, 4) > 0.5).float()

@@ -150,7 +150,7 @@ class SamplingPlan:
         positions = np.arange(num_images)
         drawn, repeats = start + positions % different, positions // different
         if self.weights is None:
-            indices = epoch_order(self.seed, epoch, self.num_images)[drawn]
+            indices = epoch_order(self.seed, epoch, self.num_images)[drawn].astype(np.int64)
         else:
             images, occurrences = weighted_epoch_order(self.seed, epoch, self.weights)
             indices, repeats = images[drawn], repeats + self.repeats * occurrences[drawn]
@@ -161,13 +161,15 @@ class SamplingPlan:
         return StepPlan(step, epoch, len(indices), keys)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # the present epoch's, and the next one's, which is prefetched
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """Return the epoch's permutation of all images, (num_images,) int64."""
-    return keyed_rng(seed, ORDER_STREAM, epoch).permutation(num_images)
+    """Return the epoch's permutation of all images, (num_images,) int32, or int64 from 2**31 images on."""
+    order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
+    keyed_rng(seed, ORDER_STREAM, epoch).shuffle(order)  # as `permutation` does, with half the memory
+    return order
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def weighted_epoch_order(seed: int, epoch: int, weights: SampleWeights) -> tuple[np.ndarray, np.ndarray]:
     """Return the epoch's N images, drawn with replacement, and how often each was drawn before; both (N,) int64."""
     shares = np.cumsum(weights.values / weights.values.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import select
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -148,6 +149,22 @@ class Workers:
             self.close()
 
 
+@contextmanager
+def _hidden_from_collector() -> Iterator[None]:
+    """Keep all present objects out of the garbage collections of a process that is forked within.
+
+    A collection writes to each object that it looks at, which would copy the pages that the processes share.
+    """
+    if gc.get_freeze_count():  # by the user's program, for good
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class _Worker:
     """The training process's handle on a loader process, with its unanswered requests."""
 
@@ -158,7 +175,8 @@ class _Worker:
             self._connection, child_end = context.Pipe()
             self._process = context.Process(target=_serve, args=(child_end, work, index), daemon=True)
             try:
-                self._process.start()
+                with _hidden_from_collector():
+                    self._process.start()
             except BaseException:
                 self._connection.close()
                 raise

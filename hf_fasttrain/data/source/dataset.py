@@ -177,7 +177,9 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """
     rng = np.random.default_rng([seed, len(split)])
     if split.labels.ndim == 1:
-        groups = [np.flatnonzero(split.labels == label) for label in np.unique(split.labels)]
+        by_class = np.argsort(split.labels, kind="stable")
+        _, counts = np.unique(split.labels, return_counts=True)
+        groups = np.split(by_class, np.cumsum(counts)[:-1])
     else:
         groups = [np.arange(len(split))]
     # Round the running count, not each class's share: with many small classes the total is still right.
@@ -193,7 +195,9 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
         raise DataError(
             f"data.eval_fraction={fraction} of {len(split)} images holds out none; raise it or name data.eval_split"
         )
-    rest = np.setdiff1d(np.arange(len(split)), held_rows)
+    is_held = np.zeros(len(split), bool)
+    is_held[held_rows] = True
+    rest = np.flatnonzero(~is_held)
 
     def part(name: str, rows: np.ndarray) -> Split:
         return Split(name, split.images, split.labels[rows], split.rows_of(rows))

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_fasttrain.data.loading.sampler import (
+    ORDER_STREAM,
     MicroBatchKey,
     SampleWeights,
     SamplingPlan,
     cut_micro_batches,
+    epoch_order,
     keyed_rng,
     micro_batch_size_for,
     process_share,
@@ -73,6 +75,13 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert first(0, 0) != first(0, 1)
     assert first(0, 0) != first(1, 0)
     assert first(0, 5) == first(0, 5)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 1000, 100_003])
+def test_the_order_is_numpys_permutation_in_four_bytes_an_image(num_images: int) -> None:
+    order = epoch_order(3, 4, num_images)
+    assert np.array_equal(order, keyed_rng(3, ORDER_STREAM, 4).permutation(num_images))
+    assert order.nbytes == 4 * num_images
 
 
 def test_random_numbers_depend_on_every_part_of_their_key() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import gc
 import multiprocessing
 import os
 import re
@@ -60,6 +61,10 @@ def kill_self(number: int = signal.SIGKILL) -> None:
     time.sleep(10)  # a signal to this process may take a moment
 
 
+def num_frozen(request: Any) -> int:
+    return gc.get_freeze_count()
+
+
 def loaders() -> list[int]:
     """Return the loader processes of this process."""
     return [int(child.pid or 0) for child in multiprocessing.active_children()]
@@ -86,6 +91,22 @@ def test_the_requests_of_a_process_that_dies_are_answered_by_another(number: int
         f"a loader process died ({KILLED}); another one takes over, and nothing is lost. A second death stops "
         "the run: lower data.workers or data.cache_gb"
     )
+
+
+def test_garbage_collections_of_a_process_leave_the_shared_objects_alone() -> None:
+    frozen_before = gc.get_freeze_count()  # by other tests' fixtures
+    gc.unfreeze()
+    try:
+        (frozen,) = Workers(num_frozen, 1, 1, WorkerDeaths()).answers([0])
+        assert frozen > 10_000
+        assert gc.get_freeze_count() == 0
+        gc.freeze()  # a program that has frozen its objects itself finds them frozen
+        frozen = gc.get_freeze_count()
+        list(Workers(num_frozen, 1, 1, WorkerDeaths()).answers([0]))
+        assert gc.get_freeze_count() == frozen
+    finally:
+        if not frozen_before:
+            gc.unfreeze()
 
 
 def test_a_process_killed_at_its_start_is_replaced() -> None:

@@ -22,6 +22,7 @@ from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Split, load_source
 from hf_fasttrain.data.source.records import Records
+from hf_fasttrain.run_folder import metrics_file
 from hf_fasttrain.utils.errors import DataError
 
 CPU = torch.device("cpu")
@@ -85,6 +86,22 @@ def test_labels_follow_the_substitutes_through_the_workers(workers: int, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines()]
     assert {line["index"]: line["substitute"] for line in lines} == STAND_INS
     assert set(lines[0]) == {"split", "index", "path", "error", "substitute"}
+
+
+def test_each_line_of_bad_images_is_read_once_by_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = [0]
+    real = metrics_file.parse_line
+    monkeypatch.setattr(metrics_file, "parse_line", lambda line: parsed.__setitem__(0, parsed[0] + 1) or real(line))
+    mine, others = (BadImages(tmp_path, 0.6, lambda text: None) for _ in range(2))
+    for index in range(300):
+        mine.report(BadImage("train", index, None, "x", 0), 1000)
+        others.report(BadImage("train", index if index % 3 else 500 + index, None, "x", 0), 1000)
+    assert (mine.count, others.count) == (400, 400)
+    assert parsed[0] == 2 * 400
+    for index in range(300, 500):
+        mine.report(BadImage("train", index, None, "x", 0), 1000)
+    with pytest.raises(DataError, match="601 of 1,000 images"):
+        others.report(BadImage("train", 999, None, "x", 0), 1000)
 
 
 def test_a_split_without_any_good_image_is_an_error() -> None:

@@ -15,7 +15,7 @@ from helpers.runs import exit_status
 from PIL import Image
 
 from hf_fasttrain.data.source.classes import match_names
-from hf_fasttrain.data.source.dataset import Split, load_source, subset
+from hf_fasttrain.data.source.dataset import Split, hold_out, load_source, subset
 from hf_fasttrain.data.source.labels import Labels, read_labels
 from hf_fasttrain.utils.errors import DataError
 
@@ -312,6 +312,29 @@ def test_a_split_without_labels_is_named_with_its_columns(tmp_path: Path) -> Non
         DataError, match=r"split 'validation' lacks column 'label' or 'image', which 'train' has; it has"
     ):
         load_source(str(tmp_path))
+
+
+def test_many_classes_are_held_out_like_few_ones_by_one_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 800, 3000) * 3 % 797  # some classes have no images
+    images: Any = None
+    train, held_out = hold_out(Split("train", images, labels, np.arange(3000) + 5), 0.1, seed=2)
+    draws = np.random.default_rng([2, 3000])  # the plain form: each class looked for on its own
+    expected, total = [], 0
+    for label in np.unique(labels):
+        group = np.flatnonzero(labels == label)
+        total += len(group)
+        expected += draws.permutation(group)[: max(0, min(round(total * 0.1) - len(expected), len(group) - 1))].tolist()
+    assert held_out.rows_of(np.arange(len(held_out))).tolist() == [row + 5 for row in sorted(expected)]
+    assert sorted([*held_out.rows_of(np.arange(len(held_out))), *train.rows_of(np.arange(len(train)))]) == list(
+        range(5, 3005)
+    )
+
+    searches: list[Any] = []
+    real = np.flatnonzero
+    monkeypatch.setattr(np, "flatnonzero", lambda values: searches.append(values) or real(values))
+    hold_out(Split("train", images, labels, np.arange(3000)), 0.1, seed=2)
+    assert len(searches) < 5  # whatever the number of classes
 
 
 def test_a_subset_keeps_the_class_balance_and_is_part_of_each_larger_subset() -> None:
