@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from hf_fasttrain.before_torch import launched_rank
 from hf_fasttrain.data.loading.loader import TrainLoader
 from hf_fasttrain.data.loading.prefetch import num_slots
+from hf_fasttrain.data.loading.worker_deaths import require_main_script
 from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.from_recipe.accelerator import local_processes
@@ -80,6 +81,7 @@ def build_trainer(
 
     `custom_parts` are the fields of `CustomParts`.
     """
+    require_main_script()
     require_allowed({"callbacks": callbacks})
     custom = CustomParts(**custom_parts)
     loaded = load_recipe(recipe, overrides, metrics=custom.metrics or ())

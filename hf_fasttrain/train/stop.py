@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 from hf_fasttrain.data.loading.waiting import WAITING
+from hf_fasttrain.data.loading.worker_deaths import require_main_script
 from hf_fasttrain.run_folder.result import Result
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import Interrupted, RunError, Stopped
@@ -139,6 +140,7 @@ _running: dict[int, str] = {}  # process id -> description of the training in it
 @contextmanager
 def exclusive_training(output_dir: Path | None) -> Iterator[None]:
     """Raise RunError if a training is running in this process: signals and random states belong to the process."""
+    require_main_script()
     running = _running.get(os.getpid())
     if running is not None:
         raise RunError(f"a Trainer is running in this process already ({running}); end its running() or fit() first")

@@ -335,6 +335,13 @@ def let_forkserver_exit() -> None:
         server._forkserver_alive_fd = None
 
 
+def is_importing_main_script() -> bool:
+    """Return whether spawn or forkserver has started this process, and it still imports the program's main script."""
+    import multiprocessing
+
+    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
+
+
 def forget_child(process: multiprocessing.process.BaseProcess) -> None:
     """Let this process exit before a child that can't be killed: Python waits for each at exit, without a limit."""
     from multiprocessing import process as module

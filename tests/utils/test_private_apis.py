@@ -351,6 +351,22 @@ def test_a_child_that_can_not_be_killed_is_not_waited_for_at_exit() -> None:
             parent.kill()
 
 
+def test_a_spawned_process_knows_that_it_imports_the_main_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os\n"
+        "from hf_fasttrain.utils.private_apis import is_importing_main_script\n"
+        "if is_importing_main_script():\n"
+        "    os._exit(7)\n"
+        "child = multiprocessing.get_context('spawn').Process(target=print)\n"
+        "child.start()\n"
+        "child.join()\n"
+        "os._exit(child.exitcode)\n"
+    )
+    with relies_on("multiprocessing.process.current_process()._inheriting", private_apis.is_importing_main_script):
+        assert subprocess.run([sys.executable, script], check=False, timeout=60).returncode == 7
+
+
 def test_worker_processes_that_do_not_answer_are_killed() -> None:
     with relies_on("DataLoader's iterator's _workers", private_apis.kill_workers), no_handler_of_children():
         before = psutil.Process().children()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,10 +11,11 @@ from types import FrameType
 from typing import Any
 
 from hf_fasttrain.data.loading.waiting import WAITING, WaitCutShort
-from hf_fasttrain.utils.errors import LoaderDied, first_line
+from hf_fasttrain.utils.errors import LoaderDied, LoaderNotStarted, first_line
 from hf_fasttrain.utils.library_errors import is_dead_worker
 from hf_fasttrain.utils.private_apis import (
     has_dead_worker,
+    is_importing_main_script,
     is_torch_child_handler,
     kill_workers,
     no_torch_child_handler,
@@ -38,6 +40,19 @@ DEATHS_BY_SIGNAL = {  # signal -> description, remedy
 }
 
 
+RUNS_SCRIPT = 97  # exit status of a process that spawn or forkserver has started, and that would train itself
+GUARD = (
+    "a loader process runs the whole script again, as processes are started by spawn or forkserver here: put the "
+    'script\'s code below `if __name__ == "__main__":`, or set data.workers=0'
+)
+
+
+def require_main_script() -> None:
+    """End this process if it has been started to load images, and still imports a script that trains."""
+    if is_importing_main_script():
+        os._exit(RUNS_SCRIPT)  # no error: the script might catch it, and go on
+
+
 def describe_death(exit_code: int | None) -> tuple[str, str]:
     """Return why a process ended, by its exit code (negative: a signal's number), and a remedy."""
     if exit_code is None or exit_code >= 0:
@@ -60,7 +75,9 @@ class WorkerDeaths:
         self.exit_code: int | None = None  # of the last one
 
     def add(self, exit_code: int | None) -> None:
-        """Count a death. Raises LoaderDied if there were too many."""
+        """Count a death. Raises LoaderDied if there were too many, LoaderNotStarted if the script has no guard."""
+        if exit_code == RUNS_SCRIPT:
+            raise LoaderNotStarted(GUARD)
         self.number, self.exit_code = self.number + 1, exit_code
         description, remedy = describe_death(exit_code)
         if self.number > MAX_DEATHS:

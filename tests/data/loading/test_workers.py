@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -573,3 +575,23 @@ def test_loader_processes_share_memory_without_using_dev_shm(method: str) -> Non
         torch.multiprocessing.set_start_method(before, force=True)
     assert os.getpid() not in processes
     assert memory.rows.tolist() == [[1] * 5, [0] * 5, [3] * 5]
+
+
+def test_a_script_without_a_guard_is_one_message(tmp_path: Path) -> None:
+    """Loader processes import it again, and would train too."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from hf_fasttrain.data.loading.worker_deaths import WorkerDeaths, require_main_script\n"
+        "require_main_script()\n"
+        "from hf_fasttrain.data.loading.workers import Workers\n"
+        "from hf_fasttrain.utils.errors import RunError\n"
+        "multiprocessing.set_start_method('spawn')\n"
+        "try:\n"
+        "    list(Workers(abs, 1, 1, WorkerDeaths()).answers([1]))\n"
+        "except RunError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("LoaderNotStarted a loader process runs the whole script again, as processes are")
