@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.data.source.splits import Splits, opened
+from hf_fasttrain.data.source.table_files import cache_error
 from hf_fasttrain.utils.errors import DataError, first_line
 
 FOLDER = "hf_fasttrain"  # in the cache of `datasets`, whose own folders have whole datasets
@@ -106,9 +107,10 @@ def _errors(name: str) -> Iterator[None]:
     try:
         yield
     except DatasetGenerationError as error:
-        raise DataError(f"data.dataset: '{name}' can't be read: {first_line(error.__cause__ or error)}") from None
+        cause = error.__cause__ or error
+        raise cache_error(cause) or DataError(f"data.dataset: '{name}' can't be read: {first_line(cause)}") from None
     except (DatasetNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise DataError(
+        raise cache_error(error) or DataError(
             f"data.dataset: '{name}' is not a local file or folder, and could not be downloaded from the Hub: "
             f"{first_line(error)} Give a path (./{name}), digits, or check name, data.config and network"
         ) from None

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hf_fasttrain.data.source.image_files import suffix_of
@@ -57,16 +58,25 @@ def is_record(kind: Any) -> bool:
     return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
 
 
-def unreadable(files: Sequence[str], error: Exception) -> DataError:
+def cache_error(error: BaseException) -> DataError | None:
+    """Return the message for an error of the cache of `datasets`, full or not writable; None for others."""
     import datasets
 
+    if not isinstance(error, OSError):
+        return None
+    cache, path = Path(datasets.config.HF_DATASETS_CACHE), Path(os.fsdecode(error.filename or "."))
+    is_of_cache = path.is_absolute() and (path.is_relative_to(cache.parent) or cache.is_relative_to(path))
+    if not is_of_cache and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return DataError(
+        f"{one_line(str(cache))}: the cache of `datasets`, into which tables are converted, can't be written "
+        f"({reason(error)}); set HF_DATASETS_CACHE to a folder that can be"
+    )
+
+
+def unreadable(files: Sequence[str], error: Exception) -> DataError:
     cause = error.__cause__ or error
-    cache = str(datasets.config.HF_DATASETS_CACHE)
-    in_cache = str(getattr(cause, "filename", None) or "").startswith((cache, os.path.dirname(cache)))
-    if isinstance(cause, OSError) and (in_cache or cause.errno in (errno.ENOSPC, errno.EDQUOT)):
-        return DataError(
-            f"{one_line(cache)}: the cache of `datasets`, into which tables are converted, can't be written "
-            f"({reason(cause)}); set HF_DATASETS_CACHE to a folder that can be"
-        )
+    if (of_cache := cache_error(cause)) is not None:
+        return of_cache
     kind = suffix_of(files[0]).removeprefix(".")
     return DataError(f"{shortened(map(one_line, files), 3)}: can't be read as {kind}: {first_line(cause)}")

@@ -89,3 +89,15 @@ def test_a_dataset_that_is_cached_as_a_whole_is_not_prepared_again(repository: P
     assert [record["bytes"] for record in source.test.records([3])] == [png(203)["bytes"]]
     assert len(whole) == 3
     assert prepared(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["/proc/nowhere/datasets", "{}/file/datasets"])
+def test_a_cache_that_can_not_be_written_is_named(
+    where: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    cache = where.format(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    for dataset in ("somebody/flowers", str(repository / "train-00000-of-00001.parquet")):
+        with pytest.raises(DataError, match=rf"^{cache}: the cache of `datasets`, .* can't be written \(.*; set HF_"):
+            load_source(dataset)
