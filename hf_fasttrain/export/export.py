@@ -24,7 +24,14 @@ from hf_fasttrain.export.onnx_file import TOLERANCE, difference, quiet, require_
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.models.saved import load_model, save_model
 from hf_fasttrain.models.user_model import ModelArgument, UserModel, load_user_model
-from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, SPEC_FILE, WEIGHTS_FILE
+from hf_fasttrain.run_folder.file_names import (
+    CONFIG_FILE,
+    MODEL_FILES,
+    MODEL_FOLDER,
+    ONNX_FILE,
+    SPEC_FILE,
+    WEIGHTS_FILE,
+)
 from hf_fasttrain.run_folder.finished import FinishedRun, read_run
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights
 from hf_fasttrain.run_folder.schemas import ConfigFile, SpecFile, read_file, read_if_sound
@@ -74,7 +81,7 @@ def export_run(
         require_onnx()
     had_onnx = (folder / ONNX_FILE).exists()
     try:
-        with new_folder(folder) as partial:
+        with new_folder(folder, marks=MODEL_FILES) as partial:
             if user_model is not None:
                 exported = _export_user_model(user_model, run / MODEL_FOLDER, partial, onnx=onnx)
             else:

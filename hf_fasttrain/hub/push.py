@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ def push_run(
     folder = Path(run)
     if license is not None and not is_license(license):
         raise RunError(f"--license is '{license}'; write it as the Hub does, such as apache-2.0, mit or other")
+    _require_no_links_outside(folder)
     user_model = _load_user_model(folder, model, weights) if model is not None else None
     finished = read_run(folder) if user_model is None else None
     options = ["--private"] * bool(private) + ["--license", str(license)] * bool(license)
@@ -87,6 +89,18 @@ def push_run(
         except OSError as error:
             raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
         return upload(files, patience, log)
+
+
+def _require_no_links_outside(run: Path) -> None:
+    """Raise RunError for a link in what would be uploaded that leads out of the folder: to anybody's private files."""
+    inside = [os.path.realpath(folder) + os.sep for folder in (run, run / MODEL_FOLDER)]
+    paths = [run / name for name in (RESULT_FILE, RECIPE_FILE, METRICS_FILE)]
+    for path in [*paths, *(run / MODEL_FOLDER).rglob("*")]:
+        target = os.path.realpath(path)
+        if path.is_symlink() and not target.startswith(tuple(inside)):
+            raise RunError(
+                f"{path}: is a link to {target}, outside of the run; to upload that file, put a copy of it there"
+            )
 
 
 def _load_user_model(folder: Path, model: ModelArgument, weights: str | None) -> UserModel | None:

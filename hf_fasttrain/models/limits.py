@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from hf_fasttrain.utils.clean import cut, one_line
 from hf_fasttrain.utils.environment import free_memory_bytes
 from hf_fasttrain.utils.errors import ModelError, UserError, first_line, is_on_command_line, shown
+from hf_fasttrain.utils.files import reason, require_regular
 from hf_fasttrain.utils.format import format_bytes
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.process_memory import limited_memory
@@ -167,10 +168,11 @@ def _num_tensors(path: Path) -> int:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             return len(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: can't be read as safetensors: {error}") from None
+        raise ModelError(f"{path}: can't be read as safetensors: {reason(error)}") from None
 
 
 @contextmanager

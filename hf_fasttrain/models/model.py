@@ -136,6 +136,11 @@ def timm_name(name: str) -> str:
     if path.is_dir():
         if not (path / CONFIG_FILE).exists():
             raise ModelError(f"model.name: folder {name} has no config.json; give a folder that timm saved")
+        if not read_file(path / CONFIG_FILE, ConfigFile).get("architecture"):
+            raise ModelError(
+                f"model.name: {path / CONFIG_FILE} names no 'architecture'; give a folder that timm saved, or "
+                f"transformers:{name} for one of transformers"
+            )
         return f"local-dir:{path}"
     if timm.is_model(name):
         return name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_fasttrain.run_folder.checkpoint import write_safetensors
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, SPEC_FILE, STATE_FILE, WEIGHTS_FILE
 from hf_fasttrain.utils.errors import ModelError, RunError, shortened
-from hf_fasttrain.utils.files import NewFile, expand_user, read_json
+from hf_fasttrain.utils.files import NewFile, expand_user, read_json, reason, require_regular
 from hf_fasttrain.utils.private_apis import timm_weights_filter
 from hf_fasttrain.utils.remote import download_file, is_hub_url
 
@@ -46,9 +46,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        require_regular(path)  # opening a FIFO would wait for a writer
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: can't be read as safetensors: {error}") from None
+        raise ModelError(f"{path}: can't be read as safetensors: {reason(error)}") from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -29,8 +29,9 @@ from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.run_folder.schemas import ResultFile, SpecFile, read_file, read_settings_file
 from hf_fasttrain.run_folder.scrub import Scrubber
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import lines_of, reason
+from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.format import format_count, is_finite
+from hf_fasttrain.utils.json_lines import lines_of
 
 TRAIN_FIGURES = (
     "step", "epoch", "loss", "grad_norm", "lr", "images_per_second", "data_wait_fraction", "seconds_per_step",

@@ -131,7 +131,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """
     path = checkpoint_path(folder, snapshot.step)
     files: dict[str, dict[str, Any]] = {}
-    with new_folder(path, last=lambda: write_json(path / MARKER, {"format": FORMAT, "files": files})) as partial:
+    marker = {"format": FORMAT, "files": files}
+    with new_folder(path, last=lambda: write_json(path / MARKER, marker), marks=[MARKER]) as partial:
         for name, tensors in snapshot.tensors.items():
             with NewFile(partial / f"{name}.safetensors") as file:
                 write_safetensors(file, tensors)

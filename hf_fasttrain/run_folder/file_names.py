@@ -18,6 +18,7 @@ SPEC_FILE = "hf_fasttrain.json"
 CONFIG_FILE = "config.json"  # for timm and transformers
 WEIGHTS_FILE = "model.safetensors"  # in checkpoints too
 ONNX_FILE = "model.onnx"
+MODEL_FILES = (SPEC_FILE, CONFIG_FILE, WEIGHTS_FILE)  # of which a model's folder has one
 
 CHECKPOINTS_FOLDER = "checkpoints"
 EMA_FILE = "ema.safetensors"

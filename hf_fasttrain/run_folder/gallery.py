@@ -51,7 +51,7 @@ class Gallery:
 
     def save(self, run: Path, pixels: dict[str, np.ndarray]) -> None:
         """Write the gallery and its pictures: file name -> (H, W, 3) uint8. Raises OSError."""
-        with new_folder(run / GALLERY_FOLDER) as folder:
+        with new_folder(run / GALLERY_FOLDER, marks=[GALLERY_FILE]) as folder:
             for name, image in pixels.items():
                 (folder / name).write_bytes(thumbnail(image))
             write_json(folder / GALLERY_FILE, asdict(self))

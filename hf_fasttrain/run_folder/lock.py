@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hf_fasttrain.run_folder.file_names import LOCK_FILE
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.files import NO_LINK
 
 _locks: dict[Path, tuple[int, bool]] = {}  # folder -> descriptor of its lock file, and whether it is really locked
 
@@ -29,7 +30,7 @@ def acquire(folder: Path) -> bool:
     if path in _locks:
         return _locks[path][1]
     locked = True
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_fasttrain.utils.files import MAX_LINE, lines_of, open_regular, parse_line
+from hf_fasttrain.utils.files import NO_LINK, open_regular
+from hf_fasttrain.utils.json_lines import MAX_LINE, lines_of, parse_line
 
 BLOCK = 1 << 16  # bytes that are read at once, from the end
 MAX_STEP = 2**53  # exact as a float too
@@ -59,7 +60,10 @@ def last_steps(path: Path, kinds: Collection[str]) -> dict[str, int]:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Cut a metrics.jsonl after its last sound line of at most `step`: lines are in that order. Raises OSError."""
+    """Cut a metrics.jsonl after its last sound line of at most `step`: lines are in that order.
+
+    Raises OSError, also for a link.
+    """
     for start, data in _lines_from_end(path):
         line = parse_metrics_line(data.decode(errors="replace"))
         if line is not None and line["step"] <= step:
@@ -68,7 +72,11 @@ def drop_lines_after(path: Path, step: int) -> None:
     else:
         end = 0
     if path.is_file() and path.stat().st_size > end:
-        os.truncate(path, end)
+        descriptor = os.open(path, os.O_WRONLY | NO_LINK)
+        try:
+            os.ftruncate(descriptor, end)
+        finally:
+            os.close(descriptor)
 
 
 def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_fasttrain.run_folder.schemas import MAX_CLASSES
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import write_atomically
+from hf_fasttrain.utils.files import reason, require_regular, write_atomically
 
 _TENSORS = ("rows", "labels", "predicted", "confidence", "losses", "worst_class")
 
@@ -65,6 +65,7 @@ class Predictions:
         from safetensors import SafetensorError, safe_open
 
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
@@ -72,8 +73,7 @@ class Predictions:
                 return cls(int(metadata["step"]), metadata["split"], **tensors)
         except (SafetensorError, OSError, KeyError, ValueError, OverflowError) as error:
             raise RunError(
-                f"{path}: can't be read as predictions ({str(error).splitlines()[0]}); remove it, or write it again by "
-                "evaluating"
+                f"{path}: can't be read as predictions ({reason(error)}); remove it, or write it again by evaluating"
             ) from None
 
 

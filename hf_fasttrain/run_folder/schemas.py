@@ -353,7 +353,7 @@ def require(schema: type[_Part], values: Any) -> Any:
     try:
         schema.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_describe(error)) from None
+        raise ValueError(first_mistake(error)) from None
     return values
 
 
@@ -366,8 +366,8 @@ def fits(schema: type[_Part], values: Any) -> bool:
     return True
 
 
-def _describe(error: ValidationError) -> str:
-    """Return what is wrong, and how much more."""
+def first_mistake(error: ValidationError) -> str:
+    """Return in one line what is wrong first, and how much more."""
     found = error.errors(include_url=False)
     first, more = found[0], len(found) - 1
     key = one_line(cut(".".join(map(str, first["loc"])), 100)) or "it"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.run_folder.schemas import first_mistake
 from hf_fasttrain.study import intervals
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note, Start, collect
@@ -20,6 +21,7 @@ from hf_fasttrain.study.messages import ArmOptions, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware, PlannedArm, build_arms, hardware, select_techniques, techniques
 from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.files import read_text, reason
 
 FORMAT = 1
 
@@ -237,6 +239,8 @@ def require_new(folder: Path) -> None:
 def load_ablation(path: Path) -> Ablation:
     """Load an ablation from ablation.json; RunError if the file is invalid."""
     try:
-        return Ablation.model_validate_json(path.read_text(encoding="utf-8"))
+        return Ablation.model_validate_json(read_text(path))
+    except ValidationError as error:
+        raise RunError(f"{path}: is not an ablation: {first_mistake(error)}") from None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: is not an ablation: {str(error).splitlines()[0]}") from None
+        raise RunError(f"{path}: is not an ablation: {reason(error)}") from None

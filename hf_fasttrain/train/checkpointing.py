@@ -20,7 +20,7 @@ from hf_fasttrain.run_folder.checkpoint import (
     restore_replaced,
     save_checkpoint,
 )
-from hf_fasttrain.run_folder.file_names import PREDICTIONS_FILE
+from hf_fasttrain.run_folder.file_names import MODEL_FILES, MODEL_FOLDER, PREDICTIONS_FILE
 from hf_fasttrain.run_folder.lock import acquire, release
 from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.train.distributed import Processes, on_main
@@ -212,7 +212,7 @@ class Checkpoints:
             log.lost.append(f"{self.folder}: the last checkpoint: {self.failed}")
 
         def write() -> None:
-            with new_folder(run / "model") as folder:
+            with new_folder(run / MODEL_FOLDER, marks=MODEL_FILES) as folder:
                 write_model(folder)
                 sync_files(folder)
 

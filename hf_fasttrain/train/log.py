@@ -15,8 +15,9 @@ from rich.text import Text
 from hf_fasttrain.run_folder.file_names import METRICS_FILE
 from hf_fasttrain.run_folder.metrics_file import drop_lines_after, last_steps
 from hf_fasttrain.utils.clean import without_secrets
-from hf_fasttrain.utils.files import append_line, reason, try_to_write
+from hf_fasttrain.utils.files import reason, try_to_write
 from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent
+from hf_fasttrain.utils.json_lines import append_line
 from hf_fasttrain.utils.printing import echo
 from hf_fasttrain.utils.terminal import Terminal
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import shutil
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,24 +20,25 @@ from hf_fasttrain.utils.errors import RunError, shown
 from hf_fasttrain.utils.standard_folders import has_home
 
 Bytes = bytes | memoryview
+NO_LINK = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)  # flags of `os.open` for what is written
 BLOCK = 32 << 20  # bytes per write
 LARGEST_FILE = 1 << 30  # bytes of a file that is read as a whole, such as an image
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 32 << 20, 100  # of a file that is read back
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
-MAX_LINE = 1 << 20  # characters of a line of a JSON-lines file
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes the halves of a character
 
 
 class NewFile:
     """A new file, hashed while it is written and synced when it is closed.
 
-    Raises OSError if the disk is full or fails; partial writes are continued.
+    Raises OSError if the disk is full or fails, and for a link: in a stranger's folder it could lead to any file.
+    Partial writes are continued.
     """
 
     def __init__(self, path: Path) -> None:
         self.num_bytes = self._pending = 0
         self._hash = xxhash.xxh3_128()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o666)
 
     @property
     def digest(self) -> str:
@@ -176,7 +176,7 @@ def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises OSError, and ValueError for anything else than a sound object."""
     try:
-        value = _loads(read_text(path))
+        value = loads(read_text(path))
     except RecursionError:
         value = None
     else:
@@ -198,10 +198,10 @@ def _is_shallow(value: dict[str, Any]) -> bool:
     return False
 
 
-def _loads(text: str) -> Any:
+def loads(text: str) -> Any:
     """Return the value of a JSON text; half a character, which could not be printed or written, becomes U+FFFD."""
     value = json.loads(text)
-    return _whole_characters(value) if _SURROGATE.search(text) else value
+    return _whole_characters(value) if "\\u" in text and _SURROGATE.search(text) else value
 
 
 def _whole_characters(value: Any) -> Any:
@@ -238,14 +238,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[Path]:
+def new_folder(path: Path, last: Callable[[], None] | None = None, *, marks: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder to fill; at the end it is synced and replaces `path` atomically.
 
     `last` is called once the folder is at `path`. If anything fails before it returns, the old content of `path` is
-    restored. If `path` is a symbolic link, its target is replaced. Without `last`, `path` is a complete folder at any
-    moment if the system can exchange two names (see `exchange`); if not, `restore_folder` repairs what a kill leaves.
+    restored. If `path` is a symbolic link, its target is replaced, but only a folder that is empty or has a file named
+    in `marks`: a stranger's link may lead to anybody's folder (OSError). Without `last`, `path` is a complete folder at
+    any moment if the system can exchange two names (see `exchange`); if not, `restore_folder` repairs what a kill
+    leaves.
     """
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.is_symlink():
+        path = _target_of(path, marks)
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     restore_folder(path)
     for leftover in (partial, old):
@@ -271,6 +274,15 @@ def new_folder(path: Path, last: Callable[[], None] | None = None) -> Iterator[P
             os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _target_of(link: Path, marks: Collection[str]) -> Path:
+    """Return the folder that a link leads to. Raises OSError if it may hold something else than what is written."""
+    target = Path(os.path.realpath(link))
+    names = set(os.listdir(target)) if os.path.lexists(target) else set()
+    if names and names.isdisjoint(marks):
+        raise OSError(f"it is a link to {target}, which holds other files")
+    return target
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -314,53 +326,6 @@ def new_file_mode(folder: Path) -> int:
             return stat.S_IMODE(probe.stat().st_mode)
     finally:
         probe.unlink(missing_ok=True)
-
-
-def append_line(path: Path, text: str) -> None:
-    """Append a line completely or not at all: after a failed write the file is truncated again. Raises OSError."""
-    data = text.encode() + b"\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):  # a FIFO would take it, and wait for a reader when it is full
-            raise OSError(f"{kind_of_file(status.st_mode)}, not a regular file")
-        size = status.st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a power loss cut off the last line
-            data = b"\n" + data
-        try:
-            written = 0
-            while written < len(data):
-                written += os.write(descriptor, data[written:])
-        except OSError:
-            partial = os.pread(descriptor, len(data), size)
-            if partial and data.startswith(partial):  # no other process has appended since
-                os.ftruncate(descriptor, size)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, skipping incomplete lines; an empty list if there is no file."""
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    return [value for line in lines_of(path) if (value := parse_line(line)) is not None]
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file, a longer one than MAX_LINE in pieces. Raises OSError, also for a device."""
-    with open_regular(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n")
-        yield from iter(lambda: text.readline(MAX_LINE), "")
-
-
-def parse_line(line: str) -> dict[str, Any] | None:
-    """Return the object of a line of a JSON-lines file; None if it is none."""
-    try:
-        value = _loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def try_to_write(write: Callable[[], object], on_error: Callable[[BaseException], None]) -> bool:

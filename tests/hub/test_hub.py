@@ -448,3 +448,21 @@ def test_the_command_uses_hf_endpoint(run: Path, tmp_path: Path) -> None:
         assert process.returncode == 2
         assert process.stderr.startswith("error: push to me/flowers: ")
         assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("name", ["model/notes.txt", "result.json", "metrics.jsonl", "recipe.yaml"])
+def test_a_link_out_of_the_run_is_not_pushed(hub: Hub, copied: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text('{"auths": {}}')
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(RunError, match=rf"{name}: is a link to .*secret, outside of the run; "):
+        push_run(copied, "me/linked")
+    assert "me/linked" not in hub.repos
+
+
+def test_a_linked_model_folder_is_pushed(hub: Hub, copied: Path, tmp_path: Path) -> None:
+    (copied / "model").rename(tmp_path / "elsewhere")
+    (copied / "model").symlink_to(tmp_path / "elsewhere")
+    (copied / "model" / "notes.txt").symlink_to(copied / "recipe.yaml")
+    push_run(copied, "me/linked")
+    assert {"model.safetensors", "notes.txt"} <= hub.repos["me/linked"].files.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from hf_fasttrain.models.limits import building, limited_size, require_plain_args, require_plain_config
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, build_model
 from hf_fasttrain.models.saved import load_model, save_model
+from hf_fasttrain.models.weights import read_weights
 from hf_fasttrain.utils.errors import ModelError
 
 FETCHED: list[dict[str, Any]] = [
@@ -115,3 +117,18 @@ def test_a_sound_description_is_loaded(saved: Path) -> None:
     model, spec = load_model(saved)
     assert spec.class_names == ["a", "b"]
     assert not model.training
+
+
+def test_a_folder_without_an_architecture_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ModelError, match=r"config.json names no 'architecture'; .*, or transformers:/.* for one of tr"):
+        build_model(ModelSpec(str(tmp_path), ["a", "b"], 32))
+
+
+def test_weights_that_are_a_fifo_are_one_message(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    os.mkfifo(saved / "model.safetensors")
+    with pytest.raises(ModelError, match="can't be read as safetensors: a FIFO, not a regular file"):
+        load_model(saved)
+    with pytest.raises(ModelError, match="can't be read as safetensors: a FIFO, not a regular file"):
+        read_weights(saved / "model.safetensors")

@@ -15,11 +15,14 @@ from helpers.processes import reset_accelerate
 from helpers.runs import RECIPE, exit_status
 
 from hf_fasttrain.inference import model_folder
-from hf_fasttrain.run_folder.file_names import SPEC_FILE
+from hf_fasttrain.run_folder.file_names import LOCK_FILE, SPEC_FILE
+from hf_fasttrain.run_folder.lock import acquire
+from hf_fasttrain.run_folder.metrics_file import drop_lines_after
 from hf_fasttrain.run_folder.missing import describe_missing, is_pushed
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils import files
-from hf_fasttrain.utils.files import exchange, new_folder
+from hf_fasttrain.utils.files import exchange, new_folder, write_atomically
+from hf_fasttrain.utils.json_lines import append_line
 
 SMALL = ["data.eval_fraction=0.05", "train.duration=1 step", "log.report=true"]
 OWED = ["model", "result.json", "predictions.safetensors", "report.html"]
@@ -226,3 +229,39 @@ def test_a_kill_between_two_renames_loses_no_model(
         write(run / "model", "newer")
         assert (run / "model" / "text").read_text() == "newer"
     assert not (run / ".model.old").exists()
+
+
+def test_a_link_is_followed_only_to_a_folder_of_the_same_kind(tmp_path: Path) -> None:
+    letters, link = tmp_path / "letters", tmp_path / "run"
+    write(letters, "mine")
+    link.symlink_to(letters)
+    with (
+        pytest.raises(OSError, match=r"a link to .*letters, which holds"),
+        new_folder(link, marks=["mark"]),
+    ):
+        pass
+    assert (letters / "text").read_text() == "mine"
+    with new_folder(link, marks=["mark", "text"]) as partial:
+        (partial / "text").write_text("new")
+    assert (letters / "text").read_text() == "new"
+    link.unlink()
+    (tmp_path / "letter.txt").write_text("mine")
+    link.symlink_to(tmp_path / "letter.txt")
+    with pytest.raises(NotADirectoryError), new_folder(link, marks=["letter.txt"]):
+        pass
+
+
+def test_no_file_is_written_through_a_link(tmp_path: Path) -> None:
+    letter = tmp_path / "letter.txt"
+    letter.write_text("mine")
+    for name in (".result.json.partial", "bad_images.jsonl", LOCK_FILE):
+        (tmp_path / name).symlink_to(letter)
+    with pytest.raises(OSError, match="symbolic links"):
+        write_atomically(tmp_path / "result.json", "{}")
+    with pytest.raises(OSError, match="symbolic links"):
+        append_line(tmp_path / "bad_images.jsonl", "{}")
+    with pytest.raises(OSError, match="symbolic links"):
+        drop_lines_after(tmp_path / "bad_images.jsonl", 0)
+    with pytest.raises(OSError, match="symbolic links"):
+        acquire(tmp_path)
+    assert letter.read_text() == "mine"

@@ -11,7 +11,8 @@ from pathlib import Path
 from hf_fasttrain.run_folder.file_names import BAD_IMAGES_FILE
 from hf_fasttrain.run_folder.metrics_file import read_new_bad_images
 from hf_fasttrain.utils.errors import DataError
-from hf_fasttrain.utils.files import append_line, reason
+from hf_fasttrain.utils.files import reason
+from hf_fasttrain.utils.json_lines import append_line
 
 
 @dataclass(frozen=True)

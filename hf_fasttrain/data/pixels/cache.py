@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from hf_fasttrain.data.pixels.decode import Pixels, decode
+from hf_fasttrain.run_folder.schemas import CacheFile, read_if_sound
 from hf_fasttrain.utils.errors import DataError, shortened
 from hf_fasttrain.utils.format import format_bytes
 from hf_fasttrain.utils.standard_folders import home_folder
@@ -338,13 +339,10 @@ def list_caches(folder: Path) -> list[CacheEntry]:
     """Return the caches in a folder, last used first; includes unfinished ones and those of other versions."""
     entries = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        about: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
-        is_cache = isinstance(about, dict) and {"format", "num_rows"} <= about.keys()
-        if not (is_cache or (path.is_dir() and path.name.startswith(UNFINISHED))):
+        about = read_if_sound(path / ABOUT_FILE, CacheFile)
+        if not (about or (path.is_dir() and path.name.startswith(UNFINISHED))):
             continue
-        files = [file.stat() for file in path.iterdir()]
+        files = [file.lstat() for file in path.iterdir()]
         used = max((file.st_mtime for file in files), default=0.0)
         entries.append(CacheEntry(path, sum(file.st_blocks * 512 for file in files), used, about))
     return sorted(entries, key=lambda entry: -entry.last_used)

@@ -490,3 +490,14 @@ def test_the_cache_describes_its_content(tmp_path: Path) -> None:
     assert entry.dataset == "flowers (train, 20 images)"
     assert entry.settings == "short side 256"
     assert json.loads((tmp_path / "kept" / "about.json").read_text())["num_rows"] == 20
+
+
+@pytest.mark.parametrize("change", [{"num_rows": "many"}, {"center": 3}, {"format": None}, {"dataset": ["x"]}])
+def test_a_damaged_description_of_a_cache_is_not_one(tmp_path: Path, change: dict[str, Any]) -> None:
+    open_cache(tmp_path / "kept", 20, 10**9, {"dataset": "flowers", "split": "train", "center": None})
+    about = tmp_path / "kept" / "about.json"
+    assert len(list_caches(tmp_path)) == 1
+    about.write_text(json.dumps(json.loads(about.read_text()) | change))
+    assert list_caches(tmp_path) == []
+    about.write_text("[" * 10**5)
+    assert list_caches(tmp_path) == []
