@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_recipes
 import pytest
+from helpers.fuzzing import fuzz
 from helpers.runs import RECIPE
 
 from hf_fasttrain import Trainer, load_recipe
@@ -268,3 +270,11 @@ def test_the_home_of_a_user_that_does_not_exist_is_one_message(
 )  # fmt: skip
 def test_whether_a_recipe_may_have_a_value(key: str, value: Any, allowed: bool) -> None:
     assert is_allowed(key, value) == allowed
+
+
+def test_mutated_recipes_are_valid_or_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The short form of fuzz_recipes.py."""
+    counts = fuzz(7, range(25), fuzz_recipes.prepare, fuzz_recipes.case, tmp_path)
+    assert capsys.readouterr().out == ""
+    assert counts["check: status 2"] > 10
+    assert counts["check: status 0"] > 1

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fuzz_run_folder
 import pytest
 import torch
+from helpers.fuzzing import fuzz
 from helpers.written_run import write_run
 from safetensors.torch import save_file
 
@@ -24,6 +27,7 @@ from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.run_folder.result import Result
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.early_stopping import EarlyStop
+from hf_fasttrain.utils import json_lines
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import safetensors_header
 
@@ -179,3 +183,25 @@ def test_a_damaged_header_of_safetensors_is_a_value_error(tmp_path: Path, conten
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"a header |Expecting|Extra"):
         safetensors_header(tmp_path / "x.safetensors")
+
+
+def test_commands_on_a_damaged_run_end_well_or_with_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The short form of fuzz_run_folder.py."""
+    counts = fuzz(7, range(10), partial(fuzz_run_folder.prepare, libraries=["timm"]), fuzz_run_folder.case, tmp_path)
+    assert capsys.readouterr().out == ""
+    assert sum(counts.values()) == 10
+    assert {name.rpartition(" ")[2] for name in counts} >= {"0", "2"}
+
+
+def test_lines_are_read_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, texts = tmp_path / "lines", ["", "one", "x" * 30, "", "\u2028two", "end"]
+    for end in ("", "\n"):
+        path.write_text("\n".join(texts) + end, encoding="utf-8")
+        for most in (1, 3, 7, 100):
+            monkeypatch.setattr(json_lines, "MAX_LINE", most)
+            found = list(json_lines.lines_of(path))
+            assert max(map(len, found)) <= 2 * most
+            assert "".join(found) == "".join(texts)
+            assert found == texts or most < 30
