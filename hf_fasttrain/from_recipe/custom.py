@@ -144,7 +144,7 @@ class CustomParts:
         """Return the weights of a split's images, None without any. Raises RunError for invalid weights."""
         if self.sample_weights is None:
             return None
-        weights = self.sample_weights(split.labels.copy()) if callable(self.sample_weights) else self.sample_weights
+        weights = self.sample_weights(np.array(split.labels)) if callable(self.sample_weights) else self.sample_weights
         values = _as_numbers(weights)
         if split.rows is not None and values.shape == (len(split.images),):
             values = values[split.rows]  # they are for all rows; some are held out

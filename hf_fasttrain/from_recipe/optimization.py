@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
+from hf_fasttrain.data.source.multi_label import class_counts
 from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.model import head_names
@@ -106,10 +106,8 @@ def plateau_of(parts: Parts) -> ReduceLROnPlateau | None:
 
 def loss_of(parts: Parts) -> ClassificationLoss:
     """Return the recipe's loss, on the device."""
-    labels, recipe = parts.source.train.labels, parts.recipe
-    multi_label = parts.source.multi_label
-    class_names = parts.source.class_names
-    counts = labels.sum(0) if multi_label else np.bincount(labels, minlength=len(class_names))
+    recipe, multi_label, class_names = parts.recipe, parts.source.multi_label, parts.source.class_names
+    counts = class_counts(parts.source.train.labels, len(class_names))
     weights = resolve_class_weights(recipe.train.class_weights, counts, class_names)
     bce = recipe.train.bce
     loss = ClassificationLoss(

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_fasttrain.data.loading.sampler import SampleWeights, SamplingPlan, process_share
 from hf_fasttrain.data.source.dataset import Split
+from hf_fasttrain.data.source.multi_label import MultiLabels
 from hf_fasttrain.from_recipe.auto import accumulation_steps
 from hf_fasttrain.models.model import batch_norms
 from hf_fasttrain.recipe.resolved import ResolvedSettings
@@ -22,7 +23,7 @@ def class_sample_weights(recipe: Recipe, split: Split) -> SampleWeights | None:
     """Return the weights of a split's images by their classes, as train.sampling says; None if it is null."""
     if recipe.train.sampling is None:
         return None
-    if split.labels.ndim > 1:
+    if isinstance(split.labels, MultiLabels):
         raise RunError(
             f"train.sampling={recipe.train.sampling}: needs one class per image, these have several; leave it out, or "
             "pass sample_weights to Trainer.from_recipe"

@@ -14,6 +14,7 @@ from hf_fasttrain.data.loading.batch import augment_on_device
 from hf_fasttrain.data.loading.prefetch import Batch, ImageBatches, Prefetcher, Restartable
 from hf_fasttrain.data.loading.sampler import MicroBatchKey
 from hf_fasttrain.data.pixels.custom_transform import CustomTransform
+from hf_fasttrain.data.source.multi_label import dense_labels
 
 
 class DevicePrefetcher(Prefetcher):
@@ -53,7 +54,7 @@ class DevicePrefetcher(Prefetcher):
     def labels(self) -> Tensor:
         """The labels of `pixels`, (N,) or (N, K)."""
         if self._labels is None:
-            labels = self.images.images.split.labels[self.rows.start : self.rows.stop]
+            labels = dense_labels(self.images.images.split.labels, slice(self.rows.start, self.rows.stop))
             self._labels = torch.from_numpy(labels).to(self.device, copy=True)
         return self._labels
 

@@ -26,6 +26,7 @@ from hf_fasttrain.data.pixels.augment import TrainTransform
 from hf_fasttrain.data.pixels.bad_images import Event
 from hf_fasttrain.data.pixels.custom_transform import CustomTransform
 from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.data.source.multi_label import dense_labels
 from hf_fasttrain.utils.errors import NotEnoughMemory, RunError, UserError, first_line, how_to_resume
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 
@@ -70,7 +71,7 @@ class ImageBatches:
             batch = _pixels(buffer, len(key.indices), *first.shape[:2])
             for row, pixels in chain([(position, first)], images):
                 batch.numpy()[row] = pixels
-        return PixelBatch(batch, torch.from_numpy(self.images.split.labels[used]), tuple(events))
+        return PixelBatch(batch, torch.from_numpy(dense_labels(self.images.split.labels, used)), tuple(events))
 
     def max_bytes(self, num_images: int) -> int:
         """Return the largest number of bytes that the pixels of `num_images` images can need; 0 if unknown."""

@@ -11,6 +11,7 @@ from decimal import Decimal
 
 import numpy as np
 
+from hf_fasttrain.data.source.multi_label import LabelArray, class_counts
 from hf_fasttrain.utils.errors import shortened
 
 _NUMBER = re.compile(r"[+-]?\d{1,25}(\.\d{1,25})?(e[+-]?\d{1,2})?", re.ASCII)
@@ -83,10 +84,6 @@ def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:
     return [pair for pair in pairs if pair[0] != pair[1]]
 
 
-def names_without_images(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Return the classes without images; `labels` are (N,) numbers, or (N, K) of 0 and 1."""
-    if labels.ndim == 1:
-        counts = np.bincount(labels, minlength=len(class_names))
-    else:
-        counts = labels.sum(axis=0)
-    return [class_names[number] for number in np.flatnonzero(counts == 0).tolist()]
+def names_without_images(labels: LabelArray, class_names: Sequence[str]) -> list[str]:
+    """Return the classes without images."""
+    return [class_names[number] for number in np.flatnonzero(class_counts(labels, len(class_names)) == 0).tolist()]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_fasttrain.data.source.dataset import Split
+from hf_fasttrain.data.source.multi_label import LabelArray, MultiLabels, join_labels
 from hf_fasttrain.data.source.scan import SplitScan, image_names
 
 Copy = tuple[str, str]  # name of an image: its path, else split and row; its label
@@ -21,8 +22,9 @@ def contradicting_copies(
     """
     rows = [scan.good for scan in scans]
     hashes = np.concatenate([scan.hashes[good] for scan, good in zip(scans, rows, strict=True)])
-    labels = np.concatenate([split.labels[good] for split, good in zip(splits, rows, strict=True)])
-    images, codes = _numbered(hashes), _numbered(labels.reshape(len(labels), -1))
+    labels = join_labels([split.labels[good] for split, good in zip(splits, rows, strict=True)])
+    images = _numbered(hashes)
+    codes = labels.numbered() if isinstance(labels, MultiLabels) else labels
     pairs, first = np.unique(np.stack([images, codes], axis=1), axis=0, return_index=True)
     wrong = np.flatnonzero(np.bincount(pairs[:, 0]) > 1)
     starts = np.cumsum([0, *map(len, rows)])
@@ -30,7 +32,7 @@ def contradicting_copies(
     def copy(index: int) -> Copy:
         part = int(np.searchsorted(starts, index, side="right")) - 1
         row = rows[part][index - starts[part]]
-        return image_names(splits[part], np.array([row]))[0], _label(labels[index], class_names)
+        return image_names(splits[part], np.array([row]))[0], _label(labels, index, class_names)
 
     return len(wrong), [[copy(int(index)) for index in np.sort(first[pairs[:, 0] == image])] for image in wrong[:most]]
 
@@ -40,7 +42,7 @@ def _numbered(values: np.ndarray) -> np.ndarray:
     return np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _label(label: np.ndarray, class_names: Sequence[str]) -> str:
-    if label.ndim == 0:
-        return class_names[label.item()]
-    return " + ".join(class_names[number] for number in np.flatnonzero(label).tolist()) or "no class"
+def _label(labels: LabelArray, index: int, class_names: Sequence[str]) -> str:
+    if isinstance(labels, MultiLabels):
+        return " + ".join(class_names[number] for number in labels.of(index)) or "no class"
+    return class_names[int(labels[index])]

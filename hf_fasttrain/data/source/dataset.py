@@ -15,6 +15,7 @@ from hf_fasttrain.data.source.file_split import FileSplit
 from hf_fasttrain.data.source.image_files import EVAL_NAMES, TEST_NAMES, TRAIN_NAMES
 from hf_fasttrain.data.source.inventory import Inventory
 from hf_fasttrain.data.source.labels import read_labels
+from hf_fasttrain.data.source.multi_label import LabelArray
 from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.data.source.records import ImageRecords, Record, Records, require_paths
 from hf_fasttrain.utils.errors import DataError, nearest, shortened
@@ -26,7 +27,7 @@ class Split:
 
     name: str
     images: ImageRecords  # of the whole dataset that the split is a part of
-    labels: np.ndarray  # (N,) int64, or (N, K) float32 of 0 and 1 for multi-label
+    labels: LabelArray  # (N,) int64; MultiLabels if an image may have several classes
     rows: np.ndarray | None = None  # (N,) rows of `images` that belong to the split; None: all
 
     def __len__(self) -> int:

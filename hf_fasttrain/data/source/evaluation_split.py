@@ -6,13 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from hf_fasttrain.data.source.classes import match_names, names_without_images
 from hf_fasttrain.data.source.columns import find_columns, forms_of
 from hf_fasttrain.data.source.dataset import Split, image_records, note_on_test_split, require_split
 from hf_fasttrain.data.source.image_files import EVAL_NAMES, TRAIN_NAMES
 from hf_fasttrain.data.source.labels import read_labels, renumber
+from hf_fasttrain.data.source.multi_label import LabelArray
 from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.utils.errors import DataError, shortened
 
@@ -116,7 +115,7 @@ def with_model_classes(evaluation: EvaluationSplit, model_classes: Sequence[str]
     return EvaluationSplit(replace(evaluation.split, labels=numbered), list(model_classes), notes)
 
 
-def _note_on_missing(missing: list[str], num_classes: int, where: str, labels: np.ndarray) -> str:
+def _note_on_missing(missing: list[str], num_classes: int, where: str, labels: LabelArray) -> str:
     counted = "every class that occurs or is predicted" if labels.ndim == 1 else "all of the model's classes"
     return (
         f"{where}: has no image of {shortened(missing, 6)}, {len(missing)} of the model's {num_classes} classes; it is "

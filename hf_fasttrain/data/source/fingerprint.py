@@ -6,9 +6,12 @@ import numpy as np
 import xxhash
 
 from hf_fasttrain.data.source.dataset import Source, Split
+from hf_fasttrain.data.source.multi_label import LabelArray, MultiLabels, dense_labels
 from hf_fasttrain.utils.files import read_regular
 
 SAMPLED = 16  # images of each split whose bytes are read
+MAX_DENSE = 4_000_000_000  # labels x classes, which take some seconds
+ROWS_AT_ONCE = 1000
 
 
 def fingerprint(source: Source) -> str:
@@ -25,8 +28,19 @@ def fingerprint(source: Source) -> str:
     return f"{images}, {len(source.class_names)} classes, {hashed.hexdigest()}"
 
 
+def _add_labels(hashed: xxhash.xxh3_64, labels: LabelArray) -> None:
+    """Add class numbers, or multi-hot vectors, which older versions stored; beyond MAX_DENSE only their classes."""
+    if isinstance(labels, MultiLabels) and len(labels) * labels.num_classes > MAX_DENSE:
+        hashed.update(labels.offsets.tobytes())
+        hashed.update(labels.classes.tobytes())
+        return
+    for start in range(0, len(labels), ROWS_AT_ONCE):
+        rows = dense_labels(labels, slice(start, start + ROWS_AT_ONCE))
+        hashed.update(np.ascontiguousarray(rows).tobytes())
+
+
 def _add(hashed: xxhash.xxh3_64, split: Split) -> None:
-    hashed.update(np.ascontiguousarray(split.labels).tobytes())
+    _add_labels(hashed, split.labels)
     if split.rows is not None:
         hashed.update(np.ascontiguousarray(split.rows).tobytes())
     sampled = np.unique(np.linspace(0, len(split) - 1, SAMPLED, dtype=np.int64))

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_fasttrain.data.source.classes import match_names, similar_names
 from hf_fasttrain.data.source.label_column import LabelColumn, are_vectors, read_column, vector_classes
+from hf_fasttrain.data.source.multi_label import LabelArray, MultiLabels, class_counts
 from hf_fasttrain.utils.errors import DataError, shortened
 
 
@@ -17,7 +18,7 @@ from hf_fasttrain.utils.errors import DataError, shortened
 class Labels:
     """The labels of several splits in one numbering."""
 
-    by_split: dict[str, np.ndarray]  # split -> (N,) int64, or (N, K) float32 of 0 and 1
+    by_split: dict[str, LabelArray]  # split -> (N,) int64, or MultiLabels
     class_names: list[str]
     multi_label: bool
     notes: list[str] = field(default_factory=list)  # decisions that may surprise the user
@@ -50,10 +51,10 @@ def read_labels(
     if trains:
         _require_classes(columns[train], names, where)
         notes += _notes_on_names(columns[train], names)
-    labels = {}
+    labels: dict[str, LabelArray] = {}
     for name, read in columns.items():
         lookup = _lookup(read, columns[train], names, train, notes)
-        labels[name] = _hot(read, lookup, len(names)) if several else lookup[read.codes]
+        labels[name] = _multi_labels(read, lookup, len(names)) if several else lookup[read.codes]
     if several and trains:
         _require_differences(labels[train], names, where_of[train])
     return Labels(labels, names, several, notes)
@@ -108,9 +109,9 @@ def _require_classes(train: LabelColumn, names: Sequence[str], where: str) -> No
         raise DataError(f"{where}: labels up to {max(integers)} look like ids, not classes; name data.label_column")
 
 
-def _require_differences(hot: np.ndarray, names: Sequence[str], where: str) -> None:
-    """Raise DataError if every image has every class, as with misread vectors of two classes; `hot` is (N, K)."""
-    if len(hot) and hot.all():
+def _require_differences(labels: LabelArray, names: Sequence[str], where: str) -> None:
+    """Raise DataError if every image has every class, as with misread vectors of two classes."""
+    if len(labels) and class_counts(labels, len(names)).min() == len(labels):
         raise DataError(
             f"{where}: every image has every class ({shortened(names)}), so there is nothing to learn; give lists of "
             "the classes that an image has, or name data.label_column"
@@ -175,26 +176,23 @@ def _by_number(read: LabelColumn, train: LabelColumn, names: list[str]) -> list[
     return [number_of[text] for text in texts] if all(text in number_of for text in texts) else None
 
 
-def _hot(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return multi-hot labels (N, K) float32. Raises DataError for a row that names a class twice."""
-    hot = np.zeros((len(read), num_classes), dtype=np.float32)
-    hot[read.rows, lookup[read.codes]] = 1.0
-    if read.lengths is not None:
-        repeated = np.flatnonzero(hot.sum(1) < read.lengths)
-        if len(repeated):
-            raise DataError(
-                f"{read.where}: row {repeated[0]} names a class twice; give lists of the classes that an image has, "
-                "such as [0, 3] or ['dog', 'cat'], or 0/1 vectors of one length"
-            )
-    return hot
+def _multi_labels(read: LabelColumn, lookup: np.ndarray, num_classes: int) -> MultiLabels:
+    """Return the classes of each row. Raises DataError for a row that names a class twice."""
+    labels = MultiLabels.of_pairs(read.rows, lookup[read.codes], len(read), num_classes)
+    rows = np.repeat(np.arange(len(labels)), np.diff(labels.offsets))
+    repeated = (np.diff(labels.classes) == 0) & (np.diff(rows) == 0)
+    if repeated.any():
+        raise DataError(
+            f"{read.where}: row {rows[np.argmax(repeated)]} names a class twice; give lists of the classes that an "
+            "image has, such as [0, 3] or ['dog', 'cat'], or 0/1 vectors of one length"
+        )
+    return labels
 
 
-def renumber(labels: np.ndarray, numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
-    """Return labels (N,) or (N, K) with classes renumbered; `numbers` maps each class that occurs to its new number."""
-    if labels.ndim == 1:
-        lookup = np.full(max(numbers, default=0) + 1, -1)
-        lookup[list(numbers)] = list(numbers.values())
-        return lookup[labels].astype(np.int64)
-    renumbered_hot = np.zeros((len(labels), num_classes), dtype=np.float32)
-    renumbered_hot[:, list(numbers.values())] = labels[:, list(numbers)]
-    return renumbered_hot
+def renumber(labels: LabelArray, numbers: Mapping[int, int], num_classes: int) -> LabelArray:
+    """Return labels with classes renumbered; `numbers` maps each class that occurs to its new number."""
+    if isinstance(labels, MultiLabels):
+        return labels.renumber(numbers, num_classes)
+    lookup = np.full(max(numbers, default=0) + 1, -1)
+    lookup[list(numbers)] = list(numbers.values())
+    return lookup[labels].astype(np.int64)

@@ -15,6 +15,7 @@ from hf_fasttrain.data.loading.workers import Workers
 from hf_fasttrain.data.pixels.decode import grey_of, inspect, read_pixels
 from hf_fasttrain.data.pixels.rgb import Grey, ValueRange, is_deep
 from hf_fasttrain.data.source.dataset import Split
+from hf_fasttrain.data.source.multi_label import class_counts
 from hf_fasttrain.data.source.records import Record
 from hf_fasttrain.utils.errors import DataError, ImageError, LoaderDied, RunError
 from hf_fasttrain.utils.files import read_regular, reason
@@ -252,11 +253,7 @@ class ClassBalance:
 
 def class_balance(split: Split, class_names: Sequence[str]) -> ClassBalance:
     """Return the number of images per class of a split."""
-    if split.labels.ndim == 1:
-        counts = np.bincount(split.labels, minlength=len(class_names))
-    else:
-        counts = split.labels.sum(axis=0, dtype=np.float64).round().astype(np.int64)
-    return ClassBalance(split.name, list(class_names), counts)
+    return ClassBalance(split.name, list(class_names), class_counts(split.labels, len(class_names)))
 
 
 def describe_scan(scan: SplitScan, balance: ClassBalance, duplicates: Duplicates, image_size: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ from PIL import Image
 from hf_fasttrain.cli import main
 from hf_fasttrain.data.source.copies import contradicting_copies
 from hf_fasttrain.data.source.dataset import Source, Split, load_source
+from hf_fasttrain.data.source.multi_label import MultiLabels
 from hf_fasttrain.data.source.records import Records
 from hf_fasttrain.data.source.scan import (
     CHUNK,
@@ -239,8 +240,8 @@ def test_copies_with_different_labels_are_named() -> None:
 
 def test_copies_with_several_labels_each() -> None:
     a, b = (encoded(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(2))
-    labels = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]], np.float32)
-    split = split_of([a, a, b, b, a], labels=labels)
+    hot = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]])
+    split = split_of([a, a, b, b, a], labels=MultiLabels.of_pairs(*np.nonzero(hot), *hot.shape))
     number, result = contradicting_copies([split], [scan(split)], ["cat", "dog", "emu"])
     assert (number, result) == (1, [[("train row 0", "cat + dog"), ("train row 1", "no class")]])
 
