@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,11 @@ def describe_missing(run: Path, not_written: list[str], steps: int, model_step: 
     expected = (MODEL_FOLDER, RESULT_FILE, *((PREDICTIONS_FILE, REPORT_FILE) if report else ()))
     written = [name for name in expected if name not in missing]
     saved = [checkpoint_step(path) for path in complete_checkpoints(run / CHECKPOINTS_FOLDER)]
-    resume = "free space on that disk, then the same command with --resume"
+    is_full = any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT) for text in not_written)
+    resume = f"{'free space on that disk' if is_full else 'remove the cause'}, then the same command with --resume"
     if not saved:
-        trains = "would train" if written else "trains"
-        what_next = f"no checkpoint is on disk: after freeing space, --resume {trains} from scratch"
+        trains, cause = "would train" if written else "trains", "freeing space" if is_full else "removing the cause"
+        what_next = f"no checkpoint is on disk: after {cause}, --resume {trains} from scratch"
     elif saved[-1] == steps:
         what_next = f"{resume} writes what is missing; nothing is trained again"
     else:

@@ -114,6 +114,8 @@ def test_a_training_without_a_checkpoint_is_not_promised_to_resume(tmp_path: Pat
         "nothing else is on disk either",
         "no checkpoint is on disk: after freeing space, --resume trains from scratch",
     ]
+    other = describe_missing(tmp_path, [f"{tmp_path / 'model'}: Is a directory"], 5, 5, report=True)
+    assert "after removing the cause, --resume trains from scratch" in other
     (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000003" / "COMPLETE").touch()
     assert "--resume continues from step 3 and writes what is missing" in describe_missing(

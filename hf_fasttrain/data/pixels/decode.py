@@ -6,6 +6,7 @@ reports damage that Pillow ignores; everything else by Pillow.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from hf_fasttrain.data.pixels.orientation import UPRIGHT, orientation_of, uprigh
 from hf_fasttrain.data.pixels.rgb import Grey, ValueRange, grey_values, is_deep, rgb_pixels
 from hf_fasttrain.data.pixels.tiff import declared_maximum
 from hf_fasttrain.utils.errors import ImageError
-from hf_fasttrain.utils.files import open_regular, read_regular
+from hf_fasttrain.utils.files import open_regular, read_regular, reason
 from hf_fasttrain.utils.library_errors import is_decoder_out_of_memory
 
 MAX_JPEG_SIDE = 65_500  # pixels; libjpeg's limit
@@ -80,8 +81,10 @@ def read_pixels(
         name = path or f"{len(data or b'')} bytes"
         if is_decoder_out_of_memory(error):
             raise MemoryError(f"image {name}: no memory to decode it") from None
-        reason, advice = str(error) or type(error).__name__, getattr(error, "advice", "repair it or remove it")
-        raise ImageError(f"image {name}: can't be decoded: {reason}; {advice}", reason) from None
+        why, advice = str(error) or type(error).__name__, getattr(error, "advice", "repair it or remove it")
+        if isinstance(error, PermissionError):
+            why, advice = reason(error), f"give user {os.getuid()} permission to read it (chmod), or remove it"
+        raise ImageError(f"image {name}: can't be decoded: {why}; {advice}", why) from None
 
 
 def _parts(record: Any) -> tuple[Encoded | None, Any]:

@@ -308,6 +308,11 @@ class _Opening:
         path = one_line(os.path.join(self.root, name))
         if folder.error:
             raise DataError(f"{path}: class folder that can't be listed: {folder.error}")
+        if any(entry.reason is Reason.DENIED for entry in left_out):
+            raise DataError(
+                f"{path}: class folder of which user {os.getuid()} may read no image ({described(left_out)}); give "
+                "read permission (chmod -R a+rX), or move the folder away"
+            )
         has = f"; it has {described(left_out)}" if left_out else ""
         raise DataError(
             f"{path}: class folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}){has}; add images or remove it"

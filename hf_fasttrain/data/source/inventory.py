@@ -317,10 +317,11 @@ class TooManyLeftOut(DataError):
     def __init__(self, inventory: Inventory, split: str, images: Sequence[LeftOut], total: int, limit: float) -> None:
         first = "".join(f"\n  {entry.text}" for entry in images[:10])
         more = f"\n  ... and {len(images) - 10:,} more" if len(images) > 10 else ""
+        permit = "permit to read them (chmod), " if any(entry.reason is Reason.DENIED for entry in images) else ""
         super().__init__(
             f"{one_line(inventory.root)}: {len(images):,} of {total:,} images of split '{split}' are left out "
-            f"({described(images)}), and data.max_bad_fraction is {limit}; repair, convert or move them, or raise "
-            f"data.max_bad_fraction:{first}{more}"
+            f"({described(images)}), and data.max_bad_fraction is {limit}; {permit}repair, convert or move them, or "
+            f"raise data.max_bad_fraction:{first}{more}"
         )
         self.inventory = inventory
 

@@ -16,6 +16,7 @@ from helpers.processes import as_unknown_user, can_become_others
 from helpers.runs import exit_status
 from PIL import Image
 
+from hf_fasttrain.data.pixels.decode import read_pixels
 from hf_fasttrain.data.source import folder as folder_module
 from hf_fasttrain.data.source import inventory
 from hf_fasttrain.data.source.dataset import Source, load_source
@@ -398,6 +399,28 @@ def test_images_without_read_permission_are_left_out_before_training(tmp_path: P
     assert total == 40
     assert any("40 images; left out: 20 images without read permission (cat/" in note for note in notes)
     assert "20 of 60 images of split 'train' are left out (20 images without read permission" in refused
+    assert "; permit to read them (chmod), repair" in refused
+
+
+@can_become_others
+@pytest.mark.parametrize("mode", [0o444, 0o555])
+def test_a_class_of_which_no_image_may_be_read_is_one_message(mode: int, tmp_path: Path) -> None:
+    """Its folder may be listed, but not entered; or its files have no permission."""
+    write(tmp_path, *classes())
+    for path in tmp_path.glob("dog/*"):
+        path.chmod(0o644 if mode == 0o444 else 0)
+    (tmp_path / "dog").chmod(mode)
+
+    def opened() -> tuple[str, str]:
+        with pytest.raises(DataError) as caught:
+            load(tmp_path)
+        with pytest.raises(DataError) as alone:
+            read_pixels(str(tmp_path / "dog" / "0.jpg"))
+        return str(caught.value), str(alone.value)
+
+    refused, alone = as_unknown_user(opened, tmp_path)
+    assert "dog: class folder of which user 65533 may read no image (4 images without" in refused
+    assert "can't be decoded: Permission denied; give user 65533 permission to read it (chmod)" in alone
 
 
 def test_only_a_sample_of_the_permissions_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
