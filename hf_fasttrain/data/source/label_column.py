@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_fasttrain.data.source.columns import element_of
 from hf_fasttrain.data.source.file_split import FileSplit
-from hf_fasttrain.utils.errors import DataError, shortened, shown
+from hf_fasttrain.utils.errors import DataError, first_line, shortened, shown
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,17 @@ def _distinct(array: Any, where: str) -> tuple[list[Any], np.ndarray]:
     elif pa.types.is_float16(kind):
         array = array.cast(pa.float32())
     elif pa.types.is_nested(kind):
-        raise _no_class(array[:3].to_pylist(), where)
+        raise _no_class(_listed(array[:3], where), where)
     encoded = array.dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    return _listed(encoded.dictionary, where), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _listed(array: Any, where: str) -> list[Any]:
+    try:
+        values: list[Any] = array.to_pylist()
+    except (ValueError, OverflowError) as error:  # of a damaged file: texts that are not UTF-8, dates beyond Python's
+        raise DataError(f"{where}: its values can't be read as {array.type}: {first_line(error)}") from None
+    return values
 
 
 def _no_class(values: Sequence[Any], where: str) -> DataError:

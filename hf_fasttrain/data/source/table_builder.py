@@ -18,20 +18,37 @@ from datasets.table import table_cast
 
 from hf_fasttrain.data.source.image_files import suffix_of
 from hf_fasttrain.data.source.table_files import arrow_reader, open_table
+from hf_fasttrain.utils.clean import one_line
+from hf_fasttrain.utils.errors import DataError, first_line
 
 
-def features_of(schema: pa.Schema) -> datasets.Features:
-    """Return the features of the columns of a schema, without those of types that `datasets` does not know."""
+def features_of(schema: pa.Schema, file: str) -> datasets.Features:
+    """Return the features of the columns of a file's schema, without those of types that `datasets` does not know.
+
+    Raises DataError if the metadata that `datasets` wrote into the file are damaged, or of another version.
+    """
     known: dict[str, Any] = {}
     for column in schema:
-        for kind in (_plain(column.type), column.type):
-            alone = pa.schema([pa.field(column.name, kind)], metadata=schema.metadata)
-            try:
-                known |= datasets.Features.from_arrow_schema(alone)
-                break
-            except (ValueError, TypeError, NotImplementedError, pa.ArrowException):
-                continue
+        found, error = _features_of(column, schema.metadata)
+        if error is not None and _features_of(column, None)[1] is None:
+            raise DataError(
+                f"{one_line(file)}: its features can't be read ({first_line(error)}); update `datasets`, or write the "
+                "file again"
+            )
+        known |= found
     return datasets.Features(known)
+
+
+def _features_of(column: pa.Field, metadata: Any) -> tuple[dict[str, Any], Exception | None]:
+    """Return the feature of a column by its name, or why there is none."""
+    failed: Exception | None = None
+    for kind in (_plain(column.type), column.type):
+        try:
+            alone = pa.schema([pa.field(column.name, kind)], metadata=metadata)
+            return datasets.Features.from_arrow_schema(alone), None
+        except Exception as error:  # noqa: BLE001 - `datasets` takes metadata that anybody may have written as sound
+            failed = error
+    return {}, failed
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

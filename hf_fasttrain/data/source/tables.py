@@ -27,7 +27,7 @@ def open_tables(files: Sequence[str], image_column: str = "auto") -> Any:
     from hf_fasttrain.data.source.table_builder import Tables, features_of
 
     schemas = [read_schema(file) for file in files]
-    features = [features_of(schema) for schema in schemas]
+    features = [features_of(schema, file) for schema, file in zip(schemas, files, strict=True)]
     _require_same_columns(files, features)
     _require_same_classes(files, features)
     paths = [name for name in schemas[0].names if _may_be_path(schemas[0].field(name), image_column)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fuzz_labels
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from helpers.fuzzing import fuzz
 from helpers.runs import exit_status
 from PIL import Image
 
@@ -378,3 +381,34 @@ def test_a_transform_of_the_dataset_is_refused_not_dropped(method: str) -> None:
         load_source(datasets.DatasetDict(train=dataset), eval_fraction=0.5)
     dataset.reset_format()
     assert len(load_source(dataset, eval_fraction=0.5).train) == 2
+
+
+def test_odd_label_columns_are_what_the_table_says_or_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The short form of fuzz_labels.py."""
+    counts = fuzz(7, range(15), fuzz_labels.prepare, fuzz_labels.case, tmp_path)
+    assert capsys.readouterr().out == ""
+    assert counts["check: status 2"] > 3
+    assert counts["check: status 0"] > 1
+
+
+@pytest.mark.parametrize("features", [{"label": []}, {"label": {"_type": "Nonsense"}}, {"image": 3}, "[" * 9999])
+def test_damaged_metadata_of_datasets_are_one_message(features: Any, tmp_path: Path) -> None:
+    text = features if isinstance(features, str) else json.dumps({"info": {"features": features}})
+    table = pa.table({"image": [b"x"], "label": [1]}).replace_schema_metadata({"huggingface": text})
+    pa.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet: its features can't be read \(.*\); update `datasets`"):
+        load_source(str(tmp_path / "train.parquet"))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.array([2**30, 0], pa.int32()).view(pa.date32()),
+        pa.StringArray.from_buffers(2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe")),
+    ],
+)
+def test_values_that_are_none_of_their_type_are_one_message(array: Any) -> None:
+    with pytest.raises(DataError, match=r"its values can't be read as (date32\[day\]|string): "):
+        read_labels({"train": datasets.Dataset(pa.table({"label": array}))}, "label", where="data", train="train")
