@@ -1,6 +1,6 @@
 """Damages images of every format at random and decodes them: each must give pixels, or be a bad image with a reason.
 
-    python tests/fuzz_images.py [--number 10000] [--seed N] [--keep FOLDER]
+    python tests/fuzz_images.py [--count 10000] [--seed N] [--keep FOLDER]
 
 Nothing else may come of an image: no other exception, more than 2 GiB of memory or 20 s, a file that is opened for
 writing, a program that is started, a word that is printed. Processes of their own decode 500 inputs each. What went
@@ -239,7 +239,7 @@ def _run_part(seed: int, first: int, number: int, keep: Path) -> None:
 def main() -> None:
     """Print the seed, what went wrong, and the counts; exit status 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=10_000)
+    parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--keep", type=Path, default=None)
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)  # first and number, in this process
@@ -251,8 +251,8 @@ def main() -> None:
         return
     print(f"seed {args.seed}", flush=True)
     counts, wrong = Counter[str](), 0
-    for first in range(0, args.number, IN_A_PROCESS):
-        number = min(IN_A_PROCESS, args.number - first)
+    for first in range(0, args.count, IN_A_PROCESS):
+        number = min(IN_A_PROCESS, args.count - first)
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--seed", str(args.seed), "--keep", str(keep.resolve())]
             env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -268,7 +268,7 @@ def main() -> None:
         for problem in problems:
             print(f"of inputs from {first} on: {problem}", flush=True)
         wrong += len(problems)
-    print(f"{args.number} inputs, seed {args.seed}: {dict(counts)}; {wrong} lines of what went wrong; kept in {keep}")
+    print(f"{args.count} inputs, seed {args.seed}: {dict(counts)}; {wrong} lines of what went wrong; kept in {keep}")
     sys.exit(1 if wrong else 0)
 
 

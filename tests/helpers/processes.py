@@ -70,8 +70,9 @@ can_become_others = pytest.mark.skipif(os.getuid() != 0, reason="only root can b
 
 def as_unknown_user(work: Callable[[], Any], folder: Path) -> Any:
     """Return what `work` returns in a process of that user, who may write to `folder` and has no home."""
-    for path in (folder, *folder.parents[:2]):
-        path.chmod(0o777)
+    for path in (folder, *folder.parents):
+        if path.is_relative_to(tempfile.gettempdir()) and path != Path(tempfile.gettempdir()):
+            path.chmod(0o777)
 
     reader, writer = os.pipe()
     if not (child := os.fork()):
