@@ -1,24 +1,24 @@
-"""A split of image files: class folders, or the rows of metadata files. Made without `datasets`."""
+"""A split of image files (class folders, rows of metadata files) or of images in memory. Made without `datasets`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hf_fasttrain.data.source.columns import Form, Kind
-from hf_fasttrain.data.source.records import FileRecords
+from hf_fasttrain.data.source.records import FileRecords, ImageRecords
 
 IMAGE, LABEL = "image", "label"  # the columns of class folders
 
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Columns of image files, and the others; each has a value for every row."""
+    """Columns of images, and the others; each has a value for every row."""
 
-    images: dict[str, FileRecords]
+    images: Mapping[str, ImageRecords]
     columns: dict[str, Any]  # (N,) int64 class numbers, or an Arrow array
     class_names: list[str] | None = None  # of class numbers
 

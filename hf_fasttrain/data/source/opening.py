@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Collection, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from hf_fasttrain.data.source.digits import digits_split
 from hf_fasttrain.data.source.folder import open_folder
 from hf_fasttrain.data.source.hub_splits import open_hub
 from hf_fasttrain.data.source.image_files import TABLE_SUFFIXES, suffix_of
@@ -43,7 +41,7 @@ def open_splits(
     name = os.fspath(dataset)
     if name == "digits":
         notes = ["digits is scikit-learn's data set; ./digits is the folder"] if os.path.isdir(name) else []
-        return Splits({"train": digits_dataset}, notes=notes)
+        return Splits({"train": digits_split}, notes=notes)
     path = existing_path(name)
     if path is None and name.startswith((".", "/", "~")):
         raise _no_such_path(name)
@@ -135,27 +133,3 @@ def _siblings(path: Path) -> str:
     if not os.path.isdir(path.parent):
         return f"; {path.parent} does not exist either"
     return f" in {path.parent}.{nearest(path.name, os.listdir(path.parent))}"
-
-
-def digits_dataset() -> Any:
-    """Return scikit-learn's 1,797 handwritten digits, 8x8 pixels, as an HF dataset (they ship with scikit-learn)."""
-    import datasets
-
-    images, labels, names = _digits_as_png()
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    columns = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-@cache  # a process that opens several runs encodes them once
-def _digits_as_png() -> tuple[list[bytes], list[int], list[str]]:
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = []
-    for pixels in np.round(digits.images * (255 / 16)).astype(np.uint8):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        images.append(buffer.getvalue())
-    return images, digits.target.tolist(), [str(name) for name in digits.target_names]

@@ -1,9 +1,9 @@
-"""Random access to the encoded images of an HF dataset: bytes from its memory map, or paths."""
+"""Random access to encoded images: of an HF dataset (bytes from its memory map, or paths), of files, or in memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -176,3 +176,29 @@ class FileRecords:
     def stamp(self, row: int) -> Stamp:
         """Return values that change with the image of a row: times and size of its file."""
         return _stamp(self[row]["path"])
+
+
+class EncodedRecords:
+    """Encoded images in memory, in order."""
+
+    def __init__(self, images: Sequence[bytes]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: int) -> Record:
+        """Return the record of a row."""
+        return {"bytes": memoryview(self._images[row]), "path": None}
+
+    @property
+    def fingerprint(self) -> str:
+        """A fingerprint of all images and their sizes."""
+        hashed = xxhash.xxh3_128(np.array([len(image) for image in self._images], np.int64).tobytes())
+        for image in self._images:
+            hashed.update(image)
+        return hashed.hexdigest()
+
+    def stamp(self, row: int) -> Stamp:
+        """Return values that change with the image of a row: the number of its bytes."""
+        return 0, 0, len(self._images[row])
