@@ -14,6 +14,7 @@ from hf_fasttrain.run_folder.file_names import (
     CHECKPOINTS_FOLDER,
     FILES_WHILE_TRAINING,
     LOCK_FILE,
+    METRICS_FILE,
     MODEL_FOLDER,
     PREDICTIONS_FILE,
     RECIPE_FILE,
@@ -48,6 +49,9 @@ def require_free(folder: Path, *, resume: bool) -> None:
         raise holds_run(folder)
 
 
+APPENDED = (METRICS_FILE, BAD_IMAGES_FILE)  # never through a link, which could lead to any file of the user's
+
+
 def _require_kinds(folder: Path) -> None:
     """Raise RunError if something else has the name of a run's file: a FIFO, a device, a link that leads nowhere."""
     for name in (*RUN_FILES, BAD_IMAGES_FILE, CHECKPOINTS_FOLDER):
@@ -61,9 +65,11 @@ def _require_kinds(folder: Path) -> None:
                 raise
             found = f"a link to {os.readlink(path)}: {reason(error)}"
         else:
-            if wanted(mode):
+            if wanted(mode) and not (name in APPENDED and path.is_symlink()):
                 continue
             found = kind_of_file(mode)
+            if wanted(mode):
+                found = f"a link to {os.readlink(path)}, which is not written to"
         raise RunError(f"output_dir {folder}: {name} is {found}; remove it, or choose another output_dir")
 
 

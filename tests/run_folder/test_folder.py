@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -81,12 +80,16 @@ def test_something_else_in_the_place_of_a_runs_file_is_named_before_training(
     assert what == "a link to nowhere: No such file or directory" or "metrics.jsonl: " in log.lost[0]
 
 
-def test_a_link_to_a_file_elsewhere_is_a_file(killed: Path, tmp_path: Path) -> None:
+def test_lines_are_not_appended_through_a_link(killed: Path, tmp_path: Path) -> None:
     (killed / "metrics.jsonl").rename(tmp_path / "elsewhere")
     (killed / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
-    require_free(killed, resume=False)
-    RunLog(killed, show=False).resume_line(1, "step_00000001", 1)
-    assert json.loads((tmp_path / "elsewhere").read_text())["step"] == 1
+    before = (tmp_path / "elsewhere").read_bytes()
+    with pytest.raises(RunError, match=r"metrics.jsonl is a link to .*elsewhere, which is not written to; remove it"):
+        require_free(killed, resume=False)
+    log = RunLog(killed, show=False)  # as if it had become a link while training
+    log.resume_line(1, "step_00000001", 1)
+    assert log.lost
+    assert (tmp_path / "elsewhere").read_bytes() == before
 
 
 @can_become_others
