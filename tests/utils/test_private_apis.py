@@ -283,6 +283,19 @@ def test_timms_filters_are_found() -> None:
         assert private_apis.timm_weights_filter(nn.Linear(1, 1)) is None
 
 
+def test_timms_policies_call_another_posterize(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.data import auto_augment
+
+    with relies_on("timm.data.auto_augment.NAME_TO_OP", private_apis.let_timm_posterize_by):
+        monkeypatch.setattr(auto_augment, "NAME_TO_OP", dict(auto_augment.NAME_TO_OP))
+        bits: list[int] = []
+        private_apis.let_timm_posterize_by(lambda image, number, **rest: bits.append(number) or image)
+        image = Image.new("RGB", (4, 4))
+        for operation in auto_augment.rand_augment_ops(10, transforms=["PosterizeIncreasing"], hparams={}, prob=1.0):
+            operation(image)
+        assert bits[-1] == 0
+
+
 def test_trackios_progress_is_read() -> None:
     with relies_on("trackio.Run._next_step", private_apis.trackio_last_step):
         assert private_apis.trackio_last_step(SimpleNamespace(_next_step=4)) == 3

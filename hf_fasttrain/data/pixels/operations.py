@@ -19,6 +19,7 @@ from hf_fasttrain.data.loading.workers import worker_index
 from hf_fasttrain.data.pixels.decode import Pixels
 from hf_fasttrain.data.pixels.resize import FILTERS
 from hf_fasttrain.utils.errors import RecipeError
+from hf_fasttrain.utils.private_apis import let_timm_posterize_by
 
 Operation = Callable[[Any], Any]  # PIL image -> PIL image
 
@@ -111,6 +112,7 @@ def timm_policy(policy: str, image_size: int, mean: Sequence[float], interpolati
     """
     from timm.data import auto_augment
 
+    let_timm_posterize_by(posterize)
     color = tuple(min(255, round(255 * value)) for value in mean)
     options: dict[str, Any] = {"translate_const": int(image_size * 0.45), "img_mean": color}
     if interpolation in ("nearest", "bilinear", "bicubic"):  # Pillow can't rotate by others: timm's default then
@@ -127,6 +129,13 @@ def timm_policy(policy: str, image_size: int, mean: Sequence[float], interpolati
     except (AssertionError, ValueError, TypeError) as error:
         raise RecipeError(f"augment.auto={policy}: timm does not accept it: {error}") from None
     return operation
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Return the image with so many bits of each channel; black without any, as Pillow before version 13 did."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def three_augment(image: Image.Image) -> Image.Image:

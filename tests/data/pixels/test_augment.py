@@ -201,6 +201,12 @@ def test_a_policy_of_timm_gives_timms_pixels_and_does_not_touch_any_generator(po
     assert len({pixels.tobytes() for pixels in actual}) > 2
 
 
+def test_posterizing_to_no_bits_gives_black_pixels() -> None:
+    auto = {"policy": "rand-m10-mstd0-n1-inc1", "image_size": 16, "mean": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
+    operations = Operations(auto=auto)
+    assert any(not operations(IMAGES[0], seed).any() for seed in range(100))
+
+
 def test_a_policy_that_timm_cannot_sample_is_refused_before_training() -> None:
     with pytest.raises(RecipeError, match=r"augment\.auto=rand-n99-tweights: timm does not accept it: Cannot take"):
         Operations(auto={"policy": "rand-n99-tweights", "image_size": 16, "mean": (0, 0, 0), "interpolation": "box"})
