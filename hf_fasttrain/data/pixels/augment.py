@@ -30,6 +30,7 @@ from hf_fasttrain.data.pixels.operations import Operations
 from hf_fasttrain.data.pixels.resize import FILTERS, Box, resize, resize_part, size_with_short_side
 
 BOX_TRIES = 10
+FLIPPED_BYTES = 1 << 19  # flipped at a time: 22 us an image of 224 px, instead of 90 us in whole batches
 WHOLE_PIXELS = 1 << 24  # of a resized image that is cropped afterwards; 67 MB
 
 
@@ -158,12 +159,8 @@ class TrainTransform:
             self._crop(pixels, crops[row], out[row])
             if self.operations:
                 out[row] = self.operations(out[row], int(seeds[row]))
-        mirrored = np.flatnonzero(self.flips(key))
-        if len(mirrored):  # by torch: numpy takes ten times as long to flip pixels of three bytes
-            out[mirrored] = torch.from_numpy(out[mirrored]).flip(2).numpy()
-        upside_down = np.flatnonzero(self.vflips(key))
-        if len(upside_down):
-            out[upside_down] = out[upside_down, ::-1]
+        _mirror(out, np.flatnonzero(self.flips(key)), axis=2)
+        _mirror(out, np.flatnonzero(self.vflips(key)), axis=1)
         for row, box in self.erased(key, out.shape[1]):
             left, top, right, bottom = box
             out[row, top:bottom, left:right] = self._fill(key, row, box)
@@ -234,6 +231,17 @@ class TrainTransform:
         if self.erase_fill is not None:
             return self.erase_fill.draw(rng, height, width)
         return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _mirror(batch: np.ndarray, rows: np.ndarray, *, axis: int) -> None:
+    """Flip images of a batch (B, H, W, 3) in place: few at a time, so that their copies stay in the processor's cache.
+
+    By torch: numpy takes ten times as long to flip pixels of three bytes.
+    """
+    step = max(1, FLIPPED_BYTES // batch[0].nbytes)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        batch[some] = torch.from_numpy(batch[some]).flip(axis).numpy()
 
 
 def random_box(size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], draws: np.ndarray) -> Box:
