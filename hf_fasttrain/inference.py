@@ -9,21 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.pixels.bad_images import BadImages
-from hf_fasttrain.data.pixels.decode import Pixels, read_pixels
 from hf_fasttrain.data.source.dataset import Split, note_on_test_split
 from hf_fasttrain.data.source.evaluation_split import EvaluationSplit, load_evaluation_split, with_model_classes
 from hf_fasttrain.data.source.fingerprint import fingerprint
-from hf_fasttrain.data.source.image_files import IMAGE_SUFFIXES, TRAIN_NAMES
-from hf_fasttrain.data.source.inventory import Inventory, described, images_below, list_folder
+from hf_fasttrain.data.source.image_files import TRAIN_NAMES
 from hf_fasttrain.from_recipe.accelerator import build_accelerator, use_cudnn_benchmark
-from hf_fasttrain.from_recipe.auto import evaluation_batch_size, resolve_machine
-from hf_fasttrain.from_recipe.loaders import Loaders, eval_transform
+from hf_fasttrain.from_recipe.auto import resolve_machine
+from hf_fasttrain.from_recipe.loaders import Loaders
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.from_recipe.older_rows import source_of_run
 from hf_fasttrain.from_recipe.source_from import limit_images, open_source
@@ -31,9 +27,10 @@ from hf_fasttrain.from_recipe.trainer import build_evaluator
 from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.from_recipe.value_range import KEY as VALUE_RANGE
 from hf_fasttrain.from_recipe.value_range import resolve_value_range
-from hf_fasttrain.models.model import ModelSpec, Preprocessing
+from hf_fasttrain.models.model import ModelSpec
 from hf_fasttrain.models.saved import load_model
 from hf_fasttrain.models.user_model import ModelArgument, load_user_model
+from hf_fasttrain.prediction import Predictions, Row, image_files, preprocessing_of
 from hf_fasttrain.recipe.load import load_recipe, origin_of, parse_recipe, with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
@@ -44,7 +41,7 @@ from hf_fasttrain.run_folder.finished import needs_user_model
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
 from hf_fasttrain.run_folder.schemas import ResultFile, SpecFile, read_if_sound
 from hf_fasttrain.utils.errors import DataError, RunError, UserError, shortened
-from hf_fasttrain.utils.files import existing_path, expand_user, reason, require_regular, restore_folder
+from hf_fasttrain.utils.files import existing_path, expand_user, restore_folder
 from hf_fasttrain.utils.remote import download_run, is_hub_url
 
 NO_RECIPE = "model: {name: own}\ntrain: {duration: 1 epoch, batch_size: 1}\n"  # of a run of own objects
@@ -138,7 +135,7 @@ def evaluate_run(
             f"{recipe.data.dataset}, split '{measured.split.name}': these are the images that the run was trained on; "
             "to measure the held-out ones, omit data.dataset or give the recipe's"
         )
-    pre = _preprocessing(spec)
+    pre = preprocessing_of(spec)
     if origin_of(recipe, VALUE_RANGE) == "override":
         pre = replace(pre, value_range=resolve_value_range(settings, measured.split))
     bad_images = BadImages(None, recipe.data.max_bad_fraction, note)
@@ -320,10 +317,6 @@ def on_device(model: nn.Module, device: torch.device, *, channels_last: bool) ->
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
-def _preprocessing(spec: ModelSpec) -> Preprocessing:
-    return spec.preprocessing or Preprocessing(spec.image_size)
-
-
 def predict_images(
     run: str | Path,
     images: Sequence[str],
@@ -332,73 +325,54 @@ def predict_images(
     weights: str | None = None,
     model: ModelArgument | None = None,
     device: str = "auto",
+    workers: int | None = None,
     on_bad_image: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:
-    """Return for each image file its `top` classes with scores: softmax, or for multi-label models sigmoid.
+) -> list[Row]:
+    """Return for each image file its `top` classes with scores, as `open_predictions` gives them one by one."""
+    return list(
+        open_predictions(
+            run,
+            images,
+            top=top,
+            weights=weights,
+            model=model,
+            device=device,
+            workers=workers,
+            on_bad_image=on_bad_image,
+            note=note,
+        )
+    )
+
+
+def open_predictions(
+    run: str | Path,
+    images: Sequence[str],
+    *,
+    top: int = 5,
+    weights: str | None = None,
+    model: ModelArgument | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    on_bad_image: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Predictions:
+    """Return an iterable over the `top` classes of image files with scores: softmax, or for multi-label models sigmoid.
 
     `device`: auto (a GPU if there is one), cpu, cuda or cuda:1. `weights`: last, best (of the best evaluation) or
-    step_N; by default those in RUN/model. `model`: of a run that no recipe has made (see `open_user_model`). Folders
-    stand for all image files below them, as in training; `note` is called with what is left out. Images that can't be
-    decoded are skipped, and `on_bad_image` is called with the reason. Raises DataError without it, and for a path that
-    does not exist.
+    step_N; by default those in RUN/model. `model`: of a run that no recipe has made (see `open_user_model`). `workers`:
+    processes that decode, by default as many as in training for a long list. Folders stand for all image files below
+    them, as in training; `note` is called with what is left out. Images that can't be decoded are skipped, and
+    `on_bad_image` is called with the reason. Raises DataError without it, and at once for a path that does not exist.
     """
     opened = open_run(run)
     user_model = load_user_model(opened, model, weights)
     folder = opened if user_model is not None else model_folder(opened, pushed=is_hub_url(str(run)))
     checkpoint = find_checkpoint(opened, weights, str(run))
-    files = [file for image in images for file in _image_files(image, note)]
+    files = image_files(images, note)
     torch_device = choose_device(device)
     network, spec = _load(folder, checkpoint) if user_model is None else (user_model.model, user_model.spec)
     network = on_device(network, torch_device, channels_last=True)
-    pre = _preprocessing(spec)
-    normalize = Normalize(pre.mean, pre.std, torch_device, channels_last=True)
-    rows: list[dict[str, Any]] = []
-    size = evaluation_batch_size(micro_batch_size=0, **evaluation_memory(network, spec.image_size, torch_device)).value
-    for start in range(0, len(files), size):
-        batch = files[start : start + size]
-        readable = [(file, pixels) for file in batch if (pixels := _input_of(file, pre, on_bad_image)) is not None]
-        if not readable:
-            continue
-        pixels = np.stack([pixels for _, pixels in readable])
-        with torch.inference_mode():
-            logits = network(normalize(torch.from_numpy(pixels).to(torch_device))).cpu()
-        scores = logits.sigmoid() if spec.multi_label else logits.softmax(1)
-        best = scores.topk(min(top, spec.num_classes), dim=1)
-        for (file, _), values, classes in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
-            named = [{"class": spec.class_names[c], "score": v} for c, v in zip(classes, values, strict=True)]
-            rows.append({"image": str(file), "classes": named})
-    return rows
-
-
-def _input_of(file: Path, pre: Preprocessing, on_bad_image: Callable[[str], None] | None) -> Pixels | None:
-    """Return an image's pixels as the model takes them; None if it can't be decoded and `on_bad_image` was called."""
-    try:
-        return eval_transform(pre)(read_pixels(str(file), value_range=pre.value_range))
-    except DataError as error:
-        if on_bad_image is None:
-            raise
-        on_bad_image(str(error))
-        return None
-
-
-def _image_files(image: str, note: Callable[[str], None]) -> list[Path]:
-    path = existing_path(image)
-    if path is None or not os.path.exists(path):
-        dead = f"; it is a link to {os.readlink(path)}" if path is not None else ""
-        raise DataError(f"{image}: no such file or folder{dead}")
-    if not os.path.isdir(path):
-        try:
-            require_regular(path)
-        except OSError as error:
-            raise DataError(f"{image}: is {reason(error)}") from None
-        return [Path(path)]
-    names, left_out = images_below(list_folder(path))
-    inventory = Inventory(image)
-    inventory.add("", len(names), left_out)
-    if not names:
-        has = f"; left out: {described(inventory.all)}" if left_out else ""
-        raise DataError(f"{image}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))}){has}")
-    for text in inventory.note(""):
-        note(text)
-    return [Path(path, name) for name in names]
+    return Predictions(
+        network, spec, files, torch_device, top=top, workers=workers, on_bad_image=on_bad_image, note=note
+    )

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "hf_fasttrain"
 # A file may import from its folder and from folders to the left.
 ORDER = [
     *("before_torch", "utils", "run_folder", "recipe", "data", "models", "train", "report", "export", "hub"),
-    *("from_recipe", "inference", "study", "cli", "__main__"),
+    *("from_recipe", "prediction", "inference", "study", "cli", "__main__"),
 ]
 KNOW_THE_RECIPE = {"recipe", "from_recipe", "inference", "study", "cli"}
 LAZY_IMPORTS = {  # imported inside functions: a trainer's methods that use what is built on trainers
@@ -99,7 +99,8 @@ def test_only_some_folders_know_the_recipe() -> None:
 
 
 def test_only_the_expected_modules_are_at_the_top() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "before_torch", "inference"}
+    expected = {"__init__", "__main__", "before_torch", "inference", "prediction"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == expected
     assert (PACKAGE / "utils/__init__.py").read_text() == ""
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_fasttrain.cli.arguments import ModelOption, PushedRunArgument, WeightsOption
 from hf_fasttrain.cli.terminal import print_note
-from hf_fasttrain.utils.errors import DataError
-from hf_fasttrain.utils.printing import echo_json
+from hf_fasttrain.utils.errors import DataError, UserError
+from hf_fasttrain.utils.printing import JsonLines, JsonList
+from hf_fasttrain.utils.streams import flush_stdout
+
+if TYPE_CHECKING:
+    from hf_fasttrain.prediction import Predictions, Row
+
+LONGEST_SCORE = len("0.0000")
 
 
 def predict(
@@ -19,24 +27,50 @@ def predict(
     weights: WeightsOption = None,
     model: ModelOption = None,
     device: Annotated[str, typer.Option(help="auto: a GPU if there is one; cpu, cuda, cuda:1.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode; by default some for a long list of images.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one list.")] = False,
+    as_json_lines: Annotated[bool, typer.Option("--json-lines", help="Print a line of JSON for each image.")] = False,
 ) -> None:
-    """Print the most likely classes of image files."""
-    from hf_fasttrain.inference import predict_images
-    from hf_fasttrain.utils.terminal import build_table, wide_terminal
+    """Print the most likely classes of image files, as they are computed."""
+    from hf_fasttrain.inference import open_predictions
+    from hf_fasttrain.utils.progress_bar import progress_bar
 
+    if as_json and as_json_lines:
+        raise UserError("--json and --json-lines are two forms of the same output; give one of them")
     bad: list[str] = []
-    predictions = predict_images(
-        run, images, top=top, weights=weights, model=model, device=device, on_bad_image=bad.append, note=print_note
-    )
-    if as_json:
-        echo_json(predictions, indent=2)
-    elif predictions:
-        rows = [
-            ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")
-            for row in predictions
-            for number, guess in enumerate(row["classes"])
-        ]
-        wide_terminal().print(build_table(("image", "class", "score"), rows))
+    options: dict[str, Any] = {"top": top, "weights": weights, "model": model, "device": device, "workers": workers}
+    predictions = open_predictions(run, images, **options, on_bad_image=bad.append, note=print_note)
+    printed = JsonList() if as_json else JsonLines() if as_json_lines else _Table(predictions)
+    with progress_bar("predicting", len(predictions)) as advance, closing(predictions.batches()) as batches:
+        for batch in batches:
+            printed.add(batch.rows)
+            flush_stdout()
+            advance(batch.num_images)
+    printed.close()
     if bad:
-        raise DataError("\n  ".join([f"{len(bad)} of {len(bad) + len(predictions)} images skipped:", *bad]))
+        raise DataError("\n  ".join([f"{len(bad)} of {len(predictions)} images skipped:", *bad]))
+
+
+class _Table:
+    """Prints the predictions of images in a table."""
+
+    def __init__(self, predictions: Predictions) -> None:
+        from hf_fasttrain.utils.terminal import StreamedTable, wide_terminal
+
+        longest_class = max(map(len, predictions.spec.class_names))
+        lengths = (predictions.longest_name, longest_class, LONGEST_SCORE)
+        self._table = StreamedTable(wide_terminal(), ("image", "class", "score"), lengths)
+        self.close = self._table.close
+
+    def add(self, rows: Iterable[Row]) -> None:
+        self._table.add([cells for row in rows for cells in _cells(row)])
+
+
+def _cells(row: Row) -> list[tuple[str, str, str]]:
+    """Return a line for each class of an image, of which the first has the image's name."""
+    return [
+        ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")
+        for number, guess in enumerate(row["classes"])
+    ]

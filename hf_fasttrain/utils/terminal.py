@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import IO, Any, cast
 
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
-from rich.segment import Segment
+from rich.segment import Segment, SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +18,7 @@ from hf_fasttrain.utils.clean import message, one_line, printable, without_secre
 from hf_fasttrain.utils.streams import PrintableStream
 
 LONGEST_KEY = 44  # characters; the recipe's longest key has 38
+LEAST_WIDTH = 8  # characters of a column of a streamed table
 ROOM = 11  # characters of each other column, without which long keys are folded too
 
 
@@ -88,6 +89,47 @@ def build_table(
     for number, row in enumerate(cells):
         table.add_row(*map(Text, row), end_section=number in ends)
     return table
+
+
+class StreamedTable:
+    """A table that is printed piece by piece, as its rows come; `lengths` are those of each column's longest cell.
+
+    Widths are fixed before the first row: the last column gets its length, the others share what is left, those on the
+    left first. Longer cells are folded.
+    """
+
+    def __init__(self, terminal: Terminal, header: Sequence[str], lengths: Sequence[int]) -> None:
+        self.terminal, self.header = terminal, header
+        room = terminal.width - 3 * len(header) - 1 - lengths[-1]
+        self.widths = [*_shared([max(pair) for pair in zip(lengths, map(len, header), strict=True)][:-1], room)]
+        self.widths.append(max(lengths[-1], len(header[-1])))
+        self._bottom: list[Segment] | None = None
+
+    def add(self, rows: Sequence[Sequence[str]]) -> None:
+        """Print rows, below the header if they are the first."""
+        if not rows:
+            return
+        table = build_table(self.header, rows)
+        for column, width in zip(table.columns, self.widths, strict=True):
+            column.width = width
+        lines = self.terminal.render_lines(table, pad=False)
+        self.terminal.print(SegmentLines(lines[3 if self._bottom else 0 : -1], new_lines=True), end="")
+        self._bottom = lines[-1]
+
+    def close(self) -> None:
+        """Print the table's end, if it has rows."""
+        if self._bottom is not None:
+            self.terminal.print(SegmentLines([self._bottom], new_lines=True), end="")
+
+
+def _shared(lengths: Sequence[int], room: int) -> Iterable[int]:
+    """Yield widths for columns of such lengths: at least a fair share of the room, more if others need less."""
+    for number, length in enumerate(lengths):
+        later = lengths[number + 1 :]
+        fair = room // (len(later) + 1)
+        width = min(length, max(LEAST_WIDTH, fair, room - sum(later)))
+        yield width
+        room -= width
 
 
 def _cell(text: str) -> str:

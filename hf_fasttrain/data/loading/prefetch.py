@@ -64,11 +64,11 @@ class ImageBatches:
         images = self.images.pixels(key.indices, used, events)
         if self.transform is not None:
             size = self.transform.size_at(key.epoch)
-            batch = _pixels(buffer, len(key.indices), size, size)
+            batch = pixel_buffer(buffer, len(key.indices), size, size)
             self.transform.write(images, key, batch.numpy())
         else:
             position, first = next(images)
-            batch = _pixels(buffer, len(key.indices), *first.shape[:2])
+            batch = pixel_buffer(buffer, len(key.indices), *first.shape[:2])
             for row, pixels in chain([(position, first)], images):
                 batch.numpy()[row] = pixels
         return PixelBatch(batch, torch.from_numpy(dense_labels(self.images.split.labels, used)), tuple(events))
@@ -81,7 +81,8 @@ class ImageBatches:
         return num_images * center.image_size**2 * 3 if center else 0
 
 
-def _pixels(buffer: Tensor | None, number: int, height: int, width: int) -> Tensor:
+def pixel_buffer(buffer: Tensor | None, number: int, height: int, width: int) -> Tensor:
+    """Return memory for so many images, (N, H, W, 3) uint8: that of `buffer` (bytes) if they fit, else new."""
     shape = (number, height, width, 3)
     if buffer is None or len(buffer) < math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)

@@ -22,7 +22,7 @@ from hf_fasttrain.data.source import inventory
 from hf_fasttrain.data.source.dataset import Source, load_source
 from hf_fasttrain.data.source.evaluation_split import load_evaluation_split
 from hf_fasttrain.data.source.inventory import TooManyLeftOut, images_below, list_folder
-from hf_fasttrain.inference import _image_files
+from hf_fasttrain.prediction import image_files
 from hf_fasttrain.utils.errors import DataError
 
 
@@ -319,16 +319,20 @@ def test_predict_reads_the_images_that_training_reads(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.png")
     notes: list[str] = []
     shots = tmp_path / "shots"
-    assert _image_files(str(shots), notes.append) == [shots / "a" / "c.JPE", shots / "b.png"]
+    assert [record["path"] for record in image_files([str(shots)], notes.append)] == [
+        str(shots / "a" / "c.JPE"),
+        str(shots / "b.png"),
+    ]
     assert notes == [
         f"{shots}: 2 images; left out: 1 dead link (dead.png: links to /nowhere), 1 image of a format that is not read "
         "(a/d.heic), 1 file that is no image by its name (notes.txt), 2 names that are hidden or a system's "
         "(.thumbnails/)"
     ]
-    assert _image_files(str(shots / "notes.txt"), notes.append) == [shots / "notes.txt"]  # named by the user
+    (named,) = image_files([str(shots / "notes.txt")], notes.append)  # by the user
+    assert named["path"] == str(shots / "notes.txt")
     for path, message in {"fifo.png": "is a FIFO", "shots/dead.png": "a link to /nowhere", "gone": "no such"}.items():
         with pytest.raises(DataError, match=message):
-            _image_files(str(tmp_path / path), notes.append)
+            image_files([str(tmp_path / path)], notes.append)
 
 
 def test_a_folder_is_listed_once_and_its_files_cost_no_system_call(
