@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fasttrain.hub.card import model_card
 from hf_fasttrain.hub.errors import Failure, explain
 from hf_fasttrain.hub.pictures import PICTURES, pictures_of
+from hf_fasttrain.hub.scrubbed_metrics import folder_of_copy, scrubbed_copy
 from hf_fasttrain.hub.staging import staged
 from hf_fasttrain.run_folder.file_names import (
     CONFIG_FILE,
@@ -82,10 +83,12 @@ def push_run(
     command = command or format_command("push", run, repo, *options)
     upload = Upload(repo, private, message, command, stalled)
     upload.require_possible()
-    with staged(folder, weights, user_model.spec if user_model is not None else None) as chosen:
+    training = Path(original) if original else None
+    spec = user_model.spec if user_model is not None else None
+    with staged(folder, weights, spec) as chosen, folder_of_copy(training) as copies:
         try:
             chosen_run = finished if finished is not None and chosen == folder else read_run(chosen)
-            files = files_to_push(chosen_run, repo, license, [str(folder), *([original] if original else [])])
+            files = files_to_push(chosen_run, repo, copies, license, [str(training or folder), str(folder)])
         except OSError as error:
             raise RunError(f"push to {repo}: {folder} can't be read: {reason(error)}; then {command}") from None
         return upload(files, patience, log)
@@ -128,13 +131,15 @@ def require_login(repo: str) -> None:
 
 
 def files_to_push(
-    run: FinishedRun, repo: str, license: str | None = None, private_paths: Sequence[str] = ()
+    run: FinishedRun, repo: str, copies: Path, license: str | None = None, private_paths: Sequence[str] = ()
 ) -> dict[str, bytes | Path]:
-    """Return path in the repository -> content; a Path for a file that is uploaded unchanged.
+    """Return path in the repository -> content; a Path for a file that is uploaded as it is.
 
+    `copies` is a folder for the scrubbed copy of metrics.jsonl, which the next push of this training extends.
     `private_paths` are folders whose paths are removed from the texts, beside those of the run.
     """
-    known = [path for folder in (str(run.folder), *private_paths) for path in (folder, str(Path(folder).resolve()))]
+    folders = _outermost([str(run.folder), *private_paths])
+    known = [path for folder in folders for path in (folder, str(Path(folder).resolve()))]
     local = [str(value) for key in run.local or () if (value := run.setting(key)) is not None]
     scrub = Scrubber([*strings(run.recipe), *strings(run.spec), *known], local)
     model = run.folder / MODEL_FOLDER
@@ -148,13 +153,19 @@ def files_to_push(
     if run.recipe_text:
         files[RECIPE_FILE] = scrub.yaml(run.recipe_text, run.recipe).encode()
     if (run.folder / METRICS_FILE).is_file():
-        lines = (run.folder / METRICS_FILE).read_bytes().splitlines(keepends=True)
-        files[METRICS_FILE] = b"".join(scrub.json(line) for line in lines)
+        files[METRICS_FILE] = scrubbed_copy(run.folder / METRICS_FILE, copies, scrub)
     if "num_steps" not in run.result:  # not while training: drawing would take its cores
         files |= pictures_of(run.folder)
     files["README.md"] = model_card(run, scrub.tree(run.recipe), repo, files, license).encode()
     texts = {name: content for name, content in files.items() if isinstance(content, bytes) and name not in PICTURES}
     return files | {name: without_secrets(content.decode(errors="replace")).encode() for name, content in texts.items()}
+
+
+def _outermost(folders: Sequence[str]) -> list[str]:
+    """Return the folders that are in none of the others, whose paths cover theirs: staged runs are in their run."""
+    return [
+        folder for folder in dict.fromkeys(folders) if not any(Path(other) in Path(folder).parents for other in folders)
+    ]
 
 
 def _loadable_spec(run: FinishedRun, scrub: Scrubber, pushed: bytes | Path) -> bytes | Path:

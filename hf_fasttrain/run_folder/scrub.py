@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import PureWindowsPath
 from typing import Any
 
+import xxhash
+
 from hf_fasttrain.utils.yaml import InvalidYaml, read_yaml, write_yaml
 
 CLASS_KEYS = {"class_names", "label_names", "id2label", "label2id"}  # may look like paths, and must not change
@@ -44,6 +46,7 @@ class Scrubber:
         local |= {text.rstrip("/") for text in self._local if "/" in text.strip("/")}
         words = "|".join(re.escape(text) for text in sorted(local, key=len, reverse=True))
         self._known = re.compile(rf"(?<![\w./~-])(?:{words})(?:/{_PATH_END})?(?![\w-])/?") if words else None
+        self.digest = xxhash.xxh3_128(repr((words, sorted(self._local))).encode(errors="surrogatepass")).hexdigest()
 
     def value(self, value: str) -> str:
         """Return a setting or text without local paths."""

@@ -171,7 +171,7 @@ def test_the_card_describes_results_loading_and_training(hub: Hub, run: Path) ->
     assert card.data.license is None
 
 
-def test_names_of_strangers_are_no_markup_in_the_card(copied: Path) -> None:
+def test_names_of_strangers_are_no_markup_in_the_card(copied: Path, tmp_path: Path) -> None:
     from markdown_it import MarkdownIt
 
     hostile = [
@@ -188,7 +188,7 @@ def test_names_of_strangers_are_no_markup_in_the_card(copied: Path) -> None:
     (copied / "result.json").write_text(json.dumps({**result, **changed}))
     with (copied / "recipe.yaml").open("a") as file:
         file.write("# ```\n# <script>\n")
-    card = files_to_push(read_run(copied), "me/x")["README.md"].decode()
+    card = files_to_push(read_run(copied), "me/x", tmp_path)["README.md"].decode()
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
     tokens = [inner for token in parser.parse(card.split("---\n")[2]) for inner in (token, *(token.children or []))]
     assert not {"html_inline", "html_block", "link_open", "strong_open"} & {token.type for token in tokens}
