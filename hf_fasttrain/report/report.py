@@ -98,12 +98,16 @@ def to_html(page: Page, mark: str = "") -> str:
         autoescape=True, finalize=printable_tree, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     charts = {chart.id: chart.figure for section in page.sections for chart in section.charts}
+    long_tables = {
+        table.id: table.columns_of_all for section in page.sections for table in section.tables if table.columns_of_all
+    }
     rendered = template.from_string(parts[TEMPLATE]).render(
         page=page,
         generator=Markup(GENERATOR_TAG + mark),
         style=Markup(parts[STYLE]),
         scripts=[Markup(parts[name]) for name in SCRIPTS],
         figures=_in_script(charts),
+        long_tables=_in_script(long_tables),
         plotly=Markup("PLOTLY"),
     )
     # Inserted last, so that its 5 MB are not searched for secrets and not escaped.

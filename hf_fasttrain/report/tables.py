@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_fasttrain.report.classes import ClassFigures, Confusion, most_confused
 from hf_fasttrain.report.format import describe_early_stop, format_metric, format_setting, metric_title
 from hf_fasttrain.report.record import Record
@@ -25,6 +27,11 @@ from hf_fasttrain.utils.format import (
 )
 
 MAX_BAD_IMAGES = 200  # shown
+MAX_ROWS, FIRST_ROWS = 200, 100  # of a longer table, only the first rows are in the page as HTML
+CLASS_COLUMNS = {
+    "support": "integer", "precision": "share", "recall": "share", "F1": "share", "correct": "integer",
+    "predicted": "integer",
+}  # fmt: skip
 MAX_PICTURE_BYTES = 1 << 20
 
 
@@ -47,7 +54,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `sorted_by` is the column that its rows are sorted by, the largest first unless `ascending`."""
+    """A table; `sorted_by` is the column that its rows are sorted by, the largest first unless `ascending`.
+
+    Of a table with many rows, `rows` are the first ones, `columns_of_all` the values of all rows: page/tables.js makes
+    further rows of them when they are looked at.
+    """
 
     id: str
     caption: str
@@ -56,6 +67,12 @@ class Table:
     sorted_by: int | None = None
     ascending: bool = False
     filter: str = ""  # label of the box that filters its rows; empty: no box
+    columns_of_all: Sequence[dict[str, Any]] = ()  # by column: {"kind": text, integer or share, "values": [...]}
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows, also those that are not among `rows`."""
+        return len(self.columns_of_all[0]["values"]) if self.columns_of_all else len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -89,26 +106,37 @@ def _integer_or_text(value: Any) -> Cell:
 
 def class_table(figures: ClassFigures, names: Sequence[str], split: str) -> Table:
     """Return the metrics of each class: the worst F1 first, of equal ones the most images, those without any last."""
-
-    def rank(number: int) -> tuple[bool, float, int]:
-        support = int(figures.support[number])
-        return support == 0, float(figures.f1[number]), -support
-
-    order = sorted(range(len(names)), key=rank)
-    rows = [
-        [
-            Cell(names[number]), integer_cell(figures.support[number]), share_cell(float(figures.precision[number])),
-            share_cell(float(figures.recall[number])), share_cell(float(figures.f1[number])),
-            integer_cell(figures.correct[number]), integer_cell(figures.predicted[number]),
-        ]
-        for number in order
-    ]  # fmt: skip
-    titles = ("support", "precision", "recall", "F1", "correct", "predicted")
+    order = np.lexsort((-figures.support, figures.f1, figures.support == 0))
+    is_long = len(order) > MAX_ROWS
+    columns = [Column("class"), *(Column(title, True) for title in CLASS_COLUMNS)]
     caption = (
         f"Precision, recall and F1 per class on {split}, the worst first; support is the number of images of the class"
     )
-    columns = [Column("class"), *(Column(title, True) for title in titles)]
-    return Table("classes-table", caption, columns, rows, sorted_by=4, ascending=True, filter="Find a class")
+    return Table(
+        "classes-table",
+        caption,
+        columns,
+        [_class_row(figures, names, number) for number in order[: FIRST_ROWS if is_long else None].tolist()],
+        sorted_by=4,
+        ascending=True,
+        filter="Find a class",
+        columns_of_all=_columns_of_classes(figures, names, order) if is_long else (),
+    )
+
+
+def _class_row(figures: ClassFigures, names: Sequence[str], number: int) -> list[Cell]:
+    values = [(getattr(figures, title.lower())[number], kind) for title, kind in CLASS_COLUMNS.items()]
+    cells = [share_cell(float(value)) if kind == "share" else integer_cell(value) for value, kind in values]
+    return [Cell(names[number]), *cells]
+
+
+def _columns_of_classes(figures: ClassFigures, names: Sequence[str], order: np.ndarray) -> list[dict[str, Any]]:
+    columns: list[dict[str, Any]] = [{"kind": "text", "values": [names[number] for number in order.tolist()]}]
+    for title, kind in CLASS_COLUMNS.items():
+        values = getattr(figures, title.lower())[order].tolist()
+        rounded = [float(f"{value:.7g}") for value in values] if kind == "share" else values
+        columns.append({"kind": kind, "values": rounded})
+    return columns
 
 
 def confused_table(confusion: Confusion, names: Sequence[str]) -> Table | None:

@@ -548,6 +548,30 @@ def test_the_worst_classes_come_first() -> None:
     assert (table.columns[table.sorted_by or 0].title, table.ascending) == ("F1", True)
 
 
+def test_of_many_classes_only_the_first_rows_are_html_and_all_are_data() -> None:
+    from hf_fasttrain.report.classes import class_figures
+    from hf_fasttrain.report.report import to_html
+    from hf_fasttrain.report.sections import Page, Section
+    from hf_fasttrain.report.tables import FIRST_ROWS, MAX_ROWS, class_table
+
+    for number, rows in ((MAX_ROWS, MAX_ROWS), (MAX_ROWS + 1, FIRST_ROWS), (20_000, FIRST_ROWS)):
+        names = [f"species <b>number</b> {n}" for n in range(number)]
+        table = class_table(class_figures(predictions_of(number, 4), number), names, "validation")
+        page = to_html(Page("", "", sections=[Section("classes", "Classes", tables=[table])]))
+        assert (len(table.rows), page.count("<tr>") - 1) == (rows, rows)
+        data = json.loads(page.partition('id="long-tables">')[2].partition("</script>")[0])
+        if number == rows:
+            assert (data, "noscript><p>These" in page) == ({}, False)
+            continue
+        assert f"<p>These are the first 100 of {number:,} rows; the others need JavaScript.</p>" in page
+        columns = data["classes-table"]
+        assert [len(column["values"]) for column in columns] == [number] * 7
+        for row, first in zip(table.rows, zip(*(column["values"] for column in columns), strict=True), strict=False):
+            assert [cell.text for cell in row[:1]] == [first[0]]
+            assert [cell.value for cell in row[1:]] == pytest.approx(first[1:], rel=1e-6)
+        assert len(page) < 5_200_000 + 100 * number  # 430 bytes a class as HTML
+
+
 def test_figures_are_valid_for_plotly(tmp_path: Path) -> None:
     """Every trace and layout is valid for plotly, and every curve has a colour of the page."""
     from plotly.graph_objects import Figure
@@ -805,6 +829,40 @@ def test_a_thousand_classes_in_a_browser(large: Path, opened: Open) -> None:
     view.page.get_by_label("Find a class").fill("number 99")
     assert view.page.locator("#classes-table tbody tr:visible").count() == 11
     assert view.page.locator("#classes .count").text_content() == "11 of 1,000"
+
+
+def test_rows_of_a_long_table_are_made_when_they_are_looked_at(large: Path, opened: Open) -> None:
+    from hf_fasttrain.report.classes import class_figures
+    from hf_fasttrain.report.tables import share_cell
+
+    view = opened(large)
+    rows = view.page.locator("#classes-table tbody tr")
+    assert (rows.count(), view.page.locator("#classes-table").get_attribute("aria-rowcount")) == (100, "1001")
+    end = "(() => { const view = document.querySelector('#classes .scroll'); view.scrollTop = view.scrollHeight; })()"
+    view.page.evaluate(end)
+    view.until("document.querySelectorAll('#classes-table tbody tr').length === 200")
+    while rows.count() < 1000:
+        before = rows.count()
+        view.page.evaluate(end)
+        view.until(f"document.querySelectorAll('#classes-table tbody tr').length > {before}")
+    names = [f"species number {n}" for n in range(1000)]
+    figures = class_figures(predictions_of(1000), 1000)
+    texts = [row.split("\t") for row in view.page.locator("#classes-table tbody").inner_text().splitlines()]
+    assert sorted(row[0] for row in texts) == sorted(names)
+    for name, *shown in texts:
+        number = int(name.split()[-1])
+        shares = [share_cell(float(values[number])).text for values in (figures.precision, figures.recall, figures.f1)]
+        counts = [f"{int(values[number]):,}" for values in (figures.support, figures.correct, figures.predicted)]
+        assert shown == [counts[0], *shares, *counts[1:]]
+    assert [float(row[4]) for row in texts] == sorted(float(row[4]) for row in texts)
+    view.page.locator("#classes-table th", has_text="support").locator("button").click()
+    assert rows.count() == 100
+    assert rows.first.locator("td").first.text_content() == str(figures.support.max())
+    view.page.get_by_label("Find a class").fill("number 99")
+    supports = [int(text) for text in view.page.locator("#classes-table tbody td:nth-child(2)").all_text_contents()]
+    assert supports == sorted((int(figures.support[n]) for n in (99, *range(990, 1000))), reverse=True)
+    view.page.get_by_label("Find a class").fill("")
+    assert rows.count() == 100
 
 
 def test_tables_sort_by_mouse_and_keyboard(ten_classes: Path, opened: Open) -> None:
