@@ -19,7 +19,7 @@ from hf_fasttrain.utils.files import NO_LINK
 
 POSITION_FILE = "metrics.position"  # how far the copy goes
 _POSITION = re.compile(r"(\d{1,18}) (\d{1,18}) ([0-9a-f]{32}) ([0-9a-f]{32})\n")
-BLOCK = 1 << 20
+BLOCK = 1 << 16
 
 
 class _Position(NamedTuple):

@@ -102,7 +102,7 @@ def test_a_damaged_copy_and_other_paths_are_no_reason_to_push_other_bytes(damage
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    source.write_text("".join(line(step, values=[0.1] * 20) for step in range(20_000)))
+    source.write_text("".join(line(step, values=[0.1] * 20) for step in range(5_000)))
     tracemalloc.start()
     try:
         scrubbed_copy(source, tmp_path, SCRUB)
@@ -110,7 +110,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 3_000_000 < source.stat().st_size
+    assert peak < 200_000 < source.stat().st_size
 
 
 def test_pushes_of_a_training_share_the_copy_and_a_later_push_leaves_none(
