@@ -28,4 +28,5 @@ def limit_spinning() -> None:
 
 def launched_rank() -> int:
     """Return the rank of this process among all that were launched."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0  # what is no number is refused before anything is launched

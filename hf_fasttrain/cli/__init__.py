@@ -12,6 +12,7 @@ from hf_fasttrain.before_torch import limit_spinning
 from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.cli.terminal import is_main
 from hf_fasttrain.utils.errors import UserError, on_command_line
+from hf_fasttrain.utils.launch_variables import require_launch_variables
 from hf_fasttrain.utils.limits import raise_file_limit, require_threads_of_libraries
 from hf_fasttrain.utils.printing import echo
 from hf_fasttrain.utils.standard_folders import require_temporary_folder, require_working_folder, set_home
@@ -64,6 +65,7 @@ def _prepare_for_libraries() -> None:
     """Check and set what libraries need when they are imported."""
     require_working_folder()
     require_temporary_folder()
+    require_launch_variables()
     if (note := set_home()) is not None and is_main():
         echo(f"note: {note}", err=True)
     raise_file_limit()
@@ -92,7 +94,7 @@ def _system_errors_as_messages() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
         explained = explain_system_error(error)
         if explained is None:
             raise

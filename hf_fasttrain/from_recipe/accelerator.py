@@ -1,6 +1,7 @@
 """The Accelerator of a run, from launcher and recipe: precision, threads, and torch's process-wide switches.
 
-Only this file and train/launcher.py read the launchers' environment, and only this one sets those switches.
+Only this file, train/launcher.py and utils/launch_variables.py read the launchers' environment, and only this one sets
+those switches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hf_fasttrain.run_folder.file_names import TRACKERS_FOLDER
 from hf_fasttrain.train.launcher import uses_gpu
 from hf_fasttrain.utils.environment import set_current_device
 from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.launch_variables import LOCAL_PROCESSES, require_launch_variables
 from hf_fasttrain.utils.limits import require_threads
 from hf_fasttrain.utils.private_apis import raise_recompile_limit, reset_precision
 
@@ -35,17 +37,16 @@ NOT_SUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-# As in train/launcher.py.
-LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator:
     """Return the Accelerator of a recipe whose machine settings are resolved (no `auto`).
 
-    Raises RunError for a launch configuration that is not supported (DeepSpeed, FSDP) and for a precision that the
-    device does not have.
+    Raises RunError for a launch configuration that is not supported (DeepSpeed, FSDP) or makes no sense, and for a
+    precision that the device does not have.
     """
+    require_launch_variables()
     for variable, name in NOT_SUPPORTED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise RunError(f"the launch configuration asks for {name}, which is not supported; use accelerate_configs/")

@@ -83,7 +83,7 @@ def holds_run(folder: Path) -> RunError:
 
 def resume_command(folder: Path) -> str | None:
     """Return the command that resumes a recipe's run; None where a launcher or a Python program has started it."""
-    is_launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
     if resume_option() != "--resume" or is_launched or not (folder / RECIPE_FILE).is_file():
         return None
     return format_command(folder, "--resume")

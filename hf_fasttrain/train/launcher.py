@@ -12,9 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from hf_fasttrain.data.loading.loader import TrainLoader
 from hf_fasttrain.utils.errors import RunError
-
-# Variables of torchrun and accelerate first, then those of mpirun that accelerate knows.
-PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+from hf_fasttrain.utils.launch_variables import PROCESSES, require_launch_variables
 
 
 def num_processes() -> int:
@@ -33,8 +31,10 @@ def resolve_accelerator(
     """Return the user's Accelerator, or a new one for all launched processes.
 
     Under `torchrun` on a CPU, accelerate finds the other processes only with `cpu=True`. Raises RunError for an
-    Accelerator that does not know the other processes: each would train its own model.
+    Accelerator that does not know the other processes (each would train its own model), and for variables of launchers
+    that make no sense.
     """
+    require_launch_variables()
     accelerator = user_accelerator or Accelerator(cpu=num_processes() > 1 and not uses_gpu())
     if accelerator.num_processes != num_processes():
         raise RunError(

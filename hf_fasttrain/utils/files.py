@@ -201,16 +201,17 @@ def _is_shallow(value: dict[str, Any]) -> bool:
 def loads(text: str) -> Any:
     """Return the value of a JSON text; half a character, which could not be printed or written, becomes U+FFFD."""
     value = json.loads(text)
-    return _whole_characters(value) if "\\u" in text and _SURROGATE.search(text) else value
+    return whole_characters(value) if "\\u" in text and _SURROGATE.search(text) else value
 
 
-def _whole_characters(value: Any) -> Any:
+def whole_characters(value: Any) -> Any:
+    """Return a tree of JSON in which half a character is U+FFFD."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
-        return [_whole_characters(each) for each in value]
+        return [whole_characters(each) for each in value]
     if isinstance(value, dict):
-        return {_whole_characters(key): _whole_characters(each) for key, each in value.items()}
+        return {whole_characters(key): whole_characters(each) for key, each in value.items()}
     return value
 
 

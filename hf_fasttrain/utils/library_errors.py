@@ -24,6 +24,8 @@ OUT_OF_MEMORY = (
     "could not create a primitive",
     "could not execute a primitive",
 )
+# Messages of glibc's loader, when a shared library does not fit into the memory that a process may have.
+LOADER_OUT_OF_MEMORY = ("failed to map segment from shared object", "cannot allocate memory", "cannot map zero-fill")
 # Messages of libjpeg-turbo, Pillow and its plugins.
 DECODER_OUT_OF_MEMORY = ("out of memory", "nsufficient memory", "std::bad_alloc", "allocate memory")
 # Messages of gloo and NCCL when the other process's end of a connection is closed.
@@ -51,6 +53,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and _mentions(error, *OUT_OF_MEMORY)
+
+
+def loader_out_of_memory(error: ImportError) -> str | None:
+    """Return the line about a library that could not be loaded as this process may not have so much memory."""
+    lines = (line.strip() for line in str(error).splitlines())  # numpy adds a page of advice
+    return next((line for line in lines if any(text in line for text in LOADER_OUT_OF_MEMORY)), None)
 
 
 def is_decoder_out_of_memory(error: BaseException) -> bool:

@@ -25,6 +25,11 @@ def error_of(number: int, *names: str) -> OSError:
         (error_of(errno.ENOSPC), Stopped.NOT_WRITTEN, "the system reports: No space left on device; free some space"),
         (error_of(errno.EMFILE, "x"), 2, "too many open files (ulimit -n is "),
         (RuntimeError(THREAD_REFUSED), 2, "too many threads ("),
+        (
+            ImportError("advice\nError: libx.so: failed to map segment from shared object\nmore"),
+            2,
+            "no memory to load Error: libx.so: failed to map segment from shared object",
+        ),
         (MemoryError(), 2, "out of memory; end other programs"),
     ],
 )
@@ -37,4 +42,5 @@ def test_each_is_one_message(error: BaseException, status: int, text: str) -> No
 
 def test_errors_of_programs_are_left_alone() -> None:
     assert explain_system_error(RuntimeError("shape mismatch")) is None
+    assert explain_system_error(ImportError("no module named x")) is None
     assert explain_system_error(OSError("of a library, without a number")) is None

@@ -18,7 +18,7 @@ from hf_fasttrain.data.source.labels import read_labels
 from hf_fasttrain.data.source.multi_label import LabelArray
 from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.data.source.records import ImageRecords, Record, Records, require_paths
-from hf_fasttrain.utils.errors import DataError, nearest, shortened
+from hf_fasttrain.utils.errors import DataError, first_line, nearest, shortened
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,13 @@ def image_records(dataset: Any, column: str, where: str) -> ImageRecords:
     if kind is Kind.ARRAY:
         return ArrayRecords(dataset, column, where)
     import datasets
+    import pyarrow as pa
 
     images = dataset.select_columns([column]).with_format(None)
-    images = images.cast_column(column, datasets.Image(decode=False))
+    try:
+        images = images.cast_column(column, datasets.Image(decode=False))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"{where}: column '{column}' can't be read as images: {first_line(error)}") from None
     records = Records(images if column == "image" else images.rename_column(column, "image"))
     require_paths(records, f"{where}: column '{column}'")
     return records

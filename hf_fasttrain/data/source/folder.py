@@ -14,6 +14,7 @@ from typing import Any
 from hf_fasttrain.data.source.archives import load_archives
 from hf_fasttrain.data.source.file_split import FileSplit, class_folders
 from hf_fasttrain.data.source.image_files import (
+    EVAL_NAMES,
     IMAGE_SUFFIXES,
     SPLIT_FOLDERS,
     SPLIT_OF,
@@ -104,6 +105,7 @@ class _Opening:
         """Return the splits, unopened."""
         self.notes += notes
         parts = self._parts()
+        self._require_no_lost_split()
         tables = files_by_split(self._own_tables())
         outside = [file for file in self._metadata_files if _first(file) not in parts]
         outside = [] if tables else self._own_metadata(outside)
@@ -304,6 +306,13 @@ class _Opening:
                     f"{path}: dead link among the class folders ({entry.detail or 'to itself'}); repair it or remove it"
                 )
 
+    def _require_no_lost_split(self) -> None:
+        """Raise DataError for a dead link in the place of images to train or evaluate on: others would be used."""
+        for entry in self.tree.left_out:
+            if entry.reason in (Reason.DEAD_LINK, Reason.LOOP) and entry.path.lower() in {*TRAIN_NAMES, *EVAL_NAMES}:
+                path = one_line(os.path.join(self.root, entry.path))
+                raise DataError(f"{path}: dead link ({entry.detail or 'to itself'}); repair it or remove it")
+
     def _refuse_empty(self, name: str, folder: Folder, left_out: Sequence[LeftOut]) -> None:
         path = one_line(os.path.join(self.root, name))
         if folder.error:
@@ -321,7 +330,7 @@ class _Opening:
     def _class_names(self, folders: Sequence[str]) -> list[str]:
         """Return the names of folders as text. Raises DataError if two are the same."""
         names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in folders]
-        odd = [name for name, folder in zip(names, folders, strict=True) if name != folder]
+        odd = [name for name, folder in zip(names, folders, strict=True) if os.fsencode(folder) != name.encode()]
         if odd:
             if len(set(names)) < len(names):
                 raise DataError(f"{self.where}: two class folders are called {odd[0]}; rename one")

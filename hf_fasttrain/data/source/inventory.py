@@ -15,11 +15,22 @@ from enum import Enum
 from pathlib import Path
 
 from hf_fasttrain.data.source.image_files import IMAGE_SUFFIXES, UNREAD_SUFFIXES, is_made_by_tool, suffix_of
+from hf_fasttrain.run_folder.file_names import (
+    CHECKPOINTS_FOLDER,
+    GALLERY_FILE,
+    GALLERY_FOLDER,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RESOLVED_FILE,
+    TRACKERS_FOLDER,
+)
 from hf_fasttrain.utils.clean import one_line
 from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.files import reason
 from hf_fasttrain.utils.format import format_count
 
+_RUN_FOLDERS = {CHECKPOINTS_FOLDER, GALLERY_FOLDER, MODEL_FOLDER, TRACKERS_FOLDER}
+_CACHE_FILES = {"about.json", "index", "pixels"}  # of pixels/cache.py
 PERMISSION_SAMPLE = 1000  # images of a split whose permissions are looked at, at least two of each class
 
 
@@ -35,6 +46,7 @@ class Reason(Enum):
     MISSING = "image that metadata list, but is not there", "images that metadata list, but are not there"
     NO_CLASS = "image outside of class folders", "images outside of class folders"
     NO_SPLIT = "folder beside the splits", "folders beside the splits"
+    OUTPUT = "run or cache of hf-fasttrain", "runs or caches of hf-fasttrain"
     NO_IMAGES = "table or metadata of something else", "tables or metadata of something else"
     REPEATED = "link to a folder that is read already", "links to folders that are read already"
     UNLISTED = "image that metadata do not list", "images that metadata do not list"
@@ -88,14 +100,20 @@ def list_folder(root: str) -> Folder:
     """Return what is in a folder and below it. Raises DataError if it can't be listed.
 
     Links are followed, those to a folder that contains them excepted. Hidden folders and those of systems and programs
-    are not entered.
+    are not entered, runs and caches of this package are left out.
     """
     top, listed = Folder(), list[tuple[str, Folder]]()
     links = _list_real(root, top, listed)
     if top.error:
         raise DataError(f"{one_line(root)}: can't be listed: {top.error}")
-    if not links:
-        return top
+    if links:
+        _follow(links, root, listed)
+    _leave_out_outputs(top, listed)
+    return top
+
+
+def _follow(links: list[tuple[Folder, str, str]], root: str, listed: list[tuple[str, Folder]]) -> None:
+    """List the folders that links, as `_list_real` returns them, lead to; those above `root` are loops."""
     known = {_identity(path): folder for path, folder in listed}
     above = {_identity(str(path)) for path in Path(os.path.realpath(root)).parents}
     while links:
@@ -107,9 +125,37 @@ def list_folder(root: str) -> Folder:
             continue
         if identity not in known:
             known[identity] = Folder()
-            links += _list_real(path, known[identity], [], known)
+            links += _list_real(path, known[identity], listed, known)
         parent.links[name] = known[identity]
-    return top
+
+
+def _leave_out_outputs(top: Folder, listed: Sequence[tuple[str, Folder]]) -> None:
+    """Leave out what this package has written: the pictures of a report would become a class called `run`."""
+    for _, folder in reversed(listed):  # those below come first
+        is_run = folder is top and _is_run(folder)
+        for below in (folder.folders, folder.links):
+            for name, inner in list(below.items()):
+                if _is_output(inner) or (is_run and name in _RUN_FOLDERS and _may_be_of_run(inner)):
+                    del below[name]
+                    folder.left_out.append(LeftOut(f"{name}/", Reason.OUTPUT))
+
+
+def _is_output(folder: Folder) -> bool:
+    """Return whether a folder is a run or a cache of pixels, or holds nothing but these."""
+    if _is_run(folder) or (_CACHE_FILES.issubset(folder.files) and not folder.images):
+        return True
+    others = [*folder.images, *folder.files, *folder.folders, *folder.links]
+    return not others and any(entry.reason is Reason.OUTPUT for entry in folder.left_out)
+
+
+def _may_be_of_run(folder: Folder) -> bool:
+    return not folder.images or GALLERY_FILE in folder.files
+
+
+def _is_run(folder: Folder) -> bool:
+    if folder.images or METRICS_FILE not in folder.files:
+        return False
+    return RESOLVED_FILE in folder.files or CHECKPOINTS_FOLDER in folder.folders
 
 
 def _list_real(

@@ -7,6 +7,7 @@ Arrow, which turns strings into dates; it also drops images whose names contain 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -15,10 +16,11 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hf_fasttrain.data.source.file_split import FileSplit
 from hf_fasttrain.data.source.inventory import (
@@ -31,9 +33,10 @@ from hf_fasttrain.data.source.inventory import (
     split_by_permission,
 )
 from hf_fasttrain.data.source.records import FileRecords
+from hf_fasttrain.data.source.table_files import open_table, read_schema
 from hf_fasttrain.utils.clean import one_line
 from hf_fasttrain.utils.errors import DataError, shortened, shown
-from hf_fasttrain.utils.files import open_regular
+from hf_fasttrain.utils.files import open_regular, whole_characters
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _INTEGER = re.compile(r"\s*-?(0|[1-9]\d{0,17})\s*", re.ASCII)
@@ -246,19 +249,46 @@ def _arrow(values: list[Any]) -> Any:
 def _read(file: Path) -> Table:
     """Return the columns of a metadata file. Raises DataError if it can't be read."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    readers = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": lambda path: pq.read_table(path).to_pydict()}
+    readers = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    kind = file.suffix.removeprefix(".")
     try:
         return readers[file.suffix](file)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{file}: can't be read as {file.suffix.removeprefix('.')}: {error}") from None
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#04x} at {error.start:,}"
+        raise DataError(f"{file}: can't be read as {kind}: it is not UTF-8 ({where}); save it as UTF-8") from None
+    except (OSError, csv.Error, pa.ArrowException) as error:
+        raise DataError(f"{file}: can't be read as {kind}: {error}") from None
+
+
+@contextmanager
+def _open_text(file: Path) -> Iterator[TextIO]:
+    """Open a regular file: a link may lead to anything, such as the variables of this process in /proc."""
+    with open_regular(file) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text:
+        yield text
+
+
+def _read_parquet(file: Path) -> Table:
+    import pyarrow.parquet as pq
+
+    read_schema(str(file))
+    with open_table(str(file)) as opened:
+        columns: Table = pq.read_table(opened).to_pydict()
+    return columns
+
+
+def _require_once(names: Sequence[str], where: str) -> None:
+    """Raise DataError if two columns have the same name: one of them would be dropped."""
+    twice = [name for name, number in Counter(names).items() if number > 1 and name]
+    if twice:
+        raise DataError(f"{where}: has column {shortened(map(shown, twice))} twice; rename one")
 
 
 def _read_csv(file: Path) -> Table:
-    with open(file, encoding="utf-8-sig", newline="") as opened:
+    with _open_text(file) as opened:
         reader = csv.reader(opened, strict=True)
         header = next(reader, [])
+        _require_once(header, str(file))
         columns: list[list[str | None]] = [[] for _ in header]
         for line in reader:
             if len(line) > len(header):
@@ -280,7 +310,7 @@ def _integers_if_all_are(cells: list[str | None]) -> list[Any]:
 
 def _read_json_lines(file: Path) -> Table:
     rows: list[dict[str, Any]] = []
-    with open(file, encoding="utf-8-sig") as opened:
+    with _open_text(file) as opened:
         for number, line in enumerate(opened, 1):
             if line.strip():
                 rows.append(_json_object(line, f"{file}, line {number}"))
@@ -288,8 +318,17 @@ def _read_json_lines(file: Path) -> Table:
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _require_once([name for name, _ in pairs], where)
+        return {
+            name: value if name.endswith(_FILE_COLUMN) else whole_characters(value)  # names need not be UTF-8
+            for name, value in ((whole_characters(name), value) for name, value in pairs)
+        }
+
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=whole)
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(row, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -17,8 +16,8 @@ from hf_fasttrain.data.source.old_folder import open_old_folder
 from hf_fasttrain.data.source.splits import Splits, opened
 from hf_fasttrain.data.source.tables import open_tables
 from hf_fasttrain.utils.clean import one_line
-from hf_fasttrain.utils.errors import DataError, RunError, first_line, nearest
-from hf_fasttrain.utils.files import existing_path, expand_user
+from hf_fasttrain.utils.errors import DataError, RunError, first_line, nearest, shown
+from hf_fasttrain.utils.files import existing_path, expand_user, read_object, reason, require_regular
 
 
 def open_splits(
@@ -42,6 +41,8 @@ def open_splits(
     if name == "digits":
         notes = ["digits is scikit-learn's data set; ./digits is the folder"] if os.path.isdir(name) else []
         return Splits({"train": digits_split}, notes=notes)
+    if not name.strip():
+        raise DataError(f"data.dataset is {name!r}; give the path of a folder or table, digits, or a Hub name")
     path = existing_path(name)
     if path is None and name.startswith((".", "/", "~")):
         raise _no_such_path(name)
@@ -82,31 +83,33 @@ def _names_in(path: str) -> list[str]:
 
 def _open_saved(path: str) -> Splits:
     """Return the splits of a folder that `save_to_disk` has written."""
-    listed = os.path.join(path, "dataset_dict.json")
-    names = _json(listed)["splits"] if os.path.exists(listed) else []
-    if not names:
+    listed = Path(path, "dataset_dict.json")
+    if not os.path.lexists(listed):
         return Splits({"train": partial(_load_saved, path)})
+    try:
+        names = read_object(listed).get("splits")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{one_line(str(listed))}: can't be read: {reason(error)}") from None
+    folders = os.listdir(path)
+    if not isinstance(names, list) or not names or any(name not in folders for name in names):
+        raise DataError(f"{one_line(str(listed))}: its splits are {shown(names)}; they must be folders beside it")
     return Splits({name: partial(_load_saved, os.path.join(path, name)) for name in names})
 
 
 def _load_saved(path: str) -> Any:
     """Return a saved dataset. `load_from_disk` takes a path such as a::b for an address."""
     import datasets
-    import pyarrow as pa
     from datasets.table import MemoryMappedTable, concat_tables
 
     try:
-        state, info = (_json(os.path.join(path, name)) for name in ("state.json", "dataset_info.json"))
+        state, info = (read_object(Path(path, name)) for name in ("state.json", "dataset_info.json"))
         files = [os.path.join(path, os.path.basename(file["filename"])) for file in state["_data_files"]]
+        for file in files:
+            require_regular(file)
         table = concat_tables([MemoryMappedTable.from_file(file) for file in files])
         return datasets.Dataset(table, info=datasets.DatasetInfo.from_dict(info), fingerprint=state["_fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except Exception as error:  # noqa: BLE001 - `datasets` takes files that anybody may have written as sound
         raise DataError(f"{one_line(path)}: can't be read as a saved data set: {first_line(error)}") from None
-
-
-def _json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def _splits_of_object(dataset: Any) -> dict[str, Any]:

@@ -56,6 +56,10 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     views = {"string_view": pa.string(), "binary_view": pa.large_binary()}
     if pa.types.is_dictionary(kind) or str(kind).startswith("run_end_encoded"):
         return _plain(kind.value_type)
+    if pa.types.is_fixed_size_binary(kind):
+        return pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
     return views.get(str(kind), kind)
 
 
@@ -117,7 +121,7 @@ def _absolute(column: pa.Array, folder: str) -> pa.Array:
         return pa.array(_joined(folder, column.to_pylist()), column.type)
     fields = {name.name: column.field(index) for index, name in enumerate(column.type)}
     has_bytes = fields["bytes"].is_valid().to_pylist()
-    if all(has_bytes):
+    if all(has_bytes) or fields["path"].null_count == len(column):
         return column
     paths = fields["path"].to_pylist()
     joined = _joined(folder, [None if has else path for has, path in zip(has_bytes, paths, strict=True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ REFUSED: dict[str, tuple[Callable[[], datasets.Dataset], str]] = {
         lambda: dataset([f"https://example.org/{i}.png" for i in range(8)]),
         "column 'image' holds addresses, which are not downloaded, such as 'https://example.org/0.png'",
     ),
+    "lists with gaps": (lambda: dataset([[[1, None], [2, 3]]] * 8), "row 0: missing values; images are"),
+    "lists of different lengths": (lambda: dataset([[[1, 2], [3]]] * 8), "row 0: rows of different lengths"),
     "other texts": (
         lambda: dataset(["iVBORw0KGgo="] * 8),
         "holds no paths of files: none of 8 exists, such as 'iVBORw",
@@ -200,6 +203,42 @@ def test_tables_with_columns_that_datasets_does_not_know(tmp_path: Path, monkeyp
         (tmp_path / f"{name}.parquet").rename(tmp_path / "two" / f"{name}.parquet")
     with pytest.raises(DataError, match=r"two/d.parquet: lacks column label, which a.parquet has"):
         load(str(tmp_path / "two"))
+
+
+BYTES_AND_PATH: dict[str, tuple[pa.DataType, Any, str | None]] = {  # type, value, message
+    "views": (pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]), {"bytes": png(COLOUR[0])}, None),
+    "bytes of a fixed number": (pa.binary(len(png(COLOUR[0]))), png(COLOUR[0]), None),
+    "paths without a type": (pa.struct([("bytes", pa.binary()), ("path", pa.null())]), {"bytes": png(COLOUR[0])}, None),
+    "numbers": (
+        pa.struct([("bytes", pa.int8()), ("path", pa.int8())]),
+        {"bytes": 1},
+        "'image' can't be read as images",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", BYTES_AND_PATH)
+def test_bytes_of_any_type_of_arrow_are_images(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    kind, value, message = BYTES_AND_PATH[form]
+    images = pa.array([None, *[value] * 7], kind)
+    pq.write_table(pa.table({"image": images, "label": LABELS}), tmp_path / "a.parquet")
+    if message is not None:
+        with pytest.raises(DataError, match=message):
+            load(str(tmp_path / "a.parquet"))
+        return
+    source = load(str(tmp_path / "a.parquet"))
+    assert np.array_equal(read_pixels(source.train.images[7]), COLOUR[0])
+    with pytest.raises(ImageError, match="missing"):
+        read_pixels(source.train.images[0])
+
+
+def test_nested_lists_are_read_without_an_object_for_each_number() -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
+    images = load(dataset([photo, *[photo[:9]] * 7])).train.images
+    start = time.process_time()
+    assert np.array_equal(read_pixels(images[0]), photo)
+    assert time.process_time() - start < 0.2  # as Python's numbers: 0.9 s
 
 
 def test_a_cache_of_datasets_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

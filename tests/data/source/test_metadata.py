@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,17 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "broken JSON": ("metadata.jsonl", '{"file_name": \n', "metadata.jsonl, line 1: not valid JSON"),
     "no object": ("metadata.jsonl", "[1]\n", r"line 1: must be a JSON object with file_name; got \[1\]"),
     "an open quote": ("metadata.csv", 'file_name,label\n"a.png,b\n', "can't be read as csv: unexpected end of data"),
+    "a column twice": ("metadata.csv", "file_name,label,label\na.png,b,c\n", "has column 'label' twice; rename one"),
+    "a key twice": (
+        "metadata.jsonl",
+        '{"file_name": "a.png", "label": 1, "label": 2}',
+        "line 1: has column 'label' twice; rename one",
+    ),
+    "no UTF-8": (
+        "metadata.csv",
+        "file_name,label\na.png,\udce9\n",
+        "it is not UTF-8 .byte 0xe9 at 22.; save it as UTF-8",
+    ),
     "no parquet": ("metadata.parquet", "no", "can't be read as parquet"),
 }
 
@@ -132,10 +144,27 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_in_metadata_are_one_message(case: str, tmp_path: Path) -> None:
     name, text, expected = MISTAKES[case]
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError, match=expected) as messages:
         load_source(str(tmp_path))
     assert str(tmp_path) in str(messages.value)
+
+
+def test_metadata_that_are_a_link_to_a_file_of_the_system_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").symlink_to("/proc/self/environ")
+    with pytest.raises(DataError, match=r"metadata.csv: can't be read as csv: 0 bytes$"):
+        load_source(str(tmp_path))
+
+
+def test_half_characters_in_json_are_replaced_but_in_names_of_files(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    for file in (name, "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / file)
+    lines = [{"file_name": name, "label": "x\ud800", "\udfff": 1}, {"file_name": "b.png", "label": "y", "\udfff": 2}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines * 2)))
+    source = load_source(str(tmp_path), eval_fraction=0.5)
+    assert source.class_names == ["x\ufffd", "y"]
+    assert name in {os.path.basename(record["path"]) for record in source.train.records(range(len(source.train)))}
 
 
 def test_two_metadata_files_in_a_folder_are_refused(tmp_path: Path) -> None:
