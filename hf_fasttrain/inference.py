@@ -32,6 +32,7 @@ from hf_fasttrain.models.saved import load_model
 from hf_fasttrain.models.user_model import ModelArgument, load_user_model
 from hf_fasttrain.prediction import Predictions, Row, image_files, preprocessing_of
 from hf_fasttrain.recipe.load import load_recipe, origin_of, parse_recipe, with_values
+from hf_fasttrain.recipe.messages import joined
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import is_allowed
@@ -108,7 +109,10 @@ def evaluate_run(
         raise RunError(f"{run}: contains no recipe.yaml; evaluate needs a run folder")
     for override in overrides:
         if not override.startswith(EVALUATED_KEYS) or override.startswith("data.image_size"):
-            raise RunError(f"override '{override}' has no effect on an evaluation; allowed are {EVALUATED_KEYS}")
+            raise RunError(
+                f"override '{override}': an evaluation takes keys that begin with {joined(EVALUATED_KEYS)}, without "
+                "data.image_size, such as data.dataset=FOLDER"
+            )
         if split is not None and override.startswith("data.eval_split"):
             raise RunError(f"--split {split} and override '{override}' set the same thing; leave one out")
     checkpoint = find_checkpoint(opened, weights, str(run))

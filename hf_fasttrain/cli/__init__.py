@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -73,11 +72,17 @@ def _prepare_for_libraries() -> None:
 
 
 def _print_usage(error: Any, arguments: list[str]) -> int:
-    """Print what typer has to say of the arguments, or its help without any, and return the exit status."""
-    written = io.StringIO() if arguments else sys.stderr
-    error.show(written)
-    if isinstance(written, io.StringIO):
-        echo(written.getvalue().rstrip(), err=True)
+    """Print what is wrong with the arguments, or the help without any, and return the exit status."""
+    if not arguments:
+        error.show(sys.stderr)
+        return int(error.exit_code)
+    said = error.format_message().rstrip(".")
+    option = str(getattr(error, "option_name", None) or "").lstrip("-")
+    if "." in option:
+        said += f". Overrides have no dashes: {option.partition('=')[0]}=VALUE"
+    usage = "; usage: " + " ".join(error.ctx.get_usage().removeprefix("Usage: ").split()) if error.ctx else ""
+    command = error.ctx.command_path if error.ctx else "hf-fasttrain"
+    echo(f"error: {command}: {said[:1].lower()}{said[1:]}{usage}; `{command} --help` explains them", err=True)
     return int(error.exit_code)
 
 

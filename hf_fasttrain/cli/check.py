@@ -36,6 +36,7 @@ def check(
     from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.folder import how_to_resume_run, is_unsaved, run_files_in
+    from hf_fasttrain.utils.format import format_count
     from hf_fasttrain.utils.terminal import build_table, wide_terminal
 
     folder = Path(output_dir(loaded))
@@ -63,7 +64,7 @@ def check(
     if images:
         value_range = parts.spec.preprocessing.value_range if parts.spec.preprocessing else None
         check_images(terminal, loaded, parts.source, list_file, value_range)
-    terminal.print(f"{recipe} is valid: {parts.sampling_plan.steps_per_epoch:,} steps per epoch")
+    terminal.print(f"{recipe} is valid: {format_count(parts.sampling_plan.steps_per_epoch, 'step')} per epoch")
 
 
 def _require_list_file(path: Path | None, *, images: bool) -> None:

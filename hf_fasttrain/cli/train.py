@@ -33,6 +33,7 @@ def train(
     from hf_fasttrain.from_recipe.trainer import build_trainer
     from hf_fasttrain.recipe.load import output_dir
     from hf_fasttrain.run_folder.missing import describe_missing, missing_results
+    from hf_fasttrain.utils.format import format_count
     from hf_fasttrain.utils.signals import ignore_signals
 
     folder = Path(output_dir(loaded))
@@ -44,7 +45,7 @@ def train(
             return
         trainer.log.print(f"{folder}: trained to the end; now writing what is missing: {', '.join(missing)}")
     else:
-        started = f"{trainer.num_steps:,} steps on {trainer.device}, run folder {folder}"
+        started = f"{format_count(trainer.num_steps, 'step')} on {trainer.device}, run folder {folder}"
         trainer.log.print(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
     try:
         with _memory_limit(trainer):
@@ -119,7 +120,13 @@ def _end_trackers(trainer: Trainer) -> None:
 def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, result: Result) -> None:
     from hf_fasttrain.train.early_stopping import EarlyStop, how_to_continue
     from hf_fasttrain.train.final_weights import which_weights
-    from hf_fasttrain.utils.format import format_command, format_duration, format_images_rate, format_percent
+    from hf_fasttrain.utils.format import (
+        format_command,
+        format_count,
+        format_duration,
+        format_images_rate,
+        format_percent,
+    )
 
     early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_continue()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
@@ -136,8 +143,8 @@ def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, res
     ]
     report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
     log(
-        f"done: {result.steps:,} steps, {result.images:,} images in {format_duration(result.train_seconds)} "
-        f"({format_images_rate(result.images_per_second)}, "
+        f"done: {format_count(result.steps, 'step')}, {format_count(result.images, 'image')} in "
+        f"{format_duration(result.train_seconds)} ({format_images_rate(result.images_per_second)}, "
         f"{format_percent(result.data_wait_fraction, 0)} waiting for data)\n"
         f"      {score}\n"
         f"{early}"

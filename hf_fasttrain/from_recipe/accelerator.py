@@ -89,7 +89,8 @@ def require_trackers(trackers: Sequence[str]) -> None:
     missing = sorted(set(trackers) - installed)
     if missing:
         raise RunError(
-            f"log.trackers: {', '.join(missing)} not installed; pip install 'hf_fasttrain[trackers]' or remove it"
+            f"log.trackers: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; install with "
+            f"pip install 'hf_fasttrain[trackers]', or leave {'it' if len(missing) == 1 else 'them'} out"
         )
 
 

@@ -17,7 +17,8 @@ from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_proce
 from hf_fasttrain.from_recipe.tunings import Presets, current_machine, stored_tuning
 from hf_fasttrain.models.head import keeps_head
 from hf_fasttrain.models.memory_forecast import equal_micro_batch_size
-from hf_fasttrain.recipe.load import flatten, plain, with_values
+from hf_fasttrain.recipe.load import flatten, with_values
+from hf_fasttrain.recipe.messages import flow_text
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.result import Watch
@@ -266,6 +267,6 @@ def _note_tuned(decisions: dict[str, Decision], settings: ResolvedSettings) -> N
     by_reason: dict[str, list[str]] = {}
     for key, decision in decisions.items():
         if decision.kind == "tuned":
-            by_reason.setdefault(decision.reason, []).append(f"{key}={plain(decision.value)}")
+            by_reason.setdefault(decision.reason, []).append(f"{key}={flow_text(decision.value)}")
     for reason, assignments in by_reason.items():
         settings.note(f"auto, {reason}: {', '.join(assignments)}")

@@ -21,7 +21,7 @@ from hf_fasttrain.train.optim import require_optimizer
 from hf_fasttrain.utils.errors import RecipeError, UserError, nearest
 from hf_fasttrain.utils.files import existing_path
 from hf_fasttrain.utils.format import format_count
-from hf_fasttrain.utils.remote import is_hub_url
+from hf_fasttrain.utils.remote import is_dataset_name, is_hub_url
 
 
 def require_no_early_mistakes(
@@ -48,7 +48,8 @@ def require_no_early_mistakes(
         raise found[0]
     if found:
         listed = "\n".join(f"  {error}" for error in found)
-        raise RecipeError(f"{recipe.source.name} has {format_count(len(found), 'mistake')}:\n{listed}")
+        where = recipe.source.argument or recipe.source.name
+        raise RecipeError(f"{where} has {format_count(len(found), 'mistake')}:\n{listed}")
 
 
 def _checks(
@@ -71,7 +72,7 @@ def _checks(
 
 def _is_missing(dataset: str) -> bool:
     """Return whether a data set is a path, and not a Hub name, that does not exist."""
-    return dataset.startswith((".", "/", "~")) and existing_path(dataset) is None
+    return existing_path(dataset) is None and not is_dataset_name(dataset)
 
 
 def _unknown_metric(recipe: Recipe) -> str | None:

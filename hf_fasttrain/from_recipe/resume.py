@@ -9,7 +9,8 @@ from typing import Any
 from hf_fasttrain.from_recipe.accelerator import user_threads
 from hf_fasttrain.from_recipe.auto import MACHINE
 from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Presets, current_machine
-from hf_fasttrain.recipe.load import flatten, plain
+from hf_fasttrain.recipe.load import flatten
+from hf_fasttrain.recipe.messages import flow_text
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import is_allowed
@@ -51,14 +52,14 @@ class FirstStart:
         values, current = flatten(settings.recipe), settings.all()
         open_keys = {key: d.value for key, d in self.decisions.items() if is_open(key, values)}
         kept = [
-            f"{key}={plain(value)}"
+            f"{key}={flow_text(value)}"
             for key, value in open_keys.items()
             if key in self.explicit and current[key].value == value
         ]
         if kept:
             settings.note(f"kept from this run's first start, though the recipe no longer sets it: {', '.join(kept)}")
         changed = [
-            f"{key}={plain(current[key].value)} ({plain(value)} before)"
+            f"{key}={flow_text(current[key].value)} ({flow_text(value)} before)"
             for key, value in open_keys.items()
             if current[key].value != value
         ]

@@ -34,7 +34,7 @@ from hf_fasttrain.models.weights import (
 )
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE
 from hf_fasttrain.run_folder.schemas import ConfigFile, read_file
-from hf_fasttrain.utils.errors import ModelError, nearest, shown
+from hf_fasttrain.utils.errors import ModelError, nearest, shortened, shown
 from hf_fasttrain.utils.files import expand_user
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import batch_norm_class
@@ -152,7 +152,9 @@ def timm_name(name: str) -> str:
             f"model.name: '{name}' is not a timm model; write timm/{name.split('/')[-1]} for timm's on the Hub, "
             f"or transformers:{name} for one of transformers"
         )
-    raise ModelError(f"model.name: timm {timm.__version__} has no model '{name}'.{nearest(name, known)}")
+    beginning = [other for other in known if other.startswith(name.lower())]
+    hint = nearest(name, known) or (f" It has {shortened(beginning, 8)}" if beginning else "")
+    raise ModelError(f"model.name: timm {timm.__version__} has no model '{name}'.{hint}")
 
 
 def _create_timm(spec: ModelSpec, pretrained: bool) -> nn.Module:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 
+from hf_fasttrain.recipe.messages import WORDS
 from hf_fasttrain.recipe.schema import BestSection, EarlyStoppingSection, Recipe, ScheduleSection
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name, resolve_mode
 from hf_fasttrain.utils.clean import holds_secret
@@ -29,6 +31,9 @@ def _model(recipe: Recipe) -> Iterator[Mistake]:
         )
     if "trust_remote_code" in model.args:
         yield "model.args", "contains trust_remote_code; set model.trust_remote_code: true instead"
+    if isinstance(location := model.pretrained, str) and location.lower() in WORDS and not os.path.exists(location):
+        write = "true" if WORDS[location.lower()] else "false"
+        yield "model.pretrained", f"is '{location}'; write {write}, or ./{location} for a folder of that name"
     if model.freeze_backbone and not model.pretrained:
         yield (
             "model.freeze_backbone",

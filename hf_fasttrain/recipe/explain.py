@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hf_fasttrain.recipe.load import json_schema
+from hf_fasttrain.recipe.messages import flow_text
 from hf_fasttrain.utils.duration import Duration
 
 Schema = dict[str, Any]
@@ -64,7 +64,7 @@ def _key(name: str, field: Schema, inner: Schema | None, *, is_required: bool) -
             if option not in items
         )
         example = _example(field, options)
-    default = None if is_required or "default" not in field else plain(field["default"])
+    default = None if is_required or "default" not in field else _text(field["default"])
     meaning = field.get("description", "")
     return Key(name, values, default, field.get("tag", ""), meaning, example, is_section=inner is not None)
 
@@ -80,9 +80,9 @@ def _section(field: Schema, schema: Schema) -> Schema | None:
 
 def _value(option: Schema) -> str:
     if "const" in option:
-        return f"`{plain(option['const'])}`"
+        return f"`{flow_text(option['const'])}`"
     if "enum" in option:
-        return ", ".join(f"`{plain(value)}`" for value in option["enum"])
+        return ", ".join(f"`{flow_text(value)}`" for value in option["enum"])
     kind = option.get("type", "")
     if kind == "null":
         return "`null`"
@@ -97,23 +97,22 @@ def _value(option: Schema) -> str:
 def _limits(option: Schema) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [
-        f"{sign} {plain(option[key])}" for key, sign in signs.items() if key in option and abs(option[key]) < 2**53
+        f"{sign} {flow_text(option[key])}" for key, sign in signs.items() if key in option and abs(option[key]) < 2**53
     ]
     return f" {', '.join(limits)}" if limits else ""
 
 
 def _example(field: Schema, options: list[Schema]) -> str:
     """Return a value to write: an example or a choice that is not the default, else the default."""
-    default = plain(field.get("default"))
+    default = _text(field.get("default"))
     found = [*field.get("examples", ())]
     for option in options:
         found += [*option.get("examples", ()), *option.get("enum", ())]
         found += [default != "true"] if option.get("type") == "boolean" else []
-    return next((text for text in map(plain, found) if text not in (default, "auto")), default)
+    return next((text for text in map(flow_text, found) if text not in (default, "auto")), default)
 
 
-def plain(value: Any) -> str:
-    """Return a value as a recipe has it."""
-    if isinstance(value, dict) and value.keys() == {"count", "unit"}:
-        return str(Duration(**value))
-    return value if isinstance(value, str) else json.dumps(value)
+def _text(default: Any) -> str:
+    """Return a default as a recipe has it; the schema has durations as mappings."""
+    is_duration = isinstance(default, dict) and default.keys() == {"count", "unit"}
+    return flow_text(str(Duration(**default)) if is_duration else default)

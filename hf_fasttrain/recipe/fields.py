@@ -107,6 +107,7 @@ WarmupField = Annotated[
     ),
 ]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
 
 _NUMBER = r"\d+(\.\d+)?"
 # What timm's parser reads; it passes over what it does not know without a word.

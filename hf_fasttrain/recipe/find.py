@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE
-from hf_fasttrain.utils.errors import RecipeError, nearest
+from hf_fasttrain.utils.errors import RecipeError, closest, nearest
 from hf_fasttrain.utils.files import expand_user
 
 
@@ -51,5 +51,16 @@ def find_recipe(recipe: str) -> Path:
             f"data.dataset={recipe}"
         )
     raise RecipeError(
-        f"{recipe}: no such recipe file; shipped recipes are {', '.join(shipped)}.{nearest(name, shipped)}"
+        f"{recipe}: no such recipe file.{_files_like(path) or nearest(name, shipped)} Shipped recipes are "
+        f"{', '.join(shipped)}"
     )
+
+
+def _files_like(path: Path) -> str:
+    """Return a hint that names the recipe file in the same folder with the nearest name; "" if there is none."""
+    try:
+        files = [file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")]
+    except OSError:
+        return ""
+    close = closest(path.name, files)
+    return f" Did you mean '{path.parent / close[0]}'?" if close else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from hf_fasttrain.recipe.find import find_recipe
-from hf_fasttrain.recipe.messages import how_to_write
+from hf_fasttrain.recipe.messages import flow_text, how_to_write
+from hf_fasttrain.recipe.overrides import apply_overrides, leaves
 from hf_fasttrain.recipe.schema import Recipe, RecipeSource
 from hf_fasttrain.recipe.validate import KeyPath, Tree, check_tree, model_at
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE
@@ -23,7 +24,7 @@ from hf_fasttrain.utils.errors import RecipeError, shown
 from hf_fasttrain.utils.files import expand_user
 from hf_fasttrain.utils.format import format_count
 from hf_fasttrain.utils.remote import download_file, is_hub_url, parse_hub_url
-from hf_fasttrain.utils.yaml import MAX_CHARACTERS, MAX_DEPTH, InvalidYaml, read_yaml, write_yaml
+from hf_fasttrain.utils.yaml import MAX_CHARACTERS, InvalidYaml, read_yaml, write_yaml
 
 MAX_LISTED = 30  # mistakes in one message
 # Keys of a pushed recipe that are not used here: where it was written, cached, logged and pushed to.
@@ -99,7 +100,7 @@ def _load_pushed(url: str, overrides: Sequence[str], metrics: Collection[str] | 
             value = flatten(recipe)[key]
             override = how_to_write(key, value, as_override=True)
             raise RecipeError(
-                f"{where}: {key}={plain(value)} runs code from the Hub; read that code first, then allow it by the "
+                f"{where}: {key}={flow_text(value)} runs code from the Hub; read that code first, then allow it by the "
                 f"override {override}, or override it with another value"
             )
     return recipe
@@ -120,7 +121,7 @@ def parse_recipe(
     removed = [_remove(tree, key) for key in without]
     if any(removed):
         text = ""  # the run's recipe.yaml is written from the values
-    written = _Written(tree, dict.fromkeys(_leaves(tree), "recipe"), where, lines)
+    written = _Written(tree, dict.fromkeys(leaves(tree), "recipe"), where, lines)
     recipe, origins = _checked(written, overrides, metrics)
     recipe._source = RecipeSource(name, text, origins, tuple(overrides))
     return recipe
@@ -143,14 +144,7 @@ class _Written:
 def _merged(written: _Written, overrides: Sequence[str]) -> tuple[Tree, dict[str, str]]:
     """Return a recipe's tree with overrides, and the origins of its values. Raises RecipeError for malformed ones."""
     tree, origins = copy.deepcopy(written.tree), dict(written.origins)
-    malformed = []
-    for override in overrides:
-        try:
-            _apply_override(tree, override, origins)
-        except RecipeError as error:
-            malformed.append(str(error))
-    if malformed:
-        raise RecipeError("\n".join(malformed))
+    apply_overrides(tree, overrides, origins)
     return tree, origins
 
 
@@ -197,6 +191,9 @@ def _replaced(tree: Tree, key: KeyPath, blamed: Mapping[KeyPath, str]) -> str:
     values: Any = tree
     for part in section.split("."):
         values = values[part]
+    known = model_at(tuple(section.split(".")))
+    if known is None or not values.keys() <= known.model_fields.keys():
+        return f"; {section}=... replaces the whole section"
     single = how_to_write(section, values, as_override=True, each_key=True)
     return f"; {section}=... replaces the whole section, {single} does not"
 
@@ -232,44 +229,9 @@ def _read_tree(text: str, where: str) -> tuple[Tree, dict[KeyPath, int]]:
     except InvalidYaml as error:
         raise RecipeError(f"{where}{error.at}: not valid YAML: {error.problem}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping with model:, data: and train:; got {shown(tree)}")
+        got = "this one is empty" if tree is None else f"got {shown(tree)}"
+        raise RecipeError(f"{where}: a recipe is a mapping with model:, data: and train:; {got}")
     return tree, lines
-
-
-def _leaves(tree: Mapping[Any, Any], above: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        dotted = f"{above}{key}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{dotted}.")
-        else:
-            yield dotted
-
-
-def _apply_override(tree: Tree, override: str, origins: dict[str, str]) -> None:
-    key, equals, value = override.partition("=")
-    key = key.strip()
-    if not equals or not key or key.startswith("-") or key.count(".") > MAX_DEPTH:
-        raise RecipeError(f"{_named(override)}: must look like section.key=value, such as train.batch_size=64")
-    try:
-        parsed, _ = read_yaml(value)
-    except InvalidYaml as error:
-        raise RecipeError(f"{_named(override)}: the value is not valid YAML: {error.problem}") from None
-    *sections, last = key.split(".")
-    node = tree
-    for depth, section in enumerate(sections, 1):
-        if not isinstance(node.get(section), dict):
-            node[section] = {}
-        origins.pop(".".join(sections[:depth]), None)  # a plain value, which the override makes a section
-        node = node[section]
-    node[last] = parsed
-    for old in [o for o in origins if o == key or o.startswith(f"{key}.")]:
-        del origins[old]
-    for leaf in _leaves({key: parsed}):
-        origins[leaf] = "override"
-
-
-def _named(override: str) -> str:
-    return f"override '{one_line(cut(override, 200))}'"
 
 
 def _is_override(origins: Mapping[str, str], key: KeyPath) -> bool:
@@ -303,7 +265,7 @@ def flatten(section: BaseModel, above: str = "") -> dict[str, Any]:
 def default_values() -> dict[str, Any]:
     """Return {dotted key: value} of the `result` keys that have a default; a section that is off is null."""
     required = {"model": {"name": "?"}, "data": {"dataset": "?"}, "train": {"duration": "1 step", "batch_size": 2}}
-    values, given = flatten(Recipe.model_validate(required)), set(_leaves(required))
+    values, given = flatten(Recipe.model_validate(required)), set(leaves(required))
     return {key: value for key, value in values.items() if key not in given and tag_of(key) == "result"}
 
 
@@ -334,11 +296,6 @@ def origin_of(recipe: Recipe, key: str) -> str:
 def output_dir(recipe: Recipe) -> str:
     """Return the recipe's run folder: its output_dir, else runs/<recipe name>."""
     return str(expand_user(recipe.output_dir or os.path.join("runs", recipe.source.name)))
-
-
-def plain(value: Any) -> str:
-    """Return a scalar as YAML text, as written in an override."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from hf_fasttrain.utils.duration import Duration, MissingUnit
-from hf_fasttrain.utils.errors import shortened, shown
+from hf_fasttrain.utils.errors import nearest, shortened, shown
 from hf_fasttrain.utils.format import is_finite
 
 Item = Mapping[str, Any]  # one error of pydantic
@@ -45,6 +45,7 @@ SWITCHES: dict[tuple[str, bool], dict[str, Any]] = {
     ("augment.color_jitter", True): {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4},
 }
 WORDS = {"on": True, "yes": True, "off": False, "no": False, "none": None}  # of other formats and of Python
+MEASURES = ("px", "pixel", "pixels", "step", "steps", "epoch", "epochs", "image", "images", "gb", "thread", "threads")
 LIMITS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("above", "gt"),
@@ -64,9 +65,12 @@ TYPES = {
 
 def describe(value: Any, items: Sequence[Item], field: FieldInfo, section: type[BaseModel] | None) -> str:
     """Return what is wrong with the value of a key, by pydantic's errors: what it is and what it must be."""
-    inside = [item for item in items if isinstance(value, list) and any(isinstance(part, int) for part in item["loc"])]
+    inside = [item for item in items if _part_of(item, value) is not None]
     items = (inside or items)[:20]
-    got = f"contains {value_text(items[0]['input'])}" if inside else f"is {value_text(value)}"
+    got = f"is {value_text(value)}"
+    if inside:
+        of = f" for {shown(_part_of(items[0], value))}" if isinstance(value, dict) else ""
+        got = f"contains {value_text(items[0]['input'])}{of}"
     for item in items:
         if isinstance(error := item.get("ctx", {}).get("error"), MissingUnit):
             return f"{got}: {error}"
@@ -77,10 +81,24 @@ def describe(value: Any, items: Sequence[Item], field: FieldInfo, section: type[
         is_alone = len(items) == 1 and not nullable
         choices = [choice for item in items for choice in _choices(item, field, alone=is_alone)]
         nullable = [] if any(item["type"] == "value_error" for item in items) else nullable
-        allowed = _joined([*choices, *nullable])
+        allowed = joined([*choices, *nullable])
     about = field.description or ""
+    hint = nearest(value, _literals(items)) if isinstance(value, str) else ""
     is_said = not about or re.sub(r"\W+", " ", about) in re.sub(r"\W+", " ", allowed)
-    return f"{got}; must be {allowed}{'' if is_said else f' ({about})'}"
+    return f"{got}; must be {allowed}{'' if is_said else f' ({about})'}{hint and f'.{hint}'}"
+
+
+def _literals(items: Sequence[Item]) -> list[str]:
+    choices = [item["ctx"]["expected"] for item in items if item["type"] == "literal_error"]
+    return [choice for text in choices for choice in re.findall(r"'([^']*)'", text)]
+
+
+def _part_of(item: Item, value: Any) -> int | str | None:
+    """Return the index or the key that an error within a list or a mapping is at; None for one of the whole value."""
+    last: int | str | None = item["loc"][-1]
+    in_list = isinstance(value, list) and isinstance(last, int)
+    in_mapping = isinstance(value, dict) and last in value and item["input"] == value[last]
+    return last if in_list or in_mapping else None
 
 
 def _choices(item: Item, field: FieldInfo, *, alone: bool) -> list[str]:
@@ -101,28 +119,73 @@ def _choices(item: Item, field: FieldInfo, *, alone: bool) -> list[str]:
     return TYPES.get(kind, [text])
 
 
-def _joined(choices: Sequence[str]) -> str:
+def joined(choices: Sequence[str]) -> str:
+    """Return different choices as `a, b or c`."""
     *others, last = dict.fromkeys(choices)
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def proposals(key: str, value: Any, section: type[BaseModel] | None) -> Iterator[Any]:
     """Yield what a wrong value of a dotted key may mean, the likeliest first; not all of it is allowed there."""
-    word = WORDS.get(value.lower(), value) if isinstance(value, str) else value
     if section is None:
-        if isinstance(value, str):
-            yield from () if word is value else (word,)
-            yield from () if (number := _number(value)) is None else (number,)
-            yield from ([part.strip() for part in value.strip("[]() ").split(",")],) if "," in value else ()
+        yield from _other_values(value)
         return
+    word = WORDS.get(value.lower(), value) if isinstance(value, str) else value
     if word is True or word is False or word is None:
         yield from (SWITCHES[switch],) if (switch := (key, bool(word))) in SWITCHES else ()
         yield word
+    if isinstance(value, str) and (values := _unseparated(value, section)):
+        yield values
     if isinstance(value, str | int | float) and value is not True:
         for names in MAIN_KEYS.get(key, ()):
             for candidate in (value, *([str(Duration(float(value), "epochs"))] if is_finite(value) else [])):
-                values: dict[str, Any] = dict.fromkeys(names.split(), candidate)
+                values = dict.fromkeys(names.split(), candidate)
                 yield from (values | BESIDE.get(key, {}),) if takes(section, values) else ()
+
+
+def _other_values(value: Any) -> Iterator[Any]:
+    """Yield values of other types that a plain value may mean."""
+    if isinstance(value, list) and value and all(each == value[0] for each in value):
+        yield value[0]
+    if isinstance(value, int) and not isinstance(value, bool) and value in (0, 1):
+        yield bool(value)
+    if not isinstance(value, str):
+        return
+    if (word := WORDS.get(value.lower(), value)) is not value:
+        yield word
+    yield from _numbers(value)
+    if "," in value:
+        yield [_number_or_text(part.strip()) for part in value.strip("[]() ").split(",")]
+
+
+def _numbers(text: str) -> Iterator[Any]:
+    """Yield the number, or the duration, that a text may mean: 1e-3, 1 e-3, 1,5, 64px, 64x64, 20%, 5 min."""
+    number = _number(text.replace(" ", ""))
+    if number is None and re.fullmatch(r"\d+,\d+", text):
+        number = _number(text.replace(",", "."))
+    if number is not None:
+        yield number
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[a-z]+|[x×]\s*\1)", text.strip().lower()):
+        count, unit = found[1], found[2]
+        if unit == "%":
+            yield round(float(count) / 100, 6)
+        if unit[0] in "x×" or unit in MEASURES:
+            yield _number(count)
+        yield from (f"{count} {name}" for name in ("epochs", "steps", "minutes") if name.startswith(unit))
+        if unit in ("h", "hour", "hours"):
+            yield f"{float(count) * 60:g} minutes"
+
+
+def _unseparated(text: str, section: type[BaseModel]) -> dict[str, Any]:
+    """Return keys and values of a text such as `name:resnet50` or `name resnet50`, which YAML takes for one value."""
+    keys = "|".join(section.model_fields)
+    start, *parts = re.split(rf"(?:^|\s)({keys})(?::\s*|\s+)", text)
+    values = dict(zip(parts[::2], map(_number_or_text, parts[1::2]), strict=True))
+    return values if not start and "" not in values.values() else {}
+
+
+def _number_or_text(text: str) -> int | float | str:
+    return text if (number := _number(text)) is None else number
 
 
 def takes(section: type[BaseModel], values: dict[str, Any]) -> bool:
@@ -159,7 +222,7 @@ def flow_text(value: Any) -> str:
         return f"[{', '.join(map(flow_text, value))}]"
     if not isinstance(value, str):
         return json.dumps(value)
-    is_plain = re.fullmatch(r"[A-Za-z0-9_./~][\w ./~+-]*(:[\w./~+-]+)?", value) is not None
+    is_plain = re.fullmatch(r"[A-Za-z0-9_./~][\w ./~+%-]*(:[\w./~+%-]+)?", value) is not None
     is_other = value.lower() in ("true", "false", "null", "~") or _number(value) is not None  # for YAML
     return value if is_plain and not is_other else json.dumps(value)
 

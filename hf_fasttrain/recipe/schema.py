@@ -24,6 +24,7 @@ from hf_fasttrain.recipe.fields import (
     OrOff,
     Probability,
     Section,
+    Weight,
     output,
     result,
     speed,
@@ -194,7 +195,7 @@ class TrainSection(Section):
         "draw images with replacement; balanced: all classes equally often, sqrt: each class in proportion to the "
         "square root of its number of images; null: each image once per epoch",
     )
-    class_weights: Literal["balanced"] | list[float] | dict[str, float] | None = result(
+    class_weights: Literal["balanced"] | list[Weight] | dict[str, Weight] | None = result(
         None,
         "weight of each class in the loss, or of some by name (others: 1), scaled to mean 1 over the training set; "
         "balanced: 1 / frequency",
@@ -209,8 +210,8 @@ class TrainSection(Section):
 class AccelerateSection(Section):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = speed(
         "auto",
-        "auto: the launcher's bf16 or fp16, else a stored tuning, else bf16 on a GPU that has it, else fp16 on a GPU; "
-        "no on a CPU",
+        "no: fp32; auto: the launcher's bf16 or fp16, else a stored tuning, else bf16 on a GPU that has it, else fp16 "
+        "on a GPU; no on a CPU",
     )
     gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = speed(
         "auto",

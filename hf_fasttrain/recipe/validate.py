@@ -10,10 +10,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hf_fasttrain.recipe.conflicts import conflicts
 from hf_fasttrain.recipe.fields import POLICY_PATTERN
-from hf_fasttrain.recipe.messages import Item, describe, how_to_write, proposals, takes, value_text
+from hf_fasttrain.recipe.messages import Item, describe, how_to_write, joined, proposals, takes, value_text
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.utils.clean import holds_control_character
-from hf_fasttrain.utils.errors import nearest, shortened, shown
+from hf_fasttrain.utils.errors import closest, shortened, shown
 
 MAX_EXPLAINED = 100  # unknown keys; looking for names like theirs takes a millisecond each
 MAX_PROPOSED = 100  # characters of a value to write
@@ -60,6 +60,7 @@ OTHER_NAMES = {
     "warmup_lr": "schedule.start_ratio",
     "decay_milestones": "schedule.milestones",
     "patience_epochs": "schedule.patience",
+    "resume": "--resume",
 }
 NULLABLE = {"ema", "early_stopping", "hub", "output_dir"}
 # Replace required values that are missing or wrong, so that conflicts elsewhere are still found.
@@ -121,18 +122,21 @@ def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
 def _explain(error: ValidationError, tree: Tree, is_override: Callable[[KeyPath], bool]) -> list[tuple[KeyPath, str]]:
     texts: dict[KeyPath, list[str]] = {}
     wrong: dict[KeyPath, list[Item]] = {}
-    for number, item in enumerate(error.errors(include_url=False)):
+    items = error.errors(include_url=False)
+    unknown = [_field_path(item["loc"]) for item in items if item["type"] == "extra_forbidden"][:MAX_EXPLAINED]
+    meant = {key for name in unknown for key in keys_meant(".".join(name))}
+    for item in items:
         key = _field_path(item["loc"])
         found = texts.setdefault(key, [])
         if item["type"] == "extra_forbidden":
-            found.append(_unknown_key(key) if number < MAX_EXPLAINED else "is not a key of a recipe")
-        elif item["type"] == "missing":
-            found.append(f"is missing; it is {_description(key)}")
-        else:
+            found.append(_unknown_key(key) if key in unknown else "is not a key of a recipe")
+        elif item["type"] != "missing":
             wrong.setdefault(key, []).append(item)
-    for key, items in wrong.items():
-        texts[key] = [_wrong_value(key, items, tree, as_override=is_override(key))]
-    return [(key, "; ".join(parts)) for key, parts in texts.items()]
+        elif not any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant):  # else it is there, misspelt
+            found.append(f"is missing; it is {_description(key)}")
+    for key, of_key in wrong.items():
+        texts[key] = [_wrong_value(key, of_key, tree, as_override=is_override(key))]
+    return [(key, "; ".join(parts)) for key, parts in texts.items() if parts]
 
 
 def _wrong_value(key: KeyPath, items: list[Item], tree: Tree, *, as_override: bool) -> str:
@@ -165,20 +169,20 @@ def _field_path(loc: tuple[int | str, ...]) -> KeyPath:
     """Return the recipe's keys at the start of a pydantic location, which continues with union members."""
     path: list[str] = []
     model: type[BaseModel] | None = Recipe
-    for part in loc:
-        if model is None:
-            break
-        if not isinstance(part, str):
+    for number, part in enumerate(loc):
+        if model is None or not isinstance(part, str):
             break
         if part in model.model_fields:
             path.append(part)
             model = _section_of(model.model_fields[part].annotation)
-        elif part[:1].isupper() or part.startswith(("function-", "literal[")):
-            continue
-        else:
+        elif number == len(loc) - 1 or not _is_union_member(part, model):
             path.append(part)
             break
     return tuple(path)
+
+
+def _is_union_member(part: str, section: type[BaseModel]) -> bool:
+    return part == section.__name__ or part.startswith(("function-", "literal["))
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -220,22 +224,37 @@ def _description(key: KeyPath) -> str:
 
 
 def _unknown_key(key: KeyPath) -> str:
-    section = model_at(key[:-1])
+    name, section, above = ".".join(key), model_at(key[:-1]), ".".join(key[:-1])
     siblings = list(section.model_fields) if section else []
-    return f"is not a key of a recipe.{hint_for('.'.join(key))} Known here: {shortened(siblings, 30)}"
+    if (before := re.split(r"[:\s]", key[-1])[0]) != key[-1] and before in siblings:
+        return f"is not a key of a recipe: after '{before}' a colon and a space are missing, as in {before}: VALUE"
+    if hint := hint_for(name):
+        return f"is not a key of a recipe.{hint} `hf-fasttrain explain{above and f' {above}'}` lists the keys"
+    return f"is not a key of a recipe. Known here: {shortened(siblings, 30)}"
 
 
 def hint_for(name: str) -> str:
     """Return " Did you mean ...?" for a dotted name that is not a key; "" if nothing is like it."""
+    meant = [f"'{key}'" for key in keys_meant(name)]
+    if meant and "." in name and "." not in meant[0]:
+        return f" Did you mean {meant[0]}, outside of '{name.rpartition('.')[0]}'?"
+    return f" Did you mean {joined(meant)}?" if meant else ""
+
+
+def keys_meant(name: str) -> list[str]:
+    """Return the dotted keys that a dotted name which is none most likely stands for, at most three."""
     above, _, last = name.rpartition(".")
     section = model_at(tuple(above.split("."))) if above else Recipe
     if last in OTHER_NAMES:
-        return f" Did you mean '{OTHER_NAMES[last]}'?"
-    if hint := nearest(last, list(section.model_fields) if section else []):
-        return hint
-    everywhere = [key for key in all_keys() if key.split(".")[-1] == last]
-    everywhere = everywhere or [key for key in all_keys() if nearest(last, [key.split(".")[-1]])]
-    return f" Did you mean '{everywhere[0]}'?" if everywhere else ""
+        return [OTHER_NAMES[last]]
+    everywhere = {key: key.rpartition(".")[2] for key in (*Recipe.model_fields, *all_keys())}
+    if same := [key for key, end in everywhere.items() if end == last]:
+        return same[:3]
+    siblings = list(section.model_fields) if section else []
+    if near := closest(last, siblings):
+        return [f"{above}.{near[0]}" if above else near[0]]
+    near = closest(last, everywhere.values(), cutoff=0.75)
+    return [key for key, end in everywhere.items() if end in near[:1]][:3]
 
 
 def all_keys(model: type[BaseModel] = Recipe, above: str = "") -> Iterator[str]:

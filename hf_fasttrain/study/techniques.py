@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fasttrain.recipe.load import plain
+from hf_fasttrain.recipe.messages import flow_text
 from hf_fasttrain.study.bench import Arm
 from hf_fasttrain.study.messages import Ready
 from hf_fasttrain.train.launcher import uses_gpu
@@ -202,4 +202,4 @@ def build_arms(available: Sequence[Technique]) -> list[PlannedArm]:
 
 def settings(values: dict[str, Any]) -> tuple[str, ...]:
     """Return overrides `key=value` for dotted keys."""
-    return tuple(f"{key}={plain(value)}" for key, value in values.items())
+    return tuple(f"{key}={flow_text(value)}" for key, value in values.items())

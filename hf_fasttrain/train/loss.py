@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fasttrain.utils.errors import DataError, RunError, nearest, shortened
+from hf_fasttrain.utils.errors import DataError, RunError, nearest, shortened, shown
 from hf_fasttrain.utils.format import format_count
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, K), targets -> mean over the B images, 0-d
@@ -139,7 +139,9 @@ def resolve_class_weights(
             "classes: set one number of at least 0 for each, or some by name: {class name: weight}"
         )
     if raw.min() < 0 or not raw.any():
-        raise DataError("train.class_weights must be numbers of at least 0, and not all of them 0")
+        raise DataError(
+            f"train.class_weights is {shown(weighting)}; must be numbers of at least 0, at least one of them above 0"
+        )
     weights = raw * counts.sum() / max((raw * counts).sum(), 1e-12)
     weights[counts == 0] = 1.0
     return torch.tensor(weights, dtype=torch.float32)

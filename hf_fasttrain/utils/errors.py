@@ -153,13 +153,20 @@ def how_to_resume() -> str:
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the closest of `valid`, or an empty string if none is close.
+    """Return `` Did you mean 'x'?`` for the closest of `valid`, or an empty string if none is close."""
+    close = closest(word, valid)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
-    Close names are ranked by the number of edits; of equal ones the first in alphabetical order is returned.
+
+def closest(word: str, valid: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Return those of `valid` that are like a word, whatever its case: the fewest edits first, then by alphabet.
+
+    `cutoff`: the least similarity (`difflib.SequenceMatcher.ratio`), between 0 and 1.
     """
-    word = word[:100]  # whatever a stranger has written
-    close = difflib.get_close_matches(word, list(valid), n=12, cutoff=0.6)
-    return f" Did you mean '{min(close, key=lambda name: (edit_distance(word, name), name))}'?" if close else ""
+    word, names = word[:100], list(dict.fromkeys(valid))  # whatever a stranger has written
+    close = difflib.get_close_matches(word, names, n=12, cutoff=cutoff)
+    close += difflib.get_close_matches(word.lower(), names, n=12, cutoff=cutoff)
+    return sorted(set(close), key=lambda name: (edit_distance(word.lower(), name.lower()), name))
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -24,6 +24,11 @@ def is_repo_name(name: str) -> bool:
     return fits and "--" not in name and ".." not in name and not name.endswith((".git", "-", "."))
 
 
+def is_dataset_name(name: str) -> bool:
+    """Return whether a name may be one of a dataset on the Hub: OWNER/NAME, or NAME alone as a few old ones have."""
+    return is_repo_name(name if "/" in name else f"owner/{name}")
+
+
 def is_license(name: str) -> bool:
     """Return whether a licence is written like the Hub's names: apache-2.0, mit, cc-by-4.0, other."""
     return re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) is not None

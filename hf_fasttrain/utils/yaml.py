@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,7 @@ def read_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     except InvalidYaml:
         raise
     except MarkedYAMLError as error:
-        problem = _one_line(error.problem or error.context or "can't be read")
-        if "maximum depth" in problem:
-            problem = f"is nested more than {MAX_DEPTH} levels deep"
-        raise InvalidYaml(problem, error.problem_mark or error.context_mark) from None
+        raise _explained(error) from None
     except YAMLError as error:
         raise InvalidYaml(_one_line(str(error))) from None
     except RecursionError:
@@ -84,6 +82,31 @@ def write_yaml(tree: Mapping[str, Any]) -> str:
 
 def _plain_yaml() -> Any:
     return YAML(typ="safe", pure=True)
+
+
+# What the parser says -> what a writer of recipes has most likely done, as a template of `re`.
+_LIKELY = {
+    r"found character '\\t'.*": "a tab: YAML is indented by spaces",
+    r"could not find expected ':'": "a key without ':' after it: write `key: value`",
+    r"found character .* that cannot start any token": r"\g<0>; write the value in quotes",
+    r"mapping values are not allowed here": "a ':' where no key can be: the line above lacks its ':', keys of one "
+    "section do not begin in the same column, or a text with ': ' in it is not in quotes",
+    r"expected <block end>, but found '<block mapping start>'": "its indentation fits no line above it: keys of one "
+    "section begin in the same column",
+    r"expected ',' or '(.)'.*": r"a ',' or the closing '\1' is missing before this",
+    r"(expected escape sequence|found unknown escape).*": r"\g<0>: in single quotes a backslash is a plain character",
+    r"maximum depth.*": f"is nested more than {MAX_DEPTH} levels deep",
+}
+
+
+def _explained(error: MarkedYAMLError) -> InvalidYaml:
+    problem = _one_line(error.problem or error.context or "can't be read")
+    mark = error.problem_mark or error.context_mark
+    for pattern, likely in _LIKELY.items():
+        if found := re.search(pattern, problem):
+            mark = error.context_mark if "without ':'" in likely else mark  # where the key is
+            return InvalidYaml(found.expand(likely), mark)
+    return InvalidYaml(problem, mark)
 
 
 def _one_line(text: str) -> str:

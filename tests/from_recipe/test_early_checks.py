@@ -30,7 +30,7 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
         "evaluate.metrics=[accuracy, acuracy]": "evaluate.metrics: 'acuracy' is not built in .* 'accuracy'",
     }
     if missing := {"wandb", "trackio", "mlflow"} - {tracker.value for tracker in get_available_trackers()}:
-        wrong[f"log.trackers={min(missing)}"] = f"log.trackers: {min(missing)} not installed"
+        wrong[f"log.trackers={min(missing)}"] = f"log.trackers: {min(missing)} is not installed"
     with pytest.raises(RecipeError) as error:
         check(*wrong, folder=tmp_path / "file")
     first, *lines = str(error.value).splitlines()

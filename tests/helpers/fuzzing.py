@@ -205,7 +205,7 @@ def _problems(status: int | None, output: str) -> Iterator[str]:
         yield f"a traceback, {output.strip().splitlines()[-1][:200]}"
     if status == 0 and errors:
         yield f"status 0 and {errors} errors"
-    if status == 2 and errors != 1 and "Usage:" not in output:
+    if status == 2 and errors != 1:
         yield f"{errors} lines of errors"
     if status != 0 and len(output) > MOST_CHARACTERS:
         yield f"{len(output):,} characters"

@@ -99,7 +99,21 @@ WRONG = {
     "data.workers=-1": "must be 'auto' or an integer of at least 0",
     "model.args=5": "must be a mapping such as {drop_rate: 0.2} (",
     "model.name=5": "model.name is 5; must be text (",
-    "log.report=1": "log.report is 1; must be true or false (",
+    "log.report=1": "log.report is 1: write log.report=true",
+    "optimizer.lr=1,5": "write optimizer.lr=1.5",
+    "data.image_size=64px": "write data.image_size=64",
+    "data.image_size=[64, 64]": "write data.image_size=64",
+    "data.eval_fraction=20%": "write data.eval_fraction=0.2",
+    "data.mean='0.5, 0.4, 0.3'": "write 'data.mean=[0.5, 0.4, 0.3]'",
+    "checkpoint.every=5 min": "write 'checkpoint.every=5 minutes'",
+    "log.every=10 steps": "write log.every=10",
+    "data=dataset photos": "write data.dataset=photos",
+    "model=name:resnet50": "write model.name=resnet50",
+    "schedule.name=cos": "Did you mean 'cosine'?",
+    "model.pretrained=yes": "is 'yes'; write true, or ./yes for a folder of that name",
+    "train.class_weights={cat: x}": "train.class_weights contains 'x' for 'cat'; must be a number (",
+    "train.class_weights={cat: -2}": "train.class_weights contains -2 for 'cat'; must be at least 0 (",
+    "train.class_weights=[1, -2]": "train.class_weights contains -2; must be at least 0 (",
     "train.duration=null": "train.duration is null; must be",
     "train.class_weights=3": "must be 'balanced', a list such as [1.0, 2.5], a mapping such as {cat: 2.5} or null",
 }
@@ -164,6 +178,61 @@ def test_mistakes_of_the_file_stay_its_own() -> None:
     reported = message("seed=x", text=text)
     assert reported.startswith("small.yaml with the overrides has 2 mistakes:")
     assert re.search(r"small.yaml, line \d+: augment.trivialaugment and", reported)
+
+
+MALFORMED: dict[tuple[str, ...], str] = {
+    ("train.duration=5", "epochs", "seed=1"): "has no spaces outside quotes: write 'train.duration=5 epochs'",
+    ("seed=1", "train.duration", "=", "5", "epochs"): "write 'train.duration=5 epochs'",
+    ("train.batch_size", "5"): "write train.batch_size=5",
+    ("train.batch_size:5",): "Did you mean train.batch_size=5?",
+    ("train.batch_size",): "Did you mean train.batch_size=VALUE?",
+    ("other.yaml",): "a training has one recipe",
+    ("resume",): "Did you mean '--resume'?",
+    ("train..duration=5",): "must look like section.key=value",
+    ("train.batch_size=4,seed=1,train.duration=5 epochs",): "overrides are separated by spaces, not by commas",
+    ("train={duration:5}",): "after 'duration' a colon and a space are missing",
+}
+
+
+@pytest.mark.parametrize("words", MALFORMED)
+def test_words_that_are_no_overrides_are_told_how_one_is_written(words: tuple[str, ...]) -> None:
+    assert MALFORMED[words] in message(*words)
+
+
+MISNAMED = {
+    "name: resnet18": "Did you mean 'model.name', 'optimizer.name' or 'schedule.name'?",
+    "dataset: photos": "dataset is not a key of a recipe. Did you mean 'data.dataset'?",
+    "Optimizer: {lr: 1}": "Optimizer is not a key of a recipe. Did you mean 'optimizer'?",
+    "optimizer: {data: photos}": "Did you mean 'data', outside of 'optimizer'?",
+    "schedule: {NAME: cosine}": "Did you mean 'schedule.name'?",
+    "qwerty: 1": "qwerty is not a key of a recipe. Known here: seed,",
+}
+
+
+@pytest.mark.parametrize("line", MISNAMED)
+def test_a_misnamed_key_is_told_the_likeliest_one(line: str) -> None:
+    said = message(text=f"{RECIPE}\n{line}\n")
+    assert MISNAMED[line] in said
+    assert "has 1 mistake" in said
+
+
+def test_a_misspelt_section_is_not_missing_too() -> None:
+    said = message(text=RECIPE.replace("train:", "trian:"))
+    assert "1 mistake" in said
+    assert "Did you mean 'train'?" in said
+
+
+def test_a_text_that_is_not_yaml_is_told_what_is_likely_wrong() -> None:
+    wrong = {
+        "model:\n\tname: x": "line 2, column 1: not valid YAML: a tab: YAML is indented by spaces",
+        "model: y\ndata\n  x\n": "line 2, column 1: not valid YAML: a key without ':' after it",
+        "model\n  name: x": "line 2, column 7: not valid YAML: a ':' where no key can be: the line above lacks its ':'",
+        "model:\n  name: x\n data: y": "line 3, column 2: not valid YAML: its indentation fits no line above it",
+        "model: {name: x\ndata: {dataset: y}": "not valid YAML: a ',' or the closing '}' is missing before this",
+        "": "this one is empty",
+    }
+    for text, reason in wrong.items():
+        assert reason in message(text=text)
 
 
 def test_all_malformed_overrides_are_named() -> None:

@@ -17,7 +17,8 @@ from hf_fasttrain.cli import main
 from hf_fasttrain.recipe.conflicts import without_effect
 from hf_fasttrain.recipe.explain import all_explained
 from hf_fasttrain.recipe.find import recipe_header, recipes_folder, shipped_recipes
-from hf_fasttrain.recipe.load import _apply_override, flatten, json_schema, origin_of, output_dir, recipe_text, tag_of
+from hf_fasttrain.recipe.load import flatten, json_schema, origin_of, output_dir, recipe_text, tag_of
+from hf_fasttrain.recipe.overrides import apply_overrides
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import all_keys, is_allowed
 from hf_fasttrain.utils.duration import Duration
@@ -142,7 +143,7 @@ def test_the_example_of_every_key_is_a_valid_value_other_than_its_default() -> N
         assert key.example not in (None, key.default), key
         tree: dict[str, Any] = {"model": {"name": "resnet18"}, "data": {"dataset": "digits"}}
         tree["train"] = {"duration": "1 epochs", "batch_size": 2}
-        _apply_override(tree, f"{key.name}={key.example}", {})
+        apply_overrides(tree, [f"{key.name}={key.example}"], {})
         for name, values in (("hub", {"repo": "me/x"}), ("progressive", {"start_size": 8, "until": "1 epochs"})):
             section = tree if name == "hub" else tree.get("augment", {})
             if name in section:

@@ -16,8 +16,8 @@ from hf_fasttrain.utils.errors import DataError, first_line
 FOLDER = "hf_fasttrain"  # in the cache of `datasets`, whose own folders have whole datasets
 
 
-def open_hub(name: str, config: str | None = None, revision: str | None = None) -> Splits:
-    """Return the splits of a dataset on the Hub. Raises DataError if it can't be downloaded or read.
+def open_hub(name: str, config: str | None = None, revision: str | None = None, *, hint: str = "") -> Splits:
+    """Return the splits of a dataset on the Hub. Raises DataError if it can't be downloaded or read; `hint` ends it.
 
     A dataset that `datasets` has in its cache as a whole is read from there. Without a network, so are splits that were
     prepared earlier.
@@ -25,7 +25,7 @@ def open_hub(name: str, config: str | None = None, revision: str | None = None) 
     import datasets
 
     prepared = _Prepared(name, config, revision)
-    with _errors(name):
+    with _errors(name, hint):
         try:
             builder = datasets.load_dataset_builder(name, config, revision=revision)
         except Exception:
@@ -100,7 +100,7 @@ def _read(folder: Path, split: str) -> Any:
 
 
 @contextmanager
-def _errors(name: str) -> Iterator[None]:
+def _errors(name: str, hint: str = "") -> Iterator[None]:
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -112,5 +112,6 @@ def _errors(name: str) -> Iterator[None]:
     except (DatasetNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise cache_error(error) or DataError(
             f"data.dataset: '{name}' is not a local file or folder, and could not be downloaded from the Hub: "
-            f"{first_line(error)} Give a path (./{name}), digits, or check name, data.config and network"
+            f"{first_line(error).rstrip('.')}. Give a path (./{name}), digits, or check name, data.config and network."
+            f"{hint}"
         ) from None

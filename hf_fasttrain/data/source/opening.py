@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from hf_fasttrain.data.source.old_folder import open_old_folder
 from hf_fasttrain.data.source.splits import Splits, opened
 from hf_fasttrain.data.source.tables import open_tables
 from hf_fasttrain.utils.clean import one_line
-from hf_fasttrain.utils.errors import DataError, RunError, first_line, nearest, shown
+from hf_fasttrain.utils.errors import DataError, RunError, closest, first_line, shown
 from hf_fasttrain.utils.files import existing_path, expand_user, read_object, reason, require_regular
+from hf_fasttrain.utils.remote import is_dataset_name
 
 
 def open_splits(
@@ -44,10 +46,10 @@ def open_splits(
     if not name.strip():
         raise DataError(f"data.dataset is {name!r}; give the path of a folder or table, digits, or a Hub name")
     path = existing_path(name)
-    if path is None and name.startswith((".", "/", "~")):
-        raise _no_such_path(name)
+    if path is None and not is_dataset_name(name):
+        raise DataError(f"data.dataset: {_no_such_path(name)}")
     if path is None:
-        return open_hub(name, config, revision)
+        return open_hub(name, config, revision, hint=_nearest_sibling(Path(name)))
     if not os.path.exists(path):
         raise DataError(f"{one_line(name)}: is a link to {one_line(os.readlink(path))}, which does not exist")
     _require_text(name)
@@ -125,14 +127,26 @@ def _splits_of_object(dataset: Any) -> dict[str, Any]:
     return splits
 
 
-def _no_such_path(name: str) -> DataError:
+def _no_such_path(name: str) -> str:
+    """Return the message for a path that does not exist, with the most likely one."""
+    if windows := re.match(r"([A-Za-z]):[\\/]", name):
+        below = name[3:].replace("\\", "/")
+        return f"{one_line(name)}: is a path of Windows; under WSL it is /mnt/{windows[1].lower()}/{one_line(below)}"
     try:
-        return DataError(f"{one_line(name)}: no such file or folder{_siblings(expand_user(name))}")
+        path = expand_user(name)
     except RunError as error:  # ~ without a home folder
-        return DataError(str(error))
-
-
-def _siblings(path: Path) -> str:
+        return str(error)
     if not os.path.isdir(path.parent):
-        return f"; {path.parent} does not exist either"
-    return f" in {path.parent}.{nearest(path.name, os.listdir(path.parent))}"
+        return f"{one_line(name)}: no such file or folder; {one_line(str(path.parent))} does not exist either"
+    where = "the current folder" if path.parent == Path() else one_line(str(path.parent))
+    hint = _nearest_sibling(path)
+    return f"{one_line(name)}: no such file or folder in {where}{hint and f'.{hint}'}"
+
+
+def _nearest_sibling(path: Path) -> str:
+    """Return a hint that names what is in the same folder with the nearest name; "" if there is nothing like it."""
+    try:
+        close = closest(path.name, os.listdir(path.parent))
+    except OSError:
+        return ""
+    return f" Did you mean '{one_line(str(path.parent / close[0]))}'?" if close else ""
