@@ -259,6 +259,11 @@ def _run_split(recipe: Recipe, spec: ModelSpec, split: str | None, began_with: A
     labelled = with_values(recipe, {"data.multi_label": spec.multi_label})
     source, older = source_of_run(labelled, began_with, test_split=split, test_key="--split")
     chosen = source.test if split and source.test else source.evaluation
+    if not len(chosen):
+        raise RunError(
+            "this run was trained on all images (data.eval_fraction=0), and held out none to measure; give other "
+            "images: data.dataset=FOLDER"
+        )
     used = {chosen.name, source.train.name}
     notes = note_on_test_split(source.split_names, used, recipe.data.dataset, "--split {} measures it")
     left_out = source.inventory.note() if source.inventory else []

@@ -38,7 +38,7 @@ def check_images(
     terminal: Terminal, recipe: Recipe, source: Source, list_file: Path | None, value_range: ValueRange | None
 ) -> None:
     """Decode all images and print the report. Raises UserError if training would stop for too many corrupt images."""
-    splits = [split for split in (source.train, source.evaluation, source.test) if split is not None]
+    splits = [split for split in (source.train, source.evaluation, source.test) if split]  # not an empty one
     scans = _scan(splits, recipe.data.workers, value_range)
     balances = [class_balance(split, source.class_names) for split in splits]
     duplicates = find_duplicates(scans)

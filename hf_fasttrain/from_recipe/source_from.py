@@ -33,11 +33,28 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
     for note in source.notes:
         settings.note(note)
     if source.held_out:
-        settings.note(
-            f"no validation split: {len(full.evaluation):,} of {len(full.train) + len(full.evaluation):,} "
-            "training images are held out, stratified by class (data.eval_fraction)"
-        )
+        settings.note(_note_held_out(full, is_evaluated=recipe.evaluate.every != "never"))
     return source
+
+
+def _note_held_out(source: Source, *, is_evaluated: bool) -> str:
+    """Return the note on what is held out. Raises DataError if that is nothing, and there are evaluations."""
+    held_out, number = len(source.evaluation), len(source.train) + len(source.evaluation)
+    if is_evaluated and not held_out:
+        raise DataError(
+            "data.eval_fraction is 0, and there is no validation split: nothing to evaluate on. Set "
+            "evaluate.every=never to train without evaluations, or data.eval_fraction above 0"
+        )
+    if is_evaluated:
+        what = f"{held_out:,} of {number:,} training images are held out, stratified by class (data.eval_fraction)"
+    elif held_out:
+        what = (
+            f"{held_out:,} of {number:,} training images are held out, though evaluate.every is never: they are not "
+            "trained on; data.eval_fraction=0 trains on all"
+        )
+    else:
+        what = f"all {number:,} images are trained on (data.eval_fraction=0)"
+    return f"no validation split: {what}"
 
 
 def limit_images(source: Source, recipe: Recipe) -> Source:

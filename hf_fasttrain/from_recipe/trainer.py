@@ -282,7 +282,7 @@ def build_loaders(parts: Parts, bad_images: BadImages, *, keep_pixels: bool = Tr
     needed = parts.forecast.needed(parts.sampling_plan.micro_batch_size) if parts.forecast else 0
     needed += _slot_bytes(parts)
     needed *= local_processes()
-    evaluated = [len(split) for split in (parts.source.evaluation, parts.source.test) if split is not None]
+    evaluated = [len(split) for split in (parts.source.evaluation, parts.source.test) if split]
     options: dict[str, Any] = {"keep_pixels": keep_pixels, "needed_memory": needed, "evaluated_images": evaluated}
     options["custom"] = parts.custom
     _require_processes(parts)

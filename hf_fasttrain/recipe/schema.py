@@ -72,7 +72,11 @@ class DataSection(Section):
         examples=["validation"],
     )
     eval_fraction: float = result(
-        0.1, "held-out part of train if there is no validation split", gt=0.0, lt=1.0, examples=[0.2]
+        0.1,
+        "held-out part of train if there is no validation split; 0: none, if evaluate.every is never",
+        ge=0.0,
+        lt=1.0,
+        examples=[0.2],
     )
     test_split: str | None = result(None, "evaluated once, at the end", examples=["test"])
     image_column: str = result("auto", "auto: the image column found by type and name", examples=["image"])

@@ -31,7 +31,14 @@ from hf_fasttrain.study.techniques import Hardware, settings
 from hf_fasttrain.study.tune_space import Config
 from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.format import format_bytes, format_duration, format_images_rate, format_percent, format_rate
+from hf_fasttrain.utils.format import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_images_rate,
+    format_percent,
+    format_rate,
+)
 from hf_fasttrain.utils.terminal import Terminal, build_table
 
 ENOUGH = 4.0  # seconds after which a turn ends with any number of steps
@@ -228,7 +235,7 @@ def print_diagnosis(terminal: Terminal, diagnosis: Diagnosis) -> None:
     total = max(sum(diagnosis.stages.values()), 1e-12)
     stages = [(STAGE_NAMES[name], diagnosis.stages[name]) for name in STAGES]
     rows = [(name, f"{1000 * took:.3f}", format_percent(took / total, 0)) for name, took in stages]
-    title = f"the loader's work, {diagnosis.workers} workers"
+    title = f"the loader's work, {format_count(diagnosis.workers, 'worker')}"
     terminal.print(build_table(("stage", "ms of a worker per image", "share"), rows, title=title, right=(1, 2)))
     for line in lines(diagnosis):
         terminal.print(line)

@@ -113,7 +113,8 @@ class Diagnosis:
             )
             together = self.images_per_second.median
             if self.workers and together < CONTENTION * min(self.compute_alone, self.loader_alone):
-                text += f"; together they reach only {format_rate(together)}: they share the processor's cores"
+                others = ", as other programs do" if self.rough else ""
+                text += f"; together they reach only {format_rate(together)}: they share the processor's cores{others}"
         if self.advice:
             return f"{text}; `{self.advice[0].text}` gives {format_rate(self.advice[0].images_per_second)} here."
         if not self.tried:

@@ -593,6 +593,14 @@ def test_a_model_without_class_logits_is_trained_without_evaluations(recipe: Pat
     assert (result.steps, result.metrics, result.best, result.model["weights"]) == (6, {}, None, "last")
     assert (tmp_path / "run/report.html").is_file()
     assert load_file(tmp_path / "run/model/model.safetensors")["4.weight"].shape == (7, 24)
+    assert "held out, though evaluate.every is never" in capsys.readouterr().out
+    everything = build(recipe, tmp_path / "all", *overrides, "data.eval_fraction=0", **parts)
+    assert everything.train_loader.steps_per_epoch > second.train_loader.steps_per_epoch
+    everything.fit()
+    resumed = build(recipe, tmp_path / "all", *overrides, "data.eval_fraction=0", **parts, resume=True)
+    assert resumed.is_finished
+    with pytest.raises(DataError, match=r"data.eval_fraction is 0, .* Set evaluate.every=never"):
+        build(recipe, tmp_path / "no", "data.eval_fraction=0")
     with pytest.raises(RunError, match=r"metrics and predict: evaluate.every is never, and only evaluations use them"):
         build(recipe, tmp_path / "no", *overrides, **parts, metrics={"margin": mean_margin}, predict=mirrored_too)
     with pytest.raises(RunError, match=r"returns \(1, 7\) for an image instead of \(1, 10\) logits"):

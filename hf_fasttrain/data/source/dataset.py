@@ -119,7 +119,7 @@ def load_source(
 
 def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> list[str]:
     """Return a note for each split in which a class has no images."""
-    missing = {split.name: names_without_images(split.labels, class_names) for split in splits}
+    missing = {split.name: names_without_images(split.labels, class_names) for split in splits if len(split)}
     return [f"split '{name}' has no image of {shortened(names)}" for name, names in missing.items() if names]
 
 
@@ -174,8 +174,11 @@ def _choose_eval(splits: Mapping[str, Any], name: str, train: str, where: Any) -
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Split off a random `fraction` of the images, stratified by class; return (rest, held-out part).
 
-    Multi-label images are drawn regardless of their labels.
+    Multi-label images are drawn regardless of their labels. With fraction 0 the held-out part is empty.
     """
+    if not fraction:
+        none = np.arange(0)
+        return split, Split(f"none held out of {split.name}", split.images, split.labels[none], split.rows_of(none))
     rng = np.random.default_rng([seed, len(split)])
     if split.labels.ndim == 1:
         by_class = np.argsort(split.labels, kind="stable")

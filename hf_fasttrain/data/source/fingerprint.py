@@ -41,6 +41,8 @@ def _add_labels(hashed: xxhash.xxh3_64, labels: LabelArray) -> None:
 
 def _add(hashed: xxhash.xxh3_64, split: Split) -> None:
     _add_labels(hashed, split.labels)
+    if not len(split):
+        return
     if split.rows is not None:
         hashed.update(np.ascontiguousarray(split.rows).tobytes())
     sampled = np.unique(np.linspace(0, len(split) - 1, SAMPLED, dtype=np.int64))
