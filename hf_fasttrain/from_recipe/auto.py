@@ -7,11 +7,12 @@ sets the key, or the launcher, a stored tuning or the run's first start has deci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from hf_fasttrain.data.pixels.decode import MAX_JPEG_SIDE
 from hf_fasttrain.data.pixels.rgb import default_range
 from hf_fasttrain.from_recipe.accelerator import launcher_precision, local_processes, user_threads
 from hf_fasttrain.from_recipe.tunings import Presets, current_machine, stored_tuning
@@ -72,6 +73,25 @@ def value_range(*, kind: str = "", number: int = 0, lowest: float = 0, highest: 
     if white is None or kind == "both" or lowest < -0.01 * highest * is_float or highest < (16 if is_float else 1):
         return Choice("auto", f"not decided: {found}")
     return Choice("auto" if white == default_range("I").high and not is_float else [0, white], found)
+
+
+def reduced_decode(
+    *, size: int, crop: str, scale: Sequence[float], ratio: Sequence[float], short_side: int | None
+) -> Choice:
+    """Return how many pixels the sides of JPEGs keep when they are decoded at a fraction of their size, or False.
+
+    The smallest random crop then is as large as the batch's images, and most crops are two or three times as large:
+    their pixels differ from those of a full decode as little as Pillow's `thumbnail`, 0.2 to 0.9 of 255 levels on
+    average. Twice the short side is what `thumbnail` itself decodes.
+    """
+    if short_side is not None:
+        return Choice(2 * short_side, "twice data.short_side")
+    if crop != "random_resized":
+        return Choice(False, "for random_resized crops and data.short_side only")
+    smallest = math.sqrt(scale[0] * min(ratio[0], 1 / ratio[1], 1))  # crop's side, as a share of the image's
+    if smallest * MAX_JPEG_SIDE < size:
+        return Choice(False, "augment.crop_scale allows crops of any size")
+    return Choice(math.ceil(size / smallest), f"the smallest random crop has {size} pixels")
 
 
 def cache(
@@ -196,6 +216,7 @@ RULES: dict[str, Callable[..., Choice]] = {
     "data.interpolation": preprocessing,
     "data.crop_pct": preprocessing,
     "data.value_range": value_range,
+    "data.reduced_decode": reduced_decode,
     "data.cache": cache,
     "data.cache_gb": cache_gb,
     "data.workers": workers,

@@ -23,7 +23,7 @@ from hf_fasttrain.data.pixels.cache import (
     memory_cache,
     open_cache,
 )
-from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, image_size_of
+from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, image_size_of, is_jpeg
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.from_recipe.auto import cache, cache_gb
@@ -200,7 +200,7 @@ def estimated_bytes(split: Split, preparation: Preparation) -> int:
     sizes: list[int] = []
     for record in split.records(sample):
         try:
-            width, height = preparation.size(*image_size_of(record))
+            width, height = preparation.size(*image_size_of(record), jpeg=is_jpeg(record))
         except DECODING_ERRORS:
             continue
         sizes.append(width * height * 3)

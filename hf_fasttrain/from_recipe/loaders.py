@@ -26,12 +26,15 @@ from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.cache_plan import CachePlan, CachePlanner, with_margin
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.models.model import Preprocessing
+from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.environment import num_cores
 from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.qualified_name import qualified_name
+
+REDUCED_DECODE = "data.reduced_decode"
 
 
 def resolve_loading(settings: ResolvedSettings, device: torch.device) -> tuple[int, bool]:
@@ -43,6 +46,15 @@ def resolve_loading(settings: ResolvedSettings, device: torch.device) -> tuple[i
         settings.note("data.pin_memory=true has no effect without a GPU")
         pinned = settings.record(key, False, "no effect without a GPU")
     return workers, pinned
+
+
+def resolve_decoding(recipe: Recipe, settings: ResolvedSettings, custom: CustomParts) -> Recipe:
+    """Return the recipe with `data.reduced_decode` decided. A custom transform gets all pixels of an image."""
+    data, augment = recipe.data, recipe.augment
+    inputs: dict[str, Any] = {"size": data.size_in_training, "short_side": data.short_side}
+    inputs |= {"scale": augment.crop_scale, "ratio": augment.crop_ratio}
+    crop = augment.crop if custom.transform is None else "custom"
+    return with_values(recipe, {REDUCED_DECODE: decide(settings, REDUCED_DECODE, crop=crop, **inputs)})
 
 
 def eval_transform(pre: Preprocessing) -> EvalTransform:
@@ -62,10 +74,17 @@ def train_preparation(recipe: Recipe, pre: Preprocessing) -> Preparation:
         pre.interpolation,
         center,
         data.stored_quality,
-        data.reduced_decode,
+        _least_pixels(data.reduced_decode, data.short_side),
         pillow=data.decoder == "pillow",
         value_range=pre.value_range,
     )
+
+
+def _least_pixels(reduced_decode: Any, short_side: int | None) -> int | None:
+    """Return how many pixels a decoded JPEG's sides keep; None: all of them."""
+    if reduced_decode is True:
+        return short_side
+    return None if reduced_decode in (False, "auto") else int(reduced_decode)
 
 
 def eval_preparation(pre: Preprocessing, decoder: str = "simplejpeg") -> Preparation:

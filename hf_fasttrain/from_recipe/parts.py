@@ -16,7 +16,7 @@ from hf_fasttrain.from_recipe.accelerator import allow_compiling, build_accelera
 from hf_fasttrain.from_recipe.auto import resolve_machine
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
-from hf_fasttrain.from_recipe.loaders import train_transform
+from hf_fasttrain.from_recipe.loaders import resolve_decoding, train_transform
 from hf_fasttrain.from_recipe.memory import resolve_micro_batch
 from hf_fasttrain.from_recipe.model_from import model_from
 from hf_fasttrain.from_recipe.sampling import class_sample_weights, require_enough_images, resolve_sampling
@@ -51,7 +51,7 @@ def build_parts(
     settings.record("local", local_settings(loaded, dataset), "settings that are paths or objects of this machine")
     _require_step_loss(loaded, custom)
     _require_evaluation(loaded, custom)
-    resolved = resolve_machine(loaded, settings, presets)
+    resolved = resolve_decoding(resolve_machine(loaded, settings, presets), settings, custom)
     accelerator = build_accelerator(resolved, settings)
     source = source_from(resolved, dataset, settings)
     weights = custom.build_sample_weights(source.train) or class_sample_weights(resolved, source.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from hf_fasttrain.from_recipe.accelerator import user_threads
 from hf_fasttrain.from_recipe.auto import MACHINE
 from hf_fasttrain.from_recipe.tunings import COMPUTE_KEYS, Presets, current_machine
-from hf_fasttrain.recipe.load import flatten
+from hf_fasttrain.recipe.load import flatten, with_values
 from hf_fasttrain.recipe.messages import flow_text
 from hf_fasttrain.recipe.resolved import Decision, ResolvedSettings, is_open, read_settings
 from hf_fasttrain.recipe.schema import Recipe
@@ -108,3 +109,11 @@ def settings_of_run(folder: Path) -> dict[str, Any] | None:
     """
     saved = saved_state(folder).get("learnt")
     return saved or {key: setting.value for key, setting in read_settings(folder).items()} or None
+
+
+def decoding_as_begun(recipe: Recipe, begun_with: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with full decoding if the run began with it, as runs from before `auto` did."""
+    key = "data.reduced_decode"
+    if is_open(key, flatten(recipe)) and begun_with.get(key, False) is False:
+        return with_values(recipe, {key: False})
+    return recipe

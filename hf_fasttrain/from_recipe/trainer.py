@@ -36,7 +36,7 @@ from hf_fasttrain.from_recipe.optimization import (
 )
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
-from hf_fasttrain.from_recipe.resume import read_first_start, settings_of_run
+from hf_fasttrain.from_recipe.resume import decoding_as_begun, read_first_start, settings_of_run
 from hf_fasttrain.hub.background import Pusher, PushOptions
 from hf_fasttrain.hub.push import require_login
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
@@ -93,6 +93,7 @@ def build_trainer(
     learnt = saved_state(folder).get("learnt", {}) if resume else {}
     if resume and (begun_with := settings_of_run(folder)) is not None:
         require_same_parts(begun_with, custom.settings, folder)
+        loaded = decoding_as_begun(loaded, begun_with)
     presets = first_start.presets(loaded) if first_start else None
     try:
         parts = build_parts(loaded, dataset=dataset, presets=presets, custom=custom)

@@ -58,10 +58,8 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
     levels = data.value_range
     if levels != "auto" and (len(levels) != 2 or levels[0] >= levels[1]):
         yield "data.value_range", f"is {levels}; give two numbers, the smaller one (black) first, such as [0, 4095]"
-    if data.reduced_decode and data.short_side is None:
-        yield "data.reduced_decode", "needs data.short_side: the size that images are brought to"
-    if data.reduced_decode and data.decoder == "pillow":
-        yield "data.decoder", "pillow has no data.reduced_decode; leave one of them out"
+    if data.reduced_decode is True and data.short_side is None:
+        yield "data.reduced_decode", "true needs data.short_side; leave it at auto, or give the pixels that sides keep"
     if data.cache == "device" and recipe.augment.crop == "random_resized":
         yield (
             "data.cache",

@@ -134,8 +134,11 @@ class DataSection(Section):
         le=100,
         examples=[90],
     )
-    reduced_decode: bool = result(
-        False, "decode JPEGs at least twice as large as short_side at 1/2, 1/4 or 1/8 of their size: faster"
+    reduced_decode: Auto | bool | Annotated[int, Field(ge=8, strict=True)] = result(
+        "auto",
+        "training: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size while both sides keep this many pixels (true: "
+        "short_side); auto: what the smallest random crop, or twice short_side, needs",
+        examples=[512],
     )
     cache: Literal["auto", "none", "memory", "disk", "device"] = speed(
         "auto", "where decoded pixels are cached from the first epoch on; auto: by data size, free memory and free disk"

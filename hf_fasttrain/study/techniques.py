@@ -145,8 +145,8 @@ def techniques(ready: Ready, hardware: Hardware) -> list[Technique]:
             "decoder",
             "decoder: libjpeg-turbo",
             {"data.decoder": "simplejpeg"},
-            {"data.decoder": "simplejpeg" if settings["data.reduced_decode"] else "pillow"},
-            "" if ready.is_jpeg and not settings["data.reduced_decode"] else _no_decoder(ready),
+            {"data.decoder": "pillow"},
+            "" if ready.is_jpeg else "no image of a sample is a JPEG",
         ),
         Technique(
             "cache",
@@ -156,10 +156,6 @@ def techniques(ready: Ready, hardware: Hardware) -> list[Technique]:
             "" if ready.steps > ready.steps_per_epoch else "each image is read once",
         ),
     ]
-
-
-def _no_decoder(ready: Ready) -> str:
-    return "data.reduced_decode has one decoder only" if ready.is_jpeg else "no image of a sample is a JPEG"
 
 
 def select_techniques(available: Sequence[Technique], only: Iterable[str], without: Iterable[str]) -> list[Technique]:

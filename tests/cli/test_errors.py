@@ -141,7 +141,7 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["augment.repeats=17"],
         "augment.repeats is 17, but train.batch_size is only 16",
     ),
-    "reduced to nothing": (RECIPE, ["data.reduced_decode=true"], "data.reduced_decode needs data.short_side"),
+    "reduced to nothing": (RECIPE, ["data.reduced_decode=true"], "data.reduced_decode true needs data.short_side"),
     "device and random crops": (RECIPE, ["data.cache=device"], "data.cache device needs augment.crop=padded or center"),
     "device and noise": (
         RECIPE,

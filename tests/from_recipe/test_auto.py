@@ -16,8 +16,9 @@ from hf_fasttrain.data.pixels.bad_images import BadImages
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.pixels.rgb import ValueRange
 from hf_fasttrain.from_recipe import cache_plan, memory
-from hf_fasttrain.from_recipe.auto import DECIDED_ELSEWHERE, RULES, decide
-from hf_fasttrain.from_recipe.loaders import Loaders
+from hf_fasttrain.from_recipe.auto import DECIDED_ELSEWHERE, RULES, decide, reduced_decode
+from hf_fasttrain.from_recipe.cache_plan import estimated_bytes
+from hf_fasttrain.from_recipe.loaders import Loaders, train_preparation
 from hf_fasttrain.from_recipe.parts import build_parts
 from hf_fasttrain.from_recipe.trainer import build_loaders, build_trainer_without_folder
 from hf_fasttrain.inference import evaluate_run, predict_images
@@ -207,3 +208,60 @@ def test_scans_of_twelve_bits_are_bright_in_training_check_and_prediction(
     with pytest.raises(DataError, match=r"integers are from 60000 to 60000, .* from 0 \(black\) to 4095 \(white\)"):
         predict_images(tmp_path / "run", [str(whole)])
     assert evaluate_run(tmp_path / "run", ["data.value_range=[0, 65535]"])["loss"] > 0
+
+
+RULE = {"size": 224, "crop": "random_resized", "scale": (0.08, 1), "ratio": (3 / 4, 4 / 3), "short_side": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 915),  # 224 / sqrt(0.08 * 3 / 4)
+        ({"scale": (0.25, 1), "ratio": (1, 1)}, 448),
+        ({"ratio": (1, 4)}, 1584),
+        ({"short_side": 256}, 512),
+        ({"crop": "center"}, False),
+        ({"scale": (0, 1)}, False),
+    ],
+)
+def test_sides_keep_what_the_smallest_crop_needs(changes: dict[str, Any], expected: object) -> None:
+    assert reduced_decode(**{**RULE, **changes}).value == expected
+
+
+def large_photos(folder: Path) -> Path:
+    """Return a folder of two classes of photos of 320 x 240 pixels."""
+    for number in range(8):
+        path = folder / "photos" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (320, 240), (30 * number, 0, 0)).save(path)
+    return folder / "photos"
+
+
+@pytest.mark.parametrize(("value", "shape"), [("auto", (120, 160)), ("false", (240, 320)), ("60", (60, 80))])
+def test_large_photos_are_decoded_at_a_fraction_for_training_but_not_for_evaluation(
+    write_recipe: Callable[..., Path], tmp_path: Path, value: str, shape: tuple[int, int]
+) -> None:
+    data = ["data.dataset=" + str(large_photos(tmp_path)), "data.image_size=16", "data.workers=0", "data.cache=none"]
+    changes = [*data, "augment.crop=random_resized", f"data.reduced_decode={value}", "model.name=test_vit"]
+    parts = build_parts(load_recipe(write_recipe(), [*changes, "train.batch_size=2"]))
+    loaders = build_loaders(parts, BadImages(None, 0.5, print))
+    training = loaders.train_loader(parts.source.train, parts.sampling_plan, 1, 2).prefetcher.images.images
+    assert training.preparation.encoded(parts.source.train.records([0])[0])[0].shape[:2] == shape
+    assert estimated_bytes(parts.source.train, training.preparation) == 3 * shape[0] * shape[1] * len(
+        parts.source.train
+    )
+    assert loaders.eval_loader(parts.source.evaluation, 2).prefetcher.images.images.preparation.at_least is None
+    assert train_preparation(parts.recipe, parts.spec.preprocessing) == training.preparation
+
+
+def test_a_run_that_began_with_full_decoding_continues_with_it(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    photos, run = large_photos(tmp_path), tmp_path / "run"
+    data = [f"data.dataset={photos}", "data.image_size=16", "data.workers=0", "augment.crop=random_resized"]
+    changes = [*data, "model.name=test_vit", "train.batch_size=2", f"output_dir={run}", "train.duration=1 step"]
+    Trainer.from_recipe(write_recipe(), [*changes, "data.reduced_decode=false"]).fit()
+    trainer = Trainer.from_recipe(write_recipe(), [*changes, "train.duration=2 steps"], resume=True)
+    assert trainer.train_loader.prefetcher.images.images.preparation.at_least is None
+    trainer.fit()
+    assert read_settings(run)["data.reduced_decode"].value is False

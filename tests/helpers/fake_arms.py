@@ -23,7 +23,6 @@ FACTS: dict[str, Any] = {
     "data.workers": 1,
     "data.cache": "none",
     "data.pin_memory": False,
-    "data.reduced_decode": False,
     "data.decoder": "simplejpeg",
 }
 

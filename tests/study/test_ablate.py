@@ -105,9 +105,6 @@ def test_techniques_that_cannot_matter_are_not_applicable() -> None:
     assert old["compile"].not_applicable == "torch.compile finds no C++ compiler here"
     tiny = by_name(techniques(ready(micro_batch_size=2), CPU))
     assert tiny["ga_pieces"].not_applicable == "steps of 2 images can't be split"
-    reduced = by_name(techniques(ready(settings={**FACTS, "data.reduced_decode": True}), CPU))
-    assert reduced["decoder"].not_applicable == "data.reduced_decode has one decoder only"
-    assert reduced["decoder"].off == {"data.decoder": "simplejpeg"}
     one_step = by_name(techniques(ready(steps=32), CPU))
     assert one_step["cache"].not_applicable == "each image is read once"
     removed = [plan.technique.name for plan in build_arms(list(on_cpu.values())) if plan.kind == "removed"]

@@ -27,6 +27,7 @@ from hf_fasttrain.data.pixels.jpeg import (
     exif_and_xmp,
     inspect_header,
     normalize_header,
+    reduction,
     verify_jpeg,
 )
 from hf_fasttrain.data.pixels.orientation import UPRIGHT, orientation_of, upright
@@ -67,7 +68,7 @@ def read_pixels(
     Grayscale, palette and CMYK images are converted, alpha is dropped as transformers and timm do, the EXIF rotation is
     applied, and an animation's first frame is used. Grey of 16 or 32 bits is scaled so that `value_range` becomes 0 to
     255; by default 0 to 65535, of floats 0 to 1. With `at_least`, JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if
-    both sides stay that long; with `pillow` Pillow decodes them. Raises ImageError if the image is missing, damaged
+    both sides stay that long; Pillow decodes them with `pillow`. Raises ImageError if the image is missing, damaged
     or beyond the limits (limits.py), and MemoryError, which says nothing about the image, if memory ran out.
     """
     data, path = _parts(record)
@@ -110,25 +111,28 @@ def decode(
     try:
         if pillow:
             verify_jpeg(data)
-            return _decode_by_pillow(data)
+            return _decode_by_pillow(data, at_least=at_least or 0)
         pixels = decode_jpeg(data, at_least or 0)
     except UnsupportedJpeg:
         return decode_complete(data, _decode_by_pillow)
     return upright(pixels, orientation_of(*exif_and_xmp(data))) if header.has_exif else pixels
 
 
-def _decode_by_pillow(data: Encoded, value_range: ValueRange | None = None) -> Pixels:
-    image, orientation = _loaded(data)
+def _decode_by_pillow(data: Encoded, value_range: ValueRange | None = None, at_least: int = 0) -> Pixels:
+    image, orientation = _loaded(data, at_least)
     return upright(rgb_pixels(image, value_range, declared_maximum(image)), orientation)
 
 
-def _loaded(data: Encoded) -> tuple[Image.Image, int]:
-    """Return a decoded image, not turned yet, and its orientation."""
+def _loaded(data: Encoded, at_least: int = 0) -> tuple[Image.Image, int]:
+    """Return a decoded image, not turned yet, and its orientation; a JPEG reduced while both sides stay `at_least`."""
     if format_of(data) == "PPM" and netpbm.is_slow(header := netpbm.header_of(data)):
         return netpbm.decode_netpbm(data, header), UPRIGHT
     quiet_pillow()
     with strict_pillow():
         opened = open_image(data)
+        divisor = reduction(*opened.image.size, at_least)
+        if divisor > 1 and opened.image.mode != "CMYK":  # which is never reduced, as by simplejpeg
+            opened.image.draft(None, (opened.image.width // divisor, opened.image.height // divisor))
         opened.image.load()
         verify(opened.image, data)
     return opened.image, opened.orientation

@@ -113,9 +113,16 @@ def _decode_rgb(data: Encoded, at_least: int, strict: bool) -> Pixels:
         return _from_inks(simplejpeg.decode_jpeg(data, "CMYK", strict=strict))  # never reduced
     if not at_least:
         return simplejpeg.decode_jpeg(data, strict=strict)
-    # Other factors, such as 3/8, would be slower than none: libjpeg-turbo has vector code for powers of two only.
-    factor = next((k for k in (8, 4, 2) if min(height, width) >= k * at_least), 1)
+    factor = reduction(width, height, at_least)
     return simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor), strict=strict)
+
+
+def reduction(width: int, height: int, at_least: int) -> int:
+    """Return by what a JPEG of this size is divided when it is decoded: 8, 4, 2 or 1; both sides stay `at_least` long.
+
+    Other factors, such as 3/8, would be slower than none: libjpeg-turbo has vector code for powers of two only.
+    """
+    return next((k for k in (8, 4, 2) if at_least and min(height, width) >= k * at_least), 1)
 
 
 def _from_inks(inks: np.ndarray) -> Pixels:

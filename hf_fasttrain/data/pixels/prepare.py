@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_fasttrain.data.pixels.augment import EvalTransform
 from hf_fasttrain.data.pixels.decode import MAX_JPEG_SIDE, Pixels, decode, encode_jpeg, read_pixels
+from hf_fasttrain.data.pixels.jpeg import reduction
 from hf_fasttrain.data.pixels.resize import resize_short_side, size_with_short_side
 from hf_fasttrain.data.pixels.rgb import ValueRange
 
@@ -26,7 +27,7 @@ class Preparation:
     interpolation: str = "bilinear"
     center: EvalTransform | None = None
     stored_quality: int | None = None
-    reduced_decode: bool = False
+    at_least: int | None = None  # pixels that both sides keep when a JPEG is decoded at a fraction of its size
     pillow: bool = False  # decode JPEGs by Pillow: the same pixels
     value_range: ValueRange | None = None  # of grey of more than 8 bits
 
@@ -37,8 +38,7 @@ class Preparation:
 
         Raises DataError for an image that can't be decoded.
         """
-        at_least = self.short_side if self.reduced_decode else None
-        pixels = read_pixels(record, at_least=at_least, pillow=self.pillow, value_range=self.value_range)
+        pixels = read_pixels(record, at_least=self.at_least, pillow=self.pillow, value_range=self.value_range)
         if self.short_side is not None:
             pixels = resize_short_side(pixels, self.short_side, self.interpolation)
         if self.center is not None:
@@ -48,13 +48,14 @@ class Preparation:
         stored = encode_jpeg(pixels, self.stored_quality)
         return decode(stored, pillow=self.pillow), stored
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) of the prepared pixels of an image of this size."""
+    def size(self, width: int, height: int, *, jpeg: bool = False) -> tuple[int, int]:
+        """Return the (width, height) of the prepared pixels of an image, or JPEG, of this size."""
         if self.center is not None:
             return self.center.image_size, self.center.image_size
         if self.short_side is not None and min(width, height) > self.short_side:
             return size_with_short_side(width, height, self.short_side)
-        return width, height
+        divisor = reduction(width, height, self.at_least or 0) if jpeg else 1
+        return -(-width // divisor), -(-height // divisor)
 
     def key(self) -> dict[str, Any]:
         """Return everything that determines the pixels, for the cache key."""

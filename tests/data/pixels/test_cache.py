@@ -289,7 +289,7 @@ def test_pixels_do_not_depend_on_the_cache(case: str, kind: str, workers: int, d
     assert equal(batches(digits.train, preparation, transform, cache, **options), expected)
     if cache is not None:
         assert num_kept(cache) == 60
-        changed = replace(preparation, reduced_decode=False)
+        changed = replace(preparation)
         object.__setattr__(changed, "encoded", None)  # nothing is decoded again
         assert equal(batches(digits.train, changed, transform, cache, **options), expected)
 

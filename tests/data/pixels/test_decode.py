@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
 
 from hf_fasttrain.data.pixels import limits
+from hf_fasttrain.data.pixels.augment import random_box
 from hf_fasttrain.data.pixels.decode import (
     DECODING_ERRORS,
     decode,
@@ -20,7 +22,10 @@ from hf_fasttrain.data.pixels.decode import (
     is_jpeg,
     read_pixels,
 )
+from hf_fasttrain.data.pixels.jpeg import reduction
+from hf_fasttrain.data.pixels.resize import resize
 from hf_fasttrain.data.pixels.rgb import ValueRange
+from hf_fasttrain.from_recipe.auto import reduced_decode
 from hf_fasttrain.utils.errors import DataError, ImageError
 from hf_fasttrain.utils.files import LARGEST_FILE
 
@@ -216,6 +221,38 @@ def test_reduced_decoding_keeps_both_sides_long_enough() -> None:
     assert decode(data, at_least=401).shape == (400, 640, 3)
     expected_half = np.asarray(Image.fromarray(large).resize((320, 200), Image.Resampling.BOX)).astype(int)
     assert abs(decode(data, at_least=200) - expected_half).mean() < 3
+
+
+@pytest.mark.parametrize("size", [(640, 400), (641, 403), (647, 407)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_both_decoders_reduce_to_the_same_pixels(size: tuple[int, int], mode: str) -> None:
+    data = encoded(Image.fromarray(PHOTO).resize(size).convert(mode), "JPEG", quality=92)["bytes"]
+    for at_least in (50, 100, 200, 201):
+        expected = decode(data, at_least=at_least)
+        assert np.array_equal(decode(data, at_least=at_least, pillow=True), expected)
+        divisor = 1 if mode == "CMYK" else reduction(*size, at_least)
+        assert expected.shape[:2] == (-(-size[1] // divisor), -(-size[0] // divisor))
+
+
+def test_crops_of_reduced_photos_differ_from_those_of_whole_ones_no_more_than_pillows_thumbnails() -> None:
+    photo = load_sample_image("china.jpg")
+    data, size = jpeg(photo, quality=92), 48
+    at_least = reduced_decode(
+        size=size, crop="random_resized", scale=(0.08, 1), ratio=(3 / 4, 4 / 3), short_side=None
+    ).value
+    half, whole = decode(data, at_least=at_least), decode(data)
+    assert whole.shape[0] == 2 * half.shape[0] - whole.shape[0] % 2
+    thumbnail = Image.open(io.BytesIO(data))
+    thumbnail.thumbnail((size, size), Image.Resampling.BILINEAR)
+    resized = Image.fromarray(whole).resize(thumbnail.size, Image.Resampling.BILINEAR)
+    tolerance = abs(np.asarray(thumbnail).astype(int) - np.asarray(resized)).mean()
+    differences = []
+    for draws in np.random.default_rng(0).random((40, 40)):
+        box = random_box((half.shape[1], half.shape[0]), (0.08, 1), (3 / 4, 4 / 3), draws)
+        double = tuple(min(2 * value, whole.shape[1 - place % 2]) for place, value in enumerate(box))
+        crops = resize(half, (size, size), "bilinear", box), resize(whole, (size, size), "bilinear", double)
+        differences.append(abs(crops[0].astype(int) - crops[1]).mean())
+    assert np.mean(differences) < max(1.0, tolerance)
 
 
 def test_a_missing_image_is_a_clear_error() -> None:
