@@ -35,6 +35,7 @@ BASE: Tree = {
     "log": {"report": False},
 }
 SMALL = ["train.duration=2 steps", "output_dir=run", "data.image_size=32", "train.batch_size=4"]  # of what is trained
+SMALL += ["accelerate.compile=false"]  # which takes minutes, and writes into the folder of temporary files
 MODELS = ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "transformers:tiny", "tiny", "resnet18"]
 NUMBERS = [
     0, 1, -1, 2, 3, 7, 255, 10**6, 2**31, 2**53, 2**63 - 1, 2**64, 10**30, -(10**30), 0.0, -0.0, 0.5, 1.5, -1.5,

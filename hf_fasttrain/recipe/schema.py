@@ -116,7 +116,7 @@ class DataSection(Section):
     interpolation: Auto | Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] = result(
         "auto", "resize filter (Pillow's); auto: the pretrained configuration's"
     )
-    crop_pct: Auto | Annotated[float, Field(gt=0.0, le=1.0)] = result(
+    crop_pct: Auto | Annotated[float, Field(gt=0.1, le=1.0)] = result(
         "auto",
         "evaluation: image_size / short side before the centre crop; auto: the pretrained configuration's",
         examples=[0.875],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, get_args
@@ -16,6 +17,7 @@ from hf_fasttrain.utils.clean import holds_control_character
 from hf_fasttrain.utils.errors import closest, shortened, shown
 
 MAX_EXPLAINED = 100  # unknown keys; looking for names like theirs takes a millisecond each
+MAX_NUMBER = 1e15  # of all keys but the seed
 MAX_PROPOSED = 100  # characters of a value to write
 Tree = dict[str, Any]
 KeyPath = tuple[str, ...]
@@ -91,6 +93,8 @@ def check_tree(
         mistakes = _explain(error, tree, is_override)
         recipe = _without_mistakes(tree, [key for key, _ in mistakes])
     mistakes += [(key, f"holds a control character: {shown(text)}") for key, text in _control_characters(tree)]
+    named = {key for key, _ in mistakes}
+    mistakes += [(key, what) for key, what in _extreme_numbers(tree) if key not in named]
     if recipe is not None:
         mistakes += [(tuple(key.split(".")), what) for key, what in conflicts(recipe, metrics)]
     return (None if mistakes else recipe), mistakes
@@ -106,6 +110,18 @@ def _control_characters(tree: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath,
             yield from _control_characters(value, key)
     elif isinstance(tree, str) and holds_control_character(tree):
         yield key, tree
+
+
+def _extreme_numbers(tree: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield what is wrong with numbers with which any calculation would overflow, with their keys."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _extreme_numbers(value, (*key, str(name)))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _extreme_numbers(value, key)
+    elif isinstance(tree, int | float) and MAX_NUMBER < abs(tree) < math.inf and key != ("seed",):
+        yield key, f"holds {value_text(tree)}; numbers are at most {MAX_NUMBER:g}"
 
 
 def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:

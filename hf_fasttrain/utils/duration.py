@@ -38,10 +38,10 @@ class Duration:
             clock = ", '5000 steps' or '10 minutes'" if minutes else " or '5000 steps'"
             raise ValueError(f"must be a number and a unit, like '90 epochs'{clock}")
         if len(match[1]) > 12:
-            raise ValueError("is too long; must be below 10**12")
+            raise ValueError("must be below 10**12")
         unit = f"{match[2].removesuffix('s')}s"
         if unit == "steps" and "." in match[1]:
-            raise ValueError("steps must be a whole number, like '5000 steps'")
+            raise ValueError("must be a whole number of steps, like '5000 steps'")
         return cls(float(match[1]), unit)
 
     @classmethod

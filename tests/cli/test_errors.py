@@ -50,7 +50,7 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
         ["train.duration=3"],
         "train.duration is 3: a number needs a unit; write '3 epochs' or '3 steps'",
     ),
-    "half a step": (RECIPE, ["train.duration=1.5 steps"], "steps must be a whole number"),
+    "half a step": (RECIPE, ["train.duration=1.5 steps"], "must be a whole number of steps"),
     "no duration": (RECIPE, ["train.duration=0 epochs"], "train.duration is 0"),
     "missing key": (recipe(model="{drop_path: 0.1}"), [], "model.name is missing; it is a timm name"),
     "missing section": ("model: {name: test_resnet}\n", [], r"data is missing; .*\n.*train is missing"),
@@ -331,7 +331,7 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "one beta": (["optimizer.args={betas: [0.9]}"], "can't be built with optimizer.args"),
     "lr said twice": (["optimizer.args={lr: 1}"], "optimizer.args: lr has its own key"),
     "watched metric": (["checkpoint.best.metric=f1"], "'f1', which evaluate.metrics does not measure"),
-    "endless": (["train.duration=9999999999999 steps"], "is too long; must be below"),
+    "endless": (["train.duration=9999999999999 steps"], "must be below 10..12"),
     "no such recipe value": (["model.gradient_checkpointing=true", "model.name=dla46_c"], "does not support it"),
 }
 
