@@ -22,10 +22,19 @@ class Seen(NamedTuple):
     ceil_mode: bool
 
     @property
+    def has_patches(self) -> bool:
+        """Whether what it looks at lies side by side, so that a rest at the end belongs to nothing."""
+        return self.kernel == self.stride > 1 and self.padding == 0 and not self.ceil_mode
+
+    @property
     def cut_off(self) -> int:
-        """Rows at the end that belong to no patch, where patches lie side by side."""
-        lie_side_by_side = self.kernel == self.stride > 1 and self.padding == 0 and not self.ceil_mode
-        return self.side % self.stride if lie_side_by_side else 0
+        """Rows at the end that belong to no patch."""
+        return self.side % self.stride if self.has_patches else 0
+
+    def pixels_of_patch(self, size: int) -> int:
+        """Return the rows of an image of `size` pixels that a patch stands for."""
+        exact = size % self.side == 0
+        return self.stride * (size // self.side if exact else 2 ** round(math.log2(size / self.side)))
 
 
 @contextmanager
@@ -53,7 +62,7 @@ def notes_on_size(seen: list[Seen], size: int, key: str, *, stem: bool = False) 
     notes = []
     cut = [layer for layer in seen if layer.cut_off]
     if cut:
-        multiple = math.lcm(*(round(size / layer.side) * layer.stride for layer in cut))
+        multiple = math.lcm(*(layer.pixels_of_patch(size) for layer in seen if layer.has_patches))
         lost = max(round(layer.cut_off * size / layer.side) for layer in cut)
         below = size // multiple * multiple
         sizes = [str(other) for other in (below, below + multiple) if other >= 8]

@@ -348,6 +348,9 @@ def test_rows_that_patches_cut_off_and_maps_of_one_pixel_are_noted() -> None:
     pooled = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1))
     assert "cut off 2 of 34 rows" in noted(pooled, 34)
     assert "at 32 or 36 they" in noted(pooled, 34)
+    stages = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), *(nn.Conv2d(4, 4, 2, stride=2) for _ in range(3)))
+    assert "cut off 4 of 100 rows and columns at the end of each image; at 96 or 128 they" in noted(stages, 100)
+    assert noted(stages, 128) == ""
     resnet = timm.create_model("resnet18", num_classes=3)
     assert has_large_stem(resnet)
     assert noted(resnet, 64) == ""
