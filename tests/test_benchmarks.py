@@ -269,3 +269,39 @@ def test_a_row_that_runs_out_of_time_keeps_its_results() -> None:
     assert long == {"section": "cifar10", "row": "long", "status": "not run: budget"}
     assert (late["seen"], late["status"], "swallowed" in late) == (1, "stopped: budget", False)
     assert late["wall_seconds"] < 5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([1.0, 1.1, 2.0, 11.0], 1.0),  # the first step is within the noise
+        ([1.0, 2.0, 11.0, 101.0], 1.0),
+        ([1.0, 1.0, 1.1, 31.0], 2.08),  # quadratic, and only the largest shows it: at least this steep
+        ([1.0, 2.0, 4.2, 11.0], 0.51),
+        ([1.0, 0.9, 1.2, 1.1], None),
+    ],
+)
+def test_the_exponent_of_growth_is_that_above_the_baseline(seconds: list[float], expected: float | None) -> None:
+    def check() -> None:
+        growth = imported("growth")
+        sizes = [100, 1_100, 10_100, 100_100]
+        rows = [{"size": size, "seconds": time, "megabytes": 500.0} for size, time in zip(sizes, seconds, strict=True)]
+        assert growth.exponent(rows, "megabytes") is None
+        found = growth.exponent(rows, "seconds")
+        assert found == (None if expected is None else pytest.approx(expected, abs=0.01))
+        steep = expected is not None and expected > growth.LIMIT
+        text = f"push: seconds grow with exponent {expected}, the limit is 1.1"
+        assert growth.too_steep({"push": rows}) == ([text] if steep else [])
+
+    in_child(check)
+
+
+def test_growth_exits_with_status_1_and_names_what_grows_too_fast(capfd: pytest.CaptureFixture[str]) -> None:
+    def check() -> None:
+        growth = imported("growth")
+        growth.measure = lambda name, size: {"size": size, "seconds": size**2 / 1e6, "megabytes": 50.0}
+        sys.argv = ["growth.py", "--only", "push"]
+        assert growth.main() == 1
+
+    in_child(check)
+    assert "push: seconds grow with exponent 2.00, the limit is 1.1" in capfd.readouterr().out
