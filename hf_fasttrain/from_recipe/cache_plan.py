@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,14 @@ from hf_fasttrain.data.pixels.cache import (
     IN_MEMORY,
     ON_DISK,
     PIXELS_FILE,
+    CacheEntry,
     PixelCache,
     cache_key,
     default_cache_dir,
     memory_cache,
     open_cache,
 )
+from hf_fasttrain.data.pixels.cache_limits import free_disk_bytes, make_room, nearest_existing, room_for
 from hf_fasttrain.data.pixels.decode import DECODING_ERRORS, image_size_of, is_jpeg
 from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Split
@@ -111,7 +112,8 @@ class CachePlanner:
         if mode == "auto" and passes <= 1:
             return CachePlan("none", reason=cache(passes=passes).reason)
         need = estimated_bytes(split, preparation)
-        room = {mode: self._budget(mode) for mode in ("memory", "disk")}
+        own = self.folder / cache_key(self._content(split, preparation))
+        room = {mode: self._budget(mode, own) for mode in ("memory", "disk")}
         if mode == "auto":
             on_disk = self._cached_bytes(split, preparation)
             room["disk"] = room["disk"] + on_disk if can_write(self.folder) else 0
@@ -147,8 +149,11 @@ class CachePlanner:
         decoded_bytes = share * (need if preparation.stored_quality is None else 10 * need)
         return decoded_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
-    def _budget(self, mode: str) -> int:
-        """Return the bytes that are left for the cache: of data.cache_gb, or of half the free memory or disk."""
+    def _budget(self, mode: str, own: Path) -> int:
+        """Return the bytes that are left for the cache: of data.cache_gb, or of half the free memory or disk.
+
+        On disk, that half is shared by all caches; those that no run has open go for `own`.
+        """
         if not {"memory": IN_MEMORY, "disk": ON_DISK}[mode]:
             return 0
         if self.data.cache_gb != "auto":
@@ -156,7 +161,7 @@ class CachePlanner:
         if mode == "memory":
             budget = cache_gb(free=free_memory_bytes(), needed_elsewhere=self.needed_memory).value
         else:
-            budget = cache_gb(free=free_disk_bytes(self.folder)).value
+            budget = room_for(self.folder, own, free_disk_bytes(self.folder))
         return max(0, budget - self._reserved[mode])
 
     @property
@@ -171,11 +176,24 @@ class CachePlanner:
         num_rows = len(split.images)
         if plan.mode == "disk":
             content = self._content(split, preparation)
+            own = self.folder / cache_key(content)
+            if self.processes.is_local_main:
+                self._make_room(own, min(plan.budget, with_margin(plan.need)), content["fingerprint"])
             metadata = {"dataset": self.data.dataset, "split": split.name, **content}
-            return open_cache(self.folder / cache_key(content), num_rows, plan.budget, metadata)
+            return open_cache(own, num_rows, plan.budget, metadata)
         cache = memory_cache(num_rows, plan.budget) if self.processes.is_local_main else None
         index, pixels = self.processes.from_local_main((cache.index_path, cache.pixels_path) if cache else None)
         return cache or PixelCache(index, pixels, num_rows, plan.budget)
+
+    def _make_room(self, own: Path, needed: int, fingerprint: str) -> None:
+        """Delete caches of data that are no longer used, and those that keep this one from its size, with a note."""
+
+        def is_same_data(entry: CacheEntry) -> bool:
+            return self.data.dataset == entry.about.get("dataset") or fingerprint == entry.about.get("fingerprint")
+
+        missing = max(0, needed - kept_bytes(own))
+        if (text := make_room(self.folder, own, missing, free_disk_bytes(self.folder), is_same_data)) is not None:
+            self.settings.note(text)
 
     def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
         """Return everything that determines a split's pixels; images that two splits share are cached once."""
@@ -183,10 +201,15 @@ class CachePlanner:
 
     def _cached_bytes(self, split: Split, preparation: Preparation) -> int:
         """Return how many bytes of the split's pixels are already cached on disk."""
-        try:
-            return (self.folder / cache_key(self._content(split, preparation)) / PIXELS_FILE).stat().st_size
-        except OSError:
-            return 0
+        return kept_bytes(self.folder / cache_key(self._content(split, preparation)))
+
+
+def kept_bytes(cache: Path) -> int:
+    """Return the bytes of pixels in a cache on disk, 0 without one."""
+    try:
+        return (cache / PIXELS_FILE).stat().st_size
+    except OSError:
+        return 0
 
 
 def with_margin(need: int) -> int:
@@ -228,13 +251,3 @@ def can_write(folder: Path) -> bool:
     """Return whether a folder can be created or written to."""
     nearest = nearest_existing(folder)
     return nearest.is_dir() and os.access(nearest, os.W_OK)
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk that holds a folder, or will hold it."""
-    return shutil.disk_usage(nearest_existing(folder)).free
-
-
-def nearest_existing(folder: Path) -> Path:
-    """Return the folder, or its closest parent that exists."""
-    return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))

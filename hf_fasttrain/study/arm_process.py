@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from hf_fasttrain.from_recipe.cache_plan import cache_folder, can_write, nearest_existing
+from hf_fasttrain.data.pixels.cache_limits import nearest_existing
+from hf_fasttrain.from_recipe.cache_plan import cache_folder, can_write
 from hf_fasttrain.study.bench import Arm, ArmFailed
 from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Ready, Report, Turn
 from hf_fasttrain.study.trial import Trial

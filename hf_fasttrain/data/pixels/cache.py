@@ -23,21 +23,17 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from hf_fasttrain.data.pixels.cache_locks import ABOUT_FILE, OpenFiles, fcntl, lock_shared
 from hf_fasttrain.data.pixels.decode import Pixels, decode
 from hf_fasttrain.run_folder.schemas import CacheFile, read_if_sound
 from hf_fasttrain.utils.errors import DataError, shortened
 from hf_fasttrain.utils.format import format_bytes
 from hf_fasttrain.utils.standard_folders import home_folder
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 FORMAT = 1
 MAGIC = b"hfftpix1"
 HEADER_BYTES = 64  # magic, number of rows, end of the pixels
-ABOUT_FILE, INDEX_FILE, PIXELS_FILE = "about.json", "index", "pixels"
+INDEX_FILE, PIXELS_FILE = "index", "pixels"
 ENTRY = np.dtype(
     [("offset", "<u8"), ("check", "<u8"), ("length", "<u4"), ("height", "<u2"), ("width", "<u2"), ("form", "<u8")]
 )
@@ -45,6 +41,7 @@ RAW, JPEG = 1, 2
 ON_DISK = fcntl is not None and hasattr(os, "pread")  # supported by this operating system
 IN_MEMORY = ON_DISK and hasattr(os, "memfd_create")
 Stamp = tuple[int, int, int]
+LOCK_TRIES = 3  # a cache may be deleted between its creation and its lock
 UNFINISHED = ".hf_fasttrain-new-"  # prefix of the folder of a cache that is being created
 
 
@@ -68,9 +65,10 @@ class PixelCache:
     def __init__(self, index: str, pixels: str, num_rows: int, budget: int) -> None:
         self.index_path, self.pixels_path, self.num_rows, self.budget = index, pixels, num_rows, budget
         self.problem: str | None = None
-        self.memory_files: _OpenFiles | None = None  # keeps a cache in memory alive
+        self.memory_files: OpenFiles | None = None  # keeps a cache in memory alive
+        self.lock: OpenFiles | None = None  # of a cache on disk, which others leave alone while it is open
         self._files: tuple[int, int] | None = None
-        self._open_files: _OpenFiles | None = None
+        self._open_files: OpenFiles | None = None
         self._owner = 0
         self._index = np.zeros(0, ENTRY)
         self._verified = np.zeros(0, np.uint64)
@@ -90,7 +88,7 @@ class PixelCache:
             except OSError:
                 os.close(index_file)
                 raise
-            self._owner, self._open_files = os.getpid(), _OpenFiles(*self._files)
+            self._owner, self._open_files = os.getpid(), OpenFiles(*self._files)
             self._index = entries.view(np.ndarray)
             self._verified = np.zeros(self.num_rows, np.uint64)  # (N,) checksums that this process has verified
         return self._files
@@ -207,16 +205,21 @@ def open_cache(folder: Path, num_rows: int, budget: int, about: dict[str, Any]) 
     """
     if not ON_DISK:
         raise DataError("data.cache=disk needs Linux or macOS; use none")
+    cache = PixelCache(str(folder / INDEX_FILE), str(folder / PIXELS_FILE), num_rows, budget)
     try:
-        if not _is_valid(folder / INDEX_FILE, num_rows) or not (folder / PIXELS_FILE).exists():
-            _create(folder, num_rows, about)
+        for _ in range(LOCK_TRIES):
+            if not _is_valid(folder / INDEX_FILE, num_rows) or not (folder / PIXELS_FILE).exists():
+                _create(folder, num_rows, about)
+            cache.lock = lock_shared(folder)
+            if cache.lock is None or (folder / PIXELS_FILE).exists():  # else it was deleted just before
+                break
         with suppress(FileNotFoundError):
             os.utime(folder / ABOUT_FILE)  # last use
     except OSError as error:
         raise DataError(
             f"data.cache_dir {folder.parent}: can't be written: {error.strerror}; choose another, or data.cache=none"
         ) from None
-    return PixelCache(str(folder / INDEX_FILE), str(folder / PIXELS_FILE), num_rows, budget)
+    return cache
 
 
 def _is_valid(index: Path, num_rows: int) -> bool:
@@ -278,20 +281,8 @@ def memory_cache(num_rows: int, budget: int) -> PixelCache:
     _fill_header(index, num_rows)
     folder = f"/proc/{os.getpid()}/fd"
     cache = PixelCache(f"{folder}/{index}", f"{folder}/{pixels}", num_rows, budget)
-    cache.memory_files = _OpenFiles(index, pixels)
+    cache.memory_files = OpenFiles(index, pixels)
     return cache
-
-
-class _OpenFiles:
-    """Owns file descriptors: closes them when it is deleted, in the process that opened them only."""
-
-    def __init__(self, *files: int) -> None:
-        self.files, self.owner = files, os.getpid()
-
-    def __del__(self) -> None:
-        if self.owner == os.getpid():
-            for file in self.files:
-                os.close(file)
 
 
 @dataclass(frozen=True)
@@ -342,7 +333,10 @@ def list_caches(folder: Path) -> list[CacheEntry]:
         about = read_if_sound(path / ABOUT_FILE, CacheFile)
         if not (about or (path.is_dir() and path.name.startswith(UNFINISHED))):
             continue
-        files = [file.lstat() for file in path.iterdir()]
+        try:
+            files = [file.lstat() for file in path.iterdir()]
+        except FileNotFoundError:  # another process is deleting it
+            continue
         used = max((file.st_mtime for file in files), default=0.0)
         entries.append(CacheEntry(path, sum(file.st_blocks * 512 for file in files), used, about))
     return sorted(entries, key=lambda entry: -entry.last_used)
