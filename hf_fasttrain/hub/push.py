@@ -30,7 +30,7 @@ from hf_fasttrain.run_folder.schemas import ConfigFile, read_file
 from hf_fasttrain.run_folder.scrub import Scrubber, strings
 from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import reason
+from hf_fasttrain.utils.files import MAX_JSON_BYTES, read_regular, reason
 from hf_fasttrain.utils.format import format_command
 from hf_fasttrain.utils.remote import is_license, is_repo_name
 
@@ -130,6 +130,14 @@ def require_login(repo: str) -> None:
     Upload(repo, None, "", remedy, STALLED_SECONDS).require_possible()
 
 
+def _json_of(path: Path) -> bytes:
+    """Return the bytes of a JSON file. Raises RunError if it can't be read, or is too large for one."""
+    try:
+        return read_regular(path, MAX_JSON_BYTES)
+    except OSError as error:
+        raise RunError(f"{path}: can't be read: {reason(error)}") from None
+
+
 def files_to_push(
     run: FinishedRun, repo: str, copies: Path, license: str | None = None, private_paths: Sequence[str] = ()
 ) -> dict[str, bytes | Path]:
@@ -147,9 +155,9 @@ def files_to_push(
     files: dict[str, bytes | Path] = {path.relative_to(model).as_posix(): path for path in paths}
     for name, path in files.items():
         if name.endswith(".json") and isinstance(path, Path):
-            files[name] = scrub.json(path.read_bytes())
+            files[name] = scrub.json(_json_of(path))
     files[SPEC_FILE] = _loadable_spec(run, scrub, files[SPEC_FILE])
-    files[RESULT_FILE] = scrub.json((run.folder / RESULT_FILE).read_bytes())
+    files[RESULT_FILE] = scrub.json(_json_of(run.folder / RESULT_FILE))
     if run.recipe_text:
         files[RECIPE_FILE] = scrub.yaml(run.recipe_text, run.recipe).encode()
     if (run.folder / METRICS_FILE).is_file():

@@ -16,6 +16,7 @@ from hf_fasttrain.run_folder.file_names import METRICS_FILE, STAGING_FOLDER
 from hf_fasttrain.run_folder.scrub import Scrubber
 from hf_fasttrain.utils.clean import without_secrets
 from hf_fasttrain.utils.files import NO_LINK
+from hf_fasttrain.utils.json_lines import MAX_LINE
 
 POSITION_FILE = "metrics.position"  # how far the copy goes
 _POSITION = re.compile(r"(\d{1,18}) (\d{1,18}) ([0-9a-f]{32}) ([0-9a-f]{32})\n")
@@ -72,19 +73,22 @@ def _continue(lines: BinaryIO, out: BinaryIO, known: _Position) -> xxhash.xxh3_1
 
 
 def _extend(lines: BinaryIO, out: BinaryIO, hashed: xxhash.xxh3_128, scrub: Scrubber, position: Path) -> None:
-    """Append what is new of the file to the copy. A last line without its end is not counted: it may be continued."""
+    """Append what is new of the file to the copy. A last line without its end is not counted: it may be continued.
+
+    The copy ends before a line of more than MAX_LINE bytes: no run writes one, and it might not fit into memory.
+    """
     with suppress(FileNotFoundError):
         position.unlink()  # it is wrong from here on
     out.truncate()
     partial = b""
-    for line in lines:
+    for line in iter(lambda: lines.readline(MAX_LINE), b""):
         if not line.endswith(b"\n"):
             partial = line
             break
         hashed.update(line)
         out.write(_scrubbed(line, scrub))
     reached = _Position(lines.tell() - len(partial), out.tell(), hashed.hexdigest(), scrub.digest)
-    out.write(_scrubbed(partial, scrub))
+    out.write(_scrubbed(partial, scrub) if len(partial) < MAX_LINE else b"")
     out.flush()
     _write_position(position, reached)
 

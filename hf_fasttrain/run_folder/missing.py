@@ -19,7 +19,7 @@ from hf_fasttrain.run_folder.file_names import (
 )
 from hf_fasttrain.run_folder.kept_weights import step_in_model
 from hf_fasttrain.run_folder.schemas import PushedFile, ResultFile, read_if_sound
-from hf_fasttrain.utils.files import digest_of, restore_folder, safetensors_header
+from hf_fasttrain.utils.files import digest_of, open_regular, restore_folder, safetensors_header
 
 RESULT_MARK = '<meta name="hf_fasttrain-result" content="{}">'  # names the result.json that a report was made from
 
@@ -105,7 +105,7 @@ def _is_of_step(path: Path, step: int) -> bool:
 def _is_report_of(path: Path, result: dict[str, Any], mark: str) -> bool:
     """Return whether a report exists and was made from the current result.json; older versions don't record it."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return mark in file.read(4000) or "model" not in result
+        with open_regular(path) as file:
+            return mark.encode() in file.read(4000) or "model" not in result
     except OSError:
         return False

@@ -376,6 +376,13 @@ def test_a_damaged_result_is_named(copied: Path) -> None:
         push_run(copied, "me/flowers")
 
 
+def test_a_file_of_a_model_that_is_too_large_for_json_is_not_read(hub: Hub, copied: Path) -> None:
+    os.truncate(copied / "model" / "config.json", 1 << 40)
+    with pytest.raises(RunError, match=r"config\.json: can't be read"):
+        push_run(copied, "me/flowers")
+    assert hub.created == []
+
+
 @pytest.mark.parametrize("repo", ["flowers", "me/my flowers", "me/a--b", "datasets/me/flowers", ""])
 def test_an_invalid_repository_name_is_refused(hub: Hub, run: Path, repo: str) -> None:
     with pytest.raises(RunError, match=rf"'{repo}' is not a valid Hub repository name; write OWNER/NAME"):

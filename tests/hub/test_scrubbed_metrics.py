@@ -14,6 +14,7 @@ from hf_fasttrain.hub.push import push_run
 from hf_fasttrain.hub.scrubbed_metrics import POSITION_FILE, scrubbed_copy
 from hf_fasttrain.run_folder.scrub import Scrubber
 from hf_fasttrain.utils.clean import without_secrets
+from hf_fasttrain.utils.json_lines import MAX_LINE
 
 SCRUB = Scrubber(["/home/me/data"])
 TOKEN = "hf_" + "a" * 30
@@ -111,6 +112,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 200_000 < source.stat().st_size
+
+
+def test_the_copy_ends_before_a_line_that_no_run_writes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_text(line(1) + "x" * MAX_LINE + "\n" + line(2))
+    for _ in range(2):
+        assert scrubbed_copy(source, tmp_path, SCRUB).read_text() == line(1)
 
 
 def test_pushes_of_a_training_share_the_copy_and_a_later_push_leaves_none(

@@ -92,6 +92,13 @@ def test_resume_writes_missing_results(run: Path, resume: Callable[[], str], nam
     assert "nothing to do" in resume()
 
 
+def test_a_report_that_is_a_fifo_is_written_again(run: Path, resume: Callable[[], str]) -> None:
+    (run / "report.html").unlink()
+    os.mkfifo(run / "report.html")
+    assert "now writing what is missing: report.html" in resume()
+    assert (run / "report.html").is_file()
+
+
 def test_resume_writes_results_that_a_full_disk_prevented(
     run: Path, resume: Callable[[], str], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
