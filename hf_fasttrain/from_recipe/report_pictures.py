@@ -116,7 +116,7 @@ class ReportPictures:
             source_rows = np.array([row])
             for _, image in images.pixels(np.array([row]), source_rows, []):
                 pixels[file] = image
-            truth = dict.fromkeys(self._class_names(predictions.labels[index]), 1.0)
+            truth = dict.fromkeys(self._class_names(predictions.classes_of(predictions.labels, index)), 1.0)
             name = self._name(split, int(source_rows[0]))  # of the substitute if the image is bad
             loss = float(predictions.losses[index])
             pictures.append(Picture(file, name, truth, self._scores(predictions, index), loss))
@@ -124,7 +124,8 @@ class ReportPictures:
 
     def _scores(self, predictions: Predictions, index: int) -> dict[str, float | None]:
         """Return the predicted classes with scores; multi-label: only the score of the worst class is known."""
-        names, confidence = self._class_names(predictions.predicted[index]), float(predictions.confidence[index])
+        names = self._class_names(predictions.classes_of(predictions.predicted, index))
+        confidence = float(predictions.confidence[index])
         if not predictions.is_multi_label:
             return dict.fromkeys(names, confidence)
         scores: dict[str, float | None] = dict.fromkeys(names)
@@ -135,9 +136,8 @@ class ReportPictures:
             scores[f"{worst} missed:"] = 1 - confidence
         return scores
 
-    def _class_names(self, classes: Tensor) -> list[str]:
-        names = self.source.class_names
-        return [names[int(classes)]] if classes.ndim == 0 else [names[int(i)] for i in classes.nonzero().flatten()]
+    def _class_names(self, classes: list[int]) -> list[str]:
+        return [self.source.class_names[number] for number in classes]
 
     @staticmethod
     def _name(split: Split, index: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
+from hf_fasttrain.run_folder.bits import count_bits
 from hf_fasttrain.run_folder.predictions import Predictions
 
 MAX_MATRIX_CLASSES = 1000  # classes
@@ -25,10 +27,11 @@ class ClassFigures:
 
 def class_figures(predictions: Predictions, num_classes: int) -> ClassFigures:
     """Return the metrics of each class."""
-    labels, predicted = predictions.labels.numpy(), predictions.predicted.numpy()
     if predictions.is_multi_label:
-        support, num_predicted, correct = labels.sum(0), predicted.sum(0), (labels & predicted).sum(0)
+        bits = (predictions.labels, predictions.predicted, predictions.labels & predictions.predicted)
+        support, num_predicted, correct = (_counts(each, predictions.num_classes, num_classes) for each in bits)
     else:
+        labels, predicted = predictions.labels.numpy(), predictions.predicted.numpy()
         support, num_predicted = (np.bincount(which, minlength=num_classes) for which in (labels, predicted))
         correct = np.bincount(labels[labels == predicted], minlength=num_classes)
     return ClassFigures(
@@ -39,6 +42,12 @@ def class_figures(predictions: Predictions, num_classes: int) -> ClassFigures:
         recall=_share(correct, support),
         f1=_share(2 * correct, support + num_predicted),
     )
+
+
+def _counts(bits: Tensor, of_predictions: int, num_classes: int) -> np.ndarray:
+    """Return the images of each class; the run may name more classes than there are predictions of."""
+    counts = count_bits(bits, of_predictions).numpy()
+    return np.pad(counts, (0, max(0, num_classes - of_predictions)))
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -139,7 +139,7 @@ class Record:
         names = [str(name) for name in self.spec.get("class_names") or self.gallery.class_names]
         found = self.predictions
         if found is not None:
-            size = found.labels.shape[1] if found.is_multi_label else _num_classes(found)
+            size = found.num_classes if found.is_multi_label else _num_classes(found)
             names += [f"class {number}" for number in range(len(names), size)]
         times = Counter(names)
         return [name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]

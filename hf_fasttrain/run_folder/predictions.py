@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hf_fasttrain.run_folder.bits import num_bytes, pack_bits, unpack_bits
 from hf_fasttrain.run_folder.schemas import MAX_CLASSES
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, require_regular, write_atomically
@@ -21,8 +22,9 @@ class Predictions:
     """One row for each image, on the CPU.
 
     Single-label: `labels` and `predicted` (N,) int64, `confidence` (N,) the softmax of the predicted class, `losses`
-    the cross-entropy. Multi-label: `labels` and `predicted` (N, K) bool (from 0.5 on), `confidence` (N,) the largest
-    distance between a class's sigmoid and its label, `losses` the mean binary cross-entropy.
+    the cross-entropy. Multi-label: `labels` and `predicted` (from 0.5 on) are bits of `num_classes` classes, (N, K / 8)
+    uint8 (bits.py); (N, K) bool is packed when it is given. `confidence` (N,) is then the largest distance between a
+    class's sigmoid and its label, `losses` the mean binary cross-entropy.
     """
 
     step: int  # of the model
@@ -33,6 +35,13 @@ class Predictions:
     confidence: Tensor
     losses: Tensor
     worst_class: Tensor  # (N,) int64: the predicted class; multi-label: the class that `confidence` is of
+    num_classes: int = field(default=0, kw_only=True)  # multi-label: K
+
+    def __post_init__(self) -> None:
+        if self.labels.dtype == torch.bool:
+            object.__setattr__(self, "num_classes", self.labels.shape[1])
+            for name in ("labels", "predicted"):
+                object.__setattr__(self, name, pack_bits(getattr(self, name)))
 
     @property
     def is_multi_label(self) -> bool:
@@ -44,6 +53,12 @@ class Predictions:
         """Which images are not predicted as labelled, (N,) bool."""
         wrong = self.labels != self.predicted
         return wrong.any(1) if self.is_multi_label else wrong
+
+    def classes_of(self, classes: Tensor, index: int) -> list[int]:
+        """Return the classes of an image, by its row of `labels` or `predicted`."""
+        if not self.is_multi_label:
+            return [int(classes[index])]
+        return [int(number) for number in unpack_bits(classes[index : index + 1], self.num_classes)[0].nonzero()]
 
     def worst(self, number: int) -> list[int]:
         """Return the indices (0 to N - 1) of the wrongly predicted images with the highest losses."""
@@ -57,6 +72,8 @@ class Predictions:
 
         tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # unshared memory
         metadata = {"step": str(self.step), "split": self.split, "columns": json.dumps(_TENSORS)}
+        if self.is_multi_label:
+            metadata["num_classes"] = str(self.num_classes)
         write_atomically(path, save(tensors, metadata=metadata))
 
     @classmethod
@@ -69,26 +86,29 @@ class Predictions:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
-                _require_rows(tensors)
-                return cls(int(metadata["step"]), metadata["split"], **tensors)
+                num_classes = int(metadata.get("num_classes", 0))  # 0: of one label, or of an older run, a byte a class
+                _require_rows(tensors, num_classes)
+                return cls(int(metadata["step"]), metadata["split"], **tensors, num_classes=num_classes)
         except (SafetensorError, OSError, KeyError, ValueError, OverflowError) as error:
             raise RunError(
                 f"{path}: can't be read as predictions ({reason(error)}); remove it, or write it again by evaluating"
             ) from None
 
 
-def _require_rows(tensors: dict[str, Tensor]) -> None:
+def _require_rows(tensors: dict[str, Tensor], num_classes: int) -> None:
     """Raise ValueError unless the tensors have a row for each image, and classes that there may be."""
     labels, predicted = tensors["labels"], tensors["predicted"]
     number = len(labels) if labels.ndim in (1, 2) else -1
-    kind = torch.bool if labels.ndim == 2 else torch.int64
+    kind = torch.int64 if labels.ndim == 1 else torch.uint8 if num_classes else torch.bool
     if labels.shape != predicted.shape or {labels.dtype, predicted.dtype} != {kind}:
         raise ValueError("labels and predicted are not of one kind")
     for name in ("rows", "confidence", "losses", "worst_class"):
         if tensors[name].shape != (number,):
             raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, not ({number},)")
-    if labels.ndim == 2 and labels.shape[1] > MAX_CLASSES:
-        raise ValueError(f"{labels.shape[1]:,} classes; allowed are {MAX_CLASSES:,}")
+    if labels.ndim == 2 and max(num_classes, labels.shape[1]) > MAX_CLASSES:
+        raise ValueError(f"{max(num_classes, labels.shape[1]):,} classes; allowed are {MAX_CLASSES:,}")
+    if labels.dtype == torch.uint8 and labels.shape[1] != num_bytes(num_classes):
+        raise ValueError(f"{labels.shape[1]:,} bytes an image for {num_classes:,} classes")
     if labels.ndim == 1 and number:
         lowest, highest = int(min(labels.min(), predicted.min())), int(max(labels.max(), predicted.max()))
         if lowest < 0 or highest >= MAX_CLASSES:
@@ -117,7 +137,7 @@ class Collector:
         true = labels > 0.5
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, true.float(), reduction="none").mean(1)
         confidence, worst = (logits.sigmoid() - true.float()).abs().max(1)
-        self._store(true, logits >= 0, confidence, losses, worst)
+        self._store(pack_bits(true), pack_bits(logits >= 0), confidence, losses, worst)
 
     def _store(self, *parts: Tensor) -> None:
         end = self._filled + len(parts[0])

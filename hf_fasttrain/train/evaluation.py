@@ -67,6 +67,7 @@ class Evaluator:
         self.watched: Sequence[str] = ()  # metrics that are measured even where they say little
         self.collects = False  # whether to store predictions for `predictions`
         self._columns: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
+        self._num_classes = 0  # of that pass
 
     @torch.no_grad()
     def __call__(
@@ -106,7 +107,7 @@ class Evaluator:
             return {}
         counts = self._counts_or_empty(counts)
         values = counts.compute(self.processes.reduce_sum)  # waits for the device
-        self._columns = collector.columns() if collector is not None else None
+        self._columns, self._num_classes = collector.columns() if collector is not None else None, counts.num_classes
         names = built_in_metrics(counts.num_classes, multi_label=counts.multi_label, watched=self.watched)
         built_in = {name: values[name] for name in self.metrics or names}
         user_values = self.own.compute(self.processes, rows)
@@ -186,10 +187,11 @@ class Evaluator:
             for part in self.processes.gather([None if local_rows is None else list(local_rows)])
             if part is not None
         ]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
         number = len(columns[0])
         indices = torch.tensor([row for part in all_rows for row in part] or [-1] * number)
-        return Predictions(step, split, indices if len(indices) == number else torch.full((number,), -1), *columns)
+        indices = indices if len(indices) == number else torch.full((number,), -1)
+        return Predictions(step, split, indices, *columns, num_classes=self._num_classes if columns[0].ndim == 2 else 0)
 
     def logits(self, model: nn.Module, images: Any) -> Tensor:
         """Return the logits (B, K) of a model for a tree of B images. Raises RunError for outputs of another shape."""

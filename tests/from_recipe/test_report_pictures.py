@@ -12,9 +12,11 @@ import torch
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import exit_status
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, log_loss
 
 from hf_fasttrain.from_recipe.trainer import build_trainer
+from hf_fasttrain.run_folder.bits import count_bits, pack_bits, unpack_bits
 from hf_fasttrain.run_folder.file_names import PREDICTIONS_FILE
 from hf_fasttrain.run_folder.gallery import Gallery, Picture, thumbnail
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
@@ -242,12 +244,15 @@ def test_multi_label_predictions(tmp_path: Path) -> None:
     collector = Collector()
     for part in (slice(0, 4), slice(4, 6)):
         collector.add(logits[part], labels[part])
-    predictions = Predictions(3, "validation", torch.arange(6), *collector.columns())
+    predictions = Predictions(3, "validation", torch.arange(6), *collector.columns(), num_classes=4)
     predictions.save(tmp_path / PREDICTIONS_FILE)
     predictions = Predictions.load(tmp_path / PREDICTIONS_FILE)
     assert predictions.is_multi_label
-    assert torch.equal(predictions.labels, labels.bool())
-    assert torch.equal(predictions.predicted, logits >= 0)
+    assert torch.equal(unpack_bits(predictions.labels, 4), labels.bool())
+    assert torch.equal(unpack_bits(predictions.predicted, 4), logits >= 0)
+    assert [predictions.classes_of(predictions.labels, i) for i in range(6)] == [
+        row.nonzero().flatten().tolist() for row in labels
+    ]
     scores = logits.sigmoid()
     assert torch.allclose(predictions.confidence, (scores - labels).abs().amax(1))
     assert all(
@@ -256,8 +261,34 @@ def test_multi_label_predictions(tmp_path: Path) -> None:
     )
     reference = [log_loss(labels[:, k], scores[:, k], labels=[0, 1]) for k in range(4)]
     assert predictions.losses.mean().item() == pytest.approx(float(np.mean(reference)), rel=1e-5)
-    wrong = (predictions.predicted != predictions.labels).any(1)
-    assert all(wrong[index] for index in predictions.worst(10))
+    wrong = ((logits >= 0) != labels.bool()).any(1)
+    assert torch.equal(predictions.is_wrong, wrong)
+    assert len(predictions.worst(10)) == wrong.sum()
+
+
+@pytest.mark.parametrize("num_classes", [1, 8, 9, 1000])
+def test_bits_are_numpys(num_classes: int) -> None:
+    rows = torch.rand(3000, num_classes, generator=torch.Generator().manual_seed(0)) > 0.7
+    packed = pack_bits(rows)
+    assert np.array_equal(packed.numpy(), np.packbits(rows.numpy(), axis=1))
+    assert torch.equal(unpack_bits(packed, num_classes), rows)
+    assert torch.equal(count_bits(packed, num_classes), rows.sum(0))
+
+
+def test_predictions_of_several_labels_take_a_bit_a_class_and_older_files_are_read(tmp_path: Path) -> None:
+    number, classes = 200, 1001
+    rows = torch.rand(2, number, classes, generator=torch.Generator().manual_seed(0)) > 0.9
+    figures, indices = torch.zeros(number), torch.arange(number)
+    columns = {"rows": indices, "confidence": figures, "losses": figures.clone(), "worst_class": indices.clone()}
+    old = columns | {"labels": rows[0].clone(), "predicted": rows[1].clone()}
+    save_file(old, tmp_path / "old", {"step": "3", "split": "validation"})
+    loaded = Predictions.load(tmp_path / "old")
+    loaded.save(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_size < 2 * number * 126 + 32 * number + 1000
+    for predictions in (loaded, Predictions.load(tmp_path / "new")):
+        assert (predictions.num_classes, predictions.is_multi_label) == (classes, True)
+        assert torch.equal(unpack_bits(predictions.labels, classes), rows[0])
+        assert torch.equal(unpack_bits(predictions.predicted, classes), rows[1])
 
 
 def test_broken_predictions_are_named(tmp_path: Path) -> None:

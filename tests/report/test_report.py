@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_fasttrain.run_folder.bits import unpack_bits
 from hf_fasttrain.run_folder.gallery import Gallery, Picture
 from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.utils.errors import RunError
@@ -166,7 +167,8 @@ def test_multi_label_class_metrics_are_those_of_scikit_learn() -> None:
 
     predictions = multi_label_predictions()
     class_metrics = class_figures(predictions, 4)
-    reference = metrics.precision_recall_fscore_support(predictions.labels, predictions.predicted, zero_division=0)
+    bits = (unpack_bits(packed, 4) for packed in (predictions.labels, predictions.predicted))
+    reference = metrics.precision_recall_fscore_support(*bits, zero_division=0)
     for ours, theirs in zip(
         (class_metrics.precision, class_metrics.recall, class_metrics.f1, class_metrics.support), reference, strict=True
     ):
