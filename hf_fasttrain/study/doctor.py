@@ -48,7 +48,7 @@ TRIAL_TURN = Turn(min_steps=2, seconds=0.7, enough=ENOUGH)  # the first step aft
 MIN_ROUNDS, MAX_ROUNDS = 4, 9
 TRACED_STEPS = 3
 AS_TRAINED = ArmOptions(stored_tuning=True)
-ROUNDING = "changes rounding: `hf-fasttrain tune` compares it with fp32"
+ROUNDING = "changes rounding: `hf-fasttrain tune RECIPE` compares it with fp32"
 
 
 class Doctor:
@@ -266,7 +266,11 @@ def lines(diagnosis: Diagnosis) -> list[str]:
         if all(measurement.arm.overrides != advice.overrides for advice in diagnosis.advice):
             sentences.append(f"Tried without gain: {measurement.arm.name}: {_outcome(measurement, diagnosis)}")
     if diagnosis.not_tried:
-        sentences.append(f"Not tried for lack of time (--seconds): {'; '.join(diagnosis.not_tried)}")
+        started = format_duration(diagnosis.baseline.start_seconds)
+        sentences.append(
+            f"Not tried for lack of time (--seconds; the start and the first steps took {started}): "
+            f"{'; '.join(diagnosis.not_tried)}"
+        )
     return [*sentences, *filter(None, [diagnosis.rough])]
 
 

@@ -37,9 +37,14 @@ def free_share() -> float:
     return min(1.0, statistics.mean(shares))
 
 
+def is_busy(shares: Sequence[float]) -> bool:
+    """Return whether others used the machine, by what `free_share` has returned."""
+    return bool(shares) and statistics.mean(shares) < BUSY_SHARE
+
+
 def rough_note(shares: Sequence[float]) -> str:
     """Return what to print about figures that were measured while others used the machine; "" if nobody did."""
-    if not shares or statistics.mean(shares) >= BUSY_SHARE:
+    if not is_busy(shares):
         return ""
     return (
         "Rough: other programs used the cores meanwhile (busy threads got "

@@ -15,14 +15,14 @@ from hf_fasttrain.study import tune_space as space
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note, Start
 from hf_fasttrain.study.intervals import Estimate
-from hf_fasttrain.study.load import free_share, rough_note
+from hf_fasttrain.study.load import free_share, is_busy, rough_note
 from hf_fasttrain.study.messages import Ready, Turn, to_arm_request
 from hf_fasttrain.study.techniques import Hardware
 from hf_fasttrain.study.tune_guard import IMAGES, NUM_STEPS, LossCurve, Verdict, compare, loss_curve
 from hf_fasttrain.study.tune_space import Config
 from hf_fasttrain.utils.environment import free_memory_bytes, num_cores
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.format import format_duration
+from hf_fasttrain.utils.format import format_duration, format_percent
 
 MIN_BUDGET = 20.0  # seconds
 MIN_SPEED_UP = 1.03  # least speed-up of a setting to be chosen: identical processes differ by some 2 %
@@ -170,9 +170,11 @@ class Tuner:
         """Return the error for a recipe whose settings can't be measured, or not within the budget."""
         if measurement.failed and "not done" not in measurement.failed:
             return RunError(f"this recipe could not be measured here: {measurement.failed}")
+        took, share = format_duration(self.elapsed), self.bench.free_share() if self.bench.free_share else 1.0
+        free = f"; other programs leave {format_percent(share, 0)} of the cores now: repeat it on an idle machine"
         return RunError(
-            f"--budget {self.budget:.0f}s: the recipe's own first steps took {format_duration(self.elapsed)}; give "
-            f"at least {math.ceil(8 * self.elapsed / 60)}m"
+            f"--budget {self.budget:.0f}s: the recipe's own first steps took {took}; give at least "
+            f"{math.ceil(8 * self.elapsed / 60)}m{free if is_busy([share]) else ''}"
         )
 
     def _fitting(self) -> Candidate:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import require_accepted, suggested
 from helpers.fake_arms import FACTS, ready
 from helpers.runs import exit_status
 
 from hf_fasttrain.data.loading import prefetch
 from hf_fasttrain.data.pixels import augment, prepare
+from hf_fasttrain.recipe.load import load_recipe
 from hf_fasttrain.study import doctor as study
 from hf_fasttrain.study import trial
 from hf_fasttrain.study.arm_process import Starter
 from hf_fasttrain.study.bench import Arm, Measurement
-from hf_fasttrain.study.doctor import Doctor, doctor, lines, print_diagnosis
+from hf_fasttrain.study.doctor import ROUNDING, Doctor, doctor, lines, print_diagnosis
 from hf_fasttrain.study.doctor_diagnosis import Diagnosis, best_advice, split_loading, split_step
 from hf_fasttrain.study.load import free_share, rough_note
 from hf_fasttrain.study.messages import ArmOptions, ArmRequest, Report, Turn
@@ -68,7 +70,7 @@ def watch(*overrides: str, steps: int = 4) -> Report:
     [
         ("decode", prepare, "read_pixels", True),
         ("augment", augment.TrainTransform, "_crop", True),
-        ("collate", prefetch, "_pixels", False),
+        ("collate", prefetch, "pixel_buffer", False),
     ],
 )
 def test_a_delay_in_the_loader_is_found(
@@ -235,6 +237,10 @@ def test_a_slow_decoder_is_found_by_doctor(
     assert result.loader_alone < 1 / DELAY * 1.2  # one worker
     assert result.compute_alone > result.loader_alone
     assert result.speed_up_of(result.tried[0]).median > 1
+    for overrides in [*(measurement.arm.overrides for measurement in result.tried), *map(str.split, result.not_tried)]:
+        load_recipe(request.load(), overrides)
+    for command in suggested("\n".join([*lines(result), ROUNDING])):
+        require_accepted(command)
 
 
 def test_without_time_for_more_a_training_is_profiled_and_no_override_tried(
@@ -247,7 +253,7 @@ def test_without_time_for_more_a_training_is_profiled_and_no_override_tried(
     assert "data.workers=2" in result.not_tried
     assert sum(result.phases.values()) == pytest.approx(result.step_seconds)
     assert result.images_per_step / result.step_seconds == pytest.approx(result.images_per_second.median)
-    assert lines(result)[-2].startswith("Not tried for lack of time (--seconds): ")
+    assert lines(result)[-2].startswith("Not tried for lack of time (--seconds; the start and the first steps took ")
     assert lines(result)[-1].startswith("Rough: other programs used the cores meanwhile (busy threads got 60% of")
 
 

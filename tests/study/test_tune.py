@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.commands import require_accepted, suggested
 from helpers.fake_arms import FACTS, Fakes, ready
 from helpers.runs import exit_status
 
@@ -393,6 +394,10 @@ def test_the_command_line_tunes(
     recipe = write_recipe(f"{text}train: {{duration: 3 steps, batch_size: 16}}\n")
     exit_status(["tune", str(recipe), "--budget", "8s"])
     tuned = tmp_path / "small.tuned.yaml"
+    printed = capsys.readouterr().out
+    assert ["train", "small.tuned.yaml"] in suggested(printed)
+    for command in suggested(printed):
+        require_accepted(command)
     assert load_recipe(tuned).train.batch_size == 16
     assert "mixed_precision" in tuned.read_text()
     assert len(list((tmp_path / "tunings").iterdir())) == 1
