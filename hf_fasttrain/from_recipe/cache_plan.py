@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,10 @@ class CachePlanner:
         # A sample may mislead by any factor (icons and a few panoramas): it does not limit what may be cached.
         budget = with_margin(need) if evaluated is None else max(with_margin(need), room[mode] - evaluated)
         budget = min(room[mode], budget)
+        spare = max(0, room[mode] + self._reserved[mode] - self._expected[mode])  # others need not use what they may
         self._reserved[mode] += budget
         self._expected[mode] += min(budget, with_margin(need))
-        return CachePlan(mode, budget, f"{format_bytes(need)} of pixels, {format_bytes(room[mode])} to spare", need)
+        return CachePlan(mode, budget, f"{format_bytes(need)} of pixels, {format_bytes(spare)} to spare", need)
 
     def _plan_device(self, need: int) -> CachePlan:
         device = self.accelerator.device
@@ -159,10 +161,14 @@ class CachePlanner:
         if self.data.cache_gb != "auto":
             return max(0, int(self.data.cache_gb * 1e9) - self._reserved[mode])
         if mode == "memory":
-            budget = cache_gb(free=free_memory_bytes(), needed_elsewhere=self.needed_memory).value
+            budget = self._free_memory
         else:
             budget = room_for(self.folder, own, free_disk_bytes(self.folder))
         return max(0, budget - self._reserved[mode])
+
+    @cached_property  # what is free changes while splits are planned
+    def _free_memory(self) -> int:
+        return int(cache_gb(free=free_memory_bytes(), needed_elsewhere=self.needed_memory).value)
 
     @property
     def memory_bytes(self) -> int:
