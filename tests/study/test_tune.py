@@ -392,7 +392,9 @@ def test_the_command_line_tunes(
     monkeypatch.setattr("hf_fasttrain.study.tune.MIN_BUDGET", 1.0)
     text = "model: {name: test_resnet}\ndata: {dataset: digits, image_size: 32}\n"
     recipe = write_recipe(f"{text}train: {{duration: 3 steps, batch_size: 16}}\n")
-    exit_status(["tune", str(recipe), "--budget", "8s"])
+    if exit_status(["tune", str(recipe), "--budget", "8s"]):  # others use the machine
+        assert "the recipe's own first steps took" in capsys.readouterr().err
+        assert exit_status(["tune", str(recipe), "--budget", "60s"]) == 0
     tuned = tmp_path / "small.tuned.yaml"
     printed = capsys.readouterr().out
     assert ["train", "small.tuned.yaml"] in suggested(printed)
