@@ -49,6 +49,21 @@ recipes_app.callback()(list_recipes)
 recipes_app.command("copy")(copy_recipe)
 cache_app.callback()(list_caches)
 cache_app.command("clean")(clean_caches)
+# Words of other programs -> what does the same here.
+OTHER_COMMANDS = {
+    "resume": "A run is resumed by `hf-fasttrain RUN --resume`.",
+    "continue": "A run is resumed by `hf-fasttrain RUN --resume`.",
+    "fit": "Did you mean 'train'?",
+    "eval": "Did you mean 'evaluate'?",
+    "test": "Did you mean 'evaluate'?",
+    "val": "Did you mean 'evaluate'?",
+    "validate": "Did you mean 'check' (of a recipe) or 'evaluate' (of a run)?",
+    "infer": "Did you mean 'predict'?",
+    "inference": "Did you mean 'predict'?",
+    "upload": "Did you mean 'push'?",
+    "profile": "Did you mean 'doctor'?",
+    "help": "`hf-fasttrain --help` lists the commands.",
+}
 GROUPS = {"recipes": recipes_app, "cache": cache_app}
 
 for command in COMMANDS:
@@ -66,6 +81,7 @@ def with_command(arguments: list[str]) -> list[str]:
     known = first.endswith((".yaml", ".yml")) or first.startswith("hf://") or first in shipped_recipes()
     if first and not known and not Path(first).exists():
         hint = nearest(first, [*commands, *shipped_recipes()])
+        hint = f" {OTHER_COMMANDS[first]}" if first in OTHER_COMMANDS else hint
         raise UserError(
             f"'{first}' is neither a recipe nor a command.{hint} Commands: {', '.join(sorted(commands))}; "
             f"recipes: a .yaml file, hf://OWNER/NAME, or one of {', '.join(shipped_recipes())}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +90,10 @@ def _value(option: Schema) -> str:
     if kind == "array":
         return f"list of {_value(option['items'])}"
     if "pattern" in option:
-        examples = [example for example in option["examples"] or () if example not in ("auto", 0)]
+        examples = [text for text in option["examples"] or () if re.search(option["pattern"], str(text)) and text != 0]
         return "such as " + ", ".join(f"`{example}`" for example in examples)
+    if isinstance(of_each := option.get("additionalProperties"), dict):
+        return f"mapping to {_value(of_each)}"
     return TYPES[kind] + _limits(option)
 
 

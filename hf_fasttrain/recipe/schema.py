@@ -188,7 +188,7 @@ class BinaryCrossEntropy(Section):
 
 
 class TrainSection(Section):
-    duration: DurationField = result(..., "'90 epochs' or '5000 steps'")
+    duration: DurationField = result(..., "length of the training: '90 epochs' or '5000 steps'")
     batch_size: int = result(..., "images per optimizer step, all processes together", ge=1, examples=[256])
     max_images: int | None = result(
         None,

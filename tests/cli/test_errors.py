@@ -476,6 +476,10 @@ def test_unsupported_launch_configurations_are_refused(
     ("arguments", "expected"),
     [
         (["chek"], "'chek' is neither a recipe nor a command. Did you mean 'check'"),
+        (["resume", "runs/x"], "A run is resumed by `hf-fasttrain RUN --resume`"),
+        (["eval"], "Did you mean 'evaluate'"),
+        (["train", "quickstart", "--train.duration=5"], "Overrides have no dashes: train.duration=VALUE"),
+        (["predict"], "^error: hf-fasttrain predict: missing argument 'run'; usage: hf-fasttrain predict .OPTIONS."),
         (["quickstat.yaml"], "quickstat.yaml: no such recipe file. Did you mean 'quickstart'"),
         (["."], "is a folder without recipe.yaml; give a recipe file or a run folder, and images as data.dataset=."),
         (["evaluate", "nowhere"], "nowhere: no such folder"),
