@@ -21,6 +21,7 @@ _PATH_IN_TEXT = re.compile(
     rf"(?<!\w)[A-Za-z]:[\\/](?!/){_PATH_END}"
     rf"|(?:file://|(?<![\w./~:\\-])|(?<=\w:)(?!//))(?:~\w*|\.{{1,2}})?/{_PATH_END}"
 )
+_SEPARATOR = re.compile(rb"[/\\]")
 _PREFIX = re.compile(r"(?:transformers|local-dir):")
 
 
@@ -41,6 +42,7 @@ class Scrubber:
     def __init__(self, known: list[str], local: Collection[str] = ()) -> None:
         """`local` are settings that were paths where the run was trained, though they may not look like paths here."""
         self._local = {_PREFIX.sub("", text, count=1) for text in local}
+        self._has_drive = any(":" in text for text in self._local)  # a:b is cut to b
         bare = {_PREFIX.sub("", text, count=1) for text in known}
         local = {text.rstrip("/") for text in bare if is_local_path(text) and "/" in text.strip("/.~")}
         local |= {text.rstrip("/") for text in self._local if "/" in text.strip("/")}
@@ -73,7 +75,12 @@ class Scrubber:
         return tree
 
     def json(self, content: bytes) -> bytes:
-        """Return a JSON text without local paths; the same bytes if there are none."""
+        """Return a JSON text without local paths; the same bytes if there are none.
+
+        Most lines of metrics.jsonl have no character that paths are made of, and are not parsed.
+        """
+        if content.isascii() and not _SEPARATOR.search(content) and not self._has_drive:
+            return content
         try:
             tree = json.loads(content)
             clean = self.tree(tree)

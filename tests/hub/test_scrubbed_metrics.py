@@ -101,6 +101,18 @@ def test_a_damaged_copy_and_other_paths_are_no_reason_to_push_other_bytes(damage
     assert scrubbed_copy(source, tmp_path, scrub).read_bytes() == at_once(source.read_bytes(), scrub)
 
 
+def test_lines_are_parsed_only_if_they_hold_what_paths_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    real = json.loads
+    monkeypatch.setattr("hf_fasttrain.run_folder.scrub.json.loads", lambda text: parsed.append(text) or real(text))
+    same = [line(1, split="held-out 10%", note="~ . .. a:b"), line(2, note="\u00fc"), line(3, **{"a/b": "photos"})]
+    expected = {each: each for each in same}
+    expected |= {line(4, note="/a/b"): line(4, note="b"), line(5, note="C:\\a\\b"): line(5, note="b")}
+    assert {each: SCRUB.json(each.encode()).decode() for each in expected} == expected
+    assert len(parsed) == 4
+    assert Scrubber([], ["a:b"]).json(b'{"data": "a:b"}\n') == b'{"data": "b"}\n'
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_text("".join(line(step, values=[0.1] * 20) for step in range(5_000)))
