@@ -86,9 +86,8 @@ def prepare_start(folder: Path, size: int) -> None:
     """Write an image folder and its recipe."""
     write_images(folder, size, 10)
     data = f"data: {{dataset: {folder / 'images'}, image_size: 32, cache: none}}\n"
-    (folder / "recipe.yaml").write_text(
-        f"output_dir: {folder / 'run'}\n{RECIPE}{data}train: {{duration: 1 step, batch_size: 16}}\n"
-    )
+    train = "train: {duration: 2 epochs, batch_size: 16}\n"  # no evaluation after the first step
+    (folder / "recipe.yaml").write_text(f"output_dir: {folder / 'run'}\n{RECIPE}{data}{train}")
 
 
 def first_step(recipe: Path, overrides: Sequence[str] = (), *, resume: bool = False) -> Callable[[], Any]:
