@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +23,7 @@ from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER, REPORT_FILE
 from hf_fasttrain.run_folder.missing import result_mark
 from hf_fasttrain.utils.clean import printable_tree, without_secrets
 from hf_fasttrain.utils.errors import RunError
-from hf_fasttrain.utils.files import reason, write_atomically
+from hf_fasttrain.utils.files import kind_of_file, reason, write_atomically
 
 TEMPLATE, STYLE, SCRIPTS = "page.html.jinja", "style.css", ("matrix.js", "charts.js", "tables.js")
 GENERATOR_TAG = '<meta name="generator" content="hf_fasttrain report">'
@@ -51,7 +52,7 @@ def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
     marks = [result_mark(run) for run in runs]
     records = [read_record(run) for run in runs]
     path = _output_path(runs, output)
-    _require_replaceable(path)
+    _require_replaceable(path, is_of_run=output is None)
     if output is None and len(records) == 1:
         folder = runs[0] / GALLERY_FOLDER
         folder.mkdir(exist_ok=True)
@@ -79,13 +80,22 @@ def _require_different(runs: Sequence[Path]) -> None:
         seen.add(real)
 
 
-def _require_replaceable(path: Path) -> None:
-    """Raise RunError if the path is a file that is not a report."""
-    if path.is_file():
+def _require_replaceable(path: Path, *, is_of_run: bool) -> None:
+    """Raise RunError if the path is something else than a report: as root, even /dev/null would be replaced.
+
+    In a run's folder, a FIFO or device is replaced.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # there is nothing, or writing will say why not
+        return
+    if stat.S_ISREG(mode):
         with path.open(encoding="utf-8", errors="replace") as file:
-            if GENERATOR_TAG in file.read(2000):
-                return
-        raise RunError(f"{path}: is not a report and would be overwritten; move it or choose another output")
+            found = "" if GENERATOR_TAG in file.read(2000) else "not a report"
+    else:
+        found = "" if is_of_run or stat.S_ISDIR(mode) else kind_of_file(mode)  # a folder can't be replaced
+    if found:
+        raise RunError(f"{path}: is {found} and would be overwritten; move it or choose another output")
 
 
 def to_html(page: Page, mark: str = "") -> str:

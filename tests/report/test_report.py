@@ -469,6 +469,10 @@ def test_a_file_that_is_not_a_report_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"mine\.html: is not a report and would be overwritten; move it"):
         write_report([run], other_file)
     assert other_file.read_text() == "<html>mine</html>"
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(RunError, match="fifo: is a FIFO and would be overwritten; move it"):
+        write_report([run], tmp_path / "fifo")
+    assert (tmp_path / "fifo").is_fifo()
     with pytest.raises(
         RunError, match="the report could not be written: No such file or directory; choose another output"
     ):

@@ -44,7 +44,7 @@ def quick(patched: pytest.MonkeyPatch) -> None:
     """Write reports without charts and pictures."""
     patched.setattr("hf_fasttrain.report.report.DRAWINGS", {})
     patched.setattr("hf_fasttrain.report.report.to_html", lambda page, mark: f"<html>{mark}</html>")
-    patched.setattr("hf_fasttrain.report.report._require_replaceable", lambda path: None)
+    patched.setattr("hf_fasttrain.report.report._require_replaceable", lambda path, **options: None)
 
 
 @pytest.fixture
