@@ -130,14 +130,15 @@ def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, res
 
     early = f"      {EarlyStop(**result.early_stopping)}\n      {how_to_continue()}\n" if result.early_stopping else ""
     metrics = result.test_metrics or result.metrics
-    score = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    score = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
+    held_out_none = not metrics and recipe.data.eval_fraction == 0
     page = folder / REPORT_FILE
     model = [text for text in recipe.source.overrides if text.startswith("model.")]
     longer = replace(recipe.train.duration, count=2 * recipe.train.duration.count)
     resume = format_command(folder, "--resume", f"train.duration={longer}")
     try_next = [
         format_command("predict", folder, "IMAGE..."),
-        format_command("evaluate", folder),
+        format_command("evaluate", folder, *(["data.dataset=FOLDER"] if held_out_none else [])),
         format_command("export", folder, "--onnx"),
         format_command("train", recipe.source.argument, *model, "data.dataset=FOLDER", "output_dir=runs/mine"),
     ]
@@ -146,7 +147,7 @@ def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, res
         f"done: {format_count(result.steps, 'step')}, {format_count(result.images, 'image')} in "
         f"{format_duration(result.train_seconds)} ({format_images_rate(result.images_per_second)}, "
         f"{format_percent(result.data_wait_fraction, 0)} waiting for data)\n"
-        f"      {score}\n"
+        f"{score and f'    {score}{chr(10)}'}"
         f"{early}"
         f"  {folder}/model          the classifier: {which_weights(folder, result)}\n"
         f"  {folder}/result.json    final metrics; metrics.jsonl: their history; resolved.yaml: every setting\n"

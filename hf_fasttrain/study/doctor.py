@@ -264,7 +264,7 @@ def lines(diagnosis: Diagnosis) -> list[str]:
         )
     for measurement in diagnosis.tried:
         if all(measurement.arm.overrides != advice.overrides for advice in diagnosis.advice):
-            sentences.append(f"Tried without gain: {measurement.arm.name}: {_outcome(measurement, diagnosis)}")
+            sentences.append(f"Tried without clear gain: {measurement.arm.name}: {_outcome(measurement, diagnosis)}")
     if diagnosis.not_tried:
         started = format_duration(diagnosis.baseline.start_seconds)
         sentences.append(

@@ -119,7 +119,7 @@ class Diagnosis:
             return f"{text}; `{self.advice[0].text}` gives {format_rate(self.advice[0].images_per_second)} here."
         if not self.tried:
             return f"{text}."
-        return f"{text}; none of {len(self.tried)} overrides that were tried is faster."
+        return f"{text}; none of {len(self.tried)} overrides that were tried is clearly faster."
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain values."""

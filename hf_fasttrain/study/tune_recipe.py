@@ -109,7 +109,8 @@ def summary(result: TuneResult) -> list[str]:
             f"Side by side, {format_percent(result.speed_up.confidence, 0)} interval: {result.speed_up} times as fast."
         )
     elif result.baseline is result.best:
-        lines.append("Nothing that was tried is faster.")
+        others = len(result.tried) > 1
+        lines.append("Nothing that was tried is faster." if others else "There was no time to try anything else.")
     if not result.complete:
         lines.append("Interrupted by Ctrl-C: this is the best so far.")
     if result.rough:

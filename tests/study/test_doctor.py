@@ -169,7 +169,7 @@ def test_a_slow_model_is_named_as_the_bottleneck() -> None:
     assert result.verdict == (
         "The model is the bottleneck: it processes 710 images/s, the loader could deliver 4,000 on 2 workers; "
         "1% waiting, most of "
-        "a step for the backward pass (9.0 of 45.0 ms); none of 2 overrides that were tried is faster."
+        "a step for the backward pass (9.0 of 45.0 ms); none of 2 overrides that were tried is clearly faster."
     )
 
 
@@ -185,7 +185,7 @@ def test_forecasts_follow_from_the_measured_rates() -> None:
     text = "\n".join(lines(result))
     assert "Memory: 1.07 GB of the host" in text
     assert "data.cache=memory (from the second epoch on): 5,190 images/s, 7.43 (7.43 - 7.43) times as fast" in text
-    assert "Tried without gain: data.workers=4: 703 images/s" in text
+    assert "Tried without clear gain: data.workers=4: 703 images/s" in text
     assert "GB of the GPU" in "\n".join(lines(replace(result, device_bytes=2**31)))
 
 
