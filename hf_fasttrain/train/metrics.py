@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -141,8 +142,7 @@ class ExternalMetrics:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.modules = {metric_name(name): _load_evaluate(name) for name in names}
-        self.predictions: list[Any] = []
-        self.references: list[Any] = []
+        self._batches: list[tuple[np.ndarray, np.ndarray]] = []  # predictions and references of each
         self.failed = FailedMetrics()
 
     def try_out(self, num_classes: int, *, multi_label: bool) -> None:
@@ -150,7 +150,7 @@ class ExternalMetrics:
         if not self.modules:
             return
         self.update(*_synthetic_batch(num_classes, multi_label=multi_label))
-        number = len(self.references)
+        number = len(self._batches[0][0])
         self.compute()
         kind = "with several labels" if multi_label else "with one label each"
         for name, error in self.failed.errors.items():
@@ -165,12 +165,11 @@ class ExternalMetrics:
         if not self.modules:
             return
         predicted = logits.argmax(1) if labels.ndim == 1 else (logits >= 0).int()
-        self.predictions += predicted.cpu().tolist()
-        self.references += labels.to(predicted.dtype).cpu().tolist()
+        self._batches.append((predicted.cpu().numpy(), labels.to(predicted.dtype).cpu().numpy()))
 
     def clear(self) -> None:
         """Clear the stored predictions."""
-        self.predictions, self.references = [], []
+        self._batches = []
 
     def compute(self, gather: Callable[[list[Any]], list[Any]] = lambda rows: rows) -> dict[str, float]:
         """Return each module's first number under the module's name; `gather` joins lists of all processes.
@@ -179,9 +178,9 @@ class ExternalMetrics:
         """
         if not self.modules:
             return {}
-        rows = gather(list(zip(self.predictions, self.references, strict=True)))
+        batches = gather(self._batches)
         self.clear()
-        predictions, references = [row[0] for row in rows], [row[1] for row in rows]
+        predictions, references = (np.concatenate(part) for part in zip(*batches, strict=True)) if batches else ([], [])
         results, failures = {}, {}
         for name, module in self.modules.items():
             try:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -170,3 +171,19 @@ def test_a_metric_that_raises_on_one_process_is_skipped_on_all(write_metric: Cal
         assert failures == [
             "metric 'calls' could not be computed and is skipped: TypeError: 'NoneType' object is not callable"
         ]
+
+
+def test_predictions_are_kept_as_arrays_and_given_to_the_metric_together() -> None:
+    class Counts:
+        def compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+            return {"right": float((predictions == references).sum()), "images": len(predictions)}
+
+    metrics = ExternalMetrics([])
+    metrics.modules = {"counts": Counts()}
+    labels = torch.arange(50) % 4
+    for start in range(0, 50, 20):
+        part = labels[start : start + 20]
+        metrics.update(torch.nn.functional.one_hot(part, 4), part)
+    assert sum(column.nbytes for batch in metrics._batches for column in batch) == 2 * 50 * labels.element_size()
+    assert metrics.compute() == {"counts": 50.0}
+    assert metrics._batches == []
