@@ -302,6 +302,11 @@ def test_growth_exits_with_status_1_and_names_what_grows_too_fast(capfd: pytest.
         growth.measure = lambda name, size: {"size": size, "seconds": size**2 / 1e6, "megabytes": 50.0}
         sys.argv = ["growth.py", "--only", "push"]
         assert growth.main() == 1
+        busy = {size: [size / 1e4, size / 1e4] for size in (100, 2_000, 20_000)} | {200_000: [40.0, 20.0]}
+        growth.measure = lambda name, size: {"size": size, "seconds": busy[size].pop(0), "megabytes": 50.0}
+        assert growth.main() == 0
 
     in_child(check)
-    assert "push: seconds grow with exponent 2.00, the limit is 1.1" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "push: seconds grow with exponent 2.00, the limit is 1.1" in printed
+    assert printed.count("push: measured once more") == 2
