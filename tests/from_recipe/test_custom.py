@@ -389,7 +389,7 @@ def test_weighted_samples_are_the_same_with_one_and_two_processes(recipe: Path, 
 
 
 def test_weights_of_the_complete_dataset_are_reduced_to_its_training_part(recipe: Path, tmp_path: Path) -> None:
-    labels = np.array(load_source("digits", eval_fraction=0.02).train.images.dataset.num_rows * [0.0])
+    labels = np.zeros(len(load_source("digits", eval_fraction=0.02).train.images))
     labels[::7] = 1.0
     trainer = build(recipe, tmp_path, sample_weights=labels)
     rows = load_source("digits", eval_fraction=0.02).train.rows
@@ -402,8 +402,9 @@ def test_weights_of_the_complete_dataset_are_reduced_to_its_training_part(recipe
 def test_sampling_by_class(recipe: Path, tmp_path: Path, sampling: str, shares: list[float]) -> None:
     import datasets
 
-    digits = load_source("digits").train.images.dataset
-    images = digits.select(range(200)).add_column("label", [0] * 180 + [1] * 20)
+    records = load_source("digits").train.records(range(200))
+    columns = {"image": [{"bytes": bytes(one["bytes"])} for one in records], "label": [0] * 180 + [1] * 20}
+    images = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     dataset = datasets.DatasetDict(train=images, validation=images)
     trainer = build(recipe, tmp_path, f"train.sampling={sampling}", dataset=dataset)
     labels = np.array([0] * 180 + [1] * 20)

@@ -20,7 +20,7 @@ from hf_fasttrain.data.loading import device_cache as device_module
 from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.loading.device_cache import DevicePrefetcher
 from hf_fasttrain.data.loading.loader import TrainLoader
-from hf_fasttrain.data.loading.prefetch import ImageBatches, PixelBatch, Prefetcher, _pixels
+from hf_fasttrain.data.loading.prefetch import ImageBatches, PixelBatch, Prefetcher, pixel_buffer
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan
 from hf_fasttrain.data.pixels.augment import EvalTransform, TrainTransform
 from hf_fasttrain.data.pixels.images import Images
@@ -44,7 +44,7 @@ class Numbers(ImageBatches):
     def make(self, key: MicroBatchKey, room: Tensor | None = None) -> PixelBatch:
         if self.seconds:
             time.sleep(self.seconds)
-        batch = _pixels(room, len(key.indices), self.size, self.size)
+        batch = pixel_buffer(room, len(key.indices), self.size, self.size)
         rows = torch.from_numpy(key.indices).view(-1, 1, 1, 1)
         offsets = torch.arange(self.size * self.size * 3).view(1, self.size, self.size, 3)
         batch.copy_((rows * 37 + offsets) % 233)

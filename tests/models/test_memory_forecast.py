@@ -306,12 +306,14 @@ def test_check_prints_the_forecast(write_recipe: Callable[..., Path], capsys: py
         assert part in printed
 
 
-def test_pixels_are_not_cached_in_memory_that_training_needs(parts_with: Callable[..., Parts]) -> None:
+def test_pixels_are_not_cached_in_memory_that_training_needs(parts_with: Callable[..., Parts], tmp_path: Path) -> None:
     from hf_fasttrain.from_recipe.cache_plan import CachePlanner
 
     parts = parts_with(1000 * GB)
     single, beside = (CachePlanner(parts.recipe, parts.settings, parts.accelerator, needed) for needed in (0, 4 * GB))
-    assert single._budget("memory") - beside._budget("memory") == pytest.approx(2 * GB, abs=0.5 * GB)
+    assert single._budget("memory", tmp_path) - beside._budget("memory", tmp_path) == pytest.approx(
+        2 * GB, abs=0.5 * GB
+    )
 
 
 def group(folder: Path, **files: object) -> None:

@@ -216,7 +216,7 @@ def test_class_weights_by_name_are_a_list_with_1_for_the_others() -> None:
     assert by_name.tolist() == listed.tolist()
     with pytest.raises(DataError, match=r"'dgo' is not a class .* Did you mean 'dog'\? .* are cat, dog, emu"):
         resolve_class_weights({"dgo": 2}, counts, names)
-    with pytest.raises(DataError, match="at least 0, and not all of them 0"):
+    with pytest.raises(DataError, match="numbers of at least 0, at least one of them above 0"):
         resolve_class_weights({"cat": -1}, counts, names)
 
 

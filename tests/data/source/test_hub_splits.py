@@ -36,7 +36,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     datasets.Dataset.from_dict({"file": ["a.png"]}).to_parquet(folder / "test-00000-of-00001.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(opening, "open_hub", lambda name, config, revision: open_hub(str(folder.parent)))
+    monkeypatch.setattr(opening, "open_hub", lambda *_, **__: open_hub(str(folder.parent)))
     return folder
 
 
