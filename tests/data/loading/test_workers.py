@@ -105,7 +105,7 @@ def test_garbage_collections_of_a_process_leave_the_shared_objects_alone() -> No
         gc.freeze()  # a program that has frozen its objects itself finds them frozen
         frozen = gc.get_freeze_count()
         list(Workers(num_frozen, 1, 1, WorkerDeaths()).answers([0]))
-        assert gc.get_freeze_count() == frozen
+        assert 0.99 * frozen < gc.get_freeze_count() <= frozen  # some of them may be gone
     finally:
         if not frozen_before:
             gc.unfreeze()
