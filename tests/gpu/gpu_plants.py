@@ -180,8 +180,8 @@ def contiguous_mix(patch: pytest.MonkeyPatch) -> None:
 
     real = Mixing.__call__
 
-    def mix(self: Mixing, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        mixed, targets = real(self, images, labels, step)
+    def mix(self: Mixing, *args: Any) -> tuple[Tensor, Tensor]:
+        mixed, targets = real(self, *args)
         return mixed.contiguous(), targets
 
     patch.setattr(Mixing, "__call__", mix)
@@ -554,12 +554,13 @@ def kernels_not_seen(patch: pytest.MonkeyPatch) -> None:
 def _no_exchange(patch: pytest.MonkeyPatch) -> None:
     from hf_fasttrain.train.gradients import Gradients
 
-    local_gradients = Gradients._local_gradients
-    patch.setattr(Gradients, "_exchange", lambda self: None)
-    patch.setattr(
-        Gradients, "_local_gradients", lambda self, step, *, exchange: local_gradients(self, step, exchange=False)
-    )
-    patch.setattr(Gradients, "_exchange", lambda self: None)
+    real = Gradients._local_gradients
+
+    def local(self: Gradients, *args: Any, exchange: bool) -> Any:
+        return real(self, *args, exchange=False)
+
+    patch.setattr(Gradients, "_local_gradients", local)
+    patch.setattr(Gradients, "_exchange", lambda self, **_: None)
 
 
 plant("T18", "gradients are not exchanged", "the processes differ|other weights than")(_no_exchange)
