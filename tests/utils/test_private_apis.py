@@ -211,9 +211,11 @@ def no_handler_of_children() -> Iterator[None]:
 def test_a_loaders_process_that_has_died_is_noticed() -> None:
     with relies_on("DataLoader's iterator's _workers", private_apis.has_dead_worker), no_handler_of_children():
         loader = DataLoader([1, 2, 3], num_workers=1)
-        iterator, before = iter(loader), psutil.Process().children()
+        before = psutil.Process().children()
+        iterator = iter(loader)
         assert not private_apis.has_dead_worker(iterator, seconds=0.1)
-        before[-1].kill()
+        (worker,) = set(psutil.Process().children()) - set(before)
+        worker.kill()
         assert private_apis.has_dead_worker(iterator, seconds=100)
         assert not private_apis.has_dead_worker(iter([1]), seconds=100)
         private_apis.shut_down_workers(loader, iterator)
