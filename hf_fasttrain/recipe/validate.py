@@ -100,28 +100,30 @@ def check_tree(
     return (None if mistakes else recipe), mistakes
 
 
-def _control_characters(tree: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Yield texts that no path and no name can hold, with their keys."""
+def _leaves(tree: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield the values in mappings and lists with their keys; those of a list have its key."""
     if isinstance(tree, dict):
         for name, value in tree.items():
-            yield from _control_characters(value, (*key, str(name)))
+            yield from _leaves(value, (*key, str(name)))
     elif isinstance(tree, list):
         for value in tree:
-            yield from _control_characters(value, key)
-    elif isinstance(tree, str) and holds_control_character(tree):
+            yield from _leaves(value, key)
+    else:
         yield key, tree
 
 
-def _extreme_numbers(tree: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+def _control_characters(tree: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Yield texts that no path and no name can hold, with their keys."""
+    for key, value in _leaves(tree):
+        if isinstance(value, str) and holds_control_character(value):
+            yield key, value
+
+
+def _extreme_numbers(tree: Any) -> Iterator[tuple[KeyPath, str]]:
     """Yield what is wrong with numbers with which any calculation would overflow, with their keys."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from _extreme_numbers(value, (*key, str(name)))
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _extreme_numbers(value, key)
-    elif isinstance(tree, int | float) and MAX_NUMBER < abs(tree) < math.inf and key != ("seed",):
-        yield key, f"holds {value_text(tree)}; numbers are at most {MAX_NUMBER:g}"
+    for key, value in _leaves(tree):
+        if isinstance(value, int | float) and MAX_NUMBER < abs(value) < math.inf and key != ("seed",):
+            yield key, f"holds {value_text(value)}; numbers are at most {MAX_NUMBER:g}"
 
 
 def _without_mistakes(tree: Tree, keys: list[KeyPath]) -> Recipe | None:
