@@ -116,7 +116,7 @@ class CachePlanner:
         own = self.folder / cache_key(self._content(split, preparation))
         room = {mode: self._budget(mode, own) for mode in ("memory", "disk")}
         if mode == "auto":
-            on_disk = self._cached_bytes(split, preparation)
+            on_disk = kept_bytes(own)
             room["disk"] = room["disk"] + on_disk if can_write(self.folder) else 0
             fits = self._fits_device(preparation, need, batchable, share=rows / len(split))
             mode, reason = cache(passes=passes, needed=need, on_disk=on_disk, fits_device=fits, **room)
@@ -204,10 +204,6 @@ class CachePlanner:
     def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
         """Return everything that determines a split's pixels; images that two splits share are cached once."""
         return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
-
-    def _cached_bytes(self, split: Split, preparation: Preparation) -> int:
-        """Return how many bytes of the split's pixels are already cached on disk."""
-        return kept_bytes(self.folder / cache_key(self._content(split, preparation)))
 
 
 def kept_bytes(cache: Path) -> int:
