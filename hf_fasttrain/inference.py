@@ -28,7 +28,7 @@ from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.from_recipe.value_range import KEY as VALUE_RANGE
 from hf_fasttrain.from_recipe.value_range import resolve_value_range
 from hf_fasttrain.models.model import ModelSpec
-from hf_fasttrain.models.saved import load_model
+from hf_fasttrain.models.saved import load_model, model_folder, open_run
 from hf_fasttrain.models.user_model import ModelArgument, load_user_model
 from hf_fasttrain.prediction import Predictions, Row, image_files, preprocessing_of
 from hf_fasttrain.recipe.load import load_recipe, origin_of, parse_recipe, with_values
@@ -37,50 +37,16 @@ from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import is_allowed
 from hf_fasttrain.run_folder.checkpoint import checkpoint_step
-from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESULT_FILE, SPEC_FILE
-from hf_fasttrain.run_folder.finished import needs_user_model
+from hf_fasttrain.run_folder.file_names import RECIPE_FILE, RESULT_FILE
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
-from hf_fasttrain.run_folder.schemas import ResultFile, SpecFile, read_if_sound
+from hf_fasttrain.run_folder.schemas import ResultFile, read_if_sound
 from hf_fasttrain.utils.errors import DataError, RunError, UserError, shortened
-from hf_fasttrain.utils.files import existing_path, expand_user, restore_folder
-from hf_fasttrain.utils.remote import download_run, is_hub_url
+from hf_fasttrain.utils.files import existing_path
+from hf_fasttrain.utils.remote import is_hub_url
 
 NO_RECIPE = "model: {name: own}\ntrain: {duration: 1 epoch, batch_size: 1}\n"  # of a run of own objects
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
 NOT_OF_OTHER_DATA = ("train_split", "test_split", "eval_fraction", "multi_label")
-
-
-def open_run(run: str | Path) -> Path:
-    """Return a run's local folder; hf://OWNER/NAME[@REVISION] is downloaded.
-
-    Raises RunError for a pushed model that needs its own Python code.
-    """
-    if not is_hub_url(str(run)):
-        return expand_user(run)
-    folder = download_run(str(run))
-    if not (folder / SPEC_FILE).is_file():
-        raise RunError(
-            f"{run}: contains no model of hf_fasttrain ({SPEC_FILE}); give a repository that hf_fasttrain pushed"
-        )
-    if read_if_sound(folder / SPEC_FILE, SpecFile).get("trust_remote_code"):
-        raise RunError(
-            f"{run}: its model needs its own Python code; `hf download` it to a folder, read that code, then give the "
-            "folder"
-        )
-    return folder
-
-
-def model_folder(run: Path, *, pushed: bool = False) -> Path:
-    """Return the model folder of a run folder, or the folder itself if it is one; a `pushed` run is always one."""
-    restore_folder(run / MODEL_FOLDER)
-    if not pushed:
-        needs_user_model(run, None)
-    for folder in (run,) if pushed else (run / MODEL_FOLDER, run):
-        if (folder / SPEC_FILE).exists():
-            return folder
-    if not run.is_dir():
-        raise RunError(f"{run}: no such folder; give a run folder")
-    raise RunError(f"{run}: contains no model; give the folder of a finished run")
 
 
 def evaluate_run(

@@ -25,10 +25,12 @@ from hf_fasttrain.models.model import (
 )
 from hf_fasttrain.models.transformers_model import TransformersClassifier, open_classifier
 from hf_fasttrain.models.weights import load_weights, save_weights, without_sharing
-from hf_fasttrain.run_folder.file_names import CONFIG_FILE, SPEC_FILE, WEIGHTS_FILE
-from hf_fasttrain.run_folder.schemas import SpecFile, require
-from hf_fasttrain.utils.errors import ModelError
-from hf_fasttrain.utils.files import read_object, reason
+from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, SPEC_FILE, WEIGHTS_FILE
+from hf_fasttrain.run_folder.finished import needs_user_model
+from hf_fasttrain.run_folder.schemas import SpecFile, read_if_sound, require
+from hf_fasttrain.utils.errors import ModelError, RunError
+from hf_fasttrain.utils.files import expand_user, read_object, reason, restore_folder
+from hf_fasttrain.utils.remote import download_run, is_hub_url
 
 
 def save_model(model: nn.Module, spec: ModelSpec, folder: Path) -> None:
@@ -165,6 +167,39 @@ def _self_contained(model: nn.Module, spec: ModelSpec) -> ModelSpec:
         tagged = f"{architecture}.{_pretrained_cfg(model).get('tag')}"
         architecture = tagged if timm.is_model_pretrained(tagged) else architecture
     return replace(spec, name=architecture, args=args)
+
+
+def open_run(run: str | Path) -> Path:
+    """Return a run's local folder; hf://OWNER/NAME[@REVISION] is downloaded.
+
+    Raises RunError for a pushed model that needs its own Python code.
+    """
+    if not is_hub_url(str(run)):
+        return expand_user(run)
+    folder = download_run(str(run))
+    if not (folder / SPEC_FILE).is_file():
+        raise RunError(
+            f"{run}: contains no model of hf_fasttrain ({SPEC_FILE}); give a repository that hf_fasttrain pushed"
+        )
+    if read_if_sound(folder / SPEC_FILE, SpecFile).get("trust_remote_code"):
+        raise RunError(
+            f"{run}: its model needs its own Python code; `hf download` it to a folder, read that code, then give the "
+            "folder"
+        )
+    return folder
+
+
+def model_folder(run: Path, *, pushed: bool = False) -> Path:
+    """Return the model folder of a run folder, or the folder itself if it is one; a `pushed` run is always one."""
+    restore_folder(run / MODEL_FOLDER)
+    if not pushed:
+        needs_user_model(run, None)
+    for folder in (run,) if pushed else (run / MODEL_FOLDER, run):
+        if (folder / SPEC_FILE).exists():
+            return folder
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; give a run folder")
+    raise RunError(f"{run}: contains no model; give the folder of a finished run")
 
 
 def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:

@@ -14,7 +14,7 @@ import pytest
 from helpers.processes import reset_accelerate
 from helpers.runs import RECIPE, exit_status
 
-from hf_fasttrain.inference import model_folder
+from hf_fasttrain.models.saved import model_folder
 from hf_fasttrain.run_folder.file_names import LOCK_FILE, SPEC_FILE
 from hf_fasttrain.run_folder.lock import acquire
 from hf_fasttrain.run_folder.metrics_file import drop_lines_after
