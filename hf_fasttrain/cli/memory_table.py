@@ -16,7 +16,8 @@ def memory_table(parts: Parts) -> Table:
     """Return title, header and rows of the memory forecast of a training process."""
     forecast = parts.forecast
     if forecast is None:
-        forecast = forecast_memory(parts.recipe, parts.spec.num_classes, parts.model, parts.accelerator, parts.settings)
+        models = (parts.spec.num_classes, parts.model, parts.teacher)
+        forecast = forecast_memory(parts.recipe, *models, parts.accelerator, parts.settings)
     images = images_at_once(parts.sampling_plan)
     rows = [(what, format_bytes(number)) for what, number in forecast.rows(images)]
     rows.append(("total", format_bytes(forecast.peak(images))))

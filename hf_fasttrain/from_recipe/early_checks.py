@@ -12,6 +12,7 @@ from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.from_recipe.accelerator import require_trackers
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.models.model import timm_name
+from hf_fasttrain.models.teacher import require_teacher
 from hf_fasttrain.models.weights import weights_file
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.folder import require_free
@@ -65,6 +66,8 @@ def _checks(
             yield lambda: timm_name(model.name)
         if isinstance(model.pretrained, str) and not is_hub_url(location := model.pretrained):
             yield lambda: weights_file(location)
+    if (distill := recipe.distill) is not None:
+        yield lambda: require_teacher(distill.teacher)
     if custom.optimizer is None:
         yield lambda: require_optimizer(optimizer.name, optimizer.args)
     yield lambda: require_trackers(recipe.log.trackers)

@@ -24,6 +24,7 @@ from hf_fasttrain.models.memory_forecast import (
     measure_activations,
 )
 from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
+from hf_fasttrain.models.teacher import Teacher
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.distributed import Processes
@@ -50,6 +51,7 @@ def resolve_micro_batch(
     num_images: int,
     num_classes: int,
     model: nn.Module,
+    teacher: Teacher | None,
     accelerator: Accelerator,
     settings: ResolvedSettings,
     custom: CustomParts = NO_CUSTOM_PARTS,
@@ -62,7 +64,7 @@ def resolve_micro_batch(
     if accelerator.device.type != "cpu":
         return MicroBatch(_decide(settings, requested, share, largest=share))
     try:
-        forecast = forecast_memory(recipe, num_classes, model, accelerator, settings, custom)
+        forecast = forecast_memory(recipe, num_classes, model, teacher, accelerator, settings, custom)
     except Exception as error:
         if custom.step_loss is None:
             raise
@@ -116,6 +118,7 @@ def forecast_memory(
     recipe: Recipe,
     num_classes: int,
     model: nn.Module,
+    teacher: Teacher | None,
     accelerator: Accelerator,
     settings: ResolvedSettings,
     custom: CustomParts = NO_CUSTOM_PARTS,
@@ -130,6 +133,10 @@ def forecast_memory(
         autocast=accelerator.autocast,
         channels_last=recipe.accelerate.channels_last is True,
     )
+    if teacher is not None:
+        size_of_teacher = teacher.preprocessing.image_size
+        taught = evaluation_bytes(teacher.model, size_of_teacher, device, accelerator.autocast)
+        activations = activations.after(taught)
     free_cached_memory(device)  # unused heap memory would be counted twice: as resident, and when it is used
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trainable)
@@ -143,7 +150,7 @@ def forecast_memory(
     is_mixed = bool(recipe.augment.mixup or recipe.augment.cutmix)
     return Forecast(
         resident=resident_bytes(),
-        weights=weights,
+        weights=weights + (teacher.num_bytes if teacher is not None else 0),
         gradients=gradients,
         optimizer=int(gradients * share),
         average=weights if recipe.ema else 0,

@@ -10,6 +10,7 @@ from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.model import head_names
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
+from hf_fasttrain.train.distillation import Distillation, TeacherLogits
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, has_prefix
@@ -119,6 +120,34 @@ def loss_of(parts: Parts) -> ClassificationLoss:
         sum_classes=bce is not None and bce.sum,
     )
     return loss.to(parts.accelerator.device)
+
+
+def distillation_of(parts: Parts) -> Distillation | None:
+    """Return the step loss that learns from the recipe's teacher too, None without a teacher."""
+    section, teacher, ours = parts.recipe.distill, parts.teacher, parts.spec.preprocessing
+    if section is None or teacher is None:
+        return None
+    assert ours is not None
+    theirs, bce = teacher.preprocessing, parts.recipe.train.bce
+    logits = TeacherLogits(
+        teacher.model,
+        theirs.image_size,
+        mean=theirs.mean,
+        std=theirs.std,
+        student_mean=ours.mean,
+        student_std=ours.std,
+        columns=teacher.columns,
+        autocast=parts.accelerator.autocast,
+        device=parts.accelerator.device,
+    )
+    return Distillation(
+        loss_of(parts),
+        logits,
+        weight=section.weight,
+        temperature=section.temperature,
+        multi_label=parts.source.multi_label,
+        sum_classes=bce is not None and bce.sum,
+    )
 
 
 def moving_average_of(parts: Parts) -> Ema | None:

@@ -21,9 +21,11 @@ from hf_fasttrain.from_recipe.memory import resolve_micro_batch
 from hf_fasttrain.from_recipe.model_from import model_from
 from hf_fasttrain.from_recipe.sampling import class_sample_weights, require_enough_images, resolve_sampling
 from hf_fasttrain.from_recipe.source_from import local_settings, source_from
+from hf_fasttrain.from_recipe.teacher_from import teacher_from
 from hf_fasttrain.from_recipe.tunings import Presets
 from hf_fasttrain.models.memory_forecast import Forecast
 from hf_fasttrain.models.model import ModelSpec
+from hf_fasttrain.models.teacher import Teacher
 from hf_fasttrain.recipe.conflicts import without_effect
 from hf_fasttrain.recipe.load import load_recipe
 from hf_fasttrain.recipe.resolved import ResolvedSettings
@@ -57,15 +59,23 @@ def build_parts(
     weights = custom.build_sample_weights(source.train) or class_sample_weights(resolved, source.train)
     model, spec = model_from(resolved, source, accelerator.device, settings, custom)
     require_enough_images(resolved, len(source.train), accelerator.num_processes)
-    micro = resolve_micro_batch(resolved, len(source.train), spec.num_classes, model, accelerator, settings, custom)
+    teacher = teacher_from(resolved, source, accelerator.device, settings)
+    models = (spec.num_classes, model, teacher)
+    micro = resolve_micro_batch(resolved, len(source.train), *models, accelerator, settings, custom)
     sampling_plan = resolve_sampling(resolved, len(source.train), micro.size, model, accelerator, settings, weights)
     if resolved.accelerate.compile is True:
         allow_compiling(num_shapes(resolved, spec, sampling_plan))
-    return Parts(resolved, settings, accelerator, source, spec, model, sampling_plan, micro.forecast, custom=custom)
+    parts = (resolved, settings, accelerator, source, spec, model, sampling_plan)
+    return Parts(*parts, micro.forecast, custom=custom, teacher=teacher)
 
 
 def _require_step_loss(recipe: Recipe, custom: CustomParts) -> None:
-    """Raise RunError if the recipe's loss would call the model with several views of each image."""
+    """Raise RunError for a step loss in the place of a distillation, or if several views of an image need one."""
+    if recipe.distill is not None and custom.step_loss is not None:
+        raise RunError(
+            f"distill: has no effect with step_loss={custom.names['step_loss']}, which returns the loss itself; leave "
+            "one of them out (docs/your-loop.md distils in a step_loss)"
+        )
     if recipe.data.views > 1 and custom.step_loss is None:
         raise RunError(
             f"data.views={recipe.data.views}: images are (B, V, 3, H, W), which the recipe's loss does not support; "
@@ -108,3 +118,4 @@ class Parts:
     forecast: Forecast | None = None  # of this process's memory; None on a GPU
     kept_pixels: int = 0  # bytes cached in memory; known once the loaders are built
     custom: CustomParts = NO_CUSTOM_PARTS
+    teacher: Teacher | None = None  # of a distillation

@@ -122,6 +122,7 @@ def local_settings(recipe: Recipe, dataset: Any) -> list[str]:
     model, data = recipe.model, recipe.data
     name = model.name.removeprefix("transformers:")
     paths = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}
+    paths |= {"distill.teacher": recipe.distill.teacher} if recipe.distill else {}
     keys = [key for key, value in paths.items() if isinstance(value, str) and existing_path(value) is not None]
     if data.dataset == "digits":
         keys = [key for key in keys if key != "data.dataset"]

@@ -28,6 +28,7 @@ from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_
 from hf_fasttrain.from_recipe.older_rows import refuse_new_rows
 from hf_fasttrain.from_recipe.optimization import (
     clip_of,
+    distillation_of,
     loss_of,
     moving_average_of,
     optimizer_of,
@@ -137,7 +138,7 @@ def assemble(
     `saved`: plain values of the checkpoint to resume from, so that trackers continue their runs.
     """
     recipe, settings, accelerator, source = parts.recipe, parts.settings, parts.accelerator, parts.source
-    step_loss = parts.custom.step_loss
+    step_loss = distillation_of(parts) if parts.custom.step_loss is None else parts.custom.step_loss
     num_steps = recipe.train.duration.to_steps(parts.sampling_plan.steps_per_epoch)
     spec = parts.spec
     track = _start_trackers(parts, folder, saved or {}) if folder else None
@@ -185,6 +186,7 @@ def assemble(
     trainer.resume_settings = {
         **settings.result_settings(),
         **parts.custom.settings,
+        **({"distill.teacher": parts.teacher.description} if parts.teacher else {}),  # wherever it is
         "data set": data_set,
         "class_names": spec.class_names,
     }

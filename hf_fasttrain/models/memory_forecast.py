@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Activations:
     def of(self, images: int) -> int:
         """Return the bytes of a forward and backward pass with a number of images."""
         return self.fixed + images * (self.per_image + self.workspace_per_image)
+
+    def after(self, evaluation_bytes: int) -> Activations:
+        """Return the bytes if each image goes through another model first, in evaluation: the larger peak counts."""
+        return replace(self, workspace_per_image=max(self.workspace_per_image, evaluation_bytes - self.per_image))
 
     def of_views(self, number: int) -> Activations:
         """Return the bytes if each image goes through the model in a number of views."""

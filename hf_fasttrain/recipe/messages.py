@@ -33,6 +33,7 @@ MAIN_KEYS: dict[str, tuple[str, ...]] = {
     "schedule": ("name",),
     "ema": ("decay",),
     "early_stopping": ("patience", "metric"),
+    "distill": ("teacher",),
     "evaluate": ("every", "metrics"),
     "checkpoint": ("every",),
     "checkpoint.best": ("metric",),

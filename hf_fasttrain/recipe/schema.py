@@ -2,8 +2,8 @@
 
 Every field has a tag: *result* (changes what is learned), *speed* (only speed and memory) or *output* (only what is
 measured, written and shown). `hf-fasttrain explain` and editors show the description and the examples. Files and
-overrides are read in load.py; the sections `augment`, `optimizer`, `schedule` and `ema` are in schema_augment.py and
-schema_optimizer.py.
+overrides are read in load.py; the sections `augment`, `optimizer`, `schedule`, `ema` and `distill` are in
+schema_augment.py, schema_optimizer.py and schema_transfer.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hf_fasttrain.recipe.fields import (
 )
 from hf_fasttrain.recipe.schema_augment import AugmentSection
 from hf_fasttrain.recipe.schema_optimizer import EmaSection, OptimizerSection, ScheduleSection
+from hf_fasttrain.recipe.schema_transfer import DistillSection
 from hf_fasttrain.utils.duration import Duration
 
 
@@ -340,6 +341,9 @@ class Recipe(Section):
     )
     early_stopping: Annotated[EarlyStoppingSection | None, OnOrOff] = result(
         None, "{metric: accuracy, patience: 5 epochs}"
+    )
+    distill: Annotated[DistillSection | None, OrOff] = result(
+        None, "learn from a teacher's logits too: {teacher: runs/large, weight: 0.5, temperature: 2.0}"
     )
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()

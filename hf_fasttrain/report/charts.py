@@ -166,6 +166,7 @@ def _unlike_note(record: Record) -> str:
         "class weights": record.value("train.class_weights"),
         "binary cross-entropy": not record.spec.get("multi_label")
         and any(key.startswith("train.bce.") for key in record.resolved),
+        "distillation": record.value("distill.teacher"),
         "a step_loss": record.value("custom.step_loss"),
     }
     present = [name for name, value in parts.items() if value]

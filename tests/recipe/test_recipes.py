@@ -144,8 +144,9 @@ def test_the_example_of_every_key_is_a_valid_value_other_than_its_default() -> N
         tree: dict[str, Any] = {"model": {"name": "resnet18"}, "data": {"dataset": "digits"}}
         tree["train"] = {"duration": "1 epochs", "batch_size": 2}
         apply_overrides(tree, [f"{key.name}={key.example}"], {})
-        for name, values in (("hub", {"repo": "me/x"}), ("progressive", {"start_size": 8, "until": "1 epochs"})):
-            section = tree if name == "hub" else tree.get("augment", {})
+        required = {"hub": {"repo": "me/x"}, "distill": {"teacher": "runs/x"}}
+        for name, values in {**required, "progressive": {"start_size": 8, "until": "1 epochs"}}.items():
+            section = tree if name in required else tree.get("augment", {})
             if name in section:
                 section[name] = {**values, **section[name]}
         Recipe.model_validate(tree)
