@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_fasttrain.utils.errors import ModelError, RecipeError, RunError, nearest, shortened, shown
+from hf_fasttrain.models.layers import is_norm, layer_numbers
+from hf_fasttrain.utils.errors import RecipeError, RunError, nearest, shortened, shown
 
 INNER = "inner"  # key for the states of optimizers inside an optimizer
 # Tokens and position tables, by the names that timm and transformers give them.
 TOKEN_NAMES = {"pos_embed", "cls_token", "dist_token", "reg_token", "position_embeddings", "distillation_token"}
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a normalisation layer, by the name of its class or a base class."""
-    return any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
 
 
 def undecayed_names(model: nn.Module) -> set[str]:
@@ -43,16 +39,18 @@ def build_param_groups(
     head_names: Sequence[str] = (),
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
+    names: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with `lr`, `lr_scale` and `weight_decay` for the parameters that require gradients.
 
-    `head_names` are prefixes of the head's parameters. `layer_decay` needs a timm model, which knows its layers.
+    `head_names` are prefixes of the head's parameters. `layer_decay` needs a model of timm or transformers.
+    `names` are those of the parameters to group; by default those that require gradients.
     """
     undecayed = undecayed_names(model)
     scale_of = _lr_scales(model, head_names, backbone_lr_scale, layer_decay)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if name not in names if names is not None else not parameter.requires_grad:
             continue
         scale, decay = scale_of(name), 0.0 if name in undecayed else weight_decay
         empty: dict[str, Any] = {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
@@ -65,12 +63,7 @@ def _lr_scales(
 ) -> Callable[[str], float]:
     if layer_decay is None:
         return lambda name: 1.0 if has_prefix(name, head_names) else backbone_lr_scale
-    if not hasattr(model, "group_matcher"):
-        raise ModelError(f"optimizer.layer_decay needs a timm model; {type(model).__name__} does not list its layers")
-    from timm.models import group_parameters
-
-    matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
-    layers = group_parameters(model, matcher, reverse=True)
+    layers = layer_numbers(model, "optimizer.layer_decay")
     deepest = max(layers.values())
     return lambda name: layer_decay ** (deepest - layers[name])
 
