@@ -34,6 +34,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
     "sample_weights": ("train.sampling",),
 }
 EXCEPTIONS = (
+    "model.train",
     "model.freeze_backbone",
     "model.gradient_checkpointing",
     "augment.repeats",

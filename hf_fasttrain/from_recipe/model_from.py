@@ -14,12 +14,12 @@ from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.from_recipe.value_range import resolve_value_range
 from hf_fasttrain.models.input_size import notes_on_size, seen_by_layers
+from hf_fasttrain.models.layers import freeze_untrained
 from hf_fasttrain.models.limits import limited_size
 from hf_fasttrain.models.model import (
     ModelSpec,
     Preprocessing,
     build_model,
-    freeze_backbone,
     has_large_stem,
     model_preprocessing,
     require_logits,
@@ -56,7 +56,7 @@ def model_from(
         for note in notes_on_size(seen, size, key, stem=not recipe.model.pretrained and has_large_stem(model)):
             settings.note(note)
     spec = replace(spec, preprocessing=_preprocessing(model, spec, settings, source))
-    return _prepare(model, recipe, device, spec.num_classes), spec
+    return _prepare(model, recipe, device, settings, spec.num_classes), spec
 
 
 def _custom_model(
@@ -85,7 +85,7 @@ def _custom_model(
             f"model={qualified_name(model)} has no pretrained_cfg with its preprocessing: ImageNet's values are used "
             f"for {', '.join(keys)}"
         )
-    return _prepare(model, recipe, device, spec.num_classes), replace(spec, preprocessing=pre)
+    return _prepare(model, recipe, device, settings, spec.num_classes), replace(spec, preprocessing=pre)
 
 
 def _sizes(recipe: Recipe) -> dict[str, int]:
@@ -150,9 +150,11 @@ def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings
     return replace(pretrained, value_range=resolve_value_range(settings, source.train), **values)
 
 
-def _prepare(model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int) -> nn.Module:
-    if recipe.model.freeze_backbone:
-        freeze_backbone(model, num_classes)
+def _prepare(
+    model: nn.Module, recipe: Recipe, device: torch.device, settings: ResolvedSettings, num_classes: int
+) -> nn.Module:
+    if trained := freeze_untrained(model, recipe.model.trained, num_classes):
+        settings.note(f"model.train: {settings.record('trained_parameters', trained)}")
     if recipe.model.gradient_checkpointing:
         use_gradient_checkpointing(model)
     if recipe.accelerate.sync_batch_norm:

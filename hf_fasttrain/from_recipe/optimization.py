@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hf_fasttrain.data.source.multi_label import class_counts
 from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.parts import Parts
+from hf_fasttrain.models.layers import names_by_phase
 from hf_fasttrain.models.model import head_names
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
 from hf_fasttrain.train.distillation import Distillation, TeacherLogits
 from hf_fasttrain.train.ema import Ema
+from hf_fasttrain.train.gradual import GradualTraining, PhaseOfSteps
 from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
 from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, has_prefix
 from hf_fasttrain.train.plateau import ReduceLROnPlateau
@@ -22,14 +26,18 @@ from hf_fasttrain.train.step_loss import module_of
 def optimizer_of(parts: Parts) -> torch.optim.Optimizer:
     """Return the recipe's optimizer of its parameter groups, or the user's."""
     section, custom = parts.recipe.optimizer, parts.custom
-    groups = build_param_groups(
-        parts.model,
-        lr=section.lr,
-        weight_decay=section.weight_decay,
-        head_names=head_names(parts.model, parts.spec.num_classes),
-        backbone_lr_scale=section.backbone_lr_scale,
-        layer_decay=section.layer_decay,
-    )
+    names, groups = set[str](), list[dict[str, Any]]()
+    for trained in names_by_phase(parts.model, parts.recipe.model.trained, parts.spec.num_classes):
+        groups += build_param_groups(  # each phase's new parameters are in groups of their own
+            parts.model,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            head_names=head_names(parts.model, parts.spec.num_classes),
+            backbone_lr_scale=section.backbone_lr_scale,
+            layer_decay=section.layer_decay,
+            names=trained - names,
+        )
+        names |= trained
     loss = module_of(custom.step_loss) if custom.step_loss is not None else None
     if loss is not None:
         model_ids = set(map(id, parts.model.parameters()))
@@ -103,6 +111,22 @@ def plateau_of(parts: Parts) -> ReduceLROnPlateau | None:
     if section.mode == "auto":
         decide(parts.settings, "schedule.mode", watch=watch)
     return ReduceLROnPlateau(watch, section.gamma, section.min_lr_ratio)
+
+
+def gradual_training_of(parts: Parts, num_steps: int) -> GradualTraining | None:
+    """Return the callback that begins the phases of model.train, None if there is only one."""
+    trained, begin = parts.recipe.model.trained, 1
+    if not trained.is_gradual:
+        return None
+    phases = []
+    for phase, names in zip(trained.phases, names_by_phase(parts.model, trained, parts.spec.num_classes), strict=True):
+        phases.append(PhaseOfSteps(str(phase.part), begin, frozenset(names)))
+        if begin > num_steps:
+            parts.settings.note(
+                f"model.train: {phase.part} would be trained from step {begin:,} on, after the end, {num_steps:,} steps"
+            )
+        begin += phase.duration.to_steps(parts.sampling_plan.steps_per_epoch) if phase.duration else 0
+    return GradualTraining(phases)
 
 
 def loss_of(parts: Parts) -> ClassificationLoss:

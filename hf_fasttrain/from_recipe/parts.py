@@ -101,7 +101,8 @@ def num_shapes(recipe: Recipe, spec: ModelSpec, sampling_plan: SamplingPlan) -> 
     sizes = {transform.size_at(epoch) for epoch in range(epochs)}
     steps = {0, sampling_plan.steps_per_epoch - 1}
     batch_sizes = {len(key.indices) for step in steps for key in sampling_plan.plan(step).micro_batches}
-    return len(sizes) * len(batch_sizes) + 2  # evaluation: full batches and the last one
+    num_phases = len(recipe.model.trained.phases)  # another program for other frozen parameters
+    return len(sizes) * len(batch_sizes) * num_phases + 2  # evaluation: full batches and the last one
 
 
 @dataclass

@@ -29,6 +29,7 @@ from hf_fasttrain.from_recipe.older_rows import refuse_new_rows
 from hf_fasttrain.from_recipe.optimization import (
     clip_of,
     distillation_of,
+    gradual_training_of,
     loss_of,
     moving_average_of,
     optimizer_of,
@@ -168,7 +169,7 @@ def assemble(
         output_dir=folder,
         checkpoint_every=recipe.checkpoint.every,
         report=recipe.log.report,
-        callbacks=[*(callbacks or ()), *([plateau] if (plateau := plateau_of(parts)) else [])],
+        callbacks=_with_built_in(callbacks or (), parts, num_steps),
         log=log,
         log_every=recipe.log.every,
         seed=recipe.seed,
@@ -202,6 +203,11 @@ def assemble(
     parts.kept_pixels = loaders.planner.memory_bytes
     trainer.reserved_memory = parts.kept_pixels + loaders.workers * WORKER_BYTES * local_processes()
     return trainer
+
+
+def _with_built_in(callbacks: Sequence[Any], parts: Parts, num_steps: int) -> list[Any]:
+    """Return the user's callbacks with those of the recipe's phases and of its schedule."""
+    return [*filter(None, [gradual_training_of(parts, num_steps)]), *callbacks, *filter(None, [plateau_of(parts)])]
 
 
 def open_run_folder(folder: Path, accelerator: Accelerator, *, resume: bool) -> list[str]:

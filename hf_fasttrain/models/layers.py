@@ -10,6 +10,7 @@ from hf_fasttrain.models.model import head_names
 from hf_fasttrain.models.transformers_model import TransformersClassifier
 from hf_fasttrain.models.weights import is_within
 from hf_fasttrain.utils.errors import ModelError
+from hf_fasttrain.utils.format import format_count
 from hf_fasttrain.utils.train_phases import TrainedPart, TrainPhases
 
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -129,7 +130,9 @@ def _last_layers(numbers: dict[str, int], head: Sequence[str], num_blocks: int, 
     output = min((number for name, number in numbers.items() if is_within(name, head)), default=max(numbers.values()))
     blocks = sorted({number for number in numbers.values() if 0 < number < output})
     if num_blocks > len(blocks):
-        raise ModelError(f"{setting}: the model has {len(blocks)} blocks; give at most {len(blocks)}, or all")
+        raise ModelError(
+            f"{setting}: the model has {format_count(len(blocks), 'block')}; give at most {len(blocks)}, or all"
+        )
     return {name for name, number in numbers.items() if number >= blocks[-num_blocks]}
 
 

@@ -26,7 +26,6 @@ from hf_fasttrain.models.transformers_model import (
 from hf_fasttrain.models.weights import (
     architecture_of,
     class_names_of,
-    is_within,
     names_in,
     read_weights,
     weights_file,
@@ -277,15 +276,6 @@ def head_names(model: nn.Module, num_classes: int = 0) -> list[str]:
     if isinstance(model, TransformersClassifier):
         return [f"model.{name}" for name in transformers_head_names(model.model)]
     return timm_head_names(model, num_classes)
-
-
-def freeze_backbone(model: nn.Module, num_classes: int = 0) -> None:
-    """Freeze everything but the head; `num_classes` is used if the model has no such attribute."""
-    head = head_names(model, num_classes)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_within(name, head))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(f"model.freeze_backbone: the head of {type(model).__name__} was not found")
 
 
 def use_gradient_checkpointing(model: nn.Module) -> None:

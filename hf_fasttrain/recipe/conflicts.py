@@ -12,6 +12,7 @@ from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name, resolv
 from hf_fasttrain.utils.clean import holds_secret
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.remote import is_license, is_repo_name
+from hf_fasttrain.utils.train_phases import TrainPhases
 
 LONGEST_WAIT = 7 * 24 * 60  # minutes
 Mistake = tuple[str, str]  # dotted key; what is wrong and what to do
@@ -34,13 +35,25 @@ def _model(recipe: Recipe) -> Iterator[Mistake]:
     if isinstance(location := model.pretrained, str) and location.lower() in WORDS and not os.path.exists(location):
         write = "true" if WORDS[location.lower()] else "false"
         yield "model.pretrained", f"is '{location}'; write {write}, or ./{location} for a folder of that name"
-    if model.freeze_backbone and not model.pretrained:
+    yield from _trained_part(recipe)
+
+
+def _trained_part(recipe: Recipe) -> Iterator[Mistake]:
+    model, head = recipe.model, TrainPhases.parse("head")
+    key = "model.freeze_backbone" if model.freeze_backbone else "model.train"
+    if model.freeze_backbone and "train" in model.model_fields_set and model.train != head:
         yield (
             "model.freeze_backbone",
-            "would freeze random weights; set model.pretrained to weights to start from",
+            f"is an older name of model.train: head, and model.train is '{model.train}'; leave freeze_backbone out",
         )
-    if model.freeze_backbone and recipe.optimizer.layer_decay is not None:
-        yield "optimizer.layer_decay", "has no effect with model.freeze_backbone=true; leave one of them out"
+    if model.trained != TrainPhases.parse("all") and not model.pretrained:
+        yield key, "would freeze random weights; set model.pretrained to weights to start from"
+    if model.trained == head and recipe.optimizer.layer_decay is not None:
+        yield "optimizer.layer_decay", f"has no effect with {_head_only(recipe)}; leave one of them out"
+
+
+def _head_only(recipe: Recipe) -> str:
+    return "model.freeze_backbone=true" if recipe.model.freeze_backbone else "model.train=head"
 
 
 def _data(recipe: Recipe) -> Iterator[Mistake]:
@@ -252,7 +265,7 @@ def without_effect(recipe: Recipe) -> list[str]:
         "model.head": bool(recipe.model.pretrained),
         "data.cache_dir": recipe.data.cache in ("disk", "auto"),
         "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
-        "optimizer.backbone_lr_scale": not recipe.model.freeze_backbone,
+        "optimizer.backbone_lr_scale": recipe.model.trained != TrainPhases.parse("head"),
         "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
     }
     origins = recipe.source.origins
@@ -260,7 +273,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
     partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
-    partners["optimizer.backbone_lr_scale"] = "model.freeze_backbone=true: only the head is trained"
+    partners["optimizer.backbone_lr_scale"] = f"{_head_only(recipe)}: only the head is trained"
     mixing = ("augment.mixup_prob", "augment.mixup_until", "augment.mixup_mode")
     partners |= dict.fromkeys(mixing, "augment.mixup=0 and augment.cutmix=0")
     partners["augment.mixup_switch_prob"] = "augment.mixup=0 or augment.cutmix=0"

@@ -82,6 +82,8 @@ def _section(field: Schema, schema: Schema) -> Schema | None:
 def _value(option: Schema) -> str:
     if "const" in option:
         return f"`{flow_text(option['const'])}`"
+    if "anyOf" in option:
+        return " or ".join(map(_value, option["anyOf"]))
     if "enum" in option:
         return ", ".join(f"`{flow_text(value)}`" for value in option["enum"])
     kind = option.get("type", "")

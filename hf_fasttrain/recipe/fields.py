@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
+from hf_fasttrain.utils import train_phases
 from hf_fasttrain.utils.duration import CLOCK_PATTERN, MINUTES_PATTERN, PATTERN, PERCENT_PATTERN, Duration, MissingUnit
+from hf_fasttrain.utils.train_phases import TrainPhases
 
 
 class Section(BaseModel):
@@ -47,6 +49,12 @@ ClockField = Annotated[
     BeforeValidator(lambda text: Duration.parse_minutes(text)),
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "pattern": MINUTES_PATTERN, "examples": ["10 minutes", "1 minute"]}),
+]
+TrainField = Annotated[
+    TrainPhases,
+    BeforeValidator(TrainPhases.parse),
+    PlainSerializer(TrainPhases.to_yaml),
+    WithJsonSchema(train_phases.json_schema()),
 ]
 Auto = Literal["auto"]
 

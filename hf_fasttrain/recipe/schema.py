@@ -24,6 +24,7 @@ from hf_fasttrain.recipe.fields import (
     OrOff,
     Probability,
     Section,
+    TrainField,
     Weight,
     output,
     result,
@@ -33,6 +34,7 @@ from hf_fasttrain.recipe.schema_augment import AugmentSection
 from hf_fasttrain.recipe.schema_optimizer import EmaSection, OptimizerSection, ScheduleSection
 from hf_fasttrain.recipe.schema_transfer import DistillSection
 from hf_fasttrain.utils.duration import Duration
+from hf_fasttrain.utils.train_phases import TrainPhases
 
 
 class ModelSection(Section):
@@ -52,10 +54,22 @@ class ModelSection(Section):
     )
     drop_path: float = result(0.0, "stochastic depth rate", ge=0.0, lt=1.0, examples=[0.1])
     small_image_stem: bool = result(False, "ResNets: 3x3 stem with stride 1, no max-pool (for 32 px images)")
-    freeze_backbone: bool = result(False, "train only the head")
+    train: TrainField = result(
+        "all",
+        "what is trained; norm: norm layers and the head, last N blocks: these and the head; or phases: "
+        "{head: 2 epochs, then: all}",
+        validate_default=True,
+        examples=["head", "norm", "last 3 blocks", {"head": "2 epochs", "then": "all"}],
+    )
+    freeze_backbone: bool = result(False, "older name of train: head")
     gradient_checkpointing: bool = speed(False, "compute activations twice to save memory")
     trust_remote_code: bool = result(False, "run the Python code that comes with a transformers model on the Hub")
     args: dict[str, Any] = result({}, "passed on to the model's constructor", examples=[{"drop_rate": 0.2}])
+
+    @property
+    def trained(self) -> TrainPhases:
+        """The phases of the training: those of `train`, or of its older name."""
+        return TrainPhases.parse("head") if self.freeze_backbone else self.train
 
 
 class DataSection(Section):

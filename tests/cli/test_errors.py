@@ -303,9 +303,14 @@ WRONG_RUNS: dict[str, tuple[list[str], str]] = {
     "sync_batch_norm without a GPU": (["accelerate.sync_batch_norm=true"], "sync_batch_norm needs GPUs"),
     "no such optimizer": (["optimizer.name=adamv"], "which timm does not know. Did you mean 'adam"),
     "wrong optimizer argument": (["optimizer.args={beta: 3}"], "can't be built with optimizer.args"),
-    "layer decay without layers": (
-        ["model.name=transformers:TMP/tiny", "optimizer.layer_decay=0.5"],
-        "optimizer.layer_decay needs a timm model",
+    "more blocks than there are": (
+        [
+            "model.name=test_vit",
+            "data.image_size=160",
+            "model.pretrained=TMP/other.safetensors",
+            "model.train=last 7 blocks",
+        ],
+        "model.train=last 7 blocks: the model has 6 blocks; give at most 6, or all",
     ),
     "drop_path of transformers": (
         ["model.name=transformers:TMP/tiny", "model.drop_path=0.1"],

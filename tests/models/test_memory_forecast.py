@@ -24,6 +24,7 @@ from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import evaluation_batch_size
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
 from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
+from hf_fasttrain.models.layers import freeze_untrained
 from hf_fasttrain.models.memory_forecast import (
     Activations,
     Forecast,
@@ -32,12 +33,12 @@ from hf_fasttrain.models.memory_forecast import (
     images_that_fill_cpu,
     measure_activations,
 )
-from hf_fasttrain.models.model import freeze_backbone
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.optim import state_share
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.utils import control_groups
 from hf_fasttrain.utils.environment import free_memory_bytes, resident_bytes
+from hf_fasttrain.utils.train_phases import TrainPhases
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -104,7 +105,7 @@ def test_a_measured_forward_has_no_side_effects() -> None:
 
 def test_frozen_and_checkpointed_models_save_fewer_activations() -> None:
     plain, frozen, checkpointed = (timm.create_model("test_vit", num_classes=3, img_size=32) for _ in range(3))
-    freeze_backbone(frozen)
+    freeze_untrained(frozen, TrainPhases.parse("head"))
     checkpointed.set_grad_checkpointing(True)
     kept = measured(plain)
     assert measured(frozen).per_image < kept.per_image / 20

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.callbacks import Norms, Stop
 from helpers.processes import run_processes
 from helpers.small_trainer import StatefulLoader
 from torch import Tensor, nn
 
 from hf_fasttrain import Callback, Ema, ReduceLROnPlateau, RunError, Trainer, Watch
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints, load_checkpoint
-from hf_fasttrain.train.callbacks import StepReport
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.step_loss import At
 from hf_fasttrain.utils.errors import Stopped
@@ -38,30 +37,6 @@ def model_with_a_frozen_layer(*, norm: bool = False) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), nn.Linear(8, 3))
     model[:2].requires_grad_(False)
     return model
-
-
-class Stop(Callback):
-    """Stops the run once, after the step that follows the given one."""
-
-    takes_part = False
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if report.step == self.after and not trainer.state.resumed_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Norms(Callback):
-    """Records the norms of the gradients."""
-
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        assert report.grad_norm is not None
-        self.norms.append(float(report.grad_norm))
 
 
 def half(update: int) -> float:
