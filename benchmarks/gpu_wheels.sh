@@ -21,6 +21,8 @@ fetch() {
 rm -f "$folder"/*.whl # two versions of a package can't be installed together
 fetch pydantic datasets evaluate simplejpeg ruamel.yaml plotly pytest pytest-timeout
 # Their requirements, within the bounds of the datasets and plotly versions in constraints.txt.
+# datasets and evaluate require requests, which huggingface_hub no longer brings along.
+fetch requests charset-normalizer urllib3 idna certifi
 fetch annotated-types typing-inspection 'typing-extensions>=4.16' 'dill>=0.4.1,<0.4.2' 'multiprocess>=0.70.19,<0.70.20' \
     'fsspec<=2026.9.0' narwhals iniconfig pluggy
 # pydantic requires an exact version of pydantic-core.

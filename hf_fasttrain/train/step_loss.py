@@ -122,16 +122,28 @@ def checked(returned: Any) -> tuple[Tensor, Values]:
 def add_values(total: Shares, values: Values, weight: float, device: torch.device) -> None:
     """Add `weight` times the values of a micro-batch to those of its step. Raises RunError for what is no number."""
     for name, value in values.items():
-        try:
-            number = torch.as_tensor(value, device=device).detach().float()
-        except (TypeError, ValueError, RuntimeError):
-            number = torch.empty(0)
-        if not isinstance(name, str) or number.numel() != 1:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise RunError(f"step_loss returned the value {name!r} ({what}) for the log; give single numbers by name")
-        number = number.reshape(())
+        if type(value) is Tensor and type(name) is str and _is_number(value, device):  # most are: checks take time
+            number = value.detach()
+        else:
+            number = _number(name, value, device)
         before = total.get(name)
         if before is None:
-            total[name] = (number * weight, weight)
+            total[name] = (number * weight, weight)  # a copy: a step loss may change its tensor in place
         else:
             total[name] = (torch.add(before[0], number, alpha=weight), before[1] + weight)
+
+
+def _is_number(value: Tensor, device: torch.device) -> bool:
+    return value.ndim == 0 and value.dtype is torch.float32 and value.device == device
+
+
+def _number(name: Any, value: Any, device: torch.device) -> Tensor:
+    """Return a value for the log as a float32 tensor, 0-d. Raises RunError for what is no number."""
+    try:
+        number = torch.as_tensor(value, device=device).detach().float()
+    except (TypeError, ValueError, RuntimeError):
+        number = torch.empty(0)
+    if not isinstance(name, str) or number.numel() != 1:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise RunError(f"step_loss returned the value {name!r} ({what}) for the log; give single numbers by name")
+    return number.reshape(())

@@ -50,8 +50,9 @@ class Throughput:
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._images: list[int] = []  # of each loss
-        self._values: dict[str, Tensor] = {}  # sums over the images of the step loss's values for the log
-        self._value_images: dict[str, float] = {}  # number of images in each sum
+        # The step loss's values for the log, by name: parts of means with their steps' images; images that had one.
+        self._values: dict[str, tuple[list[Tensor], list[int]]] = {}
+        self._value_images: dict[str, float] = {}
         self._step_numbers: list[int] = []  # number, within the lap, of each loss's step
         self._steps = self._num_images = 0  # including skipped steps
         self._seconds = self._wait = 0.0
@@ -80,8 +81,9 @@ class Throughput:
         if grad_norm is not None:
             self._norms.append(grad_norm)
         for name, (value, share) in values.items() if values else ():
-            total = self._values.get(name)
-            self._values[name] = value * num_images if total is None else total.add_(value, alpha=num_images)
+            parts, images = self._values.setdefault(name, ([], []))
+            parts.append(value)
+            images.append(num_images)
             self._value_images[name] = self._value_images.get(name, 0.0) + share * num_images
 
     @property
@@ -152,9 +154,10 @@ class Throughput:
 
         `gather` joins lists of all processes. A value is averaged over the images for which it was returned.
         """
-        names = list(self._values)
-        totals = torch.stack(list(self._values.values())).tolist() if names else []
-        local = {name: (total, self._value_images[name]) for name, total in zip(names, totals, strict=True)}
+        local = {}
+        for name, (parts, images_of_parts) in self._values.items():
+            products = zip(torch.stack(parts).tolist(), images_of_parts, strict=True)
+            local[name] = sum(part * images for part, images in products), self._value_images[name]
         sums: dict[str, float] = {}
         images: dict[str, float] = {}
         for process_sums in gather([local]):
