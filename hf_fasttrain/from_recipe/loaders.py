@@ -114,6 +114,7 @@ def train_transform(recipe: Recipe, pre: Preprocessing, steps_per_epoch: int) ->
         crop_padding=augment.crop_padding,
         flip=augment.flip,
         vflip=augment.vflip,
+        quarter_turns=augment.quarter_turns,
         erase_prob=augment.erase,
         erase_fill=fills[augment.erase_fill],
         operations=Operations(

@@ -49,6 +49,7 @@ class AugmentSection(Section):
         True, "mirror left-right; true: with probability 0.5; or a probability", examples=[False, 0.3]
     )
     vflip: Probability = result(0.0, "probability that an image is mirrored top-bottom", examples=[0.5])
+    quarter_turns: bool = result(False, "turn images by 0, 90, 180 or 270 degrees, each with the same probability")
     auto: PolicyField | None = result(None, "a timm policy (--aa), parsed by timm: rand-m9-mstd0.5-inc1")
     randaugment: Annotated[RandAugment | None, OnOrOff] = result(None, "{num_ops: 2, magnitude: 9}")
     trivialaugment: bool = result(False, "one random operation of random strength per image")

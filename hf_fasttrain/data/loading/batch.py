@@ -79,6 +79,10 @@ def augment_on_device(
     source = (rows[:, None, None] * size + down.clamp(0, size - 1)[:, :, None]) * size
     source = source + across.clamp(0, size - 1)[:, None, :]
     batch = pixels.view(-1, 3)[source.view(-1)].view(number, size, size, 3) * inside[..., None]
+    if transform.quarter_turns:
+        turns, upright = to_device(transform.turns(key))[:, None, None, None], batch
+        for quarters in (1, 2, 3):
+            batch = torch.where(turns == quarters, upright.rot90(quarters, (1, 2)), batch)
     erased = transform.erased(key, size)
     if erased:
         if fill is None:

@@ -1,4 +1,4 @@
-"""The transforms: random crop, flip, operations and erasing for training; resize and centre crop for evaluation.
+"""The transforms: random crop, flips, turns, operations and erasing for training; resize and centre crop for evaluation.
 
 Each image's randomness is a function of its key. RandAugment and other operations: operations.py; mixup and cutmix:
 loading/batch.py.
@@ -7,12 +7,14 @@ loading/batch.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from hf_fasttrain.data.loading.sampler import (
     CROP_STREAM,
@@ -20,6 +22,7 @@ from hf_fasttrain.data.loading.sampler import (
     FLIP_STREAM,
     NOISE_STREAM,
     OPERATION_STREAM,
+    TURN_STREAM,
     VFLIP_STREAM,
     MicroBatchKey,
     keyed_rng,
@@ -118,7 +121,7 @@ class NormalFill:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop, operations, flip and erasing; the same pixels for the same (seed, epoch, index, repeat).
+    """Random crop, operations, flips, turns and erasing; the same pixels for the same (seed, epoch, index, repeat).
 
     `crop` is ``random_resized`` (Inception's; scale and ratio as in torchvision), ``padded`` (shifted by up to
     `crop_padding` pixels over black) or ``none``; the last two need images of size `image_size`.
@@ -133,6 +136,7 @@ class TrainTransform:
     crop_padding: int = 4
     flip: bool | float = True  # the probability; True: one half
     vflip: float = 0.0
+    quarter_turns: bool = False
     erase_prob: float = 0.0
     erase_fill: tuple[int, int, int] | NormalFill | None = (0, 0, 0)  # None: uniform noise
     operations: Operations = field(default_factory=Operations)
@@ -159,8 +163,11 @@ class TrainTransform:
             self._crop(pixels, crops[row], out[row])
             if self.operations:
                 out[row] = self.operations(out[row], int(seeds[row]))
-        _mirror(out, np.flatnonzero(self.flips(key)), axis=2)
-        _mirror(out, np.flatnonzero(self.vflips(key)), axis=1)
+        _change(out, np.flatnonzero(self.flips(key)), lambda images: images.flip(2))
+        _change(out, np.flatnonzero(self.vflips(key)), lambda images: images.flip(1))
+        turns = self.turns(key)
+        for number in (1, 2, 3):
+            _change(out, np.flatnonzero(turns == number), partial(torch.rot90, k=number, dims=(1, 2)))
         for row, box in self.erased(key, out.shape[1]):
             left, top, right, bottom = box
             out[row, top:bottom, left:right] = self._fill(key, row, box)
@@ -187,6 +194,12 @@ class TrainTransform:
     def vflips(self, key: MicroBatchKey) -> np.ndarray:
         """Return which images are mirrored top-bottom, (B,) bool."""
         return self._chosen(VFLIP_STREAM, key, self.vflip)
+
+    def turns(self, key: MicroBatchKey) -> np.ndarray:
+        """Return by how many quarters each image is turned to the left, (B,) of 0 to 3."""
+        if not self.quarter_turns:
+            return np.zeros(len(key.indices), np.int64)
+        return (4 * self._draw(TURN_STREAM, key, 1)[:, 0]).astype(np.int64)
 
     def _chosen(self, stream: int, key: MicroBatchKey, probability: float) -> np.ndarray:
         if not probability:
@@ -233,15 +246,15 @@ class TrainTransform:
         return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def _mirror(batch: np.ndarray, rows: np.ndarray, *, axis: int) -> None:
-    """Flip images of a batch (B, H, W, 3) in place: few at a time, so that their copies stay in the processor's cache.
+def _change(batch: np.ndarray, rows: np.ndarray, change: Callable[[Tensor], Tensor]) -> None:
+    """Flip or turn images of a batch (B, H, W, 3) in place: few at a time, so that copies stay in the processor's cache.
 
     By torch: numpy takes ten times as long to flip pixels of three bytes.
     """
     step = max(1, FLIPPED_BYTES // batch[0].nbytes)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
-        batch[some] = torch.from_numpy(batch[some]).flip(axis).numpy()
+        batch[some] = change(torch.from_numpy(batch[some])).numpy()
 
 
 def random_box(size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], draws: np.ndarray) -> Box:

@@ -119,7 +119,13 @@ def test_padded_crop_and_flip_equal_numpys() -> None:
     for row, image in enumerate(written(upside_down, key)):
         plain = written(transform, key)[row]
         assert np.array_equal(image, plain[::-1] if chosen[row] else plain)
+    turned = TrainTransform(16, crop="padded", crop_padding=3, quarter_turns=True)
+    turns = turned.turns(key)
+    assert {*turns} == {0, 1, 2, 3}
+    for row, image in enumerate(written(turned, key)):
+        assert np.array_equal(image, np.rot90(written(transform, key)[row], turns[row]))
     many = MicroBatchKey(0, np.arange(4000))
+    assert np.abs(np.bincount(turned.turns(many)) / 4000 - 0.25).max() < 0.03
     for probability in (0.1, 0.9):
         flipping = TrainTransform(16, flip=probability, vflip=probability)
         assert abs(flipping.flips(many).mean() - probability) < 0.03
@@ -134,6 +140,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wide padding, no flip": {"crop": "padded", "crop_padding": 9, "flip": False},
     "no crop": {"crop": "none"},
     "flipped both ways": {"crop": "padded", "flip": 0.8, "vflip": 0.6},
+    "turned": {"crop": "padded", "vflip": 0.5, "quarter_turns": True, "erase_prob": 0.7},
     "erased": {"crop": "padded", "erase_prob": 0.7, "erase_fill": (1, 2, 3)},
 }
 
