@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from hf_fasttrain.models.transformers_model import (
     current_names,
     download_error,
     published_weights,
+    takes_size,
 )
 from hf_fasttrain.models.weights import (
     architecture_of,
@@ -256,6 +258,8 @@ def _build_transformers(spec: ModelSpec, pretrained: bool | str, head: HeadChoic
             "model.args, such as {drop_path_rate: 0.1}"
         )
     classifier = build_classifier(spec, image_size=None if pretrained is True else spec.image_size)
+    if pretrained is True and not takes_size(classifier, spec.image_size):
+        classifier = build_classifier(spec, image_size=spec.image_size)  # position embeddings are resized to it
     if not pretrained:
         return classifier
     inner = classifier.model
@@ -302,7 +306,7 @@ def require_logits(model: nn.Module, spec: ModelSpec, key: str = "data.image_siz
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         raise ModelError(
             f"model {spec.name} can't take {spec.image_size} px colour images with model.args={spec.args}: "
-            f"{str(error).splitlines()[0]}; change {key} or model.args"
+            f"{str(error).splitlines()[0]}; change {key} or model.args{_other_sizes(model, spec)}"
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (1, spec.num_classes):
         returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -310,6 +314,14 @@ def require_logits(model: nn.Module, spec: ModelSpec, key: str = "data.image_siz
             f"model {spec.name} with model.args={spec.args} returns {returned} instead of "
             f"(1, {spec.num_classes}) logits"
         )
+
+
+def _other_sizes(model: nn.Module, spec: ModelSpec) -> str:
+    """Return how a model takes images of other sizes, "" if it can't, or that is not known."""
+    name = "dynamic_img_size"  # of timm: position embeddings are interpolated in each forward pass
+    if name in spec.args or name not in inspect.signature(type(model).__init__).parameters:
+        return ""
+    return f": {{{name}: true}} lets it take other multiples of its patch size"
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:

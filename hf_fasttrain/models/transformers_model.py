@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.models.head import WeightsSource, transformers_head_names
@@ -21,14 +23,46 @@ if TYPE_CHECKING:
 
 
 class TransformersClassifier(nn.Module):
-    """A transformers image classifier that maps `images` (B, 3, H, W) to `logits` (B, K), without its own loss."""
+    """A transformers image classifier that maps `images` (B, 3, H, W) to `logits` (B, K), without its own loss.
+
+    For images of another size than the model's, position embeddings are interpolated in each forward pass.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self._size = _image_size(model.config) if "interpolate_pos_encoding" in parameters else None
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(pixel_values=images).logits
+        if self._size in (None, images.shape[-1]):
+            return self.model(pixel_values=images).logits
+        return self.model(pixel_values=images, interpolate_pos_encoding=True).logits
+
+
+def _vision_config(config: Any) -> Any:
+    """Return the part of a configuration that has the image size; models of images and texts have one for each."""
+    return config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
+
+
+def _image_size(config: Any) -> int | None:
+    """Return the height and width of a model's images, None if they are not fixed, or differ."""
+    size = getattr(_vision_config(config), "image_size", None)
+    sides = {*size} if isinstance(size, list | tuple) else {size}
+    side = sides.pop()
+    return side if isinstance(side, int) and not sides else None
+
+
+def takes_size(classifier: TransformersClassifier, image_size: int) -> bool:
+    """Return whether a model takes images of a size without interpolated position embeddings."""
+    if image_size == _image_size(classifier.model.config):
+        return True
+    try:
+        with torch.no_grad():
+            classifier.model(pixel_values=torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
+        return False
+    return True
 
 
 def build_classifier(spec: ModelSpec, *, image_size: int | None = None) -> TransformersClassifier:
@@ -42,8 +76,9 @@ def build_classifier(spec: ModelSpec, *, image_size: int | None = None) -> Trans
     options: dict[str, Any] = {"num_labels": spec.num_classes, **labels, **spec.args}
     with _errors_of(spec):
         config, _ = _config(spec, _source_name(spec), **options)
-        if image_size and hasattr(config, "image_size") and "image_size" not in spec.args:
-            config.image_size = image_size
+        sized = _vision_config(config)
+        if image_size and hasattr(sized, "image_size") and "image_size" not in spec.args:
+            sized.image_size = image_size
         model = AutoModelForImageClassification.from_config(config, trust_remote_code=spec.trust_remote_code)
     return TransformersClassifier(model.float())
 

@@ -1,4 +1,4 @@
-"""The transforms: random crop, flips, turns, operations and erasing for training; resize and centre crop for evaluation.
+"""The transforms: random crop, flips, turns, operations, erasing for training; resize and centre crop for evaluation.
 
 Each image's randomness is a function of its key. RandAugment and other operations: operations.py; mixup and cutmix:
 loading/batch.py.
@@ -247,7 +247,7 @@ class TrainTransform:
 
 
 def _change(batch: np.ndarray, rows: np.ndarray, change: Callable[[Tensor], Tensor]) -> None:
-    """Flip or turn images of a batch (B, H, W, 3) in place: few at a time, so that copies stay in the processor's cache.
+    """Flip or turn images of a batch (B, H, W, 3) in place: few at a time, so that copies stay in the CPU's cache.
 
     By torch: numpy takes ten times as long to flip pixels of three bytes.
     """
