@@ -11,6 +11,7 @@ from typing import Any
 from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.from_recipe.accelerator import require_trackers
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
+from hf_fasttrain.models.lora import require_peft
 from hf_fasttrain.models.model import timm_name
 from hf_fasttrain.models.teacher import require_teacher
 from hf_fasttrain.models.weights import weights_file
@@ -66,6 +67,8 @@ def _checks(
             yield lambda: timm_name(model.name)
         if isinstance(model.pretrained, str) and not is_hub_url(location := model.pretrained):
             yield lambda: weights_file(location)
+    if recipe.lora is not None:
+        yield require_peft
     if (distill := recipe.distill) is not None:
         yield lambda: require_teacher(distill.teacher)
     if custom.optimizer is None:

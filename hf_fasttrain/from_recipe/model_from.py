@@ -16,11 +16,13 @@ from hf_fasttrain.from_recipe.value_range import resolve_value_range
 from hf_fasttrain.models.input_size import notes_on_size, seen_by_layers
 from hf_fasttrain.models.layers import freeze_untrained
 from hf_fasttrain.models.limits import limited_size
+from hf_fasttrain.models.lora import add_adapters
 from hf_fasttrain.models.model import (
     ModelSpec,
     Preprocessing,
     build_model,
     has_large_stem,
+    head_names,
     model_preprocessing,
     require_logits,
     spec_of_custom,
@@ -28,6 +30,7 @@ from hf_fasttrain.models.model import (
 )
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
+from hf_fasttrain.recipe.schema_transfer import LoraSection
 from hf_fasttrain.train.loss import describe_output, loss_input
 from hf_fasttrain.utils.errors import ModelError, RunError, first_line
 from hf_fasttrain.utils.qualified_name import qualified_name
@@ -153,6 +156,8 @@ def _preprocessing(model: nn.Module, spec: ModelSpec, settings: ResolvedSettings
 def _prepare(
     model: nn.Module, recipe: Recipe, device: torch.device, settings: ResolvedSettings, num_classes: int
 ) -> nn.Module:
+    if recipe.lora is not None:
+        _add_adapters(model, recipe.lora, recipe.data.image_size, num_classes, settings)
     if trained := freeze_untrained(model, recipe.model.trained, num_classes):
         settings.note(f"model.train: {settings.record('trained_parameters', trained)}")
     if recipe.model.gradient_checkpointing:
@@ -169,3 +174,17 @@ def _prepare(
     if recipe.accelerate.compile is True:
         model.compile(dynamic=False)
     return model
+
+
+def _add_adapters(
+    model: nn.Module, lora: LoraSection, image_size: int, num_classes: int, settings: ResolvedSettings
+) -> None:
+    """Add a recipe's adapters to a model, and record which layers have them."""
+    head = head_names(model, num_classes)
+    targets = None if lora.targets == "auto" else lora.targets
+    options: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
+    names = add_adapters(model, head, image_size, targets=targets, **options)
+    numbers = {grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) for grad in (True, False)}
+    share = numbers[True] / sum(numbers.values())
+    ends = targets or sorted({name.rpartition(".")[2] for name in names})
+    settings.record("lora.targets", ends, f"{len(names)} layers; with the head {share:.1%} of the weights are trained")

@@ -41,6 +41,7 @@ from hf_fasttrain.from_recipe.report_pictures import ReportPictures
 from hf_fasttrain.from_recipe.resume import decoding_as_begun, read_first_start, settings_of_run
 from hf_fasttrain.hub.background import Pusher, PushOptions
 from hf_fasttrain.hub.push import require_login
+from hf_fasttrain.models.lora import merged_model
 from hf_fasttrain.models.memory_forecast import WORKER_BYTES
 from hf_fasttrain.models.saved import save_description, save_model
 from hf_fasttrain.recipe.load import default_values, load_recipe, output_dir, recipe_text
@@ -183,7 +184,7 @@ def assemble(
     trainer.step.updater.clip = clip_of(parts)
     trainer.evaluation.start = min(num_steps, recipe.evaluate.start.to_steps(parts.sampling_plan.steps_per_epoch))
     trainer.final = decide(parts.settings, "checkpoint.final", early_stopping=stopping)
-    trainer.export = lambda model, path: save_model(model, spec, path)
+    trainer.export = lambda model, path: save_model(merged_model(model), spec, path)
     trainer.resume_settings = {
         **settings.result_settings(),
         **parts.custom.settings,

@@ -48,6 +48,10 @@ def _trained_part(recipe: Recipe) -> Iterator[Mistake]:
         )
     if model.trained != TrainPhases.parse("all") and not model.pretrained:
         yield key, "would freeze random weights; set model.pretrained to weights to start from"
+    if recipe.lora is not None and not model.pretrained:
+        yield "lora", "would adapt random weights; set model.pretrained to weights to start from"
+    if recipe.lora is not None and model.trained != TrainPhases.parse("all"):
+        yield key, "and lora exclude each other: lora trains its own part of the model; leave one of them out"
     if model.trained == head and recipe.optimizer.layer_decay is not None:
         yield "optimizer.layer_decay", f"has no effect with {_head_only(recipe)}; leave one of them out"
 

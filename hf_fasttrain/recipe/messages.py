@@ -34,6 +34,7 @@ MAIN_KEYS: dict[str, tuple[str, ...]] = {
     "ema": ("decay",),
     "early_stopping": ("patience", "metric"),
     "distill": ("teacher",),
+    "lora": ("rank", "targets"),
     "evaluate": ("every", "metrics"),
     "checkpoint": ("every",),
     "checkpoint.best": ("metric",),

@@ -2,8 +2,8 @@
 
 Every field has a tag: *result* (changes what is learned), *speed* (only speed and memory) or *output* (only what is
 measured, written and shown). `hf-fasttrain explain` and editors show the description and the examples. Files and
-overrides are read in load.py; the sections `augment`, `optimizer`, `schedule`, `ema` and `distill` are in
-schema_augment.py, schema_optimizer.py and schema_transfer.py.
+overrides are read in load.py; the sections `augment`, `optimizer`, `schedule`, `ema`, `distill` and `lora`
+are in schema_augment.py, schema_optimizer.py and schema_transfer.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_fasttrain.recipe.fields import (
 )
 from hf_fasttrain.recipe.schema_augment import AugmentSection
 from hf_fasttrain.recipe.schema_optimizer import EmaSection, OptimizerSection, ScheduleSection
-from hf_fasttrain.recipe.schema_transfer import DistillSection
+from hf_fasttrain.recipe.schema_transfer import DistillSection, LoraSection
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.train_phases import TrainPhases
 
@@ -358,6 +358,9 @@ class Recipe(Section):
     )
     distill: Annotated[DistillSection | None, OrOff] = result(
         None, "learn from a teacher's logits too: {teacher: runs/large, weight: 0.5, temperature: 2.0}"
+    )
+    lora: Annotated[LoraSection | None, OnOrOff] = result(
+        None, "train the head, and small matrices beside frozen layers (LoRA): {rank: 8, alpha: 16}"
     )
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.user_loader import NO_POSITION, UserLoader
+from hf_fasttrain.models.lora import adapter_state, load_merged, merged_state
 from hf_fasttrain.run_folder.checkpoint import Checkpoint
 from hf_fasttrain.train.batch_norm import averaged_statistics, running_statistics
 from hf_fasttrain.train.distributed import Processes
@@ -20,6 +21,7 @@ from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.private_apis import buffer_registry
 
 LOSS = "loss"  # file of a checkpoint with what the loss learns
+ADAPTERS = "_lora"  # end of the names of files with adapters
 
 
 @dataclass
@@ -128,10 +130,12 @@ class TrainingObjects:
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of the model, the moving average and the loss; called by all processes.
 
+        Adapters are merged, so that a checkpoint's model is an ordinary one, and stand beside it for resuming.
         Their batch-norm statistics are averaged over the processes; those in the processes' models do not change.
         """
         modules = self._modules.items()
-        weights = {name: {**m.state_dict(), **averaged_statistics(m, self.processes)} for name, m in modules}
+        weights = {name: {**merged_state(m), **averaged_statistics(m, self.processes)} for name, m in modules}
+        weights |= {name + ADAPTERS: state for name, m in modules if (state := adapter_state(m))}
         loss_weights = self.loss.weights() if self.loss is not None else {}
         return {**weights, LOSS: loss_weights} if loss_weights else weights
 
@@ -152,7 +156,7 @@ class TrainingObjects:
         """Load the weights, the moving average and the statistics of a checkpoint of this training."""
         with one_thread():
             for kind, module in self._modules.items():
-                module.load_state_dict(checkpoint.weights[kind])
+                load_merged(module, checkpoint.weights[kind], checkpoint.weights.get(kind + ADAPTERS, {}))
             if self.loss is not None:
                 self.loss.restore(checkpoint.weights.get(LOSS, {}))
             elif LOSS in checkpoint.weights:

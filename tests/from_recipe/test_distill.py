@@ -77,7 +77,7 @@ def fit(recipe: str, run: str, *overrides: str) -> None:
     make(Path(recipe), Path(run), *overrides).fit()
 
 
-def test_a_recipe_trains_as_a_step_loss_by_hand_in_micro_batches_and_in_two_processes(
+def test_a_recipe_trains_as_a_step_loss_by_hand_also_in_micro_batches_of_two_processes(
     teacher: Path, write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, distill = write_recipe(), f"distill={{teacher: {teacher}, weight: 0.8, temperature: 3}}"
@@ -92,10 +92,8 @@ def test_a_recipe_trains_as_a_step_loss_by_hand_in_micro_batches_and_in_two_proc
         name for path in complete_checkpoints(tmp_path / "one/checkpoints") for name in load_checkpoint(path).weights
     }
     assert files == {"model"}  # not the teacher
-    make(recipe, tmp_path / "split", *mean, distill, "accelerate.micro_batch_size=6").fit()
-    run_processes(fit, str(recipe), str(tmp_path / "two"), *mean, distill)
-    for run in ("split", "two"):
-        require_close(weights(tmp_path / run), weights(tmp_path / "hand"))
+    run_processes(fit, str(recipe), str(tmp_path / "two"), *mean, distill, "accelerate.micro_batch_size=6")
+    require_close(weights(tmp_path / "two"), weights(tmp_path / "hand"))
 
 
 def stop_before(trainer: Trainer, index: int) -> None:
@@ -111,18 +109,26 @@ def stop_before(trainer: Trainer, index: int) -> None:
         trainer.fit()
 
 
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run, which no test may change."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "small.yaml").write_text(RECIPE)
+    make(folder / "small.yaml", folder / "run", "ema=true", f"distill={{teacher: {teacher}}}").fit()
+    return folder / "run"
+
+
 def test_a_run_resumes_bitwise_with_the_same_teacher_only(
-    teacher: Path, write_recipe: Callable[..., Path], tmp_path: Path
+    finished: Path, teacher: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    recipe, ema = write_recipe(), ["ema=true", "model.args={drop_rate: 0.1}"]
-    make(recipe, tmp_path / "whole", *ema, f"distill={{teacher: {teacher}}}").fit()
+    recipe, ema = write_recipe(), ["ema=true"]
     stop_before(make(recipe, tmp_path / "cut", *ema, f"distill={{teacher: {teacher}}}"), 3)
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     moved = make(recipe, tmp_path / "cut", *ema, f"distill={{teacher: {other}}}", resume=True)
     assert moved.state.step == 2
     moved.fit()
-    for name, value in weights(tmp_path / "whole").items():
+    for name, value in weights(finished).items():
         assert torch.equal(weights(tmp_path / "cut")[name], value), name
     tensors = load_file(other / "model.safetensors")
     next(tensor for tensor in tensors.values() if tensor.is_floating_point()).add_(1e-3)
@@ -134,11 +140,9 @@ def test_a_run_resumes_bitwise_with_the_same_teacher_only(
 
 
 def test_memory_that_runs_out_in_the_teacher_is_retried(
-    teacher: Path, write_recipe: Callable[..., Path], tmp_path: Path
+    finished: Path, teacher: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    distill = f"distill={{teacher: {teacher}}}"
-    make(write_recipe(), tmp_path / "enough", distill).fit()
-    trainer = make(write_recipe(), tmp_path / "short", distill)
+    trainer = make(write_recipe(), tmp_path / "short", "ema=true", f"distill={{teacher: {teacher}}}")
 
     def look(module: nn.Module, args: tuple[Tensor]) -> None:
         if len(args[0]) > 8 and not torch.is_inference_mode_enabled():
@@ -147,7 +151,7 @@ def test_memory_that_runs_out_in_the_teacher_is_retried(
     step_loss: Any = trainer.step.accumulation.step_loss
     step_loss.teacher.model.register_forward_pre_hook(look)
     assert trainer.fit().micro_batch_size == 8
-    require_close(weights(tmp_path / "short"), weights(tmp_path / "enough"))
+    require_close(weights(tmp_path / "short"), weights(finished))
 
 
 def test_a_published_teacher_is_matched_by_the_names_of_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
