@@ -5,6 +5,9 @@
 plain        a typical script: timm, torchvision's ImageFolder, AdamW, one cycle, label smoothing
 hf_trainer   the same model and images with transformers.Trainer
 ours         `hf-fasttrain finetune` as shipped, with the same model, image size and images per step
+probe        `hf-fasttrain probe finetune`: features once, then logistic regression
+probe_views  the same with the features of four augmented views of each training image
+probe_first  `ours` with train.probe_first=true: the probe, then the training
 efficientnet `hf-fasttrain efficientnet` with the same number of epochs and images per step
 
 DIR is an image folder. Without a validation split, a stratified fifth of it is held out, the same for all sides. FILE
@@ -32,6 +35,14 @@ from typing import Any
 from memory import PeakMemory
 
 SIDES = ("plain", "hf_trainer", "ours")
+# Side -> command and recipe, overrides.
+OURS: dict[str, tuple[list[str], list[str]]] = {
+    "ours": (["finetune"], []),
+    "efficientnet": (["efficientnet"], []),
+    "probe": (["probe", "finetune"], []),
+    "probe_views": (["probe", "finetune"], ["probe.views=4"]),
+    "probe_first": (["finetune"], ["train.probe_first=true"]),
+}
 PEERS = Path(__file__).with_name("finetune_peers.py")
 EVERY_SECONDS = 1.0  # between two measurements of memory, which take 15 ms per GB
 
@@ -64,7 +75,7 @@ def command(side: str, folder: Path, seed: int, run: Path, args: argparse.Namesp
         options |= {"epochs": args.epochs, "threads": args.threads, "workers": args.workers}
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [sys.executable, str(PEERS), side, str(folder), *arguments]
-    recipe = {"ours": "finetune", "efficientnet": "efficientnet"}[side]
+    words, more = OURS[side]
     overrides = {
         "data.dataset": folder,
         "data.image_size": args.size,
@@ -77,7 +88,7 @@ def command(side: str, folder: Path, seed: int, run: Path, args: argparse.Namesp
         "output_dir": run,
     }
     arguments = [f"{key}={value}" for key, value in overrides.items()] + args.override
-    return [sys.executable, "-m", "hf_fasttrain", recipe, *arguments]
+    return [sys.executable, "-m", "hf_fasttrain", *words, *arguments, *more]
 
 
 def accuracy_of(side: str, run: Path, output: str) -> float:
@@ -181,7 +192,7 @@ def main() -> None:
     parser.add_argument("--model", default="tf_efficientnet_lite0")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--sides", nargs="+", choices=[*SIDES, "efficientnet"], default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=dict.fromkeys([*SIDES, *OURS]), default=list(SIDES))
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, help="epochs of all sides (default: as in the recipe)")

@@ -14,6 +14,7 @@ from hf_fasttrain.cli.evaluate import evaluate
 from hf_fasttrain.cli.explain import explain
 from hf_fasttrain.cli.export import export
 from hf_fasttrain.cli.predict import predict
+from hf_fasttrain.cli.probe import probe
 from hf_fasttrain.cli.push import push
 from hf_fasttrain.cli.recipes import copy_recipe, list_recipes
 from hf_fasttrain.cli.report import report
@@ -24,7 +25,7 @@ from hf_fasttrain.cli.version import common_options
 from hf_fasttrain.recipe.find import shipped_recipes
 from hf_fasttrain.utils.errors import UserError, nearest
 
-COMMANDS = (train, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema)
+COMMANDS = (train, probe, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema)
 
 app = typer.Typer(
     add_completion=False,
@@ -60,6 +61,9 @@ OTHER_COMMANDS = {
     "validate": "Did you mean 'check' (of a recipe) or 'evaluate' (of a run)?",
     "infer": "Did you mean 'predict'?",
     "inference": "Did you mean 'predict'?",
+    "knn": "Did you mean 'probe'?",
+    "linear": "Did you mean 'probe'?",
+    "features": "Did you mean 'probe'?",
     "upload": "Did you mean 'push'?",
     "profile": "Did you mean 'doctor'?",
     "help": "`hf-fasttrain --help` lists the commands.",

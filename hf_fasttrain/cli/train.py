@@ -48,13 +48,13 @@ def train(
         started = f"{format_count(trainer.num_steps, 'step')} on {trainer.device}, run folder {folder}"
         trainer.log.print(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
     try:
-        with _memory_limit(trainer):
+        with memory_limit(trainer):
             result = trainer.fit()
     except Stopped as stopped:
         ignore_signals(stopped.status)
-        _end_trackers(trainer)
+        end_trackers(trainer)
         sys.exit(stopped.status)
-    _end_trackers(trainer)
+    end_trackers(trainer)
     if result.not_written:
         steps = trainer.state.step, _final_step(trainer)
         trainer.log.print(describe_missing(folder, result.not_written, *steps, report=trainer.report))
@@ -81,7 +81,7 @@ def _print_finished(trainer: Trainer, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _memory_limit(trainer: Trainer) -> Iterator[None]:
+def memory_limit(trainer: Trainer) -> Iterator[None]:
     """Limit training on a CPU to the memory that is free now: too large an allocation fails instead of a kill.
 
     Raises NotEnoughMemory if memory runs out where no step can be retried, as in a checkpoint's copy.
@@ -107,7 +107,7 @@ def _memory_limit(trainer: Trainer) -> Iterator[None]:
         ) from None
 
 
-def _end_trackers(trainer: Trainer) -> None:
+def end_trackers(trainer: Trainer) -> None:
     """End the trackers; the other processes wait for the main one, which has also written the report and uploaded."""
     for tracker in trainer.accelerator.trackers:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan, process_share
 from hf_fasttrain.data.pixels.augment import EvalTransform, Growth, NormalFill, TrainTransform
-from hf_fasttrain.data.pixels.bad_images import BadImages
+from hf_fasttrain.data.pixels.bad_images import BadImages, Event
 from hf_fasttrain.data.pixels.custom_transform import CustomTransform
 from hf_fasttrain.data.pixels.images import Images
 from hf_fasttrain.data.pixels.operations import Operations
@@ -239,6 +239,18 @@ class Loaders:
         )
         prefetcher = self._prefetcher(split, preparation, plan, None, rows)
         return EvalLoader(prefetcher, len(split), batch_size, self.normalize, processes, index, name=split.name)
+
+    def pass_over(
+        self, split: Split, report: Callable[[Event, int], None], *, augmented: bool, steps_per_epoch: int
+    ) -> Prefetcher:
+        """Return the loader of one pass over a split, as evaluated or `augmented`; its pixels are not kept."""
+        preparation = eval_preparation(self.pre, self.recipe.data.decoder)
+        transform = None
+        if augmented:
+            preparation = train_preparation(self.recipe, self.pre)
+            transform = build_transform(self.recipe, self.pre, steps_per_epoch, self.custom, split)
+        images = ImageBatches(Images(split, preparation), transform)
+        return Prefetcher(images, self.device, workers=self.workers, pin_memory=self.pinned, report=report)
 
     def _prefetcher(
         self,

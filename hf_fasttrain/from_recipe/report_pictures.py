@@ -47,8 +47,9 @@ class ReportPictures:
         pixels: dict[str, np.ndarray] = {}
         gallery = Gallery(self.source.class_names)
         try:
-            step, training = self.training(num_steps, pixels)
-            gallery = replace(gallery, training=training, training_step=step)
+            if num_steps:
+                step, training = self.training(num_steps, pixels)
+                gallery = replace(gallery, training=training, training_step=step)
         except UserError as error:
             log(f"note: the report has no training images: {error}")
         try:

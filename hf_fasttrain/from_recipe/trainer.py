@@ -37,6 +37,7 @@ from hf_fasttrain.from_recipe.optimization import (
     schedule_of,
 )
 from hf_fasttrain.from_recipe.parts import Parts, build_parts
+from hf_fasttrain.from_recipe.probe import HeadProbe
 from hf_fasttrain.from_recipe.report_pictures import ReportPictures
 from hf_fasttrain.from_recipe.resume import decoding_as_begun, read_first_start, settings_of_run
 from hf_fasttrain.hub.background import Pusher, PushOptions
@@ -151,7 +152,7 @@ def assemble(
     bad_images = BadImages(folder, recipe.data.max_bad_fraction, log.note)
     loaders = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
     is_evaluated = recipe.evaluate.every != "never"
-    eval_batch = _eval_batch_size(parts, loaders.workers) if is_evaluated else 0
+    eval_batch = _eval_batch_size(parts, loaders.workers) if is_evaluated or recipe.train.probe_first else 0
     evaluations = _num_evaluations(recipe, num_steps, parts.sampling_plan.steps_per_epoch)
     trainer = trainer_class(
         model=parts.model,
@@ -192,6 +193,8 @@ def assemble(
         "data set": data_set,
         "class_names": spec.class_names,
     }
+    if recipe.train.probe_first:
+        trainer.probe = HeadProbe(parts, loaders, eval_batch)
     if source.test is not None:
         trainer.evaluation.test_loader = loaders.eval_loader(source.test, eval_batch)
     if trainer.checkpoints is not None:

@@ -124,6 +124,8 @@ def _train(recipe: Recipe) -> Iterator[Mistake]:
             "accelerate.micro_batch_size",
             "and accelerate.gradient_accumulation_steps set the same thing; leave one of them out",
         )
+    if train.probe_first and recipe.model.head == "keep":
+        yield "train.probe_first", "replaces the head, and model.head=keep keeps it; leave one of them out"
     if accumulation != "auto" and accumulation > train.batch_size:
         yield (
             "accelerate.gradient_accumulation_steps",
@@ -271,11 +273,13 @@ def without_effect(recipe: Recipe) -> list[str]:
         "data.cache_gb": recipe.data.cache in ("memory", "disk", "auto"),
         "optimizer.backbone_lr_scale": recipe.model.trained != TrainPhases.parse("head"),
         "optimizer.momentum": not recipe.optimizer.name.startswith("adam"),
+        **{f"probe.{key}": recipe.train.probe_first for key in ("views", "strength", "neighbors")},
     }
     origins = recipe.source.origins
     rivals = {"schedule": f"schedule.name={schedule}", "augment": f"augment.crop={crop}"}
     rivals["optimizer"] = f"optimizer.name={recipe.optimizer.name}"
     rivals["data"] = f"data.cache={recipe.data.cache}"
+    rivals["probe"] = "train.probe_first=false"
     partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
     partners["optimizer.backbone_lr_scale"] = f"{_head_only(recipe)}: only the head is trained"
     mixing = ("augment.mixup_prob", "augment.mixup_until", "augment.mixup_mode")

@@ -32,6 +32,7 @@ from hf_fasttrain.recipe.fields import (
 )
 from hf_fasttrain.recipe.schema_augment import AugmentSection
 from hf_fasttrain.recipe.schema_optimizer import EmaSection, OptimizerSection, ScheduleSection
+from hf_fasttrain.recipe.schema_probe import ProbeSection
 from hf_fasttrain.recipe.schema_transfer import DistillSection, LoraSection
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.train_phases import TrainPhases
@@ -212,6 +213,9 @@ class TrainSection(Section):
         examples=[10000],
     )
     drop_last: bool = result(False, "skip the last step of an epoch if it is short")
+    probe_first: bool = result(
+        False, "before the first step, fit the head to features of all training images, computed once: see probe"
+    )
     sampling: Literal["balanced", "sqrt"] | None = result(
         None,
         "draw images with replacement; balanced: all classes equally often, sqrt: each class in proportion to the "
@@ -347,6 +351,7 @@ class Recipe(Section):
     data: DataSection
     augment: AugmentSection = AugmentSection()
     train: TrainSection
+    probe: ProbeSection = ProbeSection()
     accelerate: AccelerateSection = AccelerateSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()

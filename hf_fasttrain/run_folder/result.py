@@ -117,6 +117,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     own_metrics: list[str] = field(default_factory=list)  # names of metrics that functions of the user's compute
     predict: str | None = None  # name of the user's function that gives the logits, if there is one
+    probe: dict[str, Any] | None = None  # how the head was fitted before the first step, see `ProbeResult`
 
 
 def metric_name(metric: str) -> str:

@@ -161,6 +161,7 @@ class ResultFile(_Part):
     notes: list[Text] | None = None
     own_metrics: list[Name] | None = None
     predict: Name | None = None
+    probe: dict[Name, Any] | None = None
 
 
 class ConfigFile(_Part):
@@ -289,7 +290,7 @@ class TuningFile(_Part):
 
 
 class CacheFile(_Part):
-    """about.json of a cache of pixels."""
+    """about.json of a cache of pixels, or of features."""
 
     class CenterPart(_Part):
         """How images are cut to the size of evaluation."""
@@ -305,6 +306,7 @@ class CacheFile(_Part):
     center: CenterPart | None = None
     short_side: Count | None = None
     stored_quality: Count | None = None
+    features: Name | None = None  # the model's name
 
 
 class SettingPart(_Part):

@@ -76,6 +76,7 @@ class Trial:
         parts = build_parts(recipe, presets=None if options.stored_tuning else Presets())
         kind = Trainer if options.gradient_to is None else _GradientWriter
         self.trainer = assemble(parts, None, kind, callbacks=[self])
+        self.trainer.probe = None  # steps are measured, whatever the head
         self.trainer.retry.is_on = False  # that micro-batches do not fit is a result
         self.turn: Turn | None = None
         self._is_started = False  # whether the clock of the turn runs

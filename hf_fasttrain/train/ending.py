@@ -154,4 +154,5 @@ def result_of(trainer: Trainer) -> Result:
         versions=describe_versions(),
         notes=trainer.log.notes,
         **trainer.evaluation.evaluator.user_function_names(),
+        probe=asdict(trainer.probe.result) if trainer.probe is not None and trainer.probe.result else None,
     )

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_fasttrain.data.loading.loader import EvalLoader, TrainLoader
 from hf_fasttrain.data.loading.user_loader import UserEvalLoader, UserLoader
@@ -24,6 +24,15 @@ from hf_fasttrain.utils.signals import SIGNALS
 
 if TYPE_CHECKING:
     from hf_fasttrain.train.trainer import Trainer
+
+
+class Probe(Protocol):
+    """Fits the head before the first step; `result` is what result.json says of it."""
+
+    result: Any
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Fit the head; called by all processes. Raises Stopped after a signal."""
 
 
 class Session:
@@ -55,6 +64,9 @@ class Session:
                 with ExitStack() as self._resources:
                     self._open(self._resources)
                     with self._cut_short():
+                        if self.trainer.probe is not None and start_step == 0:
+                            with self.trainer.throughput.stopped():
+                                self.trainer.probe(self.trainer)
                         yield
                     last_signal = signals.received if self.is_open else 0
             except BaseException as error:

@@ -38,7 +38,7 @@ from hf_fasttrain.train.progress import Progress
 from hf_fasttrain.train.resume import continue_after_finish, load_best, restore
 from hf_fasttrain.train.retry import Retry
 from hf_fasttrain.train.schedule import Schedule, constant
-from hf_fasttrain.train.session import Session
+from hf_fasttrain.train.session import Probe, Session
 from hf_fasttrain.train.step import TrainStep
 from hf_fasttrain.train.step_loss import LossOfLogits, StepLoss
 from hf_fasttrain.train.steps import Steps
@@ -153,6 +153,7 @@ class Trainer:
             self, optimizer, step_loss or loss, clip_norm
         )  # a resumed run has the same
         self.bad_images: BadImages | None = None
+        self.probe: Probe | None = None
         self.reserved_memory = 0  # bytes of this machine's memory that the loaders will need
 
     @classmethod

@@ -1,9 +1,9 @@
 """The cache of decoded pixels: one file of pixels and one index, filled and read by any number of processes.
 
-The index entry of a row is written after its pixels. It has a checksum over the pixels, their offset, the row and the
-stamp of the source image. An entry with a wrong checksum counts as missing, be it from a process killed half-way, a
-full disk, a power cut or a changed file. So nothing ever needs repair, and no lock is held while pixels are written;
-only reserving space in the file is locked.
+It can hold features of images instead of pixels. The index entry of a row is written after its pixels. It has a
+checksum over the pixels, their offset, the row and the stamp of the source image. An entry with a wrong checksum counts
+as missing, be it from a process killed half-way, a full disk, a power cut or a changed file. So nothing ever needs
+repair, and no lock is held while pixels are written; only reserving space in the file is locked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INDEX_FILE, PIXELS_FILE = "index", "pixels"
 ENTRY = np.dtype(
     [("offset", "<u8"), ("check", "<u8"), ("length", "<u4"), ("height", "<u2"), ("width", "<u2"), ("form", "<u8")]
 )
-RAW, JPEG = 1, 2
+RAW, JPEG, FEATURES = 1, 2, 3
 ON_DISK = fcntl is not None and hasattr(os, "pread")  # supported by this operating system
 IN_MEMORY = ON_DISK and hasattr(os, "memfd_create")
 Stamp = tuple[int, int, int]
@@ -53,6 +53,40 @@ class StoredPixels:
     stamp: Stamp
     pixels: Pixels
     jpeg: bytes | None = None  # the encoded form, if the cache stores JPEGs
+
+    @property
+    def form(self) -> int:
+        """RAW or JPEG."""
+        return RAW if self.jpeg is None else JPEG
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    def content(self) -> bytes:
+        """Return the bytes to be written."""
+        return self.pixels.tobytes() if self.jpeg is None else self.jpeg
+
+
+@dataclass
+class StoredFeatures:
+    """Features of an image to be written to a cache of features."""
+
+    row: int
+    stamp: Stamp
+    features: np.ndarray  # (V, C) float32: C features of each of V views
+
+    form = FEATURES
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, C)."""
+        return self.features.shape[0], self.features.shape[1]
+
+    def content(self) -> bytes:
+        """Return the bytes to be written."""
+        return self.features.astype("<f4").tobytes()
 
 
 class PixelCache:
@@ -93,8 +127,11 @@ class PixelCache:
             self._verified = np.zeros(self.num_rows, np.uint64)  # (N,) checksums that this process has verified
         return self._files
 
-    def read(self, rows: np.ndarray, stamp_of: Callable[[int], Stamp]) -> Iterator[Pixels | None]:
-        """Yield the pixels (H, W, 3) of each row, None if not cached; `stamp_of` returns the stamp of a row."""
+    def read(self, rows: np.ndarray, stamp_of: Callable[[int], Stamp]) -> Iterator[np.ndarray | None]:
+        """Yield the pixels (H, W, 3) or features (V, C) of each row, None if not cached.
+
+        `stamp_of` returns the stamp of a row.
+        """
         try:
             pixels_file = self._open()[1]
         except (OSError, ValueError) as error:  # deleted or truncated before this process opened it
@@ -119,10 +156,10 @@ class PixelCache:
                     yield None
                     continue
                 self._verified[row] = check
-            yield np.frombuffer(data, np.uint8).reshape(height, width, 3) if form == RAW else decode(data)
+            yield _decoded(data, form, height, width)
 
-    def add(self, items: Sequence[StoredPixels]) -> None:
-        """Write pixels to the cache until the budget is used up."""
+    def add(self, items: Sequence[StoredPixels | StoredFeatures]) -> None:
+        """Write pixels or features to the cache until the budget is used up."""
         if self.problem is not None or not items:
             return
         try:
@@ -130,21 +167,20 @@ class PixelCache:
         except OSError as error:
             self.problem = f"can't write to it: {error.strerror}"
 
-    def _add(self, items: Sequence[StoredPixels]) -> None:
+    def _add(self, items: Sequence[StoredPixels | StoredFeatures]) -> None:
         index_file, pixels_file = self._open()
-        data = [item.pixels.tobytes() if item.jpeg is None else item.jpeg for item in items]
+        data = [item.content() for item in items]
         offset, room = self._reserve(index_file, sum(map(len, data)))
         for item, content in zip(items, data, strict=True):
-            height, width = item.pixels.shape[:2]
+            height, width = item.shape
             if len(content) > room:
                 self.problem = f"its {format_bytes(self.budget)} are used up (data.cache_gb, hf-fasttrain cache clean)"
                 return
             if height > 0xFFFF or width > 0xFFFF:
                 continue
             _write(pixels_file, content, offset)
-            form = RAW if item.jpeg is None else JPEG
-            check = checksum(content, item.row, offset, form, height, width, item.stamp)
-            entry = np.array([(offset, check, len(content), height, width, form)], ENTRY)
+            check = checksum(content, item.row, offset, item.form, height, width, item.stamp)
+            entry = np.array([(offset, check, len(content), height, width, item.form)], ENTRY)
             _write(index_file, entry.tobytes(), HEADER_BYTES + item.row * ENTRY.itemsize)
             offset, room = offset + len(content), room - len(content)
 
@@ -165,6 +201,13 @@ def checksum(data: bytes, row: int, offset: int, form: int, height: int, width: 
     """Return a 64-bit checksum over pixels and the fields of their index entry."""
     seed = xxhash.xxh3_64_intdigest(np.array([row, offset, form, height, width, *stamp], np.int64).tobytes())
     return xxhash.xxh3_64_intdigest(data, seed)
+
+
+def _decoded(data: bytes, form: int, height: int, width: int) -> np.ndarray:
+    """Return what an entry of the cache holds."""
+    if form == FEATURES:
+        return np.frombuffer(data, "<f4").reshape(height, width)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3) if form == RAW else decode(data)
 
 
 def _pread(file: int, length: int, offset: int) -> bytes:
@@ -303,12 +346,18 @@ class CacheEntry:
 
     @property
     def settings(self) -> str:
-        """How the images were prepared, in a few words."""
+        """How the images were prepared, and of which model these are the features, in a few words."""
         center = self.about.get("center") or {}
         cut = f"{center.get('crop_mode')} cut to {center.get('image_size')} px" if center else None
         short = self.about.get("short_side")
         quality = self.about.get("stored_quality")
-        parts = (f"short side {short}" if short else None, cut, f"JPEG quality {quality}" if quality else None)
+        features = f"features of {self.about['features']}" if self.about.get("features") else None
+        parts = (
+            features,
+            f"short side {short}" if short else None,
+            cut,
+            f"JPEG quality {quality}" if quality else None,
+        )
         return ", ".join(part for part in parts if part) or "whole images"
 
     @property

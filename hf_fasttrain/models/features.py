@@ -1,0 +1,130 @@
+"""What a classifier's head is given for an image, its features, and heads of given weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from hf_fasttrain.models.head import output_layers
+from hf_fasttrain.models.model import head_names
+from hf_fasttrain.utils.errors import ModelError
+
+TOLERANCE = 1e-3  # of the largest logit, in fp32, between a head's logits and those of its weights
+
+
+class LinearHead(NamedTuple):
+    """A linear classifier of features: logits are features @ weight.T + bias."""
+
+    weight: np.ndarray  # (K, C) float32
+    bias: np.ndarray  # (K,) float32
+
+
+class Head:
+    """The layers that compute a model's logits. Raises ModelError if they are not linear, or are not found."""
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        self.model, self.num_classes = model, num_classes
+        self.names = output_layers(model, head_names(model, num_classes), num_classes)
+        self.layers: list[Any] = [model.get_submodule(name) for name in self.names]
+        if not self.layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in self.layers):
+            raise ModelError(
+                f"features: {type(model).__name__} has no linear layer with {num_classes} outputs at its end; train "
+                "it without train.probe_first"
+            )
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layers add a bias."""
+        return all(layer.bias is not None for layer in self.layers)
+
+    @property
+    def num_features(self) -> int:
+        """Number of features of an image, C."""
+        return sum(layer.weight[0].numel() for layer in self.layers)
+
+    @contextmanager
+    def captured(self) -> Iterator[Callable[[int], Tensor]]:
+        """Capture the features of the forward passes within the block.
+
+        The function that is yielded returns those of the last `number` images, (number, C) float32, and forgets the
+        others: a pass that failed has left some.
+        """
+        inputs: list[list[Tensor]] = [[] for _ in self.layers]
+
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[[layer is each for each in self.layers].index(True)].append(args[0].detach())
+
+        def take(number: int) -> Tensor:
+            parts = [
+                torch.cat(self._vectors(layer, each))[-number:] for layer, each in zip(self.layers, inputs, strict=True)
+            ]
+            for each in inputs:
+                each.clear()
+            return torch.cat(parts, dim=1)
+
+        handles = [layer.register_forward_pre_hook(hook) for layer in self.layers]
+        try:
+            yield take
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _vectors(self, layer: Any, given: list[Tensor]) -> list[Tensor]:
+        """Return what a layer was given as vectors (B, C). Raises ModelError if it sees several for an image."""
+        vectors = [part.flatten(1).float() for part in given]
+        if not vectors or vectors[-1].shape[1] != layer.weight[0].numel():
+            shape = tuple(given[-1].shape[1:]) if given else "nothing"
+            raise ModelError(
+                f"features: the last layer of {type(self.model).__name__} is given {shape} of an image instead of one "
+                "vector; train it without train.probe_first"
+            )
+        return vectors
+
+    @torch.no_grad()
+    def set(self, head: LinearHead, *, scale: float = 1.0) -> None:
+        """Set the layers' weights. Two layers, whose logits the model averages or adds, share the features."""
+        widths = [layer.weight[0].numel() for layer in self.layers]
+        parts = torch.from_numpy(head.weight).split(widths, dim=1)
+        for layer, weight in zip(self.layers, parts, strict=True):
+            layer.weight.copy_(scale * weight.reshape(layer.weight.shape))
+            if layer.bias is not None:
+                layer.bias.copy_(torch.from_numpy(head.bias) * scale / len(self.layers))
+
+    @torch.no_grad()
+    def set_exactly(self, head: LinearHead, images: Tensor) -> None:
+        """Set the layers' weights so that the model's logits are those of `head`, which `images` (B, 3, H, W) show.
+
+        The model is in evaluation mode. Raises ModelError if it changes the logits of its last layer in another way
+        than by a factor.
+        """
+        for scale in dict.fromkeys((1.0, float(len(self.layers)))):
+            self.set(head, scale=scale)
+            with self.captured() as features_of:
+                logits = self.model.forward(images)
+                features = features_of(len(images)).double().cpu()
+            expected = features @ torch.from_numpy(head.weight).double().T + torch.from_numpy(head.bias).double()
+            error = (logits.double().cpu() - expected).abs().max()
+            if error <= TOLERANCE * max(1.0, float(expected.abs().max())):
+                return
+        raise ModelError(
+            f"features: {type(self.model).__name__} changes the logits of its last layer ({', '.join(self.names)}) by "
+            f"up to {float(error):.2g}, so it can't hold a linear classifier; train it without train.probe_first"
+        )
+
+
+def backbone_digest(model: nn.Module, head_layers: Sequence[str]) -> str:
+    """Return a checksum of a model's weights and buffers without those of its head's layers."""
+    hashed = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.rpartition(".")[0] in head_layers:
+            continue
+        values = tensor.detach().to("cpu").contiguous()
+        hashed.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        hashed.update(values.view(-1).view(torch.uint8).numpy() if values.numel() else b"")
+    return hashed.hexdigest()
