@@ -146,7 +146,7 @@ class Workspace:
         for run, recipe in TRAINED.items():
             if run in command and not (self.folder / run).exists():
                 self.run(f"hf-fasttrain {recipe}")
-        if arguments[0] == "train" and "--resume" not in arguments:
+        if arguments[0] in ("train", "probe") and "--resume" not in arguments:
             recipe = load_recipe(arguments[1], [text for text in arguments[2:] if "=" in text])
             shutil.rmtree(output_dir(recipe), ignore_errors=True)
 
@@ -162,8 +162,10 @@ def call(arguments: list[str]) -> None:
 def small(arguments: list[str]) -> list[str]:
     """Return a command with small settings."""
     command = arguments[0]
-    if command not in ("train", "check", "doctor", "tune", "ablate"):
+    if command not in ("train", "probe", "check", "doctor", "tune", "ablate"):
         return arguments
+    if "--models" in arguments:
+        arguments[arguments.index("--models") + 1] = "test_resnet,test_vit"
     kept = [text for text in arguments if text.split("=")[0] not in SMALL]
     resumed = "--resume" in arguments and any(text.startswith("train.duration=") for text in arguments)
     settings = {**SMALL, "train.duration": "4 steps"} if resumed else SMALL

@@ -28,6 +28,7 @@ MAIN_KEYS: dict[str, tuple[str, ...]] = {
     "augment.progressive": ("start_size",),
     "train": ("duration",),
     "train.bce": ("target_threshold",),
+    "probe": ("views", "strength"),
     "accelerate": ("mixed_precision",),
     "optimizer": ("lr", "name"),
     "schedule": ("name",),

@@ -1,7 +1,7 @@
 """What the files of a run folder hold, as they are read back.
 
-Such a file may be damaged, of an older version, or made by a stranger: what is used has a type and a bound, and only
-what every version wrote is required. Unknown keys are ignored where they can't change what the file means.
+Such a file may be damaged, old, or a stranger's: what is used has a type and a bound, and only what every version wrote
+is required. Unknown keys are ignored where they can't change what the file means.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ class TuningFile(_Part):
 
 
 class CacheFile(_Part):
-    """about.json of a cache of pixels, or of features."""
+    """about.json of a cache of pixels, or of a model's features."""
 
     class CenterPart(_Part):
         """How images are cut to the size of evaluation."""
@@ -306,7 +306,7 @@ class CacheFile(_Part):
     center: CenterPart | None = None
     short_side: Count | None = None
     stored_quality: Count | None = None
-    features: Name | None = None  # the model's name
+    features: Name | None = None
 
 
 class SettingPart(_Part):
@@ -320,7 +320,7 @@ class SettingPart(_Part):
 
 
 class RecipePart(_Part):
-    """What a model card needs of a run's recipe; it is not checked as one: another version may have written it."""
+    """What a model card needs of a run's recipe, which another version may have written."""
 
     class ModelPart(_Part):
         """The section `model`."""
@@ -402,10 +402,9 @@ def read_recipe_file(path: Path) -> tuple[str, dict[str, Any]]:
 def read_if_sound(path: Path, schema: type[_Part]) -> dict[str, Any]:
     """Return the object of a JSON file; an empty dict if the file is missing, damaged or not of the schema."""
     try:
-        values: dict[str, Any] = require(schema, read_object(path))
+        return dict(require(schema, read_object(path)))
     except (OSError, ValueError):
         return {}
-    return values
 
 
 def read_settings_file(path: Path) -> dict[str, dict[str, Any]]:
