@@ -279,4 +279,4 @@ def test_mutated_recipes_are_valid_or_one_message(tmp_path: Path, capsys: pytest
     counts = fuzz(7, range(25), fuzz_recipes.prepare, fuzz_recipes.case, tmp_path)
     assert capsys.readouterr().out == ""
     assert counts["check: status 2"] > 10
-    assert counts["check: status 0"] > 1
+    assert counts["check: status 0"] >= 1
