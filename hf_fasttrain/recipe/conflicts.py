@@ -72,7 +72,7 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
         values = getattr(data, key)
         if values != "auto" and len(values) not in (1, 3):
             yield f"data.{key}", f"has {len(values)} numbers; give 3 (red, green, blue) or 1 for all"
-        if values != "auto" and max(map(abs, values)) > 1e6:
+        if values != "auto" and max(map(abs, values), default=0) > 1e6:
             yield f"data.{key}", f"is {values}; of 0-1 pixels it is about 0.5, and at most 1e6"
     levels = data.value_range
     if levels != "auto" and (len(levels) != 2 or levels[0] >= levels[1]):

@@ -158,6 +158,7 @@ WRONG_RECIPES: dict[str, tuple[str, list[str], str]] = {
     "crop scale above 1": (RECIPE, ["augment.crop_scale=[0.5, 2]"], "share of the image's area; at most 1"),
     "same split": (RECIPE, ["data.train_split=a", "data.eval_split=a"], "is 'a', as data.train_split is"),
     "two means": (RECIPE, ["data.mean=[0.5, 0.5]"], "data.mean has 2 numbers; give 3"),
+    "no means": (RECIPE, ["data.mean=[]"], "data.mean has 0 numbers; give 3"),
     "no spread": (RECIPE, ["data.std=[0]"], "data.std must be above 0"),
     "stem of published weights": (
         RECIPE,
