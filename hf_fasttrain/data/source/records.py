@@ -17,6 +17,7 @@ Record = dict[str, Any]  # {"bytes": memoryview | None, "path": str | None}, as 
 
 Stamp = tuple[int, int, int]
 SAMPLED = 16  # paths that are looked for
+MAX_CHUNKS = 2000  # of an Arrow column whose buffers are kept open
 
 
 class ImageRecords(Protocol):
@@ -43,7 +44,9 @@ class Records:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._chunks: list[_Chunk] | None = None  # opened on first use, in the process that reads
+        self._column: Any = None  # opened on first use, in the process that reads
+        self._numbers = np.zeros(0, np.int64)  # of the chunks that have rows
+        self._chunks: dict[int, _Chunk] = {}  # those that were read last, by number
         self._starts = np.zeros(0, np.int64)
         self._indices: np.ndarray | None = None
 
@@ -58,13 +61,21 @@ class Records:
 
     def __getitem__(self, row: int) -> Record:
         """Return the record of a row."""
-        if self._chunks is None:
+        if self._column is None:
             self._open()
-        assert self._chunks is not None
         if self._indices is not None:
             row = int(self._indices[row])
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._chunks[number].record(row - int(self._starts[number]))
+        position = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._chunk(int(self._numbers[position])).record(row - int(self._starts[position]))
+
+    def _chunk(self, number: int) -> _Chunk:
+        """Return a chunk of the column. Few are kept: `datasets` makes one of every 100 rows, of 4 kB each."""
+        found = self._chunks.get(number)
+        if found is None:
+            if len(self._chunks) >= MAX_CHUNKS:
+                del self._chunks[next(iter(self._chunks))]
+            found = self._chunks[number] = _Chunk(self._column.chunk(number))
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -79,13 +90,13 @@ class Records:
         return _stamp(record["path"])
 
     def _open(self) -> None:
-        column = self.dataset.data.column("image")
+        column = self._column = self.dataset.data.column("image")
         # A dataset that was filtered, shuffled or selected from has an index into its table.
         indices = dataset_indices(self.dataset)
         self._indices = None if indices is None else indices.column(0).to_numpy()
-        filled = [chunk for chunk in column.chunks if len(chunk)]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in filled)])[:-1]
-        self._chunks = [_Chunk(chunk) for chunk in filled]
+        lengths = np.array([len(chunk) for chunk in column.chunks], np.int64)
+        self._numbers = np.flatnonzero(lengths)
+        self._starts = np.cumsum([0, *lengths[self._numbers]])[:-1]
 
 
 def _stamp(path: Any) -> Stamp:
