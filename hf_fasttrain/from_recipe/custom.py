@@ -7,6 +7,7 @@ import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
@@ -90,9 +91,12 @@ class CustomParts:
         if self.sample_weights is not None and not callable(self.sample_weights):
             _as_numbers(self.sample_weights)
 
-    @property
+    @cached_property
     def names(self) -> dict[str, str]:
-        """Part -> name under which a run records it, for the parts that were passed."""
+        """Part -> name under which a run records it, for the parts that were passed.
+
+        They are kept: a model is changed in place before it is trained, by adapters (LoRA) for instance.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {part: name_of(value) for part, value in values.items() if value is not None}
 

@@ -109,6 +109,18 @@ def test_a_run_resumes_bitwise(
         assert torch.equal(trainer.raw_model.state_dict()[name], value), name
 
 
+def test_a_run_of_the_users_model_resumes(pretrained: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    def start(resume: bool) -> Trainer:
+        model = timm.create_model(f"local-dir:{pretrained / 'test_vit'}", pretrained=True)
+        return make(write_recipe(), pretrained, tmp_path / "run", model=model, resume=resume)
+
+    stop_before(start(resume=False), 3)
+    trainer = start(resume=True)
+    assert trainer.state.step == 2
+    assert trainer.fit().steps == 5
+    assert weights(tmp_path / "run").keys() == weights_of(pretrained / "test_vit").keys()
+
+
 def fit(recipe: str, pretrained: str, run: str, *overrides: str) -> None:
     make(Path(recipe), Path(pretrained), Path(run), *overrides).fit()
 
