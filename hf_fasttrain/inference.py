@@ -17,6 +17,7 @@ from hf_fasttrain.data.source.dataset import Split, note_on_test_split
 from hf_fasttrain.data.source.evaluation_split import EvaluationSplit, load_evaluation_split, with_model_classes
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.data.source.image_files import TRAIN_NAMES
+from hf_fasttrain.data.source.label_table_columns import TableKeys
 from hf_fasttrain.from_recipe.accelerator import build_accelerator, use_cudnn_benchmark
 from hf_fasttrain.from_recipe.auto import resolve_machine
 from hf_fasttrain.from_recipe.loaders import Loaders
@@ -250,6 +251,9 @@ def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Evaluati
             )
     same_name = not overridden("dataset")
     split = data.eval_split if overridden("eval_split") else split
+    columns = [getattr(data, f"{kind}_column") for kind in ("image", "label", "split") if overridden(f"{kind}_column")]
+    required = [name for value in columns for name in ([value] if isinstance(value, str) else value or ())]
+    root = data.image_root if same_name or overridden("image_root") else None
     return load_evaluation_split(
         data.dataset,
         multi_label=spec.multi_label,
@@ -257,9 +261,9 @@ def _other_split(recipe: Recipe, spec: ModelSpec, split: str | None) -> Evaluati
         revision=data.revision if same_name or overridden("revision") else None,
         split=split,
         preferred_split=data.eval_split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        required_columns=[getattr(data, key) for key in ("image_column", "label_column") if overridden(key)],
+        keys=TableKeys(
+            data.image_column, data.label_column, data.label_separator, root, data.split_column, required=required
+        ),
         model_classes=spec.class_names,
         inventory=data.inventory,
         max_bad_fraction=data.max_bad_fraction,

@@ -46,8 +46,8 @@ def split(*, name: str, images: int) -> Choice:
     return Choice(name, f"{images:,} images")
 
 
-def column(*, name: str) -> Choice:
-    """Return the column that `data/source/columns.py` found by type and name."""
+def column(*, name: str | list[str]) -> Choice:
+    """Return the column that `data/source` found by type and name, or the columns that are one class each."""
     return Choice(name, "found")
 
 
@@ -211,6 +211,7 @@ RULES: dict[str, Callable[..., Choice]] = {
     "data.eval_split": split,
     "data.image_column": column,
     "data.label_column": column,
+    "data.split_column": column,
     "data.mean": preprocessing,
     "data.std": preprocessing,
     "data.interpolation": preprocessing,

@@ -1,4 +1,4 @@
-"""Runs that began when folders were read by the rules of older versions: their rows, found again by the fingerprint."""
+"""Runs that began when data were read by the rules of older versions: their rows, found again by the fingerprint."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def source_of_run(recipe: Recipe, began_with: Any, **options: Any) -> tuple[Sour
 
 
 def refuse_new_rows(recipe: Recipe, learnt: Mapping[str, Any], source: Source | UserError) -> None:
-    """Raise RunError if the data of a run that is resumed have other rows only because of the rules for folders.
+    """Raise RunError if the data of a run that is resumed have other rows only because of the rules for reading them.
 
     `learnt` are the settings of its checkpoint, `source` is its data by the present rules, or why they refuse it.
     """
@@ -62,7 +62,7 @@ def refuse_new_rows(recipe: Recipe, learnt: Mapping[str, Any], source: Source | 
     old = older_source(recipe, began_with)
     if old is None:
         return
-    before = f"{_number(old):,} images by the rules of older versions for folders"
+    before = f"{_number(old):,} images by the rules of older versions"
     on = "data.inventory=old continues with the same images, in the same order"
     if isinstance(source, UserError):
         raise RunError(f"can't resume: this run began with {before}. By the present ones: {source}\n{on}") from None
@@ -73,6 +73,8 @@ def refuse_new_rows(recipe: Recipe, learnt: Mapping[str, Any], source: Source | 
         for what, paths in changes.items()
         if paths
     )
+    if not listed:
+        listed = "\nThey are the same files in other splits, or without rows that repeat one (see the notes of check)."
     raise RunError(
         f"can't resume: this run began with {before}; the present ones (docs/data.md) find {_number(source):,}.{listed}"
         f"\n{on}; to train on what is found now, start a new run in another output_dir"

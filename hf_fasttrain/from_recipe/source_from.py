@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -27,17 +28,21 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
         settings.record("data.dataset", "passed as a Python object")
     for key, part in (("data.train_split", source.train), ("data.eval_split", source.evaluation)):
         settings.record(key, *split(name=part.name, images=len(part)))
-    for key, name in (("data.image_column", source.columns.image), ("data.label_column", source.columns.label)):
-        decide(settings, key, name=name)
+    columns = source.columns
+    decide(settings, "data.image_column", name=columns.image)
+    decide(settings, "data.label_column", name=list(columns.listed) or columns.label)
+    if columns.split is not None:
+        decide(settings, "data.split_column", name=columns.split)
     settings.record("classes", len(source.class_names), "of the label column")
     for note in source.notes:
         settings.note(note)
     if source.held_out:
-        settings.note(_note_held_out(full, is_evaluated=recipe.evaluate.every != "never"))
+        how = f"in whole groups of '{recipe.data.group_column}'" if recipe.data.group_column else "stratified by class"
+        settings.note(_note_held_out(full, how, is_evaluated=recipe.evaluate.every != "never"))
     return source
 
 
-def _note_held_out(source: Source, *, is_evaluated: bool) -> str:
+def _note_held_out(source: Source, how: str, *, is_evaluated: bool) -> str:
     """Return the note on what is held out. Raises DataError if that is nothing, and there are evaluations."""
     held_out, number = len(source.evaluation), len(source.train) + len(source.evaluation)
     if is_evaluated and not held_out:
@@ -46,7 +51,7 @@ def _note_held_out(source: Source, *, is_evaluated: bool) -> str:
             "evaluate.every=never to train without evaluations, or data.eval_fraction above 0"
         )
     if is_evaluated:
-        what = f"{held_out:,} of {number:,} training images are held out, stratified by class (data.eval_fraction)"
+        what = f"{held_out:,} of {number:,} training images are held out, {how} (data.eval_fraction)"
     elif held_out:
         what = (
             f"{held_out:,} of {number:,} training images are held out, though evaluate.every is never: they are not "
@@ -109,6 +114,10 @@ def open_source(
         test_key=test_key,
         image_column=data.image_column,
         label_column=data.label_column,
+        label_separator=data.label_separator,
+        image_root=data.image_root,
+        split_column=data.split_column,
+        group_column=data.group_column,
         multi_label=data.multi_label,
         eval_fraction=data.eval_fraction,
         seed=recipe.seed,
@@ -122,6 +131,8 @@ def local_settings(recipe: Recipe, dataset: Any) -> list[str]:
     model, data = recipe.model, recipe.data
     name = model.name.removeprefix("transformers:")
     paths = {"model.name": name, "model.pretrained": model.pretrained, "data.dataset": data.dataset}
+    root = os.path.expanduser(data.image_root or "")
+    paths |= {"data.image_root": root} if os.path.isabs(root) else {}
     paths |= {"distill.teacher": recipe.distill.teacher} if recipe.distill else {}
     keys = [key for key, value in paths.items() if isinstance(value, str) and existing_path(value) is not None]
     if data.dataset == "digits":

@@ -15,10 +15,12 @@ LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category", "
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the image and the label column."""
+    """The names of the image and the label column, and of others that were found."""
 
     image: str
     label: str
+    listed: tuple[str, ...] = ()  # the columns of a table that are one class each; `label` then is for messages
+    split: str | None = None  # of a table
 
 
 class Kind(Enum):

@@ -11,9 +11,11 @@ import numpy as np
 from hf_fasttrain.data.source.array_records import ArrayRecords
 from hf_fasttrain.data.source.classes import names_without_images
 from hf_fasttrain.data.source.columns import Columns, Kind, find_columns, forms_of, require_columns
-from hf_fasttrain.data.source.file_split import FileSplit
+from hf_fasttrain.data.source.file_split import FileSplit, Groups
+from hf_fasttrain.data.source.groups import held_out_groups, notes_on_groups, read_groups
 from hf_fasttrain.data.source.image_files import EVAL_NAMES, TEST_NAMES, TRAIN_NAMES
 from hf_fasttrain.data.source.inventory import Inventory
+from hf_fasttrain.data.source.label_table_columns import TableKeys
 from hf_fasttrain.data.source.labels import read_labels
 from hf_fasttrain.data.source.multi_label import LabelArray
 from hf_fasttrain.data.source.opening import open_splits
@@ -68,7 +70,11 @@ def load_source(
     test_split: str | None = None,
     test_key: str = "data.test_split",
     image_column: str = "auto",
-    label_column: str = "auto",
+    label_column: str | Sequence[str] = "auto",
+    label_separator: str | None = None,
+    image_root: str | None = None,
+    split_column: str | None = "auto",
+    group_column: str | None = None,
     multi_label: bool | None = None,
     eval_fraction: float = 0.1,
     seed: int = 0,
@@ -81,7 +87,8 @@ def load_source(
     dataset does not exist, or lacks the requested splits, columns or labels, or if more than `max_bad_fraction` of a
     folder's images are left out.
     """
-    splits = open_splits(dataset, config=config, revision=revision, image_column=image_column, inventory=inventory)
+    keys = TableKeys(image_column, label_column, label_separator, image_root, split_column, group_column)
+    splits = open_splits(dataset, config=config, revision=revision, inventory=inventory, keys=keys)
     where = dataset if isinstance(dataset, str) else "the dataset passed in"
     train_name = _choose_train(splits, train_split, where)
     eval_name = _choose_eval(splits, eval_split, train_name, where)
@@ -89,7 +96,7 @@ def load_source(
         require_split(splits, test_split, test_key, where)
     used = {name for name in (train_name, eval_name, test_split) if name is not None}
     splits.use(used)
-    columns = find_columns(splits[train_name], image_column, label_column, where=f"{where}, split '{train_name}'")
+    columns = splits.columns or _columns(splits[train_name], keys, f"{where}, split '{train_name}'")
     for name in used:
         require_columns(splits[name], columns, where=str(where), split=name, train=train_name)
         if not len(splits[name]):
@@ -100,14 +107,16 @@ def load_source(
     images = {name: image_records(splits[name], columns.image, str(where)) for name in used}
     by_name = {name: Split(name, images[name], labels.by_split[name]) for name in used}
     train = by_name[train_name]
+    groups = {name: read_groups(splits[name], keys.group_column, str(where)) for name in used if keys.group_column}
     if eval_name is None:
-        train, evaluation = hold_out(train, eval_fraction, seed)
+        train, evaluation = hold_out(train, eval_fraction, seed, groups.get(train_name))
     else:
         evaluation = by_name[eval_name]
     test = by_name[test_split] if test_split else None
     notes = [*splits.notes_on(used, max_bad_fraction), *labels.notes]
+    notes += notes_on_groups(groups, str(keys.group_column), train_name) if groups else []
     notes += [*_notes_on_classes([train, evaluation, *([test] if test else [])], labels.class_names)]
-    notes += _notes_on_columns(used_splits[train_name], columns, where)
+    notes += _notes_on_columns(used_splits[train_name], columns, keys.group_column, where)
     notes += note_on_test_split(splits, used, str(where), "data.test_split={} measures it once, at the end")
     unused = [name for name in splits if name not in {*used, *TEST_NAMES}]
     if unused:
@@ -123,9 +132,25 @@ def _notes_on_classes(splits: Sequence[Split], class_names: Sequence[str]) -> li
     return [f"split '{name}' has no image of {shortened(names)}" for name, names in missing.items() if names]
 
 
-def _notes_on_columns(dataset: Any, columns: Columns, where: Any) -> list[str]:
+def _columns(dataset: Any, keys: TableKeys, where: str) -> Columns:
+    """Return the columns of a split. Raises DataError for keys that only tables of paths and labels have."""
+    for key in ("label_separator", "image_root", "split_column"):
+        if getattr(keys, key) not in (None, "auto"):
+            raise DataError(
+                f"data.{key}: has an effect on tables of paths and labels (.csv, .tsv, .jsonl, .parquet) only, and "
+                f"{where} is none; leave it out"
+            )
+    if not isinstance(keys.label_column, str):
+        raise DataError(
+            f"data.label_column: a list of columns is for tables of paths and labels (.csv, .tsv, .jsonl, .parquet), "
+            f"and {where} is none; give one column, which may have lists or 0/1 vectors"
+        )
+    return find_columns(dataset, keys.image_column, keys.label_column, where=where)
+
+
+def _notes_on_columns(dataset: Any, columns: Columns, group: str | None, where: Any) -> list[str]:
     """Return a note if a dataset has columns that are not used."""
-    rest = [name for name in forms_of(dataset) if name not in (columns.image, columns.label)]
+    rest = [name for name in forms_of(dataset) if name not in (columns.image, columns.label, group)]
     if not rest:
         return []
     return [
@@ -171,14 +196,31 @@ def _choose_eval(splits: Mapping[str, Any], name: str, train: str, where: Any) -
     return next((known for known in EVAL_NAMES if known in splits and known != train), None)
 
 
-def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+def hold_out(split: Split, fraction: float, seed: int, groups: Groups | None = None) -> tuple[Split, Split]:
     """Split off a random `fraction` of the images, stratified by class; return (rest, held-out part).
 
-    Multi-label images are drawn regardless of their labels. With fraction 0 the held-out part is empty.
+    Multi-label images are drawn regardless of their labels. With fraction 0 the held-out part is empty. With `groups`,
+    whole ones are held out.
     """
     if not fraction:
         none = np.arange(0)
         return split, Split(f"none held out of {split.name}", split.images, split.labels[none], split.rows_of(none))
+    if groups is None:
+        held_rows = _drawn(split, fraction, seed)
+    else:
+        held_rows = held_out_groups(split.labels, groups, fraction, seed)
+    is_held = np.zeros(len(split), bool)
+    is_held[held_rows] = True
+    rest = np.flatnonzero(~is_held)
+
+    def part(name: str, rows: np.ndarray) -> Split:
+        return Split(name, split.images, split.labels[rows], split.rows_of(rows))
+
+    return part(split.name, rest), part(f"held-out {fraction:.0%} of {split.name}", held_rows)
+
+
+def _drawn(split: Split, fraction: float, seed: int) -> np.ndarray:
+    """Return a random `fraction` of the images' indices, ascending, stratified by class."""
     rng = np.random.default_rng([seed, len(split)])
     if split.labels.ndim == 1:
         by_class = np.argsort(split.labels, kind="stable")
@@ -199,14 +241,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
         raise DataError(
             f"data.eval_fraction={fraction} of {len(split)} images holds out none; raise it or name data.eval_split"
         )
-    is_held = np.zeros(len(split), bool)
-    is_held[held_rows] = True
-    rest = np.flatnonzero(~is_held)
-
-    def part(name: str, rows: np.ndarray) -> Split:
-        return Split(name, split.images, split.labels[rows], split.rows_of(rows))
-
-    return part(split.name, rest), part(f"held-out {fraction:.0%} of {split.name}", held_rows)
+    return held_rows
 
 
 def subset(split: Split, max_images: int, seed: int) -> Split:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_fasttrain.data.source.classes import match_names, names_without_images
-from hf_fasttrain.data.source.columns import find_columns, forms_of
+from hf_fasttrain.data.source.columns import Columns, find_columns, forms_of
 from hf_fasttrain.data.source.dataset import Split, image_records, note_on_test_split, require_split
 from hf_fasttrain.data.source.image_files import EVAL_NAMES, TRAIN_NAMES
+from hf_fasttrain.data.source.label_table_columns import NO_KEYS, TableKeys
 from hf_fasttrain.data.source.labels import read_labels, renumber
 from hf_fasttrain.data.source.multi_label import LabelArray
 from hf_fasttrain.data.source.opening import open_splits
@@ -33,9 +34,7 @@ def load_evaluation_split(
     revision: str | None = None,
     split: str | None = None,
     preferred_split: str = "auto",
-    image_column: str = "auto",
-    label_column: str = "auto",
-    required_columns: Collection[str] = (),
+    keys: TableKeys = NO_KEYS,
     model_classes: Collection[str] = (),
     inventory: str = "full",
     max_bad_fraction: float = 1.0,
@@ -43,7 +42,7 @@ def load_evaluation_split(
     """Return one split of a dataset, without holding anything out.
 
     It is `split` if given, else `preferred_split` if it exists, else the validation split, the only one, or train.
-    Column names that the split lacks count as auto, unless they are in `required_columns`. Class folders may be empty;
+    Column names that the split lacks count as auto, unless they are in `keys.required`. Class folders may be empty;
     those called like one of `model_classes` are class folders. Raises DataError as `load_source` does.
     """
     splits = open_splits(
@@ -52,15 +51,13 @@ def load_evaluation_split(
         revision=revision,
         empty_classes=True,
         known_classes=model_classes,
-        image_column=image_column,
         inventory=inventory,
+        keys=keys,
     )
     name = _choose(splits, split, preferred_split, dataset)
     splits.use([name])
-    forms, where = forms_of(splits[name]), f"{dataset}, split '{name}'"
-    valid = {*forms, *required_columns}
-    names = [column if column in valid else "auto" for column in (image_column, label_column)]
-    columns = find_columns(splits[name], *names, where=where)
+    where = f"{dataset}, split '{name}'"
+    columns = splits.columns or _columns(splits[name], keys, where)
     labels = read_labels(
         {name: splits[name]}, columns.label, where=str(dataset), train=name, multi_label=multi_label, trains=False
     )
@@ -73,6 +70,13 @@ def load_evaluation_split(
         labels.class_names,
         [*splits.notes_on([name], max_bad_fraction), *labels.notes, *notes],
     )
+
+
+def _columns(dataset: Any, keys: TableKeys, where: str) -> Columns:
+    valid = {*forms_of(dataset), *(keys.required or ())}
+    names = (keys.image_column, keys.label_column)
+    found = [name if isinstance(name, str) and name in valid else "auto" for name in names]
+    return find_columns(dataset, *found, where=where)
 
 
 def _choose(splits: Mapping[str, Any], name: str | None, preferred: str, where: Any) -> str:

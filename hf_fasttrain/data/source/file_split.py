@@ -15,12 +15,21 @@ IMAGE, LABEL = "image", "label"  # the columns of class folders
 
 
 @dataclass(frozen=True)
+class Groups:
+    """The group of each row of a split: a patient, a camera, a video."""
+
+    codes: np.ndarray  # (N,) int64 into `names`; -1: none
+    names: list[str]
+
+
+@dataclass(frozen=True)
 class FileSplit:
     """Columns of images, and the others; each has a value for every row."""
 
     images: Mapping[str, ImageRecords]
     columns: dict[str, Any]  # (N,) int64 class numbers, or an Arrow array
-    class_names: list[str] | None = None  # of class numbers
+    class_names: list[str] | None = None  # of class numbers, also in lists
+    groups: Groups | None = None
 
     @property
     def forms(self) -> dict[str, Form]:

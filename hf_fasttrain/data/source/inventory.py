@@ -44,6 +44,10 @@ class Reason(Enum):
     UNREADABLE = "folder that can't be listed", "folders that can't be listed"
     DENIED = "image without read permission", "images without read permission"
     MISSING = "image that metadata list, but is not there", "images that metadata list, but are not there"
+    NOT_THERE = "image that the table lists, but is not there", "images that the table lists, but are not there"
+    NO_LABEL = "row without a label", "rows without a label"
+    NO_PATH = "row without a path", "rows without a path"
+    SPLITLESS = "row without a split", "rows without a split"
     NO_CLASS = "image outside of class folders", "images outside of class folders"
     NO_SPLIT = "folder beside the splits", "folders beside the splits"
     OUTPUT = "run or cache of hf-fasttrain", "runs or caches of hf-fasttrain"
@@ -324,6 +328,7 @@ class Inventory:
     root: str
     found: dict[str, int] = field(default_factory=dict)  # images
     left_out: dict[str, list[LeftOut]] = field(default_factory=dict)
+    advice: str = "repair, convert or move them"
 
     def add(self, split: str, found: int, left_out: Iterable[LeftOut]) -> None:
         """Add what a split, or the rest (""), holds."""
@@ -366,7 +371,7 @@ class TooManyLeftOut(DataError):
         permit = "permit to read them (chmod), " if any(entry.reason is Reason.DENIED for entry in images) else ""
         super().__init__(
             f"{one_line(inventory.root)}: {len(images):,} of {total:,} images of split '{split}' are left out "
-            f"({described(images)}), and data.max_bad_fraction is {limit}; {permit}repair, convert or move them, or "
+            f"({described(images)}), and data.max_bad_fraction is {limit}; {permit}{inventory.advice}, or "
             f"raise data.max_bad_fraction:{first}{more}"
         )
         self.inventory = inventory

@@ -93,8 +93,9 @@ def read_column(dataset: Any, column: str, where: str) -> LabelColumn:
         lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
         array = array.flatten()
         _require_none_missing(array, where, lengths)
-    names = None
-    if not isinstance(dataset, FileSplit):
+    if isinstance(dataset, FileSplit):
+        names = dataset.class_names
+    else:
         names = getattr(element_of(dataset.features[column]), "names", None)
     values, codes = _distinct(array, where)
     read = LabelColumn(where, values, codes, lengths, None if names is None else list(names))
@@ -175,12 +176,14 @@ def _checked(read: LabelColumn) -> LabelColumn:
 def are_vectors(columns: Sequence[LabelColumn]) -> bool:
     """Return whether lists are 0/1 vectors: all of one length of at least 2, and only values 0 and 1.
 
-    As lists of classes they would name a class twice, or give both of two classes to every image.
+    As lists of classes they would name a class twice, or give both of two classes to every image. Vectors of a
+    ClassLabel are as long as it has names, at least 3: with two, they may be lists of both classes.
     """
     lists = [read for read in columns if read.is_list]
     lengths = {int(length) for read in lists if read.lengths is not None for length in np.unique(read.lengths)}
-    plain = all(read.names is None and {*read.values} <= {0, 1} for read in lists)
-    return plain and len(lengths) == 1 and lengths.pop() >= 2
+    if len(lengths) != 1 or (width := lengths.pop()) < 2:
+        return False
+    return all({*read.values} <= {0, 1} and (read.names is None or len(read.names) == width > 2) for read in lists)
 
 
 def vector_classes(read: LabelColumn) -> LabelColumn:
@@ -188,6 +191,5 @@ def vector_classes(read: LabelColumn) -> LabelColumn:
     assert read.lengths is not None
     width = int(read.lengths[0]) if len(read) else 0
     hot = np.array([bool(value) for value in read.values], dtype=bool)[read.codes].reshape(len(read), width)
-    return LabelColumn(
-        read.where, list(range(width)), np.nonzero(hot)[1], hot.sum(1).astype(np.int64), [str(i) for i in range(width)]
-    )
+    names = read.names or [str(i) for i in range(width)]
+    return LabelColumn(read.where, list(range(width)), np.nonzero(hot)[1], hot.sum(1).astype(np.int64), names)

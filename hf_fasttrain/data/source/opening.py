@@ -13,6 +13,9 @@ from hf_fasttrain.data.source.digits import digits_split
 from hf_fasttrain.data.source.folder import open_folder
 from hf_fasttrain.data.source.hub_splits import open_hub
 from hf_fasttrain.data.source.image_files import TABLE_SUFFIXES, suffix_of
+from hf_fasttrain.data.source.label_table import open_label_table
+from hf_fasttrain.data.source.label_table_columns import NO_KEYS, TableKeys
+from hf_fasttrain.data.source.label_table_files import is_label_table
 from hf_fasttrain.data.source.old_folder import open_old_folder
 from hf_fasttrain.data.source.splits import Splits, opened
 from hf_fasttrain.data.source.tables import open_tables
@@ -29,13 +32,13 @@ def open_splits(
     revision: str | None = None,
     empty_classes: bool = False,
     known_classes: Collection[str] = (),
-    image_column: str = "auto",
     inventory: str = "full",
+    keys: TableKeys = NO_KEYS,
 ) -> Splits:
     """Return the splits of a `Dataset`, a `DatasetDict`, a path, ``digits`` or a Hub name, by name.
 
-    `empty_classes` and `known_classes` are those of `open_folder`; `inventory` is full, or old: folders are read by the
-    rules of older versions.
+    `empty_classes` and `known_classes` are those of `open_folder`; `inventory` is full, or old: folders and parquet
+    files of paths are read by the rules of older versions. `keys` say how a table of paths and labels is read.
     """
     if not isinstance(dataset, str | os.PathLike):
         return opened(_splits_of_object(dataset))
@@ -59,11 +62,16 @@ def open_splits(
             return _open_saved(path)
         if inventory == "old":
             return open_old_folder(path, empty_classes=empty_classes)
-        rules: dict[str, Any] = {"known_classes": known_classes, "image_column": image_column}
+        rules: dict[str, Any] = {"known_classes": known_classes, "image_column": keys.image_column}
         return open_folder(path, empty_classes=empty_classes, **rules)
+    if is_label_table(path, keys.image_column) and not (inventory == "old" and suffix_of(path) in TABLE_SUFFIXES):
+        return open_label_table(path, keys)
     if suffix_of(path) in TABLE_SUFFIXES:
-        return Splits({"train": partial(open_tables, [path], image_column)})
-    raise DataError(f"{one_line(name)}: is a file; allowed are .parquet and .arrow files, folders and Hub names")
+        return Splits({"train": partial(open_tables, [path], keys.image_column)})
+    raise DataError(
+        f"{one_line(name)}: is a file; allowed are .parquet and .arrow files, tables of paths and labels (.csv, .tsv, "
+        ".jsonl), folders and Hub names"
+    )
 
 
 def _require_text(name: str) -> None:

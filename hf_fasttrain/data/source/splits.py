@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from hf_fasttrain.data.source.columns import Columns
 from hf_fasttrain.data.source.inventory import Inventory
 
 
@@ -21,9 +22,11 @@ class Splits(Mapping[str, Any]):
         inventory: Inventory | None = None,
         notes: Sequence[str] = (),
         use: Callable[[Iterable[str]], object] = list,
+        columns: Columns | None = None,
     ) -> None:
         self._openers, self._opened = dict(openers), dict[str, Any]()
         self.inventory, self.notes = inventory, notes
+        self.columns = columns  # if the form of the data decides them
         self.use = use  # to be called with the names of all splits that will be opened, before the first one is
 
     def __getitem__(self, name: str) -> Any:

@@ -132,8 +132,8 @@ def _require_same_columns(files: Sequence[str], features: Sequence[Any]) -> None
 
 def _require_same_classes(files: Sequence[str], features: Sequence[Any]) -> None:
     """Raise DataError if files name their classes differently: numbers would mean other classes."""
-    first = _class_names(features[0])
-    for file, names in zip(files, map(_class_names, features), strict=True):
+    first = class_names_of(features[0])
+    for file, names in zip(files, map(class_names_of, features), strict=True):
         for column in first.keys() & names.keys():
             if names[column] != first[column]:
                 raise DataError(
@@ -142,6 +142,6 @@ def _require_same_classes(files: Sequence[str], features: Sequence[Any]) -> None
                 )
 
 
-def _class_names(features: Any) -> dict[str, list[str]]:
+def class_names_of(features: Any) -> dict[str, list[str]]:
     found = {name: getattr(element_of(feature), "names", None) for name, feature in features.items()}
     return {name: list(names) for name, names in found.items() if names is not None}

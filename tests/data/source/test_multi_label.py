@@ -77,3 +77,13 @@ def test_the_fingerprint_is_that_of_dense_labels(monkeypatch: pytest.MonkeyPatch
     hashed = xxhash.xxh3_64()
     fingerprint._add_labels(hashed, labels)
     assert hashed.hexdigest() != xxhash.xxh3_64(hot.tobytes()).hexdigest()
+
+
+def test_vectors_of_a_class_label_have_its_names() -> None:
+    classes = datasets.Features({"label": datasets.Sequence(datasets.ClassLabel(names=["sun", "rain", "wind"]))})
+    rows = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    read = read_labels(
+        {"train": datasets.Dataset.from_dict({"label": rows}, features=classes)}, "label", where="x", train="train"
+    )
+    assert read.class_names == ["sun", "rain", "wind"]
+    assert np.asarray(read.by_split["train"]).tolist() == rows
