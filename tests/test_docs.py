@@ -37,7 +37,7 @@ from hf_fasttrain.cli.app import app, with_command
 from hf_fasttrain.from_recipe.custom import RecipeOptions
 from hf_fasttrain.recipe.load import load_recipe, output_dir
 from hf_fasttrain.recipe.validate import all_keys
-from hf_fasttrain.study import doctor, tune
+from hf_fasttrain.study import doctor, init_forecast, tune
 from hf_fasttrain.study.messages import Turn
 from hf_fasttrain.train.step_loss import At
 
@@ -80,7 +80,11 @@ SMALL = {
     "train.batch_size": "16",
     "log.report": "false",
 }
-TRAINED = {"runs/quickstart": "recipes/quickstart.yaml", "runs/finetune": "recipes/finetune.yaml"}
+TRAINED = {
+    "runs/quickstart": "recipes/quickstart.yaml",
+    "runs/finetune": "recipes/finetune.yaml",
+    "runs/photos": "photos.yaml",
+}
 LAUNCHERS = ("accelerate launch -m hf_fasttrain ", "-m hf_fasttrain ", "hf-fasttrain ")
 
 
@@ -142,7 +146,9 @@ class Workspace:
         return captured.out + captured.err
 
     def _prepare(self, command: str, arguments: Sequence[str]) -> None:
-        """Create the runs that a command reads, and remove the one that it would write."""
+        """Create the runs and the recipe that a command reads, and remove the run that it would write."""
+        if arguments[1:2] == ["photos.yaml"] and not (self.folder / "photos.yaml").exists():
+            self.run("hf-fasttrain init path/to/photos")
         for run, recipe in TRAINED.items():
             if run in command and not (self.folder / run).exists():
                 self.run(f"hf-fasttrain {recipe}")
@@ -162,6 +168,8 @@ def call(arguments: list[str]) -> None:
 def small(arguments: list[str]) -> list[str]:
     """Return a command with small settings."""
     command = arguments[0]
+    if command == "init":
+        return [*arguments, "--model", SMALL["model.name"]]
     if command not in ("train", "probe", "check", "doctor", "tune", "ablate"):
         return arguments
     if "--models" in arguments:
@@ -219,7 +227,9 @@ def workspace(
 def shorten_studies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make studies take short turns and end their searches at once."""
     turn = Turn(2, 0.1)
-    for module, names in ((doctor, ("PROFILE_TURN", "PART_TURN", "TRIAL_TURN")), (tune, ("TURN",))):
+    turns = {doctor: ("PROFILE_TURN", "PART_TURN", "TRIAL_TURN"), tune: ("TURN",)}
+    turns[init_forecast] = ("WARM_TURN", "MEASURED_TURN")
+    for module, names in turns.items():
         for name in names:
             monkeypatch.setattr(module, name, turn)
     monkeypatch.setattr(doctor, "MIN_ROUNDS", 1)

@@ -13,6 +13,7 @@ from hf_fasttrain.cli.doctor import doctor
 from hf_fasttrain.cli.evaluate import evaluate
 from hf_fasttrain.cli.explain import explain
 from hf_fasttrain.cli.export import export
+from hf_fasttrain.cli.init import init
 from hf_fasttrain.cli.predict import predict
 from hf_fasttrain.cli.probe import probe
 from hf_fasttrain.cli.push import push
@@ -25,7 +26,7 @@ from hf_fasttrain.cli.version import common_options
 from hf_fasttrain.recipe.find import shipped_recipes
 from hf_fasttrain.utils.errors import UserError, nearest
 
-COMMANDS = (train, probe, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema)
+COMMANDS = (init, train, probe, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema)
 
 app = typer.Typer(
     add_completion=False,
@@ -66,6 +67,9 @@ OTHER_COMMANDS = {
     "features": "Did you mean 'probe'?",
     "upload": "Did you mean 'push'?",
     "profile": "Did you mean 'doctor'?",
+    "new": "Did you mean 'init'?",
+    "create": "Did you mean 'init'?",
+    "start": "Did you mean 'init'?",
     "help": "`hf-fasttrain --help` lists the commands.",
 }
 GROUPS = {"recipes": recipes_app, "cache": cache_app}

@@ -73,7 +73,7 @@ class Trial:
 
     def __init__(self, recipe_request: ArmRequest, options: ArmOptions = ArmOptions()) -> None:  # noqa: B008 - frozen
         recipe = without_growth(recipe_request.load())
-        parts = build_parts(recipe, presets=None if options.stored_tuning else Presets())
+        self.parts = parts = build_parts(recipe, presets=None if options.stored_tuning else Presets())
         kind = Trainer if options.gradient_to is None else _GradientWriter
         self.trainer = assemble(parts, None, kind, callbacks=[self])
         self.trainer.probe = None  # steps are measured, whatever the head

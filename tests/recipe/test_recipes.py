@@ -30,12 +30,14 @@ SMALLER = {
     "resnet50": "test_resnet",
     "efficientnet_b0": "test_efficientnet",
     "vit_base_patch16_224": "test_vit",
+    "vit_small_patch16_224": "test_vit",
 }
+MAIN_RECIPES = ("quickstart", "finetune_small", "finetune", "finetune_vit", "resnet50", "efficientnet", "vit")
 
 
 def test_every_recipe_is_shipped() -> None:
-    assert len(shipped_recipes()) == 11
-    assert set(shipped_recipes()) == {"quickstart", "finetune", "resnet50", "efficientnet", "vit"} | {
+    assert len(shipped_recipes()) == 13
+    assert set(shipped_recipes()) == set(MAIN_RECIPES) | {
         f"study/{model}_{data}"
         for model in ("resnet50", "efficientnet_b0", "vit_b16")
         for data in ("cifar10", "cifar100")
