@@ -25,10 +25,11 @@ from hf_fasttrain.train.step_loss import StepLoss
 from hf_fasttrain.utils.errors import RunError, first_line, shortened
 from hf_fasttrain.utils.qualified_name import qualified_name
 
+LOSS_SECTIONS = ("train.bce", "train.focal", "train.asymmetric")
 # Prefixes of the keys that a custom part replaces, and of those that keep their effect.
 REPLACED: dict[str, tuple[str, ...]] = {
     "model": ("model.",),
-    "step_loss": ("train.class_weights", "train.bce", "augment.label_smoothing"),
+    "step_loss": ("train.class_weights", "train.loss", *LOSS_SECTIONS, "augment.label_smoothing"),
     "optimizer": ("optimizer.name", "optimizer.momentum", "optimizer.args"),
     "schedule": ("schedule.",),
     "transform": ("augment.",),

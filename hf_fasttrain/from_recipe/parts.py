@@ -19,7 +19,12 @@ from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
 from hf_fasttrain.from_recipe.loaders import resolve_decoding, train_transform
 from hf_fasttrain.from_recipe.memory import resolve_micro_batch
 from hf_fasttrain.from_recipe.model_from import model_from
-from hf_fasttrain.from_recipe.sampling import class_sample_weights, require_enough_images, resolve_sampling
+from hf_fasttrain.from_recipe.sampling import (
+    class_sample_weights,
+    note_on_rarest,
+    require_enough_images,
+    resolve_sampling,
+)
 from hf_fasttrain.from_recipe.source_from import local_settings, source_from
 from hf_fasttrain.from_recipe.teacher_from import teacher_from
 from hf_fasttrain.from_recipe.tunings import Presets
@@ -57,6 +62,8 @@ def build_parts(
     accelerator = build_accelerator(resolved, settings)
     source = source_from(resolved, dataset, settings)
     weights = custom.build_sample_weights(source.train) or class_sample_weights(resolved, source.train)
+    if weights is not None and custom.sample_weights is None:
+        settings.note(note_on_rarest(source.train, weights, source.class_names))
     model, spec = model_from(resolved, source, accelerator.device, settings, custom)
     require_enough_images(resolved, len(source.train), accelerator.num_processes)
     teacher = teacher_from(resolved, source, accelerator.device, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +21,9 @@ from hf_fasttrain.utils.errors import RunError
 
 
 def class_sample_weights(recipe: Recipe, split: Split) -> SampleWeights | None:
-    """Return the weights of a split's images by their classes, as train.sampling says; None if it is null."""
-    if recipe.train.sampling is None:
+    """Return the weights of a split's images by their classes, as train.sampling says; None: each image once."""
+    sampling = recipe.train.sampling
+    if sampling in (None, "uniform"):
         return None
     if isinstance(split.labels, MultiLabels):
         raise RunError(
@@ -29,7 +31,22 @@ def class_sample_weights(recipe: Recipe, split: Split) -> SampleWeights | None:
             "pass sample_weights to Trainer.from_recipe"
         )
     per_image = np.bincount(split.labels)[split.labels].astype(np.float64)
-    return SampleWeights(per_image ** (-1.0 if recipe.train.sampling == "balanced" else -0.5))
+    power = sampling["power"] if isinstance(sampling, dict) else {"balanced": 0.0, "sqrt": 0.5}[str(sampling)]
+    return SampleWeights(per_image ** (power - 1.0))
+
+
+def note_on_rarest(split: Split, weights: SampleWeights, class_names: Sequence[str]) -> str:
+    """Return how often an epoch draws an image of the rarest class and one of the most frequent, on average."""
+    counts = np.bincount(split.labels, minlength=len(class_names))
+    present = np.flatnonzero(counts)
+    times = len(split) * weights.values / weights.values.sum()
+
+    def described(number: int) -> str:
+        drawn = times[int(np.argmax(split.labels == number))]
+        return f"an image of '{class_names[number]}' ({counts[number]:,}) is drawn {drawn:.2g} times per epoch"
+
+    rarest, most = present[np.argmin(counts[present])], present[np.argmax(counts[present])]
+    return f"train.sampling: {described(int(rarest))}, {described(int(most)).replace(' per epoch', '')}, on average"
 
 
 def require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:

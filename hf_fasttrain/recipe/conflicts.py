@@ -124,6 +124,19 @@ def _train(recipe: Recipe) -> Iterator[Mistake]:
             "accelerate.micro_batch_size",
             "and accelerate.gradient_accumulation_steps set the same thing; leave one of them out",
         )
+    losses = [name for name in ("bce", "focal", "asymmetric") if getattr(train, name) is not None]
+    if len(losses) > 1:
+        yield f"train.{losses[1]}", f"and train.{losses[0]} are two losses; leave one of them out"
+    elif losses and train.loss not in ("auto", losses[0]):
+        yield "train.loss", f"is {train.loss}, and train.{losses[0]} is set; leave one of them out"
+    if train.sampling == {}:
+        yield "train.sampling", "is empty; give {power: 0.3}, balanced, sqrt or uniform"
+    is_drawn = train.sampling not in (None, "uniform")
+    if is_drawn and train.class_weights in ("balanced", "effective_number"):
+        yield (
+            "train.class_weights",
+            f"{train.class_weights} and train.sampling correct the classes' frequencies twice; leave one of them out",
+        )
     if train.probe_first and recipe.model.head == "keep":
         yield "train.probe_first", "replaces the head, and model.head=keep keeps it; leave one of them out"
     if accumulation != "auto" and accumulation > train.batch_size:

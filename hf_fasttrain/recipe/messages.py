@@ -28,6 +28,8 @@ MAIN_KEYS: dict[str, tuple[str, ...]] = {
     "augment.progressive": ("start_size",),
     "train": ("duration",),
     "train.bce": ("target_threshold",),
+    "train.focal": ("gamma",),
+    "train.asymmetric": ("gamma_negative",),
     "probe": ("views", "strength"),
     "accelerate": ("mixed_precision",),
     "optimizer": ("lr", "name"),

@@ -22,7 +22,6 @@ from hf_fasttrain.recipe.fields import (
     OneOrMore,
     OnOrOff,
     OrOff,
-    Probability,
     Section,
     TrainField,
     Weight,
@@ -32,6 +31,7 @@ from hf_fasttrain.recipe.fields import (
 )
 from hf_fasttrain.recipe.schema_augment import AugmentSection
 from hf_fasttrain.recipe.schema_data import DataSection
+from hf_fasttrain.recipe.schema_loss import AsymmetricSection, BinaryCrossEntropy, FocalSection
 from hf_fasttrain.recipe.schema_optimizer import EmaSection, OptimizerSection, ScheduleSection
 from hf_fasttrain.recipe.schema_probe import ProbeSection
 from hf_fasttrain.recipe.schema_transfer import DistillSection, LoraSection
@@ -74,13 +74,7 @@ class ModelSection(Section):
         return TrainPhases.parse("head") if self.freeze_backbone else self.train
 
 
-class BinaryCrossEntropy(Section):
-    target_threshold: Probability | None = result(
-        None,
-        "targets above it count as 1, others as 0, after mixup, cutmix and label smoothing; null: as they are",
-        examples=[0.2],
-    )
-    sum: bool = result(False, "sum over the classes instead of their mean")
+SamplingPower = dict[Literal["power"], Annotated[float, Field(ge=0.0, le=1.0)]]
 
 
 class TrainSection(Section):
@@ -96,20 +90,33 @@ class TrainSection(Section):
     probe_first: bool = result(
         False, "before the first step, fit the head to features of all training images, computed once: see probe"
     )
-    sampling: Literal["balanced", "sqrt"] | None = result(
+    sampling: Literal["uniform", "balanced", "sqrt"] | SamplingPower | None = result(
         None,
         "draw images with replacement; balanced: all classes equally often, sqrt: each class in proportion to the "
-        "square root of its number of images; null: each image once per epoch",
+        "square root of its number of images, {power: 0.3}: to this power of it; null or uniform: each image once per "
+        "epoch",
+        examples=["balanced", {"power": 0.3}],
     )
-    class_weights: Literal["balanced"] | list[Weight] | dict[str, Weight] | None = result(
+    class_weights: Literal["balanced", "effective_number"] | list[Weight] | dict[str, Weight] | None = result(
         None,
         "weight of each class in the loss, or of some by name (others: 1), scaled to mean 1 over the training set; "
-        "balanced: 1 / frequency",
+        "balanced: 1 / frequency; effective_number: 0.001 / (1 - 0.999^n) for n images (arXiv 1901.05555)",
         examples=["balanced", [1.0, 2.5], {"cat": 2.5}],
+    )
+    loss: Literal["auto", "cross_entropy", "bce", "focal", "asymmetric"] = result(
+        "auto",
+        "auto: bce, focal or asymmetric if that section is set, else cross_entropy, with several labels per image bce",
     )
     bce: Annotated[BinaryCrossEntropy | None, OnOrOff] = result(
         None,
-        "binary cross-entropy over the classes (timm's --bce-loss), which multi-label data always uses: {sum: false}",
+        "binary cross-entropy over the classes (timm's --bce-loss), by default with several labels per image: "
+        "{sum: false}",
+    )
+    focal: Annotated[FocalSection | None, OnOrOff] = result(
+        None, "focal loss (arXiv 1708.02002), which counts well classified images less: {gamma: 2}"
+    )
+    asymmetric: Annotated[AsymmetricSection | None, OnOrOff] = result(
+        None, "asymmetric loss (arXiv 2009.14119), for many classes of which an image has few: {gamma_negative: 4}"
     )
 
 

@@ -157,6 +157,11 @@ def _loss_chart(record: Record) -> Chart | None:
     return Chart("loss", "Loss", " ".join(captions) + note, {"data": data, "layout": _layout(record)})
 
 
+def _uses(record: Record, loss: str) -> bool:
+    """Return whether a run was trained with a loss."""
+    return record.value("train.loss") == loss or any(key.startswith(f"train.{loss}.") for key in record.resolved)
+
+
 def _unlike_note(record: Record) -> str:
     """Return why the training loss can't be compared with that of evaluations, which is plain cross-entropy."""
     parts = {
@@ -164,8 +169,9 @@ def _unlike_note(record: Record) -> str:
         "mixup": record.value("augment.mixup"),
         "cutmix": record.value("augment.cutmix"),
         "class weights": record.value("train.class_weights"),
-        "binary cross-entropy": not record.spec.get("multi_label")
-        and any(key.startswith("train.bce.") for key in record.resolved),
+        "binary cross-entropy": not record.spec.get("multi_label") and _uses(record, "bce"),
+        "focal loss": _uses(record, "focal"),
+        "asymmetric loss": _uses(record, "asymmetric"),
         "distillation": record.value("distill.teacher"),
         "a step_loss": record.value("custom.step_loss"),
     }

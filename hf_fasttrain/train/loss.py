@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_fasttrain.utils.errors import DataError, RunError, nearest, shortened, shown
 from hf_fasttrain.utils.format import format_count
 
+EFFECTIVE_BETA = 0.999  # how much further images of a class repeat earlier ones
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, K), targets -> mean over the B images, 0-d
 
 
@@ -81,6 +82,10 @@ class ClassificationLoss(nn.Module):
         total = F.cross_entropy(logits, targets, weight=weights, label_smoothing=self.label_smoothing, reduction="sum")
         return total / len(logits)
 
+    def _mean(self, losses: Tensor) -> Tensor:
+        """Return the mean over the images of losses (B, K): their mean over the classes, or their sum."""
+        return losses.sum() / len(losses) if self.sum_classes else losses.mean()
+
     def _binary_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return targets (B, K) with the logits' dtype, after label smoothing and the target threshold."""
         if targets.ndim == 1:
@@ -121,13 +126,16 @@ def resolve_class_weights(
     """Return (K,) weights whose mean over the training set's labels is 1, or None.
 
     `label_counts` (K,) is how often each class occurs; ``balanced`` weighs by 1 / frequency; a list has a number for
-    each class, a mapping for some of `class_names` (K), and the others have 1. A class that never occurs keeps weight
+    each class, a mapping for some of `class_names` (K), and the others have 1; ``effective_number`` weighs by
+    (1 - b) / (1 - b^n) with b = 0.999 (Cui et al., arXiv 1901.05555). A class that never occurs keeps weight
     1. Multi-label: the weights multiply the positive labels. Raises DataError for weights that don't fit the classes.
     """
     if weighting is None:
         return None
     counts = label_counts.astype(np.float64)
-    if isinstance(weighting, str):
+    if weighting == "effective_number":
+        raw = (1 - EFFECTIVE_BETA) / np.maximum(1 - EFFECTIVE_BETA ** np.maximum(counts, 1), 1e-12)
+    elif isinstance(weighting, str):
         raw = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
     elif isinstance(weighting, Mapping):
         raw = _weights_by_name(weighting, class_names)
