@@ -15,18 +15,21 @@ class BinaryCrossEntropy(Section):
 
 
 class FocalSection(Section):
-    gamma: float = result(2.0, "0 is cross-entropy; more counts well classified images less", ge=0.0, le=20.0)
+    gamma: float = result(
+        2.0, "0 is cross-entropy; more counts well classified images less", ge=0.0, le=20.0, examples=[3.0]
+    )
 
 
 class AsymmetricSection(Section):
     gamma_negative: float = result(
-        4.0, "focusing of classes that an image does not have, above gamma_positive", ge=0.0, le=20.0
+        4.0, "focusing of classes that an image does not have, above gamma_positive", ge=0.0, le=20.0, examples=[2.0]
     )
-    gamma_positive: float = result(1.0, "focusing of classes that it has", ge=0.0, le=20.0)
+    gamma_positive: float = result(1.0, "focusing of classes that it has", ge=0.0, le=20.0, examples=[3.0])
     clip: float = result(
         0.05,
         "several labels per image: probabilities below it count as 0 for classes that an image does not have",
         ge=0.0,
         lt=1.0,
+        examples=[0.1],
     )
     sum: bool = result(False, "sum over the classes instead of their mean (several labels per image)")
