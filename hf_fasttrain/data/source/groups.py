@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.data.source.file_split import FileSplit, Groups
+from hf_fasttrain.data.source.label_table_files import encoded
 from hf_fasttrain.data.source.multi_label import LabelArray
 from hf_fasttrain.utils.errors import DataError, nearest, shortened
 from hf_fasttrain.utils.format import format_count
@@ -43,10 +44,8 @@ def groups_of(array: Any) -> Groups:
 
     if isinstance(array, np.ndarray):
         array = pa.array(array)
-    encoded = array.cast(pa.string()).dictionary_encode()
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    names = encoded.dictionary.to_pylist()
-    blank = np.array([not name.strip() for name in names] + [True])
+    names, codes = encoded(array)
+    blank = np.array([not name.strip() for name in names], bool)
     return Groups(np.where(blank[codes], -1, codes), names)
 
 

@@ -24,7 +24,7 @@ from hf_fasttrain.data.source.inventory import (
     split_by_permission,
 )
 from hf_fasttrain.data.source.label_table_columns import TableColumns, TableKeys, find_table_columns
-from hf_fasttrain.data.source.label_table_files import LabelFile, as_text, folder_of, read_label_table
+from hf_fasttrain.data.source.label_table_files import LabelFile, encoded, folder_of, read_label_table
 from hf_fasttrain.data.source.label_table_labels import TableLabels, table_labels
 from hf_fasttrain.data.source.label_table_paths import image_root, resolved_paths
 from hf_fasttrain.data.source.records import FileRecords
@@ -69,14 +69,13 @@ def _rows(table: LabelFile, columns: TableColumns, labels: TableLabels) -> _Rows
     import pyarrow as pa
 
     try:
-        encoded = as_text(table.columns[columns.image]).dictionary_encode()
+        paths, codes = encoded(table.columns[columns.image])
     except pa.ArrowException:
         kind = table.columns[columns.image].type
         raise DataError(f"{table.where}: column '{columns.image}' ({kind}) can't be read as paths") from None
     names, split_of = _splits(table, columns.split, len(labels.missing))
     groups = None if columns.group is None else _groups(table, columns.group)
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
-    return _Rows(encoded.dictionary.to_pylist(), codes, names, split_of, groups)
+    return _Rows(paths, codes, names, split_of, groups)
 
 
 def _splits(table: LabelFile, column: str | None, number: int) -> tuple[list[str], np.ndarray]:
@@ -86,16 +85,16 @@ def _splits(table: LabelFile, column: str | None, number: int) -> tuple[list[str
     import pyarrow as pa
 
     try:
-        encoded = as_text(table.columns[column]).dictionary_encode()
+        texts, codes = encoded(table.columns[column])
     except pa.ArrowException:
         raise DataError(f"{table.where}: column '{column}' can't be read as names of splits") from None
-    written = [text.strip() for text in encoded.dictionary.to_pylist()]
+    written = [text.strip() for text in texts]
     if all(text.lower() in SPLIT_OF for text in written if text):
         written = [SPLIT_OF.get(text.lower(), "") for text in written]
     names = list(dict.fromkeys(text for text in written if text))
     number_of = {name: index for index, name in enumerate(names)} | {"": -1}
     lookup = np.array([number_of[text] for text in written], np.int64)
-    return names, lookup[encoded.indices.to_numpy(zero_copy_only=False)]
+    return names, lookup[codes]
 
 
 def _groups(table: LabelFile, column: str) -> Groups:
@@ -157,10 +156,13 @@ class _Opening:
         if self.root_key is None and self.root != folder_of(self.file):
             self.notes.append(f"{self.where}: its paths are those below the working folder, {one_line(self.root)}")
         names, there = resolved_paths(self.root, paths, self.where)
-        number_of: dict[str, int] = {}
         lookup = np.full(len(self.rows.paths), -1)
-        lookup[filled] = [number_of.setdefault(name, len(number_of)) for name in names]
-        self.paths, self.codes = list(number_of), lookup[self.rows.codes]
+        if names == paths:  # which are different: a dictionary of a million takes a second
+            self.paths, lookup[filled] = names, np.arange(len(names))
+        else:
+            number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
+            self.paths, lookup[filled] = list(number_of), [number_of[name] for name in names]
+        self.codes = lookup[self.rows.codes]
         self.there = np.zeros(len(self.paths), bool)
         self.there[lookup[filled]] = there
 
@@ -174,9 +176,11 @@ class _Opening:
 
     def _note_shared(self, usable: np.ndarray) -> None:
         """Note images that are in two splits."""
-        pairs = np.unique(self.codes[usable] * len(self.rows.splits) + self.rows.split_of[usable])
-        images, counts = np.unique(pairs // len(self.rows.splits), return_counts=True)
-        shared = images[counts > 1]
+        number = np.zeros(len(self.paths), np.int64)
+        for split in range(len(self.rows.splits)):
+            of_split = self.codes[usable & (self.rows.split_of == split)]
+            number += np.bincount(of_split, minlength=len(self.paths)) > 0
+        shared = np.flatnonzero(number > 1)
         if len(shared):
             examples = shortened((short_path(self.paths[image]) for image in shared[:_EXAMPLES].tolist()), _EXAMPLES)
             self.notes.append(
@@ -206,8 +210,7 @@ class _Opening:
 
     def _once(self, rows: np.ndarray, split: str) -> np.ndarray:
         """Return rows without those that repeat an image with the same label; note these, and contradictions."""
-        _, inverse, counts = np.unique(self.codes[rows], return_inverse=True, return_counts=True)
-        several = rows[counts[inverse] > 1]
+        several = rows[np.bincount(self.codes[rows])[self.codes[rows]] > 1]
         if not len(several):
             return rows
         labels_of: dict[int, dict[str, None]] = {}

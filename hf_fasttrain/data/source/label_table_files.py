@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from hf_fasttrain.data.source.columns import IMAGE_NAMES
 from hf_fasttrain.data.source.image_files import suffix_of
 from hf_fasttrain.data.source.table_files import is_record, open_table, read_schema, unreadable
@@ -235,6 +237,18 @@ def as_text(array: Any) -> Any:
 
     text = array if pa.types.is_string(array.type) else array.cast(pa.string())
     return pc.fill_null(text, "") if text.null_count else text
+
+
+def encoded(array: Any) -> tuple[list[str], np.ndarray]:
+    """Return the distinct texts of an Arrow array and the number of each row's, a missing one being empty.
+
+    Through the buffer: `to_numpy` imports pandas, which takes as long as a million rows. Raises ArrowException for
+    nested types.
+    """
+    dictionary = as_text(array).dictionary_encode()
+    indices = dictionary.indices
+    numbers = np.frombuffer(indices.buffers()[1], np.int32)[indices.offset : indices.offset + len(indices)]
+    return dictionary.dictionary.to_pylist(), numbers
 
 
 def folder_of(file: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hf_fasttrain.data.source.label_table_columns import ZERO_ONE, TableColumns, TableKeys
-from hf_fasttrain.data.source.label_table_files import LabelFile, as_text
+from hf_fasttrain.data.source.label_table_files import LabelFile, encoded
 from hf_fasttrain.utils.errors import DataError, shortened, shown
 
 
@@ -57,9 +57,7 @@ class TextLabels:
     """One label in each cell, as it is written."""
 
     def __init__(self, array: Any) -> None:
-        encoded = as_text(array).dictionary_encode()
-        self.names: list[str] = encoded.dictionary.to_pylist()
-        self.codes = encoded.indices.to_numpy(zero_copy_only=False)
+        self.names, self.codes = encoded(array)
         self.missing = np.array([not name.strip() for name in self.names])[self.codes]
         self.notes: list[str] = []
 
@@ -74,7 +72,7 @@ class TextLabels:
 
 def _numbered(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Return the codes (M,) as numbers of the names that occur among them, and these, in order."""
-    used = np.unique(codes).tolist()
+    used = np.flatnonzero(np.bincount(codes, minlength=len(names))).tolist()
     ordered = in_order([names[code] for code in used])
     number_of = {name: number for number, name in enumerate(ordered)}
     lookup = np.zeros(len(names), np.int64)
@@ -84,9 +82,9 @@ def _numbered(codes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
 
 def _split_cells(array: Any, separator: str, where: str) -> tuple[np.ndarray, list[list[str]], list[str]]:
     """Return for each row the number of its cell among the distinct ones, the labels of these, and notes."""
-    encoded = as_text(array).dictionary_encode()
+    texts, codes = encoded(array)
     cells, twice = list[list[str]](), list[str]()
-    for text in encoded.dictionary.to_pylist():
+    for text in texts:
         labels = [label for part in text.split(separator) if (label := part.strip())]
         cells.append(list(dict.fromkeys(labels)))
         if len(cells[-1]) < len(labels):
@@ -94,7 +92,7 @@ def _split_cells(array: Any, separator: str, where: str) -> tuple[np.ndarray, li
     notes = (
         [f"{where}: cells that name a label twice count it once: {shortened(map(shown, twice), 3)}"] if twice else []
     )
-    return encoded.indices.to_numpy(zero_copy_only=False), cells, notes
+    return codes, cells, notes
 
 
 class ListedLabels:
@@ -156,19 +154,18 @@ def _zero_one(table: LabelFile, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     meaning = {**ZERO_ONE, "true": True, "false": False, "True": True, "False": False, "": False}
     try:
-        encoded = as_text(table.columns[name]).dictionary_encode()
+        written, codes = encoded(table.columns[name])
     except pa.ArrowException:
         raise DataError(
             f"{table.where}: column '{name}' ({table.columns[name].type}) is no column of 0 and 1"
         ) from None
-    texts = [text.strip() for text in encoded.dictionary.to_pylist()]
+    texts = [text.strip() for text in written]
     others = [text for text in texts if text not in meaning]
     if others:
         raise DataError(
             f"{table.where}: column '{name}' has {shortened(map(shown, others), 3)}; in a list of data.label_column, "
             "each column is a class, with 0 or 1 for every image"
         )
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
     empty = np.array([not text for text in texts], bool)
     return np.array([meaning[text] for text in texts], bool)[codes], empty[codes]
 
@@ -193,9 +190,8 @@ class ValueLabels:
         self.notes: list[str] = []
         self.missing = array.is_null().to_numpy(zero_copy_only=False)
         if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-            blank = as_text(array).dictionary_encode()
-            is_blank = np.array([not text.strip() for text in blank.dictionary.to_pylist()], bool)
-            self.missing = is_blank[blank.indices.to_numpy(zero_copy_only=False)]
+            texts, codes = encoded(array)
+            self.missing = np.array([not text.strip() for text in texts], bool)[codes]
 
     def texts(self, rows: np.ndarray) -> list[str]:
         """Return the labels of rows."""
