@@ -6,13 +6,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from helpers.runs import weights
 
 from hf_fasttrain import Trainer
 from hf_fasttrain.data.source.dataset import load_source
+from hf_fasttrain.data.source.fingerprint import fingerprint
+from hf_fasttrain.from_recipe.older_rows import refuse_new_rows
+from hf_fasttrain.from_recipe.source_from import local_settings, open_source
 from hf_fasttrain.inference import evaluate_run
+from hf_fasttrain.recipe.load import load_recipe
 from hf_fasttrain.utils.errors import RunError
 
 
@@ -76,3 +82,23 @@ def test_old_rows_are_those_of_the_older_rules(photos: Path) -> None:
     assert found == {f"{photos}/train/{name}/{i}.jpg" for name in ("blue", "green", "red") for i in range(8)}
     images = source.train.images
     assert [images[row]["path"] for row in range(24)] == sorted(found)
+
+
+def test_a_table_of_paths_that_is_read_in_another_way_is_said(
+    photos: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = [f"{name}/{number}.jpg" for name in ("blue", "green", "red") for number in range(4)]
+    columns = {"image": names, "label": [name[0] for name in names], "split": ["train", "val"] * 6}
+    pyarrow.parquet.write_table(pa.table(columns), photos / "train" / "labels.parquet")
+    overrides = [f"data.dataset={photos}/train/labels.parquet"]
+    old = load_recipe(write_recipe(), [*overrides, "data.inventory=old"])
+    recipe, begun = load_recipe(write_recipe(), overrides), {"data set": fingerprint(open_source(old))}
+    with pytest.raises(RunError, match=r"began with 12 images .*\nThey are the same files in other splits.*\n.*=old"):
+        refuse_new_rows(recipe, begun, open_source(recipe))
+    same = load_recipe(write_recipe(), [*overrides, "data.split_column=null"])
+    refuse_new_rows(same, begun, open_source(same))
+
+
+def test_an_absolute_image_root_is_a_setting_of_this_machine(photos: Path, write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(write_recipe(), [f"data.dataset={photos}", f"data.image_root={photos}"])
+    assert local_settings(recipe, None) == ["data.dataset", "data.image_root"]

@@ -150,7 +150,10 @@ def _listed(array: Any, where: str) -> list[Any]:
 
 
 def _no_class(values: Sequence[Any], where: str) -> DataError:
-    return DataError(f"{where}: labels must be integers or texts; got {shortened(map(shown, values), 3)}")
+    message = f"{where}: labels must be integers or texts; got {shortened(map(shown, values), 3)}"
+    if values and all(isinstance(value, float) and 0 <= value <= 1 for value in values):
+        message += "; shares of classes (soft labels) can't be trained on: give the class with the largest share"
+    return DataError(message)
 
 
 def _checked(read: LabelColumn) -> LabelColumn:

@@ -152,10 +152,11 @@ class _Opening:
         """Find the files. Paths that are written differently, and lead to one file, become the same."""
         filled = [index for index, path in enumerate(self.rows.paths) if path.strip()]
         paths = [self.rows.paths[index] for index in filled]
-        self.root = image_root(self.file, self.root_key, paths)
+        listing = image_root(self.file, self.root_key, paths)
+        self.root = listing.root
         if self.root_key is None and self.root != folder_of(self.file):
             self.notes.append(f"{self.where}: its paths are those below the working folder, {one_line(self.root)}")
-        names, there = resolved_paths(self.root, paths, self.where)
+        names, there = resolved_paths(listing, paths, self.where)
         lookup = np.full(len(self.rows.paths), -1)
         if names == paths:  # which are different: a dictionary of a million takes a second
             self.paths, lookup[filled] = names, np.arange(len(names))

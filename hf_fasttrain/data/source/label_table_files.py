@@ -107,22 +107,24 @@ def _read_delimited(file: str, data: bytes) -> LabelFile:
     from pyarrow import csv as arrow_csv
 
     delimiter, data, notes = _delimiter(file, data)
-    header = next(csv.reader(io.StringIO(data[:_HEAD].decode("utf-8", "replace"), newline=""), delimiter=delimiter))
-    _require_once([name.strip() for name in header], one_line(file))
     try:
+        head = io.StringIO(data[:_HEAD].decode("utf-8", "replace"), newline="")
+        types = {f"f{index}": pa.string() for index in range(len(next(csv.reader(head, delimiter=delimiter))))}
         table = arrow_csv.read_csv(
             pa.BufferReader(data),
-            read_options=arrow_csv.ReadOptions(block_size=_BLOCK, use_threads=False, column_names=None),
-            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=arrow_csv.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False
-            ),
+            # The first line is read as a row, so that every cell is text by its place, whatever a column is called.
+            arrow_csv.ReadOptions(block_size=_BLOCK, use_threads=False, autogenerate_column_names=True),
+            arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            arrow_csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )
-    except pa.ArrowException as error:
+    except (csv.Error, pa.ArrowException) as error:
         raise _not_read(file, data, delimiter, error) from None
-    return LabelFile(
-        file, {name.strip(): table.column(index).combine_chunks() for index, name in enumerate(header)}, notes
-    )
+    arrays = [column.combine_chunks() for column in table.columns]
+    if any(not pa.types.is_string(array.type) for array in arrays):
+        raise _not_read(file, data, delimiter, ValueError("its first line can't be read"))
+    names = [array[0].as_py().strip() for array in arrays]
+    _require_once(names, one_line(file))
+    return LabelFile(file, {name: array[1:] for name, array in zip(names, arrays, strict=True)}, notes)
 
 
 def _delimiter(file: str, data: bytes) -> tuple[str, bytes, list[str]]:
@@ -217,7 +219,8 @@ def _read_parquet(file: str) -> LabelFile:
     from hf_fasttrain.data.source.tables import class_names_of
 
     schema = read_schema(file)
-    names = class_names_of(features_of(schema, file))
+    names = {column.name: found for column in schema if (found := _names_in(column.metadata or {}))}
+    names |= class_names_of(features_of(schema, file))
     try:
         with open_table(file) as opened:
             table = pq.read_table(opened)
@@ -228,6 +231,18 @@ def _read_parquet(file: str) -> LabelFile:
         array = table.column(column.name).combine_chunks()
         columns[column.name] = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
     return LabelFile(file, columns, class_names=names)
+
+
+def _names_in(metadata: Mapping[bytes, bytes]) -> list[str]:
+    """Return the names of classes that stand in a column's metadata as a JSON list."""
+    for key in (b"class_names", b"names", b"classes", b"labels"):
+        try:
+            names = json.loads(metadata.get(key, b""))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(names, list) and names and all(isinstance(name, str) and name for name in names):
+            return names if len(set(names)) == len(names) else []
+    return []
 
 
 def as_text(array: Any) -> Any:

@@ -43,6 +43,10 @@ class Listing:
         except (OSError, ValueError):
             return set()
 
+    def number_of(self, paths: Sequence[str]) -> int:
+        """Return how many of some paths are there."""
+        return sum(self.find(path) is not None for path in paths)
+
     def find(self, path: str) -> str | None:
         """Return a path as it is on disk, None if there is none.
 
@@ -60,10 +64,10 @@ class Listing:
         return next((other for other in spelled if self.has(other)), None)
 
 
-def image_root(file: str, root: str | None, paths: Sequence[str]) -> str:
+def image_root(file: str, root: str | None, paths: Sequence[str]) -> Listing:
     """Return the absolute folder of a table's relative paths: `root`, its own, or the working folder.
 
-    The last one if more of the first paths are found there, and none is given. Raises DataError if there is no `root`.
+    The last one if more of a sample is found there, and none is given. Raises DataError if there is no `root`.
     """
     own = folder_of(file)
     if root is not None:
@@ -73,19 +77,19 @@ def image_root(file: str, root: str | None, paths: Sequence[str]) -> str:
                 f"data.image_root: {one_line(given)} is no folder; give the folder of the images, absolute or relative "
                 f"to that of {one_line(os.path.basename(file))}"
             )
-        return given
+        return Listing(given)
     sampled = [paths[row] for row in np.unique(np.linspace(0, len(paths) - 1, _SAMPLED, dtype=np.int64)).tolist()]
-    own_listing, working = Listing(own), Listing(os.getcwd())
-    found = [sum(listing.find(path) is not None for path in sampled) for listing in (own_listing, working)]
-    return working.root if found[1] > found[0] else own
+    beside, working = Listing(own), Listing(os.getcwd())
+    if (number := beside.number_of(sampled)) == len(sampled) or number >= working.number_of(sampled):
+        return beside
+    return working
 
 
-def resolved_paths(root: str, paths: Sequence[str], where: str) -> tuple[list[str], np.ndarray]:
+def resolved_paths(listing: Listing, paths: Sequence[str], where: str) -> tuple[list[str], np.ndarray]:
     """Return paths as they are on disk, and whether there is something at each (N,).
 
     Raises DataError if none of them is there.
     """
-    listing = Listing(root)
     names, there = list[str](), np.zeros(len(paths), bool)
     for row, path in enumerate(paths):
         found = listing.find(path) if "\0" not in path else None
@@ -94,7 +98,7 @@ def resolved_paths(root: str, paths: Sequence[str], where: str) -> tuple[list[st
     if len(paths) and not there.any():
         raise DataError(
             f"{where}: none of the {len(paths):,} images that it lists is there, such as "
-            f"{shortened(map(short_path, paths), 3)}, below {one_line(root)}; {_advice(listing, paths)}"
+            f"{shortened(map(short_path, paths), 3)}, below {one_line(listing.root)}; {_advice(listing, paths)}"
         )
     return names, there
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,36 @@ def test_class_names_of_a_parquet_file(tmp_path: Path) -> None:
     source = load_source(str(tmp_path / "labels.parquet"), eval_fraction=0.0)
     assert source.class_names == ["x", "y", "z"]
     assert source.train.labels.tolist() == [2, 0, 2]
+
+
+def test_vectors_have_the_names_in_the_metadata_of_their_column(tmp_path: Path) -> None:
+    draw(tmp_path, ["0.png", "1.png", "2.png"])
+    label = pa.field("label", pa.list_(pa.int8(), 3), metadata={"names": '["sun", "rain", "wind"]'})
+    rows = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    columns = [pa.array(["0.png", "1.png", "2.png"]), pa.array(rows, label.type)]
+    pyarrow.parquet.write_table(
+        pa.Table.from_arrays(columns, schema=pa.schema([pa.field("file", pa.string()), label])),
+        tmp_path / "labels.parquet",
+    )
+    source = load_source(str(tmp_path / "labels.parquet"), eval_fraction=0.0)
+    assert source.class_names == ["sun", "rain", "wind"]
+    assert np.asarray(source.train.labels).tolist() == rows
+
+
+def test_soft_labels_are_refused(tmp_path: Path) -> None:
+    draw(tmp_path, ["0.png", "1.png"])
+    columns = {"image": ["0.png", "1.png"], "label": [[0.25, 0.75], [0.5, 0.5]]}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "labels.parquet")
+    with pytest.raises(DataError, match=r"got 0.25, 0.75, 0.5; shares of classes \(soft labels\) can't"):
+        load_source(str(tmp_path / "labels.parquet"))
+
+
+def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = table(tmp_path, ["a", "b"] * 20)
+    listed, scandir = list[str](), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    load_source(file)
+    assert listed == [f"{tmp_path}/images"]
 
 
 def test_keys_of_tables_are_refused_for_other_data(image_folder: Path) -> None:
