@@ -122,7 +122,8 @@ WRONG = {
     "train.class_weights={cat: -2}": "train.class_weights contains -2 for 'cat'; must be at least 0 (",
     "train.class_weights=[1, -2]": "train.class_weights contains -2; must be at least 0 (",
     "train.duration=null": "train.duration is null; must be",
-    "train.class_weights=3": "must be 'balanced', 'effective_number', a list such as [1.0, 2.5], a mapping such as {cat: 2.5} or null",
+    "train.class_weights=3": "must be 'balanced', 'effective_number', a list such as [1.0, 2.5], a mapping such as "
+    "{cat: 2.5} or null",
 }
 
 
