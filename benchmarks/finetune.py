@@ -9,6 +9,7 @@ probe        `hf-fasttrain probe finetune`: features once, then logistic regress
 probe_views  the same with the features of four augmented views of each training image
 probe_first  `ours` with train.probe_first=true: the probe, then the training
 efficientnet `hf-fasttrain efficientnet` with the same number of epochs and images per step
+finetune_small  `hf-fasttrain finetune_small` as shipped, with its own epochs and images per step
 
 DIR is an image folder. Without a validation split, a stratified fifth of it is held out, the same for all sides. FILE
 has published weights of --model, with their head (safetensors). The sides take turns, each run in its own process,
@@ -39,10 +40,12 @@ SIDES = ("plain", "hf_trainer", "ours")
 OURS: dict[str, tuple[list[str], list[str]]] = {
     "ours": (["finetune"], []),
     "efficientnet": (["efficientnet"], []),
+    "finetune_small": (["finetune_small"], []),
     "probe": (["probe", "finetune"], []),
     "probe_views": (["probe", "finetune"], ["probe.views=4"]),
     "probe_first": (["finetune"], ["train.probe_first=true"]),
 }
+OWN_STEPS = {"finetune_small"}  # whose epochs and images per step are a part of the comparison
 PEERS = Path(__file__).with_name("finetune_peers.py")
 EVERY_SECONDS = 1.0  # between two measurements of memory, which take 15 ms per GB
 
@@ -87,6 +90,8 @@ def command(side: str, folder: Path, seed: int, run: Path, args: argparse.Namesp
         "seed": seed,
         "output_dir": run,
     }
+    if side in OWN_STEPS:
+        del overrides["train.batch_size"], overrides["train.duration"]
     arguments = [f"{key}={value}" for key, value in overrides.items()] + args.override
     return [sys.executable, "-m", "hf_fasttrain", *words, *arguments, *more]
 

@@ -84,8 +84,9 @@ def test_the_image_size_is_by_images_machine_and_model(side: int, machine: Machi
 
 
 def test_few_images_have_more_held_out_and_smaller_steps() -> None:
-    few = values(draft(data(100), SERVER, weights(), run="runs/x"))
-    assert (few["data.eval_fraction"], few["train.batch_size"]) == (0.2, 8)
+    for number, expected in ((40, 8), (100, 16)):
+        few = values(draft(data(number), SERVER, weights(), run="runs/x"))
+        assert (few["data.eval_fraction"], few["train.batch_size"]) == (0.2, expected)
     many = values(draft(data(2000), SERVER, weights(), run="runs/x"))
     assert (many["data.eval_fraction"], many["train.batch_size"]) == (0.1, 32)
 
