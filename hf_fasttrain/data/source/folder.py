@@ -36,6 +36,7 @@ from hf_fasttrain.data.source.inventory import (
     split_by_permission,
     walk,
 )
+from hf_fasttrain.data.source.label_table_files import TEXT_SUFFIXES
 from hf_fasttrain.data.source.metadata import METADATA_FILES, Metadata, names_images
 from hf_fasttrain.data.source.splits import Splits, opened
 from hf_fasttrain.data.source.tables import files_by_split, may_hold_images, open_tables
@@ -224,7 +225,12 @@ class _Opening:
             raise DataError(f"{os.path.join(self.where, names[0])}: {NO_CLASS_FOLDERS}")
         if not names:
             left_out = described(here(self.tree, ""))
-            raise DataError(f"{self.where}: {NO_CLASS_FOLDERS}" + (f". It has {left_out}" if left_out else ""))
+            message = f"{self.where}: {NO_CLASS_FOLDERS}" + (f". It has {left_out}" if left_out else "")
+            tables = [name for name in self.tree.files if suffix_of(name) in TEXT_SUFFIXES]
+            table = (
+                f". To read a table of labels, give data.dataset={self.where}/{one_line(min(tables))}" if tables else ""
+            )
+            raise DataError(message + table)
         called = [name for name in names if name.lower() in SPLIT_FOLDERS]
         if called:
             self.notes.append(f"{self.where}: read as classes, though called like splits: {shortened(called)}")

@@ -271,6 +271,29 @@ def test_groups_that_splits_share_are_said(tmp_path: Path) -> None:
     assert "1 row of split 'validation' without a group; each is one by itself" in note(source, "without a group")
 
 
+def test_groups_of_a_dataset_are_held_out_as_a_whole() -> None:
+    import datasets
+
+    images = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(30)]
+    rows = {"image": images, "label": ["a", "b"] * 15, "camera": [number // 3 for number in range(30)]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Value("string"), "camera": datasets.Value("int64")}
+    )
+    source = load_source(datasets.Dataset.from_dict(rows, features=features), group_column="camera", eval_fraction=0.2)
+    assert source.train.rows is not None
+    assert source.evaluation.rows is not None
+    assert len(source.evaluation) == 6
+    assert not {*(source.train.rows // 3)} & {*(source.evaluation.rows // 3)}
+    assert not any("not used" in text for text in source.notes)
+
+
+def test_a_folder_without_classes_names_its_table(tmp_path: Path) -> None:
+    draw(tmp_path, ["0.png"])
+    file = write(tmp_path, ["image,label", "0.png,a"])
+    with pytest.raises(DataError, match=rf"no class folders.*To read a table of labels, give data.dataset={file}"):
+        load_source(str(tmp_path))
+
+
 def test_one_group_can_not_be_held_out(tmp_path: Path) -> None:
     file = table(tmp_path, ["a,x", "b,x"] * 4, header="image,label,video")
     with pytest.raises(DataError, match=r"data.group_column: all training images belong to one group"):
