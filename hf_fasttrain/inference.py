@@ -121,7 +121,7 @@ def evaluate_run(
     )
     size = decide_evaluation_batch(settings, _trained_micro_batch(opened, recipe), memory)
     loader = loaders.eval_loader(measured.split, size)
-    evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.num_classes)
+    evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.class_names)
     metrics = evaluator(network, loader)
     for text in (*evaluator.new_notes(), *_notes_on_users_functions(opened)):
         note(text)

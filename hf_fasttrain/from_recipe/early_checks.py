@@ -17,8 +17,8 @@ from hf_fasttrain.models.teacher import require_teacher
 from hf_fasttrain.models.weights import weights_file
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.folder import require_free
+from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, is_built_in
 from hf_fasttrain.train.checkpointing import not_writable
-from hf_fasttrain.train.metrics import SINGLE_LABEL
 from hf_fasttrain.train.optim import require_optimizer
 from hf_fasttrain.utils.errors import RecipeError, UserError, nearest
 from hf_fasttrain.utils.files import existing_path
@@ -84,8 +84,9 @@ def _is_missing(dataset: str) -> bool:
 def _unknown_metric(recipe: Recipe) -> str | None:
     names = [] if isinstance(recipe.evaluate.metrics, str) else recipe.evaluate.metrics
     for name in names:
-        if name not in SINGLE_LABEL and not os.path.exists(name) and (hint := nearest(name, SINGLE_LABEL)):
-            return f"evaluate.metrics: '{name}' is not built in ({', '.join(SINGLE_LABEL)}).{hint}"
+        known = is_built_in(name) or os.path.exists(name)
+        if not known and (hint := nearest(name, BUILT_IN_METRICS)):
+            return f"evaluate.metrics: '{name}' is not built in ({', '.join(BUILT_IN_METRICS)}).{hint}"
     return None
 
 

@@ -58,13 +58,14 @@ from hf_fasttrain.train.checkpointing import lock_run, not_writable
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog, last_tracked_steps
-from hf_fasttrain.train.metrics import resolve_metrics
+from hf_fasttrain.train.metrics import require_classes, resolve_metrics
 from hf_fasttrain.train.optim import has_lr
+from hf_fasttrain.train.score_metrics import require_memory
 from hf_fasttrain.train.trackers import Trackers
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.train.user_metrics import Metric, Predict
 from hf_fasttrain.utils.duration import Duration
-from hf_fasttrain.utils.environment import describe_machine, describe_versions
+from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
 from hf_fasttrain.utils.errors import DataError
 from hf_fasttrain.utils.limits import FILES_PER_WORKER, THREADS_PER_WORKER, require_files, require_threads
 
@@ -177,8 +178,10 @@ def assemble(
         seed=recipe.seed,
     )
     trainer.evaluation.evaluator = build_evaluator(
-        recipe, accelerator, source.multi_label, len(source.class_names), parts.custom.metrics, parts.custom.predict
+        recipe, accelerator, source.multi_label, source.class_names, parts.custom.metrics, parts.custom.predict
     )
+    chosen, largest = trainer.evaluation.evaluator.metrics or (), max(map(len, (source.evaluation, source.test or ())))
+    require_memory(chosen, largest, spec.num_classes, free_memory_bytes())
     trainer.recipe_text, trainer.bad_images = recipe_text(recipe), bad_images
     if has_lr(trainer.optimizer, recipe.optimizer.lr):
         trainer.lr = recipe.optimizer.lr
@@ -357,15 +360,18 @@ def build_evaluator(
     recipe: Recipe,
     accelerator: Accelerator,
     multi_label: bool,
-    num_classes: int,
+    class_names: Sequence[str],
     user_metrics: Mapping[str, Metric] | None = None,
     predict: Predict | None = None,
 ) -> Evaluator:
     """Return the evaluator of a recipe's metrics and of `user_metrics`; `predict` returns a model's logits."""
     watched = [watch.metric for watch in (recipe.checkpoint.best, recipe.early_stopping) if watch]
-    built_in, external = resolve_metrics(recipe.evaluate.metrics, num_classes, multi_label=multi_label, watched=watched)
-    names: dict[str, Any] = {"metrics": built_in, "external": external, "own": user_metrics}
-    return Evaluator(accelerator, num_classes, multi_label=multi_label, predict=predict, **names)
+    watched += [recipe.schedule.metric] if recipe.schedule.name == "plateau" else []
+    number = len(class_names)
+    built_in, external = resolve_metrics(recipe.evaluate.metrics, number, multi_label=multi_label, watched=watched)
+    require_classes(built_in, class_names)
+    names: dict[str, Any] = {"metrics": built_in, "external": external, "own": user_metrics, "predict": predict}
+    return Evaluator(accelerator, number, multi_label=multi_label, class_names=class_names, **names)
 
 
 def _num_evaluations(recipe: Recipe, num_steps: int, steps_per_epoch: int) -> int:

@@ -27,7 +27,13 @@ from hf_fasttrain.utils.format import (
 )
 from hf_fasttrain.utils.remote import is_hub_url, is_repo_name, parse_hub_url
 
-CARD_METRICS = {"accuracy": "accuracy", "top5_accuracy": "accuracy", "f1_macro": "f1"}  # ours -> the Hub's types
+CARD_METRICS = {
+    "accuracy": "accuracy",
+    "top5_accuracy": "accuracy",
+    "f1_macro": "f1",
+    "auroc": "roc_auc",
+    "mcc": "matthews_correlation",
+}  # ours -> the Hub's types
 
 
 def model_card(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from hf_fasttrain.recipe.messages import WORDS
 from hf_fasttrain.recipe.schema import BestSection, EarlyStoppingSection, Recipe, ScheduleSection
-from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name, resolve_mode
+from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, PER_CLASS, metric_name, resolve_mode
 from hf_fasttrain.utils.clean import holds_secret
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.remote import is_license, is_repo_name
@@ -228,7 +228,7 @@ def _watched_metrics(recipe: Recipe, others: Collection[str] | None) -> Iterator
     for key, watch in watched.items():
         if watch is None:
             continue
-        if watch.metric not in known:
+        if watch.metric not in known and not (metrics == "auto" and watch.metric.startswith(PER_CLASS)):
             default = "" if "metric" in watch.model_fields_set else ", the default"
             if others is not None:
                 yield (

@@ -18,7 +18,7 @@ from hf_fasttrain.recipe.overrides import apply_overrides, leaves
 from hf_fasttrain.recipe.schema import Recipe, RecipeSource
 from hf_fasttrain.recipe.validate import KeyPath, Tree, check_tree, model_at
 from hf_fasttrain.run_folder.file_names import RECIPE_FILE
-from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
+from hf_fasttrain.run_folder.result import is_built_in
 from hf_fasttrain.utils.clean import cut, holds_secret, one_line
 from hf_fasttrain.utils.errors import RecipeError, shown
 from hf_fasttrain.utils.files import expand_user
@@ -93,7 +93,7 @@ def _load_pushed(url: str, overrides: Sequence[str], metrics: Collection[str] | 
     measured = recipe.evaluate.metrics
     runs_code = {
         "model.trust_remote_code": recipe.model.trust_remote_code,
-        "evaluate.metrics": measured != "auto" and any(metric not in BUILT_IN_METRICS for metric in measured),
+        "evaluate.metrics": measured != "auto" and not all(map(is_built_in, measured)),
     }
     for key, runs in runs_code.items():
         if runs and origin_of(recipe, key) == "recipe":

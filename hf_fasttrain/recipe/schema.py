@@ -177,8 +177,9 @@ class EvaluateSection(Section):
     )
     metrics: Annotated[Auto | list[str], OneOrMore] = output(
         "auto",
-        "loss, accuracy, top5_accuracy (auto: if there are more than 5 classes), f1_macro; any evaluate metric by Hub "
-        "name or local path",
+        "auto: loss, accuracy, f1_macro, and top5_accuracy with more than 5 classes. Others: balanced_accuracy, "
+        "precision_macro, recall_macro, f1_micro, mcc, cohen_kappa, auroc, map, ece, brier; recall/CLASS, "
+        "precision/CLASS and f1/CLASS; any evaluate metric by Hub name or local path",
         examples=[["accuracy", "f1_macro"]],
     )
     batch_size: Auto | Annotated[int, Field(ge=1)] = speed("auto", "images per process and forward", examples=[128])

@@ -18,13 +18,13 @@ from hf_fasttrain.report.classes import Confusion, cluster_classes
 from hf_fasttrain.report.format import format_metric, metric_title
 from hf_fasttrain.report.points import Points, downsample
 from hf_fasttrain.report.record import Record
+from hf_fasttrain.run_folder.result import is_built_in, metric_direction
 from hf_fasttrain.utils.format import format_count, format_number, format_percent
 
 Trace = dict[str, Any]
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square")
 NUM_COLOURS = 7
-MORE_IS_BETTER = ("accuracy", "top5_accuracy", "f1_macro")
 MAX_ANNOTATED = 30  # classes whose counts are written into the matrix
 
 
@@ -157,6 +157,10 @@ def _loss_chart(record: Record) -> Chart | None:
     return Chart("loss", "Loss", " ".join(captions) + note, {"data": data, "layout": _layout(record)})
 
 
+def _more_is_better(metric: str) -> bool:
+    return is_built_in(metric) and metric_direction(metric) == "max"
+
+
 def _uses(record: Record, loss: str) -> bool:
     """Return whether a run was trained with a loss."""
     return record.value("train.loss") == loss or any(key.startswith(f"train.{loss}.") for key in record.resolved)
@@ -205,7 +209,7 @@ def _metric_chart(record: Record) -> Chart | None:
             )
             lowest, highest = min(lowest, y.min()), max(highest, y.max())
             form = ".2%" if "accuracy" in name else ".4f"
-            best = int(y.argmax()) if name in MORE_IS_BETTER else None  # for other metrics the direction is not known
+            best = int(y.argmax()) if _more_is_better(name) else None  # for other metrics the direction is not known
             captions.append(f"{title[0].upper()}{title[1:]}: {_last_and_best(x, y, best, form)}.")
     if not data:
         return None
@@ -320,7 +324,7 @@ def _compare_metric(records: Sequence[Record], names: Sequence[str], metric: str
 def _share_axis(metric: str, values: Sequence[np.ndarray]) -> Trace:
     """Return the axis of a metric that is at most 1: it ends there, and begins a little below the lowest value."""
     found = np.concatenate(values)
-    if metric not in MORE_IS_BETTER or not len(found) or found.min() < 0 or found.max() > 1:
+    if not _more_is_better(metric) or not len(found) or found.min() < 0 or found.max() > 1:
         return {}
     low = max(0.0, float(found.min()) - max(0.02, 0.1 * float(found.max() - found.min())))
     form = {"tickformat": ".0%" if low < 0.9 else ".1%"} if "accuracy" in metric else {}

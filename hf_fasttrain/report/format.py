@@ -7,6 +7,12 @@ from typing import Any
 
 from hf_fasttrain.utils.format import format_count, format_number, is_finite
 
+NAMES = {
+    "f1_macro": "macro F1", "f1_micro": "micro F1", "top5_accuracy": "top-5 accuracy", "mcc": "MCC", "auroc": "AUROC",
+    "cohen_kappa": "Cohen's kappa", "ece": "calibration error (ECE)", "map": "mean average precision",
+    "brier": "Brier score", "precision_macro": "macro precision", "recall_macro": "macro recall",
+}  # fmt: skip
+
 
 def format_metric(name: str, value: Any) -> str:
     """Return a metric's value: accuracies in percent, others as a number."""
@@ -17,7 +23,7 @@ def format_metric(name: str, value: Any) -> str:
 
 def metric_title(name: str) -> str:
     """Return a metric's name as words."""
-    return {"f1_macro": "macro F1", "top5_accuracy": "top-5 accuracy"}.get(name, name.replace("_", " "))
+    return NAMES.get(name, name.replace("_", " "))
 
 
 def describe_early_stop(stop: Any) -> str | None:

@@ -9,11 +9,18 @@ from typing import Any
 
 from hf_fasttrain.utils.errors import RunError
 
-BUILT_IN_METRICS = ("loss", "accuracy", "top5_accuracy", "f1_macro")
+MAIN_METRICS = ("loss", "accuracy", "top5_accuracy", "f1_macro")
+MORE_METRICS = (
+    "f1_micro", "balanced_accuracy", "precision_macro", "recall_macro", "mcc", "cohen_kappa", "ece", "brier",
+)  # fmt: skip
+SCORE_METRICS = ("auroc", "map")  # of all scores of a split
+BUILT_IN_METRICS = (*MAIN_METRICS, *MORE_METRICS, *SCORE_METRICS)
+PER_CLASS = ("precision/", "recall/", "f1/")  # and a class's name
 # Directions of well-known metrics: ours and those of the evaluate library.
 DIRECTIONS = {
     "loss": "min", "brier_score": "min", "mae": "min", "mape": "min", "mase": "min", "mse": "min", "smape": "min",
     "accuracy": "max", "top5_accuracy": "max", "f1_macro": "max", "f1": "max", "precision": "max", "recall": "max",
+    "auroc": "max", "map": "max", "mcc": "max", "ece": "min", "brier": "min",
     "roc_auc": "max", "matthews_correlation": "max", "cohen_kappa": "max", "exact_match": "max", "mean_iou": "max",
 }  # fmt: skip
 # Words in other names that give the direction; in "error_score", error decides.
@@ -29,6 +36,8 @@ MORE_IS_BETTER = {
 
 def metric_direction(metric: str) -> str | None:
     """Return whether a higher ("max") or lower ("min") value is better, by the metric's name; None if it is unclear."""
+    if metric.startswith(PER_CLASS):  # whatever the class is called
+        return "max"
     name = metric_name(metric).lower()
     words = set(re.split(r"[^a-z0-9]+", name))
     if name in DIRECTIONS:
@@ -120,6 +129,13 @@ class Result:
     probe: dict[str, Any] | None = None  # how the head was fitted before the first step, see `ProbeResult`
 
 
+def is_built_in(metric: str) -> bool:
+    """Return whether a metric is computed by this package."""
+    return metric in BUILT_IN_METRICS or metric.startswith(PER_CLASS)
+
+
 def metric_name(metric: str) -> str:
     """Return a metric's name in results: the last part of a Hub name or path."""
+    if metric.startswith(PER_CLASS):
+        return metric
     return metric.rstrip("/").split("/")[-1].removesuffix(".py")

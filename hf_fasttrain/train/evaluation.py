@@ -16,7 +16,7 @@ from hf_fasttrain.data.loading.user_loader import UserEvalLoader
 from hf_fasttrain.data.loading.waiting import WaitCutShort
 from hf_fasttrain.models.side_effects import undisturbed
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
-from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.run_folder.result import PER_CLASS, SCORE_METRICS, Watch
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.early_stopping import record_of
@@ -26,11 +26,13 @@ from hf_fasttrain.train.metrics import (
     MULTI_LABEL,
     SINGLE_LABEL,
     ExternalMetrics,
+    FailedMetrics,
     Metrics,
     built_in_metrics,
     describe_error,
 )
 from hf_fasttrain.train.out_of_memory import free_cached_memory
+from hf_fasttrain.train.score_metrics import ScoreMetrics
 from hf_fasttrain.train.throughput import Throughput
 from hf_fasttrain.train.user_metrics import Metric, Predict, UserMetrics
 from hf_fasttrain.utils.errors import RunError, shown
@@ -57,7 +59,9 @@ class Evaluator:
         external: Sequence[str] = (),
         own: Mapping[str, Metric] | None = None,
         predict: Predict | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
+        self.class_names = class_names
         self.accelerator, self.num_classes, self.multi_label = accelerator, num_classes, multi_label
         self.metrics = None if metrics is None else list(metrics)
         self.external, self.own, self.predict = ExternalMetrics(external), UserMetrics(own), predict
@@ -66,6 +70,7 @@ class Evaluator:
         self.max_images: int | None = None  # per forward, after memory ran out
         self.watched: Sequence[str] = ()  # metrics that are measured even where they say little
         self.collects = False  # whether to store predictions for `predictions`
+        self._failed_scores, self._noted = FailedMetrics(), set[str]()
         self._columns: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
         self._num_classes = 0  # of that pass
 
@@ -85,6 +90,7 @@ class Evaluator:
         counts: Metrics | None = None
         interrupted = torch.zeros((), device=self.accelerator.device)
         rows = getattr(loader, "rows", None)
+        scores = ScoreMetrics(name for name in self.metrics or self.watched if name in SCORE_METRICS)
         collector = Collector(len(rows) if rows is not None else 0) if self.collects else None
         try:
             for images, labels in loader:
@@ -97,6 +103,7 @@ class Evaluator:
                 counts.update(logits, labels)
                 self.external.update(logits, labels)
                 self.own.update(logits, labels)
+                scores.update(logits, labels)
                 if collector is not None:
                     collector.add(logits, labels)
         except WaitCutShort:
@@ -109,9 +116,16 @@ class Evaluator:
         values = counts.compute(self.processes.reduce_sum)  # waits for the device
         self._columns, self._num_classes = collector.columns() if collector is not None else None, counts.num_classes
         names = built_in_metrics(counts.num_classes, multi_label=counts.multi_label, watched=self.watched)
-        built_in = {name: values[name] for name in self.metrics or names}
         user_values = self.own.compute(self.processes, rows)
+        values |= scores.compute(self.processes, rows)
+        self._failed_scores = scores.failed
+        chosen, classes = self.metrics or names, self._names_of_classes(counts)
+        values |= {name: counts.of_class(name, classes) for name in chosen if name.startswith(PER_CLASS)}
+        built_in = {name: values[name] for name in chosen if name in values}
         return {**built_in, **self.external.compute(self.processes.gather), **user_values}
+
+    def _names_of_classes(self, counts: Metrics) -> Sequence[str]:
+        return self.class_names or [str(number) for number in range(counts.num_classes)]
 
     def _counts(self, num_classes: int, *, multi_label: bool) -> Metrics:
         classes = num_classes if self.num_classes is None else self.num_classes
@@ -165,11 +179,14 @@ class Evaluator:
 
     def may_be_missing(self, name: str) -> bool:
         """Return whether a metric may be missing from an evaluation because it could not be computed."""
-        return name in self.external.modules or name in self.own.functions
+        return name in self.external.modules or name in self.own.functions or name in SCORE_METRICS
 
     def new_notes(self) -> list[str]:
         """Return a sentence for each metric that failed for the first time in the last pass."""
-        return [*self.external.failed.new_notes(), *self.own.failed.new_notes()]
+        errors = {name: text for name, text in self._failed_scores.errors.items() if name not in self._noted}
+        self._noted |= errors.keys()
+        notes = [f"metric '{name}' could not be computed and is skipped: {text}" for name, text in errors.items()]
+        return [*self.external.failed.new_notes(), *self.own.failed.new_notes(), *notes]
 
     def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
         """Return the predictions of the last pass, of all processes; None if they were not stored.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,20 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, metric_name
-from hf_fasttrain.utils.errors import RecipeError, RunError, nearest, shown
+from hf_fasttrain.run_folder.result import (
+    BUILT_IN_METRICS,
+    MAIN_METRICS,
+    PER_CLASS,
+    SCORE_METRICS,
+    is_built_in,
+    metric_name,
+)
+from hf_fasttrain.utils.errors import RecipeError, RunError, nearest, shortened, shown
 from hf_fasttrain.utils.private_apis import reset_metric
 
-SINGLE_LABEL = BUILT_IN_METRICS
-MULTI_LABEL = ("loss", "accuracy", "f1_macro")
+SINGLE_LABEL = tuple(name for name in BUILT_IN_METRICS if name != "f1_micro")  # which would be accuracy
+MULTI_LABEL = (
+    "loss", "accuracy", "f1_macro", "f1_micro", "precision_macro", "recall_macro", "ece", "brier", *SCORE_METRICS,
+)  # fmt: skip
 TOP5 = "top5_accuracy"
+NUM_BINS = 15  # of confidence, for the calibration error
 
 
 def built_in_metrics(num_classes: int, *, multi_label: bool, watched: Collection[str] = ()) -> list[str]:
-    """Return the metrics that are measured unless the user chooses; top-5, always 1 of five classes, if `watched`."""
-    if multi_label:
-        return list(MULTI_LABEL)
-    return [name for name in SINGLE_LABEL if name != TOP5 or num_classes > 5 or name in watched]
+    """Return the metrics that are measured unless the user chooses, and those that are `watched`.
+
+    Top-5 accuracy of five classes is always 1.
+    """
+    known = MULTI_LABEL if multi_label else SINGLE_LABEL
+    main = [name for name in MAIN_METRICS if name in known and (name != TOP5 or num_classes > 5)]
+    return [*dict.fromkeys([*main, *(name for name in watched if name in known or name.startswith(PER_CLASS))])]
 
 
 class Metrics:
@@ -32,13 +45,19 @@ class Metrics:
     Single-label: `loss` is the mean cross-entropy, `accuracy` and `top5_accuracy` (top K with fewer than five
     classes) shares of images, `f1_macro` the mean F1 of all classes that occur or are predicted. Multi-label (a
     class is predicted from 0.5 on): `loss` is the mean binary cross-entropy, `accuracy` the share of images with
-    every class right, `f1_macro` the mean over all classes. All are scikit-learn's definitions.
+    every class right, `f1_macro` the mean over all classes. All are scikit-learn's definitions, and so are the others
+    but `ece`: the expected calibration error in 15 bins of the predicted class's probability (Guo et al., arXiv
+    1706.04599), multi-label of all probabilities. `brier` is the sum over the classes, multi-label their mean.
     """
 
     def __init__(self, num_classes: int, device: torch.device, *, multi_label: bool = False) -> None:
         self.num_classes, self.multi_label = num_classes, multi_label
         # images, sum of losses, correct, correct in the top five, invalid labels
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)
+        # of each bin: images (multi-label: probabilities), sum of probabilities, correct; and the sum of squares
+        self.bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(1, dtype=torch.float64, device=device)
+        self.of_classes: dict[str, Tensor] = {}  # precision, recall and f1 (K,), once computed
         # per class: predicted and true, predicted, true
         self.classes = torch.zeros(3, num_classes, dtype=torch.float64, device=device)
 
@@ -55,6 +74,7 @@ class Metrics:
         images = torch.full((), len(logits), device=logits.device)
         self.totals += torch.stack([images, *totals]).to(torch.float64)
         self.classes += classes
+        self._update_calibration(logits, labels)
 
     def _require_shapes(self, logits: Tensor, labels: Tensor) -> None:
         """Raise RunError unless logits and labels match the number of classes."""
@@ -70,6 +90,21 @@ class Metrics:
                 f"the labels of an evaluation batch are {str(labels.dtype).removeprefix('torch.')} of shape "
                 f"{tuple(labels.shape)}; must be {kind}, of shape {tuple(expected)}"
             )
+
+    def _update_calibration(self, logits: Tensor, labels: Tensor) -> None:
+        """Count the probabilities in bins (a, b], and their squared errors."""
+        if self.multi_label:
+            p, true = logits.sigmoid().flatten(), (labels > 0.5).flatten()
+            self.squares += (p - true.to(p.dtype)).square().sum(dtype=torch.float64) / self.num_classes
+        else:
+            probabilities, labels = logits.softmax(1), labels.clamp(0, self.num_classes - 1)
+            p, predicted = probabilities.max(1)
+            true = predicted == labels
+            of_label = probabilities.gather(1, labels[:, None].long())[:, 0]
+            self.squares += (probabilities.square().sum(1) - 2 * of_label + 1).sum(dtype=torch.float64)
+        bins = (p * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
+        for row, values in enumerate((torch.ones_like(p), p, true)):
+            self.bins[row].scatter_add_(0, bins, values.to(torch.float64))
 
     def _update_single(self, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
         invalid = (labels < 0) | (labels >= self.num_classes)  # reported at the end, to avoid a sync
@@ -98,8 +133,10 @@ class Metrics:
 
         Raises RunError if a label is not one of the classes, or if there were no images.
         """
-        counts = add(torch.cat([self.totals, self.classes.flatten()])).cpu()
-        images, loss, right, top5, invalid = counts[:5].tolist()
+        parts = (self.totals, self.squares, self.bins.flatten(), self.classes.flatten())
+        counts = add(torch.cat(parts)).cpu()
+        images, loss, right, top5, invalid, squares = counts[:6].tolist()
+        num_bins = self.bins.numel()
         if not images:
             raise RunError("no images to evaluate: an iterator yields its images once; pass a list or a DataLoader")
         if invalid and self.multi_label:
@@ -113,11 +150,33 @@ class Metrics:
                 f"{self.num_classes - 1}, and num_classes is {self.num_classes}: set it to the number of classes in "
                 "the labels, and use a model with as many outputs"
             )
-        both, predicted, true = counts[5:].view(3, self.num_classes)
+        number, confidence, correct = counts[6 : 6 + num_bins].view_as(self.bins)
+        both, predicted, true = counts[6 + num_bins :].view(3, self.num_classes)
         f1 = 2 * both / (predicted + true).clamp(min=1)
+        self.of_classes = {"precision": both / predicted.clamp(min=1), "recall": both / true.clamp(min=1), "f1": f1}
         is_counted = torch.ones_like(f1, dtype=torch.bool) if self.multi_label else (predicted + true) > 0
-        values = {"loss": loss / images, "accuracy": right / images, "f1_macro": f1[is_counted].mean().item()}
-        return values if self.multi_label else {**values, "top5_accuracy": top5 / images}
+        values = {"loss": loss / images, "accuracy": right / images, "brier": squares / images}
+        values |= {f"{name}_macro": each[is_counted].mean().item() for name, each in self.of_classes.items()}
+        values["ece"] = float((confidence - correct).abs().sum() / number.sum())
+        if self.multi_label:
+            return {**values, "f1_micro": float(2 * both.sum() / (predicted + true).sum().clamp(min=1))}
+        values["balanced_accuracy"] = self.of_classes["recall"][true > 0].mean().item()
+        return {**values, **_agreement(both, predicted, true), "top5_accuracy": top5 / images}
+
+    def of_class(self, name: str, class_names: Sequence[str]) -> float:
+        """Return a metric such as recall/cat, after `compute`."""
+        metric, _, class_name = name.partition("/")
+        return float(self.of_classes[metric][list(class_names).index(class_name)])
+
+
+def _agreement(both: Tensor, predicted: Tensor, true: Tensor) -> dict[str, float]:
+    """Return Matthews' correlation coefficient and Cohen's kappa from counts per class (K,); 0 if undefined."""
+    images, right, chance = true.sum(), both.sum(), (predicted * true).sum()
+    spread = (images**2 - (predicted**2).sum()) * (images**2 - (true**2).sum())
+    mcc = (right * images - chance) / spread.sqrt() if spread > 0 else torch.zeros(())
+    expected = chance / images**2
+    kappa = (right / images - expected) / (1 - expected) if expected < 1 else torch.zeros(())
+    return {"mcc": float(mcc), "cohen_kappa": float(kappa)}
 
 
 class FailedMetrics:
@@ -221,11 +280,24 @@ def resolve_metrics(
     """Return the names of built-in and of external metrics; ``auto`` means those of `built_in_metrics`."""
     if isinstance(names, str):
         return built_in_metrics(num_classes, multi_label=multi_label, watched=watched), []
-    builtin = MULTI_LABEL if multi_label else SINGLE_LABEL
-    if multi_label and TOP5 in names:
-        raise RecipeError("evaluate.metrics: top5_accuracy has no meaning for multi-label data; leave it out")
-    chosen = [name for name in dict.fromkeys(["loss", *names]) if name in builtin]
-    return chosen, [name for name in names if name not in builtin]
+    unsuitable = set(BUILT_IN_METRICS) - set(MULTI_LABEL if multi_label else SINGLE_LABEL)
+    for name in names:
+        if name in unsuitable:
+            kind = "multi-label data" if multi_label else "one label per image, where it is the accuracy"
+            raise RecipeError(f"evaluate.metrics: {name} has no meaning for {kind}; leave it out")
+    chosen = [name for name in dict.fromkeys(["loss", *names]) if is_built_in(name)]
+    return chosen, [name for name in names if not is_built_in(name)]
+
+
+def require_classes(names: Iterable[str], class_names: Collection[str]) -> None:
+    """Raise RunError if a metric of one class names none of the data's."""
+    for name in names:
+        class_name = name.partition("/")[2]
+        if name.startswith(PER_CLASS) and class_name not in class_names:
+            raise RunError(
+                f"metric '{name}': '{class_name}' is not a class of the data set.{nearest(class_name, class_names)} "
+                f"Its classes are {shortened(class_names, 30)}"
+            )
 
 
 def _load_evaluate(name: str) -> Any:
@@ -235,8 +307,8 @@ def _load_evaluate(name: str) -> Any:
         module = evaluate.load(name, keep_in_memory=True)
     except Exception as error:  # noqa: BLE001 - a module may raise anything when it is imported
         raise RecipeError(
-            f"evaluate.metrics: '{name}' is not built in ({', '.join(SINGLE_LABEL)}) and can't be loaded by the "
-            f"evaluate library from a local path or the Hub: {describe_error(error)}{nearest(name, SINGLE_LABEL)}"
+            f"evaluate.metrics: '{name}' is not built in ({', '.join(BUILT_IN_METRICS)}) and can't be loaded by the "
+            f"evaluate library from a local path or the Hub: {describe_error(error)}{nearest(name, BUILT_IN_METRICS)}"
         ) from None
     if getattr(module, "module_type", "") not in ("metric", "comparison", "measurement"):
         raise RecipeError(f"evaluate.metrics: '{name}' is not a metric of the evaluate library")

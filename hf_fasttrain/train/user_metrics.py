@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
+from hf_fasttrain.run_folder.result import MAIN_METRICS
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.metrics import FailedMetrics, describe_error
 from hf_fasttrain.utils.errors import RunError, shown
@@ -26,17 +26,17 @@ class UserMetrics:
     """Functions of all logits (N, K) float32 and labels, (N,) or multi-hot (N, K), each image once.
 
     The main process calls them on tensors in its memory (N x K x 4 bytes), in the order of the split's rows if the
-    loader knows them, else in the order of the loaders, process by process. A function that raises is skipped in that
-    pass; `failed` has the errors. Raises RunError for an invalid name.
+    loader knows them, else in the order of the loaders, process by process. A metric of torchmetrics is one too. A
+    function that raises is skipped in that pass; `failed` has the errors. Raises RunError for an invalid name.
     """
 
     def __init__(self, functions: Mapping[str, Metric] | None = None) -> None:
-        self.functions = dict(functions or {})
+        self.functions = {name: _function_of(metric) for name, metric in (functions or {}).items()}
         for name in self.functions:
-            if not isinstance(name, str) or not name or name in (*BUILT_IN_METRICS, *RESERVED_NAMES):
+            if not isinstance(name, str) or not name or name in (*MAIN_METRICS, *RESERVED_NAMES):
                 raise RunError(
                     f"metrics: {name!r} can't be a metric's name; reserved are "
-                    f"{', '.join((*BUILT_IN_METRICS, *RESERVED_NAMES))}; choose another one"
+                    f"{', '.join((*MAIN_METRICS, *RESERVED_NAMES))}; choose another one"
                 )
         self.failed = FailedMetrics()
         self._logits: list[Tensor] = []
@@ -115,6 +115,27 @@ class UserMetrics:
             f"logits of each class, {shapes} ({synthetic_errors[name]}); it is called with logits (N, {num_classes}) "
             "float32 and the labels, both on the CPU, and must return one number"
         )
+
+
+def _function_of(metric: Any) -> Any:
+    """Return a metric as a function; one of torchmetrics gets all images at once, and forgets them afterwards.
+
+    Only the main process calls it, so it must not wait for the others.
+    """
+    if not all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset")):
+        return metric
+
+    def measured(logits: Tensor, labels: Tensor) -> float:
+        if hasattr(metric, "distributed_available_fn"):
+            metric.distributed_available_fn = bool  # False: there is nobody to join values with
+        metric.reset()
+        try:
+            metric.update(logits, labels.long())
+            return float(metric.compute())
+        finally:
+            metric.reset()
+
+    return measured
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor | None:
