@@ -25,6 +25,8 @@ from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.final_weights import resolve_final
 from hf_fasttrain.train.launcher import uses_gpu
+from hf_fasttrain.train.linear_probe import Neighbors, fit_regression
+from hf_fasttrain.train.loss import resolve_loss
 from hf_fasttrain.train.metrics import resolve_metrics
 from hf_fasttrain.train.schedule import resolve_warmup
 from hf_fasttrain.utils.environment import num_cores
@@ -239,6 +241,9 @@ RULES: dict[str, Callable[..., Choice]] = {
 # Decided by functions that also serve trainers without a recipe.
 DECIDED_ELSEWHERE: dict[str, Callable[..., Any]] = {
     "model.head": keeps_head,
+    "train.loss": resolve_loss,
+    "probe.strength": fit_regression,
+    "probe.neighbors": Neighbors,
     "schedule.warmup": resolve_warmup,
     "evaluate.metrics": resolve_metrics,
 }

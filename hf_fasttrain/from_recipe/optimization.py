@@ -11,7 +11,6 @@ from hf_fasttrain.from_recipe.auto import decide
 from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.layers import names_by_phase
 from hf_fasttrain.models.model import head_names
-from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.schema_loss import AsymmetricSection, BinaryCrossEntropy, FocalSection
 from hf_fasttrain.run_folder.result import Watch
 from hf_fasttrain.train.clipping import Clip, clip_adaptively, clip_by_value
@@ -19,12 +18,11 @@ from hf_fasttrain.train.distillation import Distillation, TeacherLogits
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.gradual import GradualTraining, PhaseOfSteps
 from hf_fasttrain.train.imbalanced_losses import AsymmetricLoss, FocalLoss
-from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights
+from hf_fasttrain.train.loss import ClassificationLoss, resolve_class_weights, resolve_loss
 from hf_fasttrain.train.optim import build_optimizer, build_param_groups, has_lr, has_prefix
 from hf_fasttrain.train.plateau import ReduceLROnPlateau
 from hf_fasttrain.train.schedule import Schedule, build_schedule, resolve_warmup
 from hf_fasttrain.train.step_loss import module_of
-from hf_fasttrain.utils.errors import RunError
 
 
 def optimizer_of(parts: Parts) -> torch.optim.Optimizer:
@@ -141,7 +139,8 @@ def loss_of(parts: Parts) -> ClassificationLoss:
     train = recipe.train
     options: dict[str, Any] = {"multi_label": multi_label, "label_smoothing": recipe.augment.label_smoothing}
     options["class_weights"] = weights
-    name = name_of_loss(recipe, multi_label=multi_label)
+    sections = [name for name in ("bce", "focal", "asymmetric") if getattr(train, name) is not None]
+    name = resolve_loss(train.loss, sections, multi_label=multi_label)
     loss: ClassificationLoss
     if name == "focal":
         loss = FocalLoss((train.focal or FocalSection()).gamma, **options)
@@ -154,20 +153,6 @@ def loss_of(parts: Parts) -> ClassificationLoss:
         options |= {"target_threshold": bce.target_threshold, "sum_classes": bce.sum} if name == "bce" else {}
         loss = ClassificationLoss(binary=name == "bce", **options)
     return loss.to(parts.accelerator.device)
-
-
-def name_of_loss(recipe: Recipe, *, multi_label: bool) -> str:
-    """Return the name of the loss. Raises RunError for one that needs a single label."""
-    train = recipe.train
-    chosen = next((name for name in ("bce", "focal", "asymmetric") if getattr(train, name) is not None), None)
-    if train.loss != "auto":
-        chosen = train.loss
-    if multi_label and chosen == "cross_entropy":
-        raise RunError(
-            "train.loss=cross_entropy needs one label per image, these have several; leave it at auto, which is bce, "
-            "or set focal or asymmetric"
-        )
-    return chosen or ("bce" if multi_label else "cross_entropy")
 
 
 def distillation_of(parts: Parts) -> Distillation | None:

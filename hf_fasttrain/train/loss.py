@@ -118,6 +118,21 @@ def first_loss_note(first: float, uniform: float) -> str | None:
     )
 
 
+def resolve_loss(name: str, sections: Sequence[str], *, multi_label: bool) -> str:
+    """Return the name of a recipe's loss; ``auto`` is that of the only section that is set, else the labels decide.
+
+    Raises RunError for one that needs a single label.
+    """
+    if multi_label and name == "cross_entropy":
+        raise RunError(
+            "train.loss=cross_entropy needs one label per image, these have several; leave it at auto, which is bce, "
+            "or set focal or asymmetric"
+        )
+    if name != "auto":
+        return name
+    return sections[0] if sections else "bce" if multi_label else "cross_entropy"
+
+
 def resolve_class_weights(
     weighting: str | Sequence[float] | Mapping[str, float] | None,
     label_counts: np.ndarray,

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_fasttrain.data.source.multi_label import MultiLabels
-from hf_fasttrain.from_recipe.optimization import name_of_loss
 from hf_fasttrain.from_recipe.trainer import build_trainer
 from hf_fasttrain.recipe.load import load_recipe
 from hf_fasttrain.train.imbalanced_losses import AsymmetricLoss, FocalLoss
-from hf_fasttrain.train.loss import ClassificationLoss
+from hf_fasttrain.train.loss import ClassificationLoss, resolve_loss
 from hf_fasttrain.train.step_loss import LossOfLogits
 from hf_fasttrain.train.trainer import Trainer
 from hf_fasttrain.utils.errors import RecipeError, RunError
@@ -101,9 +99,9 @@ def test_conflicts(write_recipe: Callable[..., Path], overrides: list[str], mess
     assert message in str(error.value)
 
 
-def test_cross_entropy_needs_one_label_per_image(write_recipe: Callable[..., Path]) -> None:
-    recipe = load_recipe(write_recipe(), ["train.loss=cross_entropy"])
+def test_cross_entropy_needs_one_label_per_image() -> None:
     with pytest.raises(RunError, match="needs one label per image"):
-        name_of_loss(recipe, multi_label=True)
-    assert name_of_loss(load_recipe(write_recipe()), multi_label=True) == "bce"
-    assert isinstance(MultiLabels.of_pairs(np.array([0]), np.array([1]), 1, 2), MultiLabels)
+        resolve_loss("cross_entropy", [], multi_label=True)
+    assert resolve_loss("auto", [], multi_label=True) == "bce"
+    assert resolve_loss("auto", ["focal"], multi_label=True) == "focal"
+    assert resolve_loss("auto", [], multi_label=False) == "cross_entropy"

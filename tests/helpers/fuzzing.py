@@ -128,6 +128,7 @@ def _be_command(
         os.chdir(given)
         os.environ |= {"HOME": str(given), "TMPDIR": str(given), "XDG_CACHE_HOME": str(given / "cache")}
         os.environ |= {"HF_FASTTRAIN_CACHE": str(given / "pixels"), "HF_FASTTRAIN_TUNINGS": str(given / "tunings")}
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given / "inductor")
         tempfile.tempdir = None
         output, nothing = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
         for number, descriptor in ((0, nothing), (1, output), (2, output)):
