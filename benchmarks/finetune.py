@@ -7,7 +7,7 @@ hf_trainer   the same model and images with transformers.Trainer
 ours         `hf-fasttrain finetune` as shipped, with the same model, image size and images per step
 probe        `hf-fasttrain probe finetune`: features once, then logistic regression
 probe_views  the same with the features of four augmented views of each training image
-probe_first  `ours` with train.probe_first=true: the probe, then the training
+probe_first  `ours` with train.probe_first=true and model.batch_norm=frozen: the probe, then the training
 efficientnet `hf-fasttrain efficientnet` with the same number of epochs and images per step
 finetune_small  `hf-fasttrain finetune_small` as shipped, with its own epochs and images per step
 
@@ -43,7 +43,7 @@ OURS: dict[str, tuple[list[str], list[str]]] = {
     "finetune_small": (["finetune_small"], []),
     "probe": (["probe", "finetune"], []),
     "probe_views": (["probe", "finetune"], ["probe.views=4"]),
-    "probe_first": (["finetune"], ["train.probe_first=true"]),
+    "probe_first": (["finetune"], ["train.probe_first=true", "model.batch_norm=frozen"]),
 }
 OWN_STEPS = {"finetune_small"}  # whose epochs and images per step are a part of the comparison
 PEERS = Path(__file__).with_name("finetune_peers.py")

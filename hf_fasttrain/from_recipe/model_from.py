@@ -21,6 +21,7 @@ from hf_fasttrain.models.model import (
     ModelSpec,
     Preprocessing,
     build_model,
+    freeze_statistics,
     has_large_stem,
     head_names,
     model_preprocessing,
@@ -160,6 +161,8 @@ def _prepare(
         _add_adapters(model, recipe.lora, recipe.data.image_size, num_classes, settings)
     if trained := freeze_untrained(model, recipe.model.trained, num_classes):
         settings.note(f"model.train: {settings.record('trained_parameters', trained)}")
+    if recipe.model.batch_norm == "frozen":
+        freeze_statistics(model)
     if recipe.model.gradient_checkpointing:
         use_gradient_checkpointing(model)
     if recipe.accelerate.sync_batch_norm:

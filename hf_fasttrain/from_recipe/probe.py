@@ -19,6 +19,7 @@ from hf_fasttrain.from_recipe.features import Computed, FeaturePass, Store
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_preparation, train_preparation
 from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.features import Head, LinearHead, backbone_digest
+from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
 from hf_fasttrain.recipe.load import load_recipe, with_values
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.distributed import on_main
@@ -226,6 +227,11 @@ class HeadProbe:
         if not regression.has_converged:
             notes.append(
                 "the logistic regression has not converged to the end; probe.strength regularises more if lower"
+            )
+        if any(map(uses_batch_statistics, batch_norms(self.parts.model))):
+            notes.append(
+                "the head is fitted to features with the pretrained statistics of the batch norms; training from it "
+                "changes them, which model.batch_norm=frozen avoids (docs/recipes.md)"
             )
         labels = self.parts.source.train.labels
         if isinstance(labels, MultiLabels):

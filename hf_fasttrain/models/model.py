@@ -57,6 +57,7 @@ class Preprocessing:
     value_range: ValueRange | None = None  # of grey of more than 8 bits
 
 
+FROZEN = "has_frozen_statistics"  # attribute of a batch norm
 USER_MODEL_PREFIX = "own:"  # prefix of the name of a user's model
 
 
@@ -330,7 +331,24 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
-    """Return whether a batch norm uses batch statistics in training; with frozen weights it uses its running ones."""
+    """Return whether a batch norm uses batch statistics in training, or its running ones.
+
+    It does not with frozen weights, nor after `freeze_statistics`.
+    """
+    return not getattr(norm, FROZEN, False) and has_trained_weight(norm)
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Let the batch norms use and keep their running statistics in training. Raises ModelError without batch norms."""
+    norms = batch_norms(model)
+    if not norms:
+        raise ModelError(f"model.batch_norm=frozen: {type(model).__name__} has no batch norms; leave it out")
+    for norm in norms:
+        setattr(norm, FROZEN, True)
+
+
+def has_trained_weight(norm: nn.Module) -> bool:
+    """Return whether a norm has no weight, or one that is trained."""
     return norm.weight is None or bool(norm.weight.requires_grad)
 
 

@@ -30,6 +30,10 @@ def _model(recipe: Recipe) -> Iterator[Mistake]:
             "model.small_image_stem",
             "published weights have the 7x7 stem; set model.pretrained=false or small_image_stem=false",
         )
+    if model.batch_norm == "frozen" and not model.pretrained:
+        yield "model.batch_norm", "frozen needs pretrained statistics; set model.pretrained to weights to start from"
+    if model.batch_norm == "frozen" and recipe.accelerate.sync_batch_norm:
+        yield "accelerate.sync_batch_norm", "has no effect with model.batch_norm=frozen; leave one of them out"
     if "trust_remote_code" in model.args:
         yield "model.args", "contains trust_remote_code; set model.trust_remote_code: true instead"
     if isinstance(location := model.pretrained, str) and location.lower() in WORDS and not os.path.exists(location):

@@ -64,6 +64,11 @@ class ModelSection(Section):
         examples=["head", "norm", "last 3 blocks", {"head": "2 epochs", "then": "all"}],
     )
     freeze_backbone: bool = result(False, "older name of train: head")
+    batch_norm: Literal["train", "frozen"] = result(
+        "train",
+        "train: statistics of each batch; frozen: the pretrained running statistics are used and kept; weights are "
+        "trained",
+    )
     gradient_checkpointing: bool = speed(False, "compute activations twice to save memory")
     trust_remote_code: bool = result(False, "run the Python code that comes with a transformers model on the Hub")
     args: dict[str, Any] = result({}, "passed on to the model's constructor", examples=[{"drop_rate": 0.2}])

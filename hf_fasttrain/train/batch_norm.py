@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
+from hf_fasttrain.models.model import batch_norms, has_trained_weight
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.private_apis import batch_norm_class
@@ -39,7 +39,7 @@ def average_batch_norm(model: nn.Module, processes: Processes) -> None:
 def frozen_norms_note(model: nn.Module) -> str | None:
     """Return a note on batch norms with frozen weights, as those of a teacher within the model; None without any."""
     norms = {name: each for name, each in model.named_modules() if isinstance(each, batch_norm_class())}
-    frozen = [name for name, norm in norms.items() if not uses_batch_statistics(norm)]
+    frozen = [name for name, norm in norms.items() if not has_trained_weight(norm)]
     if not frozen:
         return None
     return (

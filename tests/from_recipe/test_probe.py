@@ -23,7 +23,7 @@ from hf_fasttrain.inference import evaluate_run
 from hf_fasttrain.models.saved import load_model
 from hf_fasttrain.train.linear_probe import Vectors, fit_regression
 from hf_fasttrain.train.trainer import Trainer
-from hf_fasttrain.utils.errors import RunError
+from hf_fasttrain.utils.errors import RunError, UserError
 
 
 @pytest.fixture
@@ -198,3 +198,26 @@ def test_the_command_and_its_table(
         assert exit_status(["probe", str(recipe), f"output_dir={tmp_path / 'n'}", "--models", models]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "n").exists()
+
+
+def test_frozen_statistics_of_batch_norms_are_kept_while_weights_are_trained(recipe: Path, tmp_path: Path) -> None:
+    build_trainer(recipe, [f"output_dir={tmp_path / 'first'}"]).fit()
+    start = weights(tmp_path / "first")
+    options = ["model.batch_norm=frozen", f"model.pretrained={tmp_path / 'first'}", "train.probe_first=true"]
+    trainer = build_trainer(recipe, [*options, "train.duration=4 steps"])
+    trainer.fit()
+    ended = weights(tmp_path / "run")
+    statistics = [name for name in ended if name.endswith(("running_mean", "running_var"))]
+    assert statistics
+    assert all(torch.equal(ended[name], start[name]) for name in statistics)
+    assert not torch.equal(ended["bn1.weight"], start["bn1.weight"])
+    assert not any("model.batch_norm=frozen avoids" in note for note in trainer.log.notes)
+    for overrides, message in (
+        (["model.batch_norm=frozen"], "needs pretrained statistics"),
+        ([*options, "model.name=test_vit", f"model.pretrained={tmp_path / 'vit'}"], "no batch norms"),
+    ):
+        if "vit" in str(overrides):
+            vit = [f"output_dir={tmp_path / 'vit'}", "model.name=test_vit"]
+            build_trainer(recipe, vit).fit()
+        with pytest.raises(UserError, match=message):
+            build_trainer(recipe, [*overrides, f"output_dir={tmp_path / 'none'}"])
