@@ -374,7 +374,7 @@ def test_recipes_take_custom_metrics_and_evaluate_reports_that_it_lacks_them(
     recipe, run = write_recipe(), tmp_path / "run"
     trainer = Trainer.from_recipe(recipe, [f"output_dir={run}", "evaluate.metrics=[accuracy]", "data.workers=1"])
     options = {"user_metrics": {"mAP": mean_average_precision}, "predict": one_of_one}
-    trainer.evaluation.evaluator = build_evaluator(load_recipe(recipe), trainer.accelerator, False, 10, **options)
+    trainer.evaluation.evaluator = build_evaluator(load_recipe(recipe), trainer.accelerator, False, [*map(str, range(10))], **options)
     SEEN.clear()
     result = trainer.fit()
     number = trainer.evaluation.eval_loader.num_images
