@@ -374,7 +374,8 @@ def test_recipes_take_custom_metrics_and_evaluate_reports_that_it_lacks_them(
     recipe, run = write_recipe(), tmp_path / "run"
     trainer = Trainer.from_recipe(recipe, [f"output_dir={run}", "evaluate.metrics=[accuracy]", "data.workers=1"])
     options = {"user_metrics": {"mAP": mean_average_precision}, "predict": one_of_one}
-    trainer.evaluation.evaluator = build_evaluator(load_recipe(recipe), trainer.accelerator, False, [*map(str, range(10))], **options)
+    names = [str(number) for number in range(10)]
+    trainer.evaluation.evaluator = build_evaluator(load_recipe(recipe), trainer.accelerator, False, names, **options)
     SEEN.clear()
     result = trainer.fit()
     number = trainer.evaluation.eval_loader.num_images
