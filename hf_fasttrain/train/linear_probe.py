@@ -20,6 +20,7 @@ MOST_IMAGES = 20_000  # of those used for choosing; more would take long and cho
 STRENGTHS = tuple(float(10.0**power) for power in np.arange(-4.0, 2.5, 0.5))  # scikit-learn's C: 1 / regularisation
 NEIGHBORS = (1, 3, 5, 10, 20)
 MOST_STEPS = 1000  # of the solver
+THREADED_WORK = 10**9
 UNSEEN = 10.0  # by how much the logit of a class without images is below the mean of the others
 
 
@@ -133,7 +134,7 @@ def _path(data: Vectors, strengths: Any, *, has_bias: bool) -> Iterator[tuple[Li
     options = {"max_iter": MOST_STEPS, "fit_intercept": has_bias, "warm_start": True}
     models = [LogisticRegression(**options) for _ in targets]
     for strength in strengths:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threads_for(vectors.size * data.num_classes):
             warnings.simplefilter("ignore")  # of a solver that has not converged, which is returned
             for model, target, each in zip(models, targets, weights, strict=True):
                 model.C = strength
@@ -145,6 +146,17 @@ def _path(data: Vectors, strengths: Any, *, has_bias: bool) -> Iterator[tuple[Li
         weight = weight / scale
         bias = bias - weight @ mean if has_bias else np.zeros_like(bias)
         yield LinearHead(weight.astype(np.float32), bias.astype(np.float32)), is_done
+
+
+def threads_for(work: int) -> Any:
+    """Return a context in which BLAS and OpenMP use one thread unless a pass has much to compute (multiplications).
+
+    Their threads take longer to start and end than a small product does: 1,000 images with 1,280 features were fitted
+    in 0.7 s instead of 2.5 s.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1 if work < THREADED_WORK else None)
 
 
 def _together(models: list[Any], targets: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
