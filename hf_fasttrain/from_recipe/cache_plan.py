@@ -184,26 +184,31 @@ class CachePlanner:
             content = self._content(split, preparation)
             own = self.folder / cache_key(content)
             if self.processes.is_local_main:
-                self._make_room(own, min(plan.budget, with_margin(plan.need)), content["fingerprint"])
+                needed = min(plan.budget, with_margin(plan.need))
+                if (text := room_made(own, needed, self.data.dataset, content["fingerprint"])) is not None:
+                    self.settings.note(text)
             metadata = {"dataset": self.data.dataset, "split": split.name, **content}
             return open_cache(own, num_rows, plan.budget, metadata)
         cache = memory_cache(num_rows, plan.budget) if self.processes.is_local_main else None
         index, pixels = self.processes.from_local_main((cache.index_path, cache.pixels_path) if cache else None)
         return cache or PixelCache(index, pixels, num_rows, plan.budget)
 
-    def _make_room(self, own: Path, needed: int, fingerprint: str) -> None:
-        """Delete caches of data that are no longer used, and those that keep this one from its size, with a note."""
-
-        def is_same_data(entry: CacheEntry) -> bool:
-            return self.data.dataset == entry.about.get("dataset") or fingerprint == entry.about.get("fingerprint")
-
-        missing = max(0, needed - kept_bytes(own))
-        if (text := make_room(self.folder, own, missing, free_disk_bytes(self.folder), is_same_data)) is not None:
-            self.settings.note(text)
-
     def _content(self, split: Split, preparation: Preparation) -> dict[str, Any]:
         """Return everything that determines a split's pixels; images that two splits share are cached once."""
         return {"fingerprint": split.images.fingerprint, "num_rows": len(split.images), **preparation.key()}
+
+
+def room_made(own: Path, needed: int, dataset: str, fingerprint: str) -> str | None:
+    """Delete caches of data that are no longer used, and those that keep this one from its size; return a note of it.
+
+    `dataset` and `fingerprint` are those of this cache: others of the same data are the last ones to go.
+    """
+
+    def is_same_data(entry: CacheEntry) -> bool:
+        return dataset == entry.about.get("dataset") or fingerprint == entry.about.get("fingerprint")
+
+    missing = max(0, needed - kept_bytes(own))
+    return make_room(own.parent, own, missing, free_disk_bytes(own.parent), is_same_data)
 
 
 def kept_bytes(cache: Path) -> int:

@@ -14,9 +14,9 @@ from hf_fasttrain.data.loading.prefetch import Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, process_share
 from hf_fasttrain.data.pixels.bad_images import BadImage, Event
 from hf_fasttrain.data.pixels.cache import PixelCache, StoredFeatures, cache_key, open_cache
-from hf_fasttrain.data.pixels.cache_limits import free_disk_bytes, make_room, room_for
+from hf_fasttrain.data.pixels.cache_limits import free_disk_bytes, room_for
 from hf_fasttrain.data.source.dataset import Split
-from hf_fasttrain.from_recipe.cache_plan import can_write, kept_bytes, with_margin
+from hf_fasttrain.from_recipe.cache_plan import can_write, kept_bytes, room_made, with_margin
 from hf_fasttrain.models.features import Head
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.utils.errors import DataError
@@ -53,19 +53,15 @@ class Store:
             self.note(f"features are not kept: {self.folder} can't be written")
             return None
         try:
-            if makes_room:
-                text = make_room(self.folder, own, needed, free_disk_bytes(self.folder), self._is_same_data)
-                if text is not None:
-                    self.note(text)
+            text = room_made(own, needed, self.dataset, split.images.fingerprint) if makes_room else None
+            if text is not None:
+                self.note(text)
             budget = kept_bytes(own) + min(needed, room_for(self.folder, own, free_disk_bytes(self.folder)))
             budget = budget if self.limit is None else min(budget, self.limit)
             return open_cache(own, num_rows, budget, {"dataset": self.dataset, "split": split.name, **content})
         except (DataError, OSError) as error:
             self.note(f"features are not kept: {error}")
             return None
-
-    def _is_same_data(self, entry: Any) -> bool:
-        return bool(entry.about.get("dataset") == self.dataset)
 
 
 class FeaturePass:
