@@ -23,10 +23,10 @@ from hf_fasttrain.train.early_stopping import record_of
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import logits_of
 from hf_fasttrain.train.metrics import (
+    CALIBRATION,
     MULTI_LABEL,
     SINGLE_LABEL,
     ExternalMetrics,
-    FailedMetrics,
     Metrics,
     built_in_metrics,
     describe_error,
@@ -65,12 +65,12 @@ class Evaluator:
         self.accelerator, self.num_classes, self.multi_label = accelerator, num_classes, multi_label
         self.metrics = None if metrics is None else list(metrics)
         self.external, self.own, self.predict = ExternalMetrics(external), UserMetrics(own), predict
+        self.scores = ScoreMetrics()
         if num_classes is not None:  # fail before training
             self.external.try_out(num_classes, multi_label=bool(multi_label))
         self.max_images: int | None = None  # per forward, after memory ran out
         self.watched: Sequence[str] = ()  # metrics that are measured even where they say little
         self.collects = False  # whether to store predictions for `predictions`
-        self._failed_scores, self._noted = FailedMetrics(), set[str]()
         self._columns: tuple[Tensor, ...] | None = None  # of the last complete pass, on the CPU
         self._num_classes = 0  # of that pass
 
@@ -90,7 +90,7 @@ class Evaluator:
         counts: Metrics | None = None
         interrupted = torch.zeros((), device=self.accelerator.device)
         rows = getattr(loader, "rows", None)
-        scores = ScoreMetrics(name for name in self.metrics or self.watched if name in SCORE_METRICS)
+        self.scores.choose(self.metrics or self.watched)
         collector = Collector(len(rows) if rows is not None else 0) if self.collects else None
         try:
             for images, labels in loader:
@@ -103,22 +103,21 @@ class Evaluator:
                 counts.update(logits, labels)
                 self.external.update(logits, labels)
                 self.own.update(logits, labels)
-                scores.update(logits, labels)
+                self.scores.update(logits, labels)
                 if collector is not None:
                     collector.add(logits, labels)
         except WaitCutShort:
             interrupted += 1
         if self.processes.reduce_sum(interrupted):
-            self.external.clear()
-            self.own.clear()
+            for kept in (self.external, self.own, self.scores):
+                kept.clear()
             return {}
         counts = self._counts_or_empty(counts)
         values = counts.compute(self.processes.reduce_sum)  # waits for the device
         self._columns, self._num_classes = collector.columns() if collector is not None else None, counts.num_classes
         names = built_in_metrics(counts.num_classes, multi_label=counts.multi_label, watched=self.watched)
         user_values = self.own.compute(self.processes, rows)
-        values |= scores.compute(self.processes, rows)
-        self._failed_scores = scores.failed
+        values |= self.scores.compute(self.processes, rows)
         chosen, classes = self.metrics or names, self._names_of_classes(counts)
         values |= {name: counts.of_class(name, classes) for name in chosen if name.startswith(PER_CLASS)}
         built_in = {name: values[name] for name in chosen if name in values}
@@ -130,7 +129,8 @@ class Evaluator:
     def _counts(self, num_classes: int, *, multi_label: bool) -> Metrics:
         classes = num_classes if self.num_classes is None else self.num_classes
         is_multi_label = multi_label if self.multi_label is None else self.multi_label
-        return Metrics(classes, self.accelerator.device, multi_label=is_multi_label)
+        calibration = not {*(self.metrics or self.watched)}.isdisjoint(CALIBRATION)
+        return Metrics(classes, self.accelerator.device, multi_label=is_multi_label, calibration=calibration)
 
     def _counts_or_empty(self, counts: Metrics | None) -> Metrics:
         """Return `counts`, or zero counts for a process without images, with the other processes' number of classes."""
@@ -183,10 +183,8 @@ class Evaluator:
 
     def new_notes(self) -> list[str]:
         """Return a sentence for each metric that failed for the first time in the last pass."""
-        errors = {name: text for name, text in self._failed_scores.errors.items() if name not in self._noted}
-        self._noted |= errors.keys()
-        notes = [f"metric '{name}' could not be computed and is skipped: {text}" for name, text in errors.items()]
-        return [*self.external.failed.new_notes(), *self.own.failed.new_notes(), *notes]
+        failed = (self.external.failed, self.own.failed, self.scores.failed)
+        return [note for each in failed for note in each.new_notes()]
 
     def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
         """Return the predictions of the last pass, of all processes; None if they were not stored.

@@ -26,6 +26,7 @@ MULTI_LABEL = (
     "loss", "accuracy", "f1_macro", "f1_micro", "precision_macro", "recall_macro", "ece", "brier", *SCORE_METRICS,
 )  # fmt: skip
 TOP5 = "top5_accuracy"
+CALIBRATION = ("ece", "brier")
 NUM_BINS = 15  # of confidence, for the calibration error
 
 
@@ -47,11 +48,14 @@ class Metrics:
     class is predicted from 0.5 on): `loss` is the mean binary cross-entropy, `accuracy` the share of images with
     every class right, `f1_macro` the mean over all classes. All are scikit-learn's definitions, and so are the others
     but `ece`: the expected calibration error in 15 bins of the predicted class's probability (Guo et al., arXiv
-    1706.04599), multi-label of all probabilities. `brier` is the sum over the classes, multi-label their mean.
+    1706.04599), multi-label of all probabilities. `brier` is the sum over the classes, multi-label their mean. These
+    two are counted with `calibration` only, since they take a softmax more.
     """
 
-    def __init__(self, num_classes: int, device: torch.device, *, multi_label: bool = False) -> None:
-        self.num_classes, self.multi_label = num_classes, multi_label
+    def __init__(
+        self, num_classes: int, device: torch.device, *, multi_label: bool = False, calibration: bool = False
+    ) -> None:
+        self.num_classes, self.multi_label, self.calibration = num_classes, multi_label, calibration
         # images, sum of losses, correct, correct in the top five, invalid labels
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)
         # of each bin: images (multi-label: probabilities), sum of probabilities, correct; and the sum of squares
@@ -74,7 +78,8 @@ class Metrics:
         images = torch.full((), len(logits), device=logits.device)
         self.totals += torch.stack([images, *totals]).to(torch.float64)
         self.classes += classes
-        self._update_calibration(logits, labels)
+        if self.calibration:
+            self._update_calibration(logits, labels)
 
     def _require_shapes(self, logits: Tensor, labels: Tensor) -> None:
         """Raise RunError unless logits and labels match the number of classes."""
@@ -155,9 +160,11 @@ class Metrics:
         f1 = 2 * both / (predicted + true).clamp(min=1)
         self.of_classes = {"precision": both / predicted.clamp(min=1), "recall": both / true.clamp(min=1), "f1": f1}
         is_counted = torch.ones_like(f1, dtype=torch.bool) if self.multi_label else (predicted + true) > 0
-        values = {"loss": loss / images, "accuracy": right / images, "brier": squares / images}
+        values = {"loss": loss / images, "accuracy": right / images}
         values |= {f"{name}_macro": each[is_counted].mean().item() for name, each in self.of_classes.items()}
-        values["ece"] = float((confidence - correct).abs().sum() / number.sum())
+        if self.calibration:
+            values["brier"] = squares / images
+            values["ece"] = float((confidence - correct).abs().sum() / number.sum())
         if self.multi_label:
             return {**values, "f1_micro": float(2 * both.sum() / (predicted + true).sum().clamp(min=1))}
         values["balanced_accuracy"] = self.of_classes["recall"][true > 0].mean().item()

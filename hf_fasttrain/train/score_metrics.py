@@ -24,9 +24,9 @@ class ScoreMetrics(UserMetrics):
     process holds N x K scores in float32.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__()
-        self.functions = {name: FUNCTIONS[name] for name in names}
+    def choose(self, names: Iterable[str]) -> None:
+        """Compute those of `names` that are metrics of scores, from the next pass on."""
+        self.functions = {name: FUNCTIONS[name] for name in names if name in FUNCTIONS}
 
 
 def _columns(logits: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
