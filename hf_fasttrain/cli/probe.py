@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_fasttrain.cli.arguments import Overrides, RecipeArgument
-from hf_fasttrain.utils.errors import RecipeError, RunError, Stopped, UserError
+from hf_fasttrain.utils.errors import RecipeError, RunError, UserError
 from hf_fasttrain.utils.printing import echo
 
 if TYPE_CHECKING:
     from hf_fasttrain.recipe.schema import Recipe
+    from hf_fasttrain.run_folder.result import Result
 
 
 def probe(
@@ -36,19 +36,19 @@ def probe(
     chosen = [name.strip() for name in models.split(",") if name.strip()] if models is not None else []
     if models is not None and (not chosen or len(set(chosen)) < len(chosen)):
         raise RecipeError(f"--models is '{models}'; give different names, such as resnet50,efficientnet_b0")
-    load_recipe(recipe, overrides or [])  # before anything heavy is imported
+    loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.from_recipe.probe import probe_recipe
     from hf_fasttrain.recipe.load import output_dir
 
     if not chosen:
-        row, log = _probe(probe_recipe(recipe, overrides or []))
+        row, log = _probe(probe_recipe(loaded))
         log(_summary(row))
         return
-    folder = Path(output_dir(load_recipe(recipe, overrides or [])))
+    folder = Path(output_dir(loaded))
     recipes = {}
     for name in chosen:
         own = [f"model.name={name}", f"output_dir={folder / name.replace('/', '_').replace(':', '_')}"]
-        recipes[name] = probe_recipe(recipe, [*(overrides or []), *own])
+        recipes[name] = probe_recipe(load_recipe(recipe, [*(overrides or []), *own]))
     _probe_all(recipes)
 
 
@@ -70,26 +70,19 @@ class Probed:
 
 def _probe(recipe: Recipe) -> tuple[Probed, Callable[[str], None]]:
     """Fit the head, evaluate and save the run; return its row, and what prints on the main process."""
-    from hf_fasttrain.cli.train import end_trackers, memory_limit
+    from hf_fasttrain.cli.train import carry_out
     from hf_fasttrain.from_recipe.trainer import build_trainer
     from hf_fasttrain.recipe.load import output_dir
-    from hf_fasttrain.run_folder.missing import describe_missing
-    from hf_fasttrain.utils.signals import ignore_signals
 
     start, folder = time.perf_counter(), Path(output_dir(recipe))
     trainer = build_trainer(recipe)
     trainer.log.print(f"probing {recipe.model.name} on {recipe.data.dataset}, run folder {folder}")
-    try:
-        with memory_limit(trainer), trainer.running():
-            result = trainer.finish()
-    except Stopped as stopped:
-        ignore_signals(stopped.status)
-        end_trackers(trainer)
-        sys.exit(stopped.status)
-    end_trackers(trainer)
-    if result.not_written:
-        trainer.log.print(describe_missing(folder, result.not_written, 0, 0, report=trainer.report))
-        sys.exit(Stopped.NOT_WRITTEN)
+
+    def finish() -> Result:
+        with trainer.running():
+            return trainer.finish()
+
+    result = carry_out(trainer, finish)
     parameters = sum(parameter.numel() for parameter in trainer.raw_model.parameters())
     seconds = time.perf_counter() - start
     row = Probed(recipe.model.name, folder, result.metrics, result.probe or {}, parameters, seconds)

@@ -32,9 +32,8 @@ def train(
     loaded = load_recipe(recipe, overrides or [])  # before anything heavy is imported
     from hf_fasttrain.from_recipe.trainer import build_trainer
     from hf_fasttrain.recipe.load import output_dir
-    from hf_fasttrain.run_folder.missing import describe_missing, missing_results
+    from hf_fasttrain.run_folder.missing import missing_results
     from hf_fasttrain.utils.format import format_count
-    from hf_fasttrain.utils.signals import ignore_signals
 
     folder = Path(output_dir(loaded))
     trainer = build_trainer(loaded, resume=resume)
@@ -47,19 +46,32 @@ def train(
     else:
         started = f"{format_count(trainer.num_steps, 'step')} on {trainer.device}, run folder {folder}"
         trainer.log.print(f"training {loaded.model.name} on {loaded.data.dataset}: {started}")
+    result = carry_out(trainer, trainer.fit)
+    _print_summary(trainer.log.print, folder, loaded, result)
+
+
+def carry_out(trainer: Trainer, work: Callable[[], Result]) -> Result:
+    """Return the result of a trainer's work, within the memory that is free.
+
+    Ends the command, with its exit status, if a signal stops the work or if something could not be written.
+    """
+    from hf_fasttrain.run_folder.missing import describe_missing
+    from hf_fasttrain.utils.signals import ignore_signals
+
     try:
-        with memory_limit(trainer):
-            result = trainer.fit()
+        with _memory_limit(trainer):
+            result = work()
     except Stopped as stopped:
         ignore_signals(stopped.status)
-        end_trackers(trainer)
+        _end_trackers(trainer)
         sys.exit(stopped.status)
-    end_trackers(trainer)
+    _end_trackers(trainer)
     if result.not_written:
+        assert trainer.output_dir is not None
         steps = trainer.state.step, _final_step(trainer)
-        trainer.log.print(describe_missing(folder, result.not_written, *steps, report=trainer.report))
+        trainer.log.print(describe_missing(trainer.output_dir, result.not_written, *steps, report=trainer.report))
         sys.exit(Stopped.NOT_WRITTEN)
-    _print_summary(trainer.log.print, folder, loaded, result)
+    return result
 
 
 def _final_step(trainer: Trainer) -> int:
@@ -81,7 +93,7 @@ def _print_finished(trainer: Trainer, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def memory_limit(trainer: Trainer) -> Iterator[None]:
+def _memory_limit(trainer: Trainer) -> Iterator[None]:
     """Limit training on a CPU to the memory that is free now: too large an allocation fails instead of a kill.
 
     Raises NotEnoughMemory if memory runs out where no step can be retried, as in a checkpoint's copy.
@@ -107,7 +119,7 @@ def memory_limit(trainer: Trainer) -> Iterator[None]:
         ) from None
 
 
-def end_trackers(trainer: Trainer) -> None:
+def _end_trackers(trainer: Trainer) -> None:
     """End the trackers; the other processes wait for the main one, which has also written the report and uploaded."""
     for tracker in trainer.accelerator.trackers:
         try:

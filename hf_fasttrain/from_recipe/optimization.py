@@ -139,8 +139,7 @@ def loss_of(parts: Parts) -> ClassificationLoss:
     train = recipe.train
     options: dict[str, Any] = {"multi_label": multi_label, "label_smoothing": recipe.augment.label_smoothing}
     options["class_weights"] = weights
-    sections = [name for name in ("bce", "focal", "asymmetric") if getattr(train, name) is not None]
-    name = resolve_loss(train.loss, sections, multi_label=multi_label)
+    name = resolve_loss(train.loss, train.loss_sections, multi_label=multi_label)
     loss: ClassificationLoss
     if name == "focal":
         loss = FocalLoss((train.focal or FocalSection()).gamma, **options)

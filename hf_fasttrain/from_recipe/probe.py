@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from hf_fasttrain.from_recipe.loaders import Loaders, eval_preparation, train_pr
 from hf_fasttrain.from_recipe.parts import Parts
 from hf_fasttrain.models.features import Head, LinearHead, backbone_digest
 from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
-from hf_fasttrain.recipe.load import load_recipe, with_values
+from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.train.distributed import on_main
 from hf_fasttrain.train.ending import result_of
@@ -39,9 +38,9 @@ COPIES = 3  # of the features in float64 that fitting needs
 CHECKED = 4  # images whose logits show that the model holds the head
 
 
-def probe_recipe(recipe: Recipe | str | Path, overrides: list[str]) -> Recipe:
+def probe_recipe(recipe: Recipe) -> Recipe:
     """Return a recipe with train.probe_first."""
-    return with_values(load_recipe(recipe, overrides), {"train.probe_first": True})
+    return with_values(recipe, {"train.probe_first": True})
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,10 @@ def note_on_rarest(split: Split, weights: SampleWeights, class_names: Sequence[s
 
     def described(number: int) -> str:
         drawn = times[int(np.argmax(split.labels == number))]
-        return f"an image of '{class_names[number]}' ({counts[number]:,}) is drawn {drawn:.2g} times per epoch"
+        return f"an image of '{class_names[number]}' ({counts[number]:,}) is drawn {drawn:.2g} times"
 
     rarest, most = present[np.argmin(counts[present])], present[np.argmax(counts[present])]
-    return f"train.sampling: {described(int(rarest))}, {described(int(most)).replace(' per epoch', '')}, on average"
+    return f"train.sampling: {described(int(rarest))} per epoch, {described(int(most))}, on average"
 
 
 def require_enough_images(recipe: Recipe, num_images: int, processes: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_fasttrain.models.head import output_layers
 from hf_fasttrain.models.model import head_names
+from hf_fasttrain.models.weights import update_digest
 from hf_fasttrain.utils.errors import ModelError
 
 TOLERANCE = 1e-3  # of the largest logit, in fp32, between a head's logits and those of its weights
@@ -121,10 +122,7 @@ class Head:
 def backbone_digest(model: nn.Module, head_layers: Sequence[str]) -> str:
     """Return a checksum of a model's weights and buffers without those of its head's layers."""
     hashed = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.rpartition(".")[0] in head_layers:
-            continue
-        values = tensor.detach().to("cpu").contiguous()
-        hashed.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        hashed.update(values.view(-1).view(torch.uint8).numpy() if values.numel() else b"")
+    tensors = sorted(model.state_dict().items())
+    backbone = ((name, tensor) for name, tensor in tensors if name.rpartition(".")[0] not in head_layers)
+    update_digest(hashed, ((f"{name} {tensor.dtype} {tuple(tensor.shape)}\n", tensor) for name, tensor in backbone))
     return hashed.hexdigest()

@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from hf_fasttrain.data.source.classes import match_names
 from hf_fasttrain.models.limits import building
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.models.saved import load_model, model_folder, open_run, read_spec
-from hf_fasttrain.models.weights import names_in
+from hf_fasttrain.models.weights import names_in, update_digest
 from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, SPEC_FILE, WEIGHTS_FILE
 from hf_fasttrain.utils.errors import ModelError, RunError, UserError, first_line, nearest, shortened
 from hf_fasttrain.utils.files import existing_path, expand_user
@@ -169,11 +167,5 @@ def _columns(location: str, class_names: Sequence[str], candidates: Sequence[Seq
 def _digest(model: nn.Module, inputs: object) -> str:
     """Return a digest of a model's tensors and of `inputs`, which have a stable repr."""
     hashed = xxhash.xxh3_64(repr(inputs).encode())
-    for name, tensor in model.state_dict().items():
-        hashed.update(name.encode())
-        hashed.update(_bytes(tensor))
+    update_digest(hashed, model.state_dict().items())
     return hashed.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

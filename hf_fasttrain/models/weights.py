@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.run_folder.checkpoint import write_safetensors
@@ -50,6 +51,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: can't be read as safetensors: {reason(error)}") from None
+
+
+def update_digest(hashed: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add descriptions and values of tensors to an xxhash object."""
+    for description, tensor in tensors:
+        hashed.update(description.encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -128,7 +128,7 @@ def _train(recipe: Recipe) -> Iterator[Mistake]:
             "accelerate.micro_batch_size",
             "and accelerate.gradient_accumulation_steps set the same thing; leave one of them out",
         )
-    losses = [name for name in ("bce", "focal", "asymmetric") if getattr(train, name) is not None]
+    losses = train.loss_sections
     if len(losses) > 1:
         yield f"train.{losses[1]}", f"and train.{losses[0]} are two losses; leave one of them out"
     elif losses and train.loss not in ("auto", losses[0]):

@@ -124,6 +124,11 @@ class TrainSection(Section):
         None, "asymmetric loss (arXiv 2009.14119), for many classes of which an image has few: {gamma_negative: 4}"
     )
 
+    @property
+    def loss_sections(self) -> list[str]:
+        """The names of the sections of losses that are set."""
+        return [name for name in ("bce", "focal", "asymmetric") if getattr(self, name) is not None]
+
 
 class AccelerateSection(Section):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = speed(

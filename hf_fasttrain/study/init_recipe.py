@@ -155,10 +155,7 @@ def text_of(recipe: Draft, header: Sequence[str]) -> str:
             continue
         lines.append(f"{section}:")
         for name, value in values.items():
-            reason = next(
-                (why for key, why in recipe.reasons.items() if f"{key}.".startswith(f"{section}.{name}.")), ""
-            )
-            lines.append(_line("  ", name, value, reason))
+            lines.append(_line("  ", name, value, recipe.reason(f"{section}.{name}")))
         lines += [f"  # {each.text}  # {each.reason}" for each in recipe.suggestions if _section(each) == section]
     return "\n".join(lines) + "\n"
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.callbacks import stop_before
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import RECIPE, exit_status, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_fasttrain import RunError, Trainer
-from hf_fasttrain.data.loading.loader import Step
 from hf_fasttrain.from_recipe.source_from import local_settings
 from hf_fasttrain.models.model import IMAGENET_MEAN, ModelSpec, Preprocessing, build_model
 from hf_fasttrain.models.saved import save_model
@@ -94,19 +94,6 @@ def test_a_recipe_trains_as_a_step_loss_by_hand_also_in_micro_batches_of_two_pro
     assert files == {"model"}  # not the teacher
     run_processes(fit, str(recipe), str(tmp_path / "two"), *mean, distill, "accelerate.micro_batch_size=6")
     require_close(weights(tmp_path / "two"), weights(tmp_path / "hand"))
-
-
-def stop_before(trainer: Trainer, index: int) -> None:
-    make_step = trainer.train_step
-
-    def train_step(step: Step) -> Tensor:
-        if step.index == index:
-            raise KeyboardInterrupt
-        return make_step(step)
-
-    trainer.train_step = train_step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
 
 
 @pytest.fixture(scope="module")

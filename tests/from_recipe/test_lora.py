@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.callbacks import stop_before
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import RECIPE, exit_status, weights
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.data.loading.loader import Step
 from hf_fasttrain.inference import evaluate_run
 from hf_fasttrain.models.lora import merged_state
 from hf_fasttrain.models.model import ModelSpec, build_model
@@ -80,19 +80,6 @@ def test_everything_that_a_run_leaves_is_the_ordinary_model(
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def stop_before(trainer: Trainer, index: int) -> None:
-    make_step = trainer.train_step
-
-    def train_step(step: Step) -> Tensor:
-        if step.index == index:
-            raise KeyboardInterrupt
-        return make_step(step)
-
-    trainer.train_step = train_step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
 
 
 def test_a_run_resumes_bitwise(

@@ -1,11 +1,15 @@
-"""Callbacks that stop a run, and that record its gradients."""
+"""What stops a run, and what records its gradients."""
 
 from __future__ import annotations
 
 import os
 import signal
 
+import pytest
+from torch import Tensor
+
 from hf_fasttrain import Callback, Trainer
+from hf_fasttrain.data.loading.loader import Step
 from hf_fasttrain.train.callbacks import StepReport
 
 
@@ -31,3 +35,17 @@ class Norms(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         assert report.grad_norm is not None
         self.norms.append(float(report.grad_norm))
+
+
+def stop_before(trainer: Trainer, index: int) -> None:
+    """Train until the step with an index (from 0) would begin."""
+    make_step = trainer.train_step
+
+    def train_step(step: Step) -> Tensor:
+        if step.index == index:
+            raise KeyboardInterrupt
+        return make_step(step)
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.callbacks import stop_before
 from helpers.processes import reset_accelerate, run_processes
 from helpers.runs import RECIPE, weights
 from kill_and_resume import WITH_LOSS, import_everything, train_with_kills
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_fasttrain import Trainer
-from hf_fasttrain.data.loading.loader import Step
 from hf_fasttrain.run_folder.checkpoint import Snapshot, complete_checkpoints, load_checkpoint, save_checkpoint
 from hf_fasttrain.utils.errors import ModelError, RunError
 
@@ -29,20 +29,6 @@ EXACT = [*SMALL, "model.name=test_vit", "optimizer.name=sgd", "optimizer.lr=0.05
 def make(recipe: Path, run: Path, *overrides: str, resume: bool = False, small: list[str] = SMALL) -> Trainer:
     reset_accelerate()
     return Trainer.from_recipe(recipe, [*small, f"output_dir={run}", *overrides], resume=resume)
-
-
-def train_until(trainer: Trainer, at: int) -> None:
-    """Train until the given step would begin."""
-    make_step = trainer.train_step
-
-    def train_step(step: Step) -> Tensor:
-        if step.index == at:
-            raise KeyboardInterrupt
-        return make_step(step)
-
-    trainer.train_step = train_step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +64,7 @@ def fit_steps(recipe: str, run: str, duration: str, resume: bool) -> int:
     trainer = Trainer.from_recipe(recipe, [*EXACT, f"output_dir={run}", "train.duration=8 steps"], resume=resume)
     first_step = trainer.state.step
     if int(duration) < 8:
-        train_until(trainer, int(duration))
+        stop_before(trainer, int(duration))
     else:
         trainer.fit()
     return first_step
@@ -198,7 +184,7 @@ def test_a_run_older_than_a_key_has_its_default(write_recipe: Callable[..., Path
 def test_machine_fields_may_change(
     changed: list[str], uninterrupted: dict[str, Tensor], write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    train_until(make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", small=EXACT), 3)
+    stop_before(make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", small=EXACT), 3)
     resumed = make(write_recipe(), tmp_path / "cut", "train.duration=6 steps", *changed, resume=True, small=EXACT)
     assert resumed.state.step == 2
     resumed.fit()

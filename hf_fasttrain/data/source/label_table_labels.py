@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,9 +48,12 @@ def table_labels(table: LabelFile, columns: TableColumns, keys: TableKeys) -> Ta
 
 def in_order(names: Sequence[str]) -> list[str]:
     """Return class names sorted: numbers by their value if all are written as Python writes them, else as texts."""
-    if all(name.removeprefix("-").isdecimal() and len(name) < 19 and str(int(name)) == name for name in names):
-        return sorted(names, key=int)
-    return sorted(names)
+    return sorted(names, key=int) if _are_integers(names) else sorted(names)
+
+
+def _are_integers(texts: Iterable[str]) -> bool:
+    """Return whether all texts are 64-bit integers as Python writes them."""
+    return all(text.removeprefix("-").isdecimal() and len(text) < 19 and str(int(text)) == text for text in texts)
 
 
 class TextLabels:
@@ -174,10 +177,8 @@ def _with_integers(lists: Any) -> Any:
     """Return lists of texts as lists of integers if all are: those of JSON lines may be 0/1 vectors."""
     import pyarrow as pa
 
-    values = set(lists.flatten().unique().to_pylist())
-    if all(text.removeprefix("-").isdecimal() and len(text) < 19 and str(int(text)) == text for text in values):
-        return lists.cast(pa.list_(pa.int64()))
-    return lists
+    is_integer = _are_integers(lists.flatten().unique().to_pylist())
+    return lists.cast(pa.list_(pa.int64())) if is_integer else lists
 
 
 class ValueLabels:
