@@ -22,7 +22,7 @@ from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.file_names import TRACKERS_FOLDER
 from hf_fasttrain.train.launcher import uses_gpu
-from hf_fasttrain.utils.environment import set_current_device
+from hf_fasttrain.utils.environment import num_cores, set_current_device
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.launch_variables import LOCAL_PROCESSES, require_launch_variables
 from hf_fasttrain.utils.limits import require_threads
@@ -52,7 +52,7 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
             raise RunError(f"the launch configuration asks for {name}, which is not supported; use accelerate_configs/")
     require_trackers(recipe.log.trackers)
     settings.launched = was_launched()
-    _set_threads(recipe)
+    _set_threads(recipe, settings)
     set_fp32_precision(recipe.accelerate.matmul_precision, recipe.accelerate.conv_precision)
     precision = _precision(recipe)
     reset_precision(precision)
@@ -73,11 +73,15 @@ def build_accelerator(recipe: Recipe, settings: ResolvedSettings) -> Accelerator
     return accelerator
 
 
-def _set_threads(recipe: Recipe) -> None:
+def _set_threads(recipe: Recipe, settings: ResolvedSettings) -> None:
     """Set the threads of a process that trains on a CPU. Raises RunError if it may not have so many."""
     if uses_gpu():
         return
-    threads = int(recipe.accelerate.cpu_threads)
+    threads, cores = int(recipe.accelerate.cpu_threads), num_cores()
+    if threads > cores:
+        settings.note(
+            f"accelerate.cpu_threads={threads}: on {cores} core{'s' * (cores > 1)} so many are slower than {cores}"
+        )
     require_threads(threads - 1, f"accelerate.cpu_threads={threads}")  # libgomp ends the process if one is refused
     torch.set_num_threads(threads)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that processes communicate over gloo

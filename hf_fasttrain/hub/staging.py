@@ -25,7 +25,7 @@ from hf_fasttrain.run_folder.file_names import (
 )
 from hf_fasttrain.run_folder.finished import metrics_of
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint
-from hf_fasttrain.run_folder.metrics_file import read_metrics
+from hf_fasttrain.run_folder.metrics_file import evaluation_at
 from hf_fasttrain.run_folder.schemas import ResultFile, read_if_sound
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, safetensors_header, write_json
@@ -149,13 +149,7 @@ def _step_and_metrics(run: Path, state: Mapping[str, Any]) -> tuple[int, dict[st
     step = int(state.get("step", 0))
     if state.get("evaluated_at") == step:
         return step, dict(state.get("metrics", {}))
-    return step, next(
-        (metrics_of(line) for line in read_metrics(run / METRICS_FILE) if _is_evaluation_after(line, step)), {}
-    )
-
-
-def _is_evaluation_after(line: Mapping[str, Any], step: int) -> bool:
-    return line.get("kind") == "evaluation" and line.get("step") == step
+    return step, metrics_of(evaluation_at(run / METRICS_FILE, step) or {})
 
 
 def link_weights(source: Path, target: Path) -> None:

@@ -59,6 +59,18 @@ def last_steps(path: Path, kinds: Collection[str]) -> dict[str, int]:
     return {kind: found.get(kind, 0) for kind in kinds}
 
 
+def evaluation_at(path: Path, step: int) -> dict[str, Any] | None:
+    """Return the first evaluation after `step` steps in a metrics.jsonl, None without one; read from its end."""
+    found = None
+    for _, data in _lines_from_end(path):
+        line = parse_metrics_line(data.decode(errors="replace"))
+        if line is not None and line["step"] < step:
+            break
+        if line is not None and line["step"] == step and line["kind"] == "evaluation":
+            found = line
+    return found
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Cut a metrics.jsonl after its last sound line of at most `step`: lines are in that order.
 

@@ -24,7 +24,8 @@ LAUNCHED = {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_MIXED_PRECISION": "
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "num_cores", lambda: 2)
+    for module in (accelerator, auto):
+        monkeypatch.setattr(module, "num_cores", lambda: 2)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 48)  # the host has more than we may use
 
 
@@ -32,7 +33,7 @@ def set_threads(recipe: Path, *overrides: str) -> tuple[int, str]:
     """Set the threads of a recipe; return their number and its origin."""
     loaded = load_recipe(recipe, overrides)
     settings = ResolvedSettings(loaded)
-    accelerator._set_threads(resolve_machine(loaded, settings))
+    accelerator._set_threads(resolve_machine(loaded, settings), settings)
     setting = settings.all()["accelerate.cpu_threads"]
     return setting.value, setting.origin
 
@@ -56,6 +57,14 @@ def test_threads_are_omp_num_threads_or_the_number_of_cores(
 def test_the_recipes_threads_take_precedence_over_omp_num_threads(write_recipe: Callable[..., Path]) -> None:
     assert set_threads(write_recipe(), "accelerate.cpu_threads=2") == (2, "override")
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("number", "notes"), [(2, 0), (3, 1)])
+def test_more_threads_than_cores_are_noted(number: int, notes: int, write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(write_recipe(), [f"accelerate.cpu_threads={number}"])
+    settings = ResolvedSettings(recipe)
+    accelerator._set_threads(recipe, settings)
+    assert sum("on 2 cores" in note for note in settings.notes) == notes
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])

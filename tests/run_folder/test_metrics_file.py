@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from hf_fasttrain.run_folder import metrics_file
-from hf_fasttrain.run_folder.metrics_file import drop_lines_after, last_steps, read_metrics, read_new_bad_images
+from hf_fasttrain.run_folder.metrics_file import (
+    drop_lines_after,
+    evaluation_at,
+    last_steps,
+    read_metrics,
+    read_new_bad_images,
+)
 
 KINDS = ("train", "evaluation")
 
@@ -40,6 +46,10 @@ def test_reading_from_the_end_equals_reading_all_lines(
         lines = list(read_metrics(path))
         expected = {kind: max((line["step"] for line in lines if line["kind"] == kind), default=0) for kind in KINDS}
         assert last_steps(path, KINDS) == expected
+        evaluations = [line for line in lines if line["kind"] == "evaluation"]
+        for step in range(12):
+            at_step = (line for line in evaluations if line["step"] == step)
+            assert evaluation_at(path, step) == next(at_step, None)
         for step in (0, 5, 10**6):
             path.write_text(text)
             drop_lines_after(path, step)
@@ -59,7 +69,8 @@ def test_only_the_end_of_a_long_file_is_parsed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(metrics_file, "parse_metrics_line", counting)
     drop_lines_after(path, 19_900)
     assert last_steps(path, KINDS) == {"train": 19_900, "evaluation": 0}
-    assert parsed[0] < 110
+    assert evaluation_at(path, 19_850) is None
+    assert parsed[0] < 170
     assert path.read_text() == "".join(f"{line}\n" for line in lines[:19_901])
 
 
