@@ -64,10 +64,10 @@ def evaluate_run(
     `run` is a folder or hf://OWNER/NAME. By default its evaluation split is measured, or another `split` of its data
     set. `overrides` change the run's recipe: data.dataset=FOLDER measures other images, those of its validation split,
     or all of them if it has no splits. Classes are matched to the model's by name; the model must know all of them.
-    `weights`: last, best (of the best evaluation) or step_N; by default those in RUN/model. `model`: of a run that no
-    recipe has made (see `open_user_model`), measured on the data.dataset of the overrides. `note` is called with
-    messages, such as on bad images and on classes without images. If bad images were replaced by others, the result has
-    their number as `bad_images`.
+    `weights`: last, best (of the best evaluation), average or step_N; by default those in RUN/model. `model`: of a run
+    that no recipe has made (see `open_user_model`), measured on the data.dataset of the overrides. `note` is called
+    with messages, such as on bad images and on classes without images. If bad images were replaced by others, the
+    result has their number as `bad_images`.
     """
     opened = open_run(run)
     user_model = load_user_model(opened, model, weights)
@@ -338,11 +338,12 @@ def open_predictions(
 ) -> Predictions:
     """Return an iterable over the `top` classes of image files with scores: softmax, or for multi-label models sigmoid.
 
-    `device`: auto (a GPU if there is one), cpu, cuda or cuda:1. `weights`: last, best (of the best evaluation) or
-    step_N; by default those in RUN/model. `model`: of a run that no recipe has made (see `open_user_model`). `workers`:
-    processes that decode, by default as many as in training for a long list. Folders stand for all image files below
-    them, as in training; `note` is called with what is left out. Images that can't be decoded are skipped, and
-    `on_bad_image` is called with the reason. Raises DataError without it, and at once for a path that does not exist.
+    `device`: auto (a GPU if there is one), cpu, cuda or cuda:1. `weights`: last, best (of the best evaluation), average
+    or step_N; by default those in RUN/model. `model`: of a run that no recipe has made (see `open_user_model`).
+    `workers`: processes that decode, by default as many as in training for a long list. Folders stand for all image
+    files below them, as in training; `note` is called with what is left out. Images that can't be decoded are skipped,
+    and `on_bad_image` is called with the reason. Raises DataError without it, and at once for a path that does not
+    exist.
     """
     opened = open_run(run)
     user_model = load_user_model(opened, model, weights)

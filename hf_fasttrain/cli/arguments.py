@@ -13,7 +13,8 @@ RecipeArgument = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.batch_size=64")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 WeightsOption = Annotated[
-    str | None, typer.Option(help="Weights: last, best or step_N of a kept checkpoint; by default those in RUN/model.")
+    str | None,
+    typer.Option(help="Weights: last, best, average, or step_N of a kept checkpoint; by default those in RUN/model."),
 ]
 ModelOption = Annotated[
     str | None,

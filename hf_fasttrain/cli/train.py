@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def train(
     folder = Path(output_dir(loaded))
     trainer = build_trainer(loaded, resume=resume)
     if resume and trainer.is_finished:
-        missing = missing_results(folder, trainer.state.step, _final_step(trainer), report=trainer.report)
+        missing = missing_results(folder, trainer.state.step, **_expected(trainer))
         if not missing:
             _print_finished(trainer, folder)
             return
@@ -68,16 +68,18 @@ def carry_out(trainer: Trainer, work: Callable[[], Result]) -> Result:
     _end_trackers(trainer)
     if result.not_written:
         assert trainer.output_dir is not None
-        steps = trainer.state.step, _final_step(trainer)
-        trainer.log.print(describe_missing(trainer.output_dir, result.not_written, *steps, report=trainer.report))
+        expected = _expected(trainer)
+        trainer.log.print(describe_missing(trainer.output_dir, result.not_written, trainer.state.step, **expected))
         sys.exit(Stopped.NOT_WRITTEN)
     return result
 
 
-def _final_step(trainer: Trainer) -> int:
-    from hf_fasttrain.train.final_weights import final_step
+def _expected(trainer: Trainer) -> dict[str, Any]:
+    """Return what a finished run's folder should hold, as `missing_results` takes it."""
+    from hf_fasttrain.train.final_weights import final_step, will_average
 
-    return final_step(trainer.final, trainer.state, trainer.checkpoints)
+    step = final_step(trainer.final, trainer.state, trainer.checkpoints)
+    return {"model_step": step, "averaged": will_average(trainer), "report": trainer.report}
 
 
 def _print_finished(trainer: Trainer, folder: Path) -> None:

@@ -64,11 +64,11 @@ def export_run(
 ) -> ExportResult:
     """Write a finished run's model folder for timm, transformers and, with `onnx`, onnxruntime.
 
-    `weights`: last, best (of the best evaluation) or step_N, the moving average where the run has one; by default those
-    in RUN/model. Others come from the run's checkpoints. `output` is RUN/model unless given. Each form is opened as its
-    users would, and must give the logits of evaluation to 1e-4 (relative to the largest one if that is above 1);
-    libraries that can't open it are in the notes. `model`: of a run that no recipe has made (see `open_user_model`):
-    its weights are written for torch. Raises RunError and keeps an earlier folder.
+    `weights`: last, best (of the best evaluation), average or step_N, the moving average where the run has one; by
+    default those in RUN/model. Others come from the run's checkpoints. `output` is RUN/model unless given. Each form is
+    opened as its users would, and must give the logits of evaluation to 1e-4 (relative to the largest one if that is
+    above 1); libraries that can't open it are in the notes. `model`: of a run that no recipe has made (see
+    `open_user_model`): its weights are written for torch. Raises RunError and keeps an earlier folder.
     """
     run = Path(run)
     if not run.is_dir():

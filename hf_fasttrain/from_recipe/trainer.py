@@ -187,6 +187,7 @@ def assemble(
         trainer.lr = recipe.optimizer.lr
     trainer.step.updater.clip = clip_of(parts)
     trainer.evaluation.start = min(num_steps, recipe.evaluate.start.to_steps(parts.sampling_plan.steps_per_epoch))
+    trainer.num_averaged = recipe.checkpoint.average
     trainer.final = decide(parts.settings, "checkpoint.final", early_stopping=stopping)
     trainer.export = lambda model, path: save_model(merged_model(model), spec, path)
     trainer.resume_settings = {

@@ -12,7 +12,7 @@ from hf_fasttrain.export.snippets import onnx_snippet, own_snippet, timm_snippet
 from hf_fasttrain.hub.pictures import PICTURES
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, RECIPE_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun
-from hf_fasttrain.run_folder.kept_weights import step_in_model
+from hf_fasttrain.run_folder.kept_weights import has_average, step_in_model
 from hf_fasttrain.run_folder.schemas import ConfigFile, read_if_sound
 from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
 from hf_fasttrain.utils.clean import cut, markdown, markdown_block, markdown_code
@@ -166,6 +166,8 @@ def _metrics_table(result: dict[str, Any]) -> str:
 def _state(result: dict[str, Any]) -> str:
     """Return which weights these are, unless they are the last ones of a finished run."""
     step, steps, num_steps = step_in_model(result), result.get("steps"), result.get("num_steps")
+    if has_average(result):
+        return f"These are the mean of the weights after steps {shortened(result['model'].get('steps') or [])}."
     if step is not None and num_steps is not None:
         return f"Training is still running: these are the weights after step {step:,} of {num_steps:,}."
     if step is None or step == steps:

@@ -68,9 +68,9 @@ def push_run(
     (429, 5xx, a broken connection, `stalled` seconds without a byte) are retried for `patience` seconds, and reported
     by `log`.
 
-    `weights`: last, best (of the best evaluation) or step_N; None: those in RUN/model. `model`: of a run that no recipe
-    has made (see `open_user_model`). `original` is the run folder that `run` was staged from. Raises RunError if the
-    run is not finished or the Hub can't be written to, with the `command` that finishes it.
+    `weights`: last, best (of the best evaluation), average or step_N; None: those in RUN/model. `model`: of a run that
+    no recipe has made (see `open_user_model`). `original` is the run folder that `run` was staged from. Raises RunError
+    if the run is not finished or the Hub can't be written to, with the `command` that finishes it.
     """
     folder = Path(run)
     if license is not None and not is_license(license):

@@ -64,8 +64,8 @@ def stage(
 def staged(run: Path, weights: str | None, spec: ModelSpec | None = None) -> Iterator[Path]:
     """Yield a run folder whose model has the requested weights: a staged one, or the run itself if RUN/model has them.
 
-    `weights`: best, last or step_N; None: those in RUN/model. `spec` describes the model where the run does not. Raises
-    RunError if the weights no longer exist.
+    `weights`: best, last, average or step_N; None: those in RUN/model. `spec` describes the model where the run does
+    not. Raises RunError if the weights no longer exist.
     """
     checkpoint = find_checkpoint(run, weights)
     if checkpoint is None and spec is None:

@@ -175,6 +175,17 @@ def load_merged(model: nn.Module, merged: Mapping[str, Tensor], adapters: Mappin
     model.load_state_dict({**{name: merged[name] for name in merged if name not in names}, **adapters})
 
 
+def load_ordinary(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict of the ordinary model; adapters, if there are any, add nothing to it then."""
+    inner = {
+        f"{name}.{key}": f"{name}.base_layer.{key}"
+        for name, layer in adapted_layers(model).items()
+        for key in layer.base_layer.state_dict()
+    }
+    adapters = {name: torch.zeros_like(tensor) for name, tensor in adapter_state(model).items()}
+    model.load_state_dict({**adapters, **{inner.get(name, name): tensor for name, tensor in state.items()}})
+
+
 def merged_model(model: nn.Module) -> nn.Module:
     """Return the ordinary model: a copy with merged adapters, or the model itself if it has none."""
     layers = adapted_layers(model)

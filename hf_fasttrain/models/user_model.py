@@ -50,8 +50,8 @@ def open_user_model(run: Path, argument: ModelArgument, weights: str | None) -> 
 
     `argument` is the model, a pair (model, info), a function that returns either, or the function's name as
     ``package.module:function``, which is imported from the working directory. `info` must contain `image_size`, `mean`
-    and `std` unless the model is timm's; `class_names` are numbers by default. `weights` is last, best or step_N; None
-    stands for those in RUN/model. Raises RunError if the weights do not fit the model.
+    and `std` unless the model is timm's; `class_names` are numbers by default. `weights` is last, best, average or
+    step_N; None stands for those in RUN/model. Raises RunError if the weights do not fit the model.
     """
     checkpoint = find_checkpoint(run, weights)
     path = (checkpoint or run / MODEL_FOLDER) / WEIGHTS_FILE

@@ -187,7 +187,7 @@ def _without_evaluation(recipe: Recipe) -> Iterator[Mistake]:
     needing = {
         "early_stopping": recipe.early_stopping is not None,
         "schedule.name": recipe.schedule.name == "plateau",
-        "checkpoint.final": recipe.checkpoint.final == "best",
+        "checkpoint.final": recipe.checkpoint.final in ("best", "average"),
         "hub.every": recipe.hub is not None and recipe.hub.every == "best",
         "data.test_split": recipe.data.test_split is not None,
     }
@@ -267,6 +267,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     schedule, crop = recipe.schedule.name, recipe.augment.crop
     mixup, cutmix = recipe.augment.mixup > 0, recipe.augment.cutmix > 0
     used = {
+        "checkpoint.average": recipe.checkpoint.final == "average",
         "schedule.gamma": schedule in ("step", "exponential", "multistep", "plateau"),
         "schedule.every": schedule in ("step", "exponential"),
         "schedule.milestones": schedule == "multistep",
@@ -298,6 +299,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     rivals["data"] = f"data.cache={recipe.data.cache}"
     rivals["probe"] = "train.probe_first=false"
     partners = {"augment.erase_fill": "augment.erase=0.0", "model.head": "model.pretrained=false"}
+    partners["checkpoint.average"] = f"checkpoint.final={recipe.checkpoint.final}"
     partners["optimizer.backbone_lr_scale"] = f"{_head_only(recipe)}: only the head is trained"
     mixing = ("augment.mixup_prob", "augment.mixup_until", "augment.mixup_mode")
     partners |= dict.fromkeys(mixing, "augment.mixup=0 and augment.cutmix=0")

@@ -206,8 +206,13 @@ class CheckpointSection(Section):
     every: IntervalField = output(Duration(1, "epochs"), "how often, also in minutes; always at the end and on signals")
     keep: int = output(2, "newest checkpoints to keep, in addition to the best", ge=1, examples=[5])
     best: BestSection = output(BestSection(), "{metric: accuracy, mode: auto}")
-    final: Literal["auto", "best", "last"] = output(
-        "auto", "weights saved in model/ at the end; auto: best with early_stopping, else last"
+    final: Literal["auto", "best", "last", "average"] = output(
+        "auto",
+        "weights saved in model/ at the end; auto: best with early_stopping, else last; average: the mean of the last "
+        "evaluated ones",
+    )
+    average: int = output(
+        5, "how many evaluated states final=average averages, each kept on disk", ge=2, le=100, examples=[3]
     )
 
 

@@ -24,6 +24,7 @@ from hf_fasttrain.run_folder.file_names import (
 )
 from hf_fasttrain.run_folder.finished import metrics_of
 from hf_fasttrain.run_folder.gallery import Gallery
+from hf_fasttrain.run_folder.kept_weights import has_average
 from hf_fasttrain.run_folder.metrics_file import parse_metrics_line, read_bad_images
 from hf_fasttrain.run_folder.predictions import Predictions
 from hf_fasttrain.run_folder.schemas import ResultFile, SpecFile, read_file, read_settings_file
@@ -75,6 +76,11 @@ class Record:
         model, best = self.result.get("model"), self.result.get("best")
         chosen = isinstance(model, dict) and model.get("weights") == "best"
         return self.is_finished and chosen and isinstance(best, dict)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether RUN/model has the mean of several weights, whose metrics are shown."""
+        return self.is_finished and has_average(self.result)
 
     @property
     def model_name(self) -> str:

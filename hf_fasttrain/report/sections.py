@@ -114,6 +114,8 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         last = (result.get("last") or {}).get("metrics") or {}
         if record.has_best_weights and best.get("step") != result.get("steps") and is_finite(last.get(main)):
             remark = f"best (step {format_number(best.get('step'), 9)}), {format_metric(main, last[main])} at the end"
+        elif record.has_average and is_finite(last.get(main)):
+            remark = f"mean of weights, {format_metric(main, last[main])} with the last"
         elif best.get("metric") == main and is_finite(best.get("value")) and best["value"] != metrics[main]:
             remark = f"best {format_metric(main, best['value'])} at step {format_number(best.get('step'), 9)}"
         tiles.append((metric_title(main), format_metric(main, metrics[main]), remark))

@@ -15,6 +15,7 @@ from hf_fasttrain.report.format import describe_early_stop, format_metric, forma
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER
 from hf_fasttrain.run_folder.gallery import Picture
+from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.files import read_regular
 from hf_fasttrain.utils.format import (
     NOTHING,
@@ -178,8 +179,9 @@ def environment_tables(record: Record) -> list[Table]:
         tables.append(pairs_table("machine-table", "Machine", result["machine"].items()))
     if result.get("versions"):
         tables.append(pairs_table("versions-table", "Versions", result["versions"].items()))
-    best = result.get("best") or {}
+    best, averaged = result.get("best") or {}, (result.get("model") or {}).get("steps")
     values = {
+        "weights": f"the mean of those after steps {shortened(averaged)}" if averaged else None,
         "steps": f"{result['steps']:,}" if is_finite(result.get("steps")) else None,
         "images": f"{result['images']:,}" if is_finite(result.get("images")) else None,
         "training time": format_duration(result.get("train_seconds")),

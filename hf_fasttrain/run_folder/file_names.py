@@ -23,6 +23,7 @@ MODEL_FILES = (SPEC_FILE, CONFIG_FILE, WEIGHTS_FILE)  # of which a model's folde
 CHECKPOINTS_FOLDER = "checkpoints"
 EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
+AVERAGED_FOLDER = "averaged"  # in that of checkpoints: weights for checkpoint.final=average
 
 GALLERY_FOLDER = "report"  # the report's pictures
 GALLERY_FILE = "gallery.json"

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_fasttrain.run_folder.checkpoint import PREFIX, complete_checkpoints, read_state
 from hf_fasttrain.run_folder.file_names import (
+    AVERAGED_FOLDER,
     BAD_IMAGES_FILE,
     CHECKPOINTS_FOLDER,
     FILES_WHILE_TRAINING,
@@ -28,7 +29,12 @@ from hf_fasttrain.utils.errors import RunError, how_to_resume, resume_option
 from hf_fasttrain.utils.files import kind_of_file, reason
 from hf_fasttrain.utils.format import format_command
 
-FILES_OF_UNSAVED = (*FILES_WHILE_TRAINING, BAD_IMAGES_FILE, TRACKERS_FOLDER)
+FILES_OF_UNSAVED = (
+    *FILES_WHILE_TRAINING,
+    BAD_IMAGES_FILE,
+    TRACKERS_FOLDER,
+    f"{CHECKPOINTS_FOLDER}/{AVERAGED_FOLDER}",
+)
 
 
 def require_free(folder: Path, *, resume: bool) -> None:

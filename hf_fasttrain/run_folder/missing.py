@@ -17,7 +17,7 @@ from hf_fasttrain.run_folder.file_names import (
     RESULT_FILE,
     SPEC_FILE,
 )
-from hf_fasttrain.run_folder.kept_weights import step_in_model
+from hf_fasttrain.run_folder.kept_weights import has_average, step_in_model
 from hf_fasttrain.run_folder.schemas import PushedFile, ResultFile, read_if_sound
 from hf_fasttrain.utils.files import digest_of, open_regular, restore_folder, safetensors_header
 
@@ -30,16 +30,19 @@ def result_mark(run: Path) -> str:
     return RESULT_MARK.format(digest_of(path)) if path.is_file() else ""
 
 
-def missing_results(run: Path, steps: int, model_step: int, *, report: bool) -> list[str]:
+def missing_results(run: Path, steps: int, model_step: int, *, report: bool, averaged: bool = False) -> list[str]:
     """Return the names of results of a run of `steps` that are missing or outdated (from an earlier end).
 
-    `model_step` is the step of the weights that RUN/model should hold; `report`: whether the run has predictions and a
-    report. Results that result.json lists as not written are missing too.
+    `model_step` is the step of the weights that RUN/model should hold, the last one if they should be `averaged`;
+    `report`: whether the run has predictions and a report. Results that result.json lists as not written are missing
+    too.
     """
     result = read_if_sound(run / RESULT_FILE, ResultFile)
     restore_folder(run / MODEL_FOLDER)
     is_there = {
-        MODEL_FOLDER: _is_model(run / MODEL_FOLDER) and step_in_model(result) in (None, model_step),
+        MODEL_FOLDER: _is_model(run / MODEL_FOLDER)
+        and step_in_model(result) in (None, model_step)
+        and has_average(result) == averaged,
         RESULT_FILE: result.get("steps") == steps,
         PREDICTIONS_FILE: not report or _is_of_step(run / PREDICTIONS_FILE, model_step),
         REPORT_FILE: not report or _is_report_of(run / REPORT_FILE, result, result_mark(run)),
@@ -48,14 +51,16 @@ def missing_results(run: Path, steps: int, model_step: int, *, report: bool) -> 
     return list(dict.fromkeys([*names, *_names(result.get("not_written") or [])]))
 
 
-def describe_missing(run: Path, not_written: list[str], steps: int, model_step: int, *, report: bool) -> str:
+def describe_missing(
+    run: Path, not_written: list[str], steps: int, model_step: int, *, report: bool, averaged: bool = False
+) -> str:
     """Return the message after a training whose results could not all be written: what is on disk, what to do.
 
     `not_written` lists the results that failed, each with its reason; the rest as for `missing_results`.
     """
     from hf_fasttrain.run_folder.checkpoint import checkpoint_step, complete_checkpoints
 
-    missing = {*missing_results(run, steps, model_step, report=report), *_names(not_written)}
+    missing = {*missing_results(run, steps, model_step, report=report, averaged=averaged), *_names(not_written)}
     expected = (MODEL_FOLDER, RESULT_FILE, *((PREDICTIONS_FILE, REPORT_FILE) if report else ()))
     written = [name for name in expected if name not in missing]
     saved = [checkpoint_step(path) for path in complete_checkpoints(run / CHECKPOINTS_FOLDER)]

@@ -104,7 +104,7 @@ class Result:
 
     metrics: dict[str, float]  # of the weights in RUN/model, on the evaluation split
     test_metrics: dict[str, float] | None  # of the weights in RUN/model
-    model: dict[str, Any]  # what RUN/model holds: weights (best or last), step, and whether they are the average (ema)
+    model: dict[str, Any]  # of RUN/model: weights (best, last or average), step, steps of an average, ema
     best: dict[str, Any] | None  # metric, value, step, metrics, path of its checkpoint in the run folder or None
     last: dict[str, Any]  # step, metrics
     steps: int

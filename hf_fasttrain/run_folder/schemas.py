@@ -27,6 +27,7 @@ Text = Annotated[str, StringConstraints(max_length=100_000)]
 Scalar = bool | Count | float | Text | None
 ImageSize = Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]
 ClassNames = Annotated[list[Name], Field(max_length=MAX_CLASSES)]
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos", "mks2013", "mks2021"]
 Metrics = Annotated[dict[Name, float | None], Field(max_length=1000)]
 
 
@@ -59,9 +60,7 @@ class PreprocessingPart(_Part):
     image_size: ImageSize
     mean: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=3, max_length=3)]
-    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos", "mks2013", "mks2021"] = (
-        "bilinear"
-    )
+    interpolation: Interpolation = "bilinear"
     crop_pct: Annotated[float, Field(gt=0.1, le=10)] = 0.875
     crop_mode: Literal["center", "center_floor", "squash"] = "center"
     value_range: ValueRangePart | None = None
@@ -88,6 +87,7 @@ class WeightsPart(_Part):
 
     weights: Name | None = None
     step: Count | None = None
+    steps: Annotated[list[Count], Field(max_length=1000)] | None = None
     ema: bool | None = None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.data.loading.user_loader import NO_POSITION, UserLoader
-from hf_fasttrain.models.lora import adapter_state, load_merged, merged_state
+from hf_fasttrain.models.lora import adapter_state, load_merged, load_ordinary, merged_state
 from hf_fasttrain.run_folder.checkpoint import Checkpoint
 from hf_fasttrain.train.batch_norm import averaged_statistics, running_statistics
 from hf_fasttrain.train.distributed import Processes
@@ -134,10 +134,30 @@ class TrainingObjects:
         Their batch-norm statistics are averaged over the processes; those in the processes' models do not change.
         """
         modules = self._modules.items()
-        weights = {name: {**merged_state(m), **averaged_statistics(m, self.processes)} for name, m in modules}
+        weights = {name: self._ordinary_state(module) for name, module in modules}
         weights |= {name + ADAPTERS: state for name, m in modules if (state := adapter_state(m))}
         loss_weights = self.loss.weights() if self.loss is not None else {}
         return {**weights, LOSS: loss_weights} if loss_weights else weights
+
+    def _ordinary_state(self, module: nn.Module) -> dict[str, Tensor]:
+        return {**merged_state(module), **averaged_statistics(module, self.processes)}
+
+    @property
+    def _final_module(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    def final_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of the model that is evaluated and saved, and of the loss; called by all processes."""
+        loss_weights = self.loss.weights() if self.loss is not None else {}
+        weights = {"model": self._ordinary_state(self._final_module)}
+        return {**weights, LOSS: loss_weights} if loss_weights else weights
+
+    def load_final_weights(self, weights: dict[str, dict[str, Tensor]]) -> None:
+        """Load the result of `final_weights`, or a mean of several; adapters are merged."""
+        with one_thread():
+            load_ordinary(self._final_module, weights["model"])
+            if self.loss is not None:
+                self.loss.restore(weights.get(LOSS, {}))
 
     def training(self) -> dict[str, Any]:
         """Return the states of optimizer and scaler, and the state of each process; called by all processes."""

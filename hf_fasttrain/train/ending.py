@@ -67,7 +67,7 @@ def _resume_text(trainer: Trainer) -> str:
 def evaluate_final(trainer: Trainer) -> int:
     """Load and evaluate the final weights; return the signal that interrupted this, or 0."""
     evaluation = trainer.evaluation
-    final = load_final(trainer.final, trainer.state, trainer.checkpoints, trainer.stateful, trainer.log)
+    final = load_final(trainer)
     trainer.final_model = final
     if evaluation.eval_loader is not None:
         with trainer.throughput.stopped():
@@ -133,7 +133,7 @@ def result_of(trainer: Trainer) -> Result:
     return Result(
         metrics=final.metrics or {},
         test_metrics=trainer.evaluation.test_metrics,
-        model={"weights": final.weights, "step": final.step, "ema": trainer.ema is not None},
+        model=final.as_json() | {"ema": trainer.ema is not None},
         best=_best_evaluation(trainer),
         last={"step": state.step, "metrics": state.metrics},
         steps=state.step,

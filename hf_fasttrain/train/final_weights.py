@@ -1,37 +1,78 @@
-"""The final weights of a run: the last ones, or those of the best evaluation, loaded from their checkpoint."""
+"""The final weights of a run: the last ones, those of the best evaluation, or the mean of the last evaluated ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fasttrain.run_folder.result import Result, Watch
-from hf_fasttrain.train.checkpoint_state import State, TrainingObjects
+from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.checkpointing import Checkpoints
-from hf_fasttrain.train.log import RunLog
+from hf_fasttrain.train.weight_average import StateKeeper, averaged_steps, load_average
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_command
 
-CHOICES = ("auto", "best", "last")
+if TYPE_CHECKING:
+    from hf_fasttrain.train.trainer import Trainer
+
+CHOICES = ("auto", "best", "last", "average")
 
 
 @dataclass
 class FinalModel:
     """The weights in RUN/model."""
 
-    weights: str  # best or last
-    step: int  # after which the weights were saved
+    weights: str  # best, last or average
+    step: int  # after which the weights were saved; of an average, the last one
     metrics: dict[str, float] | None  # of the evaluation split; None: unknown
+    averaged: tuple[int, ...] = ()  # the steps that an average is taken over
+
+    def is_of_step(self, step: int) -> bool:
+        """Return whether these are the weights after a step, and no average."""
+        return self.step == step and not self.averaged
+
+    @property
+    def name(self) -> str:
+        """What messages call the weights."""
+        return f"steps {_listed(self.averaged)} averaged" if self.averaged else f"step {self.step:,}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return which weights these are, for result.json."""
+        steps = {"steps": list(self.averaged)} if self.averaged else {}
+        return {"weights": self.weights, "step": self.step, **steps}
 
 
 def resolve_final(choice: str, early_stopping: Watch | None) -> str:
-    """Resolve auto, best or last; auto is best with early stopping. Raises RunError for another choice."""
+    """Resolve auto, best, last or average; auto is best with early stopping. Raises RunError for another choice."""
     if choice not in CHOICES:
         raise RunError(f"final is '{choice}'; allowed are {', '.join(CHOICES)}")
     if choice == "auto":
         return "last" if early_stopping is None else "best"
     return choice
+
+
+def prepare_final(trainer: Trainer) -> None:
+    """Resolve which weights the run ends with, before its first step, and keep what that needs.
+
+    Raises RunError for a choice that is not possible.
+    """
+    trainer.final = resolve_final(trainer.final, trainer.evaluation.early_stopping)
+    number = trainer.num_averaged
+    if trainer.final != "average":
+        return
+    if trainer.output_dir is None:
+        raise RunError("final='average' keeps the states to average in the run folder: pass output_dir to Trainer")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 2:
+        raise RunError(f"num_averaged: must be a whole number of at least 2, got {number!r}")
+    if not any(isinstance(callback, StateKeeper) for callback in trainer.callbacks.callbacks):
+        trainer.callbacks.insert_first(StateKeeper())
+
+
+def will_average(trainer: Trainer) -> bool:
+    """Return whether RUN/model of the finished run should have an average of its weights."""
+    return trainer.final == "average" and len(averaged_steps(trainer)) > 1
 
 
 def final_step(final: str, state: State, checkpoints: Checkpoints | None) -> int:
@@ -42,16 +83,17 @@ def final_step(final: str, state: State, checkpoints: Checkpoints | None) -> int
     return best if checkpoints.can_load(best) else state.step
 
 
-def load_final(
-    final: str, state: State, checkpoints: Checkpoints | None, stateful: TrainingObjects, log: RunLog
-) -> FinalModel:
+def load_final(trainer: Trainer) -> FinalModel:
     """Load the final weights into the model, and return which ones they are; called by all processes.
 
     If the best checkpoint is gone or damaged, the last weights are kept, with a note. The last weights are in the
     newest checkpoint, from which a resumed run continues.
     """
+    state, checkpoints, log = trainer.state, trainer.checkpoints, trainer.log
     last = FinalModel("last", state.step, state.metrics)
-    if final == "last" or state.best is None:
+    if trainer.final == "average":
+        return _load_average(trainer) or last
+    if trainer.final == "last" or state.best is None:
         return last
     best = FinalModel("best", state.best["step"], state.best.get("metrics"))
     if best.step == state.step:
@@ -62,9 +104,21 @@ def load_final(
     checkpoint = checkpoints.best(best.step)
     if checkpoint is None:
         return last
-    stateful.restore_weights(checkpoint)
+    trainer.stateful.restore_weights(checkpoint)
     log.print(f"the run ends with the weights of step {best.step:,}, its best evaluation")
     return best
+
+
+def _load_average(trainer: Trainer) -> FinalModel | None:
+    steps = load_average(trainer)
+    if not steps:
+        return None
+    trainer.log.print(f"the run ends with the mean of the weights after steps {_listed(steps)}")
+    return FinalModel("average", trainer.state.step, None, steps)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(f"{step:,}" for step in steps)
 
 
 def with_metric(best: dict[str, Any] | None, watch: Watch) -> tuple[dict[str, Any] | None, str | None]:
@@ -86,6 +140,11 @@ def which_weights(run: Path, result: Result) -> str:
     """Describe the weights in RUN/model and, if the best and the last ones differ, how to export the others."""
     best, last, step = result.best, result.last["step"], result.model["step"]
     kind = "moving average of the weights" if result.model.get("ema") else "weights"
+    if "steps" in result.model:
+        text = f"mean of the {kind} after steps {_listed(result.model['steps'])}; to export the last, step {last:,}"
+        value = result.last["metrics"].get(best["metric"]) if best is not None else None
+        text += f" ({best['metric']} {value:.4f})" if best is not None and value is not None else ""
+        return f"{text}:\n      {format_command('export', run, '--weights', 'last', '--output', 'FOLDER')}"
     if best is None:
         return f"{kind} of step {step:,}"
     metric = best["metric"]

@@ -63,8 +63,8 @@ def load_best(trainer: Trainer) -> int:
     if state.best is None:
         raise RunError("load_best(): there is no best evaluation yet; pass eval_loader to Trainer, and train first")
     best = FinalModel("best", int(state.best["step"]), state.best.get("metrics"))
-    model_step = trainer.final_model.step if trainer.final_model is not None else state.step
-    if model_step == best.step:
+    current = trainer.final_model or FinalModel("last", state.step, None)
+    if current.is_of_step(best.step):
         return best.step
     checkpoint = None
     if checkpoints is not None:
@@ -79,14 +79,14 @@ def load_best(trainer: Trainer) -> int:
 
 
 def continue_after_finish(trainer: Trainer) -> None:
-    """Load the last weights if `finish` has loaded those of the best evaluation. Raises RunError if they are gone."""
+    """Load the last weights if `finish` has loaded the best ones or an average. Raises RunError if they are gone."""
     final, trainer.final_model = trainer.final_model, None
-    if final is None or final.step == trainer.state.step:
+    if final is None or final.is_of_step(trainer.state.step):
         return
     checkpoint = trainer.checkpoints.newest() if trainer.checkpoints is not None else None
     if checkpoint is None or checkpoint.state["state"]["step"] != trainer.state.step:
         raise RunError(
-            f"can't continue: the model has the weights of step {final.step:,}, and those of step "
+            f"can't continue: the model has the weights of {final.name}, and those of step "
             f"{trainer.state.step:,} are not on disk; call restore(), or set final='last' before finish()"
         )
     trainer.stateful.restore_weights(checkpoint)

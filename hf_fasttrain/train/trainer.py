@@ -29,7 +29,7 @@ from hf_fasttrain.train.early_stopping import EarlyStop, early_stop, how_to_cont
 from hf_fasttrain.train.ema import Ema
 from hf_fasttrain.train.ending import call_finished, evaluate_final, raise_stopped, save_last, stop_run, write_results
 from hf_fasttrain.train.evaluation import Evaluation, Evaluator
-from hf_fasttrain.train.final_weights import FinalModel, resolve_final
+from hf_fasttrain.train.final_weights import FinalModel, prepare_final
 from hf_fasttrain.train.launcher import resolve_accelerator
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import Loss
@@ -146,7 +146,7 @@ class Trainer:
         self.callbacks = Callbacks(callbacks or ())
         self.publish: Publish | None = None  # the built-in callback: report, then push
         self.progress, self.session = Progress(self), Session(self)
-        self.final, self.recipe_text = "auto", ""
+        self.final, self.num_averaged, self.recipe_text = "auto", 5, ""
         self.final_model: FinalModel | None = None  # the weights in the model after the run has ended
         self.export: Callable[[nn.Module, Path], None] = save_weights
         self.resume_settings = user_settings(
@@ -190,7 +190,7 @@ class Trainer:
         When the block ends, by `break` or an exception too, everything is released, including loader processes, and
         another trainer may run. Raises RunError if one is already running in this process.
         """
-        self.final = resolve_final(self.final, self.evaluation.early_stopping)
+        prepare_final(self)
         if self.publish is None and self.report and self.output_dir is not None:
             from hf_fasttrain.report.callback import Publish
 
@@ -344,8 +344,8 @@ class Trainer:
 
     @property
     def _has_earlier_weights(self) -> bool:
-        """Whether the model has the weights of an earlier step, because the run ends with the best ones."""
-        return self.final_model is not None and self.final_model.step != self.state.step
+        """Whether the model has other weights than the last: the best ones, or an average, with which the run ends."""
+        return self.final_model is not None and not self.final_model.is_of_step(self.state.step)
 
     def save(self) -> None:
         """Start to write a checkpoint of the current step, unless it exists or there is no run folder.
@@ -408,8 +408,8 @@ class Trainer:
         """Upload the finished run to a Hub repository in one commit, and return its URL.
 
         `private`: for a new repository; None: as in its owner's settings. `license`: for the model card. `weights`:
-        last, best (of the best evaluation) or step_N; None: those in output_dir/model. `model`: needed for a run of
-        your own model, see `open_user_model`. Raises RunError with the command that completes the push.
+        last, best (of the best evaluation), average or step_N; None: those in output_dir/model. `model`: needed for a
+        run of your own model, see `open_user_model`. Raises RunError with the command that completes the push.
         """
         from hf_fasttrain.hub.push import push_run
 

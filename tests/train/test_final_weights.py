@@ -221,7 +221,7 @@ def test_commands_use_the_requested_weights(run: Path, tmp_path: Path) -> None:
 def test_weights_that_do_not_exist_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"run: no checkpoint of step 2 \(weights=step_2\); available: step_1, step_3"):
         predict_images(run, [str(run)], weights="step_2")
-    with pytest.raises(RunError, match="weights=newest: allowed are last, best and step_N"):
+    with pytest.raises(RunError, match="weights=newest: allowed are last, best, average and step_N"):
         evaluate_run(run, weights="newest")
     with pytest.raises(RunError, match=r"model: has no result\.json, which says which weights are last; give the run"):
         predict_images(run / "model", [str(run)], weights="last")
