@@ -15,6 +15,8 @@ from hf_fasttrain.data.loading.sampler import MIX_STREAM, MicroBatchKey, keyed_r
 from hf_fasttrain.data.pixels.augment import TrainTransform
 from hf_fasttrain.utils.private_apis import is_memory_free
 
+VALUES_AT_ONCE = 1 << 16  # float32 values: 256 KB, which the second level of a core's cache holds
+
 
 class Normalize:
     """uint8 pixels (B, H, W, 3) to normalised float32 `images` (B, 3, H, W): (x / 255 - mean) / std.
@@ -38,11 +40,22 @@ class Normalize:
         return images if self.channels_last else images.contiguous()
 
     def _on_cpu(self, pixels: Tensor) -> Tensor:
-        """Normalise whole rows of pixels, into recycled memory: 0.09 ms for 224 px instead of 0.65 ms."""
+        """Normalise whole rows of pixels, into recycled memory: 0.1 ms for 224 px instead of 0.65 ms.
+
+        By numpy, whose loops run in this thread and here within a core's cache. Two threads of torch's wait for each
+        other, which takes three times as much of the cores where loader processes use them.
+        """
         number, height, width, channels = pixels.shape
-        rows = self._buffer(pixels.shape).view(number, height, width * channels).copy_(pixels.flatten(2))
-        mean, std = (values.reshape(-1).repeat(width) for values in (self.mean, self.std))
-        return rows.sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
+        images = self._buffer(pixels.shape)
+        values, rows = (x.reshape(number * height, width * channels).numpy() for x in (images, pixels))
+        mean, std = (np.tile(x.flatten().numpy(), width) for x in (self.mean, self.std))
+        step = max(1, VALUES_AT_ONCE // rows.shape[1])
+        for start in range(0, len(rows), step):
+            part = values[start : start + step]
+            np.copyto(part, rows[start : start + step])
+            part -= mean
+            part /= std
+        return images.permute(0, 3, 1, 2)
 
     def _buffer(self, shape: Sequence[int]) -> Tensor:
         """Return memory for float pixels: that of an earlier batch which is no longer referenced, or new memory.

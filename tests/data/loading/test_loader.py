@@ -135,6 +135,17 @@ def test_normalize_is_the_plain_formula() -> None:
     assert torch.equal(contiguous, NORMALIZE(pixels))
 
 
+@pytest.mark.parametrize("shape", [(3, 300, 100, 3), (1, 5, 30_000, 3), (2, 1, 1, 3), (0, 8, 8, 3), (5, 40, 40, 1)])
+def test_normalize_on_a_cpu_gives_the_bits_of_torchs_operations(shape: tuple[int, ...]) -> None:
+    mean, std = [0.485, 0.456, 0.406][: shape[-1]], [0.229, 0.224, 0.225][: shape[-1]]
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    mean_255, std_255 = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (mean, std))
+    plain = pixels.permute(0, 3, 1, 2).to(torch.float32).sub_(mean_255).div_(std_255)
+    assert torch.equal(Normalize(mean, std, CPU, channels_last=True)(pixels), plain)
+    across = pixels.transpose(1, 2)
+    assert torch.equal(Normalize(mean, std, CPU, channels_last=True)(across), plain.transpose(2, 3))
+
+
 @pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0)])
 def test_mixing_pairs_neighbours_and_targets_record_the_fraction(mixup: float, cutmix: float) -> None:
     images = torch.stack([torch.full((3, 16, 16), float(i)) for i in range(5)])
