@@ -238,7 +238,9 @@ class Loaders:
             split, preparation, passes=passes, batchable=True, key="cache of evaluation images", rows=len(rows)
         )
         prefetcher = self._prefetcher(split, preparation, plan, None, rows)
-        return EvalLoader(prefetcher, len(split), batch_size, self.normalize, processes, index, name=split.name)
+        loader = EvalLoader(prefetcher, len(split), batch_size, self.normalize, processes, index, name=split.name)
+        loader.split = split
+        return loader
 
     def pass_over(
         self, split: Split, report: Callable[[Event, int], None], *, augmented: bool, steps_per_epoch: int

@@ -12,6 +12,7 @@ from hf_fasttrain.export.snippets import onnx_snippet, own_snippet, timm_snippet
 from hf_fasttrain.hub.pictures import PICTURES
 from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, RECIPE_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun
+from hf_fasttrain.run_folder.intervals import describe_intervals
 from hf_fasttrain.run_folder.kept_weights import has_average, step_in_model
 from hf_fasttrain.run_folder.schemas import ConfigFile, read_if_sound
 from hf_fasttrain.run_folder.scrub import Scrubber, is_local_path
@@ -34,6 +35,7 @@ CARD_METRICS = {
     "auroc": "roc_auc",
     "mcc": "matthews_correlation",
 }  # ours -> the Hub's types
+INTERVALS = ("intervals", "test_intervals")  # fields of a result
 
 
 def model_card(
@@ -158,9 +160,18 @@ def _metrics_table(result: dict[str, Any]) -> str:
         return ""
     rows = ["| metric | evaluation split | test split |", "| --- | ---: | ---: |"]
     for name in dict.fromkeys([*metrics, *test]):
-        shown = [f"{values[name]:.4f}" if values.get(name) is not None else "-" for values in (metrics, test)]
+        splits = zip((metrics, test), INTERVALS, strict=True)
+        shown = [_with_interval(name, values.get(name), result.get(field)) for values, field in splits]
         rows.append(f"| {markdown(name)} | {' | '.join(shown)} |")
-    return "\n".join(rows)
+    notes = dict.fromkeys(describe_intervals(each) for each in map(result.get, INTERVALS) if each)
+    return "\n".join([*rows, *(f"\n{note}" for note in notes)])
+
+
+def _with_interval(name: str, value: float | None, intervals: dict[str, Any] | None) -> str:
+    ends = ((intervals or {}).get("metrics") or {}).get(name)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + (f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else "")
 
 
 def _state(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hf_fasttrain.utils.format import format_count, format_number, is_finite
@@ -19,6 +20,11 @@ def format_metric(name: str, value: Any) -> str:
     if is_finite(value) and "accuracy" in name and 0 <= value <= 1:
         return f"{value:.2%}"
     return f"{value:.4f}" if is_finite(value) and abs(value) < 100 else format_number(value)
+
+
+def format_ends(name: str, ends: Sequence[float]) -> str:
+    """Return the ends of a metric's interval."""
+    return " to ".join(format_metric(name, end) for end in ends)
 
 
 def metric_title(name: str) -> str:

@@ -139,6 +139,11 @@ class Record:
         lines = [line for line in self.evaluations if line["split"] == self.splits[0]]
         return metrics_of(lines[-1]) if lines else {}
 
+    def interval(self, metric: str, field: str = "intervals") -> tuple[float, float] | None:
+        """Return the interval of a metric of a finished run, None if it has none."""
+        found = (self.result.get(field) or {}).get("metrics") or {}
+        return (found[metric][0], found[metric][1]) if self.is_finished and metric in found else None
+
     @cached_property
     def class_names(self) -> list[str]:
         """The names of the classes, made unique; ``class 0`` and so on if they have none."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from hf_fasttrain.report import tables
 from hf_fasttrain.report.charts import Chart, comparison_charts, confusion_chart, curve_charts, throughput_charts
 from hf_fasttrain.report.classes import class_figures, confusion_matrix
-from hf_fasttrain.report.format import describe_early_stop, format_metric, metric_title
+from hf_fasttrain.report.format import describe_early_stop, format_ends, format_metric, metric_title
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.report.tables import ImageCard, Table
+from hf_fasttrain.run_folder.intervals import format_confidence
 from hf_fasttrain.utils.format import (
     NOTHING,
     format_bytes,
@@ -52,6 +53,7 @@ class Page:
 def page_of_run(record: Record) -> Page:
     """Return a run's page."""
     sections = [
+        Section("metrics", "Metrics", tables=tables.interval_tables(record)),
         Section("curves", "Curves", charts=curve_charts(record), controls="axis"),
         Section("throughput", "Throughput", charts=throughput_charts(record), controls="axis"),
         *_class_sections(record),
@@ -118,12 +120,14 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
             remark = f"mean of weights, {format_metric(main, last[main])} with the last"
         elif best.get("metric") == main and is_finite(best.get("value")) and best["value"] != metrics[main]:
             remark = f"best {format_metric(main, best['value'])} at step {format_number(best.get('step'), 9)}"
-        tiles.append((metric_title(main), format_metric(main, metrics[main]), remark))
+        tiles.append((metric_title(main), format_metric(main, metrics[main]), _with_interval(record, main, remark)))
         test = result.get("test_metrics") or {}
         if main in test:
-            tiles.append((f"{metric_title(main)}, test", format_metric(main, test[main]), "evaluated once"))
+            remark = _with_interval(record, main, "evaluated once", "test_intervals")
+            tiles.append((f"{metric_title(main)}, test", format_metric(main, test[main]), remark))
     if "loss" in metrics:
-        tiles.append(("loss", format_metric("loss", metrics["loss"]), record.splits[0] if record.splits else ""))
+        remark = _with_interval(record, "loss", record.splits[0] if record.splits else "")
+        tiles.append(("loss", format_metric("loss", metrics["loss"]), remark))
     figures = [
         ("images/s", format_rate(_final_or_last(record, "images_per_second")), "training steps"),
         ("waiting", format_percent(_final_or_last(record, "data_wait_fraction")), "of training time, for data"),
@@ -131,6 +135,15 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         ("peak memory", format_bytes(_final_or_last(record, "peak_memory_bytes")), "per process"),
     ]
     return tiles + [figure for figure in figures if figure[1] != NOTHING]
+
+
+def _with_interval(record: Record, metric: str, remark: str, field: str = "intervals") -> str:
+    """Return the remark on a metric with its interval, if it has one."""
+    ends = record.interval(metric, field)
+    if ends is None:
+        return remark
+    confidence = record.result[field]["confidence"]
+    return "; ".join([f"{format_confidence(confidence)}: {format_ends(metric, ends)}", *([remark] if remark else [])])
 
 
 def _final_or_last(record: Record, name: str) -> float | None:

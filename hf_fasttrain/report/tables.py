@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from hf_fasttrain.report.classes import ClassFigures, Confusion, most_confused
-from hf_fasttrain.report.format import describe_early_stop, format_metric, format_setting, metric_title
+from hf_fasttrain.report.format import describe_early_stop, format_ends, format_metric, format_setting, metric_title
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER
 from hf_fasttrain.run_folder.gallery import Picture
+from hf_fasttrain.run_folder.intervals import describe_intervals
 from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.files import read_regular
 from hf_fasttrain.utils.format import (
@@ -211,6 +212,25 @@ def resume_table(record: Record) -> Table | None:
     ]  # fmt: skip
     columns = [Column("date"), Column("after step", True), Column("checkpoint"), Column("processes", True)]
     return Table("resume-table", "When the run was resumed", columns, rows)
+
+
+def interval_tables(record: Record) -> list[Table]:
+    """Return the final metrics with their intervals, a table for each split; none for a run without intervals."""
+    tables = []
+    for field, metrics_field in (("intervals", "metrics"), ("test_intervals", "test_metrics")):
+        intervals, metrics = record.result.get(field), record.result.get(metrics_field) or {}
+        if not record.is_finished or not intervals:
+            continue
+        rows = []
+        for name, value in metrics.items():
+            ends = record.interval(name, field)
+            why = str(intervals.get("without", {}).get(name, NOTHING))
+            interval = Cell(f"none: {why}" if ends is None else format_ends(name, ends), ends[0] if ends else None)
+            rows.append([Cell(metric_title(name)), Cell(format_metric(name, value), value), interval])
+        columns = [Column("metric"), Column("value", True), Column("interval", True)]
+        split = "Test split. " if metrics_field == "test_metrics" else ""
+        tables.append(Table(f"{metrics_field}-table", split + describe_intervals(intervals), columns, rows))
+    return tables
 
 
 def bad_images_table(record: Record) -> Table | None:

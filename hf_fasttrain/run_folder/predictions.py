@@ -15,6 +15,7 @@ from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason, require_regular, write_atomically
 
 _TENSORS = ("rows", "labels", "predicted", "confidence", "losses", "worst_class")
+_OPTIONAL = {"brier": torch.float32, "top5": torch.bool, "images": torch.int64, "groups": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Predictions:
     confidence: Tensor
     losses: Tensor
     worst_class: Tensor  # (N,) int64: the predicted class; multi-label: the class that `confidence` is of
+    # (N,) each; None in files of older versions
+    brier: Tensor | None = None  # float32: squared errors of the probabilities, summed over classes; multi-label: mean
+    top5: Tensor | None = None  # bool: the label is among the five highest scores; None for several labels
+    images: Tensor | None = None  # int64: which image it is (data/source/identity.py); None with a user's loader
+    groups: Tensor | None = None  # int64: of which group (data.group_column); None: without groups
     num_classes: int = field(default=0, kw_only=True)  # multi-label: K
 
     def __post_init__(self) -> None:
@@ -70,8 +76,9 @@ class Predictions:
         """Write one safetensors file atomically. Raises OSError."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(self, name).clone().contiguous() for name in _TENSORS}  # unshared memory
-        metadata = {"step": str(self.step), "split": self.split, "columns": json.dumps(_TENSORS)}
+        names = [name for name in (*_TENSORS, *_OPTIONAL) if getattr(self, name) is not None]
+        tensors = {name: getattr(self, name).clone().contiguous() for name in names}  # unshared memory
+        metadata = {"step": str(self.step), "split": self.split, "columns": json.dumps(names)}
         if self.is_multi_label:
             metadata["num_classes"] = str(self.num_classes)
         write_atomically(path, save(tensors, metadata=metadata))
@@ -85,7 +92,8 @@ class Predictions:
             require_regular(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                optional = [name for name in _OPTIONAL if name in file.keys()]  # noqa: SIM118 - not a dict
+                tensors = {name: file.get_tensor(name) for name in (*_TENSORS, *optional)}
                 num_classes = int(metadata.get("num_classes", 0))  # 0: of one label, or of an older run, a byte a class
                 _require_rows(tensors, num_classes)
                 return cls(int(metadata["step"]), metadata["split"], **tensors, num_classes=num_classes)
@@ -102,7 +110,10 @@ def _require_rows(tensors: dict[str, Tensor], num_classes: int) -> None:
     kind = torch.int64 if labels.ndim == 1 else torch.uint8 if num_classes else torch.bool
     if labels.shape != predicted.shape or {labels.dtype, predicted.dtype} != {kind}:
         raise ValueError("labels and predicted are not of one kind")
-    for name in ("rows", "confidence", "losses", "worst_class"):
+    for name, kind in _OPTIONAL.items():
+        if name in tensors and tensors[name].dtype != kind:
+            raise ValueError(f"{name} is {tensors[name].dtype}, not {kind}")
+    for name in ("rows", "confidence", "losses", "worst_class", *(name for name in _OPTIONAL if name in tensors)):
         if tensors[name].shape != (number,):
             raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, not ({number},)")
     if labels.ndim == 2 and max(num_classes, labels.shape[1]) > MAX_CLASSES:
@@ -113,6 +124,12 @@ def _require_rows(tensors: dict[str, Tensor], num_classes: int) -> None:
         lowest, highest = int(min(labels.min(), predicted.min())), int(max(labels.max(), predicted.max()))
         if lowest < 0 or highest >= MAX_CLASSES:
             raise ValueError(f"classes from {lowest} to {highest}; allowed are 0 to {MAX_CLASSES - 1:,}")
+
+
+def squared_errors(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum over the classes of the squared errors of probabilities (B, K), for labels (B,)."""
+    of_label = probabilities.gather(1, labels[:, None].long())[:, 0]
+    return probabilities.square().sum(1) - 2 * of_label + 1
 
 
 class Collector:
@@ -131,13 +148,17 @@ class Collector:
         logits = logits.float()
         if labels.ndim == 1:
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            confidence, predicted = logits.softmax(1).max(1)
-            self._store(labels, predicted, confidence, losses, predicted)
+            probabilities = logits.softmax(1)
+            confidence, predicted = probabilities.max(1)
+            brier = squared_errors(probabilities, labels)
+            top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
+            self._store(labels, predicted, confidence, losses, predicted, brier, top5)
             return
         true = labels > 0.5
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, true.float(), reduction="none").mean(1)
-        confidence, worst = (logits.sigmoid() - true.float()).abs().max(1)
-        self._store(pack_bits(true), pack_bits(logits >= 0), confidence, losses, worst)
+        errors = (logits.sigmoid() - true.float()).abs()
+        confidence, worst = errors.max(1)
+        self._store(pack_bits(true), pack_bits(logits >= 0), confidence, losses, worst, errors.square().mean(1))
 
     def _store(self, *parts: Tensor) -> None:
         end = self._filled + len(parts[0])

@@ -126,6 +126,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     own_metrics: list[str] = field(default_factory=list)  # names of metrics that functions of the user's compute
     predict: str | None = None  # name of the user's function that gives the logits, if there is one
+    intervals: dict[str, Any] | None = None  # of `metrics`, see `Intervals`; None: no predictions were kept
+    test_intervals: dict[str, Any] | None = None  # of `test_metrics`
     probe: dict[str, Any] | None = None  # how the head was fitted before the first step, see `ProbeResult`
 
 

@@ -11,9 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from hf_fasttrain.run_folder.schema_intervals import IntervalsPart
 from hf_fasttrain.utils.clean import cut, one_line
-from hf_fasttrain.utils.errors import RunError, shown
+from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import read_object, read_text, reason
+from hf_fasttrain.utils.validation import first_mistake
 from hf_fasttrain.utils.yaml import MAX_CHARACTERS, read_yaml, read_yaml_file
 
 MAX_CLASSES = 100_000
@@ -161,6 +163,8 @@ class ResultFile(_Part):
     notes: list[Text] | None = None
     own_metrics: list[Name] | None = None
     predict: Name | None = None
+    intervals: IntervalsPart | None = None
+    test_intervals: IntervalsPart | None = None
     probe: dict[Name, Any] | None = None
 
 
@@ -366,17 +370,6 @@ def fits(schema: type[_Part], values: Any) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def first_mistake(error: ValidationError) -> str:
-    """Return in one line what is wrong first, and how much more."""
-    found = error.errors(include_url=False)
-    first, more = found[0], len(found) - 1
-    key = one_line(cut(".".join(map(str, first["loc"])), 100)) or "it"
-    what = first["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
-    what = "is unknown" if first["type"] == "extra_forbidden" else what
-    got = "" if first["type"] in ("missing", "extra_forbidden") else f" is {shown(first['input'])};"
-    return f"{key}{got} {what}" + (f", and {more} more" if more else "")
 
 
 def read_file(path: Path, schema: type[_Part]) -> dict[str, Any]:

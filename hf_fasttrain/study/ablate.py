@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.run_folder.schemas import first_mistake
 from hf_fasttrain.study import intervals
 from hf_fasttrain.study.arm_process import Starter, require_one_process
 from hf_fasttrain.study.bench import Arm, ArmFailed, Bench, Measurement, Note, Start, collect
@@ -22,6 +21,7 @@ from hf_fasttrain.study.techniques import Hardware, PlannedArm, build_arms, hard
 from hf_fasttrain.utils.environment import describe_machine, describe_versions, free_memory_bytes
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import read_text, reason
+from hf_fasttrain.utils.validation import first_mistake
 
 FORMAT = 1
 

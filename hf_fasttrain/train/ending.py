@@ -76,8 +76,7 @@ def evaluate_final(trainer: Trainer) -> int:
             return trainer.stop.now()
         final.metrics = final.metrics or metrics
     if evaluation.test_loader is not None:
-        evaluation.test_metrics = evaluation.measure(trainer.evaluate, evaluation.test_loader, is_last=True)
-        return 0 if evaluation.test_metrics else trainer.stop.now()
+        return 0 if evaluation.measure_test(trainer.evaluate, final.step) else trainer.stop.now()
     return 0
 
 
@@ -125,6 +124,11 @@ def _best_evaluation(trainer: Trainer) -> dict[str, Any] | None:
     return {**best, "path": f"{CHECKPOINTS_FOLDER}/{path.name}" if is_kept and path is not None else None}
 
 
+def _intervals(trainer: Trainer, field: str) -> dict[str, Any] | None:
+    found = trainer.evaluation.intervals.get(field)
+    return None if found is None else asdict(found)
+
+
 def result_of(trainer: Trainer) -> Result:
     """Return the result of a run so far."""
     trainer.throughput.save(trainer.state)
@@ -154,5 +158,7 @@ def result_of(trainer: Trainer) -> Result:
         versions=describe_versions(),
         notes=trainer.log.notes,
         **trainer.evaluation.evaluator.user_function_names(),
+        intervals=_intervals(trainer, "intervals"),
+        test_intervals=_intervals(trainer, "test_intervals"),
         probe=asdict(trainer.probe.result) if trainer.probe is not None and trainer.probe.result else None,
     )

@@ -14,9 +14,12 @@ from hf_fasttrain.data.loading.loader import EvalLoader
 from hf_fasttrain.data.loading.trees import cut, num_images
 from hf_fasttrain.data.loading.user_loader import UserEvalLoader
 from hf_fasttrain.data.loading.waiting import WaitCutShort
+from hf_fasttrain.data.source.identity import with_images
 from hf_fasttrain.models.side_effects import undisturbed
+from hf_fasttrain.run_folder.intervals import Intervals
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
 from hf_fasttrain.run_folder.result import PER_CLASS, SCORE_METRICS, Watch
+from hf_fasttrain.train.bootstrap import intervals_of
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.early_stopping import record_of
@@ -281,6 +284,7 @@ class Evaluation:
         self.test_loader: Any = None  # evaluated once, with the final weights
         self.test_metrics: dict[str, float] | None = None
         self.predictions: Predictions | None = None  # of the evaluation split, once the run is finished
+        self.intervals: dict[str, Intervals] = {}  # of the final metrics, by the field of `Result`
         self.seconds = 0.0  # of the last evaluation
         self._has_tried = False
         self._columns_step = -1  # step whose predictions the evaluator has
@@ -344,7 +348,8 @@ class Evaluation:
         Stores predictions if this may be the last evaluation. Returns an empty dict if interrupted by a signal.
         """
         last = is_last or self.early_stopping is not None  # which may make it the last
-        self.evaluator.collects = self.keeps_predictions and last and loader is self.eval_loader
+        kept = (self.eval_loader, self.test_loader) if last else ()
+        self.evaluator.collects = self.keeps_predictions and loader in kept
         name = getattr(loader, "name", "evaluation split")
         relax_memory_limit()  # steps may have used all memory up to the limit, and oneDNN compiles new kernels here
         with self.throughput.stopped():
@@ -395,7 +400,21 @@ class Evaluation:
             metrics = evaluate(self.eval_loader)
         self.evaluator.collects = False
         if metrics and self.keeps_predictions:
-            name, rows = getattr(self.eval_loader, "name", "evaluation split"), getattr(self.eval_loader, "rows", None)
-            self.predictions = self.evaluator.predictions(step, name, rows)
+            self.predictions = self._keep("intervals", step, self.eval_loader, metrics)
             self._columns_step = -1  # they are not stored twice
         return metrics
+
+    def measure_test(self, evaluate: Evaluate, step: int) -> bool:
+        """Evaluate the final weights, those after `step`, on the test split; False if a signal interrupts it."""
+        if (metrics := self.measure(evaluate, self.test_loader, is_last=True)) and self.keeps_predictions:
+            self._keep("test_intervals", step, self.test_loader, metrics)
+        self.test_metrics, self.evaluator.collects = metrics, False
+        return bool(metrics)
+
+    def _keep(self, field: str, step: int, loader: Any, metrics: dict[str, float]) -> Predictions | None:
+        """Return the predictions of the last pass, from which the intervals of a field of `Result` are computed."""
+        name, rows = getattr(loader, "name", "evaluation split"), getattr(loader, "rows", None)
+        if (predictions := self.evaluator.predictions(step, name, rows)) is not None:
+            predictions = with_images(predictions, getattr(loader, "split", None))
+            self.intervals[field] = intervals_of(predictions, metrics, self.evaluator.class_names)
+        return predictions

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_fasttrain.run_folder.predictions import squared_errors
 from hf_fasttrain.run_folder.result import (
     BUILT_IN_METRICS,
     MAIN_METRICS,
@@ -105,9 +106,8 @@ class Metrics:
             probabilities, labels = logits.softmax(1), labels.clamp(0, self.num_classes - 1)
             p, predicted = probabilities.max(1)
             true = predicted == labels
-            of_label = probabilities.gather(1, labels[:, None].long())[:, 0]
-            self.squares += (probabilities.square().sum(1) - 2 * of_label + 1).sum(dtype=torch.float64)
-        bins = (p * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
+            self.squares += squared_errors(probabilities, labels).sum(dtype=torch.float64)
+        bins = calibration_bins(p)
         for row, values in enumerate((torch.ones_like(p), p, true)):
             self.bins[row].scatter_add_(0, bins, values.to(torch.float64))
 
@@ -156,19 +156,15 @@ class Metrics:
                 "the labels, and use a model with as many outputs"
             )
         number, confidence, correct = counts[6 : 6 + num_bins].view_as(self.bins)
-        both, predicted, true = counts[6 + num_bins :].view(3, self.num_classes)
-        f1 = 2 * both / (predicted + true).clamp(min=1)
-        self.of_classes = {"precision": both / predicted.clamp(min=1), "recall": both / true.clamp(min=1), "f1": f1}
-        is_counted = torch.ones_like(f1, dtype=torch.bool) if self.multi_label else (predicted + true) > 0
+        of_counts, self.of_classes = metrics_of_counts(
+            *counts[6 + num_bins :].view(3, self.num_classes), multi_label=self.multi_label
+        )
         values = {"loss": loss / images, "accuracy": right / images}
-        values |= {f"{name}_macro": each[is_counted].mean().item() for name, each in self.of_classes.items()}
         if self.calibration:
             values["brier"] = squares / images
             values["ece"] = float((confidence - correct).abs().sum() / number.sum())
-        if self.multi_label:
-            return {**values, "f1_micro": float(2 * both.sum() / (predicted + true).sum().clamp(min=1))}
-        values["balanced_accuracy"] = self.of_classes["recall"][true > 0].mean().item()
-        return {**values, **_agreement(both, predicted, true), "top5_accuracy": top5 / images}
+        values |= {name: float(value) for name, value in of_counts.items()}
+        return values if self.multi_label else {**values, "top5_accuracy": top5 / images}
 
     def of_class(self, name: str, class_names: Sequence[str]) -> float:
         """Return a metric such as recall/cat, after `compute`."""
@@ -176,14 +172,38 @@ class Metrics:
         return float(self.of_classes[metric][list(class_names).index(class_name)])
 
 
-def _agreement(both: Tensor, predicted: Tensor, true: Tensor) -> dict[str, float]:
-    """Return Matthews' correlation coefficient and Cohen's kappa from counts per class (K,); 0 if undefined."""
-    images, right, chance = true.sum(), both.sum(), (predicted * true).sum()
-    spread = (images**2 - (predicted**2).sum()) * (images**2 - (true**2).sum())
-    mcc = (right * images - chance) / spread.sqrt() if spread > 0 else torch.zeros(())
+def calibration_bins(probabilities: Tensor) -> Tensor:
+    """Return the bin (a, b] of NUM_BINS of each probability, int64."""
+    return (probabilities * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
+
+
+def metrics_of_counts(
+    both: Tensor, predicted: Tensor, true: Tensor, *, multi_label: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return metrics (...), and precision, recall and f1 of the classes (..., K), from counts (..., K) in float64."""
+    f1 = 2 * both / (predicted + true).clamp(min=1)
+    of_classes = {"precision": both / predicted.clamp(min=1), "recall": both / true.clamp(min=1), "f1": f1}
+    is_counted = torch.ones_like(f1, dtype=torch.bool) if multi_label else (predicted + true) > 0
+    values = {f"{name}_macro": _mean_where(is_counted, each) for name, each in of_classes.items()}
+    if multi_label:
+        total = (predicted + true).sum(-1).clamp(min=1)
+        return {**values, "f1_micro": 2 * both.sum(-1) / total}, of_classes
+    values["balanced_accuracy"] = _mean_where(true > 0, of_classes["recall"])
+    return {**values, **_agreement(both, predicted, true)}, of_classes
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    return torch.where(chosen, values, 0.0).sum(-1) / chosen.sum(-1)
+
+
+def _agreement(both: Tensor, predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """Return Matthews' correlation coefficient and Cohen's kappa from counts per class (..., K); 0 if undefined."""
+    images, right, chance = true.sum(-1), both.sum(-1), (predicted * true).sum(-1)
+    spread = (images**2 - (predicted**2).sum(-1)) * (images**2 - (true**2).sum(-1))
+    mcc = torch.where(spread > 0, (right * images - chance) / spread.clamp(min=1).sqrt(), 0.0)
     expected = chance / images**2
-    kappa = (right / images - expected) / (1 - expected) if expected < 1 else torch.zeros(())
-    return {"mcc": float(mcc), "cohen_kappa": float(kappa)}
+    kappa = torch.where(expected < 1, (right / images - expected) / (1 - expected), 0.0)
+    return {"mcc": mcc, "cohen_kappa": kappa}
 
 
 class FailedMetrics:

@@ -14,6 +14,7 @@ import numpy as np
 from hf_fasttrain.data.loading.batch import Mixing, Normalize
 from hf_fasttrain.data.loading.prefetch import Batch, Prefetcher
 from hf_fasttrain.data.loading.sampler import MicroBatchKey, SamplingPlan, StepPlan, process_share
+from hf_fasttrain.data.source.dataset import Split
 
 Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> context in which its work runs
 _NULL_CONTEXT = nullcontext()
@@ -215,6 +216,7 @@ class EvalLoader:
         keys = [MicroBatchKey(0, np.arange(batch.start, batch.stop)) for batch in batches]
         self.rows = share  # indices of this process's images in the split, in order
         self.num_images, self.normalize, self.prefetcher = num_images, normalize, prefetcher
+        self.split: Split | None = None  # whose images these are
         self.release_memory = getattr(prefetcher, "release_memory", lambda: 0)  # returns the bytes freed on the GPU
         self._batches = prefetcher.open(keys, batch_size, persistent=True)
 

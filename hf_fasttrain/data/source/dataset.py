@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Split:
     images: ImageRecords  # of the whole dataset that the split is a part of
     labels: LabelArray  # (N,) int64; MultiLabels if an image may have several classes
     rows: np.ndarray | None = None  # (N,) rows of `images` that belong to the split; None: all
+    groups: Groups | None = None  # of each row of `images` (data.group_column)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,9 +106,9 @@ def load_source(
     _require_no_transform(used_splits)
     labels = read_labels(used_splits, columns.label, where=str(where), train=train_name, multi_label=multi_label)
     images = {name: image_records(splits[name], columns.image, str(where)) for name in used}
-    by_name = {name: Split(name, images[name], labels.by_split[name]) for name in used}
-    train = by_name[train_name]
     groups = {name: read_groups(splits[name], keys.group_column, str(where)) for name in used if keys.group_column}
+    by_name = {name: Split(name, images[name], labels.by_split[name], groups=groups.get(name)) for name in used}
+    train = by_name[train_name]
     if eval_name is None:
         train, evaluation = hold_out(train, eval_fraction, seed, groups.get(train_name))
     else:
@@ -204,7 +205,7 @@ def hold_out(split: Split, fraction: float, seed: int, groups: Groups | None = N
     """
     if not fraction:
         none = np.arange(0)
-        return split, Split(f"none held out of {split.name}", split.images, split.labels[none], split.rows_of(none))
+        return split, part_of(split, none, f"none held out of {split.name}")
     if groups is None:
         held_rows = _drawn(split, fraction, seed)
     else:
@@ -212,11 +213,12 @@ def hold_out(split: Split, fraction: float, seed: int, groups: Groups | None = N
     is_held = np.zeros(len(split), bool)
     is_held[held_rows] = True
     rest = np.flatnonzero(~is_held)
+    return part_of(split, rest), part_of(split, held_rows, f"held-out {fraction:.0%} of {split.name}")
 
-    def part(name: str, rows: np.ndarray) -> Split:
-        return Split(name, split.images, split.labels[rows], split.rows_of(rows))
 
-    return part(split.name, rest), part(f"held-out {fraction:.0%} of {split.name}", held_rows)
+def part_of(split: Split, indices: np.ndarray, name: str | None = None) -> Split:
+    """Return the images of a split at `indices`."""
+    return replace(split, name=name or split.name, labels=split.labels[indices], rows=split.rows_of(indices))
 
 
 def _drawn(split: Split, fraction: float, seed: int) -> np.ndarray:
@@ -261,7 +263,7 @@ def subset(split: Split, max_images: int, seed: int) -> Split:
         position[by_class] = (rank + 0.5) / np.repeat(counts, counts)
         order = order[np.argsort(position, kind="stable")]
     rows = np.sort(order[:max_images])
-    return Split(split.name, split.images, split.labels[rows], split.rows_of(rows))
+    return part_of(split, rows)
 
 
 def image_records(dataset: Any, column: str, where: str) -> ImageRecords:

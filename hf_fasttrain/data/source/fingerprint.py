@@ -7,6 +7,7 @@ import xxhash
 
 from hf_fasttrain.data.source.dataset import Source, Split
 from hf_fasttrain.data.source.multi_label import LabelArray, MultiLabels, dense_labels
+from hf_fasttrain.data.source.records import ImageRecords
 from hf_fasttrain.utils.files import read_regular
 
 SAMPLED = 16  # images of each split whose bytes are read
@@ -45,8 +46,14 @@ def _add(hashed: xxhash.xxh3_64, split: Split) -> None:
         return
     if split.rows is not None:
         hashed.update(np.ascontiguousarray(split.rows).tobytes())
-    sampled = np.unique(np.linspace(0, len(split) - 1, SAMPLED, dtype=np.int64))
-    for record in split.records(sampled):
+    add_images(hashed, split.images, len(split), split.rows)
+
+
+def add_images(hashed: xxhash.xxh3_64, images: ImageRecords, number: int, rows: np.ndarray | None = None) -> None:
+    """Add the encoded bytes of SAMPLED of `number` images, those at `rows`; None: of all."""
+    sampled = np.unique(np.linspace(0, number - 1, SAMPLED, dtype=np.int64))
+    for row in (sampled if rows is None else rows[sampled]).tolist():
+        record = images[row]
         hashed.update(b"image")
         if record["bytes"] is not None:
             hashed.update(bytes(record["bytes"]))

@@ -177,6 +177,11 @@ class FileRecords:
         name = os.fsdecode(self._names[start : self._ends[row]])
         return {"bytes": None, "path": os.path.join(self.root, name) if name else None}
 
+    def names_of(self, rows: Iterable[int]) -> list[bytes]:
+        """Return the paths below `root` of rows."""
+        starts = np.concatenate([[0], self._ends + 1])
+        return [self._names[starts[row] : self._ends[row]] for row in rows]
+
     @property
     def fingerprint(self) -> str:
         """A fingerprint of all paths; it does not cover the files, which `stamp` does."""
