@@ -216,6 +216,7 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
     steps, images = run.result.get("steps") or 0, run.result.get("images") or 0
     title, summary = "## How it was trained", f"{steps:,} steps, {images:,} images."
     text = files.get(RECIPE_FILE)
+    summary = " ".join([summary, *_methods(recipe)])
     if not recipe or not isinstance(text, bytes):
         return f"{title}\n\n{summary}"
     if run.passed:
@@ -232,6 +233,19 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
         f"```bash\n{command.format(RECIPE_FILE)}{elsewhere}\n{command.format(f'hf://{repo}')}\n```\n\n"
         f"The recipe:\n\n{markdown_block(text.decode().strip(), 'yaml')}"
     )
+
+
+def _methods(recipe: dict[str, Any]) -> list[str]:
+    """Return a sentence each on the teacher and on LoRA; the recipe is as its user wrote it, without defaults."""
+    distill, lora, sentences = recipe.get("distill"), recipe.get("lora"), []
+    if isinstance(distill, dict) and distill.get("teacher"):
+        teacher = markdown_code(cut(str(distill["teacher"]), 100))
+        sentences.append(f"The model learned from the logits of a teacher too, {teacher} (distillation).")
+    if lora is True or isinstance(lora, dict):
+        rank = lora.get("rank") if isinstance(lora, dict) else None
+        named = f"LoRA of rank {markdown(str(rank))}" if rank is not None else "LoRA"
+        sentences.append(f"Only the head and low-rank updates were trained ({named}), which the weights contain.")
+    return sentences
 
 
 def _cost(result: dict[str, Any]) -> str:

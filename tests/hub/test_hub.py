@@ -241,6 +241,22 @@ def test_card_names_models_and_data_sets_of_the_hub(hub: Hub, copied: Path) -> N
     assert pushed["recipe.yaml"] == (copied / "recipe.yaml").read_bytes()
 
 
+def test_the_card_names_the_teacher_and_low_rank_updates(copied: Path, tmp_path: Path) -> None:
+    recipe = (copied / "recipe.yaml").read_text()
+
+    def card(sections: str) -> str:
+        (copied / "recipe.yaml").write_text(f"{recipe}\n{sections}")
+        return files_to_push(read_run(copied), "me/x", tmp_path)["README.md"].decode()
+
+    taught = card(f"distill: {{teacher: {tmp_path / 'large run'}}}\nlora: {{rank: 4}}\n")
+    assert "learned from the logits of a teacher too, `large run` (distillation)" in taught
+    assert "low-rank updates were trained (LoRA of rank 4)" in taught
+    assert str(tmp_path) not in taught
+    plain = card("distill: {teacher: hf://you/large}\nlora: false\n")
+    assert "a teacher too, `hf://you/large` (distillation)" in plain
+    assert "LoRA" not in plain
+
+
 def programs_of(readme: bytes, image: Path) -> list[Job]:
     """Return a card's programs, each to be run once, for an image."""
     return [(part.split("```")[0], [[str(image)]]) for part in readme.decode().split("```python\n")[1:]]
