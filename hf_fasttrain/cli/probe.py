@@ -75,7 +75,7 @@ def _probe(recipe: Recipe) -> tuple[Probed, Callable[[str], None]]:
     from hf_fasttrain.recipe.load import output_dir
 
     start, folder = time.perf_counter(), Path(output_dir(recipe))
-    trainer = build_trainer(recipe)
+    trainer = build_trainer(recipe, takes_steps=False)
     trainer.log.print(f"probing {recipe.model.name} on {recipe.data.dataset}, run folder {folder}")
 
     def finish() -> Result:

@@ -128,6 +128,20 @@ def cache_gb(*, free: int, needed_elsewhere: int = 0) -> Choice:
     return Choice((free - needed_elsewhere) // 2, "half of what is free")
 
 
+def keep_features(*, hindrance: str | None, passes: float, needed: int, memory: int) -> Choice:
+    """Return whether features are kept instead of images in the steps in which only the head is trained.
+
+    These go over the images `passes` times. `hindrance`: what changes the features of an image, None if nothing does.
+    In bytes: `needed` for all features, and the `memory` that they may take.
+    """
+    if hindrance is not None:
+        return Choice(False, f"{hindrance} needs the images")
+    if passes <= 1:
+        return Choice(False, "each image is needed once")
+    reason = f"{format_bytes(needed)} of features instead of {passes:g} passes"
+    return Choice(needed <= memory, reason if needed <= memory else f"{reason}, {format_bytes(memory)} to spare")
+
+
 def workers(*, gpu: bool, cores: int, processes: int) -> Choice:
     """Return the number of loader processes for each of the `processes` training processes of this machine."""
     if not gpu:
@@ -209,6 +223,7 @@ def final(*, early_stopping: Watch | None) -> Choice:
 
 
 RULES: dict[str, Callable[..., Choice]] = {
+    "model.keep_features": keep_features,
     "data.train_split": split,
     "data.eval_split": split,
     "data.image_column": column,

@@ -38,6 +38,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
 EXCEPTIONS = (
     "model.train",
     "model.freeze_backbone",
+    "model.keep_features",
     "model.gradient_checkpointing",
     "augment.repeats",
     "augment.progressive",

@@ -1,13 +1,18 @@
-"""Features of a split's images by a model without its head: computed once by the fast loader, and kept on disk."""
+"""Features of a split's images by a model without its head: computed once by the fast loader, and kept on disk.
+
+Whatever a frozen model computes of an image can be kept so: a teacher's logits too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_fasttrain.data.loading.batch import Normalize
 from hf_fasttrain.data.loading.prefetch import Prefetcher
@@ -16,20 +21,44 @@ from hf_fasttrain.data.pixels.bad_images import BadImage, Event
 from hf_fasttrain.data.pixels.cache import PixelCache, StoredFeatures, cache_key, open_cache
 from hf_fasttrain.data.pixels.cache_limits import free_disk_bytes, room_for
 from hf_fasttrain.data.source.dataset import Split
-from hf_fasttrain.from_recipe.cache_plan import can_write, kept_bytes, room_made, with_margin
-from hf_fasttrain.models.features import Head
+from hf_fasttrain.from_recipe.cache_plan import cache_folder, can_write, kept_bytes, room_made, with_margin
+from hf_fasttrain.from_recipe.parts import Parts
+from hf_fasttrain.models.features import Head, backbone_digest
+from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.evaluation import Evaluator
+from hf_fasttrain.utils.environment import describe_versions
 from hf_fasttrain.utils.errors import DataError
 
 WRITE_BYTES = 1 << 20  # features that are collected before they are written
 
 
+Compute = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> features (B, C) float32
+
+
 class Computed(NamedTuple):
     """This process's share of the features of a split's images."""
 
-    rows: np.ndarray  # (N,) indices in the split, without bad images
-    features: np.ndarray  # (N, V, C) float32
+    rows: np.ndarray  # (N,) indices in the split
+    features: np.ndarray  # (N, V, C) float32; of a bad image those of its substitute
     num_kept: int  # images whose features were read from the disk
+    substitutes: dict[int, int]  # bad image -> the one that was read instead, both indices in the split
+
+    def without_bad(self) -> Computed:
+        """Return the features of the images that could be read."""
+        is_good = ~np.isin(self.rows, list(self.substitutes))
+        return Computed(self.rows[is_good], self.features[is_good], self.num_kept, {})
+
+
+@contextmanager
+def head_features(head: Head, evaluator: Evaluator) -> Iterator[Compute]:
+    """Within the block: what a head is given for images, by the model as it is evaluated."""
+    with head.captured() as features_of, torch.no_grad():
+
+        def compute(images: Tensor) -> Tensor:
+            evaluator.logits(head.model, images)
+            return features_of(len(images))
+
+        yield compute
 
 
 class Store:
@@ -64,23 +93,57 @@ class Store:
             return None
 
 
-class FeaturePass:
-    """One pass of a model over this process's share of a split.
+def store_of(parts: Parts, model: dict[str, Any]) -> Store | None:
+    """Return where what a model computes of images is kept; `model`: everything that determines the model.
 
-    `prefetcher_of` returns the loader of its images, given a function for bad images and notes. `views` above 0:
-    features of so many augmented views of each image; 0: those of the evaluation crop.
+    None if it is not kept: the code of a user's own model may change.
+    """
+    recipe, accelerator, pre = parts.recipe, parts.accelerator, parts.spec.preprocessing
+    if recipe.data.cache == "none" or parts.custom.model is not None:
+        return None
+    content = {
+        **model,
+        "normalisation": [pre and (pre.mean, pre.std)],
+        "precision": [accelerator.mixed_precision, accelerator.device.type, recipe.accelerate.matmul_precision],
+        "libraries": [describe_versions().get(name) for name in ("torch", "timm", "transformers")],
+    }
+    store = Store(cache_folder(recipe), content, recipe.data.dataset, parts.settings.note)
+    store.limit = None if recipe.data.cache_gb == "auto" else int(recipe.data.cache_gb * 1e9)
+    return store
+
+
+def described_backbone(parts: Parts, head: Head) -> dict[str, Any]:
+    """Return everything that determines the features of a model."""
+    spec = parts.spec
+    return {
+        "features": spec.name,
+        "weights": backbone_digest(parts.model, head.names),
+        "model": [spec.args, spec.small_image_stem, spec.image_size],
+    }
+
+
+class FeaturePass:
+    """One pass over this process's share of a split, for `num_values` features of an image.
+
+    `opened` returns the context in which they are computed; `prefetcher_of` the loader of the images, given a function
+    for bad images and notes. `views` above 0: features of so many augmented views of each image; 0: those of one crop.
+    With `whole_batches` they are a function of the split alone: its images are always in the same batches, whatever is
+    kept and however many processes there are, so that the last bits don't depend on that.
     """
 
     def __init__(
         self,
-        head: Head,
-        evaluator: Evaluator,
+        opened: Callable[[], AbstractContextManager[Compute]],
+        num_values: int,
+        processes: Processes,
         normalize: Normalize,
         batch_size: int,
         report: Callable[[Event, int], None],
+        *,
+        whole_batches: bool = False,
     ) -> None:
-        self.head, self.evaluator, self.normalize = head, evaluator, normalize
-        self.batch_size, self.report = batch_size, report
+        self.opened, self.num_values, self.processes, self.normalize = opened, num_values, processes, normalize
+        self.batch_size, self.report, self.whole_batches = batch_size, report, whole_batches
 
     def __call__(
         self,
@@ -92,31 +155,40 @@ class FeaturePass:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Computed:
         """Return the features of this process's images; those that are kept are read. It may end early."""
-        processes, vectors = self.evaluator.processes, max(1, views)
-        share = np.array(process_share(len(split), processes.number, processes.index), dtype=np.int64)
+        share, vectors = self._share(len(split)), max(1, views)
         found: dict[int, np.ndarray] = {}
         if cache is not None:
             read = cache.read(split.rows_of(share), split.images.stamp)
-            shape = (vectors, self.head.num_features)
+            shape = (vectors, self.num_values)
             found = {
                 int(index): kept
                 for index, kept in zip(share, read, strict=True)
                 if kept is not None and kept.shape == shape
             }
-        missing = np.array([index for index in share.tolist() if index not in found], dtype=np.int64)
-        num_kept, bad = len(found), set()
+        missing = share[~np.isin(share, list(found))]
+        if self.whole_batches:
+            missing = share[np.isin(share // self.batch_size, missing // self.batch_size)]
+        num_kept, substitutes = len(share) - len(missing), dict[int, int]()
 
         def report(event: Event, num_images: int) -> None:
             if isinstance(event, BadImage):
-                bad.add(event.index)
+                substitutes[event.index] = event.substitute
             self.report(event, num_images)
 
         if len(missing):
-            computed = self._compute(split, prefetcher_of(report), cache, missing, views, bad, should_stop)
-            found |= computed
-        rows = np.array(sorted(set(found) - bad), dtype=np.int64)
-        empty = np.zeros((0, vectors, self.head.num_features), np.float32)
-        return Computed(rows, np.stack([found[row] for row in rows.tolist()]) if len(rows) else empty, num_kept)
+            found |= self._compute(split, prefetcher_of(report), cache, missing, views, substitutes, should_stop)
+        rows = np.array(sorted(found), dtype=np.int64)
+        empty = np.zeros((0, vectors, self.num_values), np.float32)
+        features = np.stack([found[row] for row in rows.tolist()]) if len(rows) else empty
+        return Computed(rows, features, num_kept, substitutes)
+
+    def _share(self, num_images: int) -> np.ndarray:
+        """Return the indices of this process's images."""
+        processes = self.processes
+        if not self.whole_batches:
+            return np.array(process_share(num_images, processes.number, processes.index), dtype=np.int64)
+        batches = process_share(-(-num_images // self.batch_size), processes.number, processes.index)
+        return np.arange(batches.start * self.batch_size, min(batches.stop * self.batch_size, num_images))
 
     def _compute(
         self,
@@ -125,7 +197,7 @@ class FeaturePass:
         cache: PixelCache | None,
         missing: np.ndarray,
         views: int,
-        bad: set[int],
+        bad: Collection[int],
         should_stop: Callable[[], bool],
     ) -> dict[int, np.ndarray]:
         vectors = max(1, views)
@@ -137,11 +209,9 @@ class FeaturePass:
         batches = prefetcher.open(keys, size * vectors)
         rows = dict(zip(missing.tolist(), split.rows_of(missing).tolist(), strict=True))
         stamps = {index: split.images.stamp(row) for index, row in rows.items()}  # before the images are read
-        model = self.head.model
-        with self.head.captured() as features_of, torch.no_grad():
+        with self.opened() as compute, torch.no_grad():
             for chunk, (pixels, _) in zip(chunks, batches, strict=False):
-                self.evaluator.logits(model, self.normalize(pixels))
-                features = features_of(len(pixels)).cpu().numpy().reshape(len(chunk), vectors, -1)
+                features = compute(self.normalize(pixels)).cpu().numpy().reshape(len(chunk), vectors, -1)
                 for index, vector in zip(chunk.tolist(), features, strict=True):
                     found[index] = vector
                     if index not in bad:

@@ -13,11 +13,17 @@ from torch import Tensor
 
 from hf_fasttrain.data.source.dataset import Split
 from hf_fasttrain.data.source.multi_label import MultiLabels, class_counts, dense_labels
-from hf_fasttrain.from_recipe.cache_plan import cache_folder
-from hf_fasttrain.from_recipe.features import Computed, FeaturePass, Store
+from hf_fasttrain.from_recipe.features import (
+    Computed,
+    FeaturePass,
+    Store,
+    described_backbone,
+    head_features,
+    store_of,
+)
 from hf_fasttrain.from_recipe.loaders import Loaders, eval_preparation, train_preparation
 from hf_fasttrain.from_recipe.parts import Parts
-from hf_fasttrain.models.features import Head, LinearHead, backbone_digest
+from hf_fasttrain.models.features import Head, LinearHead
 from hf_fasttrain.models.model import batch_norms, uses_batch_statistics
 from hf_fasttrain.recipe.load import with_values
 from hf_fasttrain.recipe.schema import Recipe
@@ -27,7 +33,7 @@ from hf_fasttrain.train.linear_probe import Neighbors, Regression, Vectors, as_l
 from hf_fasttrain.train.loss import resolve_class_weights
 from hf_fasttrain.train.metrics import Metrics, built_in_metrics
 from hf_fasttrain.train.stop import signal_name, stopped
-from hf_fasttrain.utils.environment import describe_versions, free_memory_bytes
+from hf_fasttrain.utils.environment import free_memory_bytes
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_bytes, format_count, format_duration
 
@@ -118,22 +124,8 @@ class HeadProbe:
 
     @cached_property
     def _store(self) -> Store | None:
-        """Where features are kept; None if they are not: the code of a user's own model may change."""
-        recipe, custom = self.parts.recipe, self.parts.custom
-        if recipe.data.cache == "none" or custom.model is not None:
-            return None
-        spec, accelerator = self.parts.spec, self.parts.accelerator
-        content = {
-            "features": spec.name,
-            "weights": backbone_digest(self.parts.model, self.head.names),
-            "model": [spec.args, spec.small_image_stem, spec.image_size],
-            "normalisation": [spec.preprocessing and (spec.preprocessing.mean, spec.preprocessing.std)],
-            "precision": [accelerator.mixed_precision, accelerator.device.type, recipe.accelerate.matmul_precision],
-            "libraries": [describe_versions().get(name) for name in ("torch", "timm", "transformers")],
-        }
-        store = Store(cache_folder(recipe), content, recipe.data.dataset, self.parts.settings.note)
-        store.limit = None if recipe.data.cache_gb == "auto" else int(recipe.data.cache_gb * 1e9)
-        return store
+        """Where features are kept; None if they are not."""
+        return store_of(self.parts, described_backbone(self.parts, self.head))
 
     def _features(self, trainer: Trainer, split: Split, views: int) -> Computed:
         parts, loaders = self.parts, self.loaders
@@ -150,11 +142,16 @@ class HeadProbe:
             is_main = trainer.processes.is_local_main
             cache = store.open(split, prepared, max(1, views) * self.head.num_features, makes_room=is_main)
         run = FeaturePass(
-            self.head, trainer.evaluation.evaluator, loaders.normalize, self.batch_size, loaders.bad_images.report
+            partial(head_features, self.head, trainer.evaluation.evaluator),
+            self.head.num_features,
+            trainer.processes,
+            loaders.normalize,
+            self.batch_size,
+            loaders.bad_images.report,
         )
         steps = parts.sampling_plan.steps_per_epoch
         prefetcher_of = partial(loaders.pass_over, split, augmented=bool(views), steps_per_epoch=steps)
-        return run(split, prefetcher_of, cache, views=views, should_stop=trainer.stop.pending)
+        return run(split, prefetcher_of, cache, views=views, should_stop=trainer.stop.pending).without_bad()
 
     def _fit(
         self, found: list[tuple[Split, Tensor | None, Tensor | None]]

@@ -23,6 +23,7 @@ from hf_fasttrain.from_recipe.accelerator import local_processes
 from hf_fasttrain.from_recipe.auto import decide, evaluation_batch_size
 from hf_fasttrain.from_recipe.custom import CustomParts
 from hf_fasttrain.from_recipe.early_checks import require_no_early_mistakes
+from hf_fasttrain.from_recipe.kept_features import kept_features_of
 from hf_fasttrain.from_recipe.loaders import Loaders, resolve_loading
 from hf_fasttrain.from_recipe.memory import decide_evaluation_batch, evaluation_memory
 from hf_fasttrain.from_recipe.older_rows import refuse_new_rows
@@ -80,10 +81,12 @@ def build_trainer(
     resume: bool = False,
     callbacks: Sequence[Any] | None = None,
     trainer_class: type[Trainer] = Trainer,
+    takes_steps: bool = True,
     **custom_parts: Any,
 ) -> Trainer:
     """Return the trainer of a recipe, with its run folder created and everything checked. Raises UserError.
 
+    Without `takes_steps` it is for what comes before the first step, so no training images are kept.
     `custom_parts` are the fields of `CustomParts`.
     """
     require_main_script()
@@ -112,7 +115,7 @@ def build_trainer(
             f"output_dir {folder}: its run ended before its first checkpoint; {', '.join(replaced)} of it are replaced"
         )
     saved = saved_state(folder) if resume else None
-    trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks)
+    trainer = assemble(parts, folder, trainer_class, saved=saved, callbacks=callbacks, takes_steps=takes_steps)
     if first_start:
         first_start.note_changes(parts.settings)
     for note in [*parts.settings.notes, *([] if saved else parts.settings.weight_notes)]:
@@ -136,6 +139,7 @@ def assemble(
     keep_pixels: bool = True,
     saved: dict[str, Any] | None = None,
     callbacks: Sequence[Any] | None = None,
+    takes_steps: bool = True,
 ) -> Trainer:
     """Return the trainer of the parts; without a folder it writes nothing but the pixel cache (with `keep_pixels`).
 
@@ -154,10 +158,18 @@ def assemble(
     loaders = build_loaders(parts, bad_images, keep_pixels=keep_pixels)
     is_evaluated = recipe.evaluate.every != "never"
     eval_batch = _eval_batch_size(parts, loaders.workers) if is_evaluated or recipe.train.probe_first else 0
-    evaluations = _num_evaluations(recipe, num_steps, parts.sampling_plan.steps_per_epoch)
+    read_steps = num_steps if takes_steps else 0
+    own = "an own class of trainers" if trainer_class is not Trainer else "callbacks=" if callbacks else None
+    kept = kept_features_of(parts, loaders, read_steps, own, is_run=folder is not None)
+    read_steps -= kept.until if kept else 0  # the others need features, and evaluations one pass over the images
+    evaluations = _num_evaluations(recipe, read_steps, parts.sampling_plan.steps_per_epoch)
+    evaluations += kept is not None and read_steps > 0
+    train_loader = loaders.train_loader(source.train, parts.sampling_plan, read_steps, spec.num_classes)
+    if step_loss is None and kept is not None:
+        step_loss = kept.loss(loss_of(parts))
     trainer = trainer_class(
         model=parts.model,
-        train_loader=loaders.train_loader(source.train, parts.sampling_plan, num_steps, spec.num_classes),
+        train_loader=kept.train_loader(train_loader) if kept else train_loader,
         optimizer=optimizer_of(parts),
         duration=recipe.train.duration,
         accelerator=accelerator,
@@ -182,6 +194,8 @@ def assemble(
     )
     chosen, largest = trainer.evaluation.evaluator.metrics or (), max(map(len, (source.evaluation, source.test or ())))
     require_memory(chosen, largest, spec.num_classes, free_memory_bytes())
+    if kept is not None:
+        kept.attach(trainer)
     trainer.recipe_text, trainer.bad_images = recipe_text(recipe), bad_images
     if has_lr(trainer.optimizer, recipe.optimizer.lr):
         trainer.lr = recipe.optimizer.lr

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
 from hf_fasttrain.models.head import output_layers
-from hf_fasttrain.models.model import head_names
+from hf_fasttrain.models.model import batch_norms, head_names, set_train_mode
+from hf_fasttrain.models.side_effects import random_states, undisturbed
 from hf_fasttrain.models.weights import update_digest
 from hf_fasttrain.utils.errors import ModelError
 
@@ -126,3 +129,89 @@ def backbone_digest(model: nn.Module, head_layers: Sequence[str]) -> str:
     backbone = ((name, tensor) for name, tensor in tensors if name.rpartition(".")[0] not in head_layers)
     update_digest(hashed, ((f"{name} {tensor.dtype} {tuple(tensor.shape)}\n", tensor) for name, tensor in backbone))
     return hashed.hexdigest()
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """A model's last layer, which computes its logits from features, after a dropout of them in training."""
+
+    name: str
+    dropout: float = 0.0
+
+    def __call__(self, model: nn.Module, features: Tensor) -> Tensor:
+        """Return the logits (B, K) of a model with this layer for features (B, C)."""
+        if self.dropout:
+            features = F.dropout(features, self.dropout, training=model.training)
+        logits: Tensor = model.get_submodule(self.name)(features)
+        return logits
+
+
+@torch.no_grad()
+def constant_features(head: Head, trained: Collection[str], images: Tensor) -> OutputLayer | None:
+    """Return the layer that is trained, if what it is given is the same in each step for the same images; else None.
+
+    `trained` are the names of the trained parameters. The model is tried on `images` (B, 3, H, W): in training mode
+    its forward must be bitwise that of evaluation up to the layer, without a random number but for a dropout just
+    before it, and must change no buffer. The layer has random weights for it, as a head of zeros would show nothing.
+    """
+    model, layer = head.model, head.layers[0]
+    if len(head.layers) > 1 or not isinstance(layer, nn.Linear) or not trained:
+        return None
+    if not {*trained} <= {f"{head.names[0]}.{name}" for name, _ in layer.named_parameters()}:
+        return None
+    rates = [getattr(model, "drop_rate", 0.0), *(m.p for m in model.modules() if isinstance(m, nn.Dropout))]
+    candidates = [OutputLayer(head.names[0], rate) for rate in dict.fromkeys([0.0, *filter(_is_rate, rates)])]
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with undisturbed(model), _random_weights(layer):
+        try:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
+            return next((each for each in candidates if _computes_logits(each, head, images)), None)
+        finally:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(required[name])
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, float) and 0.0 < value < 1.0
+
+
+@contextmanager
+def _random_weights(layer: nn.Module) -> Iterator[None]:
+    """Fill a layer's parameters with noise within the block."""
+    values = [parameter.clone() for parameter in layer.parameters()]
+    try:
+        for parameter in layer.parameters():
+            parameter.normal_()
+        yield
+    finally:
+        for parameter, value in zip(layer.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+
+def _computes_logits(layer: OutputLayer, head: Head, images: Tensor) -> bool:
+    """Return whether a layer gives a model's logits bitwise, in both modes, from its features in evaluation."""
+    model = head.model
+    model.eval()
+    with head.captured() as features_of:
+        logits = model.forward(images)
+        try:
+            features = features_of(len(images))
+        except ModelError:  # several vectors for an image
+            return False
+    if not isinstance(logits, Tensor) or not torch.equal(layer(model, features), logits):
+        return False
+    set_train_mode(model, batch_norms(model))
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    expected, state = _seeded(lambda: model.forward(images))
+    if not all(map(torch.equal, buffers, model.buffers())):
+        return False
+    actual, own_state = _seeded(lambda: layer(model, features))
+    return torch.equal(actual, expected) and state == own_state
+
+
+def _seeded(function: Callable[[], Tensor]) -> tuple[Tensor, Any]:
+    """Return what a function returns after seeding, and the random states that it leaves."""
+    torch.manual_seed(0)
+    output = function()
+    return output, random_states(output.device)

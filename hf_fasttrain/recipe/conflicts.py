@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator
 
+from hf_fasttrain.recipe.fixed_pixels import without_kept_features
 from hf_fasttrain.recipe.messages import WORDS
 from hf_fasttrain.recipe.schema import BestSection, EarlyStoppingSection, Recipe, ScheduleSection
 from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, PER_CLASS, metric_name, resolve_mode
@@ -39,6 +40,12 @@ def _model(recipe: Recipe) -> Iterator[Mistake]:
     if isinstance(location := model.pretrained, str) and location.lower() in WORDS and not os.path.exists(location):
         write = "true" if WORDS[location.lower()] else "false"
         yield "model.pretrained", f"is '{location}'; write {write}, or ./{location} for a folder of that name"
+    if model.keep_features is True and (reason := without_kept_features(recipe)) is not None:
+        yield (
+            "model.keep_features",
+            f"true needs the same features in every epoch while the head is trained, which {reason} rules out; leave "
+            "keep_features at auto",
+        )
     yield from _trained_part(recipe)
 
 

@@ -64,6 +64,11 @@ class ModelSection(Section):
         examples=["head", "norm", "last 3 blocks", {"head": "2 epochs", "then": "all"}],
     )
     freeze_backbone: bool = result(False, "older name of train: head")
+    keep_features: Auto | bool = speed(
+        "auto",
+        "while only the head is trained, compute its inputs once per image and keep them; auto: if they are the same "
+        "in each of several epochs (no augmentation, no dropout before them) and memory suffices",
+    )
     batch_norm: Literal["train", "frozen"] = result(
         "train",
         "train: statistics of each batch; frozen: the pretrained running statistics are used and kept; weights are "

@@ -37,7 +37,7 @@ from hf_fasttrain.train.metrics import (
 from hf_fasttrain.train.out_of_memory import free_cached_memory
 from hf_fasttrain.train.score_metrics import ScoreMetrics
 from hf_fasttrain.train.throughput import Throughput
-from hf_fasttrain.train.user_metrics import Metric, Predict, UserMetrics
+from hf_fasttrain.train.user_metrics import Metric, Predict, UserMetrics, require_logits
 from hf_fasttrain.utils.errors import RunError, shown
 from hf_fasttrain.utils.library_errors import is_out_of_memory
 from hf_fasttrain.utils.process_memory import relax_memory_limit
@@ -71,6 +71,7 @@ class Evaluator:
         self.scores = ScoreMetrics()
         if num_classes is not None:  # fail before training
             self.external.try_out(num_classes, multi_label=bool(multi_label))
+        self.of_features: Predict | None = None  # a model's logits for features (B, C), where a loader yields these
         self.max_images: int | None = None  # per forward, after memory ran out
         self.watched: Sequence[str] = ()  # metrics that are measured even where they say little
         self.collects = False  # whether to store predictions for `predictions`
@@ -234,22 +235,13 @@ class Evaluator:
             self.max_images = size // 2
 
     def _logits_of(self, model: nn.Module, images: Any) -> Tensor:
-        if self.predict is None:
+        if self.of_features is not None and isinstance(images, Tensor) and images.ndim == 2:
+            logits = self.of_features(model, images).float()
+        elif self.predict is None:
             logits = logits_of(model(images))
         else:
             logits = self.predict(model, images)
-        number = num_images(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != number:
-            description = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else shown(logits)
-            subject, advice = ("the model returns", "pass predict= to Trainer, a function (model, images) -> logits")
-            if self.predict is not None:
-                subject, advice = "predict returned", "return them from it"
-            raise RunError(
-                f"{subject} {description} for {number} images instead of logits ({number}, K), one per class: "
-                f"{advice}; for a single logit z, return torch.nn.functional.pad(z.view(-1, 1), (1, 0)), two classes "
-                "with the same probabilities"
-            )
-        return logits
+        return require_logits(logits, num_images(images), by_predict=self.predict is not None)
 
     @property
     def processes(self) -> Processes:

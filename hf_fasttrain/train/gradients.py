@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_fasttrain.data.loading.loader import Step, Timer
+from hf_fasttrain.data.loading.loader import FEATURE_SHAPE, Step, Timer
 from hf_fasttrain.data.loading.trees import Tree, leaves, num_images, zeros_like
 from hf_fasttrain.models.model import batch_norms, set_train_mode
 from hf_fasttrain.train.closure import no_graph_warning, twice_differentiable
@@ -80,7 +80,8 @@ class Gradients:
         """
         trainable = {name: p for name, p in self.named_parameters().items() if p.requires_grad}
         use = None
-        if trainable and isinstance(self.step_loss, LossOfLogits):  # a step_loss may have side effects: the step shows
+        # A step_loss may have side effects, so its step shows it; the layer that features are given to uses them.
+        if trainable and isinstance(self.step_loss, LossOfLogits) and step.image_shape != FEATURE_SHAPE:
             batch = step.micro_batches.peek()
             use = find_parameter_use(self.raw_model, self.step_loss.loss, trainable, batch, self.processes)
         for name in use.never if use else ():

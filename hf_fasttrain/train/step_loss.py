@@ -39,6 +39,8 @@ def kind_of(value: Any) -> str:
 class LossOfLogits:
     """The step loss of a `loss` that maps (logits, targets) to the mean over their images."""
 
+    wraps_model = False  # whether DistributedDataParallel has to wrap the model together with this
+
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
         self.uniform: Tensor | None = None  # the loss of the first images, if all classes were equally likely
@@ -47,7 +49,7 @@ class LossOfLogits:
     def __call__(self, model: nn.Module, images: Tree, targets: Tree, at: At) -> Tensor:
         """Return the loss of a micro-batch. Raises RunError for nested ones that model or loss can't take."""
         try:
-            logits = loss_input(model(images))
+            logits = self.outputs(model, images)
             if self._is_first:
                 self._is_first = False
                 self.uniform = loss_of_uniform_logits(self.loss, logits, targets)
@@ -60,6 +62,10 @@ class LossOfLogits:
                 f"({kind_of(targets)}); one of them can't take that ({type(error).__name__}: {first_line(error)}): "
                 "give a step_loss(model, images, targets, at), which takes them apart"
             ) from error
+
+    def outputs(self, model: nn.Module, images: Tree) -> Any:
+        """Return what the loss is given of a micro-batch."""
+        return loss_input(model(images))
 
 
 class ModelAndLoss(nn.Module):
@@ -102,7 +108,7 @@ def wraps_loss(step_loss: StepLoss | LossOfLogits) -> bool:
     """Return whether DistributedDataParallel has to wrap the loss with the model."""
     module = module_of(step_loss)
     has_parameters = module is not None and any(True for _ in module.parameters())
-    return has_parameters or not isinstance(step_loss, LossOfLogits)
+    return has_parameters or not isinstance(step_loss, LossOfLogits) or step_loss.wraps_model
 
 
 def checked(returned: Any) -> tuple[Tensor, Values]:

@@ -164,3 +164,17 @@ def _as_number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"it returns {shown(value)} instead of one number") from None
+
+
+def require_logits(logits: Any, number: int, *, by_predict: bool) -> Tensor:
+    """Return logits (B, K) of `number` images. Raises RunError for anything else."""
+    if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == number:
+        return logits
+    description = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else shown(logits)
+    subject, advice = ("the model returns", "pass predict= to Trainer, a function (model, images) -> logits")
+    if by_predict:
+        subject, advice = "predict returned", "return them from it"
+    raise RunError(
+        f"{subject} {description} for {number} images instead of logits ({number}, K), one per class: {advice}; for a "
+        "single logit z, return torch.nn.functional.pad(z.view(-1, 1), (1, 0)), two classes with the same probabilities"
+    )

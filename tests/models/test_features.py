@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
-from hf_fasttrain.models.features import Head, LinearHead, backbone_digest
+from hf_fasttrain.models.features import Head, LinearHead, OutputLayer, backbone_digest, constant_features
 from hf_fasttrain.models.model import ModelSpec, build_model
 from hf_fasttrain.utils.errors import ModelError
 
@@ -117,3 +117,49 @@ def test_the_digest_is_that_of_all_weights_but_the_head() -> None:
         assert backbone_digest(model, names) == before
         state[next(name for name in state if name.endswith("running_mean"))][0] += 1e-3
     assert backbone_digest(model, names) != before
+
+
+def found_layer(model: nn.Module, *trained: str) -> OutputLayer | None:
+    head = Head(model, 4)
+    torch.manual_seed(3)
+    states = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer = constant_features(head, trained or [f"{name}.weight" for name in head.names], IMAGES)
+    assert all(torch.equal(states[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.initial_seed() == 3
+    return layer
+
+
+class Doubled(nn.Module):
+    """Multiplies the logits of its last layer."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.mean((2, 3))) * 2
+
+
+def test_features_are_constant_if_nothing_random_or_trained_comes_before_the_last_layer() -> None:
+    assert found_layer(build("test_resnet")) == OutputLayer("fc")
+    assert found_layer(build("test_vit")) == OutputLayer("head")
+    assert found_layer(build("test_efficientnet", drop_rate=0.3)) == OutputLayer("classifier", 0.3)
+    assert found_layer(build("test_vit", drop_rate=0.25)) == OutputLayer("head", 0.25)
+    assert found_layer(build("test_convnext")) == OutputLayer("head.fc")
+    assert found_layer(build("test_vit", drop_path_rate=0.5)) is None
+    assert found_layer(build("test_vit", proj_drop_rate=0.1)) is None
+    assert found_layer(build("test_resnet"), "fc.weight", "layer4.0.conv1.weight") is None
+    assert found_layer(build("deit_tiny_distilled_patch16_224", depth=1)) is None  # two heads
+    zeros = Doubled()
+    nn.init.zeros_(zeros.fc.weight)
+    nn.init.zeros_(zeros.fc.bias)
+    assert found_layer(zeros) is None
+
+
+def test_batch_norms_without_weights_use_the_statistics_of_a_batch() -> None:
+    model = build("test_resnet")
+    model.bn1 = nn.BatchNorm2d(model.bn1.num_features, affine=False)  # type: ignore[union-attr, arg-type]
+    assert found_layer(model) is None

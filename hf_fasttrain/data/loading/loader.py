@@ -18,6 +18,7 @@ from hf_fasttrain.data.source.dataset import Split
 
 Timer = Callable[[str], AbstractContextManager[Any]]  # name of a phase -> context in which its work runs
 _NULL_CONTEXT = nullcontext()
+FEATURE_SHAPE = (0,)  # which no images have
 
 
 def no_timer(phase: str) -> AbstractContextManager[Any]:
@@ -33,7 +34,7 @@ class Step:
     num_images: int  # over all processes
     num_micro_batches: int  # of this process; 0 if the step has too few images for it
     micro_batches: MicroBatches  # images (B, 3, H, W), with several views (B, V, 3, H, W); targets
-    image_shape: tuple[int, ...]  # of one image
+    image_shape: tuple[int, ...]  # of one image; FEATURE_SHAPE: features (B, C) instead of images
     like: Any = None  # images that are not one tensor: a tree of their form, for a process that has none
 
 
@@ -219,8 +220,12 @@ class EvalLoader:
         self.split: Split | None = None  # whose images these are
         self.release_memory = getattr(prefetcher, "release_memory", lambda: 0)  # returns the bytes freed on the GPU
         self._batches = prefetcher.open(keys, batch_size, persistent=True)
+        self.replaced: Callable[[Callable[[], Iterator[Batch]]], Iterator[Batch]] = lambda images: images()
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.replaced(self._images)
+
+    def _images(self) -> Iterator[Batch]:
         for pixels, labels in self._batches:
             yield self.normalize(pixels), labels
 
