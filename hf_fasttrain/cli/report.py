@@ -16,7 +16,7 @@ def report(
         Path | None, typer.Option(help="Output file; by default RUN/report.html, for several report.html.")
     ] = None,
 ) -> None:
-    """Write an offline HTML report of one or several runs: curves, classes, mistakes, settings."""
+    """Write an offline HTML report of one or several runs: curves, classes, mistakes, settings; whether runs differ."""
     from hf_fasttrain.report.report import write_report
 
-    echo(str(write_report(runs, output)))
+    echo(str(write_report(runs, output, echo)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,25 @@ TEMPLATE, STYLE, SCRIPTS = "page.html.jinja", "style.css", ("matrix.js", "charts
 GENERATOR_TAG = '<meta name="generator" content="hf_fasttrain report">'
 
 
-def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
+Tell = Callable[[str], None]
+
+
+def write_report(runs: Sequence[Path], output: Path | None = None, tell: Tell = lambda _: None) -> Path:
     """Write the report of a run, or of several beside each other, and return its path.
 
     The report of one run is RUN/report.html, with its pictures as PNG in RUN/report; of several it is report.html in
-    the current directory. With `output`, only the page is written, to that file. Raises RunError for a folder that is
-    not a run, for a run given twice, and if the page can't be written or would replace a file that is not a report.
+    the current directory. With `output`, only the page is written, to that file. `tell` is called with sentences
+    that say whether the runs differ. Raises RunError for a folder that is not a run, for a run given twice, and if the
+    page can't be written or would replace a file that is not a report.
     """
     try:
-        return write_page(runs, output)
+        return write_page(runs, output, tell)
     except OSError as error:
         path = _output_path(runs, output)
         raise RunError(f"{path}: the report could not be written: {reason(error)}; choose another output") from None
 
 
-def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
+def write_page(runs: Sequence[Path], output: Path | None = None, tell: Tell = lambda _: None) -> Path:
     """Do what `write_report` does; raises OSError if the page can't be written.
 
     The page is written last: if it exists, so do the pictures.
@@ -60,6 +64,8 @@ def write_page(runs: Sequence[Path], output: Path | None = None) -> Path:
             draw(records[0], folder / name)
     page = page_of_run(records[0]) if len(records) == 1 else page_of_runs(records)
     write_atomically(path, to_html(page, marks[0] if len(marks) == 1 else ""))
+    for line in page.summary:
+        tell(line)
     return path
 
 

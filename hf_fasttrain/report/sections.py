@@ -9,6 +9,7 @@ from pathlib import Path
 from hf_fasttrain.report import tables
 from hf_fasttrain.report.charts import Chart, comparison_charts, confusion_chart, curve_charts, throughput_charts
 from hf_fasttrain.report.classes import class_figures, confusion_matrix
+from hf_fasttrain.report.comparison import Comparison, compare
 from hf_fasttrain.report.format import describe_early_stop, format_ends, format_metric, metric_title
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.report.tables import ImageCard, Table
@@ -48,6 +49,7 @@ class Page:
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     sections: Sequence[Section] = field(default_factory=list)
+    summary: Sequence[str] = ()  # sentences for the terminal
 
 
 def page_of_run(record: Record) -> Page:
@@ -226,9 +228,10 @@ def _training(record: Record) -> Section:
 def page_of_runs(records: Sequence[Record]) -> Page:
     """Return the page that compares several runs."""
     names = run_names([record.folder for record in records])
-    differing = tables.differences_table(records, names)
+    differing, comparisons = tables.differences_table(records, names), compare(records, names)
     sections = [
         Section("results", "Results", tables=[tables.results_table(records, names)]),
+        _differences(comparisons),
         Section("curves", "Curves", charts=comparison_charts(records, names), controls="axis"),
         Section("recipe", "Recipe differences", "" if differing.rows else "The recipes are the same.",
                 tables=[differing] if differing.rows else []),
@@ -240,8 +243,23 @@ def page_of_runs(records: Sequence[Record]) -> Page:
     ]
     empty = {"environment": "Machines and versions are the same."}
     return Page(
-        f"{len(records)} runs compared", ", ".join(names), warnings=warnings, sections=_with_content(sections, empty)
+        f"{len(records)} runs compared",
+        ", ".join(names),
+        warnings=warnings,
+        sections=_with_content(sections, empty),
+        summary=[line for each in comparisons for line in each.lines()],
     )
+
+
+def _differences(comparisons: Sequence[Comparison]) -> Section:
+    """Return the section that says whether the runs differ."""
+    problems = [line for each in comparisons if each.problem for line in each.lines()]
+    text = ". ".join(problems) or (
+        "On the same images, which are drawn with replacement for both: the interval is that of the difference. It is "
+        "about these weights, not about other seeds."
+    )
+    shown = [each.table(number) for number, each in enumerate(comparisons) if not each.problem]
+    return Section("differences", "Do they differ?", text, tables=shown)
 
 
 def _different_data(records: Sequence[Record], names: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +71,11 @@ class Predictions:
         wrong = self.is_wrong.nonzero().flatten()
         order = self.losses[wrong].argsort(descending=True, stable=True)
         return [int(index) for index in wrong[order[:number]]]
+
+    def at(self, indices: Tensor) -> Predictions:
+        """Return the predictions for some of the images, in the order of `indices`."""
+        columns = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL)}
+        return replace(self, **{name: column[indices] for name, column in columns.items() if column is not None})
 
     def save(self, path: Path) -> None:
         """Write one safetensors file atomically. Raises OSError."""

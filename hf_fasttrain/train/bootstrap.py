@@ -24,6 +24,7 @@ from hf_fasttrain.utils.format import is_finite
 
 RESAMPLES_AT_ONCE, UNITS_AT_ONCE = 250, 512  # their counts, 1 MB, stay in the processor's cache
 MIN_RESAMPLES, MAX_DRAWS = 500, 200_000_000  # a second for 10,000 images, some seconds for 500,000
+MAX_SUMS = 1 << 22  # at a time, 32 MB: columns x resamples
 MAX_ENTRIES = 10_000_000  # true and predicted classes of all images, which take about ten seconds
 ROWS_AT_ONCE = 1024  # whose bits are unpacked
 MEANS = {"loss": "losses", "top5_accuracy": "top5", "brier": "brier"}  # metric -> what it is the mean of
@@ -45,8 +46,9 @@ class Resampler:
         """Yield the sums of each part's columns (M, R) over the drawn images, of R resamples at a time."""
         rng = np.random.default_rng(self.seed)
         columns = [part.columns.in_order(self._order) for part in parts]
-        for first in range(0, resamples, RESAMPLES_AT_ONCE):
-            width = min(RESAMPLES_AT_ONCE, resamples - first)
+        most = max(1, min(RESAMPLES_AT_ONCE, MAX_SUMS // max(each.number for each in columns)))
+        for first in range(0, resamples, most):
+            width = min(most, resamples - first)
             totals = [np.zeros((each.number, width)) for each in columns]
             for start, end, weights in self._weights(rng, width):
                 for total, each in zip(totals, columns, strict=True):
