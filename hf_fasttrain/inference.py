@@ -47,7 +47,7 @@ from hf_fasttrain.utils.remote import is_hub_url
 
 NO_RECIPE = "model: {name: own}\ntrain: {duration: 1 epoch, batch_size: 1}\n"  # of a run of own objects
 EVALUATED_KEYS = ("data.", "accelerate.", "evaluate.")
-NOT_OF_OTHER_DATA = ("train_split", "test_split", "eval_fraction", "multi_label")
+NOT_OF_OTHER_DATA = ("train_split", "test_split", "eval_fraction", "folds", "fold", "multi_label")
 
 
 def evaluate_run(

@@ -9,6 +9,7 @@ import typer
 from hf_fasttrain.cli.ablate import ablate
 from hf_fasttrain.cli.cache import clean_caches, list_caches
 from hf_fasttrain.cli.check import check
+from hf_fasttrain.cli.crossval import crossval
 from hf_fasttrain.cli.doctor import doctor
 from hf_fasttrain.cli.evaluate import evaluate
 from hf_fasttrain.cli.explain import explain
@@ -26,7 +27,9 @@ from hf_fasttrain.cli.version import common_options
 from hf_fasttrain.recipe.find import shipped_recipes
 from hf_fasttrain.utils.errors import UserError, nearest
 
-COMMANDS = (init, train, probe, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema)
+COMMANDS = (
+    init, train, crossval, probe, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema,
+)  # fmt: skip
 
 app = typer.Typer(
     add_completion=False,
@@ -62,6 +65,8 @@ OTHER_COMMANDS = {
     "validate": "Did you mean 'check' (of a recipe) or 'evaluate' (of a run)?",
     "infer": "Did you mean 'predict'?",
     "inference": "Did you mean 'predict'?",
+    "cv": "Did you mean 'crossval'?",
+    "kfold": "Did you mean 'crossval'?",
     "knn": "Did you mean 'probe'?",
     "linear": "Did you mean 'probe'?",
     "features": "Did you mean 'probe'?",

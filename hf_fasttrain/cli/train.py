@@ -38,7 +38,7 @@ def train(
     folder = Path(output_dir(loaded))
     trainer = build_trainer(loaded, resume=resume)
     if resume and trainer.is_finished:
-        missing = missing_results(folder, trainer.state.step, **_expected(trainer))
+        missing = missing_results(folder, trainer.state.step, **expected_results(trainer))
         if not missing:
             _print_finished(trainer, folder)
             return
@@ -68,13 +68,13 @@ def carry_out(trainer: Trainer, work: Callable[[], Result]) -> Result:
     _end_trackers(trainer)
     if result.not_written:
         assert trainer.output_dir is not None
-        expected = _expected(trainer)
+        expected = expected_results(trainer)
         trainer.log.print(describe_missing(trainer.output_dir, result.not_written, trainer.state.step, **expected))
         sys.exit(Stopped.NOT_WRITTEN)
     return result
 
 
-def _expected(trainer: Trainer) -> dict[str, Any]:
+def expected_results(trainer: Trainer) -> dict[str, Any]:
     """Return what a finished run's folder should hold, as `missing_results` takes it."""
     from hf_fasttrain.train.final_weights import final_step, will_average
 

@@ -11,6 +11,7 @@ from typing import Any
 from hf_fasttrain.data.source.opening import open_splits
 from hf_fasttrain.from_recipe.accelerator import require_trackers
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
+from hf_fasttrain.from_recipe.source_from import require_fold
 from hf_fasttrain.models.lora import require_peft
 from hf_fasttrain.models.model import timm_name
 from hf_fasttrain.models.teacher import require_teacher
@@ -59,6 +60,7 @@ def _checks(
 ) -> Iterator[Callable[[], object]]:
     if folder is not None:
         yield lambda: _require_folder(folder, resume)
+    yield lambda: require_fold(recipe)
     if dataset is None and _is_missing(recipe.data.dataset):
         yield lambda: open_splits(recipe.data.dataset)
     model, optimizer = recipe.model, recipe.optimizer

@@ -11,7 +11,7 @@ from hf_fasttrain.data.source.dataset import Source, load_source, subset
 from hf_fasttrain.from_recipe.auto import decide, split
 from hf_fasttrain.recipe.resolved import ResolvedSettings
 from hf_fasttrain.recipe.schema import Recipe
-from hf_fasttrain.utils.errors import DataError, shortened
+from hf_fasttrain.utils.errors import DataError, RecipeError, shortened
 from hf_fasttrain.utils.files import existing_path
 
 
@@ -20,6 +20,7 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
 
     Raises DataError, also for a split with two uses.
     """
+    require_fold(recipe)
     full = open_source(recipe, dataset)
     _require_unused_splits(full)
     source = limit_images(full, recipe)
@@ -38,8 +39,26 @@ def source_from(recipe: Recipe, dataset: Any, settings: ResolvedSettings) -> Sou
         settings.note(note)
     if source.held_out:
         how = f"in whole groups of '{recipe.data.group_column}'" if recipe.data.group_column else "stratified by class"
-        settings.note(_note_held_out(full, how, is_evaluated=recipe.evaluate.every != "never"))
+        if recipe.data.folds is not None:
+            settings.note(_note_fold(full, how))
+        else:
+            settings.note(_note_held_out(full, how, is_evaluated=recipe.evaluate.every != "never"))
     return source
+
+
+def require_fold(recipe: Recipe) -> None:
+    """Raise RecipeError if a recipe has folds, and does not say which one to evaluate on."""
+    if (folds := recipe.data.folds) is not None and recipe.data.fold is None:
+        raise RecipeError(
+            f"data.folds={folds} needs data.fold, from 0 to {folds - 1}, for one training; `hf-fasttrain crossval` "
+            "trains all of them"
+        )
+
+
+def _note_fold(source: Source, how: str) -> str:
+    number = len(source.train) + len(source.evaluation)
+    held_out = f"{len(source.evaluation):,} of {number:,} images"
+    return f"{source.evaluation.name}: evaluated on {held_out}, {how} (data.folds)"
 
 
 def _note_held_out(source: Source, how: str, *, is_evaluated: bool) -> str:
@@ -120,6 +139,8 @@ def open_source(
         group_column=data.group_column,
         multi_label=data.multi_label,
         eval_fraction=data.eval_fraction,
+        folds=data.folds,
+        fold=data.fold or 0,
         seed=recipe.seed,
         inventory=data.inventory,
         max_bad_fraction=data.max_bad_fraction,

@@ -101,6 +101,21 @@ def _data(recipe: Recipe) -> Iterator[Mistake]:
         yield "augment.erase_fill", f"{fill} is not available on the device; use black or mean, or data.cache=memory"
     if data.std != "auto" and any(value <= 0 for value in data.std):
         yield "data.std", "must be above 0"
+    yield from _folds(recipe)
+
+
+def _folds(recipe: Recipe) -> Iterator[Mistake]:
+    data = recipe.data
+    if data.folds is None:
+        if data.fold is not None:
+            yield "data.fold", f"is {data.fold}, and data.folds is not set; set data.folds=5, or leave data.fold out"
+        return
+    if data.fold is not None and data.fold >= data.folds:
+        yield "data.fold", f"is {data.fold}; of data.folds={data.folds}, folds are numbered 0 to {data.folds - 1}"
+    if "eval_fraction" in data.model_fields_set:
+        yield "data.folds", "and data.eval_fraction exclude each other: a fold is held out; leave one of them out"
+    if data.eval_split != "auto":
+        yield "data.folds", f"and data.eval_split={data.eval_split} exclude each other; leave one of them out"
 
 
 def _augment(recipe: Recipe) -> Iterator[Mistake]:

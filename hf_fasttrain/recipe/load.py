@@ -32,22 +32,27 @@ NOT_INHERITED = ("output_dir", "hub", "data.cache_dir", "log.trackers", "log.pro
 
 
 def load_recipe(
-    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, metrics: Collection[str] | None = ()
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    metrics: Collection[str] | None = (),
+    without: Sequence[str] = (),
 ) -> Recipe:
     """Return the checked recipe of a file, a shipped recipe's name, hf://OWNER/NAME or a `Recipe`, with overrides.
 
     A run folder stands for its recipe.yaml with itself as output_dir. An override is `section.key=value`. `metrics` are
-    names of the user's own that may be watched beside those of evaluate.metrics; None: any. Raises RecipeError with all
-    mistakes in one message.
+    names of the user's own that may be watched beside those of evaluate.metrics; None: any. Keys of the recipe that are
+    in `without` are ignored. Raises RecipeError with all mistakes in one message.
     """
     if isinstance(recipe, Recipe):
         return _with_overrides(recipe, overrides, metrics) if overrides else recipe
     if is_hub_url(str(recipe)):
-        loaded = _load_pushed(str(recipe), overrides, metrics)
+        loaded = _load_pushed(str(recipe), overrides, metrics, without)
     else:
         path, folder = find_recipe(str(recipe)), expand_user(recipe)
         name = path.resolve().parent.name if folder.is_dir() else path.stem
-        loaded = parse_recipe(_read_file(path), overrides, where=str(path), name=name, metrics=metrics)
+        options: dict[str, Any] = {"metrics": metrics, "without": without}
+        loaded = parse_recipe(_read_file(path), overrides, where=str(path), name=name, **options)
         if path.parent == folder:
             loaded = _in_folder(loaded, folder)
     loaded._source = replace(loaded.source, argument=str(recipe))
@@ -82,14 +87,16 @@ def _with_overrides(recipe: Recipe, overrides: Sequence[str], metrics: Collectio
     return checked
 
 
-def _load_pushed(url: str, overrides: Sequence[str], metrics: Collection[str] | None) -> Recipe:
+def _load_pushed(
+    url: str, overrides: Sequence[str], metrics: Collection[str] | None, without: Sequence[str] = ()
+) -> Recipe:
     """Return the recipe of a pushed run, without the keys of NOT_INHERITED.
 
     Somebody else may have written it: settings that run code from the Hub are accepted only as overrides.
     """
     where, name = f"{url}, recipe.yaml", parse_hub_url(url)[0].split("/")[-1]
     text = _read_file(download_file(url, RECIPE_FILE))
-    recipe = parse_recipe(text, overrides, where=where, name=name, without=NOT_INHERITED, metrics=metrics)
+    recipe = parse_recipe(text, overrides, where=where, name=name, without=(*NOT_INHERITED, *without), metrics=metrics)
     measured = recipe.evaluate.metrics
     runs_code = {
         "model.trust_remote_code": recipe.model.trust_remote_code,

@@ -30,6 +30,17 @@ class DataSection(Section):
         lt=1.0,
         examples=[0.2],
     )
+    folds: int | None = result(
+        None,
+        "the training images are divided into so many parts, with the classes' shares and whole groups; each is the "
+        "evaluation split of one fold (hf-fasttrain crossval); null: eval_fraction is held out",
+        ge=2,
+        le=1000,
+        examples=[5],
+    )
+    fold: int | None = result(
+        None, "the part that is the evaluation split, from 0 to folds - 1; crossval sets it", ge=0, examples=[0]
+    )
     test_split: str | None = result(None, "evaluated once, at the end", examples=["test"])
     image_column: str = result("auto", "auto: the image column found by type and name", examples=["image"])
     label_column: str | list[str] = result(

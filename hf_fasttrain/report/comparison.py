@@ -82,11 +82,12 @@ def _same_images(first: Record, second: Record) -> tuple[Pair | None, str]:
         return None, "their classes are different"
     if first.spec.get("class_names") != second.spec.get("class_names"):
         return None, "their classes are different"
-    keys = (one.images, other.images)
-    if keys[0] is None or keys[1] is None:
-        if not _is_same_data(first, second, one, other):
-            return None, "which images they were evaluated on is not recorded (older runs, or loaders of your own)"
-        keys = (one.rows, other.rows)
+    if one.images is not None and other.images is not None:
+        keys = one.images, other.images
+    elif _is_same_data(first, second, one, other):
+        keys = one.rows, other.rows
+    else:
+        return None, "which images they were evaluated on is not recorded (older runs, or loaders of your own)"
     if not torch.equal(keys[0].sort().values, keys[1].sort().values):
         common = int(torch.isin(*keys).sum())
         sizes = f"{len(one.labels):,} and {len(other.labels):,}, {common:,} of them the same"

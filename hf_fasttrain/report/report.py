@@ -63,10 +63,16 @@ def write_page(runs: Sequence[Path], output: Path | None = None, tell: Tell = la
         for name, draw in DRAWINGS.items():
             draw(records[0], folder / name)
     page = page_of_run(records[0]) if len(records) == 1 else page_of_runs(records)
-    write_atomically(path, to_html(page, marks[0] if len(marks) == 1 else ""))
+    write_html(path, page, marks[0] if len(marks) == 1 else "", is_of_run=output is None)
     for line in page.summary:
         tell(line)
     return path
+
+
+def write_html(path: Path, page: Page, mark: str = "", *, is_of_run: bool) -> None:
+    """Write a page in place of an earlier report. Raises RunError for another file, and OSError."""
+    _require_replaceable(path, is_of_run=is_of_run)
+    write_atomically(path, to_html(page, mark))
 
 
 def _output_path(runs: Sequence[Path], output: Path | None) -> Path:

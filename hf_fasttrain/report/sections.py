@@ -58,7 +58,7 @@ def page_of_run(record: Record) -> Page:
         Section("metrics", "Metrics", tables=tables.interval_tables(record)),
         Section("curves", "Curves", charts=curve_charts(record), controls="axis"),
         Section("throughput", "Throughput", charts=throughput_charts(record), controls="axis"),
-        *_class_sections(record),
+        *class_sections(record),
         _mistakes(record),
         _training(record),
         Section("recipe", "Recipe", tables=_optional(tables.recipe_table(record))),
@@ -187,7 +187,7 @@ def _selection_bias(record: Record) -> list[str]:
     ]
 
 
-def _class_sections(record: Record) -> list[Section]:
+def class_sections(record: Record) -> list[Section]:
     predictions, names = record.predictions, record.class_names
     if predictions is None or not len(predictions.labels):
         return [] if not record.is_finished else [

@@ -13,6 +13,8 @@ BAD_IMAGES_FILE = "bad_images.jsonl"
 REPORT_FILE = "report.html"
 PUSHED_FILE = "hub.json"  # the last push
 
+CROSSVAL_FILE = "crossval.json"  # of a folder with a run for each fold
+
 MODEL_FOLDER = "model"
 SPEC_FILE = "hf_fasttrain.json"
 CONFIG_FILE = "config.json"  # for timm and transformers

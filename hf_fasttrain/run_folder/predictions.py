@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,3 +187,13 @@ class Collector:
         columns, self._columns = self._columns, []
         number, self._filled = self._filled, 0
         return tuple(column[:number].cpu() for column in columns)
+
+
+def join_predictions(parts: Sequence[Predictions], split: str) -> Predictions:
+    """Return the predictions of several splits as those of one; a column that a part lacks is left out."""
+    columns: dict[str, Any] = {}
+    for name in (*_TENSORS, *_OPTIONAL):
+        found = [getattr(part, name) for part in parts]
+        columns[name] = None if any(each is None for each in found) else torch.cat(found)
+    rows = torch.full((sum(len(part.rows) for part in parts),), -1)
+    return replace(parts[0], split=split, **{**columns, "rows": rows})

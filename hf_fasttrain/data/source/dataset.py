@@ -12,6 +12,7 @@ from hf_fasttrain.data.source.array_records import ArrayRecords
 from hf_fasttrain.data.source.classes import names_without_images
 from hf_fasttrain.data.source.columns import Columns, Kind, find_columns, forms_of, require_columns
 from hf_fasttrain.data.source.file_split import FileSplit, Groups
+from hf_fasttrain.data.source.folds import fold_numbers
 from hf_fasttrain.data.source.groups import held_out_groups, notes_on_groups, read_groups
 from hf_fasttrain.data.source.image_files import EVAL_NAMES, TEST_NAMES, TRAIN_NAMES
 from hf_fasttrain.data.source.inventory import Inventory
@@ -78,6 +79,8 @@ def load_source(
     group_column: str | None = None,
     multi_label: bool | None = None,
     eval_fraction: float = 0.1,
+    folds: int | None = None,
+    fold: int = 0,
     seed: int = 0,
     inventory: str = "full",
     max_bad_fraction: float = 1.0,
@@ -109,7 +112,14 @@ def load_source(
     groups = {name: read_groups(splits[name], keys.group_column, str(where)) for name in used if keys.group_column}
     by_name = {name: Split(name, images[name], labels.by_split[name], groups=groups.get(name)) for name in used}
     train = by_name[train_name]
-    if eval_name is None:
+    if folds is not None:
+        if eval_name is not None:
+            raise DataError(
+                f"data.folds={folds}: {where} has a split '{eval_name}' to evaluate on already; leave data.folds out, "
+                "or give a data set of the training images alone"
+            )
+        train, evaluation = with_fold(train, folds, fold, seed)
+    elif eval_name is None:
         train, evaluation = hold_out(train, eval_fraction, seed, groups.get(train_name))
     else:
         evaluation = by_name[eval_name]
@@ -214,6 +224,13 @@ def hold_out(split: Split, fraction: float, seed: int, groups: Groups | None = N
     is_held[held_rows] = True
     rest = np.flatnonzero(~is_held)
     return part_of(split, rest), part_of(split, held_rows, f"held-out {fraction:.0%} of {split.name}")
+
+
+def with_fold(split: Split, folds: int, fold: int, seed: int) -> tuple[Split, Split]:
+    """Return the images outside of a fold, and those of the fold."""
+    is_held = fold_numbers(split.labels, folds, seed, split.groups) == fold
+    name = f"fold {fold} of {folds} of {split.name}"
+    return part_of(split, np.flatnonzero(~is_held)), part_of(split, np.flatnonzero(is_held), name)
 
 
 def part_of(split: Split, indices: np.ndarray, name: str | None = None) -> Split:

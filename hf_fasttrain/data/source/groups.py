@@ -55,10 +55,8 @@ def held_out_groups(labels: LabelArray, groups: Groups, fraction: float, seed: i
     Groups are gone through in random order; each is held out if the shares of its classes come nearer to the fraction,
     and none of them loses all its images. A row without a group is one by itself. Raises DataError for a single group.
     """
-    number = len(labels)
-    alone = groups.codes < 0
-    codes = np.where(alone, len(groups.names) + np.cumsum(alone), groups.codes)
-    _, codes, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    number, codes = len(labels), units_of(groups)
+    sizes = np.bincount(codes)
     if len(sizes) < 2:
         raise DataError(
             "data.group_column: all training images belong to one group, of which no part can be held out; give a "
@@ -71,6 +69,13 @@ def held_out_groups(labels: LabelArray, groups: Groups, fraction: float, seed: i
     held = np.zeros(len(sizes), bool)
     held[chosen] = True
     return np.flatnonzero(held[codes])
+
+
+def units_of(groups: Groups) -> np.ndarray:
+    """Return the number (N,) of each row's group, without gaps; a row without a group is one by itself."""
+    alone = groups.codes < 0
+    codes = np.where(alone, len(groups.names) + np.cumsum(alone), groups.codes)
+    return np.unique(codes, return_inverse=True)[1]
 
 
 def _chosen_groups(codes: np.ndarray, classes: np.ndarray, fraction: float, order: np.ndarray) -> list[int]:
