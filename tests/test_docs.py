@@ -152,6 +152,8 @@ class Workspace:
         for run, recipe in TRAINED.items():
             if run in command and not (self.folder / run).exists():
                 self.run(f"hf-fasttrain {recipe}")
+        if arguments[0] == "crossval":
+            shutil.rmtree("runs/quickstart_crossval", ignore_errors=True)
         if arguments[0] in ("train", "probe") and "--resume" not in arguments:
             recipe = load_recipe(arguments[1], [text for text in arguments[2:] if "=" in text])
             shutil.rmtree(output_dir(recipe), ignore_errors=True)
@@ -170,7 +172,7 @@ def small(arguments: list[str]) -> list[str]:
     command = arguments[0]
     if command == "init":
         return [*arguments, "--model", SMALL["model.name"]]
-    if command not in ("train", "probe", "check", "doctor", "tune", "ablate"):
+    if command not in ("train", "probe", "check", "crossval", "doctor", "tune", "ablate"):
         return arguments
     if "--models" in arguments:
         arguments[arguments.index("--models") + 1] = "test_resnet,test_vit"

@@ -26,7 +26,7 @@ def crossval(
 ) -> None:
     """Train once for each fold (data.folds), report all folds, and train on all images at the end.
 
-    Each training is a run folder in OUTPUT_DIR: fold_0, fold_1, ..., final.
+    Each training is a run folder in OUTPUT_DIR_crossval, or in an output_dir that you give: fold_0, ..., final.
     """
     from hf_fasttrain.recipe.load import load_recipe
 

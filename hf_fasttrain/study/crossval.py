@@ -29,6 +29,7 @@ OF_FOLDS = ("log.report=true", "hub=null")
 OF_FINAL = (
     "data.folds=null", "data.eval_fraction=0", "evaluate.every=never", "early_stopping=null", "checkpoint.final=last",
 )  # fmt: skip
+SUFFIX = "_crossval"  # behind the folder of the recipe's ordinary runs
 CHANGES_FOLDS = ("data.folds", "data.fold")
 
 
@@ -49,7 +50,7 @@ def plan_crossval(recipe: str, overrides: Sequence[str], *, with_final: bool) ->
     """
     loaded = load_recipe(recipe, overrides, without=[HELD_OUT])
     folds = _require_folds(loaded)
-    folder, notes = Path(output_dir(loaded)), []
+    folder, notes = Path(output_dir(loaded) + ("" if origin_of(loaded, "output_dir") == "override" else SUFFIX)), []
     if loaded.data.folds is None:
         notes.append(f"data.folds is not set: {folds}")
     if origin_of(load_recipe(recipe, []), HELD_OUT) == "recipe":
