@@ -21,12 +21,14 @@ from hf_fasttrain.run_folder.crossval import CrossvalFile, OverFolds, Pooled, fo
 from hf_fasttrain.run_folder.file_names import PREDICTIONS_FILE, REPORT_FILE
 from hf_fasttrain.run_folder.intervals import CONFIDENCE, describe_intervals, format_confidence
 from hf_fasttrain.run_folder.predictions import Predictions, join_predictions
+from hf_fasttrain.run_folder.result import BUILT_IN_METRICS
 from hf_fasttrain.run_folder.schema_intervals import IntervalsPart
 from hf_fasttrain.train.bootstrap import ResampledMetrics, intervals_of
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import NOTHING, format_count, is_finite
 
 SPLIT = "out of fold"
+SHARES = {name for name in BUILT_IN_METRICS if name not in ("loss", "mcc", "cohen_kappa", "brier")}
 
 
 def with_figures(folder: Path, values: CrossvalFile) -> CrossvalFile:
@@ -38,7 +40,7 @@ def with_figures(folder: Path, values: CrossvalFile) -> CrossvalFile:
     pooled = _pooled(records)
     pooled.save(folder / PREDICTIONS_FILE)
     names = [name for name in records[0].metrics if all(is_finite(record.metrics.get(name)) for record in records)]
-    metrics = {name: over_folds([float(record.metrics[name]) for record in records]) for name in names}
+    metrics = {name: over_folds([float(record.metrics[name]) for record in records], name in SHARES) for name in names}
     class_names = [str(name) for name in records[0].spec.get("class_names") or []]
     resampled = ResampledMetrics(pooled, names, class_names)
     found = {name: float(each[0]) for name, each in resampled(resampled.columns.total()).items()}
@@ -48,13 +50,19 @@ def with_figures(folder: Path, values: CrossvalFile) -> CrossvalFile:
     return values.model_copy(update={"metrics": metrics, "pooled": part})
 
 
-def over_folds(values: Sequence[float], confidence: float = CONFIDENCE) -> OverFolds:
-    """Return the mean of a metric over folds, with an interval of Student's t: mean +- t s / sqrt(k)."""
+def over_folds(values: Sequence[float], is_share: bool = False) -> OverFolds:
+    """Return the mean of a metric over folds, with an interval of Student's t: mean +- t s / sqrt(k).
+
+    That of a share is cut at 0 and 1; equal values have none.
+    """
     from scipy.stats import t
 
-    mean = statistics.fmean(values)
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * statistics.stdev(values) / sqrt(len(values))
-    return OverFolds(mean=mean, low=mean - half, high=mean + half, values=list(values))
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    if spread == 0:
+        return OverFolds(mean=mean, low=None, high=None, values=list(values))
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread / sqrt(len(values))
+    low, high = (max(0.0, mean - half), min(1.0, mean + half)) if is_share else (mean - half, mean + half)
+    return OverFolds(mean=mean, low=low, high=high, values=list(values))
 
 
 def _records(folder: Path, values: CrossvalFile) -> list[Record]:
@@ -116,7 +124,7 @@ def _tiles(values: CrossvalFile) -> list[tuple[str, str, str]]:
 
 def _ends(name: str, found: OverFolds) -> str:
     if found.low is None or found.high is None:
-        return NOTHING
+        return "no interval: the folds are equal"
     return f"{format_confidence()}: {format_ends(name, (found.low, found.high))}"
 
 

@@ -88,6 +88,10 @@ def test_the_interval_of_a_mean_is_students(folder: Path) -> None:
     expected = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
     found = over_folds(values)
     assert (found.low, found.high) == pytest.approx(expected)
+    assert over_folds([0.2, 0.9], is_share=True).model_dump() == {
+        "mean": pytest.approx(0.55), "low": 0.0, "high": 1.0, "values": [0.2, 0.9],
+    }  # fmt: skip
+    assert over_folds([0.1, 0.1]).low is None
 
 
 def test_a_finished_fold_keeps_its_model_and_the_last_training_has_all_images(folder: Path) -> None:
