@@ -37,10 +37,13 @@ from hf_fasttrain.recipe.messages import joined
 from hf_fasttrain.recipe.resolved import ResolvedSettings, read_settings
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.recipe.validate import is_allowed
+from hf_fasttrain.run_folder.calibration import Calibration, calibration_of_weights, require_classes
 from hf_fasttrain.run_folder.checkpoint import checkpoint_step
-from hf_fasttrain.run_folder.file_names import RECIPE_FILE, RESULT_FILE
+from hf_fasttrain.run_folder.file_names import MODEL_FOLDER, RECIPE_FILE, RESULT_FILE
 from hf_fasttrain.run_folder.kept_weights import find_checkpoint, load_checkpoint_weights, step_in_model
+from hf_fasttrain.run_folder.result import TUNED_METRICS
 from hf_fasttrain.run_folder.schemas import ResultFile, read_if_sound
+from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.utils.errors import DataError, RunError, UserError, shortened
 from hf_fasttrain.utils.files import existing_path
 from hf_fasttrain.utils.remote import is_hub_url
@@ -122,6 +125,7 @@ def evaluate_run(
     size = decide_evaluation_batch(settings, _trained_micro_batch(opened, recipe), memory)
     loader = loaders.eval_loader(measured.split, size)
     evaluator = build_evaluator(recipe, accelerator, spec.multi_label, spec.class_names)
+    _use_thresholds(evaluator, _described(opened, folder), checkpoint, spec, note)
     metrics = evaluator(network, loader)
     for text in (*evaluator.new_notes(), *_notes_on_users_functions(opened)):
         note(text)
@@ -133,6 +137,22 @@ def evaluate_run(
     context |= _weights_used(opened, weights, checkpoint)
     replaced = {"bad_images": bad_images.count} if bad_images.count else {}
     return {**metrics, **context, **replaced}
+
+
+def _use_thresholds(
+    evaluator: Evaluator, folder: Path, checkpoint: Path | None, spec: ModelSpec, note: Callable[[str], None]
+) -> None:
+    """Measure at the thresholds that were tuned for the weights in training: on other images these metrics are fair."""
+    if not evaluator.calibrator.tunes:
+        return
+    calibration = calibration_of_weights(folder, checkpoint)
+    require_classes(calibration, spec.num_classes, folder)
+    evaluator.calibrator.use(calibration)
+    if evaluator.calibrator.thresholds is None:
+        note(
+            f"no tuned thresholds are stored with these weights, so {', '.join(TUNED_METRICS)} are not measured: a "
+            "training with evaluate.thresholds=tuned stores them"
+        )
 
 
 def _notes_on_users_functions(run: Path) -> list[str]:
@@ -307,6 +327,7 @@ def predict_images(
     workers: int | None = None,
     on_bad_image: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
+    calibrated: bool = False,
 ) -> list[Row]:
     """Return for each image file its `top` classes with scores, as `open_predictions` gives them one by one."""
     return list(
@@ -320,6 +341,7 @@ def predict_images(
             workers=workers,
             on_bad_image=on_bad_image,
             note=note,
+            calibrated=calibrated,
         )
     )
 
@@ -335,6 +357,7 @@ def open_predictions(
     workers: int | None = None,
     on_bad_image: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
+    calibrated: bool = False,
 ) -> Predictions:
     """Return an iterable over the `top` classes of image files with scores: softmax, or for multi-label models sigmoid.
 
@@ -343,7 +366,8 @@ def open_predictions(
     `workers`: processes that decode, by default as many as in training for a long list. Folders stand for all image
     files below them, as in training; `note` is called with what is left out. Images that can't be decoded are skipped,
     and `on_bad_image` is called with the reason. Raises DataError without it, and at once for a path that does not
-    exist.
+    exist. `calibrated`: scores with the temperature that was fitted to these weights on the evaluation split; RunError
+    if there is none. If the run has tuned thresholds, rows name the classes that reach theirs: `predicted`.
     """
     opened = open_run(run)
     user_model = load_user_model(opened, model, weights)
@@ -353,6 +377,36 @@ def open_predictions(
     torch_device = choose_device(device)
     network, spec = _load(folder, checkpoint) if user_model is None else (user_model.model, user_model.spec)
     network = on_device(network, torch_device, channels_last=True)
+    calibration = None
+    if calibrated or spec.multi_label:
+        calibration = calibration_of_weights(_described(opened, folder), checkpoint)
+        require_classes(calibration, spec.num_classes, run)
     return Predictions(
-        network, spec, files, torch_device, top=top, workers=workers, on_bad_image=on_bad_image, note=note
+        network,
+        spec,
+        files,
+        torch_device,
+        top=top,
+        workers=workers,
+        on_bad_image=on_bad_image,
+        note=note,
+        temperature=_temperature(calibration, run, note) if calibrated else 1.0,
+        thresholds=calibration.thresholds if calibration is not None and spec.multi_label else None,
     )
+
+
+def _described(run: Path, folder: Path) -> Path:
+    """Return the folder of the weights that `folder` describes: RUN/model of a run that needs the user's model."""
+    return run / MODEL_FOLDER if folder == run and (run / MODEL_FOLDER).is_dir() else folder
+
+
+def _temperature(calibration: Calibration | None, run: str | Path, note: Callable[[str], None]) -> float:
+    if calibration is None or calibration.temperature is None:
+        reason = "" if calibration is None else f" ({calibration.remark.rstrip('.')})"
+        raise RunError(
+            f"{run}: no temperature is stored with these weights{reason}; it is fitted when a training evaluates them "
+            "on an evaluation split, not by older versions: leave --calibrated out, or train again"
+        )
+    if calibration.remark:
+        note(calibration.remark)
+    return calibration.temperature

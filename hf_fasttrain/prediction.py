@@ -25,13 +25,16 @@ from hf_fasttrain.from_recipe.auto import workers as automatic_workers
 from hf_fasttrain.from_recipe.loaders import eval_preparation
 from hf_fasttrain.from_recipe.memory import evaluation_memory
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
+from hf_fasttrain.train.thresholds import beyond
 from hf_fasttrain.utils.environment import num_cores
 from hf_fasttrain.utils.errors import DataError, LoaderNotStarted
 from hf_fasttrain.utils.files import existing_path, reason, require_regular
 
 LONG_LIST = 256  # images from which on loader processes are worth their start
 
-Row = dict[str, Any]  # {"image": path, "classes": [{"class": name, "score": number}, ...]}, most likely class first
+# {"image": path, "classes": [{"class": name, "score": number}, ...]}, most likely class first; with thresholds also
+# "predicted": [name, ...]
+Row = dict[str, Any]
 
 
 class PredictedBatch(NamedTuple):
@@ -46,7 +49,8 @@ class Predictions:
 
     `workers`: loader processes, by default as in training for lists of LONG_LIST images or more, else 0. Of an image
     that can't be decoded, `on_bad_image` is called with the reason; DataError is raised without it. `note` is called
-    with messages on loader processes.
+    with messages on loader processes. Scores are the probabilities of logits / `temperature`. `thresholds` of a
+    multi-label model are of probabilities without it; rows then have the classes that are `predicted`.
     """
 
     def __init__(
@@ -60,9 +64,12 @@ class Predictions:
         workers: int | None = None,
         on_bad_image: Callable[[str], None] | None = None,
         note: Callable[[str], None] = lambda _: None,
+        temperature: float = 1.0,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         self.network, self.spec, self.files, self.device = network, spec, files, device
         self.top, self.on_bad_image, self.note = min(top, spec.num_classes), on_bad_image, note
+        self.temperature, self.thresholds = temperature, thresholds
         self.pre = preprocessing_of(spec)
         self.may_do_without_workers = workers is None
         self.workers = _workers_for(len(files), device) if workers is None else workers
@@ -125,10 +132,18 @@ class Predictions:
     def _rows(self, images: Tensor, indices: Tensor) -> list[Row]:
         with torch.inference_mode():
             logits = self.network(images).cpu()
-        scores = logits.sigmoid() if self.spec.multi_label else logits.softmax(1)
-        best = scores.topk(self.top, dim=1)
-        rows = zip(indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
-        return [{"image": self.files[index]["path"], "classes": self._named(*found)} for index, *found in rows]
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        scores = scaled.sigmoid() if self.spec.multi_label else scaled.softmax(1)
+        order = scores if self.temperature == 1 else logits  # which no rounding of the scores may change
+        best = order.topk(self.top, dim=1).indices
+        found = zip(indices.tolist(), scores.gather(1, best).tolist(), best.tolist(), strict=True)
+        rows: list[Row] = [
+            {"image": self.files[index]["path"], "classes": self._named(*each)} for index, *each in found
+        ]
+        if self.thresholds is not None:
+            for row, is_predicted in zip(rows, beyond(logits, self.thresholds) >= 0, strict=True):
+                row["predicted"] = [self.spec.class_names[number] for number in is_predicted.nonzero().flatten()]
+        return rows
 
     def _named(self, scores: Sequence[float], classes: Sequence[int]) -> list[dict[str, Any]]:
         names = self.spec.class_names

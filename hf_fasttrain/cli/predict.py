@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_fasttrain.prediction import Predictions, Row
 
 LONGEST_SCORE = len("0.0000")
+PREDICTED = "predicted"  # column of classes that reach their thresholds
 
 
 def predict(
@@ -30,6 +31,9 @@ def predict(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode; by default some for a long list of images.")
     ] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Scores with the temperature fitted on the evaluation split.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one list.")] = False,
     as_json_lines: Annotated[bool, typer.Option("--json-lines", help="Print a line of JSON for each image.")] = False,
 ) -> None:
@@ -41,6 +45,7 @@ def predict(
         raise UserError("--json and --json-lines are two forms of the same output; give one of them")
     bad: list[str] = []
     options: dict[str, Any] = {"top": top, "weights": weights, "model": model, "device": device, "workers": workers}
+    options["calibrated"] = calibrated
     predictions = open_predictions(run, images, **options, on_bad_image=bad.append, note=print_note)
     printed = JsonList() if as_json else JsonLines() if as_json_lines else _Table(predictions)
     with progress_bar("predicting", len(predictions)) as advance, closing(predictions.batches()) as batches:
@@ -60,17 +65,25 @@ class _Table:
         from hf_fasttrain.utils.terminal import StreamedTable, wide_terminal
 
         longest_class = max(map(len, predictions.spec.class_names))
-        lengths = (predictions.longest_name, longest_class, LONGEST_SCORE)
-        self._table = StreamedTable(wide_terminal(), ("image", "class", "score"), lengths)
+        lengths, titles = [predictions.longest_name, longest_class, LONGEST_SCORE], ["image", "class", "score"]
+        if predictions.thresholds is not None:
+            lengths, titles = [*lengths, len(PREDICTED)], [*titles, PREDICTED]
+        self._table = StreamedTable(wide_terminal(), titles, lengths)
         self.close = self._table.close
 
     def add(self, rows: Iterable[Row]) -> None:
         self._table.add([cells for row in rows for cells in _cells(row)])
 
 
-def _cells(row: Row) -> list[tuple[str, str, str]]:
+def _cells(row: Row) -> list[tuple[str, ...]]:
     """Return a line for each class of an image, of which the first has the image's name."""
+    predicted = row.get("predicted")
     return [
-        ("" if number else row["image"], guess["class"], f"{guess['score']:.4f}")
+        (
+            "" if number else row["image"],
+            guess["class"],
+            f"{guess['score']:.4f}",
+            *([] if predicted is None else ["yes" if guess["class"] in predicted else ""]),
+        )
         for number, guess in enumerate(row["classes"])
     ]

@@ -24,7 +24,14 @@ from hf_fasttrain.export.onnx_file import TOLERANCE, difference, quiet, require_
 from hf_fasttrain.models.model import ModelSpec, Preprocessing, model_preprocessing
 from hf_fasttrain.models.saved import load_model, save_model
 from hf_fasttrain.models.user_model import ModelArgument, UserModel, load_user_model
+from hf_fasttrain.run_folder.calibration import (
+    Calibration,
+    calibration_of_weights,
+    require_classes,
+    write_calibration,
+)
 from hf_fasttrain.run_folder.file_names import (
+    CALIBRATION_FILE,
     CONFIG_FILE,
     MODEL_FILES,
     MODEL_FOLDER,
@@ -39,7 +46,7 @@ from hf_fasttrain.utils.errors import RunError, first_lines
 from hf_fasttrain.utils.files import expand_user, new_folder, reason, sync_files
 
 EXPORTED_FILES = re.compile(  # names of the files that `save_model` and this module write
-    rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
+    rf"{re.escape(SPEC_FILE)}|{CONFIG_FILE}|{re.escape(CALIBRATION_FILE)}|(generation_|preprocessor_)?config\.json|{re.escape(ONNX_FILE)}"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
 
@@ -76,6 +83,7 @@ def export_run(
     user_model = load_user_model(run, model, weights)
     finished = read_run(run) if user_model is None else None
     checkpoint = find_checkpoint(run, weights)
+    calibration = calibration_of_weights(run / MODEL_FOLDER, checkpoint)
     folder = _target(run, output, None if checkpoint is None else str(weights))
     if onnx:
         require_onnx()
@@ -83,10 +91,10 @@ def export_run(
     try:
         with new_folder(folder, marks=MODEL_FILES) as partial:
             if user_model is not None:
-                exported = _export_user_model(user_model, run / MODEL_FOLDER, partial, onnx=onnx)
+                exported = _export_user_model(user_model, run / MODEL_FOLDER, partial, calibration, onnx=onnx)
             else:
                 assert finished is not None
-                exported = _write(*_load(finished, checkpoint), partial, onnx=onnx)
+                exported = _write(*_load(finished, checkpoint), partial, calibration, onnx=onnx)
             sync_files(partial)
     except OSError as error:
         raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
@@ -96,25 +104,33 @@ def export_run(
     return replace(exported, folder=folder, notes=notes)
 
 
-def _write(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> ExportResult:
+def _write(
+    model: nn.Module, spec: ModelSpec, folder: Path, calibration: Calibration | None, *, onnx: bool
+) -> ExportResult:
     """Write a recipe's model, and open it as its users would."""
     spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
     with quiet():
         save_model(model, spec, folder)
-    return _verify(model, spec, folder, onnx=onnx)
+    require_classes(calibration, spec.num_classes, folder)
+    write_calibration(folder, calibration)
+    return _verify(model, spec, folder, calibration, onnx=onnx)
 
 
-def _export_user_model(user_model: UserModel, described: Path, folder: Path, *, onnx: bool) -> ExportResult:
+def _export_user_model(
+    user_model: UserModel, described: Path, folder: Path, calibration: Calibration | None, *, onnx: bool
+) -> ExportResult:
     """Write the weights of a user's model, its ONNX file, and its description if the folder `described` has one."""
     copyfile(user_model.weights, folder / WEIGHTS_FILE)
     if (described / SPEC_FILE).is_file():  # of a recipe's run
         copyfile(described / SPEC_FILE, folder / SPEC_FILE)
+    require_classes(calibration, user_model.spec.num_classes, folder)
+    write_calibration(folder, calibration)
     if not onnx:
         return ExportResult(folder, ["torch (load_state_dict)"], [], None)
     pre = user_model.spec.preprocessing
     assert pre is not None
     images = preprocess(sample_photos(pre), pre)
-    difference = write_onnx(user_model.model, user_model.spec, pre, images, folder / ONNX_FILE)
+    difference = write_onnx(user_model.model, user_model.spec, pre, images, folder / ONNX_FILE, calibration)
     return ExportResult(folder, ["torch (load_state_dict)", "onnx"], [], difference)
 
 
@@ -132,7 +148,7 @@ def _target(run: Path, output: Path | None, weights: str | None) -> Path:
     if folder.resolve() == Path.cwd().resolve():
         raise RunError(f"{folder}: is the current directory and would be overwritten; give a subfolder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    is_given = {WEIGHTS_FILE} <= set(names) <= {WEIGHTS_FILE, ONNX_FILE}  # of a run without a recipe
+    is_given = {WEIGHTS_FILE} <= set(names) <= {WEIGHTS_FILE, ONNX_FILE, CALIBRATION_FILE}  # of a run without a recipe
     if not folder.is_dir() or (names and SPEC_FILE not in names and not is_given):
         raise RunError(f"{folder} exists and is not a model folder of hf_fasttrain; give another output")
     code_suffix = (
@@ -156,7 +172,9 @@ def _load(run: FinishedRun, checkpoint: Path | None) -> tuple[nn.Module, ModelSp
     return model, spec
 
 
-def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> ExportResult:
+def _verify(
+    model: nn.Module, spec: ModelSpec, folder: Path, calibration: Calibration | None, *, onnx: bool
+) -> ExportResult:
     """Return which libraries open the folder; removes a config that would be misread, and adds the ONNX file."""
     pre = spec.preprocessing
     assert pre is not None
@@ -167,7 +185,7 @@ def _verify(model: nn.Module, spec: ModelSpec, folder: Path, *, onnx: bool) -> E
     forms, notes = _try_openers(spec, folder, photos, expected)
     onnx_difference = None
     if onnx:
-        onnx_difference = write_onnx(model, spec, pre, images, folder / ONNX_FILE)
+        onnx_difference = write_onnx(model, spec, pre, images, folder / ONNX_FILE, calibration)
         forms.append("onnx")
     return ExportResult(folder, [*forms, "hf_fasttrain"], notes, onnx_difference)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fasttrain.models.model import ModelSpec, Preprocessing
+from hf_fasttrain.run_folder.calibration import Calibration, published
 from hf_fasttrain.utils.errors import RunError, first_lines
 
 OPSET = 20  # onnxruntime 1.17 and later
@@ -44,12 +45,19 @@ def require_onnx() -> None:
         raise RunError(f"--onnx needs {', '.join(missing)}: pip install 'hf_fasttrain[onnx]'")
 
 
-def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Tensor, path: Path) -> float:
+def write_onnx(
+    model: nn.Module,
+    spec: ModelSpec,
+    pre: Preprocessing,
+    images: Tensor,
+    path: Path,
+    calibration: Calibration | None = None,
+) -> float:
     """Write a model as one ONNX file, and return the largest difference of onnxruntime's logits from torch's.
 
     Input `images` (N, 3, S, S), normalised fp32 with any N; output `logits` (N, K). Its metadata hold class_names,
-    preprocessing and multi_label as JSON. `images` (B, 3, S, S) are checked one by one and together. Raises RunError
-    if the model can't be exported, or its logits differ.
+    preprocessing and multi_label as JSON, and temperature and thresholds where they are known. `images` (B, 3, S, S)
+    are checked one by one and together. Raises RunError if the model can't be exported, or its logits differ.
     """
     import onnx
 
@@ -72,7 +80,7 @@ def write_onnx(model: nn.Module, spec: ModelSpec, pre: Preprocessing, images: Te
             assert program is not None
             proto = program.model_proto
             _remove_sources(proto)
-            onnx.helper.set_model_props(proto, metadata_of(spec, pre))
+            onnx.helper.set_model_props(proto, metadata_of(spec, pre, calibration))
             onnx.save_model(proto, path)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
             raise RunError(
@@ -98,8 +106,8 @@ def _remove_sources(proto: Any) -> None:
             part.ClearField("doc_string")
 
 
-def metadata_of(spec: ModelSpec, pre: Preprocessing) -> dict[str, str]:
-    """Return the metadata of an ONNX file: classes and preprocessing."""
+def metadata_of(spec: ModelSpec, pre: Preprocessing, calibration: Calibration | None = None) -> dict[str, str]:
+    """Return the metadata of an ONNX file: classes, preprocessing and calibration."""
     steps = {
         "image_size": pre.image_size,
         "resize_px": math.floor(pre.image_size / pre.crop_pct),  # of the short side, or of both for squash
@@ -112,6 +120,7 @@ def metadata_of(spec: ModelSpec, pre: Preprocessing) -> dict[str, str]:
         "class_names": json.dumps(spec.class_names),
         "preprocessing": json.dumps(steps),
         "multi_label": json.dumps(spec.multi_label),
+        **{name: json.dumps(value) for name, value in (published(calibration) if calibration else {}).items()},
         "hf_fasttrain": importlib.metadata.version("hf_fasttrain"),
     }
 

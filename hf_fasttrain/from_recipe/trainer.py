@@ -53,13 +53,13 @@ from hf_fasttrain.report.callback import Publish
 from hf_fasttrain.run_folder.checkpoint import require_same_parts
 from hf_fasttrain.run_folder.file_names import FILES_WHILE_TRAINING
 from hf_fasttrain.run_folder.folder import holds_run, is_unsaved, remove_unsaved, require_free, saved_state
-from hf_fasttrain.run_folder.result import Watch
+from hf_fasttrain.run_folder.result import TUNED_METRICS, Watch
 from hf_fasttrain.train.arguments import require_allowed
 from hf_fasttrain.train.checkpointing import lock_run, not_writable
 from hf_fasttrain.train.distributed import Processes, on_main
 from hf_fasttrain.train.evaluation import Evaluator
 from hf_fasttrain.train.log import RunLog, last_tracked_steps
-from hf_fasttrain.train.metrics import require_classes, resolve_metrics
+from hf_fasttrain.train.metrics import require_classes, resolve_metrics, resolve_thresholds
 from hf_fasttrain.train.optim import has_lr
 from hf_fasttrain.train.score_metrics import require_memory
 from hf_fasttrain.train.trackers import Trackers
@@ -192,7 +192,9 @@ def assemble(
     trainer.evaluation.evaluator = build_evaluator(
         recipe, accelerator, source.multi_label, source.class_names, parts.custom.metrics, parts.custom.predict
     )
-    chosen, largest = trainer.evaluation.evaluator.metrics or (), max(map(len, (source.evaluation, source.test or ())))
+    evaluator = trainer.evaluation.evaluator
+    chosen = [*(evaluator.metrics or ()), *(TUNED_METRICS if evaluator.calibrator.tunes else ())]
+    largest = max(map(len, (source.evaluation, source.test or ())))
     require_memory(chosen, largest, spec.num_classes, free_memory_bytes())
     if kept is not None:
         kept.attach(trainer)
@@ -385,8 +387,10 @@ def build_evaluator(
     number = len(class_names)
     built_in, external = resolve_metrics(recipe.evaluate.metrics, number, multi_label=multi_label, watched=watched)
     require_classes(built_in, class_names)
+    tunes_thresholds = resolve_thresholds(recipe.evaluate.thresholds, multi_label=multi_label)
     names: dict[str, Any] = {"metrics": built_in, "external": external, "own": user_metrics, "predict": predict}
-    return Evaluator(accelerator, number, multi_label=multi_label, class_names=class_names, **names)
+    names |= {"class_names": class_names, "tunes_thresholds": tunes_thresholds}
+    return Evaluator(accelerator, number, multi_label=multi_label, **names)
 
 
 def _num_evaluations(recipe: Recipe, num_steps: int, steps_per_epoch: int) -> int:

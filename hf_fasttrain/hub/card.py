@@ -10,7 +10,8 @@ from typing import Any
 
 from hf_fasttrain.export.snippets import onnx_snippet, own_snippet, timm_snippet, transformers_snippet
 from hf_fasttrain.hub.pictures import PICTURES
-from hf_fasttrain.run_folder.file_names import CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, RECIPE_FILE
+from hf_fasttrain.run_folder.calibration import read_calibration
+from hf_fasttrain.run_folder.file_names import CALIBRATION_FILE, CONFIG_FILE, MODEL_FOLDER, ONNX_FILE, RECIPE_FILE
 from hf_fasttrain.run_folder.finished import FinishedRun
 from hf_fasttrain.run_folder.intervals import describe_intervals
 from hf_fasttrain.run_folder.kept_weights import has_average, step_in_model
@@ -22,6 +23,7 @@ from hf_fasttrain.utils.format import (
     NOTHING,
     format_bytes,
     format_command,
+    format_count,
     format_duration,
     format_percent,
     format_rate,
@@ -71,6 +73,7 @@ def model_card(
         f"{shortened((markdown(cut(each, 100)) for each in classes), 20)}.",
         _state(run.result),
         _metrics_table(run.result),
+        _calibration(run),
         *(f"![{PICTURES[name]}]({name})" for name in PICTURES if name in files),
         _usage(run.spec, repo, files),
         _training(run, recipe, repo, files),
@@ -172,6 +175,28 @@ def _with_interval(name: str, value: float | None, intervals: dict[str, Any] | N
     if value is None:
         return "-"
     return f"{value:.4f}" + (f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else "")
+
+
+def _calibration(run: FinishedRun) -> str:
+    """Return what temperature and thresholds the model has."""
+    found = read_calibration(run.folder / MODEL_FOLDER)
+    if found is None:
+        return ""
+    parts = []
+    if found.temperature is not None and found.before is not None and found.after is not None:
+        errors = (format_percent(part.ece) for part in (found.before, found.after))
+        parts.append(
+            f"Scores are calibrated by dividing the logits by the temperature {found.temperature:.4g}: it was fitted "
+            f"to {format_count(found.images, 'image')} of the evaluation split, where it changes the calibration error "
+            f"(ECE) from {' to '.join(errors)}; the predicted classes stay the same."
+        )
+    if found.thresholds is not None:
+        parts.append(
+            f"Each class has its own threshold ({markdown_code(CALIBRATION_FILE)}), tuned for its best F1 on the "
+            "evaluation split: metrics at these thresholds (f1_macro_tuned, f1_micro_tuned) are optimistic there, "
+            "those of the test split are not."
+        )
+    return " ".join(parts)
 
 
 def _state(result: dict[str, Any]) -> str:

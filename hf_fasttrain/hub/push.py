@@ -16,6 +16,7 @@ from hf_fasttrain.hub.pictures import PICTURES, pictures_of
 from hf_fasttrain.hub.scrubbed_metrics import folder_of_copy, scrubbed_copy
 from hf_fasttrain.hub.staging import staged
 from hf_fasttrain.run_folder.file_names import (
+    CALIBRATION_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 # Files that a push writes, and that a later push deletes if it does not have them. Other files are kept.
 PUSHED_FILES = {
     "README.md", RESULT_FILE, RECIPE_FILE, METRICS_FILE, SPEC_FILE, CONFIG_FILE, "preprocessor_config.json",
-    WEIGHTS_FILE, ONNX_FILE, *PICTURES,
+    WEIGHTS_FILE, ONNX_FILE, CALIBRATION_FILE, *PICTURES,
 }  # fmt: skip
 STALLED_SECONDS = 60.0  # without a byte until a connection is given up
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds between two attempts

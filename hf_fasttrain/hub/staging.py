@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fasttrain.run_folder.calibration import calibration_of_weights, write_calibration
 from hf_fasttrain.run_folder.file_names import (
     EMA_FILE,
     METRICS_FILE,
@@ -46,12 +47,14 @@ def stage(
 ) -> None:
     """Fill `folder` as a run folder whose model has the weights of a checkpoint, and whose result is `result`.
 
-    `describe` writes a model folder without its weights. Weights are hard-linked if the file system can, so that the
-    checkpoint may be pruned meanwhile. Raises OSError.
+    `describe` writes a model folder without its weights, whose calibration the checkpoint has. Weights are hard-linked
+    if the file system can, so that the checkpoint may be pruned meanwhile. Raises OSError.
     """
     model = folder / MODEL_FOLDER
     model.mkdir(parents=True)
     describe(model)
+    if checkpoint != run / MODEL_FOLDER:  # whose calibration `describe` has copied
+        write_calibration(model, calibration_of_weights(run / MODEL_FOLDER, checkpoint))
     weights = checkpoint / EMA_FILE
     link_weights(weights if weights.exists() else checkpoint / WEIGHTS_FILE, model / WEIGHTS_FILE)
     for name in COPIED:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from hf_fasttrain.recipe.fixed_pixels import without_kept_features
 from hf_fasttrain.recipe.messages import WORDS
 from hf_fasttrain.recipe.schema import BestSection, EarlyStoppingSection, Recipe, ScheduleSection
-from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, PER_CLASS, metric_name, resolve_mode
+from hf_fasttrain.run_folder.result import BUILT_IN_METRICS, PER_CLASS, TUNED_METRICS, metric_name, resolve_mode
 from hf_fasttrain.utils.clean import holds_secret
 from hf_fasttrain.utils.duration import Duration
 from hf_fasttrain.utils.remote import is_license, is_repo_name
@@ -242,9 +242,18 @@ def _hub(recipe: Recipe) -> Iterator[Mistake]:
         yield "hub.license", f"is '{hub.license}'; write it as the Hub does, such as apache-2.0, mit or other"
 
 
+def _tuned_metrics(recipe: Recipe) -> Iterator[Mistake]:
+    measured = recipe.evaluate.metrics
+    names = [name for name in TUNED_METRICS if measured != "auto" and name in measured]
+    if names and recipe.evaluate.thresholds != "tuned":
+        verb = "is" if len(names) == 1 else "are"
+        yield "evaluate.metrics", f"{' and '.join(names)} {verb} measured with evaluate.thresholds=tuned; set that too"
+
+
 def _watched_metrics(recipe: Recipe, others: Collection[str] | None) -> Iterator[Mistake]:
     metrics = recipe.evaluate.metrics
     known = list(BUILT_IN_METRICS) if metrics == "auto" else ["loss", *metrics]
+    known += TUNED_METRICS if recipe.evaluate.thresholds == "tuned" else ()
     known = [*dict.fromkeys((*map(metric_name, known), *(others or ())))]
     watched: dict[str, BestSection | EarlyStoppingSection | ScheduleSection | None] = {
         "checkpoint.best": recipe.checkpoint.best,
@@ -256,7 +265,12 @@ def _watched_metrics(recipe: Recipe, others: Collection[str] | None) -> Iterator
             continue
         if watch.metric not in known and not (metrics == "auto" and watch.metric.startswith(PER_CLASS)):
             default = "" if "metric" in watch.model_fields_set else ", the default"
-            if others is not None:
+            if watch.metric in TUNED_METRICS:
+                yield (
+                    f"{key}.metric",
+                    f"is {watch.metric}, which is measured with evaluate.thresholds=tuned; set that too",
+                )
+            elif others is not None:
                 yield (
                     f"{key}.metric",
                     f"is '{watch.metric}'{default}, which evaluate.metrics does not measure; "
@@ -341,6 +355,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Mistake]], ...] = (
     _optimizer,
     _schedule,
     _without_evaluation,
+    _tuned_metrics,
     _hub,
     _secrets,
 )

@@ -197,6 +197,12 @@ class EvaluateSection(Section):
         "precision/CLASS and f1/CLASS; any evaluate metric by Hub name or local path",
         examples=[["accuracy", "f1_macro"]],
     )
+    thresholds: Literal["fixed", "tuned"] = output(
+        "fixed",
+        "with several labels per image, the probability from which a class is predicted; fixed: 0.5; tuned: beside "
+        "that, each class's best for its F1 on the evaluation split, measured as f1_macro_tuned and f1_micro_tuned and "
+        "kept with the weights, for predict and exports",
+    )
     batch_size: Auto | Annotated[int, Field(ge=1)] = speed("auto", "images per process and forward", examples=[128])
 
 

@@ -12,6 +12,7 @@ NAMES = {
     "f1_macro": "macro F1", "f1_micro": "micro F1", "top5_accuracy": "top-5 accuracy", "mcc": "MCC", "auroc": "AUROC",
     "cohen_kappa": "Cohen's kappa", "ece": "calibration error (ECE)", "map": "mean average precision",
     "brier": "Brier score", "precision_macro": "macro precision", "recall_macro": "macro recall",
+    "f1_macro_tuned": "macro F1, tuned thresholds", "f1_micro_tuned": "micro F1, tuned thresholds",
 }  # fmt: skip
 
 

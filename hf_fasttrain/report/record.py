@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from hf_fasttrain.run_folder.calibration import Calibration
 from hf_fasttrain.run_folder.file_names import (
     BAD_IMAGES_FILE,
+    CALIBRATION_FILE,
     GALLERY_FOLDER,
     METRICS_FILE,
     MODEL_FOLDER,
@@ -27,7 +29,7 @@ from hf_fasttrain.run_folder.gallery import Gallery
 from hf_fasttrain.run_folder.kept_weights import has_average
 from hf_fasttrain.run_folder.metrics_file import parse_metrics_line, read_bad_images
 from hf_fasttrain.run_folder.predictions import Predictions
-from hf_fasttrain.run_folder.schemas import ResultFile, SpecFile, read_file, read_settings_file
+from hf_fasttrain.run_folder.schemas import CalibrationFile, ResultFile, SpecFile, read_file, read_settings_file
 from hf_fasttrain.run_folder.scrub import Scrubber
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.files import reason
@@ -56,6 +58,7 @@ class Record:
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)  # key -> value, origin, tag
     spec: dict[str, Any] = field(default_factory=dict)
     predictions: Predictions | None = None
+    calibration: Calibration | None = None  # of the weights in RUN/model
     gallery: Gallery = field(default_factory=Gallery)
     bad_images: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # files that could not be read, and why
@@ -183,6 +186,7 @@ def read_record(run: Path) -> Record:
         resolved=_read_resolved(run / RESOLVED_FILE, problems),
         spec=_read_object(run / MODEL_FOLDER / SPEC_FILE, SpecFile, problems),
         predictions=_read_predictions(run / PREDICTIONS_FILE, problems),
+        calibration=_read_calibration(run, problems),
         gallery=_read_gallery(run, problems),
         bad_images=_read_bad_images(run / BAD_IMAGES_FILE, problems),
         problems=problems,
@@ -253,6 +257,11 @@ def _read_predictions(path: Path, problems: list[str]) -> Predictions | None:
     except RunError as error:
         problems.append(str(error).replace(str(path), path.name))
         return None
+
+
+def _read_calibration(run: Path, problems: list[str]) -> Calibration | None:
+    values = _read_object(run / MODEL_FOLDER / CALIBRATION_FILE, CalibrationFile, problems)
+    return Calibration.of(values) if values else None
 
 
 def _read_gallery(run: Path, problems: list[str]) -> Gallery:

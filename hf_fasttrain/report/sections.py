@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_fasttrain.report import tables
+from hf_fasttrain.report.calibration import calibration_parts
 from hf_fasttrain.report.charts import Chart, comparison_charts, confusion_chart, curve_charts, throughput_charts
 from hf_fasttrain.report.classes import class_figures, confusion_matrix
 from hf_fasttrain.report.comparison import Comparison, compare
@@ -60,6 +61,7 @@ def page_of_run(record: Record) -> Page:
         Section("throughput", "Throughput", charts=throughput_charts(record), controls="axis"),
         *class_sections(record),
         _mistakes(record),
+        _calibration(record),
         _training(record),
         Section("recipe", "Recipe", tables=_optional(tables.recipe_table(record))),
         Section("environment", "Environment", tables=tables.environment_tables(record)),
@@ -209,6 +211,11 @@ def class_sections(record: Record) -> list[Section]:
             charts=[confusion_chart(confusion, names)], tables=_optional(tables.confused_table(confusion, names)),
         ),
     ]  # fmt: skip
+
+
+def _calibration(record: Record) -> Section:
+    text, charts, shown = calibration_parts(record)
+    return Section("calibration", "Calibration", text, charts=charts, tables=shown)
 
 
 def _mistakes(record: Record) -> Section:

@@ -18,6 +18,7 @@ CROSSVAL_FILE = "crossval.json"  # of a folder with a run for each fold
 MODEL_FOLDER = "model"
 SPEC_FILE = "hf_fasttrain.json"
 CONFIG_FILE = "config.json"  # for timm and transformers
+CALIBRATION_FILE = "calibration.json"  # temperature and thresholds of the weights
 WEIGHTS_FILE = "model.safetensors"  # in checkpoints too
 ONNX_FILE = "model.onnx"
 MODEL_FILES = (SPEC_FILE, CONFIG_FILE, WEIGHTS_FILE)  # of which a model's folder has one

@@ -140,15 +140,10 @@ def squared_errors(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 class Collector:
-    """Collects the predictions of an evaluation batch by batch, on the device.
-
-    Its columns are made once for `num_images`, and grow if there are more. Small tensors of each batch would
-    lie between the large ones of the next batches, and keep the allocator from using their memory again.
-    """
+    """Collects the predictions of an evaluation batch by batch, on the device, in columns for `num_images`."""
 
     def __init__(self, num_images: int = 0) -> None:
-        self._capacity, self._filled = num_images, 0
-        self._columns: list[Tensor] = []
+        self._columns = Columns(num_images)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch of `logits` (B, K) and `labels`, (B,) or multi-hot (B, K). No sync with the device."""
@@ -159,15 +154,41 @@ class Collector:
             confidence, predicted = probabilities.max(1)
             brier = squared_errors(probabilities, labels)
             top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
-            self._store(labels, predicted, confidence, losses, predicted, brier, top5)
+            self._columns.add(labels, predicted, confidence, losses, predicted, brier, top5)
             return
         true = labels > 0.5
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, true.float(), reduction="none").mean(1)
         errors = (logits.sigmoid() - true.float()).abs()
         confidence, worst = errors.max(1)
-        self._store(pack_bits(true), pack_bits(logits >= 0), confidence, losses, worst, errors.square().mean(1))
+        self._columns.add(pack_bits(true), pack_bits(logits >= 0), confidence, losses, worst, errors.square().mean(1))
 
-    def _store(self, *parts: Tensor) -> None:
+    def columns(self) -> tuple[Tensor, ...]:
+        """Return this process's tensors of `Predictions` but for the rows, on the CPU, and reset the collector."""
+        return self._columns.columns()
+
+
+class Columns:
+    """Tensors (N, ...) that batches of rows are added to; made once for `capacity` rows, and larger if there are more.
+
+    Small tensors of each batch would lie between the large ones of the next batches, and keep the allocator from using
+    their memory again.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self._capacity, self._filled = capacity, 0
+        self._columns: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return self._filled
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the rows of these indices (M,), which are on the device, in this order."""
+        for column in self._columns:
+            column[: len(rows)] = column[rows]
+        self._filled = len(rows)
+
+    def add(self, *parts: Tensor) -> None:
+        """Add rows: a tensor (B, ...) for each column. No sync with the device."""
         end = self._filled + len(parts[0])
         if not self._columns:
             self._capacity = max(self._capacity, end)
@@ -183,7 +204,7 @@ class Collector:
         self._filled = end
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Return this process's tensors of `Predictions` but for the rows, on the CPU, and reset the collector."""
+        """Return the columns, on the CPU, and start again without any."""
         columns, self._columns = self._columns, []
         number, self._filled = self._filled, 0
         return tuple(column[:number].cpu() for column in columns)

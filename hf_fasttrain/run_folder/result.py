@@ -14,6 +14,7 @@ MORE_METRICS = (
     "f1_micro", "balanced_accuracy", "precision_macro", "recall_macro", "mcc", "cohen_kappa", "ece", "brier",
 )  # fmt: skip
 SCORE_METRICS = ("auroc", "map")  # of all scores of a split
+TUNED_METRICS = ("f1_macro_tuned", "f1_micro_tuned")  # multi-label, at the thresholds of evaluate.thresholds=tuned
 BUILT_IN_METRICS = (*MAIN_METRICS, *MORE_METRICS, *SCORE_METRICS)
 PER_CLASS = ("precision/", "recall/", "f1/")  # and a class's name
 # Directions of well-known metrics: ours and those of the evaluate library.
@@ -133,7 +134,7 @@ class Result:
 
 def is_built_in(metric: str) -> bool:
     """Return whether a metric is computed by this package."""
-    return metric in BUILT_IN_METRICS or metric.startswith(PER_CLASS)
+    return metric in (*BUILT_IN_METRICS, *TUNED_METRICS) or metric.startswith(PER_CLASS)
 
 
 def metric_name(metric: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from hf_fasttrain.run_folder.schema_calibration import CalibrationPart
 from hf_fasttrain.run_folder.schema_intervals import IntervalsPart
 from hf_fasttrain.utils.clean import cut, one_line
 from hf_fasttrain.utils.errors import RunError
@@ -20,7 +21,6 @@ from hf_fasttrain.utils.yaml import MAX_CHARACTERS, read_yaml, read_yaml_file
 
 MAX_CLASSES = 100_000
 MAX_IMAGE_SIZE = 4096  # as in a recipe
-MAX_RECIPE_BYTES = 4 * MAX_CHARACTERS
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # exact as a float too
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -215,6 +215,7 @@ class TrainingState(_Part):
     patience_from: Count = 0
     resumed_at: list[Count] = []
     out_of_memory: list[OutOfMemoryPart] = []
+    calibration: CalibrationPart | None = None
 
 
 class StateFile(_Part):
@@ -228,6 +229,12 @@ class StateFile(_Part):
     callbacks: list[Any] | dict[str, Any] | None = None
     trackers: dict[Name, Name] | None = None
     training: dict[str, Any]
+
+
+class CalibrationFile(_Part, CalibrationPart):
+    """`Calibration` (run_folder/calibration.py), in a model's folder."""
+
+    what = "a model's calibration"
 
 
 class PicturePart(_Part):
@@ -386,7 +393,7 @@ def read_recipe_file(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         return "", {}
     try:
-        text = read_text(path, MAX_RECIPE_BYTES)
+        text = read_text(path, 4 * MAX_CHARACTERS)
         return text, require(RecipePart, read_yaml(text)[0] or {})
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: can't be read ({reason(error)}); fix it or train again") from None

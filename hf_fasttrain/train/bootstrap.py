@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_fasttrain.run_folder.bits import count_bits, unpack_bits
 from hf_fasttrain.run_folder.intervals import CONFIDENCE, RESAMPLES, SEED, Difference, Intervals
 from hf_fasttrain.run_folder.predictions import Predictions
-from hf_fasttrain.run_folder.result import PER_CLASS, SCORE_METRICS, is_built_in
+from hf_fasttrain.run_folder.result import PER_CLASS, SCORE_METRICS, TUNED_METRICS, is_built_in
 from hf_fasttrain.train.metrics import NUM_BINS, calibration_bins, metrics_of_counts
 from hf_fasttrain.utils.format import is_finite
 
@@ -123,7 +123,7 @@ class ResampledMetrics:
 
     def _is_possible(self, name: str) -> bool:
         predictions = self.predictions
-        is_of_scores = name in SCORE_METRICS or (name == "ece" and predictions.is_multi_label)
+        is_of_scores = name in (*SCORE_METRICS, *TUNED_METRICS) or (name == "ece" and predictions.is_multi_label)
         if not is_built_in(name):
             self.missing[name] = "is not computed by this package"
         elif is_of_scores or (name in MEANS and getattr(predictions, MEANS[name]) is None):

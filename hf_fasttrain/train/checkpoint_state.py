@@ -44,6 +44,7 @@ class State:
     patience_from: int = 0  # step from which early stopping counts, if there was no better value since
     resumed_at: list[int] = field(default_factory=list)
     out_of_memory: list[dict[str, Any]] = field(default_factory=list)  # step, micro-batch before and after
+    calibration: dict[str, Any] | None = None  # `Calibration` of the last evaluation
 
 
 class LossState:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hf_fasttrain.run_folder.calibration import calibration_in, write_calibration
 from hf_fasttrain.run_folder.checkpoint import checkpoint_path, complete_checkpoints
 from hf_fasttrain.run_folder.file_names import CHECKPOINTS_FOLDER
 from hf_fasttrain.run_folder.result import Result
@@ -69,13 +72,19 @@ def evaluate_final(trainer: Trainer) -> int:
     evaluation = trainer.evaluation
     final = load_final(trainer)
     trainer.final_model = final
+    if final.is_of_step(trainer.state.step):
+        final.calibration = calibration_in(vars(trainer.state))
     if evaluation.eval_loader is not None:
         with trainer.throughput.stopped():
             metrics = evaluation.final_metrics(trainer.evaluate, final.step, final.metrics)
         if not metrics:
             return trainer.stop.now()
         final.metrics = final.metrics or metrics
+        fitted = evaluation.evaluator.calibrator.calibration
+        if fitted is not None and fitted.step == final.step:
+            final.calibration = fitted
     if evaluation.test_loader is not None:
+        evaluation.evaluator.calibrator.use(final.calibration)
         return 0 if evaluation.measure_test(trainer.evaluate, final.step) else trainer.stop.now()
     return 0
 
@@ -87,13 +96,18 @@ def write_results(trainer: Trainer) -> Result:
         trainer.log.note(f"{bad.count} bad images were replaced by others; {bad.where}")
     if trainer.checkpoints is not None and trainer.processes.is_main:
         trainer.checkpoints.write_results(
-            lambda folder: trainer.export(trainer.trained_model, folder),
+            partial(_write_model, trainer),
             trainer.evaluation.predictions,
             lambda: asdict(result_of(trainer)),
         )
     result = result_of(trainer)
     trainer.processes.wait()
     return result
+
+
+def _write_model(trainer: Trainer, folder: Path) -> None:
+    trainer.export(trainer.trained_model, folder)
+    write_calibration(folder, trainer.final_model.calibration if trainer.final_model is not None else None)
 
 
 def call_finished(trainer: Trainer, result: Result) -> None:

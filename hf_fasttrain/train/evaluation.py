@@ -18,11 +18,13 @@ from hf_fasttrain.data.source.identity import with_images
 from hf_fasttrain.models.side_effects import undisturbed
 from hf_fasttrain.run_folder.intervals import Intervals
 from hf_fasttrain.run_folder.predictions import Collector, Predictions
-from hf_fasttrain.run_folder.result import PER_CLASS, SCORE_METRICS, Watch
+from hf_fasttrain.run_folder.result import PER_CLASS, SCORE_METRICS, TUNED_METRICS, Watch
 from hf_fasttrain.train.bootstrap import intervals_of
+from hf_fasttrain.train.calibrator import Calibrator
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.distributed import Processes
 from hf_fasttrain.train.early_stopping import record_of
+from hf_fasttrain.train.gathered_predictions import gather_predictions
 from hf_fasttrain.train.log import RunLog
 from hf_fasttrain.train.loss import logits_of
 from hf_fasttrain.train.metrics import (
@@ -63,12 +65,13 @@ class Evaluator:
         own: Mapping[str, Metric] | None = None,
         predict: Predict | None = None,
         class_names: Sequence[str] = (),
+        tunes_thresholds: bool = False,
     ) -> None:
         self.class_names = class_names
         self.accelerator, self.num_classes, self.multi_label = accelerator, num_classes, multi_label
         self.metrics = None if metrics is None else list(metrics)
         self.external, self.own, self.predict = ExternalMetrics(external), UserMetrics(own), predict
-        self.scores = ScoreMetrics()
+        self.scores, self.calibrator = ScoreMetrics(), Calibrator(tunes=tunes_thresholds)
         if num_classes is not None:  # fail before training
             self.external.try_out(num_classes, multi_label=bool(multi_label))
         self.of_features: Predict | None = None  # a model's logits for features (B, C), where a loader yields these
@@ -95,6 +98,7 @@ class Evaluator:
         interrupted = torch.zeros((), device=self.accelerator.device)
         rows = getattr(loader, "rows", None)
         self.scores.choose(self.metrics or self.watched)
+        self.calibrator.start(rows, self.accelerator.device)
         collector = Collector(len(rows) if rows is not None else 0) if self.collects else None
         try:
             for images, labels in loader:
@@ -108,12 +112,13 @@ class Evaluator:
                 self.external.update(logits, labels)
                 self.own.update(logits, labels)
                 self.scores.update(logits, labels)
+                self.calibrator.update(logits, labels, self.processes.index)
                 if collector is not None:
                     collector.add(logits, labels)
         except WaitCutShort:
             interrupted += 1
         if self.processes.reduce_sum(interrupted):
-            for kept in (self.external, self.own, self.scores):
+            for kept in (self.external, self.own, self.scores, self.calibrator):
                 kept.clear()
             return {}
         counts = self._counts_or_empty(counts)
@@ -122,10 +127,11 @@ class Evaluator:
         names = built_in_metrics(counts.num_classes, multi_label=counts.multi_label, watched=self.watched)
         user_values = self.own.compute(self.processes, rows)
         values |= self.scores.compute(self.processes, rows)
+        tuned = self.calibrator.compute(self.processes)
         chosen, classes = self.metrics or names, self._names_of_classes(counts)
         values |= {name: counts.of_class(name, classes) for name in chosen if name.startswith(PER_CLASS)}
         built_in = {name: values[name] for name in chosen if name in values}
-        return {**built_in, **self.external.compute(self.processes.gather), **user_values}
+        return {**built_in, **tuned, **self.external.compute(self.processes.gather), **user_values}
 
     def _names_of_classes(self, counts: Metrics) -> Sequence[str]:
         return self.class_names or [str(number) for number in range(counts.num_classes)]
@@ -147,7 +153,8 @@ class Evaluator:
     def names(self, *, multi_label: bool) -> list[str]:
         """Return the names of all metrics."""
         built_in = self.metrics or (MULTI_LABEL if multi_label else SINGLE_LABEL)
-        return [*built_in, *self.external.modules, *self.own.functions]
+        tuned = TUNED_METRICS if self.calibrator.tunes else ()
+        return [*built_in, *tuned, *self.external.modules, *self.own.functions]
 
     @torch.no_grad()
     def require_valid(self, model: nn.Module, images: Any, labels: Any) -> None:
@@ -183,7 +190,7 @@ class Evaluator:
 
     def may_be_missing(self, name: str) -> bool:
         """Return whether a metric may be missing from an evaluation because it could not be computed."""
-        return name in self.external.modules or name in self.own.functions or name in SCORE_METRICS
+        return name in self.external.modules or name in self.own.functions or name in (*SCORE_METRICS, *TUNED_METRICS)
 
     def new_notes(self) -> list[str]:
         """Return a sentence for each metric that failed for the first time in the last pass."""
@@ -191,26 +198,10 @@ class Evaluator:
         return [note for each in failed for note in each.new_notes()]
 
     def predictions(self, step: int, split: str, rows: Sequence[int] | None) -> Predictions | None:
-        """Return the predictions of the last pass, of all processes; None if they were not stored.
-
-        `rows`: indices of this process's images in the split. Called by all processes.
-        """
+        """Return the predictions of the last pass if they were stored, see `gather_predictions`."""
         local, self._columns = self._columns, None
-        parts = [part for part in self.processes.gather([local]) if part is not None and len(part)]
-        if not parts:
-            return None
-        number = len(local[0]) if local else 0
-        local_rows = rows if rows is not None and len(rows) == number else None
-        all_rows = [
-            part
-            for part in self.processes.gather([None if local_rows is None else list(local_rows)])
-            if part is not None
-        ]
-        columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
-        number = len(columns[0])
-        indices = torch.tensor([row for part in all_rows for row in part] or [-1] * number)
-        indices = indices if len(indices) == number else torch.full((number,), -1)
-        return Predictions(step, split, indices, *columns, num_classes=self._num_classes if columns[0].ndim == 2 else 0)
+        counts = {"step": step, "num_classes": self._num_classes}
+        return gather_predictions(self.processes, local, rows, split=split, **counts)
 
     def logits(self, model: nn.Module, images: Any) -> Tensor:
         """Return the logits (B, K) of a model for a tree of B images. Raises RunError for outputs of another shape."""
@@ -347,7 +338,7 @@ class Evaluation:
         with self.throughput.stopped():
             start_time, max_images = time.perf_counter(), self.evaluator.max_images
             with self.log.activity(f"evaluating: {name}"):
-                metrics = evaluate(loader)
+                metrics = self._calibrating(evaluate, loader, self.state.step)
             if self.evaluator.max_images != max_images:
                 self.log.note(
                     f"out of memory while evaluating: batches of {self.evaluator.max_images} images from now on"
@@ -359,10 +350,15 @@ class Evaluation:
                 self.log.eval_line(self.state.step, epoch, name, metrics, self.seconds, self.throughput.train_seconds)
         return metrics
 
+    def _calibrating(self, evaluate: Evaluate, loader: Any, step: int) -> dict[str, float]:
+        with self.evaluator.calibrator.fitting(loader if loader is self.eval_loader else None, step):
+            return evaluate(loader)
+
     def compare(self, metrics: dict[str, float]) -> bool:
         """Record an evaluation after the current step, and return whether it is the best so far."""
         state = self.state
         state.metrics, state.evaluated_at = metrics, state.step
+        state.calibration = self.evaluator.calibrator.state()
         if self.evaluator.collects:
             self._columns_step = state.step
         if self.early_stopping and self._improves(self.early_stopping, state.watched):
@@ -389,7 +385,7 @@ class Evaluation:
         metrics = previous or {}
         self.evaluator.collects = self.keeps_predictions
         if not metrics or (self.keeps_predictions and self._columns_step != step):
-            metrics = evaluate(self.eval_loader)
+            metrics = self._calibrating(evaluate, self.eval_loader, step)
         self.evaluator.collects = False
         if metrics and self.keeps_predictions:
             self.predictions = self._keep("intervals", step, self.eval_loader, metrics)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fasttrain.run_folder.calibration import Calibration, calibration_in
 from hf_fasttrain.run_folder.result import Result, Watch
 from hf_fasttrain.train.checkpoint_state import State
 from hf_fasttrain.train.checkpointing import Checkpoints
@@ -28,6 +29,7 @@ class FinalModel:
     step: int  # after which the weights were saved; of an average, the last one
     metrics: dict[str, float] | None  # of the evaluation split; None: unknown
     averaged: tuple[int, ...] = ()  # the steps that an average is taken over
+    calibration: Calibration | None = None
 
     def is_of_step(self, step: int) -> bool:
         """Return whether these are the weights after a step, and no average."""
@@ -105,6 +107,7 @@ def load_final(trainer: Trainer) -> FinalModel:
     if checkpoint is None:
         return last
     trainer.stateful.restore_weights(checkpoint)
+    best.calibration = calibration_in(checkpoint.state.get("state") or {})
     log.print(f"the run ends with the weights of step {best.step:,}, its best evaluation")
     return best
 

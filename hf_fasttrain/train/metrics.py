@@ -16,6 +16,7 @@ from hf_fasttrain.run_folder.result import (
     MAIN_METRICS,
     PER_CLASS,
     SCORE_METRICS,
+    TUNED_METRICS,
     is_built_in,
     metric_name,
 )
@@ -312,8 +313,18 @@ def resolve_metrics(
         if name in unsuitable:
             kind = "multi-label data" if multi_label else "one label per image, where it is the accuracy"
             raise RecipeError(f"evaluate.metrics: {name} has no meaning for {kind}; leave it out")
-    chosen = [name for name in dict.fromkeys(["loss", *names]) if is_built_in(name)]
+    chosen = [name for name in dict.fromkeys(["loss", *names]) if is_built_in(name) and name not in TUNED_METRICS]
     return chosen, [name for name in names if not is_built_in(name)]
+
+
+def resolve_thresholds(choice: str, *, multi_label: bool) -> bool:
+    """Return whether thresholds are tuned. Raises RecipeError if they are, and an image has one label."""
+    if choice == "tuned" and not multi_label:
+        raise RecipeError(
+            "evaluate.thresholds: tuned has no meaning for one label per image, of which the likeliest is predicted; "
+            "leave it out"
+        )
+    return choice == "tuned"
 
 
 def require_classes(names: Iterable[str], class_names: Collection[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_fasttrain.run_folder.result import SCORE_METRICS
+from hf_fasttrain.run_folder.result import SCORE_METRICS, TUNED_METRICS
 from hf_fasttrain.train.user_metrics import UserMetrics
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import format_bytes, format_count
@@ -66,10 +66,12 @@ FUNCTIONS = dict(zip(SCORE_METRICS, (auroc, mean_average_precision), strict=True
 
 def require_memory(names: Iterable[str], num_images: int, num_classes: int, free: int) -> None:
     """Raise RunError if the scores of an evaluation don't fit into `free` bytes."""
-    chosen, needed = [name for name in names if name in SCORE_METRICS], COPIES * 4 * num_images * num_classes
+    needs_all = (*SCORE_METRICS, *TUNED_METRICS)
+    chosen, needed = [name for name in names if name in needs_all], COPIES * 4 * num_images * num_classes
     if chosen and needed > free:
         raise RunError(
-            f"evaluate.metrics: {', '.join(chosen)} needs all scores of {format_count(num_images, 'image')} x "
+            f"{'evaluate.thresholds=tuned' if set(chosen) <= set(TUNED_METRICS) else 'evaluate.metrics'}: "
+            f"{', '.join(chosen)} needs all scores of {format_count(num_images, 'image')} x "
             f"{num_classes:,} classes, {format_bytes(needed)} of memory; {format_bytes(free)} are free: "
             "lower evaluate.max_images, or leave it out"
         )

@@ -15,6 +15,7 @@ ORDER_STREAM = 1  # separate random streams for order, mixing and each stage of 
 MIX_STREAM = 3
 CROP_STREAM, FLIP_STREAM, ERASE_STREAM, OPERATION_STREAM, NOISE_STREAM, VFLIP_STREAM = 4, 5, 6, 7, 8, 9
 TRANSFORM_STREAM, TURN_STREAM = 10, 11
+CALIBRATION_STREAM = 40
 
 
 def keyed_rng(seed: int, stream: int, *key: int) -> np.random.Generator:

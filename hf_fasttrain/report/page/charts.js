@@ -58,6 +58,7 @@ function byEpoch(figure) {
 function figureOf(name) {
   if (name === "confusion") return matrixFigure(matrix, state.order, state.ranges, plots.find((plot) => plot.dataset.chart === name).clientWidth);
   const figure = figures[name];
+  if (figure.layout.meta.own_axis) return figure;
   if (state.axis === "epochs") return byEpoch(figure);
   const xaxis = { ...figure.layout.xaxis, tickformat: ",~g", unifiedhovertitle: { text: "step %{x:,.0f}" } };
   return { data: figure.data, layout: { ...figure.layout, xaxis } };
@@ -119,7 +120,7 @@ function setUpTheme() {
 }
 
 function setUpAxis() {
-  const byStep = plots.filter((plot) => plot.dataset.chart !== "confusion");
+  const byStep = plots.filter((plot) => plot.dataset.chart !== "confusion" && !figures[plot.dataset.chart].layout.meta.own_axis);
   const known = byStep.some((plot) => figures[plot.dataset.chart].data.some((trace) => trace.meta.epochs_per_step));
   const buttons = [...document.querySelectorAll("[data-axis]")];
   document.querySelectorAll(".switch").forEach((group) => { group.hidden = !known; });
