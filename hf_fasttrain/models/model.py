@@ -286,10 +286,7 @@ def head_names(model: nn.Module, num_classes: int = 0) -> list[str]:
 def use_gradient_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward pass instead of keeping all of them."""
     try:
-        if isinstance(model, TransformersClassifier):
-            model.model.gradient_checkpointing_enable()  # type: ignore[operator]
-        else:
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, ValueError) as error:
         raise ModelError(
             f"model.gradient_checkpointing: {type(model).__name__} does not support it: {error}; set it to false"

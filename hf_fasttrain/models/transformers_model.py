@@ -34,6 +34,12 @@ class TransformersClassifier(nn.Module):
         parameters = inspect.signature(model.forward).parameters
         self._size = _image_size(model.config) if "interpolate_pos_encoding" in parameters else None
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass, under timm's name for it. ValueError if the model can't."""
+        verb = "enable" if enable else "disable"
+        newer = getattr(self.model, f"activation_checkpointing_{verb}", None)  # the other name is deprecated
+        (newer or getattr(self.model, f"gradient_checkpointing_{verb}"))()
+
     def forward(self, images: Tensor) -> Tensor:
         if self._size in (None, images.shape[-1]):
             return self.model(pixel_values=images).logits

@@ -102,6 +102,7 @@ def test_the_merged_state_and_the_adapters_restore_a_model_bitwise() -> None:
         assert torch.equal(other.state_dict()[name], value), name
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("name", ["test_vit", "transformers"])
 def test_adapters_learn_with_gradient_checkpointing(name: str) -> None:
     gradients = []
