@@ -2,13 +2,15 @@
 
     python benchmarks/loop.py [--steps 1500] [--rounds 5] [--accum 1] [--seams] [--json FILE]
 
-Three arms (five with --seams) run alternately, each round starting with another one:
+Three arms (seven with --seams) run alternately, each round starting with another one:
 
 bare        plain PyTorch with its DataLoader over single images and its default AdamW
 bare_same   plain PyTorch with the loader and the optimizer (fused AdamW) of `ours`: shows the loop's overhead alone
 ours        `hf_fasttrain.Trainer`, logging every 10 steps into a silent log
 step_loss   `ours` with the same loss as a `step_loss` that also returns a value to log
 callback    `ours` with a callback that has `before_step` and `after_step`
+evaluation  `ours` that evaluates the first 1,024 images every 100 steps
+metrics     `evaluation` with a metric of the user's, a function of logits and labels
 
 Only the loop is timed, not the building of model, loader and trainer; each arm's first run is discarded. One CPU
 thread, fp32.
@@ -46,7 +48,9 @@ from hf_fasttrain.utils.environment import describe_machine, describe_versions
 
 BATCH, SIZE, CLASSES, LR = 32, 32, 10, 1e-3
 AIMS = {"bare": 1.05, "bare_same": 0.97}  # least ratio ours / arm
-SEAMS_AIM = 0.98  # least ratio arm / ours
+SEAMS_AIM = 0.98  # least ratio of a seam's arm to the arm without it
+WITHOUT = {"step_loss": "ours", "callback": "ours", "metrics": "evaluation"}  # seam -> the arm without it
+EVALUATED, EVALUATE_EVERY = 1024, "100 steps"
 
 
 class Images(Dataset):
@@ -163,9 +167,30 @@ def with_callback(images: Tensor, labels: Tensor, accum: int) -> float:
     return ours(images, labels, accum, callbacks=[Counter()])
 
 
+def with_evaluation(images: Tensor, labels: Tensor, accum: int, **parts: Any) -> float:
+    """Return the seconds of `ours` with evaluations, and additional arguments `parts`."""
+    split = Batches(images[:EVALUATED], labels[:EVALUATED])
+    return ours(images, labels, accum, eval_loader=split, num_classes=CLASSES, evaluate_every=EVALUATE_EVERY, **parts)
+
+
+def error_rate(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of images that are classified wrongly."""
+    return float((logits.argmax(1) != labels).float().mean())
+
+
+def with_metrics(images: Tensor, labels: Tensor, accum: int) -> float:
+    """Return the seconds of `ours` with evaluations and a metric of the user's."""
+    return with_evaluation(images, labels, accum, metrics={"error_rate": error_rate})
+
+
 Arm = Callable[[Tensor, Tensor, int], float]
 ARMS: dict[str, Arm] = {"bare": bare, "bare_same": bare_same, "ours": ours}
-SEAMS: dict[str, Arm] = {"step_loss": with_step_loss, "callback": with_callback}
+SEAMS: dict[str, Arm] = {
+    "step_loss": with_step_loss,
+    "callback": with_callback,
+    "evaluation": with_evaluation,
+    "metrics": with_metrics,
+}
 
 
 def measure(arms: dict[str, Arm], steps: int, rounds: int, accum: int) -> dict[str, list[float]]:
@@ -183,12 +208,16 @@ def measure(arms: dict[str, Arm], steps: int, rounds: int, accum: int) -> dict[s
     return rates
 
 
+def sides_of(name: str) -> tuple[str, str] | None:
+    """Return the arms whose ratio is an arm's: ours / a bare one, a seam / the one without it; None if it has none."""
+    return ("ours", name) if name in AIMS else (name, WITHOUT[name]) if name in WITHOUT else None
+
+
 def ratio_of(name: str, rates: dict[str, list[float]]) -> list[float]:
-    """Return the ratios of the rounds: ours / a bare arm, or a seam's arm / ours; none for `ours`."""
-    if name == "ours":
+    """Return an arm's ratio in each round; none for an arm without one."""
+    if (sides := sides_of(name)) is None:
         return []
-    pair = (rates["ours"], rates[name]) if name in AIMS else (rates[name], rates["ours"])
-    return [first / second for first, second in zip(*pair, strict=True)]
+    return [first / second for first, second in zip(*(rates[side] for side in sides), strict=True)]
 
 
 def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -208,7 +237,7 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
     for name, row in table.items():
         line = f"{name:<10} {row['median']:8.0f} {row['least']:8.0f} - {row['most']:5.0f}"
         if "ratio" in row:
-            of, aim = (f"ours / {name}", AIMS[name]) if name in AIMS else (f"{name} / ours", SEAMS_AIM)
+            of, aim = " / ".join(sides_of(name) or ()), AIMS.get(name, SEAMS_AIM)
             verdict = "met" if row["ratio"] >= aim else "missed"
             spread = f"{row['ratio_least']:.3f} - {row['ratio_most']:.3f}"
             line += f"   {of} {row['ratio']:.3f} ({spread}), aim {aim:.2f}: {verdict}"
@@ -220,7 +249,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--accum", type=int, default=1, help="micro-batches into which each batch is split")
-    parser.add_argument("--seams", action="store_true", help="time a step_loss and a callback too")
+    parser.add_argument(
+        "--seams", action="store_true", help="time a step_loss, a callback, evaluations and a metric too"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     if args.steps < 1 or args.rounds < 1 or not 1 <= args.accum <= BATCH // 2 or BATCH % (2 * args.accum):
