@@ -172,7 +172,7 @@ def small(arguments: list[str]) -> list[str]:
     command = arguments[0]
     if command == "init":
         return [*arguments, "--model", SMALL["model.name"]]
-    if command not in ("train", "probe", "check", "crossval", "doctor", "tune", "ablate"):
+    if command not in ("train", "probe", "check", "mislabeled", "crossval", "doctor", "tune", "ablate"):
         return arguments
     if "--models" in arguments:
         arguments[arguments.index("--models") + 1] = "test_resnet,test_vit"

@@ -15,6 +15,7 @@ from hf_fasttrain.cli.evaluate import evaluate
 from hf_fasttrain.cli.explain import explain
 from hf_fasttrain.cli.export import export
 from hf_fasttrain.cli.init import init
+from hf_fasttrain.cli.mislabeled import mislabeled
 from hf_fasttrain.cli.predict import predict
 from hf_fasttrain.cli.probe import probe
 from hf_fasttrain.cli.push import push
@@ -28,8 +29,9 @@ from hf_fasttrain.recipe.find import shipped_recipes
 from hf_fasttrain.utils.errors import UserError, nearest
 
 COMMANDS = (
-    init, train, crossval, probe, check, evaluate, predict, push, export, report, ablate, tune, doctor, explain, schema,
-)  # fmt: skip
+    *(init, train, crossval, probe, check, mislabeled, evaluate, predict, push, export, report),
+    *(ablate, tune, doctor, explain, schema),
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -72,6 +74,8 @@ OTHER_COMMANDS = {
     "features": "Did you mean 'probe'?",
     "upload": "Did you mean 'push'?",
     "profile": "Did you mean 'doctor'?",
+    "clean": "Did you mean 'mislabeled' (labels) or 'cache clean'?",
+    "noise": "Did you mean 'mislabeled'?",
     "new": "Did you mean 'init'?",
     "create": "Did you mean 'init'?",
     "start": "Did you mean 'init'?",

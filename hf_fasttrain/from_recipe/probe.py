@@ -49,6 +49,16 @@ def probe_recipe(recipe: Recipe) -> Recipe:
     return with_values(recipe, {"train.probe_first": True})
 
 
+def require_memory(features: np.ndarray, key: str) -> None:
+    """Raise RunError if there is no memory to fit a regression to features (N, V, C); `key` names what wants it."""
+    required, free = COPIES * 8 * features.size, free_memory_bytes()
+    if required > free:
+        raise RunError(
+            f"{key}: fitting {format_count(len(features), 'image')} with {features[0].size:,} features needs about "
+            f"{format_bytes(required)} of memory, {format_bytes(free)} are free; lower train.max_images or probe.views"
+        )
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """What fitting the head has found, as in result.json."""
@@ -87,13 +97,9 @@ class HeadProbe:
         found: list[tuple[Split, Tensor | None, Tensor | None]] = []
         passes = [(source.train, 0), *([(source.train, views)] if views else []), (source.evaluation, 0)]
         for split, number in passes:
-            with trainer.log.activity(f"features: {split.name}"):
-                computed = self._features(trainer, split, number)
-            if stop := trainer.stop.now():
-                self._stop(trainer, stop)
-            num_kept += trainer.processes.sum(computed.num_kept)
-            rows, features = (torch.from_numpy(part) for part in (computed.rows, computed.features))
-            found.append((split, trainer.processes.rows_on_main(rows), trainer.processes.rows_on_main(features)))
+            rows, features, kept = self.features_on_main(trainer, split, number)
+            num_kept += kept
+            found.append((split, rows, features))
         feature_seconds = time.perf_counter() - start
         fitted = on_main(partial(self._fit, found))
         regression, neighbors, neighbor_metrics, num_images = fitted
@@ -126,6 +132,21 @@ class HeadProbe:
     def _store(self) -> Store | None:
         """Where features are kept; None if they are not."""
         return store_of(self.parts, described_backbone(self.parts, self.head))
+
+    def features_on_main(
+        self, trainer: Trainer, split: Split, views: int = 0
+    ) -> tuple[Tensor | None, Tensor | None, int]:
+        """Return indices (N,) and features (N, V, C) of the images that could be read, on the main process, else None.
+
+        Called by all processes. The last number is how many features were kept from before. Raises Stopped.
+        """
+        with trainer.log.activity(f"features: {split.name}"):
+            computed = self._features(trainer, split, views)
+        if stop := trainer.stop.now():
+            self._stop(trainer, stop)
+        rows, features = (torch.from_numpy(part) for part in (computed.rows, computed.features))
+        num_kept = trainer.processes.sum(computed.num_kept)
+        return trainer.processes.rows_on_main(rows), trainer.processes.rows_on_main(features), num_kept
 
     def _features(self, trainer: Trainer, split: Split, views: int) -> Computed:
         parts, loaders = self.parts, self.loaders
@@ -185,13 +206,7 @@ class HeadProbe:
         for other, _ in parts[1:]:
             common = np.intersect1d(common, other)
         joined = np.concatenate([each[np.isin(indices, common)] for indices, each in parts], axis=1)
-        required, free = COPIES * 8 * joined.size, free_memory_bytes()
-        if required > free:
-            raise RunError(
-                f"train.probe_first: fitting {format_count(len(joined), 'image')} with {joined[0].size:,} features "
-                f"needs about {format_bytes(required)} of memory, {format_bytes(free)} are free; lower "
-                "train.max_images or probe.views"
-            )
+        require_memory(joined, "train.probe_first")
         weights = self.parts.sampling_plan.weights if split is self.parts.source.train else None
         counts = class_counts(self.parts.source.train.labels, self.parts.spec.num_classes)
         class_weights = resolve_class_weights(

@@ -16,6 +16,7 @@ from hf_fasttrain.data.loading.loader import TrainLoader
 from hf_fasttrain.data.loading.prefetch import ImageBatches, Prefetcher
 from hf_fasttrain.data.loading.sampler import SamplingPlan
 from hf_fasttrain.data.pixels.images import Images
+from hf_fasttrain.data.pixels.prepare import Preparation
 from hf_fasttrain.data.source.dataset import Source, Split
 from hf_fasttrain.from_recipe.custom import NO_CUSTOM_PARTS, CustomParts
 from hf_fasttrain.from_recipe.loaders import build_transform, eval_preparation, train_mixing, train_preparation
@@ -70,7 +71,9 @@ class ReportPictures:
         step = next(self._loader(sampling_plan).steps(index, index + 1))
         images, targets = next(step.micro_batches)
         images = images if images.ndim == 4 else images[:, 0]  # the first view
-        names = [self._name(self.source.train, int(row)) for row in sampling_plan.plan(index).micro_batches[0].indices]
+        names = [
+            picture_name(self.source.train, int(row)) for row in sampling_plan.plan(index).micro_batches[0].indices
+        ]
         pictures = []
         for number, (image, target, name) in enumerate(zip(self._pixels(images), targets, names, strict=False)):
             pixels[f"training_{number:02d}.jpg"] = image
@@ -113,12 +116,9 @@ class ReportPictures:
             if row < 0:
                 continue
             file = f"mistake_{number:02d}.jpg"
-            images = Images(split, preparation)
-            source_rows = np.array([row])
-            for _, image in images.pixels(np.array([row]), source_rows, []):
-                pixels[file] = image
+            pixels[file], source_row = pixels_as_evaluated(split, preparation, row)
             truth = dict.fromkeys(self._class_names(predictions.classes_of(predictions.labels, index)), 1.0)
-            name = self._name(split, int(source_rows[0]))  # of the substitute if the image is bad
+            name = picture_name(split, source_row)  # of the substitute if the image is bad
             loss = float(predictions.losses[index])
             pictures.append(Picture(file, name, truth, self._scores(predictions, index), loss))
         return pictures
@@ -140,7 +140,15 @@ class ReportPictures:
     def _class_names(self, classes: list[int]) -> list[str]:
         return [self.source.class_names[number] for number in classes]
 
-    @staticmethod
-    def _name(split: Split, index: int) -> str:
-        path: Any = split.records([index])[0]["path"]
-        return "/".join(Path(path).parts[-2:]) if path else f"row {index}"
+
+def pixels_as_evaluated(split: Split, preparation: Preparation, index: int) -> tuple[np.ndarray, int]:
+    """Return the pixels (H, W, 3) of an image as it is evaluated, and its index: another one if the image is bad."""
+    source_rows = np.array([index])
+    ((_, image),) = Images(split, preparation).pixels(np.array([index]), source_rows, [])
+    return image, int(source_rows[0])
+
+
+def picture_name(split: Split, index: int) -> str:
+    """Return what an image of a split is called: class/file, or its row."""
+    path: Any = split.records([index])[0]["path"]
+    return "/".join(Path(path).parts[-2:]) if path else f"row {index}"

@@ -16,6 +16,7 @@ from hf_fasttrain.run_folder.file_names import (
     BAD_IMAGES_FILE,
     CALIBRATION_FILE,
     GALLERY_FOLDER,
+    LABEL_ERRORS_FOLDER,
     METRICS_FILE,
     MODEL_FOLDER,
     PREDICTIONS_FILE,
@@ -60,6 +61,7 @@ class Record:
     predictions: Predictions | None = None
     calibration: Calibration | None = None  # of the weights in RUN/model
     gallery: Gallery = field(default_factory=Gallery)
+    label_errors: Gallery = field(default_factory=Gallery)  # what `mislabeled` found
     bad_images: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # files that could not be read, and why
 
@@ -188,6 +190,7 @@ def read_record(run: Path) -> Record:
         predictions=_read_predictions(run / PREDICTIONS_FILE, problems),
         calibration=_read_calibration(run, problems),
         gallery=_read_gallery(run, problems),
+        label_errors=_read_gallery(run / LABEL_ERRORS_FOLDER, problems),
         bad_images=_read_bad_images(run / BAD_IMAGES_FILE, problems),
         problems=problems,
     )

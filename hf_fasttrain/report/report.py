@@ -134,7 +134,7 @@ def to_html(page: Page, mark: str = "") -> str:
     )
     # Inserted last, so that its 5 MB are not searched for secrets and not escaped.
     before, after = without_secrets(rendered).split("<script>PLOTLY</script>", 1)
-    return f"{before}<script>{get_plotlyjs()}</script>{after}"
+    return f"{before}<script>{get_plotlyjs() if charts else ''}</script>{after}"
 
 
 def _in_script(value: Any) -> Markup:

@@ -14,6 +14,7 @@ from hf_fasttrain.report.comparison import Comparison, compare
 from hf_fasttrain.report.format import describe_early_stop, format_ends, format_metric, metric_title
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.report.tables import ImageCard, Table
+from hf_fasttrain.run_folder.file_names import LABEL_ERRORS_FILE, LABEL_ERRORS_FOLDER, LABEL_ERRORS_PAGE
 from hf_fasttrain.run_folder.intervals import format_confidence
 from hf_fasttrain.utils.format import (
     NOTHING,
@@ -25,6 +26,8 @@ from hf_fasttrain.utils.format import (
     format_rate,
     is_finite,
 )
+
+MAX_LABEL_ERRORS = 24  # shown in a run's report
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def page_of_run(record: Record) -> Page:
         *class_sections(record),
         _mistakes(record),
         _calibration(record),
+        _label_errors(record),
         _training(record),
         Section("recipe", "Recipe", tables=_optional(tables.recipe_table(record))),
         Section("environment", "Environment", tables=tables.environment_tables(record)),
@@ -223,6 +227,18 @@ def _mistakes(record: Record) -> Section:
     where = f" of {gallery.mistakes_split}" if gallery.mistakes_split else ""
     text = f"Misclassified images{where} with the highest loss, after step {gallery.mistakes_step:,}."
     return Section("mistakes", "Worst mistakes", text if pictures else "", pictures=pictures)
+
+
+def _label_errors(record: Record) -> Section:
+    folder, gallery = record.folder / LABEL_ERRORS_FOLDER, record.label_errors
+    pictures = tables.label_error_pictures(folder, gallery)[:MAX_LABEL_ERRORS]
+    text = (
+        f"Images of {gallery.mistakes_split} whose label is probably wrong, the likeliest first, with the probability "
+        "of each label by models that were fitted without the image. "
+        f"{LABEL_ERRORS_FOLDER}/{LABEL_ERRORS_PAGE} shows more of them; {LABEL_ERRORS_FOLDER}/{LABEL_ERRORS_FILE} "
+        "lists all images and, corrected, trains again."
+    )
+    return Section("label-errors", "Likely label errors", text if pictures else "", pictures=pictures)
 
 
 def _training(record: Record) -> Section:

@@ -14,7 +14,7 @@ from hf_fasttrain.report.classes import ClassFigures, Confusion, most_confused
 from hf_fasttrain.report.format import describe_early_stop, format_ends, format_metric, format_setting, metric_title
 from hf_fasttrain.report.record import Record
 from hf_fasttrain.run_folder.file_names import GALLERY_FOLDER
-from hf_fasttrain.run_folder.gallery import Picture
+from hf_fasttrain.run_folder.gallery import Gallery, Picture
 from hf_fasttrain.run_folder.intervals import describe_intervals
 from hf_fasttrain.utils.errors import shortened
 from hf_fasttrain.utils.files import read_regular
@@ -332,9 +332,18 @@ def training_pictures(record: Record) -> list[ImageCard]:
 
 def mistake_pictures(record: Record) -> list[ImageCard]:
     """Return the worst mistakes, with truth, prediction and confidence."""
+    return _predicted_pictures(record.folder, record.gallery.mistakes, ("truth", "predicted"))
+
+
+def label_error_pictures(folder: Path, gallery: Gallery) -> list[ImageCard]:
+    """Return images whose label is probably wrong, with the given label and the suggested one."""
+    return _predicted_pictures(folder, gallery.mistakes, ("label", "suggested"))
+
+
+def _predicted_pictures(folder: Path, pictures: Iterable[Picture], names: tuple[str, str]) -> list[ImageCard]:
     shown = []
-    for picture in record.gallery.mistakes:
-        source = _source(record.folder, picture)
+    for picture in pictures:
+        source = _source(folder, picture)
         if source is None:
             continue
         truth = _format_target(picture.truth)
@@ -342,8 +351,10 @@ def mistake_pictures(record: Record) -> list[ImageCard]:
             name if part is None else f"{name} {format_percent(part)}" for name, part in picture.predicted.items()
         )
         predicted = predicted or "no class"
-        lines = [("truth", truth), ("predicted", predicted)]
+        lines = [(names[0], truth), (names[1], predicted)]
         if is_finite(picture.loss):
             lines.append(("loss", f"{picture.loss:.2f}"))
-        shown.append(ImageCard(source, f"{picture.name}: is {truth}, predicted {predicted}", lines, picture.name))
+        shown.append(
+            ImageCard(source, f"{picture.name}: {names[0]} {truth}, {names[1]} {predicted}", lines, picture.name)
+        )
     return shown

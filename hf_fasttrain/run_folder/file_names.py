@@ -28,6 +28,9 @@ EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
 AVERAGED_FOLDER = "averaged"  # in that of checkpoints: weights for checkpoint.final=average
 
+LABEL_ERRORS_FOLDER = "mislabeled"  # likely label errors: the table to correct, a page, pictures
+LABEL_ERRORS_FILE, LABEL_ERRORS_PAGE = "labels.csv", "mislabeled.html"
+
 GALLERY_FOLDER = "report"  # the report's pictures
 GALLERY_FILE = "gallery.json"
 CURVES_PICTURE, CONFUSION_PICTURE = "curves.png", "confusion.png"  # of the model card

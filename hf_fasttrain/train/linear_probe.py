@@ -84,12 +84,12 @@ def fit_regression(data: Vectors, *, strength: float | None, has_bias: bool, see
     """
     chosen_on = 0
     if strength is None:
-        strength, chosen_on = _choose_strength(data, has_bias=has_bias, seed=seed)
+        strength, chosen_on = choose_strength(data, has_bias=has_bias, seed=seed)
     *_, (head, has_converged) = _path(data, [strength], has_bias=has_bias)
     return Regression(head, strength, chosen_on, has_converged)
 
 
-def _choose_strength(data: Vectors, *, has_bias: bool, seed: int) -> tuple[float, int]:
+def choose_strength(data: Vectors, *, has_bias: bool, seed: int) -> tuple[float, int]:
     """Return the strength with the least loss on a part of the images, and how many these are."""
     fitted, held = split_rows(data, seed)
     if not len(held):
