@@ -64,11 +64,11 @@ def prepare_final(trainer: Trainer) -> None:
     number = trainer.num_averaged
     if trainer.final != "average":
         return
-    if trainer.output_dir is None:
-        raise RunError("final='average' keeps the states to average in the run folder: pass output_dir to Trainer")
     if not isinstance(number, int) or isinstance(number, bool) or number < 2:
         raise RunError(f"num_averaged: must be a whole number of at least 2, got {number!r}")
-    if not any(isinstance(callback, StateKeeper) for callback in trainer.callbacks.callbacks):
+    if trainer.output_dir is not None and not any(
+        isinstance(callback, StateKeeper) for callback in trainer.callbacks.callbacks
+    ):
         trainer.callbacks.insert_first(StateKeeper())
 
 
@@ -93,8 +93,11 @@ def load_final(trainer: Trainer) -> FinalModel:
     """
     state, checkpoints, log = trainer.state, trainer.checkpoints, trainer.log
     last = FinalModel("last", state.step, state.metrics)
-    if trainer.final == "average":
+    if trainer.final == "average" and checkpoints is not None:
         return _load_average(trainer) or last
+    if trainer.final == "average":
+        log.note("without an output_dir no weights are kept for an average: the run ends with the last ones")
+        return last
     if trainer.final == "last" or state.best is None:
         return last
     best = FinalModel("best", state.best["step"], state.best.get("metrics"))

@@ -278,20 +278,19 @@ def test_the_loss_is_averaged_with_the_model(tmp_path: Path) -> None:
     assert scales[0] != scales[1]
 
 
-@pytest.mark.parametrize(
-    ("final", "number", "folder", "message"),
-    [
-        ("average", 5, False, r"final='average' keeps the states .* pass output_dir to Trainer"),
-        ("average", 1, True, r"num_averaged: must be a whole number of at least 2, got 1"),
-    ],
-)
-def test_what_cannot_be_averaged_is_refused_before_training(
-    tmp_path: Path, final: str, number: int, folder: bool, message: str
-) -> None:
-    trainer = small_trainer(tmp_path if folder else None, 2)
-    trainer.final, trainer.num_averaged = final, number
-    with pytest.raises(RunError, match=message):
+def test_an_average_of_one_is_refused_before_training(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, 2)
+    trainer.final, trainer.num_averaged = "average", 1
+    with pytest.raises(RunError, match="num_averaged: must be a whole number of at least 2, got 1"):
         trainer.fit()
+
+
+def test_without_a_run_folder_the_last_weights_stay() -> None:
+    trainer = small_trainer(None, 2)  # as those of doctor, tune and mislabeled
+    trainer.final = "average"
+    result = trainer.fit()
+    assert result.model["weights"] == "last"
+    assert any("without an output_dir no weights are kept for an average" in note for note in result.notes)
 
 
 def test_a_recipe_without_evaluations_has_no_average(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
