@@ -51,6 +51,7 @@ class Found:
     num_folds: int
     strength: float
     left_out: int  # images that could not be read
+    held_out: Split | None  # a part of the training split that the recipe holds out
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -68,7 +69,8 @@ class Found:
     @property
     def split_names(self) -> list[str]:
         """The splits as the table calls them: a held-out part is `validation`, or rows of the split it comes from."""
-        return [_split_name(split.name, is_file=self.has_paths) for split in self.splits]
+        held_out = HELD_OUT if self.has_paths else self.splits[0].name
+        return [held_out if split is self.held_out else split.name for split in self.splits]
 
     def row(self, image: int) -> int:
         """Return the row of an image in the split of the dataset that it comes from."""
@@ -172,6 +174,7 @@ def _found(
         num_folds,
         strength,
         sum(map(len, splits)) - len(indices),
+        parts.source.evaluation if parts.source.held_out else None,
     )
 
 
@@ -203,10 +206,6 @@ def write(found: Found, pre: Preprocessing, folder: Path, num_pictures: int) -> 
         write_label_error_page(folder, found.subtitle(), found.most_confused())
     except OSError as error:
         raise RunError(f"{folder}: can't be written: {reason(error)}; choose another --output") from None
-
-
-def _split_name(name: str, *, is_file: bool) -> str:
-    return name if not name.startswith("held-out ") else HELD_OUT if is_file else name.partition(" of ")[2]
 
 
 def require_uncorrected(folder: Path) -> None:
