@@ -227,12 +227,15 @@ def test_predictions_are_stored_in_columns_that_are_made_once(expected: int) -> 
     collector, capacities = Collector(expected), set()
     for start in range(0, 10, 2):
         collector.add(logits[start : start + 2], labels[start : start + 2])
-        capacities.add(collector._capacity)
+        capacities.add(collector._columns._capacity)
     columns = collector.columns()
     assert capacities == ({expected} if expected >= 10 else {4, 8, 16} if expected else {2, 4, 8, 16})
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     confidence, predicted = logits.softmax(1).max(1)
-    for column, reference in zip(columns, (labels, predicted, confidence, losses, predicted), strict=True):
+    brier = (logits.softmax(1) - torch.nn.functional.one_hot(labels, 4)).square().sum(1)
+    top5 = torch.ones(10, dtype=torch.bool)  # of four classes
+    references = labels, predicted, confidence, losses, predicted, brier, top5
+    for column, reference in zip(columns, references, strict=True):
         assert column.dtype == reference.dtype
         assert torch.allclose(column, reference)
     assert collector.columns() == ()
