@@ -65,7 +65,8 @@ def _train(recipe: Recipe, run: Path) -> None:
     trainer = build_trainer(recipe, resume=run.exists())
     if not trainer.is_finished or missing_results(run, trainer.state.step, **expected_results(trainer)):
         result = carry_out(trainer, trainer.fit)
-        trainer.log.print("  ".join([f"{run.name} done:", *(f"{name} {v:.4f}" for name, v in result.metrics.items())]))
+        metrics = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())  # none of all images
+        trainer.log.print(f"{run.name} done{metrics and f':{metrics}'}")
     device = trainer.device
     del trainer
     gc.collect()  # the model, before the next one is built

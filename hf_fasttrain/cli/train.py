@@ -154,8 +154,10 @@ def _print_summary(log: Callable[[str], None], folder: Path, recipe: Recipe, res
         format_command("predict", folder, "IMAGE..."),
         format_command("evaluate", folder, *(["data.dataset=FOLDER"] if held_out_none else [])),
         format_command("export", folder, "--onnx"),
-        format_command("train", recipe.source.argument, *model, "data.dataset=FOLDER", "output_dir=runs/mine"),
     ]
+    if not Path(recipe.data.dataset).exists():  # else these images are the user's own
+        own = ("data.dataset=FOLDER", "output_dir=runs/mine")
+        try_next.append(format_command("train", recipe.source.argument, *model, *own))
     report = f"  {page}    curves, classes, mistakes; opens in a browser\n" if page.exists() else ""
     log(
         f"done: {format_count(result.steps, 'step')}, {format_count(result.images, 'image')} in "

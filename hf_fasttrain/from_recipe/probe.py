@@ -263,4 +263,4 @@ class HeadProbe:
         if result.neighbors is None:
             return text
         values = "".join(f"  {name} {value:.4f}" for name, value in result.neighbors_metrics.items())
-        return f"{text}\n{result.neighbors} nearest neighbours:{values}"
+        return f"{text}\n{format_count(result.neighbors, 'nearest neighbour')}:{values}"

@@ -38,6 +38,10 @@ CARD_METRICS = {
     "mcc": "matthews_correlation",
 }  # ours -> the Hub's types
 INTERVALS = ("intervals", "test_intervals")  # fields of a result
+LOCAL_FILES = {
+    "model.pretrained": "WEIGHTS",
+    "distill.teacher": "TEACHER",
+}  # what another machine has to give, if local
 
 
 def model_card(
@@ -186,7 +190,7 @@ def _calibration(run: FinishedRun) -> str:
     if found.temperature is not None and found.before is not None and found.after is not None:
         errors = (format_percent(part.ece) for part in (found.before, found.after))
         parts.append(
-            f"Scores are calibrated by dividing the logits by the temperature {found.temperature:.4g}: it was fitted "
+            f"To calibrate the scores, divide the logits by the temperature {found.temperature:.4g}: it was fitted "
             f"to {format_count(found.images, 'image')} of the evaluation split, where it changes the calibration error "
             f"(ECE) from {' to '.join(errors)}; the predicted classes stay the same."
         )
@@ -251,6 +255,7 @@ def _training(run: FinishedRun, recipe: dict[str, Any], repo: str, files: Mappin
             f"\n\nThe recipe:\n\n{markdown_block(text.decode().strip(), 'yaml')}"
         )
     override = " data.dataset=FOLDER" if _is_private_data(run) else ""
+    override += "".join(f" {key}={place}" for key, place in LOCAL_FILES.items() if run.is_local(key))
     elsewhere = " hub=null" if run.recipe.get("hub") else ""  # the author's own repository
     command = f"accelerate launch -m hf_fasttrain {{}}{override}"
     return (

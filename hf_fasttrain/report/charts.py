@@ -296,8 +296,8 @@ def _compare_curves(
         caption = resolution_note(points) or caption
     if not data:
         return None
-    axis = {"tickformat": ".0%"} if form.endswith("%") else {}
-    layout = _layout(None, rangemode="tozero", **axis)
+    ticks = ".1~%" if form.endswith("%") else ""
+    layout = _layout(None, form=ticks, rangemode="tozero", exponentformat="power")
     return Chart(column.replace("_", "-"), title, "; ".join(captions) + "." + caption, {"data": data, "layout": layout})
 
 

@@ -27,7 +27,7 @@ from hf_fasttrain.train.bootstrap import ResampledMetrics, intervals_of
 from hf_fasttrain.utils.errors import RunError
 from hf_fasttrain.utils.format import NOTHING, format_count, is_finite
 
-SPLIT = "out of fold"
+SPLIT = "all folds"  # each image predicted by the model that was not trained on it
 SHARES = {name for name in BUILT_IN_METRICS if name not in ("loss", "mcc", "cohen_kappa", "brier")}
 
 

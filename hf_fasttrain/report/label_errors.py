@@ -26,7 +26,7 @@ def write_label_error_page(folder: Path, subtitle: str, pairs: Sequence[tuple[st
     table = Table("pairs-table", "Which labels would become which", columns, rows)
     text = (
         "The likeliest first. Probabilities are by models that were fitted without the image. Look before you correct: "
-        f"hard and unusual images are here too. {LABEL_ERRORS_FILE} has all images; its column `label` is the one to "
+        f"hard and unusual images are here too. {LABEL_ERRORS_FILE} has all images; its column label is the one to "
         "correct."
     )
     none = "No label is probably wrong."

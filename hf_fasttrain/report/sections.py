@@ -244,7 +244,9 @@ def _label_errors(record: Record) -> Section:
 def _training(record: Record) -> Section:
     pictures = tables.training_pictures(record)
     step = f"step {record.gallery.training_step:,}"
-    text = f"As the model sees them in {step}: cropped, augmented and mixed, with their targets." if pictures else ""
+    mixed = any(record.value(key) for key in ("augment.mixup", "augment.cutmix"))
+    done = "cropped, augmented and mixed" if mixed else "cropped and augmented"
+    text = f"As the model sees them in {step}: {done}, with their targets." if pictures else ""
     return Section("training-images", "Training images", text, pictures=pictures)
 
 

@@ -309,12 +309,12 @@ def _source(run: Path, picture: Picture) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" if data.startswith(b"\xff\xd8\xff") else None
 
 
-def _format_target(values: dict[str, float]) -> str:
-    """Return the classes of a target with their shares, which are left out if all are 1."""
+def _format_target(values: dict[str, float], digits: int = 0) -> str:
+    """Return the classes of a target with their shares in percent, which are left out if all are 1."""
     if all(part > 0.999 for part in values.values()):
         return ", ".join(values) or "no class"
     first = sorted(values.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {part:.0%}" for name, part in first[:3])
+    shown = ", ".join(f"{name} {part:.{digits}%}" for name, part in first[:3])
     return shown + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
@@ -337,16 +337,18 @@ def mistake_pictures(record: Record) -> list[ImageCard]:
 
 def label_error_pictures(folder: Path, gallery: Gallery) -> list[ImageCard]:
     """Return images whose label is probably wrong, with the given label and the suggested one."""
-    return _predicted_pictures(folder, gallery.mistakes, ("label", "suggested"))
+    return _predicted_pictures(folder, gallery.mistakes, ("label", "suggested"), digits=1)
 
 
-def _predicted_pictures(folder: Path, pictures: Iterable[Picture], names: tuple[str, str]) -> list[ImageCard]:
+def _predicted_pictures(
+    folder: Path, pictures: Iterable[Picture], names: tuple[str, str], digits: int = 0
+) -> list[ImageCard]:
     shown = []
     for picture in pictures:
         source = _source(folder, picture)
         if source is None:
             continue
-        truth = _format_target(picture.truth)
+        truth = _format_target(picture.truth, digits)
         predicted = ", ".join(
             name if part is None else f"{name} {format_percent(part)}" for name, part in picture.predicted.items()
         )

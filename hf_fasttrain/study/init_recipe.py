@@ -83,12 +83,15 @@ def find_weights(machine: Machine, model: str | None, file: str | None) -> Weigh
 
 
 def _weights_of_file(file: str, model: str | None) -> Weights:
+    import timm
+
     path = weights_file(file)
     name = model or architecture_of(file, path)
     if name is None:
+        likely = path.stem if timm.is_model(path.stem) else "efficientnet_b0"
         raise ModelError(
             f"--weights {one_line(file)}: nothing beside it says which model these weights are of; add --model NAME, "
-            "such as --model efficientnet_b0"
+            f"such as --model {likely}"
         )
     reason = "given by --model" if model else "of these weights"
     return Weights(Choice(name, reason), Choice(file, "given by --weights"), f"{name}: {one_line(file)}", is_here=True)

@@ -93,7 +93,8 @@ def write_results(trainer: Trainer) -> Result:
     """Write model, predictions and result.json, if there is a run folder; return the result."""
     bad = trainer.bad_images
     if bad is not None and bad.count:
-        trainer.log.note(f"{bad.count} bad images were replaced by others; {bad.where}")
+        replaced = "image was replaced by another" if bad.count == 1 else "images were replaced by others"
+        trainer.log.note(f"{bad.count:,} bad {replaced}; {bad.where}")
     if trainer.checkpoints is not None and trainer.processes.is_main:
         trainer.checkpoints.write_results(
             partial(_write_model, trainer),

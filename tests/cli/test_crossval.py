@@ -80,7 +80,9 @@ def test_figures_are_those_of_all_folds(folder: Path) -> None:
     pooled = Predictions.load(folder / "predictions.safetensors")
     assert pooled.images is not None
     assert len(torch.unique(pooled.images)) == 1797
-    assert "fold 2" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "fold 2" in page
+    assert "1,797 images of all folds, predicted after step" in page
 
 
 def test_the_interval_of_a_mean_is_students(folder: Path) -> None:

@@ -137,6 +137,7 @@ def photos(folder: Path, numbers: dict[str, int]) -> None:
         (lambda root: "photos", ["--model", "resnt50"], "has no model 'resnt50'. Did you mean 'resnet50'?"),
         (lambda root: "photos", ["--weights", "no.safetensors"], "no file or folder no.safetensors"),
         (lambda root: "photos", ["--weights", "w.safetensors"], "which model these weights are of; add --model NAME"),
+        (lambda root: "photos", ["--weights", "resnet18.safetensors"], "such as --model resnet18"),
     ],
 )
 def test_bad_input_is_one_message(
@@ -147,7 +148,8 @@ def test_bad_input_is_one_message(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "w.safetensors").touch()
+    for name in ("w.safetensors", "resnet18.safetensors"):
+        (tmp_path / name).touch()
     before = set(tmp_path.rglob("*.y*ml"))
     folder = make(tmp_path)
     assert exit_status(["init", folder, *options]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_wrong_labels_come_first_and_the_corrected_table_trains(
     assert "data.cache" not in printed
     page = (run / "mislabeled" / "mislabeled.html").read_text()
     assert page.count("<figure><img") == 2
+    assert re.search(rf"{rows[0]['given_label']} \d+\.\d%", page)  # as on the terminal, not "0%" for 0.4 %
     assert len(page) < 200_000
     assert f"{run / 'report.html'}    has a section of them now" in printed
     report = (run / "report.html").read_text()

@@ -80,6 +80,7 @@ def test_the_report_and_its_pictures_are_written(write_recipe: Callable[..., Pat
     run = tmp_path / "run"
     trained(write_recipe, run, "augment.mixup=1.0")
     assert "<!DOCTYPE html>" in (run / "report.html").read_text()[:100]
+    assert "cropped, augmented and mixed, with their targets" in (run / "report.html").read_text()
     assert {"curves.png", "confusion.png", "gallery.json"} <= {path.name for path in (run / "report").iterdir()}
     gallery, predictions = Gallery.load(run), Predictions.load(run / PREDICTIONS_FILE)
     assert gallery.class_names == [str(digit) for digit in range(10)]

@@ -95,6 +95,7 @@ def test_local_paths_of_training_are_removed_everywhere(hub: Hub, copied: Path) 
     assert card.data.datasets is None
     assert card.data.eval_results[0].dataset_name == "own images"
     assert "data/flowers" not in card.content
+    assert "hf_fasttrain hf://me/flowers data.dataset=FOLDER model.pretrained=WEIGHTS\n" in card.text
 
 
 def test_a_token_in_a_comment_is_masked(hub: Hub, copied: Path) -> None:

@@ -542,6 +542,8 @@ def test_the_axis_of_accuracies_that_are_compared_ends_at_1(tmp_path: Path) -> N
     assert 0 < low < 0.272
     assert high == axes["eval-f1_macro"]["range"][1] == 1
     assert "range" not in axes["eval-loss"]
+    assert axes["data-wait-fraction"]["tickformat"] == ".1~%"  # whole percents would repeat "0%" and "1%"
+    assert axes["lr"]["exponentformat"] == "power"  # plotly's default writes 150µ
 
 
 def test_the_worst_classes_come_first() -> None:

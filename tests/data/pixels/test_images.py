@@ -141,6 +141,7 @@ def test_training_continues_after_a_bad_image_and_counts_it(
     assert result.bad_images == 1
     assert result.images == 48
     assert any("bad images are replaced by others" in note for note in result.notes)
+    assert any(note.startswith("1 bad image was replaced by another; ") for note in result.notes)
     (line,) = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert json.loads(line)["path"].endswith("0.jpg")
     with pytest.raises(DataError, match=r"max_bad_fraction=0.01: 1 of 24 images of split 'train' can't be"):
