@@ -13,6 +13,7 @@ from hf_fasttrain.run_folder.file_names import (
     AVERAGED_FOLDER,
     BAD_IMAGES_FILE,
     CHECKPOINTS_FOLDER,
+    CROSSVAL_FILE,
     FILES_WHILE_TRAINING,
     LOCK_FILE,
     METRICS_FILE,
@@ -40,7 +41,8 @@ FILES_OF_UNSAVED = (
 def require_free(folder: Path, *, resume: bool) -> None:
     """Raise RunError if the path can't be a run folder, or if it holds a run and `resume` is False.
 
-    A run that was stopped before it saved anything does not count: see `is_unsaved`.
+    A run that was stopped before it saved anything does not count: see `is_unsaved`. A finished run without checkpoints
+    can't be resumed, and the folder of a cross-validation has other files by the same names.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -48,11 +50,27 @@ def require_free(folder: Path, *, resume: bool) -> None:
         if folder.exists():
             os.listdir(folder)
             _require_kinds(folder)
+            _require_not_to_be_replaced(folder, resume=resume)
         is_taken = bool(run_files_in(folder)) and not resume and not is_unsaved(folder)
     except OSError as error:
         raise RunError(f"output_dir {folder}: can't be used: {reason(error)}; choose another output_dir") from None
     if is_taken:
         raise holds_run(folder)
+
+
+def _require_not_to_be_replaced(folder: Path, *, resume: bool) -> None:
+    """Raise RunError if a training would begin anew over results that are complete."""
+    if (folder / CROSSVAL_FILE).exists():
+        raise RunError(
+            f"output_dir {folder}: holds a cross-validation ({CROSSVAL_FILE}), whose report and predictions a run would "
+            "replace; choose another output_dir"
+        )
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    if resume and (folder / RESULT_FILE).exists() and not any(checkpoints.glob(f"{PREFIX}*")):
+        raise RunError(
+            f"output_dir {folder}: its run is finished ({RESULT_FILE}), and its checkpoints have been removed, without "
+            "which it can't be continued; choose another output_dir for a new run"
+        )
 
 
 APPENDED = (METRICS_FILE, BAD_IMAGES_FILE)  # never through a link, which could lead to any file of the user's

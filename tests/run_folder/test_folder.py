@@ -38,6 +38,22 @@ def test_whatever_a_run_saved_blocks_its_folder(killed: Path, saved: str) -> Non
         require_free(killed, resume=False)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_no_run_replaces_the_report_of_a_cross_validation(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "crossval.json").touch()
+    with pytest.raises(RunError, match="holds a cross-validation"):
+        require_free(tmp_path, resume=resume)
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_begun_anew(killed: Path) -> None:
+    require_free(killed, resume=True)
+    (killed / "result.json").touch()
+    with pytest.raises(RunError, match="its checkpoints have been removed"):
+        require_free(killed, resume=True)
+    (killed / "checkpoints" / "step_00000003").mkdir()
+    require_free(killed, resume=True)
+
+
 @pytest.mark.parametrize("absent", ["resolved.yaml", "checkpoints/.lock"])
 def test_files_that_a_run_may_not_have_written_block_a_folder(killed: Path, absent: str) -> None:
     (killed / absent).unlink()
