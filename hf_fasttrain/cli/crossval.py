@@ -59,10 +59,11 @@ def _train(recipe: Recipe, run: Path) -> None:
 
     from hf_fasttrain.cli.train import carry_out, expected_results
     from hf_fasttrain.from_recipe.trainer import build_trainer
+    from hf_fasttrain.run_folder.folder import is_begun
     from hf_fasttrain.run_folder.missing import missing_results
     from hf_fasttrain.train.out_of_memory import free_cached_memory
 
-    trainer = build_trainer(recipe, resume=run.exists())
+    trainer = build_trainer(recipe, resume=is_begun(run))
     if not trainer.is_finished or missing_results(run, trainer.state.step, **expected_results(trainer)):
         result = carry_out(trainer, trainer.fit)
         metrics = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())  # none of all images

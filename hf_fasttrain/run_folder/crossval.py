@@ -71,8 +71,8 @@ class CrossvalFile(BaseModel):
             )
 
 
-def fold_folder(fold: int) -> str:
-    """Return the name of a fold's run folder."""
+def fold_folder(fold: int | str) -> str:
+    """Return the name of a fold's run folder; of `*`, the pattern of all of them."""
     return f"fold_{fold}"
 
 

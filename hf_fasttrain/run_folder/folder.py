@@ -130,6 +130,11 @@ def is_unsaved(folder: Path) -> bool:
     return is_run and not any(path.exists() for path in saved) and not any(checkpoints.glob(f"{PREFIX}*"))
 
 
+def is_begun(folder: Path) -> bool:
+    """Return whether a folder holds a run that has saved something, and that can be resumed."""
+    return bool(run_files_in(folder)) and not is_unsaved(folder)
+
+
 def remove_unsaved(folder: Path) -> list[str]:
     """Remove the files of a run that saved nothing, and return their names. Raises OSError."""
     found = [folder / name for name in FILES_OF_UNSAVED if (folder / name).exists()]

@@ -17,7 +17,7 @@ from hf_fasttrain.run_folder.crossval import (
     plain,
     read_crossval,
 )
-from hf_fasttrain.run_folder.folder import holds_run, run_files_in
+from hf_fasttrain.run_folder.folder import holds_run, is_begun, run_files_in
 from hf_fasttrain.train.launcher import num_processes
 from hf_fasttrain.utils.errors import RecipeError, RunError, resume_option
 
@@ -109,6 +109,8 @@ def begin(plan: CrossvalPlan, *, resume: bool) -> CrossvalFile:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"output_dir {folder}: is a file; choose another output_dir")
     earlier = read_crossval(folder)
+    if earlier is not None and not earlier.done and not any(map(is_begun, _runs_in(folder))):
+        return plan.about  # it ended before it saved anything: a mistake was found, say
     if earlier is None:
         if run_files_in(folder):
             raise holds_run(folder)
@@ -125,3 +127,7 @@ def begin(plan: CrossvalPlan, *, resume: bool) -> CrossvalFile:
         )
     plan.about.require_same(earlier, folder)
     return plan.about.model_copy(update={"done": [name for name in earlier.done if name in plan.runs]})
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return [folder / FINAL, *folder.glob(fold_folder("*"))]

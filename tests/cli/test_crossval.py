@@ -146,6 +146,17 @@ def test_mistakes_are_one_message(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_that_the_first_fold_finds_does_not_block_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    for _ in range(2):
+        assert command(tmp_path, "evaluate.thresholds=tuned") == 2
+        assert "tuned has no meaning for one label per image" in capsys.readouterr().err
+    assert command(tmp_path, "evaluate.thresholds=tuned", "seed=7") == 2  # other settings
+    assert "tuned has no meaning for one label per image" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "recipe": "x", "folds": "3"}'])
 def test_a_damaged_crossval_json_is_one_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "crossval.json").write_text(text)
