@@ -95,6 +95,7 @@ def _first(found: Found) -> list[str]:
 
 def _next(found: Found, table: Path, recipe: Recipe) -> str:
     """Return the command that trains with the corrected labels, or why there is none."""
+    from hf_fasttrain.from_recipe.label_errors import overrides_for_table
     from hf_fasttrain.utils.format import format_command
 
     if not found.has_paths:
@@ -102,5 +103,5 @@ def _next(found: Found, table: Path, recipe: Recipe) -> str:
             "the images are in the dataset itself, not in files: correct the rows there (columns split and row of the "
             "table; docs/data.md has a program)"
         )
-    command = format_command("train", recipe.source.argument, f"data.dataset={table}", "output_dir=FOLDER")
+    command = format_command("train", recipe.source.argument, *overrides_for_table(recipe, table))
     return f"then: {command}"

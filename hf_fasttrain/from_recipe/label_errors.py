@@ -20,6 +20,7 @@ from hf_fasttrain.from_recipe.probe import HeadProbe, probe_recipe, require_memo
 from hf_fasttrain.from_recipe.report_pictures import picture_name, pixels_as_evaluated
 from hf_fasttrain.from_recipe.trainer import build_trainer_without_folder
 from hf_fasttrain.models.model import Preprocessing
+from hf_fasttrain.recipe.load import flatten
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.report.label_errors import write_label_error_page
 from hf_fasttrain.run_folder.file_names import LABEL_ERRORS_FILE
@@ -36,6 +37,14 @@ COLUMNS = (
     "path", "label", "split", "row", "flagged", "given_label", "suggested_label", "given_probability",
     "suggested_probability", "margin", "loss",
 )  # fmt: skip
+GROUP = "group"  # one more column with data.group_column
+REPLACED = ("data.dataset", "output_dir")
+# Keys that say how another data set is read, and their values for the table.
+READ_AS = {
+    "data.config": None, "data.revision": None, "data.image_column": "path", "data.label_column": "label",
+    "data.label_separator": None, "data.image_root": None, "data.split_column": "split", "data.folds": None,
+    "data.fold": None,
+}  # fmt: skip
 
 
 @dataclass
@@ -65,6 +74,17 @@ class Found:
     def has_paths(self) -> bool:
         """Whether every image is a file, so that the table is a dataset."""
         return all(self.path(image) is not None for image in range(len(self)))
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the images belong to groups, which are a column of the table then."""
+        return self.splits[0].groups is not None
+
+    def group(self, image: int) -> str:
+        """Return the group of an image; empty: none."""
+        groups = self._split(image).groups
+        code = -1 if groups is None else int(groups.codes[self.row(image)])
+        return groups.names[code] if groups is not None and code >= 0 else ""
 
     @property
     def split_names(self) -> list[str]:
@@ -216,7 +236,9 @@ def require_uncorrected(folder: Path) -> None:
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file)
-            is_own = tuple(reader.fieldnames or ()) == COLUMNS and all(r["label"] == r["given_label"] for r in reader)
+            is_own = tuple(reader.fieldnames or ()) in (COLUMNS, (*COLUMNS, GROUP)) and all(
+                r["label"] == r["given_label"] for r in reader
+            )
     except (OSError, csv.Error):
         is_own = False
     if not is_own:
@@ -227,7 +249,7 @@ def table_of(found: Found) -> bytes:
     """Return the CSV of all images, most likely errors first; `label` is the column to correct."""
     errors, splits, text = found.errors, found.split_names, io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(COLUMNS)
+    writer.writerow([*COLUMNS, GROUP] if found.has_groups else COLUMNS)
     given, suggested = errors.probability_of_given(), errors.probability_of_suggested()
     margins, losses, names = errors.margins, errors.losses, found.class_names
     for image in errors.ranked.tolist():
@@ -244,9 +266,23 @@ def table_of(found: Found) -> bytes:
                 label,
                 other,
                 *cells,
+                *([found.group(image)] if found.has_groups else []),
             ]
         )
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def overrides_for_table(recipe: Recipe, table: Path) -> list[str]:
+    """Return the overrides with which a recipe trains on the table: the user's, but for the data, and the table's."""
+    values = flatten(recipe)
+    columns = {**READ_AS, "data.group_column": GROUP if values["data.group_column"] is not None else None}
+    kept = [text for text in recipe.source.overrides if text.partition("=")[0].strip() not in {*columns, *REPLACED}]
+    own = [
+        f"{key}={'null' if value is None else value}"
+        for key, value in columns.items()
+        if values[key] not in ("auto", value)
+    ]
+    return [*kept, f"data.dataset={table}", *own, "output_dir=FOLDER"]
 
 
 def _write_pictures(found: Found, pre: Preprocessing, folder: Path, number: int) -> None:

@@ -62,8 +62,8 @@ def _require_not_to_be_replaced(folder: Path, *, resume: bool) -> None:
     """Raise RunError if a training would begin anew over results that are complete."""
     if (folder / CROSSVAL_FILE).exists():
         raise RunError(
-            f"output_dir {folder}: holds a cross-validation ({CROSSVAL_FILE}), whose report and predictions a run would "
-            "replace; choose another output_dir"
+            f"output_dir {folder}: holds a cross-validation ({CROSSVAL_FILE}), whose report and predictions a run "
+            "would replace; choose another output_dir"
         )
     checkpoints = folder / CHECKPOINTS_FOLDER
     if resume and (folder / RESULT_FILE).exists() and not any(checkpoints.glob(f"{PREFIX}*")):

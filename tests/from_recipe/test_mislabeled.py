@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,35 @@ def test_wrong_labels_come_first_and_the_corrected_table_trains(
     assert exit_status(["mislabeled", str(recipe), *data]) == 0
     assert "likely label errors: 0 of 36 images" in capsys.readouterr().out
     assert "No label is probably wrong" in (tmp_path / "again" / "mislabeled" / "mislabeled.html").read_text()
+
+
+def test_the_command_that_is_printed_trains_a_recipe_of_another_table(
+    write_recipe: Callable[..., Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((photos / "train").rglob("*.jpg"))
+    lines = [f"{path.relative_to(photos)};{path.parent.name},{number % 6}" for number, path in enumerate(files)]
+    table = tmp_path / "kinds.csv"
+    table.write_text("file,kind,camera\n" + "\n".join(lines).replace(";", ",") + "\n")
+    columns = "image_root: photos, image_column: file, label_column: kind, group_column: camera"
+    recipe = write_recipe(
+        f"""
+model: {{name: test_resnet}}
+data: {{dataset: "{table}", {columns}, folds: 3, fold: 1, image_size: 32, workers: 0, cache: none}}
+train: {{duration: 2 steps, batch_size: 8}}
+log: {{report: false}}
+"""
+    )
+    assert exit_status(["mislabeled", str(recipe), "seed=3", f"output_dir={tmp_path / 'run'}"]) == 0
+    command = shlex.split(capsys.readouterr().out.split("then: hf-fasttrain ")[1])
+    assert "seed=3" in command
+    rows = rows_of(tmp_path / "run" / "mislabeled" / "labels.csv")
+    cameras = {row["path"]: row["group"] for row in rows}
+    assert cameras == {str(path): str(number % 6) for number, path in enumerate(files)}
+    assert exit_status([text.replace("FOLDER", str(tmp_path / "again")) for text in command]) == 0
+    told = capsys.readouterr().out
+    assert exit_status(["mislabeled", str(recipe), "seed=3", f"output_dir={tmp_path / 'run'}"]) == 0  # not corrected
+    assert len({row["path"] for row in rows if row["split"] == "validation"}) == len(rows) // 3
+    assert "validation" in told
 
 
 def test_all_processes_find_the_same_errors_as_one(recipe: Path) -> None:
