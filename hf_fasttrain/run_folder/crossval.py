@@ -54,9 +54,13 @@ class CrossvalFile(BaseModel):
     metrics: dict[Name, OverFolds] | None = None  # once all folds are done
     pooled: Pooled | None = None
 
-    def require_same(self, earlier: CrossvalFile, folder: Path) -> None:
-        """Raise RunError unless a cross-validation that is continued began with the same recipe and data."""
-        mine, others = ({**each.settings, "data.folds": each.folds} for each in (self, earlier))
+    def require_same(self, earlier: CrossvalFile, folder: Path, defaults: dict[str, Any]) -> None:
+        """Raise RunError unless a cross-validation that is continued began with the same recipe and data.
+
+        `defaults` are the values of settings that did not exist yet when it began.
+        """
+        began = {key: defaults[key] for key in self.settings.keys() & defaults.keys()} | earlier.settings
+        mine, others = {**self.settings, "data.folds": self.folds}, {**began, "data.folds": earlier.folds}
         changed = [key for key in sorted(mine.keys() | others.keys()) if mine.get(key) != others.get(key)]
         if changed:
             listed = "\n".join(f"  {key}: {others.get(key)!r} before, {mine.get(key)!r} now" for key in changed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_fasttrain.data.source.fingerprint import fingerprint
 from hf_fasttrain.from_recipe.source_from import open_source
-from hf_fasttrain.recipe.load import flatten, load_recipe, origin_of, output_dir, tag_of
+from hf_fasttrain.recipe.load import default_values, flatten, load_recipe, origin_of, output_dir, tag_of
 from hf_fasttrain.recipe.schema import Recipe
 from hf_fasttrain.run_folder.crossval import (
     FINAL,
@@ -125,8 +125,10 @@ def begin(plan: CrossvalPlan, *, resume: bool) -> CrossvalFile:
             f"output_dir {folder}: holds a cross-validation already; add {resume_option()} to continue it, or choose "
             "another output_dir"
         )
-    plan.about.require_same(earlier, folder)
-    return plan.about.model_copy(update={"done": [name for name in earlier.done if name in plan.runs]})
+    plan.about.require_same(earlier, folder, plain(default_values()))
+    return plan.about.model_copy(
+        update={"done": [name for name in earlier.done if name in plan.runs and (folder / name).exists()]}
+    )
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -146,6 +146,16 @@ def test_mistakes_are_one_message(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_that_did_not_exist_when_it_began_has_its_default(folder: Path) -> None:
+    state = read_crossval(folder)
+    assert state is not None
+    older = state.model_copy(update={"settings": {k: v for k, v in state.settings.items() if k != "train.probe_first"}})
+    defaults = {"train.probe_first": False, "of.another": 3}
+    state.require_same(older, folder, defaults)
+    with pytest.raises(RunError, match="probe_first: True before, False now"):
+        state.require_same(older, folder, {**defaults, "train.probe_first": True})
+
+
 def test_a_mistake_that_the_first_fold_finds_does_not_block_the_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
