@@ -33,7 +33,7 @@ data: {dataset: photos, image_size: 32, eval_fraction: 0.3, workers: 0, cache: n
 train: {duration: 4 steps, batch_size: 4}
 accelerate: {mixed_precision: "no"}
 evaluate: {every: 2 steps}
-checkpoint: {every: 2 steps}
+checkpoint: {every: 2 steps, final: average, average: 2}
 early_stopping: {metric: loss, patience: 100 steps}
 ema: {decay: 0.5}
 log: {every: 1}
@@ -71,8 +71,11 @@ COMMANDS = {
     "check run": ["check", "run"],
     "weights": ["check", "recipe.yaml", "output_dir=new", "model.pretrained=run"],
     "compare": ["report", "run", "other", "--output", "both.html"],
+    "predict average": ["predict", "run", "photos/cat/0.png", "--calibrated", "--weights", "average"],
+    "mislabeled": ["mislabeled", "recipe.yaml", "output_dir=run", "--folds", "2"],
+    "crossval": ["crossval", "recipe.yaml", "output_dir=folds", "data.folds=2", "--no-final", "--resume"],
 }
-CHECKPOINT = "checkpoints/step_00000004"
+CHECKPOINT, AVERAGED = "checkpoints/step_00000004", "checkpoints/averaged/step_00000002"
 FILES = {
     "result.json": ["report", "push", "push best", "export best", "evaluate", "resume run", "compare"],
     "recipe.yaml": ["report", "push", "evaluate", "predict", "resume run", "check run"],
@@ -95,8 +98,16 @@ FILES = {
     f"{CHECKPOINT}/training.safetensors": ["resume"],
     f"{CHECKPOINT}/model.safetensors": ["resume", "export best", "push best"],
     f"{CHECKPOINT}/ema.safetensors": ["resume", "export best"],
+    f"{AVERAGED}/COMPLETE": ["resume", "predict average"],
+    f"{AVERAGED}/state.json": ["resume", "predict average"],
+    f"{AVERAGED}/model.safetensors": ["resume", "predict average"],
+    "mislabeled/gallery.json": ["report", "mislabeled"],
+    "mislabeled/labels.csv": ["mislabeled"],
+    "../folds/crossval.json": ["crossval"],
+    "../folds/fold_1/predictions.safetensors": ["crossval"],
+    "../folds/fold_1/result.json": ["crossval"],
 }
-FOLDERS = ["model", "report", "checkpoints", CHECKPOINT]
+FOLDERS = ["model", "report", "checkpoints", CHECKPOINT, "mislabeled", AVERAGED]
 
 
 def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -238,7 +249,11 @@ def prepare(place: Path, libraries: Sequence[str] = tuple(MODELS)) -> None:
         (given / "run" / "micro_batch.json").write_text('{"wished": "auto", "micro_batch_size": 2}')
         pushed = {"repo": "me/x", "address": "a", "step": 2, "date": "d", "finished": True}
         (given / "run" / "hub.json").write_text(json.dumps(pushed))
+        for command in (COMMANDS["mislabeled"], COMMANDS["crossval"][:-1]):
+            outcome = run_watched(command, place)
+            assert (outcome.status, outcome.problems) == (0, ()), f"{outcome.problems} {outcome.output}"
         shutil.move(given / "run", place / f"ref_{name}")
+        shutil.move(given / "folds", place / f"folds_{name}")
         for folder in FOLDERS[:3]:  # as a link may lead to a folder like it
             shutil.copytree(place / f"ref_{name}" / folder, beside / f"kept_{folder}", dirs_exist_ok=True)
     shutil.copytree(place / "ref_timm", given / "other")
@@ -279,14 +294,14 @@ def damage(run: Path, rng: random.Random) -> tuple[str, str, str]:
             name = rng.choice(FOLDERS)
         return name, replaced(run / name, rng), command
     data = path.read_bytes()
-    if kind == "bytes" or name.endswith((".jpg", ".html")):
+    if kind == "bytes" or name.endswith((".jpg", ".html", ".csv")):
         path.write_bytes(changed_bytes(data, rng))
     elif name.endswith(".safetensors"):
         path.write_bytes(changed_header(data, rng))
     else:
         text = changed_text(data.decode(), name, rng)
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    if name.startswith(CHECKPOINT) and not name.endswith(MARKER) and rng.random() < 0.8:
+    if name.startswith((CHECKPOINT, AVERAGED)) and not name.endswith(MARKER) and rng.random() < 0.8:
         put_hashes_right(path.parent)
         kind += ", hashes put right"
     return name, kind, command
@@ -296,10 +311,11 @@ def case(seed: int, index: int, place: Path) -> Case:
     """Damage a file of a new copy of a run, and return a command that reads it."""
     rng = random.Random(f"{seed} {index}")
     given, library = place / "given", rng.choice([name for name in MODELS if (place / f"ref_{name}").is_dir()])
-    for name in ("run", "out", "new", "both.html", "pushed"):
+    for name in ("run", "folds", "out", "new", "both.html", "pushed"):
         path = given / name
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(place / f"ref_{library}", given / "run")
+    shutil.copytree(place / f"folds_{library}", given / "folds")
     (given / "recipe.yaml").write_text(RECIPE.replace("MODEL", MODELS[library]))
     name, kind, command = damage(given / "run", rng)
     files = [given / "run" / name] if name not in FOLDERS else []
