@@ -364,7 +364,7 @@ def test_wrong_requests_are_refused(trained_run: Path, tmp_path: Path) -> None:
     refused(r"nowhere: no such folder; give the run folder", tmp_path / "nowhere")
     refused(r"is not a finished run, it has no model/hf_fasttrain\.json", tmp_path)
     refused(r"no checkpoint of step 3 \(weights=step_3\); available: step_2, step_4$", weights="step_3")
-    refused(r"weights=newest: allowed are last, best and step_N", weights="newest")
+    refused(r"weights=newest: allowed are last, best, average and step_N", weights="newest")
     refused(r"model holds the weights that result\.json describes; give another folder", output=None, weights="best")
     marker = trained_run / "checkpoints" / "step_00000002" / "model.safetensors"
     marker.write_bytes(marker.read_bytes()[:-1] + b"?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_fasttrain.cli import main
 from hf_fasttrain.data.pixels.cache import ENTRY, HEADER_BYTES, PixelCache
 from hf_fasttrain.run_folder.checkpoint import complete_checkpoints
 from hf_fasttrain.train.metrics import Metrics
+from hf_fasttrain.utils.signals import SIGNALS
 
 
 def num_kept(cache: PixelCache) -> int:
@@ -56,6 +58,11 @@ def raise_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 def exit_status(arguments: list[str]) -> int:
     """Run the command line in this process as in a new one; return its exit status."""
     reset_accelerate()
-    with pytest.raises(SystemExit) as error:
-        main(arguments)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+    finally:  # a stopped command ignores signals until its process ends
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return int(error.value.code or 0)

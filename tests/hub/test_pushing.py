@@ -382,7 +382,7 @@ def test_the_best_weights_are_pushed_rather_than_the_last(hub: Hub, run: Path) -
     shutil.rmtree(checkpoint)
     with pytest.raises(RunError, match=r"no checkpoint of step 1 \(weights=best\); available: none"):
         push_run(run, "me/digits", weights="best")
-    with pytest.raises(RunError, match="weights=newest: allowed are last, best and step_N"):
+    with pytest.raises(RunError, match="weights=newest: allowed are last, best, average and step_N"):
         push_run(run, "me/digits", weights="newest")
 
 

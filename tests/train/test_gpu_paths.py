@@ -174,7 +174,7 @@ def test_a_run_on_a_cpu_next_to_a_gpu_sets_its_threads(
     recipe = load_recipe(write_recipe(), ["accelerate.cpu_threads=1"])
     facts = ResolvedSettings(recipe)
     torch.set_num_threads(2)
-    accelerator._set_threads(resolve_machine(recipe, facts))
+    accelerator._set_threads(resolve_machine(recipe, facts), facts)
     assert facts.all()["accelerate.cpu_threads"].value == 1
     assert torch.get_num_threads() == 1
 
