@@ -156,8 +156,11 @@ def test_thresholds_of_other_classes_are_refused(run: Path, photo: str) -> None:
     path = run / "model/calibration.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"thresholds": [0.5, 0.2]}))
     for use in (lambda: open_predictions(run, [photo], calibrated=True), lambda: export_run(run, run.parent / "out")):
-        with pytest.raises(RunError, match=r"calibration\.json has 2 thresholds, and the model has 10 classes"):
+        with pytest.raises(
+            RunError, match=r"calibration\.json has 2 thresholds, and the model has 10 classes"
+        ) as error:
             use()
+        assert str(error.value).startswith(f"{run}: ")
 
 
 def test_the_report_shows_the_reliability_before_and_after(run: Path) -> None:

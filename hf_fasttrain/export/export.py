@@ -91,10 +91,13 @@ def export_run(
     try:
         with new_folder(folder, marks=MODEL_FILES) as partial:
             if user_model is not None:
+                require_classes(calibration, user_model.spec.num_classes, run)
                 exported = _export_user_model(user_model, run / MODEL_FOLDER, partial, calibration, onnx=onnx)
             else:
                 assert finished is not None
-                exported = _write(*_load(finished, checkpoint), partial, calibration, onnx=onnx)
+                loaded, spec = _load(finished, checkpoint)
+                require_classes(calibration, spec.num_classes, run)
+                exported = _write(loaded, spec, partial, calibration, onnx=onnx)
             sync_files(partial)
     except OSError as error:
         raise RunError(f"{folder}: can't be written: {reason(error)}; choose another output") from None
@@ -111,7 +114,6 @@ def _write(
     spec = replace(spec, preprocessing=spec.preprocessing or model_preprocessing(model, spec))
     with quiet():
         save_model(model, spec, folder)
-    require_classes(calibration, spec.num_classes, folder)
     write_calibration(folder, calibration)
     return _verify(model, spec, folder, calibration, onnx=onnx)
 
@@ -123,7 +125,6 @@ def _export_user_model(
     copyfile(user_model.weights, folder / WEIGHTS_FILE)
     if (described / SPEC_FILE).is_file():  # of a recipe's run
         copyfile(described / SPEC_FILE, folder / SPEC_FILE)
-    require_classes(calibration, user_model.spec.num_classes, folder)
     write_calibration(folder, calibration)
     if not onnx:
         return ExportResult(folder, ["torch (load_state_dict)"], [], None)
