@@ -53,6 +53,9 @@ def test_a_run_folder_must_be_free_and_possible_to_write(tmp_path: Path) -> None
     (tmp_path / "run" / "result.json").write_text("{}")
     with pytest.raises(UserError, match="holds a run already"):
         check(folder=tmp_path / "run")
+    with pytest.raises(RunError, match="its checkpoints have been removed"):
+        check(folder=tmp_path / "run", resume=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
     check(folder=tmp_path / "run", resume=True)
     check(folder=tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
