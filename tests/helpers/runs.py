@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,18 @@ def exit_status(arguments: list[str]) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return int(error.value.code or 0)
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """Return a run's result.json."""
+    return dict(json.loads((run / "result.json").read_text()))
+
+
+def checkpoint(run: Path, step: int, kind: str = "model") -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint."""
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{kind}.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Return whether two state dicts are the same bit by bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

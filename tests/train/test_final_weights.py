@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import reset_accelerate, run_processes
-from helpers.runs import RECIPE, exit_status, raise_losses, steps_of, weights
+from helpers.runs import RECIPE, checkpoint, equal, exit_status, raise_losses, result_of, steps_of, weights
 from helpers.small_trainer import small_trainer
 from PIL import Image
 from safetensors.torch import load_file
@@ -43,18 +42,6 @@ pytestmark = pytest.mark.usefixtures("rising_loss")  # the first evaluation is t
 def make(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Trainer:
     reset_accelerate()
     return Trainer.from_recipe(recipe, [*SMALL, *overrides, f"output_dir={run}"], resume=resume)
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "result.json").read_text()))
-
-
-def checkpoint(run: Path, step: int, kind: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{kind}.safetensors")
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

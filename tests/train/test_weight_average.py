@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import reset_accelerate, run_processes
-from helpers.runs import exit_status, weights
+from helpers.runs import RECIPE, checkpoint, equal, exit_status, result_of, weights
 from helpers.small_trainer import small_trainer
 from safetensors.torch import load_file
 from torch import nn
@@ -37,18 +36,6 @@ def make(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Trai
     return Trainer.from_recipe(recipe, [*SMALL, *AVERAGE, *overrides, f"output_dir={run}"], resume=resume)
 
 
-def result_of(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "result.json").read_text()))
-
-
-def checkpoint(run: Path, step: int, kind: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{kind}.safetensors")
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def mean_of(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the mean by NumPy in float64; integers of the last."""
     return {
@@ -62,8 +49,6 @@ def mean_of(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of 6 steps that ended with the mean of the weights after steps 2, 4 and 6."""
-    from helpers.runs import RECIPE
-
     folder = tmp_path_factory.mktemp("trained")
     (folder / "small.yaml").write_text(RECIPE)
     make(folder / "small.yaml", folder / "run", "checkpoint.keep=5", "log.report=true").fit()
