@@ -323,6 +323,11 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # augment.flip: true is half of the time, not 1
 
 
+def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ, sorted; a missing one is None."""
+    return [key for key in sorted(saved.keys() | current.keys()) if not _is_same(saved.get(key), current.get(key))]
+
+
 def require_same_settings(
     saved: dict[str, Any], current: dict[str, Any], path: Path, new_run: str | None = None
 ) -> None:
@@ -335,8 +340,7 @@ def require_same_settings(
         saved = {**saved, "schedule.warmup": "auto"}
     if "model.head" in current:
         saved = {"model.head": "auto", **saved}  # older runs have none
-    keys = [key for key in sorted(saved.keys() | current.keys()) if key.split(".")[0] not in MAY_CHANGE]
-    changed = [key for key in keys if not _is_same(saved.get(key), current.get(key))]
+    changed = [key for key in differing_settings(saved, current) if key.split(".")[0] not in MAY_CHANGE]
     if changed:
         listed = "\n".join(f"  {key}: {saved.get(key)!r} in the run, {current.get(key)!r} now" for key in changed)
         raise RunError(

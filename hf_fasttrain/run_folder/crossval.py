@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from hf_fasttrain.run_folder.checkpoint import differing_settings
 from hf_fasttrain.run_folder.file_names import CHECKPOINTS_FOLDER, CROSSVAL_FILE
 from hf_fasttrain.run_folder.schema_intervals import IntervalsPart
 from hf_fasttrain.utils.errors import RunError
@@ -61,8 +62,7 @@ class CrossvalFile(BaseModel):
         """
         began = {key: defaults[key] for key in self.settings.keys() & defaults.keys()} | earlier.settings
         mine, others = {**self.settings, "data.folds": self.folds}, {**began, "data.folds": earlier.folds}
-        changed = [key for key in sorted(mine.keys() | others.keys()) if mine.get(key) != others.get(key)]
-        if changed:
+        if changed := differing_settings(others, mine):
             listed = "\n".join(f"  {key}: {others.get(key)!r} before, {mine.get(key)!r} now" for key in changed)
             raise RunError(
                 f"{folder}: began with other settings, which change the result:\n{listed}\nRestore them, or choose "

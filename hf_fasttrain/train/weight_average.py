@@ -195,13 +195,18 @@ def averaged_steps(trainer: Trainer) -> list[int]:
     return steps[-trainer.num_averaged :]
 
 
+def _weights_of(trainer: Trainer, step: int) -> dict[str, dict[str, Tensor]]:
+    """Return the kept weights of a step. Raises RunError or ValueError if they can't be read."""
+    assert trainer.checkpoints is not None
+    return load_checkpoint(checkpoint_path(_folder(trainer.checkpoints), step)).weights
+
+
 def _read_mean(trainer: Trainer) -> WeightMean:
     """Return the mean of the states that can be read; the others are reported."""
     mean = WeightMean()
-    assert trainer.checkpoints is not None
     for step in averaged_steps(trainer):
         try:
-            mean.add(step, load_checkpoint(checkpoint_path(_folder(trainer.checkpoints), step)).weights)
+            mean.add(step, _weights_of(trainer, step))
         except (RunError, ValueError) as error:
             trainer.log.note(f"the weights of step {step:,} are not averaged: {error}")
     return mean
@@ -210,10 +215,9 @@ def _read_mean(trainer: Trainer) -> WeightMean:
 def _read_same(trainer: Trainer, steps: list[int]) -> WeightMean:
     """Return the mean that the main process has read, on another process."""
     mean = WeightMean()
-    assert trainer.checkpoints is not None
     try:
         for step in steps:
-            mean.add(step, load_checkpoint(checkpoint_path(_folder(trainer.checkpoints), step)).weights)
+            mean.add(step, _weights_of(trainer, step))
     except RunError as error:
         local_error = RunError(
             f"can't average the weights: {error} for process {trainer.processes.index}; share the disk of "

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.processes import reset_accelerate, run_processes
-from helpers.runs import exit_status
+from helpers.runs import exit_status, photo_recipe
 
 from hf_fasttrain.from_recipe.label_errors import find_in_recipe, table_of
 from hf_fasttrain.recipe.load import load_recipe
@@ -30,15 +30,7 @@ def photos(image_folder: Path) -> Path:
 
 @pytest.fixture
 def recipe(write_recipe: Callable[..., Path], photos: Path, tmp_path: Path) -> Path:
-    return write_recipe(
-        f"""
-output_dir: {tmp_path / "run"}
-model: {{name: test_resnet}}
-data: {{dataset: "{photos}", image_size: 32, workers: 0, cache_dir: {tmp_path / "cache"}}}
-train: {{duration: 2 steps, batch_size: 8}}
-log: {{report: false}}
-"""
-    )
+    return write_recipe(photo_recipe(photos, tmp_path))
 
 
 def rows_of(table: Path) -> list[dict[str, str]]:

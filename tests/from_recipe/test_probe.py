@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.processes import in_child, run_processes
-from helpers.runs import exit_status, weights
+from helpers.runs import exit_status, photo_recipe, weights
 from PIL import Image
 
 from hf_fasttrain.data.pixels.cache import PixelCache
@@ -29,15 +29,7 @@ from hf_fasttrain.utils.errors import RunError, UserError
 @pytest.fixture
 def recipe(write_recipe: Callable[..., Path], image_folder: Path, tmp_path: Path) -> Path:
     """Return a recipe for a folder of photos, whose features are kept in tmp_path."""
-    return write_recipe(
-        f"""
-output_dir: {tmp_path / "run"}
-model: {{name: test_resnet}}
-data: {{dataset: "{image_folder}", image_size: 32, workers: 0, cache_dir: {tmp_path / "cache"}}}
-train: {{duration: 2 steps, batch_size: 8}}
-log: {{report: false}}
-"""
-    )
+    return write_recipe(photo_recipe(image_folder, tmp_path))
 
 
 def probe(recipe: Path, *overrides: str, **options: Any) -> tuple[Trainer, dict[str, Any]]:

@@ -82,3 +82,14 @@ def checkpoint(run: Path, step: int, kind: str = "model") -> dict[str, torch.Ten
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Return whether two state dicts are the same bit by bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def photo_recipe(photos: Path, place: Path) -> str:
+    """Return a recipe for a folder of photos, whose run and whose kept features are in `place`."""
+    return f"""
+output_dir: {place / "run"}
+model: {{name: test_resnet}}
+data: {{dataset: "{photos}", image_size: 32, workers: 0, cache_dir: {place / "cache"}}}
+train: {{duration: 2 steps, batch_size: 8}}
+log: {{report: false}}
+"""
